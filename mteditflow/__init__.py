@@ -1,0 +1,147 @@
+"""Reinforcement learning of flow-matching image models, multi-turn editing first.
+
+Pure functions and small frozen classes over torch tensors. Everything here needs torch and einops
+alone; ``mteditflow.pipelines`` drives diffusers pipelines and needs ``mteditflow[diffusers]``.
+
+Axes: ``B`` trajectories, ``G`` members of a group, ``N`` turns, ``S`` denoising steps, ``M`` rows
+(any flat batch of them). ``sigma`` is 1 at noise and 0 at data.
+"""
+
+from mteditflow._reduce import masked_mean
+from mteditflow.advantage import (
+    clamp_advantage,
+    fuse_advantages,
+    fuse_rewards,
+    group_advantage,
+    group_std,
+    renormalize_advantage,
+)
+from mteditflow.diagnostics import (
+    RatioCheck,
+    advantage_correlation,
+    approximate_kl,
+    check_ratio,
+    clip_fraction,
+    variance_ratio,
+    zero_variance_share,
+)
+from mteditflow.metrics import (
+    Interval,
+    bootstrap_interval,
+    content_consistency,
+    instruction_following,
+    marginal_success,
+    overall,
+)
+from mteditflow.objectives.clipped import clipped_surrogate_loss
+from mteditflow.objectives.nft import (
+    adaptive_nft_loss,
+    nft_loss,
+    optimality_probability,
+    velocity_kl,
+)
+from mteditflow.old_policy import old_policy_decay, update_old_policy
+from mteditflow.path import (
+    clean_from_velocity,
+    exponential_shift_sigmas,
+    flow_matching_loss,
+    flux2_mu,
+    flux_mu,
+    interpolate,
+    noise_from_velocity,
+    score_from_velocity,
+    shift_sigmas,
+    uniform_sigmas,
+    velocity_target,
+)
+from mteditflow.ranks import gather_ranks
+from mteditflow.sampler import VelocityFunction, batched_noise, rollout, trajectory_generators
+from mteditflow.sde import (
+    CPS,
+    ODE,
+    DanceSDE,
+    FlowSDE,
+    Solver,
+    Transition,
+    cps_surrogate,
+    gaussian_kl,
+    gaussian_log_prob,
+    sliding_window,
+)
+from mteditflow.trajectory import Steps, Trajectory
+from mteditflow.turns import (
+    binary_and,
+    binary_average,
+    broadcast_to_steps,
+    likert_average,
+    reward_to_go,
+    stop_after_failure,
+    turn_average,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CPS",
+    "ODE",
+    "DanceSDE",
+    "FlowSDE",
+    "Interval",
+    "RatioCheck",
+    "Solver",
+    "Steps",
+    "Trajectory",
+    "Transition",
+    "VelocityFunction",
+    "adaptive_nft_loss",
+    "advantage_correlation",
+    "approximate_kl",
+    "batched_noise",
+    "binary_and",
+    "binary_average",
+    "bootstrap_interval",
+    "broadcast_to_steps",
+    "check_ratio",
+    "clamp_advantage",
+    "clean_from_velocity",
+    "clip_fraction",
+    "clipped_surrogate_loss",
+    "content_consistency",
+    "cps_surrogate",
+    "exponential_shift_sigmas",
+    "flow_matching_loss",
+    "flux2_mu",
+    "flux_mu",
+    "fuse_advantages",
+    "fuse_rewards",
+    "gather_ranks",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "group_advantage",
+    "group_std",
+    "instruction_following",
+    "interpolate",
+    "likert_average",
+    "marginal_success",
+    "masked_mean",
+    "nft_loss",
+    "noise_from_velocity",
+    "old_policy_decay",
+    "optimality_probability",
+    "overall",
+    "renormalize_advantage",
+    "reward_to_go",
+    "rollout",
+    "score_from_velocity",
+    "shift_sigmas",
+    "sliding_window",
+    "stop_after_failure",
+    "trajectory_generators",
+    "turn_average",
+    "uniform_sigmas",
+    "update_old_policy",
+    "variance_ratio",
+    "velocity_kl",
+    "velocity_target",
+    "zero_variance_share",
+]

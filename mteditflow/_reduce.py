@@ -1,0 +1,88 @@
+"""Precision, broadcasting and reduction over the elements of a row."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_mask, check_number, check_step_values, check_tensor
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Bring tensors to their common dtype, at least float32."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def per_row(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """Give a ``value`` in [0, 1] trailing axes of size one, so that it broadcasts over ``x``.
+
+    ``value`` is a number, or a tensor whose shape is the leading part of ``x.shape``. The result
+    has the dtype and device of ``x`` (which is at least float32 where this is called).
+    """
+    if not isinstance(value, Tensor):
+        check_number(name, value, low=0.0, high=1.0)
+        return torch.full((1,) * x.ndim, value, dtype=x.dtype, device=x.device)
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
+    if value.shape != x.shape[: value.ndim]:
+        raise ValueError(
+            f"{name}: expected a number or a tensor whose shape is a leading part of "
+            f"{list(x.shape)}, got {list(value.shape)}"
+        )
+    check_step_values(name, value, (value >= 0) & (value <= 1), "values in [0, 1]")
+    value = value.to(x)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+
+
+def elements(x: Tensor) -> int:
+    """Number of elements of one row of ``x`` [M, ...]."""
+    return math.prod(x.shape[1:])
+
+
+def row_mean_square(x: Tensor) -> Tensor:
+    """Mean of the squared elements of each row: [M, ...] -> [M].
+
+    Two nested norms instead of ``square().mean()``: one pass without a temporary, and as accurate,
+    because no float32 accumulator runs over more than one axis.
+    """
+    inner = torch.linalg.vector_norm(x, dim=-1)
+    return torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1).square() / elements(x)
+
+
+def row_mean(x: Tensor) -> Tensor:
+    """Mean of the elements of each row: [M, ...] -> [M]."""
+    return x.flatten(1).mean(dim=1)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Mean of the entries where ``mask`` is true; the reduction after any unreduced loss.
+
+    A masked entry reaches neither the value nor the gradient, even if it is NaN. With no true
+    entry the result is 0 with zero gradient: an update on nothing changes nothing.
+
+    Args:
+        values: any shape, floating point.
+        mask: boolean, shape of ``values``; ``None`` takes every entry.
+
+    Returns:
+        A scalar. Gradient flows to the true entries, ``1 / mask.sum()`` each.
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: ``mask`` is not boolean.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
+    check_tensor("values", values)
+    if mask is None:
+        return values.mean()
+    check_mask("mask", mask, values.shape, "of values")
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,268 @@
+r"""Numbers that say whether a run is sound: ratios, clipping, group spread, balance of rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    check_full_precision,
+    check_mask,
+    check_number,
+    check_same_shape,
+    check_shape,
+)
+from mteditflow._reduce import masked_mean
+from mteditflow.advantage import group_advantage, group_std
+
+
+@dataclass(frozen=True)
+class RatioCheck:
+    r"""Verdict on the ratios of a fresh rollout.
+
+    Attributes:
+        deviation: largest \|ratio - 1\| of each denoising step, [S]; NaN where no entry is valid.
+        tolerance: the deviation allowed.
+        ok: whether every step keeps within the tolerance.
+        verdict: the same in a sentence, with advice where it fails.
+    """
+
+    deviation: Tensor
+    tolerance: float
+    ok: bool
+    verdict: str
+
+
+@torch.no_grad()
+def check_ratio(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    *,
+    clip: float,
+    valid: Tensor | None = None,
+    share: float = 0.1,
+) -> RatioCheck:
+    r"""Is the ratio 1 before the first update, as it must be?
+
+    Replay a fresh rollout with the policy that sampled it, and compare. A deviation that reaches
+    the clip range makes the surrogate clip noise; the usual causes are named in the verdict.
+
+    Args:
+        log_prob: replayed, [..., S] with the denoising steps last.
+        old_log_prob: stored by the rollout, shape of ``log_prob``.
+        clip: the smaller clip range of the loss, > 0.
+        valid: boolean, shape of ``log_prob``: steps that exist and have a density.
+        share: deviation allowed, as a share of ``clip``.
+
+    Returns:
+        RatioCheck.
+
+    Raises:
+        ValueError: shapes differ, a number is out of range, or no entry is valid.
+        TypeError: half precision, or a mask that is not boolean.
+
+    Source: Flow-GRPO (arXiv 2505.05470): the ratio at the first update.
+
+    Example:
+        >>> stored = torch.zeros(2, 3)
+        >>> check_ratio(stored, stored, clip=1e-4).ok
+        True
+        >>> check_ratio(stored + torch.tensor([0.0, 0.0, 1e-3]), stored, clip=1e-4).ok
+        False
+    """
+    check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    check_number("clip", clip, low=0.0, open_low=True)
+    check_number("share", share, low=0.0)
+    mask = _mask_of(log_prob, valid)
+    # NaN counts as infinitely far from 1; a masked entry as not there.
+    distance = ((log_prob - old_log_prob).double().exp() - 1).abs().nan_to_num(nan=torch.inf)
+    distance = torch.where(mask, distance, -1).reshape(-1, log_prob.shape[-1]).amax(dim=0)
+    if bool((distance < 0).all()):
+        raise ValueError("valid: expected at least one valid entry, got none")
+    deviation = torch.where(distance < 0, torch.nan, distance)
+    worst, step = (float(x) for x in distance.max(dim=0))
+    tolerance = share * clip
+    ok = worst <= tolerance
+    verdict = f"largest |ratio - 1| is {worst:.3g} at step {step:.0f}; allowed is {tolerance:.3g}"
+    if not ok:
+        verdict += (
+            ". The replay is not the rollout: look for latents rounded after the log-prob, another "
+            "dtype or attention kernel, dropout, another batch composition, a missing guidance "
+            "branch, or weights changed since the rollout"
+        )
+    return RatioCheck(deviation, tolerance, ok, verdict)
+
+
+@torch.no_grad()
+def clip_fraction(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shares of steps whose ratio lies below and above the clip range.
+
+    Args:
+        log_prob: of the policy being trained, any shape.
+        old_log_prob: of the policy that sampled, same shape.
+        clip_low: as in ``clipped_surrogate_loss``.
+        clip_high: as in ``clipped_surrogate_loss``.
+        valid: boolean, same shape.
+
+    Returns:
+        (below, above), scalars in [0, 1].
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: half precision, or a mask that is not boolean.
+
+    Example:
+        >>> log_ratio = torch.tensor([-0.5, 0.0, 0.0, 0.5])
+        >>> clip_fraction(log_ratio, torch.zeros(4), clip_low=0.2, clip_high=0.2)
+        (tensor(0.2500), tensor(0.2500))
+    """
+    check_number("clip_low", clip_low, low=0.0, high=1.0)
+    check_number("clip_high", clip_high, low=0.0)
+    ratio = _log_ratio(log_prob, old_log_prob).exp()
+    below, above = (ratio < 1 - clip_low), (ratio > 1 + clip_high)
+    return masked_mean(below.float(), valid), masked_mean(above.float(), valid)
+
+
+@torch.no_grad()
+def approximate_kl(
+    log_prob: Tensor, old_log_prob: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
+    r"""Estimate of KL(old || current) from the old policy's samples.
+
+    The mean of :math:`\rho - 1 - \log\rho`. Unbiased and never negative. In the units of the log-prob: per element for "mean" log-probs
+    (then it is small, and only its trend says something), joint for "sum".
+
+    Args:
+        log_prob: of the policy being trained, any shape.
+        old_log_prob: of the policy that sampled, same shape.
+        valid: boolean, same shape.
+
+    Returns:
+        Scalar, >= 0.
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: half precision, or a mask that is not boolean.
+
+    Source: the k3 estimator, http://joschu.net/blog/kl-approx.html.
+
+    Example:
+        >>> approximate_kl(torch.tensor([0.0, 1.0]), torch.zeros(2))
+        tensor(0.3591)
+    """
+    log_ratio = _log_ratio(log_prob, old_log_prob)
+    return masked_mean(log_ratio.expm1() - log_ratio, valid)
+
+
+@torch.no_grad()
+def zero_variance_share(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Share of valid trajectories whose group teaches nothing, because all its rewards are equal.
+
+    Args:
+        reward: [B], float32 or float64, finite where valid.
+        group: integer group ids, [B].
+        valid: boolean, [B].
+
+    Returns:
+        Scalar in [0, 1]; counts groups with fewer than two valid members too.
+
+    Raises:
+        ValueError: shapes do not match, a valid reward is not finite.
+        TypeError: a dtype is not the one stated.
+
+    Example:
+        >>> zero_variance_share(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
+        tensor(0.5000)
+    """
+    return masked_mean((group_std(reward, group, valid=valid) == 0).float(), valid)
+
+
+@torch.no_grad()
+def variance_ratio(
+    reward: Tensor, other: Tensor, group: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
+    """Within-group variance of one reward over that of another.
+
+    Far from 1 means that reward-level fusion would let one reward drown the other (the paper found
+    5.8 for instruction following over content consistency).
+
+    Args:
+        reward: numerator, [B], float32 or float64, finite where valid.
+        other: denominator, [B].
+        group: integer group ids, [B].
+        valid: boolean, [B].
+
+    Returns:
+        Scalar >= 0; infinite where only ``other`` is constant, NaN where both are.
+
+    Raises:
+        ValueError: shapes do not match, a valid reward is not finite.
+        TypeError: a dtype is not the one stated.
+
+    Source: MT-EditFlow (arXiv 2606.01985), its comparison of fusion levels.
+
+    Example:
+        >>> reward, other = torch.tensor([0.0, 4.0]), torch.tensor([1.0, 3.0])
+        >>> variance_ratio(reward, other, torch.tensor([0, 0]))
+        tensor(4.)
+    """
+    check_same_shape(reward=reward, other=other)
+    top, bottom = (
+        masked_mean(group_std(x, group, valid=valid).square(), valid) for x in (reward, other)
+    )
+    return top / bottom
+
+
+@torch.no_grad()
+def advantage_correlation(
+    reward: Tensor, other: Tensor, group: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
+    """Correlation of two rewards inside groups: negative where one is bought with the other.
+
+    Args:
+        reward: [B], float32 or float64, finite where valid.
+        other: [B].
+        group: integer group ids, [B].
+        valid: boolean, [B].
+
+    Returns:
+        Scalar in [-1, 1], of the rewards' deviations from their group means; NaN where a reward is
+        constant in every group.
+
+    Raises:
+        ValueError: shapes do not match, a valid reward is not finite.
+        TypeError: a dtype is not the one stated.
+
+    Example:
+        >>> reward, other = torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.7])
+        >>> advantage_correlation(reward, other, torch.tensor([0, 0]))
+        tensor(-1.)
+    """
+    check_same_shape(reward=reward, other=other)
+    a, b = (group_advantage(x.double(), group, valid=valid, std="none") for x in (reward, other))
+    correlation = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
+    return correlation.to(reward.dtype)
+
+
+def _log_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+    check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    return log_prob - old_log_prob
+
+
+def _mask_of(x: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return torch.ones_like(x, dtype=torch.bool)
+    check_shape("valid", valid, x.shape, "of log_prob")
+    check_mask("valid", valid, x.shape, "of log_prob")
+    return valid

@@ -1,0 +1,216 @@
+r"""Benchmark metrics of multi-turn editing, with bootstrap intervals.
+
+Shapes: ``C`` chains (one image each), ``N`` turns. All metrics are shares in [0, 1] per turn, [N];
+multiply by 100 to print. A turn without a score is masked by ``valid`` and leaves the denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    check_count,
+    check_floating,
+    check_mask,
+    check_number,
+    check_rank,
+    check_same_shape,
+    check_values,
+)
+
+
+class Interval(NamedTuple):
+    """An estimate with a confidence interval; tensors of one shape."""
+
+    estimate: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def instruction_following(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """IF(t): share of chains whose turns 1..t ALL succeeded.
+
+    Args:
+        success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
+        valid: boolean, [C, N]; a chain leaves the denominator from its first invalid turn on.
+
+    Returns:
+        [N], float32, non-increasing where all turns are valid; NaN for a turn without valid chains.
+
+    Raises:
+        ValueError: wrong shape, or a value other than 0 and 1.
+
+    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+
+    Example:
+        >>> instruction_following(torch.tensor([[1, 0, 1], [1, 1, 1]]))
+        tensor([1.0000, 0.5000, 0.5000])
+    """
+    score, mask = _success(success, valid)
+    return _mean(score.cumprod(dim=1), mask.long().cumprod(dim=1).bool())
+
+
+def marginal_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Marginal(t): share of chains whose turn t succeeded, whatever came before.
+
+    Its fall from turn 1 to N is the exposure-bias drop.
+
+    Args:
+        success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
+        valid: boolean, [C, N]; an invalid turn leaves the denominator.
+
+    Returns:
+        [N], float32; NaN for a turn without valid chains.
+
+    Raises:
+        ValueError: wrong shape, or a value other than 0 and 1.
+
+    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+
+    Example:
+        >>> marginal_success(torch.tensor([[1, 0, 1], [1, 1, 1]]))
+        tensor([1.0000, 0.5000, 1.0000])
+    """
+    return _mean(*_success(success, valid))
+
+
+def content_consistency(*terms: Tensor) -> Tensor:
+    """CC(t), corpus average: the mean over terms of each term's mean over chains.
+
+    For a score per sample give it as the only term; with an object and a background term give
+    both. The per-sample average (mean over chains of the mean of a chain's terms) is a different
+    number wherever a term is missing.
+
+    Args:
+        *terms: each [C, N], floating point; NaN where a chain has no such term at that turn.
+
+    Returns:
+        [N], float32; a term that no chain has is left out, NaN if there is none at all.
+
+    Raises:
+        ValueError: no term, or shapes differ.
+        TypeError: a term is not floating point.
+
+    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+
+    Example:
+        >>> content_consistency(torch.tensor([[0.8], [0.6]]), torch.tensor([[1.0], [torch.nan]]))
+        tensor([0.8500])
+    """
+    if not terms:
+        raise ValueError("terms: expected at least one tensor, got none")
+    named = {f"terms[{position}]": term for position, term in enumerate(terms)}
+    check_floating(**named)
+    check_same_shape(**named)
+    for name, term in named.items():
+        _check_table(name, term)
+    means = torch.stack([term.float().nanmean(dim=0) for term in terms])
+    return means.nanmean(dim=0)
+
+
+def overall(following: Tensor, consistency: Tensor) -> Tensor:
+    r"""Overall(t), the geometric mean :math:`\sqrt{IF(t)\,CC(t)}`.
+
+    Args:
+        following: IF, any shape, >= 0.
+        consistency: CC, same shape and unit. A negative one (a cosine can be) counts as 0.
+
+    Returns:
+        Same shape and unit (shares give a share, percent give percent).
+
+    Raises:
+        ValueError: shapes differ, or IF is negative.
+        TypeError: an argument is not floating point.
+
+    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+
+    Example:
+        >>> overall(torch.tensor([59.97]), torch.tensor([95.32]))
+        tensor([75.6065])
+    """
+    check_floating(following=following, consistency=consistency)
+    check_same_shape(following=following, consistency=consistency)
+    check_values("following", following, ~(following < 0), "values >= 0")
+    return (following * consistency.clamp(min=0)).sqrt()
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Tensor],
+    *samples: Tensor,
+    generator: torch.Generator,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap over chains, of any statistic of any number of aligned samples.
+
+    All samples are resampled with the SAME chains, so a difference of two runs on the same chains
+    is a paired one.
+
+    Args:
+        statistic: maps resampled tensors to a tensor of fixed shape.
+        *samples: each [C, ...] with the same C; row c of each belongs to chain c.
+        generator: of the resampling, on the CPU.
+        resamples: number of bootstrap resamples.
+        confidence: mass of the interval, in (0, 1).
+
+    Returns:
+        Interval of the statistic's shape; ``estimate`` is that of the samples as they are.
+        Resamples on which the statistic is NaN are left out.
+
+    Raises:
+        ValueError: no sample, different numbers of chains, a number out of range.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+
+    Example:
+        >>> before, after = torch.zeros(50, 1), torch.ones(50, 1)
+        >>> gain = bootstrap_interval(
+        ...     lambda a, b: b.mean() - a.mean(), before, after,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
+        >>> gain.low
+        tensor(1.)
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one tensor, got none")
+    for position, sample in enumerate(samples):
+        check_rank(f"samples[{position}]", sample, 1, "[C, ...]")
+        if len(sample) != len(samples[0]):
+            raise ValueError(
+                f"samples[{position}]: expected {len(samples[0])} chains like samples[0], "
+                f"got {len(sample)}"
+            )
+    check_count("resamples", resamples)
+    check_number("confidence", confidence, low=0.0, high=1.0)
+    count = len(samples[0])
+    draws = torch.randint(count, (resamples, count), generator=generator)
+    replicates = torch.stack([statistic(*(s[draw] for s in samples)) for draw in draws])
+    tail = (1 - confidence) / 2
+    low, high = (replicates.double().nanquantile(q, dim=0) for q in (tail, 1 - tail))
+    estimate = statistic(*samples)
+    return Interval(estimate, low.to(estimate.dtype), high.to(estimate.dtype))
+
+
+def _check_table(name: str, x: Tensor) -> None:
+    check_rank(name, x, 2, "[C, N]")
+    if x.ndim != 2:
+        raise ValueError(f"{name}: expected shape [C, N], got {list(x.shape)}")
+
+
+def _success(success: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_table("success", success)
+    if valid is None:
+        valid = torch.ones_like(success, dtype=torch.bool)
+    check_mask("valid", valid, success.shape, "[C, N]")
+    score = success.float()
+    check_values("success", score, ~valid | (score == 0) | (score == 1), "0 or 1")
+    return torch.where(valid, score, 0), valid
+
+
+def _mean(score: Tensor, mask: Tensor) -> Tensor:
+    """Mean over chains of the entries in the mask; 0 / 0 is NaN: nothing was measured."""
+    return torch.where(mask, score, 0).sum(dim=0) / mask.sum(dim=0)

@@ -1,0 +1,1 @@
+"""Objectives: one room each, pure functions of tensors, unreduced; none knows another."""

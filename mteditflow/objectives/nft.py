@@ -1,0 +1,201 @@
+r"""DiffusionNFT: reinforcement on the forward process, without log-probs or a special sampler.
+
+Draw a flow time and fresh noise, re-noise the rollout's clean latent, and pull the velocity toward
+that sample or push it away, according to how optimal the sample was. With ``b = nft_beta``:
+
+.. math:: v_+ = (1 - b)\,v_{old} + b\,v_\theta, \qquad v_- = (1 + b)\,v_{old} - b\,v_\theta
+
+Shapes: ``M`` rows (trajectory, turn, flow time), any latent axes behind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    check_floating,
+    check_full_precision,
+    check_number,
+    check_rank,
+    check_same_shape,
+    check_shape,
+    check_step_values,
+)
+from mteditflow._reduce import per_row, promote, row_mean, row_mean_square
+
+
+def optimality_probability(advantage: Tensor, *, advantage_max: float = 5.0) -> Tensor:
+    r"""Probability that a sample is optimal.
+
+    .. math:: r = 1/2 + 1/2\,\mathrm{clip}(A / A_{max}, -1, 1)
+
+    Args:
+        advantage: any shape, float32 or float64. Treated as a constant.
+        advantage_max: A_max > 0, the advantage at which r saturates.
+
+    Returns:
+        Shape of ``advantage``, in [0, 1], detached; 1/2 where the advantage is 0.
+
+    Raises:
+        ValueError: ``advantage_max`` is not positive.
+        TypeError: half precision or integers.
+
+    Source: DiffusionNFT (arXiv 2509.16117); MT-EditFlow (arXiv 2606.01985), Eq. 23.
+
+    Example:
+        >>> optimality_probability(torch.tensor([-9.0, 0.0, 2.5]))
+        tensor([0.0000, 0.5000, 0.7500])
+    """
+    check_full_precision(advantage=advantage)
+    check_number("advantage_max", advantage_max, low=0.0, open_low=True)
+    return 0.5 + 0.5 * (advantage.detach() / advantage_max).clamp(-1, 1)
+
+
+def nft_loss(
+    velocity: Tensor, old_velocity: Tensor, target: Tensor, r: Tensor, *, nft_beta: float
+) -> Tensor:
+    r"""Plain NFT loss, :math:`r\,\lVert v_+ - v\rVert^2 + (1 - r)\,\lVert v_- - v\rVert^2`.
+
+    Computed by completing the square. With the old policy's error :math:`e = v_{old} - v` and
+    :math:`c = 2r - 1` the loss is
+
+    .. math:: \lVert b\,(v_\theta - v_{old}) + c\,e \rVert^2 + (1 - c^2)\,\lVert e \rVert^2
+
+    so the policy regresses to the old one moved by :math:`-(c/b)\,e`: toward the sample where
+    r > 1/2, away from it where r < 1/2. At ``velocity == old_velocity`` the gradient is
+    :math:`2b(2r - 1)\,e` over the number of elements; r = 1/2 leaves the pull to the old policy.
+
+    Args:
+        velocity: of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: of the old policy at the same point; where the policy IS the old one,
+            ``velocity.detach()`` saves a forward pass. Treated as a constant.
+        target: ``velocity_target(clean, noise)``. Treated as a constant.
+        r: optimality probability of each row in [0, 1], [M]. Treated as a constant.
+        nft_beta: b > 0, strength of the guidance between the two policies; 1 makes v_+ the policy.
+
+    Returns:
+        [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
+        ``velocity`` alone. A row that must not teach is left out by ``masked_mean``, not by r.
+
+    Raises:
+        ValueError: shapes differ, r lies outside [0, 1], ``nft_beta`` is not positive.
+        TypeError: a tensor is not floating point.
+
+    Source: DiffusionNFT (arXiv 2509.16117); MT-EditFlow (arXiv 2606.01985), Eq. 5, 23-25.
+
+    Example:
+        >>> old, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
+        >>> velocity = old.clone().requires_grad_()
+        >>> loss = nft_loss(velocity, old, target, torch.tensor([1.0]), nft_beta=1.0)
+        >>> loss.sum().backward()
+        >>> loss.detach(), velocity.grad
+        (tensor([5.]), tensor([[1., 3.]]))
+    """
+    v, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta)
+    signed_error = (2 * weight - 1) * error
+    residual = torch.add(signed_error, v - old_velocity.detach(), alpha=nft_beta)
+    constant = 4 * (weight * (1 - weight)).flatten() * row_mean_square(error)
+    return row_mean_square(residual) + constant
+
+
+def adaptive_nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    r: Tensor,
+    sigma: float | Tensor,
+    *,
+    nft_beta: float,
+    advantage_max: float = 5.0,
+    floor: float = 1e-5,
+) -> Tensor:
+    r"""NFT loss in clean space, each branch divided by its own detached mean absolute error.
+
+    For a branch velocity u the error of the clean estimate is :math:`\sigma (v - u)`, so each
+    branch contributes :math:`\sigma\,\mathrm{mean}(v - u)^2 / \mathrm{mean}|v - u|` (while above
+    the floor): scale-free across flow times. The sum, weighted by r and 1 - r, is multiplied by
+    :math:`A_{max} / b`. This is what the reference implementation trains with.
+
+    Args:
+        velocity: of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: of the old policy at the same point. Treated as a constant.
+        target: ``velocity_target(clean, noise)``. Treated as a constant.
+        r: optimality probability of each row in [0, 1], [M]. Treated as a constant.
+        sigma: flow time of each row, number or [M], in [0, 1].
+        nft_beta: b > 0.
+        advantage_max: A_max > 0, the one given to ``optimality_probability``.
+        floor: smallest mean absolute error divided by, > 0.
+
+    Returns:
+        [M], float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone.
+
+    Raises:
+        ValueError: shapes differ, r or sigma lies outside [0, 1], a number is not positive.
+        TypeError: a tensor is not floating point.
+
+    Source: DiffusionNFT (arXiv 2509.16117), adaptive weighting; MT-EditFlow (arXiv 2606.01985).
+
+    Example:
+        >>> old, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
+        >>> adaptive_nft_loss(old, old, target, torch.tensor([1.0]), 0.5, nft_beta=1.0)
+        tensor([6.2500])
+    """
+    check_number("advantage_max", advantage_max, low=0.0, open_low=True)
+    check_number("floor", floor, low=0.0, open_low=True)
+    v, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta)
+    step = v - old_velocity.detach()
+    s = per_row("sigma", sigma, v).flatten()
+    toward = _scale_free(torch.add(error, step, alpha=nft_beta), s, floor)
+    away = _scale_free(torch.sub(error, step, alpha=nft_beta), s, floor)
+    r = weight.flatten()
+    return (r * toward + (1 - r) * away) * (advantage_max / nft_beta)
+
+
+def velocity_kl(velocity: Tensor, reference_velocity: Tensor) -> Tensor:
+    r"""Distance to the reference policy, :math:`\mathrm{mean}\,\lVert v_\theta - v_{ref}\rVert^2`.
+
+    Args:
+        velocity: of the policy being trained, [M, ...].
+        reference_velocity: of the reference at the same point. Treated as a constant.
+
+    Returns:
+        [M], float32 at least; multiply by ``kl_coef`` and add to a loss. Gradient flows to
+        ``velocity`` alone.
+
+    Raises:
+        ValueError: shapes differ or there is no latent axis.
+        TypeError: a tensor is not floating point.
+
+    Source: DiffusionNFT (arXiv 2509.16117), its KL term; MT-EditFlow (arXiv 2606.01985).
+
+    Example:
+        >>> velocity_kl(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+        tensor([5.])
+    """
+    check_floating(velocity=velocity, reference_velocity=reference_velocity)
+    check_same_shape(velocity=velocity, reference_velocity=reference_velocity)
+    check_rank("velocity", velocity, 2, "[M, ...]")
+    v, v_ref = promote(velocity, reference_velocity.detach())
+    return row_mean_square(v - v_ref)
+
+
+def _prepare(
+    velocity: Tensor, old_velocity: Tensor, target: Tensor, r: Tensor, nft_beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked and promoted: the velocity, the old policy's error, and r of shape [M, 1, ...]."""
+    check_floating(velocity=velocity, old_velocity=old_velocity, target=target)
+    check_same_shape(velocity=velocity, old_velocity=old_velocity, target=target)
+    check_rank("velocity", velocity, 2, "[M, ...]")
+    check_full_precision(r=r)
+    check_shape("r", r, velocity.shape[:1], "[M]")
+    check_step_values("r", r, (r >= 0) & (r <= 1), "probabilities in [0, 1]")
+    check_number("nft_beta", nft_beta, low=0.0, open_low=True)
+    v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
+    return v, v_old - v_target, per_row("r", r.detach(), v)
+
+
+def _scale_free(error: Tensor, sigma: Tensor, floor: float) -> Tensor:
+    """Mean square of the clean-space error over its detached mean absolute value (floored)."""
+    scale = (sigma * row_mean(error.detach().abs())).clamp(min=floor)
+    return sigma.square() * row_mean_square(error) / scale

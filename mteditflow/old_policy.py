@@ -1,0 +1,73 @@
+"""The old policy: how fast it follows the current one, and the step that moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_count, check_number, check_shape, check_tensor
+
+
+def old_policy_decay(update: int, *, slope: float, maximum: float, start: int = 0) -> float:
+    r"""Share of the old policy kept at update k: :math:`\min(slope\,(k - start)^+, maximum)`.
+
+    DiffusionNFT's three schedules are ``slope=0`` (the old policy is always the current one),
+    ``slope=0.001, maximum=0.5``, and ``slope=0.0075, start=75, maximum=0.999``.
+
+    Args:
+        update: number k of the update, from 0.
+        slope: rise per update, >= 0.
+        maximum: highest decay, in [0, 1].
+        start: update at which the rise begins.
+
+    Returns:
+        The decay in [0, maximum], for ``update_old_policy``.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: DiffusionNFT (arXiv 2509.16117), soft update of the sampling policy.
+
+    Example:
+        >>> [old_policy_decay(k, slope=0.001, maximum=0.5) for k in (0, 100, 900)]
+        [0.0, 0.1, 0.5]
+    """
+    check_count("update", update, low=0)
+    check_count("start", start, low=0)
+    check_number("slope", slope, low=0.0)
+    check_number("maximum", maximum, low=0.0, high=1.0)
+    return min(slope * max(update - start, 0), maximum)
+
+
+@torch.no_grad()
+def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay: float) -> None:
+    r"""Move the old policy toward the current one, in place: :math:`old \gets d\,old + (1-d)\,cur`.
+
+    Args:
+        old: parameters of the old policy, changed in place.
+        current: parameters of the current policy, in the same order.
+        decay: d in [0, 1]; 0 copies exactly, 1 leaves the old policy as it is.
+
+    Raises:
+        ValueError: numbers or shapes of parameters differ, or the decay is out of range; nothing
+            has been changed then.
+
+    Source: DiffusionNFT (arXiv 2509.16117), soft update of the sampling policy.
+
+    Example:
+        >>> old = [torch.tensor([0.0])]
+        >>> update_old_policy(old, [torch.tensor([1.0])], decay=0.75)
+        >>> old
+        [tensor([0.2500])]
+    """
+    check_number("decay", decay, low=0.0, high=1.0)
+    old, current = list(old), list(current)
+    if len(old) != len(current):
+        raise ValueError(f"current: expected {len(old)} parameters as in old, got {len(current)}")
+    for position, (theirs, ours) in enumerate(zip(old, current, strict=True)):
+        check_tensor(f"old[{position}]", theirs)
+        check_shape(f"current[{position}]", ours, theirs.shape, f"of old[{position}]")
+    for theirs, ours in zip(old, current, strict=True):
+        theirs.lerp_(ours.to(theirs), 1 - decay)

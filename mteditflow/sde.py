@@ -1,0 +1,389 @@
+r"""Stochastic sampling of a flow: one step as a Gaussian transition with an exact log-probability.
+
+Every solver here is one formula. A step from ``sigma`` to ``next_sigma`` (d = sigma - next_sigma)
+takes the Euler step, pulls the sample back along the noise estimate, and adds fresh noise:
+
+.. math:: mean = x_t - d\,v - pull\,(x_t + (1 - \sigma) v), \qquad x' = mean + std\,z
+
+========== ============================================ ==========================
+solver     pull                                         std
+========== ============================================ ==========================
+ODE        0                                            0
+Flow-SDE   g^2 d / (2 sigma), g = a sqrt(s / (1 - s))   g sqrt(d)
+Dance-SDE  g^2 d / (2 sigma), g = a                     g sqrt(d)
+CPS        next_sigma (1 - cos(a pi / 2))               next_sigma sin(a pi / 2)
+========== ============================================ ==========================
+
+``a`` is the noise level; at 0 each solver IS the Euler step, bit for bit the same as ``ODE``.
+Shapes: ``M`` rows, any latent axes behind. Everything is computed in float32 at least.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    REDUCTIONS,
+    check_choice,
+    check_count,
+    check_floating,
+    check_number,
+    check_rank,
+    check_same_shape,
+    check_step_values,
+)
+from mteditflow._reduce import elements, per_row, promote, row_mean_square
+
+
+class Transition(NamedTuple):
+    """Gaussian of the next sample given this one.
+
+    Attributes:
+        mean: [M, ...], float32 at least; carries the gradient of the velocity.
+        std: broadcasts over ``mean``, one value per row; 0 where the step is deterministic.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Next sample, ``mean + std * noise``; ``noise`` is standard Gaussian [M, ...]."""
+        check_same_shape(mean=self.mean, noise=noise)
+        return torch.addcmul(self.mean, self.std, noise.to(self.mean))
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """One solver step: maps a state and its velocity to the Gaussian of the next state."""
+
+    def __call__(
+        self, x_t: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor
+    ) -> Transition:
+        """Gaussian of the sample at ``next_sigma`` given ``x_t`` at ``sigma``."""
+        ...
+
+
+class _PulledEuler:
+    """The one formula; a solver only says how far it pulls and how much noise it adds."""
+
+    def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """``pull`` and ``std`` of a step, in the shape of ``sigma``."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x_t: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor
+    ) -> Transition:
+        """Gaussian of the sample at ``next_sigma`` given ``x_t`` at ``sigma``.
+
+        Replay is the same call with a stored ``x_t`` and the current policy's velocity, followed by
+        ``gaussian_log_prob`` of the stored next sample.
+
+        Args:
+            x_t: state, [M, ...].
+            velocity: model output, shape of ``x_t``.
+            sigma: flow time of ``x_t`` in (0, 1]; a number or a tensor such as [M], so that rows
+                at different steps batch together.
+            next_sigma: flow time after the step, in [0, sigma).
+
+        Returns:
+            Transition with mean [M, ...] and std of one value per row. Gradient flows to ``x_t``
+            and ``velocity``.
+
+        Raises:
+            ValueError: shapes differ, a flow time lies outside [0, 1], or the step does not go
+                from noise toward data.
+            TypeError: an argument is not floating point.
+        """
+        check_floating(x_t=x_t, velocity=velocity)
+        check_same_shape(x_t=x_t, velocity=velocity)
+        check_rank("x_t", x_t, 2, "[M, ...]")
+        x, v = promote(x_t, velocity)
+        s, s_next = per_row("sigma", sigma, x), per_row("next_sigma", next_sigma, x)
+        check_step_values("next_sigma", s_next - s, s_next < s, "next_sigma < sigma, difference")
+        pull, std = self.coefficients(s, s_next)
+        mean = torch.addcmul(x * (1 - pull), v, s_next - s - pull * (1 - s))
+        return Transition(mean, std)
+
+
+@dataclass(frozen=True)
+class ODE(_PulledEuler):
+    """Deterministic Euler step; ``std`` is 0 and there is no density.
+
+    Source: Flow-GRPO (arXiv 2505.05470), the ODE its SDE shares marginals with.
+
+    Example:
+        >>> ODE()(torch.tensor([[1.0]]), torch.tensor([[2.0]]), 1.0, 0.75)
+        Transition(mean=tensor([[0.5000]]), std=tensor([[0.]]))
+    """
+
+    def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """No pull, no noise."""
+        return torch.zeros_like(sigma), torch.zeros_like(sigma)
+
+
+class _SDE(_PulledEuler):
+    """Euler-Maruyama step of the SDE with the ODE's marginals and diffusion coefficient g."""
+
+    def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+        """Diffusion coefficient g of the step."""
+        raise NotImplementedError
+
+    def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """``g^2 d / (2 sigma)`` and ``g sqrt(d)``."""
+        g, d = self.diffusion(sigma, next_sigma), sigma - next_sigma
+        return g.square() * d / (2 * sigma), g * d.sqrt()
+
+
+@dataclass(frozen=True)
+class FlowSDE(_SDE):
+    r"""Flow-SDE step, :math:`g = a\sqrt{\sigma / (1 - \sigma)}`.
+
+    At sigma = 1 the denominator takes the next grid value in place of 1, so it is finite.
+
+    Args:
+        noise_level: a >= 0; Flow-GRPO uses 0.7, for FLUX.1-Kontext 0.9. 0 is the Euler step.
+
+    Source: Flow-GRPO (arXiv 2505.05470), its Euler-Maruyama sampler.
+
+    Example:
+        >>> FlowSDE(0.7).diffusion(torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25]))
+        tensor([0.9899, 0.7000])
+    """
+
+    noise_level: float
+
+    def __post_init__(self) -> None:
+        check_number("noise_level", self.noise_level, low=0.0)
+
+    def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+        """Diffusion coefficient g; ``next_sigma`` stands in for a sigma of exactly 1."""
+        below_one = torch.where(sigma == 1, next_sigma, sigma)
+        return self.noise_level * (sigma / (1 - below_one)).sqrt()
+
+
+@dataclass(frozen=True)
+class DanceSDE(_SDE):
+    """Dance-SDE step: a constant diffusion coefficient, g = a.
+
+    Args:
+        noise_level: a >= 0; DanceGRPO uses 0.3. 0 is the Euler step.
+
+    Source: DanceGRPO (arXiv 2505.07818).
+
+    Example:
+        >>> DanceSDE(0.5)(torch.zeros(1, 1), torch.zeros(1, 1), 1.0, 0.75).std
+        tensor([[0.2500]])
+    """
+
+    noise_level: float
+
+    def __post_init__(self) -> None:
+        check_number("noise_level", self.noise_level, low=0.0)
+
+    def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+        """Diffusion coefficient g."""
+        return torch.full_like(sigma, self.noise_level)
+
+
+@dataclass(frozen=True)
+class CPS(_PulledEuler):
+    r"""Coefficient-preserving step: the noise of the next sample is part old, part fresh.
+
+    .. math:: x' = (1 - \sigma')\,\hat c + \sigma'(\cos(a\pi/2)\,\hat n + \sin(a\pi/2)\,z)
+
+    with the clean estimate c and the noise estimate n. The total noise coefficient stays sigma',
+    so no step adds more noise than the path holds; marginals of the ODE are not kept.
+
+    Args:
+        noise_level: a in [0, 1]; 0 is the Euler step, 1 replaces all noise.
+
+    Source: Flow-CPS (arXiv 2509.05952).
+
+    Example:
+        >>> CPS(1.0)(torch.tensor([[1.0]]), torch.tensor([[2.0]]), 0.5, 0.25)
+        Transition(mean=tensor([[0.]]), std=tensor([[0.2500]]))
+    """
+
+    noise_level: float
+
+    def __post_init__(self) -> None:
+        check_number("noise_level", self.noise_level, low=0.0, high=1.0)
+
+    def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """``next_sigma (1 - cos)`` and ``next_sigma sin`` of the angle ``a pi / 2``."""
+        angle = self.noise_level * math.pi / 2
+        return next_sigma * (2 * math.sin(angle / 2) ** 2), next_sigma * math.sin(angle)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -> Tensor:
+    r"""Log-density of a stored step: :math:`-(x-mean)^2/(2 std^2) - \log std - \log(2\pi)/2`.
+
+    A row with ``std`` 0 took a deterministic step, which has no density: its log-prob is exactly 0
+    with zero gradient, so its ratio is 1 whatever the policy. Keep such rows out of training by the
+    solver's window, not by this value.
+
+    Args:
+        x: the next sample that was really used (after any rounding), [M, ...].
+        mean: transition mean, shape of ``x``.
+        std: >= 0, broadcasts over ``x`` with one value per row: [M, 1, ...] or [1, 1, ...].
+        reduction: over the elements of a row. "mean" is the per-element average that peers' clip
+            ranges (1e-4 .. 1e-5) belong to; "sum" is the joint log-density. Use the same one for
+            sampling and training.
+
+    Returns:
+        [M], float32 at least. Gradient flows to ``mean``, ``x`` and ``std``.
+
+    Raises:
+        ValueError: shapes differ, std has more than one value per row or is negative, or the
+            reduction is unknown.
+        TypeError: an argument is not floating point.
+
+    Source: Flow-GRPO (arXiv 2505.05470).
+
+    Example:
+        >>> zero = torch.zeros(1, 2)
+        >>> gaussian_log_prob(zero, zero, torch.ones(1, 1), reduction="sum")
+        tensor([-1.8379])
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    difference, safe_std, stochastic = _standardise(x, mean, std, "x")
+    per_element = (
+        -0.5 * row_mean_square(difference) / safe_std.square()
+        - safe_std.log()
+        - 0.5 * math.log(2 * math.pi)
+    )
+    return _reduce_elements(per_element, stochastic, difference, reduction)
+
+
+def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction: str) -> Tensor:
+    r"""KL divergence of two transitions of equal std: :math:`(mean - mean_{ref})^2 / (2 std^2)`.
+
+    ``std`` is that of the step, with the step size in it; policy and reference share it because it
+    depends on the grid alone. Deterministic rows give exactly 0.
+
+    Args:
+        mean: transition mean of the policy, [M, ...].
+        reference_mean: transition mean of the reference, shape of ``mean``.
+        std: as in ``gaussian_log_prob``.
+        reduction: "mean" or "sum" over elements; the one of the log-prob.
+
+    Returns:
+        [M], >= 0, float32 at least. Gradient flows to all tensors.
+
+    Raises:
+        ValueError: shapes differ, std has more than one value per row or is negative, or the
+            reduction is unknown.
+        TypeError: an argument is not floating point.
+
+    Source: Flow-GRPO (arXiv 2505.05470).
+
+    Example:
+        >>> mean, std = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.5]])
+        >>> gaussian_kl(mean, torch.zeros(1, 2), std, reduction="sum")
+        tensor([50.])
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    difference, safe_std, stochastic = _standardise(mean, reference_mean, std, "mean")
+    per_element = 0.5 * row_mean_square(difference) / safe_std.square()
+    return _reduce_elements(per_element, stochastic, difference, reduction)
+
+
+def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
+    r"""Flow-CPS's training signal :math:`-(x - mean)^2`: a surrogate, NOT a log-density.
+
+    The density's 1 / (2 std^2) is left out, so that steps with little noise do not dominate; the
+    exponential of its difference is no probability ratio. For the density use
+    ``gaussian_log_prob``.
+
+    Args:
+        x: the next sample that was really used, [M, ...].
+        mean: transition mean, shape of ``x``.
+        reduction: "mean" or "sum" over elements.
+
+    Returns:
+        [M], <= 0, float32 at least. Gradient flows to both.
+
+    Raises:
+        ValueError: shapes differ or the reduction is unknown.
+        TypeError: an argument is not floating point.
+
+    Source: Flow-CPS (arXiv 2509.05952).
+
+    Example:
+        >>> cps_surrogate(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), reduction="sum")
+        tensor([-25.])
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    difference = _difference(x, mean, "x")
+    surrogate = -row_mean_square(difference)
+    return surrogate if reduction == "mean" else surrogate * elements(difference)
+
+
+def sliding_window(
+    update: int, *, size: int, steps: int, stride: int = 1, interval: int = 1
+) -> range:
+    """Denoising steps that are stochastic and trained at an update: a window sliding over the grid.
+
+    Starts at the noisiest step, moves by ``stride`` every ``interval`` updates, and begins again
+    when it would leave the grid.
+
+    Args:
+        update: number of the update, from 0.
+        size: steps in the window, 1..steps.
+        steps: denoising steps S.
+        stride: steps moved at a time.
+        interval: updates between moves.
+
+    Returns:
+        The range of step indices; all others take ODE steps.
+
+    Raises:
+        ValueError: a count is too small, or the window is larger than the grid.
+
+    Source: MixGRPO (arXiv 2507.21802).
+
+    Example:
+        >>> [list(sliding_window(k, size=2, steps=4)) for k in range(4)]
+        [[0, 1], [1, 2], [2, 3], [0, 1]]
+    """
+    check_count("update", update, low=0)
+    for name, count in (("size", size), ("stride", stride), ("interval", interval)):
+        check_count(name, count)
+    check_count("steps", steps, low=size)
+    start = update // interval * stride % (steps - size + 1)
+    return range(start, start + size)
+
+
+def _difference(x: Tensor, mean: Tensor, name: str) -> Tensor:
+    check_floating(**{name: x, "mean": mean})
+    check_same_shape(**{name: x, "mean": mean})
+    check_rank(name, x, 2, "[M, ...]")
+    left, right = promote(x, mean)
+    return left - right
+
+
+def _standardise(x: Tensor, mean: Tensor, std: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Difference [M, ...], and per row [M] a std safe to divide by and where the step is random."""
+    difference = _difference(x, mean, name)
+    check_floating(std=std)
+    if std.ndim != x.ndim or std.shape[0] not in (1, len(x)) or std.numel() != std.shape[0]:
+        raise ValueError(
+            f"std: expected one value per row, [M, 1, ...] or [1, 1, ...] against "
+            f"{list(x.shape)}, got {list(std.shape)}"
+        )
+    check_step_values("std", std, std >= 0, "values >= 0")
+    rows = std.reshape(-1).to(difference.dtype).expand(len(x))
+    stochastic = rows > 0
+    return difference, torch.where(stochastic, rows, 1), stochastic
+
+
+def _reduce_elements(
+    per_element: Tensor, stochastic: Tensor, difference: Tensor, reduction: str
+) -> Tensor:
+    reduced = per_element if reduction == "mean" else per_element * elements(difference)
+    return torch.where(stochastic, reduced, 0)

@@ -1,0 +1,243 @@
+"""Frozen container of rolled-out trajectories: validated once, then plain tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    REDUCTIONS,
+    check_choice,
+    check_floating,
+    check_full_precision,
+    check_mask,
+    check_rank,
+    check_shape,
+    check_values,
+)
+from mteditflow._safetensors import load_tensors, save_tensors
+
+_FORMAT = "mteditflow.Trajectory/1"
+
+
+class Steps(NamedTuple):
+    """Stored denoising steps as M rows: what a replay needs."""
+
+    x_t: Tensor  # [M, ...] state before the step
+    next_x: Tensor  # [M, ...] state after it
+    sigma: Tensor  # [M] flow time before
+    next_sigma: Tensor  # [M] flow time after
+    log_prob: Tensor  # [M] under the policy that sampled
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Multi-turn rollouts: B trajectories of N turns of S denoising steps.
+
+    Args:
+        latents: every state of every turn, [B, N, S + 1, ...], from noise (first) to clean (last).
+        sigmas: grid of each turn, [N, S + 1], strictly decreasing within [0, 1].
+        log_prob: of each step under the sampling policy, [B, N, S], float32 or float64; 0 where the
+            step was deterministic.
+        stochastic: steps that were sampled from a density, boolean [N, S].
+        group: integer group id of each trajectory, [B].
+        turn_mask: turns that exist, boolean [B, N]; chains may be shorter than N.
+        reduction: how ``log_prob`` was reduced over elements, "mean" or "sum"; kept with it so that
+            training cannot mix the two.
+
+    Raises:
+        ValueError: shapes do not match, a grid does not decrease, a trajectory has no turn, states
+            or log-probs of existing turns are not finite.
+        TypeError: a dtype is not the one stated.
+
+    Example:
+        >>> trajectory = Trajectory(
+        ...     latents=torch.zeros(4, 3, 3, 8),
+        ...     sigmas=torch.tensor([[1.0, 0.5, 0.0]]).expand(3, -1),
+        ...     log_prob=torch.zeros(4, 3, 2),
+        ...     stochastic=torch.ones(3, 2, dtype=torch.bool),
+        ...     group=torch.tensor([0, 0, 1, 1]),
+        ...     turn_mask=torch.ones(4, 3, dtype=torch.bool),
+        ...     reduction="mean",
+        ... )
+        >>> trajectory
+        Trajectory(B=4, N=3, S=2, latent=[8], dtype=torch.float32, device=cpu)
+        >>> len(trajectory.select(trajectory.group == 1))
+        2
+    """
+
+    latents: Tensor
+    sigmas: Tensor
+    log_prob: Tensor
+    stochastic: Tensor
+    group: Tensor
+    turn_mask: Tensor
+    reduction: str
+
+    def __post_init__(self) -> None:
+        check_floating(latents=self.latents)
+        check_full_precision(sigmas=self.sigmas, log_prob=self.log_prob)
+        check_rank("latents", self.latents, 4, "[B, N, S + 1, ...]")
+        b, n, states = self.latents.shape[:3]
+        if states < 2:
+            raise ValueError(f"latents: expected at least one step (two states), got {states}")
+        check_shape("sigmas", self.sigmas, (n, states), "[N, S + 1]")
+        check_shape("log_prob", self.log_prob, (b, n, states - 1), "[B, N, S]")
+        check_mask("stochastic", self.stochastic, (n, states - 1), "[N, S]")
+        check_shape("group", self.group, (b,), "[B]")
+        if self.group.is_floating_point() or self.group.dtype == torch.bool:
+            raise TypeError(f"group: expected integer ids, got {self.group.dtype}")
+        check_mask("turn_mask", self.turn_mask, (b, n), "[B, N]")
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        self._check_values()
+
+    def _check_values(self) -> None:
+        within = (self.sigmas >= 0) & (self.sigmas <= 1)
+        check_values("sigmas", self.sigmas, within, "values in [0, 1]")
+        fall = self.sigmas[:, :-1] - self.sigmas[:, 1:]
+        check_values("sigmas", fall, fall > 0, "strictly decreasing grids, a fall > 0")
+        has_turn = self.turn_mask.any(dim=1)
+        check_values("turn_mask", has_turn, has_turn, "at least one turn in each trajectory")
+        absent = ~self.turn_mask
+        finite = self.log_prob.isfinite().all(dim=2) | absent
+        check_values("log_prob", self.turn_mask, finite, "finite values in existing turns; turn")
+        finite = self.latents.isfinite().flatten(2).all(dim=2) | absent
+        check_values("latents", self.turn_mask, finite, "finite values in existing turns; turn")
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __repr__(self) -> str:
+        b, n, states, *latent = self.latents.shape
+        return (
+            f"Trajectory(B={b}, N={n}, S={states - 1}, latent={latent}, "
+            f"dtype={self.latents.dtype}, device={self.latents.device})"
+        )
+
+    @property
+    def clean(self) -> Tensor:
+        """Final latents of every turn, [B, N, ...]: what NFT re-noises and the next turn edits."""
+        return self.latents[:, :, -1]
+
+    @property
+    def step_mask(self) -> Tensor:
+        """Steps that exist and have a density, boolean [B, N, S]: those GRPO can train."""
+        return self.turn_mask[:, :, None] & self.stochastic[None]
+
+    def steps(self, trajectory: Tensor, turn: Tensor, step: Tensor) -> Steps:
+        """Gather any steps as rows, across trajectories, turns and steps.
+
+        Args:
+            trajectory: index of each row, integer [M].
+            turn: index of each row, integer [M].
+            step: index of each row, integer [M].
+
+        Returns:
+            Steps of M rows.
+
+        Raises:
+            ValueError: the three indices differ in shape.
+            IndexError: an index is out of range.
+
+        Example:
+            To take every step that GRPO can train:
+
+            >>> rows = torch.ones(2, 3, 4, dtype=torch.bool).nonzero(as_tuple=True)
+            >>> [index.shape for index in rows]
+            [torch.Size([24]), torch.Size([24]), torch.Size([24])]
+        """
+        check_shape("turn", turn, trajectory.shape, "of trajectory")
+        check_shape("step", step, trajectory.shape, "of trajectory")
+        return Steps(
+            x_t=self.latents[trajectory, turn, step],
+            next_x=self.latents[trajectory, turn, step + 1],
+            sigma=self.sigmas[turn, step],
+            next_sigma=self.sigmas[turn, step + 1],
+            log_prob=self.log_prob[trajectory, turn, step],
+        )
+
+    def select(self, index: Tensor | slice) -> Trajectory:
+        """Some trajectories: an integer index tensor, a boolean mask [B] or a slice."""
+        return replace(
+            self,
+            latents=self.latents[index],
+            log_prob=self.log_prob[index],
+            group=self.group[index],
+            turn_mask=self.turn_mask[index],
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Trajectory:
+        """A copy on another device; dtypes stay."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """Join along the batch.
+
+        Args:
+            parts: at least one; all of the same turns, grid, stochastic steps and reduction.
+
+        Raises:
+            ValueError: there is none, or they differ in what they must share.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one Trajectory, got none")
+        first = parts[0]
+        for position, part in enumerate(parts):
+            for name in ("sigmas", "stochastic"):
+                if not torch.equal(getattr(part, name), getattr(first, name)):
+                    raise ValueError(f"parts[{position}].{name}: differs from that of parts[0]")
+            if part.reduction != first.reduction:
+                raise ValueError(
+                    f"parts[{position}].reduction: expected {first.reduction!r}, "
+                    f"got {part.reduction!r}"
+                )
+            check_shape(
+                f"parts[{position}].latents",
+                part.latents,
+                (len(part), *first.latents.shape[1:]),
+                "[B, ...] like parts[0]",
+            )
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("latents", "log_prob", "group", "turn_mask")
+        }
+        return replace(first, **joined)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, atomically."""
+        tensors = {
+            field.name: value
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        save_tensors(path, tensors, {"format": _FORMAT, "reduction": self.reduction})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trajectory:
+        """Read what ``save`` wrote, and validate it.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"{os.fspath(path)}: expected format {_FORMAT!r}, got {metadata.get('format')!r}"
+            )
+        expected = {field.name for field in fields(cls)} - {"reduction"}
+        if set(tensors) != expected:
+            raise ValueError(
+                f"{os.fspath(path)}: expected tensors {sorted(expected)}, got {sorted(tensors)}"
+            )
+        return cls(**tensors, reduction=metadata.get("reduction", ""))

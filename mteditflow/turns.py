@@ -1,0 +1,242 @@
+r"""From scores per turn to one reward per trajectory, and from one advantage back to every step.
+
+Shapes: ``B`` trajectories, ``N`` turns, ``S`` denoising steps of a turn. Chains of unequal length
+are padded to N; a boolean ``turn_mask`` [B, N] says which turns exist. What stands in a padded
+entry is never read.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from mteditflow._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_mask,
+    check_number,
+    check_rank,
+    check_values,
+)
+
+
+def binary_and(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+    r"""Strict success of a chain: :math:`\prod_n s_n`, 1 where every turn succeeded.
+
+    Args:
+        success: 0 or 1 per turn, [B, N]; boolean, integer or floating point.
+        turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
+
+    Returns:
+        [B] of 0 or 1, float32 (float64 if given). No gradient is meant.
+
+    Raises:
+        ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
+
+    Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
+
+    Example:
+        >>> binary_and(torch.tensor([[1, 1, 1], [1, 0, 1]]))
+        tensor([1., 0.])
+    """
+    scores, mask = _turns("success", success, turn_mask)
+    _check_binary(scores, mask)
+    return torch.where(mask, scores, 1).prod(dim=1)
+
+
+def binary_average(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+    r"""Share of turns that succeeded: :math:`\mathrm{mean}_n\, s_n`.
+
+    Args:
+        success: 0 or 1 per turn, [B, N]; boolean, integer or floating point.
+        turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
+
+    Returns:
+        [B] in [0, 1], float32 (float64 if given). No gradient is meant.
+
+    Raises:
+        ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
+
+    Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
+
+    Example:
+        >>> binary_average(torch.tensor([[1, 1], [1, 0]]))
+        tensor([1.0000, 0.5000])
+    """
+    scores, mask = _turns("success", success, turn_mask)
+    _check_binary(scores, mask)
+    return _mean(scores, mask)
+
+
+def likert_average(
+    likert: Tensor, *, normalization: str = "minmax", turn_mask: Tensor | None = None
+) -> Tensor:
+    r"""Mean Likert score of a chain, normalised: :math:`\mathrm{mean}_n (l_n - 1)/4`.
+
+    Args:
+        likert: scores in 1..5 per turn, [B, N]; fractions are fine (averaged votes).
+        normalization: "minmax" is (l - 1)/4, in [0, 1]; "max" is l/5, in [0.2, 1].
+        turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
+
+    Returns:
+        [B], float32 (float64 if given). No gradient is meant.
+
+    Raises:
+        ValueError: wrong shape, a score outside 1..5, or a chain without turns.
+
+    Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
+
+    Example:
+        >>> likert_average(torch.tensor([[5, 3, 1]]))
+        tensor([0.5000])
+        >>> likert_average(torch.tensor([[5, 3, 1]]), normalization="max")
+        tensor([0.6000])
+    """
+    check_choice("normalization", normalization, ("minmax", "max"))
+    scores, mask = _turns("likert", likert, turn_mask)
+    check_values("likert", scores, ~mask | ((scores >= 1) & (scores <= 5)), "scores in 1..5")
+    return _mean((scores - 1) / 4 if normalization == "minmax" else scores / 5, mask)
+
+
+def turn_average(score: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+    r"""Mean of any score over the turns that have one, such as content consistency.
+
+    Args:
+        score: a finite score per turn, [B, N].
+        turn_mask: turns that have a score, boolean [B, N]; ``None`` means all.
+
+    Returns:
+        [B], float32 (float64 if given). No gradient is meant.
+
+    Raises:
+        ValueError: wrong shape, a score that is not finite, or a chain without scores (mark such a
+            trajectory invalid, and give it any placeholder here).
+
+    Source: MT-EditFlow (arXiv 2606.01985), content consistency of a trajectory.
+
+    Example:
+        >>> turn_average(torch.tensor([[0.5, 1.0]]))
+        tensor([0.7500])
+    """
+    scores, mask = _turns("score", score, turn_mask)
+    check_values("score", scores, ~mask | scores.isfinite(), "finite scores")
+    return _mean(scores, mask)
+
+
+def reward_to_go(
+    reward: Tensor, *, discount: float = 1.0, turn_mask: Tensor | None = None
+) -> Tensor:
+    r"""Return from each turn on: :math:`G_n = \sum_{m \ge n} \gamma^{m-n} r_m`.
+
+    Args:
+        reward: finite reward per turn, [B, N].
+        discount: gamma in [0, 1]; 0 leaves each turn its own reward.
+        turn_mask: turns that exist, boolean [B, N]; padded turns add nothing and return 0.
+
+    Returns:
+        [B, N], float32 (float64 if given). No gradient is meant.
+
+    Raises:
+        ValueError: wrong shape, a reward that is not finite, a discount outside [0, 1].
+
+    Source: credit to turns, an alternative to MT-EditFlow's broadcast (arXiv 2606.01985, Eq. 8).
+
+    Example:
+        >>> reward_to_go(torch.tensor([[1.0, 2.0, 4.0]]), discount=0.5)
+        tensor([[3., 4., 4.]])
+    """
+    check_number("discount", discount, low=0.0, high=1.0)
+    rewards, mask = _turns("reward", reward, turn_mask)
+    check_values("reward", rewards, ~mask | rewards.isfinite(), "finite rewards")
+    rewards = torch.where(mask, rewards, 0)
+    returns = [rewards[:, -1]]
+    for turn in reversed(range(rewards.shape[1] - 1)):
+        returns.insert(0, rewards[:, turn] + discount * returns[0])
+    return torch.where(mask, torch.stack(returns, dim=1), 0)
+
+
+def stop_after_failure(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+    """Weights that stop a chain's training after its first failed turn.
+
+    The failed turn itself keeps weight 1 (its advantage says that it failed); later turns, which
+    edit a ruined image, get 0.
+
+    Args:
+        success: 0 or 1 per turn, [B, N]; boolean, integer or floating point.
+        turn_mask: turns that exist, boolean [B, N]; padded turns get weight 0.
+
+    Returns:
+        [B, N] of 0 or 1, float32 (float64 if given): multiply a turn advantage by it, or train
+        only where it is 1.
+
+    Raises:
+        ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
+
+    Source: Edit-R2's rule, an alternative to MT-EditFlow's broadcast (arXiv 2606.01985, Eq. 8).
+
+    Example:
+        >>> stop_after_failure(torch.tensor([[1, 0, 1], [1, 1, 1]]))
+        tensor([[1., 1., 0.],
+                [1., 1., 1.]])
+    """
+    scores, mask = _turns("success", success, turn_mask)
+    _check_binary(scores, mask)
+    succeeded = torch.where(mask, scores, 1)
+    before = torch.cat([torch.ones_like(scores[:, :1]), succeeded[:, :-1]], dim=1)
+    return before.cumprod(dim=1) * mask
+
+
+def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
+    r"""Give every turn and denoising step the advantage of its trajectory: ``A[b, n, s] = A[b]``.
+
+    Args:
+        advantage: per trajectory [B], or per turn [B, N].
+        turns: N.
+        steps: S.
+
+    Returns:
+        [B, N, S]. Gradient flows through.
+
+    Raises:
+        ValueError: the advantage is neither [B] nor [B, N].
+        TypeError: the advantage is not floating point.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 8.
+
+    Example:
+        >>> broadcast_to_steps(torch.tensor([2.0]), turns=2, steps=3)
+        tensor([[[2., 2., 2.],
+                 [2., 2., 2.]]])
+    """
+    check_floating(advantage=advantage)
+    check_count("turns", turns)
+    check_count("steps", steps)
+    if advantage.ndim == 1:
+        return repeat(advantage, "b -> b n s", n=turns, s=steps)
+    if advantage.ndim == 2 and advantage.shape[1] == turns:
+        return repeat(advantage, "b n -> b n s", s=steps)
+    raise ValueError(
+        f"advantage: expected shape [B] or [B, N] with N = {turns}, got {list(advantage.shape)}"
+    )
+
+
+def _turns(name: str, score: Tensor, turn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    check_rank(name, score, 2, "[B, N]")
+    if score.ndim != 2:
+        raise ValueError(f"{name}: expected shape [B, N], got {list(score.shape)}")
+    if turn_mask is None:
+        turn_mask = torch.ones_like(score, dtype=torch.bool)
+    check_mask("turn_mask", turn_mask, score.shape, "[B, N]")
+    has_turn = turn_mask.any(dim=1)
+    check_values("turn_mask", has_turn, has_turn, "at least one turn in each row")
+    return score.to(torch.promote_types(score.dtype, torch.float32)), turn_mask
+
+
+def _check_binary(scores: Tensor, mask: Tensor) -> None:
+    check_values("success", scores, ~mask | (scores == 0) | (scores == 1), "0 or 1")
+
+
+def _mean(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, scores, 0).sum(dim=1) / mask.sum(dim=1)
