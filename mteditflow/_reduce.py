@@ -85,4 +85,5 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return values.mean()
     check_mask("mask", mask, values.shape, "of values")
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+    total: Tensor = torch.where(mask, values, 0).sum()
+    return total / mask.sum().clamp(min=1)

@@ -139,8 +139,9 @@ def approximate_kl(
 ) -> Tensor:
     r"""Estimate of KL(old || current) from the old policy's samples.
 
-    The mean of :math:`\rho - 1 - \log\rho`. Unbiased and never negative. In the units of the log-prob: per element for "mean" log-probs
-    (then it is small, and only its trend says something), joint for "sum".
+    The mean of :math:`\rho - 1 - \log\rho`: unbiased and never negative. In the units of the
+    log-prob: per element for "mean" log-probs (then it is small, and only its trend says
+    something), joint for "sum".
 
     Args:
         log_prob: of the policy being trained, any shape.
