@@ -1,0 +1,27 @@
+"""Any diffusers flow pipeline, unpatched: SDE steps, recorded rollouts, policies on one model.
+
+Needs the extra ``mteditflow[diffusers]``.
+"""
+
+try:
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"mteditflow.pipelines needs {error.name}: pip install 'mteditflow[diffusers]'"
+    ) from error
+
+from mteditflow.pipelines.adapters import LoraPolicies
+from mteditflow.pipelines.recognise import ReplayError
+from mteditflow.pipelines.recorder import Recorder
+from mteditflow.pipelines.rollout import Rollout
+from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
+
+__all__ = [
+    "FlowMatchSDEScheduler",
+    "LoraPolicies",
+    "Recorder",
+    "ReplayError",
+    "Rollout",
+    "Step",
+]

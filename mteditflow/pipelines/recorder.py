@@ -1,0 +1,211 @@
+"""Records what a pipeline does while it is called as usual, and proves that it can be replayed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from mteditflow.pipelines.conditioning import map_leaves, share_equal_tensors
+from mteditflow.pipelines.recognise import Call, ReplayError
+from mteditflow.pipelines.rollout import Rollout
+from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
+from mteditflow.pipelines.turn import Recorded, Turn
+from mteditflow.sde import Solver
+from mteditflow.trajectory import Trajectory
+
+
+class Recorder:
+    """Context in which every call of a pipeline is recorded as one turn of its trajectories.
+
+    Inside, the pipeline has a ``FlowMatchSDEScheduler`` of its own scheduler's configuration, and
+    its transformer a forward hook; on exit, also by an exception, both are as before. Calls in one
+    context are the turns of one chain, in order. While it records, the recorder proves that what it
+    keeps suffices: at every step the transformer's outputs must make exactly the velocity that the
+    scheduler is given, from the sample that it returned before, with arguments that do not change.
+
+    Args:
+        pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler``.
+        solver: how stochastic steps are taken; None and ``ODE()`` sample like the pipeline's own
+            scheduler, bit for bit.
+        generators: of the step noise, one per trajectory of a call; their streams go on over turns.
+        stochastic_steps: indices of the steps that may draw noise; None allows all.
+        reduction: of log-probs over elements, "mean" or "sum".
+        model: the module to record; None is ``pipeline.transformer``.
+        shared: names of transformer arguments whose tensors have no row per trajectory. Two-axis
+            ``..._ids`` and tensors whose first axis is not the batch are known to be shared.
+        storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
+
+    Raises:
+        ValueError: the pipeline is no flow pipeline, or already being recorded.
+        ReplayError: (a ValueError) inside the context, when a call could not be replayed.
+
+    Example:
+        A chain of two edits, then the log-probs of all its steps with gradients::
+
+            generators = trajectory_generators(0, len(images))
+            with Recorder(pipe, FlowSDE(0.7), generators=generators) as recorder:
+                for prompts in chain:
+                    images = pipe(images, prompts, generator=generators).images
+            rollout = recorder.rollout(group=group)
+
+            rows = rollout.trajectory.step_mask.nonzero(as_tuple=True)
+            steps = rollout.trajectory.steps(*rows)
+            velocity = rollout.velocity(pipe.transformer, steps.x_t, steps.sigma, *rows[:2])
+            transition = FlowSDE(0.7)(steps.x_t, velocity, steps.sigma, steps.next_sigma)
+            log_prob = gaussian_log_prob(steps.next_x, *transition, reduction="mean")
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        solver: Solver | None = None,
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        stochastic_steps: Collection[int] | None = None,
+        reduction: str = "mean",
+        model: nn.Module | None = None,
+        shared: Collection[str] = (),
+        storage: torch.device | str | None = None,
+    ) -> None:
+        scheduler = getattr(pipeline, "scheduler", None)
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, "
+                f"got {type(pipeline).__name__} with {type(scheduler).__name__}"
+            )
+        model = getattr(pipeline, "transformer", None) if model is None else model
+        if not isinstance(model, nn.Module):
+            raise ValueError("model: expected a module, because the pipeline has no transformer")
+        self._pipeline, self._model, self._shared = pipeline, model, frozenset(shared)
+        self._storage = None if storage is None else torch.device(storage)
+        self._scheduler = FlowMatchSDEScheduler.from_config(
+            scheduler.config,
+            solver=solver,
+            generators=generators,
+            stochastic_steps=stochastic_steps,
+            reduction=reduction,
+        )
+        self._scheduler.set_shift(scheduler.shift)
+        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._own_scheduler: FlowMatchEulerDiscreteScheduler | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._calls: list[Call] = []
+        self._turn: Turn | None = None
+        self._turns: list[Recorded] = []
+        self._failed: BaseException | None = None
+
+    def __enter__(self) -> Recorder:
+        """Swap the scheduler and hook the transformer."""
+        current = self._pipeline.scheduler
+        if isinstance(current, FlowMatchSDEScheduler) and current.observer is not None:
+            raise ValueError("pipeline: it is already being recorded")
+        if self._turns or self._failed is not None:
+            raise ValueError("recorder: it has recorded already; make a new one for each rollout")
+        if getattr(self._model, "is_cache_enabled", False):
+            raise ValueError(
+                "model: expected one without an enabled cache, whose outputs depend on the calls "
+                "before; call disable_cache() first"
+            )
+        self._own_scheduler = current
+        self._scheduler.observer = self
+        self._pipeline.scheduler = self._scheduler
+        self._hook = self._model.register_forward_hook(self._heard, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Put everything back; complain of an unfinished turn unless there is an error already."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._pipeline.scheduler = self._own_scheduler
+        self._scheduler.observer = None
+        self._calls = []
+        self._failed = error
+        if error is None:
+            self._check_finished()
+
+    def rollout(self, *, group: Tensor | Sequence[int]) -> Rollout:
+        """The recorded chain of turns.
+
+        Args:
+            group: integer group id of each trajectory, [B]; trajectories that share reference and
+                instructions share it.
+
+        Returns:
+            Rollout of B trajectories with one turn per pipeline call.
+
+        Raises:
+            ValueError: nothing was recorded, recording failed, or turns differ in the shape of
+                their latents or in their number of steps.
+            ReplayError: a recorded tensor was changed in place since.
+        """
+        if self._hook is None or self._failed is not None or not self._turns:
+            raise ValueError(
+                "recorder: expected at least one recorded pipeline call"
+                + ("" if self._failed is None else f", but recording failed: {self._failed}")
+            )
+        self._check_finished()
+        shapes = [list(turn.latents.shape) for turn in self._turns]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"turns: expected latents [B, S + 1, ...] of one shape, got {shapes}")
+        for turn in self._turns:
+            turn.check_unchanged()
+        latents = torch.stack([turn.latents for turn in self._turns], dim=1)
+        batch, turns = latents.shape[:2]
+        numbers = torch.arange(turns).expand(batch, -1)
+        rows = torch.arange(batch)[:, None].expand(-1, turns)
+        return Rollout(
+            Trajectory(
+                latents=latents,
+                sigmas=torch.stack([turn.sigmas for turn in self._turns]).to(latents.device),
+                log_prob=torch.stack([turn.log_prob for turn in self._turns], dim=1),
+                stochastic=torch.stack([t.stochastic for t in self._turns]).to(latents.device),
+                group=torch.as_tensor(group, device=latents.device),
+                turn_mask=torch.ones(batch, turns, dtype=torch.bool, device=latents.device),
+                reduction=self._scheduler.reduction,
+            ),
+            share_equal_tensors([turn.conditioning for turn in self._turns]),
+            torch.stack([numbers, rows], dim=-1),
+        )
+
+    def started(self, sigmas: Tensor) -> None:
+        """Called by the scheduler: a pipeline call begins."""
+        self._check_finished()
+        self._calls = []
+        timesteps = self._scheduler.config.num_train_timesteps
+        self._turn = Turn(sigmas, timesteps, self._shared, self._storage)
+
+    def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
+        """Called by the scheduler: a step has been taken."""
+        if self._turn is None:
+            raise ReplayError("the scheduler takes a step before set_timesteps or after the last")
+        calls, self._calls = self._calls, []
+        recorded = self._turn.add(step, velocity, timestep, calls)
+        if recorded is not None:
+            self._turns.append(recorded)
+            self._turn = None
+
+    def _heard(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook: keep a call that belongs to a step."""
+        if self._turn is not None:
+            arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+            # New containers, same tensors: pipelines change their dicts between branches.
+            self._calls.append(Call(map_leaves(lambda leaf: leaf, arguments), output[0]))
+
+    def _check_finished(self) -> None:
+        if self._turn is not None:
+            raise ReplayError(
+                f"turn {len(self._turns)} ended after {self._turn}; only whole turns are recorded"
+            )

@@ -1,0 +1,201 @@
+"""Recorded rollouts of a pipeline: trajectories, and any velocity again, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mteditflow._checks import check_floating, check_shape
+from mteditflow.pipelines.conditioning import (
+    Conditioning,
+    map_tensors,
+    select_rows,
+    share_equal_tensors,
+)
+from mteditflow.trajectory import Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Trajectories of a diffusers pipeline with the conditioning of each of their turns.
+
+    Made by ``Recorder.rollout``. ``velocity`` is the one primitive for both kinds of training: at
+    stored states it replays the rollout for the clipped surrogate, at freshly noised ones it is the
+    forward pass of NFT.
+
+    Args:
+        trajectory: B trajectories of N turns of S steps.
+        conditioning: the recorded pipeline calls.
+        index: for each trajectory and turn the number of its call and its row there, int64
+            [B, N, 2] on the CPU; -1 where the turn does not exist.
+
+    Raises:
+        ValueError: the index has not one entry per trajectory and turn.
+    """
+
+    trajectory: Trajectory
+    conditioning: tuple[Conditioning, ...]
+    index: Tensor
+
+    def __post_init__(self) -> None:
+        expected = (*self.trajectory.turn_mask.shape, 2)
+        check_shape("index", self.index, expected, "[B, N, 2]")
+
+    def __len__(self) -> int:
+        return len(self.trajectory)
+
+    def velocity(
+        self, model: nn.Module, x_t: Tensor, sigma: Tensor, trajectory: Tensor, turn: Tensor
+    ) -> Tensor:
+        r"""Velocity of ``model`` at any states, under the recorded conditioning of their rows.
+
+        Rows of different trajectories, turns and steps share one call of the model (one per branch
+        under classifier-free guidance) wherever their conditioning has the same shapes; otherwise
+        there is one call per shape. On the states of a fresh rollout, in the batch in which it was
+        sampled, the result is bit for bit what the scheduler was given.
+
+        Args:
+            model: the transformer, or a wrapper with the same forward arguments.
+            x_t: noisy latents, [M, ...], in the layout of ``trajectory.latents``.
+            sigma: flow time of each row, [M], in [0, 1].
+            trajectory: trajectory of each row, integer [M].
+            turn: turn of each row, integer [M].
+
+        Returns:
+            [M, ...], float32 at least: for guided pipelines the combined velocity. Gradient flows
+            to the model's parameters and to ``x_t``.
+
+        Raises:
+            ValueError: shapes differ, or a turn does not exist.
+            IndexError: an index is out of range.
+            TypeError: ``x_t`` or ``sigma`` is not floating point.
+
+        Source: MT-EditFlow (arXiv 2606.01985), Eq. 4-5: what both objectives evaluate.
+        """
+        check_floating(x_t=x_t, sigma=sigma)
+        for name, x in (("sigma", sigma), ("trajectory", trajectory), ("turn", turn)):
+            check_shape(name, x, x_t.shape[:1], "[M]")
+        calls, rows = self.index[trajectory.cpu(), turn.cpu()].unbind(-1)
+        if bool((calls < 0).any()):
+            raise ValueError("turn: expected turns that exist, got some that turn_mask excludes")
+        groups: dict[Any, list[int]] = {}
+        for position, call in enumerate(calls.tolist()):
+            groups.setdefault(self.conditioning[call].signature, []).append(position)
+        if len(groups) == 1:
+            return self._call(model, x_t, sigma, calls.tolist(), rows.tolist())
+        parts, order = [], []
+        for positions in groups.values():
+            at = torch.tensor(positions)
+            here = at.to(x_t.device)
+            of_group = (calls[at].tolist(), rows[at].tolist())
+            parts.append(self._call(model, x_t[here], sigma[here], *of_group))
+            order += positions
+        return torch.cat(parts)[torch.tensor(order).argsort().to(x_t.device)]
+
+    def _call(
+        self, model: nn.Module, x_t: Tensor, sigma: Tensor, calls: list[int], rows: list[int]
+    ) -> Tensor:
+        """``velocity`` for rows whose records fit into one batch."""
+        records = [self.conditioning[call] for call in calls]
+        recipe = records[0].recipe
+        sample = x_t.to(recipe.sample_dtype)
+        time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
+        outputs = []
+        for branches in zip(*(record.branches for record in records), strict=True):
+            rests = [branch.rest for branch in branches]
+            rest = None if rests[0] is None else select_rows(rests, rows, x_t.device)
+            arguments = select_rows([b.arguments for b in branches], rows, x_t.device)
+            arguments[recipe.sample_name] = recipe.layout.join(sample, rest)
+            arguments[recipe.time_name] = time
+            outputs.append(recipe.layout.velocity(model(**arguments)[0], sample))
+        combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
+        return combined.to(torch.promote_types(combined.dtype, torch.float32))
+
+    def select(self, index: Tensor | slice) -> Rollout:
+        """Some trajectories: an integer index tensor, a boolean mask [B] or a slice.
+
+        Conditioning that no remaining trajectory uses is let go.
+        """
+        at = index.cpu() if isinstance(index, Tensor) else index
+        return _compact(self.trajectory.select(index), self.conditioning, self.index[at])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rollout:
+        """A copy on another device; dtypes stay, shared tensors stay shared."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        moved = map_tensors(self.conditioning, move)
+        trajectory = self.trajectory.to(device, non_blocking=non_blocking)
+        return Rollout(trajectory, moved, self.index)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rollout]) -> Rollout:
+        """Join along the batch, as for pipelines that take one reference image per call.
+
+        Chains may differ in their number of turns: the shorter are filled up, and excluded by
+        ``turn_mask``.
+
+        Args:
+            parts: at least one; of one latent shape, grid, stochastic steps and reduction.
+
+        Raises:
+            ValueError: there is none, or they differ in what they must share.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one Rollout, got none")
+        longest = max(parts, key=lambda part: part.index.shape[1])
+        offsets = [0]
+        for part in parts:
+            offsets.append(offsets[-1] + len(part.conditioning))
+        indices = []
+        for part, offset in zip(parts, offsets[:-1], strict=True):
+            shift = torch.tensor([offset, 0])
+            index = torch.where(part.index < 0, -1, part.index + shift)
+            indices.append(_pad(index, 1, longest.index.shape[1], -1))
+        return cls(
+            Trajectory.concatenate([_fill_up(p.trajectory, longest.trajectory) for p in parts]),
+            share_equal_tensors([record for part in parts for record in part.conditioning]),
+            torch.cat(indices),
+        )
+
+
+def _compact(
+    trajectory: Trajectory, conditioning: tuple[Conditioning, ...], index: Tensor
+) -> Rollout:
+    """A rollout without the records that its index does not name."""
+    used = sorted({call for call in index[..., 0].flatten().tolist() if call >= 0})
+    number = torch.full((len(conditioning) + 1,), -1)  # the last entry is where -1 points
+    number[used] = torch.arange(len(used))
+    renumbered = torch.stack([number[index[..., 0]], index[..., 1]], dim=-1)
+    return Rollout(trajectory, tuple(conditioning[call] for call in used), renumbered)
+
+
+def _pad(x: Tensor, dim: int, length: int, value: float) -> Tensor:
+    """Extend an axis to ``length`` with a constant."""
+    shape = list(x.shape)
+    shape[dim] = length - shape[dim]
+    return torch.cat([x, x.new_full(shape, value)], dim=dim) if shape[dim] else x
+
+
+def _fill_up(trajectory: Trajectory, longest: Trajectory) -> Trajectory:
+    """Extend a trajectory by masked turns on the grid of ``longest``."""
+    turns = trajectory.turn_mask.shape[1]
+    total = longest.turn_mask.shape[1]
+    if turns == total:
+        return trajectory
+    return Trajectory(
+        latents=_pad(trajectory.latents, 1, total, 0),
+        sigmas=torch.cat([trajectory.sigmas, longest.sigmas[turns:].to(trajectory.sigmas)]),
+        log_prob=_pad(trajectory.log_prob, 1, total, 0),
+        stochastic=torch.cat(
+            [trajectory.stochastic, longest.stochastic[turns:].to(trajectory.stochastic.device)]
+        ),
+        group=trajectory.group,
+        turn_mask=_pad(trajectory.turn_mask, 1, total, False),
+        reduction=trajectory.reduction,
+    )
