@@ -51,7 +51,7 @@ class Observer(Protocol):
         """Called when a pipeline has set its grid, ``sigmas`` [S + 1], on the CPU."""
 
     def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
-        """Called after each step with the velocity that the pipeline gave, and the grid's timestep."""
+        """Called after each step with the pipeline's velocity and the grid's timestep (0-d)."""
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
@@ -111,7 +111,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """Build from any flow-matching Euler configuration; see the class for the options."""
         names = ("solver", "generators", "stochastic_steps", "reduction")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        source = (config or {}).get("_class_name", cls.__name__)
+        given = config if isinstance(config, Mapping) else {}
+        source = given.get("_class_name", cls.__name__)
         if source not in (cls.__name__, FlowMatchEulerDiscreteScheduler.__name__):
             raise ValueError(
                 "config: expected that of a FlowMatchEulerDiscreteScheduler, which integrates "

@@ -158,7 +158,10 @@ class Turn:
                 "the sample, from one step's end to the next one's start,", step.x_t, returned
             )
         self._steps.append(step)
-        return self._finish(pattern) if len(self._steps) == len(self._sigmas) - 1 else None
+        if len(self._steps) < len(self._sigmas) - 1:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._finish(pattern)
 
     def _compare(self, pattern: Pattern, branch: int, call: Call, sample: Tensor) -> Tensor:
         """Compare one call with step 0's; its velocity."""
@@ -214,8 +217,9 @@ class Turn:
         raise ReplayError(f"step {len(self._steps)}: {what} changes over the steps")
 
     def _finish(self, pattern: Pattern) -> Recorded:
-        """Read all answers at once; keep the turn."""
-        flags = torch.stack([flag for _, flag in self._doubts]).tolist()
+        """Read all answers at once; keep the turn, as tensors that autograd accepts."""
+        device = self._steps[0].x_t.device
+        flags = torch.stack([flag.to(device) for _, flag in self._doubts]).tolist()
         for (message, _), flag in zip(self._doubts, flags, strict=True):
             if flag:
                 raise ReplayError(f"cannot replay this pipeline: {message}")
@@ -228,7 +232,7 @@ class Turn:
         recorded = Recorded(
             self._conditioning(pattern),
             self._keep(torch.stack(samples, dim=1)),
-            self._sigmas,
+            self._sigmas.clone(),
             self._keep(torch.stack([step.log_prob for step in self._steps], dim=1)),
             torch.tensor([step.stochastic for step in self._steps]),
             self._versions,
@@ -276,12 +280,10 @@ class Turn:
 
     def _keep(self, x: Tensor) -> Tensor:
         """The tensor as it is stored: on the storage device, no view of a larger one, no graph."""
-        with torch.inference_mode(False):
-            x = x.clone() if x.is_inference() else x.detach()
-            if self._storage is not None and x.device != self._storage:
-                return x.to(self._storage)
-            held = x.untyped_storage().nbytes() > x.numel() * x.element_size()
-            return x.clone() if held or self._storage is not None else x
+        view = x.untyped_storage().nbytes() > x.numel() * x.element_size()
+        moved = x if self._storage is None else x.to(self._storage)
+        copied = moved.is_inference() or (moved is x and (view or self._storage is not None))
+        return moved.clone() if copied else moved.detach()
 
 
 def _versions(tree: Any) -> list[tuple[str, Tensor, int]]:
