@@ -24,6 +24,8 @@ from mteditflow._checks import (
 )
 from mteditflow._reduce import per_row, promote, row_mean_square
 
+_MAX_SHIFT = 1e30  # far beyond any use, and what float32 can still divide by
+
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     r"""Point on the path, :math:`x_t = (1 - \sigma)\,clean + \sigma\,noise`.
@@ -62,7 +64,7 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
         noise: standard Gaussian, shape of ``clean``.
 
     Returns:
-        [M, ...]. Gradient flows to both.
+        [M, ...] in the common dtype. Gradient flows to both.
 
     Raises:
         ValueError: shapes differ.
@@ -195,6 +197,7 @@ def uniform_sigmas(steps: int) -> Tensor:
 
     Raises:
         ValueError: ``steps`` is below 1.
+        TypeError: ``steps`` is not an integer.
 
     Example:
         >>> uniform_sigmas(4)
@@ -207,15 +210,19 @@ def uniform_sigmas(steps: int) -> Tensor:
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     r"""Shift a grid toward noise: :math:`\sigma' = a\sigma / (1 + (a - 1)\sigma)` with shift a.
 
+    Computed as :math:`\sigma / (\sigma + (1 - \sigma) / a)`, which keeps exactly 0 and exactly 1
+    where they are and never leaves [0, 1].
+
     Args:
-        sigmas: values in [0, 1], any shape; 0 and 1 stay where they are.
-        shift: a > 0; 1 is the identity, above 1 moves values toward noise.
+        sigmas: values in [0, 1], any shape.
+        shift: a in [1e-30, 1e30]; 1 is the identity, above 1 moves values toward noise.
 
     Returns:
-        Shape and dtype of ``sigmas``.
+        Shape and dtype of ``sigmas``. Gradient flows to ``sigmas``.
 
     Raises:
-        ValueError: ``shift`` is not positive, or a sigma lies outside [0, 1].
+        ValueError: ``shift`` lies outside its range, or a sigma outside [0, 1].
+        TypeError: ``sigmas`` is not floating point.
 
     Source: Stable Diffusion 3 (arXiv 2403.03206), Eq. 23.
 
@@ -224,9 +231,10 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
         tensor([1.0000, 0.7500, 0.0000])
     """
     check_floating(sigmas=sigmas)
-    check_number("shift", shift, low=0.0, open_low=True)
+    check_number("shift", shift, low=1 / _MAX_SHIFT, high=_MAX_SHIFT)
     check_values("sigmas", sigmas, (sigmas >= 0) & (sigmas <= 1), "values in [0, 1]")
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    (s,) = promote(sigmas)
+    return (s / (s + (1 - s) / shift)).to(sigmas.dtype)
 
 
 def exponential_shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
@@ -236,19 +244,20 @@ def exponential_shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
 
     Args:
         sigmas: values in [0, 1], any shape.
-        mu: log of the shift, from ``flux_mu`` or ``flux2_mu``.
+        mu: log of the shift in [-69, 69], from ``flux_mu`` or ``flux2_mu``.
 
     Returns:
-        Shape and dtype of ``sigmas``.
+        Shape and dtype of ``sigmas``. Gradient flows to ``sigmas``.
 
     Raises:
-        ValueError: ``mu`` is not finite, or a sigma lies outside [0, 1].
+        ValueError: ``mu`` lies outside its range, or a sigma outside [0, 1].
+        TypeError: ``sigmas`` is not floating point.
 
     Example:
         >>> exponential_shift_sigmas(torch.tensor([1.0, 0.5, 0.0]), 0.0)
         tensor([1.0000, 0.5000, 0.0000])
     """
-    check_number("mu", mu)
+    check_number("mu", mu, low=-69.0, high=69.0)
     return shift_sigmas(sigmas, math.exp(mu))
 
 
@@ -260,12 +269,15 @@ def flux_mu(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """Resolution-dependent shift of FLUX.1: a line through two (token count, mu) points.
+    r"""Resolution-dependent shift of FLUX.1: a line through two (token count, mu) points.
+
+    .. math:: \mu = base_{shift} + (max_{shift} - base_{shift})
+        \frac{tokens - base_{tokens}}{max_{tokens} - base_{tokens}}
 
     Args:
         image_tokens: tokens of the image generated (the reference's do not count).
         base_tokens: token count at which mu is ``base_shift``.
-        max_tokens: token count at which mu is ``max_shift``.
+        max_tokens: token count at which mu is ``max_shift``, above ``base_tokens``.
         base_shift: mu at ``base_tokens``.
         max_shift: mu at ``max_tokens``.
 
@@ -273,15 +285,21 @@ def flux_mu(
         mu, for ``exponential_shift_sigmas``.
 
     Raises:
-        ValueError: a count is below 1, or the two counts are equal.
+        ValueError: a count is below 1, ``max_tokens`` is not above ``base_tokens``, or a shift is
+            not finite.
+        TypeError: a count is not an integer.
+
+    Source: the FLUX.1 pipelines of diffusers, of which a test checks equality.
 
     Example:
         >>> flux_mu(256), round(flux_mu(1024), 4)
         (0.5, 0.63)
     """
-    for name, count in (("image_tokens", image_tokens), ("base_tokens", base_tokens)):
-        check_count(name, count)
+    check_count("image_tokens", image_tokens)
+    check_count("base_tokens", base_tokens)
     check_count("max_tokens", max_tokens, low=base_tokens + 1)
+    check_number("base_shift", base_shift)
+    check_number("max_shift", max_shift)
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return base_shift + slope * (image_tokens - base_tokens)
 
@@ -301,6 +319,9 @@ def flux2_mu(image_tokens: int, steps: int) -> float:
 
     Raises:
         ValueError: an argument is below 1.
+        TypeError: an argument is not an integer.
+
+    Source: the FLUX.2 pipelines of diffusers, of which a test checks equality.
 
     Example:
         >>> round(flux2_mu(1024, 10), 4), round(flux2_mu(1024, 50), 4)

@@ -14,8 +14,10 @@ from mteditflow._checks import (
     check_choice,
     check_count,
     check_floating,
+    check_mask,
     check_rank,
     check_shape,
+    check_values,
 )
 from mteditflow.sde import ODE, Solver, gaussian_log_prob
 from mteditflow.trajectory import Trajectory
@@ -50,6 +52,7 @@ def trajectory_generators(
 
     Raises:
         ValueError: ``count`` is below 1 or ``seed`` below 0.
+        TypeError: ``count`` or ``seed`` is not an integer.
 
     Example:
         >>> [generator.initial_seed() for generator in trajectory_generators(7, 2)]
@@ -87,7 +90,8 @@ def batched_noise(
     """
     if not generators:
         raise ValueError("generators: expected at least one, got none")
-    rows = [torch.randn(*shape, generator=g, dtype=dtype, device=g.device) for g in generators]
+    shape = tuple(shape)
+    rows = [torch.randn(shape, generator=g, dtype=dtype, device=g.device) for g in generators]
     return torch.stack(rows).to(device=device)
 
 
@@ -116,7 +120,8 @@ def rollout(
         reduction: of log-probs over elements, "mean" or "sum".
         reference: clean latent that turn 0 edits, [B, ...].
         group: integer group ids, [B]; ``None`` puts each trajectory in a group of its own.
-        turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
+        turn_mask: turns that exist, boolean [B, N]; ``None`` means all. An absent turn is rolled
+            like the others, for the batch's sake, and may be anything.
         stochastic_steps: indices of the steps that use ``solver``, such as ``sliding_window(...)``;
             the others take ODE steps. ``None`` means all.
 
@@ -126,7 +131,7 @@ def rollout(
     Raises:
         ValueError: shapes do not match, the grid does not decrease, a step index is out of range,
             or a velocity has the wrong shape or is not finite.
-        TypeError: noise or grid is not floating point.
+        TypeError: noise or grid is not floating point, or the turn mask not boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 9-16.
 
@@ -148,6 +153,12 @@ def rollout(
         raise ValueError(f"generators: expected one per trajectory, {b}, got {len(generators)}")
     solvers = _solver_of_each_step(solver, stochastic_steps, len(sigmas) - 1)
     sigmas = sigmas.to(noise.device, torch.promote_types(sigmas.dtype, torch.float32))
+    fall = sigmas[:-1] - sigmas[1:]
+    check_values("sigmas", fall, fall > 0, "a strictly decreasing grid, a fall > 0")
+    if group is not None:
+        check_shape("group", group, (b,), "[B]")
+    if turn_mask is not None:
+        check_mask("turn_mask", turn_mask, (b, n), "[B, N]")
 
     latents, log_probs, stochastic = [], [], []
     for turn in range(n):
@@ -158,8 +169,10 @@ def rollout(
             check_shape("velocity", v, states[-1].shape, "of x_t")
             transition = step_solver(states[-1], v, sigma, next_sigma)
             random = bool((transition.std > 0).all())
-            z = batched_noise(noise.shape[2:], generators, device=noise.device) if random else None
-            x = transition.mean if z is None else transition.sample(z)
+            x = transition.mean
+            if random:
+                z = batched_noise(x.shape[1:], generators, dtype=x.dtype, device=x.device)
+                x = transition.sample(z)
             states.append(x.to(noise.dtype))
             # Of the value the next step really uses, after rounding to the latent's dtype.
             log_probs.append(gaussian_log_prob(states[-1], *transition, reduction=reduction))

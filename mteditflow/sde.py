@@ -32,6 +32,7 @@ from mteditflow._checks import (
     check_choice,
     check_count,
     check_floating,
+    check_full_precision,
     check_number,
     check_rank,
     check_same_shape,
@@ -52,7 +53,23 @@ class Transition(NamedTuple):
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Next sample, ``mean + std * noise``; ``noise`` is standard Gaussian [M, ...]."""
+        """Next sample, ``mean + std * noise``.
+
+        Args:
+            noise: standard Gaussian, shape of ``mean``.
+
+        Returns:
+            [M, ...] in the dtype of ``mean``. Gradient flows to all three.
+
+        Raises:
+            ValueError: shapes differ.
+            TypeError: ``noise`` is not floating point.
+
+        Example:
+            >>> Transition(torch.tensor([[1.0]]), torch.tensor([[0.5]])).sample(torch.ones(1, 1))
+            tensor([[1.5000]])
+        """
+        check_floating(noise=noise)
         check_same_shape(mean=self.mean, noise=noise)
         return torch.addcmul(self.mean, self.std, noise.to(self.mean))
 
@@ -104,7 +121,7 @@ class _PulledEuler:
         check_rank("x_t", x_t, 2, "[M, ...]")
         x, v = promote(x_t, velocity)
         s, s_next = per_row("sigma", sigma, x), per_row("next_sigma", next_sigma, x)
-        check_step_values("next_sigma", s_next - s, s_next < s, "next_sigma < sigma, difference")
+        check_step_values("next_sigma - sigma", s_next - s, s_next < s, "a step toward data, < 0")
         pull, std = self.coefficients(s, s_next)
         mean = torch.addcmul(x * (1 - pull), v, s_next - s - pull * (1 - s))
         return Transition(mean, std)
@@ -241,7 +258,8 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
     Raises:
         ValueError: shapes differ, std has more than one value per row or is negative, or the
             reduction is unknown.
-        TypeError: an argument is not floating point.
+        TypeError: ``x`` is not floating point, or ``mean`` or ``std`` is not float32 or float64:
+            in half precision the rounding of a mean is larger than what a policy update moves it.
 
     Source: Flow-GRPO (arXiv 2505.05470).
 
@@ -251,9 +269,10 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
         tensor([-1.8379])
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    difference, safe_std, stochastic = _standardise(x, mean, std, "x")
+    difference = _difference("x", x, "mean", mean)
+    safe_std, stochastic = _row_std(std, difference)
     per_element = (
-        -0.5 * row_mean_square(difference) / safe_std.square()
+        -0.5 * _standardised_square(difference, safe_std)
         - safe_std.log()
         - 0.5 * math.log(2 * math.pi)
     )
@@ -278,7 +297,7 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction:
     Raises:
         ValueError: shapes differ, std has more than one value per row or is negative, or the
             reduction is unknown.
-        TypeError: an argument is not floating point.
+        TypeError: an argument is not float32 or float64.
 
     Source: Flow-GRPO (arXiv 2505.05470).
 
@@ -288,8 +307,10 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction:
         tensor([50.])
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    difference, safe_std, stochastic = _standardise(mean, reference_mean, std, "mean")
-    per_element = 0.5 * row_mean_square(difference) / safe_std.square()
+    check_full_precision(mean=mean)
+    difference = _difference("mean", mean, "reference_mean", reference_mean)
+    safe_std, stochastic = _row_std(std, difference)
+    per_element = 0.5 * _standardised_square(difference, safe_std)
     return _reduce_elements(per_element, stochastic, difference, reduction)
 
 
@@ -310,7 +331,7 @@ def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
 
     Raises:
         ValueError: shapes differ or the reduction is unknown.
-        TypeError: an argument is not floating point.
+        TypeError: ``x`` is not floating point, or ``mean`` is not float32 or float64.
 
     Source: Flow-CPS (arXiv 2509.05952).
 
@@ -319,7 +340,7 @@ def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
         tensor([-25.])
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    difference = _difference(x, mean, "x")
+    difference = _difference("x", x, "mean", mean)
     surrogate = -row_mean_square(difference)
     return surrogate if reduction == "mean" else surrogate * elements(difference)
 
@@ -329,8 +350,8 @@ def sliding_window(
 ) -> range:
     """Denoising steps that are stochastic and trained at an update: a window sliding over the grid.
 
-    Starts at the noisiest step, moves by ``stride`` every ``interval`` updates, and begins again
-    when it would leave the grid.
+    Starts at the noisiest step, moves by ``stride`` every ``interval`` updates until it ends at the
+    last step (a last move may be shorter, so that no step is left out), and begins again.
 
     Args:
         update: number of the update, from 0.
@@ -344,6 +365,7 @@ def sliding_window(
 
     Raises:
         ValueError: a count is too small, or the window is larger than the grid.
+        TypeError: a count is not an integer.
 
     Source: MixGRPO (arXiv 2507.21802).
 
@@ -355,31 +377,41 @@ def sliding_window(
     for name, count in (("size", size), ("stride", stride), ("interval", interval)):
         check_count(name, count)
     check_count("steps", steps, low=size)
-    start = update // interval * stride % (steps - size + 1)
+    last = steps - size
+    positions = math.ceil(last / stride) + 1
+    start = min(update // interval % positions * stride, last)
     return range(start, start + size)
 
 
-def _difference(x: Tensor, mean: Tensor, name: str) -> Tensor:
-    check_floating(**{name: x, "mean": mean})
-    check_same_shape(**{name: x, "mean": mean})
-    check_rank(name, x, 2, "[M, ...]")
+def _difference(x_name: str, x: Tensor, mean_name: str, mean: Tensor) -> Tensor:
+    check_floating(**{x_name: x})
+    check_full_precision(**{mean_name: mean})
+    check_same_shape(**{x_name: x, mean_name: mean})
+    check_rank(x_name, x, 2, "[M, ...]")
     left, right = promote(x, mean)
-    return left - right
+    # Contiguous: the order of summation, and so the last bit of a log-prob, is that of the replay.
+    return (left - right).contiguous()
 
 
-def _standardise(x: Tensor, mean: Tensor, std: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Difference [M, ...], and per row [M] a std safe to divide by and where the step is random."""
-    difference = _difference(x, mean, name)
-    check_floating(std=std)
-    if std.ndim != x.ndim or std.shape[0] not in (1, len(x)) or std.numel() != std.shape[0]:
+def _row_std(std: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row [M]: a std that is safe to divide by, and whether the step was random."""
+    check_full_precision(std=std)
+    m = len(difference)
+    one_per_row = std.ndim == difference.ndim and std.numel() == std.shape[0] and len(std) in (1, m)
+    if not one_per_row:
         raise ValueError(
             f"std: expected one value per row, [M, 1, ...] or [1, 1, ...] against "
-            f"{list(x.shape)}, got {list(std.shape)}"
+            f"{list(difference.shape)}, got {list(std.shape)}"
         )
     check_step_values("std", std, std >= 0, "values >= 0")
-    rows = std.reshape(-1).to(difference.dtype).expand(len(x))
+    rows = std.reshape(-1).to(difference.dtype).expand(m)
     stochastic = rows > 0
-    return difference, torch.where(stochastic, rows, 1), stochastic
+    return torch.where(stochastic, rows, 1), stochastic
+
+
+def _standardised_square(difference: Tensor, std: Tensor) -> Tensor:
+    """Mean of ``(difference / std)^2``; divided twice, for the square of a tiny std is 0."""
+    return row_mean_square(difference) / std / std
 
 
 def _reduce_elements(

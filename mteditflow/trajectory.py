@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -50,9 +51,11 @@ class Trajectory:
         reduction: how ``log_prob`` was reduced over elements, "mean" or "sum"; kept with it so that
             training cannot mix the two.
 
+    No gradient flows through a rollout; tensors are taken as they are, and not to be changed.
+
     Raises:
-        ValueError: shapes do not match, a grid does not decrease, a trajectory has no turn, states
-            or log-probs of existing turns are not finite.
+        ValueError: shapes or devices do not match, a grid does not decrease, a trajectory has no
+            turn, states or log-probs of existing turns are not finite.
         TypeError: a dtype is not the one stated.
 
     Example:
@@ -90,10 +93,19 @@ class Trajectory:
         check_shape("log_prob", self.log_prob, (b, n, states - 1), "[B, N, S]")
         check_mask("stochastic", self.stochastic, (n, states - 1), "[N, S]")
         check_shape("group", self.group, (b,), "[B]")
-        if self.group.is_floating_point() or self.group.dtype == torch.bool:
+        if (
+            self.group.is_floating_point()
+            or self.group.is_complex()
+            or self.group.dtype == torch.bool
+        ):
             raise TypeError(f"group: expected integer ids, got {self.group.dtype}")
         check_mask("turn_mask", self.turn_mask, (b, n), "[B, N]")
         check_choice("reduction", self.reduction, REDUCTIONS)
+        for name, x in self._tensors().items():
+            if x.device != self.latents.device:
+                raise ValueError(
+                    f"{name}: expected the device of latents, {self.latents.device}, got {x.device}"
+                )
         self._check_values()
 
     def _check_values(self) -> None:
@@ -103,11 +115,12 @@ class Trajectory:
         check_values("sigmas", fall, fall > 0, "strictly decreasing grids, a fall > 0")
         has_turn = self.turn_mask.any(dim=1)
         check_values("turn_mask", has_turn, has_turn, "at least one turn in each trajectory")
-        absent = ~self.turn_mask
-        finite = self.log_prob.isfinite().all(dim=2) | absent
-        check_values("log_prob", self.turn_mask, finite, "finite values in existing turns; turn")
-        finite = self.latents.isfinite().flatten(2).all(dim=2) | absent
-        check_values("latents", self.turn_mask, finite, "finite values in existing turns; turn")
+        for name, x in (("log_prob", self.log_prob), ("latents", self.latents)):
+            absent = ~self.turn_mask.reshape(self.turn_mask.shape + (1,) * (x.ndim - 2))
+            check_values(name, x, x.isfinite() | absent, "finite values in existing turns")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)[:-1]}
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -138,21 +151,35 @@ class Trajectory:
             step: index of each row, integer [M].
 
         Returns:
-            Steps of M rows.
+            Steps of M rows, in the order of the indices.
 
         Raises:
-            ValueError: the three indices differ in shape.
-            IndexError: an index is out of range.
+            ValueError: the indices are not of one shape [M], or one is out of range.
+            TypeError: an index is not int64 or int32.
 
         Example:
             To take every step that GRPO can train:
 
-            >>> rows = torch.ones(2, 3, 4, dtype=torch.bool).nonzero(as_tuple=True)
-            >>> [index.shape for index in rows]
-            [torch.Size([24]), torch.Size([24]), torch.Size([24])]
+            >>> rollouts = Trajectory(
+            ...     latents=torch.zeros(2, 3, 5, 8),
+            ...     sigmas=torch.linspace(1, 0, 5).expand(3, -1),
+            ...     log_prob=torch.zeros(2, 3, 4),
+            ...     stochastic=torch.tensor([True, True, True, False]).expand(3, -1),
+            ...     group=torch.tensor([0, 0]),
+            ...     turn_mask=torch.ones(2, 3, dtype=torch.bool),
+            ...     reduction="mean",
+            ... )
+            >>> rollouts.steps(*rollouts.step_mask.nonzero(as_tuple=True)).x_t.shape
+            torch.Size([18, 8])
         """
-        check_shape("turn", turn, trajectory.shape, "of trajectory")
-        check_shape("step", step, trajectory.shape, "of trajectory")
+        check_shape("trajectory", trajectory, (trajectory.numel(),), "[M]")
+        bounds = zip(("trajectory", "turn", "step"), self.log_prob.shape, strict=True)
+        for (name, size), index in zip(bounds, (trajectory, turn, step), strict=True):
+            check_shape(name, index, trajectory.shape, "of trajectory")
+            if index.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"{name}: expected int64 or int32 indices, got {index.dtype}")
+            within = (index >= 0) & (index < size)
+            check_values(name, index, within, f"indices in 0..{size - 1}")
         return Steps(
             x_t=self.latents[trajectory, turn, step],
             next_x=self.latents[trajectory, turn, step + 1],
@@ -162,7 +189,18 @@ class Trajectory:
         )
 
     def select(self, index: Tensor | slice) -> Trajectory:
-        """Some trajectories: an integer index tensor, a boolean mask [B] or a slice."""
+        """Some trajectories.
+
+        Args:
+            index: integer indices [M], a boolean mask [B] or a slice.
+
+        Returns:
+            The trajectories in the order of ``index``; a slice shares memory with this one.
+
+        Raises:
+            ValueError: no trajectory is left.
+            IndexError: an index is out of range, or a mask is not [B].
+        """
         return replace(
             self,
             latents=self.latents[index],
@@ -172,28 +210,50 @@ class Trajectory:
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Trajectory:
-        """A copy on another device; dtypes stay."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+        """A copy on another device; dtypes stay.
+
+        Args:
+            device: where to.
+            non_blocking: as in ``Tensor.to``: do not read the copy before the transfer is over.
+
+        Returns:
+            Trajectory; tensors that are there already are shared.
+        """
+        moved = copy.copy(self)  # without validation, which would read what is still on its way
+        for name, x in self._tensors().items():
+            object.__setattr__(moved, name, x.to(device, non_blocking=non_blocking))
+        return moved
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
         """Join along the batch.
 
         Args:
-            parts: at least one; all of the same turns, grid, stochastic steps and reduction.
+            parts: at least one; all of the same turns, grid, stochastic steps, reduction, device
+                and dtypes. Group ids are kept: give different groups different ids beforehand.
+
+        Returns:
+            The trajectories of all parts, in their order.
 
         Raises:
             ValueError: there is none, or they differ in what they must share.
+            TypeError: they differ in a dtype.
         """
         if not parts:
             raise ValueError("parts: expected at least one Trajectory, got none")
         first = parts[0]
         for position, part in enumerate(parts):
+            for name, x in part._tensors().items():
+                expected = getattr(first, name)
+                if x.dtype != expected.dtype:
+                    raise TypeError(
+                        f"parts[{position}].{name}: expected {expected.dtype}, got {x.dtype}"
+                    )
+                if x.device != expected.device:
+                    raise ValueError(
+                        f"parts[{position}].{name}: expected device {expected.device}, "
+                        f"got {x.device}"
+                    )
             for name in ("sigmas", "stochastic"):
                 if not torch.equal(getattr(part, name), getattr(first, name)):
                     raise ValueError(f"parts[{position}].{name}: differs from that of parts[0]")
@@ -215,20 +275,30 @@ class Trajectory:
         return replace(first, **joined)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, atomically."""
-        tensors = {
-            field.name: value
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        save_tensors(path, tensors, {"format": _FORMAT, "reduction": self.reduction})
+        """Write to a safetensors file, atomically: a failure leaves what was there.
+
+        Args:
+            path: of the file; its folder exists.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        metadata = {"format": _FORMAT, "reduction": self.reduction}
+        save_tensors(path, self._tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trajectory:
         """Read what ``save`` wrote, and validate it.
 
+        Args:
+            path: of the file.
+
+        Returns:
+            Trajectory on the CPU.
+
         Raises:
             ValueError: the file is damaged, or holds something else.
+            OSError: the file cannot be read.
         """
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
@@ -240,4 +310,7 @@ class Trajectory:
             raise ValueError(
                 f"{os.fspath(path)}: expected tensors {sorted(expected)}, got {sorted(tensors)}"
             )
-        return cls(**tensors, reduction=metadata.get("reduction", ""))
+        try:
+            return cls(**tensors, reduction=metadata.get("reduction", ""))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: not a valid trajectory, {error}") from error
