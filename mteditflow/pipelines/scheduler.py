@@ -7,6 +7,7 @@ generator per trajectory) and that the step is kept for replay.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -111,13 +112,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """Build from any flow-matching Euler configuration; see the class for the options."""
         names = ("solver", "generators", "stochastic_steps", "reduction")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        given = config if isinstance(config, Mapping) else {}
-        source = given.get("_class_name", cls.__name__)
-        if source not in (cls.__name__, FlowMatchEulerDiscreteScheduler.__name__):
-            raise ValueError(
-                "config: expected that of a FlowMatchEulerDiscreteScheduler, which integrates "
-                f"dx/dsigma = velocity, got that of a {source}"
-            )
+        _refuse_foreign(config if isinstance(config, Mapping) else {})
         built = super().from_config(config, return_unused_kwargs, **kwargs)
         (built[0] if return_unused_kwargs else built).sample_with(**options)
         return built
@@ -231,6 +226,20 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
                 f"{len(sample)} for this batch, got {given or None}"
             )
         return batched_noise(sample.shape[1:], self.generators, device=sample.device)
+
+
+def _refuse_foreign(config: Mapping[str, Any]) -> None:
+    """Refuse the configuration of a scheduler that does not integrate dx/dsigma = velocity."""
+    ours = (FlowMatchSDEScheduler.__name__, FlowMatchEulerDiscreteScheduler.__name__)
+    source = config.get("_class_name")
+    if source is None:
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        foreign = sorted(key for key in config if key not in known and not key.startswith("_"))
+        source = f"scheduler with {', '.join(foreign)}" if foreign else ours[0]
+    if source not in ours:
+        raise ValueError(
+            f"config: expected that of a FlowMatchEulerDiscreteScheduler, got that of a {source}"
+        )
 
 
 def _refuse_options(

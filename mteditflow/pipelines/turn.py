@@ -67,7 +67,9 @@ class Pattern:
         sample_name, layout = find_sample(calls[0].arguments, sample)
         time_name = find_time(calls[0].arguments, timestep)
         named = (sample_name, time_name)
-        rests = [layout.split(call.arguments.get(sample_name, sample), sample) for call in calls]
+        held = [call.arguments.get(sample_name, sample) for call in calls]
+        parts = {id(argument): layout.split(argument, sample) for argument in held}
+        rests = [parts[id(argument)] for argument in held]  # one object where branches share it
         return cls(
             sample_name,
             calls[0].arguments[sample_name].dtype,

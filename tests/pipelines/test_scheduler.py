@@ -1,0 +1,264 @@
+"""FlowMatchSDEScheduler: a drop-in for the stock scheduler, with steps that can be replayed."""
+
+import pytest
+import torch
+from conftest import CHAIN, call, picture
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow import (
+    CPS,
+    ODE,
+    DanceSDE,
+    FlowSDE,
+    batched_noise,
+    gaussian_log_prob,
+    rollout,
+    trajectory_generators,
+)
+from mteditflow.pipelines import FlowMatchSDEScheduler
+
+SOLVERS = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
+CONFIGS = [
+    {},
+    {"shift": 3.0},
+    {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 2.0},
+    {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    {"shift_terminal": 0.1},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+]
+
+
+def make(config=None, **given):
+    stock = FlowMatchEulerDiscreteScheduler(**(config or {}))
+    return FlowMatchSDEScheduler.from_config(stock.config, **given)
+
+
+def run(scheduler, x, steps=4, mu=0.7, velocity=torch.sin):
+    """The denoising loop of every pipeline."""
+    scheduler.set_timesteps(steps, mu=mu)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(velocity(x), timestep, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ode_is_the_stock_scheduler_bit_for_bit(config, dtype):
+    x = torch.randn(2, 5, 3).to(dtype)
+    stock = FlowMatchEulerDiscreteScheduler(**config)
+    ours = make(config)
+    assert torch.equal(run(ours, x), run(stock, x))
+    assert torch.equal(ours.sigmas, stock.sigmas)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    assert not any(step.stochastic for step in ours.steps)
+    assert all((step.log_prob == 0).all() for step in ours.steps)
+
+
+def test_a_pipeline_takes_it_in_place_of_its_own(pipeline):
+    def image():
+        generators = trajectory_generators(0, 1)
+        return call(pipeline, [picture(pipeline)], [CHAIN[0][0]], generators)[0]
+
+    before = image()
+    pipeline.scheduler = FlowMatchSDEScheduler.from_config(pipeline.scheduler.config)
+    assert image().tobytes() == before.tobytes()
+    generators = trajectory_generators(0, 1)
+    pipeline.scheduler.sample_with(FlowSDE(0.7), generators=generators)
+    assert image().tobytes() != before.tobytes()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_config_stays_that_of_the_stock_scheduler(config, tmp_path):
+    stock = FlowMatchEulerDiscreteScheduler(**config)
+    ours = FlowMatchSDEScheduler.from_config(stock.config, solver=FlowSDE(0.7))
+    back = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    public = {k: v for k, v in stock.config.items() if not k.startswith("_")}
+    assert {k: v for k, v in back.config.items() if not k.startswith("_")} == public
+    ours.save_pretrained(tmp_path)
+    again = FlowMatchSDEScheduler.from_pretrained(tmp_path, solver=CPS(0.5), reduction="sum")
+    assert {k: v for k, v in again.config.items() if not k.startswith("_")} == public
+    assert (again.solver, again.reduction) == (CPS(0.5), "sum")
+    unused = FlowMatchSDEScheduler.from_config(stock.config, return_unused_kwargs=True, nothing=1)
+    assert unused[1] == {"nothing": 1}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_steps_are_those_of_the_core_sampler(solver, reduction):
+    generators = trajectory_generators(5, 3)
+    noise = batched_noise((4, 2), trajectory_generators(0, 3))
+    scheduler = make(solver=solver, generators=trajectory_generators(5, 3), reduction=reduction)
+    run(scheduler, noise)
+    expected = rollout(
+        lambda x, sigma, **_: torch.sin(x),
+        noise[:, None],
+        scheduler.sigmas,
+        solver=solver,
+        generators=generators,
+        reduction=reduction,
+    )
+    for index, step in enumerate(scheduler.steps):
+        assert torch.equal(step.x_t, expected.latents[:, 0, index])
+        assert torch.equal(step.next_x, expected.latents[:, 0, index + 1])
+        assert torch.equal(step.log_prob, expected.log_prob[:, 0, index])
+        assert torch.equal(step.sigma, expected.sigmas[0, index].expand(3))
+        assert torch.equal(step.next_sigma, expected.sigmas[0, index + 1].expand(3))
+        assert step.stochastic == bool(expected.stochastic[0, index])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_prob_is_the_density_of_the_value_that_goes_on(solver, dtype):
+    scheduler = make(solver=solver, generators=trajectory_generators(0, 2), reduction="sum")
+    x = torch.randn(2, 6).to(dtype)
+    run(scheduler, x)
+    for index, step in enumerate(scheduler.steps[:-1]):
+        assert step.next_x is scheduler.steps[index + 1].x_t
+        assert step.next_x.dtype == dtype
+        assert step.log_prob.dtype == torch.float32
+        velocity = torch.sin(step.x_t)
+        mean, std = solver(step.x_t, velocity, step.sigma, step.next_sigma)
+        normal = torch.distributions.Normal(mean.double(), std.double())
+        expected = normal.log_prob(step.next_x.double()).sum(dim=1)
+        torch.testing.assert_close(step.log_prob.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(members=st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
+def test_batching_does_not_change_a_trajectory(members):
+    def sample(of):
+        x = batched_noise((3, 2), [trajectory_generators(b, 1)[0] for b in of])
+        generators = [trajectory_generators(100 + b, 1)[0] for b in of]
+        scheduler = make(solver=FlowSDE(0.7), generators=generators)
+        return run(scheduler, x), torch.stack([step.log_prob for step in scheduler.steps])
+
+    everyone, all_log_probs = sample(range(5))
+    some, log_probs = sample(members)
+    torch.testing.assert_close(some, everyone[members], rtol=0, atol=1e-6)
+    torch.testing.assert_close(log_probs, all_log_probs[:, members], rtol=0, atol=1e-6)
+
+
+def test_outside_the_window_steps_are_stock_and_draw_nothing():
+    generators = trajectory_generators(0, 2)
+    scheduler = make(solver=DanceSDE(0.5), generators=generators, stochastic_steps=range(1, 3))
+    x = torch.randn(2, 4)
+    run(scheduler, x)
+    assert [step.stochastic for step in scheduler.steps] == [False, True, True, False]
+    stock = FlowMatchEulerDiscreteScheduler()
+    stock.set_timesteps(4)
+    for index in (0, 3):
+        step = scheduler.steps[index]
+        stock._step_index = index
+        same = stock.step(torch.sin(step.x_t), stock.timesteps[index], step.x_t).prev_sample
+        assert torch.equal(step.next_x, same)
+        assert (step.log_prob == 0).all()
+    reference = trajectory_generators(0, 2)
+    for _ in range(2):
+        batched_noise((4,), reference)
+    for ours, theirs in zip(generators, reference, strict=True):
+        assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@pytest.mark.parametrize("solver", [FlowSDE(0.0), DanceSDE(0.0), CPS(0.0), ODE()])
+def test_without_noise_it_is_the_stock_scheduler_and_needs_no_generators(solver):
+    x = torch.randn(2, 4)
+    assert torch.equal(run(make(solver=solver), x), run(FlowMatchEulerDiscreteScheduler(), x))
+
+
+def test_the_last_cps_step_is_deterministic_because_its_std_is_zero():
+    scheduler = make(solver=CPS(0.5), generators=trajectory_generators(0, 1))
+    run(scheduler, torch.randn(1, 4))
+    assert [step.stochastic for step in scheduler.steps] == [True, True, True, False]
+
+
+def test_a_new_grid_forgets_the_steps_of_the_last_call():
+    scheduler = make()
+    run(scheduler, torch.randn(1, 4))
+    assert len(scheduler.steps) == 4
+    run(scheduler, torch.randn(1, 4), steps=2)
+    assert len(scheduler.steps) == 2
+
+
+def test_returns_the_output_class_by_default():
+    scheduler = make()
+    scheduler.set_timesteps(2)
+    x = torch.randn(1, 4)
+    output = scheduler.step(x, scheduler.timesteps[0], x)
+    assert torch.equal(output.prev_sample, scheduler.steps[0].next_x)
+
+
+def test_replay_of_a_stored_step_gives_its_log_prob():
+    solver = FlowSDE(0.7)
+    scheduler = make(solver=solver, generators=trajectory_generators(0, 2))
+    run(scheduler, torch.randn(2, 4))
+    for x_t, next_x, sigma, next_sigma, log_prob, _ in scheduler.steps:
+        transition = solver(x_t, torch.sin(x_t), sigma, next_sigma)
+        assert torch.equal(gaussian_log_prob(next_x, *transition, reduction="mean"), log_prob)
+
+
+@pytest.mark.parametrize("other", [DDIMScheduler, FlowMatchHeunDiscreteScheduler])
+def test_refuses_the_config_of_another_scheduler(other, tmp_path):
+    other().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"that of a {other.__name__}"):
+        FlowMatchSDEScheduler.from_pretrained(tmp_path)
+
+
+def test_refuses_a_nameless_config_with_foreign_keys():
+    with pytest.raises(ValueError, match="that of a scheduler with beta_end, beta_schedule"):
+        FlowMatchSDEScheduler.from_config(DDIMScheduler().config)
+
+
+@pytest.mark.parametrize("option", ["stochastic_sampling", "invert_sigmas"])
+def test_refuses_configs_whose_steps_are_not_a_solvers(option):
+    with pytest.raises(ValueError, match=f"{option}=True is not supported"):
+        make({option: True}).set_timesteps(2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("s_churn", 1.0, "s_churn, s_tmin, s_tmax, s_noise: expected their defaults"),
+        ("s_tmin", 0.1, "expected their defaults"),
+        ("s_tmax", 1.0, "expected their defaults"),
+        ("s_noise", 1.1, "expected their defaults"),
+        ("generator", torch.Generator(), "generator: expected None"),
+        ("per_token_timesteps", torch.zeros(1, 4), "per_token_timesteps: expected None"),
+    ],
+)
+def test_refuses_options_it_would_ignore(option, value, message):
+    scheduler = make()
+    scheduler.set_timesteps(2)
+    x = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match=message):
+        scheduler.step(x, scheduler.timesteps[0], x, **{option: value})
+    assert scheduler.steps == ()
+
+
+@pytest.mark.parametrize(("count", "got"), [(None, None), (1, 1), (3, 3)])
+def test_refuses_another_number_of_generators_than_trajectories(count, got):
+    generators = None if count is None else trajectory_generators(0, count)
+    scheduler = make(solver=FlowSDE(0.7), generators=generators)
+    with pytest.raises(ValueError, match=f"generators: .* 2 for this batch, got {got}"):
+        run(scheduler, torch.zeros(2, 4))
+
+
+def test_refuses_a_window_beyond_the_grid():
+    with pytest.raises(ValueError, match=r"indices of the 4 steps, got \[3, 4\]"):
+        run(make(solver=FlowSDE(0.7), stochastic_steps=range(3, 5)), torch.zeros(1, 2))
+
+
+def test_refuses_an_unknown_reduction():
+    with pytest.raises(ValueError, match="reduction: expected one of"):
+        make(reduction="median")
+
+
+@pytest.mark.parametrize("sigmas", [[0.5, 1.0], [0.5, 0.5], [1.5, 0.5]])
+def test_refuses_a_grid_that_does_not_fall(sigmas):
+    with pytest.raises(ValueError, match="sigmas: expected a grid that falls"):
+        make().set_timesteps(sigmas=sigmas)
