@@ -39,7 +39,7 @@ from transformers import (
 from .world import IMAGE_SIZE, WORDS
 
 STEPS = 4
-TEXT_TOKENS = 8
+TEXT_TOKENS = 10
 KLEIN_SCALE = 8  # klein refuses references below 64 pixels: every world pixel becomes 8 x 8
 LATENT_CHANNELS = 4  # three colours and one zero: with 3, Kontext would take RGB for latents
 WEIGHTS = Path(__file__).parent / "weights"

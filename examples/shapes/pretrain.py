@@ -24,7 +24,7 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mteditflow.path import flow_matching_loss, interpolate
+from mteditflow.path import flow_matching_loss, interpolate, shift_sigmas
 
 from .conditioning import Conditioner
 from .editor import WEIGHTS, build_kontext, save_weights
@@ -67,12 +67,15 @@ def main(
     corruption: Annotated[float, typer.Option(help="Share of careless targets.")] = 0.4,
     muon_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.02,
     adam_lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
+    sigma_shift: Annotated[float, typer.Option(help="Above 1: train more at high noise.")] = 3.0,
+    num_layers: Annotated[int, typer.Option(help="Double-stream blocks.")] = 1,
+    num_single_layers: Annotated[int, typer.Option(help="Single-stream blocks.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = WEIGHTS
     / "kontext.safetensors",
 ) -> None:
     """Pre-train the tiny Kontext and write its weights with a card beside them."""
     started = time.monotonic()
-    build = {"seed": seed}
+    build = {"seed": seed, "num_layers": num_layers, "num_single_layers": num_single_layers}
     pipeline = build_kontext(**build)
     transformer = pipeline.transformer.train()
     nn.init.zeros_(transformer.proj_out.weight)
@@ -95,7 +98,7 @@ def main(
         clean = conditioner.encode(paint(targets[chosen]))
         reference = conditioner.encode(paint(sources[chosen]))
         noise = torch.randn(clean.shape, generator=generator)
-        sigma = torch.rand(batch, generator=generator)
+        sigma = shift_sigmas(torch.rand(batch, generator=generator), sigma_shift)
         x_t = interpolate(clean, noise, sigma)
         velocity = conditioner.velocity(x_t, sigma, reference, rows[chosen])
         loss = flow_matching_loss(velocity, clean, noise).mean()
@@ -110,7 +113,7 @@ def main(
                 slow.lerp_(fast, 1 - decay)
         running = 0.99 * running + 0.01 * float(loss.detach())
         progress.set_postfix(loss=f"{running:.3f}")
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             card = {
                 "family": "kontext",
                 "build": build,

@@ -1,8 +1,9 @@
 """The shapes world: pictures drawn by rule, edits by rule, and chains of edits that make sense.
 
 A picture has 12 x 12 pixels: a background and, in the four 6 x 6 cells of a grid, things of four
-shapes, six colours and three materials. A shape occurs once in a picture, so that "the circle" is
-never ambiguous; its count may be two, and then both circles look alike and are edited together.
+shapes, six colours and three materials. No shape and no colour occurs twice in a picture, so that
+"the red circle" is never ambiguous; its count may be two, and then both look alike and are edited
+together.
 
 Eight of the nine usual types of edit exist; there is no text to change. Every picture belongs
 to one of two splits by a hash of its content, and a chain stays in one split with every picture
@@ -119,27 +120,28 @@ class Edit:
 
     Attributes:
         task_type: One of TASK_TYPES.
+        color: The thing's colour; empty for a background change.
         shape: The thing's shape; empty for a background change.
         value: The new shape, cell, count, colour, material or background; empty for a removal.
-        color: The colour of an added thing, else empty.
     """
 
     task_type: str
+    color: str
     shape: str
     value: str = ""
-    color: str = ""
 
     @property
     def instruction(self) -> str:
-        """The instruction in plain words; at most seven, all from WORDS."""
+        """The instruction in plain words; at most eight, all from WORDS."""
+        name = f"{self.color} {self.shape}"
         return {
-            "subject_add": f"Add a {self.color} {self.shape} at {self.value}",
-            "subject_remove": f"Remove the {self.shape}",
-            "subject_replace": f"Replace the {self.shape} with a {self.value}",
-            "position_change": f"Move the {self.shape} to {self.value}",
-            "count_change": f"Change the count of {self.shape} to {self.value}",
-            "color_alter": f"Change the color of {self.shape} to {self.value}",
-            "material_alter": f"Change the material of {self.shape} to {self.value}",
+            "subject_add": f"Add a {name} at {self.value}",
+            "subject_remove": f"Remove the {name}",
+            "subject_replace": f"Replace the {name} with a {self.value}",
+            "position_change": f"Move the {name} to {self.value}",
+            "count_change": f"Change the count of {name} to {self.value}",
+            "color_alter": f"Change the color of {name} to {self.value}",
+            "material_alter": f"Change the material of {name} to {self.value}",
             "background_change": f"Change the background to {self.value}",
         }[self.task_type]
 
@@ -175,39 +177,41 @@ class Edit:
         return _state(state.background, [*others, new])
 
 
-@lru_cache(maxsize=20_000)
+@lru_cache(maxsize=4096)
 def possible_edits(state: State) -> frozenset[Edit]:
     """Return every edit that makes sense in ``state`` and changes its picture.
 
-    A removal must leave something; adding and replacing need a shape that is absent; moving needs
-    a free cell and a count of one.
+    A removal must leave something; new shapes and colours must be absent; moving needs a free cell
+    and a count of one.
     """
-    absent = [shape for shape in SHAPES if state.find(shape) is None]
+    shapes = [shape for shape in SHAPES if state.find(shape) is None]
+    colors = [color for color in COLORS if color not in {thing.color for thing in state.things}]
     free = [CELLS[cell] for cell in state.free_cells]
     edits = [
-        Edit("background_change", "", value) for value in BACKGROUNDS if value != state.background
+        Edit("background_change", "", "", value)
+        for value in BACKGROUNDS
+        if value != state.background
     ]
     edits += [
-        Edit("subject_add", shape, cell, color)
-        for shape in absent
+        Edit("subject_add", color, shape, cell)
+        for color in colors
+        for shape in shapes
         for cell in free
-        for color in COLORS
     ]
     for thing in state.things:
-        name, single = thing.shape, len(thing.cells) == 1
-        edits += [Edit("subject_replace", name, shape) for shape in absent]
-        edits += [Edit("color_alter", name, value) for value in COLORS if value != thing.color]
+        options = {
+            "subject_remove": [""] if len(state.things) > 1 else [],
+            "subject_replace": shapes,
+            "position_change": free if len(thing.cells) == 1 else [],
+            "count_change": ["one"] if len(thing.cells) == 2 else ["two"] if free else [],
+            "color_alter": colors,
+            "material_alter": [value for value in MATERIALS if value != thing.material],
+        }
         edits += [
-            Edit("material_alter", name, value) for value in MATERIALS if value != thing.material
+            Edit(task_type, thing.color, thing.shape, value)
+            for task_type, values in options.items()
+            for value in values
         ]
-        if single:
-            edits += [Edit("position_change", name, cell) for cell in free]
-        if single and free:
-            edits.append(Edit("count_change", name, "two"))
-        if not single:
-            edits.append(Edit("count_change", name, "one"))
-        if len(state.things) > 1:
-            edits.append(Edit("subject_remove", name))
     return frozenset(edits)
 
 
@@ -242,12 +246,12 @@ def random_state(rng: random.Random) -> State:
     shapes = rng.sample(SHAPES, rng.choice((2, 3)))
     cells = rng.sample(range(len(CELLS)), len(CELLS))
     things = []
-    for i, shape in enumerate(shapes):
+    for i, (shape, color) in enumerate(zip(shapes, rng.sample(COLORS, len(shapes)), strict=True)):
         own = [cells.pop()]
         if i == 0 and rng.random() < 0.25:
             own.append(cells.pop())
         material = rng.choice(("solid", "solid", "hollow", "striped"))
-        things.append(Thing(shape, rng.choice(COLORS), material, tuple(sorted(own))))
+        things.append(Thing(shape, color, material, tuple(sorted(own))))
     return _state(rng.choice(BACKGROUNDS), things)
 
 

@@ -87,8 +87,8 @@ def test_something_must_always_be_kept_and_masks_are_apart(seed, turns):
 
 def test_likert_grades_by_hand():
     """A red square turns green: 25 pixels change; the score follows how many are right."""
-    things = (Thing("square", "red", "solid", (0,)), Thing("circle", "red", "solid", (3,)))
-    chain = Chain(Picture("white", things), (Edit("color_alter", "square", "green"),))
+    things = (Thing("square", "red", "solid", (0,)), Thing("circle", "blue", "solid", (3,)))
+    chain = Chain(Picture("white", things), (Edit("color_alter", "red", "square", "green"),))
     truth = Truth.of([chain])
     wanted, initial = draw(chain.states[1]), draw(chain.initial)
     assert LIKERT_STEPS == (0.3, 0.5, 0.7, 0.9)
@@ -119,10 +119,13 @@ def test_a_ruined_chain_cannot_look_obedient():
     things = (Thing("square", "red", "solid", (0,)), Thing("diamond", "blue", "solid", (3,)))
     chain = Chain(
         Picture("white", things),
-        (Edit("subject_replace", "square", "circle"), Edit("color_alter", "circle", "green")),
+        (
+            Edit("subject_replace", "red", "square", "circle"),
+            Edit("color_alter", "red", "circle", "green"),
+        ),
     )
     ignored = chain.initial
-    obedient_looking = Edit("color_alter", "square", "green").apply(ignored)
+    obedient_looking = Edit("color_alter", "red", "square", "green").apply(ignored)
     scores = score(torch.stack([draw(ignored), draw(obedient_looking)])[None], Truth.of([chain]))
     assert scores.likert[0, 0] == 1
     assert not scores.strict.any()

@@ -1,0 +1,131 @@
+"""Roll chains of edits out through a pipeline, and tell how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mteditflow import (
+    bootstrap_interval,
+    content_consistency,
+    instruction_following,
+    marginal_success,
+    overall,
+)
+
+from .editor import call_options
+from .rewards import Scores, Truth, score
+from .world import Chain, draw
+
+METRICS = (
+    "instruction_following",
+    "marginal",
+    "content_consistency",
+    "overall",
+    "strict",
+    "strict_marginal",
+)
+
+
+def edit_chains(
+    pipeline: Any, chains: Sequence[Chain], generator: torch.Generator, *, steps: int
+) -> Tensor:
+    """Let a pipeline make every edit of every chain, each turn on the picture that it made before.
+
+    Args:
+        pipeline: A tiny Kontext; see :func:`shapes.editor.load_editor`.
+        chains: B chains of equal length N.
+        generator: Of the initial noise of every turn.
+        steps: Denoising steps per turn.
+
+    Returns:
+        Pictures in [0, 1], ``[B, N, 3, H, W]``.
+    """
+    images = torch.stack([draw(chain.initial) for chain in chains])
+    pictures = []
+    for instructions in zip(*(chain.instructions for chain in chains), strict=True):
+        images = pipeline(
+            image=images,
+            prompt=list(instructions),
+            generator=generator,
+            **call_options(pipeline, steps=steps),
+        ).images
+        pictures.append(images)
+    return torch.stack(pictures, dim=1)
+
+
+def evaluate(
+    pipeline: Any, chains: Sequence[Chain], *, seed: int, steps: int, batch: int = 128
+) -> tuple[Scores, Tensor]:
+    """Score a pipeline on chains; equal seeds mean equal initial noise, so results are paired."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [chains[start : start + batch] for start in range(0, len(chains), batch)]
+    pictures = torch.cat([edit_chains(pipeline, part, generator, steps=steps) for part in parts])
+    return score(pictures, Truth.of(chains)), pictures
+
+
+def metrics_of(*samples: Tensor) -> Tensor:
+    """Compute the METRICS of success, strict success and consistency ``[C, N]``: ``[6, N]``."""
+    success, strict, consistency = samples
+    following, content = instruction_following(success), content_consistency(consistency)
+    return 100 * torch.stack(
+        [
+            following,
+            marginal_success(success),
+            content,
+            overall(following, content),
+            instruction_following(strict),
+            marginal_success(strict),
+        ]
+    )
+
+
+def samples_of(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`metrics_of` takes."""
+    return scores.success, scores.strict, scores.consistency
+
+
+def summarise(scores: Scores, *, seed: int = 0) -> dict[str, list]:
+    """Return every metric, in percent per turn, with its 95% bootstrap interval over chains."""
+    generator = torch.Generator().manual_seed(seed)
+    interval = bootstrap_interval(metrics_of, *samples_of(scores), generator=generator)
+    estimate, low, high = (value.double().tolist() for value in interval)
+    summary: dict[str, list] = {}
+    for i, name in enumerate(METRICS):
+        summary[name] = _rounded(estimate[i])
+        summary[f"{name}_interval"] = [_rounded(ends) for ends in zip(low[i], high[i], strict=True)]
+    return summary
+
+
+def compare(before: Scores, after: Scores, *, seed: int = 0) -> dict[str, Any]:
+    """Return paired differences at the last turn, with 95% intervals, and what turn N keeps.
+
+    ``kept`` is Marginal(N) / Marginal(1), the share of the first turn's success that the last one
+    keeps: below 1 it shows exposure bias. It is given for plain and for strict success.
+    """
+
+    def difference(*samples: Tensor) -> Tensor:
+        return (metrics_of(*samples[3:]) - metrics_of(*samples[:3]))[:, -1]
+
+    def kept(success: Tensor) -> float:
+        marginal = marginal_success(success)
+        return round(float(marginal[-1] / marginal[0]), 3)
+
+    generator = torch.Generator().manual_seed(seed)
+    samples = (*samples_of(before), *samples_of(after))
+    interval = bootstrap_interval(difference, *samples, generator=generator)
+    estimate, low, high = (value.double().tolist() for value in interval)
+    report: dict[str, Any] = {}
+    for i, name in enumerate(METRICS):
+        report[name] = round(estimate[i], 2)
+        report[f"{name}_interval"] = _rounded([low[i], high[i]])
+    report["kept"] = [kept(before.success), kept(after.success)]
+    report["strict_kept"] = [kept(before.strict), kept(after.strict)]
+    return report
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
