@@ -8,7 +8,7 @@ accelerators too (they would wait for the device).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,15 +43,13 @@ def check_full_precision(**tensors: Tensor) -> None:
 
 def check_same_shape(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all tensors share the shape of the first."""
-    names = list(tensors)
-    for x_name in names:
-        check_tensor(x_name, tensors[x_name])
-    first = tensors[names[0]]
-    for name in names[1:]:
-        if tensors[name].shape != first.shape:
+    reference = next(iter(tensors))
+    for name, x in tensors.items():
+        check_tensor(name, x)
+        if x.shape != tensors[reference].shape:
             raise ValueError(
-                f"{name}: expected the shape of {names[0]}, {list(first.shape)}, "
-                f"got {list(tensors[name].shape)}"
+                f"{name}: expected the shape of {reference}, {list(tensors[reference].shape)}, "
+                f"got {list(x.shape)}"
             )
 
 
@@ -62,10 +60,10 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int], axes: str) -> Non
         raise ValueError(f"{name}: expected shape {axes} = {list(expected)}, got {list(x.shape)}")
 
 
-def check_rank(name: str, x: Tensor, minimum: int, axes: str) -> None:
-    """Raise ``ValueError`` unless ``x`` has at least ``minimum`` axes and no empty one."""
+def check_rank(name: str, x: Tensor, minimum: int, axes: str, *, maximum: float = math.inf) -> None:
+    """Raise ``ValueError`` unless ``x`` has ``minimum`` to ``maximum`` axes and no empty one."""
     check_tensor(name, x)
-    if x.ndim < minimum or 0 in x.shape:
+    if not minimum <= x.ndim <= maximum or 0 in x.shape:
         raise ValueError(
             f"{name}: expected a non-empty tensor of shape {axes}, got {list(x.shape)}"
         )
@@ -85,13 +83,16 @@ def check_number(
     low: float = -math.inf,
     high: float = math.inf,
     open_low: bool = False,
+    open_high: bool = False,
 ) -> None:
-    """Raise unless ``value`` is a finite real number in [low, high] (or (low, high])."""
+    """Raise unless ``value`` is a finite number in [low, high], without an end that is open."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    inside = (low < value if open_low else low <= value) and value <= high
-    if not (math.isfinite(value) and inside):
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+    above = low < value if open_low else low <= value
+    below = value < high if open_high else value <= high
+    finite = -math.inf < value < math.inf  # math.isfinite does not trace
+    if not (finite and above and below):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a finite number in {interval}, got {value!r}")
 
 
@@ -121,3 +122,26 @@ def check_step_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
     """``check_values`` of per-step quantities: not on accelerators, where it would synchronise."""
     if x.device.type == "cpu":
         check_values(name, x, ok, expected)
+
+
+def check_rewards(
+    rewards: Mapping[str, Tensor], group: Tensor | None, valid: Tensor | None
+) -> Tensor:
+    """Validate rewards of one shape with their groups; return the mask, all true if none given."""
+    first = next(iter(rewards))
+    shape = rewards[first].shape if isinstance(rewards[first], Tensor) else ()
+    for name, reward in rewards.items():
+        check_full_precision(**{name: reward})
+        check_rank(name, reward, 1, "[B] or [B, N]", maximum=2)
+        check_shape(name, reward, shape, f"of {first}")
+    if valid is None:
+        valid = torch.ones_like(rewards[first], dtype=torch.bool)
+    check_mask("valid", valid, shape, f"of {first}")
+    if group is not None:
+        check_shape("group", group, shape[:1], "[B]")
+        if group.is_floating_point() or group.is_complex() or group.dtype == torch.bool:
+            raise TypeError(f"group: expected integer ids, got {group.dtype}")
+    for name, reward in rewards.items():
+        finite = ~valid | reward.isfinite()
+        check_values(name, reward, finite, "finite values (mark lost ones in valid)")
+    return valid

@@ -7,7 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_mask, check_number, check_step_values, check_tensor
+from mteditflow._checks import (
+    check_floating,
+    check_mask,
+    check_number,
+    check_rank,
+    check_step_values,
+)
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -27,9 +33,7 @@ def per_row(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         check_number(name, value, low=0.0, high=1.0)
         return torch.full((1,) * x.ndim, value, dtype=x.dtype, device=x.device)
-    check_tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
+    check_floating(**{name: value})
     if value.shape != x.shape[: value.ndim]:
         raise ValueError(
             f"{name}: expected a number or a tensor whose shape is a leading part of "
@@ -52,19 +56,23 @@ def row_mean_square(x: Tensor) -> Tensor:
     because no float32 accumulator runs over more than one axis.
     """
     inner = torch.linalg.vector_norm(x, dim=-1)
-    return torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1).square() / elements(x)
+    norm: Tensor = torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1)
+    return norm.square() / elements(x)
 
 
-def row_mean(x: Tensor) -> Tensor:
-    """Mean of the elements of each row: [M, ...] -> [M]."""
-    return x.flatten(1).mean(dim=1)
+def row_mean_absolute(x: Tensor) -> Tensor:
+    """Mean of the absolute elements of each row, [M, ...] -> [M], in one pass as above."""
+    inner: Tensor = torch.linalg.vector_norm(x, ord=1, dim=-1)
+    return inner.reshape(len(x), -1).sum(dim=1) / elements(x)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Mean of the entries where ``mask`` is true; the reduction after any unreduced loss.
 
-    A masked entry reaches neither the value nor the gradient, even if it is NaN. With no true
-    entry the result is 0 with zero gradient: an update on nothing changes nothing.
+    A masked entry reaches neither the value nor the gradient of ``values``, even if it is NaN.
+    (No mask can undo a NaN further up: the backward pass of the model multiplies it by that zero
+    gradient. Leave such rows out of the forward pass.) With no true entry the result is 0 with zero
+    gradient: an update on nothing changes nothing.
 
     Args:
         values: any shape, floating point.
@@ -74,14 +82,15 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         A scalar. Gradient flows to the true entries, ``1 / mask.sum()`` each.
 
     Raises:
-        ValueError: shapes differ.
-        TypeError: ``mask`` is not boolean.
+        ValueError: shapes differ, or ``values`` is empty.
+        TypeError: ``values`` is not floating point, or ``mask`` is not boolean.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(2.)
     """
-    check_tensor("values", values)
+    check_floating(values=values)
+    check_rank("values", values, 0, "of a loss")
     if mask is None:
         return values.mean()
     check_mask("mask", mask, values.shape, "of values")

@@ -9,20 +9,12 @@ carries a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from mteditflow._checks import (
-    check_choice,
-    check_full_precision,
-    check_mask,
-    check_number,
-    check_rank,
-    check_shape,
-    check_values,
-)
+from mteditflow._checks import check_choice, check_full_precision, check_number, check_rewards
 
 STDS = ("group", "batch", "none")
 
@@ -64,21 +56,8 @@ def group_advantage(
         >>> group_advantage(reward, torch.tensor([7, 7, 2, 2]), eps=0.0)
         tensor([-1.,  1.,  0.,  0.])
     """
-    check_choice("std", std, STDS)
-    check_number("eps", eps, low=0.0)
-    valid = _check_rewards({"reward": reward}, group, valid)
-    index = _group_index(group)
-    deviation, count = _deviation(reward, index, valid)
-    if std != "none":
-        if std == "group":
-            spread = _root_mean_square(deviation, count, index)[index]
-        else:
-            everyone = torch.zeros_like(index)
-            spread = _root_mean_square(*_deviation(reward, everyone, valid), everyone)[everyone]
-        scale = spread + eps
-        deviation = torch.where(scale > 0, deviation / scale, 0)
-    comparable = valid & (count[index] >= 2)
-    return torch.where(comparable, deviation, 0).to(reward.dtype)
+    valid = check_rewards({"reward": reward}, group, valid)
+    return _normalize(reward, _group_index(group), valid, std, eps)
 
 
 def fuse_advantages(
@@ -120,11 +99,11 @@ def fuse_advantages(
         tensor([-0.8000,  0.8000])
     """
     valid = _check_named(rewards, weights, group, valid)
-    return _weighted_sum(
-        rewards,
-        weights,
-        lambda reward: group_advantage(reward, group, valid=valid, std=std, eps=eps),
-    )
+    index = _group_index(group)
+    advantages = {
+        name: _normalize(reward, index, valid, std, eps) for name, reward in rewards.items()
+    }
+    return _weighted_sum(advantages, weights)
 
 
 def fuse_rewards(
@@ -165,8 +144,7 @@ def fuse_rewards(
         tensor([-1.,  1.])
     """
     valid = _check_named(rewards, weights, group, valid)
-    reward = _weighted_sum(rewards, weights, lambda reward: torch.where(valid, reward, 0))
-    return group_advantage(reward, group, valid=valid, std=std, eps=eps)
+    return _normalize(_weighted_sum(rewards, weights), _group_index(group), valid, std, eps)
 
 
 def clamp_advantage(advantage: Tensor, *, limit: float = 5.0) -> Tensor:
@@ -217,9 +195,9 @@ def renormalize_advantage(
         >>> renormalize_advantage(torch.tensor([0.0, 4.0]), eps=0.0)
         tensor([-1.,  1.])
     """
-    check_rank("advantage", advantage, 1, "[B] or [B, N]")
+    valid = check_rewards({"advantage": advantage}, None, valid)
     one_group = torch.zeros(len(advantage), dtype=torch.int64, device=advantage.device)
-    return group_advantage(advantage, one_group, valid=valid, eps=eps)
+    return _normalize(advantage, one_group, valid, "group", eps)
 
 
 def group_std(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -244,58 +222,55 @@ def group_std(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> 
         >>> group_std(torch.tensor([0.0, 2.0, 5.0]), torch.tensor([0, 0, 1]))
         tensor([1., 1., 0.])
     """
-    valid = _check_rewards({"reward": reward}, group, valid)
+    valid = check_rewards({"reward": reward}, group, valid)
     index = _group_index(group)
-    deviation, count = _deviation(reward, index, valid)
-    return _root_mean_square(deviation, count, index)[index].to(reward.dtype)
+    return _root_mean_square(*_deviation(reward, index, valid), index).to(reward.dtype)
 
 
 def _group_index(group: Tensor) -> Tensor:
     """Arbitrary ids -> 0, 1, 2, ... without a data-dependent shape (so that it compiles)."""
-    order = group.argsort(stable=True)
-    ordered = group[order]
+    ordered, order = group.sort()
     is_new = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
     return torch.empty_like(order).scatter(0, order, is_new.cumsum(0))
 
 
-def _deviation(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Reward minus its group's mean (0 where invalid), and valid members per group, in float64.
+def _normalize(reward: Tensor, index: Tensor, valid: Tensor, std: str, eps: float) -> Tensor:
+    """``group_advantage`` of checked rewards."""
+    check_choice("std", std, STDS)
+    check_number("eps", eps, low=0.0)
+    deviation, count = _deviation(reward, index, valid)
+    if std == "group":
+        scale = _root_mean_square(deviation, count, index) + eps
+    elif std == "batch":
+        one_group = torch.zeros_like(index)
+        scale = _root_mean_square(*_deviation(reward, one_group, valid), one_group) + eps
+    else:
+        scale = torch.ones_like(deviation)
+    # 0 / 0 where all is equal and eps is 0; the deviation is exactly 0 there.
+    return torch.where(scale > 0, deviation / scale, 0).to(reward.dtype)
 
-    The group's minimum is taken off first, which makes a constant group exactly 0.
+
+def _deviation(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Reward minus its group's mean (0 where invalid), and the group's valid members (1 for none).
+
+    In float64. The group's minimum is taken off first, which makes a constant group exactly 0.
     """
-    value = reward.detach().double()
+    value = torch.where(valid, reward.detach().double(), torch.inf)
     rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
-    floor = torch.full_like(value, torch.inf).scatter_reduce(
-        0, rows, torch.where(valid, value, torch.inf), "amin"
-    )
-    above_floor = torch.where(valid, value - floor[index], 0)
-    count = torch.zeros_like(value).index_add(0, index, valid.double())
-    total = torch.zeros_like(value).index_add(0, index, above_floor)
-    mean = total / count.clamp(min=1)
-    return torch.where(valid, above_floor - mean[index], 0), count
+    floor = torch.full_like(value, torch.inf).scatter_reduce(0, rows, value, "amin")
+    above_floor = torch.where(valid, value - floor.index_select(0, index), 0)
+    count = _group_sum(valid.double(), index).clamp(min=1)
+    mean = _group_sum(above_floor, index) / count
+    return torch.where(valid, above_floor - mean, 0), count
 
 
 def _root_mean_square(deviation: Tensor, count: Tensor, index: Tensor) -> Tensor:
-    total = torch.zeros_like(deviation).index_add(0, index, deviation.square())
-    return (total / count.clamp(min=1)).sqrt()
+    return (_group_sum(deviation.square(), index) / count).sqrt()
 
 
-def _check_rewards(rewards: Mapping[str, Tensor], group: Tensor, valid: Tensor | None) -> Tensor:
-    """Validate and return the mask, all true if there was none."""
-    first = next(iter(rewards.values()))
-    check_rank("reward", first, 1, "[B] or [B, N]")
-    if valid is None:
-        valid = torch.ones_like(first, dtype=torch.bool)
-    check_mask("valid", valid, first.shape, "of the reward")
-    check_shape("group", group, first.shape[:1], "[B]")
-    if group.is_floating_point() or group.is_complex() or group.dtype == torch.bool:
-        raise TypeError(f"group: expected integer ids, got {group.dtype}; floats make ids collide")
-    for name, reward in rewards.items():
-        check_full_precision(**{name: reward})
-        check_shape(name, reward, first.shape, "of the first reward")
-        finite = ~valid | reward.isfinite()
-        check_values(name, reward, finite, "finite rewards (mark lost ones in valid)")
-    return valid
+def _group_sum(x: Tensor, index: Tensor) -> Tensor:
+    """Sum over each member's group, given back to every member."""
+    return torch.zeros_like(x).index_add(0, index, x).index_select(0, index)
 
 
 def _check_named(
@@ -304,22 +279,20 @@ def _check_named(
     group: Tensor,
     valid: Tensor | None,
 ) -> Tensor:
-    if not rewards or set(rewards) != set(weights):
+    if not rewards:
+        raise ValueError("rewards: expected at least one named reward, got none")
+    if set(rewards) != set(weights):
         raise ValueError(
             f"weights: expected one weight for each reward in {sorted(rewards)}, "
             f"got {sorted(weights)}"
         )
     for name, weight in weights.items():
         check_number(f"weights[{name!r}]", weight)
-    return _check_rewards(
+    return check_rewards(
         {f"rewards[{name!r}]": reward for name, reward in rewards.items()}, group, valid
     )
 
 
-def _weighted_sum(
-    rewards: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    transform: Callable[[Tensor], Tensor],
-) -> Tensor:
-    terms = [weights[name] * transform(reward) for name, reward in rewards.items()]
-    return torch.stack(terms).sum(dim=0)
+def _weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum in the order of the names, so that the order of the mapping changes no bit."""
+    return torch.stack([weights[name] * terms[name] for name in sorted(terms)]).sum(dim=0)

@@ -2,6 +2,7 @@ r"""Numbers that say whether a run is sound: ratios, clipping, group spread, bal
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,9 @@ from mteditflow._checks import (
     check_full_precision,
     check_mask,
     check_number,
+    check_rank,
+    check_rewards,
     check_same_shape,
-    check_shape,
 )
 from mteditflow._reduce import masked_mean
 from mteditflow.advantage import group_advantage, group_std
@@ -23,7 +25,8 @@ class RatioCheck:
     r"""Verdict on the ratios of a fresh rollout.
 
     Attributes:
-        deviation: largest \|ratio - 1\| of each denoising step, [S]; NaN where no entry is valid.
+        deviation: largest \|ratio - 1\| of each denoising step, [S], float64; NaN where no entry
+            is valid, infinite where a log-prob is NaN.
         tolerance: the deviation allowed.
         ok: whether every step keeps within the tolerance.
         verdict: the same in a sentence, with advice where it fails.
@@ -60,7 +63,8 @@ def check_ratio(
         RatioCheck.
 
     Raises:
-        ValueError: shapes differ, a number is out of range, or no entry is valid.
+        ValueError: shapes differ, there is no axis of steps, a number is out of range, or no entry
+            is valid.
         TypeError: half precision, or a mask that is not boolean.
 
     Source: Flow-GRPO (arXiv 2505.05470): the ratio at the first update.
@@ -72,21 +76,20 @@ def check_ratio(
         >>> check_ratio(stored + torch.tensor([0.0, 0.0, 1e-3]), stored, clip=1e-4).ok
         False
     """
-    check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob)
-    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    log_ratio, mask = _log_ratio(log_prob, old_log_prob, valid)
+    check_rank("log_prob", log_prob, 1, "[..., S]")
     check_number("clip", clip, low=0.0, open_low=True)
     check_number("share", share, low=0.0)
-    mask = _mask_of(log_prob, valid)
-    # NaN counts as infinitely far from 1; a masked entry as not there.
-    distance = ((log_prob - old_log_prob).double().exp() - 1).abs().nan_to_num(nan=torch.inf)
+    distance = log_ratio.expm1().abs()
+    distance = torch.where(distance.isnan(), torch.inf, distance)  # NaN is as far off as can be
     distance = torch.where(mask, distance, -1).reshape(-1, log_prob.shape[-1]).amax(dim=0)
     if bool((distance < 0).all()):
         raise ValueError("valid: expected at least one valid entry, got none")
     deviation = torch.where(distance < 0, torch.nan, distance)
-    worst, step = (float(x) for x in distance.max(dim=0))
+    worst, step = float(distance.max()), int(distance.argmax())
     tolerance = share * clip
     ok = worst <= tolerance
-    verdict = f"largest |ratio - 1| is {worst:.3g} at step {step:.0f}; allowed is {tolerance:.3g}"
+    verdict = f"largest |ratio - 1| is {worst:.3g} at step {step}; allowed is {tolerance:.3g}"
     if not ok:
         verdict += (
             ". The replay is not the rollout: look for latents rounded after the log-prob, another "
@@ -115,10 +118,11 @@ def clip_fraction(
         valid: boolean, same shape.
 
     Returns:
-        (below, above), scalars in [0, 1].
+        (below, above), scalars in [0, 1]; 0 without a valid entry. Of these the loss clips the ones
+        whose advantage points further out.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ, or a clip range is out of bounds.
         TypeError: half precision, or a mask that is not boolean.
 
     Example:
@@ -126,11 +130,11 @@ def clip_fraction(
         >>> clip_fraction(log_ratio, torch.zeros(4), clip_low=0.2, clip_high=0.2)
         (tensor(0.2500), tensor(0.2500))
     """
-    check_number("clip_low", clip_low, low=0.0, high=1.0)
+    check_number("clip_low", clip_low, low=0.0, high=1.0, open_high=True)
     check_number("clip_high", clip_high, low=0.0)
-    ratio = _log_ratio(log_prob, old_log_prob).exp()
-    below, above = (ratio < 1 - clip_low), (ratio > 1 + clip_high)
-    return masked_mean(below.float(), valid), masked_mean(above.float(), valid)
+    log_ratio, mask = _log_ratio(log_prob, old_log_prob, valid)
+    below, above = log_ratio < math.log1p(-clip_low), log_ratio > math.log1p(clip_high)
+    return masked_mean(below.to(log_prob), mask), masked_mean(above.to(log_prob), mask)
 
 
 @torch.no_grad()
@@ -149,7 +153,7 @@ def approximate_kl(
         valid: boolean, same shape.
 
     Returns:
-        Scalar, >= 0.
+        Scalar, >= 0; 0 without a valid entry.
 
     Raises:
         ValueError: shapes differ.
@@ -161,8 +165,8 @@ def approximate_kl(
         >>> approximate_kl(torch.tensor([0.0, 1.0]), torch.zeros(2))
         tensor(0.3591)
     """
-    log_ratio = _log_ratio(log_prob, old_log_prob)
-    return masked_mean(log_ratio.expm1() - log_ratio, valid)
+    log_ratio, mask = _log_ratio(log_prob, old_log_prob, valid)
+    return masked_mean(log_ratio.expm1() - log_ratio, mask).to(log_prob.dtype)
 
 
 @torch.no_grad()
@@ -175,7 +179,8 @@ def zero_variance_share(reward: Tensor, group: Tensor, *, valid: Tensor | None =
         valid: boolean, [B].
 
     Returns:
-        Scalar in [0, 1]; counts groups with fewer than two valid members too.
+        Scalar in [0, 1]; counts groups with fewer than two valid members too. 0 without a valid
+        trajectory.
 
     Raises:
         ValueError: shapes do not match, a valid reward is not finite.
@@ -185,7 +190,7 @@ def zero_variance_share(reward: Tensor, group: Tensor, *, valid: Tensor | None =
         >>> zero_variance_share(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
         tensor(0.5000)
     """
-    return masked_mean((group_std(reward, group, valid=valid) == 0).float(), valid)
+    return masked_mean((group_std(reward, group, valid=valid) == 0).to(reward), valid)
 
 
 @torch.no_grad()
@@ -217,7 +222,7 @@ def variance_ratio(
         >>> variance_ratio(reward, other, torch.tensor([0, 0]))
         tensor(4.)
     """
-    check_same_shape(reward=reward, other=other)
+    valid = check_rewards({"reward": reward, "other": other}, group, valid)
     top, bottom = (
         masked_mean(group_std(x, group, valid=valid).square(), valid) for x in (reward, other)
     )
@@ -249,21 +254,22 @@ def advantage_correlation(
         >>> advantage_correlation(reward, other, torch.tensor([0, 0]))
         tensor(-1.)
     """
-    check_same_shape(reward=reward, other=other)
+    valid = check_rewards({"reward": reward, "other": other}, group, valid)
     a, b = (group_advantage(x.double(), group, valid=valid, std="none") for x in (reward, other))
     correlation = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
     return correlation.to(reward.dtype)
 
 
-def _log_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+def _log_ratio(
+    log_prob: Tensor, old_log_prob: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Checked: the logarithm of the ratio, and the mask.
+
+    In float64: a log-ratio of 1e-5 squares to less than float32 resolves beside it.
+    """
     check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob)
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
-    return log_prob - old_log_prob
-
-
-def _mask_of(x: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
-        return torch.ones_like(x, dtype=torch.bool)
-    check_shape("valid", valid, x.shape, "of log_prob")
-    check_mask("valid", valid, x.shape, "of log_prob")
-    return valid
+        valid = torch.ones_like(log_prob, dtype=torch.bool)
+    check_mask("valid", valid, log_prob.shape, "of log_prob")
+    return log_prob.double() - old_log_prob.double(), valid

@@ -21,6 +21,7 @@ from mteditflow._checks import (
     check_same_shape,
     check_values,
 )
+from mteditflow._reduce import promote
 
 
 class Interval(NamedTuple):
@@ -36,15 +37,18 @@ def instruction_following(success: Tensor, *, valid: Tensor | None = None) -> Te
 
     Args:
         success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
-        valid: boolean, [C, N]; a chain leaves the denominator from its first invalid turn on.
+        valid: boolean, [C, N]; a chain leaves the denominator from its first invalid turn on, even
+            if it had failed before: to keep only the failures would bias the share down.
 
     Returns:
-        [N], float32, non-increasing where all turns are valid; NaN for a turn without valid chains.
+        [N], float32 (float64 if given), non-increasing where all turns are valid; NaN for a turn
+        without valid chains.
 
     Raises:
         ValueError: wrong shape, or a value other than 0 and 1.
+        TypeError: ``valid`` is not boolean.
 
-    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+    Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
     Example:
         >>> instruction_following(torch.tensor([[1, 0, 1], [1, 1, 1]]))
@@ -64,12 +68,13 @@ def marginal_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
         valid: boolean, [C, N]; an invalid turn leaves the denominator.
 
     Returns:
-        [N], float32; NaN for a turn without valid chains.
+        [N], float32 (float64 if given); NaN for a turn without valid chains.
 
     Raises:
         ValueError: wrong shape, or a value other than 0 and 1.
+        TypeError: ``valid`` is not boolean.
 
-    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+    Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
     Example:
         >>> marginal_success(torch.tensor([[1, 0, 1], [1, 1, 1]]))
@@ -89,13 +94,14 @@ def content_consistency(*terms: Tensor) -> Tensor:
         *terms: each [C, N], floating point; NaN where a chain has no such term at that turn.
 
     Returns:
-        [N], float32; a term that no chain has is left out, NaN if there is none at all.
+        [N], float32 (float64 if given); a term that no chain has is left out, NaN if there is none
+        at all.
 
     Raises:
         ValueError: no term, or shapes differ.
         TypeError: a term is not floating point.
 
-    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+    Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
     Example:
         >>> content_consistency(torch.tensor([[0.8], [0.6]]), torch.tensor([[1.0], [torch.nan]]))
@@ -107,8 +113,8 @@ def content_consistency(*terms: Tensor) -> Tensor:
     check_floating(**named)
     check_same_shape(**named)
     for name, term in named.items():
-        _check_table(name, term)
-    means = torch.stack([term.float().nanmean(dim=0) for term in terms])
+        check_rank(name, term, 2, "[C, N]", maximum=2)
+    means = torch.stack([term.nanmean(dim=0) for term in promote(*terms)])
     return means.nanmean(dim=0)
 
 
@@ -126,7 +132,7 @@ def overall(following: Tensor, consistency: Tensor) -> Tensor:
         ValueError: shapes differ, or IF is negative.
         TypeError: an argument is not floating point.
 
-    Source: EdiVal-Bench, as used by MT-EditFlow (arXiv 2606.01985).
+    Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
     Example:
         >>> overall(torch.tensor([59.97]), torch.tensor([95.32]))
@@ -155,7 +161,7 @@ def bootstrap_interval(
         *samples: each [C, ...] with the same C; row c of each belongs to chain c.
         generator: of the resampling, on the CPU.
         resamples: number of bootstrap resamples.
-        confidence: mass of the interval, in (0, 1).
+        confidence: mass of the interval, between 0 and 1.
 
     Returns:
         Interval of the statistic's shape; ``estimate`` is that of the samples as they are.
@@ -163,6 +169,7 @@ def bootstrap_interval(
 
     Raises:
         ValueError: no sample, different numbers of chains, a number out of range.
+        TypeError: the statistic is not floating point.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
@@ -185,28 +192,23 @@ def bootstrap_interval(
                 f"got {len(sample)}"
             )
     check_count("resamples", resamples)
-    check_number("confidence", confidence, low=0.0, high=1.0)
+    check_number("confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
+    estimate = statistic(*samples)
+    check_floating(statistic=estimate)
     count = len(samples[0])
     draws = torch.randint(count, (resamples, count), generator=generator)
     replicates = torch.stack([statistic(*(s[draw] for s in samples)) for draw in draws])
     tail = (1 - confidence) / 2
     low, high = (replicates.double().nanquantile(q, dim=0) for q in (tail, 1 - tail))
-    estimate = statistic(*samples)
     return Interval(estimate, low.to(estimate.dtype), high.to(estimate.dtype))
 
 
-def _check_table(name: str, x: Tensor) -> None:
-    check_rank(name, x, 2, "[C, N]")
-    if x.ndim != 2:
-        raise ValueError(f"{name}: expected shape [C, N], got {list(x.shape)}")
-
-
 def _success(success: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check_table("success", success)
+    check_rank("success", success, 2, "[C, N]", maximum=2)
     if valid is None:
         valid = torch.ones_like(success, dtype=torch.bool)
     check_mask("valid", valid, success.shape, "[C, N]")
-    score = success.float()
+    score = success.to(torch.promote_types(success.dtype, torch.float32))
     check_values("success", score, ~valid | (score == 0) | (score == 1), "0 or 1")
     return torch.where(valid, score, 0), valid
 

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_count, check_number, check_shape, check_tensor
+from mteditflow._checks import (
+    check_count,
+    check_floating,
+    check_full_precision,
+    check_number,
+    check_shape,
+)
 
 
 def old_policy_decay(update: int, *, slope: float, maximum: float, start: int = 0) -> float:
@@ -27,6 +33,7 @@ def old_policy_decay(update: int, *, slope: float, maximum: float, start: int = 
 
     Raises:
         ValueError: an argument is out of range.
+        TypeError: a count is not an integer, or a number is none.
 
     Source: DiffusionNFT (arXiv 2509.16117), soft update of the sampling policy.
 
@@ -51,8 +58,10 @@ def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay
         decay: d in [0, 1]; 0 copies exactly, 1 leaves the old policy as it is.
 
     Raises:
-        ValueError: numbers or shapes of parameters differ, or the decay is out of range; nothing
-            has been changed then.
+        ValueError: numbers or shapes of parameters differ, or the decay is out of range.
+        TypeError: a parameter is not floating point, or one of ``old`` is half precision and the
+            decay is not 0: its small steps would be rounded away. Nothing has been changed when an
+            error is raised.
 
     Source: DiffusionNFT (arXiv 2509.16117), soft update of the sampling policy.
 
@@ -67,7 +76,9 @@ def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay
     if len(old) != len(current):
         raise ValueError(f"current: expected {len(old)} parameters as in old, got {len(current)}")
     for position, (theirs, ours) in enumerate(zip(old, current, strict=True)):
-        check_tensor(f"old[{position}]", theirs)
+        check_policy = check_floating if decay == 0 else check_full_precision
+        check_policy(**{f"old[{position}]": theirs})
+        check_floating(**{f"current[{position}]": ours})
         check_shape(f"current[{position}]", ours, theirs.shape, f"of old[{position}]")
     for theirs, ours in zip(old, current, strict=True):
         theirs.lerp_(ours.to(theirs), 1 - decay)

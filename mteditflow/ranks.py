@@ -2,7 +2,7 @@
 
 Groups may be split over ranks. Each rank gathers the whole batch, computes the advantages of all
 trajectories with the very function used on one process, and keeps its own slice, so the result
-does not depend on the number of ranks::
+does not depend on the number of ranks (bit for bit where the function is deterministic)::
 
     (reward, group, valid), own = gather_ranks(reward, group, valid)
     advantage = group_advantage(reward, group, valid=valid)[own]
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from mteditflow._checks import check_rank
+from mteditflow._checks import check_tensor
 
 
 def gather_ranks(
@@ -37,6 +37,7 @@ def gather_ranks(
 
     Raises:
         ValueError: no tensor, a tensor without axes, or different first axes.
+        TypeError: an argument is not a tensor.
 
     Example:
         >>> (reward,), own = gather_ranks(torch.tensor([1.0, 2.0]))
@@ -46,12 +47,10 @@ def gather_ranks(
     if not tensors:
         raise ValueError("tensors: expected at least one tensor, got none")
     for position, x in enumerate(tensors):
-        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) != len(tensors[0]):
-            check_rank(f"tensors[{position}]", x, 1, "[B_local, ...]")
-            raise ValueError(
-                f"tensors[{position}]: expected {len(tensors[0])} rows like tensors[0], "
-                f"got shape {list(x.shape)}"
-            )
+        check_tensor(f"tensors[{position}]", x)
+        if x.ndim == 0 or x.shape[0] != tensors[0].shape[0]:
+            expected = "[B_local, ...] with the B_local of tensors[0]"
+            raise ValueError(f"tensors[{position}]: expected {expected}, got {list(x.shape)}")
     rows = len(tensors[0])
     if not (dist.is_available() and dist.is_initialized()):
         return tuple(x.detach() for x in tensors), slice(0, rows)

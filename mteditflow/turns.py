@@ -139,7 +139,8 @@ def reward_to_go(
         [B, N], float32 (float64 if given). No gradient is meant.
 
     Raises:
-        ValueError: wrong shape, a reward that is not finite, a discount outside [0, 1].
+        ValueError: wrong shape, a reward that is not finite, a chain without turns, a discount
+            outside [0, 1].
 
     Source: credit to turns, an alternative to MT-EditFlow's broadcast (arXiv 2606.01985, Eq. 8).
 
@@ -200,8 +201,8 @@ def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
         [B, N, S]. Gradient flows through.
 
     Raises:
-        ValueError: the advantage is neither [B] nor [B, N].
-        TypeError: the advantage is not floating point.
+        ValueError: the advantage is neither [B] nor [B, N], or a count is not positive.
+        TypeError: the advantage is not floating point, or a count is not an integer.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 8.
 
@@ -223,9 +224,7 @@ def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
 
 
 def _turns(name: str, score: Tensor, turn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    check_rank(name, score, 2, "[B, N]")
-    if score.ndim != 2:
-        raise ValueError(f"{name}: expected shape [B, N], got {list(score.shape)}")
+    check_rank(name, score, 2, "[B, N]", maximum=2)
     if turn_mask is None:
         turn_mask = torch.ones_like(score, dtype=torch.bool)
     check_mask("turn_mask", turn_mask, score.shape, "[B, N]")

@@ -2,6 +2,8 @@ r"""The clipped surrogate of GRPO, on log-probs of denoising steps."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,10 @@ def clipped_surrogate_loss(
     r"""Clipped surrogate, :math:`-\min(\rho A, \mathrm{clip}(\rho, 1 - low, 1 + high)\,A)`.
 
     With :math:`\rho = \exp(log\_prob - old\_log\_prob)`. On-policy (:math:`\rho = 1`) the gradient
-    with respect to ``log_prob`` is exactly ``-advantage``; where clipping acts it is exactly 0.
-    Add ``kl_coef * gaussian_kl(...)`` and reduce with ``masked_mean(loss, valid)``.
+    with respect to ``log_prob`` is exactly ``-advantage``. Where clipping acts it is exactly 0:
+    above 1 + high for an advantage > 0, below 1 - low for one < 0. Computed on the logarithm of the
+    ratio, so that no far-off ratio turns a clipped entry into NaN. Add ``kl_coef *
+    gaussian_kl(...)`` and reduce with ``masked_mean(loss, valid)``.
 
     Args:
         log_prob: log-prob of stored steps under the policy being trained, any shape such as
@@ -56,7 +60,7 @@ def clipped_surrogate_loss(
     """
     check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
-    check_number("clip_low", clip_low, low=0.0, high=1.0)
+    check_number("clip_low", clip_low, low=0.0, high=1.0, open_high=True)
     check_number("clip_high", clip_high, low=0.0)
     old_log_prob, advantage = old_log_prob.detach(), advantage.detach()
     if valid is not None:
@@ -64,6 +68,7 @@ def clipped_surrogate_loss(
         log_prob, old_log_prob, advantage = (
             torch.where(valid, x, 0) for x in (log_prob, old_log_prob, advantage)
         )
-    ratio = (log_prob - old_log_prob).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantage, clipped * advantage)
+    log_ratio = log_prob - old_log_prob
+    from_above = log_ratio.clamp(max=math.log1p(clip_high))
+    from_below = log_ratio.clamp(min=math.log1p(-clip_low))
+    return -torch.where(advantage >= 0, from_above, from_below).exp() * advantage

@@ -20,9 +20,8 @@ from mteditflow._checks import (
     check_rank,
     check_same_shape,
     check_shape,
-    check_step_values,
 )
-from mteditflow._reduce import per_row, promote, row_mean, row_mean_square
+from mteditflow._reduce import per_row, promote, row_mean_absolute, row_mean_square
 
 
 def optimality_probability(advantage: Tensor, *, advantage_max: float = 5.0) -> Tensor:
@@ -60,7 +59,7 @@ def nft_loss(
     Computed by completing the square. With the old policy's error :math:`e = v_{old} - v` and
     :math:`c = 2r - 1` the loss is
 
-    .. math:: \lVert b\,(v_\theta - v_{old}) + c\,e \rVert^2 + (1 - c^2)\,\lVert e \rVert^2
+    .. math:: b^2\,\lVert v_\theta - v_{old} + (c/b)\,e \rVert^2 + (1 - c^2)\,\lVert e \rVert^2
 
     so the policy regresses to the old one moved by :math:`-(c/b)\,e`: toward the sample where
     r > 1/2, away from it where r < 1/2. At ``velocity == old_velocity`` the gradient is
@@ -76,7 +75,8 @@ def nft_loss(
 
     Returns:
         [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
-        ``velocity`` alone. A row that must not teach is left out by ``masked_mean``, not by r.
+        ``velocity`` alone. A row that must not teach is left out of the batch, or by
+        ``masked_mean``; r = 1/2 would still pull it to the old policy.
 
     Raises:
         ValueError: shapes differ, r lies outside [0, 1], ``nft_beta`` is not positive.
@@ -93,10 +93,9 @@ def nft_loss(
         (tensor([5.]), tensor([[1., 3.]]))
     """
     v, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta)
-    signed_error = (2 * weight - 1) * error
-    residual = torch.add(signed_error, v - old_velocity.detach(), alpha=nft_beta)
     constant = 4 * (weight * (1 - weight)).flatten() * row_mean_square(error)
-    return row_mean_square(residual) + constant
+    to_goal = torch.addcmul(v - old_velocity.detach(), (2 * weight - 1) / nft_beta, error)
+    return nft_beta**2 * row_mean_square(to_goal) + constant
 
 
 def adaptive_nft_loss(
@@ -189,7 +188,6 @@ def _prepare(
     check_rank("velocity", velocity, 2, "[M, ...]")
     check_full_precision(r=r)
     check_shape("r", r, velocity.shape[:1], "[M]")
-    check_step_values("r", r, (r >= 0) & (r <= 1), "probabilities in [0, 1]")
     check_number("nft_beta", nft_beta, low=0.0, open_low=True)
     v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
     return v, v_old - v_target, per_row("r", r.detach(), v)
@@ -197,5 +195,5 @@ def _prepare(
 
 def _scale_free(error: Tensor, sigma: Tensor, floor: float) -> Tensor:
     """Mean square of the clean-space error over its detached mean absolute value (floored)."""
-    scale = (sigma * row_mean(error.detach().abs())).clamp(min=floor)
+    scale = (sigma * row_mean_absolute(error.detach())).clamp(min=floor)
     return sigma.square() * row_mean_square(error) / scale
