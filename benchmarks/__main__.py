@@ -1,0 +1,116 @@
+"""``python -m benchmarks``: measure, print, and write ``results.json`` and ``results.md``."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, report
+from benchmarks.cases import GROUPS, LATENTS, SAMPLES, Case, cases, growths
+
+LENGTHS = (4, 8, 16, 32)
+
+
+def measure_pair(case: Case, *, device: str, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Time and memory of a function and its plain twin, which must agree."""
+    torch.testing.assert_close(
+        case.run(case.ours), case.run(case.plain), rtol=1e-3, atol=1e-5, check_dtype=False
+    )
+    functions = {"plain": case.plain, "ours": case.ours}
+    peaks = {
+        name: measure.peak_bytes(lambda f=f: case.run(f), device=device)
+        for name, f in functions.items()
+    }
+    if compiled:
+        functions["ours compiled"] = torch.compile(case.ours, fullgraph=True)
+        if case.plain_compiles:
+            functions["plain compiled"] = torch.compile(case.plain, fullgraph=True)
+    seconds = measure.interleaved_seconds(
+        {name: lambda f=f: case.run(f) for name, f in functions.items()},
+        device=device,
+        rounds=rounds,
+    )
+    return {
+        "name": case.name,
+        "seconds": {name: statistics.median(samples) for name, samples in seconds.items()},
+        "time_ratio": measure.ratios(seconds["ours"], seconds["plain"]),
+        "time_limit": case.time_limit,
+        "bytes": peaks,
+        "memory_limit": case.memory_limit,
+    }
+
+
+def measure_growths(*, device: str, rounds: int, lengths: Sequence[int], **size: Any) -> list[Any]:
+    """How time grows along each axis."""
+    results = []
+    for name, function in growths(device, **size).items():
+        calls = {str(length): lambda f=function, n=length: f(n) for length in lengths}
+        samples = measure.interleaved_seconds(calls, device=device, rounds=rounds)
+        seconds = [statistics.median(samples[str(length)]) for length in lengths]
+        exponent, r_squared = measure.straight_line(lengths, seconds)
+        results.append(
+            {
+                "name": name,
+                "lengths": list(lengths),
+                "seconds": seconds,
+                "exponent": exponent,
+                "r_squared": r_squared,
+            }
+        )
+    return results
+
+
+def main() -> bool:
+    """Run all; return whether every limit is met."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--rounds", type=int, default=21, help="samples of each candidate")
+    parser.add_argument("--only", default="", help="only functions whose name contains this")
+    parser.add_argument("--no-compile", action="store_true", help="leave compiled figures out")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    pairs = []
+    for case in cases(options.device):
+        if options.only not in case.name:
+            continue
+        pair = measure_pair(
+            case, device=options.device, rounds=options.rounds, compiled=not options.no_compile
+        )
+        pairs.append(pair)
+        memory = pair["bytes"]["ours"] / pair["bytes"]["plain"]
+        low, ratio, high = pair["time_ratio"]
+        print(
+            f"{case.name:40} time {ratio:6.3f} ({low:.3f}..{high:.3f}) "
+            f"{report.met(ratio, case.time_limit):7} memory {memory:5.2f} "
+            f"{report.met(memory, case.memory_limit)}",
+            flush=True,
+        )
+    if options.only:
+        return True
+    results = {
+        "environment": report.environment(options.device),
+        "latents": list(LATENTS),
+        "samples": SAMPLES,
+        "groups": GROUPS,
+        "rounds": options.rounds,
+        "pairs": pairs,
+        "growths": measure_growths(
+            device=options.device, rounds=max(3, options.rounds // 3), lengths=LENGTHS
+        ),
+    }
+    report.write(options.output, options.device, results)
+    page = report.render({options.device: results})
+    print(f"\n{page}\nWritten to {options.output / 'results.md'}")
+    return "MISSED" not in page
+
+
+if __name__ == "__main__":
+    raise SystemExit(not main())

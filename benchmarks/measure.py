@@ -1,0 +1,104 @@
+"""Time and memory of callables, so that a busy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+def interleaved_seconds(
+    calls: Mapping[str, Call], *, device: str, rounds: int, sample_seconds: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds of one call, a list over rounds for each candidate.
+
+    Every round times every candidate, each round in another order, so that a drift of the machine
+    meets all of them. A sample repeats a short call until it lasts about ``sample_seconds``.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        _seconds(call, device)  # warm up: caches, allocator, compilation
+        repeats[name] = math.ceil(sample_seconds / _seconds(call, device))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for k in range(rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            seconds[name].append(_seconds(calls[name], device, repeats[name]))
+    return seconds
+
+
+def _seconds(call: Call, device: str, repeats: int = 1) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def peak_bytes(call: Call, *, device: str) -> int:
+    """Most memory that a call holds at any moment, above what was there before it.
+
+    On the CPU the running sum of the allocator's events as ``torch.profiler`` records them: every
+    tensor and every temporary, to the byte. On CUDA the caching allocator's own peak counter.
+    """
+    call()  # lazy initialisations are not the call's
+    if torch.device(device).type == "cuda":
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    return max(accumulate((event["args"]["Bytes"] for event in events), initial=0))
+
+
+def ratios(ours: Sequence[float], plain: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of ours / plain over rounds: first, median, third."""
+    low, median, high = statistics.quantiles(
+        (a / b for a, b in zip(ours, plain, strict=True)), n=4, method="inclusive"
+    )
+    return low, median, high
+
+
+def straight_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Exponent of the growth (slope of the logarithms), and R^2 of a straight line through it."""
+    logs = [math.log(x) for x in sizes], [math.log(y) for y in seconds]
+    exponent = statistics.linear_regression(*logs).slope
+    return exponent, statistics.correlation(sizes, seconds) ** 2
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the lines that the profiler's C++ writes to standard error."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
