@@ -30,6 +30,7 @@ class Recipe(NamedTuple):
         time_dtype: its dtype.
         clock: what makes it of the scheduler's timestep.
         timesteps: the timestep of sigma = 1, 1000 in all known pipelines.
+        velocity_dtype: dtype of the scheduler's velocity, in which branches combine.
         guidance: how two branches combine; None for one branch.
     """
 
@@ -40,6 +41,7 @@ class Recipe(NamedTuple):
     time_dtype: torch.dtype
     clock: Clock
     timesteps: int
+    velocity_dtype: torch.dtype
     guidance: Guidance | None
 
 

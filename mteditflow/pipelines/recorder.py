@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from mteditflow.pipelines.conditioning import map_leaves, share_equal_tensors
+from mteditflow.pipelines.pattern import Recorded, Version
 from mteditflow.pipelines.recognise import Call, ReplayError
 from mteditflow.pipelines.rollout import Rollout
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
-from mteditflow.pipelines.turn import Recorded, Turn
+from mteditflow.pipelines.turn import Turn
 from mteditflow.sde import Solver
 from mteditflow.trajectory import Trajectory
 
@@ -159,7 +160,7 @@ class Recorder:
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"turns: expected latents [B, S + 1, ...] of one shape, got {shapes}")
         for turn in self._turns:
-            turn.check_unchanged()
+            Version.check(turn.versions)
         latents = torch.stack([turn.latents for turn in self._turns], dim=1)
         batch, turns = latents.shape[:2]
         numbers = torch.arange(turns).expand(batch, -1)
@@ -180,7 +181,8 @@ class Recorder:
 
     def started(self, sigmas: Tensor) -> None:
         """Called by the scheduler: a pipeline call begins."""
-        self._check_finished()
+        if self._turn is not None and self._turn.steps:
+            self._check_finished()
         self._calls = []
         timesteps = self._scheduler.config.num_train_timesteps
         self._turn = Turn(sigmas, timesteps, self._shared, self._storage)

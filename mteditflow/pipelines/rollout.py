@@ -111,7 +111,8 @@ class Rollout:
             arguments = select_rows([b.arguments for b in branches], rows, x_t.device)
             arguments[recipe.sample_name] = recipe.layout.join(sample, rest)
             arguments[recipe.time_name] = time
-            outputs.append(recipe.layout.velocity(model(**arguments)[0], sample))
+            output = recipe.layout.velocity(model(**arguments)[0], sample)
+            outputs.append(output.to(recipe.velocity_dtype))
         combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
         return combined.to(torch.promote_types(combined.dtype, torch.float32))
 

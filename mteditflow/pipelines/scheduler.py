@@ -22,6 +22,15 @@ from mteditflow._checks import REDUCTIONS, check_choice
 from mteditflow.sampler import batched_noise
 from mteditflow.sde import ODE, Solver, gaussian_log_prob
 
+_UNSUPPORTED: dict[str, tuple[float | None, str]] = {
+    "s_churn": (0.0, "flow-matching steps do not churn"),
+    "s_tmin": (0.0, "flow-matching steps do not churn"),
+    "s_tmax": (float("inf"), "flow-matching steps do not churn"),
+    "s_noise": (1.0, "the solver decides how much noise a step adds"),
+    "generator": (None, "noise comes from the scheduler's generators, one per trajectory"),
+    "per_token_timesteps": (None, "a transition needs one flow time per sample"),
+}
+
 
 class Step(NamedTuple):
     """One denoising step as it was taken, with all that a replay needs.
@@ -186,7 +195,14 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             per_token_timesteps: None; all tokens of a sample share their flow time.
             return_dict: whether to return the parent's output class or a tuple.
         """
-        _refuse_options(s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps)
+        _refuse_options(
+            s_churn=s_churn,
+            s_tmin=s_tmin,
+            s_tmax=s_tmax,
+            s_noise=s_noise,
+            generator=generator,
+            per_token_timesteps=per_token_timesteps,
+        )
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index
@@ -242,26 +258,9 @@ def _refuse_foreign(config: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_options(
-    s_churn: float,
-    s_tmin: float,
-    s_tmax: float,
-    s_noise: float,
-    generator: torch.Generator | None,
-    per_token_timesteps: Tensor | None,
-) -> None:
-    if (s_churn, s_tmin, s_tmax, s_noise) != (0.0, 0.0, float("inf"), 1.0):
-        raise ValueError(
-            "s_churn, s_tmin, s_tmax, s_noise: expected their defaults, because flow-matching "
-            f"steps do not churn, got {s_churn}, {s_tmin}, {s_tmax}, {s_noise}"
-        )
-    if generator is not None:
-        raise ValueError(
-            "generator: expected None, because noise comes from the scheduler's `generators`, "
-            "one per trajectory"
-        )
-    if per_token_timesteps is not None:
-        raise ValueError(
-            "per_token_timesteps: expected None, because a transition needs one flow time per "
-            "sample"
-        )
+def _refuse_options(**options: Any) -> None:
+    """Refuse options of ``step`` that would be ignored."""
+    for name, value in options.items():
+        default, reason = _UNSUPPORTED[name]
+        if value is not default and (default is None or value != default):
+            raise ValueError(f"{name}: expected its default {default}, because {reason}")

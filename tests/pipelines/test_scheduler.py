@@ -223,12 +223,12 @@ def test_refuses_configs_whose_steps_are_not_a_solvers(option):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("s_churn", 1.0, "s_churn, s_tmin, s_tmax, s_noise: expected their defaults"),
-        ("s_tmin", 0.1, "expected their defaults"),
-        ("s_tmax", 1.0, "expected their defaults"),
-        ("s_noise", 1.1, "expected their defaults"),
-        ("generator", torch.Generator(), "generator: expected None"),
-        ("per_token_timesteps", torch.zeros(1, 4), "per_token_timesteps: expected None"),
+        ("s_churn", 1.0, "s_churn: expected its default 0.0, because"),
+        ("s_tmin", 0.1, "s_tmin: expected its default"),
+        ("s_tmax", 1.0, "s_tmax: expected its default inf"),
+        ("s_noise", 1.1, "s_noise: expected its default"),
+        ("generator", torch.Generator(), "generator: expected its default None"),
+        ("per_token_timesteps", torch.zeros(1, 4), "per_token_timesteps: expected its default"),
     ],
 )
 def test_refuses_options_it_would_ignore(option, value, message):
