@@ -178,22 +178,25 @@ class Guidance(NamedTuple):
 def mismatch(velocities: Sequence[Tensor], guidance: Guidance | None, velocity: Tensor) -> Tensor:
     """Whether the branches do not make the scheduler's velocity, as a boolean on its device.
 
-    One branch must equal it exactly, two up to a few roundings of their dtype.
+    They must make it exactly; only two branches in full precision may differ by the roundings that
+    another order of the same operations causes.
     """
     if guidance is None:
-        return (velocities[0].to(velocity.dtype) != velocity).any()
-    combined = guidance(velocities)
-    size = torch.maximum(velocities[0].abs().amax(), velocities[1].abs().amax())
-    limit = 8 * torch.finfo(combined.dtype).eps * (1 + abs(guidance.scale)) * size
-    return ~((combined - velocity).abs().amax() <= limit)
+        return (velocities[0] != velocity).any()
+    combined, epsilon = guidance(velocities), torch.finfo(velocity.dtype).eps
+    if epsilon > torch.finfo(torch.float32).eps:
+        return (combined != velocity).any()
+    size = velocities[0].abs() + velocities[1].abs()
+    return ~((combined - velocity).abs() <= 2 * epsilon * (1 + abs(guidance.scale)) * size).all()
 
 
 def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | None:
     """Recover the scale from the tensors; None where equal branches hide it.
 
-    Least squares in float64 first, then the roundest decimal that reproduces the velocity.
+    Least squares in float64, then the roundest decimal near it that makes exactly the velocity,
+    else the scale as found if it makes the velocity up to rounding.
     """
-    nearest = None
+    found = []
     for positive in (0, 1):
         negative = velocities[1 - positive].double()
         difference = velocities[positive].double() - negative
@@ -201,13 +204,13 @@ def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | 
         if power == 0:
             return None
         scale = ((velocity.double() - negative) * difference).sum().item() / power
-        for candidate in (*(round(scale, digits) for digits in range(7)), scale):
-            guidance = Guidance(positive, candidate)
-            if torch.equal(guidance(velocities), velocity):
-                return guidance
-            if nearest is None and not mismatch(velocities, guidance, velocity):
-                nearest = guidance
-    if nearest is None:
+        found += [Guidance(positive, round(scale, digits)) for digits in range(7)]
+        found.append(Guidance(positive, scale))
+    for guidance in found:
+        if torch.equal(guidance(velocities), velocity):
+            return guidance
+    nearest = found[7]
+    if mismatch(velocities, nearest, velocity):
         raise ReplayError(
             "the scheduler's velocity is not negative + scale * (positive - negative) of the "
             "transformer's two outputs: a rescaled or otherwise modified guidance cannot be "

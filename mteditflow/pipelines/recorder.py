@@ -150,12 +150,11 @@ class Recorder:
                 their latents or in their number of steps.
             ReplayError: a recorded tensor was changed in place since.
         """
-        if self._hook is None or self._failed is not None or not self._turns:
-            raise ValueError(
-                "recorder: expected at least one recorded pipeline call"
-                + ("" if self._failed is None else f", but recording failed: {self._failed}")
-            )
+        if self._failed is not None:
+            raise ValueError(f"recorder: recording failed: {self._failed}") from self._failed
         self._check_finished()
+        if not self._turns:
+            raise ValueError("recorder: expected at least one recorded pipeline call, got none")
         shapes = [list(turn.latents.shape) for turn in self._turns]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"turns: expected latents [B, S + 1, ...] of one shape, got {shapes}")

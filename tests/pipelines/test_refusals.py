@@ -1,0 +1,447 @@
+"""What the recorder refuses, with faults put into real pipelines; and that it always cleans up."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CHAIN, STEPS, call, options, picture, roll_out
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.hooks import FirstBlockCacheConfig
+
+from mteditflow import FlowSDE, trajectory_generators
+from mteditflow.pipelines import FlowMatchSDEScheduler, Recorder, ReplayError
+from mteditflow.pipelines.recognise import (
+    CLOCKS,
+    Guidance,
+    find_clock,
+    find_guidance,
+    find_sample,
+    find_time,
+    mismatch,
+)
+
+
+def edit(pipeline, guidance=1.0, **more):
+    """One edit of one image."""
+    generators = trajectory_generators(0, 1)
+    return call(pipeline, [picture(pipeline)], [CHAIN[0][0]], generators, guidance, **more)
+
+
+def record(pipeline, *, velocity=None, arguments=None, forward=None, **given):
+    """Record one edit, with a change put between transformer and scheduler, or before it."""
+    if arguments is not None:
+        pipeline.transformer.register_forward_pre_hook(
+            lambda _model, args, kwargs: (args, kwargs | arguments(kwargs)), with_kwargs=True
+        )
+    with Recorder(pipeline):
+        if velocity is not None:
+            step = pipeline.scheduler.step
+            pipeline.scheduler.step = lambda v, *args, **kw: step(velocity(v), *args, **kw)
+        if forward is not None:
+            pipeline.transformer.forward = forward
+        edit(pipeline, **given)
+
+
+# Faults between transformer and scheduler.
+
+
+@pytest.mark.parametrize("change", [lambda v: v * (1 + 1e-5), lambda v: v + 1e-5, torch.neg])
+def test_refuses_a_velocity_changed_after_the_transformer(pipeline, change):
+    with pytest.raises(ReplayError, match="velocity was changed"):
+        record(pipeline, velocity=change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_refuses_a_velocity_changed_at_a_single_late_step(pipeline, guidance, dtype):
+    seen = []
+
+    def late(velocity):
+        seen.append(velocity)
+        return velocity * 1.02 if len(seen) == STEPS else velocity
+
+    pipeline.to(dtype)
+    with pytest.raises(ReplayError, match="velocity was changed"):
+        record(pipeline, velocity=late, guidance=guidance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refuses_guidance_with_rescaled_norm(pipeline, dtype):
+    pipeline.to(dtype)
+    with pytest.raises(ReplayError, match="rescaled or otherwise modified"):
+        record(pipeline, velocity=lambda v: v / v.norm(dim=-1, keepdim=True), guidance=3.0)
+
+
+def test_refuses_guidance_whose_scale_changes(pipeline):
+    outputs, factor = [], iter([1.0, 1.5, 1.0])
+    pipeline.transformer.register_forward_hook(
+        lambda _model, _args, output: outputs.append(output[0])
+    )
+
+    def scheduled(velocity):
+        positive, negative = (output[:, : velocity.shape[1]] for output in outputs[-2:])
+        return negative + 3.0 * next(factor) * (positive - negative)
+
+    with pytest.raises(ReplayError, match="velocity was changed"):
+        record(pipeline, velocity=scheduled, guidance=3.0)
+
+
+def test_refuses_a_velocity_of_another_shape(pipeline):
+    with pytest.raises(ReplayError, match="given a velocity"):
+        record(pipeline, velocity=lambda v: v[:, :1].expand_as(v)[:, :1])
+
+
+def test_refuses_a_nan(pipeline):
+    with torch.no_grad():
+        pipeline.transformer.proj_out.weight.fill_(torch.nan)
+    with pytest.raises(ReplayError, match="or is NaN"):
+        record(pipeline)
+
+
+def test_refuses_branches_that_hide_the_scale(kontext):
+    with pytest.raises(ReplayError, match="hides the guidance scale"):
+        record(kontext, guidance=3.0, negative_prompt=CHAIN[0][0])
+
+
+# Faults in the transformer's arguments.
+
+
+def test_refuses_a_flow_time_that_is_no_known_function_of_sigma(pipeline):
+    with pytest.raises(ReplayError, match="should tell the scheduler's timestep 1000"):
+        record(pipeline, arguments=lambda given: {"timestep": given["timestep"] * 0.9})
+
+
+def test_refuses_a_clock_that_fits_the_first_step_only(pipeline):
+    with pytest.raises(ReplayError, match="time is not a known function of sigma"):
+        record(pipeline, arguments=lambda given: {"timestep": given["timestep"] ** 2})
+
+
+def test_refuses_a_sample_that_the_transformer_does_not_get(pipeline):
+    with pytest.raises(ReplayError, match=r"hold the scheduler's sample .* but none does"):
+        record(pipeline, arguments=lambda given: {"hidden_states": given["hidden_states"] * 0.5})
+
+
+def test_refuses_another_sample_at_a_later_step(pipeline):
+    calls = []
+
+    def halve(given):
+        calls.append(1)
+        return {"hidden_states": given["hidden_states"] * (0.5 if len(calls) == 2 else 1.0)}
+
+    with pytest.raises(ReplayError, match="hidden_states does not hold the sample"):
+        record(pipeline, arguments=halve)
+
+
+def test_refuses_other_reference_tokens_at_a_later_step(pipeline):
+    calls = []
+
+    def drift(given):
+        calls.append(1)
+        tokens = given["hidden_states"].clone()
+        tokens[:, -1] += float(len(calls) == 2)
+        return {"hidden_states": tokens}
+
+    with pytest.raises(ReplayError, match="hidden_states changes behind the sample"):
+        record(pipeline, arguments=drift)
+
+
+@pytest.mark.parametrize("later", [{"guidance": torch.ones(1)}, {"new": 1}, {"return_dict": True}])
+def test_refuses_arguments_that_change_over_the_steps(pipeline, later):
+    calls = []
+    forward = pipeline.transformer.forward
+
+    def change(_given):
+        calls.append(1)
+        return later if len(calls) == 2 else {}
+
+    def ignoring(**given):
+        given.pop("new", None)
+        return forward(**given | {"return_dict": False, "guidance": None})
+
+    with pytest.raises(ReplayError, match=r"changes over the steps|other arguments"):
+        record(pipeline, arguments=change, forward=ignoring)
+
+
+def test_refuses_prompts_that_change_over_the_steps(pipeline):
+    def swap(_pipeline, _step, _timestep, given):
+        return {"prompt_embeds": given["prompt_embeds"] + 1}
+
+    watched = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(ReplayError, match="encoder_hidden_states changes over the steps"):
+        record(pipeline, callback_on_step_end=swap, **watched)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 1.01, "latents changed between two steps"),
+        (lambda x: x.mul_(1.01), "latents: changed in place"),
+    ],
+)
+def test_refuses_latents_changed_by_a_callback(pipeline, change, message):
+    def callback(_pipeline, _step, _timestep, given):
+        return {"latents": change(given["latents"])}
+
+    with pytest.raises(ReplayError, match=message):
+        record(pipeline, callback_on_step_end=callback)
+
+
+def calling(pipeline, times):
+    """A forward that calls the transformer more often: ``times(k)`` at its k-th call in all."""
+    forward, calls = pipeline.transformer.forward, []
+
+    def again(**given):
+        calls.append(1)
+        if len(calls) in times:
+            pipeline.transformer(**given)
+        return forward(**given)
+
+    return again
+
+
+def test_refuses_more_than_two_branches(pipeline):
+    with pytest.raises(ReplayError, match="two under classifier-free guidance, got 3"):
+        record(pipeline, forward=calling(pipeline, times=(1, 2)))
+
+
+def test_refuses_branches_that_come_and_go(pipeline):
+    with pytest.raises(ReplayError, match="step 1 called the transformer 2 times, step 0 1"):
+        record(pipeline, forward=calling(pipeline, times=(2,)))
+
+
+def test_refuses_lists_that_do_not_tell_whose_they_are(kontext):
+    class Grids(type(kontext.transformer)):
+        """Takes a list with an entry per image, as Qwen-Image-Edit does."""
+
+        def forward(self, *args, img_shapes=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    kontext.transformer.__class__ = Grids
+    with pytest.raises(ReplayError, match="img_shapes: a list as long as the batch"):
+        record(kontext, arguments=lambda _given: {"img_shapes": [(1, 6, 6)]})
+    with Recorder(kontext, shared=["img_shapes"]) as recorder:
+        edit(kontext)
+    assert len(recorder.rollout(group=[0])) == 1
+
+
+# Wrong pipelines and wrong use.
+
+
+def test_refuses_a_pipeline_without_a_flow_scheduler(pipeline):
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler, got .* DDIM"):
+        Recorder(pipeline)
+
+
+def test_refuses_what_is_no_pipeline():
+    with pytest.raises(ValueError, match="got str with NoneType"):
+        Recorder("pipeline")
+
+
+def test_refuses_a_pipeline_without_a_transformer(pipeline):
+    pipeline.transformer = None
+    with pytest.raises(ValueError, match="the pipeline has no transformer"):
+        Recorder(pipeline)
+
+
+def test_refuses_a_model_with_a_cache(kontext):
+    kontext.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="without an enabled cache"), Recorder(kontext):
+        pass
+    assert type(kontext.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+def test_refuses_nested_recorders(pipeline):
+    with Recorder(pipeline) as recorder:
+        with pytest.raises(ValueError, match="already being recorded"), Recorder(pipeline):
+            pass
+        edit(pipeline)
+    assert len(recorder.rollout(group=[0])) == 1
+    assert_clean(pipeline)
+
+
+def test_refuses_to_record_twice(pipeline):
+    recorder = Recorder(pipeline)
+    with recorder:
+        edit(pipeline)
+    with pytest.raises(ValueError, match="make a new one for each rollout"), recorder:
+        pass
+    assert_clean(pipeline)
+
+
+def test_refuses_a_rollout_of_nothing(pipeline):
+    recorder = Recorder(pipeline)
+    with pytest.raises(ValueError, match="at least one recorded pipeline call"):
+        recorder.rollout(group=[0])
+    with recorder:
+        pass
+    with pytest.raises(ValueError, match="at least one recorded pipeline call"):
+        recorder.rollout(group=[0])
+
+
+def test_refuses_groups_that_are_not_one_per_trajectory(pipeline):
+    with Recorder(pipeline) as recorder:
+        edit(pipeline)
+    with pytest.raises(ValueError, match="group: expected shape"):
+        recorder.rollout(group=[0, 0])
+    with pytest.raises(TypeError, match="group: expected integer"):
+        recorder.rollout(group=[0.5])
+
+
+def test_refuses_turns_of_different_shape(kontext):
+    with Recorder(kontext) as recorder:
+        edit(kontext)
+        edit(kontext, steps=STEPS + 1)
+    with pytest.raises(ValueError, match=r"turns: expected latents .* of one shape"):
+        recorder.rollout(group=[0])
+
+
+def test_refuses_too_few_generators(kontext):
+    recorder = Recorder(kontext, FlowSDE(0.7), generators=trajectory_generators(0, 2))
+    with pytest.raises(ValueError, match=r"one torch\.Generator per trajectory, 1 for"), recorder:
+        edit(kontext)
+
+
+# Cleaning up.
+
+
+def assert_clean(pipeline):
+    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert not pipeline.transformer._forward_hooks
+    assert not pipeline.transformer._forward_hooks_with_kwargs
+
+
+def test_leaves_the_pipeline_as_it_was(pipeline):
+    scheduler, config = pipeline.scheduler, dict(pipeline.config)
+    scheduler.set_shift(2.0)
+    state = {k: v for k, v in vars(scheduler).items() if not isinstance(v, torch.Tensor)}
+    with Recorder(pipeline, FlowSDE(0.7), generators=trajectory_generators(0, 1)):
+        assert isinstance(pipeline.scheduler, FlowMatchSDEScheduler)
+        assert pipeline.scheduler.shift == 2.0
+        edit(pipeline)
+    assert pipeline.scheduler is scheduler
+    assert dict(pipeline.config) == config
+    after = {k: v for k, v in vars(scheduler).items() if not isinstance(v, torch.Tensor)}
+    assert after == state
+    assert_clean(pipeline)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_cleans_up_after_an_interruption(pipeline, error):
+    def stop(*_):
+        raise error("stop")
+
+    recorder = Recorder(pipeline)
+    with pytest.raises(error, match="stop"), recorder:
+        edit(pipeline, callback_on_step_end=stop)
+    assert_clean(pipeline)
+    with pytest.raises(ValueError, match="recording failed: stop"):
+        recorder.rollout(group=[0])
+    roll_out(pipeline, turns=1, batch=1)
+
+
+def test_notices_a_turn_that_was_stopped_halfway(pipeline):
+    def stop(pipe, step, _timestep, given):
+        pipe._interrupt = step == 1
+        return given
+
+    recorder = Recorder(pipeline)
+    with pytest.raises(ReplayError, match=f"turn 0 ended after 2 of {STEPS} steps"), recorder:
+        edit(pipeline, callback_on_step_end=stop)
+    assert_clean(pipeline)
+    with pytest.raises(ReplayError, match="only whole turns"):
+        recorder.rollout(group=[0])
+
+
+def test_calls_of_the_transformer_outside_the_loop_do_not_matter(pipeline):
+    seen = []
+    handle = pipeline.transformer.register_forward_hook(
+        lambda _model, _args, kwargs, _output: seen.append(kwargs), with_kwargs=True
+    )
+    edit(pipeline)
+    handle.remove()
+    with Recorder(pipeline) as recorder:
+        pipeline.transformer(**seen[0])
+        pipeline.scheduler.set_timesteps(2)
+        edit(pipeline)
+        pipeline.transformer(**seen[0])
+    assert recorder.rollout(group=[0]).trajectory.turn_mask.shape == (1, 1)
+
+
+# Recognition, on tensors alone.
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_clock_is_found_again(clock, dtype):
+    timesteps = torch.tensor([1000.0, 873.21, 511.3, 77.7])
+    times = clock(timesteps, dtype)[:, None].expand(-1, 3)
+    found = find_clock(times, timesteps)
+    assert torch.equal(found(timesteps, dtype), clock(timesteps, dtype))
+
+
+def test_time_is_found_by_value_where_no_argument_is_named_timestep():
+    timestep = torch.tensor(873.0)
+    arguments = {"t": torch.full((2,), 0.873), "scale": torch.tensor([3.5, 3.5]), "flag": True}
+    assert find_time(arguments, timestep) == "t"
+    with pytest.raises(ReplayError, match="several do: \\['t', 'u'\\]"):
+        find_time(arguments | {"u": torch.tensor(0.873)}, timestep)
+
+
+def test_sample_must_be_held_once():
+    sample = torch.randn(2, 3, 4)
+    twice = {"a": sample, "b": torch.cat([sample, sample], dim=1), "c": torch.zeros(2, 3, 4)}
+    with pytest.raises(ReplayError, match="several do: \\['a', 'b'\\]"):
+        find_sample(twice, sample)
+
+
+@pytest.mark.parametrize("scale", [1.7, 4.0, 7.5, -2.0, 0.0, 1.0, 1.25])
+@pytest.mark.parametrize("positive", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_guidance_is_recovered_exactly(scale, positive, dtype):
+    velocities = [torch.randn(2, 50, 3).to(dtype) for _ in range(2)]
+    velocity = Guidance(positive, scale)(velocities)
+    found = find_guidance(velocities, velocity)
+    assert torch.equal(found(velocities), velocity)
+    assert not mismatch(velocities, found, velocity)
+    assert found.scale in (scale, 1 - scale)
+
+
+def test_an_odd_scale_is_found_in_full_precision():
+    velocities = [torch.randn(2, 50, 3) for _ in range(2)]
+    velocity = Guidance(0, 3.14159265)(velocities)
+    assert find_guidance(velocities, velocity).scale == pytest.approx(3.14159265, abs=1e-6)
+
+
+def test_guidance_written_in_another_order_is_accepted_to_rounding():
+    one, other = torch.randn(2, 50), torch.randn(2, 50)
+    velocity = 3.7 * one - 2.7 * other
+    found = find_guidance([one, other], velocity)
+    torch.testing.assert_close(found([one, other]), velocity, rtol=0, atol=1e-5)
+
+
+def test_equal_branches_hide_the_scale():
+    one = torch.randn(2, 3)
+    assert find_guidance([one, one.clone()], one) is None
+
+
+# Missing extras.
+
+
+@pytest.mark.parametrize("missing", ["diffusers", "peft"])
+def test_names_the_extra_that_is_missing(missing):
+    program = f"import sys; sys.modules[{missing!r}] = None; import mteditflow.pipelines"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "pip install 'mteditflow[diffusers]'" in run.stderr
+    assert f"needs {missing}" in run.stderr
+
+
+def test_the_core_does_not_import_diffusers():
+    program = "import sys, mteditflow; print('diffusers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_options_of_the_tests_are_those_of_the_demo(pipeline):
+    assert options(pipeline)["num_inference_steps"] == STEPS
