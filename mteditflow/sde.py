@@ -160,7 +160,10 @@ class _SDE(_PulledEuler):
 class FlowSDE(_SDE):
     r"""Flow-SDE step, :math:`g = a\sqrt{\sigma / (1 - \sigma)}`.
 
-    At sigma = 1 the denominator takes the next grid value in place of 1, so it is finite.
+    At sigma = 1, where g diverges, the denominator takes the next grid value in place of 1. The
+    first step's variance is then :math:`a^4/4` too large for any step size; later steps forget it.
+    So the ODE's marginals are reached at first order in the step size from any sigma below 1, and
+    at order :math:`\min(1, a^2)` from exactly 1.
 
     Args:
         noise_level: a >= 0; Flow-GRPO uses 0.7, for FLUX.1-Kontext 0.9. 0 is the Euler step.
