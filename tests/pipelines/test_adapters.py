@@ -1,0 +1,376 @@
+"""LoraPolicies: three policies on one model, switched safely."""
+
+import pytest
+import torch
+from conftest import CHAIN, call, picture, replay, roll_out
+from peft import LoraConfig
+from torch import nn
+
+from mteditflow import FlowSDE, interpolate, nft_loss, trajectory_generators, velocity_target
+from mteditflow.pipelines import LoraPolicies
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def config(**options):
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | options)
+
+
+def disturb(parameters, seed=0, by=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def policies(pipeline):
+    """Policies of which no two are equal."""
+    made = LoraPolicies(pipeline.transformer, config())
+    disturb(made.parameters(), seed=1)
+    disturb(made.old_parameters(), seed=2)
+    made.update_old(decay=1.0)
+    return made
+
+
+@pytest.fixture
+def outputs(pipeline, policies):
+    """The model's velocity on fixed inputs, as a function."""
+    rollout = roll_out(pipeline, turns=1)
+    rows = torch.tensor([0, 1])
+    x_t, sigma, turn = rollout.trajectory.clean[:, 0], torch.tensor([0.3, 0.8]), rows * 0
+    return lambda: rollout.velocity(pipeline.transformer, x_t, sigma, rows, turn)
+
+
+def state(policies):
+    """All that switching touches."""
+    adapters = [(layer.active_adapters, layer.disable_adapters) for layer in policies._layers]
+    return adapters, [p.requires_grad for p in policies.model.parameters()]
+
+
+def merged(pipeline, base, weights, scale):
+    """Velocity weights computed by hand: base + scale * B A."""
+    with torch.no_grad():
+        for name, weight in base.items():
+            part = name.removesuffix(".weight")
+            if f"{part}.lora_A.weight" in weights:
+                a, b = weights[f"{part}.lora_A.weight"], weights[f"{part}.lora_B.weight"]
+                weight = weight + scale * (b @ a)
+            pipeline.transformer.get_parameter(name).copy_(weight)
+
+
+def test_each_policy_is_its_own_adapter_or_none(pipeline):
+    """Against the low-rank product written out into the weights of a model without adapters."""
+    rollout = roll_out(pipeline, turns=1)
+    rows = torch.tensor([0, 1])
+    given = rollout.trajectory.clean[:, 0], torch.tensor([0.3, 0.8]), rows, rows * 0
+    base = {name: x.detach().clone() for name, x in pipeline.transformer.named_parameters()}
+    plain = type(pipeline)(**pipeline.components)
+    plain.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config).eval()
+    policies = LoraPolicies(pipeline.transformer, config())
+    disturb(policies.parameters(), seed=1)
+    disturb(policies.old_parameters(), seed=2)
+    for policy in ("reference", "old", "current"):
+        weights = {} if policy == "reference" else policies.state_dict(policy)
+        merged(plain, base, weights, scale=2.0)
+        with policies.use(policy):
+            ours = rollout.velocity(pipeline.transformer, *given)
+        theirs = rollout.velocity(plain.transformer, *given)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_all_policies_start_equal(pipeline):
+    before = {name: x.clone() for name, x in pipeline.transformer.state_dict().items()}
+    rollout = roll_out(pipeline, FlowSDE(0.7), turns=1)
+    policies = LoraPolicies(pipeline.transformer, config())
+    rows = rollout.trajectory.step_mask.nonzero(as_tuple=True)
+    for policy in ("current", "old", "reference"):
+        with policies.use(policy):
+            replayed = replay(rollout, pipeline.transformer, FlowSDE(0.7), rows)
+        torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
+    assert policies.old_equals_current
+    kept = {k.replace("base_layer.", ""): x for k, x in pipeline.transformer.state_dict().items()}
+    assert all(torch.equal(kept[name], x) for name, x in before.items())
+
+
+def test_outside_it_is_the_current_policy_and_trains_it_alone(policies, outputs):
+    with policies.use("current"):
+        inside = outputs()
+    assert torch.equal(outputs(), inside)
+    trained = {id(p) for p in policies.model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in policies.parameters()}
+    outputs().square().sum().backward()
+    assert all(p.grad is not None for p in policies.parameters())
+    assert all(p.grad is None for p in policies.old_parameters())
+
+
+@pytest.mark.parametrize("policy", ["old", "reference"])
+def test_no_gradient_reaches_the_other_policies(policies, outputs, policy):
+    with policies.use(policy):
+        assert not outputs().requires_grad
+
+
+@pytest.mark.parametrize("outer", ["current", "old", "reference"])
+@pytest.mark.parametrize("inner", ["current", "old", "reference"])
+def test_switching_nests_and_is_undone(policies, outputs, outer, inner):
+    with policies.use(inner):
+        expected_inner = outputs()
+    with policies.use(outer):
+        expected_outer, before = outputs(), state(policies)
+        with policies.use(inner):
+            assert torch.equal(outputs(), expected_inner)
+        assert torch.equal(outputs(), expected_outer)
+        assert state(policies) == before
+
+
+@pytest.mark.parametrize("policy", ["old", "reference"])
+def test_switching_is_undone_after_an_error(policies, outputs, policy):
+    before, expected = state(policies), outputs()
+
+    def fail():
+        with policies.use(policy):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert state(policies) == before
+    assert torch.equal(outputs(), expected)
+
+
+def test_a_graph_made_before_a_switch_still_trains_the_current_policy(policies, outputs):
+    loss = outputs().square().sum()
+    with policies.use("old"):
+        outputs()
+    with policies.use("reference"):
+        outputs()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policies.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(policies, outputs):
+    def gradients():
+        loss = outputs().square().sum()
+        with policies.use("reference"), torch.no_grad():
+            outputs()
+        return torch.autograd.grad(loss, policies.parameters())
+
+    plain = gradients()
+    policies.model.enable_gradient_checkpointing()
+    policies.model.train()
+    for ours, theirs in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_train_and_eval_mode_are_left_alone(policies):
+    for mode in (True, False):
+        policies.model.train(mode)
+        for policy in ("old", "reference", "current"):
+            with policies.use(policy):
+                assert all(module.training == mode for module in policies.model.modules())
+
+
+# The old policy.
+
+
+def test_the_old_forward_is_skipped_while_old_equals_current(pipeline):
+    policies = LoraPolicies(pipeline.transformer, config())
+    velocity = torch.randn(2, 3, requires_grad=True)
+
+    def never():
+        raise AssertionError("the old policy was called")
+
+    old = policies.old_velocity(velocity, never)
+    assert torch.equal(old, velocity.detach())
+    assert not old.requires_grad
+    disturb(policies.parameters()[-1:])
+    assert not policies.old_equals_current
+    called = policies.old_velocity(velocity, lambda: velocity + 1)
+    assert torch.equal(called, velocity.detach() + 1)
+    assert not called.requires_grad
+    policies.update_old(decay=0.5)
+    assert not policies.old_equals_current
+    policies.update_old(decay=0.0)
+    assert policies.old_equals_current
+
+
+def test_the_old_forward_is_that_of_the_old_policy(policies, outputs):
+    with policies.use("old"):
+        expected = outputs()
+    velocity = outputs()
+    assert torch.equal(policies.old_velocity(velocity, outputs), expected)
+    assert not torch.equal(velocity, expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    ],
+)
+def test_a_step_of_any_optimiser_makes_them_differ(pipeline, make):
+    policies = LoraPolicies(pipeline.transformer, config())
+    optimiser = make(policies.parameters())
+    for parameter in policies.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    assert not policies.old_equals_current
+
+
+def test_a_change_through_data_is_seen(pipeline):
+    policies = LoraPolicies(pipeline.transformer, config())
+    assert policies.old_equals_current
+    policies.parameters()[3].data.add_(1.0)
+    assert not policies.old_equals_current
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
+def test_update_of_the_old_policy_is_a_moving_average(policies, decay):
+    before = [p.detach().clone() for p in policies.old_parameters()]
+    policies.update_old(decay=decay)
+    for old, was, now in zip(policies.old_parameters(), before, policies.parameters(), strict=True):
+        torch.testing.assert_close(old.detach(), decay * was + (1 - decay) * now.detach())
+
+
+def test_a_slow_old_policy_of_a_half_precision_model_moves(pipeline):
+    pipeline.to(torch.bfloat16)
+    policies = LoraPolicies(pipeline.transformer, config())
+    assert {p.dtype for p in (*policies.parameters(), *policies.old_parameters())} == {
+        torch.float32
+    }
+    disturb(policies.parameters(), by=1e-4)
+    before = [p.detach().clone() for p in policies.old_parameters()]
+    policies.update_old(decay=0.999)
+    moved = zip(policies.old_parameters(), before, strict=True)
+    assert all(not torch.equal(old, was) for old, was in moved)
+    image = call(pipeline, [picture(pipeline)], [CHAIN[0][0]], trajectory_generators(0, 1))
+    assert len(image) == 1
+    rollout = roll_out(pipeline, FlowSDE(0.7), turns=1)
+    rows = rollout.trajectory.step_mask.nonzero(as_tuple=True)
+    replay(rollout, pipeline.transformer, FlowSDE(0.7), rows).sum().backward()
+    assert all(p.grad is not None for p in policies.parameters())
+
+
+def test_one_round_of_nft_moves_toward_good_and_away_from_bad(kontext):
+    """The whole loop: roll out as the old policy, train the current one, move the old one."""
+    policies = LoraPolicies(kontext.transformer, config())
+    with policies.use("old"):
+        rollout = roll_out(kontext, batch=2, turns=2)
+    rows = rollout.trajectory.turn_mask.nonzero(as_tuple=True)
+    clean, sigma = rollout.trajectory.clean[rows], torch.full((len(rows[0]),), 0.5)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    x_t, target = interpolate(clean, noise, sigma), velocity_target(clean, noise)
+    r = torch.tensor([1.0, 0.0])[rows[0]]
+
+    def forward():
+        return rollout.velocity(kontext.transformer, x_t, sigma, *rows)
+
+    def distance():
+        with torch.no_grad():
+            return (forward() - target).square().flatten(1).mean(dim=1)
+
+    before, optimiser = distance(), torch.optim.Adam(policies.parameters(), lr=1e-3)
+    for _ in range(4):
+        velocity = forward()
+        old = policies.old_velocity(velocity, forward)
+        loss = nft_loss(velocity, old, target, r, nft_beta=1.0).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    change = distance() - before
+    assert (change[r == 1] < 0).all()
+    assert (change[r == 0] > 0).all()
+    policies.update_old(decay=0.0)
+    assert policies.old_equals_current
+
+
+# Files.
+
+
+def test_a_pipeline_loads_what_was_saved(pipeline, policies, tmp_path):
+    def image(of):
+        generators = trajectory_generators(0, 1)
+        return call(of, [picture(of)], [CHAIN[0][0]], generators)[0].tobytes()
+
+    expected = image(pipeline)
+    policies.save(pipeline, tmp_path)
+    components = dict(pipeline.components)
+    with policies.use("reference"):
+        base = {k: x for k, x in pipeline.transformer.state_dict().items() if "lora" not in k}
+    transformer = type(pipeline.transformer).from_config(pipeline.transformer.config).eval()
+    transformer.load_state_dict({k.replace("base_layer.", ""): x for k, x in base.items()})
+    fresh = type(pipeline)(**components | {"transformer": transformer})
+    fresh.set_progress_bar_config(disable=True)
+    without = image(fresh)
+    fresh.load_lora_weights(tmp_path)
+    assert image(fresh) == expected
+    assert without != expected
+
+
+def test_training_resumes_from_what_was_saved(pipeline, policies, tmp_path):
+    policies.save(pipeline, tmp_path)
+    weights = [p.detach().clone() for p in policies.parameters()]
+    old = [p.detach().clone() for p in policies.old_parameters()]
+    disturb(policies.parameters(), seed=3)
+    policies.load(pipeline, tmp_path)
+    assert all(torch.equal(p, w) for p, w in zip(policies.parameters(), weights, strict=True))
+    assert all(torch.equal(p, w) for p, w in zip(policies.old_parameters(), old, strict=True))
+    policies.load_state_dict(policies.state_dict("current"), "old")
+    assert policies.old_equals_current
+
+
+def test_loading_another_adapter_is_refused_and_changes_nothing(policies):
+    weights = [p.detach().clone() for p in policies.parameters()]
+    given = policies.state_dict()
+    name = sorted(given)[0]
+    for wrong in (
+        {k: x for k, x in given.items() if k != name},
+        given | {"other.lora_A.weight": torch.zeros(1)},
+        given | {name: torch.zeros(1, 1)},
+    ):
+        with pytest.raises(ValueError, match="names or shapes are not those of the adapter"):
+            policies.load_state_dict(wrong)
+    assert all(torch.equal(p, w) for p, w in zip(policies.parameters(), weights, strict=True))
+
+
+# Making them.
+
+
+def test_the_seed_decides_and_the_global_generator_stays():
+    def made(seed):
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Linear(3, 3))
+        before = torch.get_rng_state()
+        policies = LoraPolicies(model, LoraConfig(r=2, target_modules=["0"]), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return policies.parameters()[0]
+
+    assert torch.equal(made(0), made(0))
+    assert not torch.equal(made(0), made(1))
+
+
+def test_refuses_a_model_with_adapters(pipeline, policies):
+    with pytest.raises(ValueError, match="model: expected one without adapters"):
+        LoraPolicies(pipeline.transformer, config())
+
+
+def test_refuses_targets_that_are_nowhere(pipeline):
+    with pytest.raises(ValueError, match="nothing"):
+        LoraPolicies(pipeline.transformer, config(target_modules=["nothing"]))
+
+
+@pytest.mark.parametrize("policy", ["default", "Old", ""])
+def test_refuses_an_unknown_policy(policies, policy):
+    with pytest.raises(ValueError, match="policy: expected one of"), policies.use(policy):
+        pass
+
+
+def test_refuses_the_reference_where_weights_are_needed(policies):
+    with pytest.raises(ValueError, match="policy: expected one of"):
+        policies.state_dict("reference")
+
+
+def test_refuses_a_decay_out_of_range(policies):
+    with pytest.raises(ValueError, match="decay"):
+        policies.update_old(decay=1.5)
