@@ -90,7 +90,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         tensor(2.)
     """
     check_floating(values=values)
-    check_rank("values", values, 0, "of a loss")
+    check_rank("values", values, 0, "[...]")
     if mask is None:
         return values.mean()
     check_mask("mask", mask, values.shape, "of values")

@@ -1,0 +1,226 @@
+"""Every check accepts its edge and says what it expected and what came beyond it."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from mteditflow import _checks as checks
+
+NAN, INF = math.nan, math.inf
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def test_only_tensors_pass():
+    checks.check_tensor("x", torch.zeros(1))
+    with pytest.raises(TypeError, match=exactly("x: expected a torch.Tensor, got list")):
+        checks.check_tensor("x", [1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_floating_takes_every_real_float(dtype):
+    checks.check_floating(x=torch.zeros(1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_floating_refuses_the_rest(dtype):
+    message = f"y: expected a floating-point tensor, got {dtype}"
+    with pytest.raises(TypeError, match=exactly(message)):
+        checks.check_floating(x=torch.zeros(1), y=torch.zeros(1, dtype=dtype))
+    with pytest.raises(TypeError, match=exactly("y: expected a torch.Tensor, got float")):
+        checks.check_floating(x=torch.zeros(1), y=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_full_precision_refuses_half_and_integers(dtype):
+    checks.check_full_precision(a=torch.zeros(1), b=torch.zeros(1, dtype=torch.float64))
+    message = (
+        f"b: expected float32 or float64, got {dtype}; half precision and integers would silently "
+        "change the result"
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        checks.check_full_precision(a=torch.zeros(1), b=torch.zeros(1, dtype=dtype))
+    with pytest.raises(TypeError, match=exactly("b: expected a torch.Tensor, got int")):
+        checks.check_full_precision(a=torch.zeros(1), b=1)
+
+
+def test_same_shape_compares_with_the_first():
+    checks.check_same_shape(a=torch.zeros(2, 3), b=torch.zeros(2, 3), c=torch.ones(2, 3))
+    message = "c: expected the shape of a, [2, 3], got [3, 2]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        checks.check_same_shape(a=torch.zeros(2, 3), b=torch.zeros(2, 3), c=torch.zeros(3, 2))
+    for named in ({"a": [1], "b": torch.zeros(1)}, {"b": torch.zeros(1), "a": [1]}):
+        with pytest.raises(TypeError, match=exactly("a: expected a torch.Tensor, got list")):
+            checks.check_same_shape(**named)
+
+
+def test_shape():
+    checks.check_shape("x", torch.zeros(2, 3), (2, 3), "[B, N]")
+    checks.check_shape("x", torch.zeros(2, 3), torch.Size([2, 3]), "[B, N]")
+    with pytest.raises(ValueError, match=exactly("x: expected shape [B] = [4], got [2, 3]")):
+        checks.check_shape("x", torch.zeros(2, 3), [4], "[B]")
+    with pytest.raises(TypeError, match=exactly("x: expected a torch.Tensor, got NoneType")):
+        checks.check_shape("x", None, [4], "[B]")
+
+
+def test_rank():
+    checks.check_rank("x", torch.zeros(1, 1), 2, "[B, N]")
+    checks.check_rank("x", torch.zeros(1, 1, 1), 2, "[B, N, ...]")
+    checks.check_rank("x", torch.zeros(1, 1), 1, "[B] or [B, N]", maximum=2)
+    checks.check_rank("x", torch.zeros(()), 0, "any")
+    for x, given in [
+        (torch.zeros(3), "[3]"),
+        (torch.zeros(3, 0), "[3, 0]"),
+        (torch.zeros(0, 3), "[0, 3]"),
+        (torch.zeros(1, 1, 1), "[1, 1, 1]"),
+    ]:
+        message = f"x: expected a non-empty tensor of shape [B, N], got {given}"
+        with pytest.raises(ValueError, match=exactly(message)):
+            checks.check_rank("x", x, 2, "[B, N]", maximum=2)
+    with pytest.raises(TypeError, match=exactly("x: expected a torch.Tensor, got tuple")):
+        checks.check_rank("x", (1, 2), 1, "[B]")
+
+
+def test_mask():
+    checks.check_mask("valid", torch.ones(2, dtype=torch.bool), (2,), "[B]")
+    with pytest.raises(TypeError, match=exactly("valid: expected a boolean mask, got torch.int64")):
+        checks.check_mask("valid", torch.ones(2, dtype=torch.int64), (2,), "[B]")
+    with pytest.raises(ValueError, match=exactly("valid: expected shape [B] = [2], got [3]")):
+        checks.check_mask("valid", torch.ones(3, dtype=torch.bool), (2,), "[B]")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 1.0, 0.5])
+def test_a_closed_interval_holds_its_ends(value):
+    checks.check_number("p", value, low=0.0, high=1.0)
+
+
+def test_numbers_are_unbounded_by_default():
+    for value in (-1e308, 1e308, -3, 7):
+        checks.check_number("p", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "interval"),
+    [
+        (-1e-9, {"low": 0.0, "high": 1.0}, "[0, 1]"),
+        (1.5, {"low": 0.0, "high": 1.0}, "[0, 1]"),
+        (0.0, {"low": 0.0, "open_low": True}, "(0, inf]"),
+        (0, {"low": 0.0, "high": 2.5, "open_low": True}, "(0, 2.5]"),
+        (1.0, {"low": 0.0, "high": 1.0, "open_high": True}, "[0, 1)"),
+        (NAN, {}, "[-inf, inf]"),
+        (INF, {}, "[-inf, inf]"),
+        (-INF, {}, "[-inf, inf]"),
+    ],
+)
+def test_a_number_outside_is_refused(value, options, interval):
+    message = f"p: expected a finite number in {interval}, got {value!r}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        checks.check_number("p", value, **options)
+
+
+def test_open_ends_let_the_inside_pass():
+    options = {"low": 0.0, "high": 1.0, "open_low": True, "open_high": True}
+    checks.check_number("p", 1e-300, **options)
+    checks.check_number("p", 1 - 1e-16, **options)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(True, "bool"), ("1", "str"), (None, "NoneType"), (torch.tensor(1.0), "Tensor")],
+)
+def test_what_is_no_number_is_refused(value, kind):
+    with pytest.raises(TypeError, match=exactly(f"p: expected a number, got {kind}")):
+        checks.check_number("p", value)
+
+
+def test_count():
+    checks.check_count("n", 1)
+    checks.check_count("n", 0, low=0)
+    with pytest.raises(ValueError, match=exactly("n: expected an integer >= 1, got 0")):
+        checks.check_count("n", 0)
+    with pytest.raises(ValueError, match=exactly("n: expected an integer >= 3, got 2")):
+        checks.check_count("n", 2, low=3)
+    for value, kind in [(1.0, "float"), (True, "bool"), ("2", "str")]:
+        with pytest.raises(TypeError, match=exactly(f"n: expected an integer, got {kind}")):
+            checks.check_count("n", value)
+
+
+def test_choice():
+    checks.check_choice("std", "group", ("group", "none"))
+    message = "std: expected one of ['group', 'none'], got 'batch'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        checks.check_choice("std", "batch", ("group", "none"))
+
+
+@pytest.mark.parametrize("check", [checks.check_values, checks.check_step_values])
+def test_values_name_the_first_that_is_wrong(check):
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    check("x", x, x > 0, "positive values")
+    with pytest.raises(ValueError, match=exactly("x: expected <= 3, got 4.0 at index [1, 0]")):
+        check("x", x, x <= 3, "<= 3")
+
+
+def test_values_of_a_scalar():
+    with pytest.raises(ValueError, match=exactly("x: expected finite, got nan at index []")):
+        checks.check_values("x", torch.tensor(NAN), torch.tensor(False), "finite")
+
+
+def test_step_values_do_not_wait_for_an_accelerator():
+    on_device = torch.zeros(2, device="meta")  # any read of a value raises there
+    checks.check_step_values("x", on_device, on_device > 1, "whatever")
+
+
+def test_rewards_return_the_mask():
+    reward, group = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    valid = torch.tensor([True, False, True])
+    assert torch.equal(checks.check_rewards({"r": reward}, group, None), torch.ones(3).bool())
+    assert torch.equal(checks.check_rewards({"r": reward}, group, valid), valid)
+    assert torch.equal(checks.check_rewards({"r": reward}, None, valid), valid)
+    table = checks.check_rewards({"r": torch.ones(3, 2)}, group, None)
+    assert table.shape == (3, 2)
+    assert table.dtype == torch.bool
+
+
+def test_bad_rewards():
+    reward, group = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    rank = "r: expected a non-empty tensor of shape [B] or [B, N], got "
+    for x, given in [
+        (torch.zeros(0), "[0]"),
+        (torch.tensor(1.0), "[]"),
+        (torch.zeros(1, 1, 1), "[1, 1, 1]"),
+    ]:
+        with pytest.raises(ValueError, match=exactly(rank + given)):
+            checks.check_rewards({"r": x}, group, None)
+    with pytest.raises(ValueError, match=exactly("q: expected shape of r = [3], got [2]")):
+        checks.check_rewards({"r": reward, "q": torch.ones(2)}, group, None)
+    with pytest.raises(TypeError, match=r"^q: expected float32 or float64, got torch\.float16; "):
+        checks.check_rewards({"r": reward, "q": torch.ones(3).half()}, group, None)
+    with pytest.raises(TypeError, match=exactly("r: expected a torch.Tensor, got list")):
+        checks.check_rewards({"r": [1.0, 2.0]}, group, None)
+    with pytest.raises(ValueError, match=exactly("valid: expected shape of r = [3], got [2]")):
+        checks.check_rewards({"r": reward}, group, torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=exactly("valid: expected a boolean mask, got torch.int64")):
+        checks.check_rewards({"r": reward}, group, torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=exactly("group: expected shape [B] = [3], got [2]")):
+        checks.check_rewards({"r": reward}, group[:2], None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bool])
+def test_group_ids_are_integers(dtype):
+    message = f"group: expected integer ids, got {dtype}"
+    with pytest.raises(TypeError, match=exactly(message)):
+        checks.check_rewards({"r": torch.ones(3)}, torch.zeros(3, dtype=dtype), None)
+
+
+@pytest.mark.parametrize("lost", [NAN, INF, -INF])
+def test_a_lost_reward_is_named_unless_it_is_masked(lost):
+    rewards = {"r": torch.ones(3), "q": torch.tensor([1.0, lost, 1.0])}
+    group = torch.zeros(3, dtype=torch.int64)
+    message = f"q: expected finite values (mark lost ones in valid), got {lost} at index [1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        checks.check_rewards(rewards, group, None)
+    checks.check_rewards(rewards, group, torch.tensor([True, False, True]))

@@ -1,0 +1,211 @@
+"""Precision, broadcasting and the mean over what counts."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow import masked_mean
+from mteditflow._reduce import elements, per_row, promote, row_mean_absolute, row_mean_square
+
+SHAPES = [(1, 1), (3, 1), (2, 5), (2, 3, 4), (2, 3, 4, 5), (1, 2, 1, 3, 2)]
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# promote
+
+
+@pytest.mark.parametrize(
+    ("given_dtypes", "expected"),
+    [
+        ([torch.bfloat16], torch.float32),
+        ([torch.float16, torch.bfloat16], torch.float32),
+        ([torch.float32, torch.bfloat16], torch.float32),
+        ([torch.float16, torch.float64], torch.float64),
+    ],
+)
+def test_promotion_goes_to_float32_at_least(given_dtypes, expected):
+    promoted = promote(*(torch.ones(2, dtype=dtype) for dtype in given_dtypes))
+    assert [x.dtype for x in promoted] == [expected] * len(given_dtypes)
+    assert all(x.tolist() == [1.0, 1.0] for x in promoted)
+
+
+def test_promotion_copies_nothing_that_fits():
+    x = torch.ones(2)
+    assert promote(x)[0] is x
+
+
+# per_row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_broadcasts_everywhere(dtype):
+    value = per_row("sigma", 0.25, torch.zeros(2, 3, 4, dtype=dtype))
+    assert value.shape == (1, 1, 1)
+    assert value.dtype == dtype
+    assert value.flatten().tolist() == [0.25]
+
+
+def test_a_tensor_gets_trailing_axes_and_the_dtype_of_x():
+    x = torch.zeros(2, 3, 4, dtype=torch.float64)
+    rows = per_row("sigma", torch.tensor([0.25, 1.0]), x)
+    assert rows.shape == (2, 1, 1)
+    assert rows.dtype == torch.float64
+    assert rows.flatten().tolist() == [0.25, 1.0]
+    assert per_row("sigma", torch.full((2, 3), 0.5, dtype=torch.bfloat16), x).shape == (2, 3, 1)
+    assert per_row("sigma", torch.tensor(0.0), x).shape == (1, 1, 1)
+    assert per_row("sigma", torch.full((2, 3, 4), 0.5), x).shape == (2, 3, 4)
+
+
+def test_per_row_refuses_what_does_not_fit():
+    x = torch.zeros(2, 3)
+    for value, given_shape in [(torch.zeros(3), "[3]"), (torch.zeros(2, 3, 1), "[2, 3, 1]")]:
+        message = (
+            "sigma: expected a number or a tensor whose shape is a leading part of [2, 3], "
+            f"got {given_shape}"
+        )
+        with pytest.raises(ValueError, match=exactly(message)):
+            per_row("sigma", value, x)
+    message = "sigma: expected a floating-point tensor, got torch.int64"
+    with pytest.raises(TypeError, match=exactly(message)):
+        per_row("sigma", torch.zeros(2, dtype=torch.int64), x)
+    with pytest.raises(TypeError, match=exactly("sigma: expected a number, got str")):
+        per_row("sigma", "half", x)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan, math.inf])
+def test_per_row_values_lie_between_0_and_1(wrong):
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    message = f"sigma: expected a finite number in [0, 1], got {wrong!r}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        per_row("sigma", wrong, x)
+    message = f"sigma: expected values in [0, 1], got {wrong} at index [1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        per_row("sigma", torch.tensor([0.5, wrong], dtype=torch.float64), x)
+
+
+# means over a row
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_row_means_are_those_of_a_loop(shape):
+    x = random(*shape)
+    assert elements(x) == len(x[0].flatten())
+    for row, (square, absolute) in enumerate(
+        zip(row_mean_square(x).tolist(), row_mean_absolute(x).tolist(), strict=True)
+    ):
+        values = x[row].flatten().tolist()
+        assert square == pytest.approx(math.fsum(v * v for v in values) / len(values), rel=1e-14)
+        assert absolute == pytest.approx(math.fsum(map(abs, values)) / len(values), rel=1e-14)
+
+
+def test_row_means_golden():
+    x = torch.tensor([[[1.0, -2.0], [3.0, 0.0]], [[0.0, 0.0], [0.0, -4.0]]])
+    assert row_mean_square(x).tolist() == pytest.approx([14 / 4, 16 / 4])
+    assert row_mean_absolute(x).tolist() == [6 / 4, 4 / 4]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_the_mean_square(shape):
+    x = random(*shape).requires_grad_()
+    row_mean_square(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach() / elements(x))
+    assert torch.autograd.gradcheck(row_mean_square, x)
+
+
+def test_gradient_of_the_mean_square_at_zero_is_zero():
+    x = torch.zeros(2, 3, 4, requires_grad=True)
+    row_mean_square(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(2, 3, 4))
+
+
+def test_the_mean_square_of_many_float32_elements_stays_accurate():
+    x = random(1, 16, 128, 128, seed=1)
+    assert row_mean_square(x.float()).item() == pytest.approx(x.square().mean().item(), rel=1e-6)
+
+
+def test_strided_rows():
+    x = random(4, 3, 5).transpose(0, 2)
+    torch.testing.assert_close(row_mean_square(x), x.square().flatten(1).mean(dim=1))
+    torch.testing.assert_close(row_mean_absolute(x), x.abs().flatten(1).mean(dim=1))
+
+
+# masked_mean
+
+
+def test_masked_mean_golden():
+    values = torch.tensor([[1.0, 2.0], [6.0, 100.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    assert masked_mean(values, mask).item() == 3.0
+    assert masked_mean(values).item() == 27.25
+
+
+@given(st.lists(st.tuples(st.integers(-99, 99), st.booleans()), min_size=1, max_size=9))
+def test_a_mask_equals_deletion(entries):
+    values = torch.tensor([float(value) for value, _ in entries])
+    mask = torch.tensor([kept for _, kept in entries])
+    kept = values[mask]
+    expected = kept.sum() / len(kept) if len(kept) else torch.tensor(0.0)
+    assert torch.equal(masked_mean(values, mask), expected)
+    assert torch.equal(masked_mean(values[mask.argsort()], mask[mask.argsort()]), expected)
+
+
+def test_nothing_true_is_zero_with_zero_gradient():
+    values = torch.tensor([1.0, math.nan], requires_grad=True)
+    mean = masked_mean(values, torch.tensor([False, False]))
+    mean.backward()
+    assert mean.item() == 0.0
+    assert values.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_masked_nan_reaches_neither_value_nor_gradient():
+    values = torch.tensor([1.0, math.nan, 4.0, math.inf], requires_grad=True)
+    mean = masked_mean(values, torch.tensor([True, False, True, False]))
+    mean.backward()
+    assert mean.item() == 2.5
+    assert values.grad.tolist() == [0.5, 0.0, 0.5, 0.0]
+
+
+def test_gradcheck():
+    values, mask = random(3, 4).requires_grad_(), random(3, 4, seed=1) > 0
+    assert torch.autograd.gradcheck(lambda x: masked_mean(x, mask), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dtype_is_kept(dtype):
+    values = torch.ones(2, dtype=dtype)
+    assert masked_mean(values).dtype == dtype
+    assert masked_mean(values, torch.tensor([True, False])).dtype == dtype
+
+
+def test_masked_mean_errors():
+    message = "values: expected a floating-point tensor, got torch.int64"
+    with pytest.raises(TypeError, match=exactly(message)):
+        masked_mean(torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=exactly("mask: expected shape of values = [2], got [3]")):
+        masked_mean(torch.ones(2), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(
+        TypeError, match=exactly("mask: expected a boolean mask, got torch.float32")
+    ):
+        masked_mean(torch.ones(2), torch.ones(2))
+    message = "values: expected a non-empty tensor of shape [...], got [0]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        masked_mean(torch.ones(0))
+
+
+@pytest.mark.compile
+def test_compiled_equals_eager():
+    compiled = torch.compile(masked_mean, fullgraph=True, backend="aot_eager")
+    values, mask = torch.randn(3, 4), torch.rand(3, 4) > 0.5
+    assert torch.equal(compiled(values, mask), masked_mean(values, mask))
+    assert torch.equal(compiled(values), masked_mean(values))

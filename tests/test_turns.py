@@ -1,0 +1,344 @@
+"""Turn aggregation: from scores per turn to a reward, and from an advantage to every step."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow import (
+    binary_and,
+    binary_average,
+    broadcast_to_steps,
+    likert_average,
+    reward_to_go,
+    stop_after_failure,
+    turn_average,
+)
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+NAN = math.nan
+
+# Each aggregator with the values it takes, and the same in plain Python over the turns that exist.
+REFERENCES = {
+    "and": (binary_and, (0, 1), lambda turns: float(all(turns))),
+    "binary": (binary_average, (0, 1), lambda turns: sum(turns) / len(turns)),
+    "likert": (
+        likert_average,
+        (1, 2, 3, 4, 5),
+        lambda turns: sum((score - 1) / 4 for score in turns) / len(turns),
+    ),
+    "likert_max": (
+        lambda scores, **options: likert_average(scores, normalization="max", **options),
+        (1, 2, 3, 4, 5),
+        lambda turns: sum(score / 5 for score in turns) / len(turns),
+    ),
+    "average": (turn_average, (-2, 0, 0.5, 3), lambda turns: sum(turns) / len(turns)),
+}
+aggregators = pytest.mark.parametrize("name", REFERENCES)
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+@st.composite
+def chains(draw, values):
+    """Rows of scores with a mask that leaves every chain at least one turn."""
+    turns = draw(st.integers(1, 5))
+    rows = draw(st.integers(1, 5))
+    scores = [[draw(st.sampled_from(values)) for _ in range(turns)] for _ in range(rows)]
+    mask = [[draw(st.booleans()) for _ in range(turns)] for _ in range(rows)]
+    for row in mask:
+        row[draw(st.integers(0, turns - 1))] = True
+    return torch.tensor(scores, dtype=torch.float64), torch.tensor(mask)
+
+
+# golden values
+
+
+def test_golden_binary():
+    success = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    assert binary_and(success).tolist() == [1, 0, 0, 0]
+    assert binary_average(success).tolist() == [1, 0.75, 0.25, 0]
+
+
+def test_golden_likert():
+    likert = torch.tensor([[5, 5], [1, 1], [3, 4], [2, 5]])
+    # (l - 1) / 4: 1, 0, (2 + 3) / 8, (1 + 4) / 8
+    assert likert_average(likert).tolist() == [1, 0, 0.625, 0.625]
+    # l / 5: 1, 0.2, 7 / 10, 7 / 10
+    assert likert_average(likert, normalization="max").tolist() == pytest.approx([1, 0.2, 0.7, 0.7])
+    assert likert_average(torch.tensor([[2.5]])).tolist() == [0.375]  # averaged votes
+
+
+def test_golden_average():
+    assert turn_average(torch.tensor([[0.5, -0.25, 0.5]])).tolist() == [0.25]
+
+
+def test_golden_chains_of_unequal_length():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    success = torch.tensor([[1.0, 1.0, 0.0], [0.0, NAN, 1.0]])
+    assert binary_and(success, turn_mask=mask).tolist() == [1, 0]
+    assert binary_average(success, turn_mask=mask).tolist() == [1, 0]
+    likert = torch.tensor([[2.0, 5.0, NAN], [3.0, 99.0, -1.0]])
+    assert likert_average(likert, turn_mask=mask).tolist() == [0.625, 0.5]
+    assert turn_average(likert, turn_mask=mask).tolist() == [3.5, 3.0]
+
+
+# loops and properties
+
+
+@aggregators
+@given(data=st.data())
+def test_aggregators_equal_the_loop(name, data):
+    aggregate, values, reference = REFERENCES[name]
+    scores, mask = data.draw(chains(values))
+    expected = [
+        reference([s for s, exists in zip(row, keep, strict=True) if exists])
+        for row, keep in zip(scores.tolist(), mask.tolist(), strict=True)
+    ]
+    assert aggregate(scores, turn_mask=mask).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+@aggregators
+@given(data=st.data())
+def test_a_mask_equals_deletion_and_chains_are_independent(name, data):
+    aggregate, values, _ = REFERENCES[name]
+    scores, mask = data.draw(chains(values))
+    whole = aggregate(scores, turn_mask=mask)
+    for row in range(len(scores)):
+        alone = aggregate(scores[row : row + 1, mask[row]])
+        torch.testing.assert_close(whole[row : row + 1], alone, atol=1e-15, rtol=0)
+
+
+@aggregators
+@given(data=st.data())
+def test_what_stands_in_a_padded_turn_is_never_read(name, data):
+    aggregate, values, _ = REFERENCES[name]
+    scores, mask = data.draw(chains(values))
+    other = torch.where(mask, scores, NAN)
+    assert torch.equal(aggregate(scores, turn_mask=mask), aggregate(other, turn_mask=mask))
+
+
+@given(chains((0, 1)))
+def test_strict_success_never_exceeds_the_average(chain):
+    scores, mask = chain
+    strict, average = binary_and(scores, turn_mask=mask), binary_average(scores, turn_mask=mask)
+    assert (strict <= average).all()
+    assert torch.equal(strict == 1, average == 1)
+
+
+@given(chains((1, 2, 3, 4, 5)))
+def test_the_likert_normalisations_are_affine_in_each_other(chain):
+    scores, mask = chain
+    minmax = likert_average(scores, turn_mask=mask)
+    of_max = likert_average(scores, normalization="max", turn_mask=mask)
+    torch.testing.assert_close(of_max, 0.8 * minmax + 0.2)
+
+
+# reward_to_go
+
+
+def test_golden_reward_to_go():
+    reward = torch.tensor([[1.0, 2.0, 4.0]])
+    assert reward_to_go(reward).tolist() == [[7, 6, 4]]
+    assert reward_to_go(reward, discount=0.5).tolist() == [[3, 4, 4]]
+    assert reward_to_go(reward, discount=0.0).tolist() == [[1, 2, 4]]
+    assert reward_to_go(torch.tensor([[3]])).tolist() == [[3]]
+    mask = torch.tensor([[True, True, False]])
+    padded = torch.tensor([[1.0, 2.0, NAN]])
+    assert reward_to_go(padded, discount=0.5, turn_mask=mask).tolist() == [[2, 2, 0]]
+
+
+@given(chains((-2, 0, 0.5, 3)), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+def test_reward_to_go_equals_the_loop(chain, discount):
+    reward, mask = chain
+    expected = [
+        [
+            sum(discount ** (m - n) * row[m] for m in range(n, len(row)) if keep[m]) * keep[n]
+            for n in range(len(row))
+        ]
+        for row, keep in zip(reward.tolist(), mask.tolist(), strict=True)
+    ]
+    result = reward_to_go(reward, discount=discount, turn_mask=mask)
+    torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
+
+
+# stop_after_failure
+
+
+def test_golden_stop_after_failure():
+    success = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1], [0, 0, 0]])
+    weights = [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 0, 0]]
+    assert stop_after_failure(success).tolist() == weights
+    assert stop_after_failure(torch.tensor([[0]])).tolist() == [[1]]
+    mask = torch.tensor([[True, False, True]])
+    assert stop_after_failure(torch.tensor([[1.0, NAN, 0.0]]), turn_mask=mask).tolist() == [
+        [1, 0, 1]
+    ]
+
+
+@given(chains((0, 1)))
+def test_stop_after_failure_equals_the_loop(chain):
+    success, mask = chain
+    expected = []
+    for row, keep in zip(success.tolist(), mask.tolist(), strict=True):
+        alive, weights = 1.0, []
+        for score, exists in zip(row, keep, strict=True):
+            weights.append(alive if exists else 0.0)
+            if exists and score == 0:
+                alive = 0.0
+        expected.append(weights)
+    assert stop_after_failure(success, turn_mask=mask).tolist() == expected
+
+
+# broadcast_to_steps
+
+
+def test_golden_broadcast():
+    per_trajectory = broadcast_to_steps(torch.tensor([2.0, -1.0]), turns=2, steps=3)
+    assert per_trajectory.tolist() == [[[2.0] * 3] * 2, [[-1.0] * 3] * 2]
+    per_turn = broadcast_to_steps(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), turns=2, steps=1)
+    assert per_turn.tolist() == [[[1.0], [2.0]], [[3.0], [4.0]]]
+
+
+def test_broadcast_passes_the_gradient_of_every_step():
+    advantage = torch.tensor([1.0, 2.0], requires_grad=True)
+    broadcast_to_steps(advantage, turns=3, steps=5).sum().backward()
+    assert advantage.grad.tolist() == [15.0, 15.0]
+    assert torch.autograd.gradcheck(
+        lambda x: broadcast_to_steps(x, turns=2, steps=3),
+        torch.randn(4, 2, dtype=torch.float64, requires_grad=True),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3), (2, 2, 2)])
+def test_broadcast_refuses_other_shapes(shape):
+    message = f"advantage: expected shape [B] or [B, N] with N = 2, got {list(shape)}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        broadcast_to_steps(torch.zeros(shape), turns=2, steps=1)
+
+
+def test_broadcast_errors():
+    for counts, name in [((0, 1), "turns"), ((1, 0), "steps")]:
+        with pytest.raises(ValueError, match=exactly(f"{name}: expected an integer >= 1, got 0")):
+            broadcast_to_steps(torch.zeros(2), turns=counts[0], steps=counts[1])
+    message = "advantage: expected a floating-point tensor, got torch.int64"
+    with pytest.raises(TypeError, match=exactly(message)):
+        broadcast_to_steps(torch.zeros(2, dtype=torch.int64), turns=1, steps=1)
+
+
+# what all that read turns share
+
+
+READERS = {
+    "success": [binary_and, binary_average, stop_after_failure],
+    "likert": [likert_average],
+    "score": [turn_average],
+    "reward": [reward_to_go],
+}
+readers = pytest.mark.parametrize(
+    ("name", "function"), [(name, f) for name, fs in READERS.items() for f in fs]
+)
+
+
+@readers
+@pytest.mark.parametrize("shape", [(3,), (3, 0), (0, 3), (1, 2, 3)])
+def test_the_shape_is_chains_by_turns(name, function, shape):
+    message = f"{name}: expected a non-empty tensor of shape [B, N], got {list(shape)}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        function(torch.ones(shape))
+
+
+@readers
+def test_a_chain_without_turns_is_refused(name, function):
+    mask = torch.tensor([[True, False], [False, False]])
+    message = "turn_mask: expected at least one turn in each row, got False at index [1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        function(torch.ones(2, 2), turn_mask=mask)
+
+
+@readers
+def test_the_mask_is_boolean_and_fits(name, function):
+    message = "turn_mask: expected a boolean mask, got torch.float32"
+    with pytest.raises(TypeError, match=exactly(message)):
+        function(torch.ones(2, 2), turn_mask=torch.ones(2, 2))
+    message = "turn_mask: expected shape [B, N] = [2, 2], got [2, 1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        function(torch.ones(2, 2), turn_mask=torch.ones(2, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("function", READERS["success"])
+@pytest.mark.parametrize("wrong", [0.5, -1.0, 2.0, NAN])
+def test_success_is_0_or_1(function, wrong):
+    message = f"success: expected 0 or 1, got {wrong} at index [0, 1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        function(torch.tensor([[1.0, wrong]]))
+
+
+@pytest.mark.parametrize("wrong", [0.5, 5.5, NAN])
+def test_likert_lies_in_1_to_5(wrong):
+    message = f"likert: expected scores in 1..5, got {wrong} at index [0, 1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        likert_average(torch.tensor([[1.0, wrong]]))
+    message = "normalization: expected one of ['minmax', 'max'], got 'mean'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        likert_average(torch.ones(1, 1), normalization="mean")
+
+
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, NAN])
+def test_scores_and_rewards_are_finite(wrong):
+    x = torch.tensor([[1.0, wrong]])
+    message = f"score: expected finite scores, got {wrong} at index [0, 1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        turn_average(x)
+    message = f"reward: expected finite rewards, got {wrong} at index [0, 1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        reward_to_go(x)
+
+
+@pytest.mark.parametrize("discount", [-0.1, 1.1])
+def test_discount_lies_between_0_and_1(discount):
+    message = f"discount: expected a finite number in [0, 1], got {discount}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        reward_to_go(torch.ones(1, 1), discount=discount)
+
+
+@readers
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.bool, torch.float32),
+        (torch.int64, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtype_is_float32_at_least_and_the_device_stays(name, function, device, dtype, expected):
+    result = function(torch.ones(2, 3, dtype=dtype, device=device))
+    assert result.dtype == expected
+    assert result.device.type == device
+
+
+@pytest.mark.compile
+@readers
+def test_compiled_equals_eager(name, function):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    scores = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, NAN]])
+    mask = ~scores.isnan()
+    assert torch.equal(compiled(scores, turn_mask=mask), function(scores, turn_mask=mask))
+    assert torch.equal(compiled(scores[:1]), function(scores[:1]))
+
+
+@pytest.mark.compile
+def test_compiled_broadcast_equals_eager():
+    compiled = torch.compile(broadcast_to_steps, fullgraph=True, backend="aot_eager")
+    advantage = torch.randn(4)
+    assert torch.equal(
+        compiled(advantage, turns=2, steps=3), broadcast_to_steps(advantage, turns=2, steps=3)
+    )
