@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mteditflow.pipelines.conditioning import map_leaves, share_equal_tensors
 from mteditflow.pipelines.pattern import Recorded, Version
 from mteditflow.pipelines.recognise import Call, ReplayError
-from mteditflow.pipelines.rollout import Rollout
+from mteditflow.pipelines.rollout import Rollout, replay_rows
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
 from mteditflow.pipelines.turn import Turn
 from mteditflow.sde import Solver
@@ -29,6 +29,7 @@ class Recorder:
     context are the turns of one chain, in order. While it records, the recorder proves that what it
     keeps suffices: at every step the transformer's outputs must make exactly the velocity that the
     scheduler is given, from the sample that it returned before, with arguments that do not change.
+    What it cannot prove it refuses. Sample in eval mode, and replay under the same autocast.
 
     Args:
         pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler``.
@@ -41,6 +42,7 @@ class Recorder:
         shared: names of transformer arguments whose tensors have no row per trajectory. Two-axis
             ``..._ids`` and tensors whose first axis is not the batch are known to be shared.
         storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
+        verify: after the first turn replay one of its rows and compare, for one more forward pass.
 
     Raises:
         ValueError: the pipeline is no flow pipeline, or already being recorded.
@@ -73,6 +75,7 @@ class Recorder:
         model: nn.Module | None = None,
         shared: Collection[str] = (),
         storage: torch.device | str | None = None,
+        verify: bool = True,
     ) -> None:
         scheduler = getattr(pipeline, "scheduler", None)
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -84,6 +87,7 @@ class Recorder:
         if not isinstance(model, nn.Module):
             raise ValueError("model: expected a module, because the pipeline has no transformer")
         self._pipeline, self._model, self._shared = pipeline, model, frozenset(shared)
+        self._verify = verify
         self._storage = None if storage is None else torch.device(storage)
         self._scheduler = FlowMatchSDEScheduler.from_config(
             scheduler.config,
@@ -193,8 +197,24 @@ class Recorder:
         calls, self._calls = self._calls, []
         recorded = self._turn.add(step, velocity, timestep, calls)
         if recorded is not None:
-            self._turns.append(recorded)
             self._turn = None
+            if self._verify and not self._turns:
+                self._prove(recorded, step, velocity)
+            self._turns.append(recorded)
+
+    @torch.no_grad()
+    def _prove(self, recorded: Recorded, step: Step, velocity: Tensor) -> None:
+        """Call the transformer again for the last trajectory and step, from the record alone."""
+        records, row = [recorded.conditioning], len(step.x_t) - 1
+        again = replay_rows(self._model, records, [row], step.x_t[row:], step.sigma[row:])
+        given = velocity[row:].to(again.dtype)
+        error = ((again - given).norm() / given.norm()).item()
+        if not error <= (1e-3 if velocity.dtype in (torch.float32, torch.float64) else 0.1):
+            raise ReplayError(
+                f"called again with what was recorded, the transformer gave a velocity {error:.1e} "
+                "away (relative): look for dropout in training mode, a cache, or an argument "
+                "without a row per trajectory that is not named in `shared`"
+            )
 
     def _heard(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

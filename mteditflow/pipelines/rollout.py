@@ -86,35 +86,17 @@ class Rollout:
         for position, call in enumerate(calls.tolist()):
             groups.setdefault(self.conditioning[call].signature, []).append(position)
         if len(groups) == 1:
-            return self._call(model, x_t, sigma, calls.tolist(), rows.tolist())
+            records = [self.conditioning[call] for call in calls.tolist()]
+            return replay_rows(model, records, rows.tolist(), x_t, sigma)
         parts, order = [], []
         for positions in groups.values():
             at = torch.tensor(positions)
             here = at.to(x_t.device)
-            of_group = (calls[at].tolist(), rows[at].tolist())
-            parts.append(self._call(model, x_t[here], sigma[here], *of_group))
+            records = [self.conditioning[call] for call in calls[at].tolist()]
+            part = replay_rows(model, records, rows[at].tolist(), x_t[here], sigma[here])
+            parts.append(part)
             order += positions
         return torch.cat(parts)[torch.tensor(order).argsort().to(x_t.device)]
-
-    def _call(
-        self, model: nn.Module, x_t: Tensor, sigma: Tensor, calls: list[int], rows: list[int]
-    ) -> Tensor:
-        """``velocity`` for rows whose records fit into one batch."""
-        records = [self.conditioning[call] for call in calls]
-        recipe = records[0].recipe
-        sample = x_t.to(recipe.sample_dtype)
-        time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
-        outputs = []
-        for branches in zip(*(record.branches for record in records), strict=True):
-            rests = [branch.rest for branch in branches]
-            rest = None if rests[0] is None else select_rows(rests, rows, x_t.device)
-            arguments = select_rows([b.arguments for b in branches], rows, x_t.device)
-            arguments[recipe.sample_name] = recipe.layout.join(sample, rest)
-            arguments[recipe.time_name] = time
-            output = recipe.layout.velocity(model(**arguments)[0], sample)
-            outputs.append(output.to(recipe.velocity_dtype))
-        combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
-        return combined.to(torch.promote_types(combined.dtype, torch.float32))
 
     def select(self, index: Tensor | slice) -> Rollout:
         """Some trajectories: an integer index tensor, a boolean mask [B] or a slice.
@@ -163,6 +145,33 @@ class Rollout:
             share_equal_tensors([record for part in parts for record in part.conditioning]),
             torch.cat(indices),
         )
+
+
+def replay_rows(
+    model: nn.Module,
+    records: Sequence[Conditioning],
+    rows: Sequence[int],
+    x_t: Tensor,
+    sigma: Tensor,
+) -> Tensor:
+    """Velocity [M, ...] where row m has the conditioning of row ``rows[m]`` of ``records[m]``.
+
+    The records have equal signatures: their rows fit into one batch.
+    """
+    recipe = records[0].recipe
+    sample = x_t.to(recipe.sample_dtype)
+    time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
+    outputs = []
+    for branches in zip(*(record.branches for record in records), strict=True):
+        rests = [branch.rest for branch in branches]
+        rest = None if rests[0] is None else select_rows(rests, rows, x_t.device)
+        arguments = select_rows([b.arguments for b in branches], rows, x_t.device)
+        arguments[recipe.sample_name] = recipe.layout.join(sample, rest)
+        arguments[recipe.time_name] = time
+        output = recipe.layout.velocity(model(**arguments)[0], sample)
+        outputs.append(output.to(recipe.velocity_dtype))
+    combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
+    return combined.to(torch.promote_types(combined.dtype, torch.float32))
 
 
 def _compact(

@@ -7,7 +7,6 @@ generator per trajectory) and that the step is kept for replay.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,17 +18,13 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from torch import Tensor
 
 from mteditflow._checks import REDUCTIONS, check_choice
+from mteditflow.pipelines.supported import (
+    check_config_options,
+    check_config_source,
+    check_step_options,
+)
 from mteditflow.sampler import batched_noise
 from mteditflow.sde import ODE, Solver, gaussian_log_prob
-
-_UNSUPPORTED: dict[str, tuple[float | None, str]] = {
-    "s_churn": (0.0, "flow-matching steps do not churn"),
-    "s_tmin": (0.0, "flow-matching steps do not churn"),
-    "s_tmax": (float("inf"), "flow-matching steps do not churn"),
-    "s_noise": (1.0, "the solver decides how much noise a step adds"),
-    "generator": (None, "noise comes from the scheduler's generators, one per trajectory"),
-    "per_token_timesteps": (None, "a transition needs one flow time per sample"),
-}
 
 
 class Step(NamedTuple):
@@ -121,7 +116,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """Build from any flow-matching Euler configuration; see the class for the options."""
         names = ("solver", "generators", "stochastic_steps", "reduction")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        _refuse_foreign(config if isinstance(config, Mapping) else {})
+        check_config_source(config if isinstance(config, Mapping) else {})
         built = super().from_config(config, return_unused_kwargs, **kwargs)
         (built[0] if return_unused_kwargs else built).sample_with(**options)
         return built
@@ -152,11 +147,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         timesteps: list[float] | None = None,
     ) -> None:
         """Set the grid as the parent does, and decide which of its steps are stochastic."""
-        for option in ("stochastic_sampling", "invert_sigmas"):
-            if self.config.get(option, False):
-                raise ValueError(
-                    f"config: {option}=True is not supported: its steps are not those of a solver"
-                )
+        check_config_options(self.config)
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         grid = self.sigmas.cpu()
         if not bool((grid[:-1] > grid[1:]).all()) or grid[0] > 1 or grid[-1] != 0:
@@ -195,7 +186,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             per_token_timesteps: None; all tokens of a sample share their flow time.
             return_dict: whether to return the parent's output class or a tuple.
         """
-        _refuse_options(
+        check_step_options(
             s_churn=s_churn,
             s_tmin=s_tmin,
             s_tmax=s_tmax,
@@ -242,25 +233,3 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
                 f"{len(sample)} for this batch, got {given or None}"
             )
         return batched_noise(sample.shape[1:], self.generators, device=sample.device)
-
-
-def _refuse_foreign(config: Mapping[str, Any]) -> None:
-    """Refuse the configuration of a scheduler that does not integrate dx/dsigma = velocity."""
-    ours = (FlowMatchSDEScheduler.__name__, FlowMatchEulerDiscreteScheduler.__name__)
-    source = config.get("_class_name")
-    if source is None:
-        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-        foreign = sorted(key for key in config if key not in known and not key.startswith("_"))
-        source = f"scheduler with {', '.join(foreign)}" if foreign else ours[0]
-    if source not in ours:
-        raise ValueError(
-            f"config: expected that of a FlowMatchEulerDiscreteScheduler, got that of a {source}"
-        )
-
-
-def _refuse_options(**options: Any) -> None:
-    """Refuse options of ``step`` that would be ignored."""
-    for name, value in options.items():
-        default, reason = _UNSUPPORTED[name]
-        if value is not default and (default is None or value != default):
-            raise ValueError(f"{name}: expected its default {default}, because {reason}")

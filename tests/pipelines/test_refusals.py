@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 from conftest import CHAIN, STEPS, call, options, picture, roll_out
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.hooks import FirstBlockCacheConfig
+from peft import LoraConfig
 
 from mteditflow import FlowSDE, trajectory_generators
-from mteditflow.pipelines import FlowMatchSDEScheduler, Recorder, ReplayError
+from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
 from mteditflow.pipelines.recognise import (
     CLOCKS,
     Guidance,
@@ -223,6 +224,50 @@ def test_refuses_lists_that_do_not_tell_whose_they_are(kontext):
     with Recorder(kontext, shared=["img_shapes"]) as recorder:
         edit(kontext)
     assert len(recorder.rollout(group=[0])) == 1
+
+
+class Table(FluxTransformer2DModel):
+    """Reads a table that all images of a batch share."""
+
+    def forward(self, hidden_states, *, table=None, **kwargs):
+        table = torch.arange(2.0)[:, None] if table is None else table
+        return super().forward(hidden_states * (1 + table.mean()), **kwargs)
+
+
+def test_refuses_a_shared_argument_that_looks_like_rows(kontext):
+    kontext.transformer.__class__ = Table
+    table = torch.arange(2.0)[:, None]
+    kontext.transformer.register_forward_pre_hook(
+        lambda _model, args, kwargs: (args, {"table": table} | kwargs), with_kwargs=True
+    )
+
+    def record_two(**given):
+        images, generators = [picture(kontext)] * 2, trajectory_generators(0, 2)
+        with Recorder(kontext, **given) as recorder:
+            call(kontext, images, CHAIN[0][:2], generators)
+        return recorder.rollout(group=[0, 1])
+
+    with pytest.raises(ReplayError, match=r"velocity .* away .* not named in `shared`"):
+        record_two()
+    assert len(record_two(verify=False)) == 2
+    rollout = record_two(shared=["table"])
+    x_t, one = rollout.trajectory.clean[:1, 0], torch.zeros(1, dtype=torch.int64)
+    assert rollout.velocity(kontext.transformer, x_t, torch.ones(1), one, one).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refuses_dropout(pipeline, dtype):
+    pipeline.to(dtype)
+    adapters = LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v"], lora_dropout=0.5)
+    policies = LoraPolicies(pipeline.transformer, adapters)
+    with torch.no_grad():
+        for weight in policies.parameters():
+            weight.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
+    pipeline.transformer.train()
+    with pytest.raises(ReplayError, match="dropout in training mode"):
+        record(pipeline)
+    pipeline.transformer.eval()
+    record(pipeline)
 
 
 # Wrong pipelines and wrong use.

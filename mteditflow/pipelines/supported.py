@@ -1,0 +1,49 @@
+"""What a ``FlowMatchSDEScheduler`` does not support: refused with a reason, never ignored."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+_UNSUPPORTED: dict[str, tuple[float | None, str]] = {
+    "s_churn": (0.0, "flow-matching steps do not churn"),
+    "s_tmin": (0.0, "flow-matching steps do not churn"),
+    "s_tmax": (float("inf"), "flow-matching steps do not churn"),
+    "s_noise": (1.0, "the solver decides how much noise a step adds"),
+    "generator": (None, "noise comes from the scheduler's generators, one per trajectory"),
+    "per_token_timesteps": (None, "a transition needs one flow time per sample"),
+}
+
+
+def check_config_source(config: Mapping[str, Any]) -> None:
+    """Refuse the configuration of a scheduler that does not integrate dx/dsigma = velocity."""
+    ours = ("FlowMatchEulerDiscreteScheduler", "FlowMatchSDEScheduler")
+    source = config.get("_class_name")
+    if source is None:
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        foreign = sorted(key for key in config if key not in known and not key.startswith("_"))
+        source = f"scheduler with {', '.join(foreign)}" if foreign else ours[0]
+    if source not in ours:
+        raise ValueError(
+            f"config: expected that of a FlowMatchEulerDiscreteScheduler, got that of a {source}"
+        )
+
+
+def check_config_options(config: Mapping[str, Any]) -> None:
+    """Refuse options of the configuration under which a step is not that of a solver."""
+    for option in ("stochastic_sampling", "invert_sigmas"):
+        if config.get(option, False):
+            raise ValueError(
+                f"config: {option}=True is not supported: its steps are not those of a solver"
+            )
+
+
+def check_step_options(**options: Any) -> None:
+    """Refuse options of ``step`` that would be ignored."""
+    for name, value in options.items():
+        default, reason = _UNSUPPORTED[name]
+        if value is not default and (default is None or value != default):
+            raise ValueError(f"{name}: expected its default {default}, because {reason}")
