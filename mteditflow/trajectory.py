@@ -19,6 +19,7 @@ from mteditflow._checks import (
     check_mask,
     check_rank,
     check_shape,
+    check_tensor,
     check_values,
 )
 from mteditflow._safetensors import load_tensors, save_tensors
@@ -172,6 +173,7 @@ class Trajectory:
             >>> rollouts.steps(*rollouts.step_mask.nonzero(as_tuple=True)).x_t.shape
             torch.Size([18, 8])
         """
+        check_tensor("trajectory", trajectory)
         check_shape("trajectory", trajectory, (trajectory.numel(),), "[M]")
         bounds = zip(("trajectory", "turn", "step"), self.log_prob.shape, strict=True)
         for (name, size), index in zip(bounds, (trajectory, turn, step), strict=True):
