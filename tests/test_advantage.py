@@ -1,0 +1,607 @@
+"""Group-relative advantages and fusion: golden values, plain loops, and the laws they obey."""
+
+import math
+import re
+import statistics
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mteditflow import (
+    clamp_advantage,
+    fuse_advantages,
+    fuse_rewards,
+    group_advantage,
+    group_std,
+    renormalize_advantage,
+)
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+NAN, INF = math.nan, math.inf
+STDS = ["group", "batch", "none"]
+fusions = pytest.mark.parametrize("fuse", [fuse_advantages, fuse_rewards])
+stds = pytest.mark.parametrize("std", STDS)
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def ids(*group):
+    return torch.tensor(group, dtype=torch.int64)
+
+
+def loop(reward, group, valid, std, eps):
+    """Eq. 3 in plain Python, for one column of rewards."""
+    everyone = [r for r, v in zip(reward, valid, strict=True) if v]
+    result = []
+    for r, g, v in zip(reward, group, valid, strict=True):
+        members = [r for r, h, w in zip(reward, group, valid, strict=True) if w and h == g]
+        if not v or len(members) < 2 or min(members) == max(members):
+            result.append(0.0)
+            continue
+        spread = {
+            "group": statistics.pstdev(members) + eps,
+            "batch": statistics.pstdev(everyone) + eps,
+            "none": 1.0,
+        }[std]
+        result.append((r - statistics.fmean(members)) / spread)
+    return result
+
+
+@st.composite
+def batches(draw, extra=0):
+    """Rewards (exact in binary), ragged groups of arbitrary ids in any order, a mask."""
+    rows = draw(st.integers(1, 12))
+    names = draw(st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=4, unique=True))
+    group = [draw(st.sampled_from(names)) for _ in range(rows)]
+    valid = [draw(st.booleans()) for _ in range(rows)]
+    eighths = st.integers(-800, 800).map(lambda k: k / 8)
+    rewards = [[draw(eighths) for _ in range(rows)] for _ in range(1 + extra)]
+    return (
+        *(torch.tensor(reward, dtype=torch.float64) for reward in rewards),
+        torch.tensor(group),
+        torch.tensor(valid),
+    )
+
+
+# golden values
+
+
+def test_golden_group_std():
+    # mean 2, population std 2: deviations -2, 2 over 2 + 0.5
+    reward, group = torch.tensor([0.0, 9.0, 4.0, 0.0, 4.0]), ids(3, -1, 3, 3, 3)
+    advantage = group_advantage(reward, group, eps=0.5)
+    assert advantage.tolist() == pytest.approx([-0.8, 0, 0.8, -0.8, 0.8])
+    assert group_std(reward, group).tolist() == [2, 0, 2, 2, 2]
+
+
+def test_golden_batch_std():
+    # group means 1 and 5; all of 0, 2, 4, 6 have mean 3 and variance (9 + 1 + 1 + 9) / 4 = 5
+    advantage = group_advantage(
+        torch.tensor([0.0, 2.0, 4.0, 6.0]), ids(0, 0, 1, 1), std="batch", eps=0.25
+    )
+    assert advantage.tolist() == pytest.approx([x / (math.sqrt(5) + 0.25) for x in (-1, 1, -1, 1)])
+
+
+def test_golden_no_std():
+    advantage = group_advantage(torch.tensor([0.0, 1.0, 5.0]), ids(0, 0, 0), std="none", eps=99.0)
+    assert advantage.tolist() == [-2, -1, 3]
+
+
+def test_golden_invalid():
+    # the lost 100 takes no part: mean 2, std 1 over the first and the last
+    reward, valid = torch.tensor([1.0, 100.0, 3.0]), torch.tensor([True, False, True])
+    assert group_advantage(reward, ids(5, 5, 5), valid=valid, eps=0.0).tolist() == [-1, 0, 1]
+    assert group_std(reward, ids(5, 5, 5), valid=valid).tolist() == [1, 1, 1]
+
+
+def test_the_default_eps_is_1e_4():
+    reward = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    expected = pytest.approx([-1 / 1.0001, 1 / 1.0001], rel=1e-12)
+    assert group_advantage(reward, ids(0, 0)).tolist() == expected
+    assert renormalize_advantage(reward).tolist() == expected
+    assert fuse_advantages({"a": reward}, {"a": 1.0}, ids(0, 0)).tolist() == expected
+    assert fuse_rewards({"a": reward}, {"a": 1.0}, ids(0, 0)).tolist() == expected
+
+
+# the loop
+
+
+@stds
+@given(batch=batches(), eps=st.sampled_from([0.0, 1e-4, 0.5]))
+def test_advantages_equal_the_loop(std, batch, eps):
+    reward, group, valid = batch
+    expected = loop(reward.tolist(), group.tolist(), valid.tolist(), std, eps)
+    advantage = group_advantage(reward, group, valid=valid, std=std, eps=eps)
+    assert advantage.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(batches())
+def test_group_std_equals_the_loop(batch):
+    reward, group, valid = batch
+    columns = list(zip(reward.tolist(), group.tolist(), valid.tolist(), strict=True))
+    expected = [
+        statistics.pstdev([r for r, h, w in columns if w and h == g] or [0.0])
+        for _, g, _ in columns
+    ]
+    assert group_std(reward, group, valid=valid).tolist() == pytest.approx(expected)
+
+
+@stds
+def test_each_turn_is_normalised_on_its_own(std):
+    generator = torch.Generator().manual_seed(0)
+    reward, group = torch.randn(9, 3, generator=generator), ids(0, 1, 0, 1, 2, 0, 1, 2, 7)
+    valid = torch.rand(9, 3, generator=generator) > 0.2
+    table = group_advantage(reward, group, valid=valid, std=std)
+    spread = group_std(reward, group, valid=valid)
+    for turn in range(3):
+        column = reward[:, turn], group
+        expected = group_advantage(*column, valid=valid[:, turn], std=std)
+        assert torch.equal(table[:, turn], expected)
+        assert torch.equal(spread[:, turn], group_std(*column, valid=valid[:, turn]))
+
+
+# laws
+
+
+@stds
+@given(data=st.data())
+def test_order_does_not_matter(std, data):
+    reward, group, valid = data.draw(batches())
+    order = torch.tensor(data.draw(st.permutations(range(len(reward)))))
+    whole = group_advantage(reward, group, valid=valid, std=std)
+    permuted = group_advantage(reward[order], group[order], valid=valid[order], std=std)
+    torch.testing.assert_close(permuted, whole[order], atol=1e-10, rtol=1e-10)
+
+
+@stds
+@given(batch=batches())
+def test_a_mask_equals_deletion(std, batch):
+    reward, group, valid = batch
+    whole = group_advantage(reward, group, valid=valid, std=std)
+    assert torch.equal(whole[~valid], torch.zeros(int((~valid).sum()), dtype=torch.float64))
+    if valid.any():
+        assert torch.equal(whole[valid], group_advantage(reward[valid], group[valid], std=std))
+
+
+@stds
+@given(data=st.data())
+def test_the_names_of_groups_mean_nothing(std, data):
+    reward, group, valid = data.draw(batches())
+    names = group.unique()
+    size = len(names)
+    new = data.draw(
+        st.lists(st.integers(-(2**63), 2**63 - 1), min_size=size, max_size=size, unique=True)
+    )
+    renamed = torch.tensor(new)[torch.searchsorted(names, group)]
+    assert torch.equal(
+        group_advantage(reward, group, valid=valid, std=std),
+        group_advantage(reward, renamed, valid=valid, std=std),
+    )
+
+
+@pytest.mark.parametrize("std", ["group", "none"])
+@given(batch=batches())
+def test_groups_do_not_see_each_other(std, batch):
+    reward, group, valid = batch
+    whole = group_advantage(reward, group, valid=valid, std=std)
+    for name in group.unique():
+        alone = group == name
+        expected = group_advantage(reward[alone], group[alone], valid=valid[alone], std=std)
+        assert torch.equal(whole[alone], expected)
+
+
+@stds
+@given(batch=batches(), shift=st.integers(-1000, 1000))
+def test_a_shift_changes_nothing(std, batch, shift):
+    reward, group, valid = batch
+    torch.testing.assert_close(
+        group_advantage(reward + shift, group, valid=valid, std=std),
+        group_advantage(reward, group, valid=valid, std=std),
+        atol=1e-10,
+        rtol=1e-10,
+    )
+
+
+@given(batches())
+def test_a_scale_changes_nothing_without_eps_and_a_sign_flips(batch):
+    reward, group, valid = batch
+    for std, factor in [("group", 1.0), ("batch", 1.0), ("none", 4.0)]:
+        advantage = group_advantage(reward, group, valid=valid, std=std, eps=0.0)
+        scaled = group_advantage(4.0 * reward, group, valid=valid, std=std, eps=0.0)
+        assert torch.equal(scaled, factor * advantage)
+        flipped = group_advantage(-reward, group, valid=valid, std=std, eps=0.0)
+        torch.testing.assert_close(flipped, -advantage, atol=1e-10, rtol=1e-10)
+
+
+@given(batches())
+def test_a_group_has_mean_0_and_std_1(batch):
+    reward, group, valid = batch
+    advantage = group_advantage(reward, group, valid=valid, eps=0.0)
+    for name in group.unique():
+        members = advantage[(group == name) & valid]
+        if len(members) == 0:
+            continue
+        assert members.mean().item() == pytest.approx(0.0, abs=1e-12)
+        spread = members.std(unbiased=False).item()
+        assert spread == pytest.approx(1.0) or torch.equal(members, torch.zeros_like(members))
+
+
+# exact zeros
+
+
+@stds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(
+    value=st.one_of(
+        st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
+        st.integers(-100, 100).map(lambda k: 0.1 * k),
+    ),
+    size=st.integers(1, 9),
+    eps=st.sampled_from([0.0, 1e-4]),
+)
+def test_a_constant_group_is_exactly_zero(std, dtype, value, size, eps):
+    reward = torch.tensor([value] * size + [1.0, -2.0] * 2, dtype=dtype)
+    group = torch.tensor([7] * size + [8] * 4)
+    order = torch.randperm(len(reward), generator=torch.Generator().manual_seed(size))
+    reward, group = reward[order], group[order]
+    advantage = group_advantage(reward, group, std=std, eps=eps)
+    assert torch.equal(advantage[group == 7], torch.zeros(size, dtype=dtype))
+    assert (advantage[group == 8] != 0).all()
+    assert torch.equal(group_std(reward, group)[group == 7], torch.zeros(size, dtype=dtype))
+    constant = torch.full((size,), value, dtype=dtype)
+    alone = group_advantage(constant, torch.zeros(size, dtype=torch.int64), std=std, eps=eps)
+    assert torch.equal(alone, torch.zeros(size, dtype=dtype))
+    assert torch.equal(renormalize_advantage(constant, eps=eps), torch.zeros(size, dtype=dtype))
+
+
+@stds
+def test_a_group_of_one_and_a_group_with_one_valid_member_give_zero(std):
+    reward = torch.tensor([3.0, 1.0, 5.0, 2.0, 4.0])
+    valid = torch.tensor([True, True, False, True, True])
+    advantage = group_advantage(reward, ids(0, 1, 1, 2, 2), valid=valid, std=std)
+    assert advantage[:3].tolist() == [0, 0, 0]
+    assert advantage[3] < 0 < advantage[4]
+
+
+@stds
+def test_a_group_without_valid_members_gives_zero(std):
+    reward = torch.tensor([NAN, INF, 2.0, 4.0])
+    valid = torch.tensor([False, False, True, True])
+    assert group_advantage(reward, ids(0, 0, 1, 1), valid=valid, std=std)[:2].tolist() == [0, 0]
+    nothing = torch.zeros(4, dtype=torch.bool)
+    for advantage in (
+        group_advantage(reward, ids(0, 0, 1, 1), valid=nothing, std=std, eps=0.0),
+        group_std(reward, ids(0, 0, 1, 1), valid=nothing),
+        renormalize_advantage(reward, valid=nothing),
+    ):
+        assert advantage.tolist() == [0, 0, 0, 0]
+
+
+@stds
+@pytest.mark.parametrize("lost", [NAN, INF, -INF])
+@given(batch=batches())
+def test_what_stands_in_an_invalid_entry_is_never_read(std, lost, batch):
+    reward, group, valid = batch
+    assert torch.equal(
+        group_advantage(torch.where(valid, reward, lost), group, valid=valid, std=std),
+        group_advantage(reward, group, valid=valid, std=std),
+    )
+
+
+def test_ids_above_2_to_the_53_do_not_collide():
+    big = 2**53
+    reward, group = torch.tensor([0.0, 2.0, 10.0, 30.0]), ids(big, big, big + 1, big + 1)
+    assert group_advantage(reward, group, eps=0.0).tolist() == [-1, 1, -1, 1]
+    edges = ids(2**63 - 1, 2**63 - 1, 2**63 - 2, -(2**63))
+    assert group_advantage(reward, edges, eps=0.0).tolist() == [-1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_ids_may_be_any_integers(dtype):
+    group = torch.tensor([5, 1, 5, 1], dtype=dtype)
+    advantage = group_advantage(torch.tensor([0.0, 0.0, 2.0, 4.0]), group, eps=0.0)
+    assert advantage.tolist() == [-1, -1, 1, 1]
+
+
+def test_many_groups_stay_apart():
+    """2,500 groups of 8 in random order: each has mean 0 and std 1."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.randperm(20_000, generator=generator) % 2500
+    reward = torch.rand(20_000, generator=generator) + group
+    advantage = group_advantage(reward, group, eps=0.0)[group.argsort()].reshape(2500, 8)
+    torch.testing.assert_close(advantage.mean(dim=1), torch.zeros(2500), atol=1e-5, rtol=0)
+    torch.testing.assert_close(advantage.std(dim=1, unbiased=False), torch.ones(2500))
+
+
+# fusion
+
+
+def test_golden_fusion():
+    rewards = {
+        "following": torch.tensor([0.0, 4.0, 1.0, 1.0]),
+        "consistency": torch.tensor([0.75, 0.25, 0.5, 1.0]),
+    }
+    weights, group = {"consistency": 0.5, "following": 1.0}, ids(0, 0, 1, 1)
+    # advantages: -1, 1, 0, 0 and 1, -1, -1, 1
+    fused = fuse_advantages(rewards, weights, group, eps=0.0)
+    assert fused.tolist() == [-0.5, 0.5, -0.5, 0.5]
+    # rewards: 0.375, 4.125, 1.25, 1.5
+    fused = fuse_rewards(rewards, weights, group, eps=0.0, std="none")
+    assert fused.tolist() == [-1.875, 1.875, -0.125, 0.125]
+
+
+def test_the_levels_differ_where_variances_do():
+    """Var(IF) 5.8 times Var(CC), at odds: at reward level IF wins, at advantage level the weight.
+
+    IF = -+a, CC = +-b with a / b = sqrt(5.8) and weight 2 on CC: the sum of rewards has the sign of
+    a - 2 b > 0 and normalises to -+1; the sum of advantages is -+1 +- 2.
+    """
+    a, b = math.sqrt(5.8), 1.0
+    rewards = {"if": torch.tensor([-a, a]), "cc": torch.tensor([b, -b])}
+    weights = {"if": 1.0, "cc": 2.0}
+    of_rewards = fuse_rewards(rewards, weights, ids(0, 0), eps=0.0)
+    of_advantages = fuse_advantages(rewards, weights, ids(0, 0), eps=0.0)
+    assert of_rewards.tolist() == [-1, 1]
+    assert of_advantages.tolist() == [1, -1]
+
+
+@stds
+@given(batch=batches(extra=2), w=st.tuples(*[st.integers(-3, 3)] * 3))
+def test_fusion_equals_the_loop(std, batch, w):
+    *columns, group, valid = batch
+    rewards = dict(zip("abc", columns, strict=True))
+    weights = dict(zip("abc", map(float, w), strict=True))
+    args = group.tolist(), valid.tolist(), std, 1e-4
+    advantages = [loop(column.tolist(), *args) for column in columns]
+    expected = [
+        sum(x * y for x, y in zip(w, row, strict=True)) for row in zip(*advantages, strict=True)
+    ]
+    fused = fuse_advantages(rewards, weights, group, valid=valid, std=std)
+    assert fused.tolist() == pytest.approx(expected, abs=1e-9)
+    total = [
+        sum(x * y for x, y in zip(w, row, strict=True)) for row in torch.stack(columns, 1).tolist()
+    ]
+    fused = fuse_rewards(rewards, weights, group, valid=valid, std=std)
+    assert fused.tolist() == pytest.approx(loop(total, *args), abs=1e-9)
+
+
+@fusions
+@stds
+@given(batch=batches(extra=2), order=st.permutations("abc"))
+def test_the_order_of_names_changes_no_bit(fuse, std, batch, order):
+    *columns, group, valid = batch
+    rewards = dict(zip("abc", columns, strict=True))
+    weights = {"a": 0.1, "b": 0.2, "c": 0.7}
+    assert torch.equal(
+        fuse(rewards, weights, group, valid=valid, std=std),
+        fuse({name: rewards[name] for name in order}, weights, group, valid=valid, std=std),
+    )
+
+
+@fusions
+@stds
+@given(batch=batches())
+def test_one_reward_is_its_group_advantage(fuse, std, batch):
+    reward, group, valid = batch
+    assert torch.equal(
+        fuse({"only": reward}, {"only": 1.0}, group, valid=valid, std=std, eps=0.5),
+        group_advantage(reward, group, valid=valid, std=std, eps=0.5),
+    )
+
+
+@stds
+@given(batch=batches(extra=1), w=st.integers(-9, 9), k=st.integers(-9, 9))
+def test_advantage_level_fusion_is_linear_in_the_weights(std, batch, w, k):
+    a, b, group, valid = batch
+    rewards = {"a": a, "b": b}
+
+    def fused(weight_a, weight_b):
+        return fuse_advantages(rewards, {"a": weight_a, "b": weight_b}, group, valid=valid, std=std)
+
+    torch.testing.assert_close(fused(k, k * w), k * fused(1.0, w), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(fused(k, w), k * fused(1.0, 0.0) + w * fused(0.0, 1.0))
+
+
+@given(batches(extra=1))
+def test_advantage_level_fusion_ignores_the_unit_of_a_reward(batch):
+    a, b, group, valid = batch
+    weights = {"a": 1.0, "b": 0.2}
+    assert torch.equal(
+        fuse_advantages({"a": a, "b": b}, weights, group, valid=valid, eps=0.0),
+        fuse_advantages({"a": a, "b": 1024 * b}, weights, group, valid=valid, eps=0.0),
+    )
+
+
+@fusions
+@given(batch=batches(extra=1))
+def test_fusion_ignores_what_was_lost(fuse, batch):
+    a, b, group, valid = batch
+    weights = {"a": 1.0, "b": 0.2}
+    lost = torch.where(valid, b, NAN)
+    assert torch.equal(
+        fuse({"a": a, "b": lost}, weights, group, valid=valid),
+        fuse({"a": a, "b": b}, weights, group, valid=valid),
+    )
+
+
+@fusions
+def test_fusion_errors(fuse):
+    reward, group = torch.tensor([1.0, 2.0, NAN]), ids(0, 0, 0)
+    with pytest.raises(
+        ValueError, match=exactly("rewards: expected at least one named reward, got none")
+    ):
+        fuse({}, {}, group)
+    message = "weights: expected one weight for each reward in ['a', 'b'], got ['a', 'c']"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fuse({"b": reward, "a": reward}, {"c": 1.0, "a": 1.0}, group)
+    message = "weights['a']: expected a finite number in [-inf, inf], got nan"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fuse({"a": torch.ones(3)}, {"a": NAN}, group)
+    message = (
+        "rewards['cc']: expected finite values (mark lost ones in valid), got nan at index [2]"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        fuse({"if": torch.ones(3), "cc": reward}, {"if": 1.0, "cc": 1.0}, group)
+    message = "rewards['cc']: expected shape of rewards['if'] = [3], got [2]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fuse({"if": torch.ones(3), "cc": torch.ones(2)}, {"if": 1.0, "cc": 1.0}, group)
+    message = "std: expected one of ['group', 'batch', 'none'], got 'global'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fuse({"a": torch.ones(3)}, {"a": 1.0}, group, std="global")
+
+
+# clamp and renormalise
+
+
+def test_golden_clamp():
+    advantage = torch.tensor([-9.0, -5.0, 0.5, 5.0, 9.0])
+    assert clamp_advantage(advantage).tolist() == [-5, -5, 0.5, 5, 5]
+    assert clamp_advantage(advantage, limit=0.25).tolist() == [-0.25, -0.25, 0.25, 0.25, 0.25]
+    with pytest.raises(
+        ValueError, match=exactly("limit: expected a finite number in (0, inf], got 0")
+    ):
+        clamp_advantage(advantage, limit=0)
+    with pytest.raises(
+        TypeError, match=r"^advantage: expected float32 or float64, got torch\.float16"
+    ):
+        clamp_advantage(advantage.half())
+
+
+def test_golden_renormalize():
+    # mean 1, std 2 over the valid ones: -2 / 2.5 and 2 / 2.5
+    advantage = torch.tensor([-1.0, 3.0, NAN])
+    valid = torch.tensor([True, True, False])
+    result = renormalize_advantage(advantage, valid=valid, eps=0.5)
+    assert result.tolist() == pytest.approx([-0.8, 0.8, 0.0])
+    table = torch.tensor([[0.0, 1.0], [4.0, 1.0]])
+    assert renormalize_advantage(table, eps=0.0).tolist() == [[-1, 0], [1, 0]]
+
+
+@given(batches())
+def test_renormalising_makes_mean_0_and_std_1_and_twice_is_once(batch):
+    advantage, _, valid = batch
+    once = renormalize_advantage(advantage, valid=valid, eps=0.0)
+    kept = once[valid]
+    assume(len(kept) > 1 and kept.any())
+    assert kept.mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert kept.std(unbiased=False).item() == pytest.approx(1.0)
+    torch.testing.assert_close(renormalize_advantage(once, valid=valid, eps=0.0), once)
+
+
+def test_renormalize_errors():
+    message = "advantage: expected finite values (mark lost ones in valid), got nan at index [0]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        renormalize_advantage(torch.tensor([NAN, 1.0]))
+    message = "advantage: expected a non-empty tensor of shape [B] or [B, N], got [0]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        renormalize_advantage(torch.zeros(0))
+    with pytest.raises(
+        TypeError, match=r"^advantage: expected float32 or float64, got torch\.int64"
+    ):
+        renormalize_advantage(ids(1, 2))
+
+
+# what all share
+
+
+FUNCTIONS = {
+    "group_advantage": group_advantage,
+    "group_std": group_std,
+    "fuse_advantages": lambda reward, group, **options: fuse_advantages(
+        {"a": reward, "b": reward * reward}, {"a": 1.0, "b": 0.5}, group, **options
+    ),
+    "fuse_rewards": lambda reward, group, **options: fuse_rewards(
+        {"a": reward, "b": reward * reward}, {"a": 1.0, "b": 0.5}, group, **options
+    ),
+    "renormalize": lambda reward, group, **options: renormalize_advantage(reward, **options),
+}
+functions = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@functions
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4,), (4, 3)])
+def test_shape_dtype_and_device_are_kept_and_nothing_carries_a_gradient(name, device, dtype, shape):
+    reward = torch.rand(shape, dtype=dtype, device=device, requires_grad=True)
+    result = FUNCTIONS[name](reward, ids(0, 0, 1, 1).to(device))
+    assert result.shape == shape
+    assert result.dtype == dtype
+    assert result.device.type == device
+    assert not result.requires_grad
+
+
+@pytest.mark.parametrize("function", [group_advantage, group_std])
+def test_errors(function):
+    reward, group = torch.tensor([1.0, 2.0, 3.0]), ids(0, 0, 1)
+    for dtype in (torch.float16, torch.bfloat16, torch.int64):
+        pattern = rf"^reward: expected float32 or float64, got {re.escape(str(dtype))}"
+        with pytest.raises(TypeError, match=pattern):
+            function(reward.to(dtype), group)
+    with pytest.raises(TypeError, match=exactly("group: expected integer ids, got torch.float32")):
+        function(reward, group.float())
+    with pytest.raises(ValueError, match=exactly("group: expected shape [B] = [3], got [2]")):
+        function(reward, group[:2])
+    with pytest.raises(ValueError, match=exactly("valid: expected shape of reward = [3], got [1]")):
+        function(reward, group, valid=torch.ones(1, dtype=torch.bool))
+    with pytest.raises(
+        TypeError, match=exactly("valid: expected a boolean mask, got torch.float32")
+    ):
+        function(reward, group, valid=torch.ones(3))
+    message = "reward: expected a non-empty tensor of shape [B] or [B, N], got [0]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        function(torch.zeros(0), ids())
+    message = "reward: expected finite values (mark lost ones in valid), got inf at index [1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        function(torch.tensor([1.0, INF, 3.0]), group)
+
+
+def test_option_errors():
+    reward, group = torch.tensor([1.0, 2.0]), ids(0, 0)
+    message = "std: expected one of ['group', 'batch', 'none'], got 'global'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        group_advantage(reward, group, std="global")
+    message = "eps: expected a finite number in [0, inf], got -0.1"
+    for function in (group_advantage, lambda r, g, eps: renormalize_advantage(r, eps=eps)):
+        with pytest.raises(ValueError, match=exactly(message)):
+            function(reward, group, eps=-0.1)
+
+
+@pytest.mark.compile
+@functions
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_equals_eager(name):
+    function = FUNCTIONS[name]
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    reward, group = torch.rand(12), torch.arange(12) % 5
+    valid = torch.arange(12) % 4 != 0
+    for options in ({}, {"valid": valid}, {"valid": ~valid}):
+        assert torch.equal(compiled(reward, group, **options), function(reward, group, **options))
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_by_inductor_with_changing_options():
+    torch.compiler.reset()
+    compiled = torch.compile(group_advantage, fullgraph=True)
+    reward, group = torch.rand(12), torch.arange(12) % 5
+    for eps in (1e-4, 1e-3, 0.5):
+        torch.testing.assert_close(
+            compiled(reward, group, eps=eps), group_advantage(reward, group, eps=eps)
+        )
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_clamp_equals_eager():
+    compiled = torch.compile(clamp_advantage, fullgraph=True, backend="aot_eager")
+    advantage = torch.randn(9)
+    for limit in (5.0, 0.5, 0.25):
+        assert torch.equal(
+            compiled(advantage, limit=limit), clamp_advantage(advantage, limit=limit)
+        )
