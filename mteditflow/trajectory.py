@@ -25,6 +25,7 @@ from mteditflow._checks import (
 from mteditflow._safetensors import load_tensors, save_tensors
 
 _FORMAT = "mteditflow.Trajectory/1"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Steps(NamedTuple):
@@ -94,11 +95,7 @@ class Trajectory:
         check_shape("log_prob", self.log_prob, (b, n, states - 1), "[B, N, S]")
         check_mask("stochastic", self.stochastic, (n, states - 1), "[N, S]")
         check_shape("group", self.group, (b,), "[B]")
-        if (
-            self.group.is_floating_point()
-            or self.group.is_complex()
-            or self.group.dtype == torch.bool
-        ):
+        if self.group.dtype not in _INTEGERS:
             raise TypeError(f"group: expected integer ids, got {self.group.dtype}")
         check_mask("turn_mask", self.turn_mask, (b, n), "[B, N]")
         check_choice("reduction", self.reduction, REDUCTIONS)
@@ -245,36 +242,29 @@ class Trajectory:
             raise ValueError("parts: expected at least one Trajectory, got none")
         first = parts[0]
         for position, part in enumerate(parts):
-            for name, x in part._tensors().items():
-                expected = getattr(first, name)
-                if x.dtype != expected.dtype:
-                    raise TypeError(
-                        f"parts[{position}].{name}: expected {expected.dtype}, got {x.dtype}"
-                    )
-                if x.device != expected.device:
-                    raise ValueError(
-                        f"parts[{position}].{name}: expected device {expected.device}, "
-                        f"got {x.device}"
-                    )
-            for name in ("sigmas", "stochastic"):
-                if not torch.equal(getattr(part, name), getattr(first, name)):
-                    raise ValueError(f"parts[{position}].{name}: differs from that of parts[0]")
-            if part.reduction != first.reduction:
-                raise ValueError(
-                    f"parts[{position}].reduction: expected {first.reduction!r}, "
-                    f"got {part.reduction!r}"
-                )
-            check_shape(
-                f"parts[{position}].latents",
-                part.latents,
-                (len(part), *first.latents.shape[1:]),
-                "[B, ...] like parts[0]",
-            )
+            part._check_joins(first, f"parts[{position}]")
         joined: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("latents", "log_prob", "group", "turn_mask")
         }
         return replace(first, **joined)
+
+    def _check_joins(self, first: Trajectory, part: str) -> None:
+        """Raise unless ``concatenate`` can join this one, named ``part``, to the first."""
+        for name, x in self._tensors().items():
+            expected = getattr(first, name)
+            if x.dtype != expected.dtype:
+                raise TypeError(f"{part}.{name}: expected {expected.dtype}, got {x.dtype}")
+            if x.device != expected.device:
+                raise ValueError(
+                    f"{part}.{name}: expected device {expected.device}, got {x.device}"
+                )
+        for name in ("sigmas", "stochastic"):
+            if not torch.equal(getattr(self, name), getattr(first, name)):
+                raise ValueError(f"{part}.{name}: differs from that of parts[0]")
+        check_choice(f"{part}.reduction", self.reduction, [first.reduction])
+        shape = (len(self), *first.latents.shape[1:])
+        check_shape(f"{part}.latents", self.latents, shape, "[B, ...] like parts[0]")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, atomically: a failure leaves what was there.

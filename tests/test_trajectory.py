@@ -273,7 +273,7 @@ def test_concatenate_errors():
     for change, error, message in (
         ({"sigmas": shifted}, ValueError, "sigmas: differs from that of parts[0]"),
         ({"stochastic": ~first.stochastic}, ValueError, "stochastic: differs from that of parts"),
-        ({"reduction": "sum"}, ValueError, "reduction: expected 'mean', got 'sum'"),
+        ({"reduction": "sum"}, ValueError, "reduction: expected one of ['mean'], got 'sum'"),
         ({"latent": (2, 4)}, ValueError, "latents: expected shape [B, ...] like parts[0] = [4, 3"),
         ({"dtype": torch.bfloat16}, TypeError, "latents: expected torch.float32, got torch.bfloat"),
         ({"log_prob": first.log_prob.double()}, TypeError, "log_prob: expected torch.float32, got"),
