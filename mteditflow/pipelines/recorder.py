@@ -49,18 +49,21 @@ class Recorder:
         ReplayError: (a ValueError) inside the context, when a call could not be replayed.
 
     Example:
-        A chain of two edits, then the log-probs of all its steps with gradients::
+        A chain of edits of a batch of images, then the log-probs of all its steps again, with
+        gradients::
 
-            generators = trajectory_generators(0, len(images))
-            with Recorder(pipe, FlowSDE(0.7), generators=generators) as recorder:
+            solver, generators = FlowSDE(0.7), trajectory_generators(0, len(images))
+            with Recorder(pipe, solver, generators=generators) as recorder:
                 for prompts in chain:
                     images = pipe(images, prompts, generator=generators).images
             rollout = recorder.rollout(group=group)
 
-            rows = rollout.trajectory.step_mask.nonzero(as_tuple=True)
-            steps = rollout.trajectory.steps(*rows)
-            velocity = rollout.velocity(pipe.transformer, steps.x_t, steps.sigma, *rows[:2])
-            transition = FlowSDE(0.7)(steps.x_t, velocity, steps.sigma, steps.next_sigma)
+            trajectory, turn, step = rollout.trajectory.step_mask.nonzero(as_tuple=True)
+            steps = rollout.trajectory.steps(trajectory, turn, step)
+            velocity = rollout.velocity(
+                pipe.transformer, steps.x_t, steps.sigma, trajectory, turn
+            )
+            transition = solver(steps.x_t, velocity, steps.sigma, steps.next_sigma)
             log_prob = gaussian_log_prob(steps.next_x, *transition, reduction="mean")
     """
 

@@ -56,7 +56,8 @@ class Rollout:
         Rows of different trajectories, turns and steps share one call of the model (one per branch
         under classifier-free guidance) wherever their conditioning has the same shapes; otherwise
         there is one call per shape. On the states of a fresh rollout, in the batch in which it was
-        sampled, the result is bit for bit what the scheduler was given.
+        sampled, the result is what the scheduler was given, bit for bit where kernels are
+        deterministic. Keep indices on the CPU: they are read there.
 
         Args:
             model: the transformer, or a wrapper with the same forward arguments.
@@ -75,6 +76,16 @@ class Rollout:
             TypeError: ``x_t`` or ``sigma`` is not floating point.
 
         Source: MT-EditFlow (arXiv 2606.01985), Eq. 4-5: what both objectives evaluate.
+
+        Example:
+            For NFT, on one noisy version of the clean latent of every turn::
+
+                trajectory, turn = rollout.trajectory.turn_mask.nonzero(as_tuple=True)
+                clean = rollout.trajectory.clean[trajectory, turn]
+                noise, sigma = torch.randn_like(clean), torch.rand(len(clean))
+                velocity = rollout.velocity(
+                    model, interpolate(clean, noise, sigma), sigma, trajectory, turn
+                )
         """
         check_floating(x_t=x_t, sigma=sigma)
         for name, x in (("sigma", sigma), ("trajectory", trajectory), ("turn", turn)):

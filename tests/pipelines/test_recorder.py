@@ -232,16 +232,16 @@ def test_batching_does_not_change_a_trajectory(kontext):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_trajectory_says_which_steps_have_a_density(kontext, reduction):
+def test_trajectory_says_which_steps_have_a_density(pipeline, reduction):
     rollout = roll_out(
-        kontext, FlowSDE(0.7), stochastic_steps=range(1, 2), reduction=reduction, batch=1
+        pipeline, FlowSDE(0.7), stochastic_steps=range(1, 2), reduction=reduction, batch=1
     )
     trajectory = rollout.trajectory
     assert trajectory.stochastic.tolist() == [[False, True, False]] * 2
     assert trajectory.reduction == reduction
     assert (trajectory.log_prob[..., [0, 2]] == 0).all()
     rows = all_rows(rollout)
-    replayed = replay(rollout, kontext.transformer, FlowSDE(0.7), rows).detach()
+    replayed = replay(rollout, pipeline.transformer, FlowSDE(0.7), rows).detach()
     size = trajectory.clean[0, 0].numel() if reduction == "sum" else 1
     torch.testing.assert_close(replayed, trajectory.log_prob[rows], rtol=0, atol=1e-6 * size)
 
