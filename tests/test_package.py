@@ -1,0 +1,173 @@
+"""The package as a user gets it: the core alone, its documentation, the README, the built files."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mteditflow
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PUBLIC = {name: getattr(mteditflow, name) for name in mteditflow.__all__}
+FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
+
+
+def run_core_alone(tmp_path, package_folder):
+    environment = os.environ | {"PYTHONPATH": str(package_folder), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "core_alone.py"), str(tmp_path / "t.safetensors")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_core_needs_torch_and_einops_alone(tmp_path):
+    report = run_core_alone(tmp_path, ROOT)
+    third_party = set(report["imported"]) - set(sys.stdlib_module_names) - {"mteditflow"}
+    assert third_party <= {"einops", "torch"}
+    assert set(report["loaded"]) <= set(report["present"])
+    failed, tried = report["doctests"]
+    assert failed == 0
+    assert tried >= len(FUNCTIONS)
+    # Processor time of the import beyond torch's own: a busy machine does not count.
+    assert report["seconds"] < 1
+
+
+def test_all_is_sorted_complete_and_importable():
+    assert set(mteditflow.__all__) == {
+        name
+        for name, thing in vars(mteditflow).items()
+        if not name.startswith("_") and not inspect.ismodule(thing)
+    }
+    assert len(mteditflow.__all__) == len(set(mteditflow.__all__))
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_names_are_documented(name):
+    thing = PUBLIC[name]
+    assert inspect.getdoc(thing), name
+    if name in FUNCTIONS:
+        for section in ("Args:", "Example:", ">>> "):
+            assert section in thing.__doc__, f"{name}: no {section}"
+        signature = inspect.signature(thing)
+        if signature.return_annotation not in (None, "None"):
+            assert "Returns:" in thing.__doc__, f"{name}: no Returns:"
+        for parameter in signature.parameters:
+            assert re.search(rf"^ +\*?{parameter}:", thing.__doc__, flags=re.MULTILINE), (
+                f"{name}: argument {parameter} is not documented"
+            )
+        assert "Raises:" in thing.__doc__, f"{name}: no Raises:"
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_hyperparameters_come_after_the_star(name):
+    """A tensor may be given by position, a number or a choice with a default only by name."""
+    for parameter in inspect.signature(FUNCTIONS[name]).parameters.values():
+        if parameter.default not in (inspect.Parameter.empty, None):
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter.name
+
+
+def python_blocks():
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return [pytest.param(block, id=f"block{k}") for k, block in enumerate(blocks)]
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_readme_snippets_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__readme__"})
+
+
+def test_every_fence_of_the_readme_is_python_or_shell():
+    languages = re.findall(r"^```(\w*)\n.*?^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert set(languages) <= {"python", "bash"}
+
+
+def table_cells():
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    return [cell for row in rows for cell in row.split("|")]
+
+
+def test_readme_names_only_what_exists_and_every_function():
+    named = {name for cell in table_cells() for name in re.findall(r"`(\w+)`", cell)}
+    assert named <= set(mteditflow.__all__)
+    missing = set(FUNCTIONS) - set(re.findall(r"\w+", README))
+    assert not missing, f"functions that the README's map leaves out: {sorted(missing)}"
+
+
+def test_readme_paths_exist():
+    paths = re.findall(r"`((?:tests|examples|benchmarks|docs|mteditflow)/[\w./]*)`", README)
+    paths += re.findall(r"\]\(([\w./]+)\)", README)
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)|`(?:\w+=\S+ )*make (\w+)`", README, flags=re.MULTILINE)
+    assert targets
+    for target in map("".join, targets):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, and the wheel built from it: what is missing in the one breaks the other."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.mark.slow
+def test_sdist_has_all_that_git_has(built):
+    with tarfile.open(built[0]) as archive:
+        names = {member.name.partition("/")[2] for member in archive}
+    for folder in ("mteditflow", "tests", "examples", "benchmarks"):
+        for source in (ROOT / folder).rglob("*.py"):
+            assert source.relative_to(ROOT).as_posix() in names
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt"} <= names
+
+
+@pytest.mark.slow
+def test_wheel_has_the_package_alone_and_is_typed(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+        description = archive.read(metadata).decode()
+    assert "mteditflow/py.typed" in names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"mteditflow"}
+    required = re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", description, flags=re.MULTILINE)
+    assert set(required) == {"torch", "einops"}
+    assert f"Version: {mteditflow.__version__}" in description
+    assert "License-Expression: Apache-2.0" in description
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_repository(built, tmp_path):
+    target = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(target), str(built[1])], check=True, timeout=300)
+    report = run_core_alone(tmp_path, target)
+    assert Path(report["file"]).is_relative_to(target)
+    assert report["doctests"][0] == 0
+
+
+def test_versions_agree():
+    assert f'\nversion = "{mteditflow.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
