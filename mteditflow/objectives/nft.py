@@ -121,7 +121,7 @@ def adaptive_nft_loss(
         old_velocity: of the old policy at the same point. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
         r: optimality probability of each row in [0, 1], [M]. Treated as a constant.
-        sigma: flow time of each row, number or [M], in [0, 1].
+        sigma: flow time of each row, number or [M], in [0, 1]. Treated as a constant.
         nft_beta: b > 0.
         advantage_max: A_max > 0, the one given to ``optimality_probability``.
         floor: smallest mean absolute error divided by, > 0.
@@ -143,10 +143,12 @@ def adaptive_nft_loss(
     check_number("advantage_max", advantage_max, low=0.0, open_low=True)
     check_number("floor", floor, low=0.0, open_low=True)
     v, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta)
-    step = v - old_velocity.detach()
+    if isinstance(sigma, Tensor):
+        check_shape("sigma", sigma, v.shape[:1], "[M]")
+        sigma = sigma.detach()
     s = per_row("sigma", sigma, v).flatten()
-    toward = _scale_free(torch.add(error, step, alpha=nft_beta), s, floor)
-    away = _scale_free(torch.sub(error, step, alpha=nft_beta), s, floor)
+    step = nft_beta * (v - old_velocity.detach())
+    toward, away = _scale_free(error + step, s, floor), _scale_free(error - step, s, floor)
     r = weight.flatten()
     return (r * toward + (1 - r) * away) * (advantage_max / nft_beta)
 
