@@ -9,7 +9,8 @@ from pathlib import Path
 # Torch, einops, and what torch itself depends on.
 PRESENT = {
     "_distutils_hack", "einops", "filelock", "fsspec", "functorch", "jinja2", "markupsafe",
-    "mpmath", "mteditflow", "networkx", "setuptools", "sympy", "torch", "torchgen", "typing_extensions",
+    "mpmath", "mteditflow", "networkx", "setuptools", "sympy", "torch", "torchgen",
+    "typing_extensions",
 }  # fmt: skip
 
 
