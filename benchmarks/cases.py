@@ -31,7 +31,7 @@ class Case:
     train: bool = True  # record a graph; sampling does not
     time_limit: float | None = None
     memory_limit: float | None = None
-    plain_compiles: bool = True
+    plain_in_torch: bool = True  # else it neither compiles nor allocates through torch
 
     def run(self, function: Callable[..., Any]) -> Any:
         """Call once; return the outputs, or the gradient of the first input."""
@@ -92,7 +92,7 @@ def cases(
         ours=mt.group_advantage,
         plain=plain.group_advantage,
         train=False,
-        plain_compiles=False,
+        plain_in_torch=False,
     )
     return [
         Case(

@@ -81,7 +81,7 @@ def _section(device: str, results: dict[str, Any]) -> str:
         "",
         "| function | plain | ours | ratio | limit | |",
         "|---|--:|--:|--:|--:|---|",
-        *(_memory_row(pair) for pair in results["pairs"]),
+        *(_memory_row(pair) for pair in results["pairs"] if pair["bytes"]),
         "",
         "### Growth",
         "",
