@@ -50,7 +50,7 @@ def build_kontext(
     seed: int = 0,
     image_size: int = IMAGE_SIZE,
     num_layers: int = 1,
-    num_single_layers: int = 2,
+    num_single_layers: int = 3,
     num_attention_heads: int = 4,
     attention_head_dim: int = 16,
 ) -> FluxKontextPipeline:

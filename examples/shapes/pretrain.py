@@ -2,10 +2,10 @@
 
     python -m examples.shapes.pretrain --seed 0
 
-A share of the targets is corrupted on purpose (instruction ignored, another edit, collateral
-damage): the editor then holds a competent but mixed policy, as real editors do, which is what
-reinforcement learning has to sharpen. The editor sees true pictures only, never its own: that is
-the exposure bias which chains of edits then reveal.
+Stage 1 learns true edits. Stage 2, short, sees a share of corrupted targets (instruction ignored,
+another edit, collateral damage): the editor then holds a competent but mixed policy, as real
+editors do, which is what reinforcement learning has to sharpen. Both see true pictures only, never
+the editor's own: that is the exposure bias which chains of edits then reveal.
 """
 
 from __future__ import annotations
@@ -18,33 +18,39 @@ from pathlib import Path
 from typing import Annotated
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mteditflow.path import flow_matching_loss, interpolate, shift_sigmas
+from mteditflow import flow_matching_loss, interpolate, shift_sigmas
 
 from .conditioning import Conditioner
-from .editor import WEIGHTS, build_kontext, save_weights
+from .editor import WEIGHTS, build_kontext, load_editor, save_weights
 from .world import corrupt, draw_index, make_chains, paint
 
+MUON, ADAM = 0.02, 3e-3  # peak learning rates of stage 1
+SIGMA_SHIFT = 3.0  # noise levels are drawn high, where an instruction decides what will be
 
-def single_edits(chains: int, *, seed: int, corruption: float) -> tuple[Tensor, Tensor, list[str]]:
-    """Return source and target pictures as palette indices ``[M, H, W]``, and instructions."""
+
+def single_edits(chains: int, *, seed: int, corruption: float) -> tuple[Tensor, list[str]]:
+    """Return pictures as palette indices ``[M, 3, H, W]``, and M instructions.
+
+    The three are the source, the true target, and a target that is corrupted at times.
+    """
     rng = random.Random(f"single edits {seed}")
-    sources, targets, instructions = [], [], []
+    pictures, instructions = [], []
     for chain in make_chains(chains, turns=3, seed=seed, split="train"):
         for state, edit, wanted in zip(chain.states, chain.edits, chain.states[1:], strict=False):
-            careless = rng.random() < corruption
-            sources.append(draw_index(state))
-            targets.append(draw_index(corrupt(rng, state, edit) if careless else wanted))
+            late = corrupt(rng, state, edit) if rng.random() < corruption else wanted
+            pictures.append([draw_index(each) for each in (state, wanted, late)])
             instructions.append(edit.instruction)
-    return torch.from_numpy(_stack(sources)), torch.from_numpy(_stack(targets)), instructions
+    return torch.from_numpy(np.array(pictures)), instructions
 
 
-def optimizers(transformer: nn.Module, *, muon_lr: float, adam_lr: float) -> list:
+def optimizers(transformer: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     inside = [
         weight
@@ -54,51 +60,50 @@ def optimizers(transformer: nn.Module, *, muon_lr: float, adam_lr: float) -> lis
     chosen = {id(weight) for weight in inside}
     rest = [weight for weight in transformer.parameters() if id(weight) not in chosen]
     return [
-        torch.optim.Muon(inside, lr=muon_lr, weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(inside, lr=MUON, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
-def main(
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
-    batch: Annotated[int, typer.Option(help="Edits per step.")] = 64,
-    chains: Annotated[int, typer.Option(help="Chains of three whose edits are the data.")] = 16_000,
-    corruption: Annotated[float, typer.Option(help="Share of careless targets.")] = 0.4,
-    muon_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.02,
-    adam_lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
-    sigma_shift: Annotated[float, typer.Option(help="Above 1: train more at high noise.")] = 3.0,
-    num_layers: Annotated[int, typer.Option(help="Double-stream blocks.")] = 1,
-    num_single_layers: Annotated[int, typer.Option(help="Single-stream blocks.")] = 2,
-    out: Annotated[Path, typer.Option(help="Where the weights go.")] = WEIGHTS
-    / "kontext.safetensors",
+def fit(
+    conditioner: Conditioner,
+    sources: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    rates: list[float],
+    *,
+    batch: int,
+    averaging: float,
+    generator: torch.Generator,
+    name: str,
 ) -> None:
-    """Pre-train the tiny Kontext and write its weights with a card beside them."""
-    started = time.monotonic()
-    build = {"seed": seed, "num_layers": num_layers, "num_single_layers": num_single_layers}
-    pipeline = build_kontext(**build)
-    transformer = pipeline.transformer.train()
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
-    average = copy.deepcopy(transformer)
+    """Train the conditioner's transformer in place; it ends as the average of its last weights.
 
-    sources, targets, instructions = single_edits(chains, seed=seed, corruption=corruption)
-    conditioner = Conditioner(pipeline, instructions)
-    rows = torch.tensor([conditioner.row[text] for text in instructions])
-    generator = torch.Generator().manual_seed(seed)
-    parts = optimizers(transformer, muon_lr=muon_lr, adam_lr=adam_lr)
+    Args:
+        conditioner: Calls the transformer.
+        sources: Pictures before the edit, palette indices ``[M, H, W]``.
+        targets: Pictures after it.
+        rows: The conditioner's row of each instruction, ``[M]``.
+        rates: Learning rate of every step, relative to the peak.
+        batch: Edits per step.
+        averaging: Decay of the exponential moving average of the weights.
+        generator: Of edits, noise and noise levels.
+        name: What the progress bar says.
+    """
+    transformer = conditioner.pipeline.transformer.train()
+    average = copy.deepcopy(transformer)
+    parts = optimizers(transformer)
     peaks = [part.param_groups[0]["lr"] for part in parts]
-    progress = tqdm(range(steps), desc="pre-training", mininterval=1.0)
-    running = 1.0
-    for step in progress:
-        rate = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    bar = tqdm(rates, desc=name, mininterval=2.0)
+    running = None
+    for step, rate in enumerate(bar):
         for part, peak in zip(parts, peaks, strict=True):
             part.param_groups[0]["lr"] = peak * rate
         chosen = torch.randint(len(rows), (batch,), generator=generator)
         clean = conditioner.encode(paint(targets[chosen]))
         reference = conditioner.encode(paint(sources[chosen]))
         noise = torch.randn(clean.shape, generator=generator)
-        sigma = shift_sigmas(torch.rand(batch, generator=generator), sigma_shift)
+        sigma = shift_sigmas(torch.rand(batch, generator=generator), SIGMA_SHIFT)
         x_t = interpolate(clean, noise, sigma)
         velocity = conditioner.velocity(x_t, sigma, reference, rows[chosen])
         loss = flow_matching_loss(velocity, clean, noise).mean()
@@ -107,35 +112,82 @@ def main(
         for part in parts:
             part.step()
             part.zero_grad(set_to_none=True)
+        decay = min(averaging, (step + 1) / (step + 10))
         with torch.no_grad():
-            decay = min(0.999, (step + 1) / (step + 10))
             for slow, fast in zip(average.parameters(), transformer.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)
-        running = 0.99 * running + 0.01 * float(loss.detach())
-        progress.set_postfix(loss=f"{running:.3f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            card = {
-                "family": "kontext",
-                "build": build,
-                "command": f"python -m examples.shapes.pretrain --seed {seed} --steps {steps} "
-                f"--batch {batch} --chains {chains} --corruption {corruption} "
-                f"--muon-lr {muon_lr} --adam-lr {adam_lr}",
-                "seed": seed,
-                "steps_done": step + 1,
-                "seconds": round(time.monotonic() - started),
-                "parameters": sum(weight.numel() for weight in transformer.parameters()),
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-                "licence": "Apache-2.0",
-            }
-            save_weights(average, out, card)
+        value = float(loss.detach())
+        running = value if running is None else 0.99 * running + 0.01 * value
+        bar.set_postfix_str(f"loss {running:.3f}", refresh=False)
+    transformer.load_state_dict(average.state_dict())
+    transformer.eval()
 
 
-def _stack(arrays: list) -> object:
-    import numpy as np
-
-    return np.stack(arrays)
+def main(
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of stage 1.")] = 3000,
+    horizon: Annotated[int, typer.Option(help="Steps until its cosine schedule is at 0.")] = 5000,
+    careless_steps: Annotated[int, typer.Option(help="Steps of stage 2.")] = 500,
+    corruption: Annotated[float, typer.Option(help="Share of corrupted targets there.")] = 0.25,
+    careless_rate: Annotated[float, typer.Option(help="Learning rate there, to the peak.")] = 0.4,
+    batch: Annotated[int, typer.Option(help="Edits per step.")] = 32,
+    chains: Annotated[int, typer.Option(help="Chains of three whose edits are the data.")] = 16_000,
+    start: Annotated[Path | None, typer.Option(help="Weights to skip stage 1 with.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to.")] = WEIGHTS / "kontext.safetensors",
+) -> None:
+    """Pre-train the tiny Kontext and write its weights with a card beside them."""
+    started = time.monotonic()
+    build = {"seed": seed}
+    pipeline = build_kontext(**build) if start is None else load_editor(start)
+    pictures, instructions = single_edits(chains, seed=seed, corruption=corruption)
+    conditioner = Conditioner(pipeline, instructions)
+    rows = torch.tensor([conditioner.row[text] for text in instructions])
+    card = {
+        "family": "kontext",
+        "build": build,
+        "command": f"python -m examples.shapes.pretrain --seed {seed} --steps {steps} "
+        f"--horizon {horizon} "
+        f"--careless-steps {careless_steps} --corruption {corruption} "
+        f"--careless-rate {careless_rate} --batch {batch} --chains {chains}",
+        "parameters": sum(weight.numel() for weight in pipeline.transformer.parameters()),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "licence": "Apache-2.0",
+    }
+    if start is None:
+        nn.init.zeros_(pipeline.transformer.proj_out.weight)
+        nn.init.zeros_(pipeline.transformer.proj_out.bias)
+        rates = [
+            min(1.0, (k + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * k / horizon))
+            for k in range(steps)
+        ]
+        fit(
+            conditioner,
+            pictures[:, 0],
+            pictures[:, 1],
+            rows,
+            rates,
+            batch=batch,
+            averaging=0.999,
+            generator=torch.Generator().manual_seed(seed),
+            name="stage 1, true edits",
+        )
+        save_weights(pipeline.transformer, out.with_stem(out.stem + "-stage1"), card)
+    fit(
+        conditioner,
+        pictures[:, 0],
+        pictures[:, 2],
+        rows,
+        [careless_rate * (1 - k / careless_steps) for k in range(careless_steps)],
+        batch=batch,
+        averaging=0.99,
+        generator=torch.Generator().manual_seed(seed + 1),
+        name="stage 2, careless edits",
+    )
+    card["seconds"] = round(time.monotonic() - started)
+    save_weights(pipeline.transformer, out, card)
 
 
 if __name__ == "__main__":

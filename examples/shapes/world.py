@@ -255,7 +255,7 @@ def random_state(rng: random.Random) -> State:
     return _state(rng.choice(BACKGROUNDS), things)
 
 
-def random_chain(rng: random.Random, turns: int, split: Split) -> Chain:
+def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float = 0.0) -> Chain:
     """Draw a chain of ``turns`` edits all of whose pictures belong to ``split``.
 
     Task types do not repeat while that is possible. One thing of the initial picture, the
@@ -265,6 +265,8 @@ def random_chain(rng: random.Random, turns: int, split: Split) -> Chain:
         rng: Where randomness comes from.
         turns: Instructions N, at least 1.
         split: ``"train"`` or ``"held_out"``.
+        linked: Probability that a turn goes on with what an earlier turn has edited, where its
+            type of edit can; 0 leaves that to chance.
 
     Returns:
         The chain; equal generators give equal chains.
@@ -275,18 +277,23 @@ def random_chain(rng: random.Random, turns: int, split: Split) -> Chain:
         state = initial = random_state(rng)
         witness = rng.choice(initial.things).shape
         edits: list[Edit] = []
+        edited: set[str] = set()
         while state.split == split and len(edits) < turns:
             used = {edit.task_type for edit in edits[-len(TASK_TYPES) + 1 :]}
-            edit = _random_edit(rng, state, witness, used, split)
+            touched = edited if linked and rng.random() < linked else set()
+            edit = _random_edit(rng, state, witness, used, touched, split)
             if edit is None:
                 break
             edits.append(edit)
             state = edit.apply(state)
+            edited = {thing.shape for thing in state.things if thing not in initial.things}
         if len(edits) == turns:
             return Chain(initial, tuple(edits))
 
 
-def make_chains(count: int, *, turns: int, seed: int, split: Split) -> list[Chain]:
+def make_chains(
+    count: int, *, turns: int, seed: int, split: Split, linked: float = 0.0
+) -> list[Chain]:
     """Draw ``count`` different chains; equal arguments give equal chains.
 
     Args:
@@ -294,6 +301,7 @@ def make_chains(count: int, *, turns: int, seed: int, split: Split) -> list[Chai
         turns: Instructions N in each.
         seed: Any integer.
         split: ``"train"`` or ``"held_out"``.
+        linked: See :func:`random_chain`.
 
     Returns:
         The chains.
@@ -301,7 +309,7 @@ def make_chains(count: int, *, turns: int, seed: int, split: Split) -> list[Chai
     rng = random.Random(f"{split} {turns} {seed}")
     chains: dict[Chain, None] = {}
     while len(chains) < count:
-        chains[random_chain(rng, turns, split)] = None
+        chains[random_chain(rng, turns, split, linked=linked)] = None
     return list(chains)
 
 
@@ -366,15 +374,21 @@ def _state(background: str, things: list[Thing]) -> State:
 
 
 def _random_edit(
-    rng: random.Random, state: State, witness: str, used: set[str], split: Split
+    rng: random.Random,
+    state: State,
+    witness: str,
+    used: set[str],
+    touched: set[str],
+    split: Split,
 ) -> Edit | None:
-    """Draw a task type that is not used, then an edit of it that stays in the split."""
+    """Draw a task type that is not used, then an edit of it, of what is touched if it can be."""
     by_type: dict[str, list[Edit]] = {}
     for edit in sorted(possible_edits(state), key=repr):
         if edit.shape != witness:
             by_type.setdefault(edit.task_type, []).append(edit)
     for task_type in _shuffled(rng, by_type.keys() - used) + _shuffled(rng, by_type.keys() & used):
-        for edit in _shuffled(rng, by_type[task_type]):
+        options = _shuffled(rng, by_type[task_type])
+        for edit in sorted(options, key=lambda edit: edit.shape not in touched):
             if edit.apply(state).split == split:
                 return edit
     return None

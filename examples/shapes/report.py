@@ -1,0 +1,250 @@
+"""What a run leaves behind: progress on the terminal, a table, report.json and two pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import matplotlib as mpl
+import torch
+import transformers
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+import mteditflow
+
+from .evaluate import compare, summarise
+from .rewards import Scores
+from .world import Chain, draw
+
+INK, SOFT, GOOD, BAD = "#1f2933", "#8a94a3", "#1a7f4b", "#c0392b"
+COLORS = {"following": "#2457d6", "consistency": "#d97706", "chains": GOOD}
+
+
+class Log:
+    """Rewards of every update, shown by a progress bar while they come in."""
+
+    def __init__(self, objective: str, seed: int) -> None:
+        self.objective, self.seed = objective, seed
+        self.started = time.monotonic()
+        self.rewards: list[dict[str, float]] = []
+        self.invalid = 0
+        self._bar: tqdm | None = None
+
+    def progress(self, updates: int) -> Iterator[int]:
+        """Count the updates of a run."""
+        with tqdm(total=updates, desc=f"RL ({self.objective})", unit="update") as self._bar:
+            for update in range(updates):
+                yield update
+                self._bar.update()
+
+    def add(self, scores: Scores, rewards: dict[str, Tensor]) -> None:
+        """Take in one update's scores ``[B, N]`` and rewards ``[B]``."""
+        entry = {name: float(reward.mean()) for name, reward in rewards.items()}
+        entry["chains"] = float(scores.success.all(dim=1).float().mean())
+        self.invalid += sum(int((~reward.isfinite()).sum()) for reward in rewards.values())
+        self.rewards.append(entry)
+        if self._bar is not None:
+            recent = self.smooth(entry)
+            self._bar.set_postfix_str(
+                f"following {recent['following']:.2f}, consistency {recent['consistency']:.2f}, "
+                f"whole chains {recent['chains']:.0%}"
+            )
+
+    def smooth(self, names: Sequence[str] | dict[str, float], window: int = 8) -> dict[str, float]:
+        """Return the mean of the last entries."""
+        last = self.rewards[-window:]
+        return {name: sum(entry[name] for entry in last) / len(last) for name in names}
+
+
+def write_report(
+    output: Path,
+    log: Log,
+    recipe: dict[str, Any],
+    chains: Sequence[Chain],
+    before: tuple[Scores, Tensor],
+    after: tuple[Scores, Tensor],
+) -> dict[str, Any]:
+    """Write ``report.json``, ``learning_curve.png`` and ``chains.png``; print the table.
+
+    Args:
+        output: The folder; made if it is missing.
+        log: The run's rewards.
+        recipe: Its hyperparameters.
+        chains: The held-out chains that ``before`` and ``after`` are about.
+        before: Scores and pictures of the editor as shipped.
+        after: The same after training, from the same initial noise.
+
+    Returns:
+        What ``report.json`` holds.
+    """
+    scored = len(log.rewards) * len(log.rewards[0]) if log.rewards else 0
+    report = {
+        "objective": log.objective,
+        "seed": log.seed,
+        "updates": len(log.rewards),
+        "seconds": round(time.monotonic() - log.started, 1),
+        "held_out_chains": len(chains),
+        "invalid_reward_share": log.invalid / scored if scored else 0.0,
+        "before": summarise(before[0]),
+        "after": summarise(after[0]),
+        "difference_at_last_turn": compare(before[0], after[0]),
+        "recipe": recipe,
+        "rewards": log.rewards,
+        "versions": {
+            "python": platform.python_version(),
+            "mteditflow": mteditflow.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2) + "\n"
+    (output / "report.json").write_text(text, encoding="utf-8")
+    draw_learning_curve(report, output / "learning_curve.png")
+    draw_chains(chains, before, after, output / "chains.png")
+    print_table(report)
+    Console().print(f"\nWritten to [bold]{output}[/bold]: report.json and two pictures.")
+    return report
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Print before and after, turn by turn, with 95% intervals."""
+    names = {
+        "instruction_following": "IF: all turns so far",
+        "marginal": "Marginal: this turn",
+        "content_consistency": "CC",
+        "overall": "Overall",
+        "strict": "whole picture right so far",
+    }
+    table = Table(title=f"{report['held_out_chains']} held-out chains, percent [95% interval]")
+    table.add_column("")
+    turns = len(report["before"]["overall"])
+    for turn in range(turns):
+        table.add_column(f"turn {turn + 1}", justify="right")
+    for name, title in names.items():
+        for when in ("before", "after"):
+            cells = [
+                f"{value:.1f} [{low:.1f}, {high:.1f}]"
+                for value, (low, high) in zip(
+                    report[when][name], report[when][f"{name}_interval"], strict=True
+                )
+            ]
+            style = "bold" if when == "after" else "dim"
+            table.add_row(f"{title} {when}", *cells, style=style, end_section=when == "after")
+    gain = report["difference_at_last_turn"]
+    low, high = gain["overall_interval"]
+    kept = [f"{100 * share:.0f}%" for share in gain["kept"]]
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+    console.print(
+        f"Overall at turn {turns}: [bold]{gain['overall']:+.1f}[/bold] points "
+        f"[{low:+.1f}, {high:+.1f}], paired.  CC: {gain['content_consistency']:+.1f}.  "
+        f"Of turn 1's success, turn {turns} keeps {kept[1]} (before: {kept[0]})."
+    )
+
+
+def draw_learning_curve(report: dict[str, Any], path: Path) -> None:
+    """Draw rewards over updates, and before against after on held-out chains."""
+    with mpl.rc_context(_style()):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        rewards = report["rewards"]
+        labels = {
+            "consistency": "content consistency",
+            "following": "instruction following (Likert average)",
+            "chains": "chains with all three edits right",
+        }
+        for name, label in labels.items():
+            values = [100 * entry[name] for entry in rewards]
+            smooth = [sum(values[max(0, i - 7) : i + 1]) / len(values[max(0, i - 7) : i + 1])
+                      for i in range(len(values))]  # fmt: skip
+            left.plot(values, color=COLORS[name], alpha=0.2, linewidth=1)
+            left.plot(smooth, color=COLORS[name], linewidth=2, label=label)
+        left.set(xlabel="update", ylabel="percent", ylim=(0, 103), title="Rewards while training")
+        left.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.02))
+        turns = range(1, len(report["before"]["overall"]) + 1)
+        for when, color, style in (("before", SOFT, "o--"), ("after", COLORS["following"], "o-")):
+            for name, alpha in (("overall", 1.0), ("strict", 0.45)):
+                ends = report[when][f"{name}_interval"]
+                low, high = ([end[i] for end in ends] for i in (0, 1))
+                label = {"overall": "Overall", "strict": "whole picture right"}[name]
+                right.plot(turns, report[when][name], style, color=color, alpha=alpha,
+                           linewidth=2, label=f"{label}, {when}")  # fmt: skip
+                right.fill_between(turns, low, high, color=color, alpha=0.12, linewidth=0)
+        right.set(
+            xlabel="turn", ylim=(0, 103), title=f"{report['held_out_chains']} held-out chains"
+        )
+        right.set_xticks(list(turns))
+        right.legend(frameon=False, fontsize=9)
+        title = f"{report['objective'].upper()}, seed {report['seed']}"
+        figure.suptitle(title, fontweight="bold", color=INK)
+        figure.savefig(path, dpi=150)
+
+
+def draw_chains(
+    chains: Sequence[Chain],
+    before: tuple[Scores, Tensor],
+    after: tuple[Scores, Tensor],
+    path: Path,
+    count: int = 4,
+) -> None:
+    """Draw some chains, before above after, with instructions and whether each was followed.
+
+    Chosen are chains that training repaired, if there are any: the picture shows what a repair
+    looks like; the table tells how many there are.
+    """
+    repaired = after[0].strict.sum(dim=1) - before[0].strict.sum(dim=1)
+    chosen = repaired.argsort(descending=True, stable=True)[:count].tolist()
+    turns = len(chains[0].edits)
+    with mpl.rc_context(_style()):
+        figure = Figure(figsize=(2.05 * (turns + 1) + 0.6, 4.75 * len(chosen)))
+        grid = figure.subplots(2 * len(chosen), turns + 1, squeeze=False)
+        for i, row in enumerate(chosen):
+            chain = chains[row]
+            for j, (when, (scores, pictures)) in enumerate(
+                {"before": before, "after": after}.items()
+            ):
+                axes = grid[2 * i + j]
+                _show(axes[0], draw(chain.initial), INK)
+                axes[0].set_ylabel(when, fontsize=12, fontweight="bold", color=INK, labelpad=8)
+                for turn in range(turns):
+                    right = bool(scores.strict[row, turn])
+                    _show(axes[turn + 1], pictures[row, turn], GOOD if right else BAD)
+                    if j == 0:
+                        text = textwrap.fill(f"{turn + 1}. {chain.instructions[turn]}", 22)
+                        axes[turn + 1].set_title(text, fontsize=9.5, color=INK)
+            grid[2 * i][0].set_title("reference", fontsize=9.5, color=SOFT)
+        figure.tight_layout(h_pad=1.2, w_pad=0.8)
+        figure.savefig(path, dpi=130)
+
+
+def _show(axes: Any, picture: Tensor, color: str) -> None:
+    axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=color, linewidth=3)
+
+
+def _style() -> dict[str, Any]:
+    return {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": SOFT,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.grid": False,
+    }
