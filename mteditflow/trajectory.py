@@ -172,8 +172,9 @@ class Trajectory:
         """
         check_tensor("trajectory", trajectory)
         check_shape("trajectory", trajectory, (trajectory.numel(),), "[M]")
-        bounds = zip(("trajectory", "turn", "step"), self.log_prob.shape, strict=True)
-        for (name, size), index in zip(bounds, (trajectory, turn, step), strict=True):
+        b, n, s = self.log_prob.shape
+        rows = (("trajectory", trajectory, b), ("turn", turn, n), ("step", step, s))
+        for name, index, size in rows:
             check_shape(name, index, trajectory.shape, "of trajectory")
             if index.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{name}: expected int64 or int32 indices, got {index.dtype}")

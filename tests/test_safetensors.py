@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import resource
 
 import pytest
@@ -75,6 +76,18 @@ def test_golden_file(tmp_path):
     assert path.read_bytes() == len(header).to_bytes(8, "little") + header + data
 
 
+def test_alignment(tmp_path):
+    """Data start at a multiple of 8, and wide elements come first."""
+    path = tmp_path / "x"
+    for extra in range(9):
+        tensors = {"b": torch.ones(3).bool(), "d": torch.ones(1).double(), "f": torch.ones(1)}
+        save_tensors(path, tensors, {"k": "v" * extra})
+        length = int.from_bytes(path.read_bytes()[:8], "little")
+        assert length % 8 == 0
+        header = json.loads(path.read_bytes()[8 : 8 + length])
+        assert [header[name]["data_offsets"][0] for name in "dfb"] == [0, 8, 12]
+
+
 @pytest.mark.parametrize(
     "x",
     [
@@ -125,9 +138,9 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"{", b"", "damaged safetensors header"),
         (b"\xff\xff\xff", b"", "damaged safetensors header"),
         (b"[" * 100_000, b"", "damaged safetensors header"),
-        ({"__metadata__": 3}, b"", "expected __metadata__ to hold strings"),
-        ({"__metadata__": None}, b"", "expected __metadata__ to hold strings"),
-        ({"__metadata__": {"a": 3}}, b"", "expected __metadata__ to hold strings"),
+        ({"__metadata__": 3}, b"", "header, expected __metadata__ to hold strings$"),
+        ({"__metadata__": None}, b"", "header, expected __metadata__ to hold strings$"),
+        ({"__metadata__": {"a": 3}}, b"", "header, expected __metadata__ to hold strings$"),
         ({"x": 3}, b"", "x: expected dtype, shape and data_offsets"),
         ({"x": {**F32, "shape": None}}, bytes(8), r"x: expected shape of integers >= 0, got None"),
         ({"x": {"dtype": "F32", "shape": [2]}}, bytes(8), "x: expected dtype, shape and data_off"),
@@ -159,7 +172,7 @@ def test_damaged_files(tmp_path, header, data, message):
     path = write_file(tmp_path / "x", header, data)
     with pytest.raises(ValueError, match=message) as error:
         load_tensors(path)
-    assert str(error.value).startswith(str(path))
+    assert str(error.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("size", range(8))
@@ -178,6 +191,16 @@ def test_header_length_beyond_the_file(tmp_path):
             load_tensors(path)
     path.write_bytes((2).to_bytes(8, "little") + b"{}")
     assert load_tensors(path) == ({}, {})
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    save_tensors(path, {"x": torch.zeros(4)}, {})
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(pathlib.Path, "stat", lambda _: before)
+    with pytest.raises(ValueError, match=rf"^{path}: x: cut short$"):
+        load_tensors(path)
 
 
 def test_missing_file(tmp_path):

@@ -309,6 +309,21 @@ def test_to():
     assert repr(moved).endswith("dtype=torch.bfloat16, device=meta)")
 
 
+@pytest.mark.parametrize(("options", "expected"), [({}, False), ({"non_blocking": True}, True)])
+def test_to_passes_non_blocking_on_and_reads_nothing(monkeypatch, options, expected):
+    trajectory, seen = make(), []
+
+    def spy(x, device, *, non_blocking):
+        seen.append((device, non_blocking))
+        return torch.full_like(x, math.nan) if x.is_floating_point() else x
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", spy)
+        moved = trajectory.to("cuda", **options)
+    assert seen == [("cuda", expected)] * len(TENSORS)
+    assert moved.latents.isnan().all()  # what has not arrived is not validated
+
+
 # -------------------------------------------------------------------------------------- storage
 
 
@@ -372,7 +387,7 @@ def test_load_refuses_other_files(tmp_path):
     wrong = {**tensors, "group": tensors["group"][:2].clone()}
     with pytest.raises(ValueError, match=r"not a valid trajectory, group: expected shape \[B\]"):
         load(wrong, metadata)
-    with pytest.raises(ValueError, match="not a valid trajectory, reduction: expected one of"):
+    with pytest.raises(ValueError, match=r"valid trajectory, reduction: expected .* got ''"):
         load(tensors, {"format": metadata["format"]})
     with pytest.raises(FileNotFoundError):
         Trajectory.load(tmp_path / "none")
