@@ -1,0 +1,148 @@
+"""The old policy's decay schedules, and the step that moves it."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow import old_policy_decay, update_old_policy
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+# old_policy_decay
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"slope": 0.0, "maximum": 0.5}, {0: 0.0, 75: 0.0, 10_000: 0.0}),
+        ({"slope": 0.001, "maximum": 0.5}, {0: 0.0, 1: 0.001, 499: 0.499, 500: 0.5, 501: 0.5}),
+        (
+            {"slope": 0.0075, "start": 75, "maximum": 0.999},
+            {0: 0.0, 75: 0.0, 76: 0.0075, 175: 0.75, 208: 0.9975, 209: 0.999, 9999: 0.999},
+        ),
+    ],
+)
+def test_the_schedules_of_the_reference_implementation(schedule, expected):
+    for update, decay in expected.items():
+        assert old_policy_decay(update, **schedule) == pytest.approx(decay)
+
+
+@given(st.integers(0, 2000), st.floats(0, 0.1), st.floats(0, 1), st.integers(0, 100))
+def test_the_decay_rises_from_0_to_its_maximum(update, slope, maximum, start):
+    options = {"slope": slope, "maximum": maximum, "start": start}
+    now, later = (old_policy_decay(k, **options) for k in (update, update + 1))
+    assert 0 <= now <= later <= maximum
+    if update <= start:
+        assert now == 0
+
+
+def test_decay_errors():
+    good = {"slope": 0.1, "maximum": 0.5}
+    for options, message in [
+        ({"slope": -0.1}, "slope: expected a finite number in [0, inf], got -0.1"),
+        ({"maximum": 1.5}, "maximum: expected a finite number in [0, 1], got 1.5"),
+        ({"maximum": -0.5}, "maximum: expected a finite number in [0, 1], got -0.5"),
+        ({"start": -1}, "start: expected an integer >= 0, got -1"),
+    ]:
+        with pytest.raises(ValueError, match=exactly(message)):
+            old_policy_decay(0, **{**good, **options})
+    with pytest.raises(ValueError, match=exactly("update: expected an integer >= 0, got -1")):
+        old_policy_decay(-1, **good)
+    with pytest.raises(TypeError, match=exactly("update: expected an integer, got float")):
+        old_policy_decay(1.0, **good)
+
+
+# update_old_policy
+
+
+def test_golden_update():
+    old = [torch.tensor([0.0, 8.0]), torch.tensor(4.0)]
+    pointers = [x.data_ptr() for x in old]
+    current = [torch.tensor([4.0, 0.0]), torch.tensor(0.0)]
+    assert update_old_policy(iter(old), iter(current), decay=0.75) is None
+    assert [x.tolist() for x in old] == [[1.0, 6.0], 3.0]
+    assert [x.tolist() for x in current] == [[4.0, 0.0], 0.0]
+    assert [x.data_ptr() for x in old] == pointers
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=5), st.floats(0, 1))
+def test_the_update_equals_the_loop(values, decay):
+    old = torch.tensor(values, dtype=torch.float64)
+    current = torch.tensor(values[::-1], dtype=torch.float64)
+    expected = [decay * a + (1 - decay) * b for a, b in zip(values, values[::-1], strict=True)]
+    update_old_policy([old], [current], decay=decay)
+    assert old.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.lists(st.floats(-1e9, 1e9, width=32), min_size=1, max_size=5))
+def test_decay_0_copies_and_1_keeps_bit_for_bit(values):
+    current = torch.tensor(values)
+    start = torch.linspace(-1, 1, len(values))
+    old = start.clone()
+    update_old_policy([old], [current], decay=1.0)
+    assert torch.equal(old, start)
+    update_old_policy([old], [current], decay=0.0)
+    assert torch.equal(old, current)
+
+
+def test_parameters_of_modules_move_without_a_gradient():
+    old, current = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    middle = (old.weight + current.weight).detach() / 2
+    update_old_policy(old.parameters(), current.parameters(), decay=0.5)
+    torch.testing.assert_close(old.weight.detach(), middle)
+    assert old.weight.requires_grad
+    assert old.weight.grad_fn is None
+
+
+def test_the_old_policy_keeps_its_dtype():
+    old = [torch.zeros(2, dtype=torch.float64)]
+    update_old_policy(old, [torch.ones(2, dtype=torch.bfloat16)], decay=0.5)
+    assert old[0].dtype == torch.float64
+    assert old[0].tolist() == [0.5, 0.5]
+    half = [torch.zeros(2, dtype=torch.bfloat16)]
+    update_old_policy(half, [torch.ones(2)], decay=0.0)  # a copy loses nothing
+    assert half[0].tolist() == [1.0, 1.0]
+
+
+def test_nothing_moves_when_an_error_is_raised():
+    first = torch.zeros(2)
+    cases = [
+        ([torch.ones(2)], ValueError, "current: expected 2 parameters as in old, got 1"),
+        (
+            [torch.ones(2), torch.ones(4)],
+            ValueError,
+            "current[1]: expected shape of old[1] = [3], got [4]",
+        ),
+        (
+            [torch.ones(2), torch.ones(3, dtype=torch.int64)],
+            TypeError,
+            "current[1]: expected a floating-point tensor, got torch.int64",
+        ),
+    ]
+    for current, error, message in cases:
+        with pytest.raises(error, match=exactly(message)):
+            update_old_policy([first, torch.zeros(3)], current, decay=0.5)
+        assert first.tolist() == [0.0, 0.0]
+
+
+def test_update_errors():
+    one, two = [torch.zeros(2)], [torch.zeros(2)]
+    for decay in (-0.5, 1.5):
+        message = f"decay: expected a finite number in [0, 1], got {decay}"
+        with pytest.raises(ValueError, match=exactly(message)):
+            update_old_policy(one, two, decay=decay)
+    message = (
+        "old[0]: expected float32 or float64, got torch.bfloat16; half precision and integers "
+        "would silently change the result"
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        update_old_policy([torch.zeros(2).bfloat16()], two, decay=0.5)
+    message = "old[0]: expected a floating-point tensor, got torch.int64"
+    with pytest.raises(TypeError, match=exactly(message)):
+        update_old_policy([torch.zeros(2, dtype=torch.int64)], two, decay=0.0)
