@@ -39,7 +39,7 @@ class Pattern:
         if len(calls) not in (1, 2):
             raise ReplayError(
                 "expected one call of the transformer per step, or two under classifier-free "
-                f"guidance, got {len(calls)}"
+                f"guidance, got {len(calls)}; `model` chooses which module is recorded"
             )
         sample_name, layout = find_sample(calls[0].arguments, sample)
         time_name = find_time(calls[0].arguments, timestep)

@@ -86,6 +86,11 @@ class Recorder:
                 "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, "
                 f"got {type(pipeline).__name__} with {type(scheduler).__name__}"
             )
+        if isinstance(scheduler, FlowMatchSDEScheduler) and solver is None:
+            raise ValueError(
+                "solver: expected one, because the pipeline has a FlowMatchSDEScheduler, which the "
+                "recorder replaces by its own; give solver, generators and the rest to the recorder"
+            )
         model = getattr(pipeline, "transformer", None) if model is None else model
         if not isinstance(model, nn.Module):
             raise ValueError("model: expected a module, because the pipeline has no transformer")
@@ -136,7 +141,7 @@ class Recorder:
         if self._hook is not None:
             self._hook.remove()
         self._pipeline.scheduler = self._own_scheduler
-        self._scheduler.observer = None
+        self._scheduler.observer, self._scheduler.steps = None, ()
         self._calls = []
         self._failed = error
         if error is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mteditflow._checks import check_floating, check_shape
+from mteditflow._checks import check_floating, check_rank, check_shape, check_step_values
 from mteditflow.pipelines.conditioning import (
     Conditioning,
     map_tensors,
@@ -61,7 +61,7 @@ class Rollout:
 
         Args:
             model: the transformer, or a wrapper with the same forward arguments.
-            x_t: noisy latents, [M, ...], in the layout of ``trajectory.latents``.
+            x_t: noisy latents, [M, ...], in the layout of ``trajectory.latents`` and any precision.
             sigma: flow time of each row, [M], in [0, 1].
             trajectory: trajectory of each row, integer [M].
             turn: turn of each row, integer [M].
@@ -71,7 +71,8 @@ class Rollout:
             to the model's parameters and to ``x_t``.
 
         Raises:
-            ValueError: shapes differ, or a turn does not exist.
+            ValueError: shapes differ, there is no row, sigma lies outside [0, 1], or a turn is none
+                of its trajectory.
             IndexError: an index is out of range.
             TypeError: ``x_t`` or ``sigma`` is not floating point.
 
@@ -88,8 +89,12 @@ class Rollout:
                 )
         """
         check_floating(x_t=x_t, sigma=sigma)
+        check_rank("x_t", x_t, 2, "[M, ...]")
+        latent = self.trajectory.latents.shape[3:]
+        check_shape("x_t", x_t, (len(x_t), *latent), "[M, ...] with the axes of a latent")
         for name, x in (("sigma", sigma), ("trajectory", trajectory), ("turn", turn)):
             check_shape(name, x, x_t.shape[:1], "[M]")
+        check_step_values("sigma", sigma, (sigma >= 0) & (sigma <= 1), "values in [0, 1]")
         calls, rows = self.index[trajectory.cpu(), turn.cpu()].unbind(-1)
         if bool((calls < 0).any()):
             raise ValueError("turn: expected turns that exist, got some that turn_mask excludes")

@@ -105,6 +105,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     reduction: str = "mean"
     observer: Observer | None = None
     steps: tuple[Step, ...] = ()
+    _stochastic: Sequence[bool] = ()
 
     @classmethod
     def from_config(
@@ -194,6 +195,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             generator=generator,
             per_token_timesteps=per_token_timesteps,
         )
+        if not self._stochastic:
+            raise ValueError("step: expected set_timesteps to have been called before")
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CHAIN, call, picture, replay, roll_out
 from peft import LoraConfig
+from tiny import CHAIN, call, picture, replay, roll_out
 from torch import nn
 
 from mteditflow import FlowSDE, interpolate, nft_loss, trajectory_generators, velocity_target

@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import CHAIN, options, picture
+from tiny import CHAIN, options, picture
 
 import mteditflow
 from mteditflow.pipelines import Recorder, Rollout

@@ -5,7 +5,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import (
+from diffusers import (
+    FluxKontextPipeline,
+    FluxPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tiny import (
     CHAIN,
     STEPS,
     batches_of_rollout,
@@ -14,12 +20,6 @@ from conftest import (
     picture,
     replay,
     roll_out,
-)
-from diffusers import (
-    FluxKontextPipeline,
-    FluxPipeline,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
 )
 
 from mteditflow import (
@@ -594,6 +594,10 @@ def test_concatenate_needs_something_alike(kontext):
         ({"trajectory": torch.tensor([0])}, ValueError, r"trajectory: expected shape"),
         ({"turn": torch.tensor([0])}, ValueError, r"turn: expected shape"),
         ({"turn": torch.tensor([0, 7])}, IndexError, "out of bounds"),
+        ({"sigma": torch.tensor([0.5, 1.5])}, ValueError, r"sigma: expected values in \[0, 1\]"),
+        ({"x_t": torch.zeros(2, 3, 16)}, ValueError, "x_t: expected shape .* axes of a latent"),
+        ({"x_t": torch.zeros(0, 36, 16)}, ValueError, "x_t: expected a non-empty tensor"),
+        ({"x_t": torch.zeros(2, 36, 16).long()}, TypeError, "x_t: expected a floating-point"),
         ({"sigma": torch.tensor([0, 1])}, TypeError, "sigma: expected a floating-point"),
     ],
 )

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from conftest import CHAIN, STEPS, call, options, picture, roll_out
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.hooks import FirstBlockCacheConfig
 from peft import LoraConfig
+from tiny import CHAIN, STEPS, call, options, picture, roll_out
 
-from mteditflow import FlowSDE, trajectory_generators
+from mteditflow import ODE, FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
 from mteditflow.pipelines.recognise import (
     CLOCKS,
@@ -279,6 +279,18 @@ def test_refuses_a_pipeline_without_a_flow_scheduler(pipeline):
         Recorder(pipeline)
 
 
+def test_refuses_to_replace_a_scheduler_with_a_solver_by_one_without(pipeline):
+    pipeline.scheduler = FlowMatchSDEScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="solver: expected one"):
+        Recorder(pipeline)
+    before = pipeline.scheduler
+    generators = trajectory_generators(0, 1)
+    with Recorder(pipeline, FlowSDE(0.7), generators=generators) as recorder:
+        edit(pipeline)
+    assert pipeline.scheduler is before
+    assert recorder.rollout(group=[0]).trajectory.stochastic.all()
+
+
 def test_refuses_what_is_no_pipeline():
     with pytest.raises(ValueError, match="got str with NoneType"):
         Recorder("pipeline")
@@ -299,7 +311,8 @@ def test_refuses_a_model_with_a_cache(kontext):
 
 def test_refuses_nested_recorders(pipeline):
     with Recorder(pipeline) as recorder:
-        with pytest.raises(ValueError, match="already being recorded"), Recorder(pipeline):
+        inner = Recorder(pipeline, ODE())
+        with pytest.raises(ValueError, match="already being recorded"), inner:
             pass
         edit(pipeline)
     assert len(recorder.rollout(group=[0])) == 1

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import CHAIN, call, picture
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -10,6 +9,7 @@ from diffusers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CHAIN, call, picture
 
 from mteditflow import (
     CPS,
@@ -251,6 +251,12 @@ def test_refuses_another_number_of_generators_than_trajectories(count, got):
 def test_refuses_a_window_beyond_the_grid():
     with pytest.raises(ValueError, match=r"indices of the 4 steps, got \[3, 4\]"):
         run(make(solver=FlowSDE(0.7), stochastic_steps=range(3, 5)), torch.zeros(1, 2))
+
+
+def test_refuses_a_step_without_a_grid():
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="set_timesteps to have been called before"):
+        make().step(x, 1000.0, x)
 
 
 def test_refuses_an_unknown_reduction():
