@@ -43,6 +43,7 @@ from mteditflow import (
 from mteditflow.pipelines import LoraPolicies, Recorder, Rollout
 
 TURNS = 3
+LINKED = 1.0  # turns go on with what earlier turns have edited, where they can
 LOSS_ROWS = 96  # rows in one forward and backward pass; no matter for the result
 
 
@@ -79,7 +80,9 @@ RECIPES = {
 def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: Log) -> None:
     """Sample, score, fuse, broadcast, loss, step."""
     nft = objective is Objective.nft
-    chains = make_chains(recipe.chains * recipe.updates, turns=TURNS, seed=seed, split="train")
+    chains = make_chains(
+        recipe.chains * recipe.updates, turns=TURNS, seed=seed, split="train", linked=LINKED
+    )
     group = torch.arange(recipe.chains).repeat_interleave(recipe.group)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # peft draws an adapter's first weights from the global generator
@@ -193,7 +196,7 @@ def main(
     recipe = RECIPES[objective]
     recipe = replace(recipe, updates=recipe.updates if updates is None else updates)
     pipeline = load_editor()
-    chains = make_chains(held_out, turns=TURNS, seed=seed, split="held_out")
+    chains = make_chains(held_out, turns=TURNS, seed=seed, split="held_out", linked=LINKED)
     log = Log(objective.value, seed)
     before = evaluate(pipeline, chains, seed=seed, steps=recipe.steps)
     train(objective, recipe, seed, pipeline, log)
