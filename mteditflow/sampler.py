@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mteditflow._checks import (
@@ -138,7 +138,7 @@ def rollout(
     Example:
         >>> def shrink(x_t, sigma, *, reference, turn):
         ...     return x_t
-        >>> noise = batched_noise((1, 2), trajectory_generators(0, 3)) # one turn, latent [2]
+        >>> noise = batched_noise((1, 2), trajectory_generators(0, 3))  # one turn, latent [2]
         >>> rollout(shrink, noise, torch.tensor([1.0, 0.5, 0.0]), solver=ODE(),
         ...         generators=trajectory_generators(9, 3), reduction="mean")
         Trajectory(B=3, N=1, S=2, latent=[2], dtype=torch.float32, device=cpu)
@@ -151,46 +151,60 @@ def rollout(
         raise ValueError(f"sigmas: expected shape [S + 1] with S >= 1, got {list(sigmas.shape)}")
     if len(generators) != b:
         raise ValueError(f"generators: expected one per trajectory, {b}, got {len(generators)}")
+    if group is None:
+        group = torch.arange(b, device=noise.device)
+    if turn_mask is None:
+        turn_mask = torch.ones(b, n, dtype=torch.bool, device=noise.device)
+    check_shape("group", group, (b,), "[B]")
+    check_mask("turn_mask", turn_mask, (b, n), "[B, N]")
     solvers = _solver_of_each_step(solver, stochastic_steps, len(sigmas) - 1)
     sigmas = sigmas.to(noise.device, torch.promote_types(sigmas.dtype, torch.float32))
     fall = sigmas[:-1] - sigmas[1:]
     check_values("sigmas", fall, fall > 0, "a strictly decreasing grid, a fall > 0")
-    if group is not None:
-        check_shape("group", group, (b,), "[B]")
-    if turn_mask is not None:
-        check_mask("turn_mask", turn_mask, (b, n), "[B, N]")
 
-    latents, log_probs, stochastic = [], [], []
+    turns = []
     for turn in range(n):
-        states = [noise[:, turn]]
-        for step, step_solver in enumerate(solvers):
-            sigma, next_sigma = (s.expand(b) for s in sigmas[step : step + 2])
-            v = velocity(states[-1], sigma, reference=reference, turn=turn)
-            check_shape("velocity", v, states[-1].shape, "of x_t")
-            transition = step_solver(states[-1], v, sigma, next_sigma)
-            random = bool((transition.std > 0).all())
-            x = transition.mean
-            if random:
-                z = batched_noise(x.shape[1:], generators, dtype=x.dtype, device=x.device)
-                x = transition.sample(z)
-            states.append(x.to(noise.dtype))
-            # Of the value the next step really uses, after rounding to the latent's dtype.
-            log_probs.append(gaussian_log_prob(states[-1], *transition, reduction=reduction))
-            stochastic.append(random)
-        latents.append(torch.stack(states, dim=1))
-        reference = states[-1]
-
-    everyone = torch.arange(b, device=noise.device)
-    every_turn = torch.ones(b, n, dtype=torch.bool, device=noise.device)
+        policy = partial(velocity, reference=reference, turn=turn)
+        turns.append(_roll_turn(policy, noise[:, turn], sigmas, solvers, generators, reduction))
+        reference = turns[-1][0][:, -1]
+    latents, log_probs, stochastic = zip(*turns, strict=True)
     return Trajectory(
         latents=torch.stack(latents, dim=1),
         sigmas=sigmas.expand(n, -1),
-        log_prob=rearrange(torch.stack(log_probs), "(n s) b -> b n s", n=n),
-        stochastic=torch.tensor(stochastic, device=noise.device).reshape(n, -1),
-        group=everyone if group is None else group,
-        turn_mask=every_turn if turn_mask is None else turn_mask,
+        log_prob=torch.stack(log_probs, dim=1),
+        stochastic=torch.stack(stochastic),
+        group=group,
+        turn_mask=turn_mask,
         reduction=reduction,
     )
+
+
+def _roll_turn(
+    policy: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    solvers: Sequence[Solver],
+    generators: Sequence[torch.Generator],
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States [B, S + 1, ...], log-probs [B, S] and stochastic steps [S] of one turn from x."""
+    states, log_probs, stochastic = [x], [], []
+    for solver, step_sigmas in zip(solvers, sigmas.unfold(0, 2, 1), strict=True):
+        sigma, next_sigma = step_sigmas[:, None].expand(-1, len(x))
+        v = policy(x, sigma)
+        check_shape("velocity", v, x.shape, "of x_t")
+        transition = solver(x, v, sigma, next_sigma)
+        sample = transition.mean
+        random = (transition.std > 0).all()
+        if random:
+            z = batched_noise(x.shape[1:], generators, dtype=sample.dtype, device=x.device)
+            sample = transition.sample(z)
+        # The log-prob is that of the value the next step really uses: in the dtype of the latent.
+        x = sample.to(x.dtype)
+        states.append(x)
+        log_probs.append(gaussian_log_prob(x, *transition, reduction=reduction))
+        stochastic.append(random)
+    return torch.stack(states, dim=1), torch.stack(log_probs, dim=1), torch.stack(stochastic)
 
 
 def _solver_of_each_step(
