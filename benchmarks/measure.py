@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -23,17 +24,20 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Seconds of one call, a list over rounds for each candidate.
 
-    Every round times every candidate, each round in another order, so that a drift of the machine
-    meets all of them. A sample repeats a short call until it lasts about ``sample_seconds``.
+    Every round times every candidate, in an order drawn anew, so that a drift of the machine meets
+    all of them. A sample begins with a call that is not timed, since the candidate before leaves
+    its own state of caches and allocator, and repeats a short call for ``sample_seconds``.
     """
     repeats = {}
     for name, call in calls.items():
-        _seconds(call, device)  # warm up: caches, allocator, compilation
+        _seconds(call, device)  # compiles
         repeats[name] = math.ceil(sample_seconds / _seconds(call, device))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for k in range(rounds):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
+    order, shuffler = list(calls), random.Random(0)
+    for _ in range(rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            _seconds(calls[name], device)
             seconds[name].append(_seconds(calls[name], device, repeats[name]))
     return seconds
 
