@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mteditflow import (
     FlowSDE,
+    adaptive_nft_loss,
     broadcast_to_steps,
     clamp_advantage,
     clipped_surrogate_loss,
@@ -33,9 +34,9 @@ from mteditflow import (
     gaussian_log_prob,
     interpolate,
     likert_average,
-    nft_loss,
     old_policy_decay,
     optimality_probability,
+    shift_sigmas,
     trajectory_generators,
     turn_average,
     velocity_target,
@@ -44,6 +45,7 @@ from mteditflow.pipelines import LoraPolicies, Recorder, Rollout
 
 TURNS = 3
 LINKED = 1.0  # turns go on with what earlier turns have edited, where they can
+SIGMA_SHIFT = 3.0  # NFT trains high noise levels more: what an edit will be is decided there
 LOSS_ROWS = 96  # rows in one forward and backward pass; no matter for the result
 
 
@@ -72,8 +74,8 @@ class Recipe:
 
 
 RECIPES = {
-    Objective.nft: Recipe(updates=80, learning_rate=1e-3, consistency_weight=0.5),
-    Objective.grpo: Recipe(updates=80, learning_rate=5e-4, consistency_weight=1.0, kl_coef=0.05),
+    Objective.nft: Recipe(updates=40, learning_rate=1e-3, consistency_weight=0.5),
+    Objective.grpo: Recipe(updates=40, learning_rate=1e-3, consistency_weight=1.0, kl_coef=0.05),
 }
 
 
@@ -93,10 +95,11 @@ def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: L
 
     for update in log.progress(recipe.updates):
         batch = [chains[update * recipe.chains + int(i)] for i in group]
+        first_seed = (seed * recipe.updates + update) * len(batch)
         recorder = Recorder(
             pipeline,
             None if nft else FlowSDE(recipe.noise_level),
-            generators=trajectory_generators(update * len(batch), len(batch)),
+            generators=trajectory_generators(first_seed, len(batch)),
             stochastic_steps=range(recipe.stochastic_steps),
         )
         with policies.use("old" if nft else "current"), recorder:
@@ -142,7 +145,7 @@ def nft_rows(
     trajectory, turn, _ = index
     clean = rollout.trajectory.clean[trajectory, turn]
     noise = torch.randn(clean.shape, generator=generator)
-    sigma = torch.rand(len(clean), generator=generator)
+    sigma = shift_sigmas(torch.rand(len(clean), generator=generator), SIGMA_SHIFT)
     x_t = interpolate(clean, noise, sigma)
 
     def forward() -> Tensor:
@@ -152,7 +155,9 @@ def nft_rows(
     old_velocity = policies.old_velocity(velocity, forward)
     target = velocity_target(clean, noise)
     r = optimality_probability(advantage, advantage_max=2.5)
-    return nft_loss(velocity, old_velocity, target, r, nft_beta=1.0)
+    return adaptive_nft_loss(
+        velocity, old_velocity, target, r, sigma, nft_beta=1.0, advantage_max=2.5
+    )
 
 
 def grpo_rows(

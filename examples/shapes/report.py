@@ -7,6 +7,7 @@ import platform
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def write_report(
         "difference_at_last_turn": compare(before[0], after[0]),
         "recipe": recipe,
         "rewards": log.rewards,
+        "date": date.today().isoformat(),
+        "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             "mteditflow": mteditflow.__version__,
@@ -144,7 +147,7 @@ def print_table(report: dict[str, Any]) -> None:
             table.add_row(f"{title} {when}", *cells, style=style, end_section=when == "after")
     gain = report["difference_at_last_turn"]
     low, high = gain["overall_interval"]
-    kept = [f"{100 * share:.0f}%" for share in gain["kept"]]
+    kept = ["nothing" if share is None else f"{100 * share:.0f}%" for share in gain["kept"]]
     console = Console(width=None if Console().is_terminal else 110)
     console.print(table)
     console.print(
@@ -157,38 +160,32 @@ def print_table(report: dict[str, Any]) -> None:
 def draw_learning_curve(report: dict[str, Any], path: Path) -> None:
     """Draw rewards over updates, and before against after on held-out chains."""
     with mpl.rc_context(_style()):
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        rewards = report["rewards"]
+        figure = Figure(figsize=(12.5, 4.1), layout="constrained")
+        curve, *panels = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
         labels = {
             "consistency": "content consistency",
-            "following": "instruction following (Likert average)",
-            "chains": "chains with all three edits right",
+            "following": "instruction following",
+            "chains": "all three edits right",
         }
         for name, label in labels.items():
-            values = [100 * entry[name] for entry in rewards]
-            smooth = [sum(values[max(0, i - 7) : i + 1]) / len(values[max(0, i - 7) : i + 1])
-                      for i in range(len(values))]  # fmt: skip
-            left.plot(values, color=COLORS[name], alpha=0.2, linewidth=1)
-            left.plot(smooth, color=COLORS[name], linewidth=2, label=label)
-        left.set(xlabel="update", ylabel="percent", ylim=(0, 103), title="Rewards while training")
-        left.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.02))
-        turns = range(1, len(report["before"]["overall"]) + 1)
-        for when, color, style in (("before", SOFT, "o--"), ("after", COLORS["following"], "o-")):
-            for name, alpha in (("overall", 1.0), ("strict", 0.45)):
-                ends = report[when][f"{name}_interval"]
-                low, high = ([end[i] for end in ends] for i in (0, 1))
-                label = {"overall": "Overall", "strict": "whole picture right"}[name]
-                right.plot(turns, report[when][name], style, color=color, alpha=alpha,
-                           linewidth=2, label=f"{label}, {when}")  # fmt: skip
-                right.fill_between(turns, low, high, color=color, alpha=0.12, linewidth=0)
-        right.set(
-            xlabel="turn", ylim=(0, 103), title=f"{report['held_out_chains']} held-out chains"
+            values = [100 * entry[name] for entry in report["rewards"]]
+            recent = [values[max(0, i - 7) : i + 1] for i in range(len(values))]
+            updates = range(1, len(values) + 1)
+            curve.plot(updates, values, color=COLORS[name], alpha=0.2, linewidth=1)
+            means = [sum(last) / len(last) for last in recent]
+            curve.plot(updates, means, color=COLORS[name], linewidth=2.2, label=label)
+        curve.set(xlabel="update", ylabel="percent", ylim=(0, 103), title="Rewards in training")
+        curve.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.42), fontsize=10)
+        titles = {"overall": "Overall, so far", "strict_marginal": "Whole picture right"}
+        for axes, (name, title) in zip(panels, titles.items(), strict=True):
+            _draw_turns(axes, report, name)
+            axes.set(xlabel="turn", ylim=(0, 103), title=title)
+        panels[0].legend(frameon=False)
+        figure.suptitle(
+            f"{report['objective'].upper()}, seed {report['seed']}: rewards, and "
+            f"{report['held_out_chains']} held-out chains with 95% intervals",
+            color=INK,
         )
-        right.set_xticks(list(turns))
-        right.legend(frameon=False, fontsize=9)
-        title = f"{report['objective'].upper()}, seed {report['seed']}"
-        figure.suptitle(title, fontweight="bold", color=INK)
         figure.savefig(path, dpi=150)
 
 
@@ -208,25 +205,57 @@ def draw_chains(
     chosen = repaired.argsort(descending=True, stable=True)[:count].tolist()
     turns = len(chains[0].edits)
     with mpl.rc_context(_style()):
-        figure = Figure(figsize=(2.05 * (turns + 1) + 0.6, 4.75 * len(chosen)))
-        grid = figure.subplots(2 * len(chosen), turns + 1, squeeze=False)
-        for i, row in enumerate(chosen):
-            chain = chains[row]
-            for j, (when, (scores, pictures)) in enumerate(
-                {"before": before, "after": after}.items()
-            ):
-                axes = grid[2 * i + j]
-                _show(axes[0], draw(chain.initial), INK)
-                axes[0].set_ylabel(when, fontsize=12, fontweight="bold", color=INK, labelpad=8)
+        figure = Figure(figsize=(3.3 * (turns + 1), 3.75 * -(-len(chosen) // 2) + 0.4))
+        figure.suptitle(
+            "Chains that training repaired, before and after, from the same noise.  "
+            "Frame: is the whole picture right?",
+            fontsize=12,
+            color=INK,
+            y=0.985,
+        )
+        blocks = figure.add_gridspec(
+            -(-len(chosen) // 2), 2, wspace=0.1, hspace=0.3, left=0.03, right=0.99, top=0.89,
+            bottom=0.015,
+        )  # fmt: skip
+        for block, row in zip(blocks, chosen, strict=False):
+            grid = block.subgridspec(2, turns + 1, wspace=0.08, hspace=0.06)
+            runs = {"before": before, "after": after}
+            for j, (when, (scores, pictures)) in enumerate(runs.items()):
+                first = figure.add_subplot(grid[j, 0])
+                _show(first, draw(chains[row].initial), SOFT)
+                first.set_ylabel(when, fontsize=12, color=INK, labelpad=6)
+                if j == 0:
+                    first.set_title("reference", fontsize=10, color=SOFT)
                 for turn in range(turns):
+                    axes = figure.add_subplot(grid[j, turn + 1])
                     right = bool(scores.strict[row, turn])
-                    _show(axes[turn + 1], pictures[row, turn], GOOD if right else BAD)
+                    _show(axes, pictures[row, turn], GOOD if right else BAD)
                     if j == 0:
-                        text = textwrap.fill(f"{turn + 1}. {chain.instructions[turn]}", 22)
-                        axes[turn + 1].set_title(text, fontsize=9.5, color=INK)
-            grid[2 * i][0].set_title("reference", fontsize=9.5, color=SOFT)
-        figure.tight_layout(h_pad=1.2, w_pad=0.8)
+                        text = textwrap.fill(chains[row].instructions[turn], 22)
+                        axes.set_title(text, fontsize=10, color=INK)
         figure.savefig(path, dpi=130)
+
+
+def _draw_turns(axes: Any, report: dict[str, Any], name: str) -> None:
+    """One metric over turns, before and after, with its intervals."""
+    turns = range(1, len(report["before"][name]) + 1)
+    for when, color, style in (("before", SOFT, "o--"), ("after", COLORS["following"], "o-")):
+        low, high = zip(*report[when][f"{name}_interval"], strict=True)
+        axes.fill_between(turns, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(turns, report[when][name], style, color=color, linewidth=2.2, label=when)
+        for turn, value in zip(turns, report[when][name], strict=True):
+            above = when == "after"
+            axes.annotate(
+                f"{value:.0f}",
+                (turn, value),
+                xytext=(0, 9 if above else -17),
+                textcoords="offset points",
+                ha="center",
+                color=color,
+                fontsize=10,
+            )
+    axes.set_xticks(list(turns))
+    axes.margins(x=0.12)
 
 
 def _show(axes: Any, picture: Tensor, color: str) -> None:
