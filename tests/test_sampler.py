@@ -24,7 +24,7 @@ from mteditflow import (
 SOLVERS = [ODE(), FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
 solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 seeds = st.integers(0, 2**31)
-B, N, S, SHAPE = 3, 2, 4, (2, 5)
+B, N, S, SHAPE = 3, 2, 4, (3, 6)
 
 
 def velocity(x_t, sigma, *, reference, turn):
@@ -238,7 +238,7 @@ def test_turns_are_given_the_clean_latent_of_the_turn_before():
 
     noise = batched_noise((3, *SHAPE), trajectory_generators(0, B))
     options = {"solver": FlowSDE(0.7), "reduction": "mean"}
-    first = batched_noise((7,), trajectory_generators(50, B))[:, :5]
+    first = batched_noise((7,), trajectory_generators(50, B))[:, :6]
     for reference in (None, first[:, None]):  # the first may have its own shape
         seen.clear()
         rolled = rollout(
