@@ -210,7 +210,7 @@ def _success(success: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     check_mask("valid", valid, success.shape, "[C, N]")
     score = success.to(torch.promote_types(success.dtype, torch.float32))
     check_values("success", score, ~valid | (score == 0) | (score == 1), "0 or 1")
-    return torch.where(valid, score, 0), valid
+    return score, valid
 
 
 def _mean(score: Tensor, mask: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ def test_share_errors(metric):
     [
         (torch.bool, torch.float32),
         (torch.int64, torch.float32),
+        (torch.bfloat16, torch.float32),
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ],

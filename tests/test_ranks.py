@@ -77,6 +77,21 @@ def test_advantages_do_not_depend_on_the_number_of_ranks(world, tmp_path):
         assert torch.equal(torch.cat(parts), expected)
 
 
+def test_one_rank_gathers_itself():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = batch()
+        gathered, own = gather_ranks(*whole)
+        assert own == slice(0, ROWS)
+        for x, expected in zip(gathered, whole, strict=True):
+            assert x.dtype == expected.dtype
+            assert torch.equal(x.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+        with pytest.raises(ValueError, match=r"^tensors\[1\]: expected "):
+            gather_ranks(torch.zeros(2), torch.zeros(3))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_without_distributed_the_tensors_come_back():
     reward = torch.tensor([1.0, 2.0], requires_grad=True)
     group = torch.tensor([BIG, BIG + 1])

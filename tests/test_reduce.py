@@ -148,6 +148,7 @@ def test_masked_mean_golden():
     mask = torch.tensor([[True, True], [True, False]])
     assert masked_mean(values, mask).item() == 3.0
     assert masked_mean(values).item() == 27.25
+    assert masked_mean(torch.tensor(2.0), torch.tensor(True)).item() == 2.0
 
 
 @given(st.lists(st.tuples(st.integers(-99, 99), st.booleans()), min_size=1, max_size=9))
