@@ -1,0 +1,145 @@
+"""Results live where the inputs live, whatever the default device: nothing is made elsewhere.
+
+The default device is `meta` here, on which nothing can be computed with CPU tensors: a tensor made
+without naming its device fails at once. So no accelerator is needed to see it.
+"""
+
+import pytest
+import torch
+
+import mteditflow as mt
+
+B, N, S, SHAPE = 4, 3, 5, (2, 6)
+generator = torch.Generator().manual_seed(0)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=generator)
+
+
+x, y, z = normal(3, B, *SHAPE)
+sigma, next_sigma = torch.linspace(0.9, 0.5, B), torch.linspace(0.6, 0.2, B)
+group = torch.tensor([5, 5, -(2**40), -(2**40)])
+dense_group = torch.tensor([1, 1, 0, 0])
+reward, r = torch.rand(B, generator=generator), torch.rand(B, generator=generator)
+per_turn = torch.rand(B, N, generator=generator)
+success = per_turn > 0.5
+valid = torch.tensor([True, True, True, False])
+turn_mask = torch.tensor([[True, True, True]] * 3 + [[True, True, False]])
+log_prob, old_log_prob, advantage = normal(3, B, N, S)
+step_valid = advantage > 0
+rewards = {"a": reward, "b": r}
+weights = {"a": 1.0, "b": 0.2}
+grid = torch.linspace(1, 0, S + 1)
+
+
+def roll(solver=mt.FlowSDE(0.7), **options):  # noqa: B008
+    generators = [torch.Generator("cpu").manual_seed(k) for k in range(B)]
+    return mt.rollout(
+        lambda x_t, sigma, *, reference, turn: x_t,
+        torch.stack([x] * N, dim=1),
+        grid,
+        solver=solver,
+        generators=generators,
+        reduction="sum",
+        **options,
+    )
+
+
+def log_prob_of(solver):
+    return mt.gaussian_log_prob(z, *solver(x, y, sigma, next_sigma), reduction="sum")
+
+
+CALLS = {
+    "interpolate": lambda: mt.interpolate(x, y, 0.5),
+    "interpolate rows": lambda: mt.interpolate(x, y, sigma),
+    "clean": lambda: mt.clean_from_velocity(x, y, 0.5),
+    "noise": lambda: mt.noise_from_velocity(x, y, 0.5),
+    "score": lambda: mt.score_from_velocity(x, y, 0.5),
+    "target": lambda: mt.velocity_target(x, y),
+    "flow matching": lambda: mt.flow_matching_loss(x, y, z),
+    "shift": lambda: mt.shift_sigmas(grid, 3.0),
+    "exponential shift": lambda: mt.exponential_shift_sigmas(grid, 1.15),
+    "ODE": lambda: log_prob_of(mt.ODE()),
+    "FlowSDE": lambda: log_prob_of(mt.FlowSDE(0.7)),
+    "FlowSDE numbers": lambda: mt.FlowSDE(0.7)(x, y, 1.0, 0.5).sample(z),
+    "DanceSDE": lambda: log_prob_of(mt.DanceSDE(0.7)),
+    "CPS": lambda: log_prob_of(mt.CPS(0.7)),
+    "kl": lambda: mt.gaussian_kl(x, y, torch.full_like(x[:, :1, :1], 0.5), reduction="mean"),
+    "cps surrogate": lambda: mt.cps_surrogate(x, y, reduction="sum"),
+    "rollout": lambda: roll().log_prob,
+    "rollout ODE": lambda: roll(mt.ODE()).clean,
+    "rollout window": lambda: roll(stochastic_steps=[1]).step_mask,
+    "rollout groups": lambda: roll(group=group, turn_mask=turn_mask).group,
+    "batched noise": lambda: mt.batched_noise((2,), [torch.Generator("cpu")]),
+    "generators": lambda: mt.batched_noise((2,), mt.trajectory_generators(0, 3, device="cpu")),
+    "binary and": lambda: mt.binary_and(success, turn_mask=turn_mask),
+    "binary and all": lambda: mt.binary_and(success),
+    "binary average": lambda: mt.binary_average(success),
+    "likert": lambda: mt.likert_average(1 + 4 * per_turn),
+    "turn average": lambda: mt.turn_average(per_turn, turn_mask=turn_mask),
+    "reward to go": lambda: mt.reward_to_go(per_turn, discount=0.9),
+    "stop after failure": lambda: mt.stop_after_failure(success),
+    "broadcast": lambda: mt.broadcast_to_steps(reward, turns=N, steps=S),
+    "group advantage": lambda: mt.group_advantage(reward, group),
+    "group advantage dense": lambda: mt.group_advantage(reward, dense_group, valid=valid),
+    "group advantage turns": lambda: mt.group_advantage(per_turn, group, std="batch"),
+    "group advantage mean": lambda: mt.group_advantage(reward, group, std="none"),
+    "group std": lambda: mt.group_std(reward, group),
+    "fuse advantages": lambda: mt.fuse_advantages(rewards, weights, group),
+    "fuse rewards": lambda: mt.fuse_rewards(rewards, weights, group, valid=valid),
+    "clamp": lambda: mt.clamp_advantage(reward),
+    "renormalize": lambda: mt.renormalize_advantage(reward),
+    "gather": lambda: mt.gather_ranks(reward)[0][0],
+    "clipped": lambda: mt.clipped_surrogate_loss(
+        log_prob, old_log_prob, advantage, clip_low=0.1, clip_high=0.1, valid=step_valid
+    ),
+    "masked mean": lambda: mt.masked_mean(reward, valid),
+    "r": lambda: mt.optimality_probability(advantage),
+    "nft": lambda: mt.nft_loss(x, y, z, r, nft_beta=0.5),
+    "adaptive nft": lambda: mt.adaptive_nft_loss(x, y, z, r, sigma, nft_beta=0.5),
+    "adaptive nft number": lambda: mt.adaptive_nft_loss(x, y, z, r, 0.5, nft_beta=0.5),
+    "velocity kl": lambda: mt.velocity_kl(x, y),
+    "ratio": lambda: mt.check_ratio(log_prob, old_log_prob, clip=1e-4).deviation,
+    "clip fraction": lambda: torch.stack(
+        mt.clip_fraction(log_prob, old_log_prob, clip_low=0.1, clip_high=0.1)
+    ),
+    "approximate kl": lambda: mt.approximate_kl(log_prob, old_log_prob, valid=step_valid),
+    "zero variance": lambda: mt.zero_variance_share(reward, group),
+    "variance ratio": lambda: mt.variance_ratio(reward, r, group),
+    "correlation": lambda: mt.advantage_correlation(reward, r, group),
+    "IF": lambda: mt.instruction_following(success),
+    "marginal": lambda: mt.marginal_success(success, valid=turn_mask),
+    "CC": lambda: mt.content_consistency(per_turn),
+    "overall": lambda: mt.overall(reward, r),
+    "bootstrap": lambda: mt.bootstrap_interval(
+        lambda s: s.mean(dim=0), per_turn, generator=torch.Generator("cpu"), resamples=20
+    ).low,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_live_where_the_inputs_live(name):
+    expected = torch.device("cpu")
+    with torch.device("meta"):
+        result = CALLS[name]()
+    assert result.device == expected
+    assert result.isfinite().all()
+
+
+def test_files_are_read_into_memory(tmp_path):
+    trajectory = roll()
+    with torch.device("meta"):
+        trajectory.save(tmp_path / "t.safetensors")
+        loaded = mt.Trajectory.load(tmp_path / "t.safetensors")
+        both = mt.Trajectory.concatenate([trajectory, loaded])
+    assert both.latents.device == torch.device("cpu")
+    assert torch.equal(both.latents[:B], both.latents[B:])
+    assert torch.equal(loaded.log_prob, trajectory.log_prob)
+
+
+def test_the_old_policy_moves_where_it_lives():
+    old, current = [torch.zeros(3)], [torch.ones(3)]
+    with torch.device("meta"):
+        mt.update_old_policy(old, current, decay=0.5)
+    assert torch.equal(old[0], torch.full((3,), 0.5))
