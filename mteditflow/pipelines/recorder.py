@@ -172,20 +172,26 @@ class Recorder:
             raise ValueError(f"turns: expected latents [B, S + 1, ...] of one shape, got {shapes}")
         for turn in self._turns:
             Version.check(turn.versions)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._joined(torch.as_tensor(group))
+
+    def _joined(self, group: Tensor) -> Rollout:
+        """All turns as one rollout, of tensors that autograd accepts."""
         latents = torch.stack([turn.latents for turn in self._turns], dim=1)
-        batch, turns = latents.shape[:2]
+        device, (batch, turns) = latents.device, latents.shape[:2]
         numbers = torch.arange(turns).expand(batch, -1)
         rows = torch.arange(batch)[:, None].expand(-1, turns)
+        trajectory = Trajectory(
+            latents=latents,
+            sigmas=torch.stack([turn.sigmas for turn in self._turns]).to(device),
+            log_prob=torch.stack([turn.log_prob for turn in self._turns], dim=1),
+            stochastic=torch.stack([turn.stochastic for turn in self._turns]).to(device),
+            group=group.to(device),
+            turn_mask=torch.ones(batch, turns, dtype=torch.bool, device=device),
+            reduction=self._scheduler.reduction,
+        )
         return Rollout(
-            Trajectory(
-                latents=latents,
-                sigmas=torch.stack([turn.sigmas for turn in self._turns]).to(latents.device),
-                log_prob=torch.stack([turn.log_prob for turn in self._turns], dim=1),
-                stochastic=torch.stack([t.stochastic for t in self._turns]).to(latents.device),
-                group=torch.as_tensor(group, device=latents.device),
-                turn_mask=torch.ones(batch, turns, dtype=torch.bool, device=latents.device),
-                reduction=self._scheduler.reduction,
-            ),
+            trajectory,
             share_equal_tensors([turn.conditioning for turn in self._turns]),
             torch.stack([numbers, rows], dim=-1),
         )

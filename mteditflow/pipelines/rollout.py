@@ -25,7 +25,7 @@ class Rollout:
 
     Made by ``Recorder.rollout``. ``velocity`` is the one primitive for both kinds of training: at
     stored states it replays the rollout for the clipped surrogate, at freshly noised ones it is the
-    forward pass of NFT.
+    forward pass of NFT. Its tensors are fit for autograd even if made under inference mode.
 
     Args:
         trajectory: B trajectories of N turns of S steps.
@@ -114,6 +114,7 @@ class Rollout:
             order += positions
         return torch.cat(parts)[torch.tensor(order).argsort().to(x_t.device)]
 
+    @torch.inference_mode(False)
     def select(self, index: Tensor | slice) -> Rollout:
         """Some trajectories: an integer index tensor, a boolean mask [B] or a slice.
 
@@ -122,6 +123,7 @@ class Rollout:
         at = index.cpu() if isinstance(index, Tensor) else index
         return _compact(self.trajectory.select(index), self.conditioning, self.index[at])
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rollout:
         """A copy on another device; dtypes stay, shared tensors stay shared."""
 
@@ -133,6 +135,7 @@ class Rollout:
         return Rollout(trajectory, moved, self.index)
 
     @classmethod
+    @torch.inference_mode(False)
     def concatenate(cls, parts: Sequence[Rollout]) -> Rollout:
         """Join along the batch, as for pipelines that take one reference image per call.
 

@@ -105,6 +105,8 @@ class Turn:
         self._same(f"{name} changes behind the sample", parts[1], pattern.rests[branch])
         if branch == 0:
             self._times.append(time)
+            first = time if time.dtype == self._times[0].dtype else self._times[0]
+            self._same(f"{pattern.time_name} changes", time, first)
         self._same(f"{pattern.time_name} differs between branches", time, self._times[-1])
         if constants.keys() != pattern.constants[branch].keys():
             raise ReplayError(f"step {len(self.steps)}: other arguments than at step 0")
@@ -146,6 +148,8 @@ class Turn:
                 return
             if not isinstance(value, Tensor) and value == first:
                 return
+            if isinstance(value, Tensor) and value.dtype != first.dtype:
+                otherwise += f" from {first.dtype} to {value.dtype}, as by autocast over float32"
         raise ReplayError(f"cannot replay this pipeline: {otherwise}")
 
     def _finish(self, pattern: Pattern) -> Recorded:

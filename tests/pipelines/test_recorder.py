@@ -1,5 +1,6 @@
 """Recorder and Rollout: what a pipeline did, again, with gradients, or a clear refusal."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -8,6 +9,7 @@ import torch
 from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -295,6 +297,43 @@ def test_a_batch_as_large_as_the_text_is_long_is_no_ambiguity(kontext):
     )
 
 
+def test_arguments_may_be_positional(pipeline):
+    def positional(_model, args, kwargs):
+        return (kwargs.pop("hidden_states"), *args), kwargs
+
+    handle = pipeline.transformer.register_forward_pre_hook(positional, with_kwargs=True)
+    rollout = roll_out(pipeline, FlowSDE(0.7), turns=1, verify=False)
+    handle.remove()
+    rows = all_rows(rollout)
+    replayed = replay(rollout, pipeline.transformer, FlowSDE(0.7), rows).detach()
+    torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
+
+
+class Gain(FluxTransformer2DModel):
+    """Takes a dict, as for attention processors."""
+
+    def forward(self, *args, options=None, **kwargs):
+        return (super().forward(*args, **kwargs)[0] * options["gain"],)
+
+
+def test_a_dict_that_the_pipeline_changes_between_branches(kontext):
+    kontext.transformer.__class__ = Gain
+    one_dict = {}
+
+    def change(_model, args, kwargs):
+        one_dict["gain"] = 3.0 - one_dict.get("gain", 2.0)  # 1, 2, 1, 2, ...
+        return args, kwargs | {"options": one_dict}
+
+    handle = kontext.transformer.register_forward_pre_hook(change, with_kwargs=True)
+    rollout = roll_out(kontext, FlowSDE(0.7), turns=1, guidance=2.5, verify=False)
+    handle.remove()
+    branches = rollout.conditioning[0].branches
+    assert [branch.arguments["options"]["gain"] for branch in branches] == [1.0, 2.0]
+    rows = all_rows(rollout)
+    replayed = replay(rollout, kontext.transformer, FlowSDE(0.7), rows).detach()
+    torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
+
+
 def test_several_images_per_prompt_are_trajectories_of_their_own(kontext):
     generators = trajectory_generators(0, 3)
     with Recorder(kontext, FlowSDE(0.7), generators=generators) as recorder:
@@ -316,10 +355,13 @@ def test_recorded_under_any_grad_mode_it_replays_with_gradients(pipeline, mode):
     solver = FlowSDE(0.7)
     with mode():
         rollout = roll_out(pipeline, solver, guidance=2.5)
-    log_prob = replay(rollout, pipeline.transformer, solver, all_rows(rollout))
-    log_prob.sum().backward()
-    assert pipeline.transformer.proj_out.weight.grad.abs().sum() > 0
-    assert not rollout.trajectory.latents.requires_grad
+    for field in dataclasses.fields(rollout.trajectory):
+        value = getattr(rollout.trajectory, field.name)
+        assert field.name == "reduction" or not (value.is_inference() or value.requires_grad)
+    for rows in (all_rows(rollout), *batches_of_rollout(rollout, is_kontext(pipeline))):
+        pipeline.transformer.zero_grad()
+        replay(rollout, pipeline.transformer, solver, rows).sum().backward()
+        assert pipeline.transformer.proj_out.weight.grad.abs().sum() > 0
 
 
 def test_other_families_that_hold_the_sample_alone(kontext):
@@ -535,10 +577,13 @@ def test_chains_of_unequal_length_are_masked(klein):
         rows = all_rows(joined)
         replayed = replay(joined, klein.transformer, solver, rows).detach()
         torch.testing.assert_close(replayed, joined.trajectory.log_prob[rows], rtol=0, atol=1e-6)
-    row = torch.tensor([1])
-    with pytest.raises(ValueError, match="turn: expected turns that exist"):
-        joined.velocity(klein.transformer, joined.trajectory.clean[row, row], row / 2, row, row)
-    assert len(joined.select(torch.tensor([1])).conditioning) == 1
+    twice = Rollout.concatenate([joined, joined])
+    for padded, short_row in ((joined, 1), (twice, 1), (twice, 3)):
+        row, turn = torch.tensor([short_row]), torch.tensor([1])
+        x_t = padded.trajectory.clean[row, turn]
+        with pytest.raises(ValueError, match="turn: expected turns that exist"):
+            padded.velocity(klein.transformer, x_t, turn / 2, row, turn)
+        assert len(padded.select(row).conditioning) == 1
 
 
 def test_rows_of_other_shapes_are_called_apart(klein):
@@ -553,7 +598,8 @@ def test_rows_of_other_shapes_are_called_apart(klein):
             call(klein, pictures, [CHAIN[0][0]], generators, **given)
         parts.append(recorder.rollout(group=[0]))
     rollout = Rollout.concatenate(parts)
-    rows = [index.flip(0) for index in all_rows(rollout)]
+    order = torch.randperm(3 * STEPS, generator=torch.Generator().manual_seed(0))
+    rows = [index[order] for index in all_rows(rollout)]
     calls = count_calls(klein.transformer)
     replayed = replay(rollout, klein.transformer, solver, rows).detach()
     assert calls() == 3

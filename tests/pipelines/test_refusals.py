@@ -1,6 +1,6 @@
 """What the recorder refuses, with faults put into real pipelines; and that it always cleans up."""
 
-import subprocess
+import importlib
 import sys
 
 import pytest
@@ -8,17 +8,20 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.hooks import FirstBlockCacheConfig
 from peft import LoraConfig
-from tiny import CHAIN, STEPS, call, options, picture, roll_out
+from tiny import CHAIN, STEPS, call, picture, roll_out
 
 from mteditflow import ODE, FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
 from mteditflow.pipelines.recognise import (
-    CLOCKS,
     Guidance,
     find_clock,
     find_guidance,
     find_sample,
     find_time,
+    in_steps,
+    in_units,
+    in_units_from_noise,
+    in_units_rounded_last,
     mismatch,
 )
 
@@ -164,6 +167,14 @@ def test_refuses_arguments_that_change_over_the_steps(pipeline, later):
         record(pipeline, arguments=change, forward=ignoring)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_refuses_autocast_that_changes_dtypes_on_the_way(pipeline):
+    """A float32 pipeline starts in float32 and goes on in what autocast returns."""
+    message = r"changes.* from torch.float32 to torch.bfloat16, as by autocast"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ReplayError, match=message):
+        record(pipeline)
+
+
 def test_refuses_prompts_that_change_over_the_steps(pipeline):
     def swap(_pipeline, _step, _timestep, given):
         return {"prompt_embeds": given["prompt_embeds"] + 1}
@@ -199,6 +210,17 @@ def calling(pipeline, times):
         return forward(**given)
 
     return again
+
+
+def test_refuses_branches_at_different_times(pipeline):
+    calls = []
+
+    def later(given):
+        calls.append(1)
+        return {"timestep": given["timestep"] * (0.5 if len(calls) == 2 else 1.0)}
+
+    with pytest.raises(ReplayError, match="timestep differs between branches"):
+        record(pipeline, arguments=later, guidance=3.0)
 
 
 def test_refuses_more_than_two_branches(pipeline):
@@ -430,10 +452,10 @@ def test_calls_of_the_transformer_outside_the_loop_do_not_matter(pipeline):
 # Recognition, on tensors alone.
 
 
-@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("clock", [in_units, in_steps, in_units_rounded_last, in_units_from_noise])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_clock_is_found_again(clock, dtype):
-    timesteps = torch.tensor([1000.0, 873.21, 511.3, 77.7])
+    timesteps = torch.linspace(1000, 17.7, 40)
     times = clock(timesteps, dtype)[:, None].expand(-1, 3)
     found = find_clock(times, timesteps)
     assert torch.equal(found(timesteps, dtype), clock(timesteps, dtype))
@@ -479,6 +501,15 @@ def test_guidance_written_in_another_order_is_accepted_to_rounding():
     torch.testing.assert_close(found([one, other]), velocity, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [None, Guidance(0, 3.0)])
+def test_a_mismatch_of_a_few_roundings_counts_for_one_branch_alone(guidance):
+    velocities = [torch.randn(2, 50, 3) for _ in range(2)]
+    velocity = velocities[0] if guidance is None else guidance(velocities)
+    assert not mismatch(velocities, guidance, velocity)
+    assert mismatch(velocities, guidance, velocity * (1 + 1e-7)) == (guidance is None)
+    assert mismatch(velocities, guidance, velocity * (1 + 1e-4))
+
+
 def test_equal_branches_hide_the_scale():
     one = torch.randn(2, 3)
     assert find_guidance([one, one.clone()], one) is None
@@ -488,18 +519,9 @@ def test_equal_branches_hide_the_scale():
 
 
 @pytest.mark.parametrize("missing", ["diffusers", "peft"])
-def test_names_the_extra_that_is_missing(missing):
-    program = f"import sys; sys.modules[{missing!r}] = None; import mteditflow.pipelines"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "pip install 'mteditflow[diffusers]'" in run.stderr
-    assert f"needs {missing}" in run.stderr
-
-
-def test_the_core_does_not_import_diffusers():
-    program = "import sys, mteditflow; print('diffusers' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout.strip() == "False"
-
-
-def test_options_of_the_tests_are_those_of_the_demo(pipeline):
-    assert options(pipeline)["num_inference_steps"] == STEPS
+def test_names_the_extra_that_is_missing(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "mteditflow.pipelines")
+    message = rf"needs {missing}: pip install 'mteditflow\[diffusers\]'"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("mteditflow.pipelines")
