@@ -450,6 +450,8 @@ def test_fusion_errors(fuse):
     message = "rewards['cc']: expected shape of rewards['if'] = [3], got [2]"
     with pytest.raises(ValueError, match=exactly(message)):
         fuse({"if": torch.ones(3), "cc": torch.ones(2)}, {"if": 1.0, "cc": 1.0}, group)
+    with pytest.raises(TypeError, match=exactly("group: expected integer ids, got torch.float32")):
+        fuse({"a": torch.ones(3)}, {"a": 1.0}, group.float())
     message = "std: expected one of ['group', 'batch', 'none'], got 'global'"
     with pytest.raises(ValueError, match=exactly(message)):
         fuse({"a": torch.ones(3)}, {"a": 1.0}, group, std="global")

@@ -170,9 +170,10 @@ def test_consistency_types_and_errors():
     message = "terms[1]: expected a floating-point tensor, got torch.int64"
     with pytest.raises(TypeError, match=exactly(message)):
         content_consistency(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
-    message = "terms[0]: expected a non-empty tensor of shape [C, N], got [2]"
-    with pytest.raises(ValueError, match=exactly(message)):
-        content_consistency(torch.ones(2))
+    for shape in [(2,), (1, 2, 3)]:
+        message = f"terms[0]: expected a non-empty tensor of shape [C, N], got {list(shape)}"
+        with pytest.raises(ValueError, match=exactly(message)):
+            content_consistency(torch.ones(shape))
 
 
 # Overall
