@@ -1,35 +1,9 @@
-"""What mutation testing found unproved: each test here kills mutants that all others let live."""
+"""What mutation testing found unproved of rollouts."""
 
 import pytest
 import torch
 
 import mteditflow as mt
-
-
-def test_masked_mean_of_a_scalar_loss():
-    assert mt.masked_mean(torch.tensor(2.0)) == 2
-    assert mt.masked_mean(torch.tensor(2.0), torch.tensor(True)) == 2
-
-
-@pytest.mark.parametrize("fuse", [mt.fuse_advantages, mt.fuse_rewards])
-def test_fusion_checks_the_group(fuse):
-    reward = {"a": torch.rand(2)}
-    with pytest.raises(TypeError, match="group: expected integer ids"):
-        fuse(reward, {"a": 1.0}, torch.rand(2))
-    with pytest.raises(ValueError, match="group: expected shape"):
-        fuse(reward, {"a": 1.0}, torch.zeros(3, dtype=torch.int64))
-
-
-def test_metrics_of_half_precision_scores_are_float32():
-    success = torch.ones(1000, 1, dtype=torch.float16)
-    success[0] = 0
-    assert mt.marginal_success(success).dtype == torch.float32
-    torch.testing.assert_close(mt.instruction_following(success), torch.tensor([0.999]))
-
-
-def test_consistency_terms_have_two_axes():
-    with pytest.raises(ValueError, match="terms"):
-        mt.content_consistency(torch.rand(2, 3, 4))
 
 
 def test_generators_are_made_on_the_device_that_is_asked_for():
