@@ -187,7 +187,9 @@ def grpo_rows(
 
 
 def main(
-    objective: Annotated[Objective, typer.Option(help="DiffusionNFT or Flow-GRPO.")] = "nft",
+    objective: Annotated[
+        Objective, typer.Option(help="DiffusionNFT or Flow-GRPO.")
+    ] = Objective.nft,
     seed: Annotated[int, typer.Option(help="Of chains, noise and adapters.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of report.json and the pictures.")] = Path(
         "runs/demo"

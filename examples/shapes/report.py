@@ -175,7 +175,7 @@ def draw_learning_curve(report: dict[str, Any], path: Path) -> None:
             means = [sum(last) / len(last) for last in recent]
             curve.plot(updates, means, color=COLORS[name], linewidth=2.2, label=label)
         curve.set(xlabel="update", ylabel="percent", ylim=(0, 103), title="Rewards in training")
-        curve.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.42), fontsize=10)
+        curve.legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.34), fontsize=10)
         titles = {"overall": "Overall, so far", "strict_marginal": "Whole picture right"}
         for axes, (name, title) in zip(panels, titles.items(), strict=True):
             _draw_turns(axes, report, name)
@@ -207,14 +207,14 @@ def draw_chains(
     with mpl.rc_context(_style()):
         figure = Figure(figsize=(3.3 * (turns + 1), 3.75 * -(-len(chosen) // 2) + 0.4))
         figure.suptitle(
-            "Chains that training repaired, before and after, from the same noise.  "
-            "Frame: is the whole picture right?",
+            "Chains that training repaired, before and after, from equal noise.  "
+            "A green frame: the whole picture is right.",
             fontsize=12,
             color=INK,
-            y=0.985,
+            y=0.99,
         )
         blocks = figure.add_gridspec(
-            -(-len(chosen) // 2), 2, wspace=0.1, hspace=0.3, left=0.03, right=0.99, top=0.89,
+            -(-len(chosen) // 2), 2, wspace=0.1, hspace=0.34, left=0.03, right=0.99, top=0.86,
             bottom=0.015,
         )  # fmt: skip
         for block, row in zip(blocks, chosen, strict=False):
@@ -231,8 +231,8 @@ def draw_chains(
                     right = bool(scores.strict[row, turn])
                     _show(axes, pictures[row, turn], GOOD if right else BAD)
                     if j == 0:
-                        text = textwrap.fill(chains[row].instructions[turn], 22)
-                        axes.set_title(text, fontsize=10, color=INK)
+                        text = textwrap.fill(chains[row].instructions[turn], 19)
+                        axes.set_title(text, fontsize=9.5, color=INK)
         figure.savefig(path, dpi=130)
 
 
@@ -244,7 +244,7 @@ def _draw_turns(axes: Any, report: dict[str, Any], name: str) -> None:
         axes.fill_between(turns, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(turns, report[when][name], style, color=color, linewidth=2.2, label=when)
         for turn, value in zip(turns, report[when][name], strict=True):
-            above = when == "after"
+            above = when == "after" or value < 12
             axes.annotate(
                 f"{value:.0f}",
                 (turn, value),

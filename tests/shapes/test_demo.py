@@ -1,0 +1,172 @@
+"""The demo, its report and the scripts around it, as small as they go."""
+
+import json
+import math
+
+import pytest
+import torch
+from evidence import KINDS, document, draw_summary, folder, run
+from PIL import Image
+from shapes.editor import build_kontext, load_editor
+from shapes.evaluate import METRICS, compare, summarise
+from shapes.pretrain import main as pretrain
+from shapes.pretrain import single_edits
+from shapes.report import print_table
+from shapes.rewards import Scores
+from shapes.world import draw_index, make_chains
+from train_shapes import LINKED, RECIPES, TURNS, Objective, Recipe, main, train
+
+pytestmark = pytest.mark.slow
+
+
+class Silent:
+    """A log that keeps what it is told."""
+
+    def __init__(self):
+        self.scores = []
+
+    def progress(self, updates):
+        return range(updates)
+
+    def add(self, scores, rewards):
+        assert all(reward.shape == scores.likert.shape[:1] for reward in rewards.values())
+        self.scores.append(scores)
+
+
+def scores(success, consistency=0.5):
+    success = torch.tensor(success, dtype=torch.bool)
+    full = torch.full(success.shape, consistency)
+    return Scores(likert=1 + 4 * success.long(), success=success, consistency=full, strict=success)
+
+
+@pytest.fixture(scope="module", params=list(Objective))
+def demo(request, tmp_path_factory):
+    output = tmp_path_factory.mktemp(request.param.value)
+    main(objective=request.param, seed=3, output=output, updates=1, held_out=8)
+    return output
+
+
+def test_the_demo_leaves_a_report_and_pictures(demo):
+    report = json.loads((demo / "report.json").read_text())
+    assert report["objective"] in demo.name
+    assert (report["seed"], report["updates"], report["held_out_chains"]) == (3, 1, 8)
+    assert report["invalid_reward_share"] == 0
+    assert report["seconds"] > 0
+    for when in ("before", "after"):
+        for name in METRICS:
+            assert len(report[when][name]) == 3
+            for value, (low, high) in zip(
+                report[when][name], report[when][f"{name}_interval"], strict=True
+            ):
+                assert 0 <= low <= value <= high <= 100
+    for picture in ("learning_curve.png", "chains.png"):
+        with Image.open(demo / picture) as image:
+            assert min(image.size) > 300
+
+
+def test_the_table_tells_the_gain(demo, capsys):
+    print_table(json.loads((demo / "report.json").read_text()))
+    printed = capsys.readouterr().out
+    assert "Overall at turn 3" in printed
+    assert printed.count("before") >= 5
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_training_changes_the_policy_and_repeats_with_the_seed(objective):
+    recipe = Recipe(updates=1, learning_rate=1e-2, consistency_weight=0.5, chains=2, group=4)
+    runs = []
+    for seed in (0, 0, 1):
+        pipeline, log = load_editor(), Silent()
+        train(objective, recipe, seed, pipeline, log)
+        weights = [w for n, w in pipeline.transformer.named_parameters() if ".current." in n]
+        runs.append(torch.cat([weight.detach().flatten() for weight in weights]))
+        assert log.scores[0].likert.shape == (8, 3)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert runs[0].isfinite().all()
+
+
+def test_held_out_chains_share_nothing_with_pretraining_or_training():
+    """The pictures and chains that the scripts really use, not only the splits they come from."""
+    pictures, _ = single_edits(200, seed=0, corruption=0.25)
+    seen = {picture.numpy().tobytes() for picture in pictures.flatten(0, 1)}
+    options = {"turns": TURNS, "linked": LINKED}
+    training = make_chains(480, seed=0, split="train", **options)
+    held_out = make_chains(256, seed=0, split="held_out", **options)
+    seen |= {draw_index(state).tobytes() for chain in training for state in chain.states}
+    assert not seen & {draw_index(state).tobytes() for c in held_out for state in c.states}
+    assert not {(c.initial, *c.instructions) for c in held_out} & {
+        (c.initial, *c.instructions) for c in training
+    }
+
+
+def test_defaults_train_three_turns_with_the_mean_of_likert_scores():
+    assert set(RECIPES) == set(Objective)
+    assert all(recipe.updates >= 20 and recipe.group >= 8 for recipe in RECIPES.values())
+
+
+def test_summary_by_hand():
+    summary = summarise(scores([[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1]]))
+    assert summary["marginal"] == [75, 75, 25]
+    assert summary["instruction_following"] == [75, 50, 25]
+    assert summary["content_consistency"] == [50, 50, 50]
+    assert summary["overall"] == pytest.approx(
+        [100 * math.sqrt(share / 2) for share in (0.75, 0.5, 0.25)], abs=0.01
+    )
+
+
+def test_comparison_by_hand_and_without_any_success():
+    before = scores([[1, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 0]])
+    report = compare(before, scores([[1, 1, 1]] * 4, consistency=1.0))
+    assert report["kept"] == [0.25, 1.0]
+    assert report["kept_difference"] == 75
+    assert report["content_consistency"] == 50
+    assert report["marginal"] == 75
+    assert report["marginal_interval"][0] > 0
+    nothing = compare(scores([[0, 0, 0]] * 4), scores([[0, 0, 0]] * 4))
+    assert nothing["kept"] == [None, None]
+    assert "NaN" not in json.dumps(nothing)
+
+
+def test_evidence_is_written_from_reports(demo, tmp_path):
+    report = json.loads((demo / "report.json").read_text())
+    kind = report["objective"]
+    folder(tmp_path, kind, 3).mkdir()
+    (folder(tmp_path, kind, 3) / "report.json").write_text(json.dumps(report))
+    assert run(kind, 3, tmp_path, workers=1) == report  # is there already, so nothing runs
+    reports = {(kind, seed): report for kind in KINDS for seed in (0, 1)}
+    text = document(reports)
+    assert text.count("| seed 0, before |") == len(KINDS)
+    assert report["versions"]["torch"] in text
+    draw_summary(reports, tmp_path / "summary.png")
+    with Image.open(tmp_path / "summary.png") as image:
+        assert min(image.size) > 300
+
+
+def test_evidence_refuses_the_report_of_another_run(tmp_path):
+    output = folder(tmp_path, "grpo-twice", 1)
+    assert output.name == "grpo-1-twice"
+    output.mkdir(parents=True)
+    (output / "report.json").write_text(json.dumps({"objective": "nft", "seed": 1}))
+    with pytest.raises(ValueError, match="expected a report of"):
+        run("grpo-twice", 1, tmp_path, workers=1)
+
+
+def test_pretraining_runs_and_its_weights_load(tmp_path):
+    out = tmp_path / "tiny.safetensors"
+    pretrain(
+        seed=5,
+        steps=3,
+        horizon=5,
+        careless_steps=2,
+        corruption=0.5,
+        careless_rate=0.4,
+        batch=4,
+        chains=4,
+        start=None,
+        out=out,
+    )
+    trained = load_editor(out).transformer.state_dict()
+    fresh = build_kontext(seed=5).transformer.state_dict()
+    assert any(not torch.equal(trained[name], fresh[name]) for name in fresh)
+    assert json.loads(out.with_suffix(".json").read_text())["build"] == {"seed": 5}
