@@ -17,14 +17,15 @@ import torch
 import typer
 from peft import LoraConfig
 from shapes.editor import load_editor
-from shapes.evaluate import edit_chains, evaluate
+from shapes.evaluate import edit_chains, evaluate, takes_one
 from shapes.report import Log, write_report
 from shapes.rewards import Truth, score
-from shapes.world import make_chains
+from shapes.world import Chain, make_chains
 from torch import Tensor
 
 from mteditflow import (
     FlowSDE,
+    Solver,
     adaptive_nft_loss,
     broadcast_to_steps,
     clamp_advantage,
@@ -91,20 +92,18 @@ def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: L
     lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules="all-linear")
     policies = LoraPolicies(pipeline.transformer, lora)
     optimizer = torch.optim.AdamW(policies.parameters(), recipe.learning_rate, weight_decay=0.0)
+    solver = None if nft else FlowSDE(recipe.noise_level)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, recipe.updates)
 
     for update in log.progress(recipe.updates):
         batch = [chains[update * recipe.chains + int(i)] for i in group]
-        first_seed = (seed * recipe.updates + update) * len(batch)
-        recorder = Recorder(
-            pipeline,
-            None if nft else FlowSDE(recipe.noise_level),
-            generators=trajectory_generators(first_seed, len(batch)),
-            stochastic_steps=range(recipe.stochastic_steps),
+        generators = trajectory_generators(
+            (seed * recipe.updates + update) * len(batch), len(batch)
         )
-        with policies.use("old" if nft else "current"), recorder:
-            pictures = edit_chains(pipeline, batch, generator, steps=recipe.steps)
-        rollout = recorder.rollout(group=group)
+        with policies.use("old" if nft else "current"):
+            pictures, rollout = sample(
+                pipeline, batch, group, recipe, solver, generator, generators
+            )
 
         scores = score(pictures, Truth.of(batch))
         rewards = {
@@ -132,6 +131,28 @@ def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: L
         schedule.step()
         policies.update_old(decay=old_policy_decay(update, slope=0.02, maximum=0.5))
         log.add(scores, rewards)
+
+
+def sample(
+    pipeline: Any,
+    chains: list[Chain],
+    group: Tensor,
+    recipe: Recipe,
+    solver: Solver | None,
+    generator: torch.Generator,
+    generators: list[torch.Generator],
+) -> tuple[Tensor, Rollout]:
+    """Roll chains out while a recorder watches: Kontext all at once, klein one after the other."""
+    size = 1 if takes_one(pipeline) else len(chains)
+    pictures, rollouts = [], []
+    for start in range(0, len(chains), size):
+        part = slice(start, start + size)
+        steps = range(recipe.stochastic_steps)
+        recorder = Recorder(pipeline, solver, generators=generators[part], stochastic_steps=steps)
+        with recorder:
+            pictures.append(edit_chains(pipeline, chains[part], generator, steps=recipe.steps))
+        rollouts.append(recorder.rollout(group=group[part]))
+    return torch.cat(pictures), Rollout.concatenate(rollouts)
 
 
 def nft_rows(

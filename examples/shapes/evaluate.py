@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import Flux2KleinPipeline
+from PIL import Image
 from torch import Tensor
 
 from mteditflow import (
@@ -17,7 +19,7 @@ from mteditflow import (
     overall,
 )
 
-from .editor import call_options
+from .editor import call_options, enlarge, shrink
 from .rewards import Scores, Truth, score
 from .world import Chain, draw
 
@@ -37,7 +39,8 @@ def edit_chains(
     """Let a pipeline make every edit of every chain, each turn on the picture that it made before.
 
     Args:
-        pipeline: A tiny Kontext; see :func:`shapes.editor.load_editor`.
+        pipeline: A tiny Kontext, or a tiny klein, which takes one chain at a time: it would take a
+            list of pictures as several references of one prompt.
         chains: B chains of equal length N.
         generator: Of the initial noise of every turn.
         steps: Denoising steps per turn.
@@ -46,16 +49,32 @@ def edit_chains(
         Pictures in [0, 1], ``[B, N, 3, H, W]``.
     """
     images = torch.stack([draw(chain.initial) for chain in chains])
+    klein = takes_one(pipeline)
+    if klein and len(chains) > 1:
+        parts = [edit_chains(pipeline, [chain], generator, steps=steps) for chain in chains]
+        return torch.cat(parts)
     pictures = []
     for instructions in zip(*(chain.instructions for chain in chains), strict=True):
         images = pipeline(
-            image=images,
+            image=to_pil(enlarge(images[0])) if klein else images,
             prompt=list(instructions),
             generator=generator,
             **call_options(pipeline, steps=steps),
         ).images
+        images = shrink(images) if klein else images
         pictures.append(images)
     return torch.stack(pictures, dim=1)
+
+
+def takes_one(pipeline: Any) -> bool:
+    """Whether a pipeline edits one picture at a time, as klein's does."""
+    return isinstance(pipeline, Flux2KleinPipeline)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Turn colours in [0, 1], ``[3, H, W]``, into a PIL image."""
+    pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def evaluate(

@@ -58,7 +58,8 @@ class Log:
             recent = self.smooth(entry)
             self._bar.set_postfix_str(
                 f"following {recent['following']:.2f}, consistency {recent['consistency']:.2f}, "
-                f"whole chains {recent['chains']:.0%}"
+                f"whole chains {recent['chains']:.0%}",
+                refresh=False,
             )
 
     def smooth(self, names: Sequence[str] | dict[str, float], window: int = 8) -> dict[str, float]:
