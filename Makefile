@@ -53,5 +53,9 @@ evidence: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
+mutation: $(INSTALLED)
+	-$(BIN)/mutmut run --max-children $(WORKERS)
+	$(BIN)/python docs/mutation.py
+
 clean:
 	rm -rf $(VENV) build dist runs mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis
