@@ -98,6 +98,7 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         f"- Versions: {versions}",
         f"- Each run: {some['held_out_chains']} held-out chains of three turns, which share no "
         "picture and no chain with pre-training or RL; before and after from equal noise.",
+        "- Minutes are those of the machine as it was, not always idle, with the threads given.",
         "- Percent, with 95% bootstrap intervals over chains. IF(3): all three turns succeeded. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Kept: Marginal(3) / Marginal(1), the share of turn-1 success that turn 3 keeps: low "

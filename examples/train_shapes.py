@@ -47,6 +47,8 @@ from mteditflow.pipelines import LoraPolicies, Recorder, Rollout
 TURNS = 3
 LINKED = 1.0  # turns go on with what earlier turns have edited, where they can
 SIGMA_SHIFT = 3.0  # NFT trains high noise levels more: what an edit will be is decided there
+ADVANTAGE_MAX = 2.5  # NFT: where the optimality probability saturates
+CLIP = 1e-3  # GRPO: of ratios of mean log-probs, which stay near 1
 LOSS_ROWS = 96  # rows in one forward and backward pass; no matter for the result
 
 
@@ -175,9 +177,9 @@ def nft_rows(
     velocity = forward()
     old_velocity = policies.old_velocity(velocity, forward)
     target = velocity_target(clean, noise)
-    r = optimality_probability(advantage, advantage_max=2.5)
+    r = optimality_probability(advantage, advantage_max=ADVANTAGE_MAX)
     return adaptive_nft_loss(
-        velocity, old_velocity, target, r, sigma, nft_beta=1.0, advantage_max=2.5
+        velocity, old_velocity, target, r, sigma, nft_beta=1.0, advantage_max=ADVANTAGE_MAX
     )
 
 
@@ -201,7 +203,7 @@ def grpo_rows(
         reference = solver(steps.x_t, forward(), steps.sigma, steps.next_sigma)
     log_prob = gaussian_log_prob(steps.next_x, *transition, reduction="mean")
     loss = clipped_surrogate_loss(
-        log_prob, steps.log_prob, advantage, clip_low=1e-3, clip_high=1e-3
+        log_prob, steps.log_prob, advantage, clip_low=CLIP, clip_high=CLIP
     )
     kl = gaussian_kl(transition.mean, reference.mean, transition.std, reduction="mean")
     return loss + recipe.kl_coef * kl
@@ -216,9 +218,11 @@ def main(
         "runs/demo"
     ),
     updates: Annotated[
-        int | None, typer.Option(help="Rounds of RL; default: the recipe's.")
+        int | None, typer.Option(min=1, help="Rounds of RL; default: the recipe's.")
     ] = None,
-    held_out: Annotated[int, typer.Option(help="Chains to evaluate on, none seen before.")] = 512,
+    held_out: Annotated[
+        int, typer.Option(min=2, help="Chains to evaluate on, none seen before.")
+    ] = 512,
 ) -> None:
     """Train the shipped editor on three-turn chains, and report before and after."""
     recipe = RECIPES[objective]
