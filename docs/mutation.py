@@ -1,15 +1,20 @@
-"""Write ``mutation.md`` from what ``mutmut run`` left behind: python docs/mutation.py [folder ...].
+"""Mutation testing of floors 0 to 2: ``python docs/mutation.py`` runs it and writes mutation.md.
 
-A folder is one in which mutmut ran (default: this repository); where several hold the same module,
-the last one counts. The reasons for survivors are kept by hand in ``mutation_reasons.json``, under
-the change that the mutant makes.
+mutmut works on a copy of the core and its tests in ``build/mutation``; a mutant once killed is not
+checked again until its function changes. Survivors' reasons are kept by hand in
+``mutation_reasons.json``: pairs of a regular expression, matched against the whole of
+``function: before -> after``, and a reason.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,20 +25,55 @@ from pathlib import Path
 
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parent.resolve()
+ROOT = DOCS.parent
 KILLED, SURVIVED, UNCHECKED = "killed", "survived", "unchecked"
 # What pytest's exit status says; anything else is a mutant that hung or crashed: noticed.
 VERDICTS = {0: SURVIVED, 5: SURVIVED, 33: SURVIVED, None: UNCHECKED, 2: UNCHECKED}
 GOAL = 0.9
+NO_REASON = "NO REASON GIVEN"
 
 HEADER = """\
 # Mutation testing of floors 0 to 2
 
-Made by `make mutation` (mutmut breaks every line of the core in turn and runs the tests that reach
-it); do not edit. Tests that compile and tests of more than a few seconds are left out, and each
-property gets 20 fixed examples, so the whole suite kills more than is counted here. Reasons are in
-`mutation_reasons.json`.
+Made by `make mutation`; do not edit. mutmut breaks each line of the core in turn, in every way it
+knows, and runs the tests that reach that line. Tests that compile and tests of more than a few
+seconds are left out, and each property gets 20 fixed examples, so the whole suite kills more than
+is counted here. Functions under `@torch.no_grad()`, which mutmut would pass over, are included by
+moving the decorator below them in the copy it works on; two one-line properties of `Trajectory`
+are not. Reasons for survivors are in `mutation_reasons.json`.
 """
+
+
+def prepare(folder: Path) -> None:
+    """Copy what mutmut needs, and move decorators to where mutmut accepts them."""
+    for name in ("mteditflow", "tests"):
+        unwanted = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True, ignore=unwanted)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    for module in (folder / "mteditflow").rglob("*.py"):
+        source = module.read_text()
+        names = re.findall(r"^@torch\.no_grad\(\)\ndef (\w+)", source, flags=re.MULTILINE)
+        below = "".join(f"\n\n{name} = torch.no_grad()({name})\n" for name in names)
+        module.write_text(source.replace("@torch.no_grad()\n", "") + below)
+
+
+def forget_survivors(folder: Path) -> None:
+    """Let new tests have a try at what survived, and mutmut find anew which test reaches what."""
+    (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
+    for meta in (folder / "mutants").rglob("*.meta"):
+        content = json.loads(meta.read_text())
+        codes = content["exit_code_by_key"]
+        codes.update({name: None for name, code in codes.items() if code in VERDICTS})
+        meta.write_text(json.dumps(content))
+
+
+def mutate(folder: Path, processes: int) -> None:
+    """Run mutmut; it goes on where it was interrupted."""
+    environment = os.environ | {"HYPOTHESIS_PROFILE": "mutation", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(processes)]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
 def verdicts(folder: Path) -> dict[str, dict[str, str]]:
@@ -41,10 +81,9 @@ def verdicts(folder: Path) -> dict[str, dict[str, str]]:
     found = {}
     for meta in sorted((folder / "mutants").rglob("*.meta")):
         codes = json.loads(meta.read_text())["exit_code_by_key"]
-        module = meta.relative_to(folder / "mutants").with_suffix("").as_posix()
-        checked = {name: VERDICTS.get(code, KILLED) for name, code in codes.items()}
-        if set(checked.values()) - {UNCHECKED}:
-            found[module] = checked
+        if codes:
+            module = meta.relative_to(folder / "mutants").with_suffix("").as_posix()
+            found[module] = {name: VERDICTS.get(code, KILLED) for name, code in codes.items()}
     return found
 
 
@@ -52,35 +91,42 @@ def change(folder: Path, module: str, mutant: str) -> str:
     """What a mutant changes, as ``function: before -> after``."""
     with chdir(folder):
         lines = get_diff_for_mutant(mutant, path=Path(module)).splitlines()[3:]
-    sides = (" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
+    before, after = (
+        " ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+"
+    )
     function = mutant.rpartition("__mutmut_")[0].rpartition(".")[2].removeprefix("x_")
-    before, after = sides
     return f"{function.replace('xǁ', '').replace('ǁ', '.')}: {before} -> {after}"
 
 
-def render(folders: list[Path]) -> Iterator[str]:
+def reason(text: str) -> str:
+    """Why a mutant may live: the first reason whose pattern fits."""
+    pairs = json.loads((DOCS / "mutation_reasons.json").read_text())
+    return next((why for pattern, why in pairs if re.fullmatch(pattern, text)), NO_REASON)
+
+
+def render(folder: Path) -> Iterator[str]:
     """The page, line by line."""
-    reasons = json.loads((DOCS / "mutation_reasons.json").read_text())
-    results = {module: (f, found) for f in folders for module, found in verdicts(f).items()}
+    results = verdicts(folder)
     yield HEADER
     today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     versions = ", ".join(f"{name} {version(name)}" for name in ("mutmut", "torch", "hypothesis"))
     yield f"{today}; {versions}, python {platform.python_version()}.\n"
     yield "| module | mutants | killed | survived | not checked | killed |"
     yield "|---|--:|--:|--:|--:|--:|"
-    total: Counter[str] = Counter()
-    for module, (_, found) in sorted(results.items()):
-        counts = Counter(found.values())
-        total += counts
-        yield _row(f"`{module}`", counts)
-    yield _row("all", total)
+    for module, found in results.items():
+        yield _row(f"`{module}`", Counter(found.values()))
+    yield _row("all", _total(folder))
     yield "\n## Survivors"
-    for module, (folder, found) in sorted(results.items()):
+    for module, found in results.items():
         survivors = [name for name, verdict in found.items() if verdict == SURVIVED]
         if survivors:
             yield f"\n### `{module}`\n"
         for text in sorted({change(folder, module, name) for name in survivors}):
-            yield f"- `{text}`\\\n  {reasons.get(module, {}).get(text, 'NO REASON GIVEN')}"
+            yield f"- `{text}`\\\n  {reason(text)}"
+
+
+def _total(folder: Path) -> Counter[str]:
+    return Counter(v for found in verdicts(folder).values() for v in found.values())
 
 
 def _row(name: str, counts: Counter[str]) -> str:
@@ -91,13 +137,24 @@ def _row(name: str, counts: Counter[str]) -> str:
 
 
 def main() -> bool:
-    """Write the page; return whether enough is killed and every survivor has its reason."""
-    folders = [Path(folder).resolve() for folder in sys.argv[1:] or [os.curdir]]
-    page = "\n".join(render(folders)) + "\n"
+    """Run and write the page; return whether enough is killed and every survivor has a reason."""
+    parser = argparse.ArgumentParser(description="Mutation testing of floors 0 to 2.")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--page-only", action="store_true", help="write the page, run nothing")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    if not options.page_only:
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(folder)
+        forget_survivors(folder)
+        mutate(folder, options.processes)
+    page = "\n".join(render(folder)) + "\n"
     (DOCS / "mutation.md").write_text(page)
-    sys.stdout.write(page)
-    total = Counter(v for f in folders for found in verdicts(f).values() for v in found.values())
-    return total[KILLED] >= GOAL * (total[KILLED] + total[SURVIVED]) and "NO REASON" not in page
+    total = _total(folder)
+    sys.stdout.write(f"{total[KILLED]} killed, {total[SURVIVED]} survived: docs/mutation.md\n")
+    enough = total[KILLED] >= GOAL * (total[KILLED] + total[SURVIVED])
+    return enough and not total[UNCHECKED] and NO_REASON not in page
 
 
 if __name__ == "__main__":
