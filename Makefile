@@ -54,8 +54,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 mutation: $(INSTALLED)
-	-$(BIN)/mutmut run --max-children $(WORKERS)
-	$(BIN)/python docs/mutation.py
+	$(BIN)/python docs/mutation.py --processes $(WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist runs mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis
