@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,10 @@ def scores(success, consistency=0.5):
 @pytest.fixture(scope="module", params=list(Objective))
 def demo(request, tmp_path_factory):
     output = tmp_path_factory.mktemp(request.param.value)
-    main(objective=request.param, seed=3, output=output, updates=1, held_out=8)
+    small = replace(RECIPES[request.param], chains=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, request.param, small)
+        main(objective=request.param, seed=3, output=output, updates=1, held_out=8)
     return output
 
 
