@@ -73,10 +73,14 @@ def main() -> bool:
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--rounds", type=int, default=21, help="samples of each candidate")
     parser.add_argument("--only", default="", help="only functions whose name contains this")
+    parser.add_argument(
+        "--system-malloc", action="store_true", help="leave the C allocator as it is"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave compiled figures out")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keeps_memory = not options.system_malloc and measure.keep_freed_memory()
 
     pairs = []
     for case in cases(options.device):
@@ -92,7 +96,10 @@ def main() -> bool:
     if options.only:
         return True
     results = {
-        "environment": report.environment(options.device),
+        "environment": {
+            **report.environment(options.device),
+            "malloc": "keeps freed memory" if keeps_memory else "system default",
+        },
         "latents": list(LATENTS),
         "samples": SAMPLES,
         "groups": GROUPS,

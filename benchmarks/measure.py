@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -17,6 +18,23 @@ from pathlib import Path
 import torch
 
 Call = Callable[[], object]
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library's allocator keep what is freed, as accelerators' caching allocators do.
+
+    Left alone it returns large blocks to the system at moments that depend on the order of frees,
+    and getting them back then costs more than the arithmetic. Returns whether it could be asked to.
+    """
+    options = {
+        -1: 2**30,
+        -3: 2**25,
+    }  # glibc's trim and mmap thresholds; 32 MiB is the latter's most
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(option, size) for option, size in options.items())
 
 
 def interleaved_seconds(

@@ -20,7 +20,9 @@ plain implementation of the same formula (`benchmarks/plain.py`) in one run and 
 with it first. Candidates take turns within each round, so a busy machine slows them alike. A ratio
 is ours / plain: the median over rounds of the ratio within a round, with its quartiles in
 brackets. Memory is the peak above the inputs; on the CPU the running sum of the allocator's events
-as `torch.profiler` records them, on CUDA the allocator's own peak.
+as `torch.profiler` records them, on CUDA the allocator's own peak. On Linux malloc is told to keep
+freed memory: by default it hands large blocks back and fetches them again, page by page, whenever
+the order of frees suits it, which makes all times longer and ratios erratic (`--system-malloc`).
 """
 
 
@@ -30,6 +32,7 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
+        "malloc": "system default",
         "mteditflow": mteditflow.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -69,7 +72,7 @@ def _section(device: str, results: dict[str, Any]) -> str:
         f"{about['date']}; mteditflow {about['mteditflow']}, torch {about['torch']}, "
         f"python {about['python']}. Latents {results['latents']}, float32; group advantages of "
         f"{results['samples']:,} samples in {results['groups']:,} groups; "
-        f"{results['rounds']} rounds.",
+        f"{results['rounds']} rounds; malloc: {about['malloc']}.",
         "",
         "### Time, milliseconds",
         "",
