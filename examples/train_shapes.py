@@ -90,7 +90,6 @@ def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: L
     )
     group = torch.arange(recipe.chains).repeat_interleave(recipe.group)
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # peft draws an adapter's first weights from the global generator
     lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules="all-linear")
     policies = LoraPolicies(pipeline.transformer, lora)
     optimizer = torch.optim.AdamW(policies.parameters(), recipe.learning_rate, weight_decay=0.0)
@@ -213,7 +212,7 @@ def main(
     objective: Annotated[
         Objective, typer.Option(help="DiffusionNFT or Flow-GRPO.")
     ] = Objective.nft,
-    seed: Annotated[int, typer.Option(help="Of chains, noise and adapters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of chains and noise.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of report.json and the pictures.")] = Path(
         "runs/demo"
     ),
