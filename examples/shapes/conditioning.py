@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from .editor import TEXT_TOKENS
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class Conditioner:
