@@ -25,7 +25,7 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mteditflow import flow_matching_loss, interpolate, shift_sigmas
+from mteditflow import flow_matching_loss, interpolate, shift_sigmas, update_old_policy
 
 from .conditioning import Conditioner
 from .editor import WEIGHTS, build_kontext, load_editor, save_weights
@@ -113,9 +113,7 @@ def fit(
             part.step()
             part.zero_grad(set_to_none=True)
         decay = min(averaging, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for slow, fast in zip(average.parameters(), transformer.parameters(), strict=True):
-                slow.lerp_(fast, 1 - decay)
+        update_old_policy(average.parameters(), transformer.parameters(), decay=decay)
         value = float(loss.detach())
         running = value if running is None else 0.99 * running + 0.01 * value
         bar.set_postfix_str(f"loss {running:.3f}", refresh=False)
