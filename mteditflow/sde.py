@@ -21,6 +21,7 @@ Shapes: ``M`` rows, any latent axes behind. Everything is computed in float32 at
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -85,12 +86,12 @@ class Solver(Protocol):
         ...
 
 
-class _PulledEuler:
+class _PulledEuler(ABC):
     """The one formula; a solver only says how far it pulls and how much noise it adds."""
 
+    @abstractmethod
     def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
         """``pull`` and ``std`` of a step, in the shape of ``sigma``."""
-        raise NotImplementedError
 
     def __call__(
         self, x_t: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor
@@ -146,9 +147,9 @@ class ODE(_PulledEuler):
 class _SDE(_PulledEuler):
     """Euler-Maruyama step of the SDE with the ODE's marginals and diffusion coefficient g."""
 
+    @abstractmethod
     def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
         """Diffusion coefficient g of the step."""
-        raise NotImplementedError
 
     def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
         """``g^2 d / (2 sigma)`` and ``g sqrt(d)``."""
