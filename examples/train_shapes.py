@@ -111,12 +111,13 @@ def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: L
             "following": likert_average(scores.likert),
             "consistency": turn_average(scores.consistency),
         }
+        valid = torch.stack([reward.isfinite() for reward in rewards.values()]).all(dim=0)
         weights = {"following": 1.0, "consistency": recipe.consistency_weight}
-        advantage = clamp_advantage(fuse_advantages(rewards, weights, group))
+        advantage = clamp_advantage(fuse_advantages(rewards, weights, group, valid=valid))
         advantages = broadcast_to_steps(advantage, turns=TURNS, steps=recipe.steps)
 
-        step_mask = rollout.trajectory.step_mask  # NFT needs a turn once, GRPO each noisy step
-        rows = (rollout.trajectory.turn_mask[..., None] if nft else step_mask).nonzero()
+        exists = rollout.trajectory.turn_mask[..., None] if nft else rollout.trajectory.step_mask
+        rows = (exists & valid[:, None, None]).nonzero()  # NFT: turns; GRPO: their noisy steps
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         for minibatch in shuffled.chunk(recipe.minibatches):
             for part in minibatch.split(LOSS_ROWS):
@@ -131,7 +132,7 @@ def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: L
             optimizer.zero_grad()
         schedule.step()
         policies.update_old(decay=old_policy_decay(update, slope=0.02, maximum=0.5))
-        log.add(scores, rewards)
+        log.add(scores, rewards, valid)
 
 
 def sample(

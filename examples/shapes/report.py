@@ -38,7 +38,7 @@ class Log:
         self.objective, self.seed = objective, seed
         self.started = time.monotonic()
         self.rewards: list[dict[str, float]] = []
-        self.invalid = 0
+        self.invalid = self.scored = 0
         self._bar: tqdm | None = None
 
     def progress(self, updates: int) -> Iterator[int]:
@@ -48,11 +48,12 @@ class Log:
                 yield update
                 self._bar.update()
 
-    def add(self, scores: Scores, rewards: dict[str, Tensor]) -> None:
-        """Take in one update's scores ``[B, N]`` and rewards ``[B]``."""
-        entry = {name: float(reward.mean()) for name, reward in rewards.items()}
-        entry["chains"] = float(scores.success.all(dim=1).float().mean())
-        self.invalid += sum(int((~reward.isfinite()).sum()) for reward in rewards.values())
+    def add(self, scores: Scores, rewards: dict[str, Tensor], valid: Tensor) -> None:
+        """Take in one update's scores ``[B, N]``, rewards ``[B]``, and which are valid ``[B]``."""
+        entry = {name: float(reward[valid].mean()) for name, reward in rewards.items()}
+        entry["chains"] = float(scores.success[valid].all(dim=1).float().mean())
+        self.invalid += int((~valid).sum())
+        self.scored += len(valid)
         self.rewards.append(entry)
         if self._bar is not None:
             recent = self.smooth(entry)
@@ -89,14 +90,13 @@ def write_report(
     Returns:
         What ``report.json`` holds.
     """
-    scored = len(log.rewards) * len(log.rewards[0]) if log.rewards else 0
     report = {
         "objective": log.objective,
         "seed": log.seed,
         "updates": len(log.rewards),
         "seconds": round(time.monotonic() - log.started, 1),
         "held_out_chains": len(chains),
-        "invalid_reward_share": log.invalid / scored if scored else 0.0,
+        "invalid_reward_share": log.invalid / max(log.scored, 1),
         "before": summarise(before[0]),
         "after": summarise(after[0]),
         "difference_at_last_turn": compare(before[0], after[0]),

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import train_shapes
 from evidence import KINDS, document, draw_summary, folder, run
 from PIL import Image
 from shapes.editor import build_kontext, load_editor
 from shapes.evaluate import METRICS, compare, summarise
 from shapes.pretrain import main as pretrain
 from shapes.pretrain import single_edits
-from shapes.report import print_table
+from shapes.report import Log, print_table
 from shapes.rewards import Scores
 from shapes.world import draw_index, make_chains
 from train_shapes import LINKED, RECIPES, TURNS, Objective, Recipe, main, train
@@ -24,14 +25,15 @@ class Silent:
     """A log that keeps what it is told."""
 
     def __init__(self):
-        self.scores = []
+        self.scores, self.valid = [], []
 
     def progress(self, updates):
         return range(updates)
 
-    def add(self, scores, rewards):
+    def add(self, scores, rewards, valid):
         assert all(reward.shape == scores.likert.shape[:1] for reward in rewards.values())
         self.scores.append(scores)
+        self.valid.append(valid)
 
 
 def scores(success, consistency=0.5):
@@ -88,6 +90,40 @@ def test_training_changes_the_policy_and_repeats_with_the_seed(objective):
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     assert runs[0].isfinite().all()
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_a_lost_reward_trains_nothing(objective, monkeypatch):
+    lost, trained = [1, 6], []
+    rows = getattr(train_shapes, f"{objective.value}_rows")
+    mean = train_shapes.turn_average
+
+    def some_lost(score):
+        return mean(score).index_fill(0, torch.tensor(lost), torch.nan)
+
+    def spied(rollout, policies, index, advantage, *rest):
+        assert advantage.isfinite().all()
+        trained.extend(index[0].tolist())
+        return rows(rollout, policies, index, advantage, *rest)
+
+    monkeypatch.setattr(train_shapes, "turn_average", some_lost)
+    monkeypatch.setattr(train_shapes, f"{objective.value}_rows", spied)
+    log, pipeline = Silent(), load_editor()
+    recipe = Recipe(updates=1, learning_rate=1e-2, consistency_weight=0.5, chains=2, group=4)
+    train(objective, recipe, 0, pipeline, log)
+    assert set(trained) == set(range(8)) - set(lost)
+    assert (~log.valid[0]).nonzero().flatten().tolist() == lost
+    assert all(weight.isfinite().all() for weight in pipeline.transformer.parameters())
+
+
+def test_the_log_counts_lost_rewards_and_leaves_them_out_of_means():
+    log = Log("nft", seed=0)
+    rewards = {"following": torch.tensor([1.0, torch.nan, 0.0, 0.5])}
+    success = scores([[True, True], [True, True], [False, True], [True, True]])
+    log.add(success, rewards, rewards["following"].isfinite())
+    log.add(success, {"following": torch.ones(4)}, torch.ones(4, dtype=torch.bool))
+    assert log.rewards[0] == {"following": 0.5, "chains": pytest.approx(2 / 3)}
+    assert (log.invalid, log.scored) == (1, 8)
 
 
 def test_held_out_chains_share_nothing_with_pretraining_or_training():
