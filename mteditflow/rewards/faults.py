@@ -1,0 +1,66 @@
+"""Why an answer was lost: one vocabulary for the judge, content consistency and the planner.
+
+An attempt that fails raises ``AnswerError``; it is tried again a bounded number of times, and what
+is left at the end is a ``Lost``. Nothing in this library turns a ``Lost`` into a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Fault(Enum):
+    """What went wrong with one attempt."""
+
+    timeout = "time-out"
+    connection = "no connection"
+    rate_limited = "too many requests (429)"
+    server_error = "server error (5xx)"
+    rejected = "request rejected (4xx)"
+    malformed = "not an answer of this protocol"
+    refusal = "refusal"
+    cut_off = "cut off at the token limit"
+    format = "answer not in the format that was asked for"
+    wrong_count = "wrong number of scores"
+    out_of_range = "score out of range"
+    not_a_number = "score is not a number"
+    request_ignored = "server ignored part of the request"
+    unavailable = "no endpoint was available"
+
+
+class AnswerError(Exception):
+    """One attempt failed; the caller decides whether to try again.
+
+    Args:
+        fault: what kind of failure.
+        detail: what was expected and what came, for the log.
+
+    Example:
+        >>> raise AnswerError(Fault.out_of_range, "expected 1..5, got 7")
+        Traceback (most recent call last):
+        mteditflow.rewards.faults.AnswerError: score out of range: expected 1..5, got 7
+    """
+
+    def __init__(self, fault: Fault, detail: str) -> None:
+        super().__init__(f"{fault.value}: {detail}")
+        self.fault, self.detail = fault, detail
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An answer that did not come, after all attempts.
+
+    Attributes:
+        fault: of the last attempt.
+        detail: of the last attempt: what was expected and what came.
+        attempts: how many were made.
+    """
+
+    fault: Fault
+    detail: str
+    attempts: int
+
+    def __str__(self) -> str:
+        times = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
+        return f"{self.fault.value} after {times}: {self.detail}"

@@ -1,0 +1,175 @@
+"""Scores per turn with their validity: what every judge and scorer of this package returns.
+
+``B`` trajectories, ``N`` turns. A score that is not there is NaN, never a number: either it was
+LOST (an answer was asked for and did not come, with the reason) or there was nothing to measure
+(content consistency of a turn in which everything was edited).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    check_full_precision,
+    check_mask,
+    check_number,
+    check_rank,
+    check_values,
+)
+from mteditflow.rewards.faults import Lost
+
+
+class Reward(NamedTuple):
+    """One reward per trajectory, as ``mteditflow.fuse_advantages`` takes it."""
+
+    value: Tensor  # [B], NaN where not valid
+    valid: Tensor  # [B], boolean
+
+
+class InvalidRewardsError(RuntimeError):
+    """More of a round's rewards are invalid than the run allows."""
+
+
+@dataclass(frozen=True, eq=False)
+class TurnScores:
+    """One score per turn of B trajectories, or why there is none.
+
+    Args:
+        score: [B, N], float32 or float64; NaN where there is no score.
+        turn_mask: turns that exist, boolean [B, N].
+        lost: (trajectory, turn) to why its score was lost; those entries are NaN. A NaN that is not
+            named here means that there was nothing to measure.
+
+    Raises:
+        ValueError: shapes differ, an entry is infinite, a padded or lost entry holds a number, or
+            ``lost`` names a turn that does not exist.
+        TypeError: a dtype is not the one stated.
+
+    Example:
+        >>> from mteditflow import likert_average
+        >>> from mteditflow.rewards import Fault, Lost, TurnScores
+        >>> score = torch.tensor([[5.0, 3.0], [4.0, torch.nan]])
+        >>> lost = {(1, 1): Lost(Fault.timeout, "no answer within 60 s", attempts=4)}
+        >>> scores = TurnScores(score, torch.ones(2, 2, dtype=torch.bool), lost)
+        >>> scores.reward(likert_average)
+        Reward(value=tensor([0.7500,    nan]), valid=tensor([ True, False]))
+        >>> scores.invalid_share, scores.reasons
+        (0.5, {'time-out': 1})
+    """
+
+    score: Tensor
+    turn_mask: Tensor
+    lost: Mapping[tuple[int, int], Lost]
+
+    def __post_init__(self) -> None:
+        check_full_precision(score=self.score)
+        check_rank("score", self.score, 2, "[B, N]", maximum=2)
+        check_mask("turn_mask", self.turn_mask, self.score.shape, "[B, N]")
+        check_values("score", self.score, ~self.score.isinf(), "a finite score, or NaN for none")
+        absent = self.turn_mask.logical_not()
+        for b, n in self.lost:
+            if not (0 <= b < len(self.score) and 0 <= n < self.score.shape[1]) or absent[b, n]:
+                raise ValueError(f"lost: expected (trajectory, turn) that exist, got {(b, n)}")
+            absent[b, n] = True
+        check_values("score", self.score, ~absent | self.score.isnan(), "NaN where lost or padded")
+
+    def __len__(self) -> int:
+        """Return the number of trajectories, B."""
+        return len(self.score)
+
+    @property
+    def measured(self) -> Tensor:
+        """Turns that have a score, boolean [B, N]."""
+        return self.score.isfinite()
+
+    @property
+    def valid(self) -> Tensor:
+        """Trajectories that may be trained on, boolean [B].
+
+        One that lost the score of any turn is not among them: the mean of what is left would be
+        another measure than that of the other members of its group. Neither is one of whose turns
+        none could be measured.
+        """
+        valid = self.measured.any(dim=1)
+        for b, _ in self.lost:
+            valid[b] = False
+        return valid
+
+    @property
+    def invalid_share(self) -> float:
+        """Share of trajectories that are not valid."""
+        return 1.0 - float(self.valid.float().mean())
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How often each reason occurs, most frequent first, counted in turns."""
+        counts = Counter(lost.fault.value for lost in self.lost.values())
+        unmeasured = int((self.turn_mask & ~self.measured).sum()) - len(self.lost)
+        if unmeasured:
+            counts["nothing to measure"] = unmeasured
+        return dict(counts.most_common())
+
+    def reward(self, aggregate: Callable[..., Tensor]) -> Reward:
+        """Aggregate turns to one reward per trajectory; invalid ones are NaN and marked.
+
+        Args:
+            aggregate: such as ``mteditflow.likert_average``: maps scores [B', N] and a
+                ``turn_mask`` to [B']; it sees valid trajectories alone, and in them the turns that
+                were measured.
+
+        Returns:
+            Reward: value [B], float32 (float64 if scores are), and valid, boolean [B].
+        """
+        valid = self.valid
+        value = torch.full_like(self.score[:, 0], torch.nan)
+        if bool(valid.any()):
+            measured = self.measured[valid]
+            value[valid] = aggregate(self.score[valid], turn_mask=measured).to(value.dtype)
+        return Reward(value, valid)
+
+    def require(self, *, max_invalid_share: float) -> TurnScores:
+        """Return these scores, or stop the run if too many of them are invalid.
+
+        Args:
+            max_invalid_share: most that may be invalid, in [0, 1].
+
+        Raises:
+            InvalidRewardsError: more are; the message gives the share, the reasons with their
+                counts, and an instance of the most frequent one.
+        """
+        check_number("max_invalid_share", max_invalid_share, low=0.0, high=1.0)
+        if self.invalid_share <= max_invalid_share:
+            return self
+        counts = self.reasons
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+        commonest = next(iter(counts))
+        examples = (str(x) for x in self.lost.values() if x.fault.value == commonest)
+        example = next((f". For instance {x}" for x in examples), "")
+        raise InvalidRewardsError(
+            f"{self.invalid_share:.0%} of {len(self)} rewards are invalid, more than the "
+            f"{max_invalid_share:.0%} allowed. Turns by reason: {reasons}{example}"
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TurnScores]) -> TurnScores:
+        """Join batches of trajectories of equal N, in order.
+
+        Raises:
+            ValueError: there is no part, or their numbers of turns differ.
+        """
+        if not parts or len({part.score.shape[1] for part in parts}) > 1:
+            turns = [part.score.shape[1] for part in parts]
+            raise ValueError(f"parts: expected some of equal N, got N = {turns}")
+        lost: dict[tuple[int, int], Lost] = {}
+        start = 0
+        for part in parts:
+            lost |= {(start + b, n): reason for (b, n), reason in part.lost.items()}
+            start += len(part)
+        score = torch.cat([part.score for part in parts])
+        return cls(score, torch.cat([part.turn_mask for part in parts]), lost)
