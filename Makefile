@@ -9,6 +9,10 @@ OUTPUT ?= runs/demo
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Only the tests' real `transformers serve` imports it, in a process of its own: on a CPU build of torch it
+# fails to import, and everything that looks for it would fail with it.
+SERVING := $(VENV)/serving
+TORCHVISION := torchvision==0.28.0
 # The models are tiny: threads beyond the cores only get in each other's way.
 WORKERS ?= 2
 
@@ -27,6 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; a few minutes on a slow line)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(SERVING) $(TORCHVISION)
 	@touch $@
 
 demo: $(INSTALLED)
