@@ -1,0 +1,97 @@
+"""Seeing by rule: find the things of a picture, and read a clean picture back into its state.
+
+The inverse of drawing. A scripted judge reads the reference picture with it, and content
+consistency uses it in place of a neural detector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .rewards import read
+from .world import (
+    BACKGROUNDS,
+    CELL,
+    CELLS,
+    COLORS,
+    IMAGE_SIZE,
+    MATERIALS,
+    SHAPES,
+    State,
+    Thing,
+    draw_index,
+    thing_mask,
+)
+
+EXTENT = 5  # pixels that a thing takes of its cell, each way
+ALIKE = 0.9  # share of these pixels that must be as drawn for a thing to be found
+
+
+def to_index(image: Image.Image) -> np.ndarray:
+    """Name the colours of an image of any size: palette indices, int8 ``[12, 12]``, -1 for none."""
+    step = np.array(image.size) / IMAGE_SIZE
+    columns, rows = (((np.arange(IMAGE_SIZE) + 0.5) * s).astype(int) for s in step)
+    pixels = np.asarray(image.convert("RGB"))[rows][:, columns]  # the middle of every block
+    return read(torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)).numpy()
+
+
+def find_things(index: np.ndarray, names: Sequence[str] | None = None) -> list[Thing]:
+    """Find what stands in each cell of a picture, also of a spoilt one.
+
+    Args:
+        index: Palette indices, int8 ``[H, W]``.
+        names: What to look for, such as ``"red circle"``; None looks for everything.
+
+    Returns:
+        One thing per cell in which something is found, in reading order of the cells.
+    """
+    wanted = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
+    wanted &= set(wanted if names is None else names)
+    found = []
+    for cell in range(len(CELLS)):
+        top, left = CELL * (cell // 2), CELL * (cell % 2)
+        part = index[top : top + EXTENT, left : left + EXTENT]
+        alike, thing = max(
+            (
+                (float(((part == COLORS.index(color)) == stencil).mean()), thing)
+                for color in COLORS
+                if np.any(part == COLORS.index(color))
+                for thing, stencil in _stencils(color, cell)
+            ),
+            key=lambda item: item[0],
+            default=(0.0, None),
+        )
+        if thing is not None and alike >= ALIKE and f"{thing.color} {thing.shape}" in wanted:
+            found.append(thing)
+    return found
+
+
+def _stencils(color: str, cell: int) -> list[tuple[Thing, np.ndarray]]:
+    top, left = CELL * (cell // 2), CELL * (cell % 2)
+    things = [Thing(s, color, m, (cell,)) for s in SHAPES for m in MATERIALS]
+    return [
+        (thing, thing_mask(thing)[top : top + EXTENT, left : left + EXTENT]) for thing in things
+    ]
+
+
+def read_state(index: np.ndarray) -> State:
+    """Return the state that draws exactly this picture.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    cells: dict[tuple[str, str, str], list[int]] = {}
+    for thing in find_things(index):
+        cells.setdefault((thing.shape, thing.color, thing.material), []).extend(thing.cells)
+    things = [Thing(*look, tuple(where)) for look, where in cells.items()]
+    things.sort(key=lambda thing: SHAPES.index(thing.shape))
+    for background in BACKGROUNDS:
+        state = State(background, tuple(things))
+        if np.array_equal(draw_index(state), index):
+            return state
+    raise ValueError("index: expected a picture of the shapes world, pixel for pixel")
