@@ -1,0 +1,166 @@
+"""The object pool: what is in the image, and how each edit changes it. Pure code, no model.
+
+A pool is a value; ``Pool.apply`` gives the next one or says why the edit makes no sense. A name
+stands for one object in the whole chain: once used, it is never given to another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from mteditflow.chains import TaskType
+from mteditflow.planner.edits import LENGTH_MAX, BackgroundChange, Edit, EditError, SubjectAdd
+from mteditflow.planner.objects import ListedObject, SceneObject, changed
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The objects after some edits of one chain.
+
+    Attributes:
+        objects: those that are there now.
+        names: every name used so far, in the order of use.
+        edits: what was done so far.
+
+    Source: EdiVal-Bench (arXiv 2509.13399), MT-EditFlow (arXiv 2606.01985) for the rules.
+
+    Example:
+        >>> from mteditflow.planner import ColorAlter, ListedObject, SubjectRemove
+        >>> pool = Pool.of([ListedObject(name="red car", color="red"), ListedObject(name="dog")])
+        >>> pool = pool.apply(ColorAlter(target="red car", color="blue"))
+        >>> pool.available, pool.unchanged, pool.names
+        (('blue car', 'dog'), ('dog',), ('red car', 'dog', 'blue car'))
+        >>> pool.apply(SubjectRemove(target="red car"))
+        Traceback (most recent call last):
+        mteditflow.planner.edits.EditError: expected one of ['blue car', 'dog'], got 'red car'
+    """
+
+    objects: tuple[SceneObject, ...]
+    names: tuple[str, ...]
+    edits: tuple[Edit, ...] = ()
+
+    @classmethod
+    def of(cls, objects: Sequence[ListedObject]) -> Pool:
+        """Return the pool of an unedited image.
+
+        Raises:
+            ValueError: two objects have one name, which case does not tell apart.
+        """
+        names = tuple(listed.name for listed in objects)
+        repeated = [name for i, name in enumerate(names) if _among(name, names[:i])]
+        if repeated:
+            raise ValueError(f"objects: expected a name for each alone, got {repeated[0]!r} twice")
+        return cls(tuple(SceneObject(**listed.model_dump()) for listed in objects), names)
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """Names of the objects that are there now."""
+        return tuple(x.name for x in self.objects)
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """Names of the originals that are still there and that no edit has changed."""
+        return tuple(x.name for x in self.objects if x.original and not x.edited)
+
+    @property
+    def lasting(self) -> tuple[str, ...]:
+        """Names of the objects that another background leaves: the foreground's originals."""
+        return tuple(x.name for x in self.objects if x.original and x.foreground)
+
+    @property
+    def same_background(self) -> bool:
+        """Whether the background is still that of the reference image."""
+        return not any(isinstance(edit, BackgroundChange) for edit in self.edits)
+
+    def obstacle(self, task: TaskType) -> str | None:
+        """Return why no edit of this type makes sense now, ``None`` if one may."""
+        needed = {
+            "subject_add": 0,
+            "text_change": 0,
+            "subject_remove": 2,
+            "position_change": 2,
+        }.get(task, 1)
+        if len(self.objects) < needed:
+            return f"{task} needs {needed} objects, there are {len(self.objects)}"
+        if task == "background_change" and not self.lasting:
+            return "background_change needs an original object in the foreground"
+        if task == "background_change" and self.edits[-1:] and self.edits[-1].task == task:
+            return "background_change has only just been made"
+        return None
+
+    def apply(self, edit: Edit) -> Pool:
+        """Return the pool after an edit.
+
+        Remove deletes; replace renames and keeps the attributes; add inserts; colour and material
+        put their word into the name, in the place of the old one or before it; count and text set
+        the attribute; position changes nothing; after a background change only the foreground's
+        originals remain. What an edit touches counts as edited: of a position both objects, of an
+        addition none.
+
+        Args:
+            edit: one of the nine types.
+
+        Raises:
+            EditError: the edit makes no sense here; the message says why.
+        """
+        self._check(edit)
+        objects = [changed(x, edit) for x in self.objects]
+        new = [y.name for x, y in zip(self.objects, objects, strict=True) if y and y.name != x.name]
+        if isinstance(edit, SubjectAdd):
+            objects.append(SceneObject(name=edit.name, original=False))
+            new.append(edit.name)
+        for name in new:
+            if _among(name, self.names) or len(name) > LENGTH_MAX:
+                raise EditError(
+                    f"expected a name of up to {LENGTH_MAX} characters that the chain has not "
+                    f"used, got {name!r}"
+                )
+        there = tuple(x for x in objects if x is not None)
+        return Pool(there, (*self.names, *new), (*self.edits, edit))
+
+    def _check(self, edit: Edit) -> None:
+        """Raise ``EditError`` for what can be said before the edit is made."""
+        if reason := self.obstacle(edit.task):
+            raise EditError(reason)
+        for name in (*edit.touched, getattr(edit, "reference", None)):
+            if name is not None and name not in self.available:
+                raise EditError(f"expected one of {list(self.available)}, got {name!r}")
+        if isinstance(edit, BackgroundChange) and set(edit.kept) != set(self.lasting):
+            raise EditError(f"expected kept to be {list(self.lasting)}, got {list(edit.kept)}")
+
+
+def chain_fields(pools: Sequence[Pool]) -> dict[str, Any]:
+    """Return the fields of a ``Chain`` that follow from its pools, one entry per turn.
+
+    Args:
+        pools: N + 1 of them: that of the image, then each ``apply`` of the one before.
+
+    Example:
+        >>> from mteditflow.planner import ListedObject, SubjectRemove
+        >>> pool = Pool.of([ListedObject(name="cat"), ListedObject(name="dog")])
+        >>> fields = chain_fields([pool, pool.apply(SubjectRemove(target="cat"))])
+        >>> fields["formatted_instructions"], fields["available_objects"]
+        (('Remove [cat]',), (('dog',),))
+    """
+    edits, after = pools[-1].edits, pools[1:]
+    return {
+        "task_types": tuple(edit.task for edit in edits),
+        "formatted_instructions": tuple(edit.formatted() for edit in edits),
+        "unchanged_objects": tuple(pool.unchanged for pool in after),
+        "turn_unchanged_objects": tuple(_left_alone(*pair) for pair in pairwise(pools)),
+        "all_objects": tuple(pool.names for pool in after),
+        "available_objects": tuple(pool.available for pool in after),
+        "background_consistency": tuple(pool.same_background for pool in after),
+    }
+
+
+def _left_alone(before: Pool, after: Pool) -> tuple[str, ...]:
+    touched = after.edits[-1].touched
+    return tuple(x for x in after.available if x in before.available and x not in touched)
+
+
+def _among(name: str, names: Sequence[str]) -> bool:
+    return name.casefold() in (other.casefold() for other in names)
