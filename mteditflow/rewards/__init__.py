@@ -14,14 +14,24 @@ except ImportError as error:
         f"mteditflow.rewards needs {error.name}: pip install 'mteditflow[rewards]'"
     ) from error
 
+from mteditflow.rewards.background import Background
+from mteditflow.rewards.cache import AnswerCache
+from mteditflow.rewards.chat import ChatAnswer, ChatClient
+from mteditflow.rewards.dispatch import Dispatcher, Statistics
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
 from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
 
 __all__ = [
+    "AnswerCache",
     "AnswerError",
+    "Background",
+    "ChatAnswer",
+    "ChatClient",
+    "Dispatcher",
     "Fault",
     "InvalidRewardsError",
     "Lost",
     "Reward",
+    "Statistics",
     "TurnScores",
 ]

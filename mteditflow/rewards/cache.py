@@ -1,0 +1,145 @@
+"""Accepted answers on disk, found again by the content of the request."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+APPLICATION = 0x4D544546  # "MTEF", in the file's header
+BUSY_TIMEOUT = 60.0  # s; for other processes' writes
+SCHEMA = "CREATE TABLE answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL)"
+
+
+def request_key(request: Mapping[str, Any]) -> str:
+    """Name a request by its content.
+
+    Args:
+        request: JSON values: all that decides on the answer, so the endpoint has no place in it.
+
+    Returns:
+        sha256 of the canonical JSON, in hexadecimal.
+
+    Raises:
+        ValueError: a number is not finite.
+        TypeError: a value is not JSON.
+
+    Example:
+        >>> request_key({"seed": 0, "model": "m"}) == request_key({"model": "m", "seed": 0})
+        True
+    """
+    text = json.dumps(request, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256(text.encode()).hexdigest()
+
+
+class AnswerCache:
+    """Answers by key in one SQLite file, which several processes and threads may share.
+
+    A write is there whole or not at all, also when its process is killed. Every answer is read
+    back against a digest: one that the disk has changed is an error, not another answer. The file
+    must lie on a local disk (SQLite's write-ahead log does not work across a network).
+
+    Args:
+        path: the file; made if it is not there, with its folders.
+
+    Raises:
+        ValueError: the file is damaged, or is something else.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, AnswerCache(f"{folder}/answers") as cache:
+        ...     cache.put("key", "an answer")
+        ...     cache.get("key"), cache.get("another key"), len(cache)
+        ('an answer', None, 1)
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock()
+        self._connection = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+        )
+        try:
+            with self._access() as connection:
+                _prepare(connection)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def get(self, key: str) -> str | None:
+        """Return an answer, or ``None`` if there is none."""
+        with self._access() as connection:
+            query = "SELECT value, digest FROM answers WHERE key = ?"
+            row = connection.execute(query, (key,)).fetchone()
+            if row is None:
+                return None
+            value, digest = row
+            if _digest(key, value) != digest:
+                raise sqlite3.DatabaseError(f"the answer to {key} is not what was written")
+            return str(value)
+
+    def put(self, key: str, value: str) -> None:
+        """Store an answer in place of one that may be there."""
+        with self._access() as connection:
+            row = (key, value, _digest(key, value))
+            connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
+
+    def __len__(self) -> int:
+        """Return the number of answers."""
+        with self._access() as connection:
+            return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> AnswerCache:
+        """Return the cache."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    @contextmanager
+    def _access(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._connection
+            except sqlite3.ProgrammingError:  # closed
+                raise
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                raise ValueError(f"{self.path}: expected an answer cache, got: {error}") from error
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        application = connection.execute("PRAGMA application_id").fetchone()[0]
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if tables == 0:
+            connection.execute(SCHEMA)
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+        elif application != APPLICATION:
+            raise sqlite3.DatabaseError("another application's database")
+    finally:
+        connection.execute("COMMIT")
+
+
+def _digest(key: str, value: str) -> str:
+    return sha256(f"{key}\n{value}".encode()).hexdigest()
