@@ -1,0 +1,125 @@
+"""Images on the wire: lossless PNG, so that a reward is that of the pixels that were made."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+
+from PIL import Image
+
+FORMATS = ("PNG", "WEBP")
+SIXTEEN_BITS = ("I", "F")  # and their kin, such as I;16: converting them to RGB clips in silence
+# What PIL raises on one broken file or another.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+# What it raises, or is told to raise, on one that is far too large.
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def to_rgb(name: str, image: Image.Image) -> Image.Image:
+    """Load an image and bring it to 8-bit RGB; transparency is dropped, not blended.
+
+    Args:
+        name: what the image is, for the message of an error.
+        image: of any 8-bit mode; one that is RGB already comes back itself.
+
+    Raises:
+        TypeError: it is not a PIL image.
+        ValueError: it is empty, has more than 8 bits to a channel, or its file cannot be read.
+
+    Example:
+        >>> to_rgb("image", Image.new("L", (2, 1), 7)).getpixel((1, 0))
+        (7, 7, 7)
+    """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"{name}: expected a PIL image, got {type(image).__name__}")
+    if 0 in image.size:
+        raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
+    if image.mode.startswith(SIXTEEN_BITS):
+        raise ValueError(f"{name}: expected 8 bits a channel, got mode {image.mode}")
+    try:
+        image.load()
+    except UNREADABLE as error:
+        raise ValueError(f"{name}: expected a readable image, got {error}") from error
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode the pixels of an 8-bit image as PNG: RGB, no metadata, equal bytes for equal pixels.
+
+    Raises:
+        TypeError: it is not a PIL image.
+        ValueError: as in ``to_rgb``.
+
+    Example:
+        >>> image = Image.new("RGB", (8, 8), (200, 30, 30))
+        >>> decode_image(png_bytes(image), max_pixels=64).getpixel((7, 7))
+        (200, 30, 30)
+    """
+    rgb = to_rgb("image", image)
+    file = io.BytesIO()
+    # Only pixels: no profile, text or date that the image carries along.
+    Image.frombytes("RGB", rgb.size, rgb.tobytes()).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def png_base64(image: Image.Image) -> str:
+    """Encode an image as base64 of its PNG; raises what ``png_bytes`` does."""
+    return base64.b64encode(png_bytes(image)).decode("ascii")
+
+
+def png_data_url(image: Image.Image) -> str:
+    """Encode an image as a ``data:`` URL of its PNG; raises what ``png_bytes`` does.
+
+    Example:
+        >>> png_data_url(Image.new("RGB", (1, 1)))[:34]
+        'data:image/png;base64,iVBORw0KGgoA'
+    """
+    return f"data:image/png;base64,{png_base64(image)}"
+
+
+def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Read one still PNG or WebP image that somebody sent.
+
+    Args:
+        data: the file.
+        max_pixels: most that width times height may be; checked before pixels are decoded.
+
+    Returns:
+        The image in RGB, loaded.
+
+    Raises:
+        ValueError: it is none, cannot be read whole, is animated or too large.
+
+    Example:
+        >>> decode_image(b"GIF89a", max_pixels=64)
+        Traceback (most recent call last):
+        ValueError: image: expected PNG or WebP, got 6 bytes of something else
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except BOMBS as error:
+        raise ValueError(f"image: expected at most {max_pixels} pixels, got more") from error
+    except UNREADABLE as error:
+        raise ValueError(
+            f"image: expected PNG or WebP, got {len(data)} bytes of something else"
+        ) from error
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"image: expected at most {max_pixels} pixels, got {image.width} x {image.height}"
+        )
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(f"image: expected one still image, got {frames} frames")
+    return to_rgb("image", image)
