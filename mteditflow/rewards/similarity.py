@@ -1,0 +1,151 @@
+"""Features of images and crops, boiled down to vectors whose cosine is content consistency.
+
+Shapes: ``K`` images or crops, ``R`` register tokens, ``P`` patches, ``C`` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mteditflow._checks import check_full_precision, check_shape, check_values
+from mteditflow.rewards.regions import patch_weights, soft
+
+
+class Features(NamedTuple):
+    """Tokens of K images, as a vision transformer gives them; float32 or float64."""
+
+    cls: Tensor  # [K, C]
+    registers: Tensor  # [K, R, C], R may be 0
+    patches: Tensor  # [K, P, C], row by row
+    grid: tuple[int, int]  # rows and columns of the patches
+    size: tuple[int, int]  # height and width of the image that the model saw
+
+
+class Strict:
+    """Patches alone are patches, and a term that cannot be measured does not exist."""
+
+    unmeasured: float | None = None  # value of a term that cannot be measured
+    needs_background = False  # whether a pair whose background was changed has no term at all
+    border = 0  # pixels that a box takes of the mask beyond its right and lower end
+    eps = 0.0  # added to the sum of weights
+
+    def tokens(self, features: Features) -> Tensor:
+        """Tokens that are averaged, [K, P, C]."""
+        return features.patches
+
+    def weights(self, mask: Tensor, features: Features) -> Tensor:
+        """Weight of each of these tokens in the background, [P]."""
+        return patch_weights(mask, features.grid)
+
+
+class Compat(Strict):
+    """As EdiVal-Bench's public scorer does it, for comparison with published numbers.
+
+    Register tokens are among the patches, and the grid is the factor pair of their number nearest
+    to the aspect ratio of the image. What cannot be measured scores 0.
+
+    Source: EdiVal-Bench (arXiv 2509.13399), its public implementation.
+    """
+
+    unmeasured = 0.0
+    needs_background = True
+    border = 1
+    eps = 1e-6
+
+    def tokens(self, features: Features) -> Tensor:
+        """Registers and patches, [K, R + P, C]."""
+        return torch.cat([features.registers, features.patches], dim=1)
+
+    def weights(self, mask: Tensor, features: Features) -> Tensor:
+        """Weight of each of these tokens in the background, [R + P]."""
+        height, width = features.size
+        grid = nearest_grid(self.tokens(features).shape[1], height / width)
+        seen = functional.interpolate(
+            mask[None, None].double(), features.size, mode="nearest-exact"
+        )
+        return soft(functional.interpolate(seen, grid, mode="area"))
+
+
+TOKENS: Mapping[str, Strict] = {"strict": Strict(), "compat": Compat()}
+
+
+def nearest_grid(count: int, aspect: float) -> tuple[int, int]:
+    """Split a number of tokens into rows and columns whose ratio is nearest to the aspect ratio.
+
+    Args:
+        count: number of tokens.
+        aspect: height over width.
+
+    Example:
+        >>> nearest_grid(200, 1.0)
+        (10, 20)
+    """
+    divisors = [d for d in range(1, count + 1) if d * d <= count and count % d == 0]
+    grids = [grid for d in divisors for grid in ((count // d, d), (d, count // d))]
+    return min(grids, key=lambda grid: abs(grid[0] / grid[1] - aspect))
+
+
+def object_summary(features: Features, rules: Strict) -> Tensor:
+    """CLS and mean token of each crop, [K, 2, C]."""
+    return torch.stack([features.cls, rules.tokens(features).mean(dim=1)], dim=1)
+
+
+def background_summary(features: Features, weights: Tensor, rules: Strict) -> Tensor:
+    """Weighted mean of the normalised tokens of each image, [K, 1, C].
+
+    Args:
+        features: of the K images.
+        weights: of each image's tokens, [K, P].
+        rules: which tokens are taken.
+    """
+    tokens = functional.normalize(rules.tokens(features), dim=-1)
+    weights = weights.to(tokens)[:, None]
+    return weights @ tokens / (weights.sum(dim=-1, keepdim=True) + rules.eps)
+
+
+def similarity(source: Tensor, edited: Tensor) -> Tensor:
+    """Mean cosine of the vectors of two summaries, [K]; not clamped.
+
+    Example:
+        >>> source = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])
+        >>> edited = torch.tensor([[[0.0, 2.0], [6.0, 8.0]]])
+        >>> similarity(source, edited)
+        tensor([0.5000])
+    """
+    return functional.cosine_similarity(source, edited, dim=-1).mean(dim=-1)
+
+
+def pixel_similarity(source: Tensor, edited: Tensor, mask: Tensor | None = None) -> float:
+    """Compute 1 - mean absolute difference of pixels scaled to [0, 1].
+
+    Args:
+        source: uint8 [3, H, W].
+        edited: uint8 [3, H, W].
+        mask: pixels that count, boolean [H, W], at least one; ``None`` means all.
+
+    Example:
+        >>> black = torch.zeros(3, 2, 2, dtype=torch.uint8)
+        >>> pixel_similarity(black, black + 51)
+        0.8
+    """
+    difference = (source.int() - edited.int()).abs()
+    if mask is not None:
+        difference = difference[:, mask]
+    return 1 - int(difference.sum()) / (255 * difference.numel())
+
+
+def check_features(features: Features, count: int) -> None:
+    """Raise unless these are finite tokens of ``count`` images, in full precision."""
+    check_full_precision(cls=features.cls, registers=features.registers, patches=features.patches)
+    channels, (rows, columns) = features.cls.shape[-1], features.grid
+    registers = features.registers.shape[1]
+    check_shape("cls", features.cls, (count, channels), "[K, C]")
+    check_shape("registers", features.registers, (count, registers, channels), "[K, R, C]")
+    check_shape("patches", features.patches, (count, rows * columns, channels), "[K, P, C]")
+    for name, tokens in zip(features._fields[:3], features[:3], strict=True):
+        check_values(name, tokens, tokens.isfinite(), "finite tokens")
