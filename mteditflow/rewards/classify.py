@@ -131,4 +131,4 @@ def _of_status(response: httpx2.Response) -> AttemptError:
 
 
 def _words(error: BaseException) -> str:
-    return shorten(f"{type(error).__name__}: {error}")
+    return shorten(f"{type(error).__name__}: {error}").rstrip(":")
