@@ -11,6 +11,7 @@ except ImportError as error:
         f"mteditflow.chains needs {error.name}: pip install 'mteditflow[chains]'"
     ) from error
 
+from mteditflow.chains.errors import ChainError
 from mteditflow.chains.record import TASK_TYPES, Chain, TaskType
 
-__all__ = ["TASK_TYPES", "Chain", "TaskType"]
+__all__ = ["TASK_TYPES", "Chain", "ChainError", "TaskType"]

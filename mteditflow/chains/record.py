@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+from mteditflow.chains.errors import ChainError, first_error
 
 TaskType = Literal[
     "subject_add",
@@ -37,21 +42,7 @@ PER_TURN = (
 class Chain(BaseModel):
     """One reference image and N instructions; lists over turns have N entries, ``None`` if unknown.
 
-    Unknown keys are kept, and written again.
-
-    Attributes:
-        id: names the chain; unique in a file.
-        image: path of the reference image, relative to the file that the chain stands in.
-        instructions: what to do at each turn, in words.
-        task_types: one of the nine edit types at each turn.
-        formatted_instructions: the instruction in the fixed form of its edit type.
-        unchanged_objects: originals that no turn up to this one edited and that are still there.
-        turn_unchanged_objects: objects that this turn alone leaves as they were.
-        all_objects: every object name used up to this turn.
-        available_objects: the object pool after this turn.
-        background_consistency: whether the background must still be that of the reference, so
-            false from the first background change on.
-        root: folder that ``image`` is relative to; not written.
+    Keys that are unknown here are kept (``model_extra``), and written again in their order.
 
     Source: EdiVal-Bench (arXiv 2509.13399) for the fields, MT-EditFlow (arXiv 2606.01985).
 
@@ -59,23 +50,47 @@ class Chain(BaseModel):
         >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat", "Add a dog"))
         >>> chain.turns
         2
-        >>> Chain.model_validate_json(chain.model_dump_json(exclude_none=True)) == chain
+        >>> print(chain.to_json())
+        {"id": "7", "image": "7.png", "instructions": ["Remove the cat", "Add a dog"]}
+        >>> Chain.from_record(chain.to_record()) == chain
         True
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", title="mteditflow chain")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="allow",
+        title="mteditflow chain",
+        use_attribute_docstrings=True,
+        json_schema_extra={
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "description": "One reference image and N instructions. Lists over turns have N "
+            "entries. Unknown keys are kept; the key 'root' is reserved.",
+        },
+    )
 
     id: Text
+    """Names the chain; unique in a file."""
     image: Text
+    """Path of the reference image, relative to the file that the chain stands in."""
     instructions: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """What to do at each turn, in words."""
     task_types: tuple[TaskType, ...] | None = None
+    """One of the nine edit types at each turn."""
     formatted_instructions: tuple[Text, ...] | None = None
+    """The instruction of each turn in the fixed form of its edit type."""
     unchanged_objects: tuple[Names, ...] | None = None
+    """Originals that no turn up to this one edited and that are still there."""
     turn_unchanged_objects: tuple[Names, ...] | None = None
+    """Objects that this turn alone leaves as they were."""
     all_objects: tuple[Names, ...] | None = None
+    """Every object name used up to this turn."""
     available_objects: tuple[Names, ...] | None = None
-    background_consistency: tuple[bool, ...] | None = None
-    root: Annotated[Path, Field(exclude=True)] = Path()
+    """The object pool after this turn."""
+    background_consistency: tuple[StrictBool, ...] | None = None
+    """Whether the background must still be that of the reference: false from the first background
+    change on."""
+    root: Annotated[SkipJsonSchema[Path], Field(exclude=True)] = Path()
+    """Folder that ``image`` is relative to; not part of the record."""
 
     @model_validator(mode="after")
     def _one_entry_per_turn(self) -> Chain:
@@ -97,3 +112,47 @@ class Chain(BaseModel):
     def image_path(self) -> Path:
         """Where the reference image lies."""
         return self.root / self.image
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], root: Path = Path()) -> Chain:
+        """Build a chain from a parsed line.
+
+        Args:
+            record: key to value, as JSON gives them.
+            root: folder that ``image`` is relative to.
+
+        Raises:
+            ChainError: in one line: the field, what was expected, what came.
+        """
+        if "root" in record:
+            raise ChainError("root: expected no key of this reserved name")
+        try:
+            return cls.model_validate({**record, "root": root})
+        except ValidationError as error:
+            raise ChainError(first_error(error)) from error
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what is known of the chain: its fields in their order, then unknown keys."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "root"}
+        known = {name: value for name, value in fields.items() if value is not None}
+        return known | (self.model_extra or {})
+
+    def to_json(self) -> str:
+        """Return the record as one line of JSON, without the line break.
+
+        Raises:
+            ChainError: an unknown key holds what JSON cannot.
+        """
+        return one_line(self.to_record())
+
+
+def one_line(record: Mapping[str, Any]) -> str:
+    """Write a record as one line of JSON.
+
+    Raises:
+        ChainError: it holds what JSON cannot.
+    """
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChainError(f"expected values that JSON can hold: {error}") from error
