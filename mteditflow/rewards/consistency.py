@@ -6,8 +6,9 @@ A detector finds the objects, features compare them and the background. Both are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -15,6 +16,17 @@ from torch import Tensor
 
 from mteditflow._checks import check_choice, check_count
 from mteditflow.chains import Chain
+from mteditflow.rewards.looks import (
+    SIZE,
+    Box,
+    Look,
+    Pictures,
+    Search,
+    crops_of,
+    look_of,
+    searches_of,
+    tasks_of,
+)
 from mteditflow.rewards.pairs import (
     PAIRINGS,
     ConsistencyScores,
@@ -23,7 +35,8 @@ from mteditflow.rewards.pairs import (
     image_pairs,
     pairs_of,
 )
-from mteditflow.rewards.regions import background_mask, pixel_boxes, with_area
+from mteditflow.rewards.protocols import Detector, FeatureExtractor
+from mteditflow.rewards.regions import pixel_boxes
 from mteditflow.rewards.similarity import (
     TOKENS,
     Features,
@@ -43,63 +56,11 @@ __all__ = [
     "Features",
     "Pair",
     "PairScores",
-    "clean_names",
     "pairs_of",
 ]
 
-SIZE = 512  # images are compared at this height and width
-
-Names = tuple[str, ...]
-Box = tuple[int, int, int, int]
-WHOLE: Box = (0, 0, SIZE, SIZE)
-
-
-class Detector(Protocol):
-    """Finds objects by name."""
-
-    def __call__(
-        self, images: Sequence[Tensor], names: Sequence[Sequence[str]]
-    ) -> Sequence[Tensor]:
-        """Find objects.
-
-        Args:
-            images: RGB, uint8 [3, H, W], all of one size.
-            names: what to look for in each image: lower case, without full stops, at least one,
-                none twice.
-
-        Returns:
-            Per image the boxes of all objects found, [K, 4], floating point, absolute
-            (x1, y1, x2, y2) in pixels. What is found in an image must not depend on the others.
-        """
-        ...
-
-
-class FeatureExtractor(Protocol):
-    """Turns images into tokens."""
-
-    def __call__(self, images: Sequence[Tensor]) -> Features:
-        """Compute the tokens of images of any sizes, RGB, uint8 [3, H, W]."""
-        ...
-
-
-class _Look(NamedTuple):
-    """One pair, and where to look in its two pictures; ``None`` where no term is asked for."""
-
-    source: int
-    edited: int
-    crops: list[Box] | None
-    mask: Tensor | None
-
-
-def clean_names(names: Iterable[str]) -> Names:
-    """Write names as a detector wants them: lower case, no full stops, none empty or twice.
-
-    Example:
-        >>> clean_names(["A Cat.", "a cat", " . ", "traffic  light"])
-        ('a cat', 'traffic light')
-    """
-    cleaned = (" ".join(name.lower().replace(".", "").split()) for name in names)
-    return tuple(dict.fromkeys(name for name in cleaned if name))
+Summaries = Mapping[tuple[int, Box | int], Tensor]  # of a picture's crop, or of a look's background
+X = TypeVar("X")
 
 
 class ConsistencyScorer:
@@ -107,8 +68,8 @@ class ConsistencyScorer:
 
     Args:
         detector: finds the objects.
-        features: of crops and images; ``None`` leaves the feature terms out, so that only the L1
-            terms are scored.
+        features: of crops and whole images; ``None`` leaves the feature terms out, and the L1 terms
+            remain.
         tokens: "strict", or "compat" to do as EdiVal-Bench's public scorer does.
         batch_size: most images that go through a model at once.
 
@@ -118,13 +79,12 @@ class ConsistencyScorer:
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 13 to 16; EdiVal-Bench (arXiv 2509.13399).
 
     Example:
-        >>> def everywhere(images, names):  # a detector that always finds the upper left quarter
+        >>> def corner(images, names):  # a detector that finds the upper left quarter
         ...     return [torch.tensor([[0.0, 0.0, 256.0, 256.0]]) for _ in images]
-        >>> scorer = ConsistencyScorer(everywhere)
         >>> images = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
         >>> pair = Pair(source=0, edited=1, unchanged_objects=("cat",), all_objects=("cat",))
-        >>> scorer.score_pairs(images, [pair])[0].object_l1
-        0.0
+        >>> ConsistencyScorer(corner).score_pairs(images, [pair])
+        [PairScores(object=None, background=None, object_l1=0.0, background_l1=0.0)]
     """
 
     def __init__(
@@ -142,7 +102,7 @@ class ConsistencyScorer:
         self._rules = TOKENS[tokens]
 
     def score_pairs(self, images: Sequence[Image.Image], pairs: Sequence[Pair]) -> list[PairScores]:
-        """Score pairs of images of one chain, in order; as ``score_many``."""
+        """Score pairs of images of one chain, in order; see ``score_many``."""
         return self.score_many([(images, pairs)])[0]
 
     @torch.inference_mode()
@@ -151,16 +111,87 @@ class ConsistencyScorer:
     ) -> list[list[PairScores]]:
         """Score pairs of images of many chains, in few calls of the models.
 
-        Each picture is searched once for each set of names, however many pairs or chains it is in.
+        A picture is searched once for each set of names, and a crop goes through the features once,
+        however many pairs and chains share it.
 
         Args:
-            work: images of any mode and size, and the pairs to score among them, per chain.
+            work: per chain, images of any mode and size, and the pairs to score among them.
 
         Raises:
-            ValueError: a pair names an image that is not there, or a model's answer has the wrong
+            ValueError: a pair names an image that is not there, or what a model gave has a wrong
                 shape or is not finite.
+            TypeError: what a model gave has a wrong dtype.
         """
-        raise NotImplementedError
+        pictures = Pictures()
+        tasks = [tasks_of(pictures, images, pairs, self._rules) for images, pairs in work]
+        flat = [task for chain in tasks for task in chain]
+        found = self._detect(pictures, searches_of(flat))
+        looks = [look_of(task, found, self._rules) for task in flat]
+        summaries = self._summarise(pictures, looks)
+        scores = iter([self._score(pictures, summaries, *each) for each in enumerate(looks)])
+        return [[next(scores) for _ in chain] for chain in tasks]
+
+    def _detect(self, pictures: Pictures, searches: Sequence[Search]) -> dict[Search, Tensor]:
+        found: dict[Search, Tensor] = {}
+        for batch in _batches(searches, self.batch_size):
+            images = [pictures.pixels[picture] for picture, _ in batch]
+            boxes = self.detector(images, [names for _, names in batch])
+            if len(boxes) != len(batch):
+                raise ValueError(
+                    f"detector: expected boxes of {len(batch)} images, got {len(boxes)}"
+                )
+            found |= {
+                search: pixel_boxes(each, (SIZE, SIZE))
+                for search, each in zip(batch, boxes, strict=True)
+            }
+        return found
+
+    def _summarise(self, pictures: Pictures, looks: Sequence[Look]) -> Summaries:
+        """Features of every crop and background; a background of no weight has none."""
+        summaries: dict[tuple[int, Box | int], Tensor] = {}
+        if self.features is None:
+            return summaries
+        crops = crops_of(looks)
+        for batch in _batches(list(crops), self.batch_size):
+            features = self.features([pictures.crop(*crop) for crop in batch])
+            check_features(features, len(batch))
+            summaries |= zip(batch, object_summary(features, self._rules), strict=True)
+            for crop, tokens in zip(batch, self._rules.tokens(features), strict=True):
+                for n, mask in crops[crop].items():
+                    weights = self._rules.weights(mask, features)
+                    if weights.any():
+                        key = (crop[0], n)
+                        summaries[key] = background_summary(tokens, weights, self._rules)
+        return summaries
+
+    def _score(self, pictures: Pictures, summaries: Summaries, n: int, look: Look) -> PairScores:
+        source, edited, crops, mask = look
+        terms: dict[str, float | None] = {}
+        if crops is not None:
+            parts = [(pictures.crop(source, box), pictures.crop(edited, box)) for box in crops]
+            alike = [pixel_similarity(*part) for part in parts]
+            terms["object_l1"] = fmean(alike) if alike else self._rules.unmeasured
+            terms["object"] = self._cosine(summaries, look, crops)
+        if mask is not None:
+            if mask.any():
+                whole = pictures.pixels[source], pictures.pixels[edited]
+                terms["background_l1"] = pixel_similarity(*whole, mask)
+            terms["background"] = self._cosine(summaries, look, [n])
+        return PairScores(**terms)
+
+    def _cosine(
+        self, summaries: Summaries, look: Look, regions: Sequence[Box | int]
+    ) -> float | None:
+        if self.features is None:
+            return None
+        regions = [region for region in regions if (look.source, region) in summaries]
+        if not regions:
+            return self._rules.unmeasured
+        source, edited = (
+            torch.stack([summaries[picture, region] for region in regions])
+            for picture in (look.source, look.edited)
+        )
+        return float(similarity(source, edited).mean())
 
 
 class Consistency:
@@ -192,3 +223,8 @@ class Consistency:
         """
         answers = self.scorer.score_many(image_pairs(chains, images, pairing=self.pairing))
         return ConsistencyScores.collect(answers, [chain.turns for chain in chains])
+
+
+def _batches(items: Sequence[X], size: int) -> Iterator[Sequence[X]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

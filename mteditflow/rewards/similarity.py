@@ -30,9 +30,12 @@ class Strict:
     """Patches alone are patches, and a term that cannot be measured does not exist."""
 
     unmeasured: float | None = None  # value of a term that cannot be measured
-    needs_background = False  # whether a pair whose background was changed has no term at all
     border = 0  # pixels that a box takes of the mask beyond its right and lower end
     eps = 0.0  # added to the sum of weights
+
+    def has_objects(self, background: bool) -> bool:
+        """Whether there is an object term, given whether the background must look the same."""
+        return True
 
     def tokens(self, features: Features) -> Tensor:
         """Tokens that are averaged, [K, P, C]."""
@@ -53,9 +56,12 @@ class Compat(Strict):
     """
 
     unmeasured = 0.0
-    needs_background = True
     border = 1
     eps = 1e-6
+
+    def has_objects(self, background: bool) -> bool:
+        """Only where the background must look the same: there is no term at all elsewhere."""
+        return background
 
     def tokens(self, features: Features) -> Tensor:
         """Registers and patches, [K, R + P, C]."""
@@ -95,21 +101,21 @@ def object_summary(features: Features, rules: Strict) -> Tensor:
     return torch.stack([features.cls, rules.tokens(features).mean(dim=1)], dim=1)
 
 
-def background_summary(features: Features, weights: Tensor, rules: Strict) -> Tensor:
-    """Weighted mean of the normalised tokens of each image, [K, 1, C].
+def background_summary(tokens: Tensor, weights: Tensor, rules: Strict) -> Tensor:
+    """Weighted mean of the normalised tokens of one image, [1, C].
 
     Args:
-        features: of the K images.
-        weights: of each image's tokens, [K, P].
-        rules: which tokens are taken.
+        tokens: of the image, [P, C], as ``rules.tokens`` takes them.
+        weights: of these tokens, [P].
+        rules: adds its ``eps`` to the sum of weights.
     """
-    tokens = functional.normalize(rules.tokens(features), dim=-1)
-    weights = weights.to(tokens)[:, None]
-    return weights @ tokens / (weights.sum(dim=-1, keepdim=True) + rules.eps)
+    weights = weights.to(tokens)
+    mean = weights @ functional.normalize(tokens, dim=-1) / (weights.sum() + rules.eps)
+    return mean[None]
 
 
 def similarity(source: Tensor, edited: Tensor) -> Tensor:
-    """Mean cosine of the vectors of two summaries, [K]; not clamped.
+    """Mean cosine of the V vectors of two summaries, [..., V, C] -> [...]; not clamped.
 
     Example:
         >>> source = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])
