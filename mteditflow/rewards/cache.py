@@ -49,7 +49,7 @@ class AnswerCache:
         path: the file; made if it is not there, with its folders.
 
     Raises:
-        ValueError: the file is damaged, or is something else.
+        ValueError: the file is damaged, is something else, or cannot be written.
 
     Example:
         >>> import tempfile
@@ -63,15 +63,15 @@ class AnswerCache:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = Lock()
-        self._connection = sqlite3.connect(
-            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-        )
-        try:
-            with self._access() as connection:
-                _prepare(connection)
-        except BaseException:
-            self._connection.close()
-            raise
+        with self._errors():
+            self._connection = sqlite3.connect(
+                self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            )
+            try:
+                _prepare(self._connection)
+            except BaseException:
+                self._connection.close()
+                raise
 
     def get(self, key: str) -> str | None:
         """Return an answer, or ``None`` if there is none."""
@@ -116,18 +116,21 @@ class AnswerCache:
 
     @contextmanager
     def _access(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                yield self._connection
-            except sqlite3.ProgrammingError:  # closed
-                raise
-            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-                raise ValueError(f"{self.path}: expected an answer cache, got: {error}") from error
+        with self._lock, self._errors():
+            yield self._connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.ProgrammingError:  # it is closed
+            raise
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path}: not usable as a cache of answers: {error}") from error
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
+    """Make the table in a new file; refuse a file of somebody else's without touching it."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         application = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -136,9 +139,11 @@ def _prepare(connection: sqlite3.Connection) -> None:
             connection.execute(SCHEMA)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
         elif application != APPLICATION:
-            raise sqlite3.DatabaseError("another application's database")
+            raise sqlite3.DatabaseError("it is another application's database")
     finally:
         connection.execute("COMMIT")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
 
 
 def _digest(key: str, value: str) -> str:
