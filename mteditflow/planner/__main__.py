@@ -1,0 +1,117 @@
+"""Command line: plan the chains of a folder of images, and count what chains hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, cast
+
+import anyio
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mteditflow.chains import Chain, TaskType
+from mteditflow.planner.journal import Journal
+from mteditflow.planner.plan import Planner, PlanningStoppedError
+from mteditflow.planner.run import Planned, plan_folder
+from mteditflow.planner.statistics import draw_statistics, statistics, statistics_table
+from mteditflow.rewards.cache import AnswerCache
+from mteditflow.rewards.chat import ChatClient
+
+console = Console()
+app = typer.Typer(add_completion=False, help="Plans chains of edits from images alone.")
+
+
+@app.command()
+def plan(
+    images: Annotated[Path, typer.Argument(help="Folder of images.", exists=True, file_okay=False)],
+    output: Annotated[Path, typer.Argument(help="File of chains (.jsonl); goes on where it ends.")],
+    endpoint: Annotated[list[str], typer.Option(help="URL ending in /v1; may be given again.")],
+    model: Annotated[str, typer.Option(help="Name that the endpoints know the model by.")],
+    detector: Annotated[
+        str, typer.Option(help="GroundingDINO, by hub id or path.")
+    ] = "IDEA-Research/grounding-dino-tiny",
+    device: Annotated[str, typer.Option(help="Where the detector runs.")] = "cpu",
+    turns: Annotated[int, typer.Option(help="Edits in a chain.")] = 3,
+    chains_per_image: Annotated[int, typer.Option(help="Chains planned for each image.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the drawing of edit types.")] = 0,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="TYPE=NUMBER; then only these types are drawn.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.7,
+    concurrency: Annotated[int, typer.Option(help="Most requests in flight.")] = 16,
+    attempts: Annotated[int, typer.Option(help="Most that one question gets.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Of one attempt, seconds.")] = 120.0,
+    cache: Annotated[Path | None, typer.Option(help="File of accepted answers.")] = None,
+) -> None:
+    """Plan chains for every image of a folder; a run that was stopped goes on.
+
+    The key of the endpoints, if they want one, is read from OPENAI_API_KEY.
+    """
+    from mteditflow.rewards.models import GroundingDino  # slow to import, and stats need it not
+
+    client = ChatClient(
+        endpoint,
+        model,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+        cache=None if cache is None else AnswerCache(cache),
+        temperature=temperature,
+        concurrency=concurrency,
+        attempts=attempts,
+        timeout=timeout,
+    )
+    try:
+        planner = Planner(
+            client,
+            GroundingDino.from_pretrained(detector, device=device),
+            turns=turns,
+            seed=seed,
+            weights=_weights(weight),
+        )
+        planned = anyio.run(
+            lambda: plan_folder(planner, images, output, chains_per_image=chains_per_image)
+        )
+    except (ValueError, PlanningStoppedError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(_summary(planned))
+    console.print(statistics_table(statistics(planned.chains)))
+
+
+@app.command()
+def stats(
+    chains: Annotated[Path, typer.Argument(help="File of chains (.jsonl).", exists=True)],
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png or .pdf.")] = None,
+) -> None:
+    """Count edit types, object categories and turns."""
+    counted = statistics(Journal(chains).read(Chain))
+    console.print(statistics_table(counted))
+    if plot is not None:
+        draw_statistics(counted, plot)
+        console.print(f"Written to [bold]{plot}[/bold]")
+
+
+def _weights(given: list[str] | None) -> Mapping[TaskType, float] | None:
+    """Read TYPE=NUMBER; that the types exist is for the planner to check."""
+    if not given:
+        return None
+    pairs = (text.partition("=") for text in given)
+    try:
+        return {cast(TaskType, task): float(number) for task, _, number in pairs}
+    except ValueError as error:
+        raise ValueError(f"weight: expected TYPE=NUMBER, got {' '.join(given)}") from error
+
+
+def _summary(planned: Planned) -> Table:
+    table = Table(title="Planned")
+    table.add_column("")
+    table.add_column("chains", justify="right")
+    table.add_row("planned", str(len(planned.chains)))
+    for reason, count in planned.refused.items():
+        table.add_row(f"refused, {reason}", str(count))
+    return table
+
+
+if __name__ == "__main__":
+    app()

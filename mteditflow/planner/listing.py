@@ -1,0 +1,143 @@
+"""What is in an image: a model lists the objects, a detector keeps those that it finds too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from mteditflow.planner.objects import ListedObject
+from mteditflow.planner.pool import Pool
+from mteditflow.planner.structured import read_json, strict_object
+from mteditflow.rewards import AnswerError, Fault
+from mteditflow.rewards.consistency import Detector
+from mteditflow.rewards.looks import clean_names
+
+OBJECTS_MAX = 12
+NAMES_AT_ONCE = 4  # that the detector looks for in one batch
+SIDE_MAX, AREA_MAX = 0.9, 0.4  # of a box, as shares of the image's
+
+LISTING_PROMPT = f"""\
+List the objects in the image above that somebody might want to edit, the most striking first, at \
+most {OBJECTS_MAX}. Several things of one kind that look alike are one object with a count.
+
+Give for each of them:
+name: one to four words in lower case that tell it apart from every other object of the image, \
+with its colour or material only where that is needed; no name twice
+color: its main colour, one or two words, null if it has none in particular
+material: what it is made of, one or two words, null if that is not plain
+text: what is written on it, exactly, null if nothing is
+count: how many of it there are, at most 20, null if that cannot be counted
+foreground: true for a thing, false for a part of the background such as sky, wall, road or grass
+
+Answer with JSON alone, of this form:
+{{"objects": [{{"name": ..., "color": ..., "material": ..., "text": ..., "count": ..., \
+"foreground": ...}}, ...]}}"""
+
+
+class _Listing(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    objects: Annotated[list[ListedObject], Field(max_length=OBJECTS_MAX)]
+
+
+def listing_schema() -> dict[str, Any]:
+    """Return the JSON schema of the answer to ``LISTING_PROMPT``."""
+    properties = ListedObject.model_json_schema()["properties"]
+    objects = {"type": "array", "maxItems": OBJECTS_MAX, "items": strict_object(properties)}
+    return strict_object({"objects": objects})
+
+
+def read_objects(text: str) -> tuple[ListedObject, ...]:
+    """Read the answer to ``LISTING_PROMPT``.
+
+    Args:
+        text: what the model wrote.
+
+    Raises:
+        AnswerError: the answer has another form, or two objects share a name.
+
+    Example:
+        >>> read_objects('{"objects": [{"name": "cat", "color": null, "count": 1}]}')[0].count
+        1
+    """
+    objects = tuple(read_json(text, _Listing).objects)
+    try:
+        Pool.of(objects)
+    except ValueError as error:
+        raise AnswerError(Fault.format, str(error)) from error
+    return objects
+
+
+def find_objects(
+    detector: Detector, image: Image.Image, objects: Sequence[ListedObject]
+) -> dict[str, list[list[float]]]:
+    """Look for each object on its own, so that no box belongs to another one.
+
+    Args:
+        detector: its threshold is the planner's, 0.35 unless it was told otherwise.
+        image: of mode RGB.
+        objects: what to look for.
+
+    Returns:
+        Name to the boxes found: x1, y1, x2, y2 in pixels.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    names = [x.name for x in objects]
+    boxes: dict[str, list[list[float]]] = {}
+    for start in range(0, len(names), NAMES_AT_ONCE):
+        some = names[start : start + NAMES_AT_ONCE]
+        found = detector([pixels] * len(some), [clean_names([name]) for name in some])
+        boxes |= {name: x.tolist() for name, x in zip(some, found, strict=True)}
+    return boxes
+
+
+def fits(box: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether a box frames one thing rather than the whole image.
+
+    Args:
+        box: x1, y1, x2, y2 in pixels.
+        size: width and height of the image.
+
+    Returns:
+        False where a side is longer than 0.9 of the image's and the area larger than 0.4 of its.
+
+    Example:
+        >>> fits((0, 0, 95, 40), (100, 100)), fits((0, 0, 95, 50), (100, 100))
+        (True, False)
+    """
+    width, height = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
+    return not (max(width, height) > SIDE_MAX and width * height > AREA_MAX)
+
+
+def sift(
+    objects: Sequence[ListedObject],
+    boxes: Mapping[str, Sequence[Sequence[float]]],
+    size: tuple[int, int],
+) -> tuple[tuple[ListedObject, ...], dict[str, str]]:
+    """Keep the objects that a detector finds too.
+
+    Args:
+        objects: what a model listed.
+        boxes: name to the boxes that the detector found for it, in pixels.
+        size: width and height of the image.
+
+    Returns:
+        The objects with at least one box that ``fits``, and name to reason for the others.
+
+    Example:
+        >>> objects = [ListedObject(name="cat"), ListedObject(name="sky")]
+        >>> boxes = {"cat": [(0, 0, 9, 9)], "sky": [(0, 0, 99, 60)]}
+        >>> kept, left_out = sift(objects, boxes, (99, 99))
+        >>> left_out
+        {'sky': 'fills the image'}
+    """
+    left_out = {}
+    for listed in objects:
+        found = boxes[listed.name]
+        if not any(fits(box, size) for box in found):
+            left_out[listed.name] = "fills the image" if found else "not found by the detector"
+    return tuple(x for x in objects if x.name not in left_out), left_out

@@ -1,0 +1,217 @@
+"""Plans the chains of a folder of images: many at a time, written in order, resumable.
+
+Chains go to one file, refused ones with their reasons to a second one beside it, both in the order
+of the images. So what a killed run leaves is the beginning of what it would have written, and the
+same call goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import anyio.to_thread
+from PIL import Image, ImageOps
+from pydantic import BaseModel
+from tqdm import tqdm
+
+from mteditflow._checks import check_count
+from mteditflow.chains import Chain
+from mteditflow.planner.journal import Journal
+from mteditflow.planner.plan import Planner, Refused, Scene
+from mteditflow.rewards.images import BOMBS, UNREADABLE, to_rgb
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SIDE_MAX = 1024  # pixels: larger images are made smaller before they are looked at
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class RefusedChain(BaseModel):
+    """A line of the second file.
+
+    Attributes:
+        id: of the chain.
+        image: its path, relative to the file.
+        reason: of what kind the failure is.
+        detail: what was expected and what came.
+    """
+
+    id: str
+    image: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the two files hold at the end of a run.
+
+    Attributes:
+        chains: all of them, those of earlier runs too.
+        refused: reason to number of chains, the most frequent first.
+    """
+
+    chains: tuple[Chain, ...]
+    refused: dict[str, int]
+
+
+class _Job(NamedTuple):
+    """An image and the ids of its chains that are still to be planned."""
+
+    path: Path
+    ids: tuple[str, ...]
+
+
+async def plan_folder(
+    planner: Planner,
+    folder: Path,
+    output: Path,
+    *,
+    chains_per_image: int = 1,
+    images_in_flight: int = 16,
+    progress: bool = True,
+) -> Planned:
+    """Plan chains for every image of a folder and of those in it.
+
+    Args:
+        planner: plans one chain.
+        folder: of PNG, JPEG and WebP images.
+        output: file of chains, one JSON object a line; refused ones go to
+            ``<output without suffix>.refused.jsonl``. A run that was stopped goes on. To try
+            refused chains again, delete that second file; they are then written at the end.
+        chains_per_image: how many to plan for each image.
+        images_in_flight: most images that are worked on at one time.
+        progress: show a bar.
+
+    Returns:
+        What the two files hold now.
+
+    Raises:
+        ValueError: there is no image, the file holds a line that is no chain, or chains that were
+            planned with other settings.
+        PlanningStoppedError: no endpoint can be reached.
+    """
+    check_count("chains_per_image", chains_per_image)
+    check_count("images_in_flight", images_in_flight)
+    chains = Journal(output)
+    refused = Journal(output.with_suffix(".refused.jsonl"))
+    jobs, done = _jobs_left(planner, folder, chains, refused, chains_per_image)
+
+    async def work(job: _Job) -> list[Chain | RefusedChain]:
+        return await _plan_image(planner, job, output.parent)
+
+    total = done + sum(len(job.ids) for job in jobs)
+    with tqdm(total=total, initial=done, unit="chain", disable=not progress) as bar:
+
+        def write(results: Sequence[Chain | RefusedChain]) -> None:
+            for result in results:
+                if isinstance(result, Chain):
+                    chains.append(result.to_json())
+                else:
+                    refused.append(result.model_dump_json())
+            bar.update(len(results))
+
+        await in_order(work, jobs, write, limit=images_in_flight)
+    reasons = Counter(x.reason for x in refused.read(RefusedChain))
+    return Planned(tuple(chains.read(Chain)), dict(reasons.most_common()))
+
+
+def _jobs_left(
+    planner: Planner, folder: Path, chains: Journal, refused: Journal, chains_per_image: int
+) -> tuple[list[_Job], int]:
+    """Return what is still to be done, and how many chains are done with."""
+    done = {x.id for x in refused.read(RefusedChain)}
+    for chain in chains.read(Chain):
+        made = (chain.model_extra or {}).get("planner") or {}
+        if made.get("settings") != planner.settings:
+            raise ValueError(
+                f"{chains.path}: expected chains planned with {planner.settings}, got "
+                f"{made.get('settings')} in chain {chain.id!r}"
+            )
+        done.add(chain.id)
+    jobs = []
+    for path in _images(folder):
+        name = path.relative_to(folder).as_posix()
+        ids = tuple(f"{name}#{k}" for k in range(chains_per_image))
+        jobs.append(_Job(path, tuple(x for x in ids if x not in done)))
+    return [job for job in jobs if job.ids], len(done)
+
+
+def _images(folder: Path) -> list[Path]:
+    """Return the images in and under a folder, in an order that no file system changes."""
+    found = (x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
+    images = sorted(found, key=lambda x: x.relative_to(folder).as_posix())
+    if not images:
+        raise ValueError(f"folder: expected {', '.join(SUFFIXES)} files in {folder}, got none")
+    return images
+
+
+async def _plan_image(planner: Planner, job: _Job, root: Path) -> list[Chain | RefusedChain]:
+    """Plan the chains of one image; ``root`` is what its path is written relative to."""
+    image = Path(os.path.relpath(job.path, root)).as_posix()
+
+    def refuse(chain_id: str, why: Refused) -> RefusedChain:
+        return RefusedChain(id=chain_id, image=image, reason=why.reason, detail=why.detail)
+
+    scene = await _look(planner, job.path)
+    if isinstance(scene, Refused):
+        return [refuse(chain_id, scene) for chain_id in job.ids]
+    results: list[Chain | RefusedChain] = []
+    for chain_id in job.ids:
+        planned = await planner.plan(scene, chain_id=chain_id, image=image)
+        results.append(refuse(chain_id, planned) if isinstance(planned, Refused) else planned)
+    return results
+
+
+async def _look(planner: Planner, path: Path) -> Scene | Refused:
+    try:
+        image = await anyio.to_thread.run_sync(open_image, path)
+    except (*UNREADABLE, *BOMBS) as error:
+        return Refused("image cannot be read", f"{type(error).__name__}: {error}")
+    return await planner.look(image)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image as a person sees it: RGB, the right way up, no side over 1024 pixels."""
+    with Image.open(path) as image:
+        upright = to_rgb("image", ImageOps.exif_transpose(image))
+    upright.thumbnail((SIDE_MAX, SIDE_MAX), Image.Resampling.LANCZOS)
+    return upright
+
+
+async def in_order(
+    work: Callable[[J], Awaitable[R]],
+    jobs: Iterable[J],
+    take: Callable[[R], None],
+    *,
+    limit: int,
+) -> None:
+    """Work on ``limit`` jobs at a time and take their results in the order of the jobs.
+
+    Args:
+        work: on one job.
+        jobs: what to do.
+        take: called with each result.
+        limit: most jobs that are begun and whose result is not taken.
+
+    Raises:
+        Whatever ``work`` or ``take`` raises; the jobs that are under way are cancelled.
+    """
+    pending: deque[asyncio.Future[R]] = deque()
+    try:
+        for job in jobs:
+            pending.append(asyncio.ensure_future(work(job)))
+            if len(pending) == limit:
+                take(await pending.popleft())
+        while pending:
+            take(await pending.popleft())
+    finally:
+        for future in pending:
+            future.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)

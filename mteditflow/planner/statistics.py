@@ -1,0 +1,167 @@
+"""Statistics of planned chains: steps per edit type, chains per object category, turns per chain.
+
+The category of an object is the head noun of its name in the singular: "red wooden chairs" and
+"chair by the window" are both of the category "chair". A chain counts once for each category among
+all the names it uses, those of its image and those that its edits bring in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from mteditflow.chains import Chain
+
+UNKNOWN = "unknown"
+CATEGORIES_SHOWN = 20
+INK, SOFT, BAR = "#1f2933", "#8a94a3", "#2457d6"
+PANELS = ("steps per edit type", "chains per object category", "chains per number of turns")
+
+# What stands behind the head noun begins with one of these.
+PREPOSITIONS = (
+    *("of", "in", "on", "with", "at", "by", "for", "from", "behind", "beside", "near", "next"),
+    *("under", "over", "above", "below", "between", "against", "without", "and", "to", "that"),
+    *("holding", "wearing", "made", "covered", "full", "inside", "around"),
+)
+IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "person"} | {
+    "feet": "foot",
+    "mice": "mouse",
+    "geese": "goose",
+    "leaves": "leaf",
+    "shelves": "shelf",
+    "knives": "knife",
+}
+
+
+@dataclass(frozen=True)
+class ChainStatistics:
+    """Counts over some chains, the most frequent first (turns in their order).
+
+    Attributes:
+        steps: edit type to the number of turns of that type.
+        categories: object category to the number of chains with an object of it.
+        turns: number of turns to the number of chains that have so many.
+    """
+
+    steps: Mapping[str, int]
+    categories: Mapping[str, int]
+    turns: Mapping[int, int]
+
+
+def statistics(chains: Iterable[Chain]) -> ChainStatistics:
+    """Count edit types, object categories and turns.
+
+    Args:
+        chains: those without task types or object names count as "unknown" there.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Fig. 9, for what is counted.
+
+    Example:
+        >>> chain = Chain(
+        ...     id="1",
+        ...     image="1.png",
+        ...     instructions=("Remove the cat", "Add a dog"),
+        ...     task_types=("subject_remove", "subject_add"),
+        ...     all_objects=(("black cat", "sofa"), ("black cat", "sofa", "dog")),
+        ... )
+        >>> counted = statistics([chain])
+        >>> counted.steps, counted.turns
+        ({'subject_add': 1, 'subject_remove': 1}, {2: 1})
+        >>> counted.categories
+        {'cat': 1, 'dog': 1, 'sofa': 1}
+    """
+    steps: Counter[str] = Counter()
+    categories: Counter[str] = Counter()
+    turns: Counter[int] = Counter()
+    for chain in chains:
+        steps.update(chain.task_types or [UNKNOWN] * chain.turns)
+        categories.update({category(name) for name in _names(chain)} or {UNKNOWN})
+        turns[chain.turns] += 1
+    return ChainStatistics(_ranked(steps), _ranked(categories), dict(sorted(turns.items())))
+
+
+def category(name: str) -> str:
+    """Return the head noun of an object's name, in the singular and in lower case.
+
+    Example:
+        >>> [category(name) for name in ("red Wooden chairs", "cup of tea", "2 women", "glasses")]
+        ['chair', 'cup', 'woman', 'glass']
+    """
+    words = re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", name.lower())
+    head = next((i for i, word in enumerate(words) if i and word in PREPOSITIONS), len(words))
+    return _singular(words[head - 1]) if words else name.lower()
+
+
+def statistics_table(counted: ChainStatistics) -> Table:
+    """Return the three counts as one table for the terminal."""
+    chains, steps = sum(counted.turns.values()), sum(counted.steps.values())
+    table = Table(title=f"{chains} chains, {steps} steps")
+    table.add_column("")
+    table.add_column("count", justify="right")
+    table.add_column("share", justify="right")
+    totals = (steps, chains, chains)
+    for panel, counts, total in zip(PANELS, _panels(counted), totals, strict=True):
+        table.add_section()
+        table.add_row(f"[bold]{panel}[/bold]", "", "")
+        for label, count in counts.items():
+            table.add_row(f"  {label}", str(count), f"{count / total:.1%}")
+    return table
+
+
+def draw_statistics(counted: ChainStatistics, path: Path) -> None:
+    """Draw the three counts side by side.
+
+    Args:
+        counted: of at least one chain.
+        path: of the picture; its suffix says the format.
+    """
+    panels = _panels(counted)
+    rows = max(len(counts) for counts in panels)
+    figure = Figure(figsize=(13, 1.2 + 0.27 * max(rows, 9)), layout="constrained")
+    for axes, title, counts in zip(figure.subplots(1, 3), PANELS, panels, strict=True):
+        _draw_bars(axes, title, counts)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_bars(axes: Any, title: str, counts: Mapping[str, int]) -> None:
+    bars = axes.barh(list(counts), list(counts.values()), color=BAR, height=0.7)
+    axes.bar_label(bars, padding=4, color=INK, fontsize=9)
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.tick_params(length=0, labelcolor=INK)
+    axes.xaxis.set_visible(False)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(SOFT)
+
+
+def _panels(counted: ChainStatistics) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Return labels and counts of the three panels; of the categories the most frequent ones."""
+    shown = dict(list(counted.categories.items())[:CATEGORIES_SHOWN])
+    turns = {f"{n} turns" if n > 1 else "1 turn": count for n, count in counted.turns.items()}
+    return {x.replace("_", " "): count for x, count in counted.steps.items()}, shown, turns
+
+
+def _names(chain: Chain) -> tuple[str, ...]:
+    return chain.all_objects[-1] if chain.all_objects else ()
+
+
+def _ranked(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda x: (-x[1], x[0])))
+
+
+def _singular(noun: str) -> str:
+    if noun in IRREGULAR:
+        return IRREGULAR[noun]
+    if re.search(r"[^aeiou]ies$", noun) and len(noun) > 4:
+        return f"{noun[:-3]}y"
+    if re.search(r"(?:ss|x|ch|sh|z)es$", noun):
+        return noun[:-2]
+    return noun if re.search(r"(?:^.{1,2}|ss|us|is)$", noun) else noun.removesuffix("s")

@@ -1,0 +1,60 @@
+"""Structured answers of a model: what is asked for, and the strict way back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from mteditflow.planner.edits import first_error
+from mteditflow.rewards import AnswerError, Fault
+from mteditflow.rewards.answers import REFUSAL
+
+Model = TypeVar("Model", bound=BaseModel)
+SHOWN = 120  # characters of an answer in a message
+
+
+def read_json(text: str, model: type[Model]) -> Model:
+    """Read an answer that must be one JSON object and nothing else.
+
+    Args:
+        text: what the model wrote.
+        model: what it must hold.
+
+    Raises:
+        AnswerError: it is no JSON (``Fault.request_ignored``, which a server that honours the
+            schema cannot send; ``Fault.refusal``, ``Fault.format`` where JSON has been begun), or
+            another one (``Fault.format``). The message says what is wrong, and where.
+
+    Example:
+        >>> from mteditflow.planner import ListedObject
+        >>> read_json('{"name": "cat", "count": 2}', ListedObject).count
+        2
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        detail = f"{first_error(error)}; got {text[:SHOWN]!r}"
+        raise AnswerError(_fault(text, error), detail) from error
+
+
+def _fault(text: str, error: ValidationError) -> Fault:
+    start = text.lstrip()
+    if error.errors()[0]["type"] != "json_invalid" or start[:1] in ("", "{"):
+        return Fault.format
+    return Fault.refusal if REFUSAL.match(start) else Fault.request_ignored
+
+
+def strict_object(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an object with these properties, all of them and no others.
+
+    Example:
+        >>> strict_object({"count": {"type": "integer"}})["required"]
+        ['count']
+    """
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
