@@ -1,0 +1,193 @@
+"""The server's application: its routes, who may use them, and their OpenAPI documentation."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import ClientDisconnect
+
+from mteditflow.rewards.consistency import ConsistencyScorer
+from mteditflow.rewards.server.bodies import ReadToEnd, read_body
+from mteditflow.rewards.server.reading import Reader
+from mteditflow.rewards.server.service import Service
+from mteditflow.rewards.wire import (
+    ConsistencyAnswer,
+    ConsistencyRequest,
+    ErrorAnswer,
+    Health,
+    Info,
+    Limits,
+)
+
+R = TypeVar("R")
+
+SCHEMAS = "#/components/schemas/"
+CLIENT_GONE = 499  # nobody reads it
+ERRORS = {
+    401: "No token, or a wrong one.",
+    408: "The body took too long to arrive.",
+    413: "The body or an image is larger than this server takes.",
+    415: "The body is not JSON.",
+    422: "The body is not such a request, or an image is not PNG or lossless WebP.",
+    500: "The models failed on this chain.",
+    503: "Loading, stopping or busy; Retry-After says when to try again.",
+}
+DEFAULT_LIMITS = Limits()
+
+
+def create_app(
+    scorer: ConsistencyScorer | Callable[[], ConsistencyScorer],
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    token: str | None = None,
+) -> FastAPI:
+    """Make the ASGI application that serves content consistency.
+
+    Args:
+        scorer: what scores; or a function that loads it, which runs while the application already
+            answers 503.
+        limits: what the server takes on.
+        token: bearer token that requests must carry, all but those for health and documentation;
+            ``None`` lets everybody in.
+
+    Returns:
+        The application; its ``state.service`` is the ``Service`` behind the routes.
+
+    Raises:
+        ValueError: the token is not printable ASCII without spaces.
+
+    Example:
+        >>> from fastapi.testclient import TestClient
+        >>> scorer = ConsistencyScorer(lambda images, names: [])
+        >>> with TestClient(create_app(scorer)) as client:
+        ...     client.post("/v1/consistency", json={"images": [], "pairs": []}).status_code
+        422
+    """
+    service = Service(scorer, limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    app = _Documented(
+        title="mteditflow content consistency",
+        summary="How well edited images keep what no instruction touched.",
+        version=version("mteditflow"),
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(ReadToEnd)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.include_router(_health(service))
+    app.include_router(_scoring(service, limits), prefix="/v1", dependencies=_guards(token))
+    return app
+
+
+class _Documented(FastAPI):
+    """Knows the schema of the request, which its route reads by itself, within bounds."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        request = ConsistencyRequest.model_json_schema(ref_template=f"{SCHEMAS}{{model}}")
+        definitions = request.pop("$defs", {})
+        schema["components"]["schemas"] |= {**definitions, ConsistencyRequest.__name__: request}
+        return schema
+
+
+def _health(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health", responses={503: {"description": "Not ready.", "model": Health}})
+    async def health(response: Response) -> Health:
+        """Say whether chains can be scored now: 200 if so, otherwise 503."""
+        response.status_code = 200 if service.state == "ready" else 503
+        return Health(status=service.state)
+
+    return router
+
+
+def _scoring(service: Service, limits: Limits) -> APIRouter:
+    router = APIRouter()
+    reader = Reader(limits)
+
+    @router.get("/info", responses=_errors(401, 503))
+    async def info() -> Info:
+        """Say which models score, how, and what the server takes on."""
+        return service.info
+
+    @router.post(
+        "/consistency", responses=_errors(*ERRORS), openapi_extra={"requestBody": _body_schema()}
+    )
+    async def consistency(request: Request) -> ConsistencyAnswer:
+        """Score pairs of images of one chain.
+
+        Each pair names two images and the objects that must look the same in both. The answer has
+        one entry per pair, in order; a term that was not asked for or could not be measured is
+        null. Images are compared at 512 x 512; transparency is dropped, not blended.
+        """
+        with service.admit():
+            reader.check_type(request)
+            body = await read_body(request, limit=limits.max_body, timeout=limits.read_timeout)
+            images, pairs = await reader.read(body)
+            del body
+            scores = await _unless_gone(request, service.score(images, pairs))
+            return ConsistencyAnswer(pairs=tuple(scores), scorer=service.info.scorer)
+
+    return router
+
+
+def _body_schema() -> dict[str, Any]:
+    schema = {"$ref": f"{SCHEMAS}{ConsistencyRequest.__name__}"}
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"description": ERRORS[code], "model": ErrorAnswer} for code in statuses}
+
+
+def _guards(token: str | None) -> list[Any]:
+    """Dependencies that let in only those who bear the token."""
+    if token is None:
+        return []
+    if not (token.isascii() and token.isprintable() and token) or " " in token:
+        raise ValueError("token: expected printable ASCII without spaces, got something else")
+    expected = token.encode()
+    bearer = Depends(HTTPBearer(auto_error=False))
+
+    def check(given: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> None:
+        came = given.credentials.encode() if given else b""
+        if not secrets.compare_digest(came, expected):
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "expected this server's bearer token", challenge)
+
+    return [Depends(check)]
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, R]) -> R:
+    """Wait for the work, or drop it as soon as the client is gone."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)

@@ -1,0 +1,138 @@
+"""Micro-batching: requests that wait together are worked on together, each for its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+from mteditflow._checks import check_count, check_number
+
+LOG = logging.getLogger(__name__)
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+@dataclass(eq=False)
+class _Job(Generic[Q, A]):
+    request: Q
+    answer: asyncio.Future[A] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class MicroBatcher(Generic[Q, A]):
+    """Collects requests and has them worked on in batches, in one thread, in order of arrival.
+
+    A batch that fails is tried again one by one, so that only the request at fault fails. One whose
+    caller is cancelled is dropped, unless its batch has begun. How many may wait is for the caller
+    to bound.
+
+    Args:
+        work: answers requests, one answer each, in order; runs in a thread of its own, never twice
+            at a time.
+        max_batch: most requests in one batch.
+        max_wait: longest that a request waits for others to join its batch while the thread is
+            idle, s.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> async def ask() -> list[int]:
+        ...     batcher = MicroBatcher(lambda numbers: [n * n for n in numbers])
+        ...     worker = asyncio.create_task(batcher.run())
+        ...     answers = await asyncio.gather(batcher.submit(2), batcher.submit(3))
+        ...     worker.cancel()
+        ...     return answers
+        >>> asyncio.run(ask())
+        [4, 9]
+    """
+
+    def __init__(
+        self,
+        work: Callable[[list[Q]], Sequence[A]],
+        *,
+        max_batch: int = 8,
+        max_wait: float = 0.005,
+    ) -> None:
+        check_count("max_batch", max_batch)
+        check_number("max_wait", max_wait, low=0.0)
+        self._work, self._max_batch, self._max_wait = work, max_batch, max_wait
+        self._waiting: deque[_Job[Q, A]] = deque()
+        self._arrival = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "mteditflow-scorer")
+        self.working = False  # whether the thread is at work
+
+    async def submit(self, request: Q) -> A:
+        """Wait for the answer to one request.
+
+        Raises:
+            Exception: what ``work`` raised when this request was alone.
+        """
+        job = _Job[Q, A](request)
+        self._waiting.append(job)
+        self._arrival.set()
+        try:
+            return await job.answer
+        finally:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        try:
+            while True:
+                if jobs := await self._next_batch():
+                    await self._answer(jobs)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a function in the thread that works on the batches."""
+        self.working = True
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+        finally:
+            self.working = False
+
+    async def _next_batch(self) -> list[_Job[Q, A]]:
+        await self._arrivals(1)
+        with anyio.move_on_after(self._max_wait):
+            await self._arrivals(self._max_batch)
+        count = min(len(self._waiting), self._max_batch)
+        return [self._waiting.popleft() for _ in range(count)]
+
+    async def _arrivals(self, count: int) -> None:
+        while len(self._waiting) < count:
+            self._arrival.clear()
+            await self._arrival.wait()
+
+    async def _answer(self, jobs: list[_Job[Q, A]]) -> None:
+        try:
+            answers = await self.in_thread(self._checked_work, [job.request for job in jobs])
+        except Exception as error:
+            if len(jobs) > 1:
+                LOG.warning("a batch of %d failed (%r): one by one", len(jobs), error)
+                for job in jobs:
+                    await self._answer([job])
+            elif not jobs[0].answer.done():
+                jobs[0].answer.set_exception(error)
+        else:
+            for job, answer in zip(jobs, answers, strict=True):
+                if not job.answer.done():  # cancelled
+                    job.answer.set_result(answer)
+
+    def _checked_work(self, requests: list[Q]) -> Sequence[A]:
+        answers = self._work(requests)
+        if len(answers) != len(requests):
+            raise RuntimeError(f"expected {len(requests)} answers of a batch, got {len(answers)}")
+        return answers

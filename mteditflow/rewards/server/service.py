@@ -1,0 +1,146 @@
+"""What scores behind the routes: loads once, counts requests in, scores them in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+from fastapi import HTTPException
+from PIL import Image
+
+from mteditflow.rewards.consistency import ConsistencyScorer
+from mteditflow.rewards.pairs import Pair, PairScores
+from mteditflow.rewards.server.batching import MicroBatcher
+from mteditflow.rewards.server.identity import describe
+from mteditflow.rewards.wire import Info, Limits
+
+LOG = logging.getLogger(__name__)
+RETRY_AFTER = {"ready": 1, "loading": 10, "stopping": 10, "broken": 60}  # s
+
+Chain = tuple[Sequence[Image.Image], Sequence[Pair]]
+
+
+class Service:
+    """Scores chains for requests that come at the same time.
+
+    Args:
+        scorer: what scores, or a function that loads it, which runs in the thread that scores.
+        limits: how many requests at once, and in a batch.
+    """
+
+    def __init__(
+        self, scorer: ConsistencyScorer | Callable[[], ConsistencyScorer], limits: Limits
+    ) -> None:
+        self._limits = limits
+        self._batcher = MicroBatcher[Chain, Sequence[PairScores]](
+            self._work, max_batch=limits.max_batch, max_wait=limits.max_wait
+        )
+        self._inside, self._stopping, self._broken = 0, False, False
+        self._load = scorer if callable(scorer) else None
+        self._loaded = None if callable(scorer) else (scorer, describe(scorer, limits))
+
+    @property
+    def state(self) -> str:
+        """``loading``, ``ready``, ``stopping``, or ``broken`` if loading failed."""
+        if self._stopping or self._broken:
+            return "stopping" if self._stopping else "broken"
+        return "loading" if self._loaded is None else "ready"
+
+    @property
+    def info(self) -> Info:
+        """What scores.
+
+        Raises:
+            HTTPException: 503: it is not loaded yet.
+        """
+        if self._loaded is None:
+            raise self._unavailable(f"the server is {self.state}")
+        return self._loaded[1]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Load and score while the block lasts."""
+        worker = asyncio.create_task(self._run())
+        try:
+            yield
+        finally:
+            worker.cancel()
+            with suppress(asyncio.CancelledError):
+                await worker
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Count a request in and out.
+
+        Raises:
+            HTTPException: 503 with Retry-After: there are too many, or the server is not ready.
+        """
+        if self.state != "ready":
+            raise self._unavailable(f"the server is {self.state}")
+        if self._inside >= self._limits.max_requests:
+            raise self._unavailable(f"{self._inside} requests are being served, try later")
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def stop(self) -> None:
+        """Admit no more requests."""
+        self._stopping = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are admitted requests."""
+        return self._inside > 0
+
+    @property
+    def working(self) -> bool:
+        """Whether the models are at work, perhaps for nobody any more."""
+        return self._batcher.working
+
+    async def score(
+        self, images: Sequence[Image.Image], pairs: Sequence[Pair]
+    ) -> Sequence[PairScores]:
+        """Score one chain, together with others that wait.
+
+        Raises:
+            HTTPException: 500: the models failed on this chain.
+        """
+        try:
+            return await self._batcher.submit((images, pairs))
+        except Exception as error:
+            LOG.exception("a chain could not be scored")
+            raise HTTPException(500, "scoring failed; the server's log says why") from error
+
+    async def _run(self) -> None:
+        if self._load is not None:
+            await self._batcher.in_thread(self._load_and_describe, self._load)
+        if self._loaded is not None:
+            await self._batcher.run()
+
+    def _load_and_describe(self, load: Callable[[], ConsistencyScorer]) -> None:
+        start = time.monotonic()
+        try:
+            scorer = load()
+            self._loaded = scorer, describe(scorer, self._limits)
+        except Exception:
+            LOG.exception("the models could not be loaded")
+            self._broken = True
+        else:
+            LOG.info("ready: models loaded in %.1f s", time.monotonic() - start)
+
+    def _work(self, chains: list[Chain]) -> Sequence[Sequence[PairScores]]:
+        if self._loaded is None:
+            raise RuntimeError("expected work after the scorer was loaded")
+        answers = self._loaded[0].score_many(chains)
+        for (_, pairs), answer in zip(chains, answers, strict=True):
+            if len(answer) != len(pairs):
+                raise RuntimeError(f"expected scores of {len(pairs)} pairs, got {len(answer)}")
+        return answers
+
+    def _unavailable(self, reason: str) -> HTTPException:
+        return HTTPException(503, reason, {"Retry-After": str(RETRY_AFTER[self.state])})
