@@ -118,6 +118,7 @@ class ChatClient:
         Returns:
             What ``read`` returned, or why there is no answer.
         """
+        check_count("seed", seed, low=0)
         request = self._request(content, max_tokens, schema, top_logprobs)
         key = await anyio.to_thread.run_sync(request_key, {**request, "seed": seed})
         stored = await self._stored(key)

@@ -173,6 +173,7 @@ class ScriptedServer:
         script: behaviours, one per request; use `itertools.repeat` for one that lasts.
         port: 0 for any that is free.
         requests: what came, in order.
+        connections: how many were opened.
         most_at_once: most requests that were being answered at one moment.
     """
 
@@ -180,6 +181,7 @@ class ScriptedServer:
     script: Iterable[Behaviour] = ()
     port: int = 0
     requests: list[Request] = field(default_factory=list)
+    connections: int = 0
     most_at_once: int = 0
 
     @property
@@ -214,6 +216,7 @@ class ScriptedServer:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.connections += 1
         try:
             with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 while not writer.is_closing():
