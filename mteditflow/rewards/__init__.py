@@ -18,7 +18,10 @@ from mteditflow.rewards.background import Background
 from mteditflow.rewards.cache import AnswerCache
 from mteditflow.rewards.chat import ChatAnswer, ChatClient
 from mteditflow.rewards.dispatch import Dispatcher, Statistics
+from mteditflow.rewards.expectation import ExpectationPrompt
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
+from mteditflow.rewards.judge import Judge
+from mteditflow.rewards.prompts import JudgePrompt
 from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
 
 __all__ = [
@@ -28,8 +31,11 @@ __all__ = [
     "ChatAnswer",
     "ChatClient",
     "Dispatcher",
+    "ExpectationPrompt",
     "Fault",
     "InvalidRewardsError",
+    "Judge",
+    "JudgePrompt",
     "Lost",
     "Reward",
     "Statistics",
