@@ -1,4 +1,4 @@
-"""What content consistency asks of a detector and of features; any callables of this form will do."""
+"""What content consistency asks of a detector and of features: any such callables will do."""
 
 from __future__ import annotations
 
