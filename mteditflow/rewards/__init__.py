@@ -17,12 +17,16 @@ except ImportError as error:
 from mteditflow.rewards.background import Background
 from mteditflow.rewards.cache import AnswerCache
 from mteditflow.rewards.chat import ChatAnswer, ChatClient
+from mteditflow.rewards.consistency import Consistency, ConsistencyScorer
 from mteditflow.rewards.dispatch import Dispatcher, Statistics
 from mteditflow.rewards.expectation import ExpectationPrompt
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
 from mteditflow.rewards.judge import Judge
+from mteditflow.rewards.pairs import ConsistencyScores, Pair, PairScores, pairs_of
 from mteditflow.rewards.prompts import JudgePrompt
+from mteditflow.rewards.protocols import Detector, FeatureExtractor
 from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
+from mteditflow.rewards.similarity import Features
 
 __all__ = [
     "AnswerCache",
@@ -30,14 +34,23 @@ __all__ = [
     "Background",
     "ChatAnswer",
     "ChatClient",
+    "Consistency",
+    "ConsistencyScorer",
+    "ConsistencyScores",
+    "Detector",
     "Dispatcher",
     "ExpectationPrompt",
     "Fault",
+    "FeatureExtractor",
+    "Features",
     "InvalidRewardsError",
     "Judge",
     "JudgePrompt",
     "Lost",
+    "Pair",
+    "PairScores",
     "Reward",
     "Statistics",
     "TurnScores",
+    "pairs_of",
 ]
