@@ -18,6 +18,7 @@ from mteditflow.rewards.background import Background
 from mteditflow.rewards.cache import AnswerCache
 from mteditflow.rewards.chat import ChatAnswer, ChatClient
 from mteditflow.rewards.consistency import Consistency, ConsistencyScorer
+from mteditflow.rewards.consistency_client import ConsistencyClient
 from mteditflow.rewards.dispatch import Dispatcher, Statistics
 from mteditflow.rewards.expectation import ExpectationPrompt
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
@@ -35,6 +36,7 @@ __all__ = [
     "ChatAnswer",
     "ChatClient",
     "Consistency",
+    "ConsistencyClient",
     "ConsistencyScorer",
     "ConsistencyScores",
     "Detector",

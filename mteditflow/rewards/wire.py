@@ -6,12 +6,15 @@ Bounds that hold for every server are part of the messages; those that a server 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 
+from mteditflow.rewards.classify import SHOWN, shorten
+from mteditflow.rewards.faults import AnswerError, Fault
 from mteditflow.rewards.images import png_base64, to_rgb
 from mteditflow.rewards.looks import SIZE
 from mteditflow.rewards.pairs import Pair, PairScores
@@ -20,6 +23,10 @@ MAX_IMAGES = 65  # of one chain: 64 turns and the reference
 MAX_PAIRS = 64
 MAX_NAMES = 64  # of one list
 MAX_NAME = 200  # characters
+
+# What pydantic calls a number out of its range, and what is no number.
+OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
+NOT_A_NUMBER = ("finite_number", "float_type", "float_parsing")
 
 PIXEL = png_base64(Image.new("RGB", (1, 1), (200, 30, 30)))
 EXAMPLE_PAIR: JsonDict = {
@@ -180,3 +187,61 @@ def to_send(name: str, image: Image.Image) -> Image.Image:
     if rgb.width * rgb.height <= SIZE * SIZE:
         return rgb
     return rgb.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def read_answer(body: bytes, pairs: Sequence[Pair], scorer: str) -> tuple[PairScores, ...]:
+    """Read a server's answer to a request of some pairs.
+
+    Args:
+        body: JSON of a ``ConsistencyAnswer``.
+        pairs: that were asked for.
+        scorer: identity of the models that must have scored them.
+
+    Raises:
+        AnswerError: it is not such an answer, has another number of pairs, a score that is out of
+            range, no number or not asked for, or other models gave it.
+
+    Example:
+        >>> pair = Pair(source=0, edited=1, unchanged_objects=("dog",))
+        >>> read_answer(b'{"scorer": "a", "pairs": [{"object": 0.5}, {}]}', [pair], "a")
+        Traceback (most recent call last):
+        mteditflow.rewards.faults.AnswerError: wrong number of scores: expected 1 pairs, got 2
+    """
+    try:
+        answer = ConsistencyAnswer.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error, body) from error
+    if answer.scorer != scorer:
+        raise AnswerError(
+            Fault.malformed,
+            f"expected scores of the models {shorten(scorer)}, got those of other models, "
+            f"{shorten(answer.scorer)}: endpoints must serve the same",
+        )
+    if len(answer.pairs) != len(pairs):
+        raise AnswerError(
+            Fault.wrong_count, f"expected {len(pairs)} pairs, got {len(answer.pairs)}"
+        )
+    for n, (pair, scores) in enumerate(zip(pairs, answer.pairs, strict=True)):
+        if extra := _unasked(pair, scores):
+            raise AnswerError(Fault.malformed, f"pairs[{n}]: expected no {extra}, got a score")
+    return answer.pairs
+
+
+def _unasked(pair: Pair, scores: PairScores) -> str | None:
+    """Name a term that has a score and was not asked for."""
+    terms = scores.model_dump(exclude_none=True)
+    asked = {"object": bool(pair.unchanged_objects), "background": bool(pair.all_objects)}
+    asked["background"] &= pair.background
+    return next((term for term in terms if not asked[term.removesuffix("_l1")]), None)
+
+
+def _explain(error: ValidationError, body: bytes) -> AnswerError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] in OUT_OF_RANGE:
+        return AnswerError(Fault.out_of_range, f"{place}: {first['msg']}, got {first['input']}")
+    if first["type"] in NOT_A_NUMBER:
+        came = shorten(repr(first["input"]))
+        return AnswerError(Fault.not_a_number, f"{place}: {first['msg']}, got {came}")
+    came = shorten(body[:SHOWN].decode(errors="replace")) or "an empty body"
+    return AnswerError(Fault.malformed, f"expected scores of pairs, got {came}")

@@ -10,6 +10,7 @@ except ImportError as error:
 
 from mteditflow.rewards.server.app import create_app
 from mteditflow.rewards.server.service import Service
+from mteditflow.rewards.server.serving import serve
 from mteditflow.rewards.wire import Limits
 
-__all__ = ["Limits", "Service", "create_app"]
+__all__ = ["Limits", "Service", "create_app", "serve"]

@@ -58,7 +58,8 @@ def create_app(
             ``None`` lets everybody in.
 
     Returns:
-        The application; its ``state.service`` is the ``Service`` behind the routes.
+        The application; ``state.service`` is the ``Service`` behind its routes, ``state.secured``
+        tells whether there is a token.
 
     Raises:
         ValueError: the token is not printable ASCII without spaces.
@@ -83,7 +84,7 @@ def create_app(
         version=version("mteditflow"),
         lifespan=lifespan,
     )
-    app.state.service = service
+    app.state.service, app.state.secured = service, token is not None
     app.add_middleware(ReadToEnd)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.include_router(_health(service))

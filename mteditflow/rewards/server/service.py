@@ -38,14 +38,15 @@ class Service:
         self._batcher = MicroBatcher[Chain, Sequence[PairScores]](
             self._work, max_batch=limits.max_batch, max_wait=limits.max_wait
         )
-        self._inside, self._stopping, self._broken = 0, False, False
+        self._inside, self._stopping = 0, False
+        self.broken = False  # whether loading failed
         self._load = scorer if callable(scorer) else None
         self._loaded = None if callable(scorer) else (scorer, describe(scorer, limits))
 
     @property
     def state(self) -> str:
         """``loading``, ``ready``, ``stopping``, or ``broken`` if loading failed."""
-        if self._stopping or self._broken:
+        if self._stopping or self.broken:
             return "stopping" if self._stopping else "broken"
         return "loading" if self._loaded is None else "ready"
 
@@ -129,7 +130,7 @@ class Service:
             self._loaded = scorer, describe(scorer, self._limits)
         except Exception:
             LOG.exception("the models could not be loaded")
-            self._broken = True
+            self.broken = True
         else:
             LOG.info("ready: models loaded in %.1f s", time.monotonic() - start)
 

@@ -1,0 +1,116 @@
+"""Serve content consistency: ``python -m mteditflow.rewards.server --help``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mteditflow.rewards.consistency import ConsistencyScorer
+from mteditflow.rewards.server.app import DEFAULT_LIMITS, create_app
+from mteditflow.rewards.server.serving import serve
+from mteditflow.rewards.wire import Limits
+
+TOKEN_VARIABLE = "MTEDITFLOW_TOKEN"
+
+
+class Tokens(str, Enum):
+    """Which tokens of the features are patches, as in ``ConsistencyScorer``."""
+
+    strict = "strict"
+    compat = "compat"
+
+
+def load(
+    detector: str, features: str, tokens: Tokens, threshold: float, device: str
+) -> ConsistencyScorer:
+    """Load the published models, or others of their classes."""
+    from mteditflow.rewards.models import DinoV3, GroundingDino  # transformers takes its time
+
+    return ConsistencyScorer(
+        GroundingDino.from_pretrained(detector, device=device, threshold=threshold),
+        DinoV3.from_pretrained(features, device=device),
+        tokens=tokens.value,
+    )
+
+
+def read_token(file: Path | None) -> str | None:
+    """Read the token from a file or the environment; never from the command line, which all see."""
+    token = os.environ.get(TOKEN_VARIABLE) if file is None else file.read_text().strip()
+    if token == "":
+        raise typer.BadParameter("expected a token, got an empty one")
+    return token
+
+
+def main(
+    detector: Annotated[
+        str, typer.Option(help="Hub id or folder of a GroundingDINO.")
+    ] = "IDEA-Research/grounding-dino-tiny",
+    features: Annotated[
+        str, typer.Option(help="Hub id or folder of a DINOv3 ViT.")
+    ] = "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    tokens: Annotated[
+        Tokens, typer.Option(help="compat: only to compare with EdiVal-Bench's numbers.")
+    ] = Tokens.strict,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a box.")] = 0.35,
+    device: Annotated[str, typer.Option(help="Where the models compute.")] = "cpu",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8200,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help=f"File with a bearer token that requests must carry; or set {TOKEN_VARIABLE}.",
+        ),
+    ] = None,
+    max_body: Annotated[
+        int, typer.Option(min=1, help="Most bytes of a request.")
+    ] = DEFAULT_LIMITS.max_body,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Most pixels of an image.")
+    ] = DEFAULT_LIMITS.max_pixels,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Most requests at once; more get 503.")
+    ] = DEFAULT_LIMITS.max_requests,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Most chains scored together.")
+    ] = DEFAULT_LIMITS.max_batch,
+    max_wait: Annotated[
+        float, typer.Option(min=0, help="Longest wait for chains to score together, s.")
+    ] = DEFAULT_LIMITS.max_wait,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Longest time to finish requests when stopped, s.")
+    ] = 30.0,
+    access_log: Annotated[bool, typer.Option(help="Log every request.")] = False,
+) -> None:
+    """Serve content consistency over HTTP until SIGTERM or Ctrl-C."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    token = read_token(token_file)
+    app = create_app(
+        partial(load, detector, features, tokens, threshold, device),
+        limits=Limits(
+            max_body=max_body,
+            max_pixels=max_pixels,
+            max_requests=max_requests,
+            max_batch=max_batch,
+            max_wait=max_wait,
+        ),
+        token=token,
+    )
+    try:
+        status = serve(app, host=host, port=port, grace=grace, access_log=access_log)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; set {TOKEN_VARIABLE} or --token-file") from error
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    typer.run(main)

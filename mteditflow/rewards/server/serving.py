@@ -1,0 +1,117 @@
+"""Runs the application until it is told to stop, and stops it in order."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+from typing import Any
+
+import anyio
+import typer
+import uvicorn
+from fastapi import FastAPI
+
+from mteditflow.rewards.server.service import Service
+
+LOG = logging.getLogger(__name__)
+KEEP_ALIVE = 75  # s that an unused connection stays open for its client's next request
+CLOSING = 1  # s for connections to close once their requests are done
+
+
+def serve(
+    app: FastAPI,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    grace: float = 30.0,
+    access_log: bool = False,
+) -> int:
+    """Serve an application of ``create_app`` until SIGTERM or Ctrl-C.
+
+    The URL is written to standard output as soon as the server listens. Told to stop, it refuses
+    new requests (503) and finishes those it has; a second signal ends that wait.
+
+    Args:
+        app: the application.
+        host: address to listen on; other machines are served only if the application has a token.
+        port: 0 for any that is free.
+        grace: longest that requests may take to finish, s.
+        access_log: whether to log every request.
+
+    Returns:
+        Exit status: 0 if all requests were answered, 1 if some were cut off or nothing could be
+        loaded. Where the models are still at work after that time, this ends the process instead.
+
+    Raises:
+        ValueError: the address is not that of the loopback, and there is no token.
+    """
+    service: Service = app.state.service
+    check_host(host, secured=app.state.secured)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=access_log,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=CLOSING,
+    )
+    server = _Server(config, service, grace)
+    server.run()
+    status = int(server.cut_off or service.broken)
+    if service.working:  # in a thread that cannot be stopped, for which Python would wait
+        LOG.warning("the models were still at work")
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def check_host(host: str, *, secured: bool) -> None:
+    """Raise unless only this machine can reach an address, or a token is asked for.
+
+    Example:
+        >>> check_host("0.0.0.0", secured=False)
+        Traceback (most recent call last):
+        ValueError: host: expected the loopback, or a token, as other machines can reach 0.0.0.0
+    """
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not secured:
+        raise ValueError(
+            f"host: expected the loopback, or a token, as other machines can reach {host}"
+        )
+    if not loopback:
+        LOG.warning("other machines can reach %s, and HTTP hides neither token nor images", host)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+        super().__init__(config)
+        self._service, self._grace = service, grace
+        self.cut_off = False
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        typer.echo(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.broken
+
+    async def main_loop(self) -> None:
+        """Serve until told to stop; the sockets close only after this."""
+        await super().main_loop()
+        self._service.stop()
+        LOG.info("stopping: new requests are refused, those that are here are finished")
+        with anyio.move_on_after(self._grace):
+            while self._service.busy and not self.force_exit:
+                await anyio.sleep(0.05)
+        self.cut_off = self._service.busy
