@@ -11,7 +11,31 @@ except ImportError as error:
         f"mteditflow.chains needs {error.name}: pip install 'mteditflow[chains]'"
     ) from error
 
+from mteditflow.chains.dataset import Batch, ChainDataset, Example, collate_chains
 from mteditflow.chains.errors import ChainError
+from mteditflow.chains.formats import FORMATS
+from mteditflow.chains.readers import Reading, Skipped, iter_chains, read_chains, recognise
 from mteditflow.chains.record import TASK_TYPES, Chain, TaskType
+from mteditflow.chains.sampler import GroupSampler
+from mteditflow.chains.writers import Refused, Writing, write_chains
 
-__all__ = ["TASK_TYPES", "Chain", "ChainError", "TaskType"]
+__all__ = [
+    "FORMATS",
+    "TASK_TYPES",
+    "Batch",
+    "Chain",
+    "ChainDataset",
+    "ChainError",
+    "Example",
+    "GroupSampler",
+    "Reading",
+    "Refused",
+    "Skipped",
+    "TaskType",
+    "Writing",
+    "collate_chains",
+    "iter_chains",
+    "read_chains",
+    "recognise",
+    "write_chains",
+]

@@ -1,0 +1,16 @@
+"""The formats that chains are kept in, each as users already hold it."""
+
+from mteditflow.chains.formats.base import Format, Row
+from mteditflow.chains.formats.edit_r2 import EDIT_R2
+from mteditflow.chains.formats.edival import EDIVAL
+from mteditflow.chains.formats.flow_grpo import FLOW_GRPO
+from mteditflow.chains.formats.imgedit import IMGEDIT
+from mteditflow.chains.formats.native import NATIVE
+from mteditflow.chains.formats.pico_banana import PICO_BANANA
+
+# In this order a line of JSON is recognised: what several could read is of the first.
+FORMATS: dict[str, Format] = {
+    known.name: known for known in (NATIVE, EDIVAL, EDIT_R2, PICO_BANANA, FLOW_GRPO, IMGEDIT)
+}
+
+__all__ = ["FORMATS", "Format", "Row"]

@@ -1,0 +1,195 @@
+"""What a format is, and what the formats share: parsing of lines, translation of keys."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from mteditflow.chains.errors import ChainError, shorten
+from mteditflow.chains.record import TASK_TYPES, Chain, one_line
+
+Record = dict[str, Any]
+# A line number with the native record that begins there, or with why there is none.
+Row = tuple[int, Record | ChainError]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to keep chains in a file.
+
+    Attributes:
+        name: as the command line takes it.
+        about: what the format is.
+        loses: what of a chain it leaves out.
+        refuses: which chains it cannot hold.
+        read: yields the rows of an open file, and goes on after a bad one.
+        encode: writes one chain; raises ``ChainError`` where the format cannot hold it.
+        keys: those that show a line of JSON to be of this format.
+        head: what the file begins with.
+        between: what stands between two chains.
+        tail: what the file ends with.
+    """
+
+    name: str
+    about: str
+    loses: str
+    refuses: str
+    read: Callable[[BinaryIO], Iterator[Row]]
+    encode: Callable[[Chain], str]
+    keys: frozenset[str] = frozenset()
+    head: str = ""
+    between: str = ""
+    tail: str = ""
+
+
+def json_lines(
+    name: str,
+    *,
+    about: str,
+    keys: Collection[str],
+    decode: Callable[[Record, int], Record],
+    encode: Callable[[Chain], Record],
+    refuses: str = "none",
+) -> Format:
+    """Make a format with one JSON object per line, which loses nothing: there is room for any key.
+
+    Args:
+        name: as the command line takes it.
+        about: what the format is.
+        keys: those that show a line to be of this format.
+        decode: parsed line and its number to the native record.
+        encode: chain to the object of its line; either raises ``ChainError`` where it cannot.
+        refuses: which chains it cannot hold.
+    """
+
+    def row(number: int, raw: bytes) -> Row:
+        try:
+            return number, decode(parse_object(raw), number)
+        except ChainError as error:
+            return number, error
+
+    def read(file: BinaryIO) -> Iterator[Row]:
+        return (row(number, raw) for number, raw in numbered_lines(file))
+
+    def encode_line(chain: Chain) -> str:
+        return one_line(encode(chain)) + "\n"
+
+    return Format(name, about, "nothing", refuses, read, encode_line, frozenset(keys))
+
+
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their number from 1; a byte-order mark is dropped."""
+    for number, line in enumerate(file, start=1):
+        raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if raw.strip():
+            yield number, raw
+
+
+def parse_object(raw: bytes) -> Record:
+    """Parse one JSON object, and refuse what Python's parser lets through.
+
+    Raises:
+        ChainError: not UTF-8, not JSON (NaN and Infinity are not), a key twice, not an object.
+    """
+    try:
+        value = json.loads(decode_text(raw), **STRICT)
+    except (ValueError, RecursionError) as error:
+        raise ChainError(f"expected one JSON object, got {shorten_line(raw)} ({error})") from error
+    if not isinstance(value, dict):
+        raise ChainError(f"expected one JSON object, got {shorten_line(raw)}")
+    return value
+
+
+def decode_text(raw: bytes) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        ChainError: the bytes are something else.
+    """
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ChainError(f"expected UTF-8 text, got byte {raw[error.start]:#04x}") from error
+
+
+def shorten_line(raw: bytes) -> str:
+    """Show a line, or its beginning."""
+    return shorten(raw.decode("utf-8", errors="replace").strip())
+
+
+def single_turn(chain: Chain) -> str:
+    """Return the only instruction.
+
+    Raises:
+        ChainError: there are several.
+    """
+    if chain.turns > 1:
+        raise ChainError(f"expected a chain of one turn, got {chain.turns} turns")
+    return chain.instructions[0]
+
+
+def take(record: Record, key: str, kind: type, expected: str) -> Any:
+    """Take a key out of a record.
+
+    Raises:
+        ChainError: it is not there, or not of the kind.
+    """
+    if key not in record:
+        raise ChainError(f"{key}: expected this field, got none")
+    value = record.pop(key)
+    if not isinstance(value, kind):
+        raise ChainError(f"{key}: expected {expected}, got {shorten(value)}")
+    return value
+
+
+def known_types(key: str, types: object) -> bool:
+    """Whether a list of edit types has none but the nine.
+
+    Raises:
+        ChainError: it is no list of text.
+    """
+    if not isinstance(types, (list, tuple)) or not all(isinstance(x, str) for x in types):
+        raise ChainError(f"{key}: expected a list of text, got {shorten(types)}")
+    return all(x in TASK_TYPES for x in types)
+
+
+def with_id(record: Record, number: int) -> Record:
+    """Give a record its id as text: its own, or the number of its line if it has none."""
+    name = record.get("id", number)
+    return {**record, "id": str(name) if type(name) is int else name}
+
+
+def join(fields: Mapping[str, Any], rest: Mapping[str, Any]) -> Record:
+    """Put fields and further keys into one record.
+
+    Raises:
+        ChainError: a key is in both, so that one would be lost.
+    """
+    if both := sorted(fields.keys() & rest.keys()):
+        raise ChainError(
+            f"{both[0]}: expected no key of this name beside the format's own, got one"
+        )
+    return {**fields, **rest}
+
+
+def without(chain: Chain, *translated: str) -> Record:
+    """Return the record of a chain less the fields that a format says in its own words."""
+    return {key: value for key, value in chain.to_record().items() if key not in translated}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(x for x in keys if keys.count(x) > 1)!r} stands twice")
+    return record
+
+
+STRICT: dict[str, Any] = {"parse_constant": _refuse_constant, "object_pairs_hook": _unique}

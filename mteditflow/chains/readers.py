@@ -1,0 +1,188 @@
+"""Reading of chains: the format told from the content, every bad line named with its reason."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from mteditflow._checks import check_choice
+from mteditflow.chains.errors import ChainError
+from mteditflow.chains.formats import FORMATS, Format
+from mteditflow.chains.formats.base import Record, numbered_lines, parse_object
+from mteditflow.chains.record import Chain
+
+# So many lines may be broken before the one that shows the format.
+LINES = 100
+OBJECT_OF_OBJECTS = re.compile(rb'\s*\{\s*"[^"]*"\s*:\s*\{')
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A line that holds no chain.
+
+    Attributes:
+        file: where it stands.
+        line: its number, from 1; that of the first one where a record has several.
+        reason: the field, what was expected, what came.
+    """
+
+    file: Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file held.
+
+    Attributes:
+        chains: in the order of the file.
+        skipped: lines that hold no chain, in the order of the file.
+    """
+
+    chains: tuple[Chain, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def read_chains(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002
+    strict: bool = True,
+    images: str | os.PathLike[str] | None = None,
+    check_images: bool = False,
+) -> Reading:
+    """Read all chains of a file.
+
+    Args:
+        path: the file, UTF-8 (a byte-order mark, CRLF and blank lines do not matter).
+        format: a key of ``FORMATS``; ``None`` tells it from the content.
+        strict: stop at the first bad line; else skip bad lines and list them.
+        images: folder that the images' paths are relative to; ``None`` is that of the file.
+        check_images: whether a chain whose image is no file counts as bad. Costs a look at the
+            disk for each chain.
+
+    Returns:
+        The chains, and the lines that were skipped (none where strict).
+
+    Raises:
+        ChainError: strict, and a line is bad, an id stands twice or the file is empty; or the
+            format cannot be told. The message names file, line and reason.
+        OSError: the file cannot be opened.
+        ValueError: there is no such format.
+
+    Example:
+        >>> import tempfile
+        >>> from mteditflow.chains import write_chains
+        >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat",))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "chains.jsonl")
+        ...     _ = write_chains([chain], path)
+        ...     _ = path.write_text(path.read_text() + '{"id": 8}')
+        ...     reading = read_chains(path, strict=False)
+        >>> [chain.id for chain in reading.chains], reading.skipped[0].line
+        (['7'], 2)
+        >>> reading.skipped[0].reason
+        'id: expected text, got 8'
+    """
+    chains: list[Chain] = []
+    skipped: list[Skipped] = []
+    for found in iter_chains(path, format=format, images=images, check_images=check_images):
+        if isinstance(found, Chain):
+            chains.append(found)
+        elif strict:
+            raise ChainError(str(found))
+        else:
+            skipped.append(found)
+    return Reading(tuple(chains), tuple(skipped))
+
+
+def iter_chains(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002
+    images: str | os.PathLike[str] | None = None,
+    check_images: bool = False,
+) -> Iterator[Chain | Skipped]:
+    """Read a file chain by chain: formats with one chain per line need memory for one line.
+
+    Args:
+        path: as in ``read_chains``.
+        format: as in ``read_chains``.
+        images: as in ``read_chains``.
+        check_images: as in ``read_chains``.
+
+    Yields:
+        Each chain, and each line that holds none, in the order of the file.
+
+    Raises:
+        ChainError: the format cannot be told.
+        OSError: the file cannot be opened.
+        ValueError: there is no such format.
+    """
+    file = Path(path)
+    if format is not None:
+        check_choice("format", format, list(FORMATS))
+    known = recognise(file) if format is None else FORMATS[format]
+    root = file.parent if images is None else Path(images)
+    lines: dict[str, int] = {}
+    line = 0
+    with file.open("rb") as stream:
+        for line, record in known.read(stream):
+            found = _chain(record, root, check_images)
+            if isinstance(found, Chain) and (first := lines.setdefault(found.id, line)) != line:
+                again = f"got {found.id!r} again, as on line {first}"
+                found = ChainError(f"id: expected a new one, {again}")
+            yield found if isinstance(found, Chain) else Skipped(file, line, str(found))
+    if not line:
+        yield Skipped(file, 1, "expected at least one chain, got an empty file")
+
+
+def recognise(path: str | os.PathLike[str]) -> Format:
+    """Tell the format of a file from its content.
+
+    Raises:
+        ChainError: the content shows none; the message lists the formats.
+        OSError: the file cannot be opened.
+    """
+    with Path(path).open("rb") as stream:
+        for _, raw in islice(numbered_lines(stream), LINES):
+            known = _format_of_line(raw)
+            if known is not None:
+                return known
+        stream.seek(0)
+        if OBJECT_OF_OBJECTS.match(stream.read(4096).removeprefix(b"\xef\xbb\xbf")):
+            return FORMATS["imgedit"]
+    raise ChainError(f"{path}: expected content of one of the formats {', '.join(FORMATS)}")
+
+
+def _format_of_line(raw: bytes) -> Format | None:
+    header = next(csv.reader([raw.decode("utf-8", errors="replace")]), [])
+    if {"image_index", "turns"} <= {name.strip() for name in header}:
+        return FORMATS["edival"]
+    try:
+        keys = parse_object(raw).keys()
+    except ChainError:
+        return None
+    return next((known for known in FORMATS.values() if known.keys and known.keys <= keys), None)
+
+
+def _chain(record: Record | ChainError, root: Path, check_image: bool) -> Chain | ChainError:
+    """Build the chain of a record, or say why there is none."""
+    if isinstance(record, ChainError):
+        return record
+    try:
+        chain = Chain.from_record(record, root)
+    except ChainError as error:
+        return error
+    if check_image and not chain.image_path.is_file():
+        return ChainError(f"image: expected a file, got {str(chain.image_path)!r}")
+    return chain
