@@ -26,8 +26,8 @@ from mteditflow.planner.objects import ListedObject
 from mteditflow.planner.pool import Pool, chain_fields
 from mteditflow.rewards import Fault, Lost
 from mteditflow.rewards.chat import ChatAnswer, ChatClient
-from mteditflow.rewards.consistency import Detector
 from mteditflow.rewards.images import png_data_url
+from mteditflow.rewards.protocols import Detector
 
 LISTING_TOKENS, EDIT_TOKENS = 2048, 1024
 SEED_BITS = 20

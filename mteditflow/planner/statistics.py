@@ -30,13 +30,10 @@ PREPOSITIONS = (
     *("under", "over", "above", "below", "between", "against", "without", "and", "to", "that"),
     *("holding", "wearing", "made", "covered", "full", "inside", "around"),
 )
-IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "person"} | {
-    "feet": "foot",
-    "mice": "mouse",
-    "geese": "goose",
-    "leaves": "leaf",
-    "shelves": "shelf",
-    "knives": "knife",
+IRREGULAR = {
+    **{"men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot"},
+    **{"mice": "mouse", "geese": "goose", "leaves": "leaf", "shelves": "shelf", "knives": "knife"},
+    **{"tomatoes": "tomato", "potatoes": "potato", "buses": "bus", "cookies": "cookie"},
 }
 
 
