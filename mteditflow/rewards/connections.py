@@ -11,6 +11,7 @@ from anyio.lowlevel import RunVar
 from mteditflow.rewards.faults import AnswerError, Fault
 
 CONNECT_TIMEOUT = 10.0  # s; the deadline of the whole exchange is the dispatcher's
+KEEP_ALIVE = 2.0  # s; uvicorn, so vLLM too, closes idle connections after 5
 MAX_BODY = 2**24  # bytes; an answer has a few thousand
 
 
@@ -68,7 +69,9 @@ class _PerLoop(httpx2.AsyncBaseTransport):
 
 
 async def _keep_open() -> AsyncGenerator[httpx2.AsyncHTTPTransport, None]:
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    limits = httpx2.Limits(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE
+    )
     async with httpx2.AsyncHTTPTransport(limits=limits) as transport:
         yield transport
 
