@@ -20,7 +20,9 @@ from mteditflow.planner.edits import (
 )
 from mteditflow.planner.formatted import parse_formatted
 from mteditflow.planner.objects import ListedObject, SceneObject
+from mteditflow.planner.plan import Planner, PlanningStoppedError, Refused, Scene, draw_tasks
 from mteditflow.planner.pool import Pool, chain_fields
+from mteditflow.planner.run import Planned, RefusedChain, plan_folder
 
 __all__ = [
     "EDITS",
@@ -31,13 +33,21 @@ __all__ = [
     "EditError",
     "ListedObject",
     "MaterialAlter",
+    "Planned",
+    "Planner",
+    "PlanningStoppedError",
     "Pool",
     "PositionChange",
+    "Refused",
+    "RefusedChain",
+    "Scene",
     "SceneObject",
     "SubjectAdd",
     "SubjectRemove",
     "SubjectReplace",
     "TextChange",
     "chain_fields",
+    "draw_tasks",
     "parse_formatted",
+    "plan_folder",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -12,21 +14,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow.chains import Chain, TaskType
-from mteditflow.planner.journal import Journal
+from mteditflow.chains import TaskType, read_chains
 from mteditflow.planner.plan import Planner, PlanningStoppedError
 from mteditflow.planner.run import Planned, plan_folder
 from mteditflow.planner.statistics import draw_statistics, statistics, statistics_table
 from mteditflow.rewards.cache import AnswerCache
 from mteditflow.rewards.chat import ChatClient
 
-console = Console()
-app = typer.Typer(add_completion=False, help="Plans chains of edits from images alone.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Plan chains of edits from images alone, and count what chains hold.",
+)
+out = Console(highlight=False)
+err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
 
 
 @app.command()
 def plan(
-    images: Annotated[Path, typer.Argument(help="Folder of images.", exists=True, file_okay=False)],
+    images: Annotated[Path, typer.Argument(help="Folder of images.")],
     output: Annotated[Path, typer.Argument(help="File of chains (.jsonl); goes on where it ends.")],
     endpoint: Annotated[list[str], typer.Option(help="URL ending in /v1; may be given again.")],
     model: Annotated[str, typer.Option(help="Name that the endpoints know the model by.")],
@@ -41,7 +47,7 @@ def plan(
         list[str] | None, typer.Option(help="TYPE=NUMBER; then only these types are drawn.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.7,
-    concurrency: Annotated[int, typer.Option(help="Most requests in flight.")] = 16,
+    concurrency: Annotated[int, typer.Option(help="Most images at one time.")] = 16,
     attempts: Annotated[int, typer.Option(help="Most that one question gets.")] = 4,
     timeout: Annotated[float, typer.Option(help="Of one attempt, seconds.")] = 120.0,
     cache: Annotated[Path | None, typer.Option(help="File of accepted answers.")] = None,
@@ -52,44 +58,47 @@ def plan(
     """
     from mteditflow.rewards.models import GroundingDino  # slow to import, and stats need it not
 
-    client = ChatClient(
-        endpoint,
-        model,
-        api_key=os.environ.get("OPENAI_API_KEY"),
-        cache=None if cache is None else AnswerCache(cache),
-        temperature=temperature,
-        concurrency=concurrency,
-        attempts=attempts,
-        timeout=timeout,
-    )
-    try:
-        planner = Planner(
-            client,
-            GroundingDino.from_pretrained(detector, device=device),
-            turns=turns,
-            seed=seed,
-            weights=_weights(weight),
+    with _one_line_errors():
+        client = ChatClient(
+            endpoint,
+            model,
+            api_key=os.environ.get("OPENAI_API_KEY"),
+            cache=None if cache is None else AnswerCache(cache),
+            temperature=temperature,
+            concurrency=concurrency,
+            attempts=attempts,
+            timeout=timeout,
         )
-        planned = anyio.run(
-            lambda: plan_folder(planner, images, output, chains_per_image=chains_per_image)
-        )
-    except (ValueError, PlanningStoppedError) as error:
-        raise typer.BadParameter(str(error)) from error
-    console.print(_summary(planned))
-    console.print(statistics_table(statistics(planned.chains)))
+        finder = GroundingDino.from_pretrained(detector, device=device)
+        weights = _weights(weight)
+        planner = Planner(client, finder, turns=turns, seed=seed, weights=weights)
+        run = partial(plan_folder, chains_per_image=chains_per_image, images_in_flight=concurrency)
+        planned = anyio.run(run, planner, images, output)
+    out.print(_summary(planned))
+    out.print(statistics_table(statistics(planned.chains)))
 
 
 @app.command()
 def stats(
-    chains: Annotated[Path, typer.Argument(help="File of chains (.jsonl).", exists=True)],
+    chains: Annotated[Path, typer.Argument(help="File of chains, of any format.")],
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png or .pdf.")] = None,
 ) -> None:
     """Count edit types, object categories and turns."""
-    counted = statistics(Journal(chains).read(Chain))
-    console.print(statistics_table(counted))
-    if plot is not None:
-        draw_statistics(counted, plot)
-        console.print(f"Written to [bold]{plot}[/bold]")
+    with _one_line_errors():
+        counted = statistics(read_chains(chains).chains)
+        out.print(statistics_table(counted))
+        if plot is not None:
+            draw_statistics(counted, plot)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Print an error that users can mend, and leave with exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError, PlanningStoppedError) as error:
+        err.print(f"error: {error}")
+        raise typer.Exit(1) from error
 
 
 def _weights(given: list[str] | None) -> Mapping[TaskType, float] | None:
@@ -114,4 +123,4 @@ def _summary(planned: Planned) -> Table:
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="python -m mteditflow.planner")

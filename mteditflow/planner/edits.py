@@ -16,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 
@@ -220,13 +219,6 @@ EDITS: Mapping[TaskType, type[Edit]] = {
         BackgroundChange,
     )
 }
-
-
-def first_error(error: ValidationError) -> str:
-    """Return where the first thing is wrong, and what."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def _slots_of(pattern: str) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mteditflow.chains import TaskType
-from mteditflow.planner.edits import EDITS, Edit, TextChange, first_error
+from mteditflow.chains.errors import first_error
+from mteditflow.planner.edits import EDITS, Edit, TextChange
 from mteditflow.planner.formatted import unquoted
 from mteditflow.planner.pool import Pool
 from mteditflow.planner.structured import read_json, strict_object

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mteditflow.planner.edits import EDITS, Edit, first_error
+from mteditflow.chains.errors import first_error
+from mteditflow.planner.edits import EDITS, Edit
 
 
 def parse_formatted(text: str) -> Edit:

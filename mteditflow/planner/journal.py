@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mteditflow.planner.edits import first_error
+from mteditflow.chains.errors import first_error
 
 Record = TypeVar("Record", bound=BaseModel)
 

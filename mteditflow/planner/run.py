@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from mteditflow._checks import check_count
-from mteditflow.chains import Chain
+from mteditflow.chains import Chain, read_chains
 from mteditflow.planner.journal import Journal
 from mteditflow.planner.plan import Planner, Refused, Scene
 from mteditflow.rewards.images import BOMBS, UNREADABLE, to_rgb
@@ -119,7 +119,7 @@ async def plan_folder(
 
         await in_order(work, jobs, write, limit=images_in_flight)
     reasons = Counter(x.reason for x in refused.read(RefusedChain))
-    return Planned(tuple(chains.read(Chain)), dict(reasons.most_common()))
+    return Planned(_chains_in(chains.path), dict(reasons.most_common()))
 
 
 def _jobs_left(
@@ -127,7 +127,7 @@ def _jobs_left(
 ) -> tuple[list[_Job], int]:
     """Return what is still to be done, and how many chains are done with."""
     done = {x.id for x in refused.read(RefusedChain)}
-    for chain in chains.read(Chain):
+    for chain in _chains_in(chains.path):
         made = (chain.model_extra or {}).get("planner") or {}
         if made.get("settings") != planner.settings:
             raise ValueError(
@@ -141,6 +141,11 @@ def _jobs_left(
         ids = tuple(f"{name}#{k}" for k in range(chains_per_image))
         jobs.append(_Job(path, tuple(x for x in ids if x not in done)))
     return [job for job in jobs if job.ids], len(done)
+
+
+def _chains_in(path: Path) -> tuple[Chain, ...]:
+    """Read what is planned so far, which may be nothing."""
+    return read_chains(path, format="native").chains if path.stat().st_size else ()
 
 
 def _images(folder: Path) -> list[Path]:

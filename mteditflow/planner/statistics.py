@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
 from mteditflow.chains import Chain
 
 UNKNOWN = "unknown"
-CATEGORIES_SHOWN = 20
-INK, SOFT, BAR = "#1f2933", "#8a94a3", "#2457d6"
+CATEGORIES_SHOWN = 16
+INK, SOFT, BAR = "#1f2933", "#5b6675", "#2457d6"
 PANELS = ("steps per edit type", "chains per object category", "chains per number of turns")
 
 # What stands behind the head noun begins with one of these.
@@ -31,9 +32,20 @@ PREPOSITIONS = (
     *("holding", "wearing", "made", "covered", "full", "inside", "around"),
 )
 IRREGULAR = {
-    **{"men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot"},
-    **{"mice": "mouse", "geese": "goose", "leaves": "leaf", "shelves": "shelf", "knives": "knife"},
-    **{"tomatoes": "tomato", "potatoes": "potato", "buses": "bus", "cookies": "cookie"},
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "people": "person",
+    "feet": "foot",
+    "mice": "mouse",
+    "geese": "goose",
+    "leaves": "leaf",
+    "shelves": "shelf",
+    "knives": "knife",
+    "tomatoes": "tomato",
+    "potatoes": "potato",
+    "buses": "bus",
+    "cookies": "cookie",
 }
 
 
@@ -116,27 +128,29 @@ def draw_statistics(counted: ChainStatistics, path: Path) -> None:
     """Draw the three counts side by side.
 
     Args:
-        counted: of at least one chain.
+        counted: of some chains.
         path: of the picture; its suffix says the format.
     """
     panels = _panels(counted)
-    rows = max(len(counts) for counts in panels)
-    figure = Figure(figsize=(13, 1.2 + 0.27 * max(rows, 9)), layout="constrained")
-    for axes, title, counts in zip(figure.subplots(1, 3), PANELS, panels, strict=True):
-        _draw_bars(axes, title, counts)
+    rows = max(9, *map(len, panels))
+    layout = ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15)
+    figure = Figure(figsize=(12, 1.0 + 0.24 * rows), layout=layout)
+    columns = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    for axes, title, counts in zip(columns, PANELS, panels, strict=True):
+        _draw_bars(axes, title, counts, rows)
     figure.savefig(path, dpi=120)
 
 
-def _draw_bars(axes: Any, title: str, counts: Mapping[str, int]) -> None:
-    bars = axes.barh(list(counts), list(counts.values()), color=BAR, height=0.7)
-    axes.bar_label(bars, padding=4, color=INK, fontsize=9)
-    axes.set_title(title, loc="left", color=INK, fontsize=11)
-    axes.invert_yaxis()
-    axes.margins(x=0.14)
-    axes.tick_params(length=0, labelcolor=INK)
+def _draw_bars(axes: Any, title: str, counts: Mapping[str, int], rows: int) -> None:
+    """Draw one panel; bars are as thick as those of a panel with ``rows`` of them."""
+    bars = axes.barh(list(counts), list(counts.values()), color=BAR, height=0.66)
+    axes.bar_label(bars, padding=4, color=SOFT, fontsize=9)
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=8)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.margins(x=0.16)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=9.5)
     axes.xaxis.set_visible(False)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.spines["left"].set_color(SOFT)
+    axes.spines[:].set_visible(False)
 
 
 def _panels(counted: ChainStatistics) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:

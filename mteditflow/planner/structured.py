@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mteditflow.planner.edits import first_error
+from mteditflow.chains.errors import first_error
 from mteditflow.rewards import AnswerError, Fault
 from mteditflow.rewards.answers import REFUSAL
 
@@ -34,15 +34,16 @@ def read_json(text: str, model: type[Model]) -> Model:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        detail = f"{first_error(error)}; got {text[:SHOWN]!r}"
-        raise AnswerError(_fault(text, error), detail) from error
+        if error.errors()[0]["type"] != "json_invalid":
+            raise AnswerError(Fault.format, first_error(error)) from error
+        detail = f"expected one JSON object and nothing else, got {text[:SHOWN]!r}"
+        raise AnswerError(_fault_of_prose(text.lstrip()), detail) from error
 
 
-def _fault(text: str, error: ValidationError) -> Fault:
-    start = text.lstrip()
-    if error.errors()[0]["type"] != "json_invalid" or start[:1] in ("", "{"):
+def _fault_of_prose(text: str) -> Fault:
+    if text[:1] in ("", "{"):
         return Fault.format
-    return Fault.refusal if REFUSAL.match(start) else Fault.request_ignored
+    return Fault.refusal if REFUSAL.match(text) else Fault.request_ignored
 
 
 def strict_object(properties: dict[str, Any]) -> dict[str, Any]:

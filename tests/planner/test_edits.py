@@ -132,15 +132,15 @@ def test_whatever_else_is_refused_by_a_value_error(text):
         "got 'Eat [cup]'",
         "Remove []": "formatted instruction: expected a form of the nine edit types, "
         "got 'Remove []'",
-        "Remove [...]": "formatted instruction 'Remove [...]': target: Value error, expected a "
-        "name with a letter or digit, got '...'",
+        "Remove [...]": "formatted instruction 'Remove [...]': expected a name with a letter or "
+        "digit, got '...'",
         "Change the count of [cup] to [three]": "formatted instruction 'Change the count of [cup] "
-        "to [three]': count: Input should be a valid integer, unable to parse string as an integer",
+        "to [three]': count: expected a valid integer, unable to parse string as an integer, "
+        "got 'three'",
         "Change the count of [cup] to [0]": "formatted instruction 'Change the count of [cup] to "
-        "[0]': count: Input should be greater than or equal to 1",
+        "[0]': count: expected greater than or equal to 1, got '0'",
         "Change the position of [a] to [left] of [a]": "formatted instruction 'Change the position "
-        "of [a] to [left] of [a]': Value error, expected another reference than the target, "
-        "got 'a'",
+        "of [a] to [left] of [a]': expected another reference than the target, got 'a'",
     }.items(),
 )
 def test_errors_of_reading(text, message):
