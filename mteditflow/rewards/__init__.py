@@ -24,6 +24,7 @@ from mteditflow.rewards.expectation import ExpectationPrompt
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
 from mteditflow.rewards.judge import Judge
 from mteditflow.rewards.pairs import ConsistencyScores, Pair, PairScores, pairs_of
+from mteditflow.rewards.preflight import EndpointReport, inspect_endpoints
 from mteditflow.rewards.prompts import JudgePrompt
 from mteditflow.rewards.protocols import Detector, FeatureExtractor
 from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
@@ -41,6 +42,7 @@ __all__ = [
     "ConsistencyScores",
     "Detector",
     "Dispatcher",
+    "EndpointReport",
     "ExpectationPrompt",
     "Fault",
     "FeatureExtractor",
@@ -54,5 +56,6 @@ __all__ = [
     "Reward",
     "Statistics",
     "TurnScores",
+    "inspect_endpoints",
     "pairs_of",
 ]

@@ -135,8 +135,8 @@ def _only_value(value: object, key: str, text: str) -> object:
 
 
 def _score_after_analysis(entry: object, text: str) -> object:
-    if not isinstance(entry, dict) or set(entry) != {"analysis", "score"}:
-        _refuse(Fault.format, 'the keys "analysis" and "score" for each turn', text)
+    if not isinstance(entry, dict) or list(entry) != ["analysis", "score"]:
+        _refuse(Fault.format, 'for each turn the key "analysis" and then "score"', text)
     analysis = entry["analysis"]
     if not isinstance(analysis, str) or not analysis.strip():
         _refuse(Fault.format, "an analysis of each turn in words", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Annotated, Any, TypeVar
 
@@ -76,6 +77,9 @@ class ChatClient:
         check_number("temperature", temperature, low=0.0)
         self.model, self.temperature, self._cache = model, temperature, cache
         self._dispatcher = Dispatcher(endpoints, secret=api_key, **options)
+        self._like_this = partial(
+            ChatClient, model=model, api_key=api_key, temperature=temperature, **options
+        )
         for url in self._dispatcher.endpoints:
             if not url.endswith("/v1"):
                 raise ValueError(f"endpoints: expected URLs that end in /v1, got {url!r}")
@@ -91,6 +95,10 @@ class ChatClient:
     def statistics(self) -> Statistics:
         """What was asked so far; answers found in the cache are not counted."""
         return self._dispatcher.statistics
+
+    def per_endpoint(self) -> dict[str, ChatClient]:
+        """Clients like this one of one endpoint each, without the cache: URL to client."""
+        return {url: self._like_this(endpoints=[url]) for url in self._dispatcher.endpoints}
 
     async def ask(
         self,

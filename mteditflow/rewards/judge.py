@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -16,11 +15,11 @@ from mteditflow._checks import check_count
 from mteditflow.chains import Chain
 from mteditflow.rewards.chat import ChatClient
 from mteditflow.rewards.faults import Lost
+from mteditflow.rewards.gather import gather
 from mteditflow.rewards.images import png_data_url, to_rgb
 from mteditflow.rewards.prompts import Prompt, Request
 from mteditflow.rewards.scores import TurnScores
 
-T = TypeVar("T")
 Marks = tuple[float, ...] | Lost  # the scores of some turns, or why there are none
 
 
@@ -89,7 +88,7 @@ class Judge:
         answers = self.votes * sum(len(self.prompt.spans(chain.turns)) for chain in chains)
         slots = anyio.Semaphore(self._chains_at_once)
         with tqdm(total=answers, desc="judge", unit="answer", disable=not progress) as bar:
-            marks = await _gather(
+            marks = await gather(
                 [
                     partial(self._score_chain, chain, own, slots, bar)
                     for chain, own in zip(chains, pictures, strict=True)
@@ -110,7 +109,7 @@ class Judge:
                 )
                 for span in spans
             ]
-            marks = await _gather([partial(self._vote, request, bar) for request in requests])
+            marks = await gather([partial(self._vote, request, bar) for request in requests])
         return list(zip(spans, marks, strict=True))
 
     async def _vote(self, request: Request, bar: tqdm[None]) -> Marks:
@@ -126,25 +125,12 @@ class Judge:
             bar.update()
             return marks
 
-        votes = await _gather([partial(ask, seed) for seed in range(self.votes)])
+        votes = await gather([partial(ask, seed) for seed in range(self.votes)])
         read = [vote for vote in votes if not isinstance(vote, Lost)]
         lost = [vote for vote in votes if isinstance(vote, Lost)]
         if len(lost) > len(read):
             return lost[0]
         return tuple(sum(scores) / len(read) for scores in zip(*read, strict=True))
-
-
-async def _gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Make all calls at once; return their results in order."""
-    results: dict[int, T] = {}
-
-    async def call(i: int) -> None:
-        results[i] = await calls[i]()
-
-    async with anyio.create_task_group() as tasks:
-        for i in range(len(calls)):
-            tasks.start_soon(call, i)
-    return [results[i] for i in range(len(calls))]
 
 
 def _check_images(
