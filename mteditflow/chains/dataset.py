@@ -95,11 +95,16 @@ def collate_chains(examples: Sequence[Example]) -> Batch:
 def _load_image(chain: Chain) -> Image.Image:
     try:
         with Image.open(chain.image_path) as image:
-            turned = ImageOps.exif_transpose(image)
-            # A palette with transparency goes by way of RGBA; what shows is the colour itself.
-            return turned.convert("RGBA").convert("RGB")
+            return _rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ChainError(
             f"chain {chain.id!r}: expected a readable image, got {str(chain.image_path)!r} "
             f"({type(error).__name__}: {error})"
         ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB; transparency is dropped, the colours below it show."""
+    if image.mode.startswith(("I", "F")):  # PIL would cut the range off
+        raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")

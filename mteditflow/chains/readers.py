@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterator
@@ -165,8 +164,7 @@ def recognise(path: str | os.PathLike[str]) -> Format:
 
 
 def _format_of_line(raw: bytes) -> Format | None:
-    header = next(csv.reader([raw.decode("utf-8", errors="replace")]), [])
-    if {"image_index", "turns"} <= {name.strip() for name in header}:
+    if {b"image_index", b"turns"} <= {name.strip(b'" \r\n') for name in raw.split(b",")}:
         return FORMATS["edival"]
     try:
         keys = parse_object(raw).keys()

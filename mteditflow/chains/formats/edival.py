@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import io
 import warnings
@@ -30,19 +31,31 @@ Cells = Mapping[str, str]
 def _read(file: BinaryIO) -> Iterator[Row]:
     """Gather the rows of each image, in whatever order they come, then make its chain."""
     images: dict[str, list[tuple[int, Cells]]] = {}
-    reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    reader = csv.reader(codecs.iterdecode(file, "utf-8-sig"), strict=True)
+    rows = (row for row in reader if "".join(row).strip())
     line = 1
     try:
-        if missing := sorted(set(COLUMNS) - set(reader.fieldnames or ())):
-            raise ChainError(f"expected the columns {', '.join(COLUMNS)}; missing are {missing}")
+        columns = _header(next(rows, []))
         line = reader.line_num + 1
-        for cells in reader:
-            images.setdefault(cells["image_index"], []).append((line, cells))
+        for row in rows:
+            if len(row) == len(columns):
+                cells = dict(zip(columns, row, strict=True))
+                images.setdefault(cells["image_index"], []).append((line, cells))
+            else:
+                yield line, ChainError(f"expected {len(columns)} cells, got {len(row)}")
             line = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError, ChainError) as error:
         yield line, ChainError(str(error))
-    for index, rows in images.items():
-        yield _chain(index, rows)
+    for index, own in images.items():
+        yield _chain(index, own)
+
+
+def _header(columns: list[str]) -> list[str]:
+    if missing := [column for column in COLUMNS if column not in columns]:
+        raise ChainError(f"expected a header with the column {missing[0]}, got {shorten(columns)}")
+    if len(set(columns)) < len(columns):
+        raise ChainError(f"expected each column once, got {shorten(columns)}")
+    return columns
 
 
 def _chain(index: str, rows: list[tuple[int, Cells]]) -> Row:
@@ -67,8 +80,6 @@ def _chain(index: str, rows: list[tuple[int, Cells]]) -> Row:
 
 
 def _turn(cells: Cells) -> int:
-    if None in cells or None in cells.values():
-        raise ChainError("expected one cell for each column, got more or fewer")
     if not cells["turns"].strip().isdecimal():
         raise ChainError(f"turns: expected the number of a turn, got {cells['turns']!r}")
     return int(cells["turns"])

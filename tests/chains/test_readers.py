@@ -1,0 +1,241 @@
+import codecs
+import json
+import re
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mteditflow.chains import (
+    FORMATS,
+    Chain,
+    ChainError,
+    Skipped,
+    iter_chains,
+    read_chains,
+    recognise,
+)
+from tests.chains.samples import FILES
+
+GOOD = '{"id": "1", "image": "1.png", "instructions": ["Remove the cat"]}'
+
+
+def exactly(text):
+    return f"^{re.escape(text)}$"
+
+
+def written(folder, content, name="chains.jsonl"):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def line(number, **fields):
+    return json.dumps({"id": str(number), "image": "x.png", "instructions": ["do"], **fields})
+
+
+def reasons(path, **options):
+    reading = read_chains(path, strict=False, **options)
+    return {skipped.line: skipped.reason for skipped in reading.skipped}
+
+
+# Recognition
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_recognised_by_its_content(name, tmp_path):
+    assert recognise(FILES[name]).name == name
+    content, chains = FILES[name].read_bytes(), read_chains(FILES[name]).chains
+    for number, changed in enumerate(
+        (codecs.BOM_UTF8 + content, b"\n \r\n" + content, content.replace(b"\n", b"\r\n"))
+    ):
+        path = written(tmp_path, changed, f"{number}")
+        assert recognise(path).name == name
+        for chain, other in zip(read_chains(path).chains, chains, strict=True):
+            assert chain.to_record() | {"id": ""} == other.to_record() | {"id": ""}
+
+
+def test_an_object_on_one_line_is_recognised(tmp_path):
+    entry = {"id": "a.png", "prompt": "Add a hat", "edit_type": "add"}
+    path = written(tmp_path, json.dumps({"1": entry, "2": entry}))
+    assert recognise(path).name == "imgedit"
+    assert len(read_chains(path).chains) == 2
+
+
+def test_broken_lines_before_the_first_good_one_do_not_hide_the_format(tmp_path):
+    path = written(tmp_path, "{broken\n[]\n\n" + GOOD)
+    reading = read_chains(path, strict=False)
+    assert [chain.id for chain in reading.chains] == ["1"]
+    assert [skipped.line for skipped in reading.skipped] == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "hello", '{"a": 1}', "[]", "a,b\n1,2\n", "\x00"])
+def test_what_cannot_be_told_lists_the_formats(content, tmp_path):
+    path = written(tmp_path, content)
+    message = (
+        f"{path}: expected content of one of the formats native, edival, edit-r2, pico-banana, "
+        "flow-grpo, imgedit"
+    )
+    with pytest.raises(ChainError, match=exactly(message)):
+        read_chains(path, strict=False)
+
+
+def test_unknown_format_and_missing_file(tmp_path):
+    message = f"format: expected one of {list(FORMATS)}, got 'csv'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        read_chains(FILES["native"], format="csv")
+    with pytest.raises(FileNotFoundError):
+        read_chains(tmp_path / "none.jsonl")
+
+
+# Strict and lenient
+
+
+def test_strict_stops_with_file_line_and_reason_and_lenient_goes_on(tmp_path):
+    path = written(tmp_path, f"{GOOD}\n\n{line(2, image=3)}\n{line(3)}\n{line(4, id=None)}\n")
+    with pytest.raises(ChainError, match=exactly(f"{path}:3: image: expected text, got 3")):
+        read_chains(path)
+    reading = read_chains(path, strict=False)
+    assert [chain.id for chain in reading.chains] == ["1", "3"]
+    assert reading.skipped == (
+        Skipped(path, 3, "image: expected text, got 3"),
+        Skipped(path, 5, "id: expected text, got None"),
+    )
+    assert str(reading.skipped[1]) == f"{path}:5: id: expected text, got None"
+
+
+def test_duplicate_ids_name_the_first_line(tmp_path):
+    path = written(tmp_path, "\n".join([line(1), line(2), line(1), line(1)]))
+    assert reasons(path) == dict.fromkeys(
+        (3, 4), "id: expected a new one, got '1' again, as on line 1"
+    )
+    with pytest.raises(ChainError, match=r":3: id: expected a new one"):
+        read_chains(path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_empty_file_is_bad_whatever_its_format(name, tmp_path):
+    path = written(tmp_path, b"")
+    reading = read_chains(path, format=name, strict=False)
+    assert reading.chains == ()
+    assert [skipped.line for skipped in reading.skipped] == [1]
+    with pytest.raises(ChainError, match=rf"{re.escape(str(path))}:1: expected "):
+        read_chains(path, format=name)
+
+
+def test_images_are_looked_for_only_where_asked(tmp_path):
+    lines = [line(1, image="here.png"), line(2), line(3, image="https://a.example/b.png")]
+    path = written(tmp_path, "\n".join([*lines, line(4, image="folder"), line(5, image="\0")]))
+    (tmp_path / "here.png").touch()
+    (tmp_path / "folder").mkdir()
+    assert len(read_chains(path).chains) == 5
+    found = reasons(path, check_images=True)
+    assert found.keys() == {2, 3, 4, 5}
+    assert found[2] == f"image: expected a file, got {str(tmp_path / 'x.png')!r}"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x.png").touch()
+    assert reasons(path, check_images=True, images=elsewhere).keys() == {1, 3, 4, 5}
+
+
+def test_images_are_relative_to_the_file_or_to_a_folder(tmp_path):
+    path = written(tmp_path, GOOD)
+    assert read_chains(path).chains[0].image_path == tmp_path / "1.png"
+    chain = read_chains(path, images="photos").chains[0]
+    assert chain.image_path.as_posix() == "photos/1.png"
+
+
+# Lines
+
+
+BAD_LINES = {
+    "broken": (b'{"id": ', "expected one JSON object, got '{\"id\":' (Expecting value"),
+    "list": (b"[1]", "expected one JSON object, got '[1]'"),
+    "number": (b"12", "expected one JSON object, got '12'"),
+    "two objects": (b"{} {}", "expected one JSON object, got '{} {}' (Extra data"),
+    "NaN": (b'{"a": NaN}', "expected one JSON object, got '{\"a\": NaN}' (NaN is not JSON)"),
+    "infinity": (b'{"a": -Infinity}', "-Infinity is not JSON)"),
+    "key twice": (b'{"b": 1, "a": 1, "a": 2}', "(the key 'a' stands twice)"),
+    "deep key twice": (b'{"b": [{"a": 1, "a": 2}]}', "(the key 'a' stands twice)"),
+    "Latin-1": ('{"id": "\u00fc"}'.encode("latin-1"), "expected UTF-8 text, got byte 0xfc"),
+    "UTF-16": ('{"id": "1"}'.encode("utf-16"), "expected UTF-8 text, got byte 0xff"),
+    "deep": (b'{"a": ' + b"[" * 10**5, 'expected one JSON object, got \'{"a": [[['),
+    "huge number": (b'{"a": ' + b"9" * 5000 + b"}", "expected one JSON object"),
+    "control character": (b'{"id": "a\x01"}', "Invalid control character"),
+}
+
+
+@pytest.mark.parametrize(("raw", "reason"), BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_lines_cost_no_other(raw, reason, tmp_path):
+    path = written(tmp_path, GOOD.encode() + b"\n" + raw + b"\n" + line(2).encode())
+    reading = read_chains(path, strict=False)
+    assert [chain.id for chain in reading.chains] == ["1", "2"]
+    (skipped,) = reading.skipped
+    assert skipped.line == 2
+    assert reason in skipped.reason
+    assert len(skipped.reason) < 300
+    assert "\n" not in skipped.reason
+
+
+def test_unicode_and_line_separators_within_text(tmp_path):
+    text = "学堂 \u2028 \x85 \x1c \U0001f600 e\u0301"
+    path = written(tmp_path, json.dumps(json.loads(line(1, further=text)), ensure_ascii=False))
+    (chain,) = read_chains(path).chains
+    assert chain.further == text
+
+
+def test_long_lines(tmp_path):
+    long = "x" * 3_000_000
+    path = written(tmp_path, line(1, instructions=[long]) + "\n" + line(2))
+    assert [len(chain.instructions[0]) for chain in read_chains(path).chains] == [len(long), 2]
+
+
+def test_a_file_is_read_line_by_line(tmp_path):
+    path = written(tmp_path, "\n".join(line(n, note="x" * 1000) for n in range(5000)))
+    tracemalloc.start()
+    count = sum(isinstance(found, Chain) for found in iter_chains(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 5000
+    assert peak < 3_000_000 < path.stat().st_size  # ids and line numbers are kept
+
+
+# Whatever comes
+
+BITS = [b'"', b"'", *(bytes([x]) for x in b"[]{},:\n\\\x00\xff"), b"\\ud800", b"null", b"True"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+@settings(max_examples=60)
+def test_no_damage_to_a_file_raises_anything_else(name, data, tmp_path_factory):
+    content = bytearray(FILES[name].read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        length = data.draw(st.integers(0, 20))
+        content[place : place + length] = data.draw(st.binary(max_size=3) | st.sampled_from(BITS))
+    path = written(tmp_path_factory.getbasetemp(), bytes(content), f"damaged-{name}")
+    reading = read_chains(path, format=name, strict=False)
+    for chain in reading.chains:
+        assert Chain.from_record(json.loads(chain.to_json())).to_record().keys()
+    for skipped in reading.skipped:
+        assert skipped.reason.isprintable()
+        assert 1 <= skipped.line <= content.count(b"\n") + 1
+
+
+BITS = [
+    b'"',
+    b"'",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b",",
+    b"\n",
+    b"\\",
+    b"\\ud800",
+    b"null",
+    b"\x00",
+    b"\xff",
+]
