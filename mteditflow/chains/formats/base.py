@@ -65,19 +65,22 @@ def json_lines(
         refuses: which chains it cannot hold.
     """
 
-    def row(number: int, raw: bytes) -> Row:
-        try:
-            return number, decode(parse_object(raw), number)
-        except ChainError as error:
-            return number, error
-
     def read(file: BinaryIO) -> Iterator[Row]:
-        return (row(number, raw) for number, raw in numbered_lines(file))
+        for number, raw in numbered_lines(file):
+            yield number, attempt(lambda raw, n: decode(parse_object(raw), n), raw, number)
 
     def encode_line(chain: Chain) -> str:
         return one_line(encode(chain)) + "\n"
 
     return Format(name, about, "nothing", refuses, read, encode_line, frozenset(keys))
+
+
+def attempt(make: Callable[..., Record], *arguments: object) -> Record | ChainError:
+    """Return what is made, or the error, so that a generator of rows can go on after it."""
+    try:
+        return make(*arguments)
+    except ChainError as error:
+        return error
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -169,9 +172,7 @@ def join(fields: Mapping[str, Any], rest: Mapping[str, Any]) -> Record:
         ChainError: a key is in both, so that one would be lost.
     """
     if both := sorted(fields.keys() & rest.keys()):
-        raise ChainError(
-            f"{both[0]}: expected no key of this name beside the format's own, got one"
-        )
+        raise ChainError(f"{both[0]}: expected this key once, got it beside the format's own")
     return {**fields, **rest}
 
 

@@ -63,7 +63,8 @@ def _chain(index: str, rows: list[tuple[int, Cells]]) -> Row:
     line, turns = rows[0][0], dict[int, Record]()
     try:
         for number, cells in rows:
-            line, turn = number, _turn(cells)
+            line = number
+            turn = _turn(cells)
             state = _state(cells, turn)
             if turns.setdefault(turn, state) != state:
                 raise ChainError(f"turns: expected one row of turn {turn}, got a different one")
@@ -143,8 +144,8 @@ def _image(index: str) -> str:
 def _encode(chain: Chain) -> str:
     if not chain.id.isdecimal():
         raise ChainError(f"id: expected a number, as EdiVal's image_index, got {chain.id!r}")
-    if PurePosixPath(chain.image).name != _image(chain.id):
-        raise ChainError(f"image: expected a file {_image(chain.id)!r}, got {chain.image!r}")
+    if (name := PurePosixPath(chain.image).name) != _image(chain.id):
+        raise ChainError(f"image: expected a file {_image(chain.id)!r}, got {name!r}")
     record = chain.to_record()
     if "task_types" not in record and isinstance(record.get("task_type"), (list, tuple)):
         record["task_types"] = record["task_type"]

@@ -13,6 +13,7 @@ from mteditflow.chains.formats.base import (
     Format,
     Record,
     Row,
+    attempt,
     decode_text,
     join,
     single_turn,
@@ -36,19 +37,23 @@ TYPES = {
     if list(CATEGORIES.values()).count(category) == 1
 }
 DECODER = json.JSONDecoder(**STRICT)
-SPACE = re.compile(r"\s*")
 
 
 def _read(file: BinaryIO) -> Iterator[Row]:
-    line, seen = 1, 0
+    """Go from entry to entry, so that a bad one costs no other."""
+    line, start = 1, 0
     try:
         text = decode_text(file.read())
-        for start, name, entry in _entries(text):
-            line, seen = line + text.count("\n", seen, start), start
-            try:
-                yield line, _decode(name, entry)
-            except ChainError as error:
-                yield line, error
+        position = _pass(text, 0, "{")
+        while not text.startswith("}", position):
+            line, start = line + text.count("\n", start, position), position
+            name, position = _scan(text, position)
+            entry, position = _scan(text, _pass(text, position, ":"))
+            yield line, attempt(_decode, name, entry)
+            if not text.startswith("}", position):
+                position = _pass(text, position, ",")
+        if text[position + 1 :].strip():
+            raise ChainError(f"expected the end, got {shorten(text[position + 1 :][:80])}")
     except ChainError as error:
         yield line, error
 
@@ -69,9 +74,10 @@ def _decode(name: object, entry: object) -> Record:
 
 
 def _encode(chain: Chain) -> str:
-    rest = without(chain, "id", "image", "instructions")
-    own = {"id": chain.image, "prompt": single_turn(chain), "edit_type": _category(chain)}
-    rest.pop("edit_type", None)
+    prompt, category = single_turn(chain), _category(chain)
+    own = {"id": chain.image, "prompt": prompt, "edit_type": category}
+    said = category in TYPES and chain.task_types == (TYPES[category],)
+    rest = without(chain, "id", "image", "instructions", "edit_type", *["task_types"] * said)
     return f"    {json.dumps(chain.id, ensure_ascii=False)}: {one_line(join(own, rest))}"
 
 
@@ -87,29 +93,17 @@ def _category(chain: Chain) -> str:
     return CATEGORIES[chain.task_types[0]]
 
 
-def _entries(text: str) -> Iterator[tuple[int, object, object]]:
-    """Where each entry of the object begins, its key and its value, one after the other."""
-    position = _pass(text, 0, "{")
-    while not text.startswith("}", position):
-        start = position
-        name, position = _scan(text, position)
-        entry, position = _scan(text, _pass(text, position, ":"))
-        yield start, name, entry
-        position = SPACE.match(text, position).end()  # type: ignore[union-attr]
-        position = position if text.startswith("}", position) else _pass(text, position, ",")
-    if text[position + 1 :].strip():
-        raise ChainError(f"expected the end of the file, got {shorten(text[position + 1 :])}")
-
-
 def _scan(text: str, position: int) -> tuple[object, int]:
+    """Parse the value that begins here; return it, and where what follows it begins."""
     try:
-        return DECODER.raw_decode(text, position)
+        value, end = DECODER.raw_decode(text, position)
     except (ValueError, RecursionError) as error:
         raise ChainError(f"expected JSON, got {shorten(text[position:][:80])} ({error})") from error
+    return value, _pass(text, end, "")
 
 
 def _pass(text: str, position: int, character: str) -> int:
-    """Go past a character and the white space around it."""
+    """Go past a character, and the white space around it."""
     match = re.compile(rf"\s*{re.escape(character)}\s*").match(text, position)
     if not match:
         raise ChainError(f"expected {character!r}, got {shorten(text[position:][:80])}")
