@@ -43,8 +43,11 @@ class AnswerError(Exception):
     """
 
     def __init__(self, fault: Fault, detail: str) -> None:
-        super().__init__(f"{fault.value}: {detail}")
+        super().__init__(fault, detail)
         self.fault, self.detail = fault, detail
+
+    def __str__(self) -> str:
+        return f"{self.fault.value}: {self.detail}"
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class TurnScores:
             named here means that there was nothing to measure.
 
     Raises:
-        ValueError: shapes differ, an entry is infinite, a padded or lost entry holds a number, or
-            ``lost`` names a turn that does not exist.
+        ValueError: shapes differ, an entry is infinite, a padded or lost entry holds a number, a
+            trajectory has no turn, or ``lost`` names one that does not exist.
         TypeError: a dtype is not the one stated.
 
     Example:
@@ -72,6 +72,8 @@ class TurnScores:
         check_rank("score", self.score, 2, "[B, N]", maximum=2)
         check_mask("turn_mask", self.turn_mask, self.score.shape, "[B, N]")
         check_values("score", self.score, ~self.score.isinf(), "a finite score, or NaN for none")
+        some = self.turn_mask.any(dim=1)
+        check_values("turn_mask", some, some, "at least one turn in each trajectory")
         absent = self.turn_mask.logical_not()
         for b, n in self.lost:
             if not (0 <= b < len(self.score) and 0 <= n < self.score.shape[1]) or absent[b, n]:
@@ -104,7 +106,7 @@ class TurnScores:
     @property
     def invalid_share(self) -> float:
         """Share of trajectories that are not valid."""
-        return 1.0 - float(self.valid.float().mean())
+        return int((~self.valid).sum()) / len(self)
 
     @property
     def reasons(self) -> dict[str, int]:

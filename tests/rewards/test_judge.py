@@ -302,7 +302,7 @@ def test_binary_votes_are_shares():
 
 
 def test_votes_at_temperature_zero_are_refused():
-    with pytest.raises(ValueError, match="^votes: expected 1 at temperature 0, got 3"):
+    with pytest.raises(ValueError, match=r"^votes: expected 1 at temperature 0, got 3"):
         Judge(ChatClient(["http://127.0.0.1:9/v1"], "judge"), TEXT, votes=3)
 
 

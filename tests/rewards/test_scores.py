@@ -1,0 +1,262 @@
+"""Scores with their validity: a lost one is a reason, never a number, and shares are exact."""
+
+import copy
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow import fuse_advantages, likert_average, turn_average
+from mteditflow.rewards import AnswerError, Fault, InvalidRewardsError, Lost, TurnScores
+
+NAN = math.nan
+TIMEOUT = Lost(Fault.timeout, "no answer within 60 s", attempts=4)
+REFUSAL = Lost(Fault.refusal, "I'm sorry", attempts=1)
+DTYPES = [torch.float32, torch.float64]
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def scores(rows, lost=None, mask=None, dtype=torch.float32):
+    score = torch.tensor(rows, dtype=dtype)
+    exists = torch.ones_like(score, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    return TurnScores(score, exists, lost or {})
+
+
+# golden values
+
+FOUR = scores(
+    [[5, 3, NAN], [4, NAN, 2], [NAN, 2, NAN], [NAN, NAN, NAN]],
+    {(1, 1): TIMEOUT},
+    [[True, True, False], [True] * 3, [True] * 3, [True, False, False]],
+)
+
+
+def test_what_is_measured_valid_and_why_not():
+    """Whole; one turn lost; two turns with nothing to measure; nothing measured at all."""
+    assert len(FOUR) == 4
+    assert FOUR.measured.tolist() == [
+        [True, True, False],
+        [True, False, True],
+        [False, True, False],
+        [False] * 3,
+    ]
+    assert FOUR.valid.tolist() == [True, False, True, False]
+    assert FOUR.invalid_share == 0.5
+    assert FOUR.reasons == {"nothing to measure": 3, "time-out": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reward_is_that_of_valid_trajectories_and_measured_turns(dtype):
+    reward = dataclasses.replace(FOUR, score=FOUR.score.to(dtype)).reward(likert_average)
+    assert reward.valid.tolist() == [True, False, True, False]
+    expected = torch.tensor([0.75, NAN, 0.25, NAN], dtype=dtype)
+    torch.testing.assert_close(reward.value, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_reward_with_nothing_valid_asks_no_aggregate():
+    def never(score, turn_mask):
+        raise AssertionError
+
+    lost = scores([[NAN, 4.0]], {(0, 0): TIMEOUT})
+    reward = lost.reward(never)
+    assert reward.value.isnan().all()
+    assert not reward.valid.any()
+
+
+def test_reasons_come_most_frequent_first():
+    lost = {(0, 0): REFUSAL, (0, 1): TIMEOUT, (1, 0): TIMEOUT}
+    assert list(scores([[NAN, NAN], [NAN, 1.0]], lost).reasons.items()) == [
+        ("time-out", 2),
+        ("refusal", 1),
+    ]
+    assert scores([[1.0]]).reasons == {}
+
+
+def test_a_lost_reward_takes_no_part_in_a_group():
+    """The same advantages as if the lost member were deleted."""
+    group = torch.tensor([0, 0, 0])
+    with_lost = scores([[5.0], [NAN], [1.0]], {(1, 0): TIMEOUT}).reward(likert_average)
+    without = scores([[5.0], [1.0]]).reward(likert_average)
+    lost = fuse_advantages({"if": with_lost.value}, {"if": 1.0}, group, valid=with_lost.valid)
+    deleted = fuse_advantages({"if": without.value}, {"if": 1.0}, group[:2], valid=without.valid)
+    assert lost.tolist() == [deleted[0], 0.0, deleted[1]]
+
+
+# the share of invalid rewards
+
+
+@given(st.integers(1, 300), st.data())
+def test_the_share_is_exact(count, data):
+    """One in ten is not more than 10%, though 1 - 0.9 is more than 0.1 in float32."""
+    invalid = data.draw(st.integers(0, count))
+    some = scores(
+        [[NAN]] * invalid + [[3.0]] * (count - invalid), {(b, 0): TIMEOUT for b in range(invalid)}
+    )
+    assert some.invalid_share == invalid / count
+    assert some.require(max_invalid_share=invalid / count) is some
+    if invalid:
+        with pytest.raises(InvalidRewardsError):
+            some.require(max_invalid_share=(invalid - 0.5) / count)
+
+
+def test_too_many_invalid_rewards_stop_the_run_with_reasons():
+    message = (
+        "50% of 4 rewards are invalid, more than the 10% allowed. Turns by reason: "
+        "time-out: 2, nothing to measure: 1. For instance time-out after 4 attempts: "
+        "no answer within 60 s"
+    )
+    lost = {(0, 0): TIMEOUT, (1, 0): TIMEOUT}
+    half = scores([[NAN, 1], [NAN, 1], [NAN, 1], [1, 1]], lost)
+    with pytest.raises(InvalidRewardsError, match=exactly(message)):
+        half.require(max_invalid_share=0.1)
+    assert half.require(max_invalid_share=0.5) is half
+
+
+def test_an_error_without_lost_answers_has_no_instance():
+    with pytest.raises(InvalidRewardsError, match=r"by reason: nothing to measure: 2$"):
+        scores([[NAN, NAN]]).require(max_invalid_share=0.0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, NAN])
+def test_the_allowed_share_is_checked(share):
+    with pytest.raises(
+        ValueError, match=r"^max_invalid_share: expected a finite number in \[0, 1\]"
+    ):
+        scores([[1.0]]).require(max_invalid_share=share)
+
+
+# properties
+
+
+@st.composite
+def batches(draw, turns=None):
+    """Ragged trajectories with scores, turns without measure, and lost ones."""
+    longest = draw(st.integers(1, 4)) if turns is None else turns
+    rows, mask, lost = [], [], {}
+    for b in range(draw(st.integers(1, 6))):
+        own = draw(st.integers(1, longest))
+        kinds = draw(st.lists(st.sampled_from("sslu"), min_size=own, max_size=own))
+        lost |= {
+            (b, n): draw(st.sampled_from([TIMEOUT, REFUSAL])) for n in range(own) if kinds[n] == "l"
+        }
+        row = [draw(st.integers(1, 5)) if kind == "s" else NAN for kind in kinds]
+        rows.append(row + [NAN] * (longest - own))
+        mask.append([True] * own + [False] * (longest - own))
+    return scores(rows, lost, mask)
+
+
+def reference(batch):
+    """Mean of each trajectory's measured turns in plain Python, None where invalid."""
+    result = []
+    for b, row in enumerate(batch.score.tolist()):
+        found = [x for x in row if not math.isnan(x)]
+        whole = not any(b == row for row, _ in batch.lost)
+        result.append(sum(found) / len(found) if found and whole else None)
+    return result
+
+
+@given(batches())
+def test_rewards_equal_a_plain_loop(batch):
+    reward = batch.reward(turn_average)
+    expected = reference(batch)
+    assert reward.valid.tolist() == [value is not None for value in expected]
+    found = [value if valid else None for value, valid in zip(*map(list, reward), strict=True)]
+    assert [None if v is None else float(v) for v in found] == pytest.approx(expected)
+    assert reward.value.isnan().tolist() == (~reward.valid).tolist()
+    assert batch.invalid_share == expected.count(None) / len(expected)
+
+
+@given(batches())
+def test_reasons_count_every_turn_without_a_score(batch):
+    assert sum(batch.reasons.values()) == int((batch.turn_mask & ~batch.measured).sum())
+
+
+@given(st.lists(batches(turns=3), min_size=1, max_size=4))
+def test_joined_batches_are_their_parts_in_order(parts):
+    whole = TurnScores.concatenate(parts)
+    assert len(whole) == sum(map(len, parts))
+    assert len(whole.lost) == sum(len(part.lost) for part in parts)
+    rewards = [part.reward(turn_average) for part in parts]
+    reward = whole.reward(turn_average)
+    torch.testing.assert_close(reward.value, torch.cat([r.value for r in rewards]), equal_nan=True)
+    assert torch.equal(reward.valid, torch.cat([r.valid for r in rewards]))
+    start = len(parts[0])
+    assert {k: v for k, v in whole.lost.items() if k[0] < start} == dict(parts[0].lost)
+
+
+def test_joining_needs_equal_turns():
+    with pytest.raises(
+        ValueError, match=exactly("parts: expected some of equal N, got N = [1, 2]")
+    ):
+        TurnScores.concatenate([scores([[1.0]]), scores([[1.0, 2.0]])])
+    with pytest.raises(ValueError, match=exactly("parts: expected some of equal N, got N = []")):
+        TurnScores.concatenate([])
+
+
+# what is refused
+
+
+NOT_NAN = "score: expected NaN where lost or padded, got"
+NO_TURN = "lost: expected (trajectory, turn) that exist, got"
+SOME_TURN = "turn_mask: expected at least one turn in each trajectory"
+TABLE = "score: expected a non-empty tensor of shape [B, N]"
+
+
+@pytest.mark.parametrize(
+    ("rows", "lost", "mask", "message"),
+    [
+        (
+            [[math.inf]],
+            {},
+            None,
+            "score: expected a finite score, or NaN for none, got inf at index",
+        ),
+        ([[1.0, 0.5]], {(0, 1): TIMEOUT}, None, f"{NOT_NAN} 0.5 at index [0, 1]"),
+        ([[1.0, 0.0]], {}, [[True, False]], f"{NOT_NAN} 0.0 at index [0, 1]"),
+        ([[1.0]], {(1, 0): TIMEOUT}, None, f"{NO_TURN} (1, 0)"),
+        ([[1.0]], {(0, 1): TIMEOUT}, None, f"{NO_TURN} (0, 1)"),
+        ([[1.0]], {(-1, 0): TIMEOUT}, None, f"{NO_TURN} (-1, 0)"),
+        ([[1.0, NAN]], {(0, 1): TIMEOUT}, [[True, False]], f"{NO_TURN} (0, 1)"),
+        ([[1.0], [NAN]], {}, [[True], [False]], f"{SOME_TURN}, got False at index [1]"),
+        ([[1.0]], {}, [[True, True]], "turn_mask: expected shape [B, N] = [1, 1], got [1, 2]"),
+        ([1.0], {}, None, f"{TABLE}, got [1]"),
+        ([[]], {}, None, f"{TABLE}, got [1, 0]"),
+    ],
+)
+def test_contradictions_are_refused(rows, lost, mask, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        scores(rows, lost, mask)
+
+
+def test_types_are_checked():
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"score: expected float32 or float64, got torch\.int64"):
+        TurnScores(torch.ones(1, 1, dtype=torch.int64), mask, {})
+    with pytest.raises(TypeError, match=r"turn_mask: expected a boolean mask, got torch\.float32"):
+        TurnScores(torch.ones(1, 1), mask.float(), {})
+
+
+# faults
+
+
+def test_a_lost_answer_says_how_often_it_was_asked_for():
+    assert str(TIMEOUT) == "time-out after 4 attempts: no answer within 60 s"
+    assert str(REFUSAL) == "refusal after 1 attempt: I'm sorry"
+
+
+def test_an_answer_error_survives_a_copy():
+    """Exceptions are copied when they pass between threads and processes."""
+    error = copy.copy(AnswerError(Fault.out_of_range, "expected 1..5, got 7"))
+    assert (error.fault, error.detail) == (Fault.out_of_range, "expected 1..5, got 7")
+    assert str(error) == "score out of range: expected 1..5, got 7"
+
+
+def test_each_fault_has_words_of_its_own():
+    assert len({fault.value for fault in Fault}) == len(Fault)
