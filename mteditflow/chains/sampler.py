@@ -131,7 +131,12 @@ class GroupSampler(Sampler[list[int]]):
             if state.get(name) != own:
                 raise ValueError(f"state: expected {name} = {own!r}, got {state.get(name)!r}")
         epoch, done = state.get("epoch"), state.get("round")
-        if not (isinstance(epoch, int) and isinstance(done, int) and 0 <= done < len(self)):
+        if not (
+            isinstance(epoch, int)
+            and isinstance(done, int)
+            and epoch >= 0
+            and 0 <= done < len(self)
+        ):
             raise ValueError(f"state: expected an epoch and a round of it, got {epoch!r}, {done!r}")
         self._epoch, self._round = epoch, done
         self._passed = False

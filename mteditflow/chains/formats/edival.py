@@ -142,19 +142,7 @@ def _image(index: str) -> str:
 
 
 def _encode(chain: Chain) -> str:
-    if not chain.id.isdecimal():
-        raise ChainError(f"id: expected a number, as EdiVal's image_index, got {chain.id!r}")
-    if (name := PurePosixPath(chain.image).name) != _image(chain.id):
-        raise ChainError(f"image: expected a file {_image(chain.id)!r}, got {name!r}")
-    record = chain.to_record()
-    if "task_types" not in record and isinstance(record.get("task_type"), (list, tuple)):
-        record["task_types"] = record["task_type"]
-    for field in (*PREFIXES.values(), "background_consistency", *OBJECTS):
-        if field not in record:
-            raise ChainError(f"{field}: expected this field, which EdiVal needs, got none")
-    for field in PREFIXES.values():
-        if quoted := [text for text in record[field] if unquoted(str(text)) != text]:
-            raise ChainError(f"{field}: expected no quotes around text, got {quoted[0]!r}")
+    record = _complete(chain)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     for turn in range(1, chain.turns + 1):
@@ -163,6 +151,25 @@ def _encode(chain: Chain) -> str:
         background = record["background_consistency"][turn - 1]
         writer.writerow([chain.id, turn, *prefixes, background, *objects])
     return table.getvalue()
+
+
+def _complete(chain: Chain) -> Record:
+    """Return the chain's record if EdiVal can hold it."""
+    if not chain.id.isdecimal():
+        raise ChainError(f"id: expected a number, as EdiVal's image_index, got {chain.id!r}")
+    if (name := PurePosixPath(chain.image).name) != _image(chain.id):
+        raise ChainError(f"image: expected a file {_image(chain.id)!r}, got {name!r}")
+    record = chain.to_record()
+    unknown = record.get("task_type")  # where an edit type is none of the nine
+    if "task_types" not in record and isinstance(unknown, list) and len(unknown) == chain.turns:
+        record["task_types"] = unknown
+    for field in (*PREFIXES.values(), "background_consistency", *OBJECTS):
+        if field not in record:
+            raise ChainError(f"{field}: expected this field, which EdiVal needs, got none")
+    for field in PREFIXES.values():
+        if quoted := [text for text in record[field] if unquoted(str(text)) != text]:
+            raise ChainError(f"{field}: expected no quotes around text, got {quoted[0]!r}")
+    return record
 
 
 EDIVAL = Format(

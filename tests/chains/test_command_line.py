@@ -1,0 +1,155 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mteditflow.chains import FORMATS, read_chains, write_chains
+from mteditflow.chains.__main__ import app
+from tests.chains.samples import FILES
+
+GOOD = '{"id": "%s", "image": "%s.png", "instructions": ["Remove the cat"]}\n'
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(x) for x in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two chains, of which one has an image, between broken lines."""
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(GOOD % (1, 1) + '{"id": "2"}\n' + GOOD % (3, 3) + "{\n", encoding="utf-8")
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("told", [True, False])
+def test_convert_every_format_to_the_native_one(name, told, tmp_path):
+    target = tmp_path / "out.jsonl"
+    result = run("convert", FILES[name], target, *["--from", name] * told)
+    assert result.exit_code == 0, result.stderr
+    converted, original = read_chains(target).chains, read_chains(FILES[name]).chains
+    without_root = [chain.model_copy(update={"root": target.parent}) for chain in original]
+    assert [x.model_copy(update={"image": ""}) for x in converted] == [
+        x.model_copy(update={"image": ""}) for x in without_root
+    ]
+    assert result.stdout == f"{len(original)} chains written to {target} (native), 0 left out\n"
+    assert result.stderr == ""
+
+
+def test_convert_says_what_the_format_leaves_out_and_rewrites_paths(tmp_path):
+    target = tmp_path / "out.csv"
+    result = run("convert", FILES["edival"], target, "--to", "edival", "--images", "photos")
+    assert result.exit_code == 0
+    assert result.stdout.endswith(f"edival leaves out: {FORMATS['edival'].loses}\n")
+    native = tmp_path / "out.jsonl"
+    run("convert", FILES["edival"], native, "--images", tmp_path / "photos")
+    assert json.loads(native.read_text(encoding="utf-8").splitlines()[0])["image"] == (
+        "photos/4_input_raw.jpg"
+    )
+
+
+def test_convert_stops_at_a_bad_line_and_writes_nothing(mixed, tmp_path):
+    target = tmp_path / "out.jsonl"
+    result = run("convert", mixed, target)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {mixed}:2: image: expected this field, got none\n"
+    assert result.stdout == ""
+    assert not target.exists()
+
+
+def test_convert_stops_at_a_chain_that_the_format_cannot_hold(tmp_path):
+    target = tmp_path / "out.jsonl"
+    result = run("convert", FILES["native"], target, "--to", "flow-grpo")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: flow-grpo cannot hold chain '7': expected a chain of one turn, got 2 turns\n"
+    )
+    assert not target.exists()
+
+
+def test_lenient_leaves_out_lists_and_counts(mixed, tmp_path):
+    target = tmp_path / "out.jsonl"
+    result = run("convert", mixed, target, "--lenient")
+    assert result.exit_code == 0
+    assert result.stdout == f"2 chains written to {target} (native), 2 left out\n"
+    lines = result.stderr.splitlines()
+    assert lines[0] == f"{mixed}:2: image: expected this field, got none"
+    assert lines[1].startswith(f"{mixed}:4: expected one JSON object, got '{{'")
+    refusing = run("convert", FILES["native"], target, "--to", "flow-grpo", "--lenient")
+    assert refusing.stderr == "chain '7': expected a chain of one turn, got 2 turns\n"
+    assert refusing.stdout == f"1 chains written to {target} (flow-grpo), 1 left out\n"
+
+
+def test_check(mixed, tmp_path):
+    result = run("check", mixed)
+    assert result.exit_code == 1
+    assert result.stdout == f"{mixed} (native): 1 chains (1 of 1 turns), 3 bad\n"
+    assert f"{mixed}:3: image: expected a file, got {str(tmp_path / '3.png')!r}\n" in result.stderr
+    result = run("check", mixed, "--no-check-images")
+    assert result.stdout == f"{mixed} (native): 2 chains (2 of 1 turns), 2 bad\n"
+    good = run("check", FILES["edival"], "--no-check-images", "--format", "edival")
+    assert good.exit_code == 0
+    expected = f"{FILES['edival']} (edival): 2 chains (1 of 1 turns, 1 of 3 turns), 0 bad\n"
+    assert (good.stdout, good.stderr) == (expected, "")
+
+
+def test_many_bad_lines_are_cut_short(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(GOOD % (1, 1) + "{}\n" * 25, encoding="utf-8")
+    result = run("check", path, "--no-check-images")
+    assert len(result.stderr.splitlines()) == 21
+    assert result.stderr.endswith("... and 5 more\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "none.jsonl"], "error: [Errno 2] No such file or directory: 'none.jsonl'\n"),
+        (["check", "."], "error: [Errno 21] Is a directory: '.'\n"),
+        (["check", __file__], "expected content of one of the formats native, edival"),
+        (["check", FILES["native"], "--format", "csv"], "error: format: expected one of ['native'"),
+        (["convert", FILES["native"], "x", "--to", "csv"], "error: format: expected one of ['na"),
+        (["convert", FILES["native"], "no/x"], "error: [Errno 2] No such file or directory"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_formats_are_listed():
+    listed = run("formats").stdout
+    assert all(name in listed for name in FORMATS)
+
+
+def test_as_a_module(mixed, tmp_path):
+    command = [sys.executable, "-m", "mteditflow.chains"]
+    shown = subprocess.run([*command, "check", mixed], capture_output=True, text=True, check=False)
+    assert shown.returncode == 1
+    assert "Traceback" not in shown.stderr
+    assert shown.stdout == f"{mixed} (native): 1 chains (1 of 1 turns), 3 bad\n"
+
+
+def test_markup_in_data_is_printed_as_it_is(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(GOOD % ("[red]a[/red]", "[/]") * 2, encoding="utf-8")
+    assert "got '[red]a[/red]' again" in run("check", path, "--no-check-images").stderr
+
+
+def test_convert_back_and_forth_by_files_alone(tmp_path):
+    first, second = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    chains = read_chains(FILES["edival"]).chains
+    write_chains(chains, first, format="edival")
+    assert run("convert", first, second).exit_code == 0
+    assert run("convert", second, tmp_path / "c.csv", "--to", "edival").exit_code == 0
+    assert (tmp_path / "c.csv").read_bytes() == first.read_bytes()
