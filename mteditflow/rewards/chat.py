@@ -9,6 +9,7 @@ from itertools import count
 from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
+import httpx2
 import openai
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -128,24 +129,40 @@ class ChatClient:
         """
         check_count("seed", seed, low=0)
         request = self._request(content, max_tokens, schema, top_logprobs)
+        if self._cache is None:
+            result = await self._dispatch(request, read, seed)
+            return result if isinstance(result, Lost) else result[1]
+        return await self._ask_through(self._cache, request, read, seed)
+
+    async def _ask_through(
+        self,
+        cache: AnswerCache,
+        request: dict[str, Any],
+        read: Callable[[ChatAnswer], T],
+        seed: int,
+    ) -> T | Lost:
         key = await anyio.to_thread.run_sync(request_key, {**request, "seed": seed})
-        stored = await self._stored(key)
+        stored = await anyio.to_thread.run_sync(cache.get, key)
         if stored is not None:
             with suppress(AnswerError):  # accepted once, by something less strict
-                return read(stored)
+                return read(ChatAnswer.model_validate_json(stored))
+        result = await self._dispatch(request, read, seed)
+        if isinstance(result, Lost):
+            return result
+        answer, meaning = result
+        await anyio.to_thread.run_sync(cache.put, key, answer.model_dump_json())
+        return meaning
+
+    async def _dispatch(
+        self, request: dict[str, Any], read: Callable[[ChatAnswer], T], seed: int
+    ) -> tuple[ChatAnswer, T] | Lost:
         seeds = count(seed, SEED_STRIDE)
 
         async def attempt(endpoint: str) -> tuple[ChatAnswer, T]:
             answer = await self._exchange(endpoint, {**request, "seed": next(seeds)})
             return answer, read(answer)
 
-        result = await self._dispatcher.run(attempt)
-        if isinstance(result, Lost):
-            return result
-        answer, meaning = result
-        if self._cache is not None:
-            await anyio.to_thread.run_sync(self._cache.put, key, answer.model_dump_json())
-        return meaning
+        return await self._dispatcher.run(attempt)
 
     def _request(
         self,
@@ -170,15 +187,12 @@ class ChatClient:
             request |= {"logprobs": True, "top_logprobs": top_logprobs}
         return request
 
-    async def _stored(self, key: str) -> ChatAnswer | None:
-        if self._cache is None:
-            return None
-        stored = await anyio.to_thread.run_sync(self._cache.get, key)
-        return None if stored is None else ChatAnswer.model_validate_json(stored)
-
     async def _exchange(self, endpoint: str, request: dict[str, Any]) -> ChatAnswer:
-        completions = self._clients[endpoint].chat.completions
-        response = await completions.with_raw_response.create(**request)
+        # The raw exchange: the typed method takes as long again to look through the request, and
+        # lets answers through that are none.
+        response = await self._clients[endpoint].post(
+            "/chat/completions", body=request, cast_to=httpx2.Response
+        )
         return _read_completion(response.content, logprobs="logprobs" in request)
 
 

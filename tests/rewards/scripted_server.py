@@ -12,7 +12,7 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, MutableSequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,7 +180,7 @@ class ScriptedServer:
     answer: Answer
     script: Iterable[Behaviour] = ()
     port: int = 0
-    requests: list[Request] = field(default_factory=list)
+    requests: MutableSequence[Request] = field(default_factory=list)
     connections: int = 0
     most_at_once: int = 0
 
