@@ -8,7 +8,8 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+
+import httpx2
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.classify import AttemptError
@@ -30,10 +31,13 @@ def check_url(name: str, url: str) -> str:
         >>> check_url("endpoint", "http://127.0.0.1:8000/v1/")
         'http://127.0.0.1:8000/v1'
     """
-    parts = urlsplit(url)
-    extra = "@" in parts.netloc or parts.query or parts.fragment
-    if parts.scheme not in ("http", "https") or not parts.hostname or extra:
-        shown = url.replace(parts.netloc, "...") if "@" in parts.netloc else url
+    shown = url.rpartition("@")[2]  # a password is not shown
+    try:
+        parts = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ValueError(f"{name}: expected http(s)://host[:port][/path], got {shown!r}") from error
+    extra = parts.userinfo or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.host or extra:
         raise ValueError(f"{name}: expected http(s)://host[:port][/path], got {shown!r}")
     return url.rstrip("/")
 

@@ -251,6 +251,8 @@ def test_whatever_happens_counts_hold_and_every_endpoint_comes_back(events):
         "http:///v1",
         "http://host/v1?key=1",
         "http://host/v1#top",
+        "http://host:port/v1",
+        "http://[::1/v1",
     ],
 )
 def test_malformed_urls(url):
@@ -260,7 +262,7 @@ def test_malformed_urls(url):
 
 
 def test_a_password_in_a_url_is_refused_and_not_shown():
-    with pytest.raises(ValueError, match=r"got 'http://\.\.\./v1'$") as caught:
+    with pytest.raises(ValueError, match=r"got 'host/v1'$") as caught:
         check_url("endpoint", "http://user:hunter2@host/v1")
     assert "hunter2" not in str(caught.value)
 
