@@ -93,6 +93,8 @@ def collate_chains(examples: Sequence[Example]) -> Batch:
 
 
 def _load_image(chain: Chain) -> Image.Image:
+    if chain.image_is_remote:
+        raise ChainError(f"chain {chain.id!r}: expected an image file, got {chain.image!r}")
     try:
         with Image.open(chain.image_path) as image:
             return _rgb(ImageOps.exif_transpose(image))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from mteditflow._checks import check_choice
-from mteditflow.chains.errors import ChainError
+from mteditflow.chains.errors import ChainError, shorten
 from mteditflow.chains.formats import FORMATS, Format
 from mteditflow.chains.formats.base import Record, numbered_lines, parse_object
 from mteditflow.chains.record import Chain
@@ -134,7 +136,7 @@ def iter_chains(
     root = file.parent if images is None else Path(images)
     lines: dict[str, int] = {}
     line = 0
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         for line, record in known.read(stream):
             found = _chain(record, root, check_images)
             if isinstance(found, Chain) and (first := lines.setdefault(found.id, line)) != line:
@@ -152,15 +154,24 @@ def recognise(path: str | os.PathLike[str]) -> Format:
         ChainError: the content shows none; the message lists the formats.
         OSError: the file cannot be opened.
     """
-    with Path(path).open("rb") as stream:
+    with _open(Path(path)) as stream:
+        start = stream.tell()
         for _, raw in islice(numbered_lines(stream), LINES):
             known = _format_of_line(raw)
             if known is not None:
                 return known
-        stream.seek(0)
-        if OBJECT_OF_OBJECTS.match(stream.read(4096).removeprefix(b"\xef\xbb\xbf")):
+        stream.seek(start)
+        if OBJECT_OF_OBJECTS.match(stream.read(4096)):
             return FORMATS["imgedit"]
     raise ChainError(f"{path}: expected content of one of the formats {', '.join(FORMATS)}")
+
+
+def _open(file: Path) -> BinaryIO:
+    """Open a file behind its byte-order mark."""
+    stream = file.open("rb")
+    if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        stream.seek(0)
+    return stream
 
 
 def _format_of_line(raw: bytes) -> Format | None:
@@ -181,6 +192,8 @@ def _chain(record: Record | ChainError, root: Path, check_image: bool) -> Chain 
         chain = Chain.from_record(record, root)
     except ChainError as error:
         return error
+    if check_image and chain.image_is_remote:
+        return ChainError(f"image: expected a file, got the address {shorten(chain.image)}")
     if check_image and not chain.image_path.is_file():
         return ChainError(f"image: expected a file, got {str(chain.image_path)!r}")
     return chain

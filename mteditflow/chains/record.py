@@ -110,8 +110,13 @@ class Chain(BaseModel):
 
     @property
     def image_path(self) -> Path:
-        """Where the reference image lies."""
+        """Where the reference image lies, if it is a file."""
         return self.root / self.image
+
+    @property
+    def image_is_remote(self) -> bool:
+        """Whether the reference image is an address, to be downloaded first."""
+        return "://" in self.image
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], root: Path = Path()) -> Chain:

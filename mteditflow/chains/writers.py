@@ -111,7 +111,7 @@ def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:
 
 def _moved(chain: Chain, folder: Path) -> Chain:
     """Let the image's path be relative to another folder."""
-    fixed = "://" in chain.image or Path(chain.image).is_absolute()
+    fixed = chain.image_is_remote or Path(chain.image).is_absolute()
     if fixed or os.path.abspath(chain.root) == os.path.abspath(folder):
         return chain
     image = Path(os.path.relpath(chain.image_path, folder)).as_posix()

@@ -98,6 +98,9 @@ def test_what_cannot_be_loaded_names_chain_and_path(folder, monkeypatch):
     assert reason("deep.png") == "ValueError: expected 8 bits a channel, got mode I;16"
     (folder / "folder").mkdir()
     assert reason("folder").startswith("IsADirectoryError")
+    message = r"^chain 'x': expected an image file, got 'https://a\.example/b\.png'$"
+    with pytest.raises(ChainError, match=message):
+        ChainDataset([chain("https://a.example/b.png", folder, "x")])[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
     assert reason("0.png").startswith("DecompressionBombError")
 

@@ -133,6 +133,7 @@ def test_images_are_looked_for_only_where_asked(tmp_path):
     found = reasons(path, check_images=True)
     assert found.keys() == {2, 3, 4, 5}
     assert found[2] == f"image: expected a file, got {str(tmp_path / 'x.png')!r}"
+    assert found[3] == "image: expected a file, got the address 'https://a.example/b.png'"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "x.png").touch()

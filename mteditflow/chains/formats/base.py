@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ class Format:
         about: what the format is.
         loses: what of a chain it leaves out.
         refuses: which chains it cannot hold.
-        read: yields the rows of an open file, and goes on after a bad one.
+        read: yields the rows of an open file (after its byte-order mark), and goes on after a bad
+            one.
         encode: writes one chain; raises ``ChainError`` where the format cannot hold it.
         keys: those that show a line of JSON to be of this format.
         head: what the file begins with.
@@ -65,9 +65,12 @@ def json_lines(
         refuses: which chains it cannot hold.
     """
 
+    def record(number: int, raw: bytes) -> Record:
+        return decode(parse_object(raw), number)
+
     def read(file: BinaryIO) -> Iterator[Row]:
         for number, raw in numbered_lines(file):
-            yield number, attempt(lambda raw, n: decode(parse_object(raw), n), raw, number)
+            yield number, attempt(record, number, raw)
 
     def encode_line(chain: Chain) -> str:
         return one_line(encode(chain)) + "\n"
@@ -84,9 +87,8 @@ def attempt(make: Callable[..., Record], *arguments: object) -> Record | ChainEr
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their number from 1; a byte-order mark is dropped."""
-    for number, line in enumerate(file, start=1):
-        raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    """Lines that are not blank, with their number from 1."""
+    for number, raw in enumerate(file, start=1):
         if raw.strip():
             yield number, raw
 
@@ -97,8 +99,9 @@ def parse_object(raw: bytes) -> Record:
     Raises:
         ChainError: not UTF-8, not JSON (NaN and Infinity are not), a key twice, not an object.
     """
+    text = decode_text(raw)
     try:
-        value = json.loads(decode_text(raw), **STRICT)
+        value = json.loads(text, **STRICT)
     except (ValueError, RecursionError) as error:
         raise ChainError(f"expected one JSON object, got {shorten_line(raw)} ({error})") from error
     if not isinstance(value, dict):
@@ -113,7 +116,7 @@ def decode_text(raw: bytes) -> str:
         ChainError: the bytes are something else.
     """
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ChainError(f"expected UTF-8 text, got byte {raw[error.start]:#04x}") from error
 

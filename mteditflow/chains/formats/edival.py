@@ -31,7 +31,7 @@ Cells = Mapping[str, str]
 def _read(file: BinaryIO) -> Iterator[Row]:
     """Gather the rows of each image, in whatever order they come, then make its chain."""
     images: dict[str, list[tuple[int, Cells]]] = {}
-    reader = csv.reader(codecs.iterdecode(file, "utf-8-sig"), strict=True)
+    reader = csv.reader(codecs.iterdecode(file, "utf-8"), strict=True)
     rows = (row for row in reader if "".join(row).strip())
     line = 1
     try:
