@@ -44,7 +44,7 @@ RULES: dict[TaskType, str] = {
 TEXT_ADDED = "new: a text that suits the image, in at most five words."
 
 PROMPT = """\
-You plan one step of a chain of edits of the image above.
+You plan one step of a chain of edits of the image above, which shows it before any edit.
 
 Objects that are there at this point, after the edits so far:
 {objects}
@@ -55,10 +55,10 @@ Edits so far, in order:
 Plan the next edit. Its type is {task}, in its fixed form: {form}
 {rules}
 Refer to objects by their names in the list, letter for letter. A new object gets a name that is \
-none of: {names}. The edit must be possible in this image and plain to see.
+none of: {names}. The edit must be possible at this point and plain to see.
 
 Answer with JSON alone, of this form: {{"edit": {{{slots}}}, "instruction": "..."}}
-instruction says the edit in one sentence, the way a person would ask for it. It must contain \
+instruction: the edit in one sentence, the way a person would ask for it, with the words of \
 {mentioned} as they stand in the slots, without square brackets{kept}."""
 
 
@@ -98,12 +98,12 @@ def edit_prompt(pool: Pool, instructions: Sequence[str], task: TaskType) -> str:
         objects="\n".join(json.dumps(x, ensure_ascii=False) for x in objects),
         edits="\n".join(f"{n}. {x}" for n, x in enumerate(instructions, 1)) or "none",
         task=task,
-        form=forms[frozenset(slots)],
+        form=re.sub(r"[{}]", "", forms[frozenset(slots)]),
         rules=TEXT_ADDED if slots == ("new",) else RULES[task],
         names=", ".join(pool.names),
         slots=", ".join(f'"{slot}": ...' for slot in slots),
         mentioned=", ".join(slots),
-        kept=f", and that {', '.join(kept)} stay as they are" if kept else "",
+        kept=f", saying that {', '.join(kept)} stay as they are" if kept else "",
     )
 
 

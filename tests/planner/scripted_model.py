@@ -123,7 +123,7 @@ def plan_edit(prompt, chance):
     place = chance.choice(["left", "right", "above", "below"])
     word = chance.choice([w for w in WORDS if not any(w in name.split() for name in used)])
     written = [x for x in objects if x["text"]]
-    stay = re.search(r"and that (.*) stay as they are", prompt)
+    stay = re.search(r"saying that (.*) stay as they are", prompt)
     kept = re.findall(r'"([^"]+)"', stay[1]) if stay else []
     if task == "subject_add":
         slots = {"name": new, "position": place, "reference": other}

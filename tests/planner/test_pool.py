@@ -208,6 +208,12 @@ def test_an_edit_that_makes_no_sense_is_refused(edit, message):
         street().apply(edit)
 
 
+def test_a_known_colour_is_told_whatever_its_case():
+    pool = Pool.of([ListedObject(name="dog", color="White")])
+    with pytest.raises(EditError, match=exactly("dog: expected another color than 'White'")):
+        pool.apply(ColorAlter(target="dog", color="white"))
+
+
 def test_a_colour_that_the_name_already_says_is_refused():
     pool = Pool.of([ListedObject(name="red car")])
     with pytest.raises(EditError, match=exactly("red car: its name already says 'red'")):

@@ -69,6 +69,7 @@ def test_no_chains_count_nothing():
         "vases": "vase",
         "shoes": "shoe",
         "tomatoes": "tomato",
+        "inside door of a car": "door",
         "on": "on",  # no head before a preposition: the word itself
         "café": "café",
         "…": "…",
