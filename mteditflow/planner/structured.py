@@ -49,13 +49,19 @@ def _fault_of_prose(text: str) -> Fault:
 def strict_object(properties: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON schema of an object with these properties, all of them and no others.
 
+    Titles and defaults are left out: where all must be there, no default ever acts.
+
     Example:
-        >>> strict_object({"count": {"type": "integer"}})["required"]
-        ['count']
+        >>> strict_object({"count": {"type": "integer", "default": 1}})["properties"]
+        {'count': {'type': 'integer'}}
     """
     return {
         "type": "object",
-        "properties": properties,
+        "properties": {name: _plain(schema) for name, schema in properties.items()},
         "required": list(properties),
         "additionalProperties": False,
     }
+
+
+def _plain(schema: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in schema.items() if key not in ("title", "default")}

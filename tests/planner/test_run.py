@@ -148,7 +148,7 @@ def test_a_finished_run_asks_nothing(images, model, undisturbed):
     assert len(model.requests) == asked
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_cut_anywhere_the_run_ends_with_the_same_files(images, model, undisturbed, seed):
     chance = random.Random(seed)
     output = images.parent / f"cut_{seed}.jsonl"
@@ -159,6 +159,7 @@ def test_cut_anywhere_the_run_ends_with_the_same_files(images, model, undisturbe
     assert both(output) == both(undisturbed[1])
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_run_ends_with_the_same_files(images, undisturbed):
     output = images.parent / "killed.jsonl"
     command = [sys.executable, "-m", "tests.planner.plan_in_subprocess"]
@@ -205,7 +206,7 @@ def test_refused_chains_are_tried_again_once_their_file_is_gone(tmp_path):
 def test_a_dead_endpoint_stops_the_run_and_refuses_nothing(images, undisturbed):
     output = images.parent / "dead.jsonl"
     port = closed_port()
-    with pytest.raises(PlanningStoppedError, match="planning stopped: no connection after"):
+    with pytest.raises(PlanningStoppedError, match=r"^planning stopped: no (connection|endpoint)"):
         plan_all(f"http://127.0.0.1:{port}/v1", images, output, patience=0.0)
     assert not output.read_text()
     assert not output.with_suffix(".refused.jsonl").read_text()
