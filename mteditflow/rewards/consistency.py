@@ -33,31 +33,17 @@ from mteditflow.rewards.pairs import (
     Pair,
     PairScores,
     image_pairs,
-    pairs_of,
 )
 from mteditflow.rewards.protocols import Detector, FeatureExtractor
 from mteditflow.rewards.regions import pixel_boxes
 from mteditflow.rewards.similarity import (
     TOKENS,
-    Features,
     background_summary,
     check_features,
     object_summary,
     pixel_similarity,
     similarity,
 )
-
-__all__ = [
-    "Consistency",
-    "ConsistencyScorer",
-    "ConsistencyScores",
-    "Detector",
-    "FeatureExtractor",
-    "Features",
-    "Pair",
-    "PairScores",
-    "pairs_of",
-]
 
 Summaries = Mapping[tuple[int, Box | int], Tensor]  # of a picture's crop, or of a look's background
 X = TypeVar("X")
@@ -79,6 +65,7 @@ class ConsistencyScorer:
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 13 to 16; EdiVal-Bench (arXiv 2509.13399).
 
     Example:
+        >>> from mteditflow.rewards import Pair
         >>> def corner(images, names):  # a detector that finds the upper left quarter
         ...     return [torch.tensor([[0.0, 0.0, 256.0, 256.0]]) for _ in images]
         >>> images = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
@@ -128,7 +115,7 @@ class ConsistencyScorer:
         found = self._detect(pictures, searches_of(flat))
         looks = [look_of(task, found, self._rules) for task in flat]
         summaries = self._summarise(pictures, looks)
-        scores = iter([self._score(pictures, summaries, *each) for each in enumerate(looks)])
+        scores = (self._score(pictures, summaries, *each) for each in enumerate(looks))
         return [[next(scores) for _ in chain] for chain in tasks]
 
     def _detect(self, pictures: Pictures, searches: Sequence[Search]) -> dict[Search, Tensor]:

@@ -178,7 +178,7 @@ class DinoV3:
         """Load the features.
 
         Args:
-            path: hub id or folder.
+            path: hub id or folder. The published weights need their licence accepted on the hub.
             device: where they are computed.
             dtype: of the weights.
             revision: of the hub's repository.

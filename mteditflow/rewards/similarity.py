@@ -31,7 +31,7 @@ class Strict:
 
     unmeasured: float | None = None  # value of a term that cannot be measured
     border = 0  # pixels that a box takes of the mask beyond its right and lower end
-    eps = 0.0  # added to the sum of weights
+    eps = 0.0  # added to the sum of weights, which changes no cosine
 
     def has_objects(self, background: bool) -> bool:
         """Whether there is an object term, given whether the background must look the same."""
@@ -50,7 +50,8 @@ class Compat(Strict):
     """As EdiVal-Bench's public scorer does it, for comparison with published numbers.
 
     Register tokens are among the patches, and the grid is the factor pair of their number nearest
-    to the aspect ratio of the image. What cannot be measured scores 0.
+    to the aspect ratio of the image, so that the mask is misplaced. Boxes cover their last row and
+    column in the mask, as PIL draws them. What cannot be measured scores 0.
 
     Source: EdiVal-Bench (arXiv 2509.13399), its public implementation.
     """

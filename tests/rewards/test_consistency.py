@@ -89,17 +89,16 @@ def test_object_term_of_hand_made_features(tokens):
     """0.5 cos(CLS) + 0.5 cos(mean): registers are in the mean only in compat.
 
     CLS: cos((1, 0), (3, 4)) = 0.6. Patches: all (0, 1) against half (0, 2), half (2, 0): mean
-    (1, 1), cosine 1/sqrt 2. Registers, 4 of 200 tokens: (98, 0) and (0, 98) on either side, so that
-    compat's means are (392, 196)/200 and (196, 196 + 392)/200.
+    (1, 1), cosine 1/sqrt 2. Registers, 4 of 200 tokens: (98, 0) against (0, 49), so that the sums
+    of compat are (392, 196) and (196, 196 + 196), of cosine 0.8.
     """
     source, edited = torch.zeros(201, 2), torch.zeros(201, 2)
     source[0], edited[0] = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])
-    source[1:5, 0] = edited[1:5, 1] = 98.0
+    source[1:5, 0], edited[1:5, 1] = 98.0, 49.0
     source[5:, 1] = 1.0
     edited[5:103, 1] = edited[103:, 0] = 2.0
-    strict = 1 / math.sqrt(2)
-    compat = (392 * 196 + 196 * 588) / (math.hypot(392, 196) * math.hypot(196, 588))
-    expected = 0.5 * 0.6 + 0.5 * (strict if tokens == "strict" else compat)
+    texture = {"strict": 1 / math.sqrt(2), "compat": 0.8}[tokens]
+    expected = 0.5 * 0.6 + 0.5 * texture
     found = score(
         BLACK_GRAY, pair_of(("a",)), {("a",): [LEFT]}, MapFeatures(source, edited), tokens
     )
@@ -177,9 +176,12 @@ def test_terms_of_several_boxes_are_averaged(tokens):
     edited.paste((51, 51, 51), (100, 0, 200, 100))
     edited.paste((255, 255, 255), (200, 0, 300, 100))
     boxes = [[0.0, 0, 100, 100], [100.0, 0, 200, 100], [200.0, 0, 300, 100]]
-    found = score([source, edited], pair_of(("a",)), {("a",): boxes}, None, tokens)
+    features, pair = HashedFeatures(), pair_of(("a",))
+    found = score([source, edited], pair, {("a",): boxes}, features, tokens)
     assert found.object_l1 == pytest.approx((1 + 0.8 + 0) / 3)
-    assert found.object is None
+    each = [score([source, edited], pair, {("a",): [box]}, features, tokens) for box in boxes]
+    assert found.object == pytest.approx(sum(x.object for x in each) / 3)
+    assert len({x.object for x in each}) == 3
 
 
 def test_l1_of_the_background_is_masked():
@@ -195,7 +197,10 @@ def test_l1_of_the_background_is_masked():
 coordinate = st.one_of(
     st.floats(-60, 580, width=32), st.sampled_from([0.0, 256.0, 512.0, torch.nan, torch.inf])
 )
-some_boxes = st.lists(st.tuples(*[coordinate] * 4).map(list), max_size=3)
+wild = st.tuples(*[coordinate] * 4).map(list)
+corner, side = st.floats(-20, 400, width=32), st.floats(20, 300, width=32)
+plain = st.tuples(corner, corner, side, side).map(lambda b: [*b[:2], b[0] + b[2], b[1] + b[3]])
+some_boxes = st.lists(st.one_of(plain, wild), max_size=3)
 some_names = st.lists(st.sampled_from(["cat", "dog", "red ball"]), max_size=2, unique=True)
 
 
@@ -214,11 +219,10 @@ def test_equals_the_independent_reference(
 ):
     """Random boxes in each image for each set of names, random features of any grid."""
     images = [noise(0), noise(1)]
-    seed = data.draw(st.integers(0, 99))
     drawn = {}
 
     def find(image, names):
-        key = (hashlib.sha256(image).hexdigest(), tuple(names), seed)
+        key = (hashlib.sha256(image).hexdigest(), tuple(names))
         if key not in drawn:
             drawn[key] = data.draw(some_boxes)
         return drawn[key]
@@ -228,7 +232,7 @@ def test_equals_the_independent_reference(
             find(x.permute(1, 2, 0).numpy().tobytes(), n)
             for x, n in zip(pictures, names, strict=True)
         ]
-        return [torch.tensor(boxes).view(-1, 4) for boxes in found]
+        return [torch.tensor(boxes, dtype=torch.float64).view(-1, 4) for boxes in found]
 
     pair = pair_of(tuple(unchanged), tuple(everything), background)
     features = HashedFeatures(registers=registers, grid=grid[0], size=grid[1])
@@ -463,7 +467,7 @@ def test_alone_and_together_give_the_same(tokens, order, batch_size):
 
 @BOTH
 def test_real_models_alone_and_together_give_the_same(detector, features, tokens):
-    """Measured: at most 2e-7 apart, whatever else is in the batch."""
+    """Measured with 24 chains of two pairs, on a CPU: no bit differs. A GPU may round otherwise."""
     pairs = [pair_of(("a cat",), ("dog", "a red ball")), pair_of(("the house",), ("sky",))]
     blocks = [noise(n, (8, 8)).resize((256, 256), Image.Resampling.NEAREST) for n in range(5)]
     work = [([blocks[0], blocks[n]], pairs[n % 2 :]) for n in range(1, 5)]

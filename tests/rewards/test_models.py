@@ -213,6 +213,7 @@ def test_pickled_weights_are_refused(tiny_models, tmp_path):
         DinoV3.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_torchvision_is_not_needed():
     code = (
         "import sys; sys.modules['torchvision'] = None; import mteditflow.rewards.models as m; "
