@@ -19,7 +19,8 @@ from peft import LoraConfig
 from shapes.editor import load_editor
 from shapes.evaluate import edit_chains, evaluate, takes_one
 from shapes.report import Log, write_report
-from shapes.rewards import Truth, score
+from shapes.rewards import Rewarder, exact_rewards
+from shapes.served import served_rewards
 from shapes.world import Chain, make_chains
 from torch import Tensor
 
@@ -59,6 +60,13 @@ class Objective(str, Enum):
     grpo = "grpo"
 
 
+class Rewards(str, Enum):
+    """Who scores what the editor makes."""
+
+    exact = "exact"  # from pixels, in process
+    served = "served"  # a scripted judge and the consistency server, over HTTP
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The few numbers of a run; ``RECIPES`` has those of both objectives."""
@@ -82,7 +90,14 @@ RECIPES = {
 }
 
 
-def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: Log) -> None:
+def train(
+    objective: Objective,
+    recipe: Recipe,
+    seed: int,
+    pipeline: Any,
+    log: Log,
+    rewarder: Rewarder,
+) -> None:
     """Sample, score, fuse, broadcast, loss, step."""
     nft = objective is Objective.nft
     chains = make_chains(
@@ -106,12 +121,11 @@ def train(objective: Objective, recipe: Recipe, seed: int, pipeline: Any, log: L
                 pipeline, batch, group, recipe, solver, generator, generators
             )
 
-        scores = score(pictures, Truth.of(batch))
-        rewards = {
-            "following": likert_average(scores.likert),
-            "consistency": turn_average(scores.consistency),
-        }
-        valid = torch.stack([reward.isfinite() for reward in rewards.values()]).all(dim=0)
+        scores = rewarder(batch, pictures)
+        following = scores.following.reward(likert_average)
+        consistency = scores.consistency.reward(turn_average)
+        valid = following.valid & consistency.valid
+        rewards = {"following": following.value, "consistency": consistency.value}
         weights = {"following": 1.0, "consistency": recipe.consistency_weight}
         advantage = clamp_advantage(fuse_advantages(rewards, weights, group, valid=valid))
         advantages = broadcast_to_steps(advantage, turns=TURNS, steps=recipe.steps)
@@ -223,6 +237,15 @@ def main(
     held_out: Annotated[
         int, typer.Option(min=2, help="Chains to evaluate on, none seen before.")
     ] = 512,
+    rewards: Annotated[
+        Rewards, typer.Option(help="From pixels, or from a judge and a server over HTTP.")
+    ] = Rewards.exact,
+    lost_answers: Annotated[
+        float, typer.Option(min=0, max=1, help="Served: share of answers that the judge loses.")
+    ] = 0.0,
+    invent: Annotated[
+        bool, typer.Option(help="Served: put 0.5 in place of a lost answer, as others do.")
+    ] = False,
 ) -> None:
     """Train the shipped editor on three-turn chains, and report before and after."""
     recipe = RECIPES[objective]
@@ -231,7 +254,11 @@ def main(
     chains = make_chains(held_out, turns=TURNS, seed=seed, split="held_out", linked=LINKED)
     log = Log(objective.value, seed)
     before = evaluate(pipeline, chains, seed=seed, steps=recipe.steps)
-    train(objective, recipe, seed, pipeline, log)
+    if rewards is Rewards.exact:
+        train(objective, recipe, seed, pipeline, log, exact_rewards)
+    else:
+        with served_rewards(lost_answers=lost_answers, invent=invent) as rewarder:
+            train(objective, recipe, seed, pipeline, log, rewarder)
     after = evaluate(pipeline, chains, seed=seed, steps=recipe.steps)
     write_report(output, log, asdict(recipe), chains, before, after)
 

@@ -6,6 +6,7 @@ import json
 import platform
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 import mteditflow
 
 from .evaluate import compare, summarise
-from .rewards import Scores
+from .rewards import Scored, Scores
 from .world import Chain, draw
 
 INK, SOFT, GOOD, BAD = "#1f2933", "#8a94a3", "#1a7f4b", "#c0392b"
@@ -39,6 +40,7 @@ class Log:
         self.started = time.monotonic()
         self.rewards: list[dict[str, float]] = []
         self.invalid = self.scored = 0
+        self.lost: Counter[str] = Counter()
         self._bar: tqdm | None = None
 
     def progress(self, updates: int) -> Iterator[int]:
@@ -48,10 +50,12 @@ class Log:
                 yield update
                 self._bar.update()
 
-    def add(self, scores: Scores, rewards: dict[str, Tensor], valid: Tensor) -> None:
+    def add(self, scores: Scored, rewards: dict[str, Tensor], valid: Tensor) -> None:
         """Take in one update's scores ``[B, N]``, rewards ``[B]``, and which are valid ``[B]``."""
         entry = {name: float(reward[valid].mean()) for name, reward in rewards.items()}
-        entry["chains"] = float(scores.success[valid].all(dim=1).float().mean())
+        best = scores.following.score[valid] == 5
+        entry["chains"] = float(best.all(dim=1).float().mean())
+        self.lost.update(scores.lost)
         self.invalid += int((~valid).sum())
         self.scored += len(valid)
         self.rewards.append(entry)
@@ -97,6 +101,10 @@ def write_report(
         "seconds": round(time.monotonic() - log.started, 1),
         "held_out_chains": len(chains),
         "invalid_reward_share": log.invalid / max(log.scored, 1),
+        "lost_answers": {
+            "share": log.lost.total() / max(log.scored, 1),
+            "reasons": dict(log.lost.most_common()),
+        },
         "before": summarise(before[0]),
         "after": summarise(after[0]),
         "difference_at_last_turn": compare(before[0], after[0]),
@@ -146,7 +154,7 @@ def print_table(report: dict[str, Any]) -> None:
             ]
             style = "bold" if when == "after" else "dim"
             table.add_row(f"{title} {when}", *cells, style=style, end_section=when == "after")
-    gain = report["difference_at_last_turn"]
+    gain, lost = report["difference_at_last_turn"], report["lost_answers"]
     low, high = gain["overall_interval"]
     kept = ["nothing" if share is None else f"{100 * share:.0f}%" for share in gain["kept"]]
     console = Console(width=None if Console().is_terminal else 110)
@@ -156,6 +164,13 @@ def print_table(report: dict[str, Any]) -> None:
         f"[{low:+.1f}, {high:+.1f}], paired.  CC: {gain['content_consistency']:+.1f}.  "
         f"Of turn 1's success, turn {turns} keeps {kept[1]} (before: {kept[0]})."
     )
+    if lost["reasons"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in lost["reasons"].items())
+        invalid = report["invalid_reward_share"]
+        console.print(
+            f"The judge lost {lost['share']:.1%} of its answers ({reasons}); {invalid:.1%} of the "
+            "rewards were invalid and left out."
+        )
 
 
 def draw_learning_curve(report: dict[str, Any], path: Path) -> None:

@@ -1,7 +1,7 @@
 """Seeing by rule: find the things of a picture, and read a clean picture back into its state.
 
 The inverse of drawing. A scripted judge reads the reference picture with it, and content
-consistency uses it in place of a neural detector.
+consistency finds objects with it in place of a neural detector.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ EXTENT = 5  # pixels that a thing takes of its cell, each way
 ALIKE = 0.9  # share of these pixels that must be as drawn for a thing to be found
 
 
-def to_index(image: Image.Image) -> np.ndarray:
-    """Name the colours of an image of any size: palette indices, int8 ``[12, 12]``, -1 for none."""
-    step = np.array(image.size) / IMAGE_SIZE
-    columns, rows = (((np.arange(IMAGE_SIZE) + 0.5) * s).astype(int) for s in step)
-    pixels = np.asarray(image.convert("RGB"))[rows][:, columns]  # the middle of every block
-    return read(torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)).numpy()
+def to_index(image: Tensor) -> np.ndarray:
+    """Name the colours of an image of any size: palette indices, int8 ``[12, 12]``, -1 for none.
+
+    Args:
+        image: uint8 ``[3, H, W]``.
+    """
+    middle = torch.arange(IMAGE_SIZE) + 0.5  # of every block
+    rows, columns = ((middle * side / IMAGE_SIZE).long() for side in image.shape[1:])
+    return read(image[:, rows][:, :, columns] / 255).numpy()
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """Turn a PIL image into uint8 ``[3, H, W]``."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def find_things(index: np.ndarray, names: Sequence[str] | None = None) -> list[Thing]:
@@ -95,3 +103,25 @@ def read_state(index: np.ndarray) -> State:
         if np.array_equal(draw_index(state), index):
             return state
     raise ValueError("index: expected a picture of the shapes world, pixel for pixel")
+
+
+class RuleDetector:
+    """Finds things by name, ``"red circle"``: a ``mteditflow.rewards.consistency.Detector``."""
+
+    def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Return the boxes of the things found in each picture, uint8 ``[3, H, W]`` of any size."""
+        return [
+            _boxes(image, find_things(to_index(image), wanted))
+            for image, wanted in zip(images, names, strict=True)
+        ]
+
+
+def _boxes(image: Tensor, things: Sequence[Thing]) -> Tensor:
+    """Absolute (x1, y1, x2, y2), float32 ``[K, 4]``."""
+    scale = torch.tensor(image.shape[1:]).flip(0) / IMAGE_SIZE
+    corners = [divmod(thing.cells[0], 2) for thing in things]
+    boxes = [
+        [(column * CELL, row * CELL), (column * CELL + EXTENT, row * CELL + EXTENT)]
+        for row, column in corners
+    ]
+    return (torch.tensor(boxes).reshape(-1, 2, 2) * scale).reshape(-1, 4)

@@ -14,9 +14,11 @@ from shapes.evaluate import METRICS, compare, summarise
 from shapes.pretrain import main as pretrain
 from shapes.pretrain import single_edits
 from shapes.report import Log, print_table
-from shapes.rewards import Scores
+from shapes.rewards import Scored, Scores, exact_rewards
 from shapes.world import draw_index, make_chains
-from train_shapes import LINKED, RECIPES, TURNS, Objective, Recipe, main, train
+from train_shapes import LINKED, RECIPES, TURNS, Objective, Recipe, Rewards, main, train
+
+from mteditflow.rewards import Fault, Lost, TurnScores
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +33,7 @@ class Silent:
         return range(updates)
 
     def add(self, scores, rewards, valid):
-        assert all(reward.shape == scores.likert.shape[:1] for reward in rewards.values())
+        assert all(reward.shape == (len(scores.following),) for reward in rewards.values())
         self.scores.append(scores)
         self.valid.append(valid)
 
@@ -83,10 +85,10 @@ def test_training_changes_the_policy_and_repeats_with_the_seed(objective):
     runs = []
     for seed in (0, 0, 1):
         pipeline, log = load_editor(), Silent()
-        train(objective, recipe, seed, pipeline, log)
+        train(objective, recipe, seed, pipeline, log, exact_rewards)
         weights = [w for n, w in pipeline.transformer.named_parameters() if ".current." in n]
         runs.append(torch.cat([weight.detach().flatten() for weight in weights]))
-        assert log.scores[0].likert.shape == (8, 3)
+        assert log.scores[0].following.score.shape == (8, 3)
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     assert runs[0].isfinite().all()
@@ -96,21 +98,23 @@ def test_training_changes_the_policy_and_repeats_with_the_seed(objective):
 def test_a_lost_reward_trains_nothing(objective, monkeypatch):
     lost, trained = [1, 6], []
     rows = getattr(train_shapes, f"{objective.value}_rows")
-    mean = train_shapes.turn_average
 
-    def some_lost(score):
-        return mean(score).index_fill(0, torch.tensor(lost), torch.nan)
+    def some_lost(chains, pictures):
+        following, consistency, _ = exact_rewards(chains, pictures)
+        score = following.score.clone()
+        score[lost, 1] = torch.nan
+        why = {(b, 1): Lost(Fault.timeout, "no answer within 60 s", 4) for b in lost}
+        return Scored(TurnScores(score, following.turn_mask, why), consistency, {"time-out": 2})
 
     def spied(rollout, policies, index, advantage, *rest):
         assert advantage.isfinite().all()
         trained.extend(index[0].tolist())
         return rows(rollout, policies, index, advantage, *rest)
 
-    monkeypatch.setattr(train_shapes, "turn_average", some_lost)
     monkeypatch.setattr(train_shapes, f"{objective.value}_rows", spied)
     log, pipeline = Silent(), load_editor()
     recipe = Recipe(updates=1, learning_rate=1e-2, consistency_weight=0.5, chains=2, group=4)
-    train(objective, recipe, 0, pipeline, log)
+    train(objective, recipe, 0, pipeline, log, some_lost)
     assert set(trained) == set(range(8)) - set(lost)
     assert (~log.valid[0]).nonzero().flatten().tolist() == lost
     assert all(weight.isfinite().all() for weight in pipeline.transformer.parameters())
@@ -119,11 +123,55 @@ def test_a_lost_reward_trains_nothing(objective, monkeypatch):
 def test_the_log_counts_lost_rewards_and_leaves_them_out_of_means():
     log = Log("nft", seed=0)
     rewards = {"following": torch.tensor([1.0, torch.nan, 0.0, 0.5])}
-    success = scores([[True, True], [True, True], [False, True], [True, True]])
+    likert = torch.tensor([[5.0, 5.0], [torch.nan, 5.0], [1.0, 5.0], [5.0, 5.0]])
+    exists = torch.ones(4, 2, dtype=torch.bool)
+    following = TurnScores(likert, exists, {(1, 0): Lost(Fault.refusal, "no", 2)})
+    success = Scored(following, TurnScores(likert, exists, {}), {"refusal": 1})
     log.add(success, rewards, rewards["following"].isfinite())
-    log.add(success, {"following": torch.ones(4)}, torch.ones(4, dtype=torch.bool))
+    log.add(success._replace(lost={}), {"following": torch.ones(4)}, exists[:, 0])
     assert log.rewards[0] == {"following": 0.5, "chains": pytest.approx(2 / 3)}
     assert (log.invalid, log.scored) == (1, 8)
+    assert log.lost == {"refusal": 1}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Short runs through both services: lost answers invalid, and invented."""
+    reports = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, Objective.nft, replace(RECIPES[Objective.nft], chains=4))
+        for invent in (False, True):
+            output = tmp_path_factory.mktemp("served")
+            main(
+                output=output,
+                updates=2,
+                held_out=8,
+                rewards=Rewards.served,
+                lost_answers=0.3,
+                invent=invent,
+            )
+            reports[invent] = json.loads((output / "report.json").read_text())
+    return reports
+
+
+def test_served_rewards_tell_how_many_answers_were_lost_and_why(served):
+    lost = served[False]["lost_answers"]
+    assert 0.1 < lost["share"] < 0.5
+    assert sum(lost["reasons"].values()) == round(lost["share"] * 64)
+    assert set(lost["reasons"]) <= {fault.value for fault in Fault}
+    assert served[False]["invalid_reward_share"] == lost["share"]
+
+
+def test_invented_rewards_hide_the_loss_from_training(served):
+    assert served[True]["invalid_reward_share"] == 0
+    assert served[True]["lost_answers"]["share"] > 0.1
+    assert served[True]["rewards"][0] != served[False]["rewards"][0]
+
+
+def test_the_table_tells_what_the_judge_lost(served, capsys):
+    print_table(served[False])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"The judge lost {served[False]['lost_answers']['share']:.1%} of its answers" in printed
 
 
 def test_held_out_chains_share_nothing_with_pretraining_or_training():

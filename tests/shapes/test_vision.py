@@ -4,12 +4,13 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from examples.shapes.evaluate import to_pil
-from examples.shapes.vision import find_things, read_state, to_index
+from examples.shapes.vision import RuleDetector, find_things, pixels_of, read_state, to_index
 from examples.shapes.world import draw, draw_index, random_chain
 
 quick = settings(max_examples=30, deadline=None)
@@ -25,7 +26,7 @@ def states(seed):
 def test_a_picture_reads_back_into_its_state_at_any_size(seed, size):
     for state in states(seed):
         image = to_pil(draw(state)).resize(size, Image.Resampling.LANCZOS)
-        assert read_state(to_index(image)) == state
+        assert read_state(to_index(pixels_of(image))) == state
 
 
 @quick
@@ -62,3 +63,18 @@ def test_a_spoilt_thing_is_found_until_too_little_is_left():
 def test_a_picture_of_no_state_is_refused():
     with pytest.raises(ValueError, match="expected a picture of the shapes world"):
         read_state(np.full((12, 12), -1, dtype=np.int8))
+
+
+@quick
+@given(seeds)
+def test_the_detector_boxes_what_it_is_asked_for(seed):
+    state = states(seed)[0]
+    thing = state.things[0]
+    image = pixels_of(to_pil(draw(state)).resize((512, 512), Image.Resampling.LANCZOS))
+    names = [f"{thing.color} {thing.shape}"]
+    boxes, nothing = RuleDetector()([image, image], [names, ["purple cow"]])
+    assert nothing.shape == (0, 4)
+    for box, cell in zip(boxes, thing.cells, strict=True):
+        row, column = divmod(cell, 2)
+        pixels = torch.tensor([column, row, column, row]) * 6 + torch.tensor([0, 0, 5, 5])
+        torch.testing.assert_close(box, pixels * 512 / 12)

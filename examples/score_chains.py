@@ -1,0 +1,328 @@
+"""Score a folder of edited chains: a judge for instruction following, a server for consistency.
+
+    python examples/score_chains.py chains.jsonl edited \
+        --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct \
+        --consistency http://127.0.0.1:8200/v1
+
+Chains may be in any format that `python -m mteditflow.chains formats` lists. What is lost on the
+way stays out of the averages, is counted, and is asked for again, alone, by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mteditflow import (
+    bootstrap_interval,
+    content_consistency,
+    instruction_following,
+    marginal_success,
+    overall,
+)
+from mteditflow.chains import Chain, ChainError, read_chains
+from mteditflow.rewards import (
+    AnswerCache,
+    Background,
+    ChatClient,
+    ConsistencyClient,
+    ConsistencyScores,
+    InvalidRewardsError,
+    Judge,
+    JudgePrompt,
+    TurnScores,
+)
+
+Shown = tuple[Chain, list[Image.Image]]  # a chain, its reference and what each turn made of it
+
+
+class Scope(str, Enum):
+    """What one call of the judge is about."""
+
+    turn = "turn"
+    trajectory = "trajectory"
+
+
+class Scale(str, Enum):
+    """What the judge answers."""
+
+    binary = "binary"
+    likert = "likert"
+
+
+class AnswerFormat(str, Enum):
+    """How the judge answers."""
+
+    json = "json"
+    text = "text"
+
+
+class Pairing(str, Enum):
+    """What the image of a turn is compared with."""
+
+    reference = "reference"
+    consecutive = "consecutive"
+
+
+class Terms(str, Enum):
+    """What content consistency compares."""
+
+    features = "features"
+    pixels = "pixels"
+
+
+TERMS = {
+    Terms.features: ("object", "background"),
+    Terms.pixels: ("object_l1", "background_l1"),
+}
+
+
+def load(chains: Sequence[Chain], folder: Path, name: str) -> tuple[list[Shown], dict[str, str]]:
+    """Load the images of every chain; one that misses any is left out, with the reason."""
+    shown, skipped = [], {}
+    for chain in chains:
+        stem = Path(chain.image).stem
+        edited = [
+            folder / name.format(id=chain.id, image=stem, turn=turn)
+            for turn in range(1, chain.turns + 1)
+        ]
+        try:
+            paths = [chain.image_path, *edited]
+            shown.append((chain, [Image.open(path).convert("RGB") for path in paths]))
+        except OSError as error:
+            skipped[chain.id] = str(error)
+    return shown, skipped
+
+
+def score(
+    shown: Sequence[Shown], asks: Judge | None, looks: ConsistencyClient | None
+) -> tuple[TurnScores | None, ConsistencyScores | None]:
+    """Ask both at the same time."""
+    chains, images = [chain for chain, _ in shown], [own for _, own in shown]
+    with Background() as background:
+        futures = [
+            scorer and background.submit(scorer.score, chains, images, progress=True)
+            for scorer in (asks, looks)
+        ]
+        following, consistency = [future and future.result() for future in futures]
+    return following, consistency
+
+
+class Measure(NamedTuple):
+    """A number per turn, and what it is made of."""
+
+    name: str
+    statistic: Callable[..., Tensor]
+    samples: tuple[Tensor, ...]  # each [B, N], NaN where there is no score
+    counted: Tensor  # boolean [B, N], which of them it is about
+    percent: bool = True
+
+
+def measures(
+    following: TurnScores | None, kept: ConsistencyScores | None, scale: Scale, terms: Terms
+) -> list[Measure]:
+    """List what can be measured with the scores at hand."""
+    found = []
+    if following is not None:
+        success, valid = (following.score,), following.measured
+        if scale is Scale.likert:
+            found.append(Measure("Likert, mean", content_consistency, success, valid, False))
+        else:
+            whole = valid.long().cumprod(dim=1).bool()
+            so_far, own = of_valid(instruction_following), of_valid(marginal_success)
+            found.append(Measure("IF: all turns so far", so_far, success, whole))
+            found.append(Measure("Marginal: this turn", own, success, valid))
+    if kept is not None:
+        parts = tuple(getattr(kept, term) for term in TERMS[terms])
+        scores = kept.scores if terms is Terms.features else kept.l1_scores
+        some, means = scores.measured, (scores.score,)
+        found.append(Measure("CC: mean of each term's mean", content_consistency, parts, some))
+        found.append(Measure("CC: mean of the chains' means", content_consistency, means, some))
+        if following is not None and scale is Scale.binary:
+            title = "Overall: of IF and the first CC"
+            found.append(Measure(title, overall_of, success + parts, whole & some))
+    return found
+
+
+def of_valid(metric: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let a metric of success and validity take NaN for what is not valid."""
+    return lambda success: metric(success.nan_to_num(), valid=success.isfinite())
+
+
+def overall_of(success: Tensor, *terms: Tensor) -> Tensor:
+    """Overall(t) of instruction following and of consistency."""
+    return overall(of_valid(instruction_following)(success), content_consistency(*terms))
+
+
+def summarise(measure: Measure) -> dict[str, Any]:
+    """Per turn: the estimate, its 95% interval over chains, and how many chains were scored."""
+    generator = torch.Generator().manual_seed(0)
+    interval = bootstrap_interval(measure.statistic, *measure.samples, generator=generator)
+    unit = 100 if measure.percent else 1
+    estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
+    return {
+        "estimate": estimate,
+        "interval": list(zip(low, high, strict=True)),
+        "chains": measure.counted.sum(dim=0).tolist(),
+    }
+
+
+def finite(value: float) -> float | None:
+    """Round; None where nothing was measured, since JSON has no NaN."""
+    return round(value, 2) if math.isfinite(value) else None
+
+
+def details(
+    shown: Sequence[Shown], following: TurnScores | None, consistency: ConsistencyScores | None
+) -> list[dict[str, Any]]:
+    """Every score of every chain; null where there is none, with the reason if it was lost."""
+    columns: dict[str, Tensor] = {}
+    lost: dict[tuple[int, int], list[str]] = {}
+    if following is not None:
+        columns["following"] = following.score
+    if consistency is not None:
+        columns |= {term: getattr(consistency, term) for term in sum(TERMS.values(), ())}
+    for scores in (following, consistency):
+        for where, reason in ({} if scores is None else scores.lost).items():
+            lost.setdefault(where, []).append(str(reason))
+    return [
+        {"id": chain.id, "instructions": chain.instructions}
+        | {
+            name: [None if math.isnan(x) else x for x in column[b, : chain.turns].tolist()]
+            for name, column in columns.items()
+        }
+        | {"lost": {n + 1: lost[b, n] for n in range(chain.turns) if (b, n) in lost}}
+        for b, (chain, _) in enumerate(shown)
+    ]
+
+
+def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print every measure, turn by turn."""
+    table = Table(title="per turn [95% interval over chains] (chains scored)")
+    table.add_column("")
+    for turn in range(len(next(iter(table_of.values()))["estimate"])):
+        table.add_column(f"turn {turn + 1}", justify="right")
+    for name, row in table_of.items():
+        cells = zip(row["estimate"], row["interval"], row["chains"], strict=True)
+        table.add_row(
+            name,
+            *(
+                f"none ({count})" if value is None else f"{value} [{low}, {high}] ({count})"
+                for value, (low, high), count in cells
+            ),
+        )
+    console.print(table)
+
+
+def main(
+    chains: Annotated[Path, typer.Argument(help="File of chains, of any format.")],
+    edited: Annotated[Path, typer.Argument(help="Folder of what an editor made of them.")],
+    judge: Annotated[
+        list[str] | None, typer.Option(help="URL of a judge, ending in /v1; may be given again.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
+    consistency: Annotated[
+        list[str] | None, typer.Option(help="URL of a server of mteditflow.rewards.server.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where scores.json and the cache go.")] = Path(
+        "runs/scores"
+    ),
+    name: Annotated[
+        str, typer.Option(help="Files in the folder; {id}, {image} (its stem) and {turn}.")
+    ] = "{image}_turn_{turn}.png",
+    scope: Annotated[Scope, typer.Option(help="One call per turn or per chain.")] = Scope.turn,
+    scale: Annotated[Scale, typer.Option(help="What the judge answers.")] = Scale.binary,
+    thinking: Annotated[bool, typer.Option(help="An analysis before each score.")] = True,
+    answer_format: Annotated[
+        AnswerFormat, typer.Option(help="text: for a server without structured output.")
+    ] = AnswerFormat.json,
+    pairing: Annotated[
+        Pairing, typer.Option(help="What each image is compared with.")
+    ] = Pairing.reference,
+    terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = Terms.features,
+    max_invalid: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of invalid chains that is an error.")
+    ] = 0.2,
+) -> None:
+    """Score, print a table, write scores.json.
+
+    The judge's key, if it wants one, is read from OPENAI_API_KEY, the server's token from
+    MTEDITFLOW_TOKEN.
+    """
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    if not judge and not consistency:
+        raise typer.BadParameter("expected --judge, --consistency or both")
+    if judge and not model:
+        raise typer.BadParameter("expected --model, the name that the judge is known by")
+    try:
+        reading = read_chains(chains, strict=False)
+    except (ChainError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    shown, skipped = load(reading.chains, edited, name)
+    for reason in (*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())):
+        console.print(f"left out: {reason}", markup=False)
+    console.print(f"{len(shown)} chains, {len(reading.skipped) + len(skipped)} left out")
+    if not shown:
+        raise typer.Exit(1)
+    prompt = JudgePrompt(scope.value, scale.value, thinking, answer_format.value)
+    asks = looks = None
+    try:
+        with AnswerCache(output / "answers.sqlite") as cache:
+            if judge:
+                key = os.environ.get("OPENAI_API_KEY")
+                asks = Judge(ChatClient(judge, model, api_key=key, cache=cache), prompt)
+            if consistency:
+                token = os.environ.get("MTEDITFLOW_TOKEN")
+                looks = ConsistencyClient(
+                    consistency, pairing=pairing.value, token=token, cache=cache
+                )
+            following, kept = score(shown, asks, looks)
+    except ValueError as error:  # a URL, an image, or a chain that names no objects
+        raise typer.BadParameter(str(error)) from error
+    table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
+    own = kept and (kept.scores if terms is Terms.features else kept.l1_scores)
+    scored = {"following": following, "consistency": own}
+    report = {
+        "summary": table,
+        "invalid": {
+            what: {"share": scores.invalid_share, "turns_by_reason": scores.reasons}
+            for what, scores in scored.items()
+            if scores is not None
+        },
+        "left_out": [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())],
+        "judge": asdict(prompt) | {"model": model} if judge else None,
+        "pairing": pairing.value if consistency else None,
+        "chains": details(shown, following, kept),
+    }
+    path = output / "scores.json"
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    show(table, console)
+    console.print(f"Every score is in [bold]{path}[/bold].")
+    for what, scores in scored.items():
+        if scores is not None and scores.reasons:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in scores.reasons.items())
+            console.print(f"{what}: {scores.invalid_share:.1%} of chains invalid; turns: {reasons}")
+    try:
+        for scores in scored.values():
+            if scores is not None:
+                scores.require(max_invalid_share=max_invalid)
+    except InvalidRewardsError as error:
+        console.print(f"[red]error:[/red] {error}")
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,137 @@
+"""The example that scores a folder of edited chains, against real services on the loopback."""
+
+import json
+
+import pytest
+import torch
+import typer
+from score_chains import main
+from shapes.editor import load_editor
+from shapes.evaluate import edit_chains, to_pil
+from shapes.rewards import exact_rewards
+from shapes.served import record_of, service
+from shapes.vision import RuleDetector
+from shapes.world import draw, make_chains
+from typer.testing import CliRunner
+
+from mteditflow import instruction_following, marginal_success
+from mteditflow.chains import write_chains
+from mteditflow.rewards import Consistency, ConsistencyScorer
+
+pytestmark = pytest.mark.slow
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Chains of the shapes world as a user holds them: a file and a folder of images."""
+    folder = tmp_path_factory.mktemp("world")
+    chains = make_chains(COUNT, turns=3, seed=3, split="train")
+    pictures = edit_chains(load_editor(), chains, torch.Generator().manual_seed(0), steps=2)
+    records = []
+    for chain, made in zip(chains, pictures, strict=True):
+        record = record_of(chain)
+        records.append(record.model_copy(update={"image": f"{record.id}.png", "root": folder}))
+        to_pil(draw(chain.initial)).save(folder / f"{record.id}.png")
+        for turn, picture in enumerate(made, start=1):
+            to_pil(picture).save(folder / f"{record.id}_turn_{turn}.png")
+    write_chains(records, folder / "chains.jsonl")
+    return folder, chains, pictures
+
+
+def run(*arguments):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def urls():
+    with service("judge") as judge, service("consistency") as consistency:
+        yield judge, consistency
+
+
+def options(urls, output, scale="binary"):
+    given = ["--judge", urls[0], "--model", "m", "--consistency", urls[1], "--output", output]
+    return [*given, "--scope", "trajectory", "--scale", scale, "--no-thinking", "--terms", "pixels"]
+
+
+def test_scores_are_those_of_the_world_and_of_the_process(world, urls, tmp_path):
+    folder, chains, pictures = world
+    result = run(folder / "chains.jsonl", folder, *options(urls, tmp_path))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "scores.json").read_text())
+    exact = exact_rewards(chains, pictures).following.score
+    assert [entry["following"] for entry in report["chains"]] == (exact == 5).double().tolist()
+    images = [
+        [to_pil(draw(chain.initial)), *map(to_pil, made)]
+        for chain, made in zip(chains, pictures, strict=True)
+    ]
+    scorer = Consistency(ConsistencyScorer(RuleDetector()))
+    kept = scorer.score([record_of(chain) for chain in chains], images)
+    for b, entry in enumerate(report["chains"]):
+        assert entry["background"] == [None] * 3  # these servers have no features
+        expected = kept.object_l1[b].tolist()
+        assert entry["object_l1"] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    summary = report["summary"]
+    for name, metric in {
+        "IF: all turns so far": instruction_following,
+        "Marginal: this turn": marginal_success,
+    }.items():
+        expected = 100 * metric(exact == 5)
+        assert summary[name]["estimate"] == pytest.approx(expected.tolist(), abs=0.01)
+        assert summary[name]["chains"] == [COUNT] * 3
+    assert report["invalid"]["following"] == {"share": 0.0, "turns_by_reason": {}}
+    assert "IF: all turns so far" in result.output
+
+
+def test_likert_scores_and_chains_left_out(world, urls, tmp_path):
+    folder, chains, pictures = world
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    for path in folder.glob("*_turn_*.png"):
+        if not path.name.startswith(f"{record_of(chains[0]).id}_turn_2"):
+            (edited / path.name).write_bytes(path.read_bytes())
+    result = run(folder / "chains.jsonl", edited, *options(urls, tmp_path, "likert"))
+    assert result.exit_code == 0, result.output
+    assert f"{COUNT - 1} chains, 1 left out" in result.output
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert record_of(chains[0]).id in report["left_out"][0]
+    exact = exact_rewards(chains[1:], pictures[1:]).following.score
+    assert [entry["following"] for entry in report["chains"]] == exact.tolist()
+    mean = report["summary"]["Likert, mean"]["estimate"]
+    assert mean == pytest.approx(exact.mean(dim=0).tolist(), abs=0.01)
+
+
+def test_what_is_lost_is_counted_written_and_asked_for_again_alone(world, urls, tmp_path):
+    folder = world[0]
+    arguments = [folder / "chains.jsonl", folder]
+    with service("judge", "--lost-answers=1") as judge:
+        result = run(*arguments, *options((judge, urls[1]), tmp_path))
+    assert result.exit_code == 1
+    assert "100% of 6 rewards are invalid" in " ".join(result.output.split())
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["invalid"]["following"]["share"] == 1
+    assert all(entry["following"] == [None] * 3 for entry in report["chains"])
+    assert all(set(entry["lost"]) == {"1", "2", "3"} for entry in report["chains"])
+    assert report["summary"]["IF: all turns so far"]["estimate"] == [None] * 3
+    again = run(*arguments, *options(urls, tmp_path))
+    assert again.exit_code == 0, again.output
+    # Neither is needed any more: every answer is in the cache.
+    nobody = options(("http://127.0.0.1:9/v1", urls[1]), tmp_path)
+    assert run(*arguments, *nobody).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "expected --judge, --consistency or both"),
+        (["--judge", "http://127.0.0.1:9/v1"], "expected --model"),
+        (["--judge", "127.0.0.1", "--model", "m"], "expected http"),
+    ],
+)
+def test_bad_options_are_named(world, tmp_path, given, message):
+    folder = world[0]
+    result = run(folder / "chains.jsonl", folder, *given, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("\u2502", " ").split())
