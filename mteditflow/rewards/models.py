@@ -12,15 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AutoTokenizer,
-    DINOv3ViTModel,
-    GroundingDinoForObjectDetection,
-    GroundingDinoImageProcessorPil,
-)
 
 from mteditflow._checks import check_number
 from mteditflow.rewards.similarity import Features
+
+try:
+    from transformers import (
+        AutoTokenizer,
+        DINOv3ViTModel,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessorPil,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"mteditflow.rewards.models needs {error.name}: pip install 'mteditflow[rewards]'"
+    ) from error
 
 IMAGE_SIZE = 224  # height and width that DINOv3 sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet

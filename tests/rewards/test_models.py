@@ -220,3 +220,10 @@ def test_torchvision_is_not_needed():
         "m.GroundingDino, m.DinoV3"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['transformers'] = None; import mteditflow.rewards.models"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "mteditflow.rewards.models needs transformers: pip install" in run.stderr
