@@ -39,6 +39,7 @@ EXAMPLE_PAIR: JsonDict = {
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=r"\S")]
 Names = Annotated[tuple[Name, ...], Field(max_length=MAX_NAMES)]
+Index = Annotated[int, Field(ge=0, lt=MAX_IMAGES, strict=True)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -46,6 +47,8 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class PairRequest(Pair):
     """Two images of a chain, and what must look the same in them."""
 
+    source: Annotated[Index, Field(description="Index of the image to compare with.")]
+    edited: Annotated[Index, Field(description="Index of the image that is scored.")]
     unchanged_objects: Annotated[
         Names, Field(description="Objects that must look the same; none: no object term.")
     ] = ()

@@ -17,6 +17,7 @@ from mteditflow.rewards.server.serving import serve
 from mteditflow.rewards.wire import Limits
 
 TOKEN_VARIABLE = "MTEDITFLOW_TOKEN"
+app = typer.Typer(add_completion=False)
 
 
 class Tokens(str, Enum):
@@ -47,6 +48,7 @@ def read_token(file: Path | None) -> str | None:
     return token
 
 
+@app.command()
 def main(
     detector: Annotated[
         str, typer.Option(help="Hub id or folder of a GroundingDINO.")
@@ -94,7 +96,7 @@ def main(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     token = read_token(token_file)
-    app = create_app(
+    application = create_app(
         partial(load, detector, features, tokens, threshold, device),
         limits=Limits(
             max_body=max_body,
@@ -106,11 +108,11 @@ def main(
         token=token,
     )
     try:
-        status = serve(app, host=host, port=port, grace=grace, access_log=access_log)
+        status = serve(application, host=host, port=port, grace=grace, access_log=access_log)
     except ValueError as error:
         raise typer.BadParameter(f"{error}; set {TOKEN_VARIABLE} or --token-file") from error
     raise typer.Exit(status)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

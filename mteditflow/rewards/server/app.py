@@ -35,11 +35,12 @@ ERRORS = {
     408: "The body took too long to arrive.",
     413: "The body or an image is larger than this server takes.",
     415: "The body is not JSON.",
-    422: "The body is not such a request, or an image is not PNG or lossless WebP.",
+    422: "Not such a request, an image not PNG or lossless WebP, or names the models refuse.",
     500: "The models failed on this chain.",
     503: "Loading, stopping or busy; Retry-After says when to try again.",
 }
 DEFAULT_LIMITS = Limits()
+BEARER = HTTPBearer(auto_error=False)
 
 
 def create_app(
@@ -161,9 +162,8 @@ def _guards(token: str | None) -> list[Any]:
     if not (token.isascii() and token.isprintable() and token) or " " in token:
         raise ValueError("token: expected printable ASCII without spaces, got something else")
     expected = token.encode()
-    bearer = Depends(HTTPBearer(auto_error=False))
 
-    def check(given: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> None:
+    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         came = given.credentials.encode() if given else b""
         if not secrets.compare_digest(came, expected):
             challenge = {"WWW-Authenticate": "Bearer"}

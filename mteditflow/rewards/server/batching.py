@@ -15,6 +15,7 @@ import anyio
 from mteditflow._checks import check_count, check_number
 
 LOG = logging.getLogger(__name__)
+ENDED = "expected a request while the worker runs, got one after its end"
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -70,6 +71,7 @@ class MicroBatcher(Generic[Q, A]):
         self._waiting: deque[_Job[Q, A]] = deque()
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "mteditflow-scorer")
+        self._ended = False
         self.working = False  # whether the thread is at work
 
     async def submit(self, request: Q) -> A:
@@ -77,7 +79,10 @@ class MicroBatcher(Generic[Q, A]):
 
         Raises:
             Exception: what ``work`` raised when this request was alone.
+            RuntimeError: ``run`` has ended.
         """
+        if self._ended:
+            raise RuntimeError(ENDED)
         job = _Job[Q, A](request)
         self._waiting.append(job)
         self._arrival.set()
@@ -94,15 +99,22 @@ class MicroBatcher(Generic[Q, A]):
                 if jobs := await self._next_batch():
                     await self._answer(jobs)
         finally:
+            self._ended = True
             self._thread.shutdown(wait=False, cancel_futures=True)
+            for job in self._waiting:
+                job.answer.set_exception(RuntimeError(ENDED))
 
     async def in_thread(self, function: Callable[..., R], *args: Any) -> R:
         """Run a function in the thread that works on the batches."""
-        self.working = True
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-        finally:
-            self.working = False
+
+        def work() -> R:
+            self.working = True
+            try:
+                return function(*args)
+            finally:
+                self.working = False
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _next_batch(self) -> list[_Job[Q, A]]:
         await self._arrivals(1)
@@ -123,7 +135,8 @@ class MicroBatcher(Generic[Q, A]):
             if len(jobs) > 1:
                 LOG.warning("a batch of %d failed (%r): one by one", len(jobs), error)
                 for job in jobs:
-                    await self._answer([job])
+                    if not job.answer.done():
+                        await self._answer([job])
             elif not jobs[0].answer.done():
                 jobs[0].answer.set_exception(error)
         else:

@@ -25,7 +25,20 @@ OTHERS = {
 }
 CHUNK = Struct(">I4s")  # of a PNG: length and name, then the body and its CRC
 CRC = Struct(">I")
-IHDR = Struct(">IIBBBBB")
+IHDR = Struct(">IIBBBBB")  # width, height, depth, color type, 2 that are 0, interlaced
+PALETTE = 3  # a color type
+CHANNELS = {0: 1, 2: 3, PALETTE: 1, 4: 2, 6: 4}  # by color type
+DEPTHS = {0: (1, 2, 4, 8), 2: (8,), PALETTE: (1, 2, 4, 8), 4: (8,), 6: (8,)}
+# First column and row of each pass of an interlaced PNG, and steps to the next ones.
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 RIFF = Struct("<4sI")  # name and length of a WebP chunk
 VP8L = Struct("<BI")
 
@@ -52,30 +65,62 @@ def check_file(data: bytes, *, max_pixels: int) -> None:
         ValueError: expected PNG or lossless WebP, got GIF
     """
     if data.startswith(PNG):
-        width, height = _png_size(data)
+        _check_png(data, max_pixels)
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        width, height = _webp_size(data)
+        _check_size(*_webp_size(data), max_pixels)
     else:
         kind = next((name for magic, name in OTHERS.items() if data.startswith(magic)), None)
         came = kind or (f"{len(data)} bytes of something else" if data else "nothing")
         raise ValueError(f"expected PNG or lossless WebP, got {came}")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width} x {height}")
     if width == 0 or height == 0:
         raise ValueError(f"expected at least one pixel, got {width} x {height}")
 
 
-def _png_size(data: bytes) -> tuple[int, int]:
-    chunks = _png_chunks(memoryview(data))
-    name, header = next(chunks)
+def _check_png(data: bytes, max_pixels: int) -> None:
+    chunks = list(_png_chunks(memoryview(data)))
+    name, header = chunks[0]
     if name != b"IHDR" or len(header) != IHDR.size:
         raise ValueError("expected a PNG that begins with its header, got another chunk")
-    width, height, depth = IHDR.unpack(header)[:3]
+    width, height, depth, color, _, _, interlaced = IHDR.unpack(header)
+    _check_size(width, height, max_pixels)
     if depth > 8:
         raise ValueError(f"expected at most 8 bits a channel, got {depth}")
-    if any(name == b"acTL" for name, _ in chunks):
+    if depth not in DEPTHS.get(color, ()):
+        raise ValueError(f"expected a PNG, got one of color type {color} and {depth} bits")
+    names = {name for name, _ in chunks}
+    if b"acTL" in names:
         raise ValueError("expected one still image, got an animated PNG")
-    return width, height
+    if color == PALETTE and b"PLTE" not in names:
+        raise ValueError("expected a whole PNG, got one without its palette")
+    pixels = b"".join(body for name, body in chunks if name == b"IDAT")
+    _check_pixels(pixels, _png_bytes(width, height, depth * CHANNELS[color], bool(interlaced)))
+
+
+def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
+    """Bytes of all rows, each with the one that names its filter."""
+    total = 0
+    for left, top, right, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + (columns * bits + 7) // 8)
+    return total
+
+
+def _check_pixels(data: bytes, size: int) -> None:
+    """Unpack the pixels, no more than there should be; readers fill in what is missing."""
+    stream = zlib.decompressobj()
+    try:
+        found = len(stream.decompress(data, size + 1))
+    except zlib.error as error:
+        raise ValueError(f"expected a whole PNG, got damaged pixels: {error}") from error
+    if found != size or not stream.eof:
+        came = "more" if found > size else f"{found}"
+        raise ValueError(f"expected a whole PNG of {size} bytes of pixels, got {came}")
 
 
 def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:

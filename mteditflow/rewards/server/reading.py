@@ -56,9 +56,7 @@ class Reader:
 
     def _image(self, name: str, text: str) -> Image.Image:
         try:
-            if text.startswith("data:"):
-                raise ValueError("expected base64 alone, got a data URL")
-            data = base64.b64decode(text, validate=True)
+            data = _base64(text)
             check_file(data, max_pixels=self._max_pixels)
             return to_send(name, decode_image(data, max_pixels=self._max_pixels))
         except TooManyPixels as error:
@@ -67,10 +65,22 @@ class Reader:
             raise HTTPException(422, f"{name}: {error}") from error
 
 
+def _base64(text: str) -> bytes:
+    if text.startswith("data:"):
+        raise ValueError("expected base64 alone, got a data URL")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"expected base64, got something else: {error}") from error
+
+
 def _explain(error: ValidationError) -> str:
     """Say where the body is wrong, without what it holds."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    told = [f"{_place(e['type'], e['loc'])}: {e['msg']}" for e in found[:SHOWN]]
+    told = [
+        f"{_place(e['type'], e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+        for e in found[:SHOWN]
+    ]
     more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
     return "; ".join(told + more)
 

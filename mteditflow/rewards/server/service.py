@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from fastapi import HTTPException
 from PIL import Image
 
+from mteditflow.rewards.classify import shorten
 from mteditflow.rewards.consistency import ConsistencyScorer
 from mteditflow.rewards.pairs import Pair, PairScores
 from mteditflow.rewards.server.batching import MicroBatcher
@@ -35,9 +36,7 @@ class Service:
         self, scorer: ConsistencyScorer | Callable[[], ConsistencyScorer], limits: Limits
     ) -> None:
         self._limits = limits
-        self._batcher = MicroBatcher[Chain, Sequence[PairScores]](
-            self._work, max_batch=limits.max_batch, max_wait=limits.max_wait
-        )
+        self._batcher: MicroBatcher[Chain, Sequence[PairScores]] | None = None
         self._inside, self._stopping = 0, False
         self.broken = False  # whether loading failed
         self._load = scorer if callable(scorer) else None
@@ -48,7 +47,7 @@ class Service:
         """``loading``, ``ready``, ``stopping``, or ``broken`` if loading failed."""
         if self._stopping or self.broken:
             return "stopping" if self._stopping else "broken"
-        return "loading" if self._loaded is None else "ready"
+        return "ready" if self._loaded and self._batcher else "loading"
 
     @property
     def info(self) -> Info:
@@ -64,7 +63,11 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Load and score while the block lasts."""
-        worker = asyncio.create_task(self._run())
+        limits = self._limits
+        self._batcher = MicroBatcher(
+            self._work, max_batch=limits.max_batch, max_wait=limits.max_wait
+        )
+        worker = asyncio.create_task(self._run(self._batcher))
         try:
             yield
         finally:
@@ -101,7 +104,7 @@ class Service:
     @property
     def working(self) -> bool:
         """Whether the models are at work, perhaps for nobody any more."""
-        return self._batcher.working
+        return self._batcher is not None and self._batcher.working
 
     async def score(
         self, images: Sequence[Image.Image], pairs: Sequence[Pair]
@@ -109,19 +112,26 @@ class Service:
         """Score one chain, together with others that wait.
 
         Raises:
-            HTTPException: 500: the models failed on this chain.
+            HTTPException: 422: the models refuse this chain, as they would again, for instance for
+                a name of too many tokens; 500: they failed.
         """
+        if self._batcher is None:
+            raise RuntimeError("expected a chain while the service runs")
         try:
             return await self._batcher.submit((images, pairs))
+        except ValueError as error:
+            LOG.warning("a chain was refused: %s", error)
+            reason = f"the models refuse this chain: {shorten(str(error))}"
+            raise HTTPException(422, reason) from error
         except Exception as error:
             LOG.exception("a chain could not be scored")
             raise HTTPException(500, "scoring failed; the server's log says why") from error
 
-    async def _run(self) -> None:
+    async def _run(self, batcher: MicroBatcher[Chain, Sequence[PairScores]]) -> None:
         if self._load is not None:
-            await self._batcher.in_thread(self._load_and_describe, self._load)
+            await batcher.in_thread(self._load_and_describe, self._load)
         if self._loaded is not None:
-            await self._batcher.run()
+            await batcher.run()
 
     def _load_and_describe(self, load: Callable[[], ConsistencyScorer]) -> None:
         start = time.monotonic()
@@ -138,7 +148,7 @@ class Service:
         if self._loaded is None:
             raise RuntimeError("expected work after the scorer was loaded")
         answers = self._loaded[0].score_many(chains)
-        for (_, pairs), answer in zip(chains, answers, strict=True):
+        for (_, pairs), answer in zip(chains, answers, strict=False):
             if len(answer) != len(pairs):
                 raise RuntimeError(f"expected scores of {len(pairs)} pairs, got {len(answer)}")
         return answers
