@@ -113,6 +113,11 @@ EDIVAL_FAULTS = {
     ),
     "cut off": (lambda t: t[3].__setitem__(7, "['cup"), 4, "available_objects: expected a Python"),
     "deep": (lambda t: t[3].__setitem__(7, "[" * 9999), 4, "available_objects: expected a Python"),
+    "long sum": (
+        lambda t: t[3].__setitem__(7, "[1" + "+1j" * 5000 + "]"),
+        4,
+        "available_objects: expected a Python list, got '[1+1j+1j",
+    ),
     "dictionary": (lambda t: t[3].__setitem__(7, "{}"), 4, "available_objects: expected a Python"),
     "one entry too few": (
         lambda t: t[2].__setitem__(4, "['Remove [cup]']"),
@@ -165,6 +170,14 @@ def test_unknown_columns_are_kept_one_entry_per_turn(tmp_path):
     assert read_chains(path).chains[0].note == ["n1", "n2", "n3"]
 
 
+def test_a_backslash_that_escapes_nothing_is_no_warning(tmp_path):
+    changed = rows()
+    changed[4][3] = r"['Add text C:\data']"
+    path = tmp_path / "x.csv"
+    path.write_text(table(changed), encoding="utf-8", newline="")
+    assert read_chains(path).chains[1].instructions == (r"Add text C:\data",)
+
+
 def test_lines_of_edival_are_counted_within_cells(tmp_path):
     changed = rows()
     changed[1][3] = "[\n'Change the count of red cup to 3'\n]"
@@ -186,6 +199,7 @@ def test_lines_of_edival_are_counted_within_cells(tmp_path):
         ("Replace it with 'B'", "Replace it with 'B'"),
         ('Write "A" and "B"', 'Write "A" and "B"'),
         ('"A" and "B"', '"A" and "B"'),
+        ('"A" is the text', '"A" is the text'),
         ("Remove the dogs'", "Remove the dogs'"),
         ('12" screen, 14" wide', '12" screen, 14" wide'),
         ('""', ""),
@@ -259,6 +273,10 @@ def test_edit_types_that_are_none_of_the_nine_are_kept_under_their_name(tmp_path
     assert (chain.task_types, chain.task_type) == (None, ["style"])
     write_chains([chain], path, format="edival")
     assert "['style']" in path.read_text(encoding="utf-8")
+    longer = chain.model_copy()
+    longer.model_extra["task_type"] = ["style", "style"]
+    with pytest.raises(ChainError, match="task_types: expected this field, which EdiVal needs"):
+        write_chains([longer], path, format="edival")
 
 
 # Pico-Banana
