@@ -17,12 +17,13 @@ TORCHVISION := torchvision==0.28.0
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers pytest evidence benchmark mutation clean
+.PHONY: help demo test lint types layers pytest evidence lost-rewards benchmark mutation clean
 
 help:
 	@echo "make demo       multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo)"
 	@echo "make test       lint, types, import layers, doctests and the whole test suite"
 	@echo "make evidence   the demo over three seeds and both objectives, written to docs/"
+	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
 	@echo "make benchmark  speed and memory against plain implementations, written to benchmarks/"
 	@echo "make mutation   mutation testing of the core"
 
@@ -54,6 +55,9 @@ pytest: $(INSTALLED)
 
 evidence: $(INSTALLED)
 	$(BIN)/python examples/evidence.py
+
+lost-rewards: $(INSTALLED)
+	$(BIN)/python examples/lost_rewards.py
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks

@@ -13,7 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +25,21 @@ from tqdm import tqdm
 from train_shapes import RECIPES, Objective
 
 HERE = Path(__file__).parent
-KINDS = {  # name: objective, times the recipe's updates
-    "nft": (Objective.nft, 1),
-    "grpo": (Objective.grpo, 1),
-    "grpo-twice": (Objective.grpo, 2),
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the demo is run."""
+
+    objective: Objective = Objective.nft
+    times: int = 1  # the recipe's updates
+    options: tuple[str, ...] = ()
+
+
+KINDS = {
+    "nft": Kind(),
+    "grpo": Kind(Objective.grpo),
+    "grpo-twice": Kind(Objective.grpo, times=2),
 }
 TITLES = {
     "nft": "DiffusionNFT: `make demo`",
@@ -42,14 +55,11 @@ def main(
     workers: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
 ) -> None:
     """Run what is missing, then write the tables and figures."""
-    jobs = [(kind, int(seed)) for kind in KINDS for seed in seeds.split(",")]
-    with ThreadPoolExecutor(workers) as pool:
-        done = pool.map(lambda job: run(*job, runs, workers), jobs)
-        reports = dict(zip(jobs, tqdm(done, total=len(jobs), unit="run"), strict=True))
+    reports = run_all(KINDS, [int(seed) for seed in seeds.split(",")], runs, workers)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "evidence.md").write_text(document(reports), encoding="utf-8")
     draw_summary(reports, docs / "evidence.png")
-    first = jobs[0][1]
+    first = next(iter(reports))[1]
     for kind in ("nft", "grpo"):
         for picture in ("chains", "learning_curve"):
             source = folder(runs, kind, first) / f"{picture}.png"
@@ -62,22 +72,31 @@ def folder(runs: Path, kind: str, seed: int) -> Path:
     return runs / kind.replace("-", f"-{seed}-", 1) if "-" in kind else runs / f"{kind}-{seed}"
 
 
-def run(kind: str, seed: int, runs: Path, workers: int) -> dict[str, Any]:
+def run_all(
+    kinds: Mapping[str, Kind], seeds: Sequence[int], runs: Path, workers: int
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Run every kind with every seed, some at a time; return the reports by both."""
+    jobs = [(name, seed) for name in kinds for seed in seeds]
+    with ThreadPoolExecutor(workers) as pool:
+        done = pool.map(lambda job: run(kinds[job[0]], job[1], folder(runs, *job), workers), jobs)
+        return dict(zip(jobs, tqdm(done, total=len(jobs), unit="run"), strict=True))
+
+
+def run(kind: Kind, seed: int, output: Path, workers: int) -> dict[str, Any]:
     """Run the demo in a process of its own, unless its report is there; return the report."""
-    objective, times = KINDS[kind]
-    output = folder(runs, kind, seed)
     path = output / "report.json"
     if not path.exists():
         threads = max(1, (os.cpu_count() or 1) // workers)
+        objective = kind.objective
         command = [sys.executable, str(HERE / "train_shapes.py"), "--objective", objective.value]
         command += ["--seed", str(seed), "--output", str(output)]
-        command += ["--updates", str(times * RECIPES[objective].updates)]
+        command += ["--updates", str(kind.times * RECIPES[objective].updates), *kind.options]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         finished = subprocess.run(command, env=environment, capture_output=True, text=True)
         if finished.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    expected = {"objective": objective.value, "seed": seed}
+    expected = {"objective": kind.objective.value, "seed": seed}
     if {name: report[name] for name in expected} != expected:
         raise ValueError(f"{path}: expected a report of {expected}; remove it to run again")
     return report
@@ -86,16 +105,13 @@ def run(kind: str, seed: int, runs: Path, workers: int) -> dict[str, Any]:
 def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Write the evidence as Markdown."""
     some = next(iter(reports.values()))
-    versions = ", ".join(f"{name} {value}" for name, value in some["versions"].items())
-    dates = sorted({report["date"] for report in reports.values()})
     lines = [
         "# Evidence: the demo over seeds",
         "",
         "Output of `make evidence` (`python examples/evidence.py`); nothing here is written by "
         "hand.",
         "",
-        f"- Date: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
-        f"- Versions: {versions}",
+        *made_with(reports),
         f"- Each run: {some['held_out_chains']} held-out chains of three turns, which share no "
         "picture and no chain with pre-training or RL; before and after from equal noise.",
         "- Minutes are those of the machine as it was, not always idle, with the threads given.",
@@ -117,6 +133,17 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def made_with(reports: Mapping[tuple[str, int], dict[str, Any]]) -> list[str]:
+    """When and with what."""
+    some = next(iter(reports.values()))
+    versions = ", ".join(f"{name} {value}" for name, value in some["versions"].items())
+    dates = sorted({report["date"] for report in reports.values()})
+    return [
+        f"- Date: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
+        f"- Versions: {versions}",
+    ]
+
+
 def _gains(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
     rows = [
         "| seed | updates | minutes | threads | Overall(3) before | after | paired difference | "
@@ -128,9 +155,9 @@ def _gains(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
         invalid = 100 * report["invalid_reward_share"]
         rows.append(
             f"| {seed} | {report['updates']} | {report['seconds'] / 60:.1f} | "
-            f"{report['threads']} | {_cell(report['before'], 'overall')} | "
-            f"{_cell(report['after'], 'overall')} | **{_signed(gain, 'overall')}** | "
-            f"{_signed(gain, 'content_consistency')} | {invalid:.0f}% |"
+            f"{report['threads']} | {cell(report['before'], 'overall')} | "
+            f"{cell(report['after'], 'overall')} | **{signed(gain, 'overall')}** | "
+            f"{signed(gain, 'content_consistency')} | {invalid:.0f}% |"
         )
     return rows
 
@@ -146,7 +173,7 @@ def _exposure(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
         cells = []
         for name in ("kept", "strict_kept"):
             cells += [_share(value) for value in gain[name]]
-            cells.append(_signed(gain, f"{name}_difference"))
+            cells.append(signed(gain, f"{name}_difference"))
         rows.append(f"| {seed} | {' | '.join(cells)} |")
     return rows
 
@@ -170,12 +197,14 @@ def _turns(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
     return rows
 
 
-def _cell(summary: dict[str, list], name: str) -> str:
+def cell(summary: dict[str, list], name: str) -> str:
+    """A metric at the last turn with its interval."""
     low, high = summary[f"{name}_interval"][-1]
     return f"{summary[name][-1]:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _signed(gain: dict[str, Any], name: str) -> str:
+def signed(gain: dict[str, Any], name: str) -> str:
+    """A paired difference with its interval."""
     low, high = gain[f"{name}_interval"]
     return "none" if gain[name] is None else f"{gain[name]:+.1f} [{low:+.1f}, {high:+.1f}]"
 

@@ -190,11 +190,9 @@ def served_rewards(*, lost_answers: float, invent: bool) -> Iterator[Rewarder]:
 def service(*arguments: str) -> Iterator[str]:
     """Run this module's ``main`` in a process of its own; give the URL that it serves."""
     command = [sys.executable, "-m", "shapes.served", *arguments]
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **options) as process:
         try:
             line = process.stdout.readline()
             if not line.startswith("http://"):

@@ -140,10 +140,11 @@ def pixel_similarity(source: Tensor, edited: Tensor, mask: Tensor | None = None)
         >>> pixel_similarity(black, black + 51)
         0.8
     """
-    difference = (source.int() - edited.int()).abs()
+    difference = torch.maximum(source, edited) - torch.minimum(source, edited)
+    count = difference[0].numel()
     if mask is not None:
-        difference = difference[:, mask]
-    return 1 - int(difference.sum()) / (255 * difference.numel())
+        difference, count = difference * mask, int(mask.sum())
+    return 1 - int(difference.sum()) / (255 * len(difference) * count)
 
 
 def check_features(features: Features, count: int) -> None:

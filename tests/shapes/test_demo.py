@@ -221,7 +221,8 @@ def test_evidence_is_written_from_reports(demo, tmp_path):
     kind = report["objective"]
     folder(tmp_path, kind, 3).mkdir()
     (folder(tmp_path, kind, 3) / "report.json").write_text(json.dumps(report))
-    assert run(kind, 3, tmp_path, workers=1) == report  # is there already, so nothing runs
+    there = folder(tmp_path, kind, 3)
+    assert run(KINDS[kind], 3, there, workers=1) == report  # is there already, so nothing runs
     reports = {(kind, seed): report for kind in KINDS for seed in (0, 1)}
     text = document(reports)
     assert text.count("| seed 0, before |") == len(KINDS)
@@ -237,7 +238,7 @@ def test_evidence_refuses_the_report_of_another_run(tmp_path):
     output.mkdir(parents=True)
     (output / "report.json").write_text(json.dumps({"objective": "nft", "seed": 1}))
     with pytest.raises(ValueError, match="expected a report of"):
-        run("grpo-twice", 1, tmp_path, workers=1)
+        run(KINDS["grpo-twice"], 1, output, workers=1)
 
 
 def test_pretraining_runs_and_its_weights_load(tmp_path):
