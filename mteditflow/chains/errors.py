@@ -7,10 +7,13 @@ from pydantic import ValidationError
 SHOWN = 80  # characters of what came
 EXPECTED = {
     "bool_type": "true or false",
+    "extra_forbidden": "no such field",
     "string_pattern_mismatch": "text that is not empty",
+    "string_too_long": "at most {max_length} characters",
     "string_too_short": "text that is not empty",
     "string_type": "text",
     "string_unicode": "valid Unicode text",
+    "too_long": "at most {max_length} entries",
     "too_short": "at least one entry",
     "tuple_type": "a list",
 }
@@ -46,5 +49,6 @@ def first_error(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     if first["type"] == "missing":
         return f"{place}: expected this field, got none"
-    expected = EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input should be ")
+    known = EXPECTED.get(first["type"], "").format(**first.get("ctx", {}))
+    expected = known or first["msg"].removeprefix("Input should be ")
     return f"{place}: expected {expected}, got {shorten(first['input'])}"

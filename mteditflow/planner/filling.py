@@ -144,15 +144,16 @@ def read_edit(text: str, pool: Pool, task: TaskType) -> Filled:
     """
     answer = read_json(text, _Answer)
     slots = slots_of(pool, task)
+    if set(answer.edit) != set(slots):
+        message = f"{task}: expected the slots {list(slots)}, got {list(answer.edit)}"
+        raise AnswerError(Fault.format, message)
     try:
-        if set(answer.edit) != set(slots):
-            raise ValueError(f"expected the slots {list(slots)}, got {list(answer.edit)}")
         edit = EDITS[task].model_validate(answer.edit | _kept(pool, task))
         return Filled(pool.apply(edit), checked_phrase(answer.instruction, edit))
     except ValidationError as error:
         raise AnswerError(Fault.format, f"{task}: {first_error(error)}") from error
     except ValueError as error:
-        raise AnswerError(Fault.format, f"{task}: {error}") from error
+        raise AnswerError(Fault.senseless, f"{task}: {error}") from error
 
 
 def checked_phrase(instruction: str, edit: Edit) -> str:

@@ -68,7 +68,7 @@ def read_objects(text: str) -> tuple[ListedObject, ...]:
     try:
         Pool.of(objects)
     except ValueError as error:
-        raise AnswerError(Fault.format, str(error)) from error
+        raise AnswerError(Fault.senseless, str(error)) from error
     return objects
 
 

@@ -25,6 +25,7 @@ class Fault(Enum):
     wrong_count = "wrong number of scores"
     out_of_range = "score out of range"
     not_a_number = "score is not a number"
+    senseless = "answer makes no sense"
     request_ignored = "server ignored part of the request"
     unavailable = "no endpoint was available"
 

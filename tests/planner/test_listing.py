@@ -72,7 +72,8 @@ def test_a_right_answer_follows_the_schema_and_is_read():
 def test_a_wrong_answer_is_refused(text, message):
     with pytest.raises(AnswerError, match=message) as caught:
         read_objects(text)
-    assert caught.value.fault == Fault.format
+    twice = str(caught.value).endswith("twice")
+    assert caught.value.fault is (Fault.senseless if twice else Fault.format)
 
 
 @given(st.text() | st.builds(lambda x, n: x[:n], st.just(listing(CAT)), st.integers(0, 120)))
