@@ -60,8 +60,9 @@ def test_the_rubric_explains_every_score_by_the_name_it_is_written_with(prompt):
     task, form = texts(prompt.request(INSTRUCTIONS, URLS))[:: len(INSTRUCTIONS) + 1]
     words = prompt.scale == "binary" and prompt.answer_format == "text"
     names = {1: "yes", 0: "no"} if words else {score: str(score) for score in scores_of(prompt)}
-    for score in scores_of(prompt):
-        assert f"\n{names[score]}: {RUBRICS[prompt.scale][score]}\n" in task
+    best_first = sorted(names, reverse=True)
+    rubric = "\n".join(f"{names[s]}: {RUBRICS[prompt.scale][s]}" for s in best_first)
+    assert f"\n{rubric}\n\nImage 0" in task
     either = [names[score] for score in scores_of(prompt)]
     assert f"A score is {', '.join(either[:-1])} or {either[-1]}" in form
 
