@@ -478,6 +478,16 @@ def test_a_talkative_server_may_still_take_images():
     assert report.honours["structured output"].fault is Fault.cut_off
 
 
+def test_one_log_probability_is_too_few_for_five_levels():
+    def reply(request):
+        return with_logprobs({"yes": 0.9}) if request.get("logprobs") else honest(request)
+
+    with ScriptedServer(reply) as server:
+        [report] = anyio.run(inspect_endpoints, client(server))
+    assert report.missing == ("log-probabilities",)
+    assert "expected 20 log-probabilities of the first token, got 1" in str(report)
+
+
 def test_some_image_is_needed():
     with pytest.raises(ValueError, match="images: expected an integer >= 1, got 0"):
         anyio.run(lambda: inspect_endpoints(ChatClient(["http://a/v1"], "judge"), images=0))
