@@ -1,6 +1,7 @@
 """Attempts at endpoints: how many at once, how often, until when; and what is left of failures."""
 
 import asyncio
+import math
 import re
 import threading
 import time
@@ -11,7 +12,7 @@ import anyio
 import httpx2
 import pytest
 
-from mteditflow.rewards import AnswerError, Dispatcher, Fault, Lost
+from mteditflow.rewards import AnswerError, Dispatcher, Fault, Lost, dispatch
 from mteditflow.rewards.connections import open_client
 from tests.rewards.scripted_server import ScriptedServer, closed_port, error, reset, silent
 
@@ -100,6 +101,30 @@ def test_another_endpoint_is_asked_before_the_one_that_failed():
     assert run(dispatcher(A, B, C), bad, bad, bad, 5) == (5, [A, B, C, A])
 
 
+def test_also_if_it_is_the_busier_one():
+    shared = dispatcher(A, B)
+    bad = AnswerError(Fault.malformed, "")
+    attempt, asked = playing(bad, bad, 5)
+
+    async def main():
+        done = anyio.Event()
+
+        async def hold(endpoint):
+            await done.wait()
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):  # two at A, one at B
+                tasks.start_soon(shared.run, hold)
+            while shared.statistics.attempts < 3:
+                await anyio.sleep(0)
+            answer = await shared.run(attempt)
+            done.set()
+        return answer
+
+    assert anyio.run(main) == 5
+    assert asked == [B, A, B]
+
+
 def test_pauses_are_drawn_from_a_window_that_doubles(monkeypatch):
     pauses = []
 
@@ -177,17 +202,46 @@ def test_without_patience_it_does_not():
     assert asked == []
 
 
-def test_patience_ends_while_a_probe_hangs():
-    hanging = dispatcher(faults_to_rest=1, patience=0.3, timeout=1.0, attempts=2)
+def out_after_one_fault(probe, **options):
+    """A dispatcher whose endpoint fails once; what comes next, the probe, does `probe`."""
+    one = dispatcher(faults_to_rest=1, attempts=2, **options)
 
     async def attempt(endpoint):
-        if hanging.statistics.attempts == 1:
+        if one.statistics.attempts == 1:
             raise httpx2.ConnectError("refused")
-        await anyio.sleep_forever()
+        return await probe()
 
-    first, second = anyio.run(run_all, hanging, [attempt] * 2)
-    faults = {first.fault, second.fault}
-    assert faults in ({Fault.timeout, Fault.connection}, {Fault.timeout, Fault.unavailable})
+    return one, attempt
+
+
+def test_patience_ends_while_a_probe_hangs():
+    one, attempt = out_after_one_fault(anyio.sleep_forever, patience=0.3, timeout=60.0)
+
+    async def main():
+        lost = []
+
+        async def request(tasks):
+            lost.append(await one.run(attempt))
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(request, tasks)
+            tasks.start_soon(request, tasks)
+        return lost
+
+    start = time.monotonic()
+    (lost,) = anyio.run(main)
+    assert time.monotonic() - start < 30
+    assert lost.fault in (Fault.connection, Fault.unavailable)
+    assert lost.detail.endswith("no endpoint comes back within 0.3 s")
+
+
+def test_those_that_wait_are_told_that_the_probe_succeeded(monkeypatch):
+    monkeypatch.setattr(dispatch, "POLL", math.inf)
+    one, attempt = out_after_one_fault(lambda: anyio.sleep(0.1), patience=60.0)
+    start = time.monotonic()
+    assert anyio.run(run_all, one, [attempt] * 3) == [None] * 3
+    assert time.monotonic() - start < 30
 
 
 # how many at once
