@@ -23,7 +23,7 @@ from mteditflow.chains import Chain
 UNKNOWN = "unknown"
 CATEGORIES_SHOWN = 16
 INK, SOFT, BAR = "#1f2933", "#5b6675", "#2457d6"
-PANELS = ("steps per edit type", "chains per object category", "chains per number of turns")
+PANELS = ("steps per edit type", "chains per object category", "turns per chain")
 
 # What stands behind the head noun begins with one of these.
 PREPOSITIONS = (
