@@ -100,6 +100,18 @@ def test_it_is_there_when_opened_again(tmp_path):
         cache.get("a")
 
 
+def test_readers_and_writers_do_not_wait_for_each_other(tmp_path):
+    """SQLite's write-ahead log is on: a read goes on beside another connection's open write."""
+    with AnswerCache(tmp_path / "answers") as cache:
+        cache.put("a", "1")
+        with sqlite3.connect(cache.path, isolation_level=None) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            other.execute("DELETE FROM answers")
+            assert cache.get("a") == "1"
+            other.execute("ROLLBACK")
+        other.close()
+
+
 def test_threads_share_one_cache(tmp_path):
     with AnswerCache(tmp_path / "answers") as cache:
 
