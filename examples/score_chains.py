@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from tqdm import tqdm
 
 from mteditflow import (
     bootstrap_interval,
@@ -33,7 +35,7 @@ from mteditflow import (
     marginal_success,
     overall,
 )
-from mteditflow.chains import Chain, ChainError, read_chains
+from mteditflow.chains import Chain, ChainDataset, ChainError, read_chains
 from mteditflow.rewards import (
     AnswerCache,
     Background,
@@ -46,7 +48,7 @@ from mteditflow.rewards import (
     TurnScores,
 )
 
-Shown = tuple[Chain, list[Image.Image]]  # a chain, its reference and what each turn made of it
+BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
 
 
 class Scope(str, Enum):
@@ -90,35 +92,59 @@ TERMS = {
 }
 
 
-def load(chains: Sequence[Chain], folder: Path, name: str) -> tuple[list[Shown], dict[str, str]]:
-    """Load the images of every chain; one that misses any is left out, with the reason."""
-    shown, skipped = [], {}
-    for chain in chains:
-        stem = Path(chain.image).stem
-        edited = [
-            folder / name.format(id=chain.id, image=stem, turn=turn)
-            for turn in range(1, chain.turns + 1)
-        ]
-        try:
-            paths = [chain.image_path, *edited]
-            shown.append((chain, [Image.open(path).convert("RGB") for path in paths]))
-        except OSError as error:
-            skipped[chain.id] = str(error)
-    return shown, skipped
+def load(dataset: ChainDataset, index: int, folder: Path, name: str) -> list[Image.Image]:
+    """Load a chain's reference and what each turn made of it."""
+    chain, reference, _ = dataset[index]
+    images = [reference]
+    for turn in range(1, chain.turns + 1):
+        file = name.format(id=chain.id, image=Path(chain.image).stem, turn=turn)
+        with Image.open(folder / file) as image:
+            images.append(ImageOps.exif_transpose(image).convert("RGB"))
+    return images
+
+
+class Answers(NamedTuple):
+    """What came of all chains."""
+
+    shown: list[Chain]  # those that were scored
+    left_out: dict[str, str]  # id of a chain whose images cannot be read, and why
+    following: TurnScores | None
+    kept: ConsistencyScores | None
 
 
 def score(
-    shown: Sequence[Shown], asks: Judge | None, looks: ConsistencyClient | None
-) -> tuple[TurnScores | None, ConsistencyScores | None]:
-    """Ask both at the same time."""
-    chains, images = [chain for chain, _ in shown], [own for _, own in shown]
-    with Background() as background:
-        futures = [
-            scorer and background.submit(scorer.score, chains, images, progress=True)
-            for scorer in (asks, looks)
-        ]
-        following, consistency = [future and future.result() for future in futures]
-    return following, consistency
+    dataset: ChainDataset,
+    folder: Path,
+    name: str,
+    asks: Judge | None,
+    looks: ConsistencyClient | None,
+) -> Answers:
+    """Score batch after batch; the images of one are loaded while the one before is scored."""
+    shown, left_out, answers = [], {}, []
+    with Background() as background, tqdm(total=len(dataset), unit="chain") as bar:
+        for start in range(0, len(dataset), BATCH):
+            batch, images = [], []
+            for index in range(start, min(start + BATCH, len(dataset))):
+                chain = dataset.chains[index]
+                try:
+                    images.append(load(dataset, index, folder, name))
+                    batch.append(chain)
+                except (ChainError, OSError, SyntaxError) as error:  # no file, or a broken one
+                    left_out[chain.id] = str(error)
+            wait([future for future in (answers[-1] if answers else ()) if future is not None])
+            if batch:
+                scorers = (asks, looks)
+                answers.append([s and background.submit(s.score, batch, images) for s in scorers])
+                shown += batch
+            bar.update(len(shown) + len(left_out) - bar.n)
+        results = [[future and future.result() for future in pair] for pair in answers]
+    following, kept = ([pair[i] for pair in results if pair[i] is not None] for i in range(2))
+    return Answers(
+        shown,
+        left_out,
+        TurnScores.concatenate(following) if following else None,
+        ConsistencyScores.concatenate(kept) if kept else None,
+    )
 
 
 class Measure(NamedTuple):
@@ -186,7 +212,7 @@ def finite(value: float) -> float | None:
 
 
 def details(
-    shown: Sequence[Shown], following: TurnScores | None, consistency: ConsistencyScores | None
+    shown: Sequence[Chain], following: TurnScores | None, consistency: ConsistencyScores | None
 ) -> list[dict[str, Any]]:
     """Every score of every chain; null where there is none, with the reason if it was lost."""
     columns: dict[str, Tensor] = {}
@@ -205,7 +231,7 @@ def details(
             for name, column in columns.items()
         }
         | {"lost": {n + 1: lost[b, n] for n in range(chain.turns) if (b, n) in lost}}
-        for b, (chain, _) in enumerate(shown)
+        for b, chain in enumerate(shown)
     ]
 
 
@@ -271,12 +297,6 @@ def main(
         reading = read_chains(chains, strict=False)
     except (ChainError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    shown, skipped = load(reading.chains, edited, name)
-    for reason in (*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())):
-        console.print(f"left out: {reason}", markup=False)
-    console.print(f"{len(shown)} chains, {len(reading.skipped) + len(skipped)} left out")
-    if not shown:
-        raise typer.Exit(1)
     prompt = JudgePrompt(scope.value, scale.value, thinking, answer_format.value)
     asks = looks = None
     try:
@@ -289,9 +309,16 @@ def main(
                 looks = ConsistencyClient(
                     consistency, pairing=pairing.value, token=token, cache=cache
                 )
-            following, kept = score(shown, asks, looks)
-    except ValueError as error:  # a URL, an image, or a chain that names no objects
+            found = score(ChainDataset(reading.chains), edited, name, asks, looks)
+    except (KeyError, ValueError) as error:  # a URL, a pattern, a chain that names no objects
         raise typer.BadParameter(str(error)) from error
+    shown, skipped, following, kept = found
+    left_out = [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())]
+    for reason in left_out:
+        console.print(f"left out: {reason}", markup=False)
+    console.print(f"{len(shown)} chains, {len(left_out)} left out")
+    if not shown:
+        raise typer.Exit(1)
     table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
     own = kept and (kept.scores if terms is Terms.features else kept.l1_scores)
     scored = {"following": following, "consistency": own}
@@ -302,7 +329,7 @@ def main(
             for what, scores in scored.items()
             if scores is not None
         },
-        "left_out": [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())],
+        "left_out": left_out,
         "judge": asdict(prompt) | {"model": model} if judge else None,
         "pairing": pairing.value if consistency else None,
         "chains": details(shown, following, kept),

@@ -17,7 +17,7 @@ from torch import Tensor
 from mteditflow._checks import check_choice, check_full_precision, check_mask, check_rank
 from mteditflow.chains import Chain
 from mteditflow.rewards.faults import Lost
-from mteditflow.rewards.scores import TurnScores
+from mteditflow.rewards.scores import TurnScores, join, join_lost
 
 PAIRINGS = ("reference", "consecutive")
 TERMS = ("object", "background", "object_l1", "background_l1")
@@ -200,6 +200,20 @@ class ConsistencyScores:
 
     def _mean(self, *terms: Tensor) -> TurnScores:
         return TurnScores(torch.stack(terms).nanmean(dim=0), self.turn_mask, self.lost)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ConsistencyScores]) -> ConsistencyScores:
+        """Join batches of trajectories in order; N becomes that of the longest.
+
+        Raises:
+            ValueError: there is no part.
+        """
+        terms = {
+            name: join([getattr(part, name) for part in parts], padding=torch.nan) for name in TERMS
+        }
+        mask = join([part.turn_mask for part in parts], padding=False)
+        lost = join_lost([(len(part.turn_mask), part.lost) for part in parts])
+        return cls(**terms, turn_mask=mask, lost=lost)
 
     @classmethod
     def collect(

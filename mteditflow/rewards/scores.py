@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mteditflow._checks import (
     check_full_precision,
@@ -160,18 +161,40 @@ class TurnScores:
 
     @classmethod
     def concatenate(cls, parts: Sequence[TurnScores]) -> TurnScores:
-        """Join batches of trajectories of equal N, in order.
+        """Join batches of trajectories in order; N becomes that of the longest.
 
         Raises:
-            ValueError: there is no part, or their numbers of turns differ.
+            ValueError: there is no part.
         """
-        if not parts or len({part.score.shape[1] for part in parts}) > 1:
-            turns = [part.score.shape[1] for part in parts]
-            raise ValueError(f"parts: expected some of equal N, got N = {turns}")
-        lost: dict[tuple[int, int], Lost] = {}
-        start = 0
-        for part in parts:
-            lost |= {(start + b, n): reason for (b, n), reason in part.lost.items()}
-            start += len(part)
-        score = torch.cat([part.score for part in parts])
-        return cls(score, torch.cat([part.turn_mask for part in parts]), lost)
+        score = join([part.score for part in parts], padding=torch.nan)
+        mask = join([part.turn_mask for part in parts], padding=False)
+        return cls(score, mask, join_lost([(len(part), part.lost) for part in parts]))
+
+
+def join(parts: Sequence[Tensor], *, padding: float) -> Tensor:
+    """Join tensors [B, N] along B, padded to the longest N.
+
+    Raises:
+        ValueError: there is no part.
+
+    Example:
+        >>> join([torch.ones(1, 1), torch.zeros(1, 2)], padding=torch.nan)
+        tensor([[1., nan],
+                [0., 0.]])
+    """
+    if not parts:
+        raise ValueError("parts: expected at least one, got none")
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, longest - part.shape[1]), value=padding) for part in parts])
+
+
+def join_lost(
+    parts: Sequence[tuple[int, Mapping[tuple[int, int], Lost]]],
+) -> dict[tuple[int, int], Lost]:
+    """Join what was lost of batches, each given with its number of trajectories."""
+    lost: dict[tuple[int, int], Lost] = {}
+    start = 0
+    for size, own in parts:
+        lost |= {(start + b, n): reason for (b, n), reason in own.items()}
+        start += size
+    return lost

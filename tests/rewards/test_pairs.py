@@ -142,3 +142,18 @@ def test_answers_that_do_not_fit_are_refused():
         ConsistencyScores(good, good, good, good[:, :2], good == 0, {})
     with pytest.raises(TypeError, match="object_l1: expected float32 or float64"):
         ConsistencyScores(good, good, good.int(), good, good == 0, {})
+
+
+def test_joined_batches_are_laid_out_as_if_collected_at_once():
+    dead = Lost(Fault.timeout, "no answer within 1 s", 2)
+    answers = [[PairScores(object=0.5)], dead, [PairScores(background=n / 4) for n in range(3)]]
+    turns = [1, 2, 3]
+    whole = ConsistencyScores.collect(answers, turns)
+    parts = [
+        ConsistencyScores.collect(answers[part], turns[part]) for part in (slice(2), slice(2, 3))
+    ]
+    joined = ConsistencyScores.concatenate(parts)
+    for name in ("object", "background", "object_l1", "background_l1", "turn_mask"):
+        ours, expected = getattr(joined, name), getattr(whole, name)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    assert joined.lost == whole.lost
