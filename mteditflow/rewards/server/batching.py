@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -97,12 +97,14 @@ class MicroBatcher(Generic[Q, A]):
         try:
             while True:
                 if jobs := await self._next_batch():
-                    await self._answer(jobs)
+                    try:
+                        await self._answer(jobs)
+                    finally:
+                        _leave_nobody(jobs)
         finally:
             self._ended = True
             self._thread.shutdown(wait=False, cancel_futures=True)
-            for job in self._waiting:
-                job.answer.set_exception(RuntimeError(ENDED))
+            _leave_nobody(self._waiting)
 
     async def in_thread(self, function: Callable[..., R], *args: Any) -> R:
         """Run a function in the thread that works on the batches."""
@@ -149,3 +151,10 @@ class MicroBatcher(Generic[Q, A]):
         if len(answers) != len(requests):
             raise RuntimeError(f"expected {len(requests)} answers of a batch, got {len(answers)}")
         return answers
+
+
+def _leave_nobody(jobs: Iterable[_Job[Any, Any]]) -> None:
+    """Tell those who still wait that there will be no answer."""
+    for job in jobs:
+        if not job.answer.done():
+            job.answer.set_exception(RuntimeError(ENDED))
