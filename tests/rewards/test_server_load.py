@@ -1,11 +1,14 @@
 """Many clients at once: every request gets its own answer, and none is lost."""
 
+from dataclasses import replace
+
 import anyio
 import pytest
 import torch
 from consistency_world import ServerProcess, color_scorer, color_server, in_process, make_chains
 
-from mteditflow.rewards import ConsistencyClient
+from benchmarks.consistency_server import Soak, slope
+from mteditflow.rewards import ConsistencyClient, Fault, Lost
 
 CLIENTS = 64
 ROUNDS = 3
@@ -55,3 +58,27 @@ def test_a_server_with_fewer_places_than_clients_turns_them_away_and_loses_nothi
     with ServerProcess(color_server(0.02, max_requests=3)) as server:
         found = run(server.url, seeds, attempts=200, back_off=0.05, max_back_off=0.5)
     check(found, seeds)
+
+
+# The soak of benchmarks/consistency_server.py judges itself by these
+
+
+def test_the_slope_of_memory_is_that_of_the_second_half():
+    memory = [(n, float(n), 100.0 if n < 500 else 50.0 + n / 100) for n in range(0, 1001, 10)]
+    value, error = slope(memory)
+    assert value == pytest.approx(10.0)
+    assert error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_answer_that_is_wrong_or_lost_is_counted_as_that():
+    right, other = (in_process(color_scorer(), *make_chains([seed])) for seed in (3, 6))
+    nearly = replace(right, object_l1=right.object_l1 + 1e-7)
+    missing = replace(right, object_l1=right.object_l1 * torch.nan)
+    lost = replace(
+        missing, background_l1=missing.object_l1, lost={(0, 0): Lost(Fault.timeout, "", 1)}
+    )
+    soak = Soak()
+    for found in (right, nearly, other, missing, lost):
+        soak.judge(found, right)
+    assert (soak.same, soak.wrong, soak.lost) == (1, 2, 1)
+    assert 0 < soak.largest

@@ -74,6 +74,18 @@ def test_requests_that_are_here_are_finished_when_told_to_stop():
         assert server.exit_status() == 0
 
 
+def test_a_client_learns_why_its_body_is_refused_although_it_still_sends():
+    with ServerProcess(color_server(max_body=1000, grace=0.1)) as server:
+        url, body = f"{server.url}/consistency", b"x" * 20_000_000
+        json_only = {"Content-Type": "application/json"}
+        for content in (body, (body[n : n + 10**6] for n in range(0, len(body), 10**6))):
+            refused = httpx2.post(url, content=content, headers=json_only, timeout=60)
+            assert (refused.status_code, list(refused.json())) == (413, ["detail"])
+        wrong_type = httpx2.post(url, content=body, timeout=60)
+        assert wrong_type.status_code == 415
+        assert httpx2.post(f"{server.url}/nothing", content=body, timeout=60).status_code == 404
+
+
 def test_a_stop_is_not_held_up_by_work_without_end():
     with ServerProcess(color_server(600.0, grace=0.5)) as server:
         answers = []
