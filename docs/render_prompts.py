@@ -50,7 +50,7 @@ INTRODUCTION = """\
 
 Made by `python -m docs.render_prompts`; do not edit. Each prompt is one user message of text and
 images, shown here in the order in which they are sent; long lines are wrapped. The wording is that
-of `mteditflow/rewards/wording.py`.
+of `mteditflow/rewards/judge/wording.py`.
 
 | image 0, the reference | image 1 | image 2 | image 3 |
 |---|---|---|---|

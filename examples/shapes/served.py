@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mteditflow.chains import Chain as Record
 from mteditflow.rewards import Background, ChatClient, ConsistencyClient, Judge, JudgePrompt
-from mteditflow.rewards.consistency import ConsistencyScorer
+from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.server import create_app
 
 from .evaluate import to_pil

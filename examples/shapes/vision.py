@@ -106,7 +106,7 @@ def read_state(index: np.ndarray) -> State:
 
 
 class RuleDetector:
-    """Finds things by name, ``"red circle"``: a ``mteditflow.rewards.consistency.Detector``."""
+    """Finds things by name, ``"red circle"``: a ``mteditflow.rewards.Detector``."""
 
     def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
         """Return the boxes of the things found in each picture, uint8 ``[3, H, W]`` of any size."""

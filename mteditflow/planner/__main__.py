@@ -18,8 +18,8 @@ from mteditflow.chains import TaskType, read_chains
 from mteditflow.planner.plan import Planner, PlanningStoppedError
 from mteditflow.planner.run import Planned, plan_folder
 from mteditflow.planner.statistics import draw_statistics, statistics, statistics_table
-from mteditflow.rewards.cache import AnswerCache
-from mteditflow.rewards.chat import ChatClient
+from mteditflow.rewards.transport.cache import AnswerCache
+from mteditflow.rewards.transport.chat import ChatClient
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +56,9 @@ def plan(
 
     The key of the endpoints, if they want one, is read from OPENAI_API_KEY.
     """
-    from mteditflow.rewards.models import GroundingDino  # slow to import, and stats need it not
+    from mteditflow.rewards.consistency.models import (
+        GroundingDino,  # slow to import, and stats need it not
+    )
 
     with _one_line_errors():
         client = ChatClient(

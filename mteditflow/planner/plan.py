@@ -25,9 +25,9 @@ from mteditflow.planner.listing import (
 from mteditflow.planner.objects import ListedObject
 from mteditflow.planner.pool import Pool, chain_fields
 from mteditflow.rewards import Fault, Lost
-from mteditflow.rewards.chat import ChatAnswer, ChatClient
+from mteditflow.rewards.consistency.protocols import Detector
 from mteditflow.rewards.images import png_data_url
-from mteditflow.rewards.protocols import Detector
+from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
 
 LISTING_TOKENS, EDIT_TOKENS = 2048, 1024
 SEED_BITS = 20

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from mteditflow.chains.errors import first_error
 from mteditflow.rewards import AnswerError, Fault
-from mteditflow.rewards.answers import REFUSAL
+from mteditflow.rewards.judge.answers import REFUSAL
 
 Model = TypeVar("Model", bound=BaseModel)
 SHOWN = 120  # characters of an answer in a message

@@ -1,6 +1,8 @@
 """Rewards of edited chains: instruction following by a judge, content consistency by a detector.
 
-Needs the extra ``mteditflow[rewards]``.
+``judge`` and ``consistency`` score, each over HTTP by ``transport``; ``server`` serves consistency.
+``consistency.models`` (GroundingDINO, DINOv3) and ``server`` are imported by their own names, since
+transformers and FastAPI take their time. Needs the extra ``mteditflow[rewards]``.
 """
 
 try:
@@ -14,21 +16,21 @@ except ImportError as error:
         f"mteditflow.rewards needs {error.name}: pip install 'mteditflow[rewards]'"
     ) from error
 
-from mteditflow.rewards.background import Background
-from mteditflow.rewards.cache import AnswerCache
-from mteditflow.rewards.chat import ChatAnswer, ChatClient
-from mteditflow.rewards.consistency import Consistency, ConsistencyScorer
-from mteditflow.rewards.consistency_client import ConsistencyClient
-from mteditflow.rewards.dispatch import Dispatcher, Statistics
-from mteditflow.rewards.expectation import ExpectationPrompt
+from mteditflow.rewards.consistency.client import ConsistencyClient
+from mteditflow.rewards.consistency.pairs import ConsistencyScores, Pair, PairScores, pairs_of
+from mteditflow.rewards.consistency.protocols import Detector, FeatureExtractor
+from mteditflow.rewards.consistency.scorer import Consistency, ConsistencyScorer
+from mteditflow.rewards.consistency.similarity import Features
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
-from mteditflow.rewards.judge import Judge
-from mteditflow.rewards.pairs import ConsistencyScores, Pair, PairScores, pairs_of
-from mteditflow.rewards.preflight import EndpointReport, inspect_endpoints
-from mteditflow.rewards.prompts import JudgePrompt
-from mteditflow.rewards.protocols import Detector, FeatureExtractor
+from mteditflow.rewards.judge.expectation import ExpectationPrompt
+from mteditflow.rewards.judge.judge import Judge
+from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
+from mteditflow.rewards.judge.prompts import JudgePrompt
 from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
-from mteditflow.rewards.similarity import Features
+from mteditflow.rewards.transport.background import Background
+from mteditflow.rewards.transport.cache import AnswerCache
+from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
+from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
 
 __all__ = [
     "AnswerCache",

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow.rewards.chat import ChatClient
-from mteditflow.rewards.preflight import EndpointReport, inspect_endpoints
+from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
+from mteditflow.rewards.transport.chat import ChatClient
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mteditflow.planner.plan import Planner
 from mteditflow.planner.run import plan_folder
-from mteditflow.rewards.chat import ChatClient
+from mteditflow.rewards.transport.chat import ChatClient
 from tests.rewards.scripted_server import completion
 
 COLORS = {

@@ -22,13 +22,13 @@ def tiny_models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def detector(tiny_models):
-    from mteditflow.rewards.models import GroundingDino
+    from mteditflow.rewards.consistency.models import GroundingDino
 
     return GroundingDino.from_pretrained(tiny_models / "grounding_dino")
 
 
 @pytest.fixture(scope="session")
 def features(tiny_models):
-    from mteditflow.rewards.models import DinoV3
+    from mteditflow.rewards.consistency.models import DinoV3
 
     return DinoV3.from_pretrained(tiny_models / "dinov3")

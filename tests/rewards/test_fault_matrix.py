@@ -14,7 +14,7 @@ from PIL import Image
 
 from mteditflow.chains import Chain
 from mteditflow.rewards import ChatClient, ConsistencyClient, Judge, JudgePrompt
-from mteditflow.rewards.wire import Info, Limits
+from mteditflow.rewards.consistency.wire import Info, Limits
 from tests.rewards.fault_matrix import ATTEMPTS, MATRIX, PAGE, RIGHT, Outcome, render
 from tests.rewards.scripted_server import ScriptedServer, closed_port, completion, good
 

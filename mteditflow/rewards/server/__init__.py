@@ -8,9 +8,9 @@ except ImportError as error:
         f"mteditflow.rewards.server needs {error.name}: pip install 'mteditflow[rewards]'"
     ) from error
 
+from mteditflow.rewards.consistency.wire import Limits
 from mteditflow.rewards.server.app import create_app
 from mteditflow.rewards.server.service import Service
 from mteditflow.rewards.server.serving import serve
-from mteditflow.rewards.wire import Limits
 
 __all__ = ["Limits", "Service", "create_app", "serve"]

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from mteditflow.rewards.consistency import ConsistencyScorer
+from mteditflow.rewards.consistency.scorer import ConsistencyScorer
+from mteditflow.rewards.consistency.wire import Limits
 from mteditflow.rewards.server.app import DEFAULT_LIMITS, create_app
 from mteditflow.rewards.server.serving import serve
-from mteditflow.rewards.wire import Limits
 
 TOKEN_VARIABLE = "MTEDITFLOW_TOKEN"
 app = typer.Typer(add_completion=False)
@@ -31,7 +31,10 @@ def load(
     detector: str, features: str, tokens: Tokens, threshold: float, device: str
 ) -> ConsistencyScorer:
     """Load the published models, or others of their classes."""
-    from mteditflow.rewards.models import DinoV3, GroundingDino  # transformers takes its time
+    from mteditflow.rewards.consistency.models import (  # transformers takes its time
+        DinoV3,
+        GroundingDino,
+    )
 
     return ConsistencyScorer(
         GroundingDino.from_pretrained(detector, device=device, threshold=threshold),

@@ -13,11 +13,8 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import ClientDisconnect
 
-from mteditflow.rewards.consistency import ConsistencyScorer
-from mteditflow.rewards.server.bodies import ReadToEnd, read_body
-from mteditflow.rewards.server.reading import Reader
-from mteditflow.rewards.server.service import Service
-from mteditflow.rewards.wire import (
+from mteditflow.rewards.consistency.scorer import ConsistencyScorer
+from mteditflow.rewards.consistency.wire import (
     ConsistencyAnswer,
     ConsistencyRequest,
     ErrorAnswer,
@@ -25,6 +22,9 @@ from mteditflow.rewards.wire import (
     Info,
     Limits,
 )
+from mteditflow.rewards.server.bodies import ReadToEnd, read_body
+from mteditflow.rewards.server.reading import Reader
+from mteditflow.rewards.server.service import Service
 
 R = TypeVar("R")
 

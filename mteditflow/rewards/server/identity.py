@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mteditflow.rewards.cache import request_key
-from mteditflow.rewards.consistency import ConsistencyScorer
-from mteditflow.rewards.wire import Info, Limits
+from mteditflow.rewards.consistency.scorer import ConsistencyScorer
+from mteditflow.rewards.consistency.wire import Info, Limits
+from mteditflow.rewards.transport.cache import request_key
 
 LIBRARIES = ("mteditflow", "torch", "transformers", "pillow")
 

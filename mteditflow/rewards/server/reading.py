@@ -10,10 +10,10 @@ from fastapi import HTTPException, Request
 from PIL import Image
 from pydantic import ValidationError
 
+from mteditflow.rewards.consistency.pairs import Pair
+from mteditflow.rewards.consistency.wire import ConsistencyRequest, Limits, to_send
 from mteditflow.rewards.images import decode_image
-from mteditflow.rewards.pairs import Pair
 from mteditflow.rewards.server.files import TooManyPixels, check_file
-from mteditflow.rewards.wire import ConsistencyRequest, Limits, to_send
 
 THREADS = 2
 SHOWN = 5  # errors of one body that are told

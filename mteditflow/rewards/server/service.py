@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from fastapi import HTTPException
 from PIL import Image
 
-from mteditflow.rewards.classify import shorten
-from mteditflow.rewards.consistency import ConsistencyScorer
-from mteditflow.rewards.pairs import Pair, PairScores
+from mteditflow.rewards.consistency.pairs import Pair, PairScores
+from mteditflow.rewards.consistency.scorer import ConsistencyScorer
+from mteditflow.rewards.consistency.wire import Info, Limits
 from mteditflow.rewards.server.batching import MicroBatcher
 from mteditflow.rewards.server.identity import describe
-from mteditflow.rewards.wire import Info, Limits
+from mteditflow.rewards.transport.classify import shorten
 
 LOG = logging.getLogger(__name__)
 RETRY_AFTER = {"ready": 1, "loading": 10, "stopping": 10, "broken": 60}  # s

@@ -1,0 +1,1 @@
+"""Content consistency: what no instruction touched must look the same."""

@@ -1,0 +1,192 @@
+"""Content consistency, asked of servers: as in process, or lost with a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from PIL import Image
+from tqdm import tqdm
+
+from mteditflow._checks import check_choice, check_count
+from mteditflow.chains import Chain
+from mteditflow.rewards.consistency.pairs import (
+    PAIRINGS,
+    ConsistencyScores,
+    Pair,
+    PairScores,
+    image_pairs,
+)
+from mteditflow.rewards.consistency.wire import Info, read_answer, to_send
+from mteditflow.rewards.faults import AnswerError, Lost
+from mteditflow.rewards.images import png_base64
+from mteditflow.rewards.transport.cache import AnswerCache, request_key
+from mteditflow.rewards.transport.connections import open_client
+from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
+
+Scores = tuple[PairScores, ...]
+
+
+class ConsistencyClient:
+    """Scores content consistency at ``python -m mteditflow.rewards.server``.
+
+    The numbers are those of ``Consistency`` in process up to 1e-6: images cross the wire without
+    loss and scores with every digit, but a server batches chains together, which may change the
+    last bits of what its models compute. The L1 terms are equal bit by bit.
+
+    All that a client scores comes from one set of models: that of the server which answered first.
+    Answers of another, after a restart for instance, are faults.
+
+    Args:
+        endpoints: URLs that end in /v1, all serving the same models.
+        pairing: "reference" or "consecutive", as in ``pairs_of``.
+        token: bearer token of the servers; never shown.
+        cache: of accepted answers; a chain found in it is not sent.
+        chains_at_once: most chains whose encoded images are held in memory.
+        **options: of the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``, ``patience``
+            and the others.
+
+    Raises:
+        ValueError: there is no such pairing, a URL does not end in /v1, or a number is out of
+            range.
+
+    Example:
+        >>> client = ConsistencyClient(["http://127.0.0.1:9/v1"], attempts=1)
+        >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat",),
+        ...     unchanged_objects=(("dog",),), all_objects=(("cat", "dog"),))
+        >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+        >>> anyio.run(client.score, [chain], [images]).scores.reasons
+        {'no connection': 1}
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        pairing: str = "reference",
+        token: str | None = None,
+        cache: AnswerCache | None = None,
+        chains_at_once: int = 64,
+        **options: Any,
+    ) -> None:
+        check_choice("pairing", pairing, PAIRINGS)
+        check_count("chains_at_once", chains_at_once)
+        self.pairing, self._cache, self._chains_at_once = pairing, cache, chains_at_once
+        self._dispatcher = Dispatcher(endpoints, secret=token, **options)
+        for url in self._dispatcher.endpoints:
+            if not url.endswith("/v1"):
+                raise ValueError(f"endpoints: expected URLs that end in /v1, got {url!r}")
+        self._http = open_client()
+        if token is not None:
+            self._http.headers["Authorization"] = f"Bearer {token}"
+        self._scorer: str | None = None
+
+    @property
+    def statistics(self) -> Statistics:
+        """What was asked so far; answers found in the cache are not counted."""
+        return self._dispatcher.statistics
+
+    async def score(
+        self,
+        chains: Sequence[Chain],
+        images: Sequence[Sequence[Image.Image]],
+        *,
+        progress: bool = False,
+    ) -> ConsistencyScores:
+        """Score every turn of B chains; a chain whose answer is lost loses all its turns.
+
+        Args:
+            chains: B chains with the names of their objects; N may differ.
+            images: per chain N + 1 images, the reference first, then what each turn made.
+            progress: show a bar that counts chains.
+
+        Returns:
+            Scores [B, N] in the order of ``chains``; N is that of the longest chain.
+
+        Raises:
+            ValueError: there is no chain, a number of images does not fit, one is not readable, or
+                a chain names no objects.
+            TypeError: something is not a PIL image.
+        """
+        work = image_pairs(chains, images, pairing=self.pairing)
+        shown = await anyio.to_thread.run_sync(_prepare, images)
+        scorer = await self._identify()
+        answers: dict[int, Scores | Lost] = {}
+        slots = anyio.Semaphore(self._chains_at_once)
+
+        async def score_chain(b: int) -> None:
+            async with slots:
+                answers[b] = (
+                    scorer
+                    if isinstance(scorer, Lost)
+                    else await self._score_chain(shown[b], work[b][1], scorer)
+                )
+                bar.update()
+
+        with tqdm(total=len(chains), desc="consistency", unit="chain", disable=not progress) as bar:
+            async with anyio.create_task_group() as tasks:
+                for b in range(len(chains)):
+                    tasks.start_soon(score_chain, b)
+        in_order = [answers[b] for b in range(len(chains))]
+        return ConsistencyScores.collect(in_order, [chain.turns for chain in chains])
+
+    async def _identify(self) -> str | Lost:
+        """Learn which models score, once: a cached answer must be theirs."""
+        if self._scorer is None:
+            info = await self._dispatcher.run(self._ask_info)
+            if isinstance(info, Lost):
+                return info
+            self._scorer = self._scorer or info.scorer
+        return self._scorer
+
+    async def _ask_info(self, endpoint: str) -> Info:
+        response = await self._http.get(f"{endpoint}/info")
+        return Info.model_validate_json(response.raise_for_status().content)
+
+    async def _score_chain(
+        self, images: Sequence[Image.Image], pairs: Sequence[Pair], scorer: str
+    ) -> Scores | Lost:
+        body = await anyio.to_thread.run_sync(_body, images, pairs)
+        key = request_key({"scorer": scorer, "request": hashlib.sha256(body).hexdigest()})
+        stored = await self._stored(key)
+        if stored is not None:
+            with suppress(AnswerError):  # accepted once, by something less strict
+                return read_answer(stored, pairs, scorer)
+
+        async def attempt(endpoint: str) -> tuple[bytes, Scores]:
+            content_type = {"Content-Type": "application/json"}
+            url = f"{endpoint}/consistency"
+            response = await self._http.post(url, content=body, headers=content_type)
+            answer = response.raise_for_status().content
+            return answer, read_answer(answer, pairs, scorer)
+
+        result = await self._dispatcher.run(attempt)
+        if isinstance(result, Lost):
+            return result
+        answer, scores = result
+        if self._cache is not None:
+            await anyio.to_thread.run_sync(self._cache.put, key, answer.decode())
+        return scores
+
+    async def _stored(self, key: str) -> bytes | None:
+        if self._cache is None:
+            return None
+        stored = await anyio.to_thread.run_sync(self._cache.get, key)
+        return None if stored is None else stored.encode()
+
+
+def _prepare(images: Sequence[Sequence[Image.Image]]) -> list[list[Image.Image]]:
+    return [
+        [to_send(f"images[{b}][{n}]", image) for n, image in enumerate(shown)]
+        for b, shown in enumerate(images)
+    ]
+
+
+def _body(images: Sequence[Image.Image], pairs: Sequence[Pair]) -> bytes:
+    encoded = [png_base64(image) for image in images]
+    return json.dumps({"images": encoded, "pairs": [pair.model_dump() for pair in pairs]}).encode()

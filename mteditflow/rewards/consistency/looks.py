@@ -1,0 +1,143 @@
+"""Which pictures to search for what, and where to look in them: the plan of a batch of pairs.
+
+Pictures are named by their index in ``Pictures.pixels``, so that what many pairs and chains share
+is searched and looked at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mteditflow.rewards.consistency.pairs import Pair
+from mteditflow.rewards.consistency.regions import background_mask, with_area
+from mteditflow.rewards.consistency.similarity import Strict
+
+SIZE = 512  # images are compared at this height and width
+WHOLE = (0, 0, SIZE, SIZE)
+
+Names = tuple[str, ...]
+Box = tuple[int, ...]  # (x1, y1, x2, y2) in whole pixels
+Search = tuple[int, Names]  # a picture, and what to find in it
+Crop = tuple[int, Box]  # a picture, and a part of it
+
+
+class Task(NamedTuple):
+    """Two pictures, and the names whose terms are asked for; none for no term."""
+
+    source: int
+    edited: int
+    unchanged: Names
+    everything: Names
+
+
+class Look(NamedTuple):
+    """Two pictures, and where to look in both; ``None`` for no term."""
+
+    source: int
+    edited: int
+    crops: list[Box] | None
+    mask: Tensor | None  # boolean [SIZE, SIZE], true on the background
+
+
+class Pictures:
+    """Pictures at the size of comparison, each held once.
+
+    Example:
+        >>> pictures = Pictures()
+        >>> [pictures.add(Image.new("RGB", (8, 8), color)) for color in ("red", "blue", "red")]
+        [0, 1, 0]
+        >>> pictures.pixels[0].shape
+        torch.Size([3, 512, 512])
+    """
+
+    def __init__(self) -> None:
+        self.pixels: list[Tensor] = []  # uint8 [3, SIZE, SIZE]
+        self._index: dict[bytes, int] = {}
+
+    def add(self, image: Image.Image) -> int:
+        """Take in an image of any mode and size; return its index."""
+        data = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS).tobytes()
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._index:
+            self._index[digest] = len(self.pixels)
+            pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            self.pixels.append(pixels.view(SIZE, SIZE, 3).permute(2, 0, 1))
+        return self._index[digest]
+
+    def crop(self, picture: int, box: Box) -> Tensor:
+        """Cut a box out of a picture, uint8 [3, h, w]."""
+        left, top, right, bottom = box
+        return self.pixels[picture][:, top:bottom, left:right]
+
+
+def clean_names(names: Iterable[str]) -> Names:
+    """Write names as a detector wants them: lower case, no full stops, none empty or twice.
+
+    Example:
+        >>> clean_names(["A Cat.", "a cat", " . ", "traffic  light"])
+        ('a cat', 'traffic light')
+    """
+    cleaned = (" ".join(name.lower().replace(".", "").split()) for name in names)
+    return tuple(dict.fromkeys(name for name in cleaned if name))
+
+
+def tasks_of(
+    pictures: Pictures, images: Sequence[Image.Image], pairs: Sequence[Pair], rules: Strict
+) -> list[Task]:
+    """Take in the images that the pairs of a chain name, and say what each pair asks for.
+
+    Raises:
+        ValueError: a pair names an image that is not there.
+    """
+    used = sorted({index for pair in pairs for index in (pair.source, pair.edited)})
+    if used and used[-1] >= len(images):
+        raise ValueError(f"pairs: expected images 0..{len(images) - 1}, got image {used[-1]}")
+    picture = {index: pictures.add(images[index]) for index in used}
+    return [
+        Task(
+            picture[pair.source],
+            picture[pair.edited],
+            clean_names(pair.unchanged_objects if rules.has_objects(pair.background) else ()),
+            clean_names(pair.all_objects if pair.background else ()),
+        )
+        for pair in pairs
+    ]
+
+
+def searches_of(tasks: Sequence[Task]) -> list[Search]:
+    """List what has to be detected: the unchanged in the source, everything in both pictures."""
+    searches: dict[Search, None] = {}
+    for task in tasks:
+        searches[task.source, task.unchanged] = None
+        searches[task.source, task.everything] = searches[task.edited, task.everything] = None
+    return [search for search in searches if search[1]]
+
+
+def look_of(task: Task, found: Mapping[Search, Tensor], rules: Strict) -> Look:
+    """Turn what was found into the parts to compare: crops by the source's boxes, and a mask."""
+    crops = mask = None
+    if task.unchanged:
+        boxes = with_area(found[task.source, task.unchanged]).tolist()
+        crops = [tuple(box) for box in boxes]
+    if task.everything:
+        both = torch.cat([found[p, task.everything] for p in (task.source, task.edited)])
+        mask = background_mask(both, (SIZE, SIZE), border=rules.border)
+    return Look(task.source, task.edited, crops, mask)
+
+
+def crops_of(looks: Sequence[Look]) -> dict[Crop, dict[int, Tensor]]:
+    """List the crops whose features are needed, each with the masks of the looks that need one."""
+    crops: dict[Crop, dict[int, Tensor]] = {}
+    for n, look in enumerate(looks):
+        for picture in (look.source, look.edited):
+            for box in look.crops or ():
+                crops.setdefault((picture, box), {})
+            if look.mask is not None:
+                crops.setdefault((picture, WHOLE), {})[n] = look.mask
+    return crops

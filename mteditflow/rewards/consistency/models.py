@@ -1,0 +1,221 @@
+"""The published detector and features: GroundingDINO and DINOv3, by the classes of transformers.
+
+Weights come as safetensors alone. Neither needs torchvision.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mteditflow._checks import check_number
+from mteditflow.rewards.consistency.similarity import Features
+
+try:
+    from transformers import (
+        AutoTokenizer,
+        DINOv3ViTModel,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessorPil,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs {error.name}: pip install 'mteditflow[rewards]'"
+    ) from error
+
+IMAGE_SIZE = 224  # height and width that DINOv3 sees
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+class GroundingDino:
+    """Detector by names, in the words of the names; all boxes above the threshold are kept.
+
+    Names are joined to one prompt, "a cat . a dog .". More names than the text encoder takes go
+    into several prompts, whose boxes are united; nothing is cut. Which of the names a box belongs
+    to is not told.
+
+    Args:
+        model: the detector, in evaluation mode.
+        tokenizer: of the model.
+        processor: prepares the images.
+        threshold: least score of a box, in [0, 1].
+
+    Raises:
+        ValueError: the threshold is out of range.
+
+    Source: Grounding DINO (arXiv 2303.05499).
+    """
+
+    def __init__(
+        self,
+        model: GroundingDinoForObjectDetection,
+        tokenizer: Any,
+        processor: GroundingDinoImageProcessorPil,
+        *,
+        threshold: float = 0.35,
+    ) -> None:
+        check_number("threshold", threshold, low=0.0, high=1.0)
+        self.model, self.tokenizer, self.processor = model, tokenizer, processor
+        self.threshold = threshold
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str] = "IDEA-Research/grounding-dino-tiny",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str = "main",
+        threshold: float = 0.35,
+    ) -> GroundingDino:
+        """Load a detector.
+
+        Args:
+            path: hub id or folder.
+            device: where it computes.
+            dtype: of its weights.
+            revision: of the hub's repository.
+            threshold: least score of a box, in [0, 1].
+        """
+        model = GroundingDinoForObjectDetection.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True
+        )
+        return cls(
+            model.to(device).eval(),
+            AutoTokenizer.from_pretrained(path, revision=revision),
+            GroundingDinoImageProcessorPil.from_pretrained(path, revision=revision),
+            threshold=threshold,
+        )
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Find objects by name.
+
+        Args:
+            images: RGB, uint8 [3, H, W], all of one size: padding would change what is found.
+            names: what to look for in each image, at least one name each, without full stops.
+
+        Returns:
+            Boxes per image, float32 [K, 4], absolute (x1, y1, x2, y2) in pixels.
+
+        Raises:
+            ValueError: the numbers or sizes of images do not fit, an image has no names, or one
+                name alone is longer than the text encoder takes.
+        """
+        if not images or len(images) != len(names) or not all(names):
+            raise ValueError(
+                "names: expected one or more for each of one or more images, got "
+                f"{[len(each) for each in names]} for {len(images)} images"
+            )
+        if len({image.shape for image in images}) > 1:
+            shapes = [list(image.shape) for image in images]
+            raise ValueError(f"images: expected all of one size, got {shapes}")
+        prompts = [(n, prompt) for n, each in enumerate(names) for prompt in self.prompts(each)]
+        text = self.tokenizer([prompt for _, prompt in prompts], padding=True, return_tensors="pt")
+        seen = self.processor([images[n] for n, _ in prompts], return_tensors="pt")
+        outputs = self.model(
+            **text.to(self.model.device),
+            pixel_values=seen.pixel_values.to(self.model.device, self.model.dtype),
+            pixel_mask=seen.pixel_mask.to(self.model.device),
+        )
+        outputs.pred_boxes = outputs.pred_boxes.float()  # half precision cannot tell 511 from 512
+        found = self.processor.post_process_object_detection(
+            outputs, self.threshold, [images[0].shape[1:]] * len(prompts)
+        )
+        boxes: list[list[Tensor]] = [[] for _ in images]
+        for (n, _), each in zip(prompts, found, strict=True):
+            boxes[n].append(each["boxes"])
+        return [torch.cat(each) for each in boxes]
+
+    def prompts(self, names: Sequence[str]) -> list[str]:
+        """Join names to as few prompts, in order, as the text encoder takes.
+
+        Each name ends with a full stop: the words of a last one without it would not see each
+        other.
+
+        Raises:
+            ValueError: one name alone is longer than the text encoder takes.
+        """
+        limit = self.model.config.max_text_len - 2  # the first and the last token are special
+        tokens = self.tokenizer(list(names), add_special_tokens=False).input_ids
+        joined: list[str] = []
+        room = 0
+        for name, ids in zip(names, tokens, strict=True):
+            length = len(ids) + 1
+            if length > limit:
+                raise ValueError(
+                    f"names: expected at most {limit - 1} tokens each, got {len(ids)} "
+                    f"in {name[:40]!r}..."
+                )
+            if length > room:
+                joined.append("")
+                room = limit
+            joined[-1] += f" {name} ."
+            room -= length
+        return [prompt.strip() for prompt in joined]
+
+
+class DinoV3:
+    """Tokens of images, scaled to 224 x 224.
+
+    Args:
+        model: the vision transformer, in evaluation mode.
+
+    Source: DINOv3 (arXiv 2508.10104).
+    """
+
+    def __init__(self, model: DINOv3ViTModel) -> None:
+        self.model = model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str] = "facebook/dinov3-vitb16-pretrain-lvd1689m",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str = "main",
+    ) -> DinoV3:
+        """Load the features.
+
+        Args:
+            path: hub id or folder. The published weights need their licence accepted on the hub.
+            device: where they are computed.
+            dtype: of the weights.
+            revision: of the hub's repository.
+        """
+        model = DINOv3ViTModel.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True
+        )
+        return cls(model.to(device).eval())
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Tensor]) -> Features:
+        """Compute the tokens of images, RGB, uint8 [3, H, W] of any sizes; float32."""
+        tokens = self.model(pixel_values=self.prepare(images)).last_hidden_state.float()
+        first = 1 + self.model.config.num_register_tokens
+        side = IMAGE_SIZE // self.model.config.patch_size
+        return Features(
+            cls=tokens[:, 0],
+            registers=tokens[:, 1:first],
+            patches=tokens[:, first:],
+            grid=(side, side),
+            size=(IMAGE_SIZE, IMAGE_SIZE),
+        )
+
+    def prepare(self, images: Sequence[Tensor]) -> Tensor:
+        """Scale images to what the model sees: [K, 3, 224, 224], of ImageNet's mean and std."""
+        scaled = torch.cat([_resize(image.to(self.model.device)) for image in images])
+        mean, std = (scaled.new_tensor(value)[:, None, None] for value in (MEAN, STD))
+        return ((scaled - mean) / std).to(self.model.dtype)
+
+
+def _resize(image: Tensor) -> Tensor:
+    return functional.interpolate(
+        image[None] / 255, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True
+    )

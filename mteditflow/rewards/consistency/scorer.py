@@ -1,0 +1,217 @@
+"""Content consistency: what no instruction touched must look the same.
+
+A detector finds the objects, features compare them and the background. Both are plain callables;
+``mteditflow.rewards.consistency.models`` has the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mteditflow._checks import check_choice, check_count
+from mteditflow.chains import Chain
+from mteditflow.rewards.consistency.looks import (
+    SIZE,
+    Box,
+    Look,
+    Pictures,
+    Search,
+    crops_of,
+    look_of,
+    searches_of,
+    tasks_of,
+)
+from mteditflow.rewards.consistency.pairs import (
+    PAIRINGS,
+    ConsistencyScores,
+    Pair,
+    PairScores,
+    image_pairs,
+)
+from mteditflow.rewards.consistency.protocols import Detector, FeatureExtractor
+from mteditflow.rewards.consistency.regions import pixel_boxes
+from mteditflow.rewards.consistency.similarity import (
+    TOKENS,
+    background_summary,
+    check_features,
+    object_summary,
+    pixel_similarity,
+    similarity,
+)
+
+Summaries = Mapping[tuple[int, Box | int], Tensor]  # of a picture's crop, or of a look's background
+X = TypeVar("X")
+
+
+class ConsistencyScorer:
+    """Scores pairs of images; holds no state but its models, so that threads may share it.
+
+    Args:
+        detector: finds the objects.
+        features: of crops and whole images; ``None`` leaves the feature terms out, and the L1 terms
+            remain.
+        tokens: "strict", or "compat" to do as EdiVal-Bench's public scorer does.
+        batch_size: most images that go through a model at once.
+
+    Raises:
+        ValueError: there is no such choice of tokens, or the batch size is not positive.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 13 to 16; EdiVal-Bench (arXiv 2509.13399).
+
+    Example:
+        >>> from mteditflow.rewards import Pair
+        >>> def corner(images, names):  # a detector that finds the upper left quarter
+        ...     return [torch.tensor([[0.0, 0.0, 256.0, 256.0]]) for _ in images]
+        >>> images = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
+        >>> pair = Pair(source=0, edited=1, unchanged_objects=("cat",), all_objects=("cat",))
+        >>> ConsistencyScorer(corner).score_pairs(images, [pair])
+        [PairScores(object=None, background=None, object_l1=0.0, background_l1=0.0)]
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        features: FeatureExtractor | None = None,
+        *,
+        tokens: str = "strict",
+        batch_size: int = 16,
+    ) -> None:
+        check_choice("tokens", tokens, tuple(TOKENS))
+        check_count("batch_size", batch_size)
+        self.detector, self.features = detector, features
+        self.tokens, self.batch_size = tokens, batch_size
+        self._rules = TOKENS[tokens]
+
+    def score_pairs(self, images: Sequence[Image.Image], pairs: Sequence[Pair]) -> list[PairScores]:
+        """Score pairs of images of one chain, in order; see ``score_many``."""
+        return self.score_many([(images, pairs)])[0]
+
+    @torch.inference_mode()
+    def score_many(
+        self, work: Sequence[tuple[Sequence[Image.Image], Sequence[Pair]]]
+    ) -> list[list[PairScores]]:
+        """Score pairs of images of many chains, in few calls of the models.
+
+        A picture is searched once for each set of names, and a crop goes through the features once,
+        however many pairs and chains share it.
+
+        Args:
+            work: per chain, images of any mode and size, and the pairs to score among them.
+
+        Raises:
+            ValueError: a pair names an image that is not there, or what a model gave has a wrong
+                shape or is not finite.
+            TypeError: what a model gave has a wrong dtype.
+        """
+        pictures = Pictures()
+        tasks = [tasks_of(pictures, images, pairs, self._rules) for images, pairs in work]
+        flat = [task for chain in tasks for task in chain]
+        found = self._detect(pictures, searches_of(flat))
+        looks = [look_of(task, found, self._rules) for task in flat]
+        summaries = self._summarise(pictures, looks)
+        scores = (self._score(pictures, summaries, *each) for each in enumerate(looks))
+        return [[next(scores) for _ in chain] for chain in tasks]
+
+    def _detect(self, pictures: Pictures, searches: Sequence[Search]) -> dict[Search, Tensor]:
+        found: dict[Search, Tensor] = {}
+        for batch in _batches(searches, self.batch_size):
+            images = [pictures.pixels[picture] for picture, _ in batch]
+            boxes = self.detector(images, [names for _, names in batch])
+            if len(boxes) != len(batch):
+                raise ValueError(
+                    f"detector: expected boxes of {len(batch)} images, got {len(boxes)}"
+                )
+            found |= {
+                search: pixel_boxes(each, (SIZE, SIZE))
+                for search, each in zip(batch, boxes, strict=True)
+            }
+        return found
+
+    def _summarise(self, pictures: Pictures, looks: Sequence[Look]) -> Summaries:
+        """Features of every crop and background; a background of no weight has none."""
+        summaries: dict[tuple[int, Box | int], Tensor] = {}
+        if self.features is None:
+            return summaries
+        crops = crops_of(looks)
+        for batch in _batches(list(crops), self.batch_size):
+            features = self.features([pictures.crop(*crop) for crop in batch])
+            check_features(features, len(batch))
+            summaries |= zip(batch, object_summary(features, self._rules), strict=True)
+            for crop, tokens in zip(batch, self._rules.tokens(features), strict=True):
+                for n, mask in crops[crop].items():
+                    weights = self._rules.weights(mask, features)
+                    if weights.any():
+                        key = (crop[0], n)
+                        summaries[key] = background_summary(tokens, weights, self._rules)
+        return summaries
+
+    def _score(self, pictures: Pictures, summaries: Summaries, n: int, look: Look) -> PairScores:
+        source, edited, crops, mask = look
+        terms: dict[str, float | None] = {}
+        if crops is not None:
+            parts = [(pictures.crop(source, box), pictures.crop(edited, box)) for box in crops]
+            alike = [pixel_similarity(*part) for part in parts]
+            terms["object_l1"] = fmean(alike) if alike else self._rules.unmeasured
+            terms["object"] = self._cosine(summaries, look, crops)
+        if mask is not None:
+            if mask.any():
+                whole = pictures.pixels[source], pictures.pixels[edited]
+                terms["background_l1"] = pixel_similarity(*whole, mask)
+            terms["background"] = self._cosine(summaries, look, [n])
+        return PairScores(**terms)
+
+    def _cosine(
+        self, summaries: Summaries, look: Look, regions: Sequence[Box | int]
+    ) -> float | None:
+        if self.features is None:
+            return None
+        regions = [region for region in regions if (look.source, region) in summaries]
+        if not regions:
+            return self._rules.unmeasured
+        source, edited = (
+            torch.stack([summaries[picture, region] for region in regions])
+            for picture in (look.source, look.edited)
+        )
+        return float(similarity(source, edited).mean())
+
+
+class Consistency:
+    """Content consistency in this process.
+
+    Args:
+        scorer: scores pairs of images.
+        pairing: "reference" or "consecutive", as in ``pairs_of``.
+
+    Raises:
+        ValueError: there is no such pairing.
+    """
+
+    def __init__(self, scorer: ConsistencyScorer, *, pairing: str = "reference") -> None:
+        check_choice("pairing", pairing, PAIRINGS)
+        self.scorer, self.pairing = scorer, pairing
+
+    def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
+    ) -> ConsistencyScores:
+        """Score every turn of B chains.
+
+        Args:
+            chains: B chains with the names of their objects; N may differ.
+            images: per chain N + 1 images, the reference first, then what each turn made.
+
+        Raises:
+            ValueError: a number of images does not fit, or a chain names no objects.
+        """
+        answers = self.scorer.score_many(image_pairs(chains, images, pairing=self.pairing))
+        return ConsistencyScores.collect(answers, [chain.turns for chain in chains])
+
+
+def _batches(items: Sequence[X], size: int) -> Iterator[Sequence[X]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

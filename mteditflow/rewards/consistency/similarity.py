@@ -1,0 +1,159 @@
+"""Features of images and crops, boiled down to vectors whose cosine is content consistency.
+
+Shapes: ``K`` images or crops, ``R`` register tokens, ``P`` patches, ``C`` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mteditflow._checks import check_full_precision, check_shape, check_values
+from mteditflow.rewards.consistency.regions import patch_weights, soft
+
+
+class Features(NamedTuple):
+    """Tokens of K images, as a vision transformer gives them; float32 or float64."""
+
+    cls: Tensor  # [K, C]
+    registers: Tensor  # [K, R, C], R may be 0
+    patches: Tensor  # [K, P, C], row by row
+    grid: tuple[int, int]  # rows and columns of the patches
+    size: tuple[int, int]  # height and width of the image that the model saw
+
+
+class Strict:
+    """Patches alone are patches, and a term that cannot be measured does not exist."""
+
+    unmeasured: float | None = None  # value of a term that cannot be measured
+    border = 0  # pixels that a box takes of the mask beyond its right and lower end
+    eps = 0.0  # added to the sum of weights, which changes no cosine
+
+    def has_objects(self, background: bool) -> bool:
+        """Whether there is an object term, given whether the background must look the same."""
+        return True
+
+    def tokens(self, features: Features) -> Tensor:
+        """Tokens that are averaged, [K, P, C]."""
+        return features.patches
+
+    def weights(self, mask: Tensor, features: Features) -> Tensor:
+        """Weight of each of these tokens in the background, [P]."""
+        return patch_weights(mask, features.grid)
+
+
+class Compat(Strict):
+    """As EdiVal-Bench's public scorer does it, for comparison with published numbers.
+
+    Register tokens are among the patches, and the grid is the factor pair of their number nearest
+    to the aspect ratio of the image, so that the mask is misplaced. Boxes cover their last row and
+    column in the mask, as PIL draws them. What cannot be measured scores 0.
+
+    Source: EdiVal-Bench (arXiv 2509.13399), its public implementation.
+    """
+
+    unmeasured = 0.0
+    border = 1
+    eps = 1e-6
+
+    def has_objects(self, background: bool) -> bool:
+        """Only where the background must look the same: there is no term at all elsewhere."""
+        return background
+
+    def tokens(self, features: Features) -> Tensor:
+        """Registers and patches, [K, R + P, C]."""
+        return torch.cat([features.registers, features.patches], dim=1)
+
+    def weights(self, mask: Tensor, features: Features) -> Tensor:
+        """Weight of each of these tokens in the background, [R + P]."""
+        height, width = features.size
+        grid = nearest_grid(self.tokens(features).shape[1], height / width)
+        seen = functional.interpolate(
+            mask[None, None].double(), features.size, mode="nearest-exact"
+        )
+        return soft(functional.interpolate(seen, grid, mode="area"))
+
+
+TOKENS: Mapping[str, Strict] = {"strict": Strict(), "compat": Compat()}
+
+
+def nearest_grid(count: int, aspect: float) -> tuple[int, int]:
+    """Split a number of tokens into rows and columns whose ratio is nearest to the aspect ratio.
+
+    Args:
+        count: number of tokens.
+        aspect: height over width.
+
+    Example:
+        >>> nearest_grid(200, 1.0)
+        (10, 20)
+    """
+    divisors = [d for d in range(1, count + 1) if d * d <= count and count % d == 0]
+    grids = [grid for d in divisors for grid in ((count // d, d), (d, count // d))]
+    return min(grids, key=lambda grid: abs(grid[0] / grid[1] - aspect))
+
+
+def object_summary(features: Features, rules: Strict) -> Tensor:
+    """CLS and mean token of each crop, [K, 2, C]."""
+    return torch.stack([features.cls, rules.tokens(features).mean(dim=1)], dim=1)
+
+
+def background_summary(tokens: Tensor, weights: Tensor, rules: Strict) -> Tensor:
+    """Weighted mean of the normalised tokens of one image, [1, C].
+
+    Args:
+        tokens: of the image, [P, C], as ``rules.tokens`` takes them.
+        weights: of these tokens, [P].
+        rules: adds its ``eps`` to the sum of weights.
+    """
+    weights = weights.to(tokens)
+    mean = weights @ functional.normalize(tokens, dim=-1) / (weights.sum() + rules.eps)
+    return mean[None]
+
+
+def similarity(source: Tensor, edited: Tensor) -> Tensor:
+    """Mean cosine of the V vectors of two summaries, [..., V, C] -> [...]; not clamped.
+
+    Example:
+        >>> source = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])
+        >>> edited = torch.tensor([[[0.0, 2.0], [6.0, 8.0]]])
+        >>> similarity(source, edited)
+        tensor([0.5000])
+    """
+    return functional.cosine_similarity(source, edited, dim=-1).mean(dim=-1)
+
+
+def pixel_similarity(source: Tensor, edited: Tensor, mask: Tensor | None = None) -> float:
+    """Compute 1 - mean absolute difference of pixels scaled to [0, 1].
+
+    Args:
+        source: uint8 [3, H, W].
+        edited: uint8 [3, H, W].
+        mask: pixels that count, boolean [H, W], at least one; ``None`` means all.
+
+    Example:
+        >>> black = torch.zeros(3, 2, 2, dtype=torch.uint8)
+        >>> pixel_similarity(black, black + 51)
+        0.8
+    """
+    difference = torch.maximum(source, edited) - torch.minimum(source, edited)
+    count = difference[0].numel()
+    if mask is not None:
+        difference, count = difference * mask, int(mask.sum())
+    return 1 - int(difference.sum()) / (255 * len(difference) * count)
+
+
+def check_features(features: Features, count: int) -> None:
+    """Raise unless these are finite tokens of ``count`` images, in full precision."""
+    check_full_precision(cls=features.cls, registers=features.registers, patches=features.patches)
+    channels, (rows, columns) = features.cls.shape[-1], features.grid
+    registers = features.registers.shape[1]
+    check_shape("cls", features.cls, (count, channels), "[K, C]")
+    check_shape("registers", features.registers, (count, registers, channels), "[K, R, C]")
+    check_shape("patches", features.patches, (count, rows * columns, channels), "[K, P, C]")
+    for name, tokens in zip(features._fields[:3], features[:3], strict=True):
+        check_values(name, tokens, tokens.isfinite(), "finite tokens")

@@ -1,0 +1,1 @@
+"""Instruction following, asked of a vision-language model: prompts, answers, scores."""

@@ -1,0 +1,170 @@
+"""Instruction following, scored by a vision-language model behind an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mteditflow._checks import check_count
+from mteditflow.chains import Chain
+from mteditflow.rewards.faults import Lost
+from mteditflow.rewards.images import png_data_url, to_rgb
+from mteditflow.rewards.judge.prompts import Prompt, Request
+from mteditflow.rewards.scores import TurnScores
+from mteditflow.rewards.transport.chat import ChatClient
+from mteditflow.rewards.transport.gather import gather
+
+Marks = tuple[float, ...] | Lost  # the scores of some turns, or why there are none
+
+
+class Judge:
+    """Asks a model how well each turn of a chain followed its instruction.
+
+    An answer that is lost marks the turns that it was about: one of them where the prompt asks
+    about each turn on its own, all of the chain's where it asks once.
+
+    Args:
+        client: asks the endpoints.
+        prompt: a ``JudgePrompt`` or an ``ExpectationPrompt``.
+        votes: answers to average, from as many seeds. Where fewer than half of them can be read,
+            the turn is lost. Averages of binary scores are fractions: aggregate them with
+            ``mteditflow.turn_average``.
+        chains_at_once: most chains whose encoded images are in memory at a time. At least the
+            client's ``concurrency``, or that is not used up.
+
+    Raises:
+        ValueError: a count is below 1, or several votes are to be taken at temperature 0, where all
+            would be equal.
+
+    Example:
+        >>> from mteditflow.rewards import JudgePrompt
+        >>> client = ChatClient(["http://127.0.0.1:9/v1"], "qwen3-vl", attempts=1)
+        >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat",))
+        >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+        >>> scores = anyio.run(Judge(client, JudgePrompt()).score, [chain], [images])
+        >>> scores.score, scores.reasons
+        (tensor([[nan]]), {'no connection': 1})
+    """
+
+    def __init__(
+        self, client: ChatClient, prompt: Prompt, *, votes: int = 1, chains_at_once: int = 64
+    ) -> None:
+        check_count("votes", votes)
+        check_count("chains_at_once", chains_at_once)
+        if votes > 1 and client.temperature == 0:
+            raise ValueError(f"votes: expected 1 at temperature 0, got {votes}, all of them equal")
+        self.client, self.prompt, self.votes = client, prompt, votes
+        self._chains_at_once = chains_at_once
+
+    async def score(
+        self,
+        chains: Sequence[Chain],
+        images: Sequence[Sequence[Image.Image]],
+        *,
+        progress: bool = False,
+    ) -> TurnScores:
+        """Score every turn of B chains.
+
+        Args:
+            chains: what was asked for, [B].
+            images: for each chain N + 1 images: the reference, then what each turn made.
+            progress: whether to show a bar that counts answers.
+
+        Returns:
+            Scores [B, N], float32, in the order of ``chains``, N turns being those of the longest;
+            in 1..5 or 0..1, as the prompt's scale has it.
+
+        Raises:
+            ValueError: there is no chain, or its images are too few, too many or unreadable.
+            TypeError: one of them is not a PIL image.
+        """
+        pictures = await anyio.to_thread.run_sync(_check_images, chains, images)
+        answers = self.votes * sum(len(self.prompt.spans(chain.turns)) for chain in chains)
+        slots = anyio.Semaphore(self._chains_at_once)
+        with tqdm(total=answers, desc="judge", unit="answer", disable=not progress) as bar:
+            marks = await gather(
+                [
+                    partial(self._score_chain, chain, own, slots, bar)
+                    for chain, own in zip(chains, pictures, strict=True)
+                ]
+            )
+        return _turn_scores(chains, marks)
+
+    async def _score_chain(
+        self, chain: Chain, images: list[Image.Image], slots: anyio.Semaphore, bar: tqdm[None]
+    ) -> list[tuple[range, Marks]]:
+        """What each span of turns got. Each image is encoded once, off the event loop."""
+        async with slots:
+            urls = await anyio.to_thread.run_sync(lambda: [png_data_url(x) for x in images])
+            spans = self.prompt.spans(chain.turns)
+            requests = [
+                self.prompt.request(
+                    chain.instructions[span.start : span.stop], urls[span.start : span.stop + 1]
+                )
+                for span in spans
+            ]
+            marks = await gather([partial(self._vote, request, bar) for request in requests])
+        return list(zip(spans, marks, strict=True))
+
+    async def _vote(self, request: Request, bar: tqdm[None]) -> Marks:
+        async def ask(seed: int) -> Marks:
+            marks = await self.client.ask(
+                request.content,
+                request.read,
+                max_tokens=request.max_tokens,
+                schema=request.schema,
+                top_logprobs=request.top_logprobs,
+                seed=seed,
+            )
+            bar.update()
+            return marks
+
+        votes = await gather([partial(ask, seed) for seed in range(self.votes)])
+        read = [vote for vote in votes if not isinstance(vote, Lost)]
+        lost = [vote for vote in votes if isinstance(vote, Lost)]
+        if len(lost) > len(read):
+            return lost[0]
+        return tuple(sum(scores) / len(read) for scores in zip(*read, strict=True))
+
+
+def _check_images(
+    chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
+) -> list[list[Image.Image]]:
+    """All images in RGB and loaded, so that threads may share them."""
+    if not chains or len(images) != len(chains):
+        raise ValueError(
+            "images: expected a list for each chain, and at least one chain, "
+            f"got {len(images)} lists for {len(chains)} chains"
+        )
+    for b, (chain, own) in enumerate(zip(chains, images, strict=True)):
+        if len(own) != chain.turns + 1:
+            raise ValueError(
+                f"images[{b}]: expected the reference and one image for each of {chain.turns} "
+                f"turns, got {len(own)} images"
+            )
+    return [
+        [to_rgb(f"images[{b}][{n}]", image) for n, image in enumerate(own)]
+        for b, own in enumerate(images)
+    ]
+
+
+def _turn_scores(
+    chains: Sequence[Chain], marks: Sequence[Sequence[tuple[range, Marks]]]
+) -> TurnScores:
+    turns = torch.tensor([chain.turns for chain in chains])
+    turn_mask = torch.arange(int(turns.max())) < turns[:, None]
+    score = torch.full(turn_mask.shape, torch.nan)
+    lost: dict[tuple[int, int], Lost] = {}
+    for b, own in enumerate(marks):
+        for span, result in own:
+            if isinstance(result, Lost):
+                lost |= {(b, n): result for n in span}
+            else:
+                score[b, span.start : span.stop] = torch.tensor(result)
+    return TurnScores(score, turn_mask, lost)

@@ -1,0 +1,150 @@
+"""What a judge is asked about a chain, and how its answer is read.
+
+A request shows an image and, for each of N turns, the instruction and the image after it. A call
+per turn is the same with a chain of one turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from mteditflow._checks import check_choice
+from mteditflow.rewards.judge.answers import SCALES, parse_json, parse_text
+from mteditflow.rewards.judge.wording import RUBRICS, json_form, question, text_form
+from mteditflow.rewards.transport.chat import ChatAnswer
+
+LONGEST_ANALYSIS = 400  # characters for each turn, where the server enforces a schema
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a judge, as ``ChatClient.ask`` takes it.
+
+    Attributes:
+        content: text and image_url parts of the message.
+        read: one score per turn from the answer, or ``AnswerError``.
+        max_tokens: most that the answer may have.
+        schema: JSON schema of the answer, if the server is to enforce one.
+        top_logprobs: how many of the likeliest tokens are wanted, if any.
+    """
+
+    content: list[dict[str, Any]]
+    read: Callable[[ChatAnswer], tuple[float, ...]]
+    max_tokens: int
+    schema: dict[str, Any] | None = None
+    top_logprobs: int | None = None
+
+
+class Prompt(Protocol):
+    """What ``Judge`` needs of a prompt."""
+
+    def spans(self, turns: int) -> list[range]:
+        """Return the turns, counted from 0, that each request about a chain covers."""
+
+    def request(self, instructions: Sequence[str], images: Sequence[str]) -> Request:
+        """Build the request about N instructions and the URLs of N + 1 images."""
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    r"""Asks for the score of each turn in writing.
+
+    Args:
+        scope: "trajectory" asks once about all turns of a chain, "turn" about each on its own.
+        scale: "likert", 1..5, or "binary", 0 or 1.
+        thinking: whether a short analysis of each turn comes before its score.
+        answer_format: "json" for a server that enforces a JSON schema; "text" for any other, one
+            line per turn.
+
+    Raises:
+        ValueError: one of them is not a choice.
+
+    Source: MT-EditFlow (arXiv 2606.01985) for scopes, scales and modes; the wording is this
+        library's own.
+
+    Example:
+        >>> prompt = JudgePrompt(thinking=False, answer_format="text")
+        >>> request = prompt.request(["Remove a cat", "Add a dog"], ["data:0", "data:1", "data:2"])
+        >>> request.content[-1]["text"].splitlines()[1:]
+        ['Turn 1: <score of turn 1>', 'Turn 2: <score of turn 2>']
+        >>> request.read(ChatAnswer(text="Turn 1: 5\nTurn 2: 3"))
+        (5, 3)
+    """
+
+    scope: str = "trajectory"
+    scale: str = "likert"
+    thinking: bool = True
+    answer_format: str = "json"
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, ("trajectory", "turn"))
+        check_choice("scale", self.scale, tuple(SCALES))
+        check_choice("answer_format", self.answer_format, ("json", "text"))
+
+    def spans(self, turns: int) -> list[range]:
+        """Return the turns, counted from 0, that each request about a chain covers."""
+        return [range(turns)] if self.scope == "trajectory" else single_turns(turns)
+
+    def request(self, instructions: Sequence[str], images: Sequence[str]) -> Request:
+        """Build the request about N turns.
+
+        Args:
+            instructions: of each turn, [N].
+            images: URLs of the image before the first turn and of that after each, [N + 1].
+
+        Raises:
+            ValueError: there is no turn, or not one image more than there are instructions.
+        """
+        structured, turns = self.answer_format == "json", len(instructions)
+        parse, form = (parse_json, json_form) if structured else (parse_text, text_form)
+        read = partial(parse, turns=turns, scale=self.scale, thinking=self.thinking)
+        return Request(
+            content=question(
+                instructions,
+                images,
+                rubric=RUBRICS[self.scale],
+                names=self._names,
+                form=form(turns, names=self._names, thinking=self.thinking),
+            ),
+            read=lambda answer: read(answer.text),
+            max_tokens=32 + turns * (16 + 512 * self.thinking),
+            schema=self.schema(turns) if structured else None,
+        )
+
+    def schema(self, turns: int) -> dict[str, Any]:
+        """JSON schema of an answer about N turns; in it, as on paper, analysis precedes score."""
+        score = {"type": "integer", "enum": sorted(SCALES[self.scale].values())}
+        if not self.thinking:
+            return _only_key("scores", score, turns)
+        analysis = {"type": "string", "minLength": 1, "maxLength": LONGEST_ANALYSIS}
+        return _only_key("turns", _object({"analysis": analysis, "score": score}), turns)
+
+    @property
+    def _names(self) -> Mapping[str, int]:
+        """How each score is written: words in text, and integers in JSON."""
+        labels = SCALES[self.scale]
+        if self.answer_format == "text":
+            return labels
+        return {str(score): score for score in labels.values()}
+
+
+def single_turns(turns: int) -> list[range]:
+    """Return one span for each of N turns."""
+    return [range(n, n + 1) for n in range(turns)]
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    required = list(properties)
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def _only_key(key: str, item: dict[str, Any], count: int) -> dict[str, Any]:
+    return _object({key: {"type": "array", "items": item, "minItems": count, "maxItems": count}})

@@ -1,0 +1,1 @@
+"""How questions reach endpoints: attempts, rotation, faults of HTTP, answers kept on disk."""

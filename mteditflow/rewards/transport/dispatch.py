@@ -1,0 +1,239 @@
+"""Sends attempts to endpoints: so many at a time, each against a deadline, tried again, or lost."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import anyio
+from anyio.lowlevel import RunVar
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from mteditflow._checks import check_count, check_number
+from mteditflow.rewards.faults import Fault, Lost
+from mteditflow.rewards.transport.classify import AttemptError, classify
+from mteditflow.rewards.transport.endpoints import Endpoint, Rotation
+
+T = TypeVar("T")
+POLL = 1.0  # s; a probe that another event loop sends is not announced in this one
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a dispatcher has done so far, for a log.
+
+    Attributes:
+        answered: requests that got their answer.
+        lost: requests that did not.
+        attempts: of all requests together.
+        faults: reason to how many attempts failed for it.
+        endpoints: URL to ``up``, ``resting`` or ``out``.
+    """
+
+    answered: int
+    lost: int
+    attempts: int
+    faults: Mapping[str, int]
+    endpoints: Mapping[str, str]
+
+
+@dataclass
+class _Request:
+    """One request on its way through its attempts."""
+
+    open: set[str]  # endpoints that may still be asked
+    failed: set[str] = field(default_factory=set)
+    attempts: int = 0
+    last: AttemptError | None = None
+
+
+class _Loop:
+    """What belongs to one event loop."""
+
+    def __init__(self, concurrency: int) -> None:
+        self.slots = anyio.Semaphore(concurrency)
+        self.changed = anyio.Event()
+
+    def notify(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+
+class Dispatcher:
+    """Runs attempts at several endpoints until one succeeds or the request is lost.
+
+    Every attempt has a deadline of its own around the whole exchange, so a slow drip of bytes does
+    not outlive it. Attempts that fail are repeated after an exponential back-off with full jitter,
+    at an endpoint that has not failed this request if there is one. A request that the server
+    rejects (4xx) is never repeated at that endpoint. Where all endpoints rest or are out, a
+    request waits for the first one to come back. A dispatcher may be used from several event loops.
+
+    Args:
+        endpoints: their URLs.
+        concurrency: most attempts in flight, in each event loop.
+        timeout: of one attempt, s.
+        attempts: most that one request gets.
+        back_off: s; the n-th pause is drawn evenly from [0, back_off 2^(n - 1)].
+        max_back_off: most of that interval's end, s.
+        patience: longest that a request waits for endpoints to come back, s. One that asks to wait
+            for longer (Retry-After) is not waited for.
+        faults_to_rest: faults in a row after which an endpoint is taken out.
+        cool_down: s that it is out at first; doubles at each probe that fails.
+        max_cool_down: most of that, s.
+        secret: key or token that must appear in no message.
+
+    Raises:
+        ValueError: a number is out of range, a URL malformed, the secret not printable ASCII.
+
+    Example:
+        >>> async def attempt(endpoint):
+        ...     return f"answer of {endpoint}"
+        >>> anyio.run(Dispatcher(["http://127.0.0.1:8000/v1"]).run, attempt)
+        'answer of http://127.0.0.1:8000/v1'
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        concurrency: int = 64,
+        timeout: float = 120.0,
+        attempts: int = 4,
+        back_off: float = 0.5,
+        max_back_off: float = 20.0,
+        patience: float = 300.0,
+        faults_to_rest: int = 3,
+        cool_down: float = 5.0,
+        max_cool_down: float = 60.0,
+        secret: str | None = None,
+    ) -> None:
+        check_count("concurrency", concurrency)
+        check_number("timeout", timeout, low=0.0, open_low=True)
+        check_count("attempts", attempts)
+        check_number("back_off", back_off, low=0.0)
+        check_number("max_back_off", max_back_off, low=back_off)
+        check_number("patience", patience, low=0.0)
+        if secret is not None and not (secret.isascii() and secret.isprintable() and secret):
+            raise ValueError("secret: expected printable ASCII, got something else")
+        self._rotation = Rotation(
+            endpoints,
+            faults_to_rest=faults_to_rest,
+            cool_down=cool_down,
+            max_cool_down=max_cool_down,
+        )
+        self._concurrency, self._timeout, self._attempts = concurrency, timeout, attempts
+        self._wait = wait_random_exponential(multiplier=back_off, max=max_back_off)
+        self._patience, self._secret = patience, secret
+        self._loops: RunVar[_Loop] = RunVar("mteditflow dispatcher")
+        self._counts: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """URLs of the endpoints, without trailing slashes."""
+        return self._rotation.urls
+
+    @property
+    def statistics(self) -> Statistics:
+        """What was done so far."""
+        counts = self._counts
+        states = {endpoint.url: endpoint.state for endpoint in self._rotation.endpoints}
+        faults = dict(self._faults.most_common())
+        return Statistics(counts["answered"], counts["lost"], counts["attempts"], faults, states)
+
+    async def run(self, attempt: Callable[[str], Awaitable[T]]) -> T | Lost:
+        """Make attempts until one returns.
+
+        Args:
+            attempt: given an endpoint's URL, does one exchange and returns its answer. It raises
+                ``AnswerError`` or an exception of ``httpx2`` or ``openai``; what else it raises is
+                a bug, and leaves this function.
+
+        Returns:
+            What the attempt returned, or why there is no answer.
+        """
+        request = _Request(set(self.endpoints))
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._attempts),
+            wait=self._wait,
+            retry=retry_if_exception(lambda e: isinstance(e, AttemptError) and bool(request.open)),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        try:
+            answer: T = await retrying(self._try_once, attempt, request)
+        except AttemptError as failure:
+            self._counts["lost"] += 1
+            return Lost(failure.fault, failure.detail, request.attempts)
+        self._counts["answered"] += 1
+        return answer
+
+    async def _try_once(self, attempt: Callable[[str], Awaitable[T]], request: _Request) -> T:
+        loop = self._loop()
+        async with loop.slots:
+            endpoint = await self._endpoint_for(request, loop)
+            request.attempts += 1
+            self._counts["attempts"] += 1
+            try:
+                with self._rotation.use(endpoint):
+                    return await self._against_deadline(attempt, endpoint.url)
+            except AttemptError as failure:
+                self._faults[failure.fault.value] += 1
+                request.last = failure
+                request.failed.add(endpoint.url)
+                if not failure.here_again:
+                    request.open.discard(endpoint.url)
+                raise
+            finally:
+                loop.notify()
+
+    async def _against_deadline(self, attempt: Callable[[str], Awaitable[T]], url: str) -> T:
+        try:
+            with anyio.move_on_after(self._timeout):
+                return await attempt(url)
+        except Exception as error:
+            failure = classify(error)
+            if failure is None:
+                raise
+            raise self._about(url, failure) from error
+        raise self._about(url, AttemptError(Fault.timeout, f"no answer within {self._timeout:g} s"))
+
+    def _about(self, url: str, failure: AttemptError) -> AttemptError:
+        """Name the endpoint, and hide the secret."""
+        detail = f"{url}: {failure.detail}"
+        if self._secret is not None:
+            detail = detail.replace(self._secret, "***")
+        return AttemptError(
+            failure.fault,
+            detail,
+            retry_after=failure.retry_after,
+            here_again=failure.here_again,
+        )
+
+    async def _endpoint_for(self, request: _Request, loop: _Loop) -> Endpoint:
+        """Wait for an endpoint that may be asked; the caller uses it before it awaits anything."""
+        until = anyio.current_time() + self._patience
+        while (found := self._rotation.pick(request.open, rather_not=request.failed)) is None:
+            rest, left = self._rotation.returns_in(request.open), until - anyio.current_time()
+            if left <= 0 or left < rest < math.inf:
+                raise self._unavailable(request)
+            with anyio.move_on_after(min(rest, left, POLL)):
+                await loop.changed.wait()
+        return found
+
+    def _unavailable(self, request: _Request) -> AttemptError:
+        request.open.clear()
+        detail = f"no endpoint comes back within {self._patience:g} s"
+        if request.last is None:
+            return AttemptError(Fault.unavailable, detail)
+        return AttemptError(request.last.fault, f"{request.last.detail}; {detail}")
+
+    def _loop(self) -> _Loop:
+        loop = self._loops.get(None)
+        if loop is None:
+            loop = _Loop(self._concurrency)
+            self._loops.set(loop)
+        return loop

@@ -1,0 +1,208 @@
+"""Endpoints in rotation: the least busy one next, a dead one out until a probe brings it back."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx2
+
+from mteditflow._checks import check_count, check_number
+from mteditflow.rewards.faults import Fault
+from mteditflow.rewards.transport.classify import AttemptError
+
+LOG = logging.getLogger(__name__)
+LONGEST_REST = 3600.0  # s; whatever a Retry-After says
+ENDPOINT_FAULTS = (Fault.timeout, Fault.connection, Fault.server_error)
+
+
+def check_url(name: str, url: str) -> str:
+    """Return an endpoint's URL without a trailing slash.
+
+    Raises:
+        ValueError: it is not http(s)://host[:port][/path]; user names, queries and fragments have
+            no place in it.
+
+    Example:
+        >>> check_url("endpoint", "http://127.0.0.1:8000/v1/")
+        'http://127.0.0.1:8000/v1'
+    """
+    shown = url.rpartition("@")[2]  # a password is not shown
+    try:
+        parts = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ValueError(f"{name}: expected http(s)://host[:port][/path], got {shown!r}") from error
+    extra = parts.userinfo or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.host or extra:
+        raise ValueError(f"{name}: expected http(s)://host[:port][/path], got {shown!r}")
+    return url.rstrip("/")
+
+
+@dataclass
+class Endpoint:
+    """One endpoint and how it fares.
+
+    Attributes:
+        url: where it is.
+        cool_down: s that it is taken out for when it dies next.
+        in_flight: attempts on their way.
+        answered: attempts that went well.
+        failed: attempts that did not, for whatever reason.
+        faults_in_row: time-outs, broken connections and server errors since it last answered.
+        is_out: taken out; one probe at a time may try it once it has cooled down.
+        probing: that probe is on its way.
+        rests_until: no attempt before this, on the clock of ``time.monotonic``.
+        last_use: running number of the latest attempt.
+    """
+
+    url: str
+    cool_down: float
+    in_flight: int = 0
+    answered: int = 0
+    failed: int = 0
+    faults_in_row: int = 0
+    is_out: bool = False
+    probing: bool = False
+    rests_until: float = -math.inf
+    last_use: int = 0
+
+    @property
+    def state(self) -> str:
+        """``up``, ``resting`` (the server asked to wait) or ``out`` (it does not answer)."""
+        if self.is_out:
+            return "out"
+        return "resting" if self.rests_until > time.monotonic() else "up"
+
+
+class Rotation:
+    """Which endpoint to ask next.
+
+    An endpoint with several faults in a row that are its own (time-out, connection, server error)
+    is taken out for a cool-down. Then one attempt goes through as a probe: if it fails the
+    cool-down doubles, any answer brings the endpoint back. One that asks to wait (Retry-After)
+    rests as long as it asks, and does not count as dead.
+
+    Args:
+        urls: of the endpoints, each once.
+        faults_to_rest: in a row before one is taken out, >= 1.
+        cool_down: seconds of the first one, > 0.
+        max_cool_down: most that it doubles to, s.
+
+    Raises:
+        ValueError: there is no URL, one is malformed or stands there twice, or a number is out of
+            range.
+
+    Example:
+        >>> rotation = Rotation(["http://a/v1", "http://b/v1"], cool_down=60.0, faults_to_rest=1)
+        >>> first = rotation.pick(rotation.urls)
+        >>> try:
+        ...     with rotation.use(first):
+        ...         raise AttemptError(Fault.connection, "refused")
+        ... except AttemptError:
+        ...     [(endpoint.url, endpoint.state) for endpoint in rotation.endpoints]
+        [('http://a/v1', 'out'), ('http://b/v1', 'up')]
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        faults_to_rest: int = 3,
+        cool_down: float = 5.0,
+        max_cool_down: float = 60.0,
+    ) -> None:
+        check_count("faults_to_rest", faults_to_rest)
+        check_number("cool_down", cool_down, low=0.0, open_low=True)
+        check_number("max_cool_down", max_cool_down, low=cool_down)
+        if isinstance(urls, str) or not urls:
+            raise ValueError(f"endpoints: expected a sequence of URLs, got {urls!r}")
+        self.urls = tuple(check_url(f"endpoints[{i}]", url) for i, url in enumerate(urls))
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"endpoints: expected each once, got {list(self.urls)}")
+        self.endpoints = tuple(Endpoint(url, cool_down) for url in self.urls)
+        self._faults_to_rest = faults_to_rest
+        self._cool_down, self._max_cool_down = cool_down, max_cool_down
+        self._uses = 0
+
+    def pick(self, among: Collection[str], *, rather_not: Collection[str] = ()) -> Endpoint | None:
+        """Choose the least busy endpoint that may be asked now, the longest unused of several.
+
+        Args:
+            among: URLs that come into question.
+            rather_not: URLs to take only if there is no other.
+
+        Returns:
+            The endpoint, or ``None`` if all rest.
+        """
+        now = time.monotonic()
+        ready = (
+            endpoint
+            for endpoint in self.endpoints
+            if endpoint.url in among and endpoint.rests_until <= now and not endpoint.probing
+        )
+        return min(
+            ready, key=lambda e: (e.url in rather_not, e.in_flight, e.last_use), default=None
+        )
+
+    def returns_in(self, among: Collection[str]) -> float:
+        """Seconds until one of these endpoints may be asked; inf while all are being probed."""
+        rests = (endpoint.rests_until for endpoint in self._of(among))
+        return min(rests, default=math.inf) - time.monotonic()
+
+    @contextmanager
+    def use(self, endpoint: Endpoint) -> Iterator[None]:
+        """Count an attempt in and out, and judge the endpoint by how it ends.
+
+        An exception that is not a ``AttemptError``, a cancellation for one, says nothing about it.
+        """
+        probe = endpoint.is_out
+        self._uses += 1
+        endpoint.last_use = self._uses
+        endpoint.in_flight += 1
+        endpoint.probing |= probe
+        try:
+            yield
+        except AttemptError as failure:
+            endpoint.failed += 1
+            self._judge(endpoint, failure, probe=probe)
+            raise
+        else:
+            endpoint.answered += 1
+            self._bring_back(endpoint)
+        finally:
+            endpoint.in_flight -= 1
+            if probe:
+                endpoint.probing = False
+
+    def _of(self, among: Collection[str]) -> list[Endpoint]:
+        return [e for e in self.endpoints if e.url in among and not e.probing]
+
+    def _judge(self, endpoint: Endpoint, failure: AttemptError, *, probe: bool) -> None:
+        if failure.retry_after is not None:
+            self._bring_back(endpoint)
+            rest = min(failure.retry_after, LONGEST_REST)
+            endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)
+        elif failure.fault in ENDPOINT_FAULTS:
+            endpoint.faults_in_row += 1
+            # What was on its way when an endpoint was taken out adds nothing to what is known.
+            if probe or (not endpoint.is_out and endpoint.faults_in_row >= self._faults_to_rest):
+                self._take_out(endpoint, failure)
+        else:
+            self._bring_back(endpoint)
+
+    def _take_out(self, endpoint: Endpoint, failure: AttemptError) -> None:
+        LOG.warning("%s is out for %g s: %s", endpoint.url, endpoint.cool_down, failure)
+        endpoint.is_out = True
+        endpoint.rests_until = time.monotonic() + endpoint.cool_down
+        endpoint.cool_down = min(2 * endpoint.cool_down, self._max_cool_down)
+
+    def _bring_back(self, endpoint: Endpoint) -> None:
+        endpoint.faults_in_row = 0
+        if endpoint.is_out:
+            LOG.warning("%s is back", endpoint.url)
+            endpoint.is_out, endpoint.cool_down = False, self._cool_down
+            endpoint.rests_until = -math.inf

@@ -1,0 +1,109 @@
+"""The consistency server as its users start it: in a process of its own, on a socket."""
+
+import threading
+import time
+
+import httpx2
+import pytest
+from consistency_world import (
+    ServerProcess,
+    color_scorer,
+    color_server,
+    models_server,
+    pair,
+    picture,
+    request_of,
+    scores_of,
+)
+
+from mteditflow.rewards import ConsistencyScorer
+
+TOKEN = "a-secret-token"
+IMAGES = [picture(n) for n in range(3)]
+GOOD = request_of(IMAGES[:2], [pair()])
+
+
+def post(server, answers):
+    """Send a request; append what came of it."""
+    try:
+        answers.append(httpx2.post(f"{server.url}/consistency", json=GOOD, timeout=60))
+    except httpx2.TransportError as error:
+        answers.append(error)
+
+
+@pytest.mark.slow
+def test_the_server_of_real_models_starts_with_a_token_scores_and_stops(
+    tiny_models, detector, features, tmp_path
+):
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    names = {"unchanged_objects": ("cat",), "all_objects": ("cat", "dog")}
+    pairs = [pair(0, n, **names) for n in (1, 2)]
+    body = request_of(IMAGES, pairs)
+    with ServerProcess(models_server(tiny_models, "--token-file", str(file))) as server:
+        url = f"{server.url}/consistency"
+        wrong = {"Authorization": "Bearer wrong-token"}
+        assert httpx2.post(url, json=body).status_code == 401
+        assert httpx2.post(url, json=body, headers=wrong).status_code == 401
+        answer = httpx2.post(url, json=body, headers={"Authorization": f"Bearer {TOKEN}"})
+        found = scores_of(answer.json())
+        assert found == ConsistencyScorer(detector, features).score_pairs(IMAGES, pairs)
+        assert "server" not in answer.headers
+        server.terminate()
+        assert server.exit_status() == 0
+    log = "".join(server.log)
+    assert "ready: models loaded" in log
+    assert TOKEN not in log
+    assert "wrong-token" not in log
+
+
+def test_requests_that_are_here_are_finished_when_told_to_stop():
+    with ServerProcess(color_server(1.0)) as server:
+        answers = []
+        first = threading.Thread(target=post, args=(server, answers))
+        first.start()
+        time.sleep(0.3)
+        server.terminate()
+        server.until("stopping")
+        refused = httpx2.post(f"{server.url}/consistency", json=GOOD)
+        assert refused.status_code == 503
+        assert refused.json() == {"detail": "the server is stopping"}
+        first.join()
+        assert answers[0].status_code == 200
+        assert scores_of(answers[0].json()) == color_scorer().score_pairs(IMAGES[:2], [pair()])
+        assert server.exit_status() == 0
+
+
+def test_a_client_learns_why_its_body_is_refused_although_it_still_sends():
+    with ServerProcess(color_server(max_body=1000, grace=0.1)) as server:
+        url, body = f"{server.url}/consistency", b"x" * 20_000_000
+        json_only = {"Content-Type": "application/json"}
+        for content in (body, (body[n : n + 10**6] for n in range(0, len(body), 10**6))):
+            refused = httpx2.post(url, content=content, headers=json_only, timeout=60)
+            assert (refused.status_code, list(refused.json())) == (413, ["detail"])
+        wrong_type = httpx2.post(url, content=body, timeout=60)
+        assert wrong_type.status_code == 415
+        assert httpx2.post(f"{server.url}/nothing", content=body, timeout=60).status_code == 404
+
+
+def test_a_stop_is_not_held_up_by_work_without_end():
+    with ServerProcess(color_server(600.0, grace=0.5)) as server:
+        answers = []
+        first = threading.Thread(target=post, args=(server, answers))
+        first.start()
+        time.sleep(0.5)
+        server.terminate()
+        assert server.exit_status() == 1  # a request was cut off
+        first.join()
+        assert getattr(answers[0], "status_code", None) != 200
+
+
+def test_a_server_that_cannot_load_ends_with_an_error():
+    code = (
+        "import sys; from mteditflow.rewards.server import create_app, serve\n"
+        "def load(): raise OSError('no such weights')\n"
+        "sys.exit(serve(create_app(load)))"
+    )
+    with ServerProcess(["-c", code], wait_ready=False) as server:
+        assert server.exit_status() == 1
+    assert "OSError: no such weights" in "".join(server.log)

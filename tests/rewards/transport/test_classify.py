@@ -1,0 +1,153 @@
+"""Which exception is which fault; what is not a fault is left alone."""
+
+import json
+import ssl
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import anyio
+import httpx2
+import openai
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow.rewards import AnswerError, Fault
+from mteditflow.rewards.transport.classify import SHOWN, classify, retry_after, shorten
+
+REQUEST = httpx2.Request("POST", "http://127.0.0.1/v1/chat/completions")
+
+
+def status_errors(status, text="", **headers):
+    response = httpx2.Response(status, text=text, headers=headers, request=REQUEST)
+    yield httpx2.HTTPStatusError("", request=REQUEST, response=response)
+    yield openai.APIStatusError("", response=response, body=None)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def raised(function):
+    with pytest.raises(Exception, match=r".") as caught:
+        function()
+    return caught.value
+
+
+class Integer(pydantic.BaseModel):
+    value: int
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "detail"),
+    [
+        (AnswerError(Fault.wrong_count, "2 of 3"), Fault.wrong_count, "2 of 3"),
+        (TimeoutError(), Fault.timeout, "TimeoutError"),
+        (openai.APITimeoutError(REQUEST), Fault.timeout, "Request timed out"),
+        (httpx2.ConnectTimeout("slow"), Fault.timeout, "ConnectTimeout: slow"),
+        (httpx2.ReadTimeout("slow"), Fault.timeout, "ReadTimeout: slow"),
+        (httpx2.PoolTimeout("slow"), Fault.timeout, "PoolTimeout: slow"),
+        (httpx2.ConnectError("refused"), Fault.connection, "ConnectError: refused"),
+        (httpx2.RemoteProtocolError("cut"), Fault.connection, "RemoteProtocolError: cut"),
+        (
+            caused(openai.APIConnectionError(request=REQUEST), httpx2.ReadError("reset")),
+            Fault.connection,
+            "ReadError: reset",
+        ),
+        (openai.APIConnectionError(request=REQUEST), Fault.connection, "Connection error."),
+        (ssl.SSLError("bad record"), Fault.connection, "bad record"),
+        (anyio.EndOfStream(), Fault.connection, "EndOfStream"),
+        (httpx2.DecodingError("gzip"), Fault.malformed, "gzip"),
+        (httpx2.TooManyRedirects("round"), Fault.malformed, "round"),
+        (raised(lambda: json.loads("{")), Fault.malformed, "JSONDecodeError"),
+        (raised(lambda: json.loads("[" * 100_000)), Fault.malformed, "RecursionError"),
+        (raised(lambda: b"\xff".decode()), Fault.malformed, "UnicodeDecodeError"),
+        (raised(lambda: Integer(value="x")), Fault.malformed, "ValidationError"),
+        (
+            openai.APIResponseValidationError(httpx2.Response(200, request=REQUEST), None),
+            Fault.malformed,
+            "APIResponseValidationError",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_each_exception_has_its_fault(error, fault, detail):
+    failure = classify(error)
+    assert failure.fault is fault
+    assert detail in failure.detail
+    assert failure.here_again
+    assert failure.retry_after is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), KeyError("x"), OSError("disk full"), httpx2.InvalidURL("x"), RuntimeError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_fault_of_an_answer_is_not_classified(error):
+    assert classify(error) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "fault", "here_again"),
+    [
+        (302, Fault.rejected, False),
+        (400, Fault.rejected, False),
+        (401, Fault.rejected, False),
+        (404, Fault.rejected, False),
+        (408, Fault.timeout, True),
+        (409, Fault.rejected, True),
+        (413, Fault.rejected, False),
+        (422, Fault.rejected, False),
+        (425, Fault.rejected, True),
+        (429, Fault.rate_limited, True),
+        (500, Fault.server_error, True),
+        (502, Fault.server_error, True),
+        (503, Fault.server_error, True),
+        (599, Fault.server_error, True),
+    ],
+)
+def test_each_status_has_its_fault(status, fault, here_again):
+    for error in status_errors(status, "no such\n  model"):
+        failure = classify(error)
+        assert (failure.fault, failure.here_again) == (fault, here_again)
+        assert failure.detail == f"HTTP {status}: no such model"
+        assert failure.retry_after is None
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_wish_to_wait_is_kept_and_said(status):
+    for error in status_errors(status, "busy", **{"Retry-After": "7"}):
+        failure = classify(error)
+        assert failure.retry_after == 7
+        assert failure.detail == f"HTTP {status} (Retry-After: 7): busy"
+
+
+def test_retry_after_as_a_date():
+    soon = datetime.now(timezone.utc) + timedelta(seconds=90)
+    assert 80 < retry_after(format_datetime(soon, usegmt=True)) <= 90
+    assert 80 < retry_after(format_datetime(soon.replace(tzinfo=None))) <= 90  # "-0000"
+    past = datetime(1999, 12, 31, 23, 59, 59, tzinfo=timezone.utc)
+    assert retry_after(format_datetime(past, usegmt=True)) == 0
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "soon", "-1", "nan", "inf", "1e999", "Mon, 99 Foo 2020 00:00:00 GMT"]
+)
+def test_retry_after_that_makes_no_sense(header):
+    assert retry_after(header) is None
+
+
+@given(st.text())
+def test_retry_after_is_none_or_a_duration(header):
+    seconds = retry_after(header)
+    assert seconds is None or 0 <= seconds < float("inf")
+
+
+@given(st.text())
+def test_a_servers_words_become_one_bounded_line(text):
+    line = shorten(text)
+    assert len(line) <= SHOWN + len(" ...")
+    assert line == " ".join(line.split())
