@@ -17,15 +17,16 @@ TORCHVISION := torchvision==0.28.0
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers pytest evidence lost-rewards benchmark mutation clean
+.PHONY: help demo test lint types layers pytest evidence lost-rewards benchmark soak mutation clean
 
 help:
-	@echo "make demo       multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo)"
-	@echo "make test       lint, types, import layers, doctests and the whole test suite"
-	@echo "make evidence   the demo over three seeds and both objectives, written to docs/"
+	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo)"
+	@echo "make test          lint, types, import layers, doctests and the whole test suite"
+	@echo "make evidence      the demo over three seeds and both objectives, written to docs/"
 	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
-	@echo "make benchmark  speed and memory against plain implementations, written to benchmarks/"
-	@echo "make mutation   mutation testing of the core"
+	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
+	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
+	@echo "make mutation      mutation testing of the core"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mteditflow needs Python 3.10 or newer, got " + sys.version.split()[0] + "; choose one with PYTHON=")'
@@ -61,6 +62,10 @@ lost-rewards: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.judge_client
+
+soak: $(INSTALLED)
+	$(BIN)/python -m benchmarks.consistency_server
 
 mutation: $(INSTALLED)
 	$(BIN)/python docs/mutation.py --processes $(WORKERS)
