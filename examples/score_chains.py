@@ -16,9 +16,8 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
@@ -51,44 +50,11 @@ from mteditflow.rewards import (
 BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
 
 
-class Scope(str, Enum):
-    """What one call of the judge is about."""
-
-    turn = "turn"
-    trajectory = "trajectory"
-
-
-class Scale(str, Enum):
-    """What the judge answers."""
-
-    binary = "binary"
-    likert = "likert"
-
-
-class AnswerFormat(str, Enum):
-    """How the judge answers."""
-
-    json = "json"
-    text = "text"
-
-
-class Pairing(str, Enum):
-    """What the image of a turn is compared with."""
-
-    reference = "reference"
-    consecutive = "consecutive"
-
-
-class Terms(str, Enum):
-    """What content consistency compares."""
-
-    features = "features"
-    pixels = "pixels"
-
-
-TERMS = {
-    Terms.features: ("object", "background"),
-    Terms.pixels: ("object_l1", "background_l1"),
+Scale = Literal["binary", "likert"]
+Terms = Literal["features", "pixels"]
+TERMS: dict[Terms, tuple[str, str]] = {
+    "features": ("object", "background"),
+    "pixels": ("object_l1", "background_l1"),
 }
 
 
@@ -164,7 +130,7 @@ def measures(
     found = []
     if following is not None:
         success, valid = (following.score,), following.measured
-        if scale is Scale.likert:
+        if scale == "likert":
             found.append(Measure("Likert, mean", content_consistency, success, valid, False))
         else:
             whole = valid.long().cumprod(dim=1).bool()
@@ -173,11 +139,11 @@ def measures(
             found.append(Measure("Marginal: this turn", own, success, valid))
     if kept is not None:
         parts = tuple(getattr(kept, term) for term in TERMS[terms])
-        scores = kept.scores if terms is Terms.features else kept.l1_scores
+        scores = kept.scores if terms == "features" else kept.l1_scores
         some, means = scores.measured, (scores.score,)
         found.append(Measure("CC: mean of each term's mean", content_consistency, parts, some))
         found.append(Measure("CC: mean of the chains' means", content_consistency, means, some))
-        if following is not None and scale is Scale.binary:
+        if following is not None and scale == "binary":
             title = "Overall: of IF and the first CC"
             found.append(Measure(title, overall_of, success + parts, whole & some))
     return found
@@ -269,16 +235,19 @@ def main(
     name: Annotated[
         str, typer.Option(help="Files in the folder; {id}, {image} (its stem) and {turn}.")
     ] = "{image}_turn_{turn}.png",
-    scope: Annotated[Scope, typer.Option(help="One call per turn or per chain.")] = Scope.turn,
-    scale: Annotated[Scale, typer.Option(help="What the judge answers.")] = Scale.binary,
+    scope: Annotated[
+        Literal["turn", "trajectory"], typer.Option(help="What one call of the judge is about.")
+    ] = "turn",
+    scale: Annotated[Scale, typer.Option(help="What the judge answers.")] = "binary",
     thinking: Annotated[bool, typer.Option(help="An analysis before each score.")] = True,
     answer_format: Annotated[
-        AnswerFormat, typer.Option(help="text: for a server without structured output.")
-    ] = AnswerFormat.json,
+        Literal["json", "text"], typer.Option(help="text: for a server without structured output.")
+    ] = "json",
     pairing: Annotated[
-        Pairing, typer.Option(help="What each image is compared with.")
-    ] = Pairing.reference,
-    terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = Terms.features,
+        Literal["reference", "consecutive"],
+        typer.Option(help="What the image of a turn is compared with."),
+    ] = "reference",
+    terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = "features",
     max_invalid: Annotated[
         float, typer.Option(min=0, max=1, help="Share of invalid chains that is an error.")
     ] = 0.2,
@@ -297,7 +266,7 @@ def main(
         reading = read_chains(chains, strict=False)
     except (ChainError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    prompt = JudgePrompt(scope.value, scale.value, thinking, answer_format.value)
+    prompt = JudgePrompt(scope, scale, thinking, answer_format)
     asks = looks = None
     try:
         with AnswerCache(output / "answers.sqlite") as cache:
@@ -306,9 +275,7 @@ def main(
                 asks = Judge(ChatClient(judge, model, api_key=key, cache=cache), prompt)
             if consistency:
                 token = os.environ.get("MTEDITFLOW_TOKEN")
-                looks = ConsistencyClient(
-                    consistency, pairing=pairing.value, token=token, cache=cache
-                )
+                looks = ConsistencyClient(consistency, pairing=pairing, token=token, cache=cache)
             found = score(ChainDataset(reading.chains), edited, name, asks, looks)
     except (KeyError, ValueError) as error:  # a URL, a pattern, a chain that names no objects
         raise typer.BadParameter(str(error)) from error
@@ -320,7 +287,7 @@ def main(
     if not shown:
         raise typer.Exit(1)
     table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
-    own = kept and (kept.scores if terms is Terms.features else kept.l1_scores)
+    own = kept and (kept.scores if terms == "features" else kept.l1_scores)
     scored = {"following": following, "consistency": own}
     report = {
         "summary": table,
@@ -331,7 +298,7 @@ def main(
         },
         "left_out": left_out,
         "judge": asdict(prompt) | {"model": model} if judge else None,
-        "pairing": pairing.value if consistency else None,
+        "pairing": pairing if consistency else None,
         "chains": details(shown, following, kept),
     }
     path = output / "scores.json"
