@@ -20,6 +20,7 @@ import pydantic
 from mteditflow.rewards.faults import AnswerError, Fault
 
 SHOWN = 300  # characters of a server's own words in a detail
+CUT = " ..."  # after words that were more
 MALFORMED = (
     openai.APIResponseValidationError,
     pydantic.ValidationError,
@@ -88,7 +89,7 @@ def classify(error: Exception) -> AttemptError | None:
 def shorten(text: str) -> str:
     """Bring a server's words to one line of bounded length."""
     line = " ".join(text[: 2 * SHOWN].split())
-    return line if len(line) <= SHOWN else line[:SHOWN] + " ..."
+    return line if len(line) <= SHOWN else line[:SHOWN] + CUT
 
 
 def retry_after(header: str | None) -> float | None:

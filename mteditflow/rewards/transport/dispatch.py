@@ -14,10 +14,11 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import Fault, Lost
-from mteditflow.rewards.transport.classify import AttemptError, classify
+from mteditflow.rewards.transport.classify import CUT, AttemptError, classify
 from mteditflow.rewards.transport.endpoints import Endpoint, Rotation
 
 T = TypeVar("T")
+HIDDEN = "***"
 POLL = 1.0  # s; a probe that another event loop sends is not announced in this one
 
 
@@ -205,7 +206,7 @@ class Dispatcher:
         """Name the endpoint, and hide the secret."""
         detail = f"{url}: {failure.detail}"
         if self._secret is not None:
-            detail = detail.replace(self._secret, "***")
+            detail = _hide(self._secret, detail)
         return AttemptError(
             failure.fault,
             detail,
@@ -237,3 +238,12 @@ class Dispatcher:
             loop = _Loop(self._concurrency)
             self._loops.set(loop)
         return loop
+
+
+def _hide(secret: str, detail: str) -> str:
+    """Take a secret out of a server's words, which may have been cut short in the middle of it."""
+    detail = detail.replace(secret, HIDDEN)
+    for length in range(len(secret) - 1, 0, -1):
+        if detail.endswith(f"{secret[:length]}{CUT}"):
+            return detail.removesuffix(f"{secret[:length]}{CUT}") + HIDDEN + CUT
+    return detail

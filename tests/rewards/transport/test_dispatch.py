@@ -14,6 +14,7 @@ import pytest
 
 from mteditflow.rewards import AnswerError, Dispatcher, Fault, Lost
 from mteditflow.rewards.transport import dispatch
+from mteditflow.rewards.transport.classify import SHOWN
 from mteditflow.rewards.transport.connections import open_client
 from tests.rewards.scripted_server import ScriptedServer, closed_port, error, reset, silent
 
@@ -383,6 +384,14 @@ def test_a_secret_is_in_no_message(caplog):
     assert lost.detail == f"{A}: HTTP 500: your key *** is fine"
     assert "is out for" in caplog.text
     assert secret not in caplog.text
+
+
+@pytest.mark.parametrize("shown", range(1, 11))
+def test_a_secret_is_hidden_where_a_servers_words_are_cut_short(shown):
+    secret = "sk-hunter2"
+    words = "x" * (SHOWN - shown) + secret + " and more words than are shown"
+    lost, _ = run(dispatcher(secret=secret, attempts=1), http_error(500, words))
+    assert lost.detail.endswith("xxx*** ...")
 
 
 @pytest.mark.parametrize("secret", ["", "line\nbreak", "sk-schlüssel"])
