@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -99,15 +99,17 @@ async def plan_folder(
     """
     check_count("chains_per_image", chains_per_image)
     check_count("images_in_flight", images_in_flight)
+    images = _images(folder)
     chains = Journal(output)
     refused = Journal(output.with_suffix(".refused.jsonl"))
-    jobs, done = _jobs_left(planner, folder, chains, refused, chains_per_image)
+    done = _done(planner, chains, refused)
+    jobs = _jobs_left(folder, images, done, chains_per_image)
 
     async def work(job: _Job) -> list[Chain | RefusedChain]:
         return await _plan_image(planner, job, output.parent)
 
-    total = done + sum(len(job.ids) for job in jobs)
-    with tqdm(total=total, initial=done, unit="chain", disable=not progress) as bar:
+    total = len(done) + sum(len(job.ids) for job in jobs)
+    with tqdm(total=total, initial=len(done), unit="chain", disable=not progress) as bar:
 
         def write(results: Sequence[Chain | RefusedChain]) -> None:
             for result in results:
@@ -122,10 +124,8 @@ async def plan_folder(
     return Planned(_chains_in(chains.path), dict(reasons.most_common()))
 
 
-def _jobs_left(
-    planner: Planner, folder: Path, chains: Journal, refused: Journal, chains_per_image: int
-) -> tuple[list[_Job], int]:
-    """Return what is still to be done, and how many chains are done with."""
+def _done(planner: Planner, chains: Journal, refused: Journal) -> set[str]:
+    """Return the ids of the chains that are planned or refused."""
     done = {x.id for x in refused.read(RefusedChain)}
     for chain in _chains_in(chains.path):
         made = (chain.model_extra or {}).get("planner") or {}
@@ -135,12 +135,19 @@ def _jobs_left(
                 f"{made.get('settings')} in chain {chain.id!r}"
             )
         done.add(chain.id)
+    return done
+
+
+def _jobs_left(
+    folder: Path, images: Sequence[Path], done: Set[str], chains_per_image: int
+) -> list[_Job]:
+    """Return what is still to be done."""
     jobs = []
-    for path in _images(folder):
+    for path in images:
         name = path.relative_to(folder).as_posix()
         ids = tuple(f"{name}#{k}" for k in range(chains_per_image))
         jobs.append(_Job(path, tuple(x for x in ids if x not in done)))
-    return [job for job in jobs if job.ids], len(done)
+    return [job for job in jobs if job.ids]
 
 
 def _chains_in(path: Path) -> tuple[Chain, ...]:

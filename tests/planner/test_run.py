@@ -236,6 +236,7 @@ def test_a_folder_without_images(model, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match=r"folder: expected \.jpeg, \.jpg, \.png, \.webp files in"):
         plan_all(model.url, tmp_path, tmp_path / "chains.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]  # nothing was begun
 
 
 # parts
