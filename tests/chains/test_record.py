@@ -1,5 +1,4 @@
 import json
-import pickle
 from pathlib import Path
 
 import jsonschema_rs
@@ -119,7 +118,6 @@ def test_unknown_keys_are_kept_in_order_even_null_and_names_of_methods():
 def test_a_record_is_the_chain(chain):
     assert Chain.from_record(json.loads(chain.to_json())) == chain
     assert Chain.from_record(chain.to_record()) == chain
-    assert pickle.loads(pickle.dumps(chain)) == chain  # data loaders with workers need it
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, Path("x")])

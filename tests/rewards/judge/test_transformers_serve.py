@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 
 from mteditflow.chains import Chain
-from mteditflow.rewards import ChatClient, ExpectationPrompt, Fault, Judge, JudgePrompt
+from mteditflow.rewards import (
+    ChatClient,
+    ExpectationPrompt,
+    Fault,
+    Judge,
+    JudgePrompt,
+    inspect_endpoints,
+)
 from mteditflow.rewards.images import png_data_url
 from tests.rewards import tiny_judge
 from tests.rewards.scripted_server import ScriptedServer
@@ -116,3 +123,11 @@ def test_a_bad_image_is_a_server_error_here(served):
 def test_an_answer_is_cut_off_where_it_may_not_be_longer(served):
     lost = ask(served.client(), [{"type": "text", "text": "?"}], max_tokens=1)
     assert lost.fault is Fault.cut_off
+
+
+def test_the_check_before_a_run_names_what_this_server_ignores(served):
+    [report] = anyio.run(inspect_endpoints, served.client())
+    assert report.endpoint == served.url
+    assert report.missing == ("structured output", "log-probabilities")
+    ignored = [report.honours[part].fault for part in report.missing]
+    assert ignored == [Fault.request_ignored] * 2
