@@ -14,7 +14,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -86,7 +85,8 @@ def score(
     looks: ConsistencyClient | None,
 ) -> Answers:
     """Score batch after batch; the images of one are loaded while the one before is scored."""
-    shown, left_out, answers = [], {}, []
+    shown, left_out, results = [], {}, []
+    asked: list[Any] = []  # futures of the batch before: the judge's, the consistency server's
     with Background() as background, tqdm(total=len(dataset), unit="chain") as bar:
         for start in range(0, len(dataset), BATCH):
             batch, images = [], []
@@ -97,14 +97,15 @@ def score(
                     batch.append(chain)
                 except (ChainError, OSError, SyntaxError) as error:  # no file, or a broken one
                     left_out[chain.id] = str(error)
-            wait([future for future in (answers[-1] if answers else ()) if future is not None])
-            if batch:
-                scorers = (asks, looks)
-                answers.append([s and background.submit(s.score, batch, images) for s in scorers])
-                shown += batch
-            bar.update(len(shown) + len(left_out) - bar.n)
-        results = [[future and future.result() for future in pair] for pair in answers]
-    following, kept = ([pair[i] for pair in results if pair[i] is not None] for i in range(2))
+            results.append([future and future.result() for future in asked])
+            bar.update(start - bar.n)
+            scorers = (asks, looks) if batch else ()
+            asked = [s and background.submit(s.score, batch, images) for s in scorers]
+            shown += batch
+        results.append([future and future.result() for future in asked])
+        bar.update(len(dataset) - bar.n)
+    scored = [pair for pair in results if pair]
+    following, kept = ([pair[i] for pair in scored if pair[i] is not None] for i in range(2))
     return Answers(
         shown,
         left_out,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import score_chains
 import torch
 import typer
 from score_chains import main
@@ -101,6 +102,28 @@ def test_likert_scores_and_chains_left_out(world, urls, tmp_path):
     assert [entry["following"] for entry in report["chains"]] == exact.tolist()
     mean = report["summary"]["Likert, mean"]["estimate"]
     assert mean == pytest.approx(exact.mean(dim=0).tolist(), abs=0.01)
+
+
+def test_batches_change_nothing_but_the_first_error_ends_the_run(
+    world, urls, tmp_path, monkeypatch
+):
+    folder = world[0]
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert run(folder / "chains.jsonl", folder, *options(urls, one)).exit_code == 0
+    monkeypatch.setattr(score_chains, "BATCH", 2)
+    assert run(folder / "chains.jsonl", folder, *options(urls, many)).exit_code == 0
+    assert (one / "scores.json").read_text() == (many / "scores.json").read_text()
+    first, *others = (folder / "chains.jsonl").read_text().splitlines()
+    bare = {key: json.loads(first)[key] for key in ("id", "image", "instructions")}
+    (folder / "bare.jsonl").write_text("\n".join([json.dumps(bare), *others]))
+    loaded = []
+    monkeypatch.setattr(
+        score_chains, "load", lambda *a, load=score_chains.load: loaded.append(a) or load(*a)
+    )
+    result = run(folder / "bare.jsonl", folder, *options(urls, tmp_path / "bare"))
+    assert result.exit_code == 2
+    assert "content consistency needs" in " ".join(result.output.replace("\u2502", " ").split())
+    assert len(loaded) == 4
 
 
 def test_what_is_lost_is_counted_written_and_asked_for_again_alone(world, urls, tmp_path):
