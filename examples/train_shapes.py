@@ -248,6 +248,8 @@ def main(
     ] = False,
 ) -> None:
     """Train the shipped editor on three-turn chains, and report before and after."""
+    if rewards is Rewards.exact and (lost_answers or invent):
+        raise typer.BadParameter("--lost-answers and --invent: expected --rewards served with them")
     recipe = RECIPES[objective]
     recipe = replace(recipe, updates=recipe.updates if updates is None else updates)
     pipeline = load_editor()

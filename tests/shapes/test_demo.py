@@ -8,6 +8,7 @@ import lost_rewards
 import pytest
 import torch
 import train_shapes
+import typer
 from evidence import KINDS, document, draw_summary, folder, run
 from lost_rewards import KINDS as LOSSES
 from PIL import Image
@@ -162,6 +163,12 @@ def test_served_rewards_tell_how_many_answers_were_lost_and_why(served):
     assert sum(lost["reasons"].values()) == round(lost["share"] * 64)
     assert set(lost["reasons"]) <= {fault.value for fault in Fault}
     assert served[False]["invalid_reward_share"] == lost["share"]
+
+
+@pytest.mark.parametrize("option", [{"lost_answers": 0.1}, {"invent": True}])
+def test_options_of_served_rewards_are_refused_with_exact_ones(option, tmp_path):
+    with pytest.raises(typer.BadParameter, match="expected --rewards served"):
+        main(output=tmp_path, updates=1, held_out=2, **option)
 
 
 def test_invented_rewards_hide_the_loss_from_training(served):
