@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import anyio
@@ -28,6 +29,7 @@ from mteditflow.rewards.images import png_base64
 from mteditflow.rewards.transport.cache import AnswerCache, request_key
 from mteditflow.rewards.transport.connections import open_client
 from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
+from mteditflow.rewards.transport.gather import gather
 
 Scores = tuple[PairScores, ...]
 
@@ -116,24 +118,21 @@ class ConsistencyClient:
         work = image_pairs(chains, images, pairing=self.pairing)
         shown = await anyio.to_thread.run_sync(_prepare, images)
         scorer = await self._identify()
-        answers: dict[int, Scores | Lost] = {}
         slots = anyio.Semaphore(self._chains_at_once)
 
-        async def score_chain(b: int) -> None:
+        async def score_chain(b: int) -> Scores | Lost:
             async with slots:
-                answers[b] = (
+                answer: Scores | Lost = (
                     scorer
                     if isinstance(scorer, Lost)
                     else await self._score_chain(shown[b], work[b][1], scorer)
                 )
                 bar.update()
+                return answer
 
         with tqdm(total=len(chains), desc="consistency", unit="chain", disable=not progress) as bar:
-            async with anyio.create_task_group() as tasks:
-                for b in range(len(chains)):
-                    tasks.start_soon(score_chain, b)
-        in_order = [answers[b] for b in range(len(chains))]
-        return ConsistencyScores.collect(in_order, [chain.turns for chain in chains])
+            answers = await gather([partial(score_chain, b) for b in range(len(chains))])
+        return ConsistencyScores.collect(answers, [chain.turns for chain in chains])
 
     async def _identify(self) -> str | Lost:
         """Learn which models score, once: a cached answer must be theirs."""
