@@ -229,12 +229,17 @@ FAULTS = {
 }
 
 
+def patience(fault, short):
+    """Short where a time-out is what is looked for; a busy machine is slow, not wrong."""
+    return short if fault is Fault.timeout else PATIENCE
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_that_passes_changes_no_score(name):
     behaviour, fault = FAULTS[name]
     chain, images = make_chain(5)
     with served(behaviour) as server:
-        client = ConsistencyClient([server.url], timeout=0.5, **QUICK)
+        client = ConsistencyClient([server.url], timeout=patience(fault, 1.0), **QUICK)
         found = score(client, [chain], [images])
     assert not found.lost
     assert_equal(found, in_process(SCORER, [chain], [images]))
@@ -246,7 +251,7 @@ def test_a_fault_that_stays_loses_all_turns_of_the_chain_with_the_reason(name):
     behaviour, fault = FAULTS[name]
     chain, images = make_chain(5, turns=3)
     with served(*[behaviour] * 2) as server:
-        client = ConsistencyClient([server.url], timeout=0.3, attempts=2, **QUICK)
+        client = ConsistencyClient([server.url], timeout=patience(fault, 0.3), attempts=2, **QUICK)
         found = score(client, [chain], [images])
         assert len(server.requests) == 3
     assert {key: (lost.fault, lost.attempts) for key, lost in found.lost.items()} == {
