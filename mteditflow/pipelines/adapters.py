@@ -1,4 +1,4 @@
-"""Current, old and reference policy as LoRA adapters on one model."""
+"""Current, old, averaged and reference policy as LoRA adapters on one model."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from mteditflow._checks import check_choice
 from mteditflow.old_policy import update_old_policy
-
-POLICIES = ("current", "old", "reference")
+from mteditflow.pipelines.sharding import agreed, fill, local, reshard, whole
 
 
 class LoraPolicies:
-    r"""Three policies on one model: an adapter in training, one that follows it, and none.
+    r"""Policies on one model: an adapter in training, those that follow it, and none.
 
     ``current`` is trained, and is what the model is outside of any ``use``. ``old`` moves only by
-    ``update_old``. ``reference`` is the model without adapters. Adapters start as exact no-ops, so
-    all three are equal at first. Their weights are float32 even on a half-precision model, where
-    small updates and a slow old policy would be rounded away.
+    ``update_old``, ``ema`` (if wanted) only by ``update_ema``. ``reference`` is the model without
+    adapters. Adapters start as exact no-ops, so all are equal at first. Their weights are float32
+    even on a half-precision model, where small updates and a slow average would be rounded away;
+    only those of ``current`` take gradients.
+
+    Make it before the model goes to DDP or to FSDP2's ``fully_shard`` (by hand, or by accelerate's
+    ``prepare``) and go on using it after; there, every rank makes the same calls in the same order.
 
     Args:
         model: a diffusers transformer (any module will do) without adapters; its own weights are
             frozen. Fuse or unload other LoRAs first.
         config: rank, scale, dropout and target modules of the adapters.
         seed: of the initial weights; the global generators are left as they were.
+        ema: whether there is an averaged policy.
 
     Raises:
         ValueError: the model has adapters already, or no module matches the config.
@@ -56,36 +60,40 @@ class LoraPolicies:
         True
     """
 
-    def __init__(self, model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, config: LoraConfig, *, seed: int = 0, ema: bool = False
+    ) -> None:
         if _tuned(model):
             raise ValueError("model: expected one without adapters; fuse or unload them first")
         self.model = model
         self._may_be_equal = True
+        self._adapters = ("current", "old", "ema") if ema else ("current", "old")
         model.requires_grad_(False)
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             torch.manual_seed(seed)
-            for name in ("old", "current"):
+            for name in ("old", "current", *self._adapters[2:]):
                 if hasattr(model, "add_adapter"):
                     cast(Any, model).add_adapter(config, adapter_name=name)
                 else:
                     inject_adapter_in_model(config, model, adapter_name=name)
         self._layers = _tuned(model)
-        self._current, self._old = (_weights(self._layers, name) for name in ("current", "old"))
-        for weight in (*self._current, *self._old):
-            weight.data = weight.data.float()
+        for name in self._adapters:
+            for weight in _weights(self._layers, name):
+                weight.data = weight.data.float()
         for layer in self._layers:
             layer.set_adapter("current")
-        self.update_old(decay=0.0)
+        for name in self._adapters[1:]:
+            self._follow(name, decay=0.0)
 
     def parameters(self) -> list[nn.Parameter]:
         """Weights of the current policy, for the optimiser."""
-        return list(self._current)
+        return self._parameters("current")
 
     def old_parameters(self) -> list[nn.Parameter]:
         """Weights of the old policy, in the order of ``parameters``."""
-        return list(self._old)
+        return self._parameters("old")
 
     @contextmanager
     def use(self, policy: str) -> Iterator[None]:
@@ -95,31 +103,33 @@ class LoraPolicies:
         pass runs the model again, as the policy of that moment: leave the context before it.
 
         Args:
-            policy: "current", "old" or "reference".
+            policy: "current", "old", "ema" or "reference".
 
         Raises:
             ValueError: there is no such policy.
         """
-        check_choice("policy", policy, POLICIES)
+        if policy != "reference":
+            self._check_adapter(policy, "reference")
         before = [(layer, layer.active_adapters, layer.disable_adapters) for layer in self._layers]
-        needs = [(weight, weight.requires_grad) for weight in (*self._current, *self._old)]
         active = "current" if policy == "reference" else policy
         try:
-            _activate([(layer, [active], policy == "reference") for layer in self._layers], needs)
+            _activate([(layer, [active], policy == "reference") for layer in self._layers])
             yield
         finally:
-            _activate(before, needs)
+            _activate(before)
 
     @property
     def old_equals_current(self) -> bool:
         """Whether both are equal, so that a forward pass of the old policy can be skipped.
 
         Known without reading the weights once they have differed; only ``update_old`` and
-        ``load`` can make them equal again.
+        ``load`` can make them equal again. One answer for all ranks where weights are sharded.
         """
         if self._may_be_equal:
-            pairs = zip(self._current, self._old, strict=True)
-            self._may_be_equal = all(torch.equal(current, old) for current, old in pairs)
+            weights = self.parameters()
+            pairs = zip(weights, self.old_parameters(), strict=True)
+            equal = all(torch.equal(local(current), local(old)) for current, old in pairs)
+            self._may_be_equal = agreed(equal, weights)
         return self._may_be_equal
 
     def old_velocity(self, velocity: Tensor, forward: Callable[[], Tensor]) -> Tensor:
@@ -147,41 +157,68 @@ class LoraPolicies:
         Raises:
             ValueError: the decay is out of range.
         """
-        update_old_policy(self._old, self._current, decay=decay)
+        self._follow("old", decay)
         self._may_be_equal = True
 
+    def update_ema(self, *, decay: float) -> None:
+        """Move the averaged policy toward the current one, as ``update_old`` does the old one.
+
+        Args:
+            decay: share of the averaged policy that is kept, in [0, 1]; 0 copies exactly.
+
+        Raises:
+            ValueError: there is no averaged policy, or the decay is out of range.
+        """
+        self._follow("ema", decay)
+
     def state_dict(self, policy: str = "current") -> dict[str, Tensor]:
-        """Weights of the "current" or the "old" policy, named as peft saves them."""
-        check_choice("policy", policy, POLICIES[:2])
-        return dict(get_peft_model_state_dict(self.model, adapter_name=policy))
+        """Weights of the "current", "old" or "ema" policy, named as peft saves them.
+
+        Copies on the CPU, whole even where weights are sharded; every rank calls it then.
+        """
+        return {name: whole(x) for name, x in self._named(policy).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], policy: str = "current") -> None:
-        """Set the weights of the "current" or the "old" policy, in place.
+        """Set the weights of the "current", "old" or "ema" policy, in place.
+
+        Args:
+            state: what ``state_dict`` returned, on any number of ranks; the same on every rank.
+            policy: whose weights to set.
 
         Raises:
             ValueError: names or shapes are not those of ``state_dict()``; nothing has changed then.
         """
-        expected = {name: list(x.shape) for name, x in self.state_dict(policy).items()}
+        weights = self._named(policy)
+        expected = {name: list(x.shape) for name, x in weights.items()}
         given = {name: list(x.shape) for name, x in state.items()}
         if given != expected:
             wrong = _differing(given, expected)
             raise ValueError(f"state: names or shapes are not those of the adapter, as in {wrong}")
-        set_peft_model_state_dict(self.model, dict(state), adapter_name=policy)
+        for name, weight in weights.items():
+            fill(weight, state[name])
         self._may_be_equal = True
 
-    def save(self, pipeline: DiffusionPipeline, directory: str | os.PathLike[str]) -> None:
-        """Write the current policy as a diffusers LoRA, for ``pipeline.load_lora_weights``.
+    def save(
+        self,
+        pipeline: DiffusionPipeline,
+        directory: str | os.PathLike[str],
+        *,
+        policy: str = "current",
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a policy as a diffusers LoRA, for ``pipeline.load_lora_weights``.
 
         Args:
             pipeline: the pipeline whose transformer the model is.
             directory: where to; made if missing.
+            policy: "current", "old" or "ema".
+            state: its ``state_dict()``, if at hand. One rank can then call this alone; without,
+                every rank where weights are sharded calls it, each with a directory of its own.
         """
         type(pipeline).save_lora_weights(
             directory,
-            transformer_lora_layers=self.state_dict(),
-            transformer_lora_adapter_metadata=cast(Any, self.model)
-            .peft_config["current"]
-            .to_dict(),
+            transformer_lora_layers=self.state_dict(policy) if state is None else dict(state),
+            transformer_lora_adapter_metadata=cast(Any, self.model).peft_config[policy].to_dict(),
         )
 
     def load(self, pipeline: DiffusionPipeline, directory: str | os.PathLike[str]) -> None:
@@ -192,6 +229,28 @@ class LoraPolicies:
         """
         state = type(pipeline).lora_state_dict(directory)
         self.load_state_dict({k.removeprefix("transformer."): x for k, x in state.items()})
+
+    def _check_adapter(self, policy: str, *others: str) -> None:
+        """Raise ``ValueError`` unless there is such a policy with weights."""
+        if policy == "ema" and policy not in self._adapters:
+            raise ValueError("policy: there is no 'ema'; make LoraPolicies with ema=True")
+        check_choice("policy", policy, (*self._adapters, *others))
+
+    def _parameters(self, policy: str) -> list[nn.Parameter]:
+        """Weights as they are held now: FSDP2 swaps them, so no list is kept."""
+        self._check_adapter(policy)
+        reshard(self.model)
+        return _weights(self._layers, policy)
+
+    def _named(self, policy: str) -> dict[str, Tensor]:
+        """Weights under peft's names, sharing memory with the model."""
+        self._check_adapter(policy)
+        reshard(self.model)
+        return dict(get_peft_model_state_dict(self.model, adapter_name=policy))
+
+    def _follow(self, policy: str, decay: float) -> None:
+        followers, current = self._parameters(policy), self.parameters()
+        update_old_policy(map(local, followers), map(local, current), decay=decay)
 
 
 def _tuned(model: nn.Module) -> list[BaseTunerLayer]:
@@ -210,15 +269,14 @@ def _weights(layers: list[BaseTunerLayer], name: str) -> list[nn.Parameter]:
     return found
 
 
-def _activate(
-    states: list[tuple[BaseTunerLayer, list[str], bool]], needs: list[tuple[nn.Parameter, bool]]
-) -> None:
+def _activate(states: list[tuple[BaseTunerLayer, list[str], bool]]) -> None:
     """Set which adapters are active or disabled, and undo what peft does to ``requires_grad``."""
     for layer, active, disabled in states:
+        needs = [(weight, weight.requires_grad) for weight in layer.parameters()]
         layer.set_adapter(active)
         layer.enable_adapters(not disabled)
-    for weight, needed in needs:
-        weight.requires_grad_(needed)
+        for weight, needed in needs:
+            weight.requires_grad_(needed)
 
 
 def _differing(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
