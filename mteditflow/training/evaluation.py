@@ -1,0 +1,215 @@
+"""Scores of held-out chains at one round of a run: metrics with intervals, kept in a file.
+
+``C`` chains of up to ``N`` turns. A chain that lost a score of a metric is left out of all of them
+and counted; nothing takes its place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_count, check_mask, check_number
+from mteditflow.metrics import (
+    Interval,
+    bootstrap_interval,
+    content_consistency,
+    instruction_following,
+    marginal_success,
+    overall,
+)
+from mteditflow.rewards import TurnScores
+from mteditflow.training._atomic import write_atomically
+from mteditflow.training.evaluation_record import EvaluationRecord, TermRecord
+
+FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
+METRICS = ("instruction_following", "marginal", "content_consistency", "overall")  # in percent
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a policy made of held-out chains, scored.
+
+    Two evaluations of the same chains are compared pairwise (``compare``); draw the noise of a
+    chain from its own seed, and their images are pairs too.
+
+    Args:
+        round: rounds of training that the policy has behind it; 0 is the model as it came.
+        chain_ids: names of the C chains, each once.
+        instructions: of each chain, one per turn.
+        terms: scores by name, each [C, N] with the same turns. "following" must be there;
+            "consistency" gives CC and Overall (its corpus average over per-turn scores); any other
+            is reported as its plain mean, in its own unit.
+        success_at: a turn is followed if its "following" score is at least this: 5 for Likert,
+            1 for yes or no.
+
+    Raises:
+        ValueError: numbers of chains or turns differ, a name occurs twice, "following" is missing,
+            or a number is out of range.
+        TypeError: a number is of another type.
+
+    Example:
+        >>> scores = TurnScores(torch.tensor([[5.0, 3.0], [5.0, 5.0]]), torch.ones(2, 2) > 0, {})
+        >>> evaluation = Evaluation(
+        ...     round=0,
+        ...     chain_ids=("1", "2"),
+        ...     instructions=(("Remove the cat", "Add a dog"), ("Add a tree", "Make it snow")),
+        ...     terms={"following": scores},
+        ...     success_at=5,
+        ... )
+        >>> evaluation.metrics["marginal"].estimate
+        tensor([100.,  50.])
+        >>> evaluation.score
+        50.0
+    """
+
+    round: int
+    chain_ids: tuple[str, ...]
+    instructions: tuple[tuple[str, ...], ...]
+    terms: Mapping[str, TurnScores]
+    success_at: float
+
+    def __post_init__(self) -> None:
+        check_count("round", self.round, low=0)
+        check_number("success_at", self.success_at)
+        if FOLLOWING not in self.terms:
+            raise ValueError(f"terms: expected {FOLLOWING!r} among them, got {list(self.terms)}")
+        turns = self.terms[FOLLOWING].turn_mask
+        for name, scores in self.terms.items():
+            check_mask(f"terms[{name!r}]", scores.turn_mask, turns.shape, "of 'following'")
+            if not torch.equal(scores.turn_mask, turns):
+                raise ValueError(f"terms[{name!r}]: expected the turns of 'following', got others")
+        if len(self.chain_ids) != len(turns) or len(set(self.chain_ids)) != len(turns):
+            raise ValueError(
+                f"chain_ids: expected {len(turns)} different names, one for each row of scores, "
+                f"got {len(self.chain_ids)}, {len(set(self.chain_ids))} of them different"
+            )
+        lengths, expected = [len(chain) for chain in self.instructions], turns.sum(dim=1).tolist()
+        if lengths != expected:
+            raise ValueError(
+                f"instructions: expected one per turn, {expected} by chain, got {lengths}"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of chains, C, with those that are left out."""
+        return len(self.chain_ids)
+
+    @property
+    def turns(self) -> int:
+        """Turns of the longest chain, N."""
+        return self.terms[FOLLOWING].score.shape[1]
+
+    @property
+    def success(self) -> Tensor:
+        """Turns whose instruction was followed, boolean [C, N]; false where there is no score."""
+        return self.terms[FOLLOWING].score >= self.success_at
+
+    @property
+    def valid(self) -> Tensor:
+        """Chains that count, boolean [C]: every turn judged, and consistency measured, not lost."""
+        following = self.terms[FOLLOWING]
+        valid = (following.measured == following.turn_mask).all(dim=1)
+        return valid & self.terms[CONSISTENCY].valid if CONSISTENCY in self.terms else valid
+
+    @property
+    def counted(self) -> int:
+        """Number of chains that count."""
+        return int(self.valid.sum())
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Lost scores of all terms by reason, most frequent first, counted in turns."""
+        faults = (lost.fault.value for term in self.terms.values() for lost in term.lost.values())
+        return dict(Counter(faults).most_common())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the metrics: IF, Marginal, CC and Overall in percent, then the other terms."""
+        measured = METRICS if CONSISTENCY in self.terms else METRICS[:2]
+        return *measured, *self.others
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Terms that are reported only."""
+        return tuple(sorted(set(self.terms) - {FOLLOWING, CONSISTENCY}))
+
+    def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Some chains as ``per_turn`` takes them: success, turns, and the terms, each [rows, N]."""
+        names = ([CONSISTENCY] if CONSISTENCY in self.terms else []) + list(self.others)
+        scores = (self.terms[name].score for name in names)
+        return tuple(x[rows] for x in (self.success, self.terms[FOLLOWING].turn_mask, *scores))
+
+    def per_turn(self, *samples: Tensor) -> Tensor:
+        """Compute the metrics of some chains: [metrics, N], in the order of ``names``."""
+        success, exists, *scores = samples
+        following = instruction_following(success, valid=exists)
+        shares, others = [following, marginal_success(success, valid=exists)], scores
+        if CONSISTENCY in self.terms:
+            content, others = content_consistency(scores[0]), scores[1:]
+            shares += [content, overall(following, content)]
+        return torch.stack([*(100 * x for x in shares), *(x.nanmean(dim=0) for x in others)])
+
+    @cached_property
+    def metrics(self) -> dict[str, Interval]:
+        """Every metric per turn, [N], with its 95% bootstrap interval over the chains that count.
+
+        NaN where no chain counts. The resampling has a fixed seed.
+        """
+        interval = interval_of(
+            self.per_turn, self.samples(self.valid), (len(self.names), self.turns)
+        )
+        return {name: Interval(*(x[i] for x in interval)) for i, name in enumerate(self.names)}
+
+    @property
+    def score(self) -> float:
+        """One number, higher is better: Overall at the last turn, or IF where there is no CC."""
+        name = "overall" if "overall" in self.metrics else "instruction_following"
+        return float(self.metrics[name].estimate[-1])
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All estimates in the flat form that trackers take, such as "held_out/overall/turn_3"."""
+        values = {
+            f"held_out/{name}/turn_{turn + 1}": value
+            for name, interval in self.metrics.items()
+            for turn, value in enumerate(interval.estimate.tolist())
+        }
+        return values | {"held_out/invalid_share": 1 - self.counted / len(self)}
+
+    def write(self, path: Path) -> None:
+        """Write everything to a JSON file, atomically; its folder is made."""
+        record = EvaluationRecord(
+            round=self.round,
+            success_at=self.success_at,
+            chain_ids=self.chain_ids,
+            instructions=self.instructions,
+            terms={name: TermRecord.of(scores) for name, scores in self.terms.items()},
+        )
+        write_atomically(path, record.model_dump_json().encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Read what ``write`` has written; every score is bit for bit as it was.
+
+        Raises:
+            ValueError: the file holds something else; the message names file and place.
+            OSError: it cannot be read.
+        """
+        record = EvaluationRecord.parse(path)
+        terms = {name: term.scores() for name, term in record.terms.items()}
+        return cls(record.round, record.chain_ids, record.instructions, terms, record.success_at)
+
+
+def interval_of(
+    statistic: Callable[..., Tensor], samples: tuple[Tensor, ...], shape: tuple[int, ...]
+) -> Interval:
+    """Bootstrap a statistic of this shape with a fixed seed; NaN where there is no chain."""
+    if not len(samples[0]):
+        return Interval(*torch.full((3, *shape), torch.nan))
+    return bootstrap_interval(statistic, *samples, generator=torch.Generator().manual_seed(0))

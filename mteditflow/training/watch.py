@@ -1,0 +1,77 @@
+"""Stops a run whose rewards fall apart, before days are lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mteditflow._checks import check_count, check_number
+
+
+class RewardCollapseError(RuntimeError):
+    """A reward has fallen far below what the run had reached."""
+
+
+class RewardWatch:
+    r"""Compares each reward's mean over the last rounds with the best such mean of the run.
+
+    A run collapses when its policy does, and a reward is hacked when another one pays for it:
+    instruction following rises while backgrounds vanish. Both show as a term that falls for long.
+
+    Args:
+        drop: largest relative fall allowed, in (0, 1]: 0.3 stops a run whose reward is at 70% of
+            its best; 1 never stops.
+        window: rounds in a mean.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> watch = RewardWatch(drop=0.5, window=1)
+        >>> watch.check({"following": 0.6, "consistency": 0.9})
+        >>> watch.check({"following": 0.8, "consistency": 0.4})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        mteditflow.training.watch.RewardCollapseError: consistency: mean 0.400 ...
+    """
+
+    def __init__(self, *, drop: float, window: int) -> None:
+        check_number("drop", drop, low=0.0, high=1.0, open_low=True)
+        check_count("window", window)
+        self._drop, self._window = drop, window
+        self._recent: dict[str, list[float]] = {}
+        self._best: dict[str, float] = {}
+
+    def check(self, rewards: Mapping[str, float]) -> None:
+        """Take in the mean of each reward of a round; one that is not finite is left out.
+
+        Raises:
+            RewardCollapseError: a reward has fallen too far; the message says what to do.
+        """
+        for name, reward in rewards.items():
+            if not math.isfinite(reward):
+                continue
+            recent = [*self._recent.get(name, []), reward][-self._window :]
+            self._recent[name] = recent
+            if len(recent) < self._window:
+                continue
+            mean = sum(recent) / len(recent)
+            best = self._best.get(name, mean)
+            self._best[name] = max(best, mean)
+            if self._drop < 1 and mean < (1 - self._drop) * best:
+                raise RewardCollapseError(
+                    f"{name}: mean {mean:.3f} of the last {self._window} rounds, best "
+                    f"{best:.3f}; a fall of more than {self._drop:.0%}. Look at the strips of "
+                    "chains; then lower the learning rate, raise kl_coef or this term's weight, "
+                    "and go on from the best checkpoint"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed watch needs; JSON can hold it."""
+        return {"recent": {k: list(v) for k, v in self._recent.items()}, "best": dict(self._best)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another watch was."""
+        self._recent = {name: list(values) for name, values in state["recent"].items()}
+        self._best = dict(state["best"])
