@@ -7,7 +7,7 @@ and counted; nothing takes its place.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,12 +70,14 @@ class Evaluation:
     """
 
     round: int
-    chain_ids: tuple[str, ...]
-    instructions: tuple[tuple[str, ...], ...]
+    chain_ids: Sequence[str]
+    instructions: Sequence[Sequence[str]]
     terms: Mapping[str, TurnScores]
     success_at: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chain_ids", tuple(self.chain_ids))
+        object.__setattr__(self, "instructions", tuple(tuple(x) for x in self.instructions))
         check_count("round", self.round, low=0)
         check_number("success_at", self.success_at)
         if FOLLOWING not in self.terms:
@@ -187,8 +189,8 @@ class Evaluation:
         record = EvaluationRecord(
             round=self.round,
             success_at=self.success_at,
-            chain_ids=self.chain_ids,
-            instructions=self.instructions,
+            chain_ids=tuple(self.chain_ids),
+            instructions=tuple(tuple(x) for x in self.instructions),
             terms={name: TermRecord.of(scores) for name, scores in self.terms.items()},
         )
         write_atomically(path, record.model_dump_json().encode())
