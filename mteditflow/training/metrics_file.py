@@ -1,0 +1,99 @@
+"""``metrics.jsonl``: one line of numbers a round, whole lines only, whenever the run is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mteditflow._checks import check_count
+from mteditflow.training._atomic import write_atomically
+
+ROUND = "round"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the rounds of a run, which may still go on; ``null`` is NaN, a half line is left out.
+
+    Returns:
+        One dictionary a round, in order; none if there is no file.
+
+    Raises:
+        ValueError: a line is not of this form; the message names file and line.
+    """
+    text = path.read_bytes() if path.exists() else b""
+    lines = text[: text.rfind(b"\n") + 1].splitlines()
+    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+class MetricsFile:
+    r"""Appends rounds to the file; a half line that a kill has left is cut off at the start.
+
+    Args:
+        path: made with its folder if it is not there.
+
+    Example:
+        >>> import tempfile
+        >>> file = MetricsFile(Path(tempfile.mkdtemp()) / "metrics.jsonl")
+        >>> file.append(1, {"reward/following": 0.5, "kl": math.nan})
+        >>> file.append(2, {"reward/following": 0.75, "kl": 0.0})
+        >>> file.rewind(2)
+        >>> file.path.read_text()
+        '{"round": 1, "reward/following": 0.5, "kl": null}\n'
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+        self._last = max((line[ROUND] for line in read_metrics(path)), default=-1)
+
+    def append(self, round_number: int, numbers: Mapping[str, float]) -> None:
+        """Write the line of a round at once, and wait until it lies on the disk.
+
+        Args:
+            round_number: later than that of the last line.
+            numbers: by name; one that is not finite is written as ``null``.
+
+        Raises:
+            ValueError: there is a line of this round or a later one.
+        """
+        check_count("round_number", round_number, low=0)
+        if round_number <= self._last:
+            raise ValueError(
+                f"round_number: expected one after {int(self._last)}, the last in {self.path}, got "
+                f"{round_number}; rewind first"
+            )
+        with self.path.open("ab", buffering=0) as file:
+            file.write(_line(round_number, numbers))
+            os.fsync(file.fileno())
+        self._last = round_number
+
+    def rewind(self, round_number: int) -> None:
+        """Drop the lines of this round and of later ones, which will be done again."""
+        check_count("round_number", round_number, low=0)
+        kept = [line for line in read_metrics(self.path) if line[ROUND] < round_number]
+        text = b"".join(_line(int(line.pop(ROUND)), line) for line in kept)
+        write_atomically(self.path, text)
+        self._last = max((line[ROUND] for line in read_metrics(self.path)), default=-1)
+
+
+def _line(round_number: int, numbers: Mapping[str, float]) -> bytes:
+    finite = {name: float(x) if math.isfinite(x) else None for name, x in numbers.items()}
+    return json.dumps({ROUND: round_number, **finite}).encode() + b"\n"
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
+    try:
+        record = json.loads(line)
+        numbers = {name: math.nan if x is None else float(x) for name, x in record.items()}
+        return numbers | {ROUND: int(record[ROUND])}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path}:{number}: expected an object of numbers with a round, got {line[:80]!r}"
+        ) from error

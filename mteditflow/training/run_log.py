@@ -1,0 +1,137 @@
+"""What a run says while it runs: numbers of every round, messages, progress, time by phase."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from tqdm import tqdm
+
+from mteditflow.training.metrics_file import MetricsFile, read_metrics
+from mteditflow.training.progress import Bar
+from mteditflow.training.stopwatch import Stopwatch
+
+SECONDS = "seconds/"
+_CONTROL = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a link or a title for the terminal
+    r"|\x1b\[[0-?]*[ -/]*[@-~]"  # a colour, or a movement of the cursor
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
+
+
+class RunLog:
+    r"""Numbers to ``metrics.jsonl``, words to ``log.txt`` and the terminal, bars to the terminal.
+
+    Trackers such as TensorBoard are the caller's: give them what ``record`` returns.
+
+    Args:
+        folder: of the run; made if it is not there.
+        console: whether messages, warnings and progress go to standard error too. Bars are drawn
+            on a terminal only; elsewhere progress is a plain line, at most one every 30 seconds.
+        main: whether this is rank 0; other ranks write and print nothing.
+
+    Attributes:
+        stopwatch: time it with ``with log.stopwatch.phase("sampling")``.
+
+    Example:
+        >>> import tempfile
+        >>> log = RunLog(Path(tempfile.mkdtemp()), console=False, main=True)
+        >>> with log.bar("rollout", 2, unit="chains") as bar, log.stopwatch.phase("sampling"):
+        ...     for _ in range(2):
+        ...         bar.advance()
+        >>> sorted(log.record(1, {"reward/following": 0.5}))
+        ['reward/following', 'seconds/other', 'seconds/sampling']
+        >>> log.warning("one group had equal rewards")
+        >>> (log.folder / "log.txt").read_text()[20:]
+        'warning: one group had equal rewards\n'
+    """
+
+    def __init__(self, folder: Path, *, console: bool, main: bool) -> None:
+        self.folder, self.main = folder, main
+        self.stopwatch = Stopwatch()
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._speaks = console and main
+        self._lock = threading.Lock()
+        self._metrics = MetricsFile(folder / "metrics.jsonl") if main else None
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The numbers of all recorded rounds, read from the file, on any rank."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def record(self, round_number: int, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Write the numbers of a round, with the seconds by phase since the last one.
+
+        Args:
+            round_number: later than that of the last line; ``rewind`` first where it is done again.
+            numbers: by name, such as "reward/following"; NaN is written as ``null``.
+
+        Returns:
+            The numbers with "seconds/<phase>", flat, for ``Accelerator.log``.
+        """
+        seconds = {f"{SECONDS}{name}": x for name, x in self.stopwatch.lap().items()}
+        flat = dict(numbers) | seconds
+        if self._metrics is not None:
+            self._metrics.append(round_number, flat)
+        return flat
+
+    def rewind(self, round_number: int) -> None:
+        """Forget the numbers of this round and of later ones: a resumed run does them again."""
+        if self._metrics is not None:
+            self._metrics.rewind(round_number)
+
+    def message(self, text: str) -> None:
+        """Say something, in plain text of any number of lines."""
+        self._say(text, style=None, aloud=True)
+
+    def warning(self, text: str) -> None:
+        """Say that something is not as it should be."""
+        self._say(f"warning: {text}", style="yellow", aloud=True)
+
+    @contextmanager
+    def bar(self, name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Bar]:
+        """Show progress of what is inside; bars may be nested.
+
+        Args:
+            name: what is counted, such as "rollout".
+            total: how many there will be.
+            unit: of what, in the plural, such as "chains".
+            done: how many there are already, in a resumed run.
+        """
+        shown = None
+        if self._speaks and sys.stderr.isatty():
+            shown = tqdm(
+                desc=name,
+                total=total,
+                unit=f" {unit}",
+                initial=done,
+                leave=None,
+                dynamic_ncols=True,
+            )
+        try:
+            yield Bar(name, total, unit, done=done, shown=shown, line=self._progress)
+        finally:
+            if shown is not None:
+                shown.close()
+
+    def _progress(self, text: str) -> None:
+        """To the terminal only where no bar is drawn there."""
+        self._say(text, style=None, aloud=not sys.stderr.isatty())
+
+    def _say(self, text: str, *, style: str | None, aloud: bool) -> None:
+        if not self.main:
+            return
+        now = datetime.now().isoformat(sep=" ", timespec="seconds")
+        stamped = "".join(f"{now} {line}\n" for line in _CONTROL.sub("", text).split("\n"))
+        with self._lock:
+            with (self.folder / "log.txt").open("ab", buffering=0) as file:
+                file.write(stamped.encode(errors="replace"))
+            if self._speaks and aloud:
+                with tqdm.external_write_mode(file=sys.stderr):
+                    self._console.print(stamped, end="", style=style, markup=False)
