@@ -8,6 +8,7 @@ is ever trained; the repository ships the weights of one, see :func:`load_editor
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,17 @@ from .world import IMAGE_SIZE, WORDS
 
 STEPS = 4
 TEXT_TOKENS = 10
+TEXT_LAYERS = (1, 2)  # of klein's text encoder, whose hidden states the transformer is shown
 KLEIN_SCALE = 8  # klein refuses references below 64 pixels: every world pixel becomes 8 x 8
 LATENT_CHANNELS = 4  # three colours and one zero: with 3, Kontext would take RGB for latents
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+class Family(str, Enum):
+    """The editors that come tiny."""
+
+    kontext = "kontext"
+    klein = "klein"
 
 
 def build_kontext(
@@ -189,7 +198,7 @@ def call_options(
     }
     if isinstance(pipeline, FluxKontextPipeline):
         return options | {"max_area": size * size, "_auto_resize": False}
-    return options | {"text_encoder_out_layers": (1, 2), "guidance_scale": 1.0}
+    return options | {"text_encoder_out_layers": TEXT_LAYERS, "guidance_scale": 1.0}
 
 
 def enlarge(image: torch.Tensor, scale: int = KLEIN_SCALE) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""Pre-train the tiny Kontext on single edits by flow matching; minutes on two cores.
+"""Pre-train a tiny editor on single edits by flow matching; minutes on two cores.
 
-    python -m examples.shapes.pretrain --seed 0
+    python -m examples.shapes.pretrain --family kontext --seed 0
 
 Stage 1 learns true edits. Stage 2, short, sees a share of corrupted targets (instruction ignored,
 another edit, collateral damage): the editor then holds a competent but mixed policy, as real
 editors do, which is what reinforcement learning has to sharpen. Both see true pictures only, never
-the editor's own: that is the exposure bias which chains of edits then reveal.
+the editor's own: that is the exposure bias which chains of edits then reveal. Klein also sees
+edits without their instruction, for classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import random
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import diffusers
 import numpy as np
@@ -28,10 +29,14 @@ from tqdm import tqdm
 from mteditflow import flow_matching_loss, interpolate, shift_sigmas, update_old_policy
 
 from .conditioning import Conditioner
-from .editor import WEIGHTS, build_kontext, load_editor, save_weights
-from .world import corrupt, draw_index, make_chains, paint
+from .editor import WEIGHTS, Family, build_klein, build_kontext, load_editor, save_weights
+from .world import corrupt, draw_index, make_chains
 
 MUON, ADAM = 0.02, 3e-3  # peak learning rates of stage 1
+BUILD: dict[Family, tuple[Any, dict[str, Any]]] = {
+    Family.kontext: (build_kontext, {}),
+    Family.klein: (build_klein, {"num_single_layers": 3}),
+}
 SIGMA_SHIFT = 3.0  # noise levels are drawn high, where an instruction decides what will be
 
 
@@ -48,6 +53,12 @@ def single_edits(chains: int, *, seed: int, corruption: float) -> tuple[Tensor, 
             pictures.append([draw_index(each) for each in (state, wanted, late)])
             instructions.append(edit.instruction)
     return torch.from_numpy(np.array(pictures)), instructions
+
+
+def without(instructions: list[str], share: float, *, seed: int) -> list[str]:
+    """Put the empty instruction in place of a share of them."""
+    rng = random.Random(f"without instruction {seed}")
+    return ["" if rng.random() < share else instruction for instruction in instructions]
 
 
 def optimizers(transformer: nn.Module) -> list[torch.optim.Optimizer]:
@@ -100,8 +111,8 @@ def fit(
         for part, peak in zip(parts, peaks, strict=True):
             part.param_groups[0]["lr"] = peak * rate
         chosen = torch.randint(len(rows), (batch,), generator=generator)
-        clean = conditioner.encode(paint(targets[chosen]))
-        reference = conditioner.encode(paint(sources[chosen]))
+        clean = conditioner.encode_index(targets[chosen])
+        reference = conditioner.encode_index(sources[chosen])
         noise = torch.randn(clean.shape, generator=generator)
         sigma = shift_sigmas(torch.rand(batch, generator=generator), SIGMA_SHIFT)
         x_t = interpolate(clean, noise, sigma)
@@ -122,6 +133,7 @@ def fit(
 
 
 def main(
+    family: Annotated[Family, typer.Option(help="Which editor.")] = Family.kontext,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of stage 1.")] = 3000,
     horizon: Annotated[int, typer.Option(help="Steps until its cosine schedule is at 0.")] = 5000,
@@ -130,23 +142,30 @@ def main(
     careless_rate: Annotated[float, typer.Option(help="Learning rate there, to the peak.")] = 0.4,
     batch: Annotated[int, typer.Option(help="Edits per step.")] = 32,
     chains: Annotated[int, typer.Option(help="Chains of three whose edits are the data.")] = 16_000,
+    unprompted: Annotated[
+        float, typer.Option(help="Share of edits shown without instruction: for guidance.")
+    ] = 0.0,
     start: Annotated[Path | None, typer.Option(help="Weights to skip stage 1 with.")] = None,
-    out: Annotated[Path, typer.Option(help="Where to.")] = WEIGHTS / "kontext.safetensors",
+    out: Annotated[Path | None, typer.Option(help="Where to; default: the repository's.")] = None,
 ) -> None:
-    """Pre-train the tiny Kontext and write its weights with a card beside them."""
+    """Pre-train a tiny editor and write its weights with a card beside them."""
     started = time.monotonic()
-    build = {"seed": seed}
-    pipeline = build_kontext(**build) if start is None else load_editor(start)
+    out = out or WEIGHTS / f"{family.value}.safetensors"
+    builder, sizes = BUILD[family]
+    build = {"seed": seed} | sizes
+    pipeline = builder(**build) if start is None else load_editor(start)
     pictures, instructions = single_edits(chains, seed=seed, corruption=corruption)
+    instructions = without(instructions, unprompted, seed=seed)
     conditioner = Conditioner(pipeline, instructions)
     rows = torch.tensor([conditioner.row[text] for text in instructions])
     card = {
-        "family": "kontext",
+        "family": family.value,
         "build": build,
-        "command": f"python -m examples.shapes.pretrain --seed {seed} --steps {steps} "
-        f"--horizon {horizon} "
+        "command": f"python -m examples.shapes.pretrain --family {family.value} --seed {seed} "
+        f"--steps {steps} --horizon {horizon} "
         f"--careless-steps {careless_steps} --corruption {corruption} "
-        f"--careless-rate {careless_rate} --batch {batch} --chains {chains}",
+        f"--careless-rate {careless_rate} --batch {batch} --chains {chains} "
+        f"--unprompted {unprompted}",
         "parameters": sum(weight.numel() for weight in pipeline.transformer.parameters()),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -155,8 +174,8 @@ def main(
         "licence": "Apache-2.0",
     }
     if start is None:
-        nn.init.zeros_(pipeline.transformer.proj_out.weight)
-        nn.init.zeros_(pipeline.transformer.proj_out.bias)
+        for weight in pipeline.transformer.proj_out.parameters():
+            nn.init.zeros_(weight)
         rates = [
             min(1.0, (k + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * k / horizon))
             for k in range(steps)

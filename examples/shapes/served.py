@@ -64,13 +64,14 @@ class Service(str, Enum):
 
 
 def record_of(chain: Chain) -> Record:
-    """Write a chain of the shapes world as the library's record."""
+    """Write a chain as the library's record; ``shapes.files`` draws the image that it names."""
+    name = hashlib.sha256(repr(chain).encode()).hexdigest()[:16]
     names = [[f"{t.color} {t.shape}" for t in state.things] for state in chain.states]
     first, after = chain.initial, chain.states[1:]
     turns = range(len(after))
     return Record(
-        id=hashlib.sha256(repr(chain).encode()).hexdigest()[:16],
-        image="none: the picture is drawn",
+        id=name,
+        image=f"images/{name}.png",
         instructions=tuple(chain.instructions),
         task_types=tuple(chain.task_types),
         unchanged_objects=tuple(_kept(first, after[: n + 1]) for n in turns),

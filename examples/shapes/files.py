@@ -1,0 +1,100 @@
+"""Write the shapes world to disk, as a user holds a model and chains; then any trainer can read it.
+
+    cd examples && python -m shapes.files ../runs/world --family kontext --seed 0
+
+``model/`` is a pipeline in diffusers format, ``train.jsonl`` and ``held_out.jsonl`` are records of
+the library, and ``images/`` holds their reference pictures.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers.utils import logging
+
+from mteditflow.chains import Chain as Record
+from mteditflow.chains import write_chains
+
+from .editor import Family, enlarge, load_editor
+from .evaluate import to_pil
+from .served import record_of
+from .world import Chain, Split, draw, make_chains
+
+LINKED = 1.0  # turns go on with what earlier turns have edited, where they can
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+
+
+def write_world(
+    output: Path, family: Family, *, seed: int, counts: Sequence[int], turns: int
+) -> list[str]:
+    """Write the trained editor and chains of both splits; equal arguments write equal files.
+
+    Each file and the folder ``model`` appear whole or not at all, and a list of chains after the
+    pictures that it names. What was there under these names is replaced, anything else is left.
+
+    Args:
+        output: The folder, made if need be.
+        family: Which editor; klein's pictures are enlarged, exactly, from 12 to 96 pixels a side.
+        seed: Of the chains.
+        counts: Chains for training, and held out.
+        turns: Instructions in each chain.
+
+    Returns:
+        A line for each thing that was written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    said = [f"{_write_model(load_editor(family.value), output / 'model')}: the tiny {family.value}"]
+    for split, count in zip(SPLITS, counts, strict=True):
+        chains = make_chains(count, turns=turns, seed=seed, split=split, linked=LINKED)
+        records = _write_images(chains, output, klein=family is Family.klein)
+        file = output / f"{split}.jsonl"
+        write_chains(records, file)
+        said.append(f"{file}: {count} chains of {turns} turns, pictures in {output / 'images'}")
+    return said
+
+
+def _write_model(pipeline: Any, folder: Path) -> Path:
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        pipeline.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _write_images(chains: Iterable[Chain], root: Path, *, klein: bool) -> list[Record]:
+    records = []
+    (root / "images").mkdir(exist_ok=True)
+    part = root / "images" / f".{os.getpid()}.part"
+    for chain in chains:
+        picture = draw(chain.initial)
+        record = record_of(chain).model_copy(update={"root": root})
+        to_pil(enlarge(picture) if klein else picture).save(part, format="PNG")
+        part.replace(record.image_path)
+        records.append(record)
+    return records
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    family: Annotated[Family, typer.Option(help="Which tiny editor.")] = Family.kontext,
+    seed: Annotated[int, typer.Option(help="Of the chains.")] = 0,
+    train_chains: Annotated[int, typer.Option(min=1, help="Chains to train on.")] = 480,
+    held_out: Annotated[int, typer.Option(min=1, help="Chains to evaluate on.")] = 512,
+    turns: Annotated[int, typer.Option(min=1, help="Instructions in each chain.")] = 3,
+) -> None:
+    """Write a tiny trained editor, chains and their reference pictures."""
+    logging.disable_progress_bar()  # of transformers, one for each of its parts
+    counts = (train_chains, held_out)
+    print(*write_world(output, family, seed=seed, counts=counts, turns=turns), sep="\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
