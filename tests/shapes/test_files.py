@@ -69,14 +69,9 @@ def test_the_model_is_the_shipped_editor_and_edits_the_pictures(world):
 def test_nothing_unsafe_and_nothing_half_written_is_left(world):
     _, folder, said = world
     written = content(folder)
-    assert {path.suffix for path in written} <= {
-        ".json",
-        ".jsonl",
-        ".jinja",
-        ".png",
-        ".safetensors",
-    }
-    assert not [path for path in folder.rglob(".*")]
+    safe = {".json", ".jsonl", ".jinja", ".png", ".safetensors"}
+    assert {path.suffix for path in written} <= safe
+    assert not list(folder.rglob(".*"))
     assert len(list((folder / "images").iterdir())) == sum(COUNTS)
     assert [line.partition(":")[0] for line in said] == [
         str(folder / name) for name in ("model", "train.jsonl", "held_out.jsonl")
