@@ -12,14 +12,22 @@ except ImportError as error:
     ) from error
 
 from mteditflow.pipelines.adapters import LoraPolicies
+from mteditflow.pipelines.editor import Editor, Part
+from mteditflow.pipelines.families import FAMILIES, Family
+from mteditflow.pipelines.prompts import Prompts
 from mteditflow.pipelines.recognise import ReplayError
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
 
 __all__ = [
+    "FAMILIES",
+    "Editor",
+    "Family",
     "FlowMatchSDEScheduler",
     "LoraPolicies",
+    "Part",
+    "Prompts",
     "Recorder",
     "ReplayError",
     "Rollout",

@@ -71,7 +71,8 @@ def leaves(tree: Any) -> list[Any]:
 def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device) -> Any:
     """One tree of plain tensors on ``device`` whose row m is row ``rows[m]`` of ``trees[m]``.
 
-    The trees are alike: equal but for the rows of their ``Rows``.
+    The trees are alike: equal but for the rows of their ``Rows``. Rows that come from the host go
+    to a CUDA device through pinned memory, in the order of the device's stream.
     """
     first = trees[0]
     if isinstance(first, dict):
@@ -86,8 +87,15 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
                 taken = taken[torch.tensor(rows, device=taken.device)]
         else:
             taken = torch.stack([t.tensor[row] for t, row in zip(trees, rows, strict=True)])
-        return taken.to(device, non_blocking=True)
-    return first.to(device, non_blocking=True) if isinstance(first, Tensor) else first
+        return _moved(taken, device)
+    return _moved(first, device) if isinstance(first, Tensor) else first
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; from the host through pinned memory, so that the host runs on."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,293 @@
+"""An editor that is asked for whole chains: its unpatched pipeline is called turn by turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from mteditflow._checks import check_count, check_shape
+from mteditflow.pipelines.chain_calls import ChainCalls
+from mteditflow.pipelines.families import Family, find_family
+from mteditflow.pipelines.loading import load_prompts, load_sampling
+from mteditflow.pipelines.prompts import Prompts
+from mteditflow.pipelines.recorder import Recorder
+from mteditflow.pipelines.rollout import Rollout
+from mteditflow.sde import Solver
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some trajectories of a rollout, finished.
+
+    Attributes:
+        rows: which of the batch.
+        images: their images after each turn, [b][N], RGB.
+        rollout: their record, on the host, in the model's dtype.
+    """
+
+    rows: slice
+    images: list[list[Image]]
+    rollout: Rollout
+
+
+class Editor:
+    """FLUX.1-Kontext or FLUX.2-klein for training: chains of edits, recorded or not.
+
+    Made by ``Editor.load``. The pipeline that samples holds no text encoders: instructions are
+    embedded once each, and encoders are on the device only while they work. What a trajectory
+    becomes depends on its reference, its instructions, its generator and the weights alone, up to
+    the rounding of kernels in batches of another size (and what 8-bit images make of that). It
+    equals bit for bit what the full pipeline gives to the same reference, prompts and generator.
+
+    Attributes:
+        pipeline: the sampling pipeline; for ``LoraPolicies.save`` too.
+        family: what is particular to its class.
+        options: what every call of the pipeline is given.
+
+    Example:
+        GRPO on Kontext::
+
+            editor = Editor.load(
+                "black-forest-labs/FLUX.1-Kontext-dev",
+                dtype=torch.bfloat16, device="cuda", call={"num_inference_steps": 6},
+            )
+            policies = LoraPolicies(editor.transformer, editor.lora(rank=64, alpha=128))
+            for part in editor.roll_out(
+                references, instructions, generators=generators, group=group, batch=4,
+                solver=FlowSDE(0.9), stochastic_steps=range(5),
+            ):
+                submit_for_rewards(part.rows, part.images)
+                rollouts.append(part.rollout)
+            rollout = Rollout.concatenate(rollouts)
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family,
+        options: Mapping[str, Any],
+        prompts: Prompts,
+    ) -> None:
+        self.pipeline, self.family, self.options = pipeline, family, dict(options)
+        self._prompts = prompts
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        call: Mapping[str, Any] | None = None,
+        attention_backend: str | None = None,
+        gradient_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        prompt_cache: int = 256,
+    ) -> Editor:
+        """Load a pipeline, in eval mode and frozen; its family is read off its class.
+
+        Args:
+            source: a directory or hub id in diffusers format.
+            dtype: of all weights.
+            device: of transformer and VAE.
+            call: options of every call: height, width, num_inference_steps, guidance_scale,
+                max_sequence_length and whatever else the pipeline's ``__call__`` has. Kontext takes
+                references in the size they have unless ``_auto_resize`` is true.
+            attention_backend: a name of diffusers' attention dispatcher, such as "flash" or
+                "native"; diffusers sets it for the whole process.
+            gradient_checkpointing: recompute the blocks in the backward pass. It acts wherever
+                gradients are enabled, in eval mode too, so sampling is untouched and the model may
+                stay in eval mode. Run the backward pass outside of ``LoraPolicies.use``.
+            compile_blocks: ``torch.compile`` the repeated blocks at their first call; LoRA adapters
+                may still be added before it.
+            vae_slicing: decode one image at a time.
+            vae_tiling: decode in tiles, which changes the image slightly where tiles meet.
+            prompt_cache: embeddings of how many instructions to keep on the host; at 512 tokens in
+                bfloat16 one takes 4 MB (Kontext) or 13 MB (klein 9B).
+
+        Raises:
+            ValueError: the pipeline is of no known family, or an option of ``call`` is unknown.
+            OSError: there is nothing at ``source``.
+        """
+        family = find_family(DiffusionPipeline.load_config(source)["_class_name"])
+        options = family.call_options(call or {})
+        pipeline = load_sampling(source, family, dtype, device)
+        if attention_backend is not None:
+            pipeline.transformer.set_attention_backend(attention_backend)
+        if gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+        if compile_blocks:
+            pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+        if vae_slicing:
+            pipeline.vae.enable_slicing()
+        if vae_tiling:
+            pipeline.vae.enable_tiling()
+        prompts = load_prompts(
+            source, family, dtype, device, options=options, capacity=prompt_cache
+        )
+        return cls(pipeline, family, options, prompts)
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The model in training."""
+        return cast(nn.Module, self.pipeline.transformer)
+
+    def lora(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        targets: Sequence[str] | None = None,
+    ) -> LoraConfig:
+        """Adapters for attention and feed-forward of all blocks, or for what ``targets`` names.
+
+        Args:
+            rank: of the adapters, at least 1.
+            alpha: their scale is alpha / rank.
+            dropout: in [0, 1); sampling goes without.
+            targets: how the names of linear layers end, below the model's top level, such as
+                "attn.to_q"; None is the family's.
+
+        Raises:
+            ValueError: a target matches no layer of the model.
+        """
+        check_count("rank", rank)
+        return LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            init_lora_weights="gaussian",
+            target_modules=self.family.layers(self.transformer, targets),
+        )
+
+    def roll_out(
+        self,
+        references: Sequence[Image],
+        instructions: Sequence[Sequence[str]],
+        *,
+        generators: Sequence[torch.Generator],
+        group: Tensor,
+        batch: int,
+        solver: Solver | None = None,
+        stochastic_steps: Collection[int] | None = None,
+        reduction: str = "mean",
+        verify: bool = True,
+    ) -> Iterator[Part]:
+        """Edit chains and record them, part by part, so that rewards can begin with the first.
+
+        Samples the policy that the model is when a part is asked for, in eval mode. Kontext edits a
+        part in one call per turn, each distinct reference encoded once. klein is called for one
+        trajectory at a time, because it takes several images for several references of one edit,
+        and no latents.
+
+        Args:
+            references: RGB images, [B].
+            instructions: [B][N]; chains may differ in length.
+            generators: of initial and step noise, one per trajectory; its stream goes on over
+                turns.
+            group: integer group of each trajectory, [B], on the CPU.
+            batch: trajectories of a part, at most: a part ends early where the reference's size or
+                the chain's length changes.
+            solver: of stochastic steps; None is the deterministic sampler.
+            stochastic_steps: indices of the steps that may draw noise; None allows all.
+            reduction: of log-probs over elements, "mean" or "sum".
+            verify: prove on the first call that the record can be replayed, by one more forward.
+
+        Returns:
+            The parts in order, each sampled when it is asked for; ``Rollout.concatenate`` joins
+            their records.
+
+        Raises:
+            ValueError: lengths differ, a chain is empty or ``batch`` is below 1.
+            TypeError: a reference is no RGB image.
+            ReplayError: while iterating, if a recording could not be replayed.
+        """
+        check_count("batch", batch)
+        check_shape("group", group, [len(references)], "[B]")
+        chains = self._chains(references, instructions, generators, self.options)
+
+        def record(call: slice) -> tuple[list[list[Image]], Rollout]:
+            recorder = Recorder(
+                self.pipeline,
+                solver,
+                generators=generators[call],
+                stochastic_steps=stochastic_steps,
+                reduction=reduction,
+                storage="cpu",
+                verify=verify and call.start == 0,
+            )
+            with recorder:
+                images = chains.sample(call)
+            return images, recorder.rollout(group=group[call])
+
+        return (_joined(rows, map(record, chains.calls(rows))) for rows in chains.parts(batch))
+
+    def edit(
+        self,
+        references: Sequence[Image],
+        instructions: Sequence[Sequence[str]],
+        *,
+        generators: Sequence[torch.Generator],
+        batch: int,
+        call: Mapping[str, Any] | None = None,
+    ) -> list[list[Image]]:
+        """Edit chains by the pipeline's own deterministic sampler, as for an evaluation.
+
+        Args:
+            references: RGB images, [B].
+            instructions: [B][N]; chains may differ in length.
+            generators: of initial noise, one per trajectory.
+            batch: trajectories of a call at most, where the family takes several.
+            call: call options that replace those given to ``load``, such as more steps.
+
+        Returns:
+            The images after each turn, [B][N].
+
+        Raises:
+            ValueError: as ``roll_out``; an option is unknown, or would change the embeddings.
+            TypeError: a reference is no RGB image.
+        """
+        given = self.family.call_options({**self.options, **(call or {})})
+        if self.family.text_options(given) != self.family.text_options(self.options):
+            raise ValueError(
+                f"call: expected no options of text encoding, got {sorted(call or {})}"
+            )
+        chains = self._chains(references, instructions, generators, given)
+        calls = [part for rows in chains.parts(batch) for part in chains.calls(rows)]
+        return [chain for rows in calls for chain in chains.sample(rows)]
+
+    def _chains(
+        self,
+        references: Sequence[Image],
+        instructions: Sequence[Sequence[str]],
+        generators: Sequence[torch.Generator],
+        options: Mapping[str, Any],
+    ) -> ChainCalls:
+        return ChainCalls(
+            self.pipeline,
+            self.family,
+            options,
+            self._prompts,
+            references,
+            instructions,
+            generators,
+        )
+
+
+def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) -> Part:
+    """The calls of a part as one."""
+    images, rollouts = zip(*recorded, strict=True)
+    return Part(
+        rows, [chain for chains in images for chain in chains], Rollout.concatenate(rollouts)
+    )
