@@ -1,0 +1,266 @@
+"""Checkpoints of a run: whole or not there at all, verified before use, the last and best kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mteditflow._checks import check_count, check_number
+from mteditflow.training.checkpoint_files import (
+    DamagedError,
+    check_files,
+    check_sizes,
+    read_manifest,
+    seal,
+    sync_folder,
+)
+
+_WHOLE = re.compile(r"(\.replaced-)?round-\d{6,}")
+_Read = TypeVar("_Read")
+_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, all of whose files are as they were written.
+
+    Attributes:
+        path: its folder.
+        round: number of the round after which it was taken.
+        score: what it was saved with, higher is better; or None.
+        state: the JSON part.
+    """
+
+    path: Path
+    round: int
+    score: float | None
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors saved under a name, on the CPU.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        file = self.path / f"{name}.safetensors"
+        if not file.is_file():
+            held = sorted(path.stem for path in self.path.glob("*.safetensors"))
+            raise FileNotFoundError(f"{self.path}: no tensors {name!r}, only {held}")
+        return dict(load_file(file))
+
+
+class Checkpoints:
+    """The checkpoints in a folder, of which only one process writes: in a distributed run rank 0.
+
+    A save becomes visible by one rename, after all of its files and the manifest with their sizes
+    and SHA-256 are safe on the disk. A kill or a full disk at any moment leaves the checkpoints of
+    before, and what a dead writer has left lying about is removed by the next save.
+
+    "The last" is the one saved last, whatever its round: a run that was resumed from an older
+    round goes on from there when it is resumed again.
+
+    Args:
+        folder: where they are; made by the first save.
+        keep_last: how many to keep, beside the best by score.
+
+    Example:
+        >>> import tempfile, torch
+        >>> checkpoints = Checkpoints(tempfile.mkdtemp(), keep_last=2)
+        >>> for round, score in enumerate([0.1, 0.9, 0.3, 0.4]):
+        ...     weights = {"weight": torch.full((2,), float(round))}
+        ...     path = checkpoints.save(round, {"model": weights}, {"seed": 0}, score=score)
+        >>> path.name, sorted(p.name for p in path.parent.iterdir())
+        ('round-000003', ['round-000001', 'round-000002', 'round-000003'])
+        >>> found = checkpoints.find("auto")
+        >>> found.round, found.state, found.tensors("model")
+        (3, {'seed': 0}, {'weight': tensor([3., 3.])})
+        >>> checkpoints.best().round
+        1
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 3) -> None:
+        check_count("keep_last", keep_last)
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+
+    def save(
+        self,
+        round: int,  # noqa: A002
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        extra: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write a checkpoint, replace one of the same round, and remove those not to be kept.
+
+        Args:
+            round: number of the round after which it is taken, from 0.
+            tensors: file stem -> tensors, each written as ``stem.safetensors``; contiguous, and
+                sharing no memory with each other within a file.
+            state: anything that JSON can hold.
+            score: higher is better, finite; without one it is never the best.
+            extra: called with the folder to write more files there; the manifest has them too.
+
+        Returns:
+            The folder of the checkpoint, ``round-000040``.
+
+        Raises:
+            ValueError: a stem is no plain file name, or the score is not finite.
+            TypeError: JSON cannot hold the state.
+            OSError: it could not be written; the checkpoints of before are as they were.
+        """
+        check_count("round", round, low=0)
+        if score is not None:
+            check_number("score", score)
+        for stem in tensors:
+            if not _STEM.fullmatch(stem):
+                raise ValueError(f"tensors: expected names of letters, digits, _, got {stem!r}")
+        text = json.dumps(state, indent=1)
+        self._sweep()
+        number = 1 + max((m["number"] for _, m in self._listed()), default=0)
+        scratch = self.folder / f".partial-{uuid.uuid4().hex}"
+        scratch.mkdir()
+        try:
+            (scratch / "state.json").write_text(text, encoding="utf-8")
+            for stem, held in tensors.items():
+                save_file(dict(held), scratch / f"{stem}.safetensors")
+            if extra is not None:
+                extra(scratch)
+            seal(scratch, {"round": round, "number": number, "score": score})
+            path = self._publish(scratch, round)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        self._prune()
+        return path
+
+    def latest(self) -> Checkpoint | None:
+        """The checkpoint saved last, of those that are whole; None if there is none.
+
+        Each that is damaged is skipped with a warning that says what is wrong with it.
+
+        Raises:
+            ValueError: one is whole, but of another format version.
+        """
+        return _first_whole(self._listed(warn=True))
+
+    def best(self) -> Checkpoint | None:
+        """The one of highest score, the newer of equals, otherwise as ``latest``."""
+        scored = [entry for entry in self._listed(warn=True) if entry[1]["score"] is not None]
+        return _first_whole(sorted(scored, key=_rank, reverse=True))
+
+    def find(self, which: str | os.PathLike[str]) -> Checkpoint | None:
+        """The checkpoint that a user names: "auto", "best", or the path of one.
+
+        Returns:
+            None only for "auto" where there is none yet: the run starts afresh.
+
+        Raises:
+            FileNotFoundError: there is none with a score, or none at the path.
+            ValueError: the one at the path is damaged, or one is of another format version.
+        """
+        if which == "auto":
+            return self.latest()
+        if which == "best":
+            if (found := self.best()) is None:
+                raise FileNotFoundError(f"{self.folder}: no checkpoint with a score")
+            return found
+        if not Path(which).is_dir():
+            raise FileNotFoundError(f"{which}: expected 'auto', 'best' or a checkpoint's folder")
+        return _load(Path(which), read_manifest(Path(which)))
+
+    def _listed(self, *, warn: bool = False) -> list[tuple[Path, dict[str, Any]]]:
+        """Folders and manifests, the last saved first, without those damaged at first sight."""
+        paths = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        whole = [path for path in paths if _WHOLE.fullmatch(path.name)]
+        read = [(path, _unless_damaged(_glance, path, warn=warn)) for path in whole]
+        found = [(path, manifest) for path, manifest in read if manifest is not None]
+        return sorted(found, key=lambda entry: int(entry[1]["number"]), reverse=True)
+
+    def _publish(self, scratch: Path, round: int) -> Path:  # noqa: A002
+        """Rename a finished folder to its name; what has that name steps aside, then goes."""
+        path = self.folder / f"round-{round:06d}"
+        aside = path.with_name(f".replaced-{path.name}")
+        if path.exists():
+            path.rename(aside)
+        scratch.rename(path)
+        sync_folder(self.folder)
+        self._remove(aside)
+        return path
+
+    def _sweep(self) -> None:
+        """Undo what a writer that died has left behind."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for aside in self.folder.glob(".replaced-round-*"):
+            path = aside.with_name(aside.name.removeprefix(".replaced-"))
+            if path.exists():
+                self._remove(aside)
+            else:
+                aside.rename(path)
+        for partial in self.folder.glob(".partial-*"):
+            shutil.rmtree(partial)
+
+    def _prune(self) -> None:
+        """Remove all but the last ones and the best; damaged ones stay, and count for nothing."""
+        entries = self._listed()
+        kept = [path for path, _ in entries[: self.keep_last]]
+        kept += [path for path, m in sorted(entries, key=_rank)[-1:] if m["score"] is not None]
+        for path, _ in entries:
+            if path not in kept:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Remove a checkpoint such that a kill leaves no half of it under its name."""
+        if path.exists():
+            partial = self.folder / f".partial-{uuid.uuid4().hex}"
+            path.rename(partial)
+            shutil.rmtree(partial)
+
+
+def _rank(entry: tuple[Path, Mapping[str, Any]]) -> tuple[float, int]:
+    """Order by score, those without at the bottom, then by when they were saved."""
+    score = entry[1]["score"]
+    return (float("-inf") if score is None else score), entry[1]["number"]
+
+
+def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint | None:
+    """The first whose files are all as they were written."""
+    for path, manifest in entries:
+        if (found := _unless_damaged(_load, path, manifest, warn=True)) is not None:
+            return found
+    return None
+
+
+def _glance(path: Path) -> dict[str, Any]:
+    """Read the manifest, and look at the sizes of the files alone."""
+    manifest = read_manifest(path)
+    check_sizes(path, manifest)
+    return manifest
+
+
+def _load(path: Path, manifest: dict[str, Any]) -> Checkpoint:
+    """Verify every file, then read the JSON part."""
+    check_files(path, manifest)
+    state = json.loads((path / "state.json").read_bytes())
+    return Checkpoint(path, manifest["round"], manifest["score"], state)
+
+
+def _unless_damaged(read: Callable[..., _Read], *given: Any, warn: bool) -> _Read | None:
+    try:
+        return read(*given)
+    except DamagedError as error:
+        if warn:
+            warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
+        return None
