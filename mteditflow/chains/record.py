@@ -108,6 +108,17 @@ class Chain(BaseModel):
         """Number of instructions, N."""
         return len(self.instructions)
 
+    def first_turns(self, turns: int) -> Chain:
+        """Return the chain of the first instructions alone.
+
+        Raises:
+            ValueError: the chain has fewer, or ``turns`` is below 1.
+        """
+        if not 1 <= turns <= self.turns:
+            raise ValueError(f"turns: expected one of 1..{self.turns}, got {turns}")
+        cut = {name: values[:turns] for name in PER_TURN if (values := getattr(self, name))}
+        return self.model_copy(update={"instructions": self.instructions[:turns], **cut})
+
     @property
     def image_path(self) -> Path:
         """Where the reference image lies, if it is a file."""

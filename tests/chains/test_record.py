@@ -137,3 +137,29 @@ def test_the_root_leads_to_the_image_and_is_not_written():
 def test_chains_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         Chain(**MINIMAL).id = "8"
+
+
+def test_the_first_turns_of_a_chain_are_a_chain():
+    chain = Chain(
+        id="7",
+        image="7.png",
+        instructions=("Remove the cat", "Add a dog", "Make it snow"),
+        unchanged_objects=(("tree",), ("tree",), ()),
+        background_consistency=(True, True, False),
+        root="folder",
+        note="kept",
+    )
+    cut = chain.first_turns(2)
+    assert cut == Chain(
+        id="7",
+        image="7.png",
+        instructions=("Remove the cat", "Add a dog"),
+        unchanged_objects=(("tree",), ("tree",)),
+        background_consistency=(True, True),
+        root="folder",
+        note="kept",
+    )
+    assert chain.first_turns(3) == chain
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match=rf"turns: expected one of 1..3, got {wrong}"):
+            chain.first_turns(wrong)
