@@ -1,0 +1,22 @@
+"""Pictures of a run: strips of chains, before and after, distributions, curves.
+
+Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts it in a file,
+``log_pictures`` gives it to the trackers of accelerate.
+"""
+
+from mteditflow.training.pictures.before_after import draw_before_after, most_changed
+from mteditflow.training.pictures.curves import draw_curves
+from mteditflow.training.pictures.histograms import draw_histograms
+from mteditflow.training.pictures.output import log_pictures, write_picture
+from mteditflow.training.pictures.strips import Strip, draw_strips
+
+__all__ = [
+    "Strip",
+    "draw_before_after",
+    "draw_curves",
+    "draw_histograms",
+    "draw_strips",
+    "log_pictures",
+    "most_changed",
+    "write_picture",
+]

@@ -1,0 +1,91 @@
+"""What training changed, in pictures: chains before and after, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mteditflow.training.evaluation import Evaluation
+from mteditflow.training.pictures.strips import Strip, draw_strips
+
+Images = Sequence[Sequence[Image.Image]] | Mapping[int, Sequence[Image.Image]]
+
+
+class Choice(NamedTuple):
+    """Rows of held-out chains, and how they were chosen."""
+
+    rows: list[int]
+    how: str
+
+
+def most_changed(before: Evaluation, after: Evaluation, *, count: int) -> Choice:
+    """Choose the chains whose number of followed turns rose most, and as many that fell most.
+
+    Where fewer fell, more that rose take their place, and the other way round. Only chains that
+    count in both evaluations are looked at; of equals the first ones are taken.
+
+    Args:
+        before: of the model as it came.
+        after: of the same chains.
+        count: how many to choose, at most.
+    """
+    counted = (before.valid & after.valid).nonzero().flatten()
+    change = (after.success.sum(dim=1) - before.success.sum(dim=1))[counted]
+    order = change.argsort(descending=True, stable=True)
+    rose = counted[order][change[order] > 0].tolist()
+    order = change.argsort(stable=True)
+    fell = counted[order][change[order] < 0].tolist()
+    falls = min(len(fell), max(count // 2, count - len(rose)))
+    rises = min(len(rose), count - falls)
+    how = (
+        f"Turns followed rose in {len(rose)} and fell in {len(fell)} of {len(counted)} held-out "
+        f"chains from round {before.round} to round {after.round}. Shown: "
+        f"{_shown(rises, len(rose), 'rose')}, then {_shown(falls, len(fell), 'fell')}."
+    )
+    return Choice(rose[:rises] + fell[:falls], how)
+
+
+def draw_before_after(
+    before: Evaluation,
+    after: Evaluation,
+    images_before: Images,
+    images_after: Images,
+    *,
+    count: int = 4,
+) -> Figure | None:
+    """Draw the chains of ``most_changed``, before above after; its words are the title.
+
+    Args:
+        before: of the model as it came.
+        after: of the same chains, from the same noise.
+        images_before: [reference, turn 1, ..., turn N] by row of ``before``; only the rows that
+            ``most_changed`` names are looked up.
+        images_after: the same of ``after``.
+        count: chains to draw, at most.
+
+    Returns:
+        The figure, or ``None`` if no chain changed.
+    """
+    rows, how = most_changed(before, after, count=count)
+    strips = [
+        Strip(
+            *(f"chain {evaluation.chain_ids[row]}", evaluation.instructions[row], images[row]),
+            *(evaluation.terms, row, label),
+        )
+        for row in rows
+        for label, evaluation, images in (
+            ("before", before, images_before),
+            ("after", after, images_after),
+        )
+    ]
+    return draw_strips(strips, success_at=after.success_at, title=how) if strips else None
+
+
+def _shown(shown: int, there: int, what: str) -> str:
+    if not shown:
+        return f"none that {what}"
+    most = "all" if shown == there else "the"
+    return f"{most} {shown} that {what}" + ("" if shown == there else " most")

@@ -1,0 +1,230 @@
+"""The curves of a run: rewards, held-out metrics, lost rewards, and where the time went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from mteditflow.training.evaluation import Evaluation
+from mteditflow.training.metrics_file import ROUND
+from mteditflow.training.pictures.histograms import color_of
+from mteditflow.training.pictures.page import (
+    AMBER,
+    BAD,
+    BLUE,
+    DPI,
+    GOOD,
+    INK,
+    PURPLE,
+    SOFT,
+    house_style,
+)
+from mteditflow.training.run_log import SECONDS
+from mteditflow.training.stopwatch import shares
+
+REWARD, INVALID = "reward/", "invalid_share"
+HELD_OUT = {
+    "content_consistency": ("CC", AMBER),
+    "marginal": ("Marginal", PURPLE),
+    "instruction_following": ("IF", BLUE),
+    "overall": ("Overall", GOOD),
+}
+BY_TURN = {"overall": "Overall: all turns so far", "marginal": "Marginal: this turn alone"}
+PHASES = ("#2457d6", "#1a7f4b", "#d97706", "#7c3aed", "#c0392b", "#0e7490", "#8a94a3")
+
+Panel = Callable[[Any], None]
+
+
+def draw_curves(
+    metrics: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], *, title: str
+) -> Figure:
+    """Draw what there is of a run, in up to six panels.
+
+    Rewards per term, raw and as the mean over the last rounds; IF, Marginal, CC and Overall of
+    held-out chains at the last turn over rounds, with 95% intervals; Overall and Marginal by turn,
+    first evaluation against the last; share of invalid rewards; seconds by phase.
+
+    Args:
+        metrics: ``RunLog.metrics``: "round", "reward/<term>", "invalid_share", "seconds/<phase>".
+        evaluations: of the same chains, in the order of their rounds.
+        title: of the figure.
+
+    Raises:
+        ValueError: there is nothing to draw.
+
+    Example:
+        >>> rounds = [{"round": i, "reward/following": i / 10} for i in range(1, 9)]
+        >>> [axes.get_title(loc="left") for axes in draw_curves(rounds, [], title="A run").axes]
+        ['Rewards in training']
+    """
+    panels = _panels(metrics, evaluations)
+    if not panels:
+        raise ValueError("metrics: expected rewards of some round, or an evaluation, got neither")
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    with house_style():
+        size = (max(4.9 * columns, 7.5), 3.7 * rows + 0.5)
+        figure = Figure(
+            figsize=size, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12)
+        )
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, panel in zip(grid, panels, strict=False):
+            panel(axes)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12.5, wrap=True)
+    return figure
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last ``window`` values at each place, without those that are NaN.
+
+    Example:
+        >>> smooth([1.0, math.nan, 2.0, 4.0], window=2)
+        [1.0, 1.0, 2.0, 3.0]
+    """
+    recent = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    finite = [[x for x in last if math.isfinite(x)] for last in recent]
+    return [math.fsum(last) / len(last) if last else math.nan for last in finite]
+
+
+def _panels(
+    metrics: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation]
+) -> list[Panel]:
+    names = {name: None for line in metrics for name in line}
+    rewards = [name for name in names if name.startswith(REWARD)]
+    phases = [name for name in names if name.startswith(SECONDS)]
+    panels: list[Panel] = []
+    if rewards:
+        panels.append(partial(_draw_rewards, metrics=metrics, names=rewards))
+    if evaluations:
+        panels.append(partial(_draw_held_out, evaluations=evaluations))
+        shown = [name for name in BY_TURN if name in evaluations[0].metrics]
+        panels += [partial(_draw_turns, evaluations=evaluations, name=name) for name in shown]
+    if INVALID in names:
+        panels.append(partial(_draw_invalid, metrics=metrics))
+    if phases:
+        panels.append(partial(_draw_time, metrics=metrics, names=phases))
+    return panels
+
+
+def _draw_rewards(
+    axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]
+) -> None:
+    rounds, window = _column(metrics, ROUND), max(8, len(metrics) // 25)
+    every: list[float] = []
+    for i, name in enumerate(names):
+        values, term = _column(metrics, name), name.removeprefix(REWARD)
+        color = color_of(term, i)
+        every += [x for x in values if math.isfinite(x)]
+        axes.plot(rounds, values, color=color, alpha=0.25, linewidth=1)
+        axes.plot(rounds, smooth(values, window), color=color, linewidth=2.2, label=term)
+    _over_rounds(axes, "Rewards in training")
+    axes.set_xlabel(f"round (bold: mean of the last {window})")
+    if every and min(every) >= 0 and max(every) <= 1:
+        axes.set_ylim(0, 1.04)
+    _legend_below(axes)
+
+
+def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:
+    rounds = [evaluation.round for evaluation in evaluations]
+    for name, (label, color) in HELD_OUT.items():
+        if name in evaluations[0].metrics:
+            last = [[float(x[-1]) for x in e.metrics[name]] for e in evaluations]
+            estimate, low, high = zip(*last, strict=True)
+            axes.fill_between(rounds, low, high, color=color, alpha=0.13, linewidth=0)
+            axes.plot(rounds, estimate, "o-", color=color, linewidth=2.2, ms=4.5, label=label)
+    turn, counted = evaluations[-1].turns, evaluations[-1].counted
+    _over_rounds(axes, f"{counted} held-out chains at turn {turn}, percent")
+    axes.set_ylim(0, 104)
+    _legend_below(axes)
+
+
+def _draw_turns(axes: Any, *, evaluations: Sequence[Evaluation], name: str) -> None:
+    """One metric by turn, at the first and the last evaluation."""
+    first, last = evaluations[0], evaluations[-1]
+    turns = range(1, first.turns + 1)
+    looks = [(last, BLUE, "o-", False)]
+    if len(evaluations) > 1:
+        looks = [(first, SOFT, "o--", False), (last, BLUE, "o-", True)]
+    for evaluation, color, line, new in looks:
+        estimate, low, high = (x.tolist() for x in evaluation.metrics[name])
+        other = (first if new else last).metrics[name].estimate.tolist()
+        axes.fill_between(turns, low, high, color=color, alpha=0.14, linewidth=0)
+        axes.plot(
+            turns, estimate, line, color=color, linewidth=2.2, label=f"round {evaluation.round}"
+        )
+        for turn, value, there in zip(turns, estimate, other, strict=True):
+            if math.isfinite(value):
+                _annotate(axes, turn, value, color, above=value > there or (new and value == there))
+    axes.set(xlabel="turn", ylim=(0, 108), xticks=list(turns))
+    axes.set_title(BY_TURN[name], loc="left", fontsize=11)
+    axes.margins(x=0.14)
+    _legend_below(axes)
+
+
+def _annotate(axes: Any, turn: int, value: float, color: str, *, above: bool) -> None:
+    axes.annotate(
+        f"{value:.0f}",
+        (turn, value),
+        xytext=(0, 7) if above or value < 10 else (0, -16),
+        textcoords="offset points",
+        ha="center",
+        color=color,
+        fontsize=10,
+    )
+
+
+def _draw_invalid(axes: Any, *, metrics: Sequence[Mapping[str, float]]) -> None:
+    rounds, share = _column(metrics, ROUND), [100 * x for x in _column(metrics, INVALID)]
+    worst = max((x for x in share if math.isfinite(x)), default=0.0)
+    axes.fill_between(rounds, 0, share, color=BAD, alpha=0.2, linewidth=0)
+    axes.plot(rounds, share, color=BAD, linewidth=1.6)
+    _over_rounds(axes, "Invalid rewards, percent of trajectories")
+    axes.set_ylim(0, max(5.0, 1.15 * worst))
+    if not worst:
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=SOFT)
+
+
+def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
+    columns = {name: [x if x == x else 0.0 for x in _column(metrics, name)] for name in names}
+    total = shares({name: math.fsum(values) for name, values in columns.items()})
+    labels = [f"{name.removeprefix(SECONDS)} {share:.0%}" for name, share in total.items()]
+    values = [columns[name] for name in total]
+    colors = [PHASES[i % len(PHASES)] for i in range(len(values))]
+    rounds = _column(metrics, ROUND)
+    axes.stackplot(rounds, values, labels=labels, colors=colors, alpha=0.8, linewidth=0, step="mid")
+    _over_rounds(axes, "Seconds of a round, by phase")
+    axes.set_ylim(bottom=0)
+    _legend_below(axes)
+
+
+def _over_rounds(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+
+
+def _legend_below(axes: Any) -> None:
+    """Outside the curves: it never hides one."""
+    count = len(axes.get_legend_handles_labels()[1])
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=min(count, 4),
+        columnspacing=1.2,
+        handlelength=1.5,
+        labelcolor=INK,
+    )
+
+
+def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [line.get(name, math.nan) for line in metrics]

@@ -1,0 +1,128 @@
+"""A sheet laid out in inches from its top left corner, and text that is wrapped as it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+INK, SOFT, FAINT = "#1f2933", "#6b7684", "#c9d0d8"
+GOOD, AMBER, BAD, BLUE, PURPLE = "#1a7f4b", "#d97706", "#c0392b", "#2457d6", "#7c3aed"
+DPI = 140
+LEADING = 1.32  # from one line to the next, in font sizes
+# For instructions in other scripts, where a font is there.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans")
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Fonts and colours of all pictures."""
+    with mpl.rc_context(_style()):
+        yield
+
+
+@lru_cache
+def _style() -> dict[str, Any]:
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    return {
+        "font.family": [name for name in FONTS if name in there],
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": SOFT,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "text.parse_math": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+
+
+def line_height(size: float) -> float:
+    """From one line of text to the next, in inches."""
+    return LEADING * size / 72
+
+
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Width of a line as it will be drawn, in inches; call it in ``house_style``."""
+    font = font_manager.FontProperties(size=size, weight=weight)
+    width, *_ = _renderer().get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / DPI
+
+
+@lru_cache
+def _renderer() -> Any:
+    return FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
+
+
+def wrap(text: str, width: float, size: float, *, most: int = 12) -> list[str]:
+    """Break text into lines of at most ``width`` inches; what is beyond ``most`` lines is cut.
+
+    A word that is wider than a line is broken, so text without spaces is too.
+    """
+    lines: list[str] = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}", size) <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and text_width(lines[-1] + letter, size) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and text_width(f"{last} …", size) > width:
+        last = last[:-1]
+    return [*lines[: most - 1], f"{last} …"]
+
+
+class Page:
+    """A figure of a size in inches; x goes right and y down from the top left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+
+    def text(self, x: float, y: float, lines: Sequence[str], *, size: float, **style: Any) -> None:
+        """Write lines whose top is at y."""
+        for i, line in enumerate(lines):
+            base = y + line_height(size) * i + 1.02 * size / 72
+            self.figure.text(x / self.width, 1 - base / self.height, line, fontsize=size, **style)
+
+    def rotated(self, x: float, y: float, text: str, *, size: float, color: str) -> None:
+        """Write upwards, around a point."""
+        self.figure.text(
+            *(x / self.width, 1 - y / self.height, text),
+            fontsize=size,
+            color=color,
+            rotation=90,
+            ha="center",
+            va="center",
+        )
+
+    def picture(
+        self, x: float, y: float, size: tuple[float, float], image: Image.Image, **frame: Any
+    ) -> None:
+        """Show an image, enlarged without blur if it is small, in a frame."""
+        width, height = size
+        box = (
+            x / self.width,
+            1 - (y + height) / self.height,
+            width / self.width,
+            height / self.height,
+        )
+        axes = self.figure.add_axes(box)
+        axes.imshow(np.asarray(image.convert("RGB")), interpolation="auto")
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(visible=True, **frame)
