@@ -35,7 +35,10 @@ HELD_OUT = {
     "instruction_following": ("IF", BLUE),
     "overall": ("Overall", GOOD),
 }
-BY_TURN = {"overall": "Overall: all turns so far", "marginal": "Marginal: this turn alone"}
+BY_TURN = {
+    "overall": "Overall: all turns so far, percent",
+    "marginal": "Marginal: this turn alone, percent",
+}
 PHASES = ("#2457d6", "#1a7f4b", "#d97706", "#7c3aed", "#c0392b", "#0e7490", "#8a94a3")
 
 Panel = Callable[[Any], None]
@@ -117,7 +120,7 @@ def _panels(
 def _draw_rewards(
     axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]
 ) -> None:
-    rounds, window = _column(metrics, ROUND), max(8, len(metrics) // 25)
+    rounds, window = _column(metrics, ROUND), max(8, len(metrics) // 12)
     every: list[float] = []
     for i, name in enumerate(names):
         values, term = _column(metrics, name), name.removeprefix(REWARD)
@@ -139,10 +142,13 @@ def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:
             last = [[float(x[-1]) for x in e.metrics[name]] for e in evaluations]
             estimate, low, high = zip(*last, strict=True)
             axes.fill_between(rounds, low, high, color=color, alpha=0.13, linewidth=0)
+            axes.vlines(rounds, low, high, color=color, alpha=0.4, linewidth=1.2)
             axes.plot(rounds, estimate, "o-", color=color, linewidth=2.2, ms=4.5, label=label)
     turn, counted = evaluations[-1].turns, evaluations[-1].counted
     _over_rounds(axes, f"{counted} held-out chains at turn {turn}, percent")
     axes.set_ylim(0, 104)
+    if len(rounds) == 1:
+        axes.set_xlim(rounds[0] - 1, rounds[0] + 1)
     _legend_below(axes)
 
 
@@ -150,19 +156,19 @@ def _draw_turns(axes: Any, *, evaluations: Sequence[Evaluation], name: str) -> N
     """One metric by turn, at the first and the last evaluation."""
     first, last = evaluations[0], evaluations[-1]
     turns = range(1, first.turns + 1)
-    looks = [(last, BLUE, "o-", False)]
+    looks = [(last, BLUE, "o-")]
     if len(evaluations) > 1:
-        looks = [(first, SOFT, "o--", False), (last, BLUE, "o-", True)]
-    for evaluation, color, line, new in looks:
+        looks = [(first, SOFT, "o--"), (last, BLUE, "o-")]
+    for evaluation, color, line in looks:
         estimate, low, high = (x.tolist() for x in evaluation.metrics[name])
-        other = (first if new else last).metrics[name].estimate.tolist()
+        other = (last if evaluation is first else first).metrics[name].estimate.tolist()
         axes.fill_between(turns, low, high, color=color, alpha=0.14, linewidth=0)
-        axes.plot(
-            turns, estimate, line, color=color, linewidth=2.2, label=f"round {evaluation.round}"
-        )
+        label = f"round {evaluation.round}"
+        axes.plot(turns, estimate, line, color=color, linewidth=2.2, label=label)
         for turn, value, there in zip(turns, estimate, other, strict=True):
             if math.isfinite(value):
-                _annotate(axes, turn, value, color, above=value > there or (new and value == there))
+                above = value > there or (value == there and evaluation is last)
+                _annotate(axes, turn, value, color, above=above)
     axes.set(xlabel="turn", ylim=(0, 108), xticks=list(turns))
     axes.set_title(BY_TURN[name], loc="left", fontsize=11)
     axes.margins(x=0.14)
@@ -197,7 +203,7 @@ def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequ
     total = shares({name: math.fsum(values) for name, values in columns.items()})
     labels = [f"{name.removeprefix(SECONDS)} {share:.0%}" for name, share in total.items()]
     values = [columns[name] for name in total]
-    colors = [PHASES[i % len(PHASES)] for i in range(len(values))]
+    colors = [PHASES[names.index(name) % len(PHASES)] for name in total]
     rounds = _column(metrics, ROUND)
     axes.stackplot(rounds, values, labels=labels, colors=colors, alpha=0.8, linewidth=0, step="mid")
     _over_rounds(axes, "Seconds of a round, by phase")

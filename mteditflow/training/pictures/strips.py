@@ -76,7 +76,12 @@ class Strip:
         scores = self.terms[FOLLOWING]
         score = float(scores.score[self.row, turn])
         if score != score:
-            return {"color": SOFT, "linewidth": 2.4, "linestyle": (0, (2.2, 1.4))}
+            return {
+                "color": INK,
+                "linewidth": 3.2,
+                "linestyle": (0, (2.4, 1.6)),
+                "capstyle": "butt",
+            }
         color = GOOD if score >= success_at else AMBER if score >= success_at / 2 else BAD
         return {"color": color, "linewidth": 3.2}
 
@@ -85,7 +90,7 @@ def draw_strips(strips: Sequence[Strip], *, success_at: float, title: str) -> Fi
     """Draw strips of chains under each other, in blocks of one chain.
 
     The frame of a turn is green if its "following" score is at least ``success_at``, amber from
-    half of it, red below, and dashed grey if it was lost. Images of 12 pixels are enlarged without
+    half of it, red below, and dashed if there is none. Images of 12 pixels are enlarged without
     blur; large ones get more room.
 
     Args:
@@ -209,4 +214,6 @@ def _shown(scores: TurnScores, row: int, turn: int) -> tuple[str, str]:
     if (row, turn) in scores.lost:
         return f"lost: {scores.lost[row, turn].fault.value}", BAD
     score = float(scores.score[row, turn])
-    return (f"{score:.3g}", INK) if score == score else ("not measured", SOFT)
+    if score != score:
+        return "not measured", SOFT
+    return f"{score:.0f}" if score == round(score) else f"{score:.3f}", INK
