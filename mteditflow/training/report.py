@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mteditflow.metrics import Interval
 from mteditflow.training._atomic import write_atomically
@@ -95,8 +96,8 @@ def _with_intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:
     """Each metric as a number or a list of them, and beside it [low, high] or a list of these."""
     flat: dict[str, Any] = {}
     for name, interval in metrics.items():
-        flat[name] = interval.estimate.tolist()
-        flat[f"{name}_interval"] = torch.stack([interval.low, interval.high], dim=-1).tolist()
+        ends = torch.stack([interval.low, interval.high], dim=-1)
+        flat[name], flat[f"{name}_interval"] = _rounded(interval.estimate), _rounded(ends)
     return flat
 
 
@@ -124,6 +125,11 @@ def _sums(metrics: Sequence[Mapping[str, float]], prefix: str) -> dict[str, floa
     return {name.removeprefix(prefix): total for name, total in ranked}
 
 
+def _rounded(x: Tensor) -> Any:
+    """Numbers to the fourth place."""
+    return ((1e4 * x.double()).round() / 1e4).tolist()
+
+
 def _devices() -> list[str]:
     """The accelerators that this process sees, or the processor."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -135,11 +141,11 @@ def _versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON holds: numbers rounded to six places, ``None`` for NaN, text for anything else."""
+    """What JSON holds: ``None`` for NaN, text for what it does not know."""
     if isinstance(value, Mapping):
         return {str(name): _plain(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(x) for x in value]
     if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
+        return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -39,7 +39,8 @@ def print_summary(
         >>> same = Evaluation(0, ["1"], [["a", "b"]], {"following": scores}, success_at=5)
         >>> report = run_report(same, same, [], config={}, seed=0)
         >>> print_summary(report, Path("run"), console=Console(width=90))  # doctest: +ELLIPSIS
-             1 held-out chain, percent [95% interval]...
+        1 held-out chain, percent [95% interval]...
+        Written to run.
     """
     if console is None:
         console = Console(width=None if Console().is_terminal else WIDTH)
@@ -53,8 +54,7 @@ def print_summary(
 
 def summary_table(report: Mapping[str, Any]) -> Table:
     """Return the metrics before and after, turn by turn, with 95% intervals."""
-    count = report["held_out_chains"]
-    chains = f"{count} held-out chains" if count != 1 else "1 held-out chain"
+    chains = _many(report["held_out_chains"], "held-out chain")
     table = Table(title=f"{chains}, percent \\[95% interval]", title_justify="left")
     table.add_column("")
     table.add_column("")
@@ -80,12 +80,12 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
             lost = _counts(report[when]["lost_scores"])
             lines.append(
                 f"{when.capitalize()}, {left_out} of {report['held_out_chains']} held-out chains "
-                f"have no score and are left out{f' (turns lost: {lost})' if lost else ''}."
+                f"could not be scored and were left out{f' (turns lost: {lost})' if lost else ''}."
             )
     if report["time"]:
         split = ", ".join(f"{name} {share:.0%}" for name, (_, share) in report["time"].items())
         took = timedelta(seconds=round(report["seconds"]))
-        lines.append(f"{report['rounds']} rounds took {took}: {split}.")
+        lines.append(f"{_many(report['rounds'], 'round')} took {took}: {split}.")
     lost = report["lost_answers"]
     if lost["reasons"]:
         lines.append(
@@ -103,12 +103,13 @@ def _difference(gain: Rows) -> str:
     parts = []
     for name, title in TITLES.items():
         if gain.get(name) is not None:
-            low, high = gain[f"{name}_interval"]
-            parts.append(f"{title.split(':')[0]} {gain[name]:+.1f} \\[{low:+.1f}, {high:+.1f}]")
+            ends = _interval(gain[f"{name}_interval"])
+            parts.append(f"{title.split(':')[0]} {gain[name]:+.1f} {ends}")
     if not parts:
         return f"At turn {gain['turn']} no chain can be compared."
     return (
-        f"At turn {gain['turn']}, paired over {gain['chains']} chains: {', '.join(parts)} points."
+        f"At turn {gain['turn']}, paired over {_many(gain['chains'], 'chain')}: "
+        f"{', '.join(parts)} points."
     )
 
 
@@ -121,7 +122,11 @@ def _kept(report: Rows) -> list[str]:
     for name, ends in gain["kept"].items():
         before, after = ("nothing" if share is None else f"{share:.0%}" for share in ends)
         what = "success" if name == "marginal" else f"{name!r}"
-        lines.append(f"Of {what} at turn 1, turn {gain['turn']} keeps {after} (before: {before}).")
+        more, ends = gain[f"{name}_kept_difference"], gain[f"{name}_kept_difference_interval"]
+        points = "" if more is None else f"; {more:+.1f} {_interval(ends)} points"
+        lines.append(
+            f"Of {what} at turn 1, turn {gain['turn']} keeps {after} (before: {before}{points})."
+        )
     return lines
 
 
@@ -131,6 +136,14 @@ def _cells(rows: Rows, name: str, digits: int) -> list[str]:
         "none" if value is None else f"{value:.{digits}f} \\[{low:.{digits}f}, {high:.{digits}f}]"
         for value, (low, high) in zip(values, rows[f"{name}_interval"], strict=True)
     ]
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"\\[{ends[0]:+.1f}, {ends[1]:+.1f}]"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:
