@@ -1,0 +1,71 @@
+"""The parts of a run that come from disk: the editor with its policies, and chains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from mteditflow.chains import ChainDataset, read_chains
+from mteditflow.pipelines import Editor, LoraPolicies
+from mteditflow.training import RunLog, shard_model
+
+from .config import Config, ConfigError, Data
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_policies(config: Config, device: torch.device) -> tuple[Editor, LoraPolicies]:
+    """Load the editor, give it adapters, and shard it if it is to be sharded."""
+    model = config.model
+    if model.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
+    editor = Editor.load(
+        model.path,
+        dtype=DTYPES[model.dtype],
+        device=device,
+        call={
+            "height": model.resolution,
+            "width": model.resolution,
+            "num_inference_steps": config.sampling.steps,
+            "guidance_scale": model.guidance,
+            **model.options,
+        },
+        attention_backend=model.attention,
+        gradient_checkpointing=model.checkpointing,
+        compile_blocks=model.compile,
+        vae_slicing=model.vae_slicing,
+        vae_tiling=model.vae_tiling,
+    )
+    lora = editor.lora(
+        rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None
+    )
+    policies = LoraPolicies(
+        editor.transformer, lora, seed=config.training.seed, ema=config.training.ema_decay > 0
+    )
+    if model.shard:
+        shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)
+    return editor, policies
+
+
+def load_chains(data: Data, path: Path, resolution: int, log: RunLog) -> ChainDataset:
+    """Read chains, cut them to the turns of the run, and fit their images to squares.
+
+    Raises:
+        ConfigError: none of them is long enough.
+        ChainError: a line is bad.
+        OSError: the file cannot be opened.
+    """
+    chains = read_chains(path, check_images=True).chains
+    cut = [chain.first_turns(data.turns) for chain in chains if chain.turns >= data.turns]
+    if not cut:
+        raise ConfigError(f"data.turns: expected chains of {data.turns} turns in {path}, got none")
+    if len(cut) < len(chains):
+        short = len(chains) - len(cut)
+        log.message(f"{path}: left out {short} of {len(chains)} chains, shorter than {data.turns}")
+
+    def fit(image: Image.Image) -> Image.Image:
+        return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+
+    return ChainDataset(cut, transform=fit)

@@ -1,0 +1,159 @@
+"""Who scores a run: a judge and a consistency server, or a scorer of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+import mteditflow as mt
+from mteditflow.chains import Chain
+from mteditflow.rewards import (
+    AnswerCache,
+    Background,
+    ChatClient,
+    ConsistencyClient,
+    Judge,
+    JudgePrompt,
+    Reward,
+    TurnScores,
+)
+
+from .config import ConfigError, Rewards
+
+Submit = Callable[[Sequence[Chain], Sequence[Sequence[Image]]], "Future[Mapping[str, TurnScores]]"]
+
+
+class Scorer(Protocol):
+    """What scores chains; ``--rewards.scorer module:name`` names a class of it."""
+
+    async def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> Mapping[str, TurnScores]:
+        """Score every turn of B chains.
+
+        Args:
+            chains: their records.
+            images: of each the reference and what each turn made, RGB.
+
+        Returns:
+            Scores by name, each [B, N]; "following" among them.
+        """
+
+
+class Services:
+    """A judge for "following", and a consistency server for "consistency", asked at once."""
+
+    def __init__(self, config: Rewards, cache: AnswerCache) -> None:
+        prompt = JudgePrompt(config.scope, config.scale, config.thinking, config.answer_format)
+        client = ChatClient(
+            config.judge,
+            config.judge_model,
+            api_key=os.environ.get("OPENAI_API_KEY"),
+            cache=cache,
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+        )
+        self._judge = Judge(client, prompt)
+        self._looks = None
+        if config.consistency:
+            self._looks = ConsistencyClient(
+                config.consistency,
+                pairing=config.pairing,
+                token=os.environ.get("MTEDITFLOW_TOKEN"),
+                cache=cache,
+                concurrency=config.concurrency,
+                timeout=config.timeout,
+            )
+        self._features = config.terms == "features"
+
+    async def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> dict[str, TurnScores]:
+        """See ``Scorer``."""
+        found: dict[str, TurnScores] = {}
+
+        async def follow() -> None:
+            found["following"] = await self._judge.score(chains, images)
+
+        async def look() -> None:
+            if self._looks is not None:
+                kept = await self._looks.score(chains, images)
+                found["consistency"] = kept.scores if self._features else kept.l1_scores
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(follow)
+            tasks.start_soon(look)
+        return dict(sorted(found.items(), reverse=True))
+
+
+@contextmanager
+def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
+    """Score in the background while the block lasts.
+
+    Args:
+        config: who scores.
+        cache: file of the answers: a round that is done again does not ask again.
+
+    Returns:
+        Takes chains and images, and returns the future of their scores.
+    """
+    with AnswerCache(cache) as answers, Background() as background:
+        scorer = Services(config, answers) if config.scorer is None else _named(config.scorer)
+        yield lambda chains, images: background.submit(scorer.score, chains, images)
+
+
+def _named(path: str) -> Scorer:
+    """Make the scorer that an import path names."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"rewards.scorer: expected module:name, got {path!r} ({error})"
+        ) from error
+
+
+def rewards_of(config: Rewards, terms: Mapping[str, TurnScores]) -> dict[str, Reward]:
+    """One reward per trajectory of each term that has a weight, be it 0, [B].
+
+    Raises:
+        ConfigError: a weight has no term.
+    """
+    missing = [name for name in config.weights if name not in terms]
+    if missing:
+        raise ConfigError(
+            f"rewards.weights: expected names among {sorted(terms)}, got {missing[0]!r}"
+        )
+    average = mt.likert_average if config.scale == "likert" else mt.binary_average
+
+    def all_followed(score: Tensor, *, turn_mask: Tensor) -> Tensor:
+        return mt.binary_and(score >= config.success, turn_mask=turn_mask)
+
+    def aggregate(name: str) -> Callable[..., Tensor]:
+        if name != "following":
+            return mt.turn_average
+        return all_followed if config.aggregate == "all" else average
+
+    return {name: terms[name].reward(aggregate(name)) for name in config.weights}
+
+
+def advantages_of(
+    config: Rewards, rewards: Mapping[str, Reward], group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advantage of each trajectory, and whether it may be trained on, both [B]."""
+    weights = {name: weight for name, weight in config.weights.items() if weight > 0}
+    valid = torch.stack([rewards[name].valid for name in weights]).all(dim=0)
+    values = {name: rewards[name].value for name in weights}
+    fuse = mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards
+    advantage = fuse(values, weights, group, valid=valid, std=config.std)
+    return mt.clamp_advantage(advantage, limit=config.advantage_max), valid

@@ -1,0 +1,50 @@
+"""Scores of all ranks as one batch, so that groups may lie on several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mteditflow.ranks import gather_ranks
+from mteditflow.rewards import TurnScores
+from mteditflow.training.evaluation_record import TermRecord
+
+
+def gather_scores(
+    terms: Mapping[str, TurnScores], *, device: torch.device | str = "cpu"
+) -> tuple[dict[str, TurnScores], slice]:
+    """Concatenate each term over ranks along the batch, reasons of lost scores included.
+
+    A collective call where ``torch.distributed`` is initialised: every rank makes it with the same
+    terms. What travels is JSON, which holds every float exactly.
+
+    Args:
+        terms: scores by name, each [B_local, N].
+        device: of the backend: "cpu" for gloo, this rank's device for NCCL.
+
+    Returns:
+        The terms, each [B, N] on the CPU, in the order of ranks; and the slice of this rank's rows.
+
+    Raises:
+        ValueError: there is no term.
+
+    Example:
+        >>> scores = TurnScores(torch.tensor([[5.0, 3.0]]), torch.ones(1, 2) > 0, {})
+        >>> terms, own = gather_scores({"following": scores})
+        >>> terms["following"].score[own]
+        tensor([[5., 3.]])
+    """
+    if not terms:
+        raise ValueError("terms: expected at least one, got none")
+    gathered: dict[str, TurnScores] = {}
+    for name, scores in terms.items():
+        line = TermRecord.of(scores).model_dump_json().encode() + b"\n"
+        sent = torch.frombuffer(bytearray(line), dtype=torch.uint8).to(device)
+        (received,), _ = gather_ranks(sent)
+        lines = received.cpu().numpy().tobytes().splitlines()
+        parts = [TermRecord.model_validate_json(part).scores() for part in lines]
+        gathered[name] = TurnScores.concatenate(parts)
+    local = len(next(iter(terms.values())))
+    (_,), own = gather_ranks(torch.empty(local, device=device))
+    return gathered, own
