@@ -1,0 +1,204 @@
+"""Metrics of held-out chains: by hand, against the demo's, and to a file and back."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from samples_of_scores import any_evaluation, evaluation, few_resamples, nan, turn_scores
+from shapes.evaluate import summarise
+from shapes.rewards import Scores
+
+from mteditflow.training.evaluation import Evaluation
+
+__all__ = ["few_resamples"]  # a fixture of every test here
+
+
+def test_golden_metrics_of_likert_scores():
+    """Marginal 3/4, 2/4; IF 3/4, 1/4; CC 0.6, 0.4; Overall sqrt(IF CC); whole by its mean."""
+    found = evaluation(
+        [[5, 4], [5, 5], [5, 3], [1, 5]],
+        [[0.6, 0.4]] * 4,
+        whole=[[1, 0], [0, 0], [1, 1], [1, 1]],
+        success_at=5,
+    )
+    estimates = {name: x.estimate.tolist() for name, x in found.metrics.items()}
+    assert list(estimates) == [
+        *("instruction_following", "marginal", "content_consistency", "overall", "whole")
+    ]
+    assert estimates["instruction_following"] == [75, 25]
+    assert estimates["marginal"] == [75, 50]
+    assert estimates["content_consistency"] == pytest.approx([60, 40])
+    assert estimates["overall"] == pytest.approx([67.082, 31.623], abs=1e-3)
+    assert estimates["whole"] == [0.75, 0.5]
+    assert found.score == pytest.approx(31.623, abs=1e-3)
+    assert found.numbers["held_out/overall/turn_2"] == found.score
+    assert found.numbers["held_out/invalid_share"] == 0
+
+
+def test_metrics_equal_those_of_the_demo():
+    """The same estimates and, from the same seed, the same intervals."""
+    generator = torch.Generator().manual_seed(1)
+    success, strict = (torch.rand(40, 3, generator=generator) < p for p in (0.7, 0.4))
+    consistency = torch.rand(40, 3, generator=generator)
+    likert = 1 + 4 * success.long()
+    expected = summarise(Scores(likert, success, consistency, strict))
+    found = evaluation(likert.float().tolist(), consistency.tolist(), success_at=5)
+    for name in ("instruction_following", "marginal", "content_consistency", "overall"):
+        estimate, low, high = (x.tolist() for x in found.metrics[name])
+        assert estimate == pytest.approx(expected[name], abs=0.005)
+        ends = [list(pair) for pair in zip(low, high, strict=True)]
+        assert torch.tensor(ends).allclose(torch.tensor(expected[f"{name}_interval"]), atol=0.005)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_contain_the_estimate_and_are_empty_without_spread(seed):
+    rows = (torch.rand(25, 2, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
+    found = evaluation(rows.tolist(), rows.tolist(), always=[[0.5, 0.5]] * 25)
+    for estimate, low, high in found.metrics.values():
+        assert (low <= estimate).all()
+        assert (estimate <= high).all()
+    assert (found.metrics["overall"].low < found.metrics["overall"].high).all()
+    always = found.metrics["always"]
+    assert always.low.tolist() == always.high.tolist() == [0.5, 0.5]
+
+
+def test_a_chain_that_lost_a_score_is_left_out_of_every_metric_and_counted():
+    with_lost = evaluation(
+        [[1, 0], [1, nan], [0, 1], [nan, 1]],
+        [[0.5, 0.5], [0.9, 0.9], [0.7, nan], [0.1, 0.1]],
+        lost=[(1, 1)],
+        whole=[[1, 0], [1, 1], [0, 0], [1, 1]],
+    )
+    without = evaluation([[1, 0], [0, 1]], [[0.5, 0.5], [0.7, nan]], whole=[[1, 0], [0, 0]])
+    assert with_lost.valid.tolist() == [True, False, True, False]
+    assert (with_lost.counted, len(with_lost)) == (2, 4)
+    assert with_lost.numbers["held_out/invalid_share"] == 0.5
+    assert with_lost.lost == {"time-out": 1}
+    for name, interval in without.metrics.items():
+        for old, new in zip(interval, with_lost.metrics[name], strict=True):
+            assert torch.equal(old, new)
+
+
+def test_a_chain_whose_consistency_was_lost_or_never_measured_does_not_count():
+    terms = {
+        "following": turn_scores([[1, 1]] * 3),
+        "consistency": turn_scores([[0.5, nan], [nan, nan], [0.5, nan]], lost=[(0, 1)]),
+    }
+    found = Evaluation(0, ["a", "b", "c"], [["x", "y"]] * 3, terms, success_at=1)
+    assert found.valid.tolist() == [False, False, True]
+
+
+def test_a_reported_term_that_is_lost_leaves_the_chain_in():
+    found = evaluation([[1], [0]], whole=[[nan], [0.25]])
+    assert found.counted == 2
+    assert found.metrics["whole"].estimate.tolist() == [0.25]
+
+
+def test_short_chains_leave_the_denominator_of_turns_that_they_do_not_have():
+    found = evaluation([[1, 1, 0], [1, None, None], [0, 1, None]])
+    assert found.metrics["marginal"].estimate.tolist() == pytest.approx([200 / 3, 100, 0])
+    assert found.metrics["instruction_following"].estimate.tolist() == pytest.approx(
+        [200 / 3, 50, 0]
+    )
+
+
+def test_without_consistency_the_score_is_that_of_following():
+    found = evaluation([[1, 1], [1, 0]])
+    assert list(found.metrics) == ["instruction_following", "marginal"]
+    assert found.score == 50
+
+
+def test_where_no_chain_counts_metrics_are_nan():
+    found = evaluation([[nan, 1]], [[0.5, 0.5]])
+    assert found.counted == 0
+    assert found.score != found.score
+    assert all(bool(x.isnan().all()) for interval in found.metrics.values() for x in interval)
+
+
+@given(any_evaluation())
+def test_the_file_gives_back_every_score_bit_for_bit(tmp_path_factory, found):
+    path = tmp_path_factory.getbasetemp() / "new" / "evaluation.json"
+    found.write(path)
+    again = Evaluation.read(path)
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN outside the JSON standard
+    for name in ("round", "chain_ids", "instructions", "success_at"):
+        assert getattr(again, name) == getattr(found, name)
+    assert list(again.terms) == list(found.terms)
+    for name, old in found.terms.items():
+        new = again.terms[name]
+        assert new.score.dtype == old.score.dtype
+        assert torch.equal(new.score.isnan(), old.score.isnan())
+        assert torch.equal(new.score.nan_to_num(), old.score.nan_to_num())
+        assert torch.equal(new.turn_mask, old.turn_mask)
+        assert dict(new.lost) == dict(old.lost)
+    assert [entry.name for entry in path.parent.iterdir()] == ["evaluation.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "evaluation.json"
+    evaluation([[1]]).write(path)
+    old = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        evaluation([[0]]).write(path)
+    assert path.read_bytes() == old
+    assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"e\.json: .*JSON"),
+        ('{"round": 0', r"e\.json: .*JSON"),
+        ("[1, 2]", r"e\.json: "),
+        ('{"round": 0, "success_at": 1, "chain_ids": [], "instructions": []}', "terms: expected"),
+    ],
+)
+def test_a_file_of_something_else_is_named(tmp_path, text, message):
+    (tmp_path / "e.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Evaluation.read(tmp_path / "e.json")
+
+
+SCORES = turn_scores([[1.0, 1.0]])
+GOOD = {
+    "round": 0,
+    "chain_ids": ["a"],
+    "instructions": [["x", "y"]],
+    "terms": {"following": SCORES},
+    "success_at": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"round": -1}, ValueError, "round: expected an integer >= 0, got -1"),
+        ({"success_at": nan}, ValueError, "success_at: expected a finite number"),
+        ({"terms": {"consistency": SCORES}}, ValueError, r"'following' among them, got \['cons"),
+        ({"chain_ids": ["a", "b"]}, ValueError, "chain_ids: expected 1 different names"),
+        (
+            {"instructions": [["x"]]},
+            ValueError,
+            r"expected one per turn, \[2\] by chain, got \[1\]",
+        ),
+        (
+            {"terms": {"following": SCORES, "looks": turn_scores([[1.0]])}},
+            ValueError,
+            r"terms\['looks'\]: expected shape of 'following' = \[1, 2\], got \[1, 1\]",
+        ),
+        (
+            {"terms": {"following": SCORES, "looks": turn_scores([[1.0, None]])}},
+            ValueError,
+            r"terms\['looks'\]: expected the turns of 'following', got others",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        Evaluation(**(GOOD | change))
