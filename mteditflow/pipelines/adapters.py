@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from mteditflow._checks import check_choice
 from mteditflow.old_policy import update_old_policy
+from mteditflow.pipelines.adapter_layers import activate, adapter_weights, add_adapters, tuned
 from mteditflow.pipelines.sharding import agreed, fill, local, reshard, whole
 
 
@@ -63,25 +62,13 @@ class LoraPolicies:
     def __init__(
         self, model: nn.Module, config: LoraConfig, *, seed: int = 0, ema: bool = False
     ) -> None:
-        if _tuned(model):
+        if tuned(model):
             raise ValueError("model: expected one without adapters; fuse or unload them first")
         self.model = model
         self._may_be_equal = True
         self._adapters = ("current", "old", "ema") if ema else ("current", "old")
         model.requires_grad_(False)
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            torch.manual_seed(seed)
-            for name in ("old", "current", *self._adapters[2:]):
-                if hasattr(model, "add_adapter"):
-                    cast(Any, model).add_adapter(config, adapter_name=name)
-                else:
-                    inject_adapter_in_model(config, model, adapter_name=name)
-        self._layers = _tuned(model)
-        for name in self._adapters:
-            for weight in _weights(self._layers, name):
-                weight.data = weight.data.float()
+        self._layers = add_adapters(model, config, ("old", "current", *self._adapters[2:]), seed)
         for layer in self._layers:
             layer.set_adapter("current")
         for name in self._adapters[1:]:
@@ -113,10 +100,10 @@ class LoraPolicies:
         before = [(layer, layer.active_adapters, layer.disable_adapters) for layer in self._layers]
         active = "current" if policy == "reference" else policy
         try:
-            _activate([(layer, [active], policy == "reference") for layer in self._layers])
+            activate([(layer, [active], policy == "reference") for layer in self._layers])
             yield
         finally:
-            _activate(before)
+            activate(before)
 
     @property
     def old_equals_current(self) -> bool:
@@ -240,7 +227,7 @@ class LoraPolicies:
         """Weights as they are held now: FSDP2 swaps them, so no list is kept."""
         self._check_adapter(policy)
         reshard(self.model)
-        return _weights(self._layers, policy)
+        return adapter_weights(self._layers, policy)
 
     def _named(self, policy: str) -> dict[str, Tensor]:
         """Weights under peft's names, sharing memory with the model."""
@@ -251,32 +238,6 @@ class LoraPolicies:
     def _follow(self, policy: str, decay: float) -> None:
         followers, current = self._parameters(policy), self.parameters()
         update_old_policy(map(local, followers), map(local, current), decay=decay)
-
-
-def _tuned(model: nn.Module) -> list[BaseTunerLayer]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _weights(layers: list[BaseTunerLayer], name: str) -> list[nn.Parameter]:
-    """Weights of one adapter, in the order of the model's modules."""
-    found: list[nn.Parameter] = []
-    for layer in layers:
-        for attribute in layer.adapter_layer_names:
-            held = getattr(layer, attribute)
-            if name in held:
-                part = held[name]
-                found += [part] if isinstance(part, nn.Parameter) else part.parameters()
-    return found
-
-
-def _activate(states: list[tuple[BaseTunerLayer, list[str], bool]]) -> None:
-    """Set which adapters are active or disabled, and undo what peft does to ``requires_grad``."""
-    for layer, active, disabled in states:
-        needs = [(weight, weight.requires_grad) for weight in layer.parameters()]
-        layer.set_adapter(active)
-        layer.enable_adapters(not disabled)
-        for weight, needed in needs:
-            weight.requires_grad_(needed)
 
 
 def _differing(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

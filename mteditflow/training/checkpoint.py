@@ -7,27 +7,25 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.training.checkpoint_files import (
-    DamagedError,
-    check_files,
-    check_sizes,
-    read_manifest,
+    glance,
     seal,
-    sync_folder,
+    sync,
+    unless_damaged,
+    verify,
 )
 
 _WHOLE = re.compile(r"(\.replaced-)?round-\d{6,}")
-_Read = TypeVar("_Read")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -135,7 +133,7 @@ class Checkpoints:
         try:
             (scratch / "state.json").write_text(text, encoding="utf-8")
             for stem, held in tensors.items():
-                save_file(dict(held), scratch / f"{stem}.safetensors")
+                _write(held, scratch / f"{stem}.safetensors")
             if extra is not None:
                 extra(scratch)
             seal(scratch, {"round": round, "number": number, "score": score})
@@ -179,13 +177,13 @@ class Checkpoints:
             return found
         if not Path(which).is_dir():
             raise FileNotFoundError(f"{which}: expected 'auto', 'best' or a checkpoint's folder")
-        return _load(Path(which), read_manifest(Path(which)))
+        return _load(Path(which))
 
     def _listed(self, *, warn: bool = False) -> list[tuple[Path, dict[str, Any]]]:
         """Folders and manifests, the last saved first, without those damaged at first sight."""
         paths = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         whole = [path for path in paths if _WHOLE.fullmatch(path.name)]
-        read = [(path, _unless_damaged(_glance, path, warn=warn)) for path in whole]
+        read = [(path, unless_damaged(glance, path, warn=warn)) for path in whole]
         found = [(path, manifest) for path, manifest in read if manifest is not None]
         return sorted(found, key=lambda entry: int(entry[1]["number"]), reverse=True)
 
@@ -196,7 +194,7 @@ class Checkpoints:
         if path.exists():
             path.rename(aside)
         scratch.rename(path)
-        sync_folder(self.folder)
+        sync(self.folder)
         self._remove(aside)
         return path
 
@@ -235,32 +233,23 @@ def _rank(entry: tuple[Path, Mapping[str, Any]]) -> tuple[float, int]:
     return (float("-inf") if score is None else score), entry[1]["number"]
 
 
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # a full disk, most likely
+        raise OSError(f"{path.name}: {error}") from error
+
+
 def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint | None:
     """The first whose files are all as they were written."""
-    for path, manifest in entries:
-        if (found := _unless_damaged(_load, path, manifest, warn=True)) is not None:
+    for path, _ in entries:
+        if (found := unless_damaged(_load, path, warn=True)) is not None:
             return found
     return None
 
 
-def _glance(path: Path) -> dict[str, Any]:
-    """Read the manifest, and look at the sizes of the files alone."""
-    manifest = read_manifest(path)
-    check_sizes(path, manifest)
-    return manifest
-
-
-def _load(path: Path, manifest: dict[str, Any]) -> Checkpoint:
+def _load(path: Path) -> Checkpoint:
     """Verify every file, then read the JSON part."""
-    check_files(path, manifest)
+    manifest = verify(path)
     state = json.loads((path / "state.json").read_bytes())
     return Checkpoint(path, manifest["round"], manifest["score"], state)
-
-
-def _unless_damaged(read: Callable[..., _Read], *given: Any, warn: bool) -> _Read | None:
-    try:
-        return read(*given)
-    except DamagedError as error:
-        if warn:
-            warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
-        return None

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_Read = TypeVar("_Read")
 
 
 class DamagedError(ValueError):
@@ -29,16 +31,14 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _sync(path)
-        else:
-            _sync(path)
+        sync(path)
+        if path.is_file():
             files[path.relative_to(folder).as_posix()] = _fingerprint(path)
     body = {"format": FORMAT, **about, "files": files}
     with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
         json.dump(body | {"checksum": _checksum(body)}, stream, indent=1)
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -62,27 +62,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(body)
 
 
-def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise ``DamagedError`` unless every file of the manifest is there in full length."""
+def glance(folder: Path) -> dict[str, Any]:
+    """The manifest, where every file is there in full length: as ``read_manifest`` otherwise."""
+    manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{folder}: {name} is missing")
         if (size := path.stat().st_size) != expected["bytes"]:
             raise DamagedError(f"{folder}: {name} has {size} bytes instead of {expected['bytes']}")
+    return manifest
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise ``DamagedError`` unless every file of the manifest is there, byte for byte."""
-    check_sizes(folder, manifest)
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, where every file is there byte for byte: as ``read_manifest`` otherwise."""
+    manifest = glance(folder)
     for name, expected in manifest["files"].items():
         if _fingerprint(folder / name) != expected:
             raise DamagedError(f"{folder}: {name} is not what was written, by its SHA-256")
+    return manifest
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    _sync(folder)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are safe on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -99,9 +106,11 @@ def _checksum(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def unless_damaged(read: Callable[[Path], _Read], folder: Path, *, warn: bool) -> _Read | None:
+    """Read a folder; None, and a warning if wanted, where it is damaged."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return read(folder)
+    except DamagedError as error:
+        if warn:
+            warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
+        return None
