@@ -22,6 +22,8 @@ from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout
 from mteditflow.sde import Solver
 
+COMPILATIONS = 64  # of one kind of block: policies x gradients or none x batch sizes x strides
+
 
 @dataclass(frozen=True)
 class Part:
@@ -108,8 +110,10 @@ class Editor:
             gradient_checkpointing: recompute the blocks in the backward pass. It acts wherever
                 gradients are enabled, in eval mode too, so sampling is untouched and the model may
                 stay in eval mode. Run the backward pass outside of ``LoraPolicies.use``.
-            compile_blocks: ``torch.compile`` the repeated blocks at their first call; LoRA adapters
-                may still be added before it.
+            compile_blocks: ``torch.compile`` the repeated blocks, at their first call; LoRA
+                adapters may still be added before it. Every policy compiles anew, with and without
+                gradients and for one and for more rows, so torch's recompile limit (8) is raised
+                to 64, for the whole process.
             vae_slicing: decode one image at a time.
             vae_tiling: decode in tiles, which changes the image slightly where tiles meet.
             prompt_cache: embeddings of how many instructions to keep on the host; at 512 tokens in
@@ -127,6 +131,9 @@ class Editor:
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         if compile_blocks:
+            torch._dynamo.config.recompile_limit = max(
+                torch._dynamo.config.recompile_limit, COMPILATIONS
+            )
             pipeline.transformer.compile_repeated_blocks(fullgraph=True)
         if vae_slicing:
             pipeline.vae.enable_slicing()
