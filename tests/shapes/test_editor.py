@@ -5,6 +5,7 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxKontextPipeline
 from PIL import Image
 
+import examples.shapes.evaluate as shapes_evaluate
 from examples.shapes.editor import (
     WEIGHTS,
     build_klein,
@@ -128,10 +129,12 @@ def test_weights_survive_a_round_trip(family, tmp_path):
     assert torch.equal(edit(load_editor(tmp_path / "weights.safetensors")), edit(pipeline))
 
 
-def test_shipped_weights_are_small_and_tell_how_they_were_made():
-    assert (WEIGHTS / "kontext.safetensors").stat().st_size < 2_000_000
-    card = json.loads((WEIGHTS / "kontext.json").read_text())
-    assert card["command"].startswith("python -m examples.shapes.pretrain --seed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shipped_weights_are_small_and_tell_how_they_were_made(family):
+    assert (WEIGHTS / f"{family}.safetensors").stat().st_size < 2_000_000
+    card = json.loads((WEIGHTS / f"{family}.json").read_text())
+    assert card["family"] == family
+    assert card["command"].startswith("python -m examples.shapes.pretrain ")
     assert {"seed", "torch", "diffusers", "transformers", "parameters", "seconds"} <= set(card)
 
 
@@ -149,6 +152,21 @@ def test_the_shipped_editor_is_able_but_shows_the_disease():
     assert percent["following"][2] < percent["following"][0] / 2
     assert percent["marginal"][2] < percent["marginal"][0] - 4
     assert percent["strict_marginal"][2] < 0.6 * percent["strict_marginal"][0]
+
+
+def test_the_shipped_klein_is_able_with_and_without_guidance(monkeypatch):
+    chains = make_chains(24, turns=1, seed=123, split="held_out", linked=1.0)
+    editor = load_editor("klein")
+    assert not editor.config.is_distilled
+    success = []
+    for scale in (1.0, 4.0):
+        guided = call_options(editor) | {"guidance_scale": scale}
+        monkeypatch.setattr(shapes_evaluate, "call_options", lambda *_, given=guided, **__: given)
+        scores, _ = evaluate(editor, chains, seed=0, steps=4)
+        success.append(100 * float(scores.success.float().mean()))
+        assert scores.consistency.mean() > 0.85
+    assert success[0] > 20
+    assert success[1] > 20
 
 
 def test_evaluation_is_repeatable():
