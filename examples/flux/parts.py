@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,6 +46,8 @@ def load_policies(config: Config, device: torch.device) -> tuple[Editor, LoraPol
         editor.transformer, lora, seed=config.training.seed, ema=config.training.ema_decay > 0
     )
     if model.shard:
+        # The velocity is a view of the output; nothing here works on it in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)
     return editor, policies
 

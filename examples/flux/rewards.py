@@ -124,7 +124,7 @@ def _named(path: str) -> Scorer:
 
 
 def rewards_of(config: Rewards, terms: Mapping[str, TurnScores]) -> dict[str, Reward]:
-    """One reward per trajectory of each term that has a weight, be it 0, [B].
+    """One reward per trajectory of each term that has a weight above 0, [B].
 
     Raises:
         ConfigError: a weight has no term.
@@ -144,16 +144,17 @@ def rewards_of(config: Rewards, terms: Mapping[str, TurnScores]) -> dict[str, Re
             return mt.turn_average
         return all_followed if config.aggregate == "all" else average
 
-    return {name: terms[name].reward(aggregate(name)) for name in config.weights}
+    trained = (name for name, weight in config.weights.items() if weight > 0)
+    return {name: terms[name].reward(aggregate(name)) for name in trained}
 
 
 def advantages_of(
     config: Rewards, rewards: Mapping[str, Reward], group: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Advantage of each trajectory, and whether it may be trained on, both [B]."""
-    weights = {name: weight for name, weight in config.weights.items() if weight > 0}
-    valid = torch.stack([rewards[name].valid for name in weights]).all(dim=0)
-    values = {name: rewards[name].value for name in weights}
+    weights = {name: config.weights[name] for name in rewards}
+    valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
+    values = {name: reward.value for name, reward in rewards.items()}
     fuse = mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards
     advantage = fuse(values, weights, group, valid=valid, std=config.std)
     return mt.clamp_advantage(advantage, limit=config.advantage_max), valid

@@ -33,11 +33,15 @@ from mteditflow.training import (
 )
 from mteditflow.training.pictures import (
     Strip,
+    draw_before_after,
+    draw_curves,
     draw_histograms,
     draw_strips,
     log_pictures,
     write_picture,
 )
+from mteditflow.training.report import run_report, write_report
+from mteditflow.training.summary import print_summary
 
 from .config import Config, ConfigError, parse
 from .held_out import HeldOut
@@ -198,15 +202,9 @@ class Run:
         if self._pictured:
             title = f"Rewards of round {self.done + 1}"
             self._draw("rewards", draw_histograms(rewards, group, title=title))
-        for name, weight in self.config.rewards.weights.items():
-            if weight > 0:
-                terms[name].require(max_invalid_share=self.config.rewards.max_invalid)
-        means = {
-            name: float(reward.value[reward.valid].mean())
-            for name, reward in rewards.items()
-            if self.config.rewards.weights[name] > 0
-        }
-        self._watch.check(means)
+        for name in rewards:
+            terms[name].require(max_invalid_share=self.config.rewards.max_invalid)
+        self._watch.check({name: float(x.value[x.valid].mean()) for name, x in rewards.items()})
 
     def ratio_checked(self, check: RatioCheck) -> None:
         """Take in the verdict on the first rollout's ratios, of every rank.
@@ -355,10 +353,26 @@ class Run:
         bar.note(", ".join(f"{name} {numbers[f'reward/{name}']:.2f}" for name in rewards))
 
     def summarise(self) -> None:
-        """Say and draw what came of the run."""
+        """Write the report of the whole run with its pictures, and print it."""
         if not self._accelerator.is_main_process:
             return
-        self.log.message("done")
+        folder, metrics = self.config.output.folder, self.log.metrics
+        evaluations = self._held_out.all() if self._held_out else []
+        title = f"{self.config.model.path}, {self.config.objective.upper()}"
+        write_picture(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
+        if self._held_out is None:
+            self.log.message(f"{self.done} rounds done; no held-out chains, so no report")
+            return
+        before, after = evaluations[0], evaluations[-1]
+        images = (self._held_out.images(e.round) for e in (before, after))
+        repaired = draw_before_after(before, after, *images)
+        if repaired is not None:
+            write_picture(repaired, folder / "chains.png")
+        report = run_report(
+            before, after, metrics, config=flat(self.config), seed=self.config.training.seed
+        )
+        write_report(folder, report)
+        print_summary(report, folder)
 
 
 def main(train: Callable[[Run], None]) -> None:
@@ -370,7 +384,7 @@ def main(train: Callable[[Run], None]) -> None:
     folder = config.output.folder
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        log_with=list(config.output.trackers),
+        log_with=list(config.output.trackers) or None,
         project_dir=str(folder),
     )
     log = RunLog(folder, console=True, main=accelerator.is_main_process)
