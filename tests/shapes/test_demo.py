@@ -12,9 +12,8 @@ import typer
 from evidence import KINDS, document, draw_summary, folder, run
 from lost_rewards import KINDS as LOSSES
 from PIL import Image
-from shapes.editor import build_kontext, load_editor
+from shapes.editor import load_editor
 from shapes.evaluate import METRICS, compare, summarise
-from shapes.pretrain import main as pretrain
 from shapes.pretrain import single_edits
 from shapes.report import Log, print_table
 from shapes.rewards import Scored, Scores, exact_rewards
@@ -261,23 +260,3 @@ def test_evidence_refuses_the_report_of_another_run(tmp_path):
     (output / "report.json").write_text(json.dumps({"objective": "nft", "seed": 1}))
     with pytest.raises(ValueError, match="expected a report of"):
         run(KINDS["grpo-twice"], 1, output, workers=1)
-
-
-def test_pretraining_runs_and_its_weights_load(tmp_path):
-    out = tmp_path / "tiny.safetensors"
-    pretrain(
-        seed=5,
-        steps=3,
-        horizon=5,
-        careless_steps=2,
-        corruption=0.5,
-        careless_rate=0.4,
-        batch=4,
-        chains=4,
-        start=None,
-        out=out,
-    )
-    trained = load_editor(out).transformer.state_dict()
-    fresh = build_kontext(seed=5).transformer.state_dict()
-    assert any(not torch.equal(trained[name], fresh[name]) for name in fresh)
-    assert json.loads(out.with_suffix(".json").read_text())["build"] == {"seed": 5}

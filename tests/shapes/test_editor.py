@@ -155,7 +155,7 @@ def test_the_shipped_editor_is_able_but_shows_the_disease():
 
 
 def test_the_shipped_klein_is_able_with_and_without_guidance(monkeypatch):
-    chains = make_chains(24, turns=1, seed=123, split="held_out", linked=1.0)
+    chains = make_chains(16, turns=1, seed=123, split="held_out", linked=1.0)
     editor = load_editor("klein")
     assert not editor.config.is_distilled
     success = []
