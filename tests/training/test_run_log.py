@@ -176,6 +176,7 @@ def test_words_of_many_threads_stay_whole(tmp_path):
     assert all(re.fullmatch(STAMP + "x{500}", line) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_lines_and_goes_on(tmp_path):
     """SIGKILL at a random moment of a run that writes all the time, before a real terminal."""
     reader, terminal = pty.openpty()
