@@ -168,19 +168,26 @@ class Evaluation:
         )
         return {name: Interval(*(x[i] for x in interval)) for i, name in enumerate(self.names)}
 
+    @cached_property
+    def estimates(self) -> dict[str, list[float]]:
+        """Every metric per turn without its interval, which takes longer."""
+        empty = torch.full((len(self.names), self.turns), torch.nan)
+        values = self.per_turn(*self.samples(self.valid)) if self.counted else empty
+        return dict(zip(self.names, values.tolist(), strict=True))
+
     @property
     def score(self) -> float:
         """One number, higher is better: Overall at the last turn, or IF where there is no CC."""
-        name = "overall" if "overall" in self.metrics else "instruction_following"
-        return float(self.metrics[name].estimate[-1])
+        name = "overall" if CONSISTENCY in self.terms else "instruction_following"
+        return self.estimates[name][-1]
 
     @property
     def numbers(self) -> dict[str, float]:
         """All estimates in the flat form that trackers take, such as "held_out/overall/turn_3"."""
         values = {
             f"held_out/{name}/turn_{turn + 1}": value
-            for name, interval in self.metrics.items()
-            for turn, value in enumerate(interval.estimate.tolist())
+            for name, estimate in self.estimates.items()
+            for turn, value in enumerate(estimate)
         }
         return values | {"held_out/invalid_share": 1 - self.counted / len(self)}
 

@@ -103,9 +103,9 @@ def _with_intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:
 
 def _totals(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Sums over rounds: time by phase, invalid rewards, and lost answers by reason."""
-    count = sum(line.get("trajectories", 0.0) for line in metrics)
-    invalid = sum(
-        line.get("invalid_share", 0.0) * line.get("trajectories", 0.0) for line in metrics
+    count = math.fsum(_known(line, "trajectories") for line in metrics)
+    invalid = math.fsum(
+        _known(line, "invalid_share") * _known(line, "trajectories") for line in metrics
     )
     seconds = _sums(metrics, SECONDS)
     lost = {name: int(total) for name, total in _sums(metrics, LOST).items()}
@@ -120,9 +120,15 @@ def _totals(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def _sums(metrics: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
     """Total of each number whose name begins so, without the prefix, the largest first."""
     names = dict.fromkeys(name for line in metrics for name in line if name.startswith(prefix))
-    totals = {name: math.fsum(line.get(name, 0.0) for line in metrics) for name in names}
+    totals = {name: math.fsum(_known(line, name) for line in metrics) for name in names}
     ranked = sorted(totals.items(), key=lambda item: -item[1])
     return {name.removeprefix(prefix): total for name, total in ranked}
+
+
+def _known(line: Mapping[str, float], name: str) -> float:
+    """A number of a round, 0 if there is none."""
+    value = line.get(name, 0.0)
+    return value if math.isfinite(value) else 0.0
 
 
 def _rounded(x: Tensor) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 TITLES = {
@@ -49,7 +50,7 @@ def print_summary(
         console.print(line, highlight=False)
     files = sorted(path.name for path in folder.glob("*") if path.is_file() and path.name[0] != ".")
     there = f": {', '.join(files)}" if files else ""
-    console.print(f"Written to [bold]{folder}[/bold]{there}.", highlight=False)
+    console.print(f"Written to [bold]{escape(str(folder))}[/bold]{escape(there)}.", highlight=False)
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -65,7 +66,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         digits = 1 if name in TITLES else 3
         for when in ("before", "after"):
             cells = _cells(report[when], name, digits)
-            title = TITLES.get(name, f"{name}, mean") if when == "before" else ""
+            title = TITLES.get(name, f"{escape(name)}, mean") if when == "before" else ""
             style = "bold" if when == "after" else "dim"
             table.add_row(title, when, *cells, style=style, end_section=when == "after")
     return table
@@ -121,7 +122,7 @@ def _kept(report: Rows) -> list[str]:
     lines = []
     for name, ends in gain["kept"].items():
         before, after = ("nothing" if share is None else f"{share:.0%}" for share in ends)
-        what = "success" if name == "marginal" else f"{name!r}"
+        what = "success" if name == "marginal" else f"'{escape(name)}'"
         more, ends = gain[f"{name}_kept_difference"], gain[f"{name}_kept_difference_interval"]
         points = "" if more is None else f"; {more:+.1f} {_interval(ends)} points"
         lines.append(
