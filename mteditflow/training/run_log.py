@@ -6,11 +6,10 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
 from tqdm import tqdm
 
 from mteditflow.training.metrics_file import MetricsFile, read_metrics
@@ -18,6 +17,7 @@ from mteditflow.training.progress import Bar
 from mteditflow.training.stopwatch import Stopwatch
 
 SECONDS = "seconds/"
+YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 _CONTROL = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a link or a title for the terminal
     r"|\x1b\[[0-?]*[ -/]*[@-~]"  # a colour, or a movement of the cursor
@@ -55,7 +55,6 @@ class RunLog:
     def __init__(self, folder: Path, *, console: bool, main: bool) -> None:
         self.folder, self.main = folder, main
         self.stopwatch = Stopwatch()
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._speaks = console and main
         self._lock = threading.Lock()
         self._metrics = MetricsFile(folder / "metrics.jsonl") if main else None
@@ -88,11 +87,11 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """Say something, in plain text of any number of lines."""
-        self._say(text, style=None, aloud=True)
+        self._say(text, aloud=True)
 
     def warning(self, text: str) -> None:
         """Say that something is not as it should be."""
-        self._say(f"warning: {text}", style="yellow", aloud=True)
+        self._say(f"warning: {text}", aloud=True, color=YELLOW)
 
     @contextmanager
     def bar(self, name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Bar]:
@@ -122,9 +121,9 @@ class RunLog:
 
     def _progress(self, text: str) -> None:
         """To the terminal only where no bar is drawn there."""
-        self._say(text, style=None, aloud=not sys.stderr.isatty())
+        self._say(text, aloud=not sys.stderr.isatty())
 
-    def _say(self, text: str, *, style: str | None, aloud: bool) -> None:
+    def _say(self, text: str, *, aloud: bool, color: str = "") -> None:
         if not self.main:
             return
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
@@ -133,5 +132,8 @@ class RunLog:
             with (self.folder / "log.txt").open("ab", buffering=0) as file:
                 file.write(stamped.encode(errors="replace"))
             if self._speaks and aloud:
-                with tqdm.external_write_mode(file=sys.stderr):
-                    self._console.print(stamped, end="", style=style, markup=False)
+                colored = color if sys.stderr.isatty() else ""
+                # A terminal that has gone away must not end a run.
+                with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
+                    sys.stderr.write(f"{colored}{stamped}{RESET if colored else ''}")
+                    sys.stderr.flush()

@@ -94,12 +94,14 @@ def close_to(figure, size):
         {"turns": 6, "chains": 3, "members": 1},
         {"instruction": "Add " + "x" * 300 + " and $5 or $6, 100% _new_ {a} \\frac"},
         {"instruction": " ".join([LONG] * 5)},
+        {"instruction": "把左边的红色木船换成一艘白色的小帆船，并保留它在平静水面上的倒影 🐱"},
     ],
 )
 def test_words_of_strips_are_whole_and_apart(options):
     figure = draw_strips(strips(**options), success_at=5, title=TITLE)
-    check_words_are_on_the_canvas(figure)
-    check_nothing_overlaps(figure)
+    with house_style():
+        check_words_are_on_the_canvas(figure)
+        check_nothing_overlaps(figure)
 
 
 def test_a_strip_says_instructions_scores_and_what_was_lost():

@@ -1,5 +1,6 @@
 """What a run says, where it says it, and that a kill leaves nothing half said."""
 
+import errno
 import fcntl
 import io
 import os
@@ -65,6 +66,23 @@ def test_words_go_to_the_file_and_to_the_terminal(tmp_path, screen):
     assert re.fullmatch(STAMP + "two", first)
     assert re.fullmatch(STAMP + r"lines \[bold\]with brackets\[/bold\]", second)
     assert re.fullmatch(STAMP + "warning: (a group had equal rewards ){9}", third)
+
+
+def test_warnings_are_yellow_on_a_terminal_only(tmp_path, screen):
+    seen = screen(terminal=True)
+    RunLog(tmp_path, console=True, main=True).warning("hot")
+    assert "\x1b[33m" in seen.getvalue()
+    assert "\x1b" not in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_that_has_gone_away_does_not_end_a_run(tmp_path, screen, monkeypatch, terminal):
+    def gone(text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(screen(terminal=terminal), "write", gone)
+    RunLog(tmp_path, console=True, main=True).message("still here")
+    assert "still here" in (tmp_path / "log.txt").read_text()
 
 
 @given(

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mteditflow.training._atomic import write_atomically
-from mteditflow.training.pictures.page import DPI
+from mteditflow.training.pictures.page import DPI, house_style
 
 
 def write_picture(figure: Figure, path: Path) -> None:
@@ -44,5 +44,6 @@ def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step
 
 def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    with house_style():
+        figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

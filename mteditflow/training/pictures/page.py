@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,8 +25,9 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen H
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Fonts and colours of all pictures."""
-    with mpl.rc_context(_style()):
+    """Fonts and colours of all pictures; a letter that no font has is a box, without a warning."""
+    with mpl.rc_context(_style()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
