@@ -116,16 +116,11 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         means = dict(zip(names, (sums[:-1] / weight).tolist(), strict=True))
-        broken = [
-            n
-            for n, x in (("loss", sums[names.index("loss")]), ("gradient", norm))
-            if not x.isfinite()
-        ]
+        values = {"loss": sums[names.index("loss")], "gradient": norm}
+        broken = [name for name, value in values.items() if not value.isfinite()]
         if broken:
             self._optimizer.zero_grad(set_to_none=True)
-            return Update(
-                False, float(norm), means, f"the {' and the '.join(broken)} is not finite"
-            )
+            return Update(False, float(norm), means, f"not finite: {' and '.join(broken)}")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return Update(True, float(norm), means, "")

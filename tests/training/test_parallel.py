@@ -1,0 +1,131 @@
+"""Gradients are sums over ranks, replicated or sharded, and equal those of one process."""
+
+import math
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from mteditflow.pipelines.sharding import whole
+from mteditflow.rewards import Fault, Lost, TurnScores
+from mteditflow.training import Updater, gather_scores, shard_model, sum_gradients
+from tests.training.in_ranks import in_ranks
+
+ROWS = 8
+
+
+class Block(nn.Sequential):
+    """A frozen layer and a trained one."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4))
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block())
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def train(model, rows):
+    """Three updates on these rows of a fixed data set; means and norms of each, and weights."""
+    x, target = torch.randn(2, ROWS, 4, generator=torch.Generator().manual_seed(1))
+    weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    updater = Updater(
+        torch.optim.AdamW(trained(model), lr=0.1), lambda: trained(model), max_grad_norm=0.05
+    )
+
+    def losses(part):
+        return {"loss": (model(x[part]) - target[part]).square().mean(dim=1)}, weight[part]
+
+    updates = [updater.step(rows.split(2), losses) for _ in range(3)]
+    told = [[update.means["loss"], update.grad_norm, update.taken] for update in updates]
+    return told, torch.cat([whole(p).flatten() for p in trained(model)]).tolist()
+
+
+def own_rows():
+    size = ROWS // dist.get_world_size()
+    return torch.arange(ROWS)[dist.get_rank() * size :][:size]
+
+
+def replicated():
+    return train(build(), own_rows())
+
+
+def sharded():
+    model = build()
+    shard_model(model, blocks=["Block"])
+    return train(model, own_rows())
+
+
+def broken_on_one_rank():
+    weight = nn.Parameter(torch.ones(1))
+    updater = Updater(torch.optim.SGD([weight], lr=0.1), lambda: [weight], max_grad_norm=1.0)
+    factor = math.nan if dist.get_rank() == 1 else 1.0
+    update = updater.step(
+        [torch.arange(1)], lambda part: ({"loss": weight * factor}, torch.ones(1))
+    )
+    return update.taken, update.reason, weight.item()
+
+
+def unused_on_one_rank():
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+    (weights[dist.get_rank()] * (dist.get_rank() + 1)).sum().backward()
+    sum_gradients(weights)
+    return [weight.grad.tolist() for weight in weights]
+
+
+def gathered_scores():
+    rank = dist.get_rank()
+    score = torch.tensor([[5.0, 1 / 3]]) if rank == 0 else torch.tensor([[1.0], [math.nan]])
+    lost = {} if rank == 0 else {(1, 0): Lost(Fault.timeout, "no answer", 2)}
+    scores = TurnScores(score, torch.ones_like(score) > 0, lost)
+    terms, own = gather_scores({"following": scores})
+    found = terms["following"]
+    assert str(found.lost[2, 0]) == str(Lost(Fault.timeout, "no answer", 2))
+    return found.score.nan_to_num(-1).tolist(), found.turn_mask.tolist(), [own.start, own.stop]
+
+
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+@pytest.mark.parametrize("ranks", [2])
+def test_updates_are_those_of_one_process(how, ranks, tmp_path):
+    told, weights = train(build(), torch.arange(ROWS))
+    for other_told, other in in_ranks(f"tests.training.test_parallel:{how}", ranks, tmp_path):
+        assert torch.allclose(torch.tensor(other), torch.tensor(weights), rtol=1e-6, atol=1e-7)
+        for ours, theirs in zip(told, other_told, strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+def several():
+    return {
+        "broken": broken_on_one_rank(),
+        "unused": unused_on_one_rank(),
+        "gathered": gathered_scores(),
+    }
+
+
+def test_ranks_skip_together_sum_what_some_lack_and_collect_scores(tmp_path):
+    found = in_ranks("tests.training.test_parallel:several", 2, tmp_path)
+    third = float(torch.tensor(1 / 3))
+    for rank in found:
+        assert rank["broken"] == [False, "not finite: loss and gradient", 1.0]
+        assert rank["unused"] == [[1.0, 1.0], [2.0, 2.0, 2.0]]
+        score, mask, _ = rank["gathered"]
+        assert score == [[5.0, third], [1.0, -1.0], [-1.0, -1.0]]
+        assert mask == [[True, True], [True, False], [True, False]]
+    assert [rank["gathered"][2] for rank in found] == [[0, 1], [1, 3]]
+
+
+def test_one_process_has_nothing_to_sum_or_shard():
+    weight = nn.Parameter(torch.ones(1))
+    weight.sum().backward()
+    sum_gradients([weight])
+    assert weight.grad.item() == 1.0
+    with pytest.raises(RuntimeError, match="shard_model: expected several processes"):
+        shard_model(build(), blocks=["Linear"])
+    with pytest.raises(ValueError, match="terms: expected at least one, got none"):
+        gather_scores({})
