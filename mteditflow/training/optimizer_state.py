@@ -137,7 +137,7 @@ def _pack(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) -
         for part in x if isinstance(x, (tuple, list)) else [x]:
             if not isinstance(part, (bool, int, float, str, type(None))):
                 raise TypeError(f"{prefix}.{name}: cannot store {type(part).__name__}")
-        plain[name] = x
+        plain[name] = list(x) if isinstance(x, tuple) else x
     return plain
 
 
