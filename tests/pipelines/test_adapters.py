@@ -320,6 +320,28 @@ def test_training_resumes_from_what_was_saved(pipeline, policies, tmp_path):
     assert policies.old_equals_current
 
 
+def test_a_saved_average_is_what_a_pipeline_loads(kontext, tmp_path):
+    """Also from a state at hand, as one rank of several writes it."""
+    policies = LoraPolicies(kontext.transformer, config(), ema=True)
+    disturb(policies.parameters())
+    policies.update_ema(decay=0.5)
+    policies.save(kontext, tmp_path / "a", policy="ema")
+    policies.save(kontext, tmp_path / "b", policy="ema", state=policies.state_dict("ema"))
+    expected = policies.state_dict("ema")
+    for folder in ("a", "b"):
+        disturb(policies.parameters())
+        policies.load(kontext, tmp_path / folder)
+        assert all(torch.equal(x, expected[name]) for name, x in policies.state_dict().items())
+
+
+def test_a_state_is_a_copy(policies):
+    given = policies.state_dict()
+    kept = {name: x.clone() for name, x in given.items()}
+    disturb(policies.parameters(), seed=5)
+    assert all(torch.equal(given[name], x) for name, x in kept.items())
+    assert not any(x.requires_grad for x in given.values())
+
+
 def test_loading_another_adapter_is_refused_and_changes_nothing(policies):
     weights = [p.detach().clone() for p in policies.parameters()]
     given = policies.state_dict()
@@ -332,6 +354,94 @@ def test_loading_another_adapter_is_refused_and_changes_nothing(policies):
         with pytest.raises(ValueError, match="names or shapes are not those of the adapter"):
             policies.load_state_dict(wrong)
     assert all(torch.equal(p, w) for p, w in zip(policies.parameters(), weights, strict=True))
+
+
+# The averaged policy.
+
+
+@pytest.fixture
+def averaged():
+    """Policies on one layer, the average not equal to the others."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    made = LoraPolicies(model, LoraConfig(r=2, target_modules=["0"]), ema=True)
+    disturb(made.parameters(), seed=1)
+    made.update_ema(decay=0.5)
+    return made
+
+
+def test_the_average_starts_as_the_current_policy_and_follows_it():
+    """By hand: 0.75 * 1 + 0.25 * 3 = 1.5, then 0.5 * 1.5 + 0.5 * 3 = 2.25."""
+    config = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+    policies = LoraPolicies(nn.Sequential(nn.Linear(2, 2)), config, ema=True)
+    for name, x in policies.state_dict("ema").items():
+        assert torch.equal(x, policies.state_dict()[name])
+    for value, decay, expected in [(1, 0.0, 1.0), (3, 0.75, 1.5), (3, 0.5, 2.25), (3, 1.0, 2.25)]:
+        with torch.no_grad():
+            for weight in policies.parameters():
+                weight.fill_(value)
+        policies.update_ema(decay=decay)
+        assert {float(v) for x in policies.state_dict("ema").values() for v in x.flatten()} == {
+            expected
+        }
+    policies.load_state_dict(policies.state_dict(), "old")
+    assert policies.old_equals_current
+
+
+def test_the_average_is_a_policy_of_its_own(averaged):
+    model, x = averaged.model, torch.ones(1, 3)
+    weights, average = averaged.state_dict(), averaged.state_dict("ema")
+    with averaged.use("ema"):
+        output = model(x)
+        assert not output.requires_grad
+        with averaged.use("old"):
+            assert not torch.equal(model(x), output)
+        assert torch.equal(model(x), output)
+    assert not torch.equal(model(x), output)
+    averaged.load_state_dict(average)
+    assert torch.equal(model(x), output)
+    averaged.load_state_dict(weights, "ema")
+    with averaged.use("ema"):
+        assert not torch.equal(model(x), output)
+
+
+def test_only_the_current_policy_ever_takes_gradients(averaged):
+    def trained():
+        return {id(p) for p in averaged.model.parameters() if p.requires_grad}
+
+    current = {id(p) for p in averaged.parameters()}
+    assert trained() == current
+    for policy in ("ema", "old", "reference", "current"):
+        with averaged.use(policy):
+            assert trained() == current
+    assert trained() == current
+
+
+def test_an_average_changes_nothing_for_the_others():
+    def made(ema):
+        model = nn.Sequential(nn.Linear(3, 3))
+        return LoraPolicies(model, LoraConfig(r=2, target_modules=["0"]), seed=4, ema=ema)
+
+    for policy in ("current", "old"):
+        (with_it, without) = (made(ema).state_dict(policy) for ema in (True, False))
+        assert all(torch.equal(with_it[name], x) for name, x in without.items())
+
+
+def test_there_is_no_average_unless_asked_for(policies):
+    for use in (
+        lambda: policies.use("ema").__enter__(),
+        lambda: policies.update_ema(decay=0.5),
+        lambda: policies.state_dict("ema"),
+        lambda: policies.load_state_dict({}, "ema"),
+    ):
+        with pytest.raises(ValueError, match="there is no 'ema'; make LoraPolicies with ema=True"):
+            use()
+
+
+def test_adapters_are_float32_in_a_bfloat16_model():
+    model = nn.Sequential(nn.Linear(3, 3)).bfloat16()
+    policies = LoraPolicies(model, LoraConfig(r=2, target_modules=["0"]), ema=True)
+    for policy in ("current", "old", "ema"):
+        assert {x.dtype for x in policies.state_dict(policy).values()} == {torch.float32}
 
 
 # Making them.
