@@ -402,28 +402,34 @@ def test_bfloat16_is_sampled_and_replayed_with_ratio_one(load, plain):
     assert worst_ratio(editor, rollout, together=editor.family.takes_batch) <= 1e-4
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """All of torch.compile but the slow last part, which turns graphs into machine code."""
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    yield
+    torch._dynamo.config.recompile_limit = limit
+
+
 @pytest.mark.slow
 @pytest.mark.compile
-def test_compiled_blocks_give_the_same_rollout_and_gradients(load, plain):
-    found = {}
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_give_the_same_rollout_and_gradients(saved, quick_compiler):
+    found, plain = {}, build_kontext()
     for compiled in (False, True):
-        editor = load(compile_blocks=compiled)
-        policies = adapters(editor)
+        editor = Editor.load(saved / "kontext", call=given(plain), compile_blocks=compiled)
+        policies = adapters(editor, targets=["attn.to_q", "attn.to_v"])
         rollout = joined(record(editor, plain))
-        assert worst_ratio(editor, rollout, together=editor.family.takes_batch) <= 1e-5
-        found[compiled] = (rollout.trajectory.latents, gradients(editor, policies, rollout))
+        assert worst_ratio(editor, rollout, together=True) <= 1e-5
+        found[compiled] = [rollout.trajectory.latents, *gradients(editor, policies, rollout)]
+        rows = tuple(index[:1] for index in rollout.trajectory.step_mask.nonzero(as_tuple=True))
         for policy in ("old", "reference"):
             with torch.no_grad(), policies.use(policy):
-                gradients_free = replay(
-                    rollout,
-                    editor.transformer,
-                    SOLVER,
-                    tuple(i[:1] for i in rollout.trajectory.step_mask.nonzero(as_tuple=True)),
-                )
-            assert gradients_free.isfinite().all()
-    torch.testing.assert_close(found[True][0], found[False][0], rtol=0, atol=1e-5)
-    for one, other in zip(found[True][1], found[False][1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+                found[compiled].append(replay(rollout, editor.transformer, SOLVER, rows))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for compiled, eager in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
