@@ -290,14 +290,15 @@ def parse(arguments: Sequence[str]) -> Config:
         SystemExit: the command line cannot be parsed, or asks for help.
     """
     presets = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
-    name, *rest = arguments or ["--help"]
+    name, *rest = list(arguments) or ["--help"]
     if name.endswith(".toml"):
-        presets, arguments = {"file": Path(name)}, ["file", *rest]
+        name, presets = "file", {"file": Path(name)}
     elif name in presets:
         presets = {name: presets[name]}
     config = tyro.extras.overridable_config_cli(
         {name: _preset(path) for name, path in presets.items()},
-        args=list(arguments),
+        args=[name, *rest],
+        prog="train_flux.py",
         description="Reinforcement learning of FLUX editors on chains of edits. Choose a preset or "
         "give a TOML file; every field can be set over it.",
     )
