@@ -75,11 +75,11 @@ class Editor:
         self,
         pipeline: DiffusionPipeline,
         family: Family,
-        options: Mapping[str, Any],
+        call: Mapping[str, Any],
         prompts: Prompts,
     ) -> None:
-        self.pipeline, self.family, self.options = pipeline, family, dict(options)
-        self._prompts = prompts
+        self.pipeline, self.family, self.options = pipeline, family, family.call_options(call)
+        self._call, self._prompts = dict(call), prompts
 
     @classmethod
     def load(
@@ -142,7 +142,7 @@ class Editor:
         prompts = load_prompts(
             source, family, dtype, device, options=options, capacity=prompt_cache
         )
-        return cls(pipeline, family, options, prompts)
+        return cls(pipeline, family, call or {}, prompts)
 
     @property
     def transformer(self) -> nn.Module:
@@ -265,7 +265,7 @@ class Editor:
             ValueError: as ``roll_out``; an option is unknown, or would change the embeddings.
             TypeError: a reference is no RGB image.
         """
-        given = self.family.call_options({**self.options, **(call or {})})
+        given = self.family.call_options({**self._call, **(call or {})})
         if self.family.text_options(given) != self.family.text_options(self.options):
             raise ValueError(
                 f"call: expected no options of text encoding, got {sorted(call or {})}"

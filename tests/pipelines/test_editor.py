@@ -580,6 +580,16 @@ def test_an_evaluation_may_change_steps_but_not_the_text(editor, plain):
         editor.edit(*chains(plain), generators=generators, batch=4, call={"max_sequence_length": 5})
 
 
+def test_an_evaluation_in_another_size_has_that_size(saved):
+    plain = build_kontext()
+    options = {name: value for name, value in given(plain).items() if name != "max_area"}
+    editor = Editor.load(saved / "kontext", call=options)
+    generators = trajectory_generators(10, 4)
+    size = {"height": 8, "width": 16}
+    images = editor.edit(*chains(plain), generators=generators, batch=4, call=size)
+    assert {image.size for chain in images for image in chain} == {(16, 8)}
+
+
 def test_the_options_of_a_family_hold_unless_given(saved):
     kontext, klein = FAMILIES
     assert kontext.call_options({"height": 256, "guidance_scale": 1.0}) == {
