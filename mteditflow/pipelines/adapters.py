@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mteditflow._checks import check_choice
 from mteditflow.old_policy import update_old_policy
 from mteditflow.pipelines.adapter_layers import activate, adapter_weights, add_adapters, tuned
-from mteditflow.pipelines.sharding import agreed, fill, local, reshard, whole
+from mteditflow.pipelines.sharding import agreed, fill, local, refuse_deepspeed, reshard, whole
 
 
 class LoraPolicies:
@@ -231,8 +231,7 @@ class LoraPolicies:
 
     def _named(self, policy: str) -> dict[str, Tensor]:
         """Weights under peft's names, sharing memory with the model."""
-        self._check_adapter(policy)
-        reshard(self.model)
+        refuse_deepspeed(self._parameters(policy))
         return dict(get_peft_model_state_dict(self.model, adapter_name=policy))
 
     def _follow(self, policy: str, decay: float) -> None:

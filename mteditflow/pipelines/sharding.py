@@ -1,7 +1,7 @@
 """Tensors that FSDP2 may have split over ranks: read whole, written from whole, compared.
 
 ``fully_shard`` swaps a module's parameters for DTensors in place. Everything here takes plain
-tensors too, and costs no communication for them.
+tensors too, and costs no communication for them. DeepSpeed's own sharding is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def refuse_deepspeed(weights: Iterable[Tensor]) -> None:
+    """Raise ``RuntimeError`` where DeepSpeed has weights of its own that would not be met."""
+    if any(hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping") for weight in weights):
+        raise RuntimeError(
+            "DeepSpeed keeps these weights elsewhere (ZeRO): read or set them before "
+            "deepspeed.initialize, or shard with FSDP2 (fully_shard) in its place"
+        )
 
 
 def local(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -27,7 +28,8 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         the number of ranks, and ``load_optimizer_state`` takes them on any number.
 
     Raises:
-        TypeError: the state holds something else, or is sharded otherwise than its parameter.
+        TypeError: the state holds something else, or is sharded otherwise than its parameter; or
+            it is DeepSpeed's optimizer, which holds this rank's part alone.
 
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
@@ -100,10 +102,11 @@ def load_optimizer_state(
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper, which is a ``torch.optim.Optimizer`` too."""
-    while hasattr(optimizer, "optimizer"):
+    if isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer)}")
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {kind}")
     return optimizer
 
 

@@ -444,6 +444,16 @@ def test_adapters_are_float32_in_a_bfloat16_model():
         assert {x.dtype for x in policies.state_dict(policy).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_refuses_weights_that_deepspeed_keeps_elsewhere(averaged, mark):
+    """ZeRO-3 leaves empty parameters; ZeRO-1 and 2 overwrite them by float32 copies of theirs."""
+    state = averaged.state_dict()
+    setattr(averaged.parameters()[0], mark, 1)
+    for use in (averaged.state_dict, lambda: averaged.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match="DeepSpeed keeps these weights elsewhere"):
+            use()
+
+
 # Making them.
 
 

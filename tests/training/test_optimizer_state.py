@@ -151,3 +151,5 @@ def test_refuses_what_it_cannot_store():
         optimizer_state(optimizer)
     with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer"):
         optimizer_state(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"got deepspeed\.runtime\.ZeroOptimizer"):
+        optimizer_state(type("ZeroOptimizer", (), {"__module__": "deepspeed.runtime"})())
