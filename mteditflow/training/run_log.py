@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -56,7 +55,6 @@ class RunLog:
         self.folder, self.main = folder, main
         self.stopwatch = Stopwatch()
         self._speaks = console and main
-        self._lock = threading.Lock()
         self._metrics = MetricsFile(folder / "metrics.jsonl") if main else None
 
     @property
@@ -128,12 +126,11 @@ class RunLog:
             return
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         stamped = "".join(f"{now} {line}\n" for line in _CONTROL.sub("", text).split("\n"))
-        with self._lock:
-            with (self.folder / "log.txt").open("ab", buffering=0) as file:
-                file.write(stamped.encode(errors="replace"))
-            if self._speaks and aloud:
-                colored = color if sys.stderr.isatty() else ""
-                # A terminal that has gone away must not end a run.
-                with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
-                    sys.stderr.write(f"{colored}{stamped}{RESET if colored else ''}")
-                    sys.stderr.flush()
+        with (self.folder / "log.txt").open("ab", buffering=0) as file:
+            file.write(stamped.encode(errors="replace"))  # at once: lines of threads stay whole
+        if self._speaks and aloud:
+            colored = color if sys.stderr.isatty() else ""
+            # A terminal that has gone away must not end a run.
+            with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
+                sys.stderr.write(f"{colored}{stamped}{RESET if colored else ''}")
+                sys.stderr.flush()
