@@ -26,6 +26,7 @@ from .served import record_of
 from .world import Chain, Split, draw, make_chains
 
 LINKED = 1.0  # turns go on with what earlier turns have edited, where they can
+COUNTS = (480, 512)  # chains for training, and held out
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
@@ -86,8 +87,8 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder to write to.")],
     family: Annotated[Family, typer.Option(help="Which tiny editor.")] = Family.kontext,
     seed: Annotated[int, typer.Option(help="Of the chains.")] = 0,
-    train_chains: Annotated[int, typer.Option(min=1, help="Chains to train on.")] = 480,
-    held_out: Annotated[int, typer.Option(min=1, help="Chains to evaluate on.")] = 512,
+    train_chains: Annotated[int, typer.Option(min=1, help="Chains to train on.")] = COUNTS[0],
+    held_out: Annotated[int, typer.Option(min=1, help="Chains to evaluate on.")] = COUNTS[1],
     turns: Annotated[int, typer.Option(min=1, help="Instructions in each chain.")] = 3,
 ) -> None:
     """Write a tiny trained editor, chains and their reference pictures."""

@@ -6,6 +6,9 @@ consistency is scored by the server of the library, with a detector that sees by
 
     python -m shapes.served judge --lost-answers 0.1
     python -m shapes.served consistency
+
+The trainer takes both as it takes real ones: ``python examples/train_flux.py
+examples/shapes/served.toml --rewards.judge URL --rewards.consistency URL``.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from .rewards import Rewarder, Scored, Truth, score
 from .vision import RuleDetector, pixels_of, read_state, to_index
 from .world import Chain, State, draw, possible_edits
 
-MIDDLE = 3.0  # of the Likert scale: one half, normalised
+MIDDLE = 3  # of the Likert scale: one half, normalised
 INSTRUCTION = re.compile(r'"((?:Add|Change|Move|Remove|Replace) [a-z ]+)"')
 SPOILT: tuple[tuple[str, str], ...] = (  # (finish reason, answer)
     ("content_filter", ""),
@@ -107,7 +110,7 @@ def chain_of(reference: Tensor, instructions: Sequence[str]) -> Chain:
     return Chain(initial, tuple(edits))
 
 
-def judge_app(*, lost_answers: float) -> FastAPI:
+def judge_app(*, lost_answers: float, invent: bool = False) -> FastAPI:
     """Build a judge behind an OpenAI-compatible endpoint that knows the truth of the world.
 
     It takes requests about whole chains, without thinking, in JSON.
@@ -115,6 +118,8 @@ def judge_app(*, lost_answers: float) -> FastAPI:
     Args:
         lost_answers: Share of requests whose answer is spoilt, however often they are sent: which
             ones, and how, follows from the content of the request.
+        invent: Instead of spoiling an answer give every turn the middle of the Likert scale, which
+            is what trainers see who put it in place of a lost one.
     """
     app = FastAPI(title="A scripted judge for the shapes world")
 
@@ -122,11 +127,13 @@ def judge_app(*, lost_answers: float) -> FastAPI:
     def complete(body: dict[str, Any]) -> dict[str, Any]:
         content = body["messages"][-1]["content"]
         fate = int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big")
-        if fate / 2**64 < lost_answers:
+        lost = fate / 2**64 < lost_answers
+        if lost and not invent:
             return _completion(*SPOILT[fate % len(SPOILT)])
         schema = body["response_format"]["json_schema"]["schema"]
         levels = schema["properties"]["scores"]["items"]["enum"]
-        scores = [score if 5 in levels else int(score == 5) for score in judge(content)]
+        likert = [MIDDLE if lost else score for score in judge(content)]
+        scores = [score if 5 in levels else int(score == 5) for score in likert]
         return _completion("stop", json.dumps({"scores": scores}))
 
     return app
@@ -206,10 +213,11 @@ def service(*arguments: str) -> Iterator[str]:
 def main(
     what: Annotated[Service, typer.Argument(help="What to serve.")],
     lost_answers: Annotated[float, typer.Option(min=0, max=1, help="Share to spoil.")] = 0.0,
+    invent: Annotated[bool, typer.Option(help="Give these 3 of 5 instead.")] = False,
 ) -> None:
     """Serve on a free port of the loopback, whose URL is written first."""
     if what is Service.judge:
-        app = judge_app(lost_answers=lost_answers)
+        app = judge_app(lost_answers=lost_answers, invent=invent)
     else:
         app = create_app(ConsistencyScorer(RuleDetector()))
     with socket.create_server(("127.0.0.1", 0)) as listener:

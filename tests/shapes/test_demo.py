@@ -4,13 +4,11 @@ import json
 import math
 from dataclasses import replace
 
-import lost_rewards
 import pytest
 import torch
 import train_shapes
 import typer
 from evidence import KINDS, document, draw_summary, folder, run
-from lost_rewards import KINDS as LOSSES
 from PIL import Image
 from shapes.editor import load_editor
 from shapes.evaluate import METRICS, compare, summarise
@@ -180,19 +178,6 @@ def test_the_table_tells_what_the_judge_lost(served, capsys):
     print_table(served[False])
     printed = " ".join(capsys.readouterr().out.split())
     assert f"The judge lost {served[False]['lost_answers']['share']:.1%} of its answers" in printed
-
-
-def test_the_page_on_lost_rewards_is_written_from_reports(served, tmp_path):
-    reports = {(kind, seed): served[kind == "invented"] for kind in LOSSES for seed in (0, 1)}
-    text = lost_rewards.document(reports)
-    assert text.count(f"{served[False]['lost_answers']['share']:.1%} | ") >= 4
-    for title in lost_rewards.TITLES.values():
-        assert text.count(f"| {title} |") == 3  # two seeds and their mean
-    total = sum(report["lost_answers"]["reasons"].get("refusal", 0) for report in reports.values())
-    assert f"- refusal: {total}" in text
-    lost_rewards.draw(reports, tmp_path / "lost.png")
-    with Image.open(tmp_path / "lost.png") as image:
-        assert min(image.size) > 300
 
 
 def test_held_out_chains_share_nothing_with_pretraining_or_training():

@@ -1,12 +1,16 @@
 """The scripted judge knows what it is shown, and a chain's record says what is true of it."""
 
+import json
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import served
 from shapes.evaluate import to_pil
 from shapes.rewards import Truth, score
 from shapes.served import chain_of, judge_app, record_of
@@ -15,6 +19,11 @@ from shapes.world import draw, random_chain
 
 from mteditflow.rewards import ChatAnswer, Consistency, ConsistencyScorer, JudgePrompt
 from mteditflow.rewards.images import png_data_url
+
+if sys.version_info >= (3, 11):
+    from tomllib import loads as parse
+else:
+    from tomli import loads as parse
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(min_value=0, max_value=2**32)
@@ -84,6 +93,31 @@ def test_the_share_of_spoilt_answers_is_the_set_one_and_the_same_each_time():
     assert answers[0] == answers[1]
     good = [answer["message"]["content"] == '{"scores": [5]}' for answer in answers[0]]
     assert 0.6 < sum(good) / len(good) < 0.8
+
+
+def test_an_invented_answer_is_the_middle_of_the_scale_where_it_would_be_lost():
+    spoils, invents = (TestClient(judge_app(lost_answers=0.3, invent=i)) for i in (False, True))
+    found = set()
+    for seed in range(30):
+        chain = drawn(seed, 2)
+        _, asked = body(chain, [to_pil(draw(s)) for s in chain.states])
+        lost, invented = (
+            client.post("/v1/chat/completions", json=asked).json()["choices"][0]
+            for client in (spoils, invents)
+        )
+        kept = lost["message"]["content"] == '{"scores": [5, 5]}'
+        found.add(kept)
+        assert invented["finish_reason"] == "stop"
+        assert json.loads(invented["message"]["content"]) == {"scores": [5, 5] if kept else [3, 3]}
+    assert found == {True, False}
+
+
+def test_the_trainers_settings_are_the_demos_but_for_who_scores():
+    here = Path(served.__file__).parent
+    own = parse((here / "served.toml").read_text())
+    demo = parse((here.parent / "flux" / "presets" / "shapes-nft.toml").read_text())
+    assert own.pop("rewards") != demo.pop("rewards")
+    assert own == demo
 
 
 @quick
