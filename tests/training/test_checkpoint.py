@@ -6,9 +6,11 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import warnings
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -298,41 +300,56 @@ def test_leftovers_of_a_dead_writer_are_removed_by_the_next_save(checkpoints):
     assert names(checkpoints) == ["round-000001", "round-000002"]
 
 
-def check_life(checkpoints, at_least):
-    """What a reader finds after a kill: whole, of one round, and nothing lost."""
-    found = latest_without_warning(checkpoints)
-    if found is None:
-        assert at_least < 0
-        return -1
-    values = {
-        float(x) for n in ("model", "optimizer") for w in found.tensors(n).values() for x in w
-    }
-    assert values == {float(found.round)} == {float(found.state["round"])}
-    lora = (found.path / "lora" / "weights.txt").read_text().split()
-    assert set(lora) == {str(found.round)}
-    assert found.round >= at_least
-    best = checkpoints.best()
-    assert set(best.tensors("model")["weight0"].tolist()) == {float(best.round)}
-    return found.round
+class Saver:
+    """A process that saves, and lives as long as it is told to."""
+
+    def __init__(self, folder):
+        self.checkpoints, self.last = Checkpoints(folder, keep_last=2), -1
+        self.process = subprocess.Popen(
+            [sys.executable, SAVER, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        assert self.process.wait() == 0
+
+    def live(self, amount, kind):
+        """One life, and what a reader finds after it: whole, of one round, and nothing lost."""
+        self.process.stdin.write(f"{amount} {kind}\n")
+        self.process.stdin.flush()
+        ended_by = int(self.process.stdout.readline())
+        found = latest_without_warning(self.checkpoints)
+        if found is not None:
+            tensors = [found.tensors(name) for name in ("model", "optimizer")]
+            values = {float(v) for held in tensors for x in held.values() for v in x}
+            assert values == {float(found.round)} == {float(found.state["round"])}
+            lora = (found.path / "lora" / "weights.txt").read_text().split()
+            assert set(lora) == {str(found.round)}
+            assert self.checkpoints.best().score >= found.score
+        last = found.round if found else -1
+        assert last >= self.last
+        self.last = last
+        return ended_by
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
-    chance, checkpoints, last = random.Random(0), Checkpoints(tmp_path, keep_last=2), -1
-    saver = subprocess.Popen(
-        [sys.executable, SAVER, tmp_path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with saver:
-        for life in range(30):
-            speed = "fast" if life % 3 == 0 else "slow"
-            saver.stdin.write(f"{chance.uniform(0.005, 0.12)} {speed}\n")
-            saver.stdin.flush()
-            assert saver.stdout.readline() == "9\n"
-            last = check_life(checkpoints, last)
-        saver.stdin.close()
-    assert saver.returncode == 0
-    assert last > 2
-    save(checkpoints, last + 1)
-    assert all(name.startswith("round-") for name in names(checkpoints))
+    chance = random.Random(0)
+    with Saver(tmp_path) as saver:
+        assert saver.live(10**6, "step") == 0
+        for life in range(12):
+            kind = "fast" if life % 3 == 0 else "slow"
+            assert saver.live(chance.uniform(0.005, 0.25), kind) == signal.SIGKILL
+        for step in count():
+            if saver.live(step, "step") == 0:
+                break
+    assert step > 40
+    save(saver.checkpoints, saver.last + 1)
+    assert all(name.startswith("round-") for name in names(saver.checkpoints))
