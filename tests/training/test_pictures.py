@@ -173,15 +173,15 @@ def pair():
 @pytest.mark.parametrize(
     ("count", "rows", "how"),
     [
-        (2, [0, 5], "Shown: the 1 that rose most, then the 1 that fell most."),
-        (3, [0, 3, 5], "Shown: all 2 that rose, then the 1 that fell most."),
-        (9, [0, 3, 5, 1], "Shown: all 2 that rose, then all 2 that fell."),
+        (2, [0, 5], "Shown: the 1 that gained most, then the 1 that lost most."),
+        (3, [0, 3, 5], "Shown: all 2 that gained, then the 1 that lost most."),
+        (9, [0, 3, 5, 1], "Shown: all 2 that gained, then all 2 that lost."),
     ],
 )
 def test_both_directions_are_shown_and_the_title_tells_the_choice(count, rows, how):
     choice = most_changed(*pair(), count=count)
     assert choice.rows == rows
-    counts = "Turns followed rose in 2 and fell in 2 of 5 held-out chains from round 0 to round 9."
+    counts = "Of 5 held-out chains, 2 had more turns followed at round 9 than at round 0, and 2 had fewer."
     assert choice.how == f"{counts} {how}"
 
 
@@ -189,7 +189,7 @@ def test_where_none_fell_those_that_rose_take_their_place():
     before, after = evaluation([[0], [0], [0]]), evaluation([[1], [1], [1]])
     choice = most_changed(before, after, count=2)
     assert choice.rows == [0, 1]
-    assert choice.how.endswith("Shown: the 2 that rose most, then none that fell.")
+    assert choice.how.endswith("Shown: the 2 that gained most, then none that lost.")
     assert draw_before_after(before, before, {}, {}) is None
 
 

@@ -41,9 +41,9 @@ def most_changed(before: Evaluation, after: Evaluation, *, count: int) -> Choice
     falls = min(len(fell), max(count // 2, count - len(rose)))
     rises = min(len(rose), count - falls)
     how = (
-        f"Turns followed rose in {len(rose)} and fell in {len(fell)} of {len(counted)} held-out "
-        f"chains from round {before.round} to round {after.round}. Shown: "
-        f"{_shown(rises, len(rose), 'rose')}, then {_shown(falls, len(fell), 'fell')}."
+        f"Of {len(counted)} held-out chains, {len(rose)} had more turns followed at round "
+        f"{after.round} than at round {before.round}, and {len(fell)} had fewer. Shown: "
+        f"{_shown(rises, len(rose), 'gained')}, then {_shown(falls, len(fell), 'lost')}."
     )
     return Choice(rose[:rises] + fell[:falls], how)
 

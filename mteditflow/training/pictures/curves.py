@@ -19,6 +19,7 @@ from mteditflow.training.pictures.page import (
     BAD,
     BLUE,
     DPI,
+    FAINT,
     GOOD,
     INK,
     PURPLE,
@@ -26,7 +27,7 @@ from mteditflow.training.pictures.page import (
     house_style,
 )
 from mteditflow.training.run_log import SECONDS
-from mteditflow.training.stopwatch import shares
+from mteditflow.training.stopwatch import OTHER, shares
 
 REWARD, INVALID = "reward/", "invalid_share"
 HELD_OUT = {
@@ -39,7 +40,7 @@ BY_TURN = {
     "overall": "Overall: all turns so far, percent",
     "marginal": "Marginal: this turn alone, percent",
 }
-PHASES = ("#2457d6", "#1a7f4b", "#d97706", "#7c3aed", "#c0392b", "#0e7490", "#8a94a3")
+PHASES = (BLUE, GOOD, AMBER, PURPLE, BAD, "#0e7490")
 
 Panel = Callable[[Any], None]
 
@@ -201,9 +202,13 @@ def _draw_invalid(axes: Any, *, metrics: Sequence[Mapping[str, float]]) -> None:
 def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
     columns = {name: [x if x == x else 0.0 for x in _column(metrics, name)] for name in names}
     total = shares({name: math.fsum(values) for name, values in columns.items()})
-    labels = [f"{name.removeprefix(SECONDS)} {share:.0%}" for name, share in total.items()]
-    values = [columns[name] for name in total]
-    colors = [PHASES[names.index(name) % len(PHASES)] for name in total]
+    order = sorted(
+        total, key=lambda name: name == f"{SECONDS}{OTHER}"
+    )  # the longest first, then other
+    named = [name for name in names if name != f"{SECONDS}{OTHER}"]
+    colors = [PHASES[named.index(x) % len(PHASES)] if x in named else FAINT for x in order]
+    labels = [f"{name.removeprefix(SECONDS)} {total[name]:.0%}" for name in order]
+    values = [columns[name] for name in order]
     rounds = _column(metrics, ROUND)
     axes.stackplot(rounds, values, labels=labels, colors=colors, alpha=0.8, linewidth=0, step="mid")
     _over_rounds(axes, "Seconds of a round, by phase")
