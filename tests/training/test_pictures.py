@@ -181,8 +181,8 @@ def pair():
 def test_both_directions_are_shown_and_the_title_tells_the_choice(count, rows, how):
     choice = most_changed(*pair(), count=count)
     assert choice.rows == rows
-    counts = "Of 5 held-out chains, 2 had more turns followed at round 9 than at round 0, and 2 had fewer."
-    assert choice.how == f"{counts} {how}"
+    counts = "2 had more turns followed at round 9 than at round 0, and 2 had fewer."
+    assert choice.how == f"Of 5 held-out chains, {counts} {how}"
 
 
 def test_where_none_fell_those_that_rose_take_their_place():
