@@ -202,9 +202,8 @@ def _draw_invalid(axes: Any, *, metrics: Sequence[Mapping[str, float]]) -> None:
 def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
     columns = {name: [x if x == x else 0.0 for x in _column(metrics, name)] for name in names}
     total = shares({name: math.fsum(values) for name, values in columns.items()})
-    order = sorted(
-        total, key=lambda name: name == f"{SECONDS}{OTHER}"
-    )  # the longest first, then other
+    # The longest below, and on top what belongs to no phase.
+    order = sorted(total, key=lambda name: name == f"{SECONDS}{OTHER}")
     named = [name for name in names if name != f"{SECONDS}{OTHER}"]
     colors = [PHASES[named.index(x) % len(PHASES)] if x in named else FAINT for x in order]
     labels = [f"{name.removeprefix(SECONDS)} {total[name]:.0%}" for name in order]
