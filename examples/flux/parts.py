@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, DistributedType
 from PIL import Image, ImageOps
 
 from mteditflow.chains import ChainDataset, read_chains
@@ -17,7 +18,7 @@ from .config import Config, ConfigError, Data
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load_policies(config: Config, device: torch.device) -> tuple[Editor, LoraPolicies]:
+def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
     """Load the editor, give it adapters, and shard it if it is to be sharded."""
     model = config.model
     if model.dtype == "bfloat16":
@@ -25,7 +26,7 @@ def load_policies(config: Config, device: torch.device) -> tuple[Editor, LoraPol
     editor = Editor.load(
         model.path,
         dtype=DTYPES[model.dtype],
-        device=device,
+        device=accelerator.device,
         call={
             "height": model.resolution,
             "width": model.resolution,
@@ -45,7 +46,7 @@ def load_policies(config: Config, device: torch.device) -> tuple[Editor, LoraPol
     policies = LoraPolicies(
         editor.transformer, lora, seed=config.training.seed, ema=config.training.ema_decay > 0
     )
-    if model.shard:
+    if model.shard or accelerator.distributed_type is DistributedType.FSDP:
         # The velocity is a view of the output; nothing here works on it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)

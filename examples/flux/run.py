@@ -87,7 +87,7 @@ class Run:
             split_groups=data.split_groups,
             seed=training.seed,
         )
-        self.editor, self.policies = load_policies(config, self.device)
+        self.editor, self.policies = load_policies(config, accelerator)
         self.optimizer = torch.optim.AdamW(
             self.policies.parameters(), training.learning_rate, weight_decay=training.weight_decay
         )
