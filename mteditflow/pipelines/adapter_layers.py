@@ -50,10 +50,11 @@ def adapter_weights(layers: list[BaseTunerLayer], name: str) -> list[nn.Paramete
 
 
 def activate(states: list[tuple[BaseTunerLayer, list[str], bool]]) -> None:
-    """Set which adapters are active or disabled, and undo what peft does to ``requires_grad``."""
+    """Set which adapters are active or disabled, and nothing else.
+
+    peft's own ``set_adapter`` and ``enable_adapters`` also turn ``requires_grad`` on and off, which
+    would have to be undone for every weight at every switch; these two fields are what its forward
+    passes read.
+    """
     for layer, active, disabled in states:
-        needs = [(weight, weight.requires_grad) for weight in layer.parameters()]
-        layer.set_adapter(active)
-        layer.enable_adapters(not disabled)
-        for weight, needed in needs:
-            weight.requires_grad_(needed)
+        layer._active_adapter, layer._disable_adapters = active, disabled

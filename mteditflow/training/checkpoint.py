@@ -157,7 +157,7 @@ class Checkpoints:
     def best(self) -> Checkpoint | None:
         """The one of highest score, the newer of equals, otherwise as ``latest``."""
         scored = [entry for entry in self._listed(warn=True) if entry[1]["score"] is not None]
-        return _first_whole(sorted(scored, key=_rank, reverse=True))
+        return _first_whole(sorted(scored, key=_standing, reverse=True))
 
     def find(self, which: str | os.PathLike[str]) -> Checkpoint | None:
         """The checkpoint that a user names: "auto", "best", or the path of one.
@@ -214,7 +214,7 @@ class Checkpoints:
         """Remove all but the last ones and the best; damaged ones stay, and count for nothing."""
         entries = self._listed()
         kept = [path for path, _ in entries[: self.keep_last]]
-        kept += [path for path, m in sorted(entries, key=_rank)[-1:] if m["score"] is not None]
+        kept += [path for path, m in sorted(entries, key=_standing)[-1:] if m["score"] is not None]
         for path, _ in entries:
             if path not in kept:
                 self._remove(path)
@@ -227,7 +227,7 @@ class Checkpoints:
             shutil.rmtree(partial)
 
 
-def _rank(entry: tuple[Path, Mapping[str, Any]]) -> tuple[float, int]:
+def _standing(entry: tuple[Path, Mapping[str, Any]]) -> tuple[float, int]:
     """Order by score, those without at the bottom, then by when they were saved."""
     score = entry[1]["score"]
     return (float("-inf") if score is None else score), entry[1]["number"]
