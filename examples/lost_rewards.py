@@ -40,6 +40,10 @@ from mteditflow.training.report import run_report, write_report
 
 HERE = Path(__file__).parent
 LOSING = ("--lost-answers", "0.1")
+SERVED = """judge_model = "scripted"
+thinking = false
+terms = "l1"
+max_invalid = 0.5"""
 KINDS = {"none": (), "invalid": LOSING, "invented": (*LOSING, "--invent")}  # of the judge
 TITLES = {
     "none": "No answer lost",
@@ -139,8 +143,10 @@ def train(
     options: Sequence[str],
 ) -> None:
     """Start both services, and the trainer in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "served.toml").write_text(settings(), encoding="utf-8")
     with service("judge", *judge_options) as judge, service("consistency") as consistency:
-        command = [sys.executable, str(HERE / "train_flux.py"), str(HERE / "shapes/served.toml")]
+        command = [sys.executable, str(HERE / "train_flux.py"), str(folder / "served.toml")]
         command += ["--rewards.judge", judge, "--rewards.consistency", consistency]
         command += ["--model.path", str(world / "model"), "--data.chains", f"{world}/train.jsonl"]
         command += ["--data.held-out", "None", "--training.seed", str(seed)]
@@ -150,6 +156,13 @@ def train(
     if finished.returncode:
         words = (finished.stdout + finished.stderr)[-2000:]
         raise RuntimeError(f"{' '.join(command)} failed:\n{words}")
+
+
+def settings() -> str:
+    """Write the demo's preset with other scorers: what a service does not score has no weight."""
+    preset = (HERE / "flux" / "presets" / "shapes-nft.toml").read_text(encoding="utf-8")
+    exact = 'scorer = "shapes.scoring:ExactRewards"'
+    return preset.replace(exact, SERVED).replace(", strict = 0.0", "")
 
 
 def evaluate(world: Path, folder: Path, seed: int, *, rounds: int) -> list[Evaluation]:

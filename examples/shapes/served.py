@@ -7,8 +7,7 @@ consistency is scored by the server of the library, with a detector that sees by
     python -m shapes.served judge --lost-answers 0.1
     python -m shapes.served consistency
 
-The trainer takes both as it takes real ones: ``python examples/train_flux.py
-examples/shapes/served.toml --rewards.judge URL --rewards.consistency URL``.
+The trainer takes both as it takes real ones: see ``examples/lost_rewards.py``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,18 @@
 """Lost and invented rewards compared: the trainer, its services and the page, for short."""
 
 import json
+import sys
 from contextlib import nullcontext
 
 import lost_rewards
 import pytest
 from lost_rewards import KINDS, document, draw, run
 from PIL import Image
+
+if sys.version_info >= (3, 11):
+    from tomllib import loads as parse
+else:
+    from tomli import loads as parse
 
 pytestmark = pytest.mark.slow
 SMALL = ("--training.rounds", "2", "--data.groups", "4", "--output.strips-every", "0")
@@ -51,6 +57,19 @@ def test_a_trainer_that_fails_is_heard(runs, monkeypatch):
     monkeypatch.setattr(lost_rewards, "service", lambda *_: nullcontext("http://127.0.0.1:9/v1"))
     with pytest.raises(RuntimeError, match="minibatches: expected a divisor"):
         run("invented", SEED, runs, counts=COUNTS, options=(*SMALL, "--training.minibatches", "7"))
+
+
+def test_settings_are_the_demos_but_for_who_scores():
+    own = parse(lost_rewards.settings())
+    preset = lost_rewards.HERE / "flux" / "presets" / "shapes-nft.toml"
+    demo = parse(preset.read_text())
+    rewards, exact = own.pop("rewards"), demo.pop("rewards")
+    assert own == demo
+    assert exact.pop("scorer")
+    assert "scorer" not in rewards
+    assert exact["weights"].pop("strict") == 0
+    assert rewards["weights"] == exact["weights"]
+    assert exact.items() <= rewards.items()
 
 
 def test_the_page_is_written_from_reports(report, tmp_path):

@@ -2,15 +2,12 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import served
 from shapes.evaluate import to_pil
 from shapes.rewards import Truth, score
 from shapes.served import chain_of, judge_app, record_of
@@ -19,11 +16,6 @@ from shapes.world import draw, random_chain
 
 from mteditflow.rewards import ChatAnswer, Consistency, ConsistencyScorer, JudgePrompt
 from mteditflow.rewards.images import png_data_url
-
-if sys.version_info >= (3, 11):
-    from tomllib import loads as parse
-else:
-    from tomli import loads as parse
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(min_value=0, max_value=2**32)
@@ -110,14 +102,6 @@ def test_an_invented_answer_is_the_middle_of_the_scale_where_it_would_be_lost():
         assert invented["finish_reason"] == "stop"
         assert json.loads(invented["message"]["content"]) == {"scores": [5, 5] if kept else [3, 3]}
     assert found == {True, False}
-
-
-def test_the_trainers_settings_are_the_demos_but_for_who_scores():
-    here = Path(served.__file__).parent
-    own = parse((here / "served.toml").read_text())
-    demo = parse((here.parent / "flux" / "presets" / "shapes-nft.toml").read_text())
-    assert own.pop("rewards") != demo.pop("rewards")
-    assert own == demo
 
 
 @quick
