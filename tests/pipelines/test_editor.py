@@ -616,3 +616,24 @@ def test_the_record_is_proven_on_the_first_call(load, plain, monkeypatch):
     with pytest.raises(ReplayError, match="called again with what was recorded"):
         record(editor, plain)
     assert len(record(editor, plain, verify=False)) == 1
+
+
+def test_the_proof_costs_one_forward_a_rollout(editor, plain, monkeypatch):
+    counts = count_calls(monkeypatch, type(editor.transformer), "forward")
+    record(editor, plain, batch=2)
+    calls = 2 if editor.family.takes_batch else 4
+    assert counts["forward"] == calls * 2 * STEPS + 1
+
+
+def test_stochastic_steps_and_reduction_reach_the_record(editor, plain):
+    mean = joined(record(editor, plain, stochastic_steps=[1])).trajectory
+    total = joined(record(editor, plain, stochastic_steps=[1], reduction="sum")).trajectory
+    assert mean.stochastic.tolist() == [[False, True]] * 2
+    elements = mean.latents[0, 0, 0].numel()
+    torch.testing.assert_close(total.log_prob, mean.log_prob * elements, rtol=1e-4, atol=1e-2)
+
+
+def test_nothing_is_in_training_when_loaded(editor):
+    for part in (editor.transformer, editor.pipeline.vae):
+        assert not part.training
+        assert not any(weight.requires_grad for weight in part.parameters())
