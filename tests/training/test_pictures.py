@@ -127,6 +127,13 @@ def test_frames_tell_success(score, success_at, color):
     assert to_hex(figure.axes[1].spines["left"].get_edgecolor()) == color
 
 
+def test_dollars_are_no_formula():
+    terms = {"following": turn_scores([[1]])}
+    strip = Strip("$a$", ["Write $5 or $6"], images(1), terms, 0, label="$b$")
+    figure = draw_strips([strip], success_at=1, title="$c$")
+    assert not any(text.get_parse_math() for text in figure.texts)
+
+
 def test_a_score_that_was_not_measured_says_so():
     terms = {"following": turn_scores([[5.0]]), "consistency": turn_scores([[nan]])}
     figure = draw_strips([Strip("1", ["x"], images(1), terms, 0)], success_at=5, title="")
@@ -191,6 +198,11 @@ def test_where_none_fell_those_that_rose_take_their_place():
     assert choice.rows == [0, 1]
     assert choice.how.endswith("Shown: the 2 that gained most, then none that lost.")
     assert draw_before_after(before, before, {}, {}) is None
+
+
+def test_where_few_rose_more_that_fell_take_their_place():
+    before, after = evaluation([[0], [1], [1], [1]]), evaluation([[1], [0], [0], [0]])
+    assert most_changed(before, after, count=4).rows == [0, 1, 2, 3]
 
 
 def test_before_and_after_look_at_the_chosen_images_only():

@@ -76,6 +76,6 @@ def test_a_run_without_scores_is_told(tmp_path):
 
 
 def test_a_folder_with_brackets_is_named_as_it_is(report, tmp_path):
-    folder = tmp_path / "run[1]"
+    folder = tmp_path / "run[red]"
     folder.mkdir()
-    assert "run[1]" in printed(report, folder, width=300)
+    assert "run[red]" in printed(report, folder, width=300)
