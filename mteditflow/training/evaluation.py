@@ -211,8 +211,12 @@ class Evaluation:
             OSError: it cannot be read.
         """
         record = EvaluationRecord.parse(path)
-        terms = {name: term.scores() for name, term in record.terms.items()}
-        return cls(record.round, record.chain_ids, record.instructions, terms, record.success_at)
+        names, words, success_at = record.chain_ids, record.instructions, record.success_at
+        try:
+            terms = {name: term.scores() for name, term in record.terms.items()}
+            return cls(record.round, names, words, terms, success_at)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def interval_of(

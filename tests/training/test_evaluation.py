@@ -165,6 +165,20 @@ def test_a_file_of_something_else_is_named(tmp_path, text, message):
         Evaluation.read(tmp_path / "e.json")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("score", [[1.0], [1.0, 2.0]]), ("score", [[1.0]]), ("turn_mask", []), ("score", [])],
+)
+def test_scores_that_do_not_fit_are_named_with_their_file(tmp_path, field, value):
+    path = tmp_path / "e.json"
+    evaluation([[1.0, 0.0], [1.0, 1.0]]).write(path)
+    record = json.loads(path.read_text())
+    record["terms"]["following"][field] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"e\.json: "):
+        Evaluation.read(path)
+
+
 SCORES = turn_scores([[1.0, 1.0]])
 GOOD = {
     "round": 0,
