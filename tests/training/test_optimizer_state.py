@@ -107,6 +107,21 @@ def test_dtypes_stay_as_stored():
     assert (held["count"], held["kind"]) == (3, None)
 
 
+@pytest.mark.parametrize(("capturable", "place"), [(False, "cpu"), (True, "meta")])
+def test_step_counts_are_where_torch_wants_them(capturable, place):
+    """On the CPU, unless the optimizer is capturable; the averages are where the weight is."""
+    here, elsewhere = (nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "meta"))
+    optimizer = torch.optim.AdamW([here])
+    here.grad = torch.ones(2)
+    optimizer.step()
+    tensors, values = optimizer_state(optimizer)
+    values["groups"][0]["capturable"] = capturable
+    resumed = torch.optim.AdamW([elsewhere])
+    load_optimizer_state(resumed, tensors, values)
+    held = resumed.state[elsewhere]
+    assert (held["step"].device.type, held["exp_avg"].device.type) == (place, "meta")
+
+
 def test_accelerates_wrapper_is_looked_into():
     parameters = weights()
     try:
