@@ -78,6 +78,7 @@ class HeldOut:
         for folder in self.folder.glob("round-*/"):
             if folder.name not in (self._images(0).name, self._images(run.done).name):
                 shutil.rmtree(folder)
+        self._accelerator.log(evaluation.numbers, step=run.done)
         run.log.message(f"round {run.done}, held out: {in_words(evaluation)}")
 
     def all(self) -> list[Evaluation]:
@@ -133,5 +134,5 @@ def first(scores: TurnScores, count: int) -> TurnScores:
 
 def in_words(evaluation: Evaluation) -> str:
     """What the last turn came to, in a line."""
-    found = (f"{name} {value.estimate[-1]:.1f}" for name, value in evaluation.metrics.items())
+    found = (f"{name} {value[-1]:.3g}" for name, value in evaluation.estimates.items())
     return f"at turn {evaluation.turns}: {', '.join(found)}"

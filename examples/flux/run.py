@@ -121,8 +121,8 @@ class Run:
                 yield self.done
                 self.done += 1
                 self._sampler.step()
-                self._record(bar)
                 evaluated, last = self._evaluate_if_due(), self.done == training.rounds
+                self._record(bar)
                 if evaluated or last or self.done % self.config.output.checkpoint_every == 0:
                     self.save(scored=evaluated)
                 bar.advance()
@@ -166,10 +166,12 @@ class Run:
         if not self._pictured:
             return
         ids = list(dict.fromkeys(chain.id for chain in chains))[:2]
-        rows = [
-            b for chosen in ids for b in [b for b, c in enumerate(chains) if c.id == chosen][:3]
+        members = ([b for b, chain in enumerate(chains) if chain.id == name][:3] for name in ids)
+        strips = [
+            Strip(chains[b].id, chains[b].instructions, images[b], terms, b, label=f"member {i}")
+            for rows in members
+            for i, b in enumerate(rows, start=1)
         ]
-        strips = [Strip(chains[b].id, chains[b].instructions, images[b], terms, b) for b in rows]
         success, title = self.config.rewards.success, f"Round {self.done + 1}: two chains of it"
         self._draw("chains", draw_strips(strips, success_at=success, title=title))
 
@@ -183,8 +185,9 @@ class Run:
     def _draw(self, name: str, figure: Figure) -> None:
         """Write a picture, and give it to the trackers."""
         folder = self.config.output.folder / "pictures"
-        write_picture(figure, folder / f"round-{self.done + 1:06d}-{name}.png")
-        log_pictures(self._accelerator.trackers, {name: figure}, step=self.done + 1)
+        with self.log.stopwatch.phase("drawing"):
+            write_picture(figure, folder / f"round-{self.done + 1:06d}-{name}.png")
+            log_pictures(self._accelerator.trackers, {name: figure}, step=self.done + 1)
 
     def scored(
         self,

@@ -1,0 +1,16 @@
+"""Worlds on disk, once per worker."""
+
+import pytest
+from shapes.editor import Family
+
+from tests.flux.worlds import make_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("kontext"))
+
+
+@pytest.fixture(scope="session")
+def klein_world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("klein"), Family.klein)
