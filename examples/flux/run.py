@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from matplotlib.figure import Figure
 from PIL.Image import Image
 from pydantic import TypeAdapter
@@ -116,7 +116,7 @@ class Run:
                 progress = self.done / max(training.rounds - 1, 1)
                 rate = training.learning_rate * (1 - (1 - training.final_rate) * progress)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group.update(lr=rate, weight_decay=training.weight_decay)
                 self._means, self._numbers = [], {"training/learning_rate": rate}
                 yield self.done
                 self.done += 1
@@ -298,6 +298,12 @@ class Run:
                 )
             return
         found = self._checkpoints.find(which)
+        (rounds,), _ = gather_ranks(torch.tensor([found.round if found else 0], device=self.device))
+        if len(rounds.unique()) > 1:
+            raise ConfigError(
+                f"output.folder: expected one that all ranks share, got {self.config.output.folder} "
+                f"with checkpoints of rounds {rounds.tolist()}"
+            )
         if found is None:
             return
         for name in self._trained:
@@ -390,6 +396,11 @@ def main(train: Callable[[Run], None]) -> None:
         log_with=list(config.output.trackers) or None,
         project_dir=str(folder),
     )
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        sys.exit(
+            "error: DeepSpeed's engine would keep its own copies of the adapters; shard by "
+            "--model.shard (FSDP2, the same as ZeRO-3) under any other launcher"
+        )
     log = RunLog(folder, console=True, main=accelerator.is_main_process)
     accelerator.init_trackers("trackers", config=flat(config))
     cache = folder / f"answers-{accelerator.process_index}.sqlite"
