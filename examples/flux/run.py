@@ -301,15 +301,18 @@ class Run:
         (rounds,), _ = gather_ranks(torch.tensor([found.round if found else 0], device=self.device))
         if len(rounds.unique()) > 1:
             raise ConfigError(
-                f"output.folder: expected one that all ranks share, got {self.config.output.folder} "
-                f"with checkpoints of rounds {rounds.tolist()}"
+                "output.folder: expected one that all ranks share, got one in which they find "
+                f"checkpoints of rounds {rounds.tolist()}"
             )
         if found is None:
             return
         for name in self._trained:
             self.policies.load_state_dict(found.tensors(name), name)
         load_optimizer_state(self.optimizer, found.tensors("optimizer"), found.state["optimizer"])
-        self._sampler.load_state_dict(found.state["sampler"])
+        try:
+            self._sampler.load_state_dict(found.state["sampler"])
+        except ValueError as error:  # other chains, groups or seed
+            raise ConfigError(f"output.resume: cannot go on from {found.path}: {error}") from error
         self._watch.load_state_dict(found.state["watch"])
         self.done, self._updates = found.round, found.state["updates"]
         self.log.message(f"going on after round {self.done}, from {found.path}")
