@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OBJECTIVE ?= nft
 SEED ?= 0
-OUTPUT ?= runs/demo
+OUTPUT ?= runs/demo-$(OBJECTIVE)-$(SEED)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -20,9 +20,9 @@ WORKERS ?= 2
 .PHONY: help demo test lint types layers pytest evidence lost-rewards benchmark soak mutation clean
 
 help:
-	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo)"
+	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
 	@echo "make test          lint, types, import layers, doctests and the whole test suite"
-	@echo "make evidence      the demo over three seeds and both objectives, written to docs/"
+	@echo "make evidence      the demo over three seeds, both objectives and both families, written to docs/"
 	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
 	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
 	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
@@ -37,7 +37,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(BIN)/python examples/train_shapes.py --objective $(OBJECTIVE) --seed $(SEED) --output $(OUTPUT)
+	@PYTHONPATH=examples $(BIN)/python -m shapes.files runs/shapes-$(SEED) --seed $(SEED)
+	@$(BIN)/python examples/train_flux.py shapes-$(OBJECTIVE) --model.path runs/shapes-$(SEED)/model \
+		--data.chains runs/shapes-$(SEED)/train.jsonl --data.held-out runs/shapes-$(SEED)/held_out.jsonl \
+		--training.seed $(SEED) --output.folder $(OUTPUT)
 
 test: lint types layers pytest
 
@@ -63,6 +66,7 @@ lost-rewards: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.judge_client
+	$(BIN)/python -m benchmarks.trainer
 
 soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.consistency_server

@@ -1,9 +1,9 @@
-"""Repeat the demo over seeds and both objectives, and write what came out into ``docs/``.
+"""Repeat the demo over seeds, both objectives and both families, and write it into ``docs/``.
 
     python examples/evidence.py
 
-Runs that are already there are kept, so it can be stopped and started again. Flow-GRPO is also
-run for twice as many updates, to see whether it stays up.
+Runs that are already there are kept, and one that was cut off goes on, so it can be stopped and
+started again. Flow-GRPO is also run for twice as many rounds, to see whether it stays up.
 """
 
 from __future__ import annotations
@@ -20,32 +20,49 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from flux.config import parse
 from matplotlib.figure import Figure
+from shapes.editor import Family
+from shapes.files import COUNTS, write_world
 from tqdm import tqdm
-from train_shapes import RECIPES, Objective
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the demo is run."""
+    """How the trainer is run."""
 
-    objective: Objective = Objective.nft
-    times: int = 1  # the recipe's updates
+    preset: str
+    times: int = 1  # the preset's rounds
     options: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        """Which tiny editor is trained."""
+        return Family.klein if "klein" in self.preset else Family.kontext
+
+    @property
+    def rounds(self) -> int:
+        """How many there are."""
+        return self.times * parse([self.preset]).training.rounds
 
 
 KINDS = {
-    "nft": Kind(),
-    "grpo": Kind(Objective.grpo),
-    "grpo-twice": Kind(Objective.grpo, times=2),
+    "nft": Kind("shapes-nft"),
+    "grpo": Kind("shapes-grpo"),
+    "grpo-twice": Kind("shapes-grpo", times=2),
+    "klein-nft": Kind("shapes-klein-nft"),
+    "klein-grpo": Kind("shapes-klein-grpo"),
 }
 TITLES = {
     "nft": "DiffusionNFT: `make demo`",
     "grpo": "Flow-GRPO: `make demo OBJECTIVE=grpo`",
     "grpo-twice": "Flow-GRPO, twice as long",
+    "klein-nft": "DiffusionNFT, klein under guidance 4",
+    "klein-grpo": "Flow-GRPO, klein under guidance 4",
 }
+SHOWN = ("nft", "grpo", "klein-grpo")  # whose pictures go into the page
 
 
 def main(
@@ -60,8 +77,8 @@ def main(
     (docs / "evidence.md").write_text(document(reports), encoding="utf-8")
     draw_summary(reports, docs / "evidence.png")
     first = next(iter(reports))[1]
-    for kind in ("nft", "grpo"):
-        for picture in ("chains", "learning_curve"):
+    for kind in SHOWN:
+        for picture in ("chains", "curves"):
             source = folder(runs, kind, first) / f"{picture}.png"
             shutil.copyfile(source, docs / f"demo_{kind}_{picture}.png")
     print(f"Written: {docs / 'evidence.md'}")
@@ -69,36 +86,49 @@ def main(
 
 def folder(runs: Path, kind: str, seed: int) -> Path:
     """Where a run is kept."""
-    return runs / kind.replace("-", f"-{seed}-", 1) if "-" in kind else runs / f"{kind}-{seed}"
+    return runs / f"{kind}-{seed}"
 
 
 def run_all(
     kinds: Mapping[str, Kind], seeds: Sequence[int], runs: Path, workers: int
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Run every kind with every seed, some at a time; return the reports by both."""
+    worlds = {(kind.family, seed) for kind in kinds.values() for seed in seeds}
+    for family, seed in sorted(worlds):
+        world = world_of(runs, family, seed)
+        if not (world / "held_out.jsonl").exists():  # what is written last
+            write_world(world, family, seed=seed, counts=COUNTS, turns=3)
     jobs = [(name, seed) for name in kinds for seed in seeds]
     with ThreadPoolExecutor(workers) as pool:
-        done = pool.map(lambda job: run(kinds[job[0]], job[1], folder(runs, *job), workers), jobs)
+        done = pool.map(lambda job: run(kinds[job[0]], job[0], job[1], runs, workers), jobs)
         return dict(zip(jobs, tqdm(done, total=len(jobs), unit="run"), strict=True))
 
 
-def run(kind: Kind, seed: int, output: Path, workers: int) -> dict[str, Any]:
-    """Run the demo in a process of its own, unless its report is there; return the report."""
+def world_of(runs: Path, family: Family, seed: int) -> Path:
+    """Where an editor and the chains of a seed are kept."""
+    return runs / f"world-{family.value}-{seed}"
+
+
+def run(kind: Kind, name: str, seed: int, runs: Path, workers: int) -> dict[str, Any]:
+    """Train in a process of its own, unless the report is there; return the report."""
+    output, world = folder(runs, name, seed), world_of(runs, kind.family, seed)
     path = output / "report.json"
     if not path.exists():
         threads = max(1, (os.cpu_count() or 1) // workers)
-        objective = kind.objective
-        command = [sys.executable, str(HERE / "train_shapes.py"), "--objective", objective.value]
-        command += ["--seed", str(seed), "--output", str(output)]
-        command += ["--updates", str(kind.times * RECIPES[objective].updates), *kind.options]
+        command = [sys.executable, str(HERE / "train_flux.py"), kind.preset]
+        command += ["--model.path", str(world / "model"), "--data.chains", f"{world}/train.jsonl"]
+        command += ["--data.held-out", f"{world}/held_out.jsonl", "--training.seed", str(seed)]
+        command += ["--training.rounds", str(kind.rounds), "--output.folder", str(output)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        finished = subprocess.run(
+            [*command, *kind.options], env=environment, capture_output=True, text=True
+        )
         if finished.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    expected = {"objective": kind.objective.value, "seed": seed}
-    if {name: report[name] for name in expected} != expected:
-        raise ValueError(f"{path}: expected a report of {expected}; remove it to run again")
+    expected = (seed, kind.rounds)
+    if (report["seed"], report["rounds"]) != expected:
+        raise ValueError(f"{path}: expected seed and rounds {expected}; remove it to run again")
     return report
 
 
@@ -119,6 +149,7 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Kept: Marginal(3) / Marginal(1), the share of turn-1 success that turn 3 keeps: low "
         "means exposure bias. Once for following the instruction, once for the whole picture.",
+        "- Whole picture right: the target and everything else, this turn alone, in percent.",
         "",
         "![Overall and whole pictures right, turn by turn](evidence.png)",
     ]
@@ -127,8 +158,8 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         lines += ["", f"## {title}", "", *_gains(chosen), "", *_exposure(chosen), ""]
         lines += _turns(chosen)
     lines += ["", "## What a run looks like", ""]
-    for kind in ("nft", "grpo"):
-        lines += [f"![Rewards, {kind}](demo_{kind}_learning_curve.png)", ""]
+    for kind in SHOWN:
+        lines += [f"![Curves, {kind}](demo_{kind}_curves.png)", ""]
         lines += [f"![Chains before and after, {kind}](demo_{kind}_chains.png)", ""]
     return "\n".join(lines)
 
@@ -146,7 +177,7 @@ def made_with(reports: Mapping[tuple[str, int], dict[str, Any]]) -> list[str]:
 
 def _gains(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
     rows = [
-        "| seed | updates | minutes | threads | Overall(3) before | after | paired difference | "
+        "| seed | rounds | minutes | threads | Overall(3) before | after | paired difference | "
         "CC(3), difference | invalid rewards |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -154,7 +185,7 @@ def _gains(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
         gain = report["difference_at_last_turn"]
         invalid = 100 * report["invalid_reward_share"]
         rows.append(
-            f"| {seed} | {report['updates']} | {report['seconds'] / 60:.1f} | "
+            f"| {seed} | {report['rounds']} | {report['seconds'] / 60:.1f} | "
             f"{report['threads']} | {cell(report['before'], 'overall')} | "
             f"{cell(report['after'], 'overall')} | **{signed(gain, 'overall')}** | "
             f"{signed(gain, 'content_consistency')} | {invalid:.0f}% |"
@@ -171,9 +202,9 @@ def _exposure(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
     for seed, report in runs:
         gain = report["difference_at_last_turn"]
         cells = []
-        for name in ("kept", "strict_kept"):
-            cells += [_share(value) for value in gain[name]]
-            cells.append(signed(gain, f"{name}_difference"))
+        for name in ("marginal", "strict"):
+            cells += [_share(value) for value in gain["kept"][name]]
+            cells.append(signed(gain, f"{name}_kept_difference"))
         rows.append(f"| {seed} | {' | '.join(cells)} |")
     return rows
 
@@ -184,7 +215,7 @@ def _turns(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
         "marginal": "Marginal",
         "content_consistency": "CC",
         "overall": "Overall",
-        "strict_marginal": "whole picture right",
+        "strict": "whole picture right",
     }
     rows = [
         f"| turns 1, 2, 3 | {' | '.join(names.values())} |",
@@ -192,9 +223,17 @@ def _turns(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
     ]
     for seed, report in runs:
         for when in ("before", "after"):
-            cells = [", ".join(f"{value:.1f}" for value in report[when][name]) for name in names]
+            cells = [
+                ", ".join(f"{scale(name) * value:.1f}" for value in report[when][name])
+                for name in names
+            ]
             rows.append(f"| seed {seed}, {when} | {' | '.join(cells)} |")
     return rows
+
+
+def scale(name: str) -> int:
+    """What makes percent of a metric."""
+    return 100 if name == "strict" else 1
 
 
 def cell(summary: dict[str, list], name: str) -> str:
@@ -215,9 +254,9 @@ def _share(value: float | None) -> str:
 
 def draw_summary(reports: dict[tuple[str, int], dict[str, Any]], path: Path) -> None:
     """Draw Overall and whole-picture success over turns, every seed before and after."""
-    panels = {"overall": "Overall, so far", "strict_marginal": "Whole picture right, this turn"}
+    panels = {"overall": "Overall, so far", "strict": "Whole picture right, this turn"}
     colors = {"before": "#8a94a3", "after": "#2457d6"}
-    figure = Figure(figsize=(3.6 * len(TITLES), 6.4), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(TITLES), 6.4), layout="constrained")
     grid = figure.subplots(len(panels), len(TITLES), sharex=True, sharey="row", squeeze=False)
     for column, kind in enumerate(TITLES):
         for row, (name, title) in enumerate(panels.items()):
@@ -227,14 +266,17 @@ def draw_summary(reports: dict[tuple[str, int], dict[str, Any]], path: Path) -> 
                 if other != kind:
                     continue
                 for when, color in colors.items():
-                    values = report[when][name]
+                    values = [scale(name) * x for x in report[when][name]]
                     turns = range(1, len(values) + 1)
-                    low, high = zip(*report[when][f"{name}_interval"], strict=True)
+                    ends = report[when][f"{name}_interval"]
+                    low, high = (
+                        [scale(name) * x for x in side] for side in zip(*ends, strict=True)
+                    )
                     axes.fill_between(turns, low, high, color=color, alpha=0.1, linewidth=0)
                     axes.plot(turns, values, "o-", color=color, markersize=4, label=when)
             axes.set(ylim=(0, 100), xticks=[1, 2, 3])
             if row == 0:
-                axes.set_title(TITLES[kind].split(":")[0], fontsize=11)
+                axes.set_title(TITLES[kind].split(":")[0], fontsize=10)
             else:
                 axes.set_xlabel("turn")
             if column == 0:

@@ -87,6 +87,7 @@ class Run:
             split_groups=data.split_groups,
             seed=training.seed,
         )
+        log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
         self.editor, self.policies = load_policies(config, accelerator)
         self.optimizer = torch.optim.AdamW(
             self.policies.parameters(), training.learning_rate, weight_decay=training.weight_decay
