@@ -7,15 +7,12 @@ the wreck of an earlier one fails, as it should.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from mteditflow.rewards import TurnScores
 
 from .world import PALETTE, Chain, draw_index, thing_mask
 
@@ -76,35 +73,6 @@ class Scores:
     success: Tensor
     consistency: Tensor
     strict: Tensor
-
-
-class Scored(NamedTuple):
-    """What a round of training gets to know about B chains of N turns.
-
-    Attributes:
-        following: Likert scores, 1..5.
-        consistency: Content consistency.
-        lost: Trajectories whose answer was lost, by reason.
-    """
-
-    following: TurnScores
-    consistency: TurnScores
-    lost: Mapping[str, int]
-
-
-class Rewarder(Protocol):
-    """Scores what an editor made of chains: pictures in [0, 1], ``[B, N, 3, H, W]``."""
-
-    def __call__(self, chains: Sequence[Chain], pictures: Tensor) -> Scored:
-        """Return the scores of every turn."""
-
-
-def exact_rewards(chains: Sequence[Chain], pictures: Tensor) -> Scored:
-    """Score from pixels and the true states; nothing is ever lost."""
-    scores = score(pictures, Truth.of(chains))
-    exists = torch.ones_like(scores.success)
-    following, consistency = scores.likert.float(), scores.consistency
-    return Scored(TurnScores(following, exists, {}), TurnScores(consistency, exists, {}), {})
 
 
 def score(images: Tensor, truth: Truth) -> Scores:

@@ -21,10 +21,8 @@ import re
 import socket
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import Enum
 from itertools import chain as joined
 from pathlib import Path
@@ -38,14 +36,12 @@ from PIL import Image
 from torch import Tensor
 
 from mteditflow.chains import Chain as Record
-from mteditflow.rewards import Background, ChatClient, ConsistencyClient, Judge, JudgePrompt
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.server import create_app
 
-from .evaluate import to_pil
-from .rewards import Rewarder, Scored, Truth, score
+from .rewards import Truth, score
 from .vision import RuleDetector, pixels_of, read_state, to_index
-from .world import Chain, State, draw, possible_edits
+from .world import Chain, State, possible_edits
 
 MIDDLE = 3  # of the Likert scale: one half, normalised
 INSTRUCTION = re.compile(r'"((?:Add|Change|Move|Remove|Replace) [a-z ]+)"')
@@ -158,39 +154,6 @@ def _completion(finish_reason: str, answer: str) -> dict[str, Any]:
         "model": "scripted",
         "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
     }
-
-
-@contextmanager
-def served_rewards(*, lost_answers: float, invent: bool) -> Iterator[Rewarder]:
-    """Start both services, and score with them while the block lasts.
-
-    Args:
-        lost_answers: Share of answers that the judge loses, in [0, 1].
-        invent: Put the middle of the scale in place of every lost score, as others do, to see what
-            comes of it. Otherwise a lost score is invalid.
-    """
-    with (
-        service("judge", f"--lost-answers={lost_answers}") as judge_url,
-        service("consistency") as consistency_url,
-        Background() as background,
-    ):
-        client = ChatClient([judge_url], "scripted", attempts=2, back_off=0.01)
-        asks = Judge(client, JudgePrompt(thinking=False))
-        looks = ConsistencyClient([consistency_url])
-
-        def rewarder(chains: Sequence[Chain], pictures: Tensor) -> Scored:
-            records = [record_of(chain) for chain in chains]
-            first = [to_pil(draw(chain.initial)) for chain in chains]
-            images = [[f, *map(to_pil, made)] for f, made in zip(first, pictures, strict=True)]
-            following = background.submit(asks.score, records, images)
-            consistency = background.submit(looks.score, records, images)
-            scores = following.result().require(max_invalid_share=0.5)
-            reasons = {b: lost.fault.value for (b, _), lost in scores.lost.items()}
-            if invent:
-                scores = replace(scores, score=scores.score.nan_to_num(MIDDLE), lost={})
-            return Scored(scores, consistency.result().l1_scores, Counter(reasons.values()))
-
-        yield rewarder
 
 
 @contextmanager
