@@ -21,6 +21,7 @@ from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError, Reward, TurnScores
 from mteditflow.training import (
     Bar,
+    Checkpoint,
     Checkpoints,
     RewardCollapseError,
     RewardWatch,
@@ -291,22 +292,31 @@ class Run:
     def _restore(self) -> None:
         """Go on from a checkpoint, if there is one to go on from."""
         which = self.config.output.resume
-        if which == "never":
-            if self._checkpoints.latest() is not None:
-                raise ConfigError(
-                    f"output.resume: never, but {self.config.output.folder} holds a run; choose "
-                    "another folder, or go on with auto"
-                )
-            return
-        found = self._checkpoints.find(which)
+        found = self._checkpoints.find("auto" if which == "never" else which)
+        if which == "never" and found is not None:
+            raise ConfigError(
+                f"output.resume: never, but {self.config.output.folder} holds a run; choose "
+                "another folder, or go on with auto"
+            )
         (rounds,), _ = gather_ranks(torch.tensor([found.round if found else 0], device=self.device))
         if len(rounds.unique()) > 1:
             raise ConfigError(
                 "output.folder: expected one that all ranks share, got one in which they find "
                 f"checkpoints of rounds {rounds.tolist()}"
             )
-        if found is None:
-            return
+        if found is not None:
+            self._load(found)
+        self.log.rewind(self.done + 1)
+        if self._held_out is not None and self._accelerator.is_main_process:
+            self._held_out.rewind(self.done)
+        self._accelerator.wait_for_everyone()
+
+    def _load(self, found: Checkpoint) -> None:
+        """Take everything from a checkpoint.
+
+        Raises:
+            ConfigError: it is of another objective, or of other chains.
+        """
         for name in self._trained:
             self.policies.load_state_dict(found.tensors(name), name)
         load_optimizer_state(self.optimizer, found.tensors("optimizer"), found.state["optimizer"])
@@ -318,10 +328,6 @@ class Run:
         self.done, self._updates = found.round, found.state["updates"]
         self.log.message(f"going on after round {self.done}, from {found.path}")
         self._tell_changes(found.state["config"])
-        self.log.rewind(self.done + 1)
-        if self._held_out is not None and self._accelerator.is_main_process:
-            self._held_out.rewind(self.done)
-        self._accelerator.wait_for_everyone()
 
     def _tell_changes(self, before: Mapping[str, Any]) -> None:
         """Say which fields are not those that the checkpoint was made with.
