@@ -9,7 +9,7 @@ import typer
 from score_chains import main
 from shapes.editor import load_editor
 from shapes.evaluate import edit_chains, to_pil
-from shapes.rewards import exact_rewards
+from shapes.rewards import Truth, score
 from shapes.served import record_of, service
 from shapes.vision import RuleDetector
 from shapes.world import draw, make_chains
@@ -62,7 +62,7 @@ def test_scores_are_those_of_the_world_and_of_the_process(world, urls, tmp_path)
     result = run(folder / "chains.jsonl", folder, *options(urls, tmp_path))
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "scores.json").read_text())
-    exact = exact_rewards(chains, pictures).following.score
+    exact = score(pictures, Truth.of(chains)).likert.float()
     assert [entry["following"] for entry in report["chains"]] == (exact == 5).double().tolist()
     images = [
         [to_pil(draw(chain.initial)), *map(to_pil, made)]
@@ -98,7 +98,7 @@ def test_likert_scores_and_chains_left_out(world, urls, tmp_path):
     assert f"{COUNT - 1} chains, 1 left out" in result.output
     report = json.loads((tmp_path / "scores.json").read_text())
     assert record_of(chains[0]).id in report["left_out"][0]
-    exact = exact_rewards(chains[1:], pictures[1:]).following.score
+    exact = score(pictures[1:], Truth.of(chains[1:])).likert.float()
     assert [entry["following"] for entry in report["chains"]] == exact.tolist()
     mean = report["summary"]["Likert, mean"]["estimate"]
     assert mean == pytest.approx(exact.mean(dim=0).tolist(), abs=0.01)
