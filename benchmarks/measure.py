@@ -38,13 +38,19 @@ def keep_freed_memory() -> bool:
 
 
 def interleaved_seconds(
-    calls: Mapping[str, Call], *, device: str, rounds: int, sample_seconds: float = 0.02
+    calls: Mapping[str, Call],
+    *,
+    device: str,
+    rounds: int,
+    sample_seconds: float = 0.02,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of one call, a list over rounds for each candidate.
 
     Every round times every candidate, in an order drawn anew, so that a drift of the machine meets
     all of them. A sample begins with a call that is not timed, since the candidate before leaves
     its own state of caches and allocator, and repeats a short call for ``sample_seconds``.
+    ``clock`` may be ``time.process_time``, which a busy machine disturbs least.
     """
     repeats = {}
     for name, call in calls.items():
@@ -56,17 +62,22 @@ def interleaved_seconds(
         shuffler.shuffle(order)
         for name in order:
             _seconds(calls[name], device)
-            seconds[name].append(_seconds(calls[name], device, repeats[name]))
+            seconds[name].append(_seconds(calls[name], device, repeats[name], clock))
     return seconds
 
 
-def _seconds(call: Call, device: str, repeats: int = 1) -> float:
+def _seconds(
+    call: Call,
+    device: str,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     _synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
     _synchronize(device)
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def peak_bytes(call: Call, *, device: str) -> int:

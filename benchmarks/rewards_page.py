@@ -19,18 +19,25 @@ their own on the loopback of the same machine.
 """
 
 
-def write(folder: Path, name: str, section: Mapping[str, Any]) -> None:
-    """Replace one section in ``rewards.json``, and render all of them anew as ``rewards.md``."""
-    path = folder / "rewards.json"
+def write(
+    folder: Path,
+    name: str,
+    section: Mapping[str, Any],
+    *,
+    page: str = "rewards",
+    header: str = HEADER,
+) -> None:
+    """Replace one section in the JSON of a page, and render all of them anew as Markdown."""
+    path = folder / f"{page}.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
     everything[name] = section
     path.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
-    (folder / "rewards.md").write_text(render(everything))
+    (folder / f"{page}.md").write_text(render(everything, header))
 
 
-def render(everything: Mapping[str, Mapping[str, Any]]) -> str:
+def render(everything: Mapping[str, Mapping[str, Any]], header: str = HEADER) -> str:
     """The whole page."""
-    return "\n".join([HEADER, *(_section(*item) for item in sorted(everything.items()))])
+    return "\n".join([header, *(_section(*item) for item in sorted(everything.items()))])
 
 
 def _section(name: str, section: Mapping[str, Any]) -> str:

@@ -144,8 +144,8 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         "",
         *made_with(reports),
         f"- Each run: {some['held_out_chains']} held-out chains of three turns "
-        f"({COUNTS[Family.klein][1]} for klein, whose pipeline takes one at a time), which share no "
-        "picture and no chain with pre-training or RL; before and after from equal noise.",
+        f"({COUNTS[Family.klein][1]} for klein, whose pipeline takes one at a time), which share "
+        "no picture and no chain with pre-training or RL; before and after from equal noise.",
         "- Minutes are those of the machine as it was, not always idle, with the threads given.",
         "- Percent, with 95% bootstrap intervals over chains. IF(3): all three turns succeeded. "
         "Overall(3) = sqrt(IF(3) CC(3)).",

@@ -106,13 +106,16 @@ class Run:
         self._means: list[Mapping[str, float]] = []
         self._numbers: dict[str, float] = {}
         self.first_round = -1  # of this process
+        self._saved = -1  # round of the checkpoint that a start would go on from
+        self._between = True  # two rounds, so that the weights are those of self.done
 
     def rounds(self) -> Iterator[int]:
         """Number the rounds that are left; around each do all that is due."""
         training = self.config.training
         self._restore()
         self.first_round = self.done
-        self._evaluate_if_due()
+        if self._evaluate_if_due() and self.done:
+            self.save(scored=True)
         with self.log.bar("round", training.rounds, unit="rounds", done=self.done) as bar:
             while self.done < training.rounds:
                 progress = self.done / max(training.rounds - 1, 1)
@@ -121,10 +124,12 @@ class Run:
                     group.update(lr=rate, weight_decay=training.weight_decay)
                 self._means, self._numbers = [], {"training/learning_rate": rate}
                 yield self.done
-                self.done += 1
+                self.done, self._between = self.done + 1, True
                 self._sampler.step()
-                evaluated, last = self._evaluate_if_due(), self.done == training.rounds
-                self._record(bar)
+                try:
+                    evaluated, last = self._evaluate_if_due(), self.done == training.rounds
+                finally:  # the round is done, whether it can be evaluated or not
+                    self._record(bar)
                 if evaluated or last or self.done % self.config.output.checkpoint_every == 0:
                     self.save(scored=evaluated)
                 bar.advance()
@@ -209,7 +214,12 @@ class Run:
             self._draw("rewards", draw_histograms(rewards, group, title=title))
         for name in rewards:
             terms[name].require(max_invalid_share=self.config.rewards.max_invalid)
-        self._watch.check({name: float(x.value[x.valid].mean()) for name, x in rewards.items()})
+        before = self._watch.state_dict()
+        try:
+            self._watch.check({name: float(x.value[x.valid].mean()) for name, x in rewards.items()})
+        except RewardCollapseError:
+            self._watch.load_state_dict(before)  # this round will be done again
+            raise
 
     def ratio_checked(self, check: RatioCheck) -> None:
         """Take in the verdict on the first rollout's ratios, of every rank.
@@ -239,7 +249,7 @@ class Run:
             if self._skipped >= self.config.safety.max_skipped:
                 raise FloatingPointError(f"{self._skipped} updates in a row: {update.reason}")
             return
-        self._skipped = 0
+        self._skipped, self._between = 0, False
         self._updates += 1
         if training.ema_decay > 0 and self._updates % training.ema_every == 0:
             self.policies.update_ema(decay=training.ema_decay)
@@ -267,6 +277,7 @@ class Run:
                 "sampler": self._sampler.state_dict(),
                 "watch": self._watch.state_dict(),
                 "updates": self._updates,
+                "skipped": self._skipped,
                 "optimizer": values,
                 "config": TypeAdapter(Config).dump_python(self.config, mode="json"),
             }
@@ -283,6 +294,12 @@ class Run:
                     ),
                 )
             self._accelerator.wait_for_everyone()
+        self._saved = self.done
+
+    def save_if_new(self) -> None:
+        """Save what the last checkpoint does not hold, unless a round was cut off in its updates."""
+        if self._between and self._saved != self.done:
+            self.save()
 
     @property
     def _trained(self) -> tuple[str, ...]:
@@ -326,6 +343,9 @@ class Run:
             raise ConfigError(f"output.resume: cannot go on from {found.path}: {error}") from error
         self._watch.load_state_dict(found.state["watch"])
         self.done, self._updates = found.round, found.state["updates"]
+        self._skipped = found.state["skipped"]
+        if self.config.output.resume == "auto":
+            self._saved = self.done
         self.log.message(f"going on after round {self.done}, from {found.path}")
         self._tell_changes(found.state["config"])
 
@@ -430,10 +450,10 @@ def _guarded(train: Callable[[Run], None], run: Run) -> None:
     try:
         train(run)
     except Stopped as signal:
-        run.save()
+        run.save_if_new()
         run.log.message(f"stopped by {signal} after round {run.done}; start again to go on")
     except (InvalidRewardsError, RewardCollapseError, FloatingPointError):
-        run.save()
+        run.save_if_new()
         raise
     else:
         run.summarise()
