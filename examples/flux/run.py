@@ -297,7 +297,7 @@ class Run:
         self._saved = self.done
 
     def save_if_new(self) -> None:
-        """Save what the last checkpoint does not hold, unless a round was cut off in its updates."""
+        """Save what the last checkpoint does not hold, unless a round is only half done."""
         if self._between and self._saved != self.done:
             self.save()
 
