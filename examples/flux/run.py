@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ from .held_out import HeldOut
 from .parts import load_chains, load_policies
 from .rewards import Submit, scoring
 
+POLL = 1.0  # s between looks for a signal while scores are waited for
 ENDS = (ConfigError, ChainError, InvalidRewardsError, ReplayError, RewardCollapseError)
 
 
@@ -152,15 +153,23 @@ class Run:
         return self._accelerator.process_index * self._own
 
     def collect(self, waiting: Sequence[Future[Mapping[str, TurnScores]]]) -> dict[str, TurnScores]:
-        """Wait for the scores of every part, and join them."""
-        scored = []
+        """Wait for the scores of every part, of all ranks, and join them; a collective call.
+
+        Raises:
+            Stopped: a signal came meanwhile.
+        """
         with (
             self.log.stopwatch.phase("scoring"),
             self.log.bar("rewards", len(waiting), unit="parts") as bar,
         ):
-            for future in waiting:
-                scored.append(future.result())
-                bar.advance()
+            unfinished = True
+            while unfinished:
+                done, left = wait(waiting, timeout=POLL)
+                bar.advance(len(done) - bar.done)
+                (lefts,), _ = gather_ranks(torch.tensor([len(left)], device=self.device))
+                unfinished = bool(lefts.any())
+                self.stop_if_asked()
+        scored = [future.result() for future in waiting]
         return {name: TurnScores.concatenate([s[name] for s in scored]) for name in scored[0]}
 
     def show(
@@ -438,6 +447,8 @@ def main(train: Callable[[Run], None]) -> None:
         with Termination() as termination, scoring(config.rewards, cache) as submit:
             run = Run(config, accelerator, log, termination, submit)
             _guarded(train, run)
+    except Stopped:
+        pass  # with 0: what was asked for is done
     except ENDS as error:
         log.message(f"error: {error}")
         sys.exit(1)
@@ -446,12 +457,17 @@ def main(train: Callable[[Run], None]) -> None:
 
 
 def _guarded(train: Callable[[Run], None], run: Run) -> None:
-    """Train; where the run has to end early, lose no round that is done."""
+    """Train; where the run has to end early, lose no round that is done.
+
+    Raises:
+        Stopped: a signal came; requests for scores in flight are for the caller to cancel.
+    """
     try:
         train(run)
     except Stopped as signal:
         run.save_if_new()
         run.log.message(f"stopped by {signal} after round {run.done}; start again to go on")
+        raise
     except (InvalidRewardsError, RewardCollapseError, FloatingPointError):
         run.save_if_new()
         raise
