@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
+from safetensors.torch import load_file
 
 from mteditflow.training.metrics_file import read_metrics
 from tests.flux.worlds import ENVIRONMENT, ROOT, SCRIPT, make_world, options, run
@@ -228,6 +230,12 @@ def _alike(folder: Path, other: Path, name: str) -> bool:
     if paths[0].name == "state.json":
         states = [json.loads(path.read_text()) for path in paths]
         return bool(states[0] | {"config": 0} == states[1] | {"config": 0})
+    if paths[0].suffix == ".safetensors":  # peft writes the names of the modules in any order
+        tensors = [load_file(path) for path in paths]
+        return tensors[0].keys() == tensors[1].keys() and all(
+            torch.equal(x, tensors[1][name]) and x.dtype == tensors[1][name].dtype
+            for name, x in tensors[0].items()
+        )
     return paths[0].read_bytes() == paths[1].read_bytes()
 
 
