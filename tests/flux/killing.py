@@ -35,8 +35,9 @@ from tests.flux.worlds import ENVIRONMENT, ROOT, SCRIPT, make_world, options, ru
 
 NOTE, POINT = "KILLING_NOTE", "KILLING_POINT"
 ALIKE = ("before", "after", "difference_at_last_turn")  # of report.json
+ROUNDS = 6
 MORE = (
-    *("--training.rounds", 6, "--training.ema-decay", 0.9, "--training.ema-every", 2),
+    *("--training.rounds", ROUNDS, "--training.ema-decay", 0.9, "--training.ema-every", 2),
     *("--evaluation.policy", "ema", "--evaluation.every", 4, "--output.strips-every", 3),
     *("--output.checkpoint-every", 2),
 )
@@ -233,10 +234,14 @@ def _alike(folder: Path, other: Path, name: str) -> bool:
     if paths[0].suffix == ".safetensors":  # peft writes the names of the modules in any order
         tensors = [load_file(path) for path in paths]
         return tensors[0].keys() == tensors[1].keys() and all(
-            torch.equal(x, tensors[1][name]) and x.dtype == tensors[1][name].dtype
+            x.dtype == tensors[1][name].dtype and torch.equal(_bits(x), _bits(tensors[1][name]))
             for name, x in tensors[0].items()
         )
     return paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1).view(torch.uint8)
 
 
 def undisturbed_run(world: Path, folder: Path, *more: object, objective: str) -> float:
@@ -250,7 +255,7 @@ def undisturbed_run(world: Path, folder: Path, *more: object, objective: str) ->
 def kill_at_random(
     world: Path, scratch: Path, *, objective: str, kills: int, seed: int
 ) -> list[Life]:
-    """Kill runs at moments drawn evenly over an undisturbed one's time, until there are enough."""
+    """Kill runs at moments drawn evenly over the rounds left, until there are enough."""
     draw = random.Random(seed)
     whole = undisturbed_run(world, scratch / "undisturbed", objective=objective)
     lives: list[Life] = []
@@ -259,7 +264,9 @@ def kill_at_random(
         folder = scratch / f"run-{number}"
         arguments = options(world, folder, *MORE, objective=objective)
         left = kills - sum(life.code == -signal.SIGKILL for life in lives)
-        life = live(arguments, folder, after=draw.uniform(0, whole) if left else None)
+        saved = max((int(p.name[-6:]) for p in folder.glob("checkpoints/round-*")), default=0)
+        moment = draw.uniform(0, whole * max(1 - saved / ROUNDS, 0.1))
+        life = live(arguments, folder, after=moment if left else None)
         life.wrong = differences(folder, scratch / "undisturbed", ended=life.ended)
         number += life.ended
         lives.append(life)
