@@ -66,7 +66,6 @@ lost-rewards: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.judge_client
-	$(BIN)/python -m benchmarks.trainer
 
 soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.consistency_server

@@ -263,10 +263,9 @@ def kill_at_random(
     while sum(life.code == -signal.SIGKILL for life in lives) < kills:
         folder = scratch / f"run-{number}"
         arguments = options(world, folder, *MORE, objective=objective)
-        left = kills - sum(life.code == -signal.SIGKILL for life in lives)
         saved = max((int(p.name[-6:]) for p in folder.glob("checkpoints/round-*")), default=0)
         moment = draw.uniform(0, whole * max(1 - saved / ROUNDS, 0.1))
-        life = live(arguments, folder, after=moment if left else None)
+        life = live(arguments, folder, after=moment)
         life.wrong = differences(folder, scratch / "undisturbed", ended=life.ended)
         number += life.ended
         lives.append(life)
