@@ -53,7 +53,7 @@ class Life:
         at: phase that it was in, "start" before there is a run.
         seconds: since the run began.
         done: rounds whose numbers it left.
-        since: round that it went on after, 0 for a fresh start.
+        since: round that it went on after; None if it found no checkpoint or was killed before.
         told: standard error.
         wrong: what its folder has that an undisturbed run has not, or has otherwise.
     """
@@ -63,7 +63,7 @@ class Life:
     at: str
     seconds: float
     done: int
-    since: int
+    since: int | None
     told: str
     wrong: list[str] = field(default_factory=list)
 
@@ -154,7 +154,7 @@ def live(
             at or "start",
             seconds,
             len(read_metrics(folder / "metrics.jsonl")),
-            int(went_on[1]) if went_on else 0,
+            int(went_on[1]) if went_on else None,
             told.read(),
         )
 
@@ -230,7 +230,11 @@ def _alike(folder: Path, other: Path, name: str) -> bool:
         return False
     if paths[0].name == "state.json":
         states = [json.loads(path.read_text()) for path in paths]
-        return bool(states[0] | {"config": 0} == states[1] | {"config": 0})
+        for state in states:
+            del state["config"]  # it has paths
+            for group in state["optimizer"]["groups"]:
+                del group["lr"]  # every round sets it anew, before it can be cut off
+        return bool(states[0] == states[1])
     if paths[0].suffix == ".safetensors":  # peft writes the names of the modules in any order
         tensors = [load_file(path) for path in paths]
         return tensors[0].keys() == tensors[1].keys() and all(
@@ -281,7 +285,7 @@ def kill_at_random(
 def row(lives: Sequence[Life]) -> str:
     """The last life as a row of a table."""
     life, before = lives[-1], lives[-2] if len(lives) > 1 else None
-    redone = before.done - life.since if before and not before.ended else 0
+    redone = before.done - life.since if before and life.since is not None else "-"
     ends = {0: "ended" if life.ended else "stopped", -signal.SIGKILL: "killed"}
     verdict = "; ".join(life.wrong) or "identical"
     if life.code not in ends:
@@ -290,7 +294,7 @@ def row(lives: Sequence[Life]) -> str:
         f"{len(lives):3d}",
         ends.get(life.code, f"failed ({life.code})"),
         f"{life.seconds:6.2f} s",
-        f"after {life.since} to {life.done}",
+        f"after {'-' if life.since is None else life.since} to {life.done}",
         f"{redone} redone",
         life.at,
         verdict,
