@@ -17,7 +17,7 @@ TORCHVISION := torchvision==0.28.0
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers pytest evidence lost-rewards benchmark soak mutation clean
+.PHONY: help demo test lint types layers pytest evidence lost-rewards benchmark soak kills mutation clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
@@ -26,6 +26,7 @@ help:
 	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
 	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
 	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
+	@echo "make kills         the trainer killed at many random moments, and compared with runs that were not"
 	@echo "make mutation      mutation testing of the core"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -55,7 +56,12 @@ layers: $(INSTALLED)
 	$(BIN)/lint-imports
 
 pytest: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10 -m "not long"
+
+kills: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m long tests/flux
+	PYTHONPATH=examples $(BIN)/python -m tests.flux.killing --objective nft --kills 20 --seed 0
+	PYTHONPATH=examples $(BIN)/python -m tests.flux.killing --objective grpo --kills 20 --seed 0
 
 evidence: $(INSTALLED)
 	$(BIN)/python examples/evidence.py

@@ -45,7 +45,7 @@ def test_kills_while_files_are_written(world, undisturbed, tmp_path):
     lives_through(world, tmp_path, undisturbed, points, code=KILLED)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kills_while_other_files_are_written(world, undisturbed, tmp_path):
     points = (
         "drawing replace 1 KILL",
@@ -80,7 +80,7 @@ def checkpoint_score(folder, done):
     return re.search(r'"score": (\S+),', manifest.read_text())[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["nft", "grpo"])
 def test_kills_at_random_moments(world, tmp_path, objective):
     lives = kill_at_random(world, tmp_path, objective=objective, kills=3, seed=0)
