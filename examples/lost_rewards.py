@@ -33,8 +33,9 @@ from shapes.world import IMAGE_SIZE
 from tqdm import tqdm
 
 from mteditflow.chains import ChainDataset, read_chains
+from mteditflow.evaluation import Evaluation
 from mteditflow.pipelines import Editor
-from mteditflow.training import Checkpoints, Evaluation, keyed_generator
+from mteditflow.training import Checkpoints, keyed_generator
 from mteditflow.training.metrics_file import read_metrics
 from mteditflow.training.report import run_report, write_report
 

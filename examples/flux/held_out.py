@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mteditflow.chains import Chain, ChainDataset
+from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
-from mteditflow.training import Evaluation, gather_scores, keyed_generator
+from mteditflow.training import gather_scores, keyed_generator
 
 if TYPE_CHECKING:
     from .run import Run

@@ -1,4 +1,4 @@
-"""What a long run needs around its loop: rows, updates, checkpoints, evaluation, pictures.
+"""What a long run needs around its loop: rows, updates, checkpoints, log, pictures.
 
 Each part stands alone; none knows the trainer. Needs the extra ``mteditflow[train]``.
 """
@@ -14,8 +14,6 @@ except ImportError as error:
     ) from error
 
 from mteditflow.training.checkpoint import Checkpoint, Checkpoints
-from mteditflow.training.comparison import Comparison, compare
-from mteditflow.training.evaluation import Evaluation
 from mteditflow.training.gathering import gather_scores
 from mteditflow.training.optimizer_state import load_optimizer_state, optimizer_state
 from mteditflow.training.parallel import shard_model, sum_gradients
@@ -33,8 +31,6 @@ __all__ = [
     "Bar",
     "Checkpoint",
     "Checkpoints",
-    "Comparison",
-    "Evaluation",
     "RewardCollapseError",
     "RewardWatch",
     "RunLog",
@@ -42,7 +38,6 @@ __all__ = [
     "Termination",
     "Update",
     "Updater",
-    "compare",
     "gather_scores",
     "keyed_generator",
     "load_optimizer_state",

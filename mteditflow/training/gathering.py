@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from mteditflow.evaluation.record import TermRecord
 from mteditflow.ranks import gather_ranks
 from mteditflow.rewards import TurnScores
-from mteditflow.training.evaluation_record import TermRecord
 
 
 def gather_scores(

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mteditflow._atomic import write_atomically
+from mteditflow.evaluation.comparison import compare
+from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import Interval
-from mteditflow.training._atomic import write_atomically
-from mteditflow.training.comparison import compare
-from mteditflow.training.evaluation import Evaluation
 from mteditflow.training.round_numbers import LOST
 from mteditflow.training.run_log import SECONDS
 from mteditflow.training.stopwatch import shares

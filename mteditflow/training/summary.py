@@ -34,7 +34,7 @@ def print_summary(
     Example:
         >>> import torch
         >>> from mteditflow.rewards import TurnScores
-        >>> from mteditflow.training.evaluation import Evaluation
+        >>> from mteditflow.evaluation.evaluation import Evaluation
         >>> from mteditflow.training.report import run_report
         >>> scores = TurnScores(torch.tensor([[5.0, 1.0]]), torch.ones(1, 2) > 0, {})
         >>> same = Evaluation(0, ["1"], [["a", "b"]], {"following": scores}, success_at=5)

@@ -10,7 +10,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
-from samples_of_scores import evaluation, few_resamples, nan, turn_scores
 
 from mteditflow.rewards import Fault, Lost, Reward, TurnScores
 from mteditflow.training.pictures import (
@@ -25,6 +24,7 @@ from mteditflow.training.pictures import (
 )
 from mteditflow.training.pictures.curves import smooth
 from mteditflow.training.pictures.page import AMBER, BAD, GOOD, INK, house_style, text_width, wrap
+from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 

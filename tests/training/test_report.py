@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples_of_scores import evaluation, few_resamples, nan
 
 import mteditflow
-from mteditflow.training.comparison import compare
+from mteditflow.evaluation.comparison import compare
 from mteditflow.training.report import run_report, write_report
+from tests.samples_of_scores import evaluation, few_resamples, nan
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from samples_of_scores import nan, turn_scores
 
 from mteditflow import likert_average, turn_average
 from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training.round_numbers import lost_reasons, round_numbers
+from tests.samples_of_scores import nan, turn_scores
 
 
 def test_golden_numbers_with_a_lost_trajectory():

@@ -5,11 +5,11 @@ import json
 
 import pytest
 from rich.console import Console
-from samples_of_scores import evaluation, few_resamples, nan
 from test_report import METRICS, pair
 
 from mteditflow.training.report import run_report
 from mteditflow.training.summary import print_summary, summary_lines
+from tests.samples_of_scores import evaluation, few_resamples, nan
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mteditflow.training.evaluation import Evaluation
+from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.training.pictures.strips import Strip, draw_strips
 
 Images = Sequence[Sequence[Image.Image]] | Mapping[int, Sequence[Image.Image]]

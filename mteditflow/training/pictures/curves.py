@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from mteditflow.training.evaluation import Evaluation
+from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.training.metrics_file import ROUND
 from mteditflow.training.pictures.histograms import color_of
 from mteditflow.training.pictures.page import (

@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mteditflow.evaluation.evaluation import FOLLOWING
 from mteditflow.rewards import TurnScores
-from mteditflow.training.evaluation import FOLLOWING
 from mteditflow.training.pictures.page import (
     AMBER,
     BAD,

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mteditflow._atomic import write_atomically
 from mteditflow._checks import check_count, check_mask, check_number
+from mteditflow.evaluation.record import EvaluationRecord, TermRecord
 from mteditflow.metrics import (
     Interval,
     bootstrap_interval,
@@ -25,8 +27,6 @@ from mteditflow.metrics import (
     overall,
 )
 from mteditflow.rewards import TurnScores
-from mteditflow.training._atomic import write_atomically
-from mteditflow.training.evaluation_record import EvaluationRecord, TermRecord
 
 FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
 METRICS = ("instruction_following", "marginal", "content_consistency", "overall")  # in percent

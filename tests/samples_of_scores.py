@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import bootstrap_interval
 from mteditflow.rewards import Fault, Lost, TurnScores
-from mteditflow.training.evaluation import Evaluation
 
 nan = torch.nan
 
@@ -18,7 +18,7 @@ def few_resamples():
     """200 instead of 2000, here and in the demo that results are compared with."""
     few = partial(bootstrap_interval, resamples=200)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("mteditflow.training.evaluation", "shapes.evaluate"):
+        for module in ("mteditflow.evaluation.evaluation", "shapes.evaluate"):
             patch.setattr(f"{module}.bootstrap_interval", few)
         yield
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from samples_of_scores import evaluation, few_resamples, nan
 from shapes.evaluate import compare as compare_shapes
 from shapes.rewards import Scores
 
-from mteditflow.training.comparison import compare
+from mteditflow.evaluation.comparison import compare
+from tests.samples_of_scores import evaluation, few_resamples, nan
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 

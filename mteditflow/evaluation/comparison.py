@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mteditflow.evaluation.evaluation import Evaluation, interval_of
 from mteditflow.metrics import Interval
-from mteditflow.training.evaluation import Evaluation, interval_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from hypothesis import given
-from samples_of_scores import any_evaluation, evaluation, few_resamples, nan, turn_scores
 from shapes.evaluate import summarise
 from shapes.rewards import Scores
 
-from mteditflow.training.evaluation import Evaluation
+from mteditflow.evaluation.evaluation import Evaluation
+from tests.samples_of_scores import any_evaluation, evaluation, few_resamples, nan, turn_scores
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 
