@@ -160,10 +160,10 @@ def train(
 
 
 def settings() -> str:
-    """Write the demo's preset with other scorers: what a service does not score has no weight."""
+    """Write the demo's preset with other scorers."""
     preset = (HERE / "flux" / "presets" / "shapes-nft.toml").read_text(encoding="utf-8")
     exact = 'scorer = "shapes.scoring:ExactRewards"'
-    return preset.replace(exact, SERVED).replace(", strict = 0.0", "")
+    return preset.replace(exact, SERVED)
 
 
 def evaluate(world: Path, folder: Path, seed: int, *, rounds: int) -> list[Evaluation]:

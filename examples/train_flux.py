@@ -93,25 +93,24 @@ def sample(run: Run, number: int) -> tuple[Rollout, dict[str, TurnScores], int]:
 def advantages(
     run: Run, own_terms: dict[str, TurnScores], own_group: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Advantages of this rank's trajectories, from the scores of all ranks."""
+    """Advantages of this rank's turns, from the scores of all ranks."""
     terms, own = gather_scores(own_terms, device=run.device)
     (group,), _ = mt.gather_ranks(own_group.to(run.device))
     group = group.cpu()
-    rewards = rewards_of(run.config.rewards, terms)
-    run.scored(terms, rewards, group)
-    advantage, valid = advantages_of(run.config.rewards, rewards, group)
+    run.scored(terms, rewards_of(run.config.rewards, terms), group)
+    advantage, valid = advantages_of(run.config.rewards, terms, group)
     return advantage[own], valid[own]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One rank's part of a round: B trajectories, an advantage for each, and their losses."""
+    """One rank's part of a round: B trajectories of N turns, their advantages and losses."""
 
     run: Run
     number: int  # of the round
     rollout: Rollout
-    advantage: Tensor  # [B]
-    valid: Tensor  # [B]: False where a reward was lost; such rows weigh nothing
+    advantage: Tensor  # [B, N]
+    valid: Tensor  # [B, N]: False for turns that take no part; such rows weigh nothing
     first: int  # of these trajectories among those of all ranks
 
     def losses(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -121,7 +120,7 @@ class Batch:
         quantities["loss"] = quantities["policy_loss"]
         if kl_coef > 0:
             quantities["loss"] = quantities["policy_loss"] + kl_coef * quantities["kl"]
-        return quantities, self.valid[rows[:, 0]].float().to(self.run.device)
+        return quantities, self.of_turns(self.valid, rows).float()
 
     def minibatches(self) -> Iterator[tuple[Tensor, ...]]:
         """Rows of every optimiser step, in parts that fit into memory."""
@@ -158,7 +157,7 @@ class Batch:
         old_velocity = run.policies.old_velocity(velocity, forward)
         target = mt.velocity_target(clean, noise)
         maximum = run.config.rewards.advantage_max
-        advantage = self.advantage[trajectory].to(run.device)
+        advantage = self.of_turns(self.advantage, rows)
         r = mt.optimality_probability(advantage, advantage_max=maximum)
         if options.loss == "adaptive":
             loss = mt.adaptive_nft_loss(
@@ -181,7 +180,7 @@ class Batch:
         loss = mt.clipped_surrogate_loss(
             log_prob,
             steps.log_prob,
-            self.advantage[rows[:, 0]].to(self.run.device),
+            self.of_turns(self.advantage, rows),
             clip_low=options.clip,
             clip_high=options.clip,
         )
@@ -206,6 +205,10 @@ class Batch:
         """Density of the next states."""
         solver = solver_of(self.run.config)
         return solver(steps.x_t, velocity, steps.sigma, steps.next_sigma)
+
+    def of_turns(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Values [B, N] of the turns that rows belong to, on the device."""
+        return values[rows[:, 0], rows[:, 1]].to(self.run.device)
 
     def reference(self, forward: Callable[[], Tensor]) -> Tensor:
         """Velocity of the model as it came."""

@@ -160,9 +160,14 @@ class Rewards:
     weights: dict[str, float] = field(
         default_factory=lambda: {"following": 1.0, "consistency": 0.15}
     )
-    """Weight of each reward; one of weight 0 is reported only."""
-    aggregate: Literal["average", "all"] = "average"
-    """How turns of "following" become one reward: their average, or 1 if all turns succeed."""
+    """Weight of each reward; one of weight 0 is reported only, if the scorer gives it."""
+    aggregate: Literal["average", "successes", "all"] = "average"
+    """How turns of "following" become one reward: their average score, the share of them that
+    succeed, or 1 if all do."""
+    credit: Literal["trajectory", "turn", "until_failure"] = "trajectory"
+    """Who is credited: all turns with the reward of the whole chain; each turn with its own,
+    normalised among the same turn of its group; or so up to the first turn that fails, after
+    which none takes part."""
     fusion: Literal["advantages", "rewards"] = "advantages"
     """Normalise each reward in its group and add advantages up, or add rewards up first."""
     std: Literal["group", "batch", "none"] = "group"
@@ -170,7 +175,8 @@ class Rewards:
     advantage_max: Positive = 5.0
     """Advantages are clamped to this; NFT: where the optimality probability reaches 1."""
     success: NonNegative = 5.0
-    """Score from which on a turn counts as followed, in evaluation and for aggregate all."""
+    """Score from which on a turn counts as followed: in evaluation, for aggregate successes and
+    all, and for credit until_failure."""
     max_invalid: Share = 0.2
     """Share of a round's trajectories without a reward that stops the run."""
 

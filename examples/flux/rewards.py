@@ -127,34 +127,55 @@ def rewards_of(config: Rewards, terms: Mapping[str, TurnScores]) -> dict[str, Re
     """One reward per trajectory of each term that has a weight above 0, [B].
 
     Raises:
-        ConfigError: a weight has no term.
+        ConfigError: a weight above 0 has no term.
     """
-    missing = [name for name in config.weights if name not in terms]
+    return {name: terms[name].reward(_aggregate(config, name)) for name in _trained(config, terms)}
+
+
+def advantages_of(
+    config: Rewards, terms: Mapping[str, TurnScores], group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advantage of each turn, and whether it may be trained on, both [B, N].
+
+    Raises:
+        ConfigError: a weight above 0 has no term.
+    """
+    exists = next(iter(terms.values())).turn_mask
+    if config.credit == "trajectory":
+        rewards = rewards_of(config, terms)
+    else:
+        names = _trained(config, terms)
+        rewards = {name: terms[name].turn_reward(_aggregate(config, name)) for name in names}
+    valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
+    if config.credit == "until_failure":
+        success = terms["following"].score >= config.success
+        valid &= mt.stop_after_failure(success, turn_mask=exists).bool()
+    values = {name: reward.value for name, reward in rewards.items()}
+    weights = {name: config.weights[name] for name in rewards}
+    fuse = mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards
+    advantage = fuse(values, weights, group, valid=valid, std=config.std)
+    advantage = mt.clamp_advantage(advantage, limit=config.advantage_max)
+    if config.credit == "trajectory":
+        return advantage[:, None].expand(exists.shape), valid[:, None] & exists
+    return advantage, valid
+
+
+def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
+    """Names of the terms that have a weight above 0."""
+    names = [name for name, weight in config.weights.items() if weight > 0]
+    missing = [name for name in names if name not in terms]
     if missing:
         raise ConfigError(
             f"rewards.weights: expected names among {sorted(terms)}, got {missing[0]!r}"
         )
-    average = mt.likert_average if config.scale == "likert" else mt.binary_average
-
-    def all_followed(score: Tensor, *, turn_mask: Tensor) -> Tensor:
-        return mt.binary_and(score >= config.success, turn_mask=turn_mask)
-
-    def aggregate(name: str) -> Callable[..., Tensor]:
-        if name != "following":
-            return mt.turn_average
-        return all_followed if config.aggregate == "all" else average
-
-    trained = (name for name, weight in config.weights.items() if weight > 0)
-    return {name: terms[name].reward(aggregate(name)) for name in trained}
+    return names
 
 
-def advantages_of(
-    config: Rewards, rewards: Mapping[str, Reward], group: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Advantage of each trajectory, and whether it may be trained on, both [B]."""
-    weights = {name: config.weights[name] for name in rewards}
-    valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
-    values = {name: reward.value for name, reward in rewards.items()}
-    fuse = mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards
-    advantage = fuse(values, weights, group, valid=valid, std=config.std)
-    return mt.clamp_advantage(advantage, limit=config.advantage_max), valid
+def _aggregate(config: Rewards, name: str) -> Callable[..., Tensor]:
+    """What makes one reward of a term's scores per turn."""
+    if name != "following":
+        return mt.turn_average
+    if config.aggregate == "average":
+        return mt.likert_average if config.scale == "likert" else mt.binary_average
+    average = mt.binary_average if config.aggregate == "successes" else mt.binary_and
+    return lambda score, *, turn_mask: average(score >= config.success, turn_mask=turn_mask)

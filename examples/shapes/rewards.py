@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .world import PALETTE, Chain, draw_index, thing_mask
+from .world import COLORS, PALETTE, Chain, draw_index, thing_mask
 
 TOLERANCE = 0.25  # distance in RGB up to which a pixel counts as having a colour
 LIKERT_STEPS = (0.3, 0.5, 0.7, 0.9)  # shares of the target that earn a score of 2, 3, 4, 5
 STRICT_TARGET, STRICT_REST = 0.95, 0.98  # a square in a circle's place must not pass
+ENOUGH = 0.9  # share of a colour's pixels that a lenient look asks for
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,46 @@ def score(images: Tensor, truth: Truth) -> Scores:
     if images.shape != expected:
         raise ValueError(f"images must have shape {tuple(expected)}, got {tuple(images.shape)}")
     right = read(images) == truth.pictures[:, 1:]
-    target = torch.minimum(_share(right, truth.changed), _share(right, truth.target))
-    likert = 1 + sum((target >= step).long() for step in LIKERT_STEPS)
+    target, likert = target_share(right, truth), likert_of(right, truth)
     return Scores(
         likert=likert,
         success=likert == 5,
         consistency=_share(right, truth.kept),
         strict=(target >= STRICT_TARGET) & (_share(right, ~truth.target) >= STRICT_REST),
     )
+
+
+def target_share(right: Tensor, truth: Truth) -> Tensor:
+    """Share of the target that is right, ``[B, N]``: of what changed, or of the thing if less."""
+    return torch.minimum(_share(right, truth.changed), _share(right, truth.target))
+
+
+def likert_of(right: Tensor, truth: Truth) -> Tensor:
+    """Score 1..5 of every turn, ``[B, N]``, by which pixels count as right, ``[B, N, H, W]``."""
+    target = target_share(right, truth)
+    return 1 + sum((target >= step).long() for step in LIKERT_STEPS)
+
+
+def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
+    """Score 1..5 of every turn, ``[B, N]``, as one sees it who does not look closely.
+
+    A pixel passes if only its place is right, something or background, in any colour; or only its
+    colour, which need but occur often enough anywhere. So a thing in the wrong colour passes, or
+    one that was not moved.
+
+    Args:
+        images: As for :func:`score`.
+        truth: As for :func:`score`.
+    """
+    seen, true = read(images), truth.pictures[:, 1:]
+    place = ((seen >= 0) & (seen < len(COLORS))) == (true < len(COLORS))
+    colors = range(len(PALETTE))
+    found, wanted = (
+        torch.stack([(x == c).sum((-2, -1)) for c in colors], -1) for x in (seen, true)
+    )
+    enough = found >= ENOUGH * wanted
+    color = enough.gather(-1, true.flatten(2).long()).reshape(true.shape)
+    return likert_of(place | color, truth)
 
 
 def read(images: Tensor) -> Tensor:
@@ -116,6 +149,11 @@ def read(images: Tensor) -> Tensor:
     nearest, index = distance.min(dim=-1)
     index = torch.where(nearest <= TOLERANCE, index, -1)
     return index.reshape(pixels.shape[:-1]).to(torch.int8)
+
+
+def _counts(index: Tensor) -> Tensor:
+    """Pixels of each colour of the palette, ``[B, N, H, W] -> [B, N, colours]``."""
+    return torch.stack([(index == c).sum((-2, -1)) for c in range(len(PALETTE))], dim=-1)
 
 
 def _share(right: Tensor, where: Tensor) -> Tensor:

@@ -1,7 +1,13 @@
-"""The exact rewards of the shapes world as a trainer's scorer: ``shapes.scoring:ExactRewards``."""
+"""The rewards of the shapes world as scorers that a trainer takes by import path.
+
+``shapes.scoring:ExactRewards``, and two judges that err: ``shapes.scoring:HastyJudge`` and
+``shapes.scoring:CarefulJudge``.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +18,7 @@ from mteditflow.chains import Chain as Record
 from mteditflow.rewards import TurnScores
 
 from .editor import shrink
-from .rewards import Truth, score
+from .rewards import Truth, lenient_likert, score
 from .served import chain_of
 from .vision import pixels_of
 from .world import IMAGE_SIZE, Chain
@@ -55,15 +61,62 @@ class ExactRewards:
         for count in turns.unique().tolist():  # at once, as the rewards take chains of equal length
             rows = (turns == count).nonzero().flatten()
             truth = Truth.of([Chain(known[b].initial, known[b].edits[:count]) for b in rows])
-            scores = score(torch.stack([pixels[b][1:] for b in rows]) / 255, truth)
-            for term, name in TERMS.items():
-                values[term][rows, :count] = getattr(scores, name).float()
+            edited = torch.stack([pixels[b][1:] for b in rows])
+            scores = self._look([chains[b].id for b in rows], edited, truth)
+            for term, value in scores.items():
+                values[term][rows, :count] = value
         return {term: TurnScores(value, exists, {}) for term, value in values.items()}
+
+    def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
+        """Score chains of equal length, by their names and what was made, uint8 ``[B, N, ...]``."""
+        scores = score(edited / 255, truth)
+        return {term: getattr(scores, name).float() for term, name in TERMS.items()}
 
     def _chain(self, record: Record, pixels: Tensor) -> Chain:
         if record.id not in self._chains:
             self._chains[record.id] = chain_of(pixels[0], record.instructions)
         return self._chains[record.id]
+
+
+class ErringJudge(ExactRewards):
+    """Exact rewards but for ``following``, which is judged with a bias and with noise.
+
+    The bias is not a constant, which would vanish among the members of a group: now and then the
+    judge passes what :func:`shapes.rewards.lenient_likert` does. Then Gaussian noise is added, and
+    the sum is rounded and kept within 1..5. All that is drawn follows from the chain, the turn and
+    the picture: the same is judged alike whenever it is shown.
+
+    Attributes:
+        leniency: Probability of a lenient look at a turn.
+        spread: Standard deviation of the noise, in points.
+    """
+
+    leniency: float
+    spread: float
+
+    def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
+        terms = super()._look(names, edited, truth)
+        lenient, following = lenient_likert(edited / 255, truth).float(), terms["following"]
+        for b, name in enumerate(names):
+            for n, picture in enumerate(edited[b]):
+                key = f"{name} {n} ".encode() + picture.contiguous().numpy().tobytes()
+                rng = random.Random(hashlib.sha256(key).digest())
+                base = lenient if rng.random() < self.leniency else following
+                judged = round(float(base[b, n]) + rng.gauss(0, self.spread))
+                following[b, n] = min(max(judged, 1), 5)
+        return terms
+
+
+class HastyJudge(ErringJudge):
+    """Much bias and little variance: a judge that answers without thinking."""
+
+    leniency, spread = 0.9, 0.25
+
+
+class CarefulJudge(ErringJudge):
+    """Little bias and much variance: a judge whose thoughts wander."""
+
+    leniency, spread = 0.1, 1.0
 
 
 def _world_pixels(image: Image.Image) -> Tensor:

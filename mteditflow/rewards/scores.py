@@ -27,10 +27,10 @@ from mteditflow.rewards.faults import Lost
 
 
 class Reward(NamedTuple):
-    """One reward per trajectory, as ``mteditflow.fuse_advantages`` takes it."""
+    """One reward per trajectory or per turn, as ``mteditflow.fuse_advantages`` takes it."""
 
-    value: Tensor  # [B], NaN where not valid
-    valid: Tensor  # [B], boolean
+    value: Tensor  # [B] or [B, N], NaN where not valid
+    valid: Tensor  # of the same shape, boolean
 
 
 class InvalidRewardsError(RuntimeError):
@@ -135,6 +135,32 @@ class TurnScores:
             measured = self.measured[valid]
             value[valid] = aggregate(self.score[valid], turn_mask=measured).to(value.dtype)
         return Reward(value, valid)
+
+    def turn_reward(self, aggregate: Callable[..., Tensor]) -> Reward:
+        """One reward per turn: that of a chain of this turn alone.
+
+        A turn stands for itself: it is valid where it was measured, whatever its trajectory lost at
+        another turn.
+
+        Args:
+            aggregate: as in ``reward``.
+
+        Returns:
+            Reward: value [B, N], float32 (float64 if scores are), NaN where there is no score; and
+            valid, boolean [B, N].
+
+        Example:
+            >>> from mteditflow import likert_average
+            >>> scores = TurnScores(torch.tensor([[5.0, 3.0]]), torch.ones(1, 2) > 0, {})
+            >>> scores.turn_reward(likert_average).value
+            tensor([[1.0000, 0.5000]])
+        """
+        measured, value = self.measured, torch.full_like(self.score, torch.nan)
+        turns = self.score[measured][:, None]
+        if len(turns):
+            exists = torch.ones_like(turns, dtype=torch.bool)
+            value[measured] = aggregate(turns, turn_mask=exists).to(value.dtype)
+        return Reward(value, measured)
 
     def require(self, *, max_invalid_share: float) -> TurnScores:
         """Return these scores, or stop the run if too many of them are invalid.
