@@ -86,8 +86,16 @@ class HeldOut:
         """Every evaluation of the run so far, in the order of rounds."""
         return [Evaluation.read(path) for path in sorted(self.folder.glob("round-*.json"))]
 
+    def complete(self, done: int) -> bool:
+        """Whether there is an evaluation of a round, none of whose chains lost a score."""
+        path = self._file(done)
+        if not path.exists():
+            return False
+        evaluation = Evaluation.read(path)
+        return evaluation.counted == len(evaluation)
+
     def rewind(self, done: int) -> None:
-        """Forget evaluations of rounds that will be done again."""
+        """Forget evaluations of rounds that will be done again; -1 forgets all."""
         for path in self.folder.glob("round-*.json"):
             if int(path.stem.removeprefix("round-")) > done:
                 path.unlink()

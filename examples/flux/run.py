@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,14 @@ from .parts import load_chains, load_policies
 from .rewards import Submit, scoring
 
 POLL = 1.0  # s between looks for a signal while scores are waited for
-ENDS = (ConfigError, ChainError, InvalidRewardsError, ReplayError, RewardCollapseError)
+ENDS = (
+    ConfigError,
+    ChainError,
+    InvalidRewardsError,
+    ReplayError,
+    RewardCollapseError,
+    FloatingPointError,
+)
 
 
 class Stopped(Exception):  # noqa: N818, since it is no error
@@ -334,7 +342,7 @@ class Run:
             self._load(found)
         self.log.rewind(self.done + 1)
         if self._held_out is not None and self._accelerator.is_main_process:
-            self._held_out.rewind(self.done)
+            self._held_out.rewind(self.done if found else -1)
         self._accelerator.wait_for_everyone()
 
     def _load(self, found: Checkpoint) -> None:
@@ -378,7 +386,7 @@ class Run:
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate before the first round, after the last, and now and then; whether it was due."""
-        if self._held_out is None:
+        if self._held_out is None or self._held_out.complete(self.done):
             return False
         if self.done not in (0, self.config.training.rounds) and (
             self.done % self.config.evaluation.every
@@ -445,14 +453,14 @@ def main(train: Callable[[Run], None]) -> None:
     cache = folder / f"answers-{accelerator.process_index}.sqlite"
     try:
         with Termination() as termination, scoring(config.rewards, cache) as submit:
-            run = Run(config, accelerator, log, termination, submit)
-            _guarded(train, run)
+            _guarded(train, Run(config, accelerator, log, termination, submit))
     except Stopped:
         pass  # with 0: what was asked for is done
     except ENDS as error:
         log.message(f"error: {error}")
         sys.exit(1)
     finally:
+        gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
         accelerator.end_training()
 
 

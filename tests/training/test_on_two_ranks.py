@@ -115,7 +115,7 @@ def work(rank, store, folder):
         one_verdict_for_all_ranks(rank)
         one_rank_asked_is_all_ranks_told(rank)
     finally:
-        gc.collect()  # of models that hold the group; its threads must end before the interpreter
+        gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
         dist.destroy_process_group()
 
 
