@@ -22,7 +22,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
 	@echo "make test          lint, types, import layers, doctests and the whole test suite"
-	@echo "make evidence      the demo over three seeds, both objectives and both families, written to docs/"
+	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
 	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
 	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
 	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
@@ -71,6 +71,7 @@ lost-rewards: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.trainer
 	$(BIN)/python -m benchmarks.judge_client
 
 soak: $(INSTALLED)

@@ -38,11 +38,11 @@ def test_evidence_is_written_from_runs(runs, tmp_path, monkeypatch):
 
 
 def test_evidence_refuses_the_report_of_another_run(tmp_path):
-    output = folder(tmp_path, "grpo-twice", 1)
+    output = folder(tmp_path, "grpo", 1)
     output.mkdir(parents=True)
-    (output / "report.json").write_text(json.dumps({"rounds": 40, "seed": 1}))
-    with pytest.raises(ValueError, match=r"expected seed and rounds \(1, 80\)"):
-        run(KINDS["grpo-twice"], "grpo-twice", 1, tmp_path, workers=1)
+    (output / "report.json").write_text(json.dumps({"rounds": 20, "seed": 1}))
+    with pytest.raises(ValueError, match=r"expected seed and rounds \(1, 40\)"):
+        run(KINDS["grpo"], "grpo", 1, tmp_path, workers=1)
 
 
 def test_held_out_chains_share_nothing_with_pretraining_or_training():

@@ -1,0 +1,146 @@
+"""What the trainer's benchmarks share: worlds, runs before their first round, and clocks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from benchmarks import report
+from mteditflow.training import RunLog, Termination
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import train_flux
+from flux.config import parse
+from flux.rewards import scoring
+from flux.run import Run
+from shapes.editor import Family, build_kontext
+from shapes.files import write_world
+from shapes.world import IMAGE_SIZE
+
+MEDIUM = {  # hidden 512, 8 blocks: arithmetic outweighs Python
+    "num_layers": 2,
+    "num_single_layers": 6,
+    "num_attention_heads": 8,
+    "attention_head_dim": 64,
+}
+
+
+def make_world(folder: Path, *, counts: tuple[int, int], turns: int = 3) -> Path:
+    """A tiny Kontext and chains."""
+    write_world(folder, Family.kontext, seed=0, counts=counts, turns=turns)
+    return folder
+
+
+def make_medium(folder: Path, *, scale: int) -> Path:
+    """An untrained Kontext of medium size, and chains whose pictures are enlarged for it."""
+    make_world(folder, counts=(8, 1))
+    for path in (folder / "images").iterdir():
+        picture = Image.open(path)
+        picture.resize((scale * picture.width,) * 2, Image.Resampling.NEAREST).save(path)
+    build_kontext(image_size=scale * IMAGE_SIZE, **MEDIUM).save_pretrained(folder / "model")
+    return folder
+
+
+@contextmanager
+def started(preset: str, world: Path, output: Path, *more: object) -> Iterator[Run]:
+    """A run before its first round, without evaluation, pictures and trackers."""
+    given = ["--model.path", world / "model", "--data.chains", world / "train.jsonl"]
+    given += ["--data.held-out", None, "--output.folder", output, "--output.strips-every", 0, *more]
+    config = parse([preset, "--output.trackers", *map(str, given)])
+    log = RunLog(output, console=False, main=True)
+    with Termination() as termination, scoring(config.rewards, output / "cache") as submit:
+        yield Run(config, Accelerator(cpu=True), log, termination, submit)
+
+
+@contextmanager
+def first_batch(
+    preset: str, world: Path, output: Path, *more: object
+) -> Iterator[train_flux.Batch]:
+    """The first round of a run, sampled and scored, before its update."""
+    with started(preset, world, output, *more) as run:
+        run.first_round = 0
+        rollout, terms, first = train_flux.sample(run, 0)
+        advantage, valid = train_flux.advantages(run, terms, rollout.trajectory.group)
+        yield train_flux.Batch(run, 0, rollout, advantage, valid, first)
+
+
+class ModelClock:
+    """Seconds inside models by kind, the transformer's backward pass among them.
+
+    A backward pass counts from the gradient's arrival at the transformer's output to its end: the
+    transformer is the last thing that it goes through.
+    """
+
+    def __init__(self, pipeline: Any, encoders: list[Any], clock: Callable[[], float]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._clock, self._backward_since = clock, -1.0
+        self._time(pipeline.transformer, "forward", "transformer, forward")
+        self._time(pipeline.vae, "encode", "VAE")
+        self._time(pipeline.vae, "decode", "VAE")
+        for encoder in encoders:
+            self._time(encoder, "forward", "text encoders")
+
+    def _time(self, owner: Any, method: str, kind: str) -> None:
+        call = getattr(owner, method)
+
+        @functools.wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self._clock()
+            output = call(*args, **kwargs)
+            self._add(kind, self._clock() - start)
+            if kind.startswith("transformer") and output[0].requires_grad:
+                output[0].register_hook(self._arrived)
+            return output
+
+        setattr(owner, method, timed)
+
+    def _arrived(self, _: torch.Tensor) -> None:
+        if self._backward_since < 0:  # the first of two branches under guidance
+            self._backward_since = self._clock()
+            torch.autograd.Variable._execution_engine.queue_callback(self._left)
+
+    def _left(self) -> None:
+        self._add("transformer, backward", self._clock() - self._backward_since)
+        self._backward_since = -1.0
+
+    def _add(self, kind: str, seconds: float) -> None:
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
+
+
+class ForwardCounter:
+    """Counts calls of a transformer, and the rows that went through it with and without graph."""
+
+    def __init__(self, model: Any) -> None:
+        self.calls = self.trained = self.others = 0
+        model.register_forward_hook(self._count)
+
+    def _count(self, _: Any, args: Any, output: Any) -> None:
+        rows, self.calls = len(output[0]), self.calls + 1
+        if output[0].requires_grad:
+            self.trained += rows
+        else:
+            self.others += rows
+
+    def lap(self) -> tuple[int, int, int]:
+        """Calls, rows with a graph, and rows without one, since the last lap."""
+        counted = self.calls, self.trained, self.others
+        self.calls = self.trained = self.others = 0
+        return counted
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What figures were made with, and how busy the machine was."""
+    versions = {"diffusers": diffusers.__version__, "peft": peft.__version__}
+    return {**report.environment(device), **versions, "load": os.getloadavg()[0]}
