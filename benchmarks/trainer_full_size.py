@@ -215,8 +215,9 @@ def batch_of(
     options = ["--rewards.scorer", "none:none", "--training.batch", str(micro_batch)]
     config = parse(["kontext-nft", *options])
     run: Any = SimpleNamespace(config=config, policies=policies, device=torch.device(device))
-    advantage = torch.linspace(-1, 1, len(rollout))
-    return train_flux.Batch(run, 0, rollout, advantage, torch.ones(len(rollout)).bool(), 0)
+    exists = rollout.trajectory.turn_mask
+    advantage = torch.linspace(-1, 1, len(rollout))[:, None].expand(exists.shape)
+    return train_flux.Batch(run, 0, rollout, advantage, exists, 0)
 
 
 @contextmanager
