@@ -74,14 +74,19 @@ def _decode(name: object, entry: object) -> Record:
 
 
 def _encode(chain: Chain) -> str:
-    prompt, category = single_turn(chain), _category(chain)
+    prompt, category = single_turn(chain), category_of(chain)
     own = {"id": chain.image, "prompt": prompt, "edit_type": category}
     said = category in TYPES and chain.task_types == (TYPES[category],)
     rest = without(chain, "id", "image", "instructions", "edit_type", *["task_types"] * said)
     return f"    {json.dumps(chain.id, ensure_ascii=False)}: {one_line(join(own, rest))}"
 
 
-def _category(chain: Chain) -> str:
+def category_of(chain: Chain) -> str:
+    """ImgEdit's category of a chain of one turn: its own word for it, or that of its edit type.
+
+    Raises:
+        ChainError: the chain has neither, or its edit type has no category.
+    """
     extra = (chain.model_extra or {}).get("edit_type")
     if isinstance(extra, str):
         return extra

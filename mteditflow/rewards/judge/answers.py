@@ -55,11 +55,11 @@ def parse_json(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[in
         Traceback (most recent call last):
         mteditflow.rewards.faults.AnswerError: score out of range: turn 2: expected 1 or 0, got 2
     """
-    entries = _only_value(_load(text), "turns" if thinking else "scores", text)
+    entries = _only_value(load_json(text), "turns" if thinking else "scores", text)
     if not isinstance(entries, list):
-        _refuse(Fault.format, "a list with one entry per turn", text)
+        refuse(Fault.format, "a list with one entry per turn", text)
     if len(entries) != turns:
-        _refuse(Fault.wrong_count, f"{turns} scores", text, count=len(entries))
+        refuse(Fault.wrong_count, f"{turns} scores", text, count=len(entries))
     if thinking:
         entries = [_score_after_analysis(entry, text) for entry in entries]
     return tuple(_in_scale(n, score, scale) for n, score in enumerate(entries, start=1))
@@ -90,29 +90,29 @@ def parse_text(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[in
     form = f"{turns} lines such as 'Turn 1: {next(iter(SCALES[scale]))}'"
     first = next((i for i, line in enumerate(lines) if LIKE_A_STATEMENT.match(line)), None)
     if first is None:
-        _refuse(_kind_of_prose(text, Fault.format), form, text)
+        refuse(_kind_of_prose(text, Fault.format), form, text)
     if (first > 0) != thinking:
-        _refuse(Fault.format, f"{'an analysis and then' if thinking else 'only'} {form}", text)
+        refuse(Fault.format, f"{'an analysis and then' if thinking else 'only'} {form}", text)
     stated = [match for line in lines[first:] if (match := STATEMENT.fullmatch(line))]
     if len(stated) < len(lines) - first:
-        _refuse(Fault.format, f"{form} at the end and none like them before", text)
+        refuse(Fault.format, f"{form} at the end and none like them before", text)
     numbers, order = [int(match[1]) for match in stated], list(range(1, turns + 1))
     if numbers != order:
         fault = Fault.format if sorted(numbers) == order else Fault.wrong_count
-        _refuse(fault, f"{form}, in order", text, count=len(numbers))
+        refuse(fault, f"{form}, in order", text, count=len(numbers))
     return tuple(_of_label(n, match[2], scale) for n, match in enumerate(stated, start=1))
 
 
-def _load(text: str) -> object:
+def load_json(text: str) -> object:
     """JSON that is the whole text, in which no key comes twice."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError:
-        _refuse(Fault.format, "JSON of the form that was asked for", text)
+        refuse(Fault.format, "JSON of the form that was asked for", text)
     except json.JSONDecodeError as error:
         broken = text.lstrip()[:1] in ("", "{") and error.msg != "Extra data"
         fault = Fault.format if broken else Fault.request_ignored
-        _refuse(_kind_of_prose(text, fault), "JSON and nothing else", text)
+        refuse(_kind_of_prose(text, fault), "JSON and nothing else", text)
 
 
 def _integer(digits: str) -> int:
@@ -123,33 +123,33 @@ def _integer(digits: str) -> int:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = _clip(", ".join(key for key, _ in pairs))
+        keys = clip(", ".join(key for key, _ in pairs))
         raise AnswerError(Fault.format, f"expected each key once, got {keys}")
     return value
 
 
 def _only_value(value: object, key: str, text: str) -> object:
     if not isinstance(value, dict) or set(value) != {key}:
-        _refuse(Fault.format, f'an object with the key "{key}" alone', text)
+        refuse(Fault.format, f'an object with the key "{key}" alone', text)
     return value[key]
 
 
 def _score_after_analysis(entry: object, text: str) -> object:
     if not isinstance(entry, dict) or list(entry) != ["analysis", "score"]:
-        _refuse(Fault.format, 'for each turn the key "analysis" and then "score"', text)
+        refuse(Fault.format, 'for each turn the key "analysis" and then "score"', text)
     analysis = entry["analysis"]
     if not isinstance(analysis, str) or not analysis.strip():
-        _refuse(Fault.format, "an analysis of each turn in words", text)
+        refuse(Fault.format, "an analysis of each turn in words", text)
     return entry["score"]
 
 
 def _in_scale(n: int, score: object, scale: str) -> int:
     allowed = SCALES[scale].values()
     if isinstance(score, bool) or not isinstance(score, int):
-        came = type(score).__name__ if isinstance(score, (list, dict)) else _clip(score)
+        came = type(score).__name__ if isinstance(score, (list, dict)) else clip(score)
         raise AnswerError(Fault.not_a_number, _one_of(n, allowed, came))
     if score not in allowed:
-        raise AnswerError(Fault.out_of_range, _one_of(n, allowed, _clip(score)))
+        raise AnswerError(Fault.out_of_range, _one_of(n, allowed, clip(score)))
     return score
 
 
@@ -157,7 +157,7 @@ def _of_label(n: int, label: str, scale: str) -> int:
     score = SCALES[scale].get(label.lower())
     if score is None:
         fault = Fault.out_of_range if INTEGER.fullmatch(label) else Fault.not_a_number
-        raise AnswerError(fault, _one_of(n, SCALES[scale], _clip(label)))
+        raise AnswerError(fault, _one_of(n, SCALES[scale], clip(label)))
     return score
 
 
@@ -173,13 +173,14 @@ def _kind_of_prose(text: str, fault: Fault) -> Fault:
     return Fault.refusal if REFUSAL.match(start) and "{" not in start else fault
 
 
-def _refuse(fault: Fault, expected: str, text: str, *, count: int | None = None) -> NoReturn:
+def refuse(fault: Fault, expected: str, text: str, *, count: int | None = None) -> NoReturn:
+    """Raise an ``AnswerError`` that says what was expected, and shows what came."""
     came = "" if count is None else f"{count} in "
-    came += _clip(text) if text.strip() else "an empty answer"
+    came += clip(text) if text.strip() else "an empty answer"
     raise AnswerError(fault, f"expected {expected}, got {came}")
 
 
-def _clip(value: object) -> str:
+def clip(value: object) -> str:
     """Show a string or number on one line of bounded length."""
     shown = repr(value[:SHOWN] if isinstance(value, str) else value)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."

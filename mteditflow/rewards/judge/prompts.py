@@ -120,7 +120,7 @@ class JudgePrompt:
         if not self.thinking:
             return _only_key("scores", score, turns)
         analysis = {"type": "string", "minLength": 1, "maxLength": LONGEST_ANALYSIS}
-        return _only_key("turns", _object({"analysis": analysis, "score": score}), turns)
+        return _only_key("turns", object_schema({"analysis": analysis, "score": score}), turns)
 
     @property
     def _names(self) -> Mapping[str, int]:
@@ -136,7 +136,8 @@ def single_turns(turns: int) -> list[range]:
     return [range(n, n + 1) for n in range(turns)]
 
 
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
+def object_schema(properties: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema of an object that has these properties, all of them and no other."""
     required = list(properties)
     return {
         "type": "object",
@@ -147,4 +148,6 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _only_key(key: str, item: dict[str, Any], count: int) -> dict[str, Any]:
-    return _object({key: {"type": "array", "items": item, "minItems": count, "maxItems": count}})
+    return object_schema(
+        {key: {"type": "array", "items": item, "minItems": count, "maxItems": count}}
+    )

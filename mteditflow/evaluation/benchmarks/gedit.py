@@ -1,0 +1,145 @@
+"""GEdit-Bench: single edits of eleven groups in two languages, four scores from 0 to 10 each.
+
+Per item SC is the lower of two scores of the edit, PQ the lower of two of the image alone, and
+O = sqrt(SC PQ); each is averaged in its group, then over the groups. The judge's prompts are this
+library's own, so numbers are not those of the benchmark's authors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mteditflow._checks import check_choice
+from mteditflow.chains.errors import ChainError, first_error
+from mteditflow.chains.formats.base import numbered_lines, parse_object
+from mteditflow.evaluation.benchmarks.items import (
+    Item,
+    ItemReading,
+    ItemScores,
+    Scores,
+    score_items,
+)
+from mteditflow.evaluation.benchmarks.report import BenchmarkReport, summarise
+from mteditflow.evaluation.benchmarks.rubric import Rubric
+from mteditflow.rewards import ChatClient
+
+GroupName = Literal[
+    "background_change",
+    "color_alter",
+    "material_alter",
+    "motion_change",
+    "ps_human",
+    "style_change",
+    "subject-add",
+    "subject-remove",
+    "subject-replace",
+    "text_change",
+    "tone_transfer",
+]
+Language = Literal["en", "cn"]
+GROUPS: tuple[str, ...] = get_args(GroupName)
+LANGUAGES: tuple[str, ...] = get_args(Language)
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+CONSISTENCY = Rubric(
+    {
+        "success": "how much of what the instruction asks for was done; 0 if nothing was",
+        "restraint": "how little was changed beyond that; 0 if it is another scene",
+    },
+    low=0,
+    high=10,
+)
+QUALITY = Rubric(
+    {
+        "naturalness": "how natural the image looks: light, shadow, distance, proportions",
+        "cleanness": "how free it is of faults: distortion, blur, seams, faces or limbs gone wrong",
+    },
+    low=0,
+    high=10,
+    compares=False,
+)
+
+
+class _Row(BaseModel):
+    """A line of the manifest."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    key: Text
+    task_type: GroupName
+    instruction: Text
+    image: Text
+    language: Language
+
+
+def gedit_items(
+    manifest: str | os.PathLike[str], edited: str | os.PathLike[str], *, language: str
+) -> ItemReading:
+    """Read one language of GEdit-Bench from a folder: a manifest in JSON Lines beside its images.
+
+    The benchmark is published as a table with the images in it; export one line for each row, with
+    the keys ``key``, ``task_type`` (one of ``GROUPS``), ``instruction``, ``image`` (path of the
+    image before, relative to the manifest) and ``language`` ("en" or "cn"). Other keys are ignored.
+
+    Args:
+        manifest: the file.
+        edited: folder of what the editor made, ``<language>/<key>.png``.
+        language: which rows to take.
+
+    Returns:
+        The items, and every bad line with its reason; a key that stands twice is one.
+
+    Raises:
+        ValueError: there is no such language.
+        OSError: the file cannot be read.
+    """
+    check_choice("language", language, LANGUAGES)
+    file = Path(manifest)
+    items: dict[str, Item] = {}
+    skipped = []
+    with file.open("rb") as stream:
+        for number, raw in numbered_lines(stream):
+            row = _parse(raw)
+            if isinstance(row, str):
+                skipped.append(f"{file}:{number}: {row}")
+            elif row.language == language and row.key in items:
+                skipped.append(f"{file}:{number}: key: expected a new one, got {row.key!r} again")
+            elif row.language == language:
+                source, made = file.parent / row.image, Path(edited, language, f"{row.key}.png")
+                items[row.key] = Item(row.key, row.task_type, row.instruction, source, made)
+    return ItemReading(tuple(items.values()), tuple(skipped))
+
+
+def _parse(raw: bytes) -> _Row | str:
+    """Read a line, or say what is wrong with it."""
+    try:
+        return _Row.model_validate(parse_object(raw))
+    except ValidationError as error:
+        return first_error(error)
+    except ChainError as error:
+        return str(error)
+
+
+async def score_gedit(
+    client: ChatClient, items: Sequence[Item], *, progress: bool = False
+) -> ItemScores:
+    """Ask a judge for the four scores of each item of one language; see ``score_items``."""
+    return await score_items(client, items, lambda _: (CONSISTENCY, QUALITY), progress=progress)
+
+
+def report_gedit(found: ItemScores) -> BenchmarkReport:
+    """Average SC, PQ and O in each group, then over the groups; see ``summarise``.
+
+    Source: Step1X-Edit (arXiv 2504.17761), after VIEScore (arXiv 2312.14867).
+    """
+    return summarise("GEdit-Bench", found, _metrics, GROUPS)
+
+
+def _metrics(scores: Scores) -> dict[str, float]:
+    success, restraint, naturalness, cleanness = scores
+    consistency, quality = min(success, restraint), min(naturalness, cleanness)
+    return {"SC": consistency, "PQ": quality, "O": (consistency * quality) ** 0.5}

@@ -1,0 +1,141 @@
+"""ImgEdit-Bench: single edits of nine categories, three criteria from 1 to 5 each.
+
+An item counts the mean of its three criteria; Overall is the unweighted mean of the categories.
+The judge's prompts are this library's own, so numbers are not those of the benchmark's authors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from mteditflow.chains import read_chains
+from mteditflow.chains.formats.imgedit import category_of
+from mteditflow.evaluation.benchmarks.items import (
+    Item,
+    ItemReading,
+    ItemScores,
+    Scores,
+    score_items,
+)
+from mteditflow.evaluation.benchmarks.report import BenchmarkReport, summarise
+from mteditflow.evaluation.benchmarks.rubric import Rubric
+from mteditflow.rewards import ChatClient
+
+ALIASES: Mapping[str, str] = {"alter": "adjust", "hybrid": "compose"}
+KEPT = "whether everything that the instruction does not speak of is as it was"
+CLEAN = "whether the change looks real: edges, light, shadow, scale, no traces of the editing"
+CRITERIA: Mapping[str, Mapping[str, str]] = {
+    "add": {
+        "following": "whether the new thing is there, as often and where the instruction says",
+        "integration": "whether it fits into the scene: size, perspective, light, what it covers",
+        "preservation": KEPT,
+    },
+    "remove": {
+        "following": "whether just the thing named is gone, wholly, with its shadow and reflection",
+        "filling": "whether what is now in its place continues the surroundings without a trace",
+        "preservation": KEPT,
+    },
+    "replace": {
+        "following": "whether the old thing is gone and the new one stands in its place",
+        "integration": "whether the new thing fits: size, pose, perspective, light",
+        "preservation": KEPT,
+    },
+    "adjust": {
+        "following": "whether the property named has changed, to just what was asked for",
+        "realism": CLEAN,
+        "preservation": "whether the thing is still the same one, and all else is as it was",
+    },
+    "background": {
+        "following": "whether the background is the one asked for",
+        "integration": "whether foreground and background belong together: edges, light, depth",
+        "preservation": "whether everything in the foreground is as it was",
+    },
+    "style": {
+        "following": "whether the whole image is in the style asked for",
+        "quality": "whether the style is carried through evenly and looks made with skill",
+        "preservation": "whether the content is the same: things, their places and their shapes",
+    },
+    "extract": {
+        "following": "whether just the thing named is shown, cut out of all that was around it",
+        "boundary": "whether its outline is complete and clean",
+        "preservation": "whether the thing itself is as it was: shape, colour, detail",
+    },
+    "action": {
+        "following": "whether the person or animal does what the instruction says",
+        "realism": "whether body and movement are possible and look natural",
+        "preservation": "whether it is the same person or animal, and all else is as it was",
+    },
+    "compose": {
+        "following": "whether every one of the changes asked for was made",
+        "realism": CLEAN,
+        "preservation": KEPT,
+    },
+}
+CATEGORIES = tuple(CRITERIA)
+RUBRICS = {category: Rubric(criteria, low=1, high=5) for category, criteria in CRITERIA.items()}
+
+
+def imgedit_items(
+    file: str | os.PathLike[str],
+    edited: str | os.PathLike[str],
+    *,
+    images: str | os.PathLike[str] | None = None,
+) -> ItemReading:
+    """Read ``basic_edit.json`` beside what an editor made.
+
+    Args:
+        file: the JSON file, ``{key: {"id": path, "prompt": text, "edit_type": category}}``.
+        edited: folder of the images made, ``<key>.png``.
+        images: folder that the paths are relative to; ``None`` is that of the file.
+
+    Returns:
+        The items, and every bad entry with its reason: a broken one, a key that stands twice, no
+        category of the nine.
+
+    Raises:
+        OSError: the file cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> entry = '{"id": "7.jpg", "prompt": "Make the car red", "edit_type": "alter"}'
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "basic_edit.json")
+        ...     _ = file.write_text(f'{{"1": {entry}}}')
+        ...     item = imgedit_items(file, "edited").items[0]
+        >>> item.group, item.edited.name
+        ('adjust', '1.png')
+    """
+    reading = read_chains(file, format="imgedit", strict=False, images=images)
+    items, skipped = [], [str(each) for each in reading.skipped]
+    for chain in reading.chains:
+        own = category_of(chain)
+        category = ALIASES.get(own, own)
+        if category in CRITERIA:
+            made = Path(edited, f"{chain.id}.png")
+            items.append(Item(chain.id, category, chain.instructions[0], chain.image_path, made))
+        else:
+            expected = f"edit_type: expected one of {list(CATEGORIES)}, got {own!r}"
+            skipped.append(f"{file}: {chain.id}: {expected}")
+    return ItemReading(tuple(items), tuple(skipped))
+
+
+async def score_imgedit(
+    client: ChatClient, items: Sequence[Item], *, progress: bool = False
+) -> ItemScores:
+    """Ask a judge for the three criteria of each item; see ``score_items``."""
+    return await score_items(client, items, lambda x: [RUBRICS[x.group]], progress=progress)
+
+
+def report_imgedit(found: ItemScores) -> BenchmarkReport:
+    """Average over items in each category, then over categories; see ``summarise``.
+
+    Source: ImgEdit (arXiv 2505.20275).
+    """
+    return summarise("ImgEdit-Bench", found, _metrics, CATEGORIES)
+
+
+def _metrics(criteria: Scores) -> dict[str, float]:
+    return {"score": fmean(criteria)}

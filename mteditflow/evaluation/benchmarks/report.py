@@ -1,0 +1,129 @@
+"""Averages of a benchmark: in each group, then over the groups, with their denominators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from mteditflow.evaluation.benchmarks.items import ItemScores, Scores
+from mteditflow.metrics import Interval, bootstrap_interval
+
+
+class Estimate(BaseModel):
+    """A number with its 95% bootstrap interval over items; ``None`` where nothing was scored."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+
+
+class Group(BaseModel):
+    """Averages of some items.
+
+    Attributes:
+        items: how many there are.
+        scored: how many of them have all their scores: the denominator.
+        lost: how many lost an answer of the judge.
+        missing: how many have an image that could not be read.
+        metrics: name to average.
+    """
+
+    items: int
+    scored: int
+    lost: int
+    missing: int
+    metrics: dict[str, Estimate]
+
+
+class BenchmarkReport(BaseModel):
+    """A benchmark's table.
+
+    Attributes:
+        benchmark: which one.
+        groups: name to averages of its items, in the benchmark's order.
+        overall: the unweighted mean over these groups; ``None`` if one of them has no score, since
+            the mean of the others would be another measure.
+        absent_groups: groups of the benchmark of which the data hold no item.
+        reasons: how often each reason for a lost answer occurs, in items.
+    """
+
+    benchmark: str
+    groups: dict[str, Group]
+    overall: Group
+    absent_groups: tuple[str, ...]
+    reasons: dict[str, int]
+
+
+def summarise(
+    benchmark: str,
+    found: ItemScores,
+    metrics: Callable[[Scores], dict[str, float]],
+    groups: Sequence[str],
+) -> BenchmarkReport:
+    """Average the metrics of items in each group, then over groups.
+
+    Args:
+        benchmark: its name.
+        found: scores of its items.
+        metrics: maps the numbers of an item's criteria to its metrics, the same names for each.
+        groups: those of the benchmark, in order.
+
+    Raises:
+        ValueError: there is no item, or one is of another group.
+    """
+    present = {item.group for item in found.items}
+    if not present or not present <= set(groups):
+        expected = f"expected at least one item, of the groups {', '.join(groups)}"
+        raise ValueError(f"items: {expected}, got {sorted(present)}")
+    names = [group for group in groups if group in present]
+    scored = [item for item in found.items if item.key in found.scores]
+    rows = [metrics(found.scores[item.key]) for item in scored]
+    columns = list(rows[0]) if rows else []
+    values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
+    of_group = torch.tensor([names.index(item.group) for item in scored])
+    table = _intervals(values, of_group, len(names)) if rows else None
+
+    def group(row: int, *own: str) -> Group:
+        keys = [item.key for item in found.items if item.group in own]
+        estimates = {} if table is None else _estimates(columns, table, row)
+        return Group(
+            items=len(keys),
+            scored=sum(key in found.scores for key in keys),
+            lost=sum(key in found.lost for key in keys),
+            missing=sum(key in found.missing for key in keys),
+            metrics=estimates,
+        )
+
+    return BenchmarkReport(
+        benchmark=benchmark,
+        groups={name: group(row, name) for row, name in enumerate(names)},
+        overall=group(len(names), *names),
+        absent_groups=tuple(name for name in groups if name not in present),
+        reasons=dict(Counter(x.fault.value for x in found.lost.values()).most_common()),
+    )
+
+
+def _intervals(values: Tensor, of_group: Tensor, groups: int) -> Interval:
+    """Means [groups + 1, metrics] of values [items, metrics]; the last row is over the groups."""
+
+    def means(values: Tensor, of_group: Tensor) -> Tensor:
+        member = (of_group == torch.arange(groups)[:, None]).to(values.dtype)
+        own = member @ values / member.sum(dim=1, keepdim=True)
+        return torch.cat([own, own.mean(dim=0, keepdim=True)])
+
+    seeded = torch.Generator().manual_seed(0)
+    return bootstrap_interval(means, values, of_group, generator=seeded)
+
+
+def _estimates(columns: Sequence[str], table: Interval, row: int) -> dict[str, Estimate]:
+    cells = (x[row].tolist() for x in table)
+    return {
+        name: Estimate(
+            **{key: x if x == x else None for key, x in zip(Interval._fields, values, strict=True)}
+        )
+        for name, *values in zip(columns, *cells, strict=True)
+    }
