@@ -3,6 +3,8 @@
 Wording is this library's own: compare editors with it, not with published tables.
 """
 
+from mteditflow.evaluation.benchmarks.edival import EdiValJudge, TypeScores
+from mteditflow.evaluation.benchmarks.edival_report import EdiValReport, report_edival
 from mteditflow.evaluation.benchmarks.gedit import gedit_items, report_gedit, score_gedit
 from mteditflow.evaluation.benchmarks.imgedit import imgedit_items, report_imgedit, score_imgedit
 from mteditflow.evaluation.benchmarks.items import Item, ItemReading, ItemScores, score_items
@@ -11,12 +13,16 @@ from mteditflow.evaluation.benchmarks.rubric import Rubric
 
 __all__ = [
     "BenchmarkReport",
+    "EdiValJudge",
+    "EdiValReport",
     "Item",
     "ItemReading",
     "ItemScores",
     "Rubric",
+    "TypeScores",
     "gedit_items",
     "imgedit_items",
+    "report_edival",
     "report_gedit",
     "report_imgedit",
     "score_gedit",

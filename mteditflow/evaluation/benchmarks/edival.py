@@ -1,0 +1,182 @@
+"""EdiVal-Bench: whether each turn succeeded, told by the check of its edit type.
+
+``B`` chains, one for each image; ``N`` turns. The CSV holds 572 images in 1,716 rows, one for each
+prefix of three turns; ``read_chains`` makes one chain of the rows of an image.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple
+
+import anyio
+import anyio.to_thread
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mteditflow.chains import Chain
+from mteditflow.evaluation.benchmarks.edival_checks import (
+    RULES,
+    SINGLE,
+    Find,
+    statement,
+    yes_or_no,
+)
+from mteditflow.planner import Edit, parse_formatted
+from mteditflow.rewards import ChatClient, Detector, Lost, TurnScores
+from mteditflow.rewards.consistency.looks import Pictures, clean_names
+from mteditflow.rewards.images import png_data_url
+from mteditflow.rewards.transport.gather import gather
+
+WAYS = ("detector", "yes/no question", "single question")
+AT_ONCE = 64  # chains whose images are in memory twice at a time
+
+
+class _Told(NamedTuple):
+    """How a turn was checked, and whether it succeeded: 1 or 0."""
+
+    way: str
+    result: float | Lost
+
+
+@dataclass(frozen=True, eq=False)
+class TypeScores:
+    """Success of every turn, and what told it.
+
+    Attributes:
+        scores: 0 or 1, [B, N].
+        ways: of each turn of each chain, one of ``WAYS``.
+        used: edit type ("unknown" where none is named) to how many turns were told in which way.
+    """
+
+    scores: TurnScores
+    ways: tuple[tuple[str, ...], ...]
+    used: dict[str, dict[str, int]]
+
+
+class EdiValJudge:
+    """Tells whether each turn succeeded, by the check of its edit type; see ``edival_checks``.
+
+    Args:
+        client: asks the endpoints.
+        detector: finds objects; without one those edits get the single question.
+    """
+
+    def __init__(self, client: ChatClient, detector: Detector | None = None) -> None:
+        self.client, self.detector = client, detector
+
+    async def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
+    ) -> TypeScores:
+        """Check every turn of B chains.
+
+        Args:
+            chains: with ``formatted_instructions``; where they are missing or of another form, the
+                single question is asked.
+            images: for each chain N + 1 images: the reference, then what each turn made.
+
+        Raises:
+            ValueError: there is no chain, or a number of images does not fit.
+        """
+        turns = [chain.turns for chain in chains]
+        if not turns or [len(own) - 1 for own in images] != turns:
+            raise ValueError(
+                "images: expected the reference and one for each turn, of at least one chain, "
+                f"got {[len(own) for own in images]} for {turns} turns"
+            )
+        slots, alone = anyio.Semaphore(AT_ONCE), anyio.CapacityLimiter(1)
+        work = zip(chains, images, strict=True)
+        found = await gather([partial(self._chain, *each, slots, alone) for each in work])
+        ways = tuple(tuple(told.way for told in own) for own in found)
+        return TypeScores(_scores(found), ways, _used(chains, ways))
+
+    async def _chain(
+        self,
+        chain: Chain,
+        images: Sequence[Image.Image],
+        slots: anyio.Semaphore,
+        alone: anyio.CapacityLimiter,
+    ) -> list[_Told]:
+        """Check the turns of a chain; the detector serves one at a time."""
+        async with slots:
+            urls = await anyio.to_thread.run_sync(lambda: [png_data_url(x) for x in images])
+            find = _finder(self.detector, images) if self.detector is not None else None
+            seen = await anyio.to_thread.run_sync(_seen, chain, find, limiter=alone)
+            turns = range(chain.turns)
+            return await gather([partial(self._turn, chain, n, urls, seen[n]) for n in turns])
+
+    async def _turn(self, chain: Chain, n: int, urls: Sequence[str], success: bool | None) -> _Told:
+        if success is not None:
+            return _Told(WAYS[0], float(success))
+        edit = _edit(chain, n)
+        told = statement(edit) if edit is not None else None
+        if told is None:
+            way, request = WAYS[2], SINGLE.request([chain.instructions[n]], urls[n : n + 2])
+        else:
+            way, request = WAYS[1], yes_or_no(told, urls[n + 1])
+        answer = await self.client.ask(
+            request.content, request.read, max_tokens=request.max_tokens, schema=request.schema
+        )
+        return _Told(way, answer if isinstance(answer, Lost) else answer[0])
+
+
+def _finder(detector: Detector, images: Sequence[Image.Image]) -> Callable[[int, str], Tensor]:
+    """Search image n for a name, each once, at the size at which consistency looks."""
+    pictures = Pictures()
+    index = [pictures.add(image) for image in images]
+
+    @cache
+    def search(picture: int, names: tuple[str, ...]) -> Tensor:
+        return detector([pictures.pixels[picture]], [names])[0] if names else torch.empty(0, 4)
+
+    return lambda n, name: search(index[n], clean_names([name]))
+
+
+def _seen(chain: Chain, find: Callable[[int, str], Tensor] | None) -> list[bool | None]:
+    """What the detector tells of each turn; ``None`` where it cannot."""
+    if find is None:
+        return [None] * chain.turns
+    seen: list[bool | None] = []
+    for n in range(chain.turns):
+        edit = _edit(chain, n)
+        rule = RULES.get(type(edit)) if edit is not None else None
+        pair = Find(partial(find, n), partial(find, n + 1))
+        seen.append(rule(edit, pair) if rule is not None else None)
+    return seen
+
+
+def _edit(chain: Chain, n: int) -> Edit | None:
+    """The edit of a turn, if its formatted instruction tells."""
+    if chain.formatted_instructions is None:
+        return None
+    with suppress(ValueError):
+        return parse_formatted(chain.formatted_instructions[n])
+    return None
+
+
+def _used(chains: Sequence[Chain], ways: Sequence[Sequence[str]]) -> dict[str, dict[str, int]]:
+    """Count the ways by edit type."""
+    used: dict[str, Counter[str]] = {}
+    for chain, own in zip(chains, ways, strict=True):
+        for kind, way in zip(chain.task_types or ["unknown"] * len(own), own, strict=True):
+            used.setdefault(kind, Counter())[way] += 1
+    return {kind: dict(count) for kind, count in sorted(used.items())}
+
+
+def _scores(found: Sequence[Sequence[_Told]]) -> TurnScores:
+    turns = torch.tensor([len(own) for own in found])
+    mask = torch.arange(int(turns.max())) < turns[:, None]
+    score = torch.full(mask.shape, torch.nan)
+    lost: dict[tuple[int, int], Lost] = {}
+    for b, own in enumerate(found):
+        for n, (_, result) in enumerate(own):
+            if isinstance(result, Lost):
+                lost[b, n] = result
+            else:
+                score[b, n] = result
+    return TurnScores(score, mask, lost)
