@@ -139,9 +139,11 @@ def iter_chains(
     with _open(file) as stream:
         for line, record in known.read(stream):
             found = _chain(record, root, check_images)
-            if isinstance(found, Chain) and (first := lines.setdefault(found.id, line)) != line:
-                again = f"got {found.id!r} again, as on line {first}"
+            if isinstance(found, Chain) and found.id in lines:
+                again = f"got {found.id!r} again, as on line {lines[found.id]}"
                 found = ChainError(f"id: expected a new one, {again}")
+            elif isinstance(found, Chain):
+                lines[found.id] = line
             yield found if isinstance(found, Chain) else Skipped(file, line, str(found))
     if not line:
         yield Skipped(file, 1, "expected at least one chain, got an empty file")
