@@ -55,6 +55,14 @@ def test_there_are_nine_categories_of_three_criteria():
     assert {(rubric.low, rubric.high) for rubric in RUBRICS.values()} == {(1, 5)}
 
 
+def test_the_judge_is_told_that_following_bounds_the_others():
+    for rubric in RUBRICS.values():
+        first, *others = rubric.criteria
+        assert first == "following"
+        assert "at most" not in rubric.criteria[first]
+        assert all("at most the number of following" in rubric.criteria[x] for x in others)
+
+
 def test_entries_are_read_and_bad_ones_are_named(tmp_path):
     file = tmp_path / "basic_edit.json"
     good = {category: entry(category, f"in/{category}.jpg") for category in CATEGORIES}

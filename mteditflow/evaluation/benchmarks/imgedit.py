@@ -1,6 +1,8 @@
 """ImgEdit-Bench: single edits of nine categories, three criteria from 1 to 5 each.
 
-An item counts the mean of its three criteria; Overall is the unweighted mean of the categories.
+An item counts the mean of its three criteria; Overall is the unweighted mean of the categories. As
+in the benchmark the judge is told that the first number bounds the others, so that an editor which
+does nothing gains nothing by it; its answer is averaged as it comes.
 The judge's prompts are this library's own, so numbers are not those of the benchmark's authors.
 """
 
@@ -75,7 +77,15 @@ CRITERIA: Mapping[str, Mapping[str, str]] = {
     },
 }
 CATEGORIES = tuple(CRITERIA)
-RUBRICS = {category: Rubric(criteria, low=1, high=5) for category, criteria in CRITERIA.items()}
+BOUND = "; at most the number of following"
+
+
+def _rubric(criteria: Mapping[str, str]) -> Rubric:
+    bounded = {name: what + BOUND * (name != "following") for name, what in criteria.items()}
+    return Rubric(bounded, low=1, high=5)
+
+
+RUBRICS = {category: _rubric(criteria) for category, criteria in CRITERIA.items()}
 
 
 def imgedit_items(
