@@ -1,0 +1,214 @@
+"""Every setting with every seed: trained in a process of its own, then evaluated exactly.
+
+Finished runs are kept, if they were made with the same settings, and one that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flux.config import Config, parse
+from pydantic import TypeAdapter
+from shapes.editor import Family
+from shapes.files import write_world
+from shapes.held_out import evaluate_held_out
+from tqdm import tqdm
+
+from mteditflow.evaluation import Evaluation
+from mteditflow.training import Checkpoints
+from mteditflow.training.metrics_file import read_metrics
+
+from .settings import BASE, SETTINGS, Setting
+
+TRAINER = Path(__file__).parents[1] / "train_flux.py"
+TURNS, LONG = 3, 8  # of held-out chains
+PLACES = {"model": ("path",), "data": ("chains", "held_out"), "output": None}  # of files
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is run."""
+
+    seeds: tuple[int, ...]
+    rounds: int
+    train: int  # chains
+    held_out: int  # chains of three turns, and as many of eight
+
+
+FULL = Form((0, 1, 2), rounds=20, train=480, held_out=512)
+SHORT = Form((0,), rounds=4, train=96, held_out=64)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What came of a setting with a seed.
+
+    Attributes:
+        before: of the model as it came, at the run's steps.
+        after: of the same chains, after training.
+        metrics: of each round.
+    """
+
+    before: Evaluation
+    after: Evaluation
+    metrics: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """Runs of one form in a folder."""
+
+    folder: Path
+    form: Form
+    _trainers: set[subprocess.Popen] = field(default_factory=set)
+
+    def run_all(self, workers: int) -> None:
+        """Run what is missing, seed by seed, some at a time; stop all trainers if stopped.
+
+        Raises:
+            RuntimeError: some failed, after all others are done.
+        """
+        jobs = [(setting, seed) for seed in self.form.seeds for setting in SETTINGS.values()]
+        for seed in self.form.seeds:
+            self._write_chains(seed)
+        pool = ThreadPoolExecutor(workers)
+        try:
+            done = pool.map(lambda job: self._attempt(*job), jobs)
+            failures = [x for x in tqdm(done, total=len(jobs), unit="run") if x is not None]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for trainer in list(self._trainers):
+                trainer.terminate()
+        if failures:
+            raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed:\n" + failures[0])
+
+    def complete_seeds(self) -> list[int]:
+        """Seeds with which every setting is done."""
+        pairs = {seed: [(s, seed) for s in SETTINGS.values()] for seed in self.form.seeds}
+        return [seed for seed, own in pairs.items() if all(self._after(*p).exists() for p in own)]
+
+    def result(self, setting: Setting, seed: int) -> Run:
+        """Read what came of a run that is done."""
+        before = self._before(seed, self._config(setting, seed).evaluation.steps)
+        metrics = read_metrics(self._run(setting, seed) / "metrics.jsonl")
+        return Run(Evaluation.read(before), Evaluation.read(self._after(setting, seed)), metrics)
+
+    def long(self, seed: int) -> Run:
+        """Read what the base run made of longer chains."""
+        files = (self._before(seed, 4, LONG), self._after(BASE, seed, LONG))
+        return Run(*map(Evaluation.read, files), metrics=())
+
+    def arguments(self, setting: Setting, seed: int) -> list[str]:
+        """The trainer's command line."""
+        world, output = self._world(seed), self._run(setting, seed)
+        given: dict[str, object] = {
+            "model.path": world / "model",
+            "data.chains": world / "train.jsonl",
+            "data.held_out": None,
+            "training.rounds": self.form.rounds,
+            "training.seed": seed,
+            "safety.collapse_drop": 1,  # a collapse is a finding, too
+            "output.folder": output,
+            "output.keep": 1,
+            "output.strips_every": 0,
+            **setting.options,
+        }
+        options = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items())
+        return [setting.preset, "--output.trackers", *(word for pair in options for word in pair)]
+
+    def _attempt(self, setting: Setting, seed: int) -> str | None:
+        """Train and evaluate what is missing; what went wrong, if anything did."""
+        try:
+            self._train(setting, seed)
+            self._evaluate(setting, seed, TURNS)
+            if setting.name == BASE.name:
+                self._evaluate(setting, seed, LONG)
+        except (OSError, RuntimeError, ValueError) as error:
+            return f"{setting.name}, seed {seed}: {error}"
+        return None
+
+    def _train(self, setting: Setting, seed: int) -> None:
+        """Train to the last round.
+
+        Raises:
+            ValueError: what is there was made with other settings.
+            RuntimeError: the trainer failed, or was stopped.
+        """
+        if self._rounds(setting, seed) < self.form.rounds:
+            command = [sys.executable, str(TRAINER), *self.arguments(setting, seed)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            with subprocess.Popen(command, env=environment, text=True, **pipes) as trainer:
+                self._trainers.add(trainer)
+                said = trainer.communicate()[1]
+            self._trainers.discard(trainer)
+            if trainer.returncode or self._rounds(setting, seed) < self.form.rounds:
+                raise RuntimeError(f"{' '.join(command)} did not end well:\n{said[-2000:]}")
+
+    def _rounds(self, setting: Setting, seed: int) -> int:
+        """Rounds that are done and saved; compare how they were made."""
+        found = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto")
+        if found is None:
+            return 0
+        config = TypeAdapter(Config).dump_python(self._config(setting, seed), mode="json")
+        if _without_places(config) != _without_places(found.state["config"]):
+            folder = self._run(setting, seed)
+            raise ValueError(f"{folder}: expected a run of {setting}, got another; remove it")
+        return found.round
+
+    def _evaluate(self, setting: Setting, seed: int, turns: int) -> None:
+        """Evaluate a run and the model as it came, unless it is done."""
+        steps = self._config(setting, seed).evaluation.steps
+        world, chains = self._world(seed), self._chains(seed, turns)
+        before, after = self._before(seed, steps, turns), self._after(setting, seed, turns)
+        common: dict[str, Any] = {"seed": seed, "steps": steps}
+        if not before.exists():
+            evaluate_held_out(world / "model", chains, **common).write(before)
+        if not after.exists():
+            adapter = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto").path
+            common |= {"adapter": adapter / "lora", "rounds": self.form.rounds}
+            evaluate_held_out(world / "model", chains, **common).write(after)
+
+    def _write_chains(self, seed: int) -> None:
+        """Write the editor and the chains of a seed, unless they are there."""
+        for turns in (LONG, TURNS):
+            file = self._chains(seed, turns)
+            counts = (self.form.train if turns == TURNS else 1, self.form.held_out)
+            if not file.exists():  # what is written last
+                write_world(file.parent, Family.kontext, seed=seed, counts=counts, turns=turns)
+
+    def _config(self, setting: Setting, seed: int) -> Config:
+        return parse(self.arguments(setting, seed))
+
+    def _world(self, seed: int) -> Path:
+        return self._chains(seed, TURNS).parent
+
+    def _chains(self, seed: int, turns: int) -> Path:
+        return self.folder / f"world-{seed}-turns-{turns}" / "held_out.jsonl"
+
+    def _run(self, setting: Setting, seed: int) -> Path:
+        return self.folder / f"{setting.name}-{seed}"
+
+    def _before(self, seed: int, steps: int, turns: int = TURNS) -> Path:
+        return self._chains(seed, turns).with_name(f"before-{steps}-steps.json")
+
+    def _after(self, setting: Setting, seed: int, turns: int = TURNS) -> Path:
+        return self._run(setting, seed) / f"after-{turns}-turns.json"
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields without those that say where files are."""
+    kept: dict[str, Any] = {}
+    for section, fields in config.items():
+        names = PLACES.get(section, ())
+        if names is not None:
+            left = isinstance(fields, dict) and {k: v for k, v in fields.items() if k not in names}
+            kept[section] = left or fields
+    return kept

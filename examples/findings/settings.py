@@ -1,0 +1,179 @@
+"""The table of settings: what is compared, and what the paper found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options of the trainer over a preset; equal ones are one run, whoever compares it."""
+
+    label: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    preset: str = "shapes-nft"
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder: preset and options."""
+        changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
+        return re.sub(r"[^a-z0-9=.]+", "-", "-".join([self.preset, *changed]).lower())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a metric is higher in one setting than in another, by their labels."""
+
+    higher: str
+    lower: str
+    metric: str = "overall"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Settings that are compared, what the paper claims of them, and why it differs here."""
+
+    name: str
+    title: str
+    settings: tuple[Setting, ...]
+    claims: tuple[Claim, ...]
+    paper: str
+    note: str = ""  # what a reader must know of the comparison
+    why: str = ""  # written by hand after the runs
+
+
+BASE = Setting("base")
+CONSISTENCY = "rewards.weights.consistency"
+
+FINDINGS = (
+    Finding(
+        "scoring",
+        "Scoring: how the turns' scores become one reward",
+        (
+            Setting("Likert average"),
+            Setting("binary average", {"rewards.aggregate": "successes"}),
+            Setting("binary AND", {"rewards.aggregate": "all"}),
+        ),
+        (Claim("Likert average", "binary average"), Claim("binary average", "binary AND")),
+        "Likert average > binary average > binary AND.",
+    ),
+    Finding(
+        "evaluator",
+        "Evaluator: which errors of a judge do harm",
+        (
+            Setting("exact"),
+            Setting("biased, little variance", {"rewards.scorer": "shapes.scoring:HastyJudge"}),
+            Setting("noisy, little bias", {"rewards.scorer": "shapes.scoring:CarefulJudge"}),
+        ),
+        (
+            Claim("noisy, little bias", "biased, little variance"),
+            Claim("exact", "noisy, little bias"),
+        ),
+        "A judge that thinks (less bias, more variance) > one that does not. The second claim, "
+        "that the exact judge is better still, is only implied by it.",
+        "In training alone; evaluation is always by the exact rewards. The biased judge takes a "
+        "lenient look at nine turns in ten, which passes what is right in place or in colour "
+        "alone, with noise of 0.25 points; the noisy one at one turn in ten, with noise of 1.",
+    ),
+    Finding(
+        "fusion",
+        "Fusion: advantages added up, or rewards",
+        (
+            Setting("advantages, w_CC 0.5"),
+            Setting("rewards, w_CC 0.5", {"rewards.fusion": "rewards"}),
+            Setting("advantages, w_CC 1", {CONSISTENCY: 1.0}),
+            Setting("rewards, w_CC 1", {"rewards.fusion": "rewards", CONSISTENCY: 1.0}),
+        ),
+        (
+            Claim("advantages, w_CC 0.5", "rewards, w_CC 0.5"),
+            Claim("advantages, w_CC 1", "rewards, w_CC 1"),
+            Claim("advantages, w_CC 1", "rewards, w_CC 1", "content_consistency"),
+        ),
+        "Advantage level > reward level, and the gap grows with training; the variance of IF in a "
+        "group was 5.8 times that of CC.",
+    ),
+    Finding(
+        "w_cc",
+        "w_CC: the weight of content consistency",
+        (
+            Setting("0", {CONSISTENCY: 0.0}),
+            Setting("0.1", {CONSISTENCY: 0.1}),
+            Setting("0.2", {CONSISTENCY: 0.2}),
+            Setting("0.5"),
+            Setting("1", {CONSISTENCY: 1.0}),
+            Setting("2", {CONSISTENCY: 2.0}),
+        ),
+        (
+            Claim("2", "0", "content_consistency"),
+            Claim("0", "2", "instruction_following"),
+            Claim("0.2", "0"),
+            Claim("0.2", "2"),
+        ),
+        "CC rises and IF falls as w_CC grows; Overall is best at a moderate one (0.15 to 0.2).",
+    ),
+    Finding(
+        "group_size",
+        "Group size, at 96 trajectories a round",
+        (
+            Setting("4", {"data.groups": 24, "data.group_size": 4}),
+            Setting("8"),
+            Setting("16", {"data.groups": 6, "data.group_size": 16}),
+            Setting("32", {"data.groups": 3, "data.group_size": 32}),
+        ),
+        (Claim("16", "4"), Claim("16", "8"), Claim("16", "32")),
+        "A moderate group is best: 16 of 8, 16, 32, 64.",
+        "Equal samples: a larger group means fewer chains in a round.",
+    ),
+    Finding(
+        "steps",
+        "Denoising steps, in sampling and evaluation",
+        (
+            Setting("4"),
+            Setting("6", {"sampling.steps": 6, "evaluation.steps": 6}),
+            Setting("10", {"sampling.steps": 10, "evaluation.steps": 10}),
+        ),
+        (Claim("6", "4"), Claim("10", "6"), Claim("10", "4")),
+        "Finer steps do best.",
+        "Equal rounds, so finer steps cost more; see seconds. The model before training is "
+        "evaluated at the same steps.",
+    ),
+    Finding(
+        "turns",
+        "Turns in training; evaluation is always on three",
+        (
+            Setting("1", {"data.turns": 1}),
+            Setting("2", {"data.turns": 2}),
+            Setting("3"),
+        ),
+        (Claim("2", "1"), Claim("3", "2"), Claim("3", "1")),
+        "Overall rises with the number of training turns.",
+        "Equal rounds and trajectories, so that more turns are also more images; see seconds.",
+    ),
+    Finding(
+        "objective",
+        "Objective, and who is credited",
+        (
+            Setting("NFT, trajectory"),
+            Setting("NFT, turn", {"rewards.credit": "turn"}),
+            Setting("NFT, until failure", {"rewards.credit": "until_failure"}),
+            Setting("GRPO, trajectory", {CONSISTENCY: 0.5}, "shapes-grpo"),
+        ),
+        (
+            Claim("NFT, trajectory", "GRPO, trajectory"),
+            Claim("NFT, trajectory", "NFT, turn"),
+            Claim("NFT, trajectory", "NFT, until failure"),
+        ),
+        "NFT ends above GRPO (turn-3 Overall 45.56 and 44.04, from 38.71). It broadcasts one "
+        "advantage to all turns; of the two others it gives no numbers, so those claims only ask "
+        "whether its choice is the best one here.",
+        "Turn: every turn is normalised among the same turn of its group. Until failure: so too, "
+        "but turns after the first that failed take no part.",
+    ),
+)
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (BASE, *(own for finding in FINDINGS for own in finding.settings))
+}
