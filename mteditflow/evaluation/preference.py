@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain as flatten
+from itertools import islice
 from typing import Any, Protocol
 
 import anyio
@@ -23,6 +24,7 @@ from mteditflow._checks import check_count, check_full_precision, check_shape, c
 from mteditflow.chains import Chain
 from mteditflow.rewards import TurnScores
 from mteditflow.rewards.images import to_rgb
+from mteditflow.rewards.judge.judge import check_images, turn_scores
 
 try:
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
@@ -172,33 +174,28 @@ class Preference:
             images: for each chain N + 1 images: the reference, then what each turn made.
 
         Returns:
-            "preference" and "preference_of_reference", each [B, N].
+            "preference" and "preference_of_reference", each [B, N], float32.
 
         Raises:
-            ValueError: there is no chain, a number of images does not fit, or the model gave
-                something else than one finite score for each image.
+            ValueError: there is no chain, its images are too few, too many or unreadable, or the
+                model gave something else than one finite score for each.
+            TypeError: one of them is not a PIL image.
         """
-        turns = [chain.turns for chain in chains]
-        if not turns or [len(own) - 1 for own in images] != turns:
-            raise ValueError(
-                "images: expected the reference and one for each turn, of at least one chain, "
-                f"got {[len(own) for own in images]} for {turns} turns"
-            )
+        shown = await anyio.to_thread.run_sync(check_images, chains, images)
         prompts = list(flatten.from_iterable(chain.instructions for chain in chains))
-        made = list(flatten.from_iterable(own[1:] for own in images))
-        references = list(flatten.from_iterable([own[0]] * (len(own) - 1) for own in images))
+        made = list(flatten.from_iterable(own[1:] for own in shown))
+        references = list(flatten.from_iterable([own[0]] * (len(own) - 1) for own in shown))
         call = partial(self.model, made + references, prompts * 2)
         values = await anyio.to_thread.run_sync(call)
         check_full_precision(preference=values)
         check_shape("preference", values, (2 * len(made),), "one score for each image")
         check_values("preference", values, values.isfinite(), "a finite score")
-        halves = zip((TERM, BASELINE), values.cpu().chunk(2), strict=True)
-        return {name: _by_turn(half, turns) for name, half in halves}
+        halves = zip((TERM, BASELINE), values.chunk(2), strict=True)
+        return {name: _by_turn(chains, half.tolist()) for name, half in halves}
 
 
-def _by_turn(values: Tensor, turns: Sequence[int]) -> TurnScores:
+def _by_turn(chains: Sequence[Chain], values: Sequence[float]) -> TurnScores:
     """Lay out the values of all turns, chain after chain, as [B, N]."""
-    mask = torch.arange(max(turns)) < torch.tensor(turns)[:, None]
-    score = torch.full(mask.shape, torch.nan, dtype=values.dtype)
-    score[mask] = values
-    return TurnScores(score, mask, {})
+    rest = iter(values)
+    turns = [range(chain.turns) for chain in chains]
+    return turn_scores(chains, [[(own, tuple(islice(rest, len(own))))] for own in turns])

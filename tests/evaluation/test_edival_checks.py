@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes.evaluate import to_pil
+from shapes.served import record_of
+from shapes.vision import RuleDetector
+from shapes.world import draw, make_chains
 
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.evaluation.benchmarks import EdiValJudge, report_edival
@@ -204,10 +208,56 @@ def test_a_lost_answer_is_no_failure():
 
 
 def test_images_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"images: expected .* got \[2\] for \[3\] turns"):
+    with pytest.raises(ValueError, match=r"images\[0\]: expected .* of 3 turns, got 2 images"):
         anyio.run(
             EdiValJudge(ChatClient(["http://127.0.0.1:9/v1"], "m")).score, [THREE], [IMAGES[:2]]
         )
+
+
+FORMS = {
+    "subject_add": "Add [{name}]",
+    "subject_remove": "Remove [{name}]",
+    "subject_replace": "Replace [{name}] with [{color} {value}]",
+    "count_change": "Change the count of [{name}] to [{count}]",
+}
+
+
+def world_chain(world):
+    """A chain of the shapes world with the formatted instructions that a detector can tell."""
+    told = [
+        FORMS.get(edit.task_type, edit.instruction).format(
+            name=f"{edit.color} {edit.shape}",
+            color=edit.color,
+            value=edit.value,
+            count={"two": 2}.get(edit.value, 1),
+        )
+        for edit in world.edits
+    ]
+    return record_of(world).model_copy(update={"formatted_instructions": tuple(told)})
+
+
+def test_in_the_shapes_world_a_perfect_editor_succeeds_and_an_idle_one_never_does():
+    worlds = make_chains(24, turns=3, seed=5, split="train")
+    chains = [world_chain(world) for world in worlds]
+    perfect = [[to_pil(draw(state)) for state in world.states] for world in worlds]
+    idle = [[images[n]] * 2 for images in perfect for n in range(3)]
+    with ScriptedServer(yes) as server:
+        done = check(server, chains, perfect, RuleDetector())
+        single = [one_turn(chain, n) for chain in chains for n in range(3)]
+        nothing = check(server, single, idle, RuleDetector())
+    detected = torch.tensor([[way == "detector" for way in own] for own in done.ways])
+    assert set(FORMS) == {kind for kind, ways in done.used.items() if "detector" in ways}
+    assert bool((done.scores.score[detected] == 1).all())
+    assert bool((nothing.scores.score[detected.reshape(-1, 1)] == 0).all())
+
+
+def one_turn(chain, n):
+    return Chain(
+        id=f"{chain.id}-{n}",
+        image=chain.image,
+        instructions=chain.instructions[n : n + 1],
+        formatted_instructions=chain.formatted_instructions[n : n + 1],
+    )
 
 
 def test_chains_of_the_csv_can_be_checked(tmp_path):

@@ -130,5 +130,5 @@ def test_a_model_that_gives_something_else_is_an_error(model, message):
 
 
 def test_images_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"images: expected .* got \[3\] for \[1\] turns"):
+    with pytest.raises(ValueError, match=r"images\[0\]: expected .* of 1 turns, got 3 images"):
         anyio.run(Preference(red_of).score, [chain("1", "a")], [pictures(3)])

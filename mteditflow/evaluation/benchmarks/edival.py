@@ -28,9 +28,10 @@ from mteditflow.evaluation.benchmarks.edival_checks import (
     yes_or_no,
 )
 from mteditflow.planner import Edit, parse_formatted
-from mteditflow.rewards import ChatClient, Detector, Lost, TurnScores
+from mteditflow.rewards import ChatClient, Detector, TurnScores
 from mteditflow.rewards.consistency.looks import Pictures, clean_names
 from mteditflow.rewards.images import png_data_url
+from mteditflow.rewards.judge.judge import Marks, check_images, turn_scores
 from mteditflow.rewards.transport.gather import gather
 
 WAYS = ("detector", "yes/no question", "single question")
@@ -38,10 +39,10 @@ AT_ONCE = 64  # chains whose images are in memory twice at a time
 
 
 class _Told(NamedTuple):
-    """How a turn was checked, and whether it succeeded: 1 or 0."""
+    """How a turn was checked, and whether it succeeded, 1 or 0, if that is known."""
 
     way: str
-    result: float | Lost
+    marks: Marks
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,19 +82,16 @@ class EdiValJudge:
             images: for each chain N + 1 images: the reference, then what each turn made.
 
         Raises:
-            ValueError: there is no chain, or a number of images does not fit.
+            ValueError: there is no chain, or its images are too few, too many or unreadable.
+            TypeError: one of them is not a PIL image.
         """
-        turns = [chain.turns for chain in chains]
-        if not turns or [len(own) - 1 for own in images] != turns:
-            raise ValueError(
-                "images: expected the reference and one for each turn, of at least one chain, "
-                f"got {[len(own) for own in images]} for {turns} turns"
-            )
+        shown = await anyio.to_thread.run_sync(check_images, chains, images)
         slots, alone = anyio.Semaphore(AT_ONCE), anyio.CapacityLimiter(1)
-        work = zip(chains, images, strict=True)
+        work = zip(chains, shown, strict=True)
         found = await gather([partial(self._chain, *each, slots, alone) for each in work])
         ways = tuple(tuple(told.way for told in own) for own in found)
-        return TypeScores(_scores(found), ways, _used(chains, ways))
+        marks = [[(range(n, n + 1), told.marks) for n, told in enumerate(own)] for own in found]
+        return TypeScores(turn_scores(chains, marks), ways, _used(chains, ways))
 
     async def _chain(
         self,
@@ -112,7 +110,7 @@ class EdiValJudge:
 
     async def _turn(self, chain: Chain, n: int, urls: Sequence[str], success: bool | None) -> _Told:
         if success is not None:
-            return _Told(WAYS[0], float(success))
+            return _Told(WAYS[0], (float(success),))
         edit = _edit(chain, n)
         told = statement(edit) if edit is not None else None
         if told is None:
@@ -122,7 +120,7 @@ class EdiValJudge:
         answer = await self.client.ask(
             request.content, request.read, max_tokens=request.max_tokens, schema=request.schema
         )
-        return _Told(way, answer if isinstance(answer, Lost) else answer[0])
+        return _Told(way, answer)
 
 
 def _finder(detector: Detector, images: Sequence[Image.Image]) -> Callable[[int, str], Tensor]:
@@ -166,17 +164,3 @@ def _used(chains: Sequence[Chain], ways: Sequence[Sequence[str]]) -> dict[str, d
         for kind, way in zip(chain.task_types or ["unknown"] * len(own), own, strict=True):
             used.setdefault(kind, Counter())[way] += 1
     return {kind: dict(count) for kind, count in sorted(used.items())}
-
-
-def _scores(found: Sequence[Sequence[_Told]]) -> TurnScores:
-    turns = torch.tensor([len(own) for own in found])
-    mask = torch.arange(int(turns.max())) < turns[:, None]
-    score = torch.full(mask.shape, torch.nan)
-    lost: dict[tuple[int, int], Lost] = {}
-    for b, own in enumerate(found):
-        for n, (_, result) in enumerate(own):
-            if isinstance(result, Lost):
-                lost[b, n] = result
-            else:
-                score[b, n] = result
-    return TurnScores(score, mask, lost)

@@ -84,7 +84,7 @@ class Judge:
             ValueError: there is no chain, or its images are too few, too many or unreadable.
             TypeError: one of them is not a PIL image.
         """
-        pictures = await anyio.to_thread.run_sync(_check_images, chains, images)
+        pictures = await anyio.to_thread.run_sync(check_images, chains, images)
         answers = self.votes * sum(len(self.prompt.spans(chain.turns)) for chain in chains)
         slots = anyio.Semaphore(self._chains_at_once)
         with tqdm(total=answers, desc="judge", unit="answer", disable=not progress) as bar:
@@ -94,7 +94,7 @@ class Judge:
                     for chain, own in zip(chains, pictures, strict=True)
                 ]
             )
-        return _turn_scores(chains, marks)
+        return turn_scores(chains, marks)
 
     async def _score_chain(
         self, chain: Chain, images: list[Image.Image], slots: anyio.Semaphore, bar: tqdm[None]
@@ -133,10 +133,19 @@ class Judge:
         return tuple(sum(scores) / len(read) for scores in zip(*read, strict=True))
 
 
-def _check_images(
+def check_images(
     chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
 ) -> list[list[Image.Image]]:
-    """All images in RGB and loaded, so that threads may share them."""
+    """Bring all images to RGB and load them, so that threads may share them.
+
+    Args:
+        chains: B of them, at least one.
+        images: for each chain N + 1 images: the reference, then what each turn made.
+
+    Raises:
+        ValueError: there is no chain, or its images are too few, too many or unreadable.
+        TypeError: one of them is not a PIL image.
+    """
     if not chains or len(images) != len(chains):
         raise ValueError(
             "images: expected a list for each chain, and at least one chain, "
@@ -154,9 +163,16 @@ def _check_images(
     ]
 
 
-def _turn_scores(
+def turn_scores(
     chains: Sequence[Chain], marks: Sequence[Sequence[tuple[range, Marks]]]
 ) -> TurnScores:
+    """Lay out what the turns of B chains got as [B, N], float32.
+
+    Args:
+        chains: B of them, at least one.
+        marks: of each chain, spans of turns, counted from 0, with their scores or why there are
+            none.
+    """
     turns = torch.tensor([chain.turns for chain in chains])
     turn_mask = torch.arange(int(turns.max())) < turns[:, None]
     score = torch.full(turn_mask.shape, torch.nan)
