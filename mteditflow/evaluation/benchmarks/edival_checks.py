@@ -9,7 +9,8 @@
 | count_change | as many boxes of the target as asked for |
 | color, material, text, background | a judge answers a yes/no question about the image alone |
 
-A box lies left, right, above or below another if its centre does, along that axis alone. Where a
+A box lies left, right, above or below another if its centre does, along that axis alone; where one
+of the two is not found, the edit has failed. Where a
 rule cannot be applied (no detector, no formatted instruction that can be read, a target that the
 detector does not see before the turn) the judge gets the single question of image, instruction,
 image. What was used for each turn is told.
