@@ -60,6 +60,17 @@ def test_the_reward_is_that_of_valid_trajectories_and_measured_turns(dtype):
     torch.testing.assert_close(reward.value, expected, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_turn_is_rewarded_as_a_chain_of_its_own(dtype):
+    """Also where another turn of its trajectory was lost, which costs that trajectory's reward."""
+    reward = dataclasses.replace(FOUR, score=FOUR.score.to(dtype)).turn_reward(likert_average)
+    expected = [[1.0, 0.5, NAN], [0.75, NAN, 0.25], [NAN, 0.25, NAN], [NAN, NAN, NAN]]
+    torch.testing.assert_close(
+        reward.value, torch.tensor(expected, dtype=dtype), equal_nan=True, rtol=0, atol=0
+    )
+    assert torch.equal(reward.valid, FOUR.measured)
+
+
 def test_a_reward_with_nothing_valid_asks_no_aggregate():
     def never(score, turn_mask):
         raise AssertionError
@@ -68,6 +79,9 @@ def test_a_reward_with_nothing_valid_asks_no_aggregate():
     reward = lost.reward(never)
     assert reward.value.isnan().all()
     assert not reward.valid.any()
+    of_turns = scores([[NAN, NAN]], {(0, 0): TIMEOUT}).turn_reward(never)
+    assert of_turns.value.isnan().all()
+    assert not of_turns.valid.any()
 
 
 def test_reasons_come_most_frequent_first():
@@ -171,6 +185,25 @@ def test_rewards_equal_a_plain_loop(batch):
     assert [None if v is None else float(v) for v in found] == pytest.approx(expected)
     assert reward.value.isnan().tolist() == (~reward.valid).tolist()
     assert batch.invalid_share == expected.count(None) / len(expected)
+
+
+@given(batches())
+def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
+    reward = batch.turn_reward(likert_average)
+    for b, n in batch.turn_mask.nonzero().tolist():
+        lost = {(0, 0): batch.lost[b, n]} if (b, n) in batch.lost else {}
+        alone = TurnScores(batch.score[b : b + 1, n : n + 1], torch.ones(1, 1) > 0, lost)
+        expected = alone.reward(likert_average)
+        assert reward.valid[b, n] == expected.valid[0]
+        torch.testing.assert_close(reward.value[b, n], expected.value[0], equal_nan=True)
+    assert not reward.valid[~batch.turn_mask].any()
+
+
+@given(batches(turns=1))
+def test_of_one_turn_both_rewards_are_equal(batch):
+    whole, of_turns = batch.reward(turn_average), batch.turn_reward(turn_average)
+    torch.testing.assert_close(of_turns.value[:, 0], whole.value, equal_nan=True)
+    assert torch.equal(of_turns.valid[:, 0], whole.valid)
 
 
 @given(batches())
