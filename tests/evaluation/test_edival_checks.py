@@ -62,6 +62,7 @@ HERE, LEFT, UP = (50, 50), (20, 50), (50, 20)
         ("Replace [cup] with [dog]", {"cup": [HERE]}, {"dog": [HERE], "cup": [LEFT]}, False),
         ("Replace [cup] with [dog]", {"cup": [HERE]}, {}, False),
         ("Replace [cup] with [dog]", {}, {"dog": [HERE]}, None),
+        ("Replace [dog] with [Black Dog]", {"dog": [HERE]}, {"Black Dog": [HERE]}, None),
         ("Change the count of [cup] to [2]", {}, {"cup": [HERE, LEFT]}, True),
         ("Change the count of [cup] to [2]", {}, {"cup": [HERE, LEFT, UP]}, False),
         (
@@ -95,8 +96,14 @@ def test_opposite_sides_exclude_each_other(centres):
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [
-        ("Change the color of [car] to [red]", "The color of the car is red."),
-        ("Change the material of [car] to [wood]", "The material of the car is wood."),
+        (
+            "Change the color of [red car] to [blue]",
+            "What was the red car before an edit now has the color blue.",
+        ),
+        (
+            "Change the material of [car] to [wood]",
+            "What was the car before an edit is now made of wood.",
+        ),
         ("Add text '[Hi]' on the image", "The text 'Hi' can be read on the image."),
         ("Replace the text '[A]' on [sign] with '[B]'", "The text on the sign reads 'B', not 'A'."),
         (
@@ -179,7 +186,7 @@ def test_each_turn_goes_its_way_and_the_report_says_which():
     assert found.scores.score[1, 0] == 0  # the dog was there before
     asked = sorted((values_of(x.json), text_of(x.json)) for x in server.requests)
     assert [shown for shown, _ in asked] == [[21], [21, 22]]
-    assert "The color of the dog is red." in asked[0][1]
+    assert "What was the dog before an edit now has the color red." in asked[0][1]
     assert "Please: Remove [cup]" in asked[1][1]
 
 

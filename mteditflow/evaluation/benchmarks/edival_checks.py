@@ -12,8 +12,9 @@
 A box lies left, right, above or below another if its centre does, along that axis alone; where one
 of the two is not found, the edit has failed. Where a
 rule cannot be applied (no detector, no formatted instruction that can be read, a target that the
-detector does not see before the turn) the judge gets the single question of image, instruction,
-image. What was used for each turn is told.
+detector does not see before the turn, a new object whose name holds the target's, as in dog and
+black dog) the judge gets the single question of image, instruction, image. What was used for each
+turn is told.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ def removed(edit: edits.SubjectRemove, find: Find) -> bool | None:
 
 
 def replaced(edit: edits.SubjectReplace, find: Find) -> bool | None:
-    """Tell whether the target is gone and the new object there; ``None`` if it was not seen."""
-    if not len(find.before(edit.target)):
+    """Tell whether the target is gone and the new object there; ``None`` if boxes cannot tell."""
+    alike = set(edit.target.lower().split()) <= set(edit.name.lower().split())
+    if alike or not len(find.before(edit.target)):
         return None
     return not len(find.after(edit.target)) and bool(len(find.after(edit.name)))
 
@@ -110,15 +112,17 @@ RULES: Mapping[type[edits.Edit], Callable[[Any, Find], bool | None]] = {
 def statement(edit: edits.Edit) -> str | None:
     """Say what must be true of the image after an edit of look; ``None`` for another edit.
 
+    A target may be named by what it no longer is, such as a red car that is blue now.
+
     Example:
-        >>> statement(edits.ColorAlter(target="car", color="red"))
-        'The color of the car is red.'
+        >>> statement(edits.ColorAlter(target="red car", color="blue"))
+        'What was the red car before an edit now has the color blue.'
     """
     match edit:
         case edits.ColorAlter():
-            return f"The color of the {edit.target} is {edit.color}."
+            return f"What was the {edit.target} before an edit now has the color {edit.color}."
         case edits.MaterialAlter():
-            return f"The material of the {edit.target} is {edit.material}."
+            return f"What was the {edit.target} before an edit is now made of {edit.material}."
         case edits.TextChange(target=None):
             return f"The text '{edit.new}' can be read on the image."
         case edits.TextChange():
