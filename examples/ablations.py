@@ -19,6 +19,7 @@ import diffusers
 import torch
 import transformers
 import typer
+from findings.page import write_page
 from findings.running import FULL, SHORT, Ablations
 
 
@@ -36,7 +37,13 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     runs = runs or Path("runs/ablations-short" if short else "runs/ablations")
     ablations = Ablations(runs, SHORT if short else FULL)
-    ablations.run_all(workers)
+    failures = ablations.run_all(workers)
+    if ablations.complete_seeds():
+        command = "python examples/ablations.py" + (" --short" if short else "")
+        page = write_page(ablations, docs or (runs if short else Path("docs")), command=command)
+        print(f"Written: {page}")
+    if failures:
+        sys.exit("\n".join([f"error: {len(failures)} runs failed", *failures]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,143 @@
+"""The page: the paper's finding beside what was seen, and a verdict by rule."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from mteditflow.training.report import PACKAGES
+
+from .figures import draw_finding, draw_long
+from .results import TITLES, Results, long_claims
+from .running import LONG, TURNS, Ablations
+from .settings import BASE, FINDINGS, LONG_PAPER, LONG_WHY, Finding
+
+LONG_TITLE = f"Longer chains: trained on {TURNS} turns, tested on 1 to {LONG}"
+
+
+def write_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
+    """Write ``findings.md`` and its figures from the seeds that are complete."""
+    results = Results.read(ablations)
+    docs.mkdir(parents=True, exist_ok=True)
+    for finding in FINDINGS:
+        draw_finding(results, finding, docs / f"findings_{finding.name}.png")
+    draw_long(results.long, docs / "findings_long.png")
+    page = docs / "findings.md"
+    page.write_text(document(results, ablations, command=command), encoding="utf-8")
+    return page
+
+
+def document(results: Results, ablations: Ablations, *, command: str) -> str:
+    """Write the page as Markdown."""
+    lines = [
+        "# The paper's findings, looked for in the shapes world",
+        "",
+        f"Output of `{command}`. All numbers and verdicts are written by it; the sentences after "
+        '"Why" alone are written by hand, in `examples/findings/settings.py`.',
+        "",
+        *_made_with(results, ablations),
+        "",
+        "| finding | claim | difference | verdict |",
+        "|---|---|---|---|",
+        *_overview(results),
+    ]
+    for finding in FINDINGS:
+        lines += ["", f"## {finding.title}", "", *_section(results, finding)]
+    lines += ["", f"## {LONG_TITLE}", "", *_long(results)]
+    return "\n".join([*lines, ""])
+
+
+def _made_with(results: Results, ablations: Ablations) -> list[str]:
+    form, seeds = ablations.form, ablations.complete_seeds()
+    days = sorted(
+        {date.fromtimestamp(p.stat().st_mtime) for p in ablations.folder.glob("*/after*")}
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    settings = len(results.runs)
+    return [
+        f"- Runs of {' to '.join(dict.fromkeys(str(d) for d in (days[0], days[-1])))}; python "
+        f"{platform.python_version()}, {versions}.",
+        f"- Seeds {', '.join(map(str, seeds))}, {settings} settings: {settings * len(seeds)} runs "
+        f"of {form.rounds} rounds, {results.minutes:.0f} minutes of training on one thread each. "
+        "The base run is the preset `shapes-nft`: Likert average, exact judge, advantage fusion, "
+        "w_CC 0.5, 12 groups of 8, 4 steps, 3 turns, DiffusionNFT. Equal settings are one run.",
+        f"- Each run is evaluated by the exact rewards on {form.held_out} held-out chains of three "
+        "turns, each from its own noise, the same for all settings of a seed; seeds differ in "
+        "chains, adapters and noise.",
+        "- Percent at turn 3. IF(3): all three turns succeeded. Overall(3) = sqrt(IF(3) CC(3)).",
+        "- Means: t-interval over seeds (95%). Differences: paired by seed, 95% t-intervals with "
+        "the error pooled over all settings (randomised blocks; seeds are the blocks). A bootstrap "
+        "over three seeds is too narrow, and t by three differences alone 4.3 errors wide. It "
+        "assumes that settings scatter alike: the figures show every seed. No correction is made "
+        "for the number of claims.",
+        "- Verdict: *seen* if the interval of the claimed difference lies above 0, *reversed* if "
+        "below, else *not separated*.",
+        f"- Var(IF) / Var(CC) inside groups, base runs, median over rounds: "
+        f"{results.variance_ratio:.1f}.",
+        "- In the figures: dots are seeds, squares their means with intervals, dotted lines the "
+        "model as it came.",
+    ]
+
+
+def _overview(results: Results) -> Iterator[str]:
+    for finding in FINDINGS:
+        for row in _claims(results, finding):
+            yield f"| {finding.title.split(':')[0].split(',')[0]} {row}"
+    for name, gain in long_claims(results.long).items():
+        yield f"| Longer chains | {name}: after > before | {gain:+.1f} | **{gain.verdict}** |"
+
+
+def _claims(results: Results, finding: Finding) -> Iterator[str]:
+    for claim in finding.claims:
+        gain = results.claim(finding, claim)
+        words = f"{TITLES[claim.metric]}: {claim.higher} > {claim.lower}"
+        yield f"| {words} | {gain:+.1f} | **{gain.verdict}** |"
+
+
+def _section(results: Results, finding: Finding) -> list[str]:
+    names = list(TITLES)
+    lines = [f"**Paper.** {finding.paper}", ""]
+    if finding.note:
+        lines += [finding.note, ""]
+    lines += [
+        f"![{finding.title}](findings_{finding.name}.png)",
+        "",
+        f"| setting | {' | '.join(TITLES.values())} | Overall(3) before | Overall(3), "
+        "difference to base | seconds a round |",
+        f"|---|{'---|' * (len(names) + 3)}",
+    ]
+    for setting in finding.settings:
+        same = setting.name == BASE.name
+        cells = [f"{results.mean(setting, name):.1f}" for name in names]
+        cells.append(f"{results.before(setting, 'overall').mean:.1f}")
+        cells.append("base" if same else f"{results.difference(setting, BASE):+.1f}")
+        lines.append(f"| {setting.label} | {' | '.join(cells)} | {results.seconds(setting):.1f} |")
+    lines += ["", "**Seen.**", "", "| claim | difference | verdict |", "|---|---|---|"]
+    lines += _claims(results, finding)
+    return [*lines, "", f"**Why.** {finding.why}"] if finding.why else lines
+
+
+def _long(results: Results) -> list[str]:
+    rows = {}
+    for when in ("before", "after"):
+        runs = [getattr(run, when).estimates for run in results.long]
+        for metric in ("marginal", "content_consistency", "overall"):
+            turns = zip(*(run[metric] for run in runs), strict=True)
+            rows[f"{metric.replace('_', ' ')}, {when}"] = [sum(x) / len(x) for x in turns]
+    lines = [
+        f"**Paper.** {LONG_PAPER}",
+        "",
+        "![Longer chains](findings_long.png)",
+        "",
+        f"| mean over seeds, by turn | {' | '.join(map(str, range(1, LONG + 1)))} |",
+        f"|---|{'---|' * LONG}",
+    ]
+    lines += [f"| {name} | {' | '.join(f'{x:.1f}' for x in row)} |" for name, row in rows.items()]
+    lines += ["", "**Seen.** After minus before, t-intervals over seeds:", ""]
+    lines += ["| measure | difference | verdict |", "|---|---|---|"]
+    for name, gain in long_claims(results.long).items():
+        lines.append(f"| {name} | {gain:+.1f} | **{gain.verdict}** |")
+    return [*lines, "", f"**Why.** {LONG_WHY}"] if LONG_WHY else lines

@@ -1,0 +1,128 @@
+"""Numbers of all runs by setting and seed, and what they say of each claim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from mteditflow.evaluation import Evaluation
+from mteditflow.training.run_log import SECONDS
+
+from .running import Ablations, Run
+from .settings import BASE, SETTINGS, Claim, Finding, Setting
+from .statistics import Interval, difference_interval, mean_interval
+
+TITLES = {
+    "overall": "Overall(3)",
+    "instruction_following": "IF(3)",
+    "content_consistency": "CC(3)",
+    "strict": "whole picture right",
+}
+RATIO = "group/variance_ratio/following/consistency"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All settings with all seeds that are complete.
+
+    Attributes:
+        runs: By the setting's name, one for each seed.
+        long: The base run on longer chains, one for each seed.
+    """
+
+    runs: Mapping[str, Sequence[Run]]
+    long: Sequence[Run]
+
+    @classmethod
+    def read(cls, ablations: Ablations) -> Results:
+        """Read the seeds that are complete.
+
+        Raises:
+            ValueError: There is none.
+        """
+        seeds = ablations.complete_seeds()
+        if not seeds:
+            raise ValueError(f"{ablations.folder}: expected a seed with all settings, got none")
+        runs = {name: [ablations.result(s, k) for k in seeds] for name, s in SETTINGS.items()}
+        return cls(runs, [ablations.long(k) for k in seeds])
+
+    @cached_property
+    def tables(self) -> dict[str, Tensor]:
+        """Each metric at the last turn after training, in percent, ``[settings, seeds]``."""
+        return {name: self._table(name, "after") for name in TITLES}
+
+    def _table(self, metric: str, when: str) -> Tensor:
+        rows = [[at_last(getattr(r, when), metric) for r in own] for own in self.runs.values()]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def values(self, setting: Setting, metric: str) -> Tensor:
+        """Of one setting, by seed, ``[seeds]``."""
+        return self.tables[metric][self._row(setting)]
+
+    def before(self, setting: Setting, metric: str) -> Interval:
+        """Of the model as it came, at the steps of a setting."""
+        values = [at_last(run.before, metric) for run in self.runs[setting.name]]
+        return mean_interval(torch.tensor(values, dtype=torch.float64))
+
+    def mean(self, setting: Setting, metric: str) -> Interval:
+        """Over seeds, after training."""
+        return mean_interval(self.values(setting, metric))
+
+    def difference(self, first: Setting, second: Setting, metric: str = "overall") -> Interval:
+        """Of two settings, after training, paired by seed."""
+        return difference_interval(self.tables[metric], self._row(first), self._row(second))
+
+    def claim(self, finding: Finding, claim: Claim) -> Interval:
+        """By how much the setting that should be higher is."""
+        by_label = {setting.label: setting for setting in finding.settings}
+        return self.difference(by_label[claim.higher], by_label[claim.lower], claim.metric)
+
+    def seconds(self, setting: Setting) -> float:
+        """Of a round, mean over rounds and seeds."""
+        rounds = [line for run in self.runs[setting.name] for line in run.metrics]
+        return fmean(sum(x for k, x in line.items() if k.startswith(SECONDS)) for line in rounds)
+
+    @property
+    def minutes(self) -> float:
+        """Of training, all runs together."""
+        return sum(
+            self.seconds(SETTINGS[name]) * sum(len(run.metrics) for run in own) / 60
+            for name, own in self.runs.items()
+        )
+
+    @property
+    def variance_ratio(self) -> float:
+        """Of IF over CC inside groups, median over the rounds of the base runs."""
+        found = [line.get(RATIO, torch.nan) for r in self.runs[BASE.name] for line in r.metrics]
+        return float(torch.tensor(found).nanmedian())
+
+    def _row(self, setting: Setting) -> int:
+        return list(self.runs).index(setting.name)
+
+
+def at_last(evaluation: Evaluation, metric: str) -> float:
+    """A metric at the last turn, in percent."""
+    value = evaluation.estimates[metric][-1]
+    return 100 * value if metric == "strict" else value
+
+
+def long_claims(long: Sequence[Run]) -> dict[str, Interval]:
+    """What training changes on longer chains, after minus before, with t-intervals over seeds."""
+    marginal = torch.tensor(
+        [[e.estimates["marginal"] for e in (run.before, run.after)] for run in long],
+        dtype=torch.float64,
+    )  # [seeds, 2, turns]
+    first, third, last = marginal[..., 0], marginal[..., 2], marginal[..., -1]
+    measures = {
+        "Marginal(8)": last,
+        "kept, Marginal(8) / Marginal(1)": 100 * last / first,
+        "kept, Marginal(3) / Marginal(1)": 100 * third / first,
+        "no fall, Marginal(8) - Marginal(1)": last - first,
+        "no fall, Marginal(3) - Marginal(1)": third - first,
+    }
+    return {name: mean_interval(x[:, 1] - x[:, 0]) for name, x in measures.items()}

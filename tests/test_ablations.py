@@ -1,0 +1,199 @@
+"""The paper's findings: the table of settings, intervals over seeds, the page, what is kept."""
+
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from findings import running
+from findings.page import document, write_page
+from findings.results import Results, long_claims
+from findings.running import FULL, LONG, SHORT, TURNS, Ablations, Form, Run
+from findings.settings import BASE, FINDINGS, SETTINGS, Setting
+from findings.statistics import (
+    Interval,
+    block_error,
+    difference_interval,
+    mean_interval,
+    t_quantile,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow.evaluation import Evaluation
+from mteditflow.rewards import TurnScores
+
+
+def evaluation(seed, turns=TURNS, skill=0.5, rounds=0):
+    generator = torch.Generator().manual_seed(seed)
+    passed = torch.rand(40, turns, generator=generator) < skill
+    kept = 0.9 + 0.1 * torch.rand(40, turns, generator=generator)
+    scores = {"following": 1 + 4.0 * passed, "consistency": kept, "strict": passed.float()}
+    terms = {k: TurnScores(x, torch.ones(40, turns) > 0, {}) for k, x in scores.items()}
+    names = [f"chain {c}" for c in range(40)]
+    return Evaluation(rounds, names, [["Do it"] * turns] * 40, terms, success_at=5)
+
+
+def results(seeds=3, better=""):
+    """Made-up runs, in which settings of that name are much better."""
+    metrics = [{"seconds/sampling": 1.5, "seconds/updating": 1.0}]
+    runs = {
+        name: [
+            Run(
+                evaluation(seed),
+                evaluation(100 * i + seed, skill=0.95 if better and better in name else 0.6),
+                metrics,
+            )
+            for seed in range(seeds)
+        ]
+        for i, name in enumerate(SETTINGS)
+    }
+    long = [Run(evaluation(s, LONG), evaluation(s + 50, LONG, 0.9), ()) for s in range(seeds)]
+    return Results(runs, long)
+
+
+def test_quantiles_are_those_of_the_tables():
+    # Student's distribution, two-sided 95%, from any printed table.
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 10: 2.228, 30: 2.042, 120: 1.980}
+    assert {k: t_quantile(k) for k in table} == pytest.approx(table, abs=1e-3)
+
+
+def test_intervals_by_hand():
+    # Means 2 and 4; seeds add 1, 0, -1; errors of +-0.5 in two cells of each row.
+    values = torch.tensor([[3.5, 1.5, 1.0], [4.5, 4.5, 3.0]], dtype=torch.float64)
+    # error: rows minus their means 2, 4, minus columns' 1, 0, -1: +-0.5, -+0.5, 0
+    assert block_error(values) == pytest.approx(math.sqrt(4 * 0.25 / 2))
+    gain = difference_interval(values, 1, 0)
+    half = 4.303 * math.sqrt(0.5) * math.sqrt(2 / 3)
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+    own = mean_interval(torch.tensor([1.0, 2.0, 3.0]))
+    half = 4.303 / math.sqrt(3)
+    assert (own.mean, own.low, own.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+
+
+@given(st.integers(0, 1000), st.integers(2, 5), st.integers(2, 4))
+def test_seeds_and_shifts_do_not_matter_to_differences(seed, settings, seeds):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(settings, seeds, generator=generator, dtype=torch.float64)
+    shifted = values + 7 * torch.randn(seeds, generator=generator, dtype=torch.float64)
+    for first in range(settings):
+        gain = difference_interval(values, first, 0)
+        other = difference_interval(shifted, first, 0)
+        turned = difference_interval(values, 0, first)
+        assert (gain.low, gain.high) == pytest.approx((other.low, other.high))
+        assert (gain.low, gain.high) == pytest.approx((-turned.high, -turned.low))
+
+
+def test_with_two_settings_it_is_the_paired_t_test():
+    values = torch.tensor([[3.0, 1.0, 2.5], [1.0, 1.5, 0.0]], dtype=torch.float64)
+    own, pooled = mean_interval(values[0] - values[1]), difference_interval(values, 0, 1)
+    assert (own.low, own.high) == pytest.approx((pooled.low, pooled.high))
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        ((0.1, 2.0), "seen"),
+        ((-2.0, -0.1), "reversed"),
+        ((-0.1, 2.0), "not separated"),
+        ((math.nan, math.nan), "no interval from one seed"),
+    ],
+)
+def test_verdicts_follow_from_intervals(ends, verdict):
+    assert Interval(1.0, *ends).verdict == verdict
+
+
+def test_one_seed_gives_no_interval():
+    assert math.isnan(mean_interval(torch.tensor([3.0])).low)
+    assert math.isnan(difference_interval(torch.ones(4, 1), 0, 1).low)
+    assert f"{Interval(1.25, math.nan, math.nan):+.1f}" == "+1.2"
+    assert f"{Interval(1.0, -2.0, 4.0):+.1f}" == "+1.0 [-2.0, +4.0]"
+
+
+def test_settings_are_sound_and_compare_one_thing(tmp_path):
+    for form in (FULL, SHORT):
+        ablations = Ablations(tmp_path, form)
+        for setting in SETTINGS.values():
+            config = ablations._config(setting, 0)
+            assert config.data.groups * config.data.group_size == 96
+            assert config.evaluation.steps == config.sampling.steps
+            assert config.training.rounds == form.rounds
+    for finding in FINDINGS:
+        labels = [setting.label for setting in finding.settings]
+        assert len(set(labels)) == len(labels) >= 3
+        assert BASE.name in {setting.name for setting in finding.settings}
+        assert {x for c in finding.claims for x in (c.higher, c.lower)} <= set(labels)
+
+
+def test_the_page_says_what_the_numbers_say(tmp_path):
+    ablations = Ablations(tmp_path, FULL)
+    for seed in range(3):
+        for setting in SETTINGS.values():
+            path = ablations._after(setting, seed)
+            path.parent.mkdir()
+            path.touch()
+    text = document(results(better="aggregate=successes"), ablations, command="make it")
+    assert "| Scoring | Overall(3): Likert average > binary average" in text
+    row = next(line for line in text.splitlines() if "Likert average > binary average |" in line)
+    assert "**reversed**" in row
+    row = next(line for line in text.splitlines() if "binary average > binary AND |" in line)
+    assert "**seen**" in row
+    assert "Seeds 0, 1, 2, 22 settings: 66 runs of 20 rounds" in text
+    for finding in FINDINGS:
+        assert text.count(f"findings_{finding.name}.png") == 1
+        assert all(f"\n| {setting.label} | " in text for setting in finding.settings)
+    assert len(re.findall(r"\| 2\.5 \|\n", text)) == sum(len(f.settings) for f in FINDINGS)
+    assert long_claims(results().long)["Marginal(8)"].verdict == "seen"
+
+
+def test_page_and_figures_are_written_from_complete_seeds(tmp_path, monkeypatch):
+    ablations = Ablations(tmp_path, SHORT)
+    with pytest.raises(ValueError, match="expected a seed with all settings, got none"):
+        write_page(ablations, tmp_path, command="make it")
+    for setting in SETTINGS.values():
+        ablations._after(setting, 0).parent.mkdir()
+        ablations._after(setting, 0).touch()
+    monkeypatch.setattr(Results, "read", lambda _: results(seeds=1))
+    page = write_page(ablations, tmp_path / "docs", command="make it")
+    text = page.read_text()
+    assert "no interval from one seed" in text
+    named = set(re.findall(r"\((findings_\w+\.png)\)", text))
+    assert named == {path.name for path in page.parent.glob("*.png")}
+
+
+@pytest.mark.slow
+def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
+    judged = Setting("judged", {"rewards.scorer": "shapes.scoring:CarefulJudge", "data.turns": 1})
+    monkeypatch.setattr(running, "SETTINGS", {s.name: s for s in (BASE, judged)})
+    ablations = Ablations(tmp_path, Form((3,), rounds=1, train=16, held_out=4))
+    assert ablations.run_all(2) == []
+    assert ablations.complete_seeds() == [3]
+    run = ablations.result(judged, 3)
+    assert (len(run.metrics), run.before.round, run.after.round) == (1, 0, 1)
+    assert run.before.turns == run.after.turns == TURNS  # whatever was trained
+    assert ablations.long(3).after.turns == LONG
+    assert run.before.chain_ids == run.after.chain_ids == ablations.result(BASE, 3).after.chain_ids
+
+    monkeypatch.setattr(subprocess, "Popen", None)  # is there, so nothing runs
+    assert ablations.run_all(1) == []
+    ablations._after(judged, 3).unlink()
+    ablations._run(judged, 3).rename(ablations._run(Setting("x", {"data.turns": 2}), 3))
+    other = Setting("x", {"data.turns": 2})
+    monkeypatch.setattr(running, "SETTINGS", {other.name: other})
+    [failure] = ablations.run_all(1)
+    assert "expected a run of" in failure
+    assert "got another; remove it" in failure
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    bad = Setting("bad", {"training.minibatches": 7})
+    ablations = Ablations(tmp_path, Form((0,), rounds=1, train=16, held_out=4))
+    monkeypatch.setattr(running, "SETTINGS", {s.name: s for s in (bad, BASE)})
+    [failure] = ablations.run_all(1)
+    assert "training.minibatches: expected a divisor" in failure
+    assert ablations._after(BASE, 0).exists()
+    assert ablations.complete_seeds() == []
+    assert sys.executable in failure
