@@ -1,0 +1,195 @@
+"""Rewards and advantages from scores: how turns become one reward, and who is credited."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import train_flux
+from flux.config import ConfigError, Rewards, parse
+from flux.rewards import advantages_of, rewards_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow import fuse_advantages, likert_average
+from tests.flux.test_train_flux import started
+from tests.samples_of_scores import turn_scores
+
+FOLLOWING = {"weights": {"following": 1.0}}
+CREDITS = ("trajectory", "turn", "until_failure")
+close = partial(torch.testing.assert_close, rtol=0, atol=1e-3)  # eps of the std is 1e-4
+
+
+def advantages(rows, group=None, lost=(), **options):
+    """Of chains that are scored for following alone; of one group if none is given."""
+    terms = {"following": turn_scores(rows, lost)}
+    group = torch.zeros(len(rows), dtype=torch.int64) if group is None else group
+    return advantages_of(Rewards(**FOLLOWING | options), terms, group)
+
+
+# golden values
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "scale", "expected"),
+    [
+        ("average", "likert", [0.75, 1.0, 0.625]),  # of (5, 3), (5, 5) and (4, 3), 1 to 5 on 0 to 1
+        ("successes", "likert", [0.5, 1.0, 0.0]),
+        ("all", "likert", [0.0, 1.0, 0.0]),
+    ],
+)
+def test_turns_become_one_reward(aggregate, scale, expected):
+    config = Rewards(**FOLLOWING, aggregate=aggregate, scale=scale)
+    terms = {"following": turn_scores([[5.0, 3.0], [5.0, 5.0], [4.0, 3.0]])}
+    assert rewards_of(config, terms)["following"].value.tolist() == expected
+
+
+@pytest.mark.parametrize(("aggregate", "half"), [("average", 0.5), ("successes", 0.5), ("all", 0)])
+def test_yes_and_no_become_one_reward(aggregate, half):
+    config = Rewards(**FOLLOWING, aggregate=aggregate, scale="binary", success=1)
+    terms = {"following": turn_scores([[1.0, 0.0], [1.0, 1.0]])}
+    assert rewards_of(config, terms)["following"].value.tolist() == [half, 1.0]
+
+
+def test_a_trajectory_shares_its_advantage_among_the_turns_that_it_has():
+    advantage, valid = advantages([[5.0, 1.0], [1.0, None]])
+    close(advantage, torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+    assert valid.tolist() == [[True, True], [True, False]]
+
+
+def test_each_turn_is_compared_with_the_same_turn_of_its_group():
+    advantage, valid = advantages([[5.0, 1.0], [1.0, 5.0]], credit="turn")
+    close(advantage, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    assert valid.all()
+
+
+def test_after_a_failure_no_turn_takes_part():
+    rows = [[5.0, 5.0, 1.0], [1.0, 5.0, 5.0], [5.0, 1.0, 5.0], [5.0, 5.0, 5.0]]
+    advantage, valid = advantages(rows, credit="until_failure")
+    assert valid.tolist() == [[True] * 3, [True, False, False], [True, True, False], [True] * 3]
+    # Means of 1 1 0, of 1, 0, 1 without the second, and of 0 and 1 alone; population std.
+    third, half = math.sqrt(1 / 3), math.sqrt(1 / 2)
+    expected = [[third, half, -1], [-math.sqrt(3), 0, 0], [third, -2 * half, 0], [third, half, 1]]
+    close(advantage, torch.tensor(expected))
+
+
+def test_a_lost_score_takes_its_own_turn_out_or_its_chain():
+    rows, lost = [[math.nan, 5.0], [5.0, 1.0], [1.0, 5.0]], [(0, 0)]
+    masks = {credit: advantages(rows, lost=lost, credit=credit)[1].tolist() for credit in CREDITS}
+    others = [[True, True], [True, True]]
+    assert masks["trajectory"] == [[False, False], *others]
+    assert masks["turn"] == [[False, True], *others]
+    # Whether it succeeded is not known: what came after takes no part either.
+    assert masks["until_failure"] == [[False, False], [True, True], [True, False]]
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_a_term_without_weight_may_be_absent_and_one_with_weight_may_not(credit):
+    rows = [[5.0, 1.0], [1.0, 5.0], [5.0, 5.0]]
+    alone = advantages(rows, credit=credit)
+    weights = {"following": 1.0, "strict": 0.0}
+    for found, expected in zip(
+        advantages(rows, credit=credit, weights=weights), alone, strict=True
+    ):
+        assert torch.equal(found, expected)
+    with pytest.raises(ConfigError, match=r"expected names among \['following'\], got 'strict'"):
+        advantages(rows, credit=credit, weights={"following": 1.0, "strict": 0.1})
+
+
+@pytest.mark.parametrize("fusion", ["advantages", "rewards"])
+def test_several_terms_are_fused_turn_by_turn(fusion):
+    config = Rewards(weights={"following": 1.0, "consistency": 0.5}, fusion=fusion, credit="turn")
+    following, consistency = [[5.0, 1.0], [1.0, 5.0]], [[0.5, 0.9], [0.9, 0.8]]
+    terms = {"following": turn_scores(following), "consistency": turn_scores(consistency)}
+    advantage, _ = advantages_of(config, terms, torch.zeros(2, dtype=torch.int64))
+    expected = [[0.5, -0.5], [-0.5, 0.5]] if fusion == "advantages" else [[1.0, -1.0], [-1.0, 1.0]]
+    close(advantage[:, 0], torch.tensor(expected)[:, 0])
+    second = [-0.5, 0.5] if fusion == "advantages" else [-1.0, 1.0]
+    close(advantage[:, 1], torch.tensor(second))
+
+
+# properties
+
+likert = st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+@st.composite
+def scored(draw, turns=None):
+    """Rows of scores and their groups; chains of equal length."""
+    turns = draw(st.integers(1, 4)) if turns is None else turns
+    rows = draw(st.lists(st.lists(likert, min_size=turns, max_size=turns), min_size=1, max_size=9))
+    group = draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
+    return rows, torch.tensor(group)
+
+
+@given(scored(turns=1))
+def test_of_one_turn_everyone_is_credited_alike(batch):
+    whole, *others = (advantages(*batch, credit=credit) for credit in CREDITS)
+    for other in others:
+        assert torch.equal(other[0], whole[0])
+        assert torch.equal(other[1], whole[1])
+
+
+@given(scored())
+def test_a_trajectorys_advantage_is_the_librarys(batch):
+    rows, group = batch
+    reward = {"following": likert_average(torch.tensor(rows))}
+    expected = fuse_advantages(reward, {"following": 1.0}, group)
+    advantage, valid = advantages(rows, group)
+    assert torch.equal(advantage, expected[:, None].expand_as(advantage))
+    assert valid.all()
+
+
+@given(scored(), st.sampled_from(CREDITS), st.randoms())
+def test_the_order_of_trajectories_is_free(batch, credit, rng):
+    rows, group = batch
+    order = rng.sample(range(len(rows)), len(rows))
+    advantage, valid = advantages(rows, group, credit=credit)
+    moved, mask = advantages([rows[b] for b in order], group[order], credit=credit)
+    close(moved, advantage[order])
+    assert torch.equal(mask, valid[order])
+
+
+@given(scored(), st.sampled_from(["turn", "until_failure"]), st.data())
+def test_later_turns_do_not_matter_to_earlier_ones(batch, credit, data):
+    rows, group = batch
+    turn = data.draw(st.integers(0, len(rows[0]) - 1))
+    whole = advantages(rows, group, credit=credit)
+    cut = advantages([row[: turn + 1] for row in rows], group, credit=credit)
+    for found, expected in zip(cut, whole, strict=True):
+        assert torch.equal(found, expected[:, : turn + 1])
+
+
+@given(scored(), st.data())
+def test_what_comes_after_a_failure_may_be_anything(batch, data):
+    rows, group = batch
+    expected = advantages(rows, group, credit="until_failure")
+    for row in rows:
+        failed = next((n for n, x in enumerate(row) if x < 5), len(row))
+        row[failed + 1 :] = [data.draw(likert) for _ in row[failed + 1 :]]
+    for found, value in zip(advantages(rows, group, credit="until_failure"), expected, strict=True):
+        assert torch.equal(found, value)
+
+
+# in the trainer
+
+
+def test_a_turn_after_a_failure_weighs_nothing_in_an_update(world, tmp_path):
+    with started(world, tmp_path, "--rewards.credit", "until_failure") as run_:
+        run_.first_round = 0
+        rollout, terms, first = train_flux.sample(run_, 0)
+        score = torch.full_like(terms["following"].score, 5.0)
+        score[:8, 0] = 1.0
+        terms["following"] = turn_scores(score.tolist())
+        advantage, valid = train_flux.advantages(run_, terms, rollout.trajectory.group)
+        batch = train_flux.Batch(run_, 0, rollout, advantage, valid, first)
+        rows = torch.cat([part for parts in batch.minibatches() for part in parts])
+        _, weight = batch.losses(rows)
+    assert len(rows) == 16 * 2 * run_.config.nft.noise_levels
+    assert torch.equal(weight == 0, (rows[:, 0] < 8) & (rows[:, 1] == 1))
+
+
+@pytest.mark.parametrize("name", ["credit", "aggregate"])
+def test_another_word_is_refused(name):
+    with pytest.raises((ConfigError, SystemExit)):
+        parse(["shapes-nft", f"--rewards.{name}", "other"])
