@@ -126,11 +126,7 @@ def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
     """
     seen, true = read(images), truth.pictures[:, 1:]
     place = ((seen >= 0) & (seen < len(COLORS))) == (true < len(COLORS))
-    colors = range(len(PALETTE))
-    found, wanted = (
-        torch.stack([(x == c).sum((-2, -1)) for c in colors], -1) for x in (seen, true)
-    )
-    enough = found >= ENOUGH * wanted
+    enough = _counts(seen) >= ENOUGH * _counts(true)
     color = enough.gather(-1, true.flatten(2).long()).reshape(true.shape)
     return likert_of(place | color, truth)
 
