@@ -8,6 +8,8 @@ import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from PIL.ExifTags import Base
 
 from mteditflow.evaluation.benchmarks import (
     Item,
@@ -20,7 +22,7 @@ from mteditflow.evaluation.benchmarks import (
 )
 from mteditflow.evaluation.benchmarks.imgedit import CATEGORIES, RUBRICS
 from mteditflow.rewards import AnswerCache, AnswerError, ChatClient, Fault, Lost
-from tests.evaluation.judged_items import criteria_of, rating, save, text_of, values_of
+from tests.evaluation.judged_items import criteria_of, picture, rating, save, text_of, values_of
 from tests.rewards.scripted_server import ScriptedServer, completion, error
 
 NAMES = {
@@ -191,6 +193,17 @@ def test_a_judge_over_http_scores_what_is_there(tmp_path):
     assert sorted(values_of(request) for request in asked) == [[9, 3], [9, 5]]
     assert all(set(criteria_of(x)) == set(RUBRICS["add"].criteria) for x in asked)
     assert all("whole number from 1 to 5" in text_of(request) for request in asked)
+
+
+def test_a_photograph_that_was_taken_upside_down_is_shown_upright(tmp_path):
+    save(tmp_path, {"1.png": 5})
+    photograph, exif = picture(99), Image.Exif()
+    photograph.putpixel((0, 0), (9, 0, 0))
+    exif[Base.Orientation] = 3  # turned by half
+    photograph.save(tmp_path / "before.png", exif=exif)
+    with ScriptedServer(rating(lambda made, name: made)) as server:
+        by_judge(server, [item("1", "add", tmp_path)])
+    assert values_of(server.requests[0].json) == [99, 5]
 
 
 def test_what_is_lost_has_a_reason_and_is_asked_for_again_alone(tmp_path):
