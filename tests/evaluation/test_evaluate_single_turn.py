@@ -94,6 +94,10 @@ def test_bad_input_is_named_and_counted(imgedit, tmp_path):
     for line in ("prompt: expected this field, got none", "got '0' again", "1.png", "2.png"):
         assert line in said
     assert (tmp_path / "out/imgedit.md").read_text().count("- left out: ") == 4
+    with judge() as server:
+        stricter = run("imgedit", file, made, server, tmp_path / "out", "--max-invalid", 0.3)
+    assert stricter.exit_code == 1
+    assert "error: 36% without a score" in lines_of(stricter.output)  # 4 of 11 entries
     strict = run("imgedit", file, made, "http://127.0.0.1:9/v1", tmp_path / "out")
     assert strict.exit_code == 1  # all that could be scored is in the cache
     assert "36% without a score, allowed are 20%" in lines_of(strict.output)
