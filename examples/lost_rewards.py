@@ -9,7 +9,6 @@ kept.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -25,17 +24,14 @@ import transformers
 import typer
 from evidence import cell, made_with, signed
 from matplotlib.figure import Figure
-from shapes.editor import STEPS, TEXT_TOKENS, Family
+from shapes.editor import Family
 from shapes.files import COUNTS, write_world
-from shapes.scoring import ExactRewards
+from shapes.held_out import evaluate_held_out
 from shapes.served import service
-from shapes.world import IMAGE_SIZE
 from tqdm import tqdm
 
-from mteditflow.chains import ChainDataset, read_chains
 from mteditflow.evaluation import Evaluation
-from mteditflow.pipelines import Editor
-from mteditflow.training import Checkpoints, keyed_generator
+from mteditflow.training import Checkpoints
 from mteditflow.training.metrics_file import read_metrics
 from mteditflow.training.report import run_report, write_report
 
@@ -168,25 +164,10 @@ def settings() -> str:
 
 def evaluate(world: Path, folder: Path, seed: int, *, rounds: int) -> list[Evaluation]:
     """Score the model as it came and with the adapter of the last checkpoint, both exactly."""
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": TEXT_TOKENS}
-    editor = Editor.load(world / "model", call={**side, "num_inference_steps": STEPS})
-    examples = ChainDataset(read_chains(world / "held_out.jsonl").chains)
-    before = edited(editor, examples, seed, rounds=0)
-    checkpoint = Checkpoints(folder / "checkpoints").find("auto")
-    editor.pipeline.load_lora_weights(checkpoint.path / "lora")
-    return [before, edited(editor, examples, seed, rounds=rounds)]
-
-
-def edited(editor: Editor, examples: ChainDataset, seed: int, *, rounds: int) -> Evaluation:
-    """Edit all chains, each from noise of its own, and score what came of it."""
-    references = [example.image for example in examples]
-    instructions = [chain.instructions for chain in examples.chains]
-    noise = [keyed_generator(seed, "held out", row) for row in range(len(examples))]
-    made = editor.edit(references, instructions, generators=noise, batch=128)
-    images = [[first, *rest] for first, rest in zip(references, made, strict=True)]
-    terms = asyncio.run(ExactRewards().score(examples.chains, images))
-    names = [chain.id for chain in examples.chains]
-    return Evaluation(rounds, names, instructions, terms, success_at=5)
+    files = (world / "model", world / "held_out.jsonl")
+    adapter = Checkpoints(folder / "checkpoints").find("auto").path / "lora"
+    before = evaluate_held_out(*files, seed=seed)
+    return [before, evaluate_held_out(*files, seed=seed, adapter=adapter, rounds=rounds)]
 
 
 def document(reports: Reports) -> str:

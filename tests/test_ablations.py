@@ -188,12 +188,13 @@ def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_trainer_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
-    bad = Setting("bad", {"training.minibatches": 7})
+def test_trainers_that_fail_are_told_one_by_one(tmp_path, monkeypatch):
+    bad = [Setting(name, {"training.minibatches": n}) for n, name in ((7, "bad"), (5, "worse"))]
     ablations = Ablations(tmp_path, Form((0,), rounds=1, train=16, held_out=4))
-    monkeypatch.setattr(running, "SETTINGS", {s.name: s for s in (bad, BASE)})
-    [failure] = ablations.run_all(1)
-    assert "training.minibatches: expected a divisor" in failure
-    assert ablations._after(BASE, 0).exists()
+    monkeypatch.setattr(running, "SETTINGS", {s.name: s for s in bad})
+    first, second = ablations.run_all(2)
+    assert "training.minibatches: expected a divisor of the 96 trajectories" in first
+    assert "got 7" in first
+    assert "got 5" in second
+    assert sys.executable in first
     assert ablations.complete_seeds() == []
-    assert sys.executable in failure
