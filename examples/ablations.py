@@ -25,7 +25,9 @@ from findings.running import FULL, SHORT, Ablations
 
 def main(
     short: Annotated[bool, typer.Option("--short", help="Minutes: one seed, few rounds.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time, a thread each.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Runs at a time, a thread each; 0: only write the page.")
+    ] = 1,
     runs: Annotated[Path | None, typer.Option(help="Where the runs are kept.")] = None,
     docs: Annotated[Path | None, typer.Option(help="Where page and figures go.")] = None,
 ) -> None:
@@ -37,13 +39,16 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     runs = runs or Path("runs/ablations-short" if short else "runs/ablations")
     ablations = Ablations(runs, SHORT if short else FULL)
-    failures = ablations.run_all(workers)
+    failures = ablations.run_all(workers) if workers else []
     if ablations.complete_seeds():
         command = "python examples/ablations.py" + (" --short" if short else "")
         page = write_page(ablations, docs or (runs if short else Path("docs")), command=command)
         print(f"Written: {page}")
+    else:
+        failures.append(f"{runs}: no seed is complete, so there is no page")
+    print(f"Missing: {len(ablations.missing())} of {ablations.total} runs")
     if failures:
-        sys.exit("\n".join([f"error: {len(failures)} runs failed", *failures]))
+        sys.exit("\n".join(f"error: {failure}" for failure in failures))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mteditflow.training.report import PACKAGES
 from .figures import draw_finding, draw_long
 from .results import TITLES, Results, long_claims
 from .running import LONG, TURNS, Ablations
-from .settings import BASE, FINDINGS, LONG_PAPER, LONG_WHY, Finding
+from .settings import BASE, FINDINGS, LONG_PAPER, LONG_WHY, Claim, Finding
 
 LONG_TITLE = f"Longer chains: trained on {TURNS} turns, tested on 1 to {LONG}"
 
@@ -62,6 +62,8 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         f"{platform.python_version()}, {versions}.",
         f"- Seeds {', '.join(map(str, seeds))}, {settings} settings: {settings * len(seeds)} runs "
         f"of {form.rounds} rounds, {results.minutes:.0f} minutes of training on one thread each. "
+        f"Missing: {len(ablations.missing())} of {ablations.total} runs; a seed counts when all "
+        "its settings are there. "
         "The base run is the preset `shapes-nft`: Likert average, exact judge, advantage fusion, "
         "w_CC 0.5, 12 groups of 8, 4 steps, 3 turns, DiffusionNFT. Equal settings are one run.",
         f"- Each run is evaluated by the exact rewards on {form.held_out} held-out chains of three "
@@ -73,6 +75,9 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         "over three seeds is too narrow, and t by three differences alone 4.3 errors wide. It "
         "assumes that settings scatter alike: the figures show every seed. No correction is made "
         "for the number of claims.",
+        "- Over chains alone: 95% bootstrap intervals of the same differences over the held-out "
+        "chains of these seeds. They say how sure these very runs are, nothing of other seeds, so "
+        "they do not decide: a finding must hold for seeds that were not run.",
         "- Verdict: *seen* if the interval of the claimed difference lies above 0, *reversed* if "
         "below, else *not separated*.",
         f"- Var(IF) / Var(CC) inside groups, base runs, median over rounds: "
@@ -84,17 +89,22 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
 
 def _overview(results: Results) -> Iterator[str]:
     for finding in FINDINGS:
-        for row in _claims(results, finding):
-            yield f"| {finding.title.split(':')[0].split(',')[0]} {row}"
+        for claim in finding.claims:
+            gain, topic = results.claim(finding, claim), finding.title.split(":")[0].split(",")[0]
+            yield f"| {topic} | {_in_words(claim)} | {gain:+.1f} | **{gain.verdict}** |"
     for name, gain in long_claims(results.long).items():
         yield f"| Longer chains | {name}: after > before | {gain:+.1f} | **{gain.verdict}** |"
 
 
 def _claims(results: Results, finding: Finding) -> Iterator[str]:
     for claim in finding.claims:
-        gain = results.claim(finding, claim)
-        words = f"{TITLES[claim.metric]}: {claim.higher} > {claim.lower}"
-        yield f"| {words} | {gain:+.1f} | **{gain.verdict}** |"
+        gain, (low, high) = results.claim(finding, claim), results.over_chains(finding, claim)
+        cells = [_in_words(claim), f"{gain:+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
+        yield f"| {' | '.join(cells)} | **{gain.verdict}** |"
+
+
+def _in_words(claim: Claim) -> str:
+    return f"{TITLES[claim.metric]}: {claim.higher} > {claim.lower}"
 
 
 def _section(results: Results, finding: Finding) -> list[str]:
@@ -115,7 +125,8 @@ def _section(results: Results, finding: Finding) -> list[str]:
         cells.append(f"{results.before(setting, 'overall').mean:.1f}")
         cells.append("base" if same else f"{results.difference(setting, BASE):+.1f}")
         lines.append(f"| {setting.label} | {' | '.join(cells)} | {results.seconds(setting):.1f} |")
-    lines += ["", "**Seen.**", "", "| claim | difference | verdict |", "|---|---|---|"]
+    lines += ["", "**Seen.**", "", "| claim | difference | over chains alone | verdict |"]
+    lines += ["|---|---|---|---|"]
     lines += _claims(results, finding)
     return [*lines, "", f"**Why.** {finding.why}"] if finding.why else lines
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mteditflow.evaluation import Evaluation
 from mteditflow.training.run_log import SECONDS
 
+from .resampling import ends, resampled
 from .running import Ablations, Run
 from .settings import BASE, SETTINGS, Claim, Finding, Setting
 from .statistics import Interval, difference_interval, mean_interval
@@ -56,6 +57,10 @@ class Results:
         """Each metric at the last turn after training, in percent, ``[settings, seeds]``."""
         return {name: self._table(name, "after") for name in TITLES}
 
+    @cached_property
+    def _resampled(self) -> dict[str, Tensor]:
+        return resampled([[run.after for run in own] for own in self.runs.values()])
+
     def _table(self, metric: str, when: str) -> Tensor:
         rows = [[at_last(getattr(r, when), metric) for r in own] for own in self.runs.values()]
         return torch.tensor(rows, dtype=torch.float64)
@@ -79,8 +84,13 @@ class Results:
 
     def claim(self, finding: Finding, claim: Claim) -> Interval:
         """By how much the setting that should be higher is."""
-        by_label = {setting.label: setting for setting in finding.settings}
-        return self.difference(by_label[claim.higher], by_label[claim.lower], claim.metric)
+        return self.difference(*_compared(finding, claim), claim.metric)
+
+    def over_chains(self, finding: Finding, claim: Claim) -> tuple[float, float]:
+        """Ends of the same difference's bootstrap interval over the chains of these seeds."""
+        table = self._resampled[claim.metric]
+        higher, lower = (table[:, self._row(x)] for x in _compared(finding, claim))
+        return ends(higher - lower)
 
     def seconds(self, setting: Setting) -> float:
         """Of a round, mean over rounds and seeds."""
@@ -103,6 +113,12 @@ class Results:
 
     def _row(self, setting: Setting) -> int:
         return list(self.runs).index(setting.name)
+
+
+def _compared(finding: Finding, claim: Claim) -> tuple[Setting, Setting]:
+    """Return the setting that should be higher, and that which should be lower."""
+    by_label = {setting.label: setting for setting in finding.settings}
+    return by_label[claim.higher], by_label[claim.lower]
 
 
 def at_last(evaluation: Evaluation, metric: str) -> float:

@@ -87,10 +87,20 @@ class Ablations:
             for trainer in list(self._trainers):
                 trainer.terminate()
 
+    @property
+    def total(self) -> int:
+        """Runs of all settings with all seeds."""
+        return len(SETTINGS) * len(self.form.seeds)
+
+    def missing(self) -> list[tuple[Setting, int]]:
+        """Settings with the seeds with which they are not done."""
+        pairs = [(setting, seed) for seed in self.form.seeds for setting in SETTINGS.values()]
+        return [pair for pair in pairs if not self._after(*pair).exists()]
+
     def complete_seeds(self) -> list[int]:
         """Seeds with which every setting is done."""
-        pairs = {seed: [(s, seed) for s in SETTINGS.values()] for seed in self.form.seeds}
-        return [seed for seed, own in pairs.items() if all(self._after(*p).exists() for p in own)]
+        missing = {seed for _, seed in self.missing()}
+        return [seed for seed in self.form.seeds if seed not in missing]
 
     def result(self, setting: Setting, seed: int) -> Run:
         """Read what came of a run that is done."""
