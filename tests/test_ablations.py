@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from ablations import main
 from findings import running
 from findings.page import document, write_page
 from findings.results import Results, long_claims
@@ -146,6 +147,25 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
         assert all(f"\n| {setting.label} | " in text for setting in finding.settings)
     assert len(re.findall(r"\| 2\.5 \|\n", text)) == sum(len(f.settings) for f in FINDINGS)
     assert long_claims(results().long)["Marginal(8)"].verdict == "seen"
+
+
+def test_what_is_missing_is_counted_and_nothing_started(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Ablations, "run_all", None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("findings.page.draw_finding", lambda *_: None)
+    with pytest.raises(SystemExit, match="no seed is complete, so there is no page"):
+        main(workers=0, runs=tmp_path, docs=tmp_path / "docs")
+    assert "Missing: 66 of 66 runs" in capsys.readouterr().out
+
+    ablations = Ablations(tmp_path, FULL)
+    for setting in SETTINGS.values():
+        ablations._after(setting, 1).parent.mkdir()
+        ablations._after(setting, 1).touch()
+    assert ablations.complete_seeds() == [1]
+    monkeypatch.setattr(Results, "read", lambda _: results(seeds=1))
+    main(workers=0, runs=tmp_path, docs=tmp_path / "docs")
+    assert "Missing: 44 of 66 runs" in capsys.readouterr().out
+    assert "Missing: 44 of 66 runs;" in (tmp_path / "docs" / "findings.md").read_text()
 
 
 def test_page_and_figures_are_written_from_complete_seeds(tmp_path, monkeypatch):

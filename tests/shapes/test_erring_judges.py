@@ -152,6 +152,21 @@ def test_noise_is_drawn_anew_for_another_chain_or_turn():
     assert (score[:, 0] != score[:, 2]).any()  # of turns that show the same picture
 
 
+def test_noise_is_drawn_anew_for_another_picture():
+    """Members of a group, which are equally right and differ in one pixel of the background."""
+    record, members = record_of(Chain(START, (GREEN,))), []
+    for place in range(12):
+        made = draw(GREEN.apply(START)).clone()
+        made[:, 11, place] = 0.3
+        members.append([to_pil(draw(START)), to_pil(made)])
+    exact, noisy = (
+        asyncio.run(judge().score([record] * 12, members))["following"].score
+        for judge in (ExactRewards, Noisy)
+    )
+    assert exact.eq(5).all()
+    assert len(noisy.unique()) > 1
+
+
 def test_bias_and_variance_are_what_the_judges_stand_for():
     """Of turns that a lenient look overrates: one judge errs more on average, one in spread."""
     chains = drawn(250)
