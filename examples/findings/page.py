@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
@@ -90,7 +91,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
 def _overview(results: Results) -> Iterator[str]:
     for finding in FINDINGS:
         for claim in finding.claims:
-            gain, topic = results.claim(finding, claim), finding.title.split(":")[0].split(",")[0]
+            gain, topic = results.claim(finding, claim), re.split("[:,;]", finding.title)[0]
             yield f"| {topic} | {_in_words(claim)} | {gain:+.1f} | **{gain.verdict}** |"
     for name, gain in long_claims(results.long).items():
         yield f"| Longer chains | {name}: after > before | {gain:+.1f} | **{gain.verdict}** |"
