@@ -158,7 +158,7 @@ def undisturbed_served(world, tmp_path_factory):
     return SimpleNamespace(folder=served.folder, asked_again=served.asked_again)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_services_and_trainer_are_killed(world, undisturbed_served, tmp_path):
     served = Served(world, tmp_path / "all")
     with served.judge as judge, served.consistency as consistency:
