@@ -22,6 +22,7 @@ from mteditflow.rewards import (
     Background,
     ChatClient,
     ConsistencyClient,
+    ConsistencyScores,
     Judge,
     JudgePrompt,
     Reward,
@@ -87,13 +88,16 @@ class Services:
 
         async def look() -> None:
             if self._looks is not None:
-                kept = await self._looks.score(chains, images)
-                found["consistency"] = kept.scores if self._features else kept.l1_scores
+                found.update(self.consistency(await self._looks.score(chains, images)))
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(follow)
             tasks.start_soon(look)
         return dict(sorted(found.items(), reverse=True))
+
+    def consistency(self, scores: ConsistencyScores) -> dict[str, TurnScores]:
+        """Name the terms of what the consistency server found."""
+        return {"consistency": scores.scores if self._features else scores.l1_scores}
 
 
 @contextmanager
@@ -108,11 +112,11 @@ def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
         Takes chains and images, and returns the future of their scores.
     """
     with AnswerCache(cache) as answers, Background() as background:
-        scorer = Services(config, answers) if config.scorer is None else _named(config.scorer)
+        scorer = Services(config, answers) if config.scorer is None else named_scorer(config.scorer)
         yield lambda chains, images: background.submit(scorer.score, chains, images)
 
 
-def _named(path: str) -> Scorer:
+def named_scorer(path: str) -> Scorer:
     """Make the scorer that an import path names."""
     module, _, name = path.partition(":")
     try:

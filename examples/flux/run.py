@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -414,7 +415,8 @@ class Run:
             return
         folder, metrics = self.config.output.folder, self.log.metrics
         evaluations = self._held_out.all() if self._held_out else []
-        title = f"{self.config.model.path}, {self.config.objective.upper()}"
+        model = "/".join(Path(self.config.model.path).parts[-2:])
+        title = f"{model}, {self.config.objective.upper()}"
         write_picture(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
         if self._held_out is None:
             self.log.message(f"{self.done} rounds done; no held-out chains, so no report")

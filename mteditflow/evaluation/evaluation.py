@@ -29,7 +29,9 @@ from mteditflow.metrics import (
 from mteditflow.rewards import TurnScores
 
 FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
+PARTS = ("object", "background")  # of the consistency, where they are given apart
 METRICS = ("instruction_following", "marginal", "content_consistency", "overall")  # in percent
+PER_SAMPLE = "content_consistency_per_sample"  # in percent
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +46,10 @@ class Evaluation:
         chain_ids: names of the C chains, each once.
         instructions: of each chain, one per turn.
         terms: scores by name, each [C, N] with the same turns. "following" must be there;
-            "consistency" gives CC and Overall (its corpus average over per-turn scores); any other
-            is reported as its plain mean, in its own unit.
+            "consistency" gives CC and Overall; where its parts "object" and "background" are there
+            too, CC is the corpus average, the mean of the means of both, and the mean of
+            "consistency" is reported beside it as the per-sample average. Any other is reported as
+            its plain mean, in its own unit.
         success_at: a turn is followed if its "following" score is at least this: 5 for Likert,
             1 for yes or no.
 
@@ -134,17 +138,22 @@ class Evaluation:
     def names(self) -> tuple[str, ...]:
         """Names of the metrics: IF, Marginal, CC and Overall in percent, then the other terms."""
         measured = METRICS if CONSISTENCY in self.terms else METRICS[:2]
-        return *measured, *self.others
+        return *measured, *((PER_SAMPLE,) if self.parts else ()), *self.others
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Terms that CC is the corpus average of, if they are given apart."""
+        return PARTS if {CONSISTENCY, *PARTS} <= set(self.terms) else ()
 
     @property
     def others(self) -> tuple[str, ...]:
         """Terms that are reported only."""
-        return tuple(sorted(set(self.terms) - {FOLLOWING, CONSISTENCY}))
+        return tuple(sorted(set(self.terms) - {FOLLOWING, CONSISTENCY, *self.parts}))
 
     def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Some chains as ``per_turn`` takes them: success, turns, and the terms, each [rows, N]."""
-        names = ([CONSISTENCY] if CONSISTENCY in self.terms else []) + list(self.others)
-        scores = (self.terms[name].score for name in names)
+        consistency = (CONSISTENCY,) if CONSISTENCY in self.terms else ()
+        scores = (self.terms[name].score for name in (*consistency, *self.parts, *self.others))
         return tuple(x[rows] for x in (self.success, self.terms[FOLLOWING].turn_mask, *scores))
 
     def per_turn(self, *samples: Tensor) -> Tensor:
@@ -153,8 +162,11 @@ class Evaluation:
         following = instruction_following(success, valid=exists)
         shares, others = [following, marginal_success(success, valid=exists)], scores
         if CONSISTENCY in self.terms:
-            content, others = content_consistency(scores[0]), scores[1:]
+            per_sample, *rest = scores
+            parts, others = rest[: len(self.parts)], rest[len(self.parts) :]
+            content = content_consistency(*(parts or [per_sample]))
             shares += [content, overall(following, content)]
+            shares += [content_consistency(per_sample)] if parts else []
         return torch.stack([*(100 * x for x in shares), *(x.nanmean(dim=0) for x in others)])
 
     @cached_property

@@ -202,7 +202,9 @@ def test_where_none_fell_those_that_rose_take_their_place():
 
 def test_where_few_rose_more_that_fell_take_their_place():
     before, after = evaluation([[0], [1], [1], [1]]), evaluation([[1], [0], [0], [0]])
-    assert most_changed(before, after, count=4).rows == [0, 1, 2, 3]
+    choice = most_changed(before, after, count=4)
+    assert choice.rows == [0, 1, 2, 3]
+    assert choice.how.endswith("Shown: the 1 that gained, then all 3 that lost.")
 
 
 def test_before_and_after_look_at_the_chosen_images_only():

@@ -87,5 +87,5 @@ def draw_before_after(
 def _shown(shown: int, there: int, what: str) -> str:
     if not shown:
         return f"none that {what}"
-    most = "all" if shown == there else "the"
+    most = "all" if shown == there > 1 else "the"
     return f"{most} {shown} that {what}" + ("" if shown == there else " most")
