@@ -55,7 +55,7 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
         >>> comparison.kept["marginal"]
         (0.5, 1.0)
     """
-    _check_comparable(before, after)
+    check_comparable(before, after)
     names, rows = before.names, before.valid & after.valid
     first, second = before.samples(rows), after.samples(rows)
     falling = [i for i, name in enumerate(names) if name == "marginal" or name in before.others]
@@ -87,7 +87,8 @@ def _kept(metrics: Tensor) -> Tensor:
     return torch.where(first == 0, torch.nan, last / first)
 
 
-def _check_comparable(before: Evaluation, after: Evaluation) -> None:
+def check_comparable(before: Evaluation, after: Evaluation) -> None:
+    """Raise ValueError unless two evaluations are of the same chains, terms and success."""
     for name in ("chain_ids", "instructions", "names", "success_at"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:

@@ -1,0 +1,137 @@
+"""A report as tables: for the terminal, in Markdown, and every number as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+
+from mteditflow.evaluation.evaluation import PER_SAMPLE
+from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
+
+TITLES = {
+    "instruction_following": "IF, %",
+    "marginal": "Marginal, %",
+    "content_consistency": "CC (corpus average), %",
+    PER_SAMPLE: "CC (per-sample average), %",
+    "overall": "Overall, %",
+}
+
+
+class Grid(NamedTuple):
+    """A table before it is set."""
+
+    title: str
+    head: list[str]
+    body: list[list[str]]
+
+
+def grids(report: Report) -> list[Grid]:
+    """Lay out a report: all chains by turn, then each edit type by turn.
+
+    Example:
+        >>> from mteditflow.evaluation.report import Estimate
+        >>> numbers = [Estimate(metric="marginal", edit_type=None, turn=turn, estimate=50.0,
+        ...     low=40.0, high=60.0, count=9) for turn in (1, "drop")]
+        >>> report = Report(title="x", turns=1, asked=9, counted=9, left_out={}, lost={},
+        ...     estimates=numbers, notes=())
+        >>> grids(report)[0].body[0]
+        ['Marginal, %', '50.00 [40.00, 60.00]', '50.00 [40.00, 60.00]', '9']
+    """
+    steps: list[int | str] = list(range(1, report.turns + 1))
+    rows = []
+    for metric in report.metrics:
+        found = [report.find(metric, turn) for turn in [*steps, DROP]]
+        rows.append([TITLES.get(metric, metric), *map(_cell, found), _counts(found[:-1])])
+    turns = [f"turn {turn}" for turn in steps]
+    tables = [Grid("All chains", ["", *turns, f"drop 1 to {report.turns}", "chains"], rows)]
+    for metric in BY_TYPE if report.edit_types else ():
+        rows = []
+        for name in report.edit_types:
+            found = [report.find(metric, turn, name) for turn in [*steps, ALL]]
+            rows.append([name, *map(_cell, found), _counts(found)])
+        title = f"{TITLES[metric]} by edit type"
+        tables.append(Grid(title, ["", *turns, "all turns", "turns counted"], rows))
+    return tables
+
+
+def _cell(x: Estimate) -> str:
+    if x.estimate is None or x.low is None or x.high is None:
+        return "none"
+    return f"{x.estimate:.2f} [{x.low:.2f}, {x.high:.2f}]"
+
+
+def _counts(found: Sequence[Estimate]) -> str:
+    """Once where equal."""
+    counts = list(map(str, (x.count for x in found)))
+    return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+
+
+def denominators(report: Report) -> str:
+    """Say in a line what the numbers are of."""
+    missing = len(report.left_out), len(report.lost)
+    return (
+        f"{report.asked} chains asked, {report.counted} counted, {missing[0]} left out, "
+        f"{missing[1]} without all their scores"
+    )
+
+
+def reasons(report: Report) -> list[str]:
+    """Name every chain that does not count, and why."""
+    return [f"{name}: {why}" for name, why in (report.left_out | report.lost).items()]
+
+
+def rich_tables(report: Report) -> list[Table]:
+    """Set the tables for a terminal."""
+    tables = []
+    for title, head, body in grids(report):
+        table = Table(title=f"{report.title}: {title} [95% interval]".replace("[", r"\["))
+        for column in head:
+            table.add_column(column, justify="right" if column else "left")
+        for row in body:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        tables.append(table)
+    return tables
+
+
+def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
+    """Write the report as Markdown.
+
+    Args:
+        report: what to write.
+        pictures: names of files beside it to show.
+    """
+    parts = [f"# {report.title}", f"{denominators(report)}. 95% bootstrap intervals over chains."]
+    parts += report.notes
+    for title, head, body in grids(report):
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+        table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+        parts += [f"## {title}", table]
+    parts += [f"![{name}]({name})" for name in pictures]
+    if report.left_out or report.lost:
+        lines_out = "\n".join(f"- {_escaped(line)}" for line in reasons(report))
+        parts += ["## Not counted", lines_out]
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def as_csv(report: Report) -> str:
+    """Write every number in a row of its own; nothing stands where there is none."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(Estimate.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(x.model_dump() for x in report.estimates)
+    return table.getvalue()
+
+
+def lost_in_short(report: Report, *, most: int = 20) -> list[str]:
+    """Name what does not count, so many at most, the rest as a number."""
+    named = reasons(report)
+    more = [f"... and {len(named) - most} more"] if len(named) > most else []
+    return named[:most] + more
