@@ -12,9 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from mteditflow.evaluation.evaluation import Evaluation
-from mteditflow.training.metrics_file import ROUND
-from mteditflow.training.pictures.histograms import color_of
-from mteditflow.training.pictures.page import (
+from mteditflow.evaluation.style import (
     AMBER,
     BAD,
     BLUE,
@@ -26,6 +24,8 @@ from mteditflow.training.pictures.page import (
     SOFT,
     house_style,
 )
+from mteditflow.training.metrics_file import ROUND
+from mteditflow.training.pictures.histograms import color_of
 from mteditflow.training.run_log import SECONDS
 from mteditflow.training.stopwatch import OTHER, shares
 

@@ -12,8 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mteditflow.rewards import Reward
-from mteditflow.training.pictures.page import (
+from mteditflow.evaluation.style import (
     AMBER,
     BLUE,
     DPI,
@@ -24,6 +23,7 @@ from mteditflow.training.pictures.page import (
     SOFT,
     house_style,
 )
+from mteditflow.rewards import Reward
 
 BINS = 24
 COLORS = {"following": BLUE, "consistency": AMBER}

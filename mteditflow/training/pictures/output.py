@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mteditflow._atomic import write_atomically
-from mteditflow.training.pictures.page import DPI, house_style
+from mteditflow.evaluation.style import DPI, house_style
 
 
 def write_picture(figure: Figure, path: Path) -> None:

@@ -11,20 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mteditflow.evaluation.evaluation import FOLLOWING
+from mteditflow.evaluation.style import AMBER, BAD, FAINT, GOOD, INK, SOFT, house_style
 from mteditflow.rewards import TurnScores
-from mteditflow.training.pictures.page import (
-    AMBER,
-    BAD,
-    FAINT,
-    GOOD,
-    INK,
-    SOFT,
-    Page,
-    house_style,
-    line_height,
-    text_width,
-    wrap,
-)
+from mteditflow.training.pictures.page import Page, line_height, text_width, wrap
 
 SMALL, LARGE, LARGE_FROM = 1.75, 2.7, 128  # inches of a picture; pixels that need the large one
 MARGIN, GAP, LABEL, BLOCK_GAP = 0.28, 0.13, 0.3, 0.34  # inches

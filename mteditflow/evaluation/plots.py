@@ -1,0 +1,110 @@
+"""A report as pictures: bars per turn, Marginal as lines, and success by edit type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mteditflow.evaluation.report import ALL, Report
+from mteditflow.evaluation.style import (
+    AMBER,
+    BLUE,
+    DPI,
+    FAINT,
+    GOOD,
+    INK,
+    PURPLE,
+    SOFT,
+    house_style,
+)
+
+BARS = {
+    "instruction_following": ("IF", BLUE),
+    "content_consistency": ("CC", AMBER),
+    "overall": ("Overall", GOOD),
+}
+LINES = (BLUE, SOFT, GOOD, AMBER)  # of the reports that are compared
+
+
+def draw_report(*reports: Report) -> Figure:
+    """Draw IF, CC and Overall by turn, Marginal by turn, and Marginal by edit type.
+
+    Args:
+        *reports: one or more of the same number of turns; bars are of the last.
+
+    Raises:
+        ValueError: there is no report.
+    """
+    if not reports:
+        raise ValueError("reports: expected at least one, got none")
+    report = reports[-1]
+    count = 3 if report.edit_types else 2
+    with house_style():
+        figure = Figure(figsize=(4.6 * count, 4.2), dpi=DPI, facecolor="white", layout="tight")
+        bars, lines, *types = figure.subplots(1, count)
+        _bars(bars, report)
+        _lines(lines, reports)
+        for axes in types:
+            _types(axes, report)
+        figure.suptitle(" against ".join(dict.fromkeys(x.title for x in reports)), color=INK)
+        figure.canvas.draw()  # lays out while the fonts of the house are set
+    return figure
+
+
+def _bars(axes: Any, report: Report) -> None:
+    there = {name: how for name, how in BARS.items() if name in report.metrics}
+    width, turns = 0.8 / len(there), range(1, report.turns + 1)
+    for i, (metric, (label, color)) in enumerate(there.items()):
+        places = [turn + (i - (len(there) - 1) / 2) * width for turn in turns]
+        values, errors = _values(report, metric, turns)
+        style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
+        axes.bar(places, values, 0.92 * width, yerr=errors, **style)
+    _finish(axes, "All turns so far, %", turns)
+
+
+def _lines(axes: Any, reports: Sequence[Report]) -> None:
+    colors = [PURPLE] if len(reports) == 1 else LINES
+    for i, report in enumerate(reports):
+        turns = range(1, report.turns + 1)
+        values, errors = _values(report, "marginal", turns)
+        style = {"color": colors[i % len(colors)], "capsize": 3, "marker": "o"}
+        axes.errorbar(turns, values, yerr=errors, label=report.title, **style)
+    _finish(axes, "Marginal: this turn alone, %", turns, legend=len(reports) > 1)
+
+
+def _types(axes: Any, report: Report) -> None:
+    found = [report.find("marginal", ALL, name) for name in report.edit_types]
+    places, nan = range(len(found)), float("nan")
+    for y, x in zip(places, found, strict=True):
+        value, low, high = (nan if v is None else v for v in (x.estimate, x.low, x.high))
+        axes.barh(y, value, color=PURPLE, xerr=[[value - low], [high - value]], ecolor=INK)
+    labels = [f"{x.edit_type} ({x.count})".replace("_", " ") for x in found]
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set(title="Marginal by edit type (turns), %", xlim=(0, 100))
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _values(
+    report: Report, metric: str, turns: Sequence[int]
+) -> tuple[list[float], list[list[float]]]:
+    """Estimates by turn, and how far the ends of their intervals lie below and above."""
+    found, nan = [report.find(metric, turn) for turn in turns], float("nan")
+    values, lows, highs = (
+        [nan if v is None else v for v in column]
+        for column in zip(*((x.estimate, x.low, x.high) for x in found), strict=True)
+    )
+    below = [max(v - low, 0) for v, low in zip(values, lows, strict=True)]
+    return values, [below, [max(high - v, 0) for v, high in zip(values, highs, strict=True)]]
+
+
+def _finish(axes: Any, title: str, turns: Sequence[int], *, legend: bool = True) -> None:
+    axes.set(title=title, xlabel="turn", ylim=(0, 105))
+    axes.set_xticks(list(turns))
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    if legend:
+        axes.legend(frameon=False, fontsize=9, loc="lower left")
