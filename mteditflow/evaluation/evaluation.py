@@ -106,6 +106,28 @@ class Evaluation:
         """Return the number of chains, C, with those that are left out."""
         return len(self.chain_ids)
 
+    def only(self, chain_ids: Sequence[str]) -> Evaluation:
+        """Return the evaluation of some of the chains, in their order.
+
+        Raises:
+            ValueError: there is no such chain.
+        """
+        if unknown := set(chain_ids) - set(self.chain_ids):
+            raise ValueError(f"chain_ids: expected chains of the evaluation, got {min(unknown)!r}")
+        places = {name: row for row, name in enumerate(self.chain_ids)}
+        rows = [places[name] for name in chain_ids]
+        terms = {}
+        for name, term in self.terms.items():
+            lost = {
+                (b, n): term.lost[row, n]
+                for b, row in enumerate(rows)
+                for n in range(self.turns)
+                if (row, n) in term.lost
+            }
+            terms[name] = TurnScores(term.score[rows], term.turn_mask[rows], lost)
+        instructions = [self.instructions[row] for row in rows]
+        return Evaluation(self.round, chain_ids, instructions, terms, self.success_at)
+
     @property
     def turns(self) -> int:
         """Turns of the longest chain, N."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,12 @@ class Change(NamedTuple):
 
 
 def report_difference(
-    before: Evaluation, after: Evaluation, chains: Sequence[Chain], *, title: str
+    before: Evaluation,
+    after: Evaluation,
+    chains: Sequence[Chain],
+    *,
+    title: str,
+    left_out: Mapping[str, str],
 ) -> Report:
     """Compute after minus before, for every number, over the chains that count in both.
 
@@ -33,6 +38,7 @@ def report_difference(
         after: of the same chains in the same order, with the same terms.
         chains: with their edit types where they are known.
         title: what is compared.
+        left_out: chains that are not in both, to why.
 
     Raises:
         ValueError: the evaluations are not of the same chains, terms and success, or the chains
@@ -45,7 +51,7 @@ def report_difference(
         ...     return Evaluation(0, ("1", "2"), ("a", "b"), terms, success_at=1)
         >>> chains = [Chain(id=x, image="x.png", instructions=("a",)) for x in "12"]
         >>> found = report_difference(
-        ...     evaluation([0.0], [1.0]), evaluation([1.0], [1.0]), chains, title="x"
+        ...     evaluation([0.0], [1.0]), evaluation([1.0], [1.0]), chains, title="x", left_out={}
         ... )
         >>> found.find("marginal", 1).estimate
         50.0
@@ -64,9 +70,9 @@ def report_difference(
     return Report(
         title=title,
         turns=before.turns,
-        asked=len(before),
+        asked=len(before) + len(left_out),
         counted=int(rows.sum()),
-        left_out={},
+        left_out=dict(left_out),
         lost=lost_chains(after) | lost_chains(before),
         estimates=tuple(in_words(numbers.places, interval, numbers.counts(rows))),
         notes=("Paired differences, the second minus the first.",),

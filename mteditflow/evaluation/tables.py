@@ -29,8 +29,12 @@ class Grid(NamedTuple):
     body: list[list[str]]
 
 
-def grids(report: Report) -> list[Grid]:
+def grids(report: Report, *, digits: int = 2) -> list[Grid]:
     """Lay out a report: all chains by turn, then each edit type by turn.
+
+    Args:
+        report: what to lay out.
+        digits: of numbers behind the point.
 
     Example:
         >>> from mteditflow.evaluation.report import Estimate
@@ -45,23 +49,26 @@ def grids(report: Report) -> list[Grid]:
     rows = []
     for metric in report.metrics:
         found = [report.find(metric, turn) for turn in [*steps, DROP]]
-        rows.append([TITLES.get(metric, metric), *map(_cell, found), _counts(found[:-1])])
+        rows.append(
+            [TITLES.get(metric, metric), *(_cell(x, digits) for x in found), _counts(found[:-1])]
+        )
     turns = [f"turn {turn}" for turn in steps]
     tables = [Grid("All chains", ["", *turns, f"drop 1 to {report.turns}", "chains"], rows)]
     for metric in BY_TYPE if report.edit_types else ():
         rows = []
         for name in report.edit_types:
             found = [report.find(metric, turn, name) for turn in [*steps, ALL]]
-            rows.append([name, *map(_cell, found), _counts(found)])
+            rows.append([name, *(_cell(x, digits) for x in found), _counts(found)])
         title = f"{TITLES[metric]} by edit type"
         tables.append(Grid(title, ["", *turns, "all turns", "turns counted"], rows))
     return tables
 
 
-def _cell(x: Estimate) -> str:
+def _cell(x: Estimate, digits: int) -> str:
     if x.estimate is None or x.low is None or x.high is None:
         return "none"
-    return f"{x.estimate:.2f} [{x.low:.2f}, {x.high:.2f}]"
+    estimate, low, high = (f"{value:.{digits}f}" for value in (x.estimate, x.low, x.high))
+    return f"{estimate} [{low}, {high}]"
 
 
 def _counts(found: Sequence[Estimate]) -> str:
@@ -87,7 +94,7 @@ def reasons(report: Report) -> list[str]:
 def rich_tables(report: Report) -> list[Table]:
     """Set the tables for a terminal."""
     tables = []
-    for title, head, body in grids(report):
+    for title, head, body in grids(report, digits=1):
         table = Table(title=f"{report.title}: {title} [95% interval]".replace("[", r"\["))
         for column in head:
             table.add_column(column, justify="right" if column else "left")

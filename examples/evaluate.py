@@ -1,0 +1,216 @@
+"""Score any editor on chains of edits: make the images, judge every turn, report with intervals.
+
+    python examples/evaluate.py run chains.jsonl --editor black-forest-labs/FLUX.1-Kontext-dev \
+        --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct --output runs/kontext
+    python examples/evaluate.py compare runs/kontext runs/kontext-lora
+
+The same command goes on where it was stopped: images that are there are not made again, answers
+that came are not asked for again. ``accelerate launch`` spreads the chains over ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from accelerate import PartialState
+from evaluating.editors import call_options, load_editor
+from evaluating.images import ByRow, MadeImages
+from evaluating.output import Finished, keep_settings, show, write_all, write_scores
+from evaluating.scoring import score_chains
+from flux.config import Rewards
+from tqdm import tqdm
+
+from mteditflow.chains import Chain, read_chains
+from mteditflow.evaluation.gallery import Series
+from mteditflow.evaluation.paired import most_changed, report_difference
+from mteditflow.evaluation.report import report_of
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class Dtype(str, Enum):
+    """Of the editor's weights."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Scale(str, Enum):
+    """What the judge answers: 0 or 1, or 1 to 5."""
+
+    binary = "binary"
+    likert = "likert"
+
+
+SUCCESS = {Scale.binary: 1.0, Scale.likert: 5.0}
+Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery page.")]
+
+
+@app.command()
+def run(
+    chains: Annotated[Path, typer.Argument(help="File of chains, in any supported format.")],
+    editor: Annotated[str | None, typer.Option(help="Edit pipeline, path or hub id.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images already made.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of all that is made.")] = Path("runs/edits"),
+    title: Annotated[str | None, typer.Option(help="Name in reports; else the editor's.")] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="At most; longer chains are cut.")
+    ] = None,
+    references: Annotated[Path | None, typer.Option(help="Folder of the references.")] = None,
+    lora: Annotated[str | None, typer.Option(help="LoRA in diffusers format.")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="key=value of each call.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Square to fit into.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the editor's weights.")] = Dtype.bfloat16,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Chains edited at once, per rank.")] = 8,
+    judge: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
+    model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
+    scale: Annotated[Scale, typer.Option(help="What the judge answers.")] = Scale.binary,
+    thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
+    consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="module:name in place of both.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
+    preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
+    max_invalid: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of chains not counted that is an error.")
+    ] = 0.2,
+    shown: Gallery = 200,
+) -> None:
+    """Make images of chains, or take those of a folder, score them, and write a report."""
+    if (editor is None) == (images is None):
+        raise typer.BadParameter("expected either --editor or --images")
+    if scorer is None and not (judge and model):
+        raise typer.BadParameter("expected --judge and --model, or --scorer")
+    state = PartialState()
+    with _ending():
+        reading = read_chains(chains, strict=False, images=references, check_images=True)
+        asked = [
+            chain.first_turns(min(turns or chain.turns, chain.turns)) for chain in reading.chains
+        ]
+        made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
+        settings = {
+            "images": "images" if images is None else str(made.folder),
+            "chains": hashlib.sha256(chains.read_bytes()).hexdigest(),
+            "editor": editor,
+            "lora": lora,
+            "call": call_options(call or []),
+            "resolution": resolution,
+            "dtype": dtype.value if editor else None,
+            "seed": seed,
+        }
+        with state.main_process_first():
+            keep_settings(output, settings)
+        if editor is not None:
+            own = made.missing(asked[state.process_index :: state.num_processes])
+            _make(made, own, editor, lora, settings, getattr(torch, dtype.value), batch, state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return
+        rewards = Rewards(
+            judge=tuple(judge or ()),
+            judge_model=model,
+            scope="turn",
+            scale=scale.value,
+            thinking=thinking,
+            consistency=tuple(consistency or ()),
+            concurrency=concurrency,
+            scorer=scorer,
+            success=SUCCESS[scale],
+        )
+        with tqdm(total=len(asked), desc="scoring", unit="chain", disable=None) as bar:
+            evaluation, missing = score_chains(
+                rewards,
+                asked,
+                made,
+                cache=output / "answers.sqlite",
+                preference=preference and (preference, str(state.device)),
+                done=bar.update,
+            )
+        left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | missing
+        if evaluation is None:
+            reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+            raise ValueError(f"expected at least one chain with images, got none. {reasons}")
+        scored = [chain for chain in asked if chain.id not in missing]
+        name = title or str(editor or images)
+        report = report_of(evaluation, scored, title=name, left_out=left_out)
+        write_scores(output, evaluation, scored)
+        series = [Series(name, evaluation, ByRow(made, scored))]
+        write_all(output, report, [report], series, scored, range(min(shown, len(scored))))
+    show(report, output)
+    if 1 - report.counted / report.asked > max_invalid:
+        typer.echo(f"error: {report.counted} of {report.asked} chains counted", err=True)
+        raise typer.Exit(1)
+
+
+def _make(made, chains, editor, lora, settings, dtype, batch, state) -> None:  # noqa: ANN001
+    """Make what is missing of this rank's chains."""
+    if not chains:
+        return
+    size = {} if made.resolution is None else dict.fromkeys(("height", "width"), made.resolution)
+    edits = load_editor(
+        editor,
+        lora=lora,
+        dtype=dtype,
+        device=state.device,
+        call={**size, **settings["call"]},
+        seed=settings["seed"],
+    )
+    bar = tqdm(total=len(chains), desc="editing", unit="chain", disable=None)
+    for start in range(0, len(chains), batch):
+        part = chains[start : start + batch]
+        made.make(edits, part)
+        bar.update(len(part))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="Output folder of a run.")],
+    after: Annotated[Path, typer.Argument(help="Of another, on the same chains.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/compared"),
+    shown: Gallery = 50,
+) -> None:
+    """Compare two runs chain by chain: differences with intervals, and who changed most."""
+    with _ending():
+        runs = [Finished(folder) for folder in (before, after)]
+        chains, left_out = _common(*runs)
+        series = [run.series(chains) for run in runs]
+        old, new = (one.evaluation for one in series)
+        title = f"{series[1].name} minus {series[0].name}"
+        report = report_difference(old, new, chains, title=title, left_out=left_out)
+        rows = [change.row for change in most_changed(old, new)[:shown]]
+        write_all(output, report, [run.report for run in runs], series, chains, rows)
+    show(report, output)
+
+
+def _common(before: Finished, after: Finished) -> tuple[list[Chain], dict[str, str]]:
+    """Chains of both runs, and the ids of the others with the reason.
+
+    Raises:
+        ValueError: there is none.
+    """
+    here, there = ({chain.id for chain in run.chains} for run in (before, after))
+    chains = [chain for chain in before.chains if chain.id in there]
+    if not chains:
+        raise ValueError("expected chains that both runs scored, got none")
+    left_out = dict.fromkeys(sorted(here - there), "only the first run scored it")
+    return chains, left_out | dict.fromkeys(sorted(there - here), "only the second run scored it")
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """End with a message, not a traceback, where a file or an option is not usable."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+if __name__ == "__main__":
+    app()

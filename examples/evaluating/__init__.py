@@ -1,0 +1,1 @@
+"""Parts of ``evaluate.py``: editors, the folder of images, scoring, and what is written."""

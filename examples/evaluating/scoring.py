@@ -1,0 +1,129 @@
+"""Scores of chains and their images, part by part, from services or a scorer of the user's own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from flux.config import Rewards
+from flux.rewards import Scorer, Services, named_scorer
+from PIL.Image import Image
+
+from mteditflow.chains import Chain, ChainError
+from mteditflow.evaluation import Evaluation
+from mteditflow.rewards import AnswerCache, Background, ConsistencyScores, TurnScores
+
+from .images import MadeImages
+
+PART = 32  # chains whose images are in memory at once, and as many that wait
+
+
+class WithParts(Services):
+    """The services, with the terms of consistency apart, whose corpus average CC is."""
+
+    def consistency(self, scores: ConsistencyScores) -> dict[str, TurnScores]:
+        """See ``Services``."""
+        l1 = "" if self._features else "_l1"
+        parts = {
+            name: TurnScores(getattr(scores, f"{name}{l1}"), scores.turn_mask, scores.lost)
+            for name in ("object", "background")
+        }
+        return super().consistency(scores) | parts
+
+
+class WithPreference:
+    """A scorer, and beside it how much people would like the images."""
+
+    def __init__(self, scorer: Scorer, hub_id: str, device: str) -> None:
+        # transformers' CLIP takes its time to import
+        from mteditflow.evaluation.preference import PickScore, Preference
+
+        self._scorer = scorer
+        self._preference = Preference(PickScore.from_pretrained(hub_id, device=device))
+
+    async def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> Mapping[str, TurnScores]:
+        """See ``Scorer``."""
+        found = await self._scorer.score(chains, images)
+        return {**found, **await self._preference.score(chains, images)}
+
+
+def score_chains(
+    config: Rewards,
+    chains: Sequence[Chain],
+    images: MadeImages,
+    *,
+    cache: Path,
+    preference: tuple[str, str] | None,
+    done: Callable[[int], None],
+) -> tuple[Evaluation | None, dict[str, str]]:
+    """Score all chains whose images can be read.
+
+    Args:
+        config: who scores.
+        chains: to score, in this order.
+        images: what was made of them.
+        cache: file of the answers, so that what was answered is not asked again.
+        preference: hub id of a preference model and its device.
+        done: called with the number of chains that are finished.
+
+    Returns:
+        Their evaluation, None if there is no such chain; and the others, by id to the reason.
+    """
+    left_out: dict[str, str] = {}
+    waiting: deque[Future[Mapping[str, TurnScores]]] = deque()
+    found: list[Mapping[str, TurnScores]] = []
+
+    def take() -> None:
+        found.append(waiting.popleft().result())
+        done(len(next(iter(found[-1].values()))))
+
+    with AnswerCache(cache) as answers, Background() as background:
+        scorer: Scorer = (
+            WithParts(config, answers) if config.scorer is None else named_scorer(config.scorer)
+        )
+        if preference is not None:
+            scorer = WithPreference(scorer, *preference)
+        for start in range(0, len(chains), PART):
+            readable = _readable(chains[start : start + PART], images, left_out)
+            if readable:
+                waiting.append(background.submit(scorer.score, *zip(*readable, strict=True)))
+            if len(waiting) > 1:
+                take()
+        while waiting:
+            take()
+    return _evaluation(config, [x for x in chains if x.id not in left_out], found), left_out
+
+
+def _readable(
+    chains: Sequence[Chain], images: MadeImages, left_out: dict[str, str]
+) -> list[tuple[Chain, list[Image]]]:
+    """Chains with their images; of the others the reason is put down."""
+
+    def read(chain: Chain) -> list[Image]:
+        try:
+            return images.load(chain)
+        except ChainError as error:
+            left_out[chain.id] = str(error)
+            return []
+
+    pairs = ((chain, read(chain)) for chain in chains)
+    return [pair for pair in pairs if pair[1]]
+
+
+def _evaluation(
+    config: Rewards, chains: Sequence[Chain], parts: Sequence[Mapping[str, TurnScores]]
+) -> Evaluation | None:
+    if not parts:
+        return None
+    terms = {name: TurnScores.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Evaluation(
+        round=0,
+        chain_ids=[chain.id for chain in chains],
+        instructions=[chain.instructions for chain in chains],
+        terms=terms,
+        success_at=config.success,
+    )

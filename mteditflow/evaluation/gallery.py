@@ -1,0 +1,124 @@
+"""Chains side by side on one HTML page that needs nothing else: images, instructions, scores.
+
+The page filters by edit type and by failure at a turn, in its address too
+(``gallery.html#type=color_alter&failed=2``), and is usable by keyboard alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from mteditflow.chains import Chain
+from mteditflow.evaluation.evaluation import Evaluation
+from mteditflow.rewards.images import to_rgb
+
+SIDE = 256  # most pixels of a side; smaller images are enlarged by the browser
+Images = Sequence[Image.Image]
+
+
+class Series(NamedTuple):
+    """What one editor made of the chains.
+
+    Attributes:
+        name: of the editor.
+        evaluation: scores of the chains.
+        images: by row of the evaluation [reference, turn 1, ..., turn N], read when asked for.
+    """
+
+    name: str
+    evaluation: Evaluation
+    images: Mapping[int, Images]
+
+
+def gallery(
+    series: Sequence[Series], chains: Sequence[Chain], rows: Sequence[int], *, title: str
+) -> str:
+    """Write the page.
+
+    Args:
+        series: of the same chains; each chain has a line of images of each.
+        chains: in the order of the evaluations.
+        rows: which of them to show, in the order of the page.
+        title: of the page.
+
+    Returns:
+        HTML. Images are in it, at most 256 pixels a side.
+
+    Raises:
+        ValueError: there is no series, or the images of a chain are not one more than its turns.
+
+    Example:
+        >>> import torch
+        >>> from mteditflow.rewards import TurnScores
+        >>> scores = TurnScores(torch.ones(1, 1), torch.ones(1, 1) > 0, {})
+        >>> evaluation = Evaluation(0, ["7"], [["Add a dog"]], {"following": scores}, success_at=1)
+        >>> chain = Chain(id="7", image="7.png", instructions=("Add a dog",))
+        >>> images = {0: [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]}
+        >>> page = gallery([Series("mine", evaluation, images)], [chain], [0], title="Mine")
+        >>> page.startswith("<!doctype html>"), "Add a dog" in page
+        (True, True)
+    """
+    if not series:
+        raise ValueError("series: expected at least one, got none")
+    shown = [_chain(series, chains[row], row) for row in rows]
+    types = dict.fromkeys(x for chain in shown for x in chain["types"] or ())
+    turns = max((len(chain["instructions"]) for chain in shown), default=0)
+    data = {"chains": shown, "types": list(types), "turns": turns, "of": len(chains)}
+    # In a script element "<" could end it.
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    page = resources.files(__package__).joinpath("gallery.html").read_text(encoding="utf-8")
+    before, _, after = page.partition("{{data}}")
+    return before.replace("{{title}}", html.escape(title)) + text + after
+
+
+def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
+    """What the page is told of a chain."""
+    made = []
+    for one in series:
+        reference, *edited = one.images[row]
+        if len(edited) != chain.turns:
+            raise ValueError(
+                f"images of chain {chain.id!r}: expected {chain.turns} after the reference, "
+                f"got {len(edited)}"
+            )
+        scores = [_turn(one.evaluation, row, n) for n in range(chain.turns)]
+        pictures = [_embedded(image) for image in edited]
+        made.append({"name": one.name, "images": pictures, "turns": scores})
+    return {
+        "id": chain.id,
+        "reference": _embedded(reference),
+        "instructions": chain.instructions,
+        "types": chain.task_types,
+        "series": made,
+    }
+
+
+def _turn(evaluation: Evaluation, row: int, turn: int) -> dict[str, Any]:
+    """Scores of a turn, what is lost, and whether it was followed: None where that is unknown."""
+    scores, lost = {}, []
+    for name, term in evaluation.terms.items():
+        value = float(term.score[row, turn])
+        scores[name] = None if value != value else round(value, 4)
+        if (row, turn) in term.lost:
+            lost.append(f"{name}: {term.lost[row, turn]}")
+    known = bool(evaluation.terms["following"].measured[row, turn])
+    followed = bool(evaluation.success[row, turn]) if known else None
+    return {"scores": scores, "followed": followed, "lost": lost}
+
+
+def _embedded(image: Image.Image) -> str:
+    """An image as an address that holds it."""
+    small, stream = to_rgb("image", image).copy(), io.BytesIO()
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    # Lossless where it is small and its pixels are what counts.
+    lossless = max(small.size) <= SIDE // 4
+    small.save(stream, format="WEBP", lossless=lossless, quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
