@@ -13,14 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from accelerate import PartialState
-from evaluating.editors import call_options, load_editor
+from evaluating.editors import Model, call_options
 from evaluating.images import ByRow, MadeImages
 from evaluating.output import Finished, keep_settings, show, write_all, write_scores
 from evaluating.scoring import score_chains
@@ -88,85 +88,56 @@ def run(
         raise typer.BadParameter("expected either --editor or --images")
     if scorer is None and not (judge and model):
         raise typer.BadParameter("expected --judge and --model, or --scorer")
+    rewards = Rewards(
+        judge=tuple(judge or ()),
+        judge_model=model,
+        scope="turn",
+        scale=scale.value,
+        thinking=thinking,
+        consistency=tuple(consistency or ()),
+        concurrency=concurrency,
+        scorer=scorer,
+        success=SUCCESS[scale],
+    )
     state = PartialState()
     with _ending():
         reading = read_chains(chains, strict=False, images=references, check_images=True)
-        asked = [
-            chain.first_turns(min(turns or chain.turns, chain.turns)) for chain in reading.chains
-        ]
+        asked = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
         settings = {
             "images": "images" if images is None else str(made.folder),
             "chains": hashlib.sha256(chains.read_bytes()).hexdigest(),
-            "editor": editor,
-            "lora": lora,
-            "call": call_options(call or []),
             "resolution": resolution,
-            "dtype": dtype.value if editor else None,
-            "seed": seed,
         }
+        if editor is not None:
+            edits = Model(editor, lora, dtype.value, call_options(call or []), resolution, seed)
+            settings |= asdict(edits)
         with state.main_process_first():
             keep_settings(output, settings)
         if editor is not None:
-            own = made.missing(asked[state.process_index :: state.num_processes])
-            _make(made, own, editor, lora, settings, getattr(torch, dtype.value), batch, state)
-        state.wait_for_everyone()
+            made.make(edits, asked, state, batch)
         if not state.is_main_process:
             return
-        rewards = Rewards(
-            judge=tuple(judge or ()),
-            judge_model=model,
-            scope="turn",
-            scale=scale.value,
-            thinking=thinking,
-            consistency=tuple(consistency or ()),
-            concurrency=concurrency,
-            scorer=scorer,
-            success=SUCCESS[scale],
-        )
         with tqdm(total=len(asked), desc="scoring", unit="chain", disable=None) as bar:
             evaluation, missing = score_chains(
                 rewards,
                 asked,
                 made,
                 cache=output / "answers.sqlite",
-                preference=preference and (preference, str(state.device)),
+                preference=(preference, str(state.device)) if preference else None,
                 done=bar.update,
             )
-        left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | missing
-        if evaluation is None:
-            reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-            raise ValueError(f"expected at least one chain with images, got none. {reasons}")
-        scored = [chain for chain in asked if chain.id not in missing]
         name = title or str(editor or images)
+        left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | missing
+        scored = [chain for chain in asked if chain.id not in missing]
         report = report_of(evaluation, scored, title=name, left_out=left_out)
         write_scores(output, evaluation, scored)
         series = [Series(name, evaluation, ByRow(made, scored))]
         write_all(output, report, [report], series, scored, range(min(shown, len(scored))))
     show(report, output)
     if 1 - report.counted / report.asked > max_invalid:
-        typer.echo(f"error: {report.counted} of {report.asked} chains counted", err=True)
+        typer.echo(f"error: only {report.counted} of {report.asked} chains counted", err=True)
         raise typer.Exit(1)
-
-
-def _make(made, chains, editor, lora, settings, dtype, batch, state) -> None:  # noqa: ANN001
-    """Make what is missing of this rank's chains."""
-    if not chains:
-        return
-    size = {} if made.resolution is None else dict.fromkeys(("height", "width"), made.resolution)
-    edits = load_editor(
-        editor,
-        lora=lora,
-        dtype=dtype,
-        device=state.device,
-        call={**size, **settings["call"]},
-        seed=settings["seed"],
-    )
-    bar = tqdm(total=len(chains), desc="editing", unit="chain", disable=None)
-    for start in range(0, len(chains), batch):
-        part = chains[start : start + batch]
-        made.make(edits, part)
-        bar.update(len(part))
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,30 +23,43 @@ class Edits(Protocol):
         """Edit B chains; what a chain becomes does not depend on the others."""
 
 
-def load_editor(
-    source: str,
-    *,
-    lora: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    call: Mapping[str, Any],
-    seed: int,
-) -> Edits:
-    """Load a pipeline by path or hub id; its class tells how it is called."""
-    name = DiffusionPipeline.load_config(source)["_class_name"]
-    if name in {family.pipeline.__name__ for family in FAMILIES}:
-        editor = Editor.load(source, dtype=dtype, device=device, call=call)
-        _add_lora(editor.pipeline, lora)
-        return OfFamily(editor, seed)
-    pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    _add_lora(pipeline, lora)
-    return AnyPipeline(pipeline, call, seed)
+@dataclass(frozen=True)
+class Model:
+    """A pipeline by path or hub id, and how it is called.
 
+    Attributes:
+        editor: of the pipeline, in diffusers format.
+        lora: weights to add, path or hub id.
+        dtype: of all weights.
+        call: options of every call.
+        resolution: side of the square that references are fitted into; None leaves them.
+        seed: of the noise.
+    """
 
-def _add_lora(pipeline: Any, lora: str | None) -> None:
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
+    editor: str
+    lora: str | None
+    dtype: str
+    call: Mapping[str, Any]
+    resolution: int | None
+    seed: int
+
+    def load(self, device: torch.device) -> Edits:
+        """Load it; its class tells how it is called."""
+        name, options = DiffusionPipeline.load_config(self.editor)["_class_name"], self.call
+        dtype = getattr(torch, self.dtype)
+        if self.resolution is not None:
+            options = {"height": self.resolution, "width": self.resolution, **options}
+        if name in {family.pipeline.__name__ for family in FAMILIES}:
+            editor = Editor.load(self.editor, dtype=dtype, device=device, call=options)
+            return OfFamily(self._with_lora(editor), self.seed)
+        pipeline = DiffusionPipeline.from_pretrained(self.editor, dtype=dtype).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return AnyPipeline(self._with_lora(pipeline), options, self.seed)
+
+    def _with_lora(self, editor: Any) -> Any:
+        if self.lora is not None:
+            getattr(editor, "pipeline", editor).load_lora_weights(self.lora)
+        return editor
 
 
 class OfFamily:

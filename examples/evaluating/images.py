@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from accelerate import PartialState
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from mteditflow._atomic import write_atomically
 from mteditflow.chains import Chain, ChainDataset, ChainError
 
-from .editors import Edits
+from .editors import Edits, Model
 
 
 class MadeImages:
@@ -77,8 +79,20 @@ class MadeImages:
             return False
         return True
 
-    def make(self, edits: Edits, chains: Sequence[Chain]) -> None:
-        """Edit chains as one batch, and keep each image, whole or not at all."""
+    def make(self, model: Model, chains: Sequence[Chain], state: PartialState, batch: int) -> None:
+        """Make what is missing, each rank a part of the chains; returns when all have finished.
+
+        An image is there whole or not at all; a chain is made anew unless all of its images are.
+        """
+        own = self.missing(chains[state.process_index :: state.num_processes])
+        edits = model.load(state.device) if own else None
+        with tqdm(total=len(own), desc="editing", unit="chain", disable=None) as bar:
+            for start in range(0, len(own), batch):
+                self._make(edits, own[start : start + batch])
+                bar.update(len(own[start : start + batch]))
+        state.wait_for_everyone()
+
+    def _make(self, edits: Edits, chains: Sequence[Chain]) -> None:
         made = edits([self.reference(chain) for chain in chains], chains)
         for chain, images in zip(chains, made, strict=True):
             for turn, image in enumerate(images, start=1):

@@ -59,7 +59,7 @@ def score_chains(
     cache: Path,
     preference: tuple[str, str] | None,
     done: Callable[[int], None],
-) -> tuple[Evaluation | None, dict[str, str]]:
+) -> tuple[Evaluation, dict[str, str]]:
     """Score all chains whose images can be read.
 
     Args:
@@ -71,7 +71,10 @@ def score_chains(
         done: called with the number of chains that are finished.
 
     Returns:
-        Their evaluation, None if there is no such chain; and the others, by id to the reason.
+        Their evaluation; and the others, by id to the reason.
+
+    Raises:
+        ValueError: there is no such chain.
     """
     left_out: dict[str, str] = {}
     waiting: deque[Future[Mapping[str, TurnScores]]] = deque()
@@ -95,6 +98,9 @@ def score_chains(
                 take()
         while waiting:
             take()
+    if not found:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
     return _evaluation(config, [x for x in chains if x.id not in left_out], found), left_out
 
 
@@ -116,9 +122,7 @@ def _readable(
 
 def _evaluation(
     config: Rewards, chains: Sequence[Chain], parts: Sequence[Mapping[str, TurnScores]]
-) -> Evaluation | None:
-    if not parts:
-        return None
+) -> Evaluation:
     terms = {name: TurnScores.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Evaluation(
         round=0,

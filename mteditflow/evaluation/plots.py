@@ -25,14 +25,14 @@ BARS = {
     "content_consistency": ("CC", AMBER),
     "overall": ("Overall", GOOD),
 }
-LINES = (BLUE, SOFT, GOOD, AMBER)  # of the reports that are compared
+LINES = (SOFT, BLUE, GOOD, AMBER)  # of the reports that are compared
 
 
 def draw_report(*reports: Report) -> Figure:
     """Draw IF, CC and Overall by turn, Marginal by turn, and Marginal by edit type.
 
     Args:
-        *reports: one or more of the same number of turns; bars are of the last.
+        *reports: one or more of the same chains; what is not a line is of the last.
 
     Raises:
         ValueError: there is no report.
@@ -42,13 +42,16 @@ def draw_report(*reports: Report) -> Figure:
     report = reports[-1]
     count = 3 if report.edit_types else 2
     with house_style():
-        figure = Figure(figsize=(4.6 * count, 4.2), dpi=DPI, facecolor="white", layout="tight")
+        figure = Figure(
+            figsize=(4.6 * count, 4.2), dpi=DPI, facecolor="white", layout="constrained"
+        )
         bars, lines, *types = figure.subplots(1, count)
         _bars(bars, report)
         _lines(lines, reports)
         for axes in types:
             _types(axes, report)
-        figure.suptitle(" against ".join(dict.fromkeys(x.title for x in reports)), color=INK)
+        title, *others = dict.fromkeys(x.title for x in reversed(reports))
+        figure.suptitle(title + "".join(f", against {x}" for x in others), color=INK)
         figure.canvas.draw()  # lays out while the fonts of the house are set
     return figure
 
@@ -102,9 +105,10 @@ def _values(
 
 
 def _finish(axes: Any, title: str, turns: Sequence[int], *, legend: bool = True) -> None:
-    axes.set(title=title, xlabel="turn", ylim=(0, 105))
+    axes.set(title=title, xlabel="turn", ylim=(0, 120))
     axes.set_xticks(list(turns))
+    axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     if legend:
-        axes.legend(frameon=False, fontsize=9, loc="lower left")
+        axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)

@@ -67,7 +67,9 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
 def _cell(x: Estimate, digits: int) -> str:
     if x.estimate is None or x.low is None or x.high is None:
         return "none"
-    estimate, low, high = (f"{value:.{digits}f}" for value in (x.estimate, x.low, x.high))
+    digits += x.metric not in TITLES  # in its own unit, which is seldom percent
+    values = (round(value, digits) + 0.0 for value in (x.estimate, x.low, x.high))  # no minus 0
+    estimate, low, high = (f"{value:.{digits}f}" for value in values)
     return f"{estimate} [{low}, {high}]"
 
 
