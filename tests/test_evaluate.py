@@ -1,0 +1,306 @@
+"""From a model and a benchmark to a report: the numbers of the exact rewards, whatever fails."""
+
+import json
+import re
+import shlex
+import shutil
+from itertools import chain as joined
+from itertools import repeat
+from pathlib import Path
+from types import SimpleNamespace
+
+import evaluating.editors
+import pytest
+import torch
+import typer
+from evaluate import app
+from evaluating.editors import Model, call_options
+from evaluating.images import MadeImages
+from PIL import Image
+from shapes.editor import Family
+from shapes.files import write_world
+from shapes.rewards import Truth, score
+from shapes.served import chain_of
+from shapes.vision import pixels_of
+from typer.testing import CliRunner
+
+import mteditflow as mt
+from mteditflow.chains import read_chains, write_chains
+from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.report import Report
+from tests.rewards.scripted_server import ScriptedServer, completion, error, good
+from tests.samples_of_scores import few_resamples
+
+__all__ = ["few_resamples"]  # a fixture of every test here
+ROOT = Path(__file__).parents[1]
+CHAINS = 12
+EDITOR = ["--dtype", "float32", "--resolution", "12", "--batch", "5"]
+CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 10}
+CALLS = [part for key, value in CALL.items() for part in ("--call", f"{key}={value}")]
+EXACT = ["--scorer", "shapes.scoring:ExactRewards", "--scale", "likert"]
+
+
+def run(*arguments, code=0):
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == code, done.output
+    return " ".join(done.output.replace("│", " ").split())
+
+
+def report(folder):
+    return Report.model_validate_json((folder / "report.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The tiny editor, and chains of the shapes world as EdiVal-Bench holds its own."""
+    root = tmp_path_factory.mktemp("world")
+    write_world(root, Family.kontext, seed=0, counts=(1, CHAINS), turns=3)
+    chains = []
+    for i, chain in enumerate(read_chains(root / "held_out.jsonl").chains):
+        name = f"{i}_input_raw.jpg"  # a PNG all the same: the rewards read every pixel
+        shutil.copy(chain.image_path, root / name)
+        changes = {"id": str(i), "image": name, "formatted_instructions": chain.instructions}
+        chains.append(chain.model_copy(update=changes))
+    write_chains(chains, root / "edival.csv", format="edival")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(world, tmp_path_factory):
+    """An evaluation of the tiny editor."""
+    output = tmp_path_factory.mktemp("made")
+    run("run", world / "edival.csv", "--editor", world / "model", *EDITOR, *CALLS, *EXACT,
+        "--output", output, "--title", "tiny")  # fmt: skip
+    return output
+
+
+def exact(world, images):
+    """IF, Marginal, CC, Overall of a folder of images, in percent, without evaluate's own code."""
+    truths, pictures = [], []
+    for chain in read_chains(world / "edival.csv").chains:
+        turns = [images / chain.id / f"turn_{n}.png" for n in (1, 2, 3)]
+        reference, *edited = [pixels_of(_open(path)) for path in (chain.image_path, *turns)]
+        truths.append(chain_of(reference, chain.instructions))
+        pictures.append(torch.stack(edited) / 255)
+    found = score(torch.stack(pictures), Truth.of(truths))
+    following = found.success.float().cumprod(dim=1).mean(dim=0)
+    consistency = found.consistency.float().mean(dim=0)
+    return {
+        "instruction_following": 100 * following,
+        "marginal": 100 * found.success.float().mean(dim=0),
+        "content_consistency": 100 * consistency,
+        "overall": 100 * (following * consistency).sqrt(),
+    }
+
+
+def _open(path):
+    return Image.open(path).convert("RGB")
+
+
+def assert_exact(found, expected):
+    for metric, values in expected.items():
+        got = [found.find(metric, turn) for turn in (1, 2, 3)]
+        assert [x.estimate for x in got] == pytest.approx(values.tolist(), abs=1e-4), metric
+        assert {x.count for x in got} == {CHAINS}
+        drop = found.find(metric, "drop").estimate
+        assert drop == pytest.approx(float(values[0] - values[-1]), abs=1e-4)
+
+
+def test_the_numbers_are_those_of_the_exact_rewards(world, made):
+    assert_exact(report(made), exact(world, made / "images"))
+    assert {"report.csv", "report.md", "report.png", "gallery.html"} <= {
+        path.name for path in made.iterdir()
+    }
+
+
+def test_a_folder_of_images_gives_the_same_numbers_in_both_layouts(world, made, tmp_path):
+    for chain in range(CHAINS):
+        for turn in (1, 2, 3):
+            source = made / "images" / str(chain) / f"turn_{turn}.png"
+            shutil.copy(source, tmp_path / f"{chain}_input_raw_turn_{turn}.png")
+    for i, images in enumerate((made / "images", tmp_path)):
+        output = tmp_path / f"out{i}"
+        run("run", world / "edival.csv", "--images", images, *EXACT, "--output", output)
+        assert report(output).estimates == report(made).estimates
+
+
+def test_what_is_there_is_not_made_again_and_ranks_share_the_rest(world, made, tmp_path):
+    """Two ranks, batches of another size, and a chain that was half done: the same images."""
+    shutil.copytree(made / "images", tmp_path / "images")
+    for chain in range(3, CHAINS):
+        shutil.rmtree(tmp_path / "images" / str(chain))
+    (tmp_path / "images" / "2" / "turn_3.png").unlink()
+    kept = (tmp_path / "images" / "0" / "turn_1.png").stat().st_mtime_ns
+    chains, images = read_chains(world / "edival.csv").chains, MadeImages(tmp_path / "images", 12)
+    model = Model(str(world / "model"), None, "float32", CALL, 12, 0)
+    for rank in range(2):
+        state = SimpleNamespace(
+            process_index=rank, num_processes=2, device="cpu", wait_for_everyone=lambda: None
+        )
+        images.make(model, chains, state, batch=3)
+    for chain in chains:
+        for turn in (1, 2, 3):
+            there = [
+                _open(MadeImages(x, 12).path(chain, turn)) for x in (made / "images", images.folder)
+            ]
+            assert there[0].tobytes() == there[1].tobytes()
+    assert (tmp_path / "images" / "0" / "turn_1.png").stat().st_mtime_ns == kept
+
+
+def test_any_other_pipeline_is_called_one_chain_at_a_time(world, monkeypatch):
+    chains = read_chains(world / "edival.csv").chains[:1]
+    references = [MadeImages(world, 12).reference(chain) for chain in chains]
+    own = {"_auto_resize": False, "max_area": 144}  # which the family sets by itself
+    first, second = (
+        Model(str(world / "model"), None, "float32", call, 12, 0) for call in (CALL, CALL | own)
+    )
+    family = first.load("cpu")(references, chains)
+    monkeypatch.setattr(evaluating.editors, "FAMILIES", ())
+    other = second.load("cpu")(references, chains)
+    assert [x.tobytes() for x in other[0]] == [x.tobytes() for x in family[0]]
+
+
+def test_images_of_other_settings_are_not_taken_for_these(world, made):
+    said = run("run", world / "edival.csv", "--editor", world / "model", *EDITOR, *CALLS, *EXACT,
+        "--output", made, "--seed", "1", code=2)  # fmt: skip
+    assert "holds images of seed = 0, got 1" in said
+
+
+def test_bad_input_is_named_and_counted(world, made, tmp_path):
+    """A missing image, one that is none, bad rows, an id that stands twice; short chains stay."""
+    images = tmp_path / "images"
+    shutil.copytree(made / "images", images)
+    (images / "1" / "turn_2.png").unlink()
+    (images / "2" / "turn_3.png").write_bytes(b"no image")
+    chains = list(read_chains(world / "edival.csv").chains)
+    chains[0] = chains[0].first_turns(2)
+    lines = [chain.to_json() for chain in chains]
+    lines += [
+        '{"id": 8}',
+        lines[4],
+        lines[5].replace("5_input_raw.jpg", "none.jpg").replace('"id": "5"', '"id": "x"'),
+    ]
+    file = tmp_path / "chains.jsonl"
+    file.write_text("\n".join(lines))
+    where = ["--references", world, "--images", images, "--output", tmp_path / "out"]
+    said = run("run", file, *where, *EXACT, code=1)
+    found = report(tmp_path / "out")
+    assert (found.asked, found.counted, len(found.left_out)) == (15, 10, 5)
+    reasons = found.left_out
+    assert "turn_2.png, got none" in reasons["1"]
+    assert "expected an image" in reasons["2"]
+    assert "id: expected text" in reasons["chains.jsonl:13"]
+    assert "got '4' again, as on line 5" in reasons["chains.jsonl:14"]
+    assert "none.jpg" in reasons["chains.jsonl:15"]
+    assert [found.find("marginal", n).count for n in (1, 2, 3)] == [10, 10, 9]
+    assert "15 chains asked, 10 counted, 5 left out" in said
+    assert "only 10 of 15 chains counted" in said
+    assert all(name in said for name in ("1: turn 2", "chains.jsonl:14: id"))
+    run("run", file, *where, *EXACT, "--max-invalid", "0.5")
+
+
+def test_without_any_image_there_is_no_report(world, tmp_path):
+    said = run("run", world / "edival.csv", "--images", tmp_path, *EXACT,
+        "--output", tmp_path / "out", code=2)  # fmt: skip
+    assert "expected at least one chain with its images, got none" in said
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def yes(request):
+    return completion(json.dumps({"scores": [1]}))
+
+
+def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp_path):
+    """18 of 36 turns judged, then refusals: the chains are lost by name, and nothing is 0."""
+    arguments = ["run", world / "edival.csv", "--images", made / "images", "--no-thinking",
+        "--model", "m", "--concurrency", "1", "--output", tmp_path]  # fmt: skip
+    script = joined([good] * 18, repeat(error(400)))
+    with ScriptedServer(yes, script) as server:
+        run(*arguments, "--judge", server.url, code=1)
+    found = report(tmp_path)
+    assert (found.asked, found.counted + len(found.lost)) == (CHAINS, CHAINS)
+    assert 0 < found.counted < CHAINS
+    assert all("rejected" in why for why in found.lost.values())
+    assert found.find("marginal", 1).estimate == 100
+    with ScriptedServer(yes) as server:
+        run(*arguments, "--judge", server.url)
+        assert len(server.requests) == 18
+    assert (report(tmp_path).counted, report(tmp_path).lost) == (CHAINS, {})
+
+
+def test_two_runs_are_compared_on_the_chains_that_both_scored(world, made, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(made / "images", images)
+    shutil.rmtree(images / "7")
+    for turn in (1, 2, 3):  # nothing is followed any more
+        shutil.copy(world / "3_input_raw.jpg", images / "3" / f"turn_{turn}.png")
+    other = tmp_path / "other"
+    run(
+        "run",
+        world / "edival.csv",
+        "--images",
+        images,
+        *EXACT,
+        "--output",
+        other,
+        "--title",
+        "changed",
+    )
+    said = run("compare", made, other, "--output", tmp_path / "compared")
+    found, old, new = report(tmp_path / "compared"), *map(_evaluation, (made, other))
+    assert (found.asked, found.counted) == (CHAINS, CHAINS - 1)
+    assert found.left_out == {"7": "only the first run scored it"}
+    rows = [row for row in range(CHAINS) if row != 7]
+    gained = new.success.float() - old.success[rows].float()
+    for turn in (1, 2, 3):
+        expected = 100 * float(gained[:, turn - 1].mean())
+        assert found.find("marginal", turn).estimate == pytest.approx(expected, abs=1e-4)
+    page = (tmp_path / "compared" / "gallery.html").read_text()
+    data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    assert data["chains"][0]["id"] == "3" or not old.success[3].any()
+    assert [series["name"] for series in data["chains"][0]["series"]] == ["tiny", "changed"]
+    assert "changed minus tiny" in said
+
+
+def _evaluation(folder):
+    return Evaluation.read(folder / "evaluation.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--judge", "http://127.0.0.1:9/v1", "--model", "m"], "either --editor or --images"),
+        (["--images", "x"], "expected --judge and --model, or --scorer"),
+        (["--editor", "x", "--scorer", "a:b", "--call", "steps"], "call: expected key=value"),
+        (["--images", ".", "--scorer", "nowhere:Thing"], "rewards.scorer: expected module:name"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(world, tmp_path, arguments, message):
+    said = run("run", world / "edival.csv", *arguments, "--output", tmp_path, code=2)
+    assert message in said
+
+
+def test_call_options_are_json_or_text():
+    found = call_options(["steps=4", "scale=1.5", "name=x=y", "flag=true"])
+    assert found == {"steps": 4, "scale": 1.5, "name": "x=y", "flag": True}
+
+
+def test_overall_is_the_geometric_mean(made):
+    found = report(made)
+    for turn in (1, 2, 3):
+        parts = [
+            found.find(x, turn).estimate for x in ("instruction_following", "content_consistency")
+        ]
+        expected = mt.overall(*(torch.tensor([x]) for x in parts))
+        assert found.find("overall", turn).estimate == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_the_page_of_documentation_names_commands_that_parse():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    commands = re.findall(r"examples/evaluate\.py ((?:[^\n`]|\\\n)+)", page.replace("\\\n", " "))
+    assert len(commands) >= 4
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        typer.main.get_command(app).commands[name].make_context(name, arguments)
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        assert (ROOT / "docs" / target).exists(), target
