@@ -1,0 +1,91 @@
+"""The gallery page: what it holds, and in a real browser what it shows and hides."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from mteditflow.chains import Chain
+from mteditflow.evaluation.gallery import Series, gallery
+from tests.samples_of_scores import evaluation, nan
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+TYPES = (("subject_add", "color_alter"), ("color_alter", "subject_add"), ("text_change",) * 2)
+
+
+@pytest.fixture(scope="module")
+def page():
+    """Chain 0 fails at turn 2, chain 1 at none, chain 2 at turn 1 and lost turn 2."""
+    found = evaluation([[1, 0], [1, 1], [0, nan]], lost=[(2, 1)])
+    chains = [
+        Chain(id=f"</script>{i}", image="x.png", instructions=("<b>a", "b"), task_types=TYPES[i])
+        for i in range(3)
+    ]
+    images = {
+        row: [Image.new("RGB", (400, 300), c) for c in ("red", "blue", "green")] for row in range(3)
+    }
+    return gallery([Series("mine & yours", found, images)], chains, range(3), title="<i>{{data}}")
+
+
+def held(page):
+    return json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+
+
+def test_the_page_holds_everything_and_loads_nothing(page):
+    data = held(page)
+    assert [chain["id"] for chain in data["chains"]] == [f"</script>{i}" for i in range(3)]
+    turns = [[turn["followed"] for turn in chain["series"][0]["turns"]] for chain in data["chains"]]
+    assert turns == [[True, False], [True, True], [False, None]]
+    assert "time-out" in data["chains"][2]["series"][0]["turns"][1]["lost"][0]
+    assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
+    assert "<title>&lt;i&gt;{{data}}</title>" in page
+
+
+def test_images_that_are_not_one_more_than_the_turns_are_refused():
+    images = {0: [Image.new("RGB", (8, 8))]}
+    chain = Chain(id="c0", image="x.png", instructions=("a",))
+    with pytest.raises(ValueError, match="chain 'c0': expected 1 after the reference, got 0"):
+        gallery([Series("x", evaluation([[1]]), images)], [chain], [0], title="x")
+    with pytest.raises(ValueError, match="series: expected at least one"):
+        gallery([], [chain], [0], title="x")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine (Debian: chromium)")
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("", [0, 1, 2]),
+        ("failed=2", [0]),
+        ("failed=any", [0, 2]),
+        ("failed=none", [1]),
+        ("type=color_alter", [0, 1]),
+        ("type=color_alter&failed=2", [0]),
+        ("type=subject_add&failed=any", []),
+        ("type=nothing&failed=9", [0, 1, 2]),
+    ],
+)
+def test_a_browser_shows_what_the_address_asks_for(page, tmp_path, address, shown):
+    file = tmp_path / "gallery.html"
+    file.write_text(page)
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/b",
+    ]
+    found = subprocess.run(
+        [*command, "--dump-dom", f"{file.as_uri()}#{address}"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    articles = re.findall(r"<article[^>]*>", found.stdout)
+    assert len(articles) == 3
+    assert [i for i, x in enumerate(articles) if "hidden" not in x] == shown
+    assert f"{len(shown)} of 3 chains" in found.stdout
+    assert "&lt;b&gt;a" in found.stdout.replace("<b>✓ followed</b>", "")
