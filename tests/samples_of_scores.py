@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -15,12 +16,28 @@ nan = torch.nan
 
 @pytest.fixture(autouse=True, scope="module")
 def few_resamples():
-    """200 instead of 2000, here and in the demo that results are compared with."""
+    """200 instead of 2000."""
     few = partial(bootstrap_interval, resamples=200)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("mteditflow.evaluation.evaluation", "shapes.evaluate"):
-            patch.setattr(f"{module}.bootstrap_interval", few)
+        patch.setattr("mteditflow.evaluation.evaluation.bootstrap_interval", few)
         yield
+
+
+def resampled(statistic, count):
+    """An independent reference: numpy's percentiles of a statistic of lists of rows, 200 times."""
+    draws = torch.randint(count, (200, count), generator=torch.Generator().manual_seed(0)).tolist()
+    replicates = [statistic(rows) for rows in draws]
+    return statistic(range(count)), *np.nanpercentile(replicates, [2.5, 97.5], axis=0)
+
+
+def reference_metrics(success, consistency, rows):
+    """IF, Marginal, CC and Overall in percent of some rows of lists, in plain Python."""
+    turns = range(len(success[0]))
+    following = [np.mean([all(success[c][: n + 1]) for c in rows]) for n in turns]
+    marginal = [np.mean([success[c][n] for c in rows]) for n in turns]
+    content = [np.mean([consistency[c][n] for c in rows]) for n in turns]
+    both = [(a * b) ** 0.5 for a, b in zip(following, content, strict=True)]
+    return 100 * np.array([following, marginal, content, both])
 
 
 def turn_scores(rows, lost=(), dtype=torch.float32):

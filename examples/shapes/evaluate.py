@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from mteditflow import (
-    bootstrap_interval,
     content_consistency,
     instruction_following,
     marginal_success,
@@ -106,62 +104,3 @@ def metrics_of(*samples: Tensor) -> Tensor:
 def samples_of(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`metrics_of` takes."""
     return scores.success, scores.strict, scores.consistency
-
-
-def summarise(scores: Scores, *, seed: int = 0) -> dict[str, list]:
-    """Return every metric, in percent per turn, with its 95% bootstrap interval over chains."""
-    generator = torch.Generator().manual_seed(seed)
-    interval = bootstrap_interval(metrics_of, *samples_of(scores), generator=generator)
-    estimate, low, high = (value.double().tolist() for value in interval)
-    summary: dict[str, list] = {}
-    for i, name in enumerate(METRICS):
-        summary[name] = _rounded(estimate[i])
-        summary[f"{name}_interval"] = [_rounded(ends) for ends in zip(low[i], high[i], strict=True)]
-    return summary
-
-
-def kept_share(success: Tensor) -> Tensor:
-    """Marginal(N) / Marginal(1): the share of the first turn's success that the last one keeps."""
-    marginal = marginal_success(success)
-    return marginal[-1] / marginal[0]
-
-
-def compare(before: Scores, after: Scores, *, seed: int = 0) -> dict[str, Any]:
-    """Return paired differences at the last turn, in percent points with 95% intervals.
-
-    ``kept`` and ``strict_kept`` hold Marginal(N) / Marginal(1) before and after, for success and
-    for success of the whole picture: the lower, the worse the exposure bias. None stands for a
-    share of no success at all.
-    """
-
-    def difference(*samples: Tensor) -> Tensor:
-        first, second = samples[:3], samples[3:]
-        kept = [
-            kept_share(new) - kept_share(old)
-            for old, new in zip(first[:2], second[:2], strict=True)
-        ]
-        return torch.cat(
-            [(metrics_of(*second) - metrics_of(*first))[:, -1], 100 * torch.stack(kept)]
-        )
-
-    generator = torch.Generator().manual_seed(seed)
-    samples = (*samples_of(before), *samples_of(after))
-    interval = bootstrap_interval(difference, *samples, generator=generator)
-    report: dict[str, Any] = {}
-    names = (*METRICS, "kept_difference", "strict_kept_difference")
-    for name, *values in zip(names, *(value.double() for value in interval), strict=True):
-        estimate, low, high = (_finite(float(value)) for value in values)
-        report[name], report[f"{name}_interval"] = estimate, [low, high]
-    for name, field in {"kept": "success", "strict_kept": "strict"}.items():
-        shares = (float(kept_share(getattr(scores, field))) for scores in (before, after))
-        report[name] = [_finite(share, 3) for share in shares]
-    return report
-
-
-def _finite(value: float, digits: int = 2) -> float | None:
-    """Round a number; None in place of NaN, which JSON does not know."""
-    return round(value, digits) if math.isfinite(value) else None
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 2) for value in values]

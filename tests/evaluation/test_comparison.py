@@ -1,12 +1,11 @@
 """Paired differences at the last turn."""
 
+import numpy as np
 import pytest
 import torch
-from shapes.evaluate import compare as compare_shapes
-from shapes.rewards import Scores
 
 from mteditflow.evaluation.comparison import compare
-from tests.samples_of_scores import evaluation, few_resamples, nan
+from tests.samples_of_scores import evaluation, few_resamples, nan, reference_metrics, resampled
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 
@@ -37,25 +36,26 @@ def test_golden_difference_over_the_chains_that_count_in_both():
     assert float(found.kept_difference["marginal"].estimate) == pytest.approx(100 * (1.5 - 1 / 3))
 
 
-def test_the_comparison_equals_that_of_the_demo():
+def test_the_comparison_equals_that_of_a_loop_in_plain_python():
     generator = torch.Generator().manual_seed(2)
     runs, scores = [], []
     for chance in (0.5, 0.8):
-        success = torch.rand(30, 3, generator=generator) < chance
-        strict = success & (torch.rand(30, 3, generator=generator) < 0.7)
-        consistency = torch.rand(30, 3, generator=generator)
-        scores.append(Scores(1 + 4 * success.long(), success, consistency, strict))
-        rows = (success.float().tolist(), consistency.tolist())
-        runs.append(evaluation(*rows, strict_marginal=strict.float().tolist()))
-    expected, found = compare_shapes(*scores), compare(*runs)
-    for name in ("instruction_following", "marginal", "content_consistency", "overall"):
-        interval = [float(x) for x in found.difference[name]]
-        assert interval[0] == pytest.approx(expected[name], abs=0.006)
-        assert interval[1:] == pytest.approx(expected[f"{name}_interval"], abs=0.006)
-    for name, here in {"kept": "marginal", "strict_kept": "strict_marginal"}.items():
-        assert found.kept[here] == pytest.approx(expected[name], abs=6e-4)
-        interval = [float(x) for x in found.kept_difference[here]]
-        assert interval[0] == pytest.approx(expected[f"{name}_difference"], abs=0.006)
+        success = (torch.rand(30, 3, generator=generator) < chance).tolist()
+        consistency = torch.rand(30, 3, generator=generator).tolist()
+        scores.append((success, consistency))
+        runs.append(evaluation([list(map(float, row)) for row in success], consistency))
+
+    def differences(rows):
+        old, new = (reference_metrics(*run, rows) for run in scores)
+        kept = 100 * (new[1, -1] / new[1, 0] - old[1, -1] / old[1, 0])
+        return np.array([*(new - old)[:, -1], kept])
+
+    *metrics, kept = zip(*resampled(differences, 30), strict=True)
+    found = compare(*runs)
+    for interval, expected in zip(found.difference.values(), metrics, strict=True):
+        assert [float(x) for x in interval] == pytest.approx(list(expected), abs=1e-3)
+    interval = [float(x) for x in found.kept_difference["marginal"]]
+    assert interval == pytest.approx(list(kept), abs=1e-3)
 
 
 def test_nothing_kept_of_no_success_and_nothing_compared_without_chains():

@@ -5,11 +5,17 @@ import json
 import pytest
 import torch
 from hypothesis import given
-from shapes.evaluate import summarise
-from shapes.rewards import Scores
 
 from mteditflow.evaluation.evaluation import Evaluation
-from tests.samples_of_scores import any_evaluation, evaluation, few_resamples, nan, turn_scores
+from tests.samples_of_scores import (
+    any_evaluation,
+    evaluation,
+    few_resamples,
+    nan,
+    reference_metrics,
+    resampled,
+    turn_scores,
+)
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 
@@ -36,19 +42,16 @@ def test_golden_metrics_of_likert_scores():
     assert found.numbers["held_out/invalid_share"] == 0
 
 
-def test_metrics_equal_those_of_the_demo():
-    """The same estimates and, from the same seed, the same intervals."""
+def test_metrics_equal_those_of_a_loop_in_plain_python():
+    """The same estimates and, from the same draws, the same intervals."""
     generator = torch.Generator().manual_seed(1)
-    success, strict = (torch.rand(40, 3, generator=generator) < p for p in (0.7, 0.4))
-    consistency = torch.rand(40, 3, generator=generator)
-    likert = 1 + 4 * success.long()
-    expected = summarise(Scores(likert, success, consistency, strict))
-    found = evaluation(likert.float().tolist(), consistency.tolist(), success_at=5)
-    for name in ("instruction_following", "marginal", "content_consistency", "overall"):
-        estimate, low, high = (x.tolist() for x in found.metrics[name])
-        assert estimate == pytest.approx(expected[name], abs=0.005)
-        ends = [list(pair) for pair in zip(low, high, strict=True)]
-        assert torch.tensor(ends).allclose(torch.tensor(expected[f"{name}_interval"]), atol=0.005)
+    success = (torch.rand(40, 3, generator=generator) < 0.7).tolist()
+    consistency = torch.rand(40, 3, generator=generator).tolist()
+    found = evaluation([[1 + 4 * x for x in row] for row in success], consistency, success_at=5)
+    expected = resampled(lambda rows: reference_metrics(success, consistency, rows), 40)
+    for i, name in enumerate(found.names):
+        for values, reference in zip(found.metrics[name], expected, strict=True):
+            assert values.tolist() == pytest.approx(reference[i].tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -55,6 +55,24 @@ def test_images_that_are_not_one_more_than_the_turns_are_refused():
         gallery([], [chain], [0], title="x")
 
 
+def browsed(folder, page, address):
+    """The page as a browser has it."""
+    file = folder / "gallery.html"
+    file.write_text(page)
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder}/b",
+    ]
+    found = subprocess.run(
+        [*command, "--dump-dom", f"{file.as_uri()}#{address}"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return found.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine (Debian: chromium)")
 @pytest.mark.parametrize(
@@ -71,21 +89,26 @@ def test_images_that_are_not_one_more_than_the_turns_are_refused():
     ],
 )
 def test_a_browser_shows_what_the_address_asks_for(page, tmp_path, address, shown):
-    file = tmp_path / "gallery.html"
-    file.write_text(page)
-    command = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}/b",
-    ]
-    found = subprocess.run(
-        [*command, "--dump-dom", f"{file.as_uri()}#{address}"],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    articles = re.findall(r"<article[^>]*>", found.stdout)
+    dom = browsed(tmp_path, page, address)
+    articles = re.findall(r"<article[^>]*>", dom)
     assert len(articles) == 3
     assert [i for i, x in enumerate(articles) if "hidden" not in x] == shown
-    assert f"{len(shown)} of 3 chains" in found.stdout
-    assert "&lt;b&gt;a" in found.stdout.replace("<b>✓ followed</b>", "")
+    assert f"{len(shown)} of 3 chains" in dom
+    assert "&lt;b&gt;a" in dom.replace("<b>✓ followed</b>", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine (Debian: chromium)")
+def test_keys_move_between_chains_that_are_shown(page, tmp_path):
+    """With failures alone: the first, the next, the last again, back; then all."""
+    keys = """<script>
+      const seen = [];
+      for (const key of ["j", "j", "j", "k", "f", "Escape"]) {
+        document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+        seen.push(document.activeElement.ariaLabel ?? document.activeElement.id);
+      }
+      document.title = JSON.stringify([seen.map(x => x.at(-1)), document.getElementById("count").textContent]);
+    </script>"""  # noqa: E501
+    dom = browsed(tmp_path, page + keys, "failed=any")
+    title = re.search("<title>(.*)</title>", dom)[1]
+    assert json.loads(title) == [["0", "2", "2", "0", "d", "d"], "3 of 3 chains"]
