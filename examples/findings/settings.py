@@ -200,8 +200,8 @@ LONG_PAPER = (
     "points in Kontext as it came, by 1.58 after GRPO and 1.05 after NFT."
 )
 LONG_WHY = (
-    "Written from seed 0. Measured as a share of turn 1, more is kept after training (at turn 8 46% "
-    "of it, before 29%); in points the fall to turn 8 is not smaller (32 after, 27 before), since "
+    "Written from seed 0. As a share of turn 1, more is kept after training (at turn 8 46% of it, "
+    "before 29%); in points the fall to turn 8 is not smaller (32 after, 27 before), since "
     "there is more to fall from. To turn 3, as far as training went, the fall is smaller in points "
     "too (10 and 14)."
 )  # by hand
