@@ -127,7 +127,8 @@ def run(
                 preference=(preference, str(state.device)) if preference else None,
                 done=bar.update,
             )
-        name = title or str(editor or images)
+        sources = [str(source) for source in (editor or images, lora) if source]
+        name = title or " + ".join("/".join(Path(source).parts[-2:]) for source in sources)
         left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | missing
         scored = [chain for chain in asked if chain.id not in missing]
         report = report_of(evaluation, scored, title=name, left_out=left_out)

@@ -65,6 +65,7 @@ def _bars(axes: Any, report: Report) -> None:
         style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
         axes.bar(places, values, 0.92 * width, yerr=errors, **style)
     _finish(axes, "All turns so far, %", turns)
+    _legend(axes, columns=3)
 
 
 def _lines(axes: Any, reports: Sequence[Report]) -> None:
@@ -74,7 +75,9 @@ def _lines(axes: Any, reports: Sequence[Report]) -> None:
         values, errors = _values(report, "marginal", turns)
         style = {"color": colors[i % len(colors)], "capsize": 3, "marker": "o"}
         axes.errorbar(turns, values, yerr=errors, label=report.title, **style)
-    _finish(axes, "Marginal: this turn alone, %", turns, legend=len(reports) > 1)
+    _finish(axes, "Marginal: this turn alone, %", turns)
+    if len(reports) > 1:
+        _legend(axes, columns=1)  # their titles may be long
 
 
 def _types(axes: Any, report: Report) -> None:
@@ -104,11 +107,16 @@ def _values(
     return values, [below, [max(high - v, 0) for v, high in zip(values, highs, strict=True)]]
 
 
-def _finish(axes: Any, title: str, turns: Sequence[int], *, legend: bool = True) -> None:
-    axes.set(title=title, xlabel="turn", ylim=(0, 120))
+def _legend(axes: Any, *, columns: int) -> None:
+    """Below the axis, where it covers nothing."""
+    axes.legend(
+        frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns
+    )
+
+
+def _finish(axes: Any, title: str, turns: Sequence[int]) -> None:
+    axes.set(title=title, xlabel="turn", ylim=(0, 105))
     axes.set_xticks(list(turns))
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    if legend:
-        axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)
