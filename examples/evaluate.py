@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from accelerate import PartialState
 from evaluating.editors import Model, call_options
@@ -31,6 +32,8 @@ from mteditflow.chains import Chain, read_chains
 from mteditflow.evaluation.gallery import Series
 from mteditflow.evaluation.paired import most_changed, report_difference
 from mteditflow.evaluation.report import report_of
+from mteditflow.evaluation.tables import checks_in_short
+from mteditflow.rewards import Detector
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -47,6 +50,13 @@ class Scale(str, Enum):
 
     binary = "binary"
     likert = "likert"
+
+
+class Checks(str, Enum):
+    """What tells success: one question for all turns, or the check of each edit type."""
+
+    question = "question"
+    edival = "edival"
 
 
 SUCCESS = {Scale.binary: 1.0, Scale.likert: 5.0}
@@ -74,6 +84,8 @@ def run(
     model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
     scale: Annotated[Scale, typer.Option(help="What the judge answers.")] = Scale.binary,
     thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
+    checks: Annotated[Checks, typer.Option(help="edival: by edit type.")] = Checks.question,
+    detector: Annotated[str | None, typer.Option(help="Grounding DINO, path or hub id.")] = None,
     consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     scorer: Annotated[str | None, typer.Option(help="module:name in place of both.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
@@ -88,6 +100,11 @@ def run(
         raise typer.BadParameter("expected either --editor or --images")
     if scorer is None and not (judge and model):
         raise typer.BadParameter("expected --judge and --model, or --scorer")
+    by_type = checks is Checks.edival
+    if by_type and (scorer is not None or scale is not Scale.binary):
+        raise typer.BadParameter("--checks edival: expected no --scorer and --scale binary")
+    if detector is not None and not by_type:
+        raise typer.BadParameter("--detector: expected --checks edival with it")
     rewards = Rewards(
         judge=tuple(judge or ()),
         judge_model=model,
@@ -101,6 +118,7 @@ def run(
     )
     state = PartialState()
     with _ending():
+        finder = _detector(detector, state.device) if detector and state.is_main_process else None
         reading = read_chains(chains, strict=False, images=references, check_images=True)
         asked = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
@@ -119,11 +137,13 @@ def run(
         if not state.is_main_process:
             return
         with tqdm(total=len(asked), desc="scoring", unit="chain", disable=None) as bar:
-            evaluation, missing = score_chains(
+            evaluation, ways, missing = score_chains(
                 rewards,
                 asked,
                 made,
                 cache=output / "answers.sqlite",
+                by_type=by_type,
+                detector=finder,
                 preference=(preference, str(state.device)) if preference else None,
                 done=bar.update,
             )
@@ -131,7 +151,7 @@ def run(
         name = title or " + ".join("/".join(Path(source).parts[-2:]) for source in sources)
         left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | missing
         scored = [chain for chain in asked if chain.id not in missing]
-        report = report_of(evaluation, scored, title=name, left_out=left_out)
+        report = report_of(evaluation, scored, title=name, left_out=left_out, ways=ways)
         write_scores(output, evaluation, scored)
         series = [Series(name, evaluation, ByRow(made, scored))]
         write_all(output, report, [report], series, scored, range(min(shown, len(scored))))
@@ -139,6 +159,13 @@ def run(
     if 1 - report.counted / report.asked > max_invalid:
         typer.echo(f"error: only {report.counted} of {report.asked} chains counted", err=True)
         raise typer.Exit(1)
+
+
+def _detector(path: str, device: torch.device) -> Detector:
+    """Load a detector; transformers takes its time to import."""
+    from mteditflow.rewards.consistency.models import GroundingDino
+
+    return GroundingDino.from_pretrained(path, device=device)
 
 
 @app.command()
@@ -156,6 +183,8 @@ def compare(
         old, new = (one.evaluation for one in series)
         title = f"{series[1].name} minus {series[0].name}"
         report = report_difference(old, new, chains, title=title, left_out=left_out)
+        told = tuple(checks_in_short(run.report) for run in runs)
+        report = report.model_copy(update={"notes": report.notes + told})
         rows = [change.row for change in most_changed(old, new)[:shown]]
         write_all(output, report, [run.report for run in runs], series, chains, rows)
     show(report, output)

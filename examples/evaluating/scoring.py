@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import NamedTuple
 
 from flux.config import Rewards
 from flux.rewards import Scorer, Services, named_scorer
@@ -13,7 +14,14 @@ from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError
 from mteditflow.evaluation import Evaluation
-from mteditflow.rewards import AnswerCache, Background, ConsistencyScores, TurnScores
+from mteditflow.evaluation.benchmarks.edival import WAYS, EdiValJudge
+from mteditflow.rewards import (
+    AnswerCache,
+    Background,
+    ConsistencyScores,
+    Detector,
+    TurnScores,
+)
 
 from .images import MadeImages
 
@@ -31,6 +39,41 @@ class WithParts(Services):
             for name in ("object", "background")
         }
         return super().consistency(scores) | parts
+
+
+class ByType(WithParts):
+    """The services, but success is told by the check of each turn's edit type.
+
+    Attributes:
+        ways: id of a chain to what told each of its turns.
+    """
+
+    def __init__(self, config: Rewards, cache: AnswerCache, detector: Detector | None) -> None:
+        super().__init__(config, cache)
+        self._checks = EdiValJudge(self.client, detector)
+        self.ways: dict[str, tuple[str, ...]] = {}
+
+    async def following(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> TurnScores:
+        """See ``Services``."""
+        found = await self._checks.score(chains, images)
+        self.ways |= zip((chain.id for chain in chains), found.ways, strict=True)
+        return found.scores
+
+
+class Scored(NamedTuple):
+    """What came of scoring.
+
+    Attributes:
+        evaluation: of the chains whose images could be read.
+        ways: what told each of their turns.
+        left_out: the other chains, by id to the reason.
+    """
+
+    evaluation: Evaluation
+    ways: list[tuple[str, ...]]
+    left_out: dict[str, str]
 
 
 class WithPreference:
@@ -57,9 +100,11 @@ def score_chains(
     images: MadeImages,
     *,
     cache: Path,
+    by_type: bool,
+    detector: Detector | None,
     preference: tuple[str, str] | None,
     done: Callable[[int], None],
-) -> tuple[Evaluation, dict[str, str]]:
+) -> Scored:
     """Score all chains whose images can be read.
 
     Args:
@@ -67,11 +112,10 @@ def score_chains(
         chains: to score, in this order.
         images: what was made of them.
         cache: file of the answers, so that what was answered is not asked again.
+        by_type: whether the check of its edit type tells if a turn succeeded.
+        detector: finds objects for these checks.
         preference: hub id of a preference model and its device.
         done: called with the number of chains that are finished.
-
-    Returns:
-        Their evaluation; and the others, by id to the reason.
 
     Raises:
         ValueError: there is no such chain.
@@ -85,11 +129,9 @@ def score_chains(
         done(len(next(iter(found[-1].values()))))
 
     with AnswerCache(cache) as answers, Background() as background:
-        scorer: Scorer = (
-            WithParts(config, answers) if config.scorer is None else named_scorer(config.scorer)
-        )
+        scorer = own = _scorer(config, answers, by_type, detector)
         if preference is not None:
-            scorer = WithPreference(scorer, *preference)
+            scorer = WithPreference(own, *preference)
         for start in range(0, len(chains), PART):
             readable = _readable(chains[start : start + PART], images, left_out)
             if readable:
@@ -101,7 +143,19 @@ def score_chains(
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
-    return _evaluation(config, [x for x in chains if x.id not in left_out], found), left_out
+    scored = [chain for chain in chains if chain.id not in left_out]
+    ways = own.ways if isinstance(own, ByType) else {}
+    otherwise = config.scorer or WAYS[-1]
+    told = [ways.get(chain.id, (otherwise,) * chain.turns) for chain in scored]
+    return Scored(_evaluation(config, scored, found), told, left_out)
+
+
+def _scorer(
+    config: Rewards, cache: AnswerCache, by_type: bool, detector: Detector | None
+) -> Scorer:
+    if config.scorer is not None:
+        return named_scorer(config.scorer)
+    return ByType(config, cache, detector) if by_type else WithParts(config, cache)
 
 
 def _readable(

@@ -56,7 +56,7 @@ class Services:
 
     def __init__(self, config: Rewards, cache: AnswerCache) -> None:
         prompt = JudgePrompt(config.scope, config.scale, config.thinking, config.answer_format)
-        client = ChatClient(
+        self.client = ChatClient(
             config.judge,
             config.judge_model,
             api_key=os.environ.get("OPENAI_API_KEY"),
@@ -64,7 +64,7 @@ class Services:
             concurrency=config.concurrency,
             timeout=config.timeout,
         )
-        self._judge = Judge(client, prompt)
+        self._judge = Judge(self.client, prompt)
         self._looks = None
         if config.consistency:
             self._looks = ConsistencyClient(
@@ -84,7 +84,7 @@ class Services:
         found: dict[str, TurnScores] = {}
 
         async def follow() -> None:
-            found["following"] = await self._judge.score(chains, images)
+            found["following"] = await self.following(chains, images)
 
         async def look() -> None:
             if self._looks is not None:
@@ -94,6 +94,12 @@ class Services:
             tasks.start_soon(follow)
             tasks.start_soon(look)
         return dict(sorted(found.items(), reverse=True))
+
+    async def following(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> TurnScores:
+        """Ask how well each turn was followed."""
+        return await self._judge.score(chains, images)
 
     def consistency(self, scores: ConsistencyScores) -> dict[str, TurnScores]:
         """Name the terms of what the consistency server found."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from mteditflow.chains import Chain
 from mteditflow.evaluation.comparison import check_comparable
 from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation, interval_of
-from mteditflow.evaluation.report import Numbers, Report, in_words, lost_chains
+from mteditflow.evaluation.numbers import Numbers
+from mteditflow.evaluation.report import Report, in_words, lost_chains
 
 
 class Change(NamedTuple):

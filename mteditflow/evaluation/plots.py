@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mteditflow.evaluation.report import ALL, Report
+from mteditflow.evaluation.numbers import ALL
+from mteditflow.evaluation.report import Report
 from mteditflow.evaluation.style import (
     AMBER,
     BLUE,

@@ -1,39 +1,25 @@
 """What a scored benchmark comes to: every metric by turn, its fall, and by edit type.
 
 ``C`` chains of up to ``N`` turns, ``K`` edit types.
+
+A chain that lost a score counts in no number, at no turn: all metrics and turns are of the same
+chains, and two runs can be compared pairwise. A shorter chain counts at the turns that it has, and
+a term of consistency at the turns that have it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from itertools import compress
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from mteditflow.chains import TASK_TYPES, Chain
-from mteditflow.evaluation.evaluation import (
-    CONSISTENCY,
-    FOLLOWING,
-    METRICS,
-    PER_SAMPLE,
-    Evaluation,
-    interval_of,
-)
+from mteditflow.evaluation.evaluation import CONSISTENCY, Evaluation, interval_of
+from mteditflow.evaluation.numbers import Numbers, Place
 from mteditflow.metrics import Interval
-
-DROP, ALL = "drop", "all"  # from turn 1 to N; all turns of an edit type
-BY_TYPE = METRICS[:2]  # IF and Marginal
-
-
-class Place(NamedTuple):
-    """Which number it is: a metric, of all chains or of one edit type, at a turn from 1 on."""
-
-    metric: str
-    edit_type: str | None
-    turn: int | str
 
 
 class Estimate(BaseModel):
@@ -72,6 +58,8 @@ class Report(BaseModel):
         lost: chain to why a score of it was lost; such a chain counts nowhere.
         estimates: the numbers.
         notes: what a reader must know of them.
+        checks: edit type ("unknown" where none is named) to what told success, to how many turns of
+            the counted chains; empty where that is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +72,7 @@ class Report(BaseModel):
     lost: dict[str, str]
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...]
+    checks: dict[str, dict[str, int]] = {}
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -114,6 +103,7 @@ def report_of(
     *,
     title: str,
     left_out: Mapping[str, str],
+    ways: Sequence[Sequence[str]] | None = None,
 ) -> Report:
     """Compute every number of a benchmark, with 95% bootstrap intervals over chains.
 
@@ -122,11 +112,13 @@ def report_of(
         chains: in the order of the evaluation, with their edit types where they are known.
         title: what was scored.
         left_out: what the benchmark holds besides, to why it was not scored.
+        ways: what told the success of each turn of each chain, if that is known.
 
     Raises:
-        ValueError: the chains are not those of the evaluation.
+        ValueError: the chains are not those of the evaluation, or a turn has no way.
 
     Example:
+        >>> import torch
         >>> from mteditflow.rewards import TurnScores
         >>> scores = TurnScores(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.ones(2, 2) > 0, {})
         >>> chains = [Chain(id=x, image="x.png", instructions=("a", "b")) for x in "12"]
@@ -140,11 +132,6 @@ def report_of(
     numbers = Numbers(evaluation, chains)
     places, samples = numbers.places, numbers.samples(evaluation.valid)
     interval = interval_of(numbers.values, samples, (len(places),))
-    notes = []
-    if CONSISTENCY in evaluation.terms and not evaluation.parts:
-        notes.append("One consistency score per turn: corpus and per-sample average are the same.")
-    if not numbers.edit_types:
-        notes.append("The chains name no edit types.")
     return Report(
         title=title,
         turns=evaluation.turns,
@@ -153,72 +140,38 @@ def report_of(
         left_out=dict(left_out),
         lost=lost_chains(evaluation),
         estimates=tuple(in_words(places, interval, numbers.counts(evaluation.valid))),
-        notes=tuple(notes),
+        notes=tuple(_notes(evaluation, numbers.edit_types)),
+        checks={} if ways is None else _checks(chains, ways, evaluation.valid.tolist()),
     )
 
 
-class Numbers:
-    """The numbers of an evaluation as one vector, for a bootstrap over its chains.
-
-    Attributes:
-        edit_types: those that occur.
-        places: which number stands where.
-    """
-
-    def __init__(self, evaluation: Evaluation, chains: Sequence[Chain]) -> None:
-        if [chain.id for chain in chains] != list(evaluation.chain_ids):
-            raise ValueError("chains: expected those of the evaluation in its order, got others")
-        self._evaluation, turns = evaluation, evaluation.turns
-        named = {name for chain in chains for name in chain.task_types or ()}
-        self.edit_types = tuple(name for name in TASK_TYPES if name in named)
-        steps: list[int | str] = list(range(1, turns + 1))
-        self.places = [
-            *(Place(x, None, turn) for x in evaluation.names for turn in [*steps, DROP]),
-            *(Place(x, k, t) for k in self.edit_types for x in BY_TYPE for t in [*steps, ALL]),
-        ]
-        self._types = torch.full((len(chains), turns), -1)  # index of each turn's type
-        for c, chain in enumerate(chains):
-            for n, name in enumerate(chain.task_types or ()):
-                self._types[c, n] = self.edit_types.index(name)
-
-    def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Some chains as ``values`` takes them."""
-        return self._types[rows], *self._evaluation.samples(rows)
-
-    def values(self, types: Tensor, *samples: Tensor) -> Tensor:
-        """Compute all numbers of some chains, in the order of ``places``."""
-        metrics = self._evaluation.per_turn(*samples)
-        metrics = torch.cat([metrics, metrics[:, :1] - metrics[:, -1:]], dim=1)
-        success, shares = samples[0].float(), []
-        for followed in (success.cumprod(dim=1), success):
-            of_type, turns = (_with_sum(x) for x in self._by_type(types, followed))
-            shares.append(100 * of_type / turns)
-        return torch.cat([metrics.flatten(), torch.stack(shares, dim=1).flatten()])
-
-    def _by_type(self, types: Tensor, followed: Tensor) -> tuple[Tensor, Tensor]:
-        """How many turns of each type were followed, and how many there are, both [K, N]."""
-        of_type = types[..., None] == torch.arange(len(self.edit_types))
-        return (followed[..., None] * of_type).sum(dim=0).T, of_type.sum(dim=0).T
-
-    def counts(self, rows: Tensor) -> list[int]:
-        """What each number is a mean over, in chains; for an edit type in turns."""
-        evaluation, found = self._evaluation, []
-        names = dict.fromkeys(evaluation.names, FOLLOWING) | {x: x for x in evaluation.others}
-        names |= dict.fromkeys(("content_consistency", PER_SAMPLE), CONSISTENCY)
-        for metric in evaluation.names:
-            measured = evaluation.terms[names[metric]].measured[rows]
-            both = measured[:, 0] & measured[:, -1]  # a drop is of the chains that have both ends
-            found += [*measured.sum(dim=0).tolist(), int(both.sum())]
-        types = self._types[rows]
-        _, of_type = self._by_type(types, torch.zeros_like(types))
-        for turns in _with_sum(of_type).tolist():
-            found += turns * len(BY_TYPE)
-        return found
+def _notes(evaluation: Evaluation, edit_types: Sequence[str]) -> Iterator[str]:
+    """Say what a reader must know of the numbers."""
+    if evaluation.parts:
+        counts = (
+            f"{name} {' / '.join(str(int(x)) for x in measured.sum(dim=0))}"
+            for name in evaluation.parts
+            for measured in [evaluation.terms[name].measured[evaluation.valid]]
+        )
+        yield f"Chains behind the parts of CC (corpus average), by turn: {', '.join(counts)}."
+    elif CONSISTENCY in evaluation.terms:
+        yield "One consistency score per turn: corpus and per-sample average are the same."
+    if not edit_types:
+        yield "The chains name no edit types."
 
 
-def _with_sum(x: Tensor) -> Tensor:
-    """Append the sum over turns: [K, N] -> [K, N + 1]."""
-    return torch.cat([x, x.sum(dim=1, keepdim=True)], dim=1)
+def _checks(
+    chains: Sequence[Chain], ways: Sequence[Sequence[str]], counted: Sequence[bool]
+) -> dict[str, dict[str, int]]:
+    """Count by edit type what told the turns of the counted chains."""
+    if [len(own) for own in ways] != [chain.turns for chain in chains]:
+        raise ValueError("ways: expected one for each turn of each chain, got others")
+    found: dict[str, Counter[str]] = {}
+    for chain, own in compress(zip(chains, ways, strict=True), counted):
+        for name, way in zip(chain.task_types or ["unknown"] * len(own), own, strict=True):
+            found.setdefault(name, Counter())[way] += 1
+    names = (*TASK_TYPES, "unknown")
+    return {name: dict(found[name].most_common()) for name in names if name in found}
 
 
 def in_words(

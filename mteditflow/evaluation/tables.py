@@ -10,7 +10,8 @@ from typing import NamedTuple
 from rich.table import Table
 
 from mteditflow.evaluation.evaluation import PER_SAMPLE
-from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
+from mteditflow.evaluation.numbers import ALL, BY_TYPE, DROP
+from mteditflow.evaluation.report import Estimate, Report
 
 TITLES = {
     "instruction_following": "IF, %",
@@ -30,7 +31,7 @@ class Grid(NamedTuple):
 
 
 def grids(report: Report, *, digits: int = 2) -> list[Grid]:
-    """Lay out a report: all chains by turn, then each edit type by turn.
+    """Lay out a report: all chains by turn, each edit type by turn, and what told its success.
 
     Args:
         report: what to lay out.
@@ -61,7 +62,25 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
             rows.append([name, *(_cell(x, digits) for x in found), _counts(found)])
         title = f"{TITLES[metric]} by edit type"
         tables.append(Grid(title, ["", *turns, "all turns", "turns counted"], rows))
-    return tables
+    return [*tables, _checks(report)] if report.checks else tables
+
+
+def _checks(report: Report) -> Grid:
+    """How many turns of each edit type were told by what."""
+    ways = sorted({way for used in report.checks.values() for way in used})
+    body = [
+        [name, *(str(used.get(way, 0)) for way in ways)] for name, used in report.checks.items()
+    ]
+    return Grid("What told success, in turns", ["", *ways], body)
+
+
+def checks_in_short(report: Report) -> str:
+    """Say in a line how many turns of each edit type were told by what."""
+    told = (
+        f"{name}: " + ", ".join(f"{way} {count}" for way, count in used.items())
+        for name, used in report.checks.items()
+    )
+    return f"Turns of {report.title} by what told success: {'; '.join(told) or 'not known'}."
 
 
 def _cell(x: Estimate, digits: int) -> str:

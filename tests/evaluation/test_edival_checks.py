@@ -1,4 +1,4 @@
-"""EdiVal-Bench: the rule of each edit type, which way was taken, and the denominators."""
+"""EdiVal-Bench: the rule of each edit type, and which way was taken."""
 
 import math
 from functools import partial
@@ -9,23 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from shapes.evaluate import to_pil
-from shapes.served import record_of
 from shapes.vision import RuleDetector
 from shapes.world import draw, make_chains
 
 from mteditflow.chains import Chain, read_chains, write_chains
-from mteditflow.evaluation.benchmarks import EdiValJudge, report_edival
+from mteditflow.evaluation.benchmarks import EdiValJudge
 from mteditflow.evaluation.benchmarks.edival_checks import RULES, Find, lies, statement, yes_or_no
 from mteditflow.planner import parse_formatted
 from mteditflow.rewards import (
     AnswerError,
     ChatAnswer,
     ChatClient,
-    ConsistencyScores,
     Fault,
-    Lost,
-    TurnScores,
 )
+from tests.evaluation.formatted_worlds import FORMS, world_chain
 from tests.evaluation.judged_items import picture, text_of, values_of
 from tests.rewards.scripted_server import ScriptedServer, completion, error
 
@@ -177,11 +174,6 @@ def test_each_turn_goes_its_way_and_the_report_says_which():
         ("detector", "yes/no question", "single question"),
         ("detector",),
     )
-    assert found.used == {
-        "color_alter": {"yes/no question": 1},
-        "subject_add": {"detector": 1},
-        "subject_remove": {"detector": 1, "single question": 1},
-    }
     assert found.scores.score[0].tolist() == [1, 1, 1]
     assert found.scores.score[1, 0] == 0  # the dog was there before
     asked = sorted((values_of(x.json), text_of(x.json)) for x in server.requests)
@@ -200,7 +192,6 @@ def test_without_a_detector_or_a_form_the_single_question_is_asked():
         ("single question",),
         ("single question", "yes/no question", "single question"),
     )
-    assert found.used["unknown"] == {"single question": 1}
 
 
 def test_a_lost_answer_is_no_failure():
@@ -221,28 +212,6 @@ def test_images_that_do_not_fit_are_named():
         )
 
 
-FORMS = {
-    "subject_add": "Add [{name}]",
-    "subject_remove": "Remove [{name}]",
-    "subject_replace": "Replace [{name}] with [{color} {value}]",
-    "count_change": "Change the count of [{name}] to [{count}]",
-}
-
-
-def world_chain(world):
-    """A chain of the shapes world with the formatted instructions that a detector can tell."""
-    told = [
-        FORMS.get(edit.task_type, edit.instruction).format(
-            name=f"{edit.color} {edit.shape}",
-            color=edit.color,
-            value=edit.value,
-            count={"two": 2}.get(edit.value, 1),
-        )
-        for edit in world.edits
-    ]
-    return record_of(world).model_copy(update={"formatted_instructions": tuple(told)})
-
-
 def test_in_the_shapes_world_a_perfect_editor_succeeds_and_an_idle_one_never_does():
     worlds = make_chains(24, turns=3, seed=5, split="train")
     chains = [world_chain(world) for world in worlds]
@@ -253,7 +222,8 @@ def test_in_the_shapes_world_a_perfect_editor_succeeds_and_an_idle_one_never_doe
         single = [one_turn(chain, n) for chain in chains for n in range(3)]
         nothing = check(server, single, idle, RuleDetector())
     detected = torch.tensor([[way == "detector" for way in own] for own in done.ways])
-    assert set(FORMS) == {kind for kind, ways in done.used.items() if "detector" in ways}
+    kinds = [kind for chain in chains for kind in chain.task_types]
+    assert set(FORMS) == {kind for kind, by in zip(kinds, detected.flatten(), strict=True) if by}
     assert bool((done.scores.score[detected] == 1).all())
     assert bool((nothing.scores.score[detected.reshape(-1, 1)] == 0).all())
 
@@ -281,56 +251,3 @@ def test_chains_of_the_csv_can_be_checked(tmp_path):
         found = check(server, [read], [IMAGES[:2]])
     assert found.ways == (("detector",),)
     assert not server.requests
-
-
-nan = math.nan
-TURNS = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
-
-
-def example():
-    """Three images: one whole, one of two turns, one that lost its second score."""
-    lost = {(2, 1): Lost(Fault.timeout, "none within 1 s", 4)}
-    success = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, nan], [0.0, nan, 1.0]])
-    object_term = torch.tensor([[0.9, 0.8, 0.7], [0.7, nan, nan], [nan, nan, nan]])
-    background = torch.tensor([[0.5, 0.6, nan], [nan, 0.4, nan], [nan, 0.2, 0.9]])
-    pixels = torch.full_like(background, nan)
-    consistency = ConsistencyScores(object_term, background, pixels, pixels, TURNS, {})
-    return TurnScores(success, TURNS, lost), consistency
-
-
-def test_metrics_by_hand():
-    report = report_edival(*example(), unreadable=2)
-    percent = {name: x.estimate.tolist() for name, x in report.metrics.items()}
-    assert percent["instruction_following"] == pytest.approx([200 / 3, 50, 0])
-    assert percent["marginal"] == pytest.approx([200 / 3, 50, 50])
-    # Turn 1: objects (0.9 + 0.7) / 2, background 0.5. Turn 2: 0.8 and 0.4. Turn 3: 0.7 and 0.9.
-    assert percent["consistency_corpus"] == pytest.approx([65, 60, 80], abs=1e-4)
-    # Turn 1: (0.7 + 0.7) / 2. Turn 2: (0.7 + 0.4 + 0.2) / 3. Turn 3: (0.7 + 0.9) / 2.
-    assert percent["consistency_per_sample"] == pytest.approx([70, 130 / 3, 80], abs=1e-4)
-    expected = [math.sqrt(200 / 3 * 65), math.sqrt(50 * 60), 0]
-    assert percent["overall"] == pytest.approx(expected, abs=1e-4)
-
-
-def test_every_denominator_is_stated():
-    report = report_edival(*example(), unreadable=2)
-    assert report.images == 5
-    assert report.counted == {
-        "instruction_following": [3, 2, 1],
-        "marginal": [3, 2, 2],
-        "object": [2, 1, 1],
-        "background": [1, 3, 1],
-        "consistency_per_sample": [2, 3, 2],
-    }
-    assert report.left_out == {"unreadable": [2] * 3, "shorter": [0, 0, 1], "lost": [0, 1, 1]}
-    for turn, counted in enumerate(report.counted["instruction_following"]):
-        assert counted + sum(each[turn] for each in report.left_out.values()) == report.images
-
-
-def test_scores_of_other_chains_are_refused():
-    success, consistency = example()
-    whole = TurnScores(torch.ones(3, 3), torch.ones(3, 3) > 0, {})
-    with pytest.raises(ValueError, match="consistency: expected the turns of success"):
-        report_edival(whole, consistency)
-    likert = TurnScores(success.score * 5, TURNS, success.lost)
-    with pytest.raises(ValueError, match="success: expected 0 or 1"):
-        report_edival(likert, consistency)

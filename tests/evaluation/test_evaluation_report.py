@@ -7,10 +7,17 @@ import pytest
 import torch
 
 from mteditflow.chains import TASK_TYPES, Chain
+from mteditflow.evaluation.numbers import ALL, DROP
 from mteditflow.evaluation.paired import most_changed, report_difference
 from mteditflow.evaluation.plots import draw_report
-from mteditflow.evaluation.report import ALL, DROP, Report, report_of
-from mteditflow.evaluation.tables import as_csv, lost_in_short, markdown, rich_tables
+from mteditflow.evaluation.report import Report, report_of
+from mteditflow.evaluation.tables import (
+    as_csv,
+    checks_in_short,
+    lost_in_short,
+    markdown,
+    rich_tables,
+)
 from tests.samples_of_scores import evaluation, few_resamples, nan
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -73,6 +80,64 @@ def test_cc_is_the_corpus_average_of_its_parts_beside_the_per_sample_average():
     assert report.find("content_consistency_per_sample", 1).estimate == pytest.approx(75)
     assert report.find("overall", 1).estimate == pytest.approx(100 * 0.85**0.5)
     assert "object" not in report.metrics
+
+
+def three_chains():
+    """One whole, one of two turns, one that lost its second score."""
+    return evaluation(
+        [[1, 1, 0], [1, 0, None], [0, nan, 1]],
+        [[0.7, 0.7, 0.7], [0.7, 0.4, None], [nan, 0.2, 0.9]],
+        object=[[0.9, 0.8, 0.7], [0.7, nan, None], [nan, nan, nan]],
+        background=[[0.5, 0.6, nan], [nan, 0.4, None], [nan, 0.2, 0.9]],
+        lost=[(2, 1)],
+    )
+
+
+def test_metrics_by_hand():
+    found = three_chains()
+    report = report_of(found, chains_of(found), title="x", left_out={})
+    # Turn 1: objects (0.9 + 0.7) / 2, background 0.5. Turn 2: 0.8; (0.6 + 0.4) / 2. Turn 3: 0.7.
+    content = [65, 65, 70]
+    for metric, expected in {
+        "instruction_following": [100, 50, 0],
+        "marginal": [100, 50, 0],
+        "content_consistency": content,
+        "content_consistency_per_sample": [70, 55, 70],  # turn 2: (0.7 + 0.4) / 2
+        "overall": [(a * b) ** 0.5 for a, b in zip([100, 50, 0], content, strict=True)],
+    }.items():
+        got = [report.find(metric, turn).estimate for turn in (1, 2, 3)]
+        assert got == pytest.approx(expected, abs=1e-4), metric
+
+
+def test_every_denominator_is_stated():
+    """A lost score takes its chain out of every turn, a shorter chain counts where it is."""
+    found = three_chains()
+    report = report_of(found, chains_of(found), title="x", left_out={"c8": "none", "c9": "none"})
+    assert (report.asked, report.counted, len(report.left_out)) == (5, 2, 2)
+    assert set(report.lost) == {"c2"}
+    for metric in report.metrics:
+        assert [report.find(metric, turn).count for turn in (1, 2, 3)] == [2, 2, 1], metric
+    assert "by turn: object 2 / 1 / 1, background 1 / 2 / 0." in report.notes[0]
+    assert report.notes[0] in markdown(report)
+
+
+def test_what_told_success_is_counted_by_edit_type_over_the_chains_that_count():
+    found = evaluation([[1, 0], [1, 1], [1, nan], [0, None]], lost=[(2, 1)])
+    types = [[ADD, COLOR], [ADD, ADD], [COLOR, COLOR], None]
+    ways = [("box", "asked"), ("asked", "box"), ("box", "box"), ("asked",)]
+    report = report_of(found, chains_of(found, types), title="x", left_out={}, ways=ways)
+    told = {ADD: {"box": 2, "asked": 1}, COLOR: {"asked": 1}, "unknown": {"asked": 1}}
+    assert report.checks == told
+    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert f"|  | asked | box |\n| --- | ---: | ---: |\n| {ADD} | 1 | 2 |" in markdown(report)
+    assert rich_tables(report)[-1].row_count == 3
+    assert checks_in_short(report) == (
+        f"Turns of x by what told success: {ADD}: box 2, asked 1; {COLOR}: asked 1; "
+        "unknown: asked 1."
+    )
+    for wrong in (ways[:3], [*ways[:3], ("asked", "asked")]):
+        with pytest.raises(ValueError, match="ways: expected one for each turn"):
+            report_of(found, chains_of(found, types), title="x", left_out={}, ways=wrong)
 
 
 def test_forms_of_a_report_hold_its_numbers(tmp_path):

@@ -4,7 +4,6 @@ Wording is this library's own: compare editors with it, not with published table
 """
 
 from mteditflow.evaluation.benchmarks.edival import EdiValJudge, TypeScores
-from mteditflow.evaluation.benchmarks.edival_report import EdiValReport, report_edival
 from mteditflow.evaluation.benchmarks.gedit import gedit_items, report_gedit, score_gedit
 from mteditflow.evaluation.benchmarks.imgedit import imgedit_items, report_imgedit, score_imgedit
 from mteditflow.evaluation.benchmarks.items import Item, ItemReading, ItemScores, score_items
@@ -14,7 +13,6 @@ from mteditflow.evaluation.benchmarks.rubric import Rubric
 __all__ = [
     "BenchmarkReport",
     "EdiValJudge",
-    "EdiValReport",
     "Item",
     "ItemReading",
     "ItemScores",
@@ -22,7 +20,6 @@ __all__ = [
     "TypeScores",
     "gedit_items",
     "imgedit_items",
-    "report_edival",
     "report_gedit",
     "report_imgedit",
     "score_gedit",

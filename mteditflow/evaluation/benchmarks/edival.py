@@ -6,7 +6,6 @@ prefix of three turns; ``read_chains`` makes one chain of the rows of an image.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,13 +50,11 @@ class TypeScores:
 
     Attributes:
         scores: 0 or 1, [B, N].
-        ways: of each turn of each chain, one of ``WAYS``.
-        used: edit type ("unknown" where none is named) to how many turns were told in which way.
+        ways: what told each turn of each chain, one of ``WAYS``; ``report_of`` counts them.
     """
 
     scores: TurnScores
     ways: tuple[tuple[str, ...], ...]
-    used: dict[str, dict[str, int]]
 
 
 class EdiValJudge:
@@ -91,7 +88,7 @@ class EdiValJudge:
         found = await gather([partial(self._chain, *each, slots, alone) for each in work])
         ways = tuple(tuple(told.way for told in own) for own in found)
         marks = [[(range(n, n + 1), told.marks) for n, told in enumerate(own)] for own in found]
-        return TypeScores(turn_scores(chains, marks), ways, _used(chains, ways))
+        return TypeScores(turn_scores(chains, marks), ways)
 
     async def _chain(
         self,
@@ -155,12 +152,3 @@ def _edit(chain: Chain, n: int) -> Edit | None:
     with suppress(ValueError):
         return parse_formatted(chain.formatted_instructions[n])
     return None
-
-
-def _used(chains: Sequence[Chain], ways: Sequence[Sequence[str]]) -> dict[str, dict[str, int]]:
-    """Count the ways by edit type."""
-    used: dict[str, Counter[str]] = {}
-    for chain, own in zip(chains, ways, strict=True):
-        for kind, way in zip(chain.task_types or ["unknown"] * len(own), own, strict=True):
-            used.setdefault(kind, Counter())[way] += 1
-    return {kind: dict(count) for kind, count in sorted(used.items())}

@@ -1,0 +1,151 @@
+"""``evaluate.py --checks edival``: turns by the check of their type, and the report tells which."""
+
+import json
+from collections import Counter
+
+import pytest
+from evaluate import app
+from shapes.evaluate import to_pil
+from shapes.vision import RuleDetector
+from shapes.world import draw, make_chains
+from typer.testing import CliRunner
+
+from mteditflow.chains import read_chains, write_chains
+from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.report import Report
+from tests.evaluation.formatted_worlds import FORMS, world_chain
+from tests.rewards.scripted_server import ScriptedServer, completion
+from tests.samples_of_scores import few_resamples
+
+__all__ = ["few_resamples"]  # a fixture of every test here
+CHAINS, DINO = 12, "mteditflow.rewards.consistency.models.GroundingDino.from_pretrained"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Chains with what a perfect editor makes of them, and what an idle one does."""
+    root = tmp_path_factory.mktemp("edival")
+    chains = []
+    for i, world in enumerate(make_chains(CHAINS, turns=3, seed=5, split="train")):
+        pictures = [to_pil(draw(state)) for state in world.states]
+        pictures[0].save(root / f"{i}.png")
+        for turn in (1, 2, 3):
+            for editor, picture in (("perfect", pictures[turn]), ("idle", pictures[0])):
+                path = root / editor / str(i) / f"turn_{turn}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+        chains.append(
+            world_chain(world).model_copy(update={"id": str(i), "image": str(root / f"{i}.png")})
+        )
+    write_chains(chains, root / "chains.jsonl")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def rules(monkeypatch):
+    """The rule of the shapes world under the name of a detector."""
+    monkeypatch.setattr(DINO, lambda path, device: {"rules": RuleDetector()}[path])
+
+
+def no(request):
+    return completion(json.dumps({"scores": [0]}))
+
+
+def run(folder, output, *options, editor="perfect", code=0):
+    """Output of a run whose judge always says no, and how often it was asked."""
+    with ScriptedServer(no) as server:
+        arguments = ["run", folder / "chains.jsonl", "--images", folder / editor, "--output",
+            output, "--judge", server.url, "--model", "m", "--no-thinking", *options]  # fmt: skip
+        said = invoke(*arguments, code=code)
+        return said, len(server.requests)
+
+
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == code, done.output
+    return " ".join(done.output.replace("│", " ").split())
+
+
+def report(output):
+    return Report.model_validate_json((output / "report.json").read_bytes())
+
+
+def of_way(checks, way):
+    return sum(used.get(way, 0) for used in checks.values())
+
+
+@pytest.fixture
+def checked(folder, tmp_path):
+    said, asked = run(folder, tmp_path / "x", "--checks", "edival", "--detector", "rules")
+    return tmp_path / "x", said, asked
+
+
+def test_the_detector_tells_what_it_can_and_the_judge_the_rest(folder, checked):
+    output, said, asked = checked
+    found, kinds = report(output), Counter()
+    for chain in read_chains(folder / "chains.jsonl").chains:
+        kinds.update(chain.task_types)
+    assert {kind: sum(used.values()) for kind, used in found.checks.items()} == kinds
+    assert {kind for kind, used in found.checks.items() if "detector" in used} == set(FORMS)
+    seen = of_way(found.checks, "detector")
+    assert asked == sum(kinds.values()) - seen
+    assert of_way(found.checks, "yes/no question")
+    success = Evaluation.read(output / "evaluation.json").success
+    assert int(success.sum()) == seen  # as the judge says no
+    for kind, used in found.checks.items():
+        marginal = found.find("marginal", "all", kind)
+        assert marginal.estimate == pytest.approx(
+            100 * used.get("detector", 0) / kinds[kind], abs=1e-4
+        )
+    assert "## What told success, in turns\n\n|  | detector |" in (output / "report.md").read_text()
+    assert "What told success, in turns" in said
+
+
+def test_what_an_idle_editor_leaves_is_no_success(folder, tmp_path):
+    options = "--checks", "edival", "--detector", "rules"
+    run(folder, tmp_path, *options, editor="idle")
+    assert not Evaluation.read(tmp_path / "evaluation.json").success[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        (["--checks", "edival"], {"yes/no question", "single question"}),
+        ([], {"single question"}),
+    ],
+)
+def test_without_a_detector_the_questions_tell(folder, tmp_path, options, ways):
+    _, asked = run(folder, tmp_path, *options)
+    checks = report(tmp_path).checks
+    assert {way for used in checks.values() for way in used} == ways
+    assert asked == 3 * CHAINS == sum(of_way(checks, way) for way in ways)
+
+
+def test_a_scorer_of_ones_own_is_named(folder, tmp_path):
+    invoke("run", folder / "chains.jsonl", "--images", folder / "perfect", "--output", tmp_path,
+        "--scorer", "shapes.scoring:ExactRewards", "--scale", "likert")  # fmt: skip
+    assert of_way(report(tmp_path).checks, "shapes.scoring:ExactRewards") == 3 * CHAINS
+
+
+def test_a_comparison_says_what_told_either_run(folder, checked, tmp_path):
+    run(folder, tmp_path / "y", "--title", "asked")
+    invoke("compare", checked[0], tmp_path / "y", "--output", tmp_path / "z")
+    first, second = report(tmp_path / "z").notes[-2:]
+    assert "detector" in first
+    assert "detector" not in second
+    assert second.startswith("Turns of asked by what told success: ")
+    assert second in (tmp_path / "z" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--detector", "rules"], "--detector: expected --checks edival with it"),
+        (["--checks", "edival", "--scale", "likert"], "expected no --scorer and --scale binary"),
+        (["--checks", "edival", "--scorer", "a:b"], "expected no --scorer and --scale binary"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder, tmp_path, options, message):
+    said, asked = run(folder, tmp_path, *options, code=2)
+    assert message in said
+    assert asked == 0
