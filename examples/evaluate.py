@@ -120,6 +120,9 @@ def run(
     with _ending():
         finder = _detector(detector, state.device) if detector and state.is_main_process else None
         reading = read_chains(chains, strict=False, images=references, check_images=True)
+        if not reading.chains:
+            why = "; ".join(x.reason for x in reading.skipped[:3])
+            raise ValueError(f"{chains}: expected at least one usable chain, got none: {why}")
         asked = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
         settings = {

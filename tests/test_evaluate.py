@@ -206,6 +206,14 @@ def test_without_any_image_there_is_no_report(world, tmp_path):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+def test_without_any_usable_chain_the_reasons_are_told(made, tmp_path):
+    file = tmp_path / "chains.jsonl"
+    file.write_text('{"id": "8", "image": "none.jpg", "instructions": ["Remove the cat"]}\n')
+    said = run("run", file, "--images", made / "images", *EXACT, "--output", tmp_path / "x", code=2)
+    assert "expected at least one usable chain, got none: " in said
+    assert "image: expected a file" in said
+
+
 def yes(request):
     return completion(json.dumps({"scores": [1]}))
 
