@@ -160,6 +160,8 @@ FINDINGS = (
         "Finer steps do best.",
         "Equal rounds, so finer steps cost more; see seconds. The model before training is "
         "evaluated at the same steps.",
+        "Written from seed 0. The editor as it came is as good with 4 steps as with 10 (Overall(3) "
+        "18.4 and 17.8), so there is nothing that finer steps could mend.",
     ),
     Finding(
         "turns",
@@ -172,6 +174,9 @@ FINDINGS = (
         (Claim("2", "1"), Claim("3", "2"), Claim("3", "1")),
         "Overall rises with the number of training turns.",
         "Equal rounds and trajectories, so that more turns are also more images; see seconds.",
+        "Written from seed 0. What this editor does wrong it does wrong in a single edit (38% of "
+        "first turns succeed), which one turn shows too; and with one turn the advantage is that "
+        "edit's own, with three it is shared by three edits: see the next finding.",
     ),
     Finding(
         "objective",
@@ -192,6 +197,10 @@ FINDINGS = (
         "whether its choice is the best one here.",
         "Turn: every turn is normalised among the same turn of its group. Until failure: so too, "
         "but turns after the first that failed take no part.",
+        "Written from seed 0. Turns succeed almost independently here (before training IF(3) is "
+        "3.5%, the product of the three Marginals 2.9%), so an advantage of the trajectory adds "
+        "the luck of two other turns to each. Where one failed turn spoils the rest, as the paper "
+        "says of photographs, a turn's own advantage leaves out what it did to the later ones.",
     ),
 )
 

@@ -48,7 +48,11 @@ def print_summary(
     console.print(summary_table(report))
     for line in summary_lines(report):
         console.print(line, highlight=False)
-    files = sorted(path.name for path in folder.glob("*") if path.is_file() and path.name[0] != ".")
+    files = sorted(
+        path.name
+        for path in folder.glob("*")
+        if path.is_file() and path.name[0] != "." and not path.name.endswith(("-shm", "-wal"))
+    )
     there = f": {', '.join(files)}" if files else ""
     console.print(f"Written to [bold]{escape(str(folder))}[/bold]{escape(there)}.", highlight=False)
 

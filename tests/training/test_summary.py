@@ -28,7 +28,8 @@ def report(few_resamples):
 
 def test_the_table_has_a_line_before_and_after_for_each_metric(report, tmp_path):
     (tmp_path / "curves.png").touch()
-    (tmp_path / ".hidden").touch()
+    for name in (".hidden", "answers.sqlite-wal"):
+        (tmp_path / name).touch()
     text = printed(report, tmp_path)
     rows = [[x.strip() for x in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     table, name = {}, ""
