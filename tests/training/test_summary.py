@@ -46,6 +46,7 @@ def test_the_table_has_a_line_before_and_after_for_each_metric(report, tmp_path)
     assert "3 held-out chains, percent [95% interval]" in text
     assert "curves.png" in text
     assert ".hidden" not in text
+    assert "sqlite" not in text
 
 
 def test_the_rest_is_told_in_words(report):
