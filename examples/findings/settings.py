@@ -58,7 +58,7 @@ FINDINGS = (
         ),
         (Claim("Likert average", "binary average"), Claim("binary average", "binary AND")),
         "Likert average > binary average > binary AND.",
-        why="Written from seed 0. How much is left to learn from differs: before training, over 24 "
+        why="How much is left to learn from differs: on seed 0 before training, over 24 "
         "groups of 8, 83% of the groups have no two members apart under binary AND, 17% under the "
         "binary average and none under the Likert average; inside groups AND correlates with the "
         "Likert average by 0.24, the binary average by 0.69.",
@@ -80,7 +80,7 @@ FINDINGS = (
         "In training alone; evaluation is always by the exact rewards. The biased judge takes a "
         "lenient look at nine turns in ten, which passes what is right in place or in colour "
         "alone, with noise of 0.25 points; the noisy one at one turn in ten, with noise of 1.",
-        "Written from seed 0. These are judges made up for the test, and how much they err was "
+        "These are judges made up for the test, and how much they err was "
         "chosen, not fitted to real ones. Inside groups, which is all that training sees, both are "
         "about equally far from the truth: their rewards correlate with the exact ones by 0.63 "
         "(biased) and 0.67 (noisy) before training, by 0.54 and 0.55 after the base run. So the "
@@ -105,9 +105,9 @@ FINDINGS = (
         "Advantage level > reward level, and the gap grows with training; the variance of IF in a "
         "group was 5.8 times that of CC.",
         "Compared at the end of training alone, so nothing is said here of a gap that grows.",
-        "Written from seed 0. Inside groups the spread of CC is a third of that of IF (0.044 and "
+        "Inside groups the spread of CC is a third of that of IF (on seed 0: 0.044 and "
         "0.131 before training), so adding rewards up acts like advantages with a third of w_CC: "
-        "its CC(3) at w_CC 0.5 and 1 is that of advantages at 0.1 to 0.5. CC starts at 96.8% here, "
+        "its CC(3) at w_CC 0.5 and 1 is that of advantages at 0.1 to 0.5. CC starts at 97% here, "
         "so a smaller weight costs Overall nothing, unlike in the paper.",
     ),
     Finding(
@@ -128,9 +128,9 @@ FINDINGS = (
             Claim("0.2", "2"),
         ),
         "CC rises and IF falls as w_CC grows; Overall is best at a moderate one (0.15 to 0.2).",
-        why="Written from seed 0. CC(3) moves by 2.6 points over all weights and starts at 96.8%, "
-        "so there is little to lose: even without a weight it stays within about a point of that. "
-        "Overall follows IF, which is flat up to 0.5 and falls after it.",
+        why="CC(3) moves by 2.4 points over all weights and starts at 97%, so there is little to "
+        "lose: without a weight it ends a point below that. Overall follows IF, which falls slowly "
+        "up to 0.5 and fast after it.",
     ),
     Finding(
         "group_size",
@@ -144,7 +144,7 @@ FINDINGS = (
         (Claim("16", "4"), Claim("16", "8"), Claim("16", "32")),
         "A moderate group is best: 16 of 8, 16, 32, 64.",
         "Equal samples: a larger group means fewer chains in a round.",
-        "Written from seed 0. A guess that no run here tests: with 96 trajectories a group of 32 "
+        "A guess that no run here tests: with 96 trajectories a group of 32 "
         "leaves three chains a round, which is few for a world of many edit types; a group of 4 "
         "gives rough means. The paper's rounds are larger, so its best size may be, too.",
     ),
@@ -160,8 +160,8 @@ FINDINGS = (
         "Finer steps do best.",
         "Equal rounds, so finer steps cost more; see seconds. The model before training is "
         "evaluated at the same steps.",
-        "Written from seed 0. The editor as it came is as good with 4 steps as with 10 (Overall(3) "
-        "18.4 and 17.8), so there is nothing that finer steps could mend.",
+        "The editor as it came is as good with 4 steps as with 10 (Overall(3) 17.9 and 17.3), so "
+        "there is nothing that finer steps could mend.",
     ),
     Finding(
         "turns",
@@ -174,7 +174,7 @@ FINDINGS = (
         (Claim("2", "1"), Claim("3", "2"), Claim("3", "1")),
         "Overall rises with the number of training turns.",
         "Equal rounds and trajectories, so that more turns are also more images; see seconds.",
-        "Written from seed 0. What this editor does wrong it does wrong in a single edit (38% of "
+        "What this editor does wrong it does wrong in a single edit (37% of "
         "first turns succeed), which one turn shows too; and with one turn the advantage is that "
         "edit's own, with three it is shared by three edits: see the next finding.",
     ),
@@ -197,7 +197,7 @@ FINDINGS = (
         "whether its choice is the best one here.",
         "Turn: every turn is normalised among the same turn of its group. Until failure: so too, "
         "but turns after the first that failed take no part.",
-        "Written from seed 0. Turns succeed almost independently here (before training IF(3) is "
+        "Turns succeed almost independently here (on seed 0 before training IF(3) is "
         "3.5%, the product of the three Marginals 2.9%), so an advantage of the trajectory adds "
         "the luck of two other turns to each. Where one failed turn spoils the rest, as the paper "
         "says of photographs, a turn's own advantage leaves out what it did to the later ones.",
@@ -209,10 +209,9 @@ LONG_PAPER = (
     "points in Kontext as it came, by 1.58 after GRPO and 1.05 after NFT."
 )
 LONG_WHY = (
-    "Written from seed 0. As a share of turn 1, more is kept after training (at turn 8 46% of it, "
-    "before 29%); in points the fall to turn 8 is not smaller (32 after, 27 before), since "
-    "there is more to fall from. To turn 3, as far as training went, the fall is smaller in points "
-    "too (10 and 14)."
+    "As a share of turn 1, more is kept after training (at turn 8 51% of it, before 32%); in points "
+    "the fall to turn 8 is not smaller (29 after, 25 before), since there is more to fall from. To "
+    "turn 3, as far as training went, it falls by 9.5 points before and after."
 )  # by hand
 
 SETTINGS = {
