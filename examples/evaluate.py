@@ -59,6 +59,13 @@ class Checks(str, Enum):
     edival = "edival"
 
 
+class Terms(str, Enum):
+    """What consistency compares."""
+
+    features = "features"
+    l1 = "l1"
+
+
 SUCCESS = {Scale.binary: 1.0, Scale.likert: 5.0}
 Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery page.")]
 
@@ -87,6 +94,7 @@ def run(
     checks: Annotated[Checks, typer.Option(help="edival: by edit type.")] = Checks.question,
     detector: Annotated[str | None, typer.Option(help="Grounding DINO, path or hub id.")] = None,
     consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
+    terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = Terms.features,
     scorer: Annotated[str | None, typer.Option(help="module:name in place of both.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
@@ -112,6 +120,7 @@ def run(
         scale=scale.value,
         thinking=thinking,
         consistency=tuple(consistency or ()),
+        terms=terms.value,
         concurrency=concurrency,
         scorer=scorer,
         success=SUCCESS[scale],

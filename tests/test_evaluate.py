@@ -20,7 +20,7 @@ from PIL import Image
 from shapes.editor import Family
 from shapes.files import write_world
 from shapes.rewards import Truth, score
-from shapes.served import chain_of
+from shapes.served import chain_of, service
 from shapes.vision import pixels_of
 from typer.testing import CliRunner
 
@@ -30,6 +30,7 @@ from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.report import Report
 from tests.rewards.scripted_server import ScriptedServer, completion, error, good
 from tests.samples_of_scores import few_resamples
+from tests.tiny_pick_score import write_pick_score
 
 __all__ = ["few_resamples"]  # a fixture of every test here
 ROOT = Path(__file__).parents[1]
@@ -234,6 +235,24 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
         run(*arguments, "--judge", server.url)
         assert len(server.requests) == 18
     assert (report(tmp_path).counted, report(tmp_path).lost) == (CHAINS, {})
+
+
+@pytest.mark.slow
+def test_live_services_and_a_preference_model(world, made, tmp_path):
+    """A judge and the consistency server over HTTP, of the first turn, whose state they can see."""
+    chains = ["run", world / "edival.csv", "--images", made / "images", "--turns", "1"]
+    with service("judge") as judge, service("consistency") as consistency:
+        run(*chains, "--judge", judge, "--model", "scripted", "--scale", "likert", "--no-thinking",
+            "--consistency", consistency, "--terms", "l1",
+            "--preference", write_pick_score(tmp_path / "pick"), "--output", tmp_path / "out",
+            )  # fmt: skip
+    found = report(tmp_path / "out")
+    marginal = found.find("marginal", 1)
+    expected = exact(world, made / "images")["marginal"][0]
+    assert (marginal.count, marginal.estimate) == (CHAINS, pytest.approx(float(expected)))
+    for metric in ("content_consistency", "preference", "preference_of_reference"):
+        assert found.find(metric, 1).count == CHAINS
+    assert 50 < found.find("content_consistency", 1).estimate <= 100
 
 
 def test_two_runs_are_compared_on_the_chains_that_both_scored(world, made, tmp_path):

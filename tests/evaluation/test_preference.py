@@ -4,43 +4,15 @@ import anyio
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
-)
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mteditflow.chains import Chain
 from mteditflow.evaluation.preference import PickScore, Preference
-
-SIZE = 32
+from tests.tiny_pick_score import write_pick_score
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A CLIP of two layers with its tokenizer and processor, as users hold PickScore."""
-    path = tmp_path_factory.mktemp("pickscore")
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16).save_pretrained(path)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
-    ).save_pretrained(path)
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
-    text = layers | {"vocab_size": len(vocab), "max_position_embeddings": 16}
-    ends = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=text | ends | {"pad_token_id": len(vocab) - 1, "intermediate_size": 32},
-        vision_config=layers | {"image_size": SIZE, "patch_size": 8, "intermediate_size": 32},
-        projection_dim=8,
-        initializer_factor=5.0,
-    )
-    CLIPModel(config).save_pretrained(path)
-    return path
+    return write_pick_score(tmp_path_factory.mktemp("pickscore"))
 
 
 def pictures(count):
