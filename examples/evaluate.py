@@ -14,9 +14,8 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -38,35 +37,7 @@ from mteditflow.rewards import Detector
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-class Dtype(str, Enum):
-    """Of the editor's weights."""
-
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Scale(str, Enum):
-    """What the judge answers: 0 or 1, or 1 to 5."""
-
-    binary = "binary"
-    likert = "likert"
-
-
-class Checks(str, Enum):
-    """What tells success: one question for all turns, or the check of each edit type."""
-
-    question = "question"
-    edival = "edival"
-
-
-class Terms(str, Enum):
-    """What consistency compares."""
-
-    features = "features"
-    l1 = "l1"
-
-
-SUCCESS = {Scale.binary: 1.0, Scale.likert: 5.0}
+SUCCESS = {"binary": 1.0, "likert": 5.0}  # score of a followed turn, by scale
 Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery page.")]
 
 
@@ -84,17 +55,25 @@ def run(
     lora: Annotated[str | None, typer.Option(help="LoRA in diffusers format.")] = None,
     call: Annotated[list[str] | None, typer.Option(help="key=value of each call.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Square to fit into.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the editor's weights.")] = Dtype.bfloat16,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of the editor's weights.")
+    ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Chains edited at once, per rank.")] = 8,
     judge: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
-    scale: Annotated[Scale, typer.Option(help="What the judge answers.")] = Scale.binary,
+    scale: Annotated[
+        Literal["binary", "likert"], typer.Option(help="What the judge answers.")
+    ] = "binary",
     thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
-    checks: Annotated[Checks, typer.Option(help="edival: by edit type.")] = Checks.question,
+    checks: Annotated[
+        Literal["question", "edival"], typer.Option(help="edival: by edit type.")
+    ] = "question",
     detector: Annotated[str | None, typer.Option(help="Grounding DINO, path or hub id.")] = None,
     consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
-    terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = Terms.features,
+    terms: Annotated[
+        Literal["features", "l1"], typer.Option(help="What consistency compares.")
+    ] = "features",
     scorer: Annotated[str | None, typer.Option(help="module:name in place of both.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
@@ -108,8 +87,8 @@ def run(
         raise typer.BadParameter("expected either --editor or --images")
     if scorer is None and not (judge and model):
         raise typer.BadParameter("expected --judge and --model, or --scorer")
-    by_type = checks is Checks.edival
-    if by_type and (scorer is not None or scale is not Scale.binary):
+    by_type = checks == "edival"
+    if by_type and (scorer is not None or scale != "binary"):
         raise typer.BadParameter("--checks edival: expected no --scorer and --scale binary")
     if detector is not None and not by_type:
         raise typer.BadParameter("--detector: expected --checks edival with it")
@@ -117,10 +96,10 @@ def run(
         judge=tuple(judge or ()),
         judge_model=model,
         scope="turn",
-        scale=scale.value,
+        scale=scale,
         thinking=thinking,
         consistency=tuple(consistency or ()),
-        terms=terms.value,
+        terms=terms,
         concurrency=concurrency,
         scorer=scorer,
         success=SUCCESS[scale],
@@ -140,7 +119,7 @@ def run(
             "resolution": resolution,
         }
         if editor is not None:
-            edits = Model(editor, lora, dtype.value, call_options(call or []), resolution, seed)
+            edits = Model(editor, lora, dtype, call_options(call or []), resolution, seed)
             settings |= asdict(edits)
         with state.main_process_first():
             keep_settings(output, settings)
