@@ -1,6 +1,5 @@
-"""The paper's findings: the table of settings, intervals over seeds, the page, what is kept."""
+"""The paper's findings: the table of settings, the page, what is kept."""
 
-import math
 import re
 import subprocess
 import sys
@@ -10,18 +9,9 @@ import torch
 from ablations import main
 from findings import running
 from findings.page import document, write_page
-from findings.results import Results, long_claims
+from findings.results import Results, chain_values, long_claims
 from findings.running import FULL, LONG, SHORT, TURNS, Ablations, Form, Run
 from findings.settings import BASE, FINDINGS, SETTINGS, Setting
-from findings.statistics import (
-    Interval,
-    block_error,
-    difference_interval,
-    mean_interval,
-    t_quantile,
-)
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
@@ -55,62 +45,11 @@ def results(seeds=3, better=""):
     return Results(runs, long)
 
 
-def test_quantiles_are_those_of_the_tables():
-    # Student's distribution, two-sided 95%, from any printed table.
-    table = {1: 12.706, 2: 4.303, 3: 3.182, 10: 2.228, 30: 2.042, 120: 1.980}
-    assert {k: t_quantile(k) for k in table} == pytest.approx(table, abs=1e-3)
-
-
-def test_intervals_by_hand():
-    # Means 2 and 4; seeds add 1, 0, -1; errors of +-0.5 in two cells of each row.
-    values = torch.tensor([[3.5, 1.5, 1.0], [4.5, 4.5, 3.0]], dtype=torch.float64)
-    # error: rows minus their means 2, 4, minus columns' 1, 0, -1: +-0.5, -+0.5, 0
-    assert block_error(values) == pytest.approx(math.sqrt(4 * 0.25 / 2))
-    gain = difference_interval(values, 1, 0)
-    half = 4.303 * math.sqrt(0.5) * math.sqrt(2 / 3)
-    assert (gain.mean, gain.low, gain.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
-    own = mean_interval(torch.tensor([1.0, 2.0, 3.0]))
-    half = 4.303 / math.sqrt(3)
-    assert (own.mean, own.low, own.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
-
-
-@given(st.integers(0, 1000), st.integers(2, 5), st.integers(2, 4))
-def test_seeds_and_shifts_do_not_matter_to_differences(seed, settings, seeds):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(settings, seeds, generator=generator, dtype=torch.float64)
-    shifted = values + 7 * torch.randn(seeds, generator=generator, dtype=torch.float64)
-    for first in range(settings):
-        gain = difference_interval(values, first, 0)
-        other = difference_interval(shifted, first, 0)
-        turned = difference_interval(values, 0, first)
-        assert (gain.low, gain.high) == pytest.approx((other.low, other.high))
-        assert (gain.low, gain.high) == pytest.approx((-turned.high, -turned.low))
-
-
-def test_with_two_settings_it_is_the_paired_t_test():
-    values = torch.tensor([[3.0, 1.0, 2.5], [1.0, 1.5, 0.0]], dtype=torch.float64)
-    own, pooled = mean_interval(values[0] - values[1]), difference_interval(values, 0, 1)
-    assert (own.low, own.high) == pytest.approx((pooled.low, pooled.high))
-
-
-@pytest.mark.parametrize(
-    ("ends", "verdict"),
-    [
-        ((0.1, 2.0), "seen"),
-        ((-2.0, -0.1), "reversed"),
-        ((-0.1, 2.0), "not separated"),
-        ((math.nan, math.nan), "no interval from one seed"),
-    ],
-)
-def test_verdicts_follow_from_intervals(ends, verdict):
-    assert Interval(1.0, *ends).verdict == verdict
-
-
-def test_one_seed_gives_no_interval():
-    assert math.isnan(mean_interval(torch.tensor([3.0])).low)
-    assert math.isnan(difference_interval(torch.ones(4, 1), 0, 1).low)
-    assert f"{Interval(1.25, math.nan, math.nan):+.1f}" == "+1.2"
-    assert f"{Interval(1.0, -2.0, 4.0):+.1f}" == "+1.0 [-2.0, +4.0]"
+def test_values_of_chains_have_the_metrics_for_means():
+    own = evaluation(0)
+    for name, values in chain_values(own).items():
+        scale = 100 if name == "strict" else 1
+        assert float(values.mean()) == pytest.approx(scale * own.estimates[name][-1], rel=1e-5)
 
 
 def test_settings_are_sound_and_compare_one_thing(tmp_path):

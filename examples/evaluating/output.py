@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from mteditflow.evaluation.tables import (
     markdown,
     rich_tables,
 )
+from mteditflow.training.pictures import write_picture
 
 from .images import ByRow, MadeImages
 
@@ -79,11 +79,9 @@ def write_all(
     rows: Sequence[int],
 ) -> None:
     """Write the report as JSON, CSV, Markdown, picture and gallery."""
-    stream = io.BytesIO()
-    draw_report(*drawn).savefig(stream, format="png")
+    write_picture(draw_report(*drawn), folder / "report.png")
     page = gallery(series, chains, rows, title=report.title)
     files = {
-        "report.png": stream.getvalue(),
         "gallery.html": page.encode(),
         "report.csv": as_csv(report).encode(),
         "report.md": markdown(report, pictures=["report.png"]).encode(),

@@ -10,13 +10,19 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from mteditflow import overall
 from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.seeds import (
+    SeedInterval,
+    difference_interval,
+    mean_interval,
+    percentile_ends,
+    resampled_means,
+)
 from mteditflow.training.run_log import SECONDS
 
-from .resampling import ends, resampled
 from .running import Ablations, Run
 from .settings import BASE, SETTINGS, Claim, Finding, Setting
-from .statistics import Interval, difference_interval, mean_interval
 
 TITLES = {
     "overall": "Overall(3)",
@@ -59,7 +65,15 @@ class Results:
 
     @cached_property
     def _resampled(self) -> dict[str, Tensor]:
-        return resampled([[run.after for run in own] for own in self.runs.values()])
+        """Each metric over resampled chains, mean over seeds, ``[resamples, settings]``."""
+        tables: dict[str, list[Tensor]] = {}
+        for seed in range(len(self.long)):
+            values = [chain_values(own[seed].after) for own in self.runs.values()]
+            means = resampled_means(values, seed=seed)
+            means["overall"] = overall(means["instruction_following"], means["content_consistency"])
+            for name, mean in means.items():
+                tables.setdefault(name, []).append(mean)
+        return {name: torch.stack(own).mean(dim=0) for name, own in tables.items()}
 
     def _table(self, metric: str, when: str) -> Tensor:
         rows = [[at_last(getattr(r, when), metric) for r in own] for own in self.runs.values()]
@@ -69,20 +83,20 @@ class Results:
         """Of one setting, by seed, ``[seeds]``."""
         return self.tables[metric][self._row(setting)]
 
-    def before(self, setting: Setting, metric: str) -> Interval:
+    def before(self, setting: Setting, metric: str) -> SeedInterval:
         """Of the model as it came, at the steps of a setting."""
         values = [at_last(run.before, metric) for run in self.runs[setting.name]]
         return mean_interval(torch.tensor(values, dtype=torch.float64))
 
-    def mean(self, setting: Setting, metric: str) -> Interval:
+    def mean(self, setting: Setting, metric: str) -> SeedInterval:
         """Over seeds, after training."""
         return mean_interval(self.values(setting, metric))
 
-    def difference(self, first: Setting, second: Setting, metric: str = "overall") -> Interval:
+    def difference(self, first: Setting, second: Setting, metric: str = "overall") -> SeedInterval:
         """Of two settings, after training, paired by seed."""
         return difference_interval(self.tables[metric], self._row(first), self._row(second))
 
-    def claim(self, finding: Finding, claim: Claim) -> Interval:
+    def claim(self, finding: Finding, claim: Claim) -> SeedInterval:
         """By how much the setting that should be higher is."""
         return self.difference(*_compared(finding, claim), claim.metric)
 
@@ -90,7 +104,7 @@ class Results:
         """Ends of the same difference's bootstrap interval over the chains of these seeds."""
         table = self._resampled[claim.metric]
         higher, lower = (table[:, self._row(x)] for x in _compared(finding, claim))
-        return ends(higher - lower)
+        return percentile_ends(higher - lower)
 
     def seconds(self, setting: Setting) -> float:
         """Of a round, mean over rounds and seeds."""
@@ -121,13 +135,23 @@ def _compared(finding: Finding, claim: Claim) -> tuple[Setting, Setting]:
     return by_label[claim.higher], by_label[claim.lower]
 
 
+def chain_values(evaluation: Evaluation) -> dict[str, Tensor]:
+    """What the metrics at the last turn are means of, in percent, each ``[chains]``."""
+    last = {name: scores.score[:, -1].double() for name, scores in evaluation.terms.items()}
+    return {
+        "instruction_following": 100 * evaluation.success.all(dim=1).double(),
+        "content_consistency": 100 * last["consistency"],
+        "strict": 100 * last["strict"],
+    }
+
+
 def at_last(evaluation: Evaluation, metric: str) -> float:
     """A metric at the last turn, in percent."""
     value = evaluation.estimates[metric][-1]
     return 100 * value if metric == "strict" else value
 
 
-def long_claims(long: Sequence[Run]) -> dict[str, Interval]:
+def long_claims(long: Sequence[Run]) -> dict[str, SeedInterval]:
     """What training changes on longer chains, after minus before, with t-intervals over seeds."""
     marginal = torch.tensor(
         [[e.estimates["marginal"] for e in (run.before, run.after)] for run in long],

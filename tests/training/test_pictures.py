@@ -20,7 +20,7 @@ from mteditflow.training.pictures import (
     draw_histograms,
     draw_strips,
     log_pictures,
-    most_changed,
+    risen_and_fallen,
     write_picture,
 )
 from mteditflow.training.pictures.curves import smooth
@@ -187,7 +187,7 @@ def pair():
     ],
 )
 def test_both_directions_are_shown_and_the_title_tells_the_choice(count, rows, how):
-    choice = most_changed(*pair(), count=count)
+    choice = risen_and_fallen(*pair(), count=count)
     assert choice.rows == rows
     counts = "2 had more turns followed at round 9 than at round 0, and 2 had fewer."
     assert choice.how == f"Of 5 held-out chains, {counts} {how}"
@@ -195,7 +195,7 @@ def test_both_directions_are_shown_and_the_title_tells_the_choice(count, rows, h
 
 def test_where_none_fell_those_that_rose_take_their_place():
     before, after = evaluation([[0], [0], [0]]), evaluation([[1], [1], [1]])
-    choice = most_changed(before, after, count=2)
+    choice = risen_and_fallen(before, after, count=2)
     assert choice.rows == [0, 1]
     assert choice.how.endswith("Shown: the 2 that gained most, then none that lost.")
     assert draw_before_after(before, before, {}, {}) is None
@@ -203,7 +203,7 @@ def test_where_none_fell_those_that_rose_take_their_place():
 
 def test_where_few_rose_more_that_fell_take_their_place():
     before, after = evaluation([[0], [1], [1], [1]]), evaluation([[1], [0], [0], [0]])
-    choice = most_changed(before, after, count=4)
+    choice = risen_and_fallen(before, after, count=4)
     assert choice.rows == [0, 1, 2, 3]
     assert choice.how.endswith("Shown: the 1 that gained, then all 3 that lost.")
 
@@ -215,7 +215,7 @@ def test_before_and_after_look_at_the_chosen_images_only():
     check_words_are_on_the_canvas(figure)
     check_nothing_overlaps(figure)
     said = " ".join(x.get_text() for x in figure.findobj(Text))
-    assert most_changed(before, after, count=2).how in said
+    assert risen_and_fallen(before, after, count=2).how in said
     assert said.count("before") == said.count("after") == 2
 
 

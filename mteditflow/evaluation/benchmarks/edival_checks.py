@@ -10,11 +10,10 @@
 | color, material, text, background | a judge answers a yes/no question about the image alone |
 
 A box lies left, right, above or below another if its centre does, along that axis alone; where one
-of the two is not found, the edit has failed. Where a
-rule cannot be applied (no detector, no formatted instruction that can be read, a target that the
-detector does not see before the turn, a new object whose name holds the target's, as in dog and
-black dog) the judge gets the single question of image, instruction, image. What was used for each
-turn is told.
+of the two is not found, the edit has failed. Where a rule cannot be applied (no detector, no
+formatted instruction that can be read, a target that the detector does not see before the turn, a
+new object whose name holds the target's, as in dog and black dog) the judge gets the single
+question of image, instruction, image. What was used for each turn is told.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts 
 ``log_pictures`` gives it to the trackers of accelerate.
 """
 
-from mteditflow.training.pictures.before_after import draw_before_after, most_changed
+from mteditflow.training.pictures.before_after import draw_before_after, risen_and_fallen
 from mteditflow.training.pictures.curves import draw_curves
 from mteditflow.training.pictures.histograms import draw_histograms
 from mteditflow.training.pictures.output import log_pictures, write_picture
@@ -17,6 +17,6 @@ __all__ = [
     "draw_histograms",
     "draw_strips",
     "log_pictures",
-    "most_changed",
+    "risen_and_fallen",
     "write_picture",
 ]

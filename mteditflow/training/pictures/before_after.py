@@ -21,7 +21,7 @@ class Choice(NamedTuple):
     how: str
 
 
-def most_changed(before: Evaluation, after: Evaluation, *, count: int) -> Choice:
+def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Choice:
     """Choose the chains whose number of followed turns rose most, and as many that fell most.
 
     Where fewer fell, more that rose take their place, and the other way round. Only chains that
@@ -56,20 +56,20 @@ def draw_before_after(
     *,
     count: int = 4,
 ) -> Figure | None:
-    """Draw the chains of ``most_changed``, before above after; its words are the title.
+    """Draw the chains of ``risen_and_fallen``, before above after; its words are the title.
 
     Args:
         before: of the model as it came.
         after: of the same chains, from the same noise.
         images_before: [reference, turn 1, ..., turn N] by row of ``before``; only the rows that
-            ``most_changed`` names are looked up.
+            ``risen_and_fallen`` names are looked up.
         images_after: the same of ``after``.
         count: chains to draw, at most.
 
     Returns:
         The figure, or ``None`` if no chain changed.
     """
-    rows, how = most_changed(before, after, count=count)
+    rows, how = risen_and_fallen(before, after, count=count)
     strips = [
         Strip(
             *(f"chain {evaluation.chain_ids[row]}", evaluation.instructions[row], images[row]),

@@ -1,0 +1,191 @@
+r"""Runs over several seeds: intervals of means and differences, and verdicts by rule.
+
+Shapes: ``K`` settings, ``S`` seeds, ``C`` chains, ``R`` resamples.
+
+Seeds are blocks: with one seed all settings share editor, chains, adapters and noise. In the model
+value = setting + seed + error the difference of two settings over S seeds has the interval
+
+.. math:: \bar d \pm t \sqrt{2 s^2 / S}, \qquad s^2 = \sum e^2 / ((K - 1) (S - 1))
+
+with t of Student's distribution with (K - 1)(S - 1) degrees of freedom: the errors of all K
+settings are pooled (a randomised block design). A bootstrap over three seeds would be too narrow,
+since three cannot show the tails; t by the three differences alone is valid, but 4.3 errors wide.
+What is assumed in exchange is that settings scatter alike: show every seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_count, check_floating, check_rank
+
+
+@dataclass(frozen=True)
+class SeedInterval:
+    """A mean over seeds with the ends of its 95% interval; NaN ends where one seed gives none.
+
+    Example:
+        >>> f"{SeedInterval(2.0, 1.0, 3.0):+.1f}", SeedInterval(2.0, 1.0, 3.0).verdict
+        ('+2.0 [+1.0, +3.0]', 'seen')
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Of the claim that this difference is above 0."""
+        if math.isnan(self.low):
+            return "no interval from one seed"
+        if self.low > 0:
+            return "seen"
+        return "reversed" if self.high < 0 else "not separated"
+
+    def __format__(self, spec: str) -> str:
+        """Write mean and ends, each by the format of a number."""
+        if math.isnan(self.low):
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def mean_interval(values: Tensor) -> SeedInterval:
+    """Mean over seeds with its t-interval, S - 1 degrees of freedom.
+
+    Args:
+        values: of one setting, [S].
+
+    Returns:
+        Mean and 95% interval.
+
+    Raises:
+        ValueError: values are not [S].
+        TypeError: they are not floating point.
+
+    Example:
+        >>> f"{mean_interval(torch.tensor([1.0, 2.0, 3.0])):.2f}"
+        '2.00 [-0.48, 4.48]'
+    """
+    check_floating(values=values)
+    check_rank("values", values, 1, "[S]", maximum=1)
+    seeds, mean = len(values), float(values.mean())
+    if seeds < 2:
+        return SeedInterval(mean, math.nan, math.nan)
+    half = _t_quantile(seeds - 1) * float(values.std()) / math.sqrt(seeds)
+    return SeedInterval(mean, mean - half, mean + half)
+
+
+def difference_interval(values: Tensor, first: int, second: int) -> SeedInterval:
+    """First setting minus second, paired by seed, with the errors of all settings pooled.
+
+    Args:
+        values: of all settings with all seeds, [K, S].
+        first: row of one setting.
+        second: row of the other.
+
+    Returns:
+        Mean difference and 95% interval.
+
+    Raises:
+        ValueError: values are not [K, S].
+        TypeError: they are not floating point.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 6.0]])
+        >>> f"{difference_interval(values, 1, 0):.2f}"
+        '2.33 [0.90, 3.77]'
+    """
+    error = block_error(values)
+    settings, seeds = values.shape
+    mean = float((values[first] - values[second]).mean())
+    if math.isnan(error):
+        return SeedInterval(mean, math.nan, math.nan)
+    half = _t_quantile((settings - 1) * (seeds - 1)) * error * math.sqrt(2 / seeds)
+    return SeedInterval(mean, mean - half, mean + half)
+
+
+def block_error(values: Tensor) -> float:
+    """Standard deviation s of a value that setting and seed do not explain.
+
+    Args:
+        values: of all settings with all seeds, [K, S].
+
+    Returns:
+        The pooled error; NaN where one seed or one setting leaves none.
+
+    Raises:
+        ValueError: values are not [K, S].
+        TypeError: they are not floating point.
+
+    Example:
+        >>> round(block_error(torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 6.0]])), 3)
+        0.408
+    """
+    check_floating(values=values)
+    check_rank("values", values, 2, "[K, S]", maximum=2)
+    settings, seeds = values.shape
+    error = values - values.mean(1, keepdim=True) - values.mean(0, keepdim=True) + values.mean()
+    freedom = (settings - 1) * (seeds - 1)
+    return math.sqrt(float(error.square().sum()) / freedom) if freedom else math.nan
+
+
+def resampled_means(
+    values: Sequence[Mapping[str, Tensor]], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Tensor]:
+    """Means over resampled chains of one seed, the same chains for all settings.
+
+    A bootstrap over chains says how much is due to which chains were held out, and nothing of what
+    other seeds would give: narrower than an interval over seeds.
+
+    Args:
+        values: of K settings, what the means are of, by name, each [C] of the same chains.
+        resamples: R.
+        seed: of the draws.
+
+    Returns:
+        By name, [R, K].
+
+    Raises:
+        ValueError: ``resamples`` is not positive.
+
+    Example:
+        >>> means = resampled_means([{"x": torch.ones(5)}, {"x": torch.zeros(5)}], resamples=2)
+        >>> means["x"].tolist()
+        [[1.0, 0.0], [1.0, 0.0]]
+    """
+    check_count("resamples", resamples)
+    first = next(iter(values[0].values()))
+    generator, chains = torch.Generator().manual_seed(seed), len(first)
+    draws = torch.randint(chains, (resamples, chains), generator=generator)
+    ones = torch.full(draws.shape, 1 / chains, dtype=torch.float64)
+    weights = torch.zeros_like(ones).scatter_add(1, draws, ones)
+    return {
+        name: weights @ torch.stack([own[name].double() for own in values], dim=1)
+        for name in values[0]
+    }
+
+
+def percentile_ends(samples: Tensor) -> tuple[float, float]:
+    """Ends of the 95% percentile interval of resampled values, [R].
+
+    Example:
+        >>> percentile_ends(torch.arange(41.0))
+        (1.0, 39.0)
+    """
+    low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    return low, high
+
+
+@cache
+def _t_quantile(freedom: int) -> float:
+    """The 97.5% quantile of Student's distribution, by its integral, to 0.001."""
+    x = torch.linspace(0, 20, 200_001, dtype=torch.float64)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    density = scale / math.sqrt(math.pi * freedom) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    return float(x[1:][torch.cumulative_trapezoid(density, x) >= 0.475][0])
