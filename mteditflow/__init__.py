@@ -16,6 +16,15 @@ from mteditflow.advantage import (
     group_std,
     renormalize_advantage,
 )
+from mteditflow.constraint import LagrangeMultiplier, constrained_weights
+from mteditflow.credit import (
+    Credit,
+    RewardToGo,
+    TrajectoryCredit,
+    TurnCredit,
+    TurnSignal,
+    turn_advantage,
+)
 from mteditflow.diagnostics import (
     RatioCheck,
     advantage_correlation,
@@ -68,6 +77,7 @@ from mteditflow.sde import (
     gaussian_log_prob,
     sliding_window,
 )
+from mteditflow.selection import GroupSelection, draw_probabilities, select_groups
 from mteditflow.trajectory import Steps, Trajectory
 from mteditflow.turns import (
     binary_and,
@@ -84,14 +94,21 @@ __version__ = "0.1.0"
 __all__ = [
     "CPS",
     "ODE",
+    "Credit",
     "DanceSDE",
     "FlowSDE",
+    "GroupSelection",
     "Interval",
+    "LagrangeMultiplier",
     "RatioCheck",
+    "RewardToGo",
     "Solver",
     "Steps",
     "Trajectory",
+    "TrajectoryCredit",
     "Transition",
+    "TurnCredit",
+    "TurnSignal",
     "VelocityFunction",
     "adaptive_nft_loss",
     "advantage_correlation",
@@ -106,8 +123,10 @@ __all__ = [
     "clean_from_velocity",
     "clip_fraction",
     "clipped_surrogate_loss",
+    "constrained_weights",
     "content_consistency",
     "cps_surrogate",
+    "draw_probabilities",
     "exponential_shift_sigmas",
     "flow_matching_loss",
     "flux2_mu",
@@ -133,10 +152,12 @@ __all__ = [
     "reward_to_go",
     "rollout",
     "score_from_velocity",
+    "select_groups",
     "shift_sigmas",
     "sliding_window",
     "stop_after_failure",
     "trajectory_generators",
+    "turn_advantage",
     "turn_average",
     "uniform_sigmas",
     "update_old_policy",
