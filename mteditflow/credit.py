@@ -29,7 +29,7 @@ from mteditflow.turns import reward_to_go, turn_average
 class TurnSignal(NamedTuple):
     """A number for each turn of B chains, and which turns have one."""
 
-    value: Tensor  # [B, N], NaN where not valid for a reward, 0 for an advantage
+    value: Tensor  # [B, N]
     valid: Tensor  # [B, N], boolean
 
 
@@ -59,7 +59,7 @@ class Credit(Protocol):
             lost: turns whose reward was asked for and did not come, boolean [B, N]; ``None``: none.
 
         Returns:
-            TurnSignal in the dtype of ``reward``.
+            TurnSignal in the dtype of ``reward``, NaN where not valid.
 
         Raises:
             ValueError: shapes do not match, or a reward to be read is not finite.
@@ -208,8 +208,8 @@ def turn_advantage(
         eps: as in ``group_advantage``.
 
     Returns:
-        TurnSignal: advantages, detached, 0 where not valid; valid are the kept turns that exist and
-        have every signal. Give the others weight 0 in the loss.
+        TurnSignal: advantages, detached and finite; valid are the kept turns that exist and have
+        every signal. Give the others weight 0 in the loss.
 
     Raises:
         ValueError: names differ, every weight is 0, shapes do not match, a valid signal is not
@@ -242,7 +242,7 @@ def turn_advantage(
     advantage = fuse(values, own, group, valid=valid, std=std, eps=eps)
     if turn_mask is not None:
         check_mask("turn_mask", turn_mask, valid.shape, "[B, N]")
-        advantage, valid = torch.where(turn_mask, advantage, 0), valid & turn_mask
+        valid = valid & turn_mask
     return TurnSignal(advantage, valid)
 
 

@@ -164,10 +164,24 @@ class Rewards:
     aggregate: Literal["average", "successes", "all"] = "average"
     """How turns of "following" become one reward: their average score, the share of them that
     succeed, or 1 if all do."""
-    credit: Literal["trajectory", "turn", "until_failure"] = "trajectory"
+    credit: Literal["trajectory", "turn", "until_failure", "to_go", "mixture"] = "trajectory"
     """Who is credited: all turns with the reward of the whole chain; each turn with its own,
-    normalised among the same turn of its group; or so up to the first turn that fails, after
-    which none takes part."""
+    normalised among the same turn of its group; so up to the first turn that fails, after which
+    none takes part; each turn with the mean of its own and what came after it; or a mixture of the
+    first two."""
+    discount: Share = 1.0
+    """Credit to_go: what a turn's reward counts for the turn before it; 0: credit turn."""
+    trajectory_share: Share = 0.5
+    """Credit mixture: share of the whole chain's signal beside the turn's own."""
+    drop_groups: bool = False
+    """Leave out groups in which all chains follow fully, none at all, or all equally well."""
+    floors: dict[str, float] = field(default_factory=dict)
+    """Smallest mean wanted of a reward, such as consistency 0.95: while it is below, its weight
+    grows by a Lagrange multiplier, and all weights are divided by 1 + multiplier."""
+    floor_rate: Positive = 5.0
+    """What a multiplier grows by in a round for each unit below the floor."""
+    floor_maximum: Positive = 10.0
+    """Largest multiplier."""
     fusion: Literal["advantages", "rewards"] = "advantages"
     """Normalise each reward in its group and add advantages up, or add rewards up first."""
     std: Literal["group", "batch", "none"] = "group"
@@ -278,6 +292,11 @@ class Config:
     def stochastic(self) -> bool:
         """Whether steps draw noise, so that they have log-probs."""
         return self.objective == "grpo"
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL to the reference."""
+        return self.grpo.kl_coef if self.stochastic else self.nft.kl_coef
 
 
 for section in (Model, Data, Sampling, GRPO, NFT, Rewards, Training, Safety, Evaluation, Output):

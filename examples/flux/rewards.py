@@ -134,51 +134,83 @@ def named_scorer(path: str) -> Scorer:
 
 
 def rewards_of(config: Rewards, terms: Mapping[str, TurnScores]) -> dict[str, Reward]:
-    """One reward per trajectory of each term that has a weight above 0, [B].
+    """One reward per trajectory of each term that is trained, [B].
 
     Raises:
-        ConfigError: a weight above 0 has no term.
+        ConfigError: a weight above 0, or a floor, has no term.
     """
     return {name: terms[name].reward(_aggregate(config, name)) for name in _trained(config, terms)}
 
 
-def advantages_of(
+def teaching_groups(
     config: Rewards, terms: Mapping[str, TurnScores], group: Tensor
+) -> mt.GroupSelection:
+    """Groups whose chains do not all follow fully, not at all, or equally well."""
+    value, valid = terms["following"].reward(_aggregate(config, "following"))
+    return mt.select_groups(value, group, valid=valid, top=1.0, bottom=0.0)
+
+
+def advantages_of(
+    config: Rewards,
+    terms: Mapping[str, TurnScores],
+    group: Tensor,
+    multipliers: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantage of each turn, and whether it may be trained on, both [B, N].
 
+    Args:
+        config: who is credited, and how terms are fused.
+        terms: scores by name, each [B, N].
+        group: integer group ids, [B].
+        multipliers: of the terms that have a floor; ``None``: none.
+
     Raises:
-        ConfigError: a weight above 0 has no term.
+        ConfigError: a weight above 0, or a floor, has no term.
     """
     exists = next(iter(terms.values())).turn_mask
-    if config.credit == "trajectory":
-        rewards = rewards_of(config, terms)
-    else:
-        names = _trained(config, terms)
-        rewards = {name: terms[name].turn_reward(_aggregate(config, name)) for name in names}
-    valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
+    own = {name: config.weights.get(name, 0.0) for name in _trained(config, terms)}
+    signals, weights = {}, {}
+    for name, weight in mt.constrained_weights(own, multipliers or {}).items():
+        for i, (credit, share) in enumerate(_credits(config, name).items()):
+            signals[f"{name}/{i}"] = terms[name].credited(_aggregate(config, name), credit)
+            weights[f"{name}/{i}"] = weight * share
+    keep = torch.ones_like(exists)
     if config.credit == "until_failure":
         success = terms["following"].score >= config.success
-        valid &= mt.stop_after_failure(success, turn_mask=exists).bool()
-    values = {name: reward.value for name, reward in rewards.items()}
-    weights = {name: config.weights[name] for name in rewards}
+        keep &= mt.stop_after_failure(success, turn_mask=exists).bool()
+    if config.drop_groups:
+        keep &= teaching_groups(config, terms, group).keep[:, None]
     fuse = mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards
-    advantage = fuse(values, weights, group, valid=valid, std=config.std)
-    advantage = mt.clamp_advantage(advantage, limit=config.advantage_max)
-    if config.credit == "trajectory":
-        return advantage[:, None].expand(exists.shape), valid[:, None] & exists
-    return advantage, valid
+    advantage, valid = mt.turn_advantage(
+        signals, weights, group, turn_mask=exists, keep=keep, fuse=fuse, std=config.std
+    )
+    return mt.clamp_advantage(advantage, limit=config.advantage_max), valid
 
 
 def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
-    """Names of the terms that have a weight above 0."""
+    """Names of the terms that have a weight above 0, or a floor."""
     names = [name for name, weight in config.weights.items() if weight > 0]
+    names += [name for name in config.floors if name not in names]
     missing = [name for name in names if name not in terms]
     if missing:
         raise ConfigError(
             f"rewards.weights: expected names among {sorted(terms)}, got {missing[0]!r}"
         )
     return names
+
+
+def _credits(config: Rewards, name: str) -> dict[mt.Credit, float]:
+    """Who is credited with a term, and the share of each."""
+    strict = name == "following" and config.aggregate == "all"
+    whole = mt.TrajectoryCredit(mt.binary_and if strict else mt.turn_average)
+    turn, share = mt.TurnCredit(), config.trajectory_share
+    return {
+        "trajectory": {whole: 1.0},
+        "turn": {turn: 1.0},
+        "until_failure": {turn: 1.0},
+        "to_go": {mt.RewardToGo(config.discount): 1.0},
+        "mixture": {whole: share, turn: 1 - share},
+    }[config.credit]
 
 
 def _aggregate(config: Rewards, name: str) -> Callable[..., Tensor]:

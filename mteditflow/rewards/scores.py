@@ -23,6 +23,7 @@ from mteditflow._checks import (
     check_rank,
     check_values,
 )
+from mteditflow.credit import Credit, TurnSignal
 from mteditflow.rewards.faults import Lost
 
 
@@ -161,6 +162,32 @@ class TurnScores:
             exists = torch.ones_like(turns, dtype=torch.bool)
             value[measured] = aggregate(turns, turn_mask=exists).to(value.dtype)
         return Reward(value, measured)
+
+    def credited(self, aggregate: Callable[..., Tensor], credit: Credit) -> TurnSignal:
+        """What each turn is credited with.
+
+        Args:
+            aggregate: as in ``turn_reward``.
+            credit: such as ``mteditflow.RewardToGo()``: takes one reward per turn to that.
+
+        Returns:
+            TurnSignal, as ``mteditflow.turn_advantage`` takes it.
+
+        Example:
+            >>> from mteditflow import RewardToGo, likert_average
+            >>> scores = TurnScores(torch.tensor([[5.0, 3.0]]), torch.ones(1, 2) > 0, {})
+            >>> scores.credited(likert_average, RewardToGo()).value
+            tensor([[0.7500, 0.5000]])
+        """
+        lost = torch.zeros_like(self.turn_mask)
+        for place in self.lost:
+            lost[place] = True
+        return credit(
+            self.turn_reward(aggregate).value,
+            turn_mask=self.turn_mask,
+            unmeasured=self.turn_mask & ~self.measured & ~lost,
+            lost=lost,
+        )
 
     def require(self, *, max_invalid_share: float) -> TurnScores:
         """Return these scores, or stop the run if too many of them are invalid.
