@@ -18,6 +18,7 @@ from benchmarks.trainer_parts import (
     ModelClock,
     build_kontext,
     first_batch,
+    losses_of,
     started,
     train_flux,
 )
@@ -162,7 +163,7 @@ def skipping_row(
         def update(equal: bool) -> None:
             if equal != policies.old_equals_current:
                 policies.load_state_dict({k: x + (not equal) for k, x in start.items()}, "old")
-            quantities, _ = batch.losses(rows)
+            quantities, _ = losses_of(batch)(rows)
             quantities["loss"].mean().backward()
 
         counts = []

@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_nft import PlainLoop
-from benchmarks.trainer_parts import ForwardCounter, parse, train_flux
+from benchmarks.trainer_parts import Batch, ForwardCounter, losses_of, parse
 from mteditflow.pipelines import FAMILIES, Editor, LoraPolicies, Prompts, Rollout
 from mteditflow.pipelines.conditioning import map_leaves
 from mteditflow.pipelines.editor import COMPILATIONS
@@ -132,7 +132,7 @@ def full_size_rows(
     plain = PlainLoop(rollout, policies, optimizer, device, micro_batch)
 
     def update() -> None:
-        updater.step(next(ours.minibatches()), ours.losses)
+        updater.step(next(ours.minibatches()), losses_of(ours))
 
     work: dict[str, Callable[[], object]] = {
         "rollout, recorded": lambda: roll_out(editor, size, batch),
@@ -208,16 +208,14 @@ def edit(editor: Editor, size: Size, batch: int) -> object:
     return editor.edit(**chains_of(size, batch), batch=batch)
 
 
-def batch_of(
-    rollout: Rollout, policies: LoraPolicies, device: str, micro_batch: int
-) -> train_flux.Batch:
+def batch_of(rollout: Rollout, policies: LoraPolicies, device: str, micro_batch: int) -> Batch:
     """The rollout as a round of the trainer's ``kontext-nft``, with made-up advantages."""
     options = ["--rewards.scorer", "none:none", "--training.batch", str(micro_batch)]
     config = parse(["kontext-nft", *options])
     run: Any = SimpleNamespace(config=config, policies=policies, device=torch.device(device))
     exists = rollout.trajectory.turn_mask
     advantage = torch.linspace(-1, 1, len(rollout))[:, None].expand(exists.shape)
-    return train_flux.Batch(run, 0, rollout, advantage, exists, 0)
+    return Batch(run, 0, rollout, advantage, exists, 0)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.trainer_cost import spread
-from benchmarks.trainer_parts import first_batch, train_flux
+from benchmarks.trainer_parts import Batch, first_batch, losses_of
 from mteditflow.pipelines.conditioning import leaves
 from mteditflow.training import Updater
 
@@ -55,14 +55,14 @@ def peak_row(
             f"{GROWN:g}", *verdict, listed(held, mebibytes), straight]  # fmt: skip
 
 
-def updates(batch: train_flux.Batch) -> Callable[[], object]:
+def updates(batch: Batch) -> Callable[[], object]:
     """A whole optimiser step of a batch, to be taken again and again."""
     run = batch.run
     updater = Updater(run.optimizer, run.policies.parameters, max_grad_norm=1.0)
-    return lambda: updater.step(next(batch.minibatches()), batch.losses)
+    return lambda: updater.step(next(batch.minibatches()), losses_of(batch))
 
 
-def held_bytes(batch: train_flux.Batch) -> int:
+def held_bytes(batch: Batch) -> int:
     """Bytes of a rollout: states, and conditioning, each storage once."""
     rollout = batch.rollout
     branches = [tuple(b) for record in rollout.conditioning for b in record.branches]

@@ -22,6 +22,7 @@ from mteditflow.training import RunLog, Termination
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import train_flux
+from flux.batch import Batch
 from flux.config import parse
 from flux.rewards import scoring
 from flux.run import Run
@@ -65,15 +66,13 @@ def started(preset: str, world: Path, output: Path, *more: object) -> Iterator[R
 
 
 @contextmanager
-def first_batch(
-    preset: str, world: Path, output: Path, *more: object
-) -> Iterator[train_flux.Batch]:
+def first_batch(preset: str, world: Path, output: Path, *more: object) -> Iterator[Batch]:
     """The first round of a run, sampled and scored, before its update."""
     with started(preset, world, output, *more) as run:
         run.first_round = 0
         rollout, terms, first = train_flux.sample(run, 0)
         advantage, valid = train_flux.advantages(run, terms, rollout.trajectory.group)
-        yield train_flux.Batch(run, 0, rollout, advantage, valid, first)
+        yield Batch(run, 0, rollout, advantage, valid, first)
 
 
 class ModelClock:

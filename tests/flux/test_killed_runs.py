@@ -24,11 +24,12 @@ def undisturbed(world, tmp_path_factory):
     return folder
 
 
-def lives_through(world, folder, undisturbed, points, *, code, objective="nft"):
+def lives_through(world, folder, undisturbed, points):
     """One life after the other, each to its point, and a last one to the end."""
-    arguments = options(world, folder, *MORE, objective=objective)
+    arguments = options(world, folder, *MORE)
     for point in points:
         life = live(arguments, folder, point=point)
+        code = KILLED if point.endswith("KILL") else STOPPED
         assert (life.code, life.ended) == (code, False), (point, life.told[-3000:])
         assert differences(folder, undisturbed, ended=False) == [], point
     life = live(arguments, folder)
@@ -36,13 +37,20 @@ def lives_through(world, folder, undisturbed, points, *, code, objective="nft"):
     assert differences(folder, undisturbed) == []
 
 
-def test_kills_while_files_are_written(world, undisturbed, tmp_path):
+@pytest.mark.slow
+def test_kills_and_signals(world, undisturbed, tmp_path):
     points = (
         "evaluating image 3 KILL",  # half an image of the first evaluation
         "other fsync 1 KILL",  # the numbers of round 1, before there is any checkpoint
+        "sampling phase 1 TERM",
         "saving rename 1 KILL",  # all of the checkpoint of round 2 but its name
+        "updating phase 2 TERM",
+        "evaluating phase 1 TERM",  # after round 4: done again, and marked in its checkpoint
     )
-    lives_through(world, tmp_path, undisturbed, points, code=KILLED)
+    lives_through(world, tmp_path, undisturbed, points)
+    scores = [checkpoint_score(tmp_path, done) for done in (4, 6)]
+    assert scores == [checkpoint_score(undisturbed, done) for done in (4, 6)]
+    assert None not in scores
 
 
 @pytest.mark.long
@@ -55,10 +63,10 @@ def test_kills_while_other_files_are_written(world, undisturbed, tmp_path):
         "evaluating replace 1 KILL",  # an evaluation's numbers
         "saving rmdir 1 KILL",  # an old checkpoint goes
     )
-    lives_through(world, tmp_path, undisturbed, points, code=KILLED)
+    lives_through(world, tmp_path, undisturbed, points)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_signals_in_every_phase(world, undisturbed, tmp_path):
     points = (
         "evaluating phase 1 TERM",  # before the first round
@@ -66,13 +74,10 @@ def test_signals_in_every_phase(world, undisturbed, tmp_path):
         "updating phase 1 TERM",
         "saving phase 1 TERM",
         "updating phase 2 TERM",
-        "evaluating phase 1 TERM",  # after round 4: done again, and marked in its checkpoint
+        "evaluating phase 1 TERM",
         "sampling phase 1 TERM",
     )
-    lives_through(world, tmp_path, undisturbed, points, code=STOPPED)
-    scores = [checkpoint_score(tmp_path, done) for done in (4, 6)]
-    assert scores == [checkpoint_score(undisturbed, done) for done in (4, 6)]
-    assert None not in scores
+    lives_through(world, tmp_path, undisturbed, points)
 
 
 def checkpoint_score(folder, done):
@@ -206,15 +211,11 @@ def test_lost_rewards_end_a_run_that_goes_on_later(world, undisturbed_served, tm
 @pytest.mark.slow
 def test_a_signal_does_not_wait_for_a_judge_that_is_away(world, undisturbed_served, tmp_path):
     served = Served(world, tmp_path / "all")
-    with served.judge as judge, served.consistency:
-        with served.living():
-            served.reaches(judge, 24)
-            served.kill(judge)
-            time.sleep(4)
-            served.process.send_signal(signal.SIGTERM)
-            assert served.end(timeout=15) == 0
-        assert "stopped by SIGTERM after round" in logged(served.folder)
-        judge.start()
-        with served.living():
-            assert served.end() == 0, logged(served.folder)
-    assert differences(served.folder, undisturbed_served.folder) == []
+    with served.judge as judge, served.consistency, served.living():
+        served.reaches(judge, 24)
+        served.kill(judge)
+        time.sleep(4)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.end(timeout=15) == 0
+    assert "stopped by SIGTERM after round" in logged(served.folder)
+    assert differences(served.folder, undisturbed_served.folder, ended=False) == []

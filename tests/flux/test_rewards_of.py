@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 import train_flux
+from flux.batch import Batch
 from flux.config import ConfigError, Rewards, parse
+from flux.objectives import losses_of
 from flux.rewards import advantages_of, rewards_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,9 +184,9 @@ def test_a_turn_after_a_failure_weighs_nothing_in_an_update(world, tmp_path):
         score[:8, 0] = 1.0
         terms["following"] = turn_scores(score.tolist())
         advantage, valid = train_flux.advantages(run_, terms, rollout.trajectory.group)
-        batch = train_flux.Batch(run_, 0, rollout, advantage, valid, first)
+        batch = Batch(run_, 0, rollout, advantage, valid, first)
         rows = torch.cat([part for parts in batch.minibatches() for part in parts])
-        _, weight = batch.losses(rows)
+        _, weight = losses_of(batch)(rows)
     assert len(rows) == 16 * 2 * run_.config.nft.noise_levels
     assert torch.equal(weight == 0, (rows[:, 0] < 8) & (rows[:, 1] == 1))
 

@@ -12,7 +12,9 @@ import torch
 import train_flux
 from accelerate import Accelerator
 from flux import parts
+from flux.batch import Batch, check_first_ratios, stochastic_steps
 from flux.config import ConfigError, parse
+from flux.objectives import losses_of
 from flux.rewards import scoring
 from flux.run import Run
 from safetensors.torch import load_file
@@ -54,7 +56,7 @@ def first_batch(run, advance=0):
     with torch.no_grad():
         for weight in run.policies.parameters():
             weight.add_(advance * torch.ones_like(weight))
-    return train_flux.Batch(run, 0, rollout, advantage, valid, first)
+    return Batch(run, 0, rollout, advantage, valid, first)
 
 
 GRPO = ("--sampling.stochastic-steps", 2, "--grpo.kl-coef", 0.1)
@@ -75,7 +77,7 @@ def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monke
         optimizer = Recording(run_.policies.parameters())
         updater = Updater(optimizer, run_.policies.parameters, max_grad_norm=1e9)
         for size in (len(rows), 8, 2, 1):
-            assert updater.step(rows.split(size), batch.losses).taken
+            assert updater.step(rows.split(size), losses_of(batch)).taken
         whole, *others = optimizer.seen
         assert whole.norm() > 0
         for other in others:
@@ -112,7 +114,7 @@ def test_ratios_on_the_first_rollout_are_one(world, klein_world, tmp_path, famil
     with started(chosen, tmp_path, *more, objective="grpo", family=family) as run_:
         verdicts = []
         run_.ratio_checked = verdicts.append
-        first_batch(run_).check_ratio()
+        check_first_ratios(first_batch(run_))
     assert verdicts[0].ok
     assert float(verdicts[0].deviation.nan_to_num().max()) < 1e-6
 
@@ -123,7 +125,7 @@ def test_a_ratio_that_is_not_one_stops_the_run_or_warns(world, tmp_path):
         with pytest.raises(ReplayError, match=r"ratio check failed: largest .* latents rounded"):
             run_.ratio_checked(wrong)
         with pytest.raises(ReplayError, match="ratio check failed"):
-            first_batch(run_, advance=0.05).check_ratio()
+            check_first_ratios(first_batch(run_, advance=0.05))
     more = (*GRPO, "--safety.ratio", "warn")
     with started(world, tmp_path, *more, objective="grpo") as run_:
         run_.ratio_checked(wrong)
@@ -139,9 +141,9 @@ def test_lost_rewards_weigh_nothing(world, tmp_path):
         lost = {(3, 1): Lost(Fault.timeout, "no answer", 2)}
         terms["following"] = TurnScores(score, terms["following"].turn_mask, lost)
         advantage, valid = train_flux.advantages(run_, terms, rollout.trajectory.group)
-        batch = train_flux.Batch(run_, 0, rollout, advantage, valid, first)
+        batch = Batch(run_, 0, rollout, advantage, valid, first)
         rows = torch.cat([part for parts in batch.minibatches() for part in parts])
-        _, weight = batch.losses(rows)
+        _, weight = losses_of(batch)(rows)
         assert torch.equal(weight == 0, rows[:, 0] == 3)
         assert not advantage[3].any()
         terms["following"] = TurnScores(
@@ -156,7 +158,7 @@ def test_lost_rewards_weigh_nothing(world, tmp_path):
 def test_windows_move(world, tmp_path):
     more = ("--sampling.stochastic-steps", 1, "--sampling.window-interval", 2)
     with started(world, tmp_path, *more, objective="grpo") as run_:
-        seen = [list(train_flux.stochastic_steps(run_.config, k)) for k in range(6)]
+        seen = [list(stochastic_steps(run_.config, k)) for k in range(6)]
     assert seen == [[0], [0], [1], [1], [2], [2]]
 
 
