@@ -6,7 +6,7 @@ same reward, there are none; objectives that pull to the old policy still move t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +23,13 @@ class GroupSelection:
     Attributes:
         keep: valid members of the groups that are kept, boolean [B]: use it as ``valid`` of
             ``fuse_advantages``, or as weight of the loss.
-        kept: number of groups that are kept.
-        short: groups dropped for too few valid members.
-        saturated: groups dropped since every valid member has the top reward, or more.
-        hopeless: groups dropped since none has more than the bottom reward.
-        flat: groups dropped since their rewards differ too little.
+        counts: groups by what became of them: "kept"; "short", too few valid members; "saturated",
+            all at the top reward or above; "hopeless", none above the bottom reward; "flat",
+            rewards that differ too little.
     """
 
     keep: Tensor
-    kept: int
-    short: int
-    saturated: int
-    hopeless: int
-    flat: int
+    counts: Mapping[str, int]
 
 
 @torch.no_grad()
@@ -81,8 +75,8 @@ def select_groups(
         ... )
         >>> selection.keep
         tensor([False, False, False, False,  True,  True])
-        >>> selection.kept, selection.saturated, selection.hopeless
-        (1, 1, 1)
+        >>> selection.counts
+        {'kept': 1, 'short': 0, 'saturated': 1, 'hopeless': 1, 'flat': 0}
     """
     check_rank("reward", reward, 1, "[B]", maximum=1)
     valid = check_rewards({"reward": reward}, group, valid)
@@ -113,7 +107,7 @@ def select_groups(
     for name, drop in reasons.items():
         counts[name] = int((left & drop).sum())
         left = left & ~drop
-    return GroupSelection(left[index] & valid, int(left.sum()), **counts)
+    return GroupSelection(left[index] & valid, {"kept": int(left.sum()), **counts})
 
 
 def draw_probabilities(spread: Sequence[float], *, uniform: float = 0.2) -> list[float]:

@@ -77,6 +77,9 @@ class Data:
     """Trajectories G of each chain: same reference and instructions, other noise."""
     split_groups: bool = False
     """Whether the trajectories of one chain may lie on several ranks."""
+    draw: Literal["epochs", "teaching"] = "epochs"
+    """Every chain once an epoch; or chains anew each round, more often those whose trajectories
+    differed in how well they followed."""
 
 
 @dataclass(frozen=True)
@@ -385,7 +388,8 @@ def _unsound(config: Config) -> Sequence[str]:
         )
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
         found.append("rewards: expected judge and judge_model, or a scorer")
-    if rewards.scorer is None and not rewards.consistency and rewards.weights.get("consistency"):
+    wanted = rewards.weights.get("consistency") or "consistency" in rewards.floors
+    if rewards.scorer is None and not rewards.consistency and wanted:
         found.append("rewards.consistency: expected the URL of a server, or weight 0 for it")
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
         found.append("rewards.scorer: expected no judge and no consistency beside it")
@@ -393,6 +397,8 @@ def _unsound(config: Config) -> Sequence[str]:
         found.append(
             f"rewards.success: expected at most 1 on a binary scale, got {rewards.success}"
         )
+    if any(not -1 <= floor <= 1 for floor in rewards.floors.values()):
+        found.append(f"rewards.floors: expected means in [-1, 1], got {rewards.floors}")
     if evaluation.policy == "ema" and training.ema_decay == 0:
         found.append(
             "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"

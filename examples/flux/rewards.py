@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -148,6 +149,15 @@ def teaching_groups(
     """Groups whose chains do not all follow fully, not at all, or equally well."""
     value, valid = terms["following"].reward(_aggregate(config, "following"))
     return mt.select_groups(value, group, valid=valid, top=1.0, bottom=0.0)
+
+
+def spreads_of(config: Rewards, terms: Mapping[str, TurnScores], group: Tensor) -> dict[int, float]:
+    """Spread of how well the chains of each group follow; of groups with two that are known."""
+    value, valid = terms["following"].reward(_aggregate(config, "following"))
+    members = Counter(group[valid].tolist())
+    spread = mt.group_std(value, group, valid=valid)
+    found = dict(zip(group.tolist(), spread.tolist(), strict=True))
+    return {chain: found[chain] for chain, count in members.items() if count > 1}
 
 
 def advantages_of(

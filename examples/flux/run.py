@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from PIL.Image import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from mteditflow import RatioCheck, gather_ranks
-from mteditflow.chains import Chain, ChainError, GroupSampler, collate_chains
+from mteditflow import LagrangeMultiplier, RatioCheck, gather_ranks
+from mteditflow.chains import Chain, ChainError, GroupSampler, TeachingSampler, collate_chains
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError, Reward, TurnScores
 from mteditflow.training import (
@@ -49,7 +50,7 @@ from mteditflow.training.summary import print_summary
 from .config import Config, ConfigError, parse
 from .held_out import HeldOut
 from .parts import load_chains, load_policies
-from .rewards import Submit, scoring
+from .rewards import Submit, scoring, spreads_of, teaching_groups
 
 POLL = 1.0  # s between looks for a signal while scores are waited for
 ENDS = (
@@ -89,7 +90,8 @@ class Run:
                 f"each of {ranks} ranks, got {training.minibatches}"
             )
         self._chains = load_chains(data, data.chains, config.model.resolution, log)
-        self._sampler = GroupSampler(
+        sampler = GroupSampler if data.draw == "epochs" else TeachingSampler
+        self._sampler = sampler(
             self._chains,
             groups=data.groups,
             group_size=data.group_size,
@@ -98,6 +100,10 @@ class Run:
             split_groups=data.split_groups,
             seed=training.seed,
         )
+        self._floors = {
+            name: LagrangeMultiplier(floor, config.rewards.floor_rate, config.rewards.floor_maximum)
+            for name, floor in config.rewards.floors.items()
+        }
         log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
         self.editor, self.policies = load_policies(config, accelerator)
         self.optimizer = torch.optim.AdamW(
@@ -114,6 +120,8 @@ class Run:
         self._batches: Iterator[list[int]] = iter(())
         self.done = self._updates = self._skipped = 0
         self._means: list[Mapping[str, float]] = []
+        self._rewards: dict[str, float] = {}  # mean of each in this round
+        self._spreads: dict[int, float] = {}  # of its chains
         self._numbers: dict[str, float] = {}
         self.first_round = -1  # of this process
         self._saved = -1  # round of the checkpoint that a start would go on from
@@ -135,7 +143,7 @@ class Run:
                 self._means, self._numbers = [], {"training/learning_rate": rate}
                 yield self.done
                 self.done, self._between = self.done + 1, True
-                self._sampler.step()
+                self._learn()
                 try:
                     evaluated, last = self._evaluate_if_due(), self.done == training.rounds
                 finally:  # the round is done, whether it can be evaluated or not
@@ -144,6 +152,21 @@ class Run:
                     self.save(scored=evaluated)
                 bar.advance()
                 self.stop_if_asked()
+
+    def _learn(self) -> None:
+        """Take from a round that is done what the next one depends on."""
+        if isinstance(self._sampler, TeachingSampler):
+            self._sampler.step(self._spreads)
+        else:
+            self._sampler.step()
+        for name, multiplier in self._floors.items():
+            if math.isfinite(self._rewards[name]):
+                self._floors[name] = multiplier.update(self._rewards[name])
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Of the rewards that have a floor, in this round."""
+        return {name: multiplier.value for name, multiplier in self._floors.items()}
 
     def next_chains(self) -> tuple[list[Chain], list[Image], Tensor, int]:
         """Chain, reference and group id of each of this rank's trajectories of a round.
@@ -227,6 +250,11 @@ class Run:
             RewardCollapseError: a reward has fallen too far.
         """
         self._numbers |= round_numbers(terms, rewards, group)
+        selection = teaching_groups(self.config.rewards, terms, group)
+        self._numbers |= {f"groups/{reason}": count for reason, count in selection.counts.items()}
+        self._numbers |= {f"multiplier/{name}": x for name, x in self.multipliers.items()}
+        self._spreads = spreads_of(self.config.rewards, terms, group)
+        self._rewards = {name: float(x.value[x.valid].mean()) for name, x in rewards.items()}
         if self._pictured:
             title = f"Rewards of round {self.done + 1}"
             self._draw("rewards", draw_histograms(rewards, group, title=title))
@@ -234,7 +262,7 @@ class Run:
             terms[name].require(max_invalid_share=self.config.rewards.max_invalid)
         before = self._watch.state_dict()
         try:
-            self._watch.check({name: float(x.value[x.valid].mean()) for name, x in rewards.items()})
+            self._watch.check(self._rewards)
         except RewardCollapseError:
             self._watch.load_state_dict(before)  # this round will be done again
             raise
@@ -294,6 +322,7 @@ class Run:
             state = {
                 "sampler": self._sampler.state_dict(),
                 "watch": self._watch.state_dict(),
+                "multipliers": self.multipliers,
                 "updates": self._updates,
                 "skipped": self._skipped,
                 "optimizer": values,
@@ -360,6 +389,10 @@ class Run:
         except ValueError as error:  # other chains, groups or seed
             raise ConfigError(f"output.resume: cannot go on from {found.path}: {error}") from error
         self._watch.load_state_dict(found.state["watch"])
+        for name, value in found.state.get("multipliers", {}).items():
+            if name in self._floors:
+                floor = self._floors[name]
+                self._floors[name] = replace(floor, value=min(value, floor.maximum))
         self.done, self._updates = found.round, found.state["updates"]
         self._skipped = found.state["skipped"]
         if self.config.output.resume == "auto":

@@ -17,6 +17,7 @@ from mteditflow.chains.formats import FORMATS
 from mteditflow.chains.readers import Reading, Skipped, iter_chains, read_chains, recognise
 from mteditflow.chains.record import TASK_TYPES, Chain, TaskType
 from mteditflow.chains.sampler import GroupSampler
+from mteditflow.chains.teaching import TeachingSampler
 from mteditflow.chains.writers import Refused, Writing, write_chains
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Refused",
     "Skipped",
     "TaskType",
+    "TeachingSampler",
     "Writing",
     "collate_chains",
     "iter_chains",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from random import Random
+from typing import Any, ClassVar
 
 from torch.utils.data import Sampler
 
@@ -12,7 +13,55 @@ from mteditflow._checks import check_choice, check_count
 REMAINDERS = ("drop", "wrap")
 
 
-class GroupSampler(Sampler[list[int]]):
+class RoundSampler(Sampler[list[int]]):
+    """What samplers of rounds share: a list of indices a round, of which each rank has a slice.
+
+    Arguments are those of ``GroupSampler``.
+    """
+
+    _depends: ClassVar[tuple[str, ...]]  # what the order depends on, by the names of arguments
+
+    def __init__(
+        self,
+        chains: Sized,
+        *,
+        groups: int,
+        group_size: int,
+        ranks: int,
+        rank: int,
+        split_groups: bool,
+        seed: int,
+    ) -> None:
+        for name, value in (("groups", groups), ("group_size", group_size), ("ranks", ranks)):
+            check_count(name, value)
+        for name, value in (("rank", rank), ("seed", seed)):
+            check_count(name, value, low=0)
+        if rank >= ranks:
+            raise ValueError(f"rank: expected an integer in [0, {ranks}), got {rank}")
+        if groups > len(chains):
+            raise ValueError(f"groups: expected at most the {len(chains)} chains, got {groups}")
+        size = groups * group_size
+        name, shared = ("groups * group_size", size) if split_groups else ("groups", groups)
+        if shared % ranks:
+            raise ValueError(f"{name}: expected a multiple of the {ranks} ranks, got {shared}")
+        self._own = slice(rank * size // ranks, (rank + 1) * size // ranks)
+        self._chains, self._groups, self._group_size = len(chains), groups, group_size
+        self._seed = seed
+
+    def _indices(self, chains: Sequence[int]) -> list[int]:
+        """This rank's indices in the round of these chains."""
+        return [chain for chain in chains for _ in range(self._group_size)][self._own]
+
+    def _plan(self) -> dict[str, Any]:
+        return {name: getattr(self, f"_{name}") for name in self._depends}
+
+    def _check_plan(self, state: Mapping[str, Any]) -> None:
+        for name, own in self._plan().items():
+            if state.get(name) != own:
+                raise ValueError(f"state: expected {name} = {own!r}, got {state.get(name)!r}")
+
+
+class GroupSampler(RoundSampler):
     """Batch sampler of a DataLoader: in each round ``groups`` chains, each ``group_size`` times.
 
     The round is one list of indices, group after group, whatever the number of ranks; a rank gets
@@ -53,6 +102,8 @@ class GroupSampler(Sampler[list[int]]):
         [[2, 2, 3, 3]]
     """
 
+    _depends = ("chains", "groups", "group_size", "shuffle", "seed", "remainder")
+
     def __init__(
         self,
         chains: Sized,
@@ -66,22 +117,17 @@ class GroupSampler(Sampler[list[int]]):
         seed: int = 0,
         remainder: str = "drop",
     ) -> None:
-        for name, value in (("groups", groups), ("group_size", group_size), ("ranks", ranks)):
-            check_count(name, value)
-        for name, value in (("rank", rank), ("seed", seed)):
-            check_count(name, value, low=0)
+        super().__init__(
+            chains,
+            groups=groups,
+            group_size=group_size,
+            ranks=ranks,
+            rank=rank,
+            split_groups=split_groups,
+            seed=seed,
+        )
         check_choice("remainder", remainder, REMAINDERS)
-        if rank >= ranks:
-            raise ValueError(f"rank: expected an integer in [0, {ranks}), got {rank}")
-        if groups > len(chains):
-            raise ValueError(f"groups: expected at most the {len(chains)} chains, got {groups}")
-        size = groups * group_size
-        name, shared = ("groups * group_size", size) if split_groups else ("groups", groups)
-        if shared % ranks:
-            raise ValueError(f"{name}: expected a multiple of the {ranks} ranks, got {shared}")
-        self._own = slice(rank * size // ranks, (rank + 1) * size // ranks)
-        self._chains, self._groups, self._group_size = len(chains), groups, group_size
-        self._shuffle, self._seed, self._remainder = shuffle, seed, remainder
+        self._shuffle, self._remainder = shuffle, remainder
         self._epoch = self._round = 0
         self._passed = self._stepped = False
 
@@ -106,8 +152,7 @@ class GroupSampler(Sampler[list[int]]):
         self._passed = self._stepped = False
         order = self._ordered()
         for start in range(self._round * self._groups, len(order), self._groups):
-            chains = order[start : start + self._groups]
-            yield [chain for chain in chains for _ in range(self._group_size)][self._own]
+            yield self._indices(order[start : start + self._groups])
         self._passed = True
 
     def step(self) -> None:
@@ -127,9 +172,7 @@ class GroupSampler(Sampler[list[int]]):
         Raises:
             ValueError: the state is of another order, which could not be continued.
         """
-        for name, own in self._plan().items():
-            if state.get(name) != own:
-                raise ValueError(f"state: expected {name} = {own!r}, got {state.get(name)!r}")
+        self._check_plan(state)
         epoch, done = state.get("epoch"), state.get("round")
         if not (
             isinstance(epoch, int)
@@ -140,10 +183,6 @@ class GroupSampler(Sampler[list[int]]):
             raise ValueError(f"state: expected an epoch and a round of it, got {epoch!r}, {done!r}")
         self._epoch, self._round = epoch, done
         self._passed = False
-
-    def _plan(self) -> dict[str, int | bool | str]:
-        names = ("chains", "groups", "group_size", "shuffle", "seed", "remainder")
-        return {name: getattr(self, f"_{name}") for name in names}
 
     def _ordered(self) -> list[int]:
         """Chains of this epoch, round after round."""
