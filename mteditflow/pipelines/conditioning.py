@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mteditflow.pipelines.recognise import Clock, Guidance, Layout
+from mteditflow.pipelines.guidance import Guidance
+from mteditflow.pipelines.recognise import Clock, Place, ReplayError
 
 
 class Rows(NamedTuple):
@@ -19,34 +20,40 @@ class Rows(NamedTuple):
     tensor: Tensor
 
 
+class Entries(NamedTuple):
+    """A list with one entry per trajectory: tensors of any length, or values that are all alike."""
+
+    values: tuple[Any, ...]
+
+
 class Recipe(NamedTuple):
     """How a noisy sample and its flow time become calls, and their outputs one velocity.
 
     Attributes:
-        sample_name: the argument that holds the sample.
-        sample_dtype: its dtype.
-        layout: where in that argument.
+        place: where a call holds the sample, of all its branches.
         time_name: the argument that tells the flow time.
         time_dtype: its dtype.
         clock: what makes it of the scheduler's timestep.
         timesteps: the timestep of sigma = 1, 1000 in all known pipelines.
+        time_axes: its shape behind the batch, such as (tokens,) for one time per token.
         velocity_dtype: dtype of the scheduler's velocity, in which branches combine.
         guidance: how two branches combine; None for one branch.
+        sign: -1 where the scheduler is given the opposite of that, else 1.
     """
 
-    sample_name: str
-    sample_dtype: torch.dtype
-    layout: Layout
+    place: Place
     time_name: str
     time_dtype: torch.dtype
     clock: Clock
     timesteps: int
+    time_axes: tuple[int, ...]
     velocity_dtype: torch.dtype
     guidance: Guidance | None
+    sign: int
 
 
 class Branch(NamedTuple):
-    """The constant arguments of one call per step, and what the sample's argument held besides."""
+    """The constant arguments of one branch, and what the sample's argument held besides."""
 
     arguments: dict[str, Any]
     rest: Rows | None
@@ -68,11 +75,56 @@ def leaves(tree: Any) -> list[Any]:
     return found
 
 
+def by_row(name: str, value: Any, batch: int, shared: Collection[str], listed: bool) -> Any:
+    """An argument with what belongs to single rows of its batch wrapped.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        batch: rows of the call.
+        shared: names of arguments in which nothing is wrapped.
+        listed: whether the sample is a list of rows too, so that lists of tensors are.
+    """
+    if name in shared:
+        return value
+    if isinstance(value, (list, tuple)) and len(value) == batch:
+        if all(isinstance(entry, Tensor) for entry in value) and listed:
+            return Entries(tuple(value))
+        if all(isinstance(entry, (list, tuple)) and entry == value[0] for entry in value):
+            return Entries(tuple(value))
+        if not all(isinstance(entry, (int, float, str)) for entry in value):
+            raise ReplayError(
+                f"{name}: a {type(value).__name__} as long as the batch cannot be replayed in "
+                "other batches; name it in `shared` if it is the same for all trajectories"
+            )
+
+    def leaf(x: Any) -> Any:
+        ids = isinstance(x, Tensor) and x.ndim == 2 and name.endswith("_ids")
+        alone = not isinstance(x, Tensor) or ids or x.ndim == 0 or len(x) != batch
+        return x if alone else Rows(x)
+
+    return map_leaves(leaf, value)
+
+
+def branch_of(tree: Any, index: int, copies: int) -> Any:
+    """One branch's share of what a call held for ``copies`` branches along its batch."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Rows):
+            return Rows(x.tensor.chunk(copies)[index])
+        if isinstance(x, Entries):
+            rows = len(x.values) // copies
+            return Entries(x.values[rows * index : rows * (index + 1)])
+        return x
+
+    return tree if copies == 1 else map_leaves(leaf, tree)
+
+
 def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device) -> Any:
     """One tree of plain tensors on ``device`` whose row m is row ``rows[m]`` of ``trees[m]``.
 
-    The trees are alike: equal but for the rows of their ``Rows``. Rows that come from the host go
-    to a CUDA device through pinned memory, in the order of the device's stream.
+    The trees are alike: equal but for their ``Rows`` and ``Entries``. Rows that come from the host
+    go to a CUDA device through pinned memory, in the order of the device's stream.
     """
     first = trees[0]
     if isinstance(first, dict):
@@ -88,11 +140,15 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
         else:
             taken = torch.stack([t.tensor[row] for t, row in zip(trees, rows, strict=True)])
         return _moved(taken, device)
-    return _moved(first, device) if isinstance(first, Tensor) else first
+    if isinstance(first, Entries):
+        return [_moved(t.values[row], device) for t, row in zip(trees, rows, strict=True)]
+    return _moved(first, device)
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; from the host through pinned memory, so that the host runs on."""
+def _moved(x: Any, device: torch.device) -> Any:
+    """A tensor on ``device``; from the host through pinned memory, so that the host runs on."""
+    if not isinstance(x, Tensor):
+        return x
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -130,6 +186,8 @@ def map_tensors(
     def leaf(x: Any) -> Any:
         if isinstance(x, Rows):
             return Rows(once(x.tensor))
+        if isinstance(x, Entries):
+            return Entries(tuple(leaf(value) for value in x.values))
         return once(x) if isinstance(x, Tensor) else x
 
     return tuple(
@@ -147,6 +205,10 @@ def map_signature(tree: Any) -> Hashable:
         return tuple((key, map_signature(value)) for key, value in tree.items())
     if isinstance(tree, Rows):
         return "rows", tree.tensor.shape[1:], tree.tensor.dtype, tree.tensor.device
+    if isinstance(tree, Entries):
+        first = tree.values[0]
+        ragged = isinstance(first, Tensor)
+        return "entries", (first.dtype, first.device) if ragged else map_signature(first)
     if isinstance(tree, Tensor):
         return "shared", id(tree)
     if type(tree) in (list, tuple):

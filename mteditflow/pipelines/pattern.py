@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mteditflow.pipelines.conditioning import Conditioning
-from mteditflow.pipelines.recognise import Call, Layout, ReplayError, find_sample, find_time
+from mteditflow.pipelines.layouts import repeat_rows
+from mteditflow.pipelines.recognise import Call, Place, ReplayError, find_sample, find_time
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,13 @@ class Pattern:
     """What the first step of a turn shows of all its steps.
 
     Attributes:
-        sample_name: the argument that holds the noisy sample.
-        dtype: its dtype.
-        layout: where in that argument.
+        place: where they hold the noisy sample.
         time_name: the argument that tells the flow time.
-        constants: per branch, all other arguments.
-        rests: per branch, what the sample's argument holds besides the sample.
+        constants: per call, all other arguments.
+        rests: per call, what the sample's argument holds besides the sample.
     """
 
-    sample_name: str
-    dtype: torch.dtype
-    layout: Layout
+    place: Place
     time_name: str
     constants: list[dict[str, Any]]
     rests: list[Tensor | None]
@@ -37,24 +33,29 @@ class Pattern:
     def of(cls, calls: Sequence[Call], sample: Tensor, timestep: Tensor) -> Pattern:
         """Recognise the calls of a first step."""
         if len(calls) not in (1, 2):
-            raise ReplayError(
-                "expected one call of the transformer per step, or two under classifier-free "
-                f"guidance, got {len(calls)}; `model` chooses which module is recorded"
-            )
-        sample_name, layout = find_sample(calls[0].arguments, sample)
+            raise _calls_error(len(calls))
+        place = find_sample(calls[0].arguments, sample)
+        if len(calls) * place.copies > 2:
+            raise _calls_error(len(calls), ", the first of two branches")
         time_name = find_time(calls[0].arguments, timestep)
-        named = (sample_name, time_name)
-        held = [call.arguments.get(sample_name, sample) for call in calls]
-        parts = {id(argument): layout.split(argument, sample) for argument in held}
+        named = (place.name, time_name)
+        rows = repeat_rows(sample, place.copies)
+        held = [call.arguments.get(place.name, rows) for call in calls]
+        parts = {id(argument): place.layout.split(argument, rows) for argument in held}
         rests = [parts[id(argument)] for argument in held]  # one object where branches share it
         return cls(
-            sample_name,
-            calls[0].arguments[sample_name].dtype,
-            layout,
+            place,
             time_name,
             [{k: v for k, v in call.arguments.items() if k not in named} for call in calls],
             [None if parts is None else parts[1] for parts in rests],
         )
+
+
+def _calls_error(calls: int, more: str = "") -> ReplayError:
+    return ReplayError(
+        "expected one call of the transformer per step, or two under classifier-free guidance, "
+        f"got {calls}{more}; `model` chooses which module is recorded"
+    )
 
 
 class Version(NamedTuple):

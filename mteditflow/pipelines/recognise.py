@@ -3,17 +3,19 @@
 Nothing is known of the pipeline's class. Three things are recognised by equality: which argument
 holds the noisy sample and where in it (``Layout``), which one tells the flow time and in what unit
 (a clock), and how the outputs of one step's calls become the scheduler's velocity (``Guidance``).
-A new family of pipelines is one more entry in ``LAYOUTS`` or ``CLOCKS``.
+A new family of pipelines is one more entry in ``LAYOUTS`` or ``CLOCKS``, or one more ``Rescaling``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mteditflow.pipelines.layouts import LAYOUTS, Layout, repeat_rows
 
 
 class ReplayError(ValueError):
@@ -21,82 +23,45 @@ class ReplayError(ValueError):
 
 
 class Call(NamedTuple):
-    """One call of the transformer: its arguments by name, and the tensor it returned."""
+    """One call of the transformer: its arguments by name, and what it returned first."""
 
     arguments: dict[str, Any]
-    output: Tensor
+    output: Any
 
 
-class Layout(Protocol):
-    """Where an argument holds the noisy sample; ``rest`` is what it holds besides."""
+class Place(NamedTuple):
+    """Where a call holds the noisy sample.
 
-    def split(self, argument: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The part that should be the sample, and the rest; None if the shapes rule it out."""
+    Attributes:
+        name: the argument.
+        dtype: its dtype.
+        layout: where in that argument.
+        copies: how often, along the batch: 2 where both branches of guidance share one call.
+    """
 
-    def join(self, sample: Tensor, rest: Tensor | None) -> Tensor:
-        """The argument that holds this sample and this rest."""
-
-    def velocity(self, output: Tensor, sample: Tensor) -> Tensor:
-        """The part of the transformer's output that belongs to the sample."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The argument is the sample: FLUX.1, SD3 and Wan without guidance."""
-
-    def split(self, argument: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """See ``Layout``."""
-        return (argument, None) if argument.shape == sample.shape else None
-
-    def join(self, sample: Tensor, rest: Tensor | None) -> Tensor:
-        """See ``Layout``."""
-        return sample
-
-    def velocity(self, output: Tensor, sample: Tensor) -> Tensor:
-        """See ``Layout``."""
-        return output
+    name: str
+    dtype: torch.dtype
+    layout: Layout
+    copies: int
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The sample comes first along axis 1, reference tokens follow: Kontext, klein, Qwen-Edit."""
-
-    def split(self, argument: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """See ``Layout``."""
-        if argument.ndim != sample.ndim or argument.ndim < 2:
-            return None
-        length = sample.shape[1]
-        head = argument[:, :length]
-        longer = argument.shape[1] > length and head.shape == sample.shape
-        return (head, argument[:, length:]) if longer else None
-
-    def join(self, sample: Tensor, rest: Tensor | None) -> Tensor:
-        """See ``Layout``."""
-        return sample if rest is None else torch.cat([sample, rest], dim=1)
-
-    def velocity(self, output: Tensor, sample: Tensor) -> Tensor:
-        """See ``Layout``."""
-        return output[:, : sample.shape[1]]
-
-
-LAYOUTS: tuple[Layout, ...] = (Whole(), Prefix())
-
-
-def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> tuple[str, Layout]:
-    """Name and layout of the argument that holds ``sample``, compared in the argument's dtype."""
+def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:
+    """The one place that holds ``sample``, compared in the argument's dtype."""
     found = []
-    for name, argument in arguments.items():
-        for layout in LAYOUTS if isinstance(argument, Tensor) else ():
-            parts = layout.split(argument, sample)
-            if parts is not None and torch.equal(parts[0], sample.to(argument.dtype)):
-                found.append((name, layout))
+    for (name, argument), layout, copies in product(arguments.items(), LAYOUTS, (1, 2)):
+        rows = repeat_rows(sample, copies)
+        parts = layout.split(argument, rows)
+        if parts is not None and torch.equal(parts[0], rows.to(parts[0].dtype)):
+            found.append(Place(name, parts[0].dtype, layout, copies))
     if len(found) != 1:
         held = {n: list(a.shape) for n, a in arguments.items() if isinstance(a, Tensor)}
-        where = f"several do: {[name for name, _ in found]}" if found else "none does"
+        where = f"several do: {[place.name for place in found]}" if found else "none does"
         raise ReplayError(
             "exactly one argument of the transformer should hold the scheduler's sample "
-            f"{list(sample.shape)}, whole or as a prefix of axis 1, but {where}; "
-            f"its tensors are {held}"
+            f"{list(sample.shape)}, whole or as a prefix of axis 1, once or twice along the batch, "
+            f"but {where}; its tensors are {held}. A pipeline that puts clean frames in the place "
+            "of noisy ones, as Wan 2.2 with expand_timesteps and LTX-Video from an image, is not "
+            "supported"
         )
     return found[0]
 
@@ -132,7 +97,8 @@ def find_time(arguments: Mapping[str, Any], timestep: Tensor) -> str:
     found = [
         name
         for name, argument in arguments.items()
-        if isinstance(argument, Tensor) and argument.ndim < 2 and argument.is_floating_point()
+        if isinstance(argument, Tensor) and argument.is_floating_point()
+        if argument.ndim < (3 if name == "timestep" else 2)  # per token in Wan 2.2 text-to-video
         if any(bool((clock(timestep, argument.dtype) == argument).all()) for clock in CLOCKS)
     ]
     if "timestep" in found:
@@ -156,64 +122,3 @@ def find_clock(times: Tensor, timesteps: Tensor) -> Clock:
         "the transformer's time is not a known function of sigma: at timesteps "
         f"{timesteps.tolist()} it was given {times.flatten(1)[:, 0].tolist()}"
     )
-
-
-class Guidance(NamedTuple):
-    """How the branches of one step combine: ``negative + scale * (positive - negative)``.
-
-    Attributes:
-        positive: index of the positive branch among the step's calls.
-        scale: the guidance scale.
-    """
-
-    positive: int
-    scale: float
-
-    def __call__(self, velocities: Sequence[Tensor]) -> Tensor:
-        """Combine the two branches, in the pipelines' own order of operations."""
-        positive, negative = velocities[self.positive], velocities[1 - self.positive]
-        return negative + self.scale * (positive - negative)
-
-
-def mismatch(velocities: Sequence[Tensor], guidance: Guidance | None, velocity: Tensor) -> Tensor:
-    """Whether the branches do not make the scheduler's velocity, as a boolean on its device.
-
-    They must make it exactly; only two branches in full precision may differ by the roundings that
-    another order of the same operations causes.
-    """
-    if guidance is None:
-        return (velocities[0] != velocity).any()
-    combined, epsilon = guidance(velocities), torch.finfo(velocity.dtype).eps
-    if epsilon > torch.finfo(torch.float32).eps:
-        return (combined != velocity).any()
-    size = velocities[0].abs() + velocities[1].abs()
-    return ~((combined - velocity).abs() <= 2 * epsilon * (1 + abs(guidance.scale)) * size).all()
-
-
-def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | None:
-    """Recover the scale from the tensors; None where equal branches hide it.
-
-    Least squares in float64, then the roundest decimal near it that makes exactly the velocity,
-    else the scale as found if it makes the velocity up to rounding.
-    """
-    found = []
-    for positive in (0, 1):
-        negative = velocities[1 - positive].double()
-        difference = velocities[positive].double() - negative
-        power = difference.square().sum().item()
-        if power == 0:
-            return None
-        scale = ((velocity.double() - negative) * difference).sum().item() / power
-        found += [Guidance(positive, round(scale, digits)) for digits in range(7)]
-        found.append(Guidance(positive, scale))
-    for guidance in found:
-        if torch.equal(guidance(velocities), velocity):
-            return guidance
-    nearest = found[7]
-    if mismatch(velocities, nearest, velocity):
-        raise ReplayError(
-            "the scheduler's velocity is not negative + scale * (positive - negative) of the "
-            "transformer's two outputs: a rescaled or otherwise modified guidance cannot be "
-            "replayed"
-        )
-    return nearest

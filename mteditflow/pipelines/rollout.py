@@ -16,6 +16,7 @@ from mteditflow.pipelines.conditioning import (
     select_rows,
     share_equal_tensors,
 )
+from mteditflow.pipelines.layouts import repeat_rows
 from mteditflow.trajectory import Trajectory
 
 
@@ -178,19 +179,25 @@ def replay_rows(
     The records have equal signatures: their rows fit into one batch.
     """
     recipe = records[0].recipe
-    sample = x_t.to(recipe.sample_dtype)
+    place = recipe.place
+    sample = repeat_rows(x_t.to(place.dtype), place.copies)
     time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
-    outputs = []
-    for branches in zip(*(record.branches for record in records), strict=True):
-        rests = [branch.rest for branch in branches]
-        rest = None if rests[0] is None else select_rows(rests, rows, x_t.device)
-        arguments = select_rows([b.arguments for b in branches], rows, x_t.device)
-        arguments[recipe.sample_name] = recipe.layout.join(sample, rest)
-        arguments[recipe.time_name] = time
-        output = recipe.layout.velocity(model(**arguments)[0], sample)
-        outputs.append(output.to(recipe.velocity_dtype))
+    time = repeat_rows(time, place.copies).reshape(-1, *[1] * len(recipe.time_axes))
+    picked = [*rows] * place.copies
+    outputs: list[Tensor] = []
+    branches = list(zip(*(record.branches for record in records), strict=True))
+    for first in range(0, len(branches), place.copies):
+        held = [branch for batch in branches[first : first + place.copies] for branch in batch]
+        rests = [branch.rest for branch in held]
+        rest = None if rests[0] is None else select_rows(rests, picked, x_t.device)
+        arguments = select_rows([branch.arguments for branch in held], picked, x_t.device)
+        arguments[place.name] = place.layout.join(sample, rest)
+        arguments[recipe.time_name] = time.expand(-1, *recipe.time_axes)
+        output = place.layout.velocity(model(**arguments)[0], sample)
+        outputs += output.to(recipe.velocity_dtype).chunk(place.copies)
     combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
-    return combined.to(torch.promote_types(combined.dtype, torch.float32))
+    turned = combined if recipe.sign > 0 else -combined
+    return turned.to(torch.promote_types(turned.dtype, torch.float32))
 
 
 def _compact(

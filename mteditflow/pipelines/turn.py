@@ -17,19 +17,15 @@ from mteditflow.pipelines.conditioning import (
     Conditioning,
     Recipe,
     Rows,
+    branch_of,
+    by_row,
     leaves,
-    map_leaves,
     map_tensors,
 )
+from mteditflow.pipelines.guidance import Guidance, find_guidance, find_sign, mismatch
+from mteditflow.pipelines.layouts import Frames, repeat_rows
 from mteditflow.pipelines.pattern import Pattern, Recorded, Version
-from mteditflow.pipelines.recognise import (
-    Call,
-    Guidance,
-    ReplayError,
-    find_clock,
-    find_guidance,
-    mismatch,
-)
+from mteditflow.pipelines.recognise import Call, ReplayError, find_clock
 from mteditflow.pipelines.scheduler import Step
 
 
@@ -55,6 +51,7 @@ class Turn:
         self._shared, self._storage = shared, storage
         self._pattern: Pattern | None = None
         self._guidance: Guidance | None = None
+        self._sign = 1
         self._times: list[Tensor] = []
         self._constants: list[Version] = []
         self._states: list[Version] = []
@@ -76,8 +73,9 @@ class Turn:
                 f"step {len(self.steps)} called the transformer {len(calls)} times, step 0 "
                 f"{len(pattern.constants)} times; the branches must be the same at every step"
             )
-        outputs = [self._compare(pattern, i, call, step.x_t) for i, call in enumerate(calls)]
-        self._combine(outputs, velocity)
+        rows = repeat_rows(step.x_t, pattern.place.copies)
+        outputs = [self._compare(pattern, i, call, rows) for i, call in enumerate(calls)]
+        self._combine([x for out in outputs for x in out.chunk(pattern.place.copies)], velocity)
         if self.steps:
             returned = self.steps[-1].next_x
             same = step.x_t if step.x_t is returned else returned.to(step.x_t.dtype)
@@ -89,30 +87,30 @@ class Turn:
         with torch.inference_mode(False), torch.no_grad():
             return self._finish(pattern)
 
-    def _compare(self, pattern: Pattern, branch: int, call: Call, sample: Tensor) -> Tensor:
+    def _compare(self, pattern: Pattern, number: int, call: Call, rows: Tensor) -> Tensor:
         """Compare one call with step 0's; its velocity."""
         constants = dict(call.arguments)
-        held = constants.pop(pattern.sample_name, None)
-        time = constants.pop(pattern.time_name, None)
-        parts = pattern.layout.split(held, sample) if isinstance(held, Tensor) else None
+        name, _, layout, _ = pattern.place
+        held, time = constants.pop(name, None), constants.pop(pattern.time_name, None)
+        parts = layout.split(held, rows)
         if parts is None or not isinstance(time, Tensor):
             raise ReplayError(
-                f"{pattern.sample_name}, {pattern.time_name}: step {len(self.steps)}, call "
-                f"{branch} does not hold sample and time as the first call did"
+                f"{name}, {pattern.time_name}: step {len(self.steps)}, call {number} does not hold "
+                "sample and time as the first call did; guidance that comes and goes over the "
+                "steps, as by cfg_truncation, is not supported"
             )
-        name = pattern.sample_name
-        self._same(f"{name} does not hold the sample", parts[0], sample.to(parts[0].dtype))
-        self._same(f"{name} changes behind the sample", parts[1], pattern.rests[branch])
-        if branch == 0:
+        self._same(f"{name} does not hold the sample", parts[0], rows.to(parts[0].dtype))
+        self._same(f"{name} changes behind the sample", parts[1], pattern.rests[number])
+        if number == 0:
             self._times.append(time)
             first = time if time.dtype == self._times[0].dtype else self._times[0]
             self._same(f"{pattern.time_name} changes", time, first)
         self._same(f"{pattern.time_name} differs between branches", time, self._times[-1])
-        if constants.keys() != pattern.constants[branch].keys():
+        if constants.keys() != pattern.constants[number].keys():
             raise ReplayError(f"step {len(self.steps)}: other arguments than at step 0")
         for name, value in constants.items():
-            self._same(f"{name} changes over the steps", value, pattern.constants[branch][name])
-        return pattern.layout.velocity(call.output, sample)
+            self._same(f"{name} changes over the steps", value, pattern.constants[number][name])
+        return layout.velocity(call.output, rows)
 
     def _combine(self, outputs: Sequence[Tensor], velocity: Tensor) -> None:
         """Prove that the branches make the scheduler's velocity; find the scale on the way."""
@@ -122,6 +120,10 @@ class Turn:
                 f"returned {[list(output.shape) for output in outputs]} for the sample"
             )
         outputs = [output.to(velocity.dtype) for output in outputs]
+        if not self.steps:
+            self._sign = find_sign(outputs, velocity)
+        if self._sign < 0:
+            velocity = -velocity
         if len(outputs) == 2 and self._guidance is None:
             self._guidance = find_guidance(outputs, velocity)
         if self._guidance is None:  # equal branches: either is the velocity, at any scale
@@ -159,7 +161,8 @@ class Turn:
         for (otherwise, _), flag in zip(self._doubts, flags, strict=True):
             if flag:
                 raise ReplayError(f"cannot replay this pipeline: {otherwise}")
-        if len(pattern.constants) == 2 and self._guidance is None:
+        branches = len(pattern.constants) * pattern.place.copies
+        if branches == 2 and self._guidance is None:
             raise ReplayError(
                 "both branches gave the same velocity at every step, which hides the guidance "
                 "scale; use different prompts, or no guidance"
@@ -180,41 +183,29 @@ class Turn:
         """The turn's constants as a record."""
         times = torch.stack(self._times).cpu()
         recipe = Recipe(
-            sample_name=pattern.sample_name,
-            sample_dtype=pattern.dtype,
-            layout=pattern.layout,
+            place=pattern.place,
             time_name=pattern.time_name,
             time_dtype=times.dtype,
             clock=find_clock(times, self._sigmas[:-1] * self._timesteps),
             timesteps=self._timesteps,
+            time_axes=tuple(times.shape[2:]),
             velocity_dtype=self.steps[0].next_x.dtype,
             guidance=self._guidance,
+            sign=self._sign,
         )
-        branches = tuple(
-            Branch(
-                {name: self._by_row(name, value) for name, value in constants.items()},
-                None if rest is None else Rows(rest),
-            )
-            for constants, rest in zip(pattern.constants, pattern.rests, strict=True)
-        )
-        return map_tensors([Conditioning(recipe, branches)], self._keep)[0]
-
-    def _by_row(self, name: str, value: Any) -> Any:
-        """Wrap the tensors of an argument that have a row per trajectory."""
-        batch = len(self.steps[0].x_t)
-        listed = isinstance(value, (list, tuple)) and len(value) == batch
-        if listed and name not in self._shared:
-            raise ReplayError(
-                f"{name}: a {type(value).__name__} as long as the batch cannot be replayed in "
-                "other batches; name it in `shared` if it is the same for all trajectories"
-            )
-
-        def leaf(x: Any) -> Any:
-            ids = isinstance(x, Tensor) and x.ndim == 2 and name.endswith("_ids")
-            shared = not isinstance(x, Tensor) or ids or name in self._shared
-            return x if shared or x.ndim == 0 or len(x) != batch else Rows(x)
-
-        return map_leaves(leaf, value)
+        batch, copies = len(self.steps[0].x_t) * pattern.place.copies, pattern.place.copies
+        listed = isinstance(pattern.place.layout, Frames)
+        branches = []
+        for constants, rest in zip(pattern.constants, pattern.rests, strict=True):
+            arguments = {
+                name: by_row(name, value, batch, self._shared, listed)
+                for name, value in constants.items()
+            }
+            behind = None if rest is None else Rows(rest)
+            for index in range(copies):
+                parts = (branch_of(tree, index, copies) for tree in (arguments, behind))
+                branches.append(Branch(*parts))
+        return map_tensors([Conditioning(recipe, tuple(branches))], self._keep)[0]
 
     def _keep(self, x: Tensor) -> Tensor:
         """The tensor as it is stored: on the storage device, no view of a larger one, no graph."""

@@ -12,17 +12,15 @@ from tiny import CHAIN, STEPS, call, picture, roll_out
 
 from mteditflow import ODE, FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
+from mteditflow.pipelines.guidance import Guidance, find_guidance, mismatch
 from mteditflow.pipelines.recognise import (
-    Guidance,
     find_clock,
-    find_guidance,
     find_sample,
     find_time,
     in_steps,
     in_units,
     in_units_from_noise,
     in_units_rounded_last,
-    mismatch,
 )
 
 
@@ -50,7 +48,9 @@ def record(pipeline, *, velocity=None, arguments=None, forward=None, **given):
 # Faults between transformer and scheduler.
 
 
-@pytest.mark.parametrize("change", [lambda v: v * (1 + 1e-5), lambda v: v + 1e-5, torch.neg])
+@pytest.mark.parametrize(
+    "change", [lambda v: v * (1 + 1e-5), lambda v: v + 1e-5, lambda v: v.flip(1)]
+)
 def test_refuses_a_velocity_changed_after_the_transformer(pipeline, change):
     with pytest.raises(ReplayError, match="velocity was changed"):
         record(pipeline, velocity=change)
@@ -233,16 +233,21 @@ def test_refuses_branches_that_come_and_go(pipeline):
         record(pipeline, forward=calling(pipeline, times=(2,)))
 
 
-def test_refuses_lists_that_do_not_tell_whose_they_are(kontext):
-    class Grids(type(kontext.transformer)):
-        """Takes a list with an entry per image, as Qwen-Image-Edit does."""
+class Grids(FluxTransformer2DModel):
+    """Takes a list with an entry per image, as Qwen-Image-Edit does."""
 
-        def forward(self, *args, img_shapes=None, **kwargs):
-            return super().forward(*args, **kwargs)
+    def forward(self, *args, img_shapes=None, **kwargs):
+        return super().forward(*args, **kwargs)
 
+
+@pytest.mark.parametrize("unclear", [[torch.ones(2)], [{"height": 6}]])
+def test_refuses_lists_that_do_not_tell_whose_they_are(kontext, unclear):
     kontext.transformer.__class__ = Grids
+    kontext.transformer.register_forward_pre_hook(
+        lambda _model, args, kwargs: (args, {"img_shapes": unclear} | kwargs), with_kwargs=True
+    )
     with pytest.raises(ReplayError, match="img_shapes: a list as long as the batch"):
-        record(kontext, arguments=lambda _given: {"img_shapes": [(1, 6, 6)]})
+        record(kontext)
     with Recorder(kontext, shared=["img_shapes"]) as recorder:
         edit(kontext)
     assert len(recorder.rollout(group=[0])) == 1

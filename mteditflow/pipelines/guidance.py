@@ -1,0 +1,198 @@
+"""How the branches of one step become one velocity, recovered from the tensors of a step.
+
+Classifier-free guidance is ``negative + scale * (positive - negative)``. Some pipelines then change
+its length, never its direction: a ``Rescaling``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mteditflow.pipelines.recognise import ReplayError
+
+
+class Rescaling(Protocol):
+    """Changes the length of a combined velocity [B, ...], in groups of its elements."""
+
+    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
+        """Rescale; ``positive`` is the velocity of the positive branch."""
+
+
+@dataclass(frozen=True)
+class TokenNorm:
+    """Every token as long as the positive branch's: Qwen-Image."""
+
+    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
+        """See ``Rescaling``."""
+        return combined * (_token_norms(positive) / _token_norms(combined))
+
+
+@dataclass(frozen=True)
+class NormLimit:
+    """No sample longer than ``limit`` times the positive branch's: Z-Image's normalization."""
+
+    limit: float
+
+    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
+        """See ``Rescaling``."""
+        longest, norm = self.limit * _norms(positive), _norms(combined)
+        return torch.where(norm > longest, combined * (longest / norm), combined)
+
+
+@dataclass(frozen=True)
+class StdMix:
+    """A share ``mix`` of it with the positive branch's standard deviation: LTX-Video.
+
+    Source: arXiv 2305.08891, section 3.4.
+    """
+
+    mix: float
+
+    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
+        """See ``Rescaling``."""
+        axes = list(range(1, combined.ndim))
+        wanted, std = (x.std(dim=axes, keepdim=True) for x in (positive, combined))
+        return self.mix * (combined * (wanted / std)) + (1 - self.mix) * combined
+
+
+class Guidance(NamedTuple):
+    """How the branches of one step combine: ``negative + scale * (positive - negative)``.
+
+    Attributes:
+        positive: index of the positive branch among the step's calls.
+        scale: the guidance scale.
+        rescaling: what then changes the length; None if nothing does.
+    """
+
+    positive: int
+    scale: float
+    rescaling: Rescaling | None = None
+
+    def __call__(self, velocities: Sequence[Tensor]) -> Tensor:
+        """Combine the two branches, in the pipelines' own order of operations."""
+        positive, negative = velocities[self.positive], velocities[1 - self.positive]
+        combined = negative + self.scale * (positive - negative)
+        return combined if self.rescaling is None else self.rescaling(combined, positive)
+
+
+def mismatch(velocities: Sequence[Tensor], guidance: Guidance | None, velocity: Tensor) -> Tensor:
+    """Whether the branches do not make the scheduler's velocity, as a boolean on its device.
+
+    They must make it exactly; only two branches in full precision may differ by the roundings that
+    another order of the same operations causes.
+    """
+    if guidance is None:
+        return (velocities[0] != velocity).any()
+    made, epsilon = guidance(velocities), torch.finfo(velocity.dtype).eps
+    if epsilon > torch.finfo(torch.float32).eps:
+        return (made != velocity).any()
+    size = velocities[0].abs() + velocities[1].abs()
+    if guidance.rescaling is not None:
+        plain = guidance._replace(rescaling=None)(velocities)
+        size = 2 * size * made.abs().sum(-1, keepdim=True) / plain.abs().sum(-1, keepdim=True)
+    return ~((made - velocity).abs() <= 2 * epsilon * (1 + abs(guidance.scale)) * size).all()
+
+
+def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | None:
+    """Recover scale and rescaling from the tensors; None where equal branches hide them.
+
+    The first suggestion of ``_candidates`` that makes exactly the velocity, else the nearest if it
+    makes the velocity up to rounding.
+    """
+    if torch.equal(*velocities):
+        return None
+    nearest, least = None, float("inf")
+    for guidance in _candidates(velocities, velocity):
+        error = (guidance(velocities) - velocity).abs().max().item()
+        if error == 0:
+            return guidance
+        if error < least:
+            nearest, least = guidance, error
+    if nearest is None or mismatch(velocities, nearest, velocity):
+        raise ReplayError(
+            "the scheduler's velocity is not negative + scale * (positive - negative) of the "
+            "transformer's two outputs, nor that with a norm rescaled as by Qwen-Image, Z-Image or "
+            "LTX-Video: a rescaled or otherwise modified guidance cannot be replayed"
+        )
+    return nearest
+
+
+def find_sign(velocities: Sequence[Tensor], velocity: Tensor) -> int:
+    """-1 where the pipeline turns its velocity round, as Z-Image does, else 1.
+
+    Whatever the guidance, each token of the velocity is a multiple of mean + s * difference of the
+    branches, so its part at right angles to the difference points where the mean's does.
+    """
+    one, other = velocities[0].double(), velocities[-1].double()
+    level = _across(one + other, one - other)
+    return -1 if bool((level * velocity.double()).sum() < 0) else 1
+
+
+def _candidates(velocities: Sequence[Tensor], velocity: Tensor) -> Iterator[Guidance]:
+    """Guidances that might make the velocity, the simplest first.
+
+    With the larger scale first: where both branches could be the positive one, it is above 1. The
+    scale is that of the velocity itself, or under a rescaling, which keeps the direction of every
+    token, that which leaves nothing at right angles to the velocity.
+    """
+    for rescaled in (False, True):
+        scales = [_scale(velocities, positive, velocity, rescaled) for positive in (0, 1)]
+        for positive in sorted((0, 1), key=scales.__getitem__, reverse=True):
+            for scale in (*_rounded(scales[positive], 6), scales[positive]):
+                plain = Guidance(positive, scale)
+                if not rescaled:
+                    yield plain
+                    continue
+                for rescaling in _rescalings(plain(velocities), velocities[positive], velocity):
+                    yield plain._replace(rescaling=rescaling)
+
+
+def _scale(velocities: Sequence[Tensor], positive: int, velocity: Tensor, rescaled: bool) -> float:
+    """The scale by least squares in float64."""
+    wanted, negative = velocity.double(), velocities[1 - positive].double()
+    difference = velocities[positive].double() - negative
+    if rescaled:
+        return _share(-_across(negative, wanted), _across(difference, wanted))
+    return _share(wanted - negative, difference)
+
+
+def _rescalings(combined: Tensor, positive: Tensor, velocity: Tensor) -> Iterator[Rescaling]:
+    """Rescalings that might make the velocity, with settings of few decimals, as people give."""
+    yield TokenNorm()
+    yield from map(NormLimit, _rounded((_norms(velocity) / _norms(positive)).max().item(), 4))
+    mixed = StdMix(1.0)(combined, positive) - combined
+    yield from map(StdMix, _rounded(_share(velocity - combined, mixed), 4))
+
+
+def _share(x: Tensor, of: Tensor) -> float:
+    """The factor of ``of`` that comes nearest to ``x``."""
+    return ((x * of).sum() / of.square().sum()).item()
+
+
+def _across(x: Tensor, direction: Tensor) -> Tensor:
+    """What of each token of ``x`` is at right angles to its direction."""
+    power = direction.square().sum(-1, keepdim=True)
+    along = (x * direction).sum(-1, keepdim=True) / power.clamp_min(torch.finfo(x.dtype).tiny)
+    return x - along * direction
+
+
+def _rounded(x: float, digits: int) -> list[float]:
+    """A number to none, one, two ... decimals."""
+    return [round(x, decimals) for decimals in range(digits + 1)]
+
+
+def _token_norms(x: Tensor) -> Tensor:
+    """Norm along the last axis, which stays."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norms
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Norm of each row [B, ...], with as many axes; row by row, for the bits of Z-Image."""
+    norms = torch.stack([torch.linalg.vector_norm(row) for row in x])
+    return norms.reshape(-1, *[1] * (x.ndim - 1))
