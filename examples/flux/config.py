@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from mteditflow import LagrangeMultiplier
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -176,13 +178,14 @@ class Rewards:
     """Credit to_go: what a turn's reward counts for the turn before it; 0: credit turn."""
     trajectory_share: Share = 0.5
     """Credit mixture: share of the whole chain's signal beside the turn's own."""
-    drop_groups: bool = False
-    """Leave out groups in which all chains follow fully, none at all, or all equally well."""
-    floors: dict[str, float] = field(default_factory=dict)
-    """Smallest mean wanted of a reward, such as consistency 0.95: while it is below, its weight
-    grows by a Lagrange multiplier, and all weights are divided by 1 + multiplier."""
+    groups: Literal["all", "teaching"] = "all"
+    """Which groups are trained on; teaching: not those in which all chains follow fully, none does
+    at all, or all do equally well."""
+    floor: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Smallest mean of consistency that is wanted: below it its weight grows round by round, by a
+    Lagrange multiplier, and all weights are divided by 1 + multiplier; none: weights are fixed."""
     floor_rate: Positive = 5.0
-    """What a multiplier grows by in a round for each unit below the floor."""
+    """What the multiplier gains in a round for each unit that consistency lies below the floor."""
     floor_maximum: Positive = 10.0
     """Largest multiplier."""
     fusion: Literal["advantages", "rewards"] = "advantages"
@@ -196,6 +199,13 @@ class Rewards:
     all, and for credit until_failure."""
     max_invalid: Share = 0.2
     """Share of a round's trajectories without a reward that stops the run."""
+
+    @property
+    def multiplier(self) -> LagrangeMultiplier | None:
+        """Of consistency, as a run begins with it; None without a floor."""
+        if self.floor is None:
+            return None
+        return LagrangeMultiplier(self.floor, self.floor_rate, self.floor_maximum)
 
 
 @dataclass(frozen=True)
@@ -388,17 +398,17 @@ def _unsound(config: Config) -> Sequence[str]:
         )
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
         found.append("rewards: expected judge and judge_model, or a scorer")
-    wanted = rewards.weights.get("consistency") or "consistency" in rewards.floors
+    wanted = rewards.weights.get("consistency") or rewards.floor is not None
     if rewards.scorer is None and not rewards.consistency and wanted:
-        found.append("rewards.consistency: expected the URL of a server, or weight 0 for it")
+        found.append(
+            "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
+        )
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
         found.append("rewards.scorer: expected no judge and no consistency beside it")
     if rewards.scale == "binary" and rewards.success > 1:
         found.append(
             f"rewards.success: expected at most 1 on a binary scale, got {rewards.success}"
         )
-    if any(not -1 <= floor <= 1 for floor in rewards.floors.values()):
-        found.append(f"rewards.floors: expected means in [-1, 1], got {rewards.floors}")
     if evaluation.policy == "ema" and training.ema_decay == 0:
         found.append(
             "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"

@@ -138,7 +138,7 @@ def rewards_of(config: Rewards, terms: Mapping[str, TurnScores]) -> dict[str, Re
     """One reward per trajectory of each term that is trained, [B].
 
     Raises:
-        ConfigError: a weight above 0, or a floor, has no term.
+        ConfigError: a weight above 0, or the floor, has no term.
     """
     return {name: terms[name].reward(_aggregate(config, name)) for name in _trained(config, terms)}
 
@@ -164,7 +164,7 @@ def advantages_of(
     config: Rewards,
     terms: Mapping[str, TurnScores],
     group: Tensor,
-    multipliers: Mapping[str, float] | None = None,
+    multipliers: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
     """Advantage of each turn, and whether it may be trained on, both [B, N].
 
@@ -172,15 +172,15 @@ def advantages_of(
         config: who is credited, and how terms are fused.
         terms: scores by name, each [B, N].
         group: integer group ids, [B].
-        multipliers: of the terms that have a floor; ``None``: none.
+        multipliers: of the term that has a floor.
 
     Raises:
-        ConfigError: a weight above 0, or a floor, has no term.
+        ConfigError: a weight above 0, or the floor, has no term.
     """
     exists = next(iter(terms.values())).turn_mask
     own = {name: config.weights.get(name, 0.0) for name in _trained(config, terms)}
     signals, weights = {}, {}
-    for name, weight in mt.constrained_weights(own, multipliers or {}).items():
+    for name, weight in mt.constrained_weights(own, multipliers).items():
         for i, (credit, share) in enumerate(_credits(config, name).items()):
             signals[f"{name}/{i}"] = terms[name].credited(_aggregate(config, name), credit)
             weights[f"{name}/{i}"] = weight * share
@@ -188,7 +188,7 @@ def advantages_of(
     if config.credit == "until_failure":
         success = terms["following"].score >= config.success
         keep &= mt.stop_after_failure(success, turn_mask=exists).bool()
-    if config.drop_groups:
+    if config.groups == "teaching":
         keep &= teaching_groups(config, terms, group).keep[:, None]
     fuse = mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards
     advantage, valid = mt.turn_advantage(
@@ -200,7 +200,8 @@ def advantages_of(
 def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
     """Names of the terms that have a weight above 0, or a floor."""
     names = [name for name, weight in config.weights.items() if weight > 0]
-    names += [name for name in config.floors if name not in names]
+    if config.floor is not None and "consistency" not in names:
+        names.append("consistency")
     missing = [name for name in names if name not in terms]
     if missing:
         raise ConfigError(

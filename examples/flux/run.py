@@ -18,7 +18,7 @@ from PIL.Image import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from mteditflow import LagrangeMultiplier, RatioCheck, gather_ranks
+from mteditflow import RatioCheck, gather_ranks
 from mteditflow.chains import Chain, ChainError, GroupSampler, TeachingSampler, collate_chains
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError, Reward, TurnScores
@@ -100,10 +100,7 @@ class Run:
             split_groups=data.split_groups,
             seed=training.seed,
         )
-        self._floors = {
-            name: LagrangeMultiplier(floor, config.rewards.floor_rate, config.rewards.floor_maximum)
-            for name, floor in config.rewards.floors.items()
-        }
+        self._floor = config.rewards.multiplier
         log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
         self.editor, self.policies = load_policies(config, accelerator)
         self.optimizer = torch.optim.AdamW(
@@ -159,14 +156,13 @@ class Run:
             self._sampler.step(self._spreads)
         else:
             self._sampler.step()
-        for name, multiplier in self._floors.items():
-            if math.isfinite(self._rewards[name]):
-                self._floors[name] = multiplier.update(self._rewards[name])
+        if self._floor is not None and math.isfinite(self._rewards["consistency"]):
+            self._floor = self._floor.update(self._rewards["consistency"])
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """Of the rewards that have a floor, in this round."""
-        return {name: multiplier.value for name, multiplier in self._floors.items()}
+        """Of the reward that has a floor, in this round."""
+        return {} if self._floor is None else {"consistency": self._floor.value}
 
     def next_chains(self) -> tuple[list[Chain], list[Image], Tensor, int]:
         """Chain, reference and group id of each of this rank's trajectories of a round.
@@ -389,10 +385,9 @@ class Run:
         except ValueError as error:  # other chains, groups or seed
             raise ConfigError(f"output.resume: cannot go on from {found.path}: {error}") from error
         self._watch.load_state_dict(found.state["watch"])
-        for name, value in found.state.get("multipliers", {}).items():
-            if name in self._floors:
-                floor = self._floors[name]
-                self._floors[name] = replace(floor, value=min(value, floor.maximum))
+        if self._floor is not None:
+            value = found.state.get("multipliers", {}).get("consistency", 0.0)
+            self._floor = replace(self._floor, value=min(value, self._floor.maximum))
         self.done, self._updates = found.round, found.state["updates"]
         self._skipped = found.state["skipped"]
         if self.config.output.resume == "auto":

@@ -26,7 +26,7 @@ def advantages(rows, group=None, lost=(), **options):
     """Of chains that are scored for following alone; of one group if none is given."""
     terms = {"following": turn_scores(rows, lost)}
     group = torch.zeros(len(rows), dtype=torch.int64) if group is None else group
-    return advantages_of(Rewards(**FOLLOWING | options), terms, group)
+    return advantages_of(Rewards(**FOLLOWING | options), terms, group, {})
 
 
 # golden values
@@ -103,7 +103,7 @@ def test_several_terms_are_fused_turn_by_turn(fusion):
     config = Rewards(weights={"following": 1.0, "consistency": 0.5}, fusion=fusion, credit="turn")
     following, consistency = [[5.0, 1.0], [1.0, 5.0]], [[0.5, 0.9], [0.9, 0.8]]
     terms = {"following": turn_scores(following), "consistency": turn_scores(consistency)}
-    advantage, _ = advantages_of(config, terms, torch.zeros(2, dtype=torch.int64))
+    advantage, _ = advantages_of(config, terms, torch.zeros(2, dtype=torch.int64), {})
     expected = [[0.5, -0.5], [-0.5, 0.5]] if fusion == "advantages" else [[1.0, -1.0], [-1.0, 1.0]]
     close(advantage[:, 0], torch.tensor(expected)[:, 0])
     second = [-0.5, 0.5] if fusion == "advantages" else [-1.0, 1.0]
