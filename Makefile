@@ -17,13 +17,14 @@ TORCHVISION := torchvision==0.28.0
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers pytest evidence findings lost-rewards benchmark soak kills mutation clean
+.PHONY: help demo test lint types layers pytest evidence findings objectives lost-rewards benchmark soak kills mutation clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
 	@echo "make test          lint, types, import layers, doctests and the whole test suite"
 	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
 	@echo "make findings      the paper's comparisons on the shapes world over three seeds, written to docs/"
+	@echo "make objectives    all objectives, credits and guards on the shapes world over three seeds, written to docs/"
 	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
 	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
 	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
@@ -68,7 +69,10 @@ evidence: $(INSTALLED)
 	$(BIN)/python examples/evidence.py
 
 findings: $(INSTALLED)
-	$(BIN)/python examples/ablations.py --workers $(WORKERS)
+	$(BIN)/python examples/ablations.py findings --workers $(WORKERS)
+
+objectives: $(INSTALLED)
+	$(BIN)/python examples/ablations.py objectives --workers $(WORKERS)
 
 lost-rewards: $(INSTALLED)
 	$(BIN)/python examples/lost_rewards.py

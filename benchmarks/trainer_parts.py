@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import train_flux
 from flux.batch import Batch
 from flux.config import parse
+from flux.objectives import losses_of as losses_of
 from flux.rewards import scoring
 from flux.run import Run
 from shapes.editor import Family, build_kontext

@@ -1,11 +1,12 @@
-"""The paper's findings, looked for in the shapes world, and written into ``docs/findings.md``.
+"""Comparisons on the shapes world over seeds, each written into a page of ``docs/``.
 
-    python examples/ablations.py --workers 2
-    python examples/ablations.py --short
+    python examples/ablations.py findings --workers 2      # the paper's, docs/findings.md
+    python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
+    python examples/ablations.py findings --short
 
-The table of what is compared is ``findings/settings.py``. Runs that are already there are kept, and
-one that was cut off goes on, so it can be stopped and started again. The page is written from the
-seeds that are complete.
+What is compared is in ``findings/settings.py`` and ``findings/objectives.py``. Runs that are there
+already are kept, and one that was cut off goes on, so it can be stopped and started again. The page
+is written from the seeds that are complete.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import diffusers
 import torch
 import transformers
 import typer
+from findings.objectives import OBJECTIVES
 from findings.page import write_page
 from findings.running import FULL, SHORT, Ablations
+from findings.settings import PAPER
+
+STUDIES = {PAPER.name: PAPER, OBJECTIVES.name: OBJECTIVES}
 
 
 def main(
+    study: Annotated[Literal["findings", "objectives"], typer.Argument(help="What to compare.")],
     short: Annotated[bool, typer.Option("--short", help="Minutes: one seed, few rounds.")] = False,
     workers: Annotated[
         int, typer.Option(min=0, help="Runs at a time, a thread each; 0: only write the page.")
@@ -37,11 +43,11 @@ def main(
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    runs = runs or Path("runs/ablations-short" if short else "runs/ablations")
-    ablations = Ablations(runs, SHORT if short else FULL)
+    runs = runs or Path("runs", study + ("-short" if short else ""))
+    ablations = Ablations(runs, SHORT if short else FULL, STUDIES[study])
     failures = ablations.run_all(workers) if workers else []
     if ablations.complete_seeds():
-        command = "python examples/ablations.py" + (" --short" if short else "")
+        command = f"python examples/ablations.py {study}" + (" --short" if short else "")
         page = write_page(ablations, docs or (runs if short else Path("docs")), command=command)
         print(f"Written: {page}")
     else:

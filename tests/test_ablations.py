@@ -3,15 +3,17 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from ablations import main
-from findings import running
+from findings.objectives import OBJECTIVES
 from findings.page import document, write_page
 from findings.results import Results, chain_values, long_claims
 from findings.running import FULL, LONG, SHORT, TURNS, Ablations, Form, Run
-from findings.settings import BASE, FINDINGS, SETTINGS, Setting
+from findings.settings import BASE, FINDINGS, PAPER
+from findings.study import UNTRAINED, Finding, Setting, Study
 
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
@@ -27,7 +29,7 @@ def evaluation(seed, turns=TURNS, skill=0.5, rounds=0):
     return Evaluation(rounds, names, [["Do it"] * turns] * 40, terms, success_at=5)
 
 
-def results(seeds=3, better=""):
+def results(seeds=3, better="", study=PAPER):
     """Made-up runs, in which settings of that name are much better."""
     metrics = [{"seconds/sampling": 1.5, "seconds/updating": 1.0}]
     runs = {
@@ -39,10 +41,10 @@ def results(seeds=3, better=""):
             )
             for seed in range(seeds)
         ]
-        for i, name in enumerate(SETTINGS)
+        for i, name in enumerate(study.settings)
     }
     long = [Run(evaluation(s, LONG), evaluation(s + 50, LONG, 0.9), ()) for s in range(seeds)]
-    return Results(runs, long)
+    return Results(study, runs, long)
 
 
 def test_values_of_chains_have_the_metrics_for_means():
@@ -52,25 +54,26 @@ def test_values_of_chains_have_the_metrics_for_means():
         assert float(values.mean()) == pytest.approx(scale * own.estimates[name][-1], rel=1e-5)
 
 
-def test_settings_are_sound_and_compare_one_thing(tmp_path):
+@pytest.mark.parametrize("study", [PAPER, OBJECTIVES])
+def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
     for form in (FULL, SHORT):
-        ablations = Ablations(tmp_path, form)
-        for setting in SETTINGS.values():
+        ablations = Ablations(tmp_path, form, study)
+        for setting in study.settings.values():
             config = ablations._config(setting, 0)
             assert config.data.groups * config.data.group_size == 96
             assert config.evaluation.steps == config.sampling.steps
             assert config.training.rounds == form.rounds
-    for finding in FINDINGS:
+    for finding in study.findings:
         labels = [setting.label for setting in finding.settings]
         assert len(set(labels)) == len(labels) >= 3
-        assert BASE.name in {setting.name for setting in finding.settings}
+        assert study.base.name in {setting.name for setting in finding.settings}
         assert {x for c in finding.claims for x in (c.higher, c.lower)} <= set(labels)
 
 
 def test_the_page_says_what_the_numbers_say(tmp_path):
-    ablations = Ablations(tmp_path, FULL)
+    ablations = Ablations(tmp_path, FULL, PAPER)
     for seed in range(3):
-        for setting in SETTINGS.values():
+        for setting in PAPER.settings.values():
             path = ablations._after(setting, seed)
             path.parent.mkdir()
             path.touch()
@@ -88,30 +91,47 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert long_claims(results().long)["Marginal(8)"].verdict == "seen"
 
 
+def test_the_untrained_model_is_a_setting_that_is_not_run(tmp_path, monkeypatch):
+    ablations = Ablations(tmp_path, FULL, OBJECTIVES)
+    assert UNTRAINED.name not in OBJECTIVES.settings
+    monkeypatch.setattr(Ablations, "complete_seeds", lambda _: [0, 1])
+    monkeypatch.setattr(
+        Ablations, "result", lambda _, s, k: Run(evaluation(k, skill=0.3), evaluation(k + 9), [])
+    )
+    found = Results.read(ablations)
+    assert found.long == []
+    before = found.values(UNTRAINED, "overall")
+    base = found.before(OBJECTIVES.base, "overall")
+    assert float(before.mean()) == pytest.approx(base.mean)
+    gain = found.difference(OBJECTIVES.base, UNTRAINED)
+    after = found.values(OBJECTIVES.base, "overall")
+    assert gain.mean == pytest.approx(float((after - before).mean()))
+
+
 def test_what_is_missing_is_counted_and_nothing_started(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Ablations, "run_all", None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("findings.page.draw_finding", lambda *_: None)
     with pytest.raises(SystemExit, match="no seed is complete, so there is no page"):
-        main(workers=0, runs=tmp_path, docs=tmp_path / "docs")
+        main("findings", workers=0, runs=tmp_path, docs=tmp_path / "docs")
     assert "Missing: 66 of 66 runs" in capsys.readouterr().out
 
-    ablations = Ablations(tmp_path, FULL)
-    for setting in SETTINGS.values():
+    ablations = Ablations(tmp_path, FULL, PAPER)
+    for setting in PAPER.settings.values():
         ablations._after(setting, 1).parent.mkdir()
         ablations._after(setting, 1).touch()
     assert ablations.complete_seeds() == [1]
     monkeypatch.setattr(Results, "read", lambda _: results(seeds=1))
-    main(workers=0, runs=tmp_path, docs=tmp_path / "docs")
+    main("findings", workers=0, runs=tmp_path, docs=tmp_path / "docs")
     assert "Missing: 44 of 66 runs" in capsys.readouterr().out
     assert "Missing: 44 of 66 runs;" in (tmp_path / "docs" / "findings.md").read_text()
 
 
 def test_page_and_figures_are_written_from_complete_seeds(tmp_path, monkeypatch):
-    ablations = Ablations(tmp_path, SHORT)
+    ablations = Ablations(tmp_path, SHORT, PAPER)
     with pytest.raises(ValueError, match="expected a seed with all settings, got none"):
         write_page(ablations, tmp_path, command="make it")
-    for setting in SETTINGS.values():
+    for setting in PAPER.settings.values():
         ablations._after(setting, 0).parent.mkdir()
         ablations._after(setting, 0).touch()
     monkeypatch.setattr(Results, "read", lambda _: results(seeds=1))
@@ -125,8 +145,8 @@ def test_page_and_figures_are_written_from_complete_seeds(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
     judged = Setting("judged", {"rewards.scorer": "shapes.scoring:CarefulJudge", "data.turns": 1})
-    monkeypatch.setattr(running, "SETTINGS", {s.name: s for s in (BASE, judged)})
-    ablations = Ablations(tmp_path, Form((3,), rounds=1, train=16, held_out=4))
+    form, finding = Form((3,), rounds=1, train=16, held_out=4), Finding("x", "X", (judged,), ())
+    ablations = Ablations(tmp_path, form, replace(PAPER, findings=(finding,)))
     assert ablations.run_all(2) == []
     assert ablations.complete_seeds() == [3]
     run = ablations.result(judged, 3)
@@ -140,7 +160,7 @@ def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
     ablations._after(judged, 3).unlink()
     ablations._run(judged, 3).rename(ablations._run(Setting("x", {"data.turns": 2}), 3))
     other = Setting("x", {"data.turns": 2})
-    monkeypatch.setattr(running, "SETTINGS", {other.name: other})
+    ablations = replace(ablations, study=replace(PAPER, base=other, findings=()))
     [failure] = ablations.run_all(1)
     assert "expected a run of" in failure
     assert "got another; remove it" in failure
@@ -148,9 +168,9 @@ def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trainers_that_fail_are_told_one_by_one(tmp_path, monkeypatch):
-    bad = [Setting(name, {"training.minibatches": n}) for n, name in ((7, "bad"), (5, "worse"))]
-    ablations = Ablations(tmp_path, Form((0,), rounds=1, train=16, held_out=4))
-    monkeypatch.setattr(running, "SETTINGS", {s.name: s for s in bad})
+    bad = tuple(Setting(x, {"training.minibatches": n}) for n, x in ((7, "bad"), (5, "worse")))
+    form, finding = Form((0,), rounds=1, train=16, held_out=4), Finding("x", "X", bad[1:], ())
+    ablations = Ablations(tmp_path, form, Study("x", "X", bad[0], "bad", (finding,)))
     first, second = ablations.run_all(2)
     assert "training.minibatches: expected a divisor of the 96 trajectories" in first
     assert "got 7" in first

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .results import TITLES, Results
 from .running import Run
-from .settings import Finding
+from .study import Finding
 
 AFTER, BEFORE = "#2457d6", "#8a94a3"
 PANELS = ("overall", "instruction_following", "content_consistency")

@@ -13,31 +13,31 @@ from mteditflow.training.report import PACKAGES
 
 from .figures import draw_finding, draw_long
 from .results import TITLES, Results, long_claims
-from .running import LONG, TURNS, Ablations
-from .settings import BASE, FINDINGS, LONG_PAPER, LONG_WHY, Claim, Finding
-
-LONG_TITLE = f"Longer chains: trained on {TURNS} turns, tested on 1 to {LONG}"
+from .running import LONG, Ablations
+from .study import Claim, Finding
 
 
 def write_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
-    """Write ``findings.md`` and its figures from the seeds that are complete."""
-    results = Results.read(ablations)
+    """Write the study's page and its figures from the seeds that are complete."""
+    results, study = Results.read(ablations), ablations.study
     docs.mkdir(parents=True, exist_ok=True)
-    for finding in FINDINGS:
-        draw_finding(results, finding, docs / f"findings_{finding.name}.png")
-    draw_long(results.long, docs / "findings_long.png")
-    page = docs / "findings.md"
+    for finding in study.findings:
+        draw_finding(results, finding, docs / _picture(results, finding))
+    if study.longer is not None:
+        draw_long(results.long, docs / _picture(results, study.longer))
+    page = docs / f"{study.name}.md"
     page.write_text(document(results, ablations, command=command), encoding="utf-8")
     return page
 
 
 def document(results: Results, ablations: Ablations, *, command: str) -> str:
     """Write the page as Markdown."""
+    study = results.study
     lines = [
-        "# The paper's findings, looked for in the shapes world",
+        f"# {study.title}",
         "",
         f"Output of `{command}`. All numbers and verdicts are written by it; the sentences after "
-        '"Why" alone are written by hand, in `examples/findings/settings.py`.',
+        '"Why" alone are written by hand, in `examples/findings/`.',
         "",
         *_made_with(results, ablations),
         "",
@@ -45,9 +45,10 @@ def document(results: Results, ablations: Ablations, *, command: str) -> str:
         "|---|---|---|---|",
         *_overview(results),
     ]
-    for finding in FINDINGS:
+    for finding in study.findings:
         lines += ["", f"## {finding.title}", "", *_section(results, finding)]
-    lines += ["", f"## {LONG_TITLE}", "", *_long(results)]
+    if study.longer is not None:
+        lines += ["", f"## {study.longer.title}", "", *_long(results, study.longer)]
     return "\n".join([*lines, ""])
 
 
@@ -57,7 +58,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         {date.fromtimestamp(p.stat().st_mtime) for p in ablations.folder.glob("*/after*")}
     )
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    settings = len(results.runs)
+    settings = len(results.study.settings)
     return [
         f"- Runs of {' to '.join(dict.fromkeys(str(d) for d in (days[0], days[-1])))}; python "
         f"{platform.python_version()}, {versions}.",
@@ -65,8 +66,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         f"of {form.rounds} rounds, {results.minutes:.0f} minutes of training on one thread each. "
         f"Missing: {len(ablations.missing())} of {ablations.total} runs; a seed counts when all "
         "its settings are there. "
-        "The base run is the preset `shapes-nft`: Likert average, exact judge, advantage fusion, "
-        "w_CC 0.5, 12 groups of 8, 4 steps, 3 turns, DiffusionNFT. Equal settings are one run.",
+        f"The base run is {results.study.about}. Equal settings are one run.",
         f"- Each run is evaluated by the exact rewards on {form.held_out} held-out chains of three "
         "turns, each from its own noise, the same for all settings of a seed; seeds differ in "
         "chains, adapters and noise.",
@@ -89,11 +89,11 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
 
 
 def _overview(results: Results) -> Iterator[str]:
-    for finding in FINDINGS:
+    for finding in results.study.findings:
         for claim in finding.claims:
             gain, topic = results.claim(finding, claim), re.split("[:,;]", finding.title)[0]
             yield f"| {topic} | {_in_words(claim)} | {gain:+.1f} | **{gain.verdict}** |"
-    for name, gain in long_claims(results.long).items():
+    for name, gain in long_claims(results.long).items() if results.long else ():
         yield f"| Longer chains | {name}: after > before | {gain:+.1f} | **{gain.verdict}** |"
 
 
@@ -110,29 +110,32 @@ def _in_words(claim: Claim) -> str:
 
 def _section(results: Results, finding: Finding) -> list[str]:
     names = list(TITLES)
-    lines = [f"**Paper.** {finding.paper}", ""]
+    lines = [f"**Paper.** {finding.paper}", ""] if finding.paper else []
     if finding.note:
         lines += [finding.note, ""]
     lines += [
-        f"![{finding.title}](findings_{finding.name}.png)",
+        f"![{finding.title}]({_picture(results, finding)})",
         "",
         f"| setting | {' | '.join(TITLES.values())} | Overall(3) before | Overall(3), "
         "difference to base | seconds a round |",
         f"|---|{'---|' * (len(names) + 3)}",
     ]
     for setting in finding.settings:
-        same = setting.name == BASE.name
+        base = results.study.base
+        same = setting.name == base.name
         cells = [f"{results.mean(setting, name):.1f}" for name in names]
         cells.append(f"{results.before(setting, 'overall').mean:.1f}")
-        cells.append("base" if same else f"{results.difference(setting, BASE):+.1f}")
-        lines.append(f"| {setting.label} | {' | '.join(cells)} | {results.seconds(setting):.1f} |")
+        cells.append("base" if same else f"{results.difference(setting, base):+.1f}")
+        seconds = results.seconds(setting)
+        cells.append(f"{seconds:.1f}" if seconds else "")
+        lines.append(f"| {setting.label} | {' | '.join(cells)} |")
     lines += ["", "**Seen.**", "", "| claim | difference | over chains alone | verdict |"]
     lines += ["|---|---|---|---|"]
     lines += _claims(results, finding)
     return [*lines, "", f"**Why.** {finding.why}"] if finding.why else lines
 
 
-def _long(results: Results) -> list[str]:
+def _long(results: Results, longer: Finding) -> list[str]:
     rows = {}
     for when in ("before", "after"):
         runs = [getattr(run, when).estimates for run in results.long]
@@ -140,9 +143,9 @@ def _long(results: Results) -> list[str]:
             turns = zip(*(run[metric] for run in runs), strict=True)
             rows[f"{metric.replace('_', ' ')}, {when}"] = [sum(x) / len(x) for x in turns]
     lines = [
-        f"**Paper.** {LONG_PAPER}",
+        f"**Paper.** {longer.paper}",
         "",
-        "![Longer chains](findings_long.png)",
+        f"![Longer chains]({_picture(results, longer)})",
         "",
         f"| mean over seeds, by turn | {' | '.join(map(str, range(1, LONG + 1)))} |",
         f"|---|{'---|' * LONG}",
@@ -152,4 +155,8 @@ def _long(results: Results) -> list[str]:
     lines += ["| measure | difference | verdict |", "|---|---|---|"]
     for name, gain in long_claims(results.long).items():
         lines.append(f"| {name} | {gain:+.1f} | **{gain.verdict}** |")
-    return [*lines, "", f"**Why.** {LONG_WHY}"] if LONG_WHY else lines
+    return [*lines, "", f"**Why.** {longer.why}"]
+
+
+def _picture(results: Results, finding: Finding) -> str:
+    return f"{results.study.name}_{finding.name}.png"

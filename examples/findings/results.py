@@ -22,7 +22,7 @@ from mteditflow.evaluation.seeds import (
 from mteditflow.training.run_log import SECONDS
 
 from .running import Ablations, Run
-from .settings import BASE, SETTINGS, Claim, Finding, Setting
+from .study import UNTRAINED, Claim, Finding, Setting, Study
 
 TITLES = {
     "overall": "Overall(3)",
@@ -35,13 +35,15 @@ RATIO = "group/variance_ratio/following/consistency"
 
 @dataclass(frozen=True)
 class Results:
-    """All settings with all seeds that are complete.
+    """All settings of a study with all seeds that are complete.
 
     Attributes:
-        runs: By the setting's name, one for each seed.
-        long: The base run on longer chains, one for each seed.
+        study: What was compared.
+        runs: By the setting's name, one for each seed; the untrained one if it is compared, too.
+        long: The base run on longer chains, one for each seed, if the study looks at them.
     """
 
+    study: Study
     runs: Mapping[str, Sequence[Run]]
     long: Sequence[Run]
 
@@ -55,8 +57,11 @@ class Results:
         seeds = ablations.complete_seeds()
         if not seeds:
             raise ValueError(f"{ablations.folder}: expected a seed with all settings, got none")
-        runs = {name: [ablations.result(s, k) for k in seeds] for name, s in SETTINGS.items()}
-        return cls(runs, [ablations.long(k) for k in seeds])
+        study = ablations.study
+        runs = {n: [ablations.result(s, k) for k in seeds] for n, s in study.settings.items()}
+        if any(UNTRAINED in finding.settings for finding in study.findings):
+            runs[UNTRAINED.name] = [Run(r.before, r.before, ()) for r in runs[study.base.name]]
+        return cls(study, runs, [ablations.long(k) for k in seeds if study.longer is not None])
 
     @cached_property
     def tables(self) -> dict[str, Tensor]:
@@ -67,7 +72,7 @@ class Results:
     def _resampled(self) -> dict[str, Tensor]:
         """Each metric over resampled chains, mean over seeds, ``[resamples, settings]``."""
         tables: dict[str, list[Tensor]] = {}
-        for seed in range(len(self.long)):
+        for seed in range(len(self.runs[self.study.base.name])):
             values = [chain_values(own[seed].after) for own in self.runs.values()]
             means = resampled_means(values, seed=seed)
             means["overall"] = overall(means["instruction_following"], means["content_consistency"])
@@ -108,21 +113,29 @@ class Results:
 
     def seconds(self, setting: Setting) -> float:
         """Of a round, mean over rounds and seeds."""
-        rounds = [line for run in self.runs[setting.name] for line in run.metrics]
-        return fmean(sum(x for k, x in line.items() if k.startswith(SECONDS)) for line in rounds)
+        return self._seconds(setting.name)
+
+    def _seconds(self, name: str) -> float:
+        rounds = [line for run in self.runs[name] for line in run.metrics]
+        sums = [sum(x for k, x in line.items() if k.startswith(SECONDS)) for line in rounds]
+        return fmean(sums) if sums else 0.0
 
     @property
     def minutes(self) -> float:
         """Of training, all runs together."""
         return sum(
-            self.seconds(SETTINGS[name]) * sum(len(run.metrics) for run in own) / 60
+            self._seconds(name) * sum(len(run.metrics) for run in own) / 60
             for name, own in self.runs.items()
         )
 
     @property
     def variance_ratio(self) -> float:
         """Of IF over CC inside groups, median over the rounds of the base runs."""
-        found = [line.get(RATIO, torch.nan) for r in self.runs[BASE.name] for line in r.metrics]
+        found = [
+            line.get(RATIO, torch.nan)
+            for r in self.runs[self.study.base.name]
+            for line in r.metrics
+        ]
         return float(torch.tensor(found).nanmedian())
 
     def _row(self, setting: Setting) -> int:

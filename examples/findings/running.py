@@ -25,7 +25,7 @@ from mteditflow.evaluation import Evaluation
 from mteditflow.training import Checkpoints
 from mteditflow.training.metrics_file import read_metrics
 
-from .settings import BASE, SETTINGS, Setting
+from .study import Setting, Study
 
 TRAINER = Path(__file__).parents[1] / "train_flux.py"
 TURNS, LONG = 3, 8  # of held-out chains
@@ -63,10 +63,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Ablations:
-    """Runs of one form in a folder."""
+    """Runs of a study in a folder, of one form."""
 
     folder: Path
     form: Form
+    study: Study
     _trainers: set[subprocess.Popen] = field(default_factory=set)
 
     def run_all(self, workers: int) -> list[str]:
@@ -75,13 +76,12 @@ class Ablations:
         Returns:
             What went wrong, if anything did: the other runs are done all the same.
         """
-        jobs = [(setting, seed) for seed in self.form.seeds for setting in SETTINGS.values()]
         for seed in self.form.seeds:
             self._write_chains(seed)
         pool = ThreadPoolExecutor(workers)
         try:
-            done = pool.map(lambda job: self._attempt(*job), jobs)
-            return [x for x in tqdm(done, total=len(jobs), unit="run") if x is not None]
+            done = pool.map(lambda job: self._attempt(*job), self._jobs)
+            return [x for x in tqdm(done, total=self.total, unit="run") if x is not None]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for trainer in list(self._trainers):
@@ -90,11 +90,19 @@ class Ablations:
     @property
     def total(self) -> int:
         """Runs of all settings with all seeds."""
-        return len(SETTINGS) * len(self.form.seeds)
+        return len(self._jobs)
+
+    @property
+    def _jobs(self) -> list[tuple[Setting, int]]:
+        """Every setting with every seed, seed by seed."""
+        settings = self.study.settings.values()
+        return [(setting, seed) for seed in self.form.seeds for setting in settings]
 
     def missing(self) -> list[tuple[Setting, int]]:
         """Settings with the seeds with which they are not done."""
-        pairs = [(setting, seed) for seed in self.form.seeds for setting in SETTINGS.values()]
+        pairs = [
+            (setting, seed) for seed in self.form.seeds for setting in self.study.settings.values()
+        ]
         return [pair for pair in pairs if not self._after(*pair).exists()]
 
     def complete_seeds(self) -> list[int]:
@@ -110,7 +118,7 @@ class Ablations:
 
     def long(self, seed: int) -> Run:
         """Read what the base run made of longer chains."""
-        files = (self._before(seed, 4, LONG), self._after(BASE, seed, LONG))
+        files = (self._before(seed, 4, LONG), self._after(self.study.base, seed, LONG))
         return Run(*map(Evaluation.read, files), metrics=())
 
     def arguments(self, setting: Setting, seed: int) -> list[str]:
@@ -136,7 +144,7 @@ class Ablations:
         try:
             self._train(setting, seed)
             self._evaluate(setting, seed, TURNS)
-            if setting.name == BASE.name:
+            if self.study.longer is not None and setting.name == self.study.base.name:
                 self._evaluate(setting, seed, LONG)
         except (OSError, RuntimeError, ValueError) as error:
             return f"{setting.name}, seed {seed}: {error}"
@@ -165,8 +173,8 @@ class Ablations:
         found = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto")
         if found is None:
             return 0
-        config = TypeAdapter(Config).dump_python(self._config(setting, seed), mode="json")
-        if _without_places(config) != _without_places(found.state["config"]):
+        made = TypeAdapter(Config).validate_python(found.state["config"])  # newer fields: defaults
+        if _without_places(made) != _without_places(self._config(setting, seed)):
             folder = self._run(setting, seed)
             raise ValueError(f"{folder}: expected a run of {setting}, got another; remove it")
         return found.round
@@ -186,7 +194,7 @@ class Ablations:
 
     def _write_chains(self, seed: int) -> None:
         """Write the editor and the chains of a seed, unless they are there."""
-        for turns in (LONG, TURNS):
+        for turns in (LONG, TURNS) if self.study.longer is not None else (TURNS,):
             file = self._chains(seed, turns)
             counts = (self.form.train if turns == TURNS else 1, self.form.held_out)
             if not file.exists():  # what is written last
@@ -211,10 +219,10 @@ class Ablations:
         return self._run(setting, seed) / f"after-{turns}-turns.json"
 
 
-def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_places(config: Config) -> dict[str, Any]:
     """Fields without those that say where files are."""
     kept: dict[str, Any] = {}
-    for section, fields in config.items():
+    for section, fields in TypeAdapter(Config).dump_python(config, mode="json").items():
         names = PLACES.get(section, ())
         if names is not None:
             left = isinstance(fields, dict) and {k: v for k, v in fields.items() if k not in names}

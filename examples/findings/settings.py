@@ -1,48 +1,8 @@
-"""The table of settings: what is compared, and what the paper found."""
+"""The paper's findings: what is compared, what the paper found, and why it differs here."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Options of the trainer over a preset; equal ones are one run, whoever compares it."""
-
-    label: str
-    options: Mapping[str, object] = field(default_factory=dict)
-    preset: str = "shapes-nft"
-
-    @property
-    def name(self) -> str:
-        """Of the run's folder: preset and options."""
-        changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
-        return re.sub(r"[^a-z0-9=.]+", "-", "-".join([self.preset, *changed]).lower())
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That a metric is higher in one setting than in another, by their labels."""
-
-    higher: str
-    lower: str
-    metric: str = "overall"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Settings that are compared, what the paper claims of them, and why it differs here."""
-
-    name: str
-    title: str
-    settings: tuple[Setting, ...]
-    claims: tuple[Claim, ...]
-    paper: str
-    note: str = ""  # what a reader must know of the comparison
-    why: str = ""  # written by hand after the runs
-
+from .study import Claim, Finding, Setting, Study
 
 BASE = Setting("base")
 CONSISTENCY = "rewards.weights.consistency"
@@ -204,17 +164,24 @@ FINDINGS = (
     ),
 )
 
-LONG_PAPER = (
+LONGER = Finding(
+    "long",
+    "Longer chains: trained on 3 turns, tested on 1 to 8",
+    (BASE,),
+    (),
     "Success falls less from turn to turn after training: from turn 1 to 3 Marginal falls by 8.57 "
-    "points in Kontext as it came, by 1.58 after GRPO and 1.05 after NFT."
-)
-LONG_WHY = (
-    "As a share of turn 1, more is kept after training (at turn 8 51% of it, before 32%); in "
+    "points in Kontext as it came, by 1.58 after GRPO and 1.05 after NFT.",
+    why="As a share of turn 1, more is kept after training (at turn 8 51% of it, before 32%); in "
     "points the fall to turn 8 is not smaller (29 after, 25 before), since there is more to fall "
-    "from. To turn 3, as far as training went, it falls by 9.5 points before and after."
-)  # by hand
+    "from. To turn 3, as far as training went, it falls by 9.5 points before and after.",
+)
 
-SETTINGS = {
-    setting.name: setting
-    for setting in (BASE, *(own for finding in FINDINGS for own in finding.settings))
-}
+PAPER = Study(
+    "findings",
+    "The paper's findings, looked for in the shapes world",
+    BASE,
+    "the preset `shapes-nft`: Likert average, exact judge, advantage fusion, w_CC 0.5, 12 groups "
+    "of 8, 4 steps, 3 turns, DiffusionNFT",
+    FINDINGS,
+    LONGER,
+)

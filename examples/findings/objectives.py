@@ -1,0 +1,79 @@
+"""All objectives, credits, selections and guards of the library, beside each other."""
+
+from __future__ import annotations
+
+from .settings import BASE, CONSISTENCY
+from .study import UNTRAINED, Claim, Finding, Setting, Study
+
+FLOOR = {"rewards.floor": 0.98}
+
+FINDINGS = (
+    Finding(
+        "credit",
+        "Credit: which turns answer for a reward",
+        (
+            UNTRAINED,
+            Setting("trajectory"),
+            Setting("to go", {"rewards.credit": "to_go"}),
+            Setting("mixture", {"rewards.credit": "mixture"}),
+            Setting("turn", {"rewards.credit": "turn"}),
+            Setting("until failure", {"rewards.credit": "until_failure"}),
+        ),
+        (
+            Claim("trajectory", "as it came"),
+            Claim("to go", "trajectory"),
+            Claim("mixture", "trajectory"),
+            Claim("turn", "trajectory"),
+            Claim("turn", "mixture"),
+            Claim("until failure", "trajectory"),
+        ),
+        note="Trajectory: each turn has the advantage of the whole chain (the paper's broadcast). "
+        "To go: the mean of its own reward and those of the turns after it. Turn: its own. "
+        "Mixture: half of the trajectory's, half of its own. Until failure: its own, and turns "
+        "after the first that failed take no part.",
+    ),
+    Finding(
+        "selection",
+        "Selection: which groups are trained on, and which chains are drawn",
+        (
+            UNTRAINED,
+            Setting("all"),
+            Setting("drop groups", {"rewards.groups": "teaching"}),
+            Setting("draw teaching", {"data.draw": "teaching"}),
+        ),
+        (
+            Claim("drop groups", "all"),
+            Claim("draw teaching", "all"),
+        ),
+        note="Drop groups: those whose trajectories all reach the top, all stay at the bottom, or "
+        "all get the same reward take no part. Draw teaching: chains are drawn the more often, the "
+        "more the rewards of their last groups differed.",
+    ),
+    Finding(
+        "floor",
+        "A floor on content consistency, beside a fixed weight",
+        (
+            UNTRAINED,
+            Setting("w_CC 0", {CONSISTENCY: 0.0}),
+            Setting("w_CC 0, floor 0.98", {CONSISTENCY: 0.0, **FLOOR}),
+            Setting("w_CC 0.5"),
+        ),
+        (
+            Claim("w_CC 0, floor 0.98", "w_CC 0", "content_consistency"),
+            Claim("w_CC 0, floor 0.98", "w_CC 0"),
+            Claim("w_CC 0, floor 0.98", "w_CC 0.5", "content_consistency"),
+            Claim("w_CC 0, floor 0.98", "w_CC 0.5"),
+        ),
+        note="The floor is on the mean consistency of a round's chains, held by a Lagrange "
+        "multiplier; evaluation is on other chains, by CC(3).",
+    ),
+)
+
+OBJECTIVES = Study(
+    "objectives",
+    "Objectives, credits, selections and guards, in the shapes world",
+    BASE,
+    "the preset `shapes-nft`: DiffusionNFT, one advantage per trajectory, w_CC 0.5, 12 groups of "
+    "8, 4 steps, 3 turns",
+    FINDINGS,
+)

@@ -1,0 +1,74 @@
+"""What a study is made of: settings, claims of which is higher, findings on a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options of the trainer over a preset; equal ones are one run, whoever compares it."""
+
+    label: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    preset: str = "shapes-nft"
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder: preset and options."""
+        changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
+        return re.sub(r"[^a-z0-9=.]+", "-", "-".join([self.preset, *changed]).lower())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a metric is higher in one setting than in another, by their labels."""
+
+    higher: str
+    lower: str
+    metric: str = "overall"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Settings that are compared, what is claimed of them, and why it differs here."""
+
+    name: str
+    title: str
+    settings: tuple[Setting, ...]
+    claims: tuple[Claim, ...]
+    paper: str = ""  # what the paper says of it
+    note: str = ""  # what a reader must know of the comparison
+    why: str = ""  # written by hand after the runs
+
+
+@dataclass(frozen=True)
+class Study:
+    """Findings on one page.
+
+    Attributes:
+        name: of the page, and of the folder of its runs.
+        title: of the page.
+        base: the setting that others are compared with.
+        about: what the base run is, in words.
+        findings: with their settings; `UNTRAINED` may be among them.
+        longer: what the paper says of longer chains, and why it differs here; None: not looked at.
+    """
+
+    name: str
+    title: str
+    base: Setting
+    about: str
+    findings: tuple[Finding, ...]
+    longer: Finding | None = None
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """What is trained, by name; the base first."""
+        own = (setting for finding in self.findings for setting in finding.settings)
+        return {s.name: s for s in (self.base, *own) if s is not UNTRAINED}
+
+
+UNTRAINED = Setting("as it came", preset="untrained")
