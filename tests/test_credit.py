@@ -1,0 +1,365 @@
+"""Credit to turns: what each turn answers for, and the advantage that it gets."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mteditflow import (
+    RewardToGo,
+    TrajectoryCredit,
+    TurnCredit,
+    TurnSignal,
+    binary_and,
+    fuse_advantages,
+    fuse_rewards,
+    likert_average,
+    select_groups,
+    stop_after_failure,
+    turn_advantage,
+    turn_average,
+)
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+NAN = torch.nan
+CREDITS = {
+    "trajectory": TrajectoryCredit(),
+    "turn": TurnCredit(),
+    "to go": RewardToGo(),
+    "to go, discounted": RewardToGo(discount=0.7),
+}
+credited = pytest.mark.parametrize("name", CREDITS)
+fuses = pytest.mark.parametrize("fuse", [fuse_advantages, fuse_rewards])
+close = partial(torch.testing.assert_close, equal_nan=True)
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def same(found, expected):
+    """Whether values and masks are equal bit for bit."""
+    assert torch.equal(found.valid, expected.valid)
+    assert torch.equal(found.value.nan_to_num(7), expected.value.nan_to_num(7))
+
+
+@st.composite
+def batches(draw, gaps=True):
+    """Rewards of turns and their masks: chains of unequal length, gaps, lost rewards; groups."""
+    rows, turns = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    number = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+    flag = st.sampled_from([False, False, False, True]) if gaps else st.just(False)
+    lengths = [draw(st.integers(1, turns)) for _ in range(rows)]
+    masks = {"turn_mask": torch.tensor([[n < k for n in range(turns)] for k in lengths])}
+    for name in ("unmeasured", "lost"):
+        masks[name] = torch.tensor([[draw(flag) for _ in range(turns)] for _ in range(rows)])
+    reward = [[draw(number) for _ in range(turns)] for _ in range(rows)]
+    reward = torch.tensor(reward, dtype=torch.float64)
+    reward[~masks["turn_mask"] | masks["unmeasured"] | masks["lost"]] = NAN  # never read
+    group = torch.tensor([draw(st.integers(0, 2)) for _ in range(rows)])
+    return reward, masks, group
+
+
+# golden values
+
+
+def test_golden_credits():
+    reward = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, NAN], [1.0, NAN, 0.0], [1.0, NAN, 0.5]])
+    there = torch.ones(4, 3, dtype=torch.bool)
+    there[1, 2] = False  # a chain of two turns
+    gap, lost = torch.zeros_like(there), torch.zeros_like(there)
+    gap[2, 1] = lost[3, 1] = True
+    masks = {"turn_mask": there, "unmeasured": gap, "lost": lost}
+    third = 1 / 3
+    expected = {  # by hand: means of what each turn answers for
+        TurnCredit(): [[1, 0, 0.5], [0, 1, NAN], [1, NAN, 0], [1, NAN, 0.5]],
+        TrajectoryCredit(): [[0.5] * 3, [0.5] * 3, [0.5] * 3, [NAN] * 3],
+        RewardToGo(): [[0.5, 0.25, 0.5], [0.5, 1, NAN], [0.5, 0, 0], [NAN, NAN, 0.5]],
+        RewardToGo(discount=0.5): [
+            [1.125 / 1.75, 0.25 / 1.5, 0.5],
+            [third, 1, NAN],
+            [1 / 1.25, 0, 0],
+            [NAN, NAN, 0.5],
+        ],
+    }
+    for credit, rows in expected.items():
+        value, valid = credit(reward, **masks)
+        close(value, torch.tensor(rows))
+        assert torch.equal(valid, ~value.isnan())
+    strict = TrajectoryCredit(binary_and)(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    assert strict.value.tolist() == [[0, 0], [1, 1]]
+
+
+def test_golden_advantages():
+    reward, group = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.5, 1.0]]), torch.tensor([4, 4, 2])
+    found = turn_advantage({"own": TurnCredit()(reward)}, {"own": 2.0}, group, eps=0.0)
+    assert found.value.tolist() == [[2, -2], [-2, 2], [0, 0]]  # a group of one learns nothing
+    assert found.valid.all()
+    signals = {"own": TurnCredit()(reward), "chain": TrajectoryCredit()(reward)}
+    found = turn_advantage(signals, {"own": 0.75, "chain": 0.25}, group, eps=0.0)
+    assert found.value.tolist() == [[1, -0.5], [-1, 0.5], [0, 0]]
+
+
+# explicit loops
+
+
+def credit_by_loop(weight, row, there, gap, lost):
+    """Of one chain: a weighted mean for each turn, None where it has no signal.
+
+    ``weight(n, m)`` is what turn m counts for turn n.
+    """
+    values = []
+    for n in range(len(row)):
+        for_it = [m for m in range(len(row)) if there[m] and weight(n, m) > 0]
+        has = [m for m in for_it if not lost[m] and not gap[m]]
+        if not has or any(lost[m] for m in for_it):
+            values.append(None)
+            continue
+        total = sum(weight(n, m) for m in has)
+        values.append(sum(weight(n, m) * row[m] for m in has) / total)
+    return values
+
+
+WEIGHTS = {
+    "trajectory": lambda n, m: 1.0,
+    "turn": lambda n, m: float(n == m),
+    "to go": lambda n, m: float(m >= n),
+    "to go, discounted": lambda n, m: 0.7 ** (m - n) if m >= n else 0.0,
+}
+
+
+@credited
+@given(batch=batches())
+def test_credit_is_the_explicit_loop(name, batch):
+    reward, masks, _ = batch
+    value, valid = CREDITS[name](reward, **masks)
+    lists = [x.tolist() for x in (reward, *masks.values())]
+    for b, rows in enumerate(zip(*lists, strict=True)):
+        expected = credit_by_loop(WEIGHTS[name], *rows)
+        for n, x in enumerate(expected):
+            if name != "trajectory" and not rows[1][n]:
+                x = None
+            assert valid[b, n] == (x is not None)
+            if x is not None:
+                assert value[b, n].item() == pytest.approx(x, abs=1e-12)
+
+
+@given(batches(), st.data())
+def test_advantage_is_the_explicit_loop(batch, data):
+    reward, masks, group = batch
+    first = RewardToGo()(reward, **masks)
+    second = TrajectoryCredit()(reward, **masks)
+    keep = torch.tensor([[data.draw(st.booleans()) for _ in row] for row in reward.tolist()])
+    value, valid = turn_advantage(
+        {"a": first, "b": second}, {"a": 1.0, "b": 0.5}, group, turn_mask=masks["turn_mask"],
+        keep=keep, eps=0.1,
+    )  # fmt: skip
+    for n in range(reward.shape[1]):
+        allowed = (first.valid & second.valid & keep)[:, n].tolist()
+        compared = [b for b, ok in enumerate(allowed) if ok]
+        assert valid[:, n].nonzero().flatten().tolist() == compared
+        for b in compared:
+            members = [c for c in compared if group[c] == group[b]]
+            expected = 0.0
+            for signal, weight in ((first, 1.0), (second, 0.5)):
+                own = signal.value[members, n].numpy()
+                deviation = signal.value[b, n].item() - own.mean()
+                expected += weight * deviation / (own.std() + 0.1)
+            assert value[b, n].item() == pytest.approx(expected, abs=1e-12)
+
+
+# properties
+
+
+@fuses
+@given(batch=batches())
+def test_trajectory_credit_is_the_broadcast_of_the_trajectorys_advantage(fuse, batch):
+    reward, masks, group = batch
+    has = masks["turn_mask"] & ~masks["unmeasured"] & ~masks["lost"]
+    whole = has.any(dim=1) & ~(masks["turn_mask"] & masks["lost"]).any(dim=1)
+    own = torch.zeros_like(reward[:, 0])
+    if whole.any():
+        own[whole] = turn_average(reward[whole], turn_mask=has[whole])
+    expected = fuse({"r": own}, {"r": 0.3}, group, valid=whole)
+    signals = {"r": TrajectoryCredit()(reward, **masks)}
+    found = turn_advantage(signals, {"r": 0.3}, group, turn_mask=masks["turn_mask"], fuse=fuse)
+    assert torch.equal(found.value, expected[:, None].expand_as(reward))
+    assert torch.equal(found.valid, whole[:, None] & masks["turn_mask"])
+
+
+@given(batches())
+def test_the_ends_of_the_discount_are_the_turn_and_the_chain(batch):
+    reward, masks, _ = batch
+    same(RewardToGo(discount=0)(reward, **masks), TurnCredit()(reward, **masks))
+    first, whole = (CREDITS[name](reward, **masks) for name in ("to go", "trajectory"))
+    close(first.value[:, 0], whole.value[:, 0])
+    assert torch.equal(first.valid[:, 0], whole.valid[:, 0])
+
+
+@fuses
+@given(batch=batches())
+def test_the_ends_of_a_mixture_are_its_signals(fuse, batch):
+    reward, masks, group = batch
+    signals = {name: CREDITS[name](reward, **masks) for name in ("turn", "trajectory")}
+    options = {"turn_mask": masks["turn_mask"], "fuse": fuse}
+    for name, other in (("turn", "trajectory"), ("trajectory", "turn")):
+        alone = turn_advantage({name: signals[name]}, {name: 1.0}, group, **options)
+        same(turn_advantage(signals, {name: 1.0, other: 0.0}, group, **options), alone)
+
+
+@given(batches(gaps=False), st.floats(0.1, 0.9))
+def test_a_mixture_is_the_mean_of_advantages(batch, share):
+    reward, _, group = batch
+    reward = reward.nan_to_num(0.0)
+    signals = {name: CREDITS[name](reward) for name in ("turn", "trajectory")}
+    ends = [turn_advantage({n: s}, {n: 1.0}, group).value for n, s in signals.items()]
+    mixed = turn_advantage(signals, {"turn": 1 - share, "trajectory": share}, group)
+    close(mixed.value, (1 - share) * ends[0] + share * ends[1])
+
+
+@credited
+@given(batch=batches(), rng=st.randoms())
+def test_rows_are_independent_and_their_order_is_free(name, batch, rng):
+    reward, masks, group = batch
+    order = rng.sample(range(len(reward)), len(reward))
+    whole = CREDITS[name](reward, **masks)
+    moved = CREDITS[name](reward[order], **{k: mask[order] for k, mask in masks.items()})
+    same(moved, TurnSignal(whole.value[order], whole.valid[order]))
+    row = CREDITS[name](reward[:1], **{k: mask[:1] for k, mask in masks.items()})
+    same(row, TurnSignal(whole.value[:1], whole.valid[:1]))
+    found = turn_advantage({"r": moved}, {"r": 1.0}, group[order])
+    close(found.value, turn_advantage({"r": whole}, {"r": 1.0}, group).value[order])
+
+
+@credited
+@given(batch=batches(), shift=st.floats(-3, 3), scale=st.floats(0.1, 3))
+def test_credit_is_a_mean(name, batch, shift, scale):
+    reward, masks, _ = batch
+    value, valid = CREDITS[name](reward, **masks)
+    moved = CREDITS[name](scale * reward + shift, **masks)
+    close(moved.value, scale * value + shift, atol=1e-9, rtol=0)
+    assert torch.equal(moved.valid, valid)
+
+
+@credited
+@given(batch=batches())
+def test_padded_turns_are_as_if_deleted(name, batch):
+    reward, masks, group = batch
+    signal = CREDITS[name](reward, **masks)
+    exists = {"turn_mask": torch.nn.functional.pad(masks["turn_mask"], (0, 2))}
+    wider = exists | {k: torch.nn.functional.pad(masks[k], (0, 2)) for k in ("unmeasured", "lost")}
+    padded = CREDITS[name](torch.nn.functional.pad(reward, (0, 2), value=NAN), **wider)
+    turns = reward.shape[1]
+    same(TurnSignal(padded.value[:, :turns], padded.valid[:, :turns]), signal)
+    found = turn_advantage({"r": padded}, {"r": 1.0}, group, **exists)
+    assert not found.valid[:, turns:].any()
+
+
+@credited
+def test_of_chains_of_equal_quality_the_longer_is_no_better(name):
+    there = torch.tensor([[True, False, False], [True, True, True]])
+    signal = CREDITS[name](torch.full((2, 3), 0.5), turn_mask=there)
+    found = turn_advantage({"r": signal}, {"r": 1.0}, torch.zeros(2).long(), turn_mask=there)
+    assert torch.equal(found.valid, there)
+    assert not found.value.any()
+
+
+def test_chains_of_unequal_length_are_compared_turn_by_turn_or_as_wholes():
+    there = torch.tensor([[True, False], [True, True], [True, True]])
+    reward, group = torch.tensor([[1.0, NAN], [0.0, 0.5], [0.5, 0.0]]), torch.zeros(3).long()
+    whole, turn = (
+        turn_advantage({"r": credit(reward, turn_mask=there)}, {"r": 1.0}, group, turn_mask=there)
+        for credit in (TrajectoryCredit(), TurnCredit())
+    )
+    assert torch.equal(whole.value[:, 0], whole.value[:, 1])  # of (1, 1/4, 1/4), in either turn
+    assert whole.value[0, 0] > 1
+    close(turn.value[1:, 1], torch.tensor([1.0, -1.0]), atol=1e-3, rtol=0)  # of the two alone
+
+
+# with masks of other rooms
+
+
+def test_turns_after_a_failure_and_groups_that_teach_nothing_take_no_part():
+    likert = torch.tensor([[5.0, 1.0, 5.0], [1.0, 5.0, 1.0], [5.0, 5.0, 1.0], [5.0, 5.0, 1.0]])
+    group = torch.tensor([0, 0, 1, 1])
+    signal = TurnCredit()((likert - 1) / 4)
+    until = stop_after_failure(likert == 5).bool()
+    teaching = select_groups(likert_average(likert), group).keep[:, None]
+    found = turn_advantage({"r": signal}, {"r": 1.0}, group, keep=until & teaching, eps=0.0)
+    assert found.valid.tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert found.value.tolist() == [[1, 0, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+# gradients, errors, dtypes
+
+
+def test_no_gradient_flows():
+    reward = torch.rand(4, 2, requires_grad=True)
+    found = turn_advantage({"r": TurnCredit()(reward)}, {"r": 1.0}, torch.tensor([0, 0, 1, 1]))
+    assert not found.value.requires_grad
+
+
+@credited
+def test_errors_of_credit(name):
+    credit, reward = CREDITS[name], torch.zeros(2, 3)
+    message = "reward: expected finite rewards (mark lost ones), got nan at index [0, 1]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        credit(torch.tensor([[0.0, NAN]]))
+    with pytest.raises(ValueError, match=r"expected a non-empty tensor of shape \[B, N\], got"):
+        credit(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"reward: expected float32 or float64, got"):
+        credit(reward.bfloat16())
+    for mask in ("turn_mask", "unmeasured", "lost"):
+        with pytest.raises(ValueError, match=rf"{mask}: expected shape \[B, N\] = \[2, 3\], got"):
+            credit(reward, **{mask: torch.ones(2, dtype=torch.bool)})
+        with pytest.raises(TypeError, match=f"{mask}: expected a boolean mask, got torch.float32"):
+            credit(reward, **{mask: torch.ones(2, 3)})
+
+
+def test_errors_of_advantages():
+    signal, group = TurnCredit()(torch.zeros(2, 3)), torch.zeros(2).long()
+    for weights, message in (
+        ({}, "weights: expected one weight for each signal in ['r'], got []"),
+        ({"r": 0.0}, "weights: expected one other than 0, got {'r': 0.0}"),
+        ({"r": NAN}, "weights['r']: expected a finite number in [-inf, inf], got nan"),
+    ):
+        with pytest.raises(ValueError, match=exactly(message)):
+            turn_advantage({"r": signal}, weights, group)
+    for mask in ("turn_mask", "keep"):
+        with pytest.raises(ValueError, match=rf"{mask}: expected shape \[B, N\] = \[2, 3\], got"):
+            turn_advantage({"r": signal}, {"r": 1.0}, group, **{mask: torch.ones(2) > 0})
+    broken = TurnSignal(torch.full((2, 3), NAN), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="expected finite values"):
+        turn_advantage({"r": broken}, {"r": 1.0}, group)
+    with pytest.raises(ValueError, match="discount: expected a finite number in"):
+        RewardToGo(discount=1.1)
+
+
+@credited
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_and_device_stay(name, device, dtype):
+    reward = torch.rand(4, 2, dtype=dtype, device=device)
+    signal = CREDITS[name](reward)
+    found = turn_advantage({"r": signal}, {"r": 1.0}, torch.zeros(4, device=device).long())
+    for x in (signal.value, found.value):
+        assert x.dtype == dtype
+        assert x.device == reward.device
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("credit", [TurnCredit(), RewardToGo(discount=0.5)])
+def test_compiled_equals_eager(credit):
+    group, there = torch.tensor([3, 3, 9, 9]), torch.tensor([[True, False], [True, True]] * 2)
+
+    def function(reward):
+        signal = credit(reward, turn_mask=there)
+        return turn_advantage({"r": signal}, {"r": 1.0}, group, turn_mask=there)
+
+    reward = torch.rand(4, 2)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(reward), function(reward), strict=True):
+        close(found, expected)
