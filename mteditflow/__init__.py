@@ -42,14 +42,21 @@ from mteditflow.metrics import (
     marginal_success,
     overall,
 )
+from mteditflow.objectives.awm import matching_log_prob
 from mteditflow.objectives.clipped import clipped_surrogate_loss
+from mteditflow.objectives.distillation import distillation_loss, step_kl_weight
+from mteditflow.objectives.dpo import dpo_loss
+from mteditflow.objectives.dppo import divergence_gated_loss
+from mteditflow.objectives.guard import guard_log_ratio, guard_step_weight
 from mteditflow.objectives.nft import (
     adaptive_nft_loss,
     nft_loss,
     optimality_probability,
     velocity_kl,
 )
+from mteditflow.objectives.norm_guard import velocity_norm_hinge
 from mteditflow.old_policy import old_policy_decay, update_old_policy
+from mteditflow.pairs import Pairs, group_pairs
 from mteditflow.path import (
     clean_from_velocity,
     exponential_shift_sigmas,
@@ -100,6 +107,7 @@ __all__ = [
     "GroupSelection",
     "Interval",
     "LagrangeMultiplier",
+    "Pairs",
     "RatioCheck",
     "RewardToGo",
     "Solver",
@@ -126,6 +134,9 @@ __all__ = [
     "constrained_weights",
     "content_consistency",
     "cps_surrogate",
+    "distillation_loss",
+    "divergence_gated_loss",
+    "dpo_loss",
     "draw_probabilities",
     "exponential_shift_sigmas",
     "flow_matching_loss",
@@ -137,12 +148,16 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantage",
+    "group_pairs",
     "group_std",
+    "guard_log_ratio",
+    "guard_step_weight",
     "instruction_following",
     "interpolate",
     "likert_average",
     "marginal_success",
     "masked_mean",
+    "matching_log_prob",
     "nft_loss",
     "noise_from_velocity",
     "old_policy_decay",
@@ -155,6 +170,7 @@ __all__ = [
     "select_groups",
     "shift_sigmas",
     "sliding_window",
+    "step_kl_weight",
     "stop_after_failure",
     "trajectory_generators",
     "turn_advantage",
@@ -163,6 +179,7 @@ __all__ = [
     "update_old_policy",
     "variance_ratio",
     "velocity_kl",
+    "velocity_norm_hinge",
     "velocity_target",
     "zero_variance_share",
 ]

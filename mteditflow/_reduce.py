@@ -9,9 +9,11 @@ from torch import Tensor
 
 from mteditflow._checks import (
     check_floating,
+    check_full_precision,
     check_mask,
     check_number,
     check_rank,
+    check_same_shape,
     check_step_values,
 )
 
@@ -49,21 +51,58 @@ def elements(x: Tensor) -> int:
     return math.prod(x.shape[1:])
 
 
-def row_mean_square(x: Tensor) -> Tensor:
-    """Mean of the squared elements of each row: [M, ...] -> [M].
+def row_norm(x: Tensor) -> Tensor:
+    """Euclidean norm of each row: [M, ...] -> [M]; its gradient at 0 is 0.
 
-    Two nested norms instead of ``square().mean()``: one pass without a temporary, and as accurate,
-    because no float32 accumulator runs over more than one axis.
+    Two nested norms: one pass without a temporary, and accurate, because no float32 accumulator
+    runs over more than one axis.
     """
     inner = torch.linalg.vector_norm(x, dim=-1)
     norm: Tensor = torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1)
-    return norm.square() / elements(x)
+    return norm
+
+
+def row_mean_square(x: Tensor) -> Tensor:
+    """Mean of the squared elements of each row: [M, ...] -> [M]."""
+    return row_norm(x).square() / elements(x)
+
+
+def row_squared_error(**pair: Tensor) -> Tensor:
+    """Mean squared difference of two named tensors, [M, ...] -> [M]; the second is a constant."""
+    check_floating(**pair)
+    check_same_shape(**pair)
+    (name, x), (_, constant) = pair.items()
+    check_rank(name, x, 2, "[M, ...]")
+    left, right = promote(x, constant.detach())
+    return row_mean_square(left - right)
 
 
 def row_mean_absolute(x: Tensor) -> Tensor:
     """Mean of the absolute elements of each row, [M, ...] -> [M], in one pass as above."""
     inner: Tensor = torch.linalg.vector_norm(x, ord=1, dim=-1)
     return inner.reshape(len(x), -1).sum(dim=1) / elements(x)
+
+
+def row_std(std: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of ``x`` [M]: a std that is safe to divide by, and whether the step was random."""
+    check_full_precision(std=std)
+    m = len(x)
+    one_per_row = std.ndim == x.ndim and std.numel() == std.shape[0] and len(std) in (1, m)
+    if not one_per_row:
+        raise ValueError(
+            f"std: expected one value per row, [M, 1, ...] or [1, 1, ...] against "
+            f"{list(x.shape)}, got {list(std.shape)}"
+        )
+    check_step_values("std", std, std >= 0, "values >= 0")
+    rows = std.reshape(-1).to(x.dtype).expand(m)
+    stochastic = rows > 0
+    return torch.where(stochastic, rows, 1), stochastic
+
+
+def reduce_elements(per_element: Tensor, stochastic: Tensor, x: Tensor, reduction: str) -> Tensor:
+    """A mean over the elements of ``x``, or their sum; 0 where the step was not random."""
+    reduced = per_element if reduction == "mean" else per_element * elements(x)
+    return torch.where(stochastic, reduced, 0)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:

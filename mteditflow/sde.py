@@ -39,7 +39,14 @@ from mteditflow._checks import (
     check_same_shape,
     check_step_values,
 )
-from mteditflow._reduce import elements, per_row, promote, row_mean_square
+from mteditflow._reduce import (
+    elements,
+    per_row,
+    promote,
+    reduce_elements,
+    row_mean_square,
+    row_std,
+)
 
 
 class Transition(NamedTuple):
@@ -274,13 +281,13 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
     """
     check_choice("reduction", reduction, REDUCTIONS)
     difference = _difference("x", x, "mean", mean)
-    safe_std, stochastic = _row_std(std, difference)
+    safe_std, stochastic = row_std(std, difference)
     per_element = (
         -0.5 * _standardised_square(difference, safe_std)
         - safe_std.log()
         - 0.5 * math.log(2 * math.pi)
     )
-    return _reduce_elements(per_element, stochastic, difference, reduction)
+    return reduce_elements(per_element, stochastic, difference, reduction)
 
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction: str) -> Tensor:
@@ -313,9 +320,9 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction:
     check_choice("reduction", reduction, REDUCTIONS)
     check_full_precision(mean=mean)
     difference = _difference("mean", mean, "reference_mean", reference_mean)
-    safe_std, stochastic = _row_std(std, difference)
+    safe_std, stochastic = row_std(std, difference)
     per_element = 0.5 * _standardised_square(difference, safe_std)
-    return _reduce_elements(per_element, stochastic, difference, reduction)
+    return reduce_elements(per_element, stochastic, difference, reduction)
 
 
 def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
@@ -347,6 +354,18 @@ def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
     difference = _difference("x", x, "mean", mean)
     surrogate = -row_mean_square(difference)
     return surrogate if reduction == "mean" else surrogate * elements(difference)
+
+
+def unit_step(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Transition:
+    """Step of velocity 1 from state 0: what a step makes of a velocity, mean and std [M, 1].
+
+    Means are linear in the velocity, so minus this mean is how far a step moves per unit of it.
+    """
+    check_floating(sigma=sigma, next_sigma=next_sigma)
+    check_rank("sigma", sigma, 1, "[M]", maximum=1)
+    check_same_shape(sigma=sigma, next_sigma=next_sigma)
+    (zero,) = promote(torch.zeros_like(sigma)[:, None])
+    return solver(zero, torch.ones_like(zero), sigma.detach(), next_sigma.detach())
 
 
 def sliding_window(
@@ -397,29 +416,6 @@ def _difference(x_name: str, x: Tensor, mean_name: str, mean: Tensor) -> Tensor:
     return (left - right).contiguous()
 
 
-def _row_std(std: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row [M]: a std that is safe to divide by, and whether the step was random."""
-    check_full_precision(std=std)
-    m = len(difference)
-    one_per_row = std.ndim == difference.ndim and std.numel() == std.shape[0] and len(std) in (1, m)
-    if not one_per_row:
-        raise ValueError(
-            f"std: expected one value per row, [M, 1, ...] or [1, 1, ...] against "
-            f"{list(difference.shape)}, got {list(std.shape)}"
-        )
-    check_step_values("std", std, std >= 0, "values >= 0")
-    rows = std.reshape(-1).to(difference.dtype).expand(m)
-    stochastic = rows > 0
-    return torch.where(stochastic, rows, 1), stochastic
-
-
 def _standardised_square(difference: Tensor, std: Tensor) -> Tensor:
     """Mean of ``(difference / std)^2``; divided twice, for the square of a tiny std is 0."""
     return row_mean_square(difference) / std / std
-
-
-def _reduce_elements(
-    per_element: Tensor, stochastic: Tensor, difference: Tensor, reduction: str
-) -> Tensor:
-    reduced = per_element if reduction == "mean" else per_element * elements(difference)
-    return torch.where(stochastic, reduced, 0)

@@ -21,7 +21,13 @@ from mteditflow._checks import (
     check_same_shape,
     check_shape,
 )
-from mteditflow._reduce import per_row, promote, row_mean_absolute, row_mean_square
+from mteditflow._reduce import (
+    per_row,
+    promote,
+    row_mean_absolute,
+    row_mean_square,
+    row_squared_error,
+)
 
 
 def optimality_probability(advantage: Tensor, *, advantage_max: float = 5.0) -> Tensor:
@@ -174,11 +180,7 @@ def velocity_kl(velocity: Tensor, reference_velocity: Tensor) -> Tensor:
         >>> velocity_kl(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
         tensor([5.])
     """
-    check_floating(velocity=velocity, reference_velocity=reference_velocity)
-    check_same_shape(velocity=velocity, reference_velocity=reference_velocity)
-    check_rank("velocity", velocity, 2, "[M, ...]")
-    v, v_ref = promote(velocity, reference_velocity.detach())
-    return row_mean_square(v - v_ref)
+    return row_squared_error(velocity=velocity, reference_velocity=reference_velocity)
 
 
 def _prepare(

@@ -1,0 +1,75 @@
+r"""Flow-DPPO: a trust region of the exact divergence in place of a clipped ratio."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_full_precision, check_mask, check_number, check_same_shape
+
+
+def divergence_gated_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    divergence: Tensor,
+    *,
+    threshold: float,
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""Policy gradient :math:`-\rho A`, dropped where the policy left the trust region by its way.
+
+    A ratio is one noisy sample of how far the policy has moved; the divergence of two Gaussian
+    steps is known exactly. A term is 0 where ``divergence > threshold`` AND the ratio already moved
+    in the direction of the advantage (above 1 for A > 0, below 1 for A < 0). A step back toward the
+    old policy is never stopped, and nothing is clipped. With a threshold that is never passed the
+    loss is :math:`-\rho A`; its on-policy gradient is exactly ``-advantage``.
+
+    Args:
+        log_prob: log-prob of stored steps under the policy being trained, any shape such as
+            [B, N, S] or rows [M]; float32 or float64.
+        old_log_prob: of the same steps under the policy that sampled them, shape of ``log_prob``.
+            Treated as a constant.
+        advantage: of each step, shape of ``log_prob``. Treated as a constant.
+        divergence: ``gaussian_kl(mean, old_mean, std)`` of each step with the reduction of the
+            log-prob, shape of ``log_prob``. Treated as a constant.
+        threshold: largest divergence of the trust region, >= 0; 1e-7 .. 1e-5 for means over
+            elements.
+        valid: boolean, shape of ``log_prob``; false entries give loss 0 and gradient 0, even if
+            they hold NaN.
+
+    Returns:
+        Shape of ``log_prob``, unreduced. Gradient flows to ``log_prob`` alone.
+
+    Raises:
+        ValueError: shapes differ, the threshold is negative or not finite.
+        TypeError: half precision, or a mask that is not boolean.
+
+    Source: Flow-DPPO (arXiv 2606.11025), Eq. 17-18.
+
+    Example:
+        >>> log_prob = torch.tensor([0.1, 0.1], requires_grad=True)
+        >>> loss = divergence_gated_loss(
+        ...     log_prob,
+        ...     torch.zeros(2),
+        ...     torch.tensor([2.0, -2.0]),
+        ...     torch.tensor([1e-3, 1e-3]),
+        ...     threshold=1e-6,
+        ... )
+        >>> loss.sum().backward()
+        >>> loss.detach(), log_prob.grad
+        (tensor([0.0000, 2.2103]), tensor([0.0000, 2.2103]))
+    """
+    tensors = {"log_prob": log_prob, "old_log_prob": old_log_prob}
+    tensors |= {"advantage": advantage, "divergence": divergence}
+    check_full_precision(**tensors)
+    check_same_shape(**tensors)
+    check_number("threshold", threshold, low=0.0)
+    advantage = advantage.detach()
+    log_ratio = log_prob - old_log_prob.detach()
+    dropped = (divergence > threshold) & (log_ratio * advantage > 0)
+    if valid is not None:
+        check_mask("valid", valid, log_prob.shape, "of log_prob")
+        dropped = dropped | ~valid
+    ratio = torch.where(dropped, 0, log_ratio).exp()
+    return torch.where(dropped, 0, -ratio * advantage)
