@@ -16,6 +16,7 @@ from mteditflow.pipelines.pattern import Recorded, Version
 from mteditflow.pipelines.recognise import Call, ReplayError
 from mteditflow.pipelines.rollout import Rollout, replay_rows
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
+from mteditflow.pipelines.supported import check_pipeline
 from mteditflow.pipelines.turn import Turn
 from mteditflow.sde import Solver
 from mteditflow.trajectory import Trajectory
@@ -32,7 +33,8 @@ class Recorder:
     What it cannot prove it refuses. Sample in eval mode, and replay under the same autocast.
 
     Args:
-        pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler``.
+        pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler``; docs/support.md
+            lists those that are tested, and what is refused.
         solver: how stochastic steps are taken; None and ``ODE()`` sample like the pipeline's own
             scheduler, bit for bit.
         generators: of the step noise, one per trajectory of a call; their streams go on over turns.
@@ -42,7 +44,8 @@ class Recorder:
         shared: names of transformer arguments whose tensors have no row per trajectory. Two-axis
             ``..._ids`` and tensors whose first axis is not the batch are known to be shared.
         storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
-        verify: after the first turn replay one of its rows and compare, for one more forward pass.
+        verify: after the first turn replay one of its rows in a batch of another size and compare,
+            for one more forward pass.
 
     Raises:
         ValueError: the pipeline is no flow pipeline, or already being recorded.
@@ -80,12 +83,7 @@ class Recorder:
         storage: torch.device | str | None = None,
         verify: bool = True,
     ) -> None:
-        scheduler = getattr(pipeline, "scheduler", None)
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, "
-                f"got {type(pipeline).__name__} with {type(scheduler).__name__}"
-            )
+        scheduler = check_pipeline(pipeline)
         if isinstance(scheduler, FlowMatchSDEScheduler) and solver is None:
             raise ValueError(
                 "solver: expected one, because the pipeline has a FlowMatchSDEScheduler, which the "
@@ -218,10 +216,14 @@ class Recorder:
 
     @torch.no_grad()
     def _prove(self, recorded: Recorded, step: Step, velocity: Tensor) -> None:
-        """Call the transformer again for the last trajectory and step, from the record alone."""
-        records, row = [recorded.conditioning], len(step.x_t) - 1
-        again = replay_rows(self._model, records, [row], step.x_t[row:], step.sigma[row:])
-        given = velocity[row:].to(again.dtype)
+        """Call the transformer again for the last trajectory and step, from the record alone.
+
+        A batch of one is doubled, so that the size always differs from that of the recording.
+        """
+        rows = [len(step.x_t) - 1] * (2 if len(step.x_t) == 1 else 1)
+        records = [recorded.conditioning] * len(rows)
+        again = replay_rows(self._model, records, rows, step.x_t[rows], step.sigma[rows])
+        given = velocity[rows].to(again.dtype)
         error = ((again - given).norm() / given.norm()).item()
         if not error <= (1e-3 if velocity.dtype in (torch.float32, torch.float64) else 0.1):
             raise ReplayError(

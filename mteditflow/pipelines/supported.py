@@ -1,4 +1,4 @@
-"""What a ``FlowMatchSDEScheduler`` does not support: refused with a reason, never ignored."""
+"""What scheduler and recorder do not support: refused with a reason, never ignored."""
 
 from __future__ import annotations
 
@@ -16,6 +16,27 @@ _UNSUPPORTED: dict[str, tuple[float | None, str]] = {
     "generator": (None, "noise comes from the scheduler's generators, one per trajectory"),
     "per_token_timesteps": (None, "a transition needs one flow time per sample"),
 }
+
+
+def check_pipeline(pipeline: Any) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a pipeline whose steps are those of one transformer along a flow."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        shift = getattr(scheduler, "config", {}).get("flow_shift", 1.0)
+        raise ValueError(
+            "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, got "
+            f"{type(pipeline).__name__} with {type(scheduler).__name__}; if its model is a flow, "
+            "as Wan's is, set pipe.scheduler = FlowMatchEulerDiscreteScheduler("
+            f"shift={shift}) first"
+        )
+    boundary = pipeline.config.get("boundary_ratio")
+    if boundary is not None:
+        raise ValueError(
+            "pipeline: expected one transformer for all steps, but boundary_ratio="
+            f"{boundary} hands those below sigma {boundary} to transformer_2 (Wan 2.2 A14B); a "
+            "replay calls one model"
+        )
+    return scheduler
 
 
 def check_config_source(config: Mapping[str, Any]) -> None:

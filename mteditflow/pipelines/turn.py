@@ -71,7 +71,8 @@ class Turn:
         if len(calls) != len(pattern.constants):
             raise ReplayError(
                 f"step {len(self.steps)} called the transformer {len(calls)} times, step 0 "
-                f"{len(pattern.constants)} times; the branches must be the same at every step"
+                f"{len(pattern.constants)} times; the branches must be the same at every step, and "
+                "guidance that comes and goes over the steps is not supported"
             )
         rows = repeat_rows(step.x_t, pattern.place.copies)
         outputs = [self._compare(pattern, i, call, rows) for i, call in enumerate(calls)]
@@ -96,8 +97,8 @@ class Turn:
         if parts is None or not isinstance(time, Tensor):
             raise ReplayError(
                 f"{name}, {pattern.time_name}: step {len(self.steps)}, call {number} does not hold "
-                "sample and time as the first call did; guidance that comes and goes over the "
-                "steps, as by cfg_truncation, is not supported"
+                "sample and time as step 0 did; guidance that comes and goes over the steps is not "
+                "supported"
             )
         self._same(f"{name} does not hold the sample", parts[0], rows.to(parts[0].dtype))
         self._same(f"{name} changes behind the sample", parts[1], pattern.rests[number])

@@ -366,3 +366,55 @@ FAMILIES = {
         text="T5",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A pipeline or an option that the recorder refuses, and what its error must say."""
+
+    build: Callable[[], DiffusionPipeline]
+    options: Options
+    reason: str
+
+
+def with_unipc() -> DiffusionPipeline:
+    """Wan with the scheduler that it ships with."""
+    pipeline = wan("WanPipeline")
+    pipeline.scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    return pipeline
+
+
+REFUSED = {
+    "Wan with its own UniPC scheduler": Refused(
+        with_unipc, {}, "set pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0) first"
+    ),
+    "Wan 2.2 A14B, whose steps are shared by two transformers": Refused(
+        lambda: wan("WanPipeline", boundary_ratio=0.875),
+        {},
+        "boundary_ratio=0.875 hands those below sigma 0.875 to transformer_2",
+    ),
+    "Wan 2.2 TI2V-5B from an image (from text it is supported)": Refused(
+        lambda: wan("WanImageToVideoPipeline", expand_timesteps=True),
+        WAN(0) | VIDEO | {"image": picture()},
+        "puts clean frames in the place of noisy ones",
+    ),
+    "LTX-Video from an image": Refused(
+        lambda: ltx("LTXImageToVideoPipeline"),
+        prompts(0) | FAMILIES["LTXPipeline"].options | {"image": picture()},
+        "puts clean frames in the place of noisy ones",
+    ),
+    "Z-Image with `cfg_truncation` below 1": Refused(
+        z_image,
+        prompts(0) | SIZE | TEXT | {"guidance_scale": 5.0, "cfg_truncation": 0.3},
+        "guidance that comes and goes over the steps",
+    ),
+    "Stable Diffusion 3.5 with `skip_guidance_layers`": Refused(
+        stable_diffusion_3,
+        FAMILIES["StableDiffusion3Pipeline"].inputs(0)
+        | SIZE
+        | {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9},
+        "guidance that comes and goes over the steps",
+    ),
+}
