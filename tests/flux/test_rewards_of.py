@@ -1,5 +1,6 @@
 """Rewards and advantages from scores: how turns become one reward, and who is credited."""
 
+import json
 import math
 from functools import partial
 
@@ -9,7 +10,7 @@ import train_flux
 from flux.batch import Batch
 from flux.config import ConfigError, Rewards, parse
 from flux.objectives import losses_of
-from flux.rewards import advantages_of, rewards_of
+from flux.rewards import advantages_of, rewards_of, spreads_of, teaching_groups
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,15 +19,17 @@ from tests.flux.test_train_flux import started
 from tests.samples_of_scores import turn_scores
 
 FOLLOWING = {"weights": {"following": 1.0}}
-CREDITS = ("trajectory", "turn", "until_failure")
+CREDITS = ("trajectory", "turn", "until_failure", "to_go", "mixture")
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-3)  # eps of the std is 1e-4
 
 
-def advantages(rows, group=None, lost=(), **options):
-    """Of chains that are scored for following alone; of one group if none is given."""
+def advantages(rows, group=None, lost=(), consistency=None, multipliers=None, **options):
+    """Of chains that are scored for following; of one group if none is given."""
     terms = {"following": turn_scores(rows, lost)}
+    if consistency is not None:
+        terms["consistency"] = turn_scores(consistency)
     group = torch.zeros(len(rows), dtype=torch.int64) if group is None else group
-    return advantages_of(Rewards(**FOLLOWING | options), terms, group, {})
+    return advantages_of(Rewards(**FOLLOWING | options), terms, group, multipliers or {})
 
 
 # golden values
@@ -65,6 +68,65 @@ def test_each_turn_is_compared_with_the_same_turn_of_its_group():
     assert valid.all()
 
 
+def test_each_turn_answers_for_what_comes_after_it():
+    # To go: (1/2, 0) and (1/2, 1), (1, 1); discounted by 1/2: (2/3, 0), (1/3, 1), (1, 1).
+    rows = [[5.0, 1.0], [1.0, 5.0], [5.0, 5.0]]
+    third = math.sqrt(1 / 2)
+    advantage, valid = advantages(rows, credit="to_go")
+    close(advantage, torch.tensor([[-third, -2 * third], [-third, third], [2 * third, third]]))
+    assert valid.all()
+    advantage, _ = advantages(rows, credit="to_go", discount=0.5)
+    close(advantage[:, 0], torch.tensor([0.0, -math.sqrt(3 / 2), math.sqrt(3 / 2)]))
+
+
+def test_a_mixture_weighs_the_chain_and_the_turn():
+    rows = [[5.0, 1.0], [1.0, 1.0]]
+    advantage, _ = advantages(rows, credit="mixture", trajectory_share=0.25)
+    close(advantage, torch.tensor([[1.0, 0.25], [-1.0, -0.25]]))
+
+
+@pytest.mark.parametrize("aggregate", ["average", "all"])
+def test_the_chains_reward_in_a_mixture_is_that_of_credit_trajectory(aggregate):
+    rows = [[5.0, 1.0], [1.0, 5.0], [5.0, 5.0]]
+    whole = advantages(rows, credit="trajectory", aggregate=aggregate)
+    mixed = advantages(rows, credit="mixture", trajectory_share=1.0, aggregate=aggregate)
+    for found, expected in zip(mixed, whole, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_groups_that_teach_nothing_are_left_out_if_so_told():
+    rows = [[5.0, 5.0], [5.0, 5.0], [1.0, 1.0], [1.0, 1.0], [3.0, 4.0], [4.0, 3.0], [5.0, 1.0]]
+    group = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    config, terms = Rewards(**FOLLOWING, groups="teaching"), {"following": turn_scores(rows)}
+    assert not advantages(rows, group, groups="teaching")[1].any()
+    assert advantages(rows, group)[1].all()
+    assert teaching_groups(config, terms, group).counts == {
+        "kept": 0, "short": 1, "saturated": 1, "hopeless": 1, "flat": 1,
+    }  # fmt: skip
+    rows[5] = [5.0, 5.0]
+    assert advantages(rows, group, groups="teaching")[1].any(dim=1).tolist() == [
+        *[False] * 4, True, True, False,
+    ]  # fmt: skip
+    terms = {"following": turn_scores(rows)}
+    assert spreads_of(config, terms, group) == {0: 0.0, 1: 0.0, 2: pytest.approx(3 / 16)}
+
+
+def test_below_its_floor_consistency_gains_weight():
+    rows, looks = [[5.0], [1.0]], [[0.5], [0.9]]
+    given = {"consistency": looks, "weights": {"following": 1.0, "consistency": 0.5}, "floor": 0.8}
+    for multiplier, expected in ((0.0, 0.5), (0.5, 0.0), (2.0, -0.5)):  # (1 - 0.5 - m) / (1 + m)
+        found, _ = advantages(rows, multipliers={"consistency": multiplier}, **given)
+        close(found, torch.tensor([[expected], [-expected]]))
+    given["weights"] = {"following": 1.0}
+    found, _ = advantages(rows, multipliers={"consistency": 3.0}, **given)
+    close(found, torch.tensor([[-0.5], [0.5]]))
+    terms = {"following": turn_scores(rows)}
+    with pytest.raises(
+        ConfigError, match=r"expected names among \['following'\], got 'consistency'"
+    ):
+        rewards_of(Rewards(**FOLLOWING, floor=0.8), terms)
+
+
 def test_after_a_failure_no_turn_takes_part():
     rows = [[5.0, 5.0, 1.0], [1.0, 5.0, 5.0], [5.0, 1.0, 5.0], [5.0, 5.0, 5.0]]
     advantage, valid = advantages(rows, credit="until_failure")
@@ -80,7 +142,8 @@ def test_a_lost_score_takes_its_own_turn_out_or_its_chain():
     masks = {credit: advantages(rows, lost=lost, credit=credit)[1].tolist() for credit in CREDITS}
     others = [[True, True], [True, True]]
     assert masks["trajectory"] == [[False, False], *others]
-    assert masks["turn"] == [[False, True], *others]
+    assert masks["turn"] == masks["to_go"] == [[False, True], *others]
+    assert masks["mixture"] == masks["trajectory"]
     # Whether it succeeded is not known: what came after takes no part either.
     assert masks["until_failure"] == [[False, False], [True, True], [True, False]]
 
@@ -128,7 +191,7 @@ def scored(draw, turns=None):
 def test_of_one_turn_everyone_is_credited_alike(batch):
     whole, *others = (advantages(*batch, credit=credit) for credit in CREDITS)
     for other in others:
-        assert torch.equal(other[0], whole[0])
+        close(other[0], whole[0], atol=1e-6)  # a mixture adds up two halves
         assert torch.equal(other[1], whole[1])
 
 
@@ -162,6 +225,17 @@ def test_later_turns_do_not_matter_to_earlier_ones(batch, credit, data):
         assert torch.equal(found, expected[:, : turn + 1])
 
 
+@given(scored())
+def test_the_ends_of_discount_and_share_are_credit_turn(batch):
+    expected = advantages(*batch, credit="turn")
+    for options in (
+        {"credit": "to_go", "discount": 0.0},
+        {"credit": "mixture", "trajectory_share": 0.0},
+    ):
+        for found, value in zip(advantages(*batch, **options), expected, strict=True):
+            assert torch.equal(found, value)
+
+
 @given(scored(), st.data())
 def test_what_comes_after_a_failure_may_be_anything(batch, data):
     rows, group = batch
@@ -191,7 +265,49 @@ def test_a_turn_after_a_failure_weighs_nothing_in_an_update(world, tmp_path):
     assert torch.equal(weight == 0, (rows[:, 0] < 8) & (rows[:, 1] == 1))
 
 
-@pytest.mark.parametrize("name", ["credit", "aggregate"])
+def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, tmp_path):
+    more = ("--data.draw", "teaching", "--rewards.floor", 1.0, "--rewards.floor-rate", 20.0)
+    more += ("--rewards.groups", "teaching", "--training.final-rate", 1.0, "--data.groups", 2)
+    states = []
+    for folder, rounds in (("whole", (3,)), ("parts", (2, 3))):
+        for until in rounds:
+            given = (*more, "--training.rounds", until)
+            (tmp_path / folder).mkdir(exist_ok=True)
+            with started(world, tmp_path / folder, *given) as run_:
+                train_flux.train(run_)
+        saved = run_._checkpoints.find("auto")
+        told = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        rows = [
+            {k: x for k, x in json.loads(row).items() if not k.startswith("seconds/")}
+            for row in told
+        ]
+        states.append((saved.tensors("current"), saved.state, rows))
+    (one, state, metrics), (two, again, others) = states
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert metrics == others
+    assert len(metrics) == 3
+    for name in ("sampler", "multipliers", "watch"):
+        assert state[name] == again[name]
+    assert state["sampler"]["round"] == 3
+    value = 0.0
+    for row in metrics:
+        assert row["multiplier/consistency"] == value
+        value = min(max(value + 20 * (1 - row["reward/consistency"]), 0), 10)
+    assert state["multipliers"] == {"consistency": value}
+    assert value > 0
+
+
+def test_a_round_that_is_not_done_moves_no_multiplier(world, tmp_path):
+    more = ("--rewards.floor", 1.0, "--data.draw", "teaching")
+    with started(world, tmp_path, *more) as run_:
+        before = run_.multipliers, run_._sampler.state_dict()
+        run_.first_round = 0
+        rollout, terms, _ = train_flux.sample(run_, 0)
+        train_flux.advantages(run_, terms, rollout.trajectory.group)
+        assert (run_.multipliers, run_._sampler.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", ["credit", "aggregate", "groups"])
 def test_another_word_is_refused(name):
     with pytest.raises((ConfigError, SystemExit)):
         parse(["shapes-nft", f"--rewards.{name}", "other"])
