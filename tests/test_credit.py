@@ -48,12 +48,12 @@ def same(found, expected):
 
 @st.composite
 def batches(draw, gaps=True):
-    """Rewards of turns and their masks: chains of unequal length, gaps, lost rewards; groups."""
+    """Rewards of turns and their masks: absent turns, gaps, lost rewards; and groups."""
     rows, turns = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     number = st.sampled_from([0.0, 0.25, 0.5, 1.0])
     flag = st.sampled_from([False, False, False, True]) if gaps else st.just(False)
-    lengths = [draw(st.integers(1, turns)) for _ in range(rows)]
-    masks = {"turn_mask": torch.tensor([[n < k for n in range(turns)] for k in lengths])}
+    masks = {"turn_mask": torch.tensor([[draw(flag) for _ in range(turns)] for _ in range(rows)])}
+    masks["turn_mask"] = ~masks["turn_mask"]
     for name in ("unmeasured", "lost"):
         masks[name] = torch.tensor([[draw(flag) for _ in range(turns)] for _ in range(rows)])
     reward = [[draw(number) for _ in range(turns)] for _ in range(rows)]
@@ -175,17 +175,17 @@ def test_advantage_is_the_explicit_loop(batch, data):
 
 
 @fuses
-@given(batch=batches())
-def test_trajectory_credit_is_the_broadcast_of_the_trajectorys_advantage(fuse, batch):
+@given(batch=batches(), std=st.sampled_from(["group", "batch", "none"]))
+def test_trajectory_credit_is_the_broadcast_of_the_trajectorys_advantage(fuse, batch, std):
     reward, masks, group = batch
     has = masks["turn_mask"] & ~masks["unmeasured"] & ~masks["lost"]
     whole = has.any(dim=1) & ~(masks["turn_mask"] & masks["lost"]).any(dim=1)
     own = torch.zeros_like(reward[:, 0])
     if whole.any():
         own[whole] = turn_average(reward[whole], turn_mask=has[whole])
-    expected = fuse({"r": own}, {"r": 0.3}, group, valid=whole)
-    signals = {"r": TrajectoryCredit()(reward, **masks)}
-    found = turn_advantage(signals, {"r": 0.3}, group, turn_mask=masks["turn_mask"], fuse=fuse)
+    expected = fuse({"r": own}, {"r": 0.3}, group, valid=whole, std=std)
+    signals, options = {"r": TrajectoryCredit()(reward, **masks)}, {"fuse": fuse, "std": std}
+    found = turn_advantage(signals, {"r": 0.3}, group, turn_mask=masks["turn_mask"], **options)
     assert torch.equal(found.value, expected[:, None].expand_as(reward))
     assert torch.equal(found.valid, whole[:, None] & masks["turn_mask"])
 
@@ -195,8 +195,9 @@ def test_the_ends_of_the_discount_are_the_turn_and_the_chain(batch):
     reward, masks, _ = batch
     same(RewardToGo(discount=0)(reward, **masks), TurnCredit()(reward, **masks))
     first, whole = (CREDITS[name](reward, **masks) for name in ("to go", "trajectory"))
-    close(first.value[:, 0], whole.value[:, 0])
-    assert torch.equal(first.valid[:, 0], whole.valid[:, 0])
+    there = masks["turn_mask"][:, 0]
+    close(first.value[there, 0], whole.value[there, 0])
+    assert torch.equal(first.valid[there, 0], whole.valid[there, 0])
 
 
 @fuses
