@@ -10,7 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow import fuse_advantages, likert_average, turn_average
+from mteditflow import (
+    TrajectoryCredit,
+    TurnCredit,
+    fuse_advantages,
+    likert_average,
+    turn_average,
+)
 from mteditflow.rewards import AnswerError, Fault, InvalidRewardsError, Lost, TurnScores
 
 NAN = math.nan
@@ -197,6 +203,18 @@ def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
         assert reward.valid[b, n] == expected.valid[0]
         torch.testing.assert_close(reward.value[b, n], expected.value[0], equal_nan=True)
     assert not reward.valid[~batch.turn_mask].any()
+
+
+@given(batches())
+def test_credit_knows_what_was_lost_and_what_there_was_nothing_to_measure_in(batch):
+    whole, of_turns = batch.reward(likert_average), batch.turn_reward(likert_average)
+    value, valid = batch.credited(likert_average, TrajectoryCredit())
+    for n in range(value.shape[1]):
+        torch.testing.assert_close(value[:, n], whole.value, equal_nan=True, rtol=0, atol=0)
+        assert torch.equal(valid[:, n], whole.valid)
+    value, valid = batch.credited(likert_average, TurnCredit())
+    torch.testing.assert_close(value, of_turns.value, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(valid, of_turns.valid)
 
 
 @given(batches(turns=1))
