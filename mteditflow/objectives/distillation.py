@@ -7,8 +7,8 @@ method            teacher                            weight of a row
 ================= ================================== ======================================
 on-policy         another model, same conditioning   ``step_kl_weight`` of a stochastic step
 velocity matching another model, same conditioning   1
-MT-OPSD           an earlier copy of the student,    1
-                  conditioned on the CLEAN image
+MT-OPSD           a frozen earlier copy of the       1
+                  student, shown the CLEAN image
 ================= ================================== ======================================
 
 MT-OPSD trains an editor to work on its own imperfect images without annotated chains. From a clean

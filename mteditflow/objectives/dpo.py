@@ -67,9 +67,9 @@ def dpo_loss(
         >>> loss.detach(), velocity.grad.flatten()
         (tensor([0.6931]), tensor([ 2., -2.]))
     """
+    check_same_shape(velocity=velocity, reference_velocity=reference_velocity, target=target)
     error = row_squared_error(velocity=velocity, target=target)
     reference_error = row_squared_error(reference_velocity=reference_velocity, target=target)
-    check_same_shape(velocity=velocity, reference_velocity=reference_velocity)
     check_number("dpo_beta", dpo_beta, low=0.0, open_low=True)
     for name, index in (("winner", winner), ("loser", loser)):
         _check_rows(name, index, len(velocity))

@@ -67,7 +67,7 @@ def divergence_gated_loss(
     check_number("threshold", threshold, low=0.0)
     advantage = advantage.detach()
     log_ratio = log_prob - old_log_prob.detach()
-    dropped = (divergence > threshold) & (log_ratio * advantage > 0)
+    dropped = (divergence > threshold) & (log_ratio.sign() * advantage > 0)
     if valid is not None:
         check_mask("valid", valid, log_prob.shape, "of log_prob")
         dropped = dropped | ~valid

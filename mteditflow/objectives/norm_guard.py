@@ -17,10 +17,11 @@ def velocity_norm_hinge(
     r"""Hinge on the norm, :math:`\max(0, \lVert v\rVert - (1 + margin)\,\lVert v_{ref}\rVert)`.
 
     Norms are root mean squares over a row's elements, so that the size of a latent does not matter.
-    Reinforcement makes velocities 5 to 15 % longer, which images show as harsh contrast; this adds
-    to any objective of velocities and stops that alone: within the margin, and for any change of
-    direction at equal length, it is exactly 0 with gradient 0. Beyond it the gradient is the unit
-    direction of the velocity, so a weight above the objective's own pull holds the bound.
+    Reinforcement makes velocities longer, by 5 to 15 % in the paper, and images worse; this adds to
+    any objective of velocities and stops that alone: within the margin, and for any change of
+    direction at equal length, it is exactly 0 with gradient 0. Beyond it the gradient is the
+    direction of the velocity, however small the excess, so a weight above the objective's own pull
+    holds the bound.
 
     Args:
         velocity: of the policy being trained, [M, ...].
