@@ -80,6 +80,19 @@ def test_without_a_preset_they_are_listed(capsys):
             "rewards.scorer: expected no judge and no consistency beside it",
         ),
         (
+            {
+                "rewards": {
+                    "scorer": None,
+                    "judge": ["http://x/v1"],
+                    "judge_model": "x",
+                    "floor": 0.9,
+                }
+            },
+            "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it",
+        ),
+        ({"rewards": {"floor": 1.5}}, "rewards.floor: input should be less than or equal to 1"),
+        ({"rewards": {"discount": 1.5}}, "rewards.discount: input should be less than or equal"),
+        (
             {"rewards": {"weights": {"following": 0.0}}},
             "rewards.weights: expected weights >= 0, one of them above, got {'following': 0.0}",
         ),
