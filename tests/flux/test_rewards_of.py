@@ -289,6 +289,7 @@ def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, t
     for name in ("sampler", "multipliers", "watch"):
         assert state[name] == again[name]
     assert state["sampler"]["round"] == 3
+    assert any(spread is not None for spread in state["sampler"]["spreads"])
     value = 0.0
     for row in metrics:
         assert row["multiplier/consistency"] == value
