@@ -93,21 +93,26 @@ class Sampling:
     batch: Count = 8
     """Trajectories sampled at once on a rank; no matter for the result but for rounding."""
     solver: Literal["flow", "dance", "cps"] = "flow"
-    """GRPO: kind of stochastic step, Flow-SDE, Dance-SDE or coefficient-preserving."""
+    """Of objectives that replay: kind of stochastic step, Flow-SDE, Dance-SDE or
+    coefficient-preserving."""
     noise_level: Positive = 0.9
-    """GRPO: noise level a of the solver."""
+    """Of objectives that replay: noise level a of the solver."""
     stochastic_steps: Count = 5
-    """GRPO: steps of a turn that draw noise and are trained; the others are ODE steps."""
+    """Of objectives that replay: steps of a turn that draw noise and are trained; the others are
+    ODE steps."""
     window_interval: Natural = 0
-    """GRPO: rounds until these steps move on by one (MixGRPO); 0: always the first ones."""
+    """Rounds until these steps move on by one (MixGRPO); 0: always the first ones."""
 
 
 @dataclass(frozen=True)
 class GRPO:
-    """The clipped surrogate (Flow-GRPO)."""
+    """Objectives that replay stochastic steps: grpo, and its variants guard and dppo."""
 
     clip: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """Ratios of mean log-probs are clipped to 1 - clip and 1 + clip."""
+    """grpo, guard: ratios of mean log-probs are clipped to 1 - clip and 1 + clip."""
+    threshold: NonNegative = 1e-6
+    """dppo: KL of a step to the old policy's, mean over elements, beyond which no step goes
+    further."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL to the reference; above 0 it costs a forward pass."""
     share: PositiveShare = 1.0
@@ -116,18 +121,26 @@ class GRPO:
 
 @dataclass(frozen=True)
 class NFT:
-    """DiffusionNFT."""
+    """Objectives that noise clean latents anew: nft, awm and dpo."""
 
     beta: Positive = 1.0
-    """Mixing of current and old policy; small is bold."""
+    """nft: mixing of current and old policy; small is bold. dpo: strength of the pull to the
+    reference; 2000 is usual."""
     loss: Literal["adaptive", "plain"] = "adaptive"
-    """Clean-space error divided by its size, or the plain velocity error."""
+    """nft: clean-space error divided by its size, or the plain velocity error."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """awm: ratios of matching losses are clipped to 1 - clip and 1 + clip."""
+    old_kl_coef: NonNegative = 0.0
+    """awm: weight of the velocity KL to the old policy."""
     noise_levels: Count = 1
     """Noise levels that each turn's clean latent is trained at in a round."""
     sigma_shift: Positive = 1.0
     """Noise levels are uniform, then shifted toward 1 by this factor."""
     kl_coef: NonNegative = 1e-4
     """Weight of the velocity KL to the reference; above 0 it costs a forward pass."""
+    norm_coef: NonNegative = 0.0
+    """Weight of the hinge on the velocity's norm above the reference's (NormGuard); above 0 it
+    costs a forward pass."""
     old_slope: NonNegative = 0.001
     """The old policy keeps this share more of itself with every round; 0: always on-policy."""
     old_maximum: Share = 0.5
@@ -180,7 +193,7 @@ class Rewards:
     """Credit mixture: share of the whole chain's signal beside the turn's own."""
     groups: Literal["all", "teaching"] = "all"
     """Which groups are trained on; teaching: not those in which all chains follow fully, none does
-    at all, or all do equally well."""
+    at all, or all do equally well over their turns."""
     floor: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Smallest mean of consistency that is wanted: below it its weight grows round by round, by a
     Lagrange multiplier, and all weights are divided by 1 + multiplier; none: weights are fixed."""
@@ -288,8 +301,9 @@ class Config:
 
     __pydantic_config__ = STRICT
 
-    objective: Literal["nft", "grpo"] = "nft"
-    """DiffusionNFT, or Flow-GRPO's clipped surrogate."""
+    objective: Literal["nft", "awm", "dpo", "grpo", "guard", "dppo"] = "nft"
+    """DiffusionNFT, advantage-weighted matching, preference pairs; or, on stochastic steps,
+    Flow-GRPO's clipped surrogate, GRPO-Guard, Flow-DPPO."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     sampling: Sampling = field(default_factory=Sampling)
@@ -304,7 +318,7 @@ class Config:
     @property
     def stochastic(self) -> bool:
         """Whether steps draw noise, so that they have log-probs."""
-        return self.objective == "grpo"
+        return self.objective in ("grpo", "guard", "dppo")
 
     @property
     def kl_coef(self) -> float:
@@ -387,6 +401,8 @@ def _unsound(config: Config) -> Sequence[str]:
     data, sampling, training = config.data, config.sampling, config.training
     rewards, evaluation = config.rewards, config.evaluation
     found = []
+    if config.objective == "dpo" and data.split_groups:
+        found.append("data.split_groups: expected False for dpo, whose pairs are of one rank")
     if config.stochastic and sampling.stochastic_steps > sampling.steps:
         found.append(
             f"sampling.stochastic_steps: expected at most the {sampling.steps} steps of a turn, "
