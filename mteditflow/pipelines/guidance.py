@@ -7,77 +7,84 @@ its length, never its direction: a ``Rescaling``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mteditflow.pipelines.recognise import ReplayError
-
-
-class Rescaling(Protocol):
-    """Changes the length of a combined velocity [B, ...], in groups of its elements."""
-
-    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
-        """Rescale; ``positive`` is the velocity of the positive branch."""
-
-
-@dataclass(frozen=True)
-class TokenNorm:
-    """Every token as long as the positive branch's: Qwen-Image."""
-
-    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
-        """See ``Rescaling``."""
-        return combined * (_token_norms(positive) / _token_norms(combined))
-
-
-@dataclass(frozen=True)
-class NormLimit:
-    """No sample longer than ``limit`` times the positive branch's: Z-Image's normalization."""
-
-    limit: float
-
-    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
-        """See ``Rescaling``."""
-        longest, norm = self.limit * _norms(positive), _norms(combined)
-        return torch.where(norm > longest, combined * (longest / norm), combined)
-
-
-@dataclass(frozen=True)
-class StdMix:
-    """A share ``mix`` of it with the positive branch's standard deviation: LTX-Video.
-
-    Source: arXiv 2305.08891, section 3.4.
-    """
-
-    mix: float
-
-    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
-        """See ``Rescaling``."""
-        axes = list(range(1, combined.ndim))
-        wanted, std = (x.std(dim=axes, keepdim=True) for x in (positive, combined))
-        return self.mix * (combined * (wanted / std)) + (1 - self.mix) * combined
+from mteditflow.pipelines.rescaling import (
+    NormLimit,
+    Rescaling,
+    norm_ratio,
+    rescalings,
+    rounded,
+    share,
+)
 
 
 class Guidance(NamedTuple):
     """How the branches of one step combine: ``negative + scale * (positive - negative)``.
 
     Attributes:
-        positive: index of the positive branch among the step's calls.
-        scale: the guidance scale.
+        positive: index of the positive branch among the step's.
+        scale: the guidance scale, as it is given to the pipeline.
+        from_positive: whether it starts at the positive branch, as Z-Image's does.
         rescaling: what then changes the length; None if nothing does.
     """
 
     positive: int
     scale: float
+    from_positive: bool = False
     rescaling: Rescaling | None = None
 
     def __call__(self, velocities: Sequence[Tensor]) -> Tensor:
         """Combine the two branches, in the pipelines' own order of operations."""
         positive, negative = velocities[self.positive], velocities[1 - self.positive]
-        combined = negative + self.scale * (positive - negative)
+        start = positive if self.from_positive else negative
+        combined = start + self.scale * (positive - negative)
         return combined if self.rescaling is None else self.rescaling(combined, positive)
+
+
+class Combination:
+    """How outputs make velocities over the steps of a turn: found on the way, proved at each.
+
+    Attributes:
+        sign: -1 where the scheduler is given the opposite of what the branches make, else 1.
+        guidance: how two branches combine; None for one, and while equal branches hide it.
+    """
+
+    def __init__(self) -> None:
+        self.sign = 0
+        self.guidance: Guidance | None = None
+        self._longest: Tensor | None = None
+
+    def mismatch(self, outputs: Sequence[Tensor], velocity: Tensor) -> Tensor:
+        """Whether a step's outputs do not make its velocity, as a boolean on its device."""
+        outputs = [output.to(velocity.dtype) for output in outputs]
+        self.sign = self.sign or find_sign(outputs, velocity)
+        velocity = velocity if self.sign > 0 else -velocity
+        if len(outputs) == 2 and self.guidance is None:
+            self.guidance = find_guidance(outputs, velocity)
+        if self.guidance is None:  # equal branches: either is the velocity, at any scale
+            return mismatch(outputs[:1], None, velocity)
+        if self.guidance.from_positive and self.guidance.rescaling is None:
+            return self._unlimited(outputs, velocity, self.guidance)
+        return mismatch(outputs, self.guidance, velocity)
+
+    def _unlimited(self, outputs: Sequence[Tensor], velocity: Tensor, guidance: Guidance) -> Tensor:
+        """The same, where the first steps of Z-Image may have stayed below its limit on norms."""
+        changed = mismatch(outputs, guidance, velocity)
+        if bool(changed):
+            found = find_guidance(outputs, velocity) or guidance
+            limit, plain = found.rescaling, found._replace(rescaling=None)
+            if plain == guidance and isinstance(limit, NormLimit) and self._longest is not None:
+                self.guidance = found
+                return self._longest > limit.limit
+        ratio = norm_ratio(guidance(outputs), outputs[guidance.positive])
+        self._longest = ratio if self._longest is None else torch.maximum(self._longest, ratio)
+        return changed
 
 
 def mismatch(velocities: Sequence[Tensor], guidance: Guidance | None, velocity: Tensor) -> Tensor:
@@ -136,19 +143,21 @@ def find_sign(velocities: Sequence[Tensor], velocity: Tensor) -> int:
 def _candidates(velocities: Sequence[Tensor], velocity: Tensor) -> Iterator[Guidance]:
     """Guidances that might make the velocity, the simplest first.
 
-    With the larger scale first: where both branches could be the positive one, it is above 1. The
-    scale is that of the velocity itself, or under a rescaling, which keeps the direction of every
-    token, that which leaves nothing at right angles to the velocity.
+    The scale is that of the velocity itself, or under a rescaling, which keeps the direction of
+    every token, that which leaves nothing at right angles to the velocity. Where either branch
+    could be the positive one, it is the one with the larger scale.
     """
     for rescaled in (False, True):
         scales = [_scale(velocities, positive, velocity, rescaled) for positive in (0, 1)]
-        for positive in sorted((0, 1), key=scales.__getitem__, reverse=True):
-            for scale in (*_rounded(scales[positive], 6), scales[positive]):
-                plain = Guidance(positive, scale)
+        order = sorted((0, 1), key=scales.__getitem__, reverse=True)
+        for positive, from_positive in product(order, (False, True)):
+            scale = scales[positive] - from_positive
+            for candidate in (*rounded(scale, 6), scale):
+                plain = Guidance(positive, candidate, from_positive)
                 if not rescaled:
                     yield plain
                     continue
-                for rescaling in _rescalings(plain(velocities), velocities[positive], velocity):
+                for rescaling in rescalings(plain(velocities), velocities[positive], velocity):
                     yield plain._replace(rescaling=rescaling)
 
 
@@ -157,21 +166,8 @@ def _scale(velocities: Sequence[Tensor], positive: int, velocity: Tensor, rescal
     wanted, negative = velocity.double(), velocities[1 - positive].double()
     difference = velocities[positive].double() - negative
     if rescaled:
-        return _share(-_across(negative, wanted), _across(difference, wanted))
-    return _share(wanted - negative, difference)
-
-
-def _rescalings(combined: Tensor, positive: Tensor, velocity: Tensor) -> Iterator[Rescaling]:
-    """Rescalings that might make the velocity, with settings of few decimals, as people give."""
-    yield TokenNorm()
-    yield from map(NormLimit, _rounded((_norms(velocity) / _norms(positive)).max().item(), 4))
-    mixed = StdMix(1.0)(combined, positive) - combined
-    yield from map(StdMix, _rounded(_share(velocity - combined, mixed), 4))
-
-
-def _share(x: Tensor, of: Tensor) -> float:
-    """The factor of ``of`` that comes nearest to ``x``."""
-    return ((x * of).sum() / of.square().sum()).item()
+        return share(-_across(negative, wanted), _across(difference, wanted))
+    return share(wanted - negative, difference)
 
 
 def _across(x: Tensor, direction: Tensor) -> Tensor:
@@ -179,20 +175,3 @@ def _across(x: Tensor, direction: Tensor) -> Tensor:
     power = direction.square().sum(-1, keepdim=True)
     along = (x * direction).sum(-1, keepdim=True) / power.clamp_min(torch.finfo(x.dtype).tiny)
     return x - along * direction
-
-
-def _rounded(x: float, digits: int) -> list[float]:
-    """A number to none, one, two ... decimals."""
-    return [round(x, decimals) for decimals in range(digits + 1)]
-
-
-def _token_norms(x: Tensor) -> Tensor:
-    """Norm along the last axis, which stays."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norms
-
-
-def _norms(x: Tensor) -> Tensor:
-    """Norm of each row [B, ...], with as many axes; row by row, for the bits of Z-Image."""
-    norms = torch.stack([torch.linalg.vector_norm(row) for row in x])
-    return norms.reshape(-1, *[1] * (x.ndim - 1))

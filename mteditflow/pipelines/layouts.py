@@ -95,3 +95,13 @@ LAYOUTS: tuple[Layout, ...] = (Whole(), Prefix(), Frames())
 def repeat_rows(x: Tensor, copies: int) -> Tensor:
     """All rows, ``copies`` times one after the other."""
     return x if copies == 1 else torch.cat([x] * copies)
+
+
+def memory_axes(x: Tensor) -> tuple[int, ...]:
+    """The axes of a tensor from slowest to fastest in memory."""
+    return tuple(sorted(range(x.ndim), key=x.stride, reverse=True))
+
+
+def in_memory(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The same tensor with its axes from slowest to fastest in memory as given."""
+    return x.permute(axes).contiguous().permute([axes.index(axis) for axis in range(x.ndim)])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mteditflow.pipelines.layouts import LAYOUTS, Layout, repeat_rows
+from mteditflow.pipelines.layouts import LAYOUTS, Layout, memory_axes, repeat_rows
 
 
 class ReplayError(ValueError):
@@ -37,12 +37,14 @@ class Place(NamedTuple):
         dtype: its dtype.
         layout: where in that argument.
         copies: how often, along the batch: 2 where both branches of guidance share one call.
+        axes: the sample's axes there from slowest to fastest in memory, which decides on kernels.
     """
 
     name: str
     dtype: torch.dtype
     layout: Layout
     copies: int
+    axes: tuple[int, ...]
 
 
 def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:
@@ -52,7 +54,7 @@ def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:
         rows = repeat_rows(sample, copies)
         parts = layout.split(argument, rows)
         if parts is not None and torch.equal(parts[0], rows.to(parts[0].dtype)):
-            found.append(Place(name, parts[0].dtype, layout, copies))
+            found.append(Place(name, parts[0].dtype, layout, copies, memory_axes(parts[0])))
     if len(found) != 1:
         held = {n: list(a.shape) for n, a in arguments.items() if isinstance(a, Tensor)}
         where = f"several do: {[place.name for place in found]}" if found else "none does"

@@ -16,7 +16,7 @@ from mteditflow.pipelines.conditioning import (
     select_rows,
     share_equal_tensors,
 )
-from mteditflow.pipelines.layouts import repeat_rows
+from mteditflow.pipelines.layouts import in_memory, repeat_rows
 from mteditflow.trajectory import Trajectory
 
 
@@ -180,7 +180,7 @@ def replay_rows(
     """
     recipe = records[0].recipe
     place = recipe.place
-    sample = repeat_rows(x_t.to(place.dtype), place.copies)
+    sample = in_memory(repeat_rows(x_t.to(place.dtype), place.copies), place.axes)
     time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
     time = repeat_rows(time, place.copies).reshape(-1, *[1] * len(recipe.time_axes))
     picked = [*rows] * place.copies

@@ -22,7 +22,7 @@ from mteditflow.pipelines.conditioning import (
     leaves,
     map_tensors,
 )
-from mteditflow.pipelines.guidance import Guidance, find_guidance, find_sign, mismatch
+from mteditflow.pipelines.guidance import Combination
 from mteditflow.pipelines.layouts import Frames, repeat_rows
 from mteditflow.pipelines.pattern import Pattern, Recorded, Version
 from mteditflow.pipelines.recognise import Call, ReplayError, find_clock
@@ -50,8 +50,7 @@ class Turn:
         self._sigmas, self._timesteps = sigmas, timesteps
         self._shared, self._storage = shared, storage
         self._pattern: Pattern | None = None
-        self._guidance: Guidance | None = None
-        self._sign = 1
+        self._combination = Combination()
         self._times: list[Tensor] = []
         self._constants: list[Version] = []
         self._states: list[Version] = []
@@ -91,7 +90,7 @@ class Turn:
     def _compare(self, pattern: Pattern, number: int, call: Call, rows: Tensor) -> Tensor:
         """Compare one call with step 0's; its velocity."""
         constants = dict(call.arguments)
-        name, _, layout, _ = pattern.place
+        name, layout = pattern.place.name, pattern.place.layout
         held, time = constants.pop(name, None), constants.pop(pattern.time_name, None)
         parts = layout.split(held, rows)
         if parts is None or not isinstance(time, Tensor):
@@ -114,23 +113,14 @@ class Turn:
         return layout.velocity(call.output, rows)
 
     def _combine(self, outputs: Sequence[Tensor], velocity: Tensor) -> None:
-        """Prove that the branches make the scheduler's velocity; find the scale on the way."""
+        """Prove that the branches make the scheduler's velocity."""
         if any(output.shape != velocity.shape for output in outputs):
             raise ReplayError(
                 f"the scheduler was given a velocity {list(velocity.shape)}, the transformer "
                 f"returned {[list(output.shape) for output in outputs]} for the sample"
             )
-        outputs = [output.to(velocity.dtype) for output in outputs]
-        if not self.steps:
-            self._sign = find_sign(outputs, velocity)
-        if self._sign < 0:
-            velocity = -velocity
-        if len(outputs) == 2 and self._guidance is None:
-            self._guidance = find_guidance(outputs, velocity)
-        if self._guidance is None:  # equal branches: either is the velocity, at any scale
-            outputs = outputs[:1]
         changed = "the velocity was changed between transformer and scheduler, or is NaN"
-        self._doubts.append((changed, mismatch(outputs, self._guidance, velocity)))
+        self._doubts.append((changed, self._combination.mismatch(outputs, velocity)))
 
     def _same(self, otherwise: str, value: Any, first: Any) -> None:
         """Raise or note the doubt ``otherwise`` unless two values are the same."""
@@ -163,7 +153,7 @@ class Turn:
             if flag:
                 raise ReplayError(f"cannot replay this pipeline: {otherwise}")
         branches = len(pattern.constants) * pattern.place.copies
-        if branches == 2 and self._guidance is None:
+        if branches == 2 and self._combination.guidance is None:
             raise ReplayError(
                 "both branches gave the same velocity at every step, which hides the guidance "
                 "scale; use different prompts, or no guidance"
@@ -191,8 +181,8 @@ class Turn:
             timesteps=self._timesteps,
             time_axes=tuple(times.shape[2:]),
             velocity_dtype=self.steps[0].next_x.dtype,
-            guidance=self._guidance,
-            sign=self._sign,
+            guidance=self._combination.guidance,
+            sign=self._combination.sign,
         )
         batch, copies = len(self.steps[0].x_t) * pattern.place.copies, pattern.place.copies
         listed = isinstance(pattern.place.layout, Frames)

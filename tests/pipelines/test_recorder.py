@@ -36,6 +36,7 @@ from mteditflow import (
     velocity_target,
 )
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
+from mteditflow.pipelines.guidance import Guidance
 
 SOLVERS = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
 
@@ -88,7 +89,7 @@ def test_replay_is_bit_for_bit_what_the_scheduler_was_given(pipeline, guidance):
 def test_both_branches_and_their_scale_are_recovered(pipeline):
     for guidance in (1.7, 4.0):
         recipe = roll_out(pipeline, turns=1, guidance=guidance).conditioning[0].recipe
-        assert recipe.guidance == (0, guidance, None)
+        assert recipe.guidance == Guidance(0, guidance)
     assert roll_out(pipeline, turns=1).conditioning[0].recipe.guidance is None
 
 

@@ -12,7 +12,6 @@ from tiny import CHAIN, STEPS, call, picture, roll_out
 
 from mteditflow import ODE, FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
-from mteditflow.pipelines.guidance import Guidance, find_guidance, mismatch
 from mteditflow.pipelines.recognise import (
     find_clock,
     find_sample,
@@ -479,45 +478,6 @@ def test_sample_must_be_held_once():
     twice = {"a": sample, "b": torch.cat([sample, sample], dim=1), "c": torch.zeros(2, 3, 4)}
     with pytest.raises(ReplayError, match="several do: \\['a', 'b'\\]"):
         find_sample(twice, sample)
-
-
-@pytest.mark.parametrize("scale", [1.7, 4.0, 7.5, -2.0, 0.0, 1.0, 1.25])
-@pytest.mark.parametrize("positive", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_guidance_is_recovered_exactly(scale, positive, dtype):
-    velocities = [torch.randn(2, 50, 3).to(dtype) for _ in range(2)]
-    velocity = Guidance(positive, scale)(velocities)
-    found = find_guidance(velocities, velocity)
-    assert torch.equal(found(velocities), velocity)
-    assert not mismatch(velocities, found, velocity)
-    assert found.scale in (scale, 1 - scale)
-
-
-def test_an_odd_scale_is_found_in_full_precision():
-    velocities = [torch.randn(2, 50, 3) for _ in range(2)]
-    velocity = Guidance(0, 3.14159265)(velocities)
-    assert find_guidance(velocities, velocity).scale == pytest.approx(3.14159265, abs=1e-6)
-
-
-def test_guidance_written_in_another_order_is_accepted_to_rounding():
-    one, other = torch.randn(2, 50), torch.randn(2, 50)
-    velocity = 3.7 * one - 2.7 * other
-    found = find_guidance([one, other], velocity)
-    torch.testing.assert_close(found([one, other]), velocity, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("guidance", [None, Guidance(0, 3.0)])
-def test_a_mismatch_of_a_few_roundings_counts_for_one_branch_alone(guidance):
-    velocities = [torch.randn(2, 50, 3) for _ in range(2)]
-    velocity = velocities[0] if guidance is None else guidance(velocities)
-    assert not mismatch(velocities, guidance, velocity)
-    assert mismatch(velocities, guidance, velocity * (1 + 1e-7)) == (guidance is None)
-    assert mismatch(velocities, guidance, velocity * (1 + 1e-4))
-
-
-def test_equal_branches_hide_the_scale():
-    one = torch.randn(2, 3)
-    assert find_guidance([one, one.clone()], one) is None
 
 
 # Missing extras.
