@@ -26,6 +26,9 @@ from mteditflow.advantage import fuse_advantages
 from mteditflow.turns import reward_to_go, turn_average
 
 
+Mask = Tensor | None  # boolean [B, N]
+
+
 class TurnSignal(NamedTuple):
     """A number for each turn of B chains, and which turns have one."""
 
@@ -42,12 +45,7 @@ class Credit(Protocol):
     """
 
     def __call__(
-        self,
-        reward: Tensor,
-        *,
-        turn_mask: Tensor | None = None,
-        unmeasured: Tensor | None = None,
-        lost: Tensor | None = None,
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> TurnSignal:
         """Credit turns.
 
@@ -88,12 +86,7 @@ class TrajectoryCredit:
     aggregate: Callable[..., Tensor] = turn_average
 
     def __call__(
-        self,
-        reward: Tensor,
-        *,
-        turn_mask: Tensor | None = None,
-        unmeasured: Tensor | None = None,
-        lost: Tensor | None = None,
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> TurnSignal:
         """See ``Credit``."""
         _, has, lost = _parts(reward, turn_mask, unmeasured, lost)
@@ -133,12 +126,7 @@ class RewardToGo:
         check_number("discount", self.discount, low=0.0, high=1.0)
 
     def __call__(
-        self,
-        reward: Tensor,
-        *,
-        turn_mask: Tensor | None = None,
-        unmeasured: Tensor | None = None,
-        lost: Tensor | None = None,
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> TurnSignal:
         """See ``Credit``."""
         exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
@@ -164,12 +152,7 @@ class TurnCredit:
     """
 
     def __call__(
-        self,
-        reward: Tensor,
-        *,
-        turn_mask: Tensor | None = None,
-        unmeasured: Tensor | None = None,
-        lost: Tensor | None = None,
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> TurnSignal:
         """See ``Credit``."""
         _, has, _ = _parts(reward, turn_mask, unmeasured, lost)
@@ -181,8 +164,8 @@ def turn_advantage(
     weights: Mapping[str, float],
     group: Tensor,
     *,
-    turn_mask: Tensor | None = None,
-    keep: Tensor | None = None,
+    turn_mask: Mask = None,
+    keep: Mask = None,
     fuse: Callable[..., Tensor] = fuse_advantages,
     std: str = "group",
     eps: float = 1e-4,
@@ -247,7 +230,7 @@ def turn_advantage(
 
 
 def _parts(
-    reward: Tensor, turn_mask: Tensor | None, unmeasured: Tensor | None, lost: Tensor | None
+    reward: Tensor, turn_mask: Mask, unmeasured: Mask, lost: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked: turns that exist, those that have a reward, those that lost it."""
     check_full_precision(reward=reward)
