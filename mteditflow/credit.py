@@ -25,7 +25,6 @@ from mteditflow._checks import (
 from mteditflow.advantage import fuse_advantages
 from mteditflow.turns import reward_to_go, turn_average
 
-
 Mask = Tensor | None  # boolean [B, N]
 
 
