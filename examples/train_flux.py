@@ -40,9 +40,8 @@ def train(run: Run) -> None:
         with run.log.stopwatch.phase("updating"):
             for parts in batch.minibatches():
                 run.updated(updater.step(parts, losses_of(batch)))
-        decay = mt.old_policy_decay(
-            number, slope=config.nft.old_slope, maximum=config.nft.old_maximum
-        )
+        slope = 0.0 if config.stochastic else config.nft.old_slope  # there, old is who sampled
+        decay = mt.old_policy_decay(number, slope=slope, maximum=config.nft.old_maximum)
         run.policies.update_old(decay=decay)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -77,22 +78,45 @@ class Batch:
         config, trajectory = self.run.config, self.rollout.trajectory
         exists, share = trajectory.step_mask, config.grpo.share
         if not config.stochastic:
-            levels = config.nft.noise_levels
-            exists, share = trajectory.turn_mask[..., None].expand(-1, -1, levels), 1.0
+            turns = self.paired if config.objective == "dpo" else trajectory.turn_mask
+            exists, share = turns[..., None].expand(-1, -1, config.nft.noise_levels), 1.0
         rows = training_rows(
             exists,
             generators=[self.generator("rows", b) for b in range(len(self.rollout))],
             share=share,
             minibatches=config.training.minibatches,
         )
+        nothing = torch.zeros(1, 3, dtype=torch.int64)  # a row that weighs nothing, for no pair
         for minibatch in rows:
-            yield minibatch.split(config.training.batch)
+            yield (minibatch if len(minibatch) else nothing).split(config.training.batch)
 
-    def renoised(self, rows: Tensor) -> Renoised:
-        """Noise what the rows' turns made."""
+    @cached_property
+    def losers(self) -> Tensor:
+        """The trajectory that each turn is preferred to, [B, N]; its own where it is to none."""
+        group = self.rollout.trajectory.group.cpu()
+        losers = torch.arange(len(group))[:, None].repeat(1, self.advantage.shape[1])
+        for turn, (advantage, valid) in enumerate(zip(self.advantage.T, self.valid.T, strict=True)):
+            pairs = mt.group_pairs(advantage.cpu(), group, valid=valid.cpu())
+            losers[pairs.winner, turn] = pairs.loser
+        return losers
+
+    @property
+    def paired(self) -> Tensor:
+        """Turns that are preferred to another trajectory's, [B, N]."""
+        return self.losers != torch.arange(len(self.losers))[:, None]
+
+    @property
+    def weight(self) -> Tensor:
+        """1 for turns that the objective learns from, else 0, [B, N]."""
+        paired = self.run.config.objective == "dpo"
+        return (self.paired if paired else self.valid).float()
+
+    def renoised(self, rows: Tensor, noise_of: Tensor | None = None) -> Renoised:
+        """Noise what the rows' turns made, by the noise and flow time of other rows if given."""
         trajectory, turn, _ = rows.unbind(dim=1)
         clean = self.rollout.trajectory.clean[trajectory, turn].float()
-        generators = [self.generator("renoise", *row) for row in rows.tolist()]
+        keys = (rows if noise_of is None else noise_of).tolist()
+        generators = [self.generator("renoise", *key) for key in keys]
         uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         sigma = mt.shift_sigmas(uniform, self.run.config.nft.sigma_shift)
         noise = mt.batched_noise(clean.shape[1:], generators)
@@ -112,10 +136,14 @@ class Batch:
         model, states = self.run.policies.model, (steps.x_t, steps.sigma)
         return Replayed(steps, lambda: self.rollout.velocity(model, *states, trajectory, turn))
 
+    @property
+    def solver(self) -> mt.Solver:
+        """Of the stochastic steps."""
+        return solver_of(self.run.config)
+
     def transition(self, steps: mt.Steps, velocity: Tensor) -> mt.Transition:
         """Density of the steps' next states."""
-        solver = solver_of(self.run.config)
-        return solver(steps.x_t, velocity, steps.sigma, steps.next_sigma)
+        return self.solver(steps.x_t, velocity, steps.sigma, steps.next_sigma)
 
     def of_turns(self, values: Tensor, rows: Tensor) -> Tensor:
         """Values [B, N] of the turns that rows belong to, on the device."""

@@ -69,10 +69,17 @@ def test_without_a_preset_they_are_listed(capsys):
             "model.guidance: input should be greater than or equal to 1",
         ),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
-        ({"objective": "ppo"}, "objective: input should be 'nft' or 'grpo', got 'ppo'"),
+        (
+            {"objective": "ppo"},
+            "objective: input should be 'nft', 'awm', 'dpo', 'grpo', 'guard' or 'dppo', got 'ppo'",
+        ),
         (
             {"objective": "grpo", "sampling": {"steps": 3, "stochastic_steps": 4}},
             "sampling.stochastic_steps: expected at most the 3 steps of a turn, got 4",
+        ),
+        (
+            {"objective": "dpo", "data": {"split_groups": True}},
+            "data.split_groups: expected False for dpo, whose pairs are of one rank",
         ),
         ({"rewards": {"scorer": None}}, "rewards: expected judge and judge_model, or a scorer"),
         (

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,13 +63,24 @@ def first_batch(run, advance=0):
 GRPO = ("--sampling.stochastic-steps", 2, "--grpo.kl-coef", 0.1)
 
 
-@pytest.mark.parametrize("objective", ["nft", "grpo"])
+ALL = {  # objective: a preset's, and options under which every term of its loss weighs something
+    "nft": ("nft", "--nft.kl-coef", 0.1, "--nft.norm-coef", 0.1),
+    "awm": ("nft", "--nft.clip", 0.5, "--nft.old-kl-coef", 0.1, "--nft.norm-coef", 0.1),
+    "dpo": ("nft", "--nft.beta", 10, "--nft.kl-coef", 0.1, "--nft.noise-levels", 2),
+    "grpo": ("grpo", *GRPO),
+    "guard": ("grpo", *GRPO, "--grpo.clip", 0.5),
+    "dppo": ("grpo", *GRPO, "--grpo.threshold", 1),
+}
+
+
+@pytest.mark.parametrize("objective", ALL)
 def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monkeypatch):
     # In double precision: kernels for one row round otherwise than those for eight, and float32
     # shows it (up to 3e-5 where old and current velocity are close).
     monkeypatch.setitem(parts.DTYPES, "float32", torch.float64)
-    more = GRPO if objective == "grpo" else ("--nft.kl-coef", 0.1)
-    with started(world, tmp_path, *more, objective=objective) as run_:
+    preset, *more = ALL[objective]
+    more += ["--objective", objective, "--data.groups", 2]
+    with started(world, tmp_path, *more, objective=preset) as run_:
         for name in ("current", "old"):
             for weight in run_.policies._parameters(name):
                 weight.data = weight.data.double()
@@ -82,6 +94,23 @@ def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monke
         assert whole.norm() > 0
         for other in others:
             assert float((other - whole).norm() / whole.norm()) <= 1e-9
+
+
+def test_pairs_are_of_one_group_and_turn_and_none_at_all_changes_nothing(world, tmp_path):
+    with started(world, tmp_path, "--objective", "dpo") as run_:
+        batch = first_batch(run_)
+        trajectory, turn = batch.paired.nonzero().T
+        loser, group = batch.losers[trajectory, turn], batch.rollout.trajectory.group
+        assert len(trajectory) > 0
+        assert torch.equal(group[trajectory], group[loser])
+        assert (batch.advantage[trajectory, turn] > batch.advantage[loser, turn]).all()
+        rows = torch.cat([part for minibatch in batch.minibatches() for part in minibatch])
+        assert torch.equal(rows[:, :2].unique(dim=0), batch.paired.nonzero())
+        same = replace(batch, advantage=torch.zeros_like(batch.advantage))
+        updater = Updater(run_.optimizer, run_.policies.parameters, max_grad_norm=1.0)
+        for minibatch in same.minibatches():
+            update = updater.step(minibatch, losses_of(same))
+            assert (update.taken, update.reason) == (False, "no row has a weight")
 
 
 def test_sampling_batches_do_not_change_trajectories(world, tmp_path):
