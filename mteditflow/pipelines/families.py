@@ -122,6 +122,7 @@ _ATTENTION = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 
+#: The families of editors that are known by name.
 FAMILIES = (
     Family(
         name="kontext",

@@ -16,7 +16,14 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from shapes.editor import build_klein, build_kontext
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 Options = dict[str, Any]
 
@@ -123,7 +130,9 @@ def flux2() -> DiffusionPipeline:
 
 
 def stable_diffusion_3() -> DiffusionPipeline:
-    """Stable Diffusion 3.5."""
+    """Stable Diffusion 3.5 with Kontext's T5 and two CLIPs of Kontext's size."""
+    text = build_kontext(image_size=8)
+    clip, t5 = text.text_encoder.config, text.text_encoder_2.config
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         in_channels=4,
@@ -131,14 +140,24 @@ def stable_diffusion_3() -> DiffusionPipeline:
         num_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=8,
+        joint_attention_dim=t5.d_model,
         caption_projection_dim=16,
-        pooled_projection_dim=8,
+        pooled_projection_dim=2 * clip.projection_dim,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
         dual_attention_layers=(0,),
     )
-    return make("StableDiffusion3Pipeline", transformer=transformer, vae=image_vae())
+    return make(
+        "StableDiffusion3Pipeline",
+        transformer=transformer,
+        vae=image_vae(),
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=text.tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer_2=text.tokenizer,
+        text_encoder_3=text.text_encoder_2,
+        tokenizer_3=text.tokenizer_2,
+    )
 
 
 def qwen_image(kind: str, downsamplings: int) -> DiffusionPipeline:
@@ -189,11 +208,15 @@ def z_image() -> DiffusionPipeline:
 
 def wan(kind: str, *, image: bool = False, **more: Any) -> DiffusionPipeline:
     """Wan, with the scheduler that its users set in place of UniPC."""
+    tokenizer = build_kontext(image_size=8).tokenizer_2
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
     transformer = diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=16 + 20 * image,
-        text_dim=8,
+        text_dim=text.d_model,
         freq_dim=16,
         ffn_dim=32,
         num_layers=1,
@@ -216,7 +239,14 @@ def wan(kind: str, *, image: bool = False, **more: Any) -> DiffusionPipeline:
             "image_encoder": CLIPVisionModel(config),
             "image_processor": CLIPImageProcessorPil(**sizes),
         }
-    return make(kind, transformer=transformer, vae=vae, **more)
+    return make(
+        kind,
+        transformer=transformer,
+        vae=vae,
+        text_encoder=UMT5EncoderModel(text),
+        tokenizer=tokenizer,
+        **more,
+    )
 
 
 def ltx(kind: str = "LTXPipeline") -> DiffusionPipeline:
@@ -251,15 +281,25 @@ SIZE = {"height": 8, "width": 8}
 TEXT = {"max_sequence_length": 10}
 CFG = "classifier-free"
 
-VIDEO = {"height": 16, "width": 16, "num_frames": 5}
+VIDEO = {"height": 16, "width": 16, "num_frames": 5} | TEXT
+WAN = {
+    "none": {"guidance_scale": 1.0},
+    CFG: {"guidance_scale": 5.0, "negative_prompt": NEGATIVE},
+}
 RESCALED = {"none": {"true_cfg_scale": 1.0}, f"{CFG}, norm rescaled": {"true_cfg_scale": 4.0}}
-WAN = embeddings(prompt_embeds=8, negative_prompt_embeds=8)
 
 
 def qwen_embeddings(turn: int) -> Options:
     """Two prompts as embeddings, of which the second is shorter."""
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    return WAN(turn) | {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask.flip(0)}
+    given = embeddings(prompt_embeds=8, negative_prompt_embeds=8)(turn)
+    return given | {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask.flip(0)}
+
+
+def wan_embeddings(turn: int) -> Options:
+    """Two prompts as embeddings, because Wan's image-to-video needs ftfy for text; an image."""
+    given = embeddings(prompt_embeds=16, negative_prompt_embeds=16)(turn)
+    return given | {"image": picture()}
 
 
 def one(given: Options) -> Options:
@@ -300,14 +340,13 @@ FAMILIES = {
     ),
     "StableDiffusion3Pipeline": Family(
         stable_diffusion_3,
-        embeddings(
-            prompt_embeds=8,
-            negative_prompt_embeds=8,
-            pooled_prompt_embeds=8,
-            negative_pooled_prompt_embeds=8,
-        ),
-        SIZE,
-        {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.5}},
+        prompts,
+        SIZE | TEXT,
+        {
+            "none": {"guidance_scale": 1.0},
+            CFG: {"guidance_scale": 4.5, "negative_prompt": NEGATIVE},
+        },
+        text="two CLIP, T5",
     ),
     "QwenImagePipeline": Family(
         lambda: qwen_image("QwenImagePipeline", 1),
@@ -342,17 +381,15 @@ FAMILIES = {
         },
         text="Qwen3",
     ),
-    "WanPipeline": Family(
-        lambda: wan("WanPipeline"), WAN, VIDEO, {"none": {"guidance_scale": 1.0}, CFG: {}}
-    ),
+    "WanPipeline": Family(lambda: wan("WanPipeline"), prompts, VIDEO, WAN, text="UMT5"),
     "WanPipeline, expand_timesteps": Family(
-        lambda: wan("WanPipeline", expand_timesteps=True), WAN, VIDEO, {CFG: {}}
+        lambda: wan("WanPipeline", expand_timesteps=True), prompts, VIDEO, WAN, text="UMT5"
     ),
     "WanImageToVideoPipeline": Family(
         lambda: wan("WanImageToVideoPipeline", image=True),
-        lambda turn: WAN(turn) | {"image": picture()},
+        wan_embeddings,
         VIDEO,
-        {"none": {"guidance_scale": 1.0}, CFG: {}},
+        {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 5.0}},
     ),
     "LTXPipeline": Family(
         ltx,
@@ -397,12 +434,12 @@ REFUSED = {
     ),
     "Wan 2.2 TI2V-5B from an image (from text it is supported)": Refused(
         lambda: wan("WanImageToVideoPipeline", expand_timesteps=True),
-        WAN(0) | VIDEO | {"image": picture()},
+        wan_embeddings(0) | VIDEO,
         "puts clean frames in the place of noisy ones",
     ),
     "LTX-Video from an image": Refused(
         lambda: ltx("LTXImageToVideoPipeline"),
-        prompts(0) | FAMILIES["LTXPipeline"].options | {"image": picture()},
+        edit(0) | FAMILIES["LTXPipeline"].options,
         "puts clean frames in the place of noisy ones",
     ),
     "Z-Image with `cfg_truncation` below 1": Refused(
@@ -412,9 +449,7 @@ REFUSED = {
     ),
     "Stable Diffusion 3.5 with `skip_guidance_layers`": Refused(
         stable_diffusion_3,
-        FAMILIES["StableDiffusion3Pipeline"].inputs(0)
-        | SIZE
-        | {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9},
+        prompts(0) | SIZE | TEXT | {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9},
         "guidance that comes and goes over the steps",
     ),
 }
