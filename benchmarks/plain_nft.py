@@ -58,10 +58,10 @@ class PlainLoop:
         """Velocity, by one call of the transformer per branch."""
         recipe, outputs = self.recipe, []
         for arguments, rest in self.branches:
-            sample = x_t.to(recipe.sample_dtype)
+            sample = x_t.to(recipe.place.dtype)
             rests = [] if rest is None else [rest.expand(len(x_t), *rest.shape[1:])]
             given = map_leaves(lambda leaf: expanded(leaf, len(x_t)), arguments)
-            given[recipe.sample_name] = torch.cat([sample, *rests], dim=1)
+            given[recipe.place.name] = torch.cat([sample, *rests], dim=1)
             given[recipe.time_name] = sigma.to(recipe.time_dtype)
             outputs.append(self.policies.model(**given)[0][:, : x_t.shape[1]])
         return (outputs[0] if recipe.guidance is None else recipe.guidance(outputs)).float()

@@ -17,7 +17,13 @@ from benchmarks import (
     trainer_full_size,
     trainer_memory,
 )
-from benchmarks.trainer_parts import ForwardCounter, ModelClock, first_batch, make_world
+from benchmarks.trainer_parts import (
+    ForwardCounter,
+    ModelClock,
+    first_batch,
+    losses_of,
+    make_world,
+)
 from mteditflow.pipelines import LoraPolicies
 
 ROOT = Path(__file__).parents[1]
@@ -217,7 +223,7 @@ def test_checkpointing_takes_less_memory(world, tmp_path):
 def test_rows_with_a_graph_are_counted_apart(world, tmp_path):
     with first_batch("shapes-nft", world, tmp_path, *SMALL, "--nft.kl-coef", 0.1) as batch:
         counter = ForwardCounter(batch.run.policies.model)
-        batch.losses(next(batch.minibatches())[0])
+        losses_of(batch)(next(batch.minibatches())[0])
         assert counter.lap() == (2, 4, 4)
         assert counter.lap() == (0, 0, 0)
 
