@@ -36,6 +36,7 @@ def dpo_loss(
     At ``velocity == reference_velocity`` the loss is log 2 and its gradient b/4 times that of the
     winner's flow-matching loss minus the loser's. A loss below log 2 tells that the policy prefers
     the winner more than the reference does. Give both rows of a pair the same flow time and noise.
+    The mean over flow times, noises and turns is an upper bound of the loss of the mean reward.
 
     Args:
         velocity: of the policy being trained at re-noised latents, [M, ...]: winners and losers in

@@ -5,8 +5,8 @@ the policy has moved since, the log-ratio of the step is, for every element,
 
 .. math:: \log\rho = z d / s - d^2 / (2 s^2)
 
-Its mean under the old policy is minus the KL, so a clip range around 1 binds bad samples first; its
-spread, d / s, differs from step to step, so one range binds some steps and not others.
+Its mean under the old policy is minus the KL, so a clip range around 1 stops good samples too late
+and bad ones too early; its spread, d / s, differs from step to step, so one range cannot fit all.
 """
 
 from __future__ import annotations

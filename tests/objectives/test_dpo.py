@@ -95,6 +95,15 @@ def test_a_change_that_both_rows_share_changes_nothing():
     assert loss.item() == pytest.approx(math.log(2))
 
 
+def test_the_mean_over_pairs_bounds_the_loss_of_the_mean_reward():
+    """Of one trajectory against another, at several flow times and turns: rows 0..3 against 4..7."""
+    inputs, rows = case((8, 3)), torch.arange(4)
+    velocity, reference, target = (x.detach() for x in inputs)
+    reward = (reference - target).square().mean(1) - (velocity - target).square().mean(1)  # b = 2
+    of_the_mean = torch.nn.functional.softplus((reward[rows + 4] - reward[rows]).mean())
+    assert loss_of(inputs, rows, rows + 4).mean() > of_the_mean
+
+
 # what the gradient means
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny import call, picture
 
-from mteditflow import distillation_loss, trajectory_generators
+from mteditflow import FlowSDE, distillation_loss, trajectory_generators
 from mteditflow.pipelines import Recorder
 
-KEEP, EDIT = "Make everything unchanged", "Remove the square"
+KEEP, EDIT = "Change nothing", "Remove the square"
 
 
 def record(pipeline, image, prompt, steps=2):
     """An edit of one image: the rollout, and the image that comes out."""
     generators = trajectory_generators(3, 1)
-    with Recorder(pipeline, generators=generators) as recorder:
+    with Recorder(pipeline, FlowSDE(0.7), generators=generators) as recorder:
         images = call(pipeline, [image], [prompt], generators, steps=steps)
     return recorder.rollout(group=[0]), images[0]
 
