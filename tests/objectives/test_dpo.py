@@ -96,7 +96,7 @@ def test_a_change_that_both_rows_share_changes_nothing():
 
 
 def test_the_mean_over_pairs_bounds_the_loss_of_the_mean_reward():
-    """Of one trajectory against another, at several flow times and turns: rows 0..3 against 4..7."""
+    """Of one trajectory against another at several flow times: rows 0..3 against 4..7."""
     inputs, rows = case((8, 3)), torch.arange(4)
     velocity, reference, target = (x.detach() for x in inputs)
     reward = (reference - target).square().mean(1) - (velocity - target).square().mean(1)  # b = 2
