@@ -16,7 +16,7 @@ from textwrap import TextWrapper
 
 from PIL import Image
 
-from examples.shapes.evaluate import to_pil
+from examples.shapes.vision import to_pil
 from examples.shapes.world import Edit, State, Thing, draw
 from mteditflow.rewards import ChatAnswer, ExpectationPrompt, JudgePrompt
 

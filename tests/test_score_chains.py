@@ -8,16 +8,16 @@ import torch
 import typer
 from score_chains import main
 from shapes.editor import load_editor
-from shapes.evaluate import edit_chains, to_pil
 from shapes.rewards import Truth, score
 from shapes.served import record_of, service
-from shapes.vision import RuleDetector
+from shapes.vision import RuleDetector, to_pil
 from shapes.world import draw, make_chains
 from typer.testing import CliRunner
 
 from mteditflow import instruction_following, marginal_success
 from mteditflow.chains import write_chains
 from mteditflow.rewards import Consistency, ConsistencyScorer
+from tests.shapes.rolling import edit_chains
 
 pytestmark = pytest.mark.slow
 COUNT = 6

@@ -21,8 +21,8 @@ from mteditflow.chains import Chain as Record
 from mteditflow.chains import write_chains
 
 from .editor import Family, enlarge, load_editor
-from .evaluate import to_pil
 from .served import record_of
+from .vision import to_pil
 from .world import Chain, Split, draw, make_chains
 
 LINKED = 1.0  # turns go on with what earlier turns have edited, where they can

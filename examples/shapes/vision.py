@@ -48,6 +48,12 @@ def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+def to_pil(image: Tensor) -> Image.Image:
+    """Turn colours in [0, 1], ``[3, H, W]``, into a PIL image."""
+    pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
 def find_things(index: np.ndarray, names: Sequence[str] | None = None) -> list[Thing]:
     """Find what stands in each cell of a picture, also of a spoilt one.
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes.evaluate import to_pil
-from shapes.vision import RuleDetector
+from shapes.vision import RuleDetector, to_pil
 from shapes.world import draw, make_chains
 
 from mteditflow.chains import Chain, read_chains, write_chains

@@ -5,8 +5,7 @@ from collections import Counter
 
 import pytest
 from evaluate import app
-from shapes.evaluate import to_pil
-from shapes.vision import RuleDetector
+from shapes.vision import RuleDetector, to_pil
 from shapes.world import draw, make_chains
 from typer.testing import CliRunner
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from shapes.conditioning import Conditioner
 from shapes.editor import build_klein, build_kontext, call_options, enlarge
-from shapes.evaluate import to_pil
+from shapes.vision import to_pil
 from shapes.world import draw, draw_index, make_chains
 
 CHAINS = make_chains(3, turns=1, seed=0, split="train")

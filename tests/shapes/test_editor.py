@@ -5,7 +5,6 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxKontextPipeline
 from PIL import Image
 
-import examples.shapes.evaluate as shapes_evaluate
 from examples.shapes.editor import (
     WEIGHTS,
     build_klein,
@@ -16,8 +15,9 @@ from examples.shapes.editor import (
     save_weights,
     shrink,
 )
-from examples.shapes.evaluate import evaluate, metrics_of, samples_of
 from examples.shapes.world import WORDS, draw, make_chains, possible_edits
+from tests.shapes import rolling
+from tests.shapes.rolling import evaluate, metrics_of, samples_of
 
 CHAINS = make_chains(4, turns=1, seed=0, split="train")
 IMAGES = torch.stack([draw(chain.initial) for chain in CHAINS])
@@ -161,7 +161,7 @@ def test_the_shipped_klein_is_able_with_and_without_guidance(monkeypatch):
     success = []
     for scale in (1.0, 4.0):
         guided = call_options(editor) | {"guidance_scale": scale}
-        monkeypatch.setattr(shapes_evaluate, "call_options", lambda *_, given=guided, **__: given)
+        monkeypatch.setattr(rolling, "call_options", lambda *_, given=guided, **__: given)
         scores, _ = evaluate(editor, chains, seed=0, steps=4)
         success.append(100 * float(scores.success.float().mean()))
         assert scores.consistency.mean() > 0.85

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes.evaluate import to_pil
 from shapes.rewards import Truth, lenient_likert, score
 from shapes.scoring import CarefulJudge, ErringJudge, ExactRewards, HastyJudge
 from shapes.served import record_of
-from shapes.vision import pixels_of
+from shapes.vision import pixels_of, to_pil
 from shapes.world import Chain, Edit, State, Thing, draw, random_chain
 
 quick = settings(max_examples=15, deadline=None)

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import scoring
 from shapes.editor import enlarge
-from shapes.evaluate import to_pil
 from shapes.rewards import Truth, score
 from shapes.scoring import ExactRewards
 from shapes.served import record_of
-from shapes.vision import pixels_of
+from shapes.vision import pixels_of, to_pil
 from shapes.world import draw, random_chain
 
 quick = settings(max_examples=15, deadline=None)

@@ -8,10 +8,9 @@ import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes.evaluate import to_pil
 from shapes.rewards import Truth, score
 from shapes.served import chain_of, judge_app, record_of
-from shapes.vision import RuleDetector, pixels_of
+from shapes.vision import RuleDetector, pixels_of, to_pil
 from shapes.world import draw, random_chain
 
 from mteditflow.rewards import ChatAnswer, Consistency, ConsistencyScorer, JudgePrompt

@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from examples.shapes.evaluate import to_pil
-from examples.shapes.vision import RuleDetector, find_things, pixels_of, read_state, to_index
+from examples.shapes.vision import (
+    RuleDetector,
+    find_things,
+    pixels_of,
+    read_state,
+    to_index,
+    to_pil,
+)
 from examples.shapes.world import draw, draw_index, random_chain
 
 quick = settings(max_examples=30, deadline=None)

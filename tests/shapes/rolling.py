@@ -1,4 +1,4 @@
-"""Roll chains of edits out through a pipeline, and tell how good they are."""
+"""Roll chains of edits out by a plain pipeline, without the library's editor, and judge them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
-from PIL import Image
+from shapes.editor import call_options, enlarge, shrink
+from shapes.rewards import Scores, Truth, score
+from shapes.vision import to_pil
+from shapes.world import Chain, draw
 from torch import Tensor
 
 from mteditflow import (
@@ -16,10 +19,6 @@ from mteditflow import (
     marginal_success,
     overall,
 )
-
-from .editor import call_options, enlarge, shrink
-from .rewards import Scores, Truth, score
-from .world import Chain, draw
 
 METRICS = (
     "instruction_following",
@@ -67,12 +66,6 @@ def edit_chains(
 def takes_one(pipeline: Any) -> bool:
     """Whether a pipeline edits one picture at a time, as klein's does."""
     return isinstance(pipeline, Flux2KleinPipeline)
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """Turn colours in [0, 1], ``[3, H, W]``, into a PIL image."""
-    pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def evaluate(
