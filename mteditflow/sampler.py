@@ -79,7 +79,7 @@ def batched_noise(
         device: of the result; ``None`` is that of the generators.
 
     Returns:
-        [B, *shape].
+        ``[B, *shape]``.
 
     Raises:
         ValueError: there is no generator.

@@ -12,6 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from mteditflow.chains.errors import ChainError, first_error
 
+#: A type of edit, by its name in EdiVal-Bench.
 TaskType = Literal[
     "subject_add",
     "subject_remove",
@@ -23,6 +24,7 @@ TaskType = Literal[
     "text_change",
     "background_change",
 ]
+#: Every ``TaskType``.
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]

@@ -205,6 +205,7 @@ class BackgroundChange(Edit):
     kept: tuple[Name, ...] = ()
 
 
+#: The class of edit of each task type.
 EDITS: Mapping[TaskType, type[Edit]] = {
     edit.task: edit
     for edit in (

@@ -8,7 +8,8 @@ from mteditflow.chains.formats.imgedit import IMGEDIT
 from mteditflow.chains.formats.native import NATIVE
 from mteditflow.chains.formats.pico_banana import PICO_BANANA
 
-# In this order a line of JSON is recognised: what several could read is of the first.
+#: Every format by name. In this order a line of JSON is recognised: what several could read is of
+#: the first.
 FORMATS: dict[str, Format] = {
     known.name: known for known in (NATIVE, EDIVAL, EDIT_R2, PICO_BANANA, FLOW_GRPO, IMGEDIT)
 }

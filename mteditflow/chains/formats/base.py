@@ -11,7 +11,7 @@ from mteditflow.chains.errors import ChainError, shorten
 from mteditflow.chains.record import TASK_TYPES, Chain, one_line
 
 Record = dict[str, Any]
-# A line number with the native record that begins there, or with why there is none.
+#: A line number with the native record that begins there, or with why there is none.
 Row = tuple[int, Record | ChainError]
 
 
