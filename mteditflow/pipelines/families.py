@@ -33,7 +33,7 @@ class Family:
         pipeline: its diffusers class.
         text_parts: its components that only turn an instruction into embeddings.
         embeddings: names under which a call takes them, in the order of ``encode_prompt``; those of
-            a negative prompt have "negative_" before.
+            a negative prompt have ``negative_`` before.
         negative_prompt: tells the negative prompt of call options, None without guidance by one.
         lora_targets: how the names of adapted layers end: attention and feed-forward of both kinds
             of blocks, fused projections included, without modulation, embedders and head.
