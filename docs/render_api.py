@@ -91,11 +91,10 @@ class Area:
 
     @property
     def title(self) -> str:
-        """The package; for the core with the module, which is where a reader looks, not imports."""
+        """The package to import from; in the core also the module, for where it is read."""
         package = self.names[0].package
-        return package + self.module.removeprefix(package).replace(".", ": ", 1).replace(
-            ": _", ": "
-        )
+        module = self.module.removeprefix(package).lstrip("._")
+        return f"{package}: {module}" if module else package
 
     @property
     def about(self) -> str:

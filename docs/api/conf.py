@@ -42,7 +42,7 @@ nitpick_ignore_regex = [("py:class", ".*"), ("py:exc", "[A-Z][A-Za-z]+")]
 
 
 def skip_field(_app: Any, _kind: str, name: str, thing: Any, _skip: bool, _options: Any) -> Any:
-    """Leave out what the class's own docstring tells: fields of tuples, defaults that are functions."""
+    """Leave out fields of tuples and defaults that are functions: the docstring tells of them."""
     is_field = type(thing).__name__ == "_tuplegetter"
     is_default = getattr(thing, "__name__", name) != name
     return True if is_field or is_default else None
