@@ -36,8 +36,8 @@ trajectories, two turns, two stochastic steps each.
 - **calls per step**: forward passes per denoising step, in the rollout as in a replay.
 - **how the sample lies**: the argument of the transformer that holds the noisy sample.
 - **text**: the real encoders that prompts go through, or embeddings given to the call.
-- **ratio**: of the replayed to the recorded likelihood of every step, in the batch in which it was
-  sampled, and with rows of all trajectories, turns and steps mixed.
+- **ratio**: of the replayed to the recorded likelihood of every step, exactly 1 in the batch in
+  which it was sampled; then with rows of all trajectories, turns and steps mixed.
 - **GRPO, NFT**: three optimiser steps on LoRA adapters, on the rows of one rollout.
 - **output under an ODE**: the recorded call's image or video beside the plain call's.
 

@@ -21,6 +21,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -160,7 +162,7 @@ def stable_diffusion_3() -> DiffusionPipeline:
     )
 
 
-def qwen_image(kind: str, downsamplings: int) -> DiffusionPipeline:
+def qwen_image(kind: str, downsamplings: int, *, width: int = 8, **more: Any) -> DiffusionPipeline:
     """Qwen-Image; editing scales references to a million pixels, which a deep VAE makes few."""
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
@@ -168,7 +170,7 @@ def qwen_image(kind: str, downsamplings: int) -> DiffusionPipeline:
         num_layers=1,
         attention_head_dim=16,
         num_attention_heads=1,
-        joint_attention_dim=8,
+        joint_attention_dim=width,
         axes_dims_rope=(4, 6, 6),
     )
     vae = diffusers.AutoencoderKLQwenImage(
@@ -180,7 +182,29 @@ def qwen_image(kind: str, downsamplings: int) -> DiffusionPipeline:
         latents_mean=[0.1] * 4,
         latents_std=[1.5] * 4,
     )
-    return make(kind, transformer=transformer, vae=vae)
+    return make(kind, transformer=transformer, vae=vae, **more)
+
+
+def qwen_image_with_text() -> DiffusionPipeline:
+    """Qwen-Image with a Qwen2.5-VL of its own and klein's tokenizer."""
+    tokenizer = build_klein(image_size=8).tokenizer
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [1, 1, 2],
+        },
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": 16})
+    encoder = Qwen2_5_VLForConditionalGeneration(config)
+    return qwen_image("QwenImagePipeline", 1, width=16, text_encoder=encoder, tokenizer=tokenizer)
 
 
 def z_image() -> DiffusionPipeline:
@@ -349,21 +373,22 @@ FAMILIES = {
         text="two CLIP, T5",
     ),
     "QwenImagePipeline": Family(
-        lambda: qwen_image("QwenImagePipeline", 1),
-        qwen_embeddings,
+        qwen_image_with_text,
+        lambda turn: prompts(turn) | {"negative_prompt": NEGATIVE},
         {"height": 16, "width": 16},
         RESCALED,
+        text="Qwen2.5-VL",
     ),
     "QwenImageEditPipeline": Family(
-        lambda: qwen_image("QwenImageEditPipeline", 7),
+        lambda: qwen_image("QwenImageEditPipeline", 6),
         lambda turn: qwen_embeddings(turn) | {"image": picture()},
-        {"height": 512, "width": 512},
+        {"height": 256, "width": 256},
         RESCALED,
     ),
     "QwenImageEditPlusPipeline": Family(
-        lambda: qwen_image("QwenImageEditPlusPipeline", 7),
+        lambda: qwen_image("QwenImageEditPlusPipeline", 6),
         lambda turn: one(qwen_embeddings(turn)) | {"image": [picture(), picture()]},
-        {"height": 512, "width": 512, "num_images_per_prompt": 2},
+        {"height": 256, "width": 256, "num_images_per_prompt": 2},
         RESCALED,
     ),
     "ZImagePipeline": Family(

@@ -6,13 +6,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import (
-    FluxKontextPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from tiny import (
     CHAIN,
     STEPS,
@@ -363,93 +357,6 @@ def test_recorded_under_any_grad_mode_it_replays_with_gradients(pipeline, mode):
         pipeline.transformer.zero_grad()
         replay(rollout, pipeline.transformer, solver, rows).sum().backward()
         assert pipeline.transformer.proj_out.weight.grad.abs().sum() > 0
-
-
-def test_other_families_that_hold_the_sample_alone(kontext):
-    model = FluxPipeline(
-        **{
-            name: part
-            for name, part in kontext.components.items()
-            if name not in ("image_encoder", "feature_extractor")
-        }
-    )
-    model.set_progress_bar_config(disable=True)
-    size = kontext.vae.config.sample_size
-    generators = trajectory_generators(0, 2)
-    with Recorder(model, FlowSDE(0.7), generators=generators) as recorder:
-        model(
-            CHAIN[0][:2],
-            height=size,
-            width=size,
-            num_inference_steps=2,
-            max_sequence_length=8,
-            generator=generators,
-        )
-    rollout = recorder.rollout(group=[0, 1])
-    rows = all_rows(rollout)
-    replayed = replay(rollout, model.transformer, FlowSDE(0.7), rows).detach()
-    torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
-
-
-def stable_diffusion_3():
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        caption_projection_dim=16,
-        pooled_projection_dim=8,
-        pos_embed_max_size=8,
-    )
-    nothing = dict.fromkeys(
-        [
-            "vae",
-            "text_encoder",
-            "tokenizer",
-            "text_encoder_2",
-            "tokenizer_2",
-            "text_encoder_3",
-            "tokenizer_3",
-        ]
-    )
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    pipeline = StableDiffusion3Pipeline(
-        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), **nothing
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def call_sd3(pipeline, guidance_scale):
-    embeds = {name: torch.randn(2, 3, 8) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    pooled = {
-        name: torch.randn(2, 8)
-        for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    }
-    pipeline(
-        **embeds,
-        **pooled,
-        height=64,
-        width=64,
-        num_inference_steps=2,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-    )
-
-
-def test_a_model_that_takes_the_timestep_as_it_is():
-    pipeline = stable_diffusion_3()
-    with Recorder(pipeline, FlowSDE(0.7), generators=trajectory_generators(0, 2)) as recorder:
-        call_sd3(pipeline, guidance_scale=1.0)
-    rollout = recorder.rollout(group=[0, 1])
-    assert rollout.conditioning[0].recipe.clock.__name__ == "in_steps"
-    rows = all_rows(rollout)
-    replayed = replay(rollout, pipeline.transformer, FlowSDE(0.7), rows).detach()
-    torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
 
 
 # Storage.
