@@ -34,10 +34,10 @@ def form(request):
         torch.manual_seed(0)
         pipeline = family.build()
 
-    def call(**more):
+    def call(generators=None):
         given = family.inputs(0) | family.options | family.guided[kind]
         given |= {"num_inference_steps": STEPS, "output_type": "latent"}
-        pipeline(**given | more, generator=mt.trajectory_generators(0, 2))
+        pipeline(**given, generator=generators)
 
     return pipeline, call
 
@@ -94,6 +94,22 @@ def test_refuses_prompts_changed_at_a_later_step(form):
     pipeline.transformer.register_forward_pre_hook(change, with_kwargs=True)
     with pytest.raises(ReplayError, match="changes over the steps"), Recorder(pipeline):
         call()
+
+
+def test_recorded_in_inference_mode_it_replays_with_gradients(form):
+    pipeline, call = form
+    generators = mt.trajectory_generators(0, 2)
+    with torch.inference_mode(), Recorder(pipeline, SOLVER, generators=generators) as recorder:
+        call(generators)
+    rollout = recorder.rollout(group=[0, 0])
+    rows = all_rows(rollout)
+    replayed = replay(rollout, pipeline.transformer.requires_grad_(True), SOLVER, rows)
+    stored = rollout.trajectory.log_prob[rows]
+    torch.testing.assert_close(replayed.detach(), stored, rtol=0, atol=1e-6)
+    replayed.sum().backward()
+    gradients = [p.grad for p in pipeline.transformer.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert max(gradient.abs().max() for gradient in gradients) > 0
 
 
 # Lists with an entry per trajectory.
