@@ -17,11 +17,13 @@ TORCHVISION := torchvision==0.28.0
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers pytest evidence findings objectives lost-rewards benchmark soak kills mutation clean
+.PHONY: help demo test lint types layers api pytest support evidence findings objectives lost-rewards benchmark soak kills mutation clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
-	@echo "make test          lint, types, import layers, doctests and the whole test suite"
+	@echo "make test          lint, types, import layers, API reference, doctests and the whole test suite"
+	@echo "make api           the API reference from docstrings, in build/api"
+	@echo "make support       the table of supported pipelines, from the tests that run them, written to docs/"
 	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
 	@echo "make findings      the paper's comparisons on the shapes world over three seeds, written to docs/"
 	@echo "make objectives    all objectives, credits and guards on the shapes world over three seeds, written to docs/"
@@ -45,7 +47,7 @@ demo: $(INSTALLED)
 		--data.chains runs/shapes-$(SEED)/train.jsonl --data.held-out runs/shapes-$(SEED)/held_out.jsonl \
 		--training.seed $(SEED) --output.folder $(OUTPUT)
 
-test: lint types layers pytest
+test: lint types layers api pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -56,6 +58,9 @@ types: $(INSTALLED)
 
 layers: $(INSTALLED)
 	$(BIN)/lint-imports
+
+api: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W -n -E -b html docs/api build/api
 
 pytest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10 -m "not long"
@@ -73,6 +78,9 @@ findings: $(INSTALLED)
 
 objectives: $(INSTALLED)
 	$(BIN)/python examples/ablations.py objectives --workers $(WORKERS)
+
+support: $(INSTALLED)
+	$(BIN)/python -m docs.render_support
 
 lost-rewards: $(INSTALLED)
 	$(BIN)/python examples/lost_rewards.py
