@@ -98,8 +98,9 @@ def repeat_rows(x: Tensor, copies: int) -> Tensor:
 
 
 def memory_axes(x: Tensor) -> tuple[int, ...]:
-    """The axes of a tensor from slowest to fastest in memory."""
-    return tuple(sorted(range(x.ndim), key=x.stride, reverse=True))
+    """The axes of a tensor from slowest to fastest in memory; those of size 1 do not count."""
+    axes = range(x.ndim)
+    return tuple(axes if x.is_contiguous() else sorted(axes, key=x.stride, reverse=True))
 
 
 def in_memory(x: Tensor, axes: tuple[int, ...]) -> Tensor:

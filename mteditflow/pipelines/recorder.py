@@ -41,8 +41,9 @@ class Recorder:
         stochastic_steps: indices of the steps that may draw noise; None allows all.
         reduction: of log-probs over elements, "mean" or "sum".
         model: the module to record; None is ``pipeline.transformer``.
-        shared: names of transformer arguments whose tensors have no row per trajectory. Two-axis
-            ``..._ids`` and tensors whose first axis is not the batch are known to be shared.
+        shared: names of transformer arguments that have no row or entry per trajectory. Two-axis
+            ``..._ids``, tensors whose first axis is not the batch and lists of numbers are known to
+            be shared.
         storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
         verify: after the first turn replay one of its rows in a batch of another size and compare,
             for one more forward pass.

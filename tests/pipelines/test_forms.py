@@ -181,7 +181,7 @@ def test_references_of_other_sizes_are_called_apart():
     family = FAMILIES["QwenImageEditPipeline"]
     pipeline = family.build()
     parts = []
-    for size in ((64, 64), (128, 64)):
+    for size in ((64, 128), (128, 64)):  # as many tokens each
         given = family.inputs(0) | family.options | {"true_cfg_scale": 1.0}
         given["image"] = given["image"].resize(size)
         generators = mt.trajectory_generators(0, 2)
@@ -232,6 +232,7 @@ def test_a_sample_lies_in_memory_as_it_did(axes):
     assert torch.equal(laid, x)
     assert memory_axes(laid) == axes
     assert memory_axes(in_memory(laid, (0, 1, 2))) == (0, 1, 2)
+    assert memory_axes(torch.ones(3, 1, 2).transpose(0, 1)) == (0, 1, 2)
 
 
 def test_a_time_per_token_is_read_from_the_argument_of_that_name_alone():
