@@ -27,7 +27,7 @@ from mteditflow.training.metrics_file import read_metrics
 
 from .study import Setting, Study
 
-TRAINER = Path(__file__).parents[1] / "train_flux.py"
+SCRIPTS = Path(__file__).parents[1]
 TURNS, LONG = 3, 8  # of held-out chains
 PLACES = {"model": ("path",), "data": ("chains", "held_out"), "output": None}  # of files
 
@@ -158,7 +158,8 @@ class Ablations:
             RuntimeError: the trainer failed, or was stopped.
         """
         if self._rounds(setting, seed) < self.form.rounds:
-            command = [sys.executable, str(TRAINER), *self.arguments(setting, seed)]
+            script = SCRIPTS / setting.script
+            command = [sys.executable, str(script), *self.arguments(setting, seed)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
             with subprocess.Popen(command, env=environment, text=True, **pipes) as trainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -14,12 +15,14 @@ class Setting:
     label: str
     options: Mapping[str, object] = field(default_factory=dict)
     preset: str = "shapes-nft"
+    script: str = "train_flux.py"
 
     @property
     def name(self) -> str:
-        """Of the run's folder: preset and options."""
+        """Of the run's folder: script, unless it is the usual one, preset and options."""
+        scripts = [] if self.script == Setting.script else [Path(self.script).stem]
         changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
-        return re.sub(r"[^a-z0-9=.]+", "-", "-".join([self.preset, *changed]).lower())
+        return re.sub(r"[^a-z0-9=.]+", "-", "-".join([*scripts, self.preset, *changed]).lower())
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,17 @@ class NFT:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """Of self_distillation.py alone, which trains on no reward and has no objective."""
+
+    teacher: Path | None = None
+    """Folder of a LoRA of the run's rank and modules, such as a checkpoint's lora; it sees what the
+    student sees. None: the model as it came, which is shown clean images."""
+    share: PositiveShare = 1.0
+    """Share of the steps of every turn that is trained, drawn anew in every round."""
+
+
+@dataclass(frozen=True)
 class Rewards:
     """Who scores, and how scores become advantages."""
 
@@ -309,6 +320,7 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     grpo: GRPO = field(default_factory=GRPO)
     nft: NFT = field(default_factory=NFT)
+    distillation: Distillation = field(default_factory=Distillation)
     rewards: Rewards = field(default_factory=Rewards)
     training: Training = field(default_factory=Training)
     safety: Safety = field(default_factory=Safety)
@@ -326,7 +338,8 @@ class Config:
         return self.grpo.kl_coef if self.stochastic else self.nft.kl_coef
 
 
-for section in (Model, Data, Sampling, GRPO, NFT, Rewards, Training, Safety, Evaluation, Output):
+SECTIONS = (Model, Data, Sampling, GRPO, NFT, Distillation, Rewards, Training, Safety, Evaluation)
+for section in (*SECTIONS, Output):
     section.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
 
 
@@ -350,7 +363,7 @@ def parse(arguments: Sequence[str]) -> Config:
     config = tyro.extras.overridable_config_cli(
         {name: _preset(path) for name, path in presets.items()},
         args=[name, *rest],
-        prog="train_flux.py",
+        prog=Path(sys.argv[0]).name,
         description="Reinforcement learning of FLUX editors on chains of edits. Choose a preset or "
         "give a TOML file; every field can be set over it.",
     )

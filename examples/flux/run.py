@@ -79,6 +79,7 @@ class Run:
         submit: Submit,
     ) -> None:
         self.config, self.log, self.submit = config, log, submit
+        self.method = config.objective.upper()  # in the title of the run's curves
         self.device = accelerator.device
         self._accelerator, self._termination = accelerator, termination
         data, training, output = config.data, config.training, config.output
@@ -156,8 +157,9 @@ class Run:
             self._sampler.step(self._spreads)
         else:
             self._sampler.step()
-        if self._floor is not None and math.isfinite(self._rewards["consistency"]):
-            self._floor = self._floor.update(self._rewards["consistency"])
+        consistency = self._rewards.get("consistency", math.nan)
+        if self._floor is not None and math.isfinite(consistency):
+            self._floor = self._floor.update(consistency)
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -444,7 +446,7 @@ class Run:
         folder, metrics = self.config.output.folder, self.log.metrics
         evaluations = self._held_out.all() if self._held_out else []
         model = "/".join(Path(self.config.model.path).parts[-2:])
-        title = f"{model}, {self.config.objective.upper()}"
+        title = f"{model}, {self.method}"
         write_picture(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
         if self._held_out is None:
             self.log.message(f"{self.done} rounds done; no held-out chains, so no report")

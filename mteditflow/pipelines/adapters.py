@@ -208,14 +208,21 @@ class LoraPolicies:
             transformer_lora_adapter_metadata=cast(Any, self.model).peft_config[policy].to_dict(),
         )
 
-    def load(self, pipeline: DiffusionPipeline, directory: str | os.PathLike[str]) -> None:
-        """Set the current policy to what ``save`` wrote; the old one stays as it is.
+    def load(
+        self,
+        pipeline: DiffusionPipeline,
+        directory: str | os.PathLike[str],
+        *,
+        policy: str = "current",
+    ) -> None:
+        """Set a policy, "current", "old" or "ema", to what ``save`` wrote; others stay as they are.
 
         Raises:
             ValueError: the file is of an adapter of another rank or of other modules.
         """
         state = type(pipeline).lora_state_dict(directory)
-        self.load_state_dict({k.removeprefix("transformer."): x for k, x in state.items()})
+        named = {k.removeprefix("transformer."): x for k, x in state.items()}
+        self.load_state_dict(named, policy)
 
     def _check_adapter(self, policy: str, *others: str) -> None:
         """Raise ``ValueError`` unless there is such a policy with weights."""

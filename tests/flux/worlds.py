@@ -50,20 +50,21 @@ def options(
     return [*arguments, *map(str, more)]
 
 
-def command(*arguments: str, ranks: int = 1) -> list[str]:
+def command(*arguments: str, ranks: int = 1, script: Path = SCRIPT) -> list[str]:
     """What a user types; over several processes with torchrun."""
+    called = [str(script), *arguments]
     if ranks == 1:
-        return [sys.executable, str(SCRIPT), *arguments]
+        return [sys.executable, *called]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    return [sys.executable, *launcher, str(SCRIPT), *arguments]
+    return [sys.executable, *launcher, *called]
 
 
-def run(*arguments: str, ranks: int = 1, code: int = 0) -> str:
+def run(*arguments: str, ranks: int = 1, code: int = 0, script: Path = SCRIPT) -> str:
     """Run to the end in processes of its own; standard output and error."""
     done = subprocess.run(
-        command(*arguments, ranks=ranks),
+        command(*arguments, ranks=ranks, script=script),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

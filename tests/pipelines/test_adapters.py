@@ -316,7 +316,7 @@ def test_training_resumes_from_what_was_saved(pipeline, policies, tmp_path):
     policies.load(pipeline, tmp_path)
     assert all(torch.equal(p, w) for p, w in zip(policies.parameters(), weights, strict=True))
     assert all(torch.equal(p, w) for p, w in zip(policies.old_parameters(), old, strict=True))
-    policies.load_state_dict(policies.state_dict("current"), "old")
+    policies.load(pipeline, tmp_path, policy="old")
     assert policies.old_equals_current
 
 
