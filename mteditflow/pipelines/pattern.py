@@ -33,10 +33,11 @@ class Pattern:
     def of(cls, calls: Sequence[Call], sample: Tensor, timestep: Tensor) -> Pattern:
         """Recognise the calls of a first step."""
         if len(calls) not in (1, 2):
-            raise _calls_error(len(calls))
+            raise ReplayError(
+                "expected one call of the transformer per step, or two under classifier-free "
+                f"guidance, got {len(calls)}; `model` chooses which module is recorded"
+            )
         place = find_sample(calls[0].arguments, sample)
-        if len(calls) * place.copies > 2:
-            raise _calls_error(len(calls), ", the first of two branches")
         time_name = find_time(calls[0].arguments, timestep)
         named = (place.name, time_name)
         rows = repeat_rows(sample, place.copies)
@@ -49,13 +50,6 @@ class Pattern:
             [{k: v for k, v in call.arguments.items() if k not in named} for call in calls],
             [None if parts is None else parts[1] for parts in rests],
         )
-
-
-def _calls_error(calls: int, more: str = "") -> ReplayError:
-    return ReplayError(
-        "expected one call of the transformer per step, or two under classifier-free guidance, "
-        f"got {calls}{more}; `model` chooses which module is recorded"
-    )
 
 
 class Version(NamedTuple):
