@@ -17,6 +17,7 @@ FORMS = {
     "both branches in one call": ("StableDiffusion3Pipeline", "classifier-free"),
     "norm of tokens": ("QwenImagePipeline", "classifier-free, norm rescaled"),
     "standard deviation": ("LTXPipeline", "classifier-free, std rescaled"),
+    "another order in memory": ("LTXPipeline", "none"),
     "lists and the opposite sign": ("ZImagePipeline", "none"),
     "lists of both branches": ("ZImagePipeline", "classifier-free"),
     "limit on norms": ("ZImagePipeline", "classifier-free, norm limited"),
@@ -110,6 +111,19 @@ def test_recorded_in_inference_mode_it_replays_with_gradients(form):
     gradients = [p.grad for p in pipeline.transformer.parameters() if p.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert max(gradient.abs().max() for gradient in gradients) > 0
+
+
+def test_half_precision_is_replayed_bit_for_bit(form):
+    pipeline, call = form
+    pipeline.to(torch.bfloat16)
+    generators = mt.trajectory_generators(0, 2)
+    with Recorder(pipeline, SOLVER, generators=generators) as recorder:
+        call(generators)
+    rollout, both = recorder.rollout(group=[0, 0]), torch.arange(2)
+    for step in range(STEPS):
+        rows = (both, torch.zeros_like(both), torch.full_like(both, step))
+        replayed = replay(rollout, pipeline.transformer, SOLVER, rows).detach()
+        torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
 
 
 # Lists with an entry per trajectory.
