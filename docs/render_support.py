@@ -31,7 +31,9 @@ pipelines that talk to their transformer in one of these ways are supported with
 all others are refused with the reason.
 
 Each row is a tiny, randomly initialised pipeline of the real classes, float32 on a CPU: two
-trajectories, two turns, two stochastic steps each.
+trajectories, two turns, two stochastic steps each. Every form that differs from FLUX's is recorded
+in bfloat16 and in inference mode too, and must be refused when velocity, sample or prompts are
+changed at a late step (`tests/pipelines/test_forms.py`).
 
 - **calls per step**: forward passes per denoising step, in the rollout as in a replay.
 - **how the sample lies**: the argument of the transformer that holds the noisy sample.
