@@ -16,6 +16,7 @@ import copy
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers import FluxKontextPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import (
@@ -44,6 +45,7 @@ def try_edits(
     return prompts, sources, images, (scores.likert[:, 0] - 1) / 4 + scores.strict[:, 0].float()
 
 
+set_seed(0)
 accelerator = Accelerator(cpu=True)
 generator = torch.Generator().manual_seed(0)
 pipe = load_editor("kontext")
