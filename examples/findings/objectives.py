@@ -10,6 +10,12 @@ FLOOR = {"rewards.floor": 0.98}
 STEPS = {CONSISTENCY: 0.5}  # shapes-grpo has 1
 AS_IT_CAME = "as it came"
 
+SELF = Setting(
+    "self-distillation",
+    {"training.minibatches": 8, "training.learning_rate": 2e-3, "distillation.share": 0.5},
+    script="self_distillation.py",
+)
+
 FINDINGS = (
     Finding(
         "loss",
@@ -98,6 +104,22 @@ FINDINGS = (
         ),
         note="The floor is on the mean consistency of a round's chains, held by a Lagrange "
         "multiplier; evaluation is on other chains, by CC(3).",
+    ),
+    Finding(
+        "distillation",
+        "Self-distillation, without any reward",
+        (UNTRAINED, Setting("NFT"), SELF),
+        (
+            Claim(SELF.label, AS_IT_CAME),
+            Claim(SELF.label, AS_IT_CAME, "marginal"),
+            Claim(SELF.label, AS_IT_CAME, "content_consistency"),
+            Claim("NFT", SELF.label),
+        ),
+        note="The model as it came is the teacher. It is shown the true image before each turn, "
+        "and the student its own, at the states that the student reaches: "
+        "`examples/self_distillation.py`. It can learn to go on from its own mistakes, but not to "
+        "make an edit of a clean image better. Its learning rate, minibatches and share were "
+        "chosen on seed 0 among three.",
     ),
 )
 

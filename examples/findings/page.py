@@ -70,7 +70,8 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         f"- Each run is evaluated by the exact rewards on {form.held_out} held-out chains of three "
         "turns, each from its own noise, the same for all settings of a seed; seeds differ in "
         "chains, adapters and noise.",
-        "- Percent at turn 3. IF(3): all three turns succeeded. Overall(3) = sqrt(IF(3) CC(3)).",
+        "- Percent at turn 3. IF(3): all three turns succeeded. Marginal(3): the third did. "
+        "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Means: t-interval over seeds (95%). Differences: paired by seed, 95% t-intervals with "
         "the error pooled over all settings (randomised blocks; seeds are the blocks). A bootstrap "
         "over three seeds is too narrow, and t by three differences alone 4.3 errors wide. It "

@@ -27,6 +27,7 @@ from .study import UNTRAINED, Claim, Finding, Setting, Study
 TITLES = {
     "overall": "Overall(3)",
     "instruction_following": "IF(3)",
+    "marginal": "Marginal(3)",
     "content_consistency": "CC(3)",
     "strict": "whole picture right",
 }
@@ -153,6 +154,7 @@ def chain_values(evaluation: Evaluation) -> dict[str, Tensor]:
     last = {name: scores.score[:, -1].double() for name, scores in evaluation.terms.items()}
     return {
         "instruction_following": 100 * evaluation.success.all(dim=1).double(),
+        "marginal": 100 * evaluation.success[:, -1].double(),
         "content_consistency": 100 * last["consistency"],
         "strict": 100 * last["strict"],
     }
