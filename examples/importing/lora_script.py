@@ -30,7 +30,7 @@ from shapes.world import Chain, draw, make_chains
 
 from mteditflow import group_advantage, nft_loss, optimality_probability  # +
 
-EDITS, TRIES, STEPS, BATCH = 128, 8, 40, 32
+EDITS, TRIES, STEPS, BATCH = 128, 8, 64, 32
 WEIGHTING, LOGIT_MEAN, LOGIT_STD = "logit_normal", 1.0, 1.0
 
 
