@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from flux.config import Config, parse
@@ -29,6 +30,7 @@ from .study import Setting, Study
 
 SCRIPTS = Path(__file__).parents[1]
 TURNS, LONG = 3, 8  # of held-out chains
+PARSING = Lock()  # tyro's parser is not for several threads at once
 PLACES = {"model": ("path",), "data": ("chains", "held_out"), "output": None}  # of files
 
 
@@ -202,7 +204,8 @@ class Ablations:
                 write_world(file.parent, Family.kontext, seed=seed, counts=counts, turns=turns)
 
     def _config(self, setting: Setting, seed: int) -> Config:
-        return parse(self.arguments(setting, seed))
+        with PARSING:
+            return parse(self.arguments(setting, seed))
 
     def _world(self, seed: int) -> Path:
         return self._chains(seed, TURNS).parent
