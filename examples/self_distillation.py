@@ -21,11 +21,12 @@ has no such instruction.
 
 Seen in the shapes world (seed 0, 20 rounds, 512 held-out chains, 95% intervals of paired
 differences): from the clean image, with ``--training.minibatches 8 --training.learning-rate 2e-3
---distillation.share 0.5``, Marginal(3) rises from 23.8 to 27.0 (+3.1 [+1.2, +5.1]), and turn 3 keeps
-69% of the success at turn 1, before 62%. But CC(3) falls from 96.8 to 95.8 (-1.0 [-1.3, -0.8]), and
-Overall(3) gains nothing (-1.7 [-4.5, +1.1], from 18.4). A guess at why: wear can be seen in an
-image, but what this editor makes are wrong edits, of which an image does not tell. From the LoRA of
-20 rounds of NFT, with ``--training.final-rate 0.3``, Overall(3) rises to 45.3; the teacher's is 45.9.
+--distillation.share 0.5``, Marginal(3) rises from 23.8 to 27.0 (+3.1 [+1.2, +5.1]), and turn 3
+keeps 69% of the success at turn 1, before 62%. But CC(3) falls from 96.8 to 95.8 (-1.0 [-1.3,
+-0.8]), and Overall(3) gains nothing (-1.7 [-4.5, +1.1], from 18.4). A guess at why: wear can be
+seen in an image, but what this editor makes are wrong edits, of which an image does not tell. From
+the LoRA of 20 rounds of NFT, with ``--training.final-rate 0.3``, Overall(3) rises to 45.3; the
+teacher's is 45.9.
 """
 
 from __future__ import annotations
