@@ -22,9 +22,9 @@ WAYS = {
 @pytest.mark.parametrize(
     ("objective", "ways"),
     [
-        ("nft", ("replicated", "sharded")),
+        ("nft", ("sharded",)),
         ("grpo", ("split groups",)),
-        pytest.param("nft", ("split groups",), marks=pytest.mark.long),
+        pytest.param("nft", ("replicated", "split groups"), marks=pytest.mark.long),
         pytest.param("grpo", ("replicated", "sharded"), marks=pytest.mark.long),
     ],
 )

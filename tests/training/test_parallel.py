@@ -90,26 +90,33 @@ def gathered_scores():
     return found.score.nan_to_num(-1).tolist(), found.turn_mask.tolist(), [own.start, own.stop]
 
 
-@pytest.mark.parametrize("how", ["replicated", "sharded"])
-@pytest.mark.parametrize("ranks", [2])
-def test_updates_are_those_of_one_process(how, ranks, tmp_path):
-    told, weights = train(build(), torch.arange(ROWS))
-    for other_told, other in in_ranks(f"tests.training.test_parallel:{how}", ranks, tmp_path):
-        assert torch.allclose(torch.tensor(other), torch.tensor(weights), rtol=1e-6, atol=1e-7)
-        for ours, theirs in zip(told, other_told, strict=True):
-            assert theirs == pytest.approx(ours, rel=1e-6)
-
-
 def several():
     return {
+        "replicated": replicated(),
+        "sharded": sharded(),
         "broken": broken_on_one_rank(),
         "unused": unused_on_one_rank(),
         "gathered": gathered_scores(),
     }
 
 
-def test_ranks_skip_together_sum_what_some_lack_and_collect_scores(tmp_path):
-    found = in_ranks("tests.training.test_parallel:several", 2, tmp_path)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two ranks found; they start once."""
+    return in_ranks("tests.training.test_parallel:several", 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+def test_updates_are_those_of_one_process(how, found):
+    told, weights = train(build(), torch.arange(ROWS))
+    for rank in found:
+        other_told, other = rank[how]
+        assert torch.allclose(torch.tensor(other), torch.tensor(weights), rtol=1e-6, atol=1e-7)
+        for ours, theirs in zip(told, other_told, strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+def test_ranks_skip_together_sum_what_some_lack_and_collect_scores(found):
     third = float(torch.tensor(1 / 3))
     for rank in found:
         assert rank["broken"] == [False, "not finite: loss and gradient", 1.0]
