@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .settings import BASE, CONSISTENCY
-from .study import UNTRAINED, Claim, Finding, Setting, Study
+from .study import BASE_RUN, UNTRAINED, Claim, Finding, Setting, Study
 
 FLOOR = {"rewards.floor": 0.98}
 
@@ -13,6 +13,11 @@ AS_IT_CAME = "as it came"
 SELF = Setting(
     "self-distillation",
     {"training.minibatches": 8, "training.learning_rate": 2e-3, "distillation.share": 0.5},
+    script="self_distillation.py",
+)
+TAUGHT = Setting(
+    "distillation",
+    {"distillation.teacher": BASE_RUN, "training.final_rate": 0.3},
     script="self_distillation.py",
 )
 
@@ -107,19 +112,21 @@ FINDINGS = (
     ),
     Finding(
         "distillation",
-        "Self-distillation, without any reward",
-        (UNTRAINED, Setting("NFT"), SELF),
+        "Distillation, without any reward",
+        (UNTRAINED, Setting("NFT"), TAUGHT, SELF),
         (
+            Claim(TAUGHT.label, AS_IT_CAME),
+            Claim("NFT", TAUGHT.label),
             Claim(SELF.label, AS_IT_CAME),
             Claim(SELF.label, AS_IT_CAME, "marginal"),
             Claim(SELF.label, AS_IT_CAME, "content_consistency"),
-            Claim("NFT", SELF.label),
         ),
-        note="The model as it came is the teacher. It is shown the true image before each turn, "
-        "and the student its own, at the states that the student reaches: "
-        "`examples/self_distillation.py`. It can learn to go on from its own mistakes, but not to "
-        "make an edit of a clean image better. Its learning rate, minibatches and share were "
-        "chosen on seed 0 among three.",
+        note="Distillation: the teacher is the NFT run of the same seed, and sees what the student "
+        "sees. Self-distillation: the teacher is the model as it came, shown the true image before "
+        "each turn where the student sees its own; it can learn to go on from its own mistakes, "
+        "but not to make an edit of a clean image better. Both by "
+        "`examples/self_distillation.py`, at the states that the student reaches; options were "
+        "chosen on seed 0 among a few.",
     ),
 )
 

@@ -26,12 +26,17 @@ from mteditflow.evaluation import Evaluation
 from mteditflow.training import Checkpoints
 from mteditflow.training.metrics_file import read_metrics
 
-from .study import Setting, Study
+from .study import BASE_RUN, Setting, Study
 
 SCRIPTS = Path(__file__).parents[1]
 TURNS, LONG = 3, 8  # of held-out chains
 PARSING = Lock()  # tyro's parser is not for several threads at once
-PLACES = {"model": ("path",), "data": ("chains", "held_out"), "output": None}  # of files
+PLACES = {  # fields that say where files are
+    "model": ("path",),
+    "data": ("chains", "held_out"),
+    "distillation": ("teacher",),
+    "output": None,
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,9 @@ class Ablations:
             "output.strips_every": 0,
             **setting.options,
         }
+        if setting.options.get("distillation.teacher") == BASE_RUN:
+            checkpoint = f"checkpoints/round-{self.form.rounds:06d}"
+            given["distillation.teacher"] = self._run(self.study.base, seed) / checkpoint / "lora"
         options = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items())
         return [setting.preset, "--output.trackers", *(word for pair in options for word in pair)]
 

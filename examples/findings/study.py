@@ -74,4 +74,5 @@ class Study:
         return {s.name: s for s in (self.base, *own) if s is not UNTRAINED}
 
 
+BASE_RUN = "base"  # as a teacher: what the base run of the same seed has become
 UNTRAINED = Setting("as it came", preset="untrained")
