@@ -416,6 +416,10 @@ def _unsound(config: Config) -> Sequence[str]:
     found = []
     if config.objective == "dpo" and data.split_groups:
         found.append("data.split_groups: expected False for dpo, whose pairs are of one rank")
+    if config.objective == "dpo" and config.nft.beta < 10:
+        found.append(
+            f"nft.beta: expected 10 or more for dpo (2000 is usual), got {config.nft.beta}"
+        )
     if config.stochastic and sampling.stochastic_steps > sampling.steps:
         found.append(
             f"sampling.stochastic_steps: expected at most the {sampling.steps} steps of a turn, "

@@ -78,9 +78,10 @@ def test_without_a_preset_they_are_listed(capsys):
             "sampling.stochastic_steps: expected at most the 3 steps of a turn, got 4",
         ),
         (
-            {"objective": "dpo", "data": {"split_groups": True}},
+            {"objective": "dpo", "nft": {"beta": 200.0}, "data": {"split_groups": True}},
             "data.split_groups: expected False for dpo, whose pairs are of one rank",
         ),
+        ({"objective": "dpo"}, "nft.beta: expected 10 or more for dpo (2000 is usual), got 1.0"),
         ({"rewards": {"scorer": None}}, "rewards: expected judge and judge_model, or a scorer"),
         (
             {"rewards": {"judge": ["http://x/v1"]}},

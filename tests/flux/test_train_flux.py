@@ -98,7 +98,7 @@ def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monke
 
 
 def test_pairs_are_of_one_group_and_turn_and_none_at_all_changes_nothing(world, tmp_path):
-    with started(world, tmp_path, "--objective", "dpo") as run_:
+    with started(world, tmp_path, "--objective", "dpo", "--nft.beta", 200) as run_:
         batch = first_batch(run_)
         trajectory, turn = batch.paired.nonzero().T
         loser, group = batch.losers[trajectory, turn], batch.rollout.trajectory.group
