@@ -6,6 +6,7 @@ from .settings import BASE, CONSISTENCY
 from .study import BASE_RUN, UNTRAINED, Claim, Finding, Setting, Study
 
 FLOOR = {"rewards.floor": 0.98}
+AND = {"rewards.aggregate": "all"}
 
 STEPS = {CONSISTENCY: 0.5}  # shapes-grpo has 1
 AS_IT_CAME = "as it came"
@@ -80,17 +81,22 @@ FINDINGS = (
         "Selection: which groups are trained on, and which chains are drawn",
         (
             UNTRAINED,
-            Setting("all"),
-            Setting("drop groups", {"rewards.groups": "teaching"}),
-            Setting("draw teaching", {"data.draw": "teaching"}),
+            Setting("Likert, all"),
+            Setting("Likert, draw teaching", {"data.draw": "teaching"}),
+            Setting("AND, all", AND),
+            Setting("AND, drop groups", {**AND, "rewards.groups": "teaching"}),
+            Setting("AND, draw teaching", {**AND, "data.draw": "teaching"}),
         ),
         (
-            Claim("drop groups", "all"),
-            Claim("draw teaching", "all"),
+            Claim("Likert, draw teaching", "Likert, all"),
+            Claim("AND, drop groups", "AND, all"),
+            Claim("AND, draw teaching", "AND, all"),
         ),
         note="Drop groups: those whose trajectories all reach the top, all stay at the bottom, or "
-        "all get the same reward take no part. Draw teaching: chains are drawn the more often, the "
-        "more the rewards of their last groups differed.",
+        "all get the same reward take no part; under the Likert average there are none, so it "
+        "changes no bit. Draw teaching: chains are drawn the more often, the more the rewards of "
+        "their last groups differed. AND: a chain counts if all its turns succeed, so most groups "
+        "teach nothing.",
     ),
     Finding(
         "floor",
