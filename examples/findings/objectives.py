@@ -5,7 +5,7 @@ from __future__ import annotations
 from .settings import BASE, CONSISTENCY
 from .study import BASE_RUN, UNTRAINED, Claim, Finding, Setting, Study
 
-FLOOR = {"rewards.floor": 0.98}
+FLOOR = {"rewards.floor": 0.98, "rewards.floor_rate": 25.0}
 AND = {"rewards.aggregate": "all"}
 
 STEPS = {CONSISTENCY: 0.5}  # shapes-grpo has 1
@@ -93,8 +93,8 @@ FINDINGS = (
             Claim("AND, draw teaching", "AND, all"),
         ),
         note="Drop groups: those whose trajectories all reach the top, all stay at the bottom, or "
-        "all get the same reward take no part; under the Likert average there are none, so it "
-        "changes no bit. Draw teaching: chains are drawn the more often, the more the rewards of "
+        "all get the same reward take no part; under the Likert average that is at most one "
+        "group in a round, so it is not run. Draw teaching: chains are drawn the more often, the more the rewards of "
         "their last groups differed. AND: a chain counts if all its turns succeed, so most groups "
         "teach nothing.",
     ),
