@@ -94,9 +94,9 @@ FINDINGS = (
         ),
         note="Drop groups: those whose trajectories all reach the top, all stay at the bottom, or "
         "all get the same reward take no part; under the Likert average that is at most one "
-        "group in a round, so it is not run. Draw teaching: chains are drawn the more often, the more the rewards of "
-        "their last groups differed. AND: a chain counts if all its turns succeed, so most groups "
-        "teach nothing.",
+        "group in a round, so it is not run. Draw teaching: chains are drawn the more often, the "
+        "more the rewards of their last groups differed. AND: a chain counts if all its turns "
+        "succeed, so most groups teach nothing.",
     ),
     Finding(
         "floor",
