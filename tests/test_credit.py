@@ -364,3 +364,14 @@ def test_compiled_equals_eager(credit):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for found, expected in zip(compiled(reward), function(reward), strict=True):
         close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 1)])
+def test_rewards_have_two_axes(shape):
+    with pytest.raises(ValueError, match=r"^reward: .*\[B, N\]"):
+        TurnCredit()(torch.ones(shape))
+
+
+def test_a_discount_is_not_negative():
+    with pytest.raises(ValueError, match=r"^discount: "):
+        RewardToGo(discount=-0.1)

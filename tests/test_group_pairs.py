@@ -109,3 +109,8 @@ def test_errors():
         group_pairs(torch.tensor([0.0, math.nan]), group)
     with pytest.raises(TypeError, match=r"^valid: expected a boolean mask, got torch\.int64"):
         group_pairs(reward, group, valid=group)
+
+
+def test_rewards_have_one_axis():
+    with pytest.raises(ValueError, match=r"^reward: .*\[B\]"):
+        group_pairs(torch.ones(2, 2), torch.zeros(2, dtype=torch.int64))

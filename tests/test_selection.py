@@ -173,3 +173,13 @@ def test_errors_of_draws():
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             draw_probabilities(spread, uniform=uniform)
+
+
+@pytest.mark.parametrize("name", ["top", "bottom"])
+def test_bounds_are_numbers(name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        select_groups(torch.ones(2), torch.zeros(2, dtype=torch.int64), **{name: float("nan")})
+
+
+def test_a_fifth_of_draws_is_even_unless_told_otherwise():
+    assert draw_probabilities([0.0, 1.0]) == pytest.approx([0.1, 0.9])

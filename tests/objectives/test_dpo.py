@@ -214,3 +214,11 @@ def test_compiled_equals_eager():
         (gradient,) = torch.autograd.grad(loss.sum(), inputs[0])
         results.append((loss.detach(), gradient))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_target_and_the_axes_of_indices_are_checked():
+    velocity, pair = torch.ones(2, 3), torch.tensor([0])
+    with pytest.raises(ValueError, match=r"^target: expected the shape of velocity"):
+        dpo_loss(velocity, velocity, torch.ones(1, 3), pair, pair, dpo_beta=1.0)
+    with pytest.raises(ValueError, match=r"^winner: .*\[P\]"):
+        dpo_loss(velocity, velocity, velocity, pair[None], pair, dpo_beta=1.0)

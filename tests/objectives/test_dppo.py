@@ -202,3 +202,13 @@ def test_compiled_equals_eager_also_when_the_threshold_moves():
             loss.sum().backward()
             results.append((loss.detach(), log_prob.grad))
         torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_step_that_did_not_move_by_its_ratio_is_not_dropped():
+    """Ratio 1 has no direction, however far the divergence is."""
+    log_prob = torch.zeros(2, requires_grad=True)
+    advantage = torch.tensor([1.5, -0.5])
+    loss = divergence_gated_loss(log_prob, torch.zeros(2), advantage, torch.ones(2), threshold=1e-6)
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), -advantage)
+    torch.testing.assert_close(log_prob.grad, -advantage)

@@ -274,3 +274,13 @@ def test_compiled_equals_eager():
         (gradient,) = torch.autograd.grad(value.sum(), inputs[1])
         results.append((value, gradient))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("name", ["mean", "old_mean"])
+def test_each_mean_is_checked(name):
+    given = {"next_x": torch.ones(2, 3), "mean": torch.ones(2, 3), "old_mean": torch.ones(2, 3)}
+    std = torch.ones(2, 1)
+    with pytest.raises(TypeError, match=f"^{name}: expected float32 or float64"):
+        guard_log_ratio(**given | {name: torch.ones(2, 3).half()}, std=std, reduction="mean")
+    with pytest.raises(ValueError, match=f"^{name}: expected the shape of next_x"):
+        guard_log_ratio(**given | {name: torch.ones(2, 4)}, std=std, reduction="mean")

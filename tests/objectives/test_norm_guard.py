@@ -157,3 +157,8 @@ def test_compiled_equals_eager():
         hinge.sum().backward()
         results.append((hinge.detach(), v.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_reference_is_checked_for_its_dtype():
+    with pytest.raises(TypeError, match=r"^reference_velocity: expected a floating-point"):
+        velocity_norm_hinge(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
