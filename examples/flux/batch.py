@@ -86,9 +86,9 @@ class Batch:
             share=share,
             minibatches=config.training.minibatches,
         )
-        nothing = torch.zeros(1, 3, dtype=torch.int64)  # a row that weighs nothing, for no pair
-        for minibatch in rows:
-            yield (minibatch if len(minibatch) else nothing).split(config.training.batch)
+        idle = torch.nn.functional.pad((self.weight == 0).nonzero()[:1], (0, 1))
+        for minibatch in rows:  # where there is no pair: a row that weighs nothing
+            yield (minibatch if len(minibatch) else idle).split(config.training.batch)
 
     @cached_property
     def losers(self) -> Tensor:

@@ -241,7 +241,8 @@ class Training:
     minibatches: Count = 1
     """Optimiser steps in a round, each on another part of its trajectories."""
     batch: Count = 4
-    """Rows (one step of one turn) in a forward and backward pass; no matter for the result."""
+    """Rows (one step of one turn; dpo: pairs of them) in a forward and backward pass; no matter
+    for the result."""
     learning_rate: Positive = 3e-4
     """Of AdamW."""
     final_rate: PositiveShare = 1.0

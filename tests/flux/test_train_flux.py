@@ -107,6 +107,13 @@ def test_pairs_are_of_one_group_and_turn_and_none_at_all_changes_nothing(world, 
         assert (batch.advantage[trajectory, turn] > batch.advantage[loser, turn]).all()
         rows = torch.cat([part for minibatch in batch.minibatches() for part in minibatch])
         assert torch.equal(rows[:, :2].unique(dim=0), batch.paired.nonzero())
+        best = torch.zeros_like(batch.advantage)
+        best[0, 0] = 1  # the only pair of the round, in one of its two minibatches
+        weights = []
+        for minibatch in replace(batch, advantage=best).minibatches():
+            rows = torch.cat(minibatch)
+            weights.append(losses_of(replace(batch, advantage=best))(rows)[1].tolist())
+        assert sorted(weights) == [[0.0], [1.0]]
         same = replace(batch, advantage=torch.zeros_like(batch.advantage))
         updater = Updater(run_.optimizer, run_.policies.parameters, max_grad_norm=1.0)
         for minibatch in same.minibatches():
