@@ -141,7 +141,9 @@ def draw_probabilities(spread: Sequence[float], *, uniform: float = 0.2) -> list
         raise ValueError("spread: expected one for each chain, got none")
     for i, s in enumerate(spread):
         check_number(f"spread[{i}]", s, low=0.0)
-    total, count = sum(spread), len(spread)
-    if total == 0:
+    largest, count = max(spread), len(spread)
+    if largest == 0:
         return [1 / count] * count
-    return [uniform / count + (1 - uniform) * s / total for s in spread]
+    relative = [s / largest for s in spread]  # so that no product underflows and no sum overflows
+    total = sum(relative)
+    return [uniform / count + (1 - uniform) * (s / total) for s in relative]

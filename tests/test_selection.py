@@ -141,7 +141,7 @@ def test_errors_of_selection():
 
 # draws
 
-spreads = st.lists(st.floats(0, 10), min_size=1, max_size=8)
+spreads = st.lists(st.floats(0, 1e308), min_size=1, max_size=8)
 
 
 def test_golden_probabilities():
@@ -162,6 +162,14 @@ def test_probabilities_rise_with_the_spread_and_never_fall_to_0(spread, uniform,
     order = rng.sample(range(len(spread)), len(spread))
     moved = draw_probabilities([spread[i] for i in order], uniform=uniform)
     assert moved == pytest.approx([found[i] for i in order])
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1.0, 1e300, 1.7e308])
+def test_probabilities_do_not_depend_on_the_scale_of_the_spread(scale):
+    assert draw_probabilities([scale], uniform=0.5) == [1.0]
+    assert draw_probabilities([scale, scale, 0.0], uniform=0.4) == pytest.approx(
+        [0.4 / 3 + 0.3, 0.4 / 3 + 0.3, 0.4 / 3], rel=1e-15
+    )
 
 
 def test_errors_of_draws():
