@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@PYTHONPATH=examples $(BIN)/python -m shapes.files runs/shapes-$(SEED) --seed $(SEED)
+	@$(BIN)/python -m mteditflow_examples.shapes.files runs/shapes-$(SEED) --seed $(SEED)
 	@$(BIN)/python examples/train_flux.py shapes-$(OBJECTIVE) --model.path runs/shapes-$(SEED)/model \
 		--data.chains runs/shapes-$(SEED)/train.jsonl --data.held-out runs/shapes-$(SEED)/held_out.jsonl \
 		--training.seed $(SEED) --output.folder $(OUTPUT)
@@ -67,8 +67,8 @@ pytest: $(INSTALLED)
 
 kills: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m long tests/flux
-	PYTHONPATH=examples $(BIN)/python -m tests.flux.killing --objective nft --kills 20 --seed 0
-	PYTHONPATH=examples $(BIN)/python -m tests.flux.killing --objective grpo --kills 20 --seed 0
+	$(BIN)/python -m tests.flux.killing --objective nft --kills 20 --seed 0
+	$(BIN)/python -m tests.flux.killing --objective grpo --kills 20 --seed 0
 
 evidence: $(INSTALLED)
 	$(BIN)/python examples/evidence.py

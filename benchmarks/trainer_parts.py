@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,22 +13,19 @@ import diffusers
 import peft
 import torch
 from accelerate import Accelerator
+from mteditflow_examples import train_flux
+from mteditflow_examples.flux.batch import Batch
+from mteditflow_examples.flux.config import parse
+from mteditflow_examples.flux.objectives import losses_of as losses_of
+from mteditflow_examples.flux.rewards import scoring
+from mteditflow_examples.flux.run import Run
+from mteditflow_examples.shapes.editor import Family, build_kontext
+from mteditflow_examples.shapes.files import write_world
+from mteditflow_examples.shapes.world import IMAGE_SIZE
 from PIL import Image
 
 from benchmarks import report
 from mteditflow.training import RunLog, Termination
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-import train_flux
-from flux.batch import Batch
-from flux.config import parse
-from flux.objectives import losses_of as losses_of
-from flux.rewards import scoring
-from flux.run import Run
-from shapes.editor import Family, build_kontext
-from shapes.files import write_world
-from shapes.world import IMAGE_SIZE
 
 MEDIUM = {  # hidden 512, 8 blocks: arithmetic outweighs Python
     "num_layers": 2,

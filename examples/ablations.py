@@ -20,10 +20,10 @@ import diffusers
 import torch
 import transformers
 import typer
-from findings.objectives import OBJECTIVES
-from findings.page import write_page
-from findings.running import FULL, SHORT, Ablations
-from findings.settings import PAPER
+from mteditflow_examples.findings.objectives import OBJECTIVES
+from mteditflow_examples.findings.page import write_page
+from mteditflow_examples.findings.running import FULL, SHORT, Ablations
+from mteditflow_examples.findings.settings import PAPER
 
 STUDIES = {PAPER.name: PAPER, OBJECTIVES.name: OBJECTIVES}
 

@@ -20,11 +20,17 @@ from typing import Annotated, Literal
 import torch
 import typer
 from accelerate import PartialState
-from evaluating.editors import Model, call_options
-from evaluating.images import ByRow, MadeImages
-from evaluating.output import Finished, keep_settings, show, write_all, write_scores
-from evaluating.scoring import score_chains
-from flux.config import Rewards
+from mteditflow_examples.evaluating.editors import Model, call_options
+from mteditflow_examples.evaluating.images import ByRow, MadeImages
+from mteditflow_examples.evaluating.output import (
+    Finished,
+    keep_settings,
+    show,
+    write_all,
+    write_scores,
+)
+from mteditflow_examples.evaluating.scoring import score_chains
+from mteditflow_examples.flux.config import Rewards
 from tqdm import tqdm
 
 from mteditflow.chains import Chain, read_chains

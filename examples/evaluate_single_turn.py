@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow._atomic import write_atomically
+from mteditflow._files import write_atomically
 from mteditflow.evaluation.benchmarks import (
     BenchmarkReport,
     ItemReading,

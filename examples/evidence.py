@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from flux.config import parse
 from matplotlib.figure import Figure
-from shapes.editor import Family
-from shapes.files import write_world
+from mteditflow_examples.flux.config import parse
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.files import write_world
 from tqdm import tqdm
 
 HERE = Path(__file__).parent

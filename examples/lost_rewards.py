@@ -22,12 +22,12 @@ from typing import Annotated, Any
 import diffusers
 import transformers
 import typer
-from evidence import cell, made_with, signed
 from matplotlib.figure import Figure
-from shapes.editor import Family
-from shapes.files import COUNTS, write_world
-from shapes.held_out import evaluate_held_out
-from shapes.served import service
+from mteditflow_examples.evidence import cell, made_with, signed
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.files import COUNTS, write_world
+from mteditflow_examples.shapes.held_out import evaluate_held_out
+from mteditflow_examples.shapes.served import service
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation
@@ -158,7 +158,7 @@ def train(
 def settings() -> str:
     """Write the demo's preset with other scorers."""
     preset = (HERE / "flux" / "presets" / "shapes-nft.toml").read_text(encoding="utf-8")
-    exact = 'scorer = "shapes.scoring:ExactRewards"'
+    exact = 'scorer = "mteditflow_examples.shapes.scoring:ExactRewards"'
     return preset.replace(exact, SERVED)
 
 

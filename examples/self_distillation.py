@@ -35,12 +35,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from flux.config import ConfigError
-from flux.run import Run, main
+from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.run import Run, main
+from mteditflow_examples.shapes.served import chain_of
+from mteditflow_examples.shapes.vision import pixels_of, to_pil
+from mteditflow_examples.shapes.world import draw
 from PIL.Image import Image, Resampling
-from shapes.served import chain_of
-from shapes.vision import pixels_of, to_pil
-from shapes.world import draw
 from torch import Tensor
 
 import mteditflow as mt

@@ -13,10 +13,10 @@ that is done again, or on other ranks, or in other batches, draws the same numbe
 
 from __future__ import annotations
 
-from flux.batch import Batch, check_first_ratios, solver_of, stochastic_steps
-from flux.objectives import losses_of
-from flux.rewards import advantages_of, rewards_of
-from flux.run import Run, main
+from mteditflow_examples.flux.batch import Batch, check_first_ratios, solver_of, stochastic_steps
+from mteditflow_examples.flux.objectives import losses_of
+from mteditflow_examples.flux.rewards import advantages_of, rewards_of
+from mteditflow_examples.flux.run import Run, main
 from torch import Tensor
 
 import mteditflow as mt

@@ -8,7 +8,16 @@ Axes: ``B`` trajectories, ``G`` members of a group, ``N`` turns, ``S`` denoising
 """
 
 from mteditflow._reduce import masked_mean
-from mteditflow.advantage import (
+from mteditflow.advantages.constraint import LagrangeMultiplier, constrained_weights
+from mteditflow.advantages.credit import (
+    Credit,
+    RewardToGo,
+    TrajectoryCredit,
+    TurnCredit,
+    TurnSignal,
+    turn_advantage,
+)
+from mteditflow.advantages.group import (
     clamp_advantage,
     fuse_advantages,
     fuse_rewards,
@@ -16,14 +25,16 @@ from mteditflow.advantage import (
     group_std,
     renormalize_advantage,
 )
-from mteditflow.constraint import LagrangeMultiplier, constrained_weights
-from mteditflow.credit import (
-    Credit,
-    RewardToGo,
-    TrajectoryCredit,
-    TurnCredit,
-    TurnSignal,
-    turn_advantage,
+from mteditflow.advantages.pairs import Pairs, group_pairs
+from mteditflow.advantages.selection import GroupSelection, draw_probabilities, select_groups
+from mteditflow.advantages.turns import (
+    binary_and,
+    binary_average,
+    broadcast_to_steps,
+    likert_average,
+    reward_to_go,
+    stop_after_failure,
+    turn_average,
 )
 from mteditflow.diagnostics import (
     RatioCheck,
@@ -34,30 +45,8 @@ from mteditflow.diagnostics import (
     variance_ratio,
     zero_variance_share,
 )
-from mteditflow.metrics import (
-    Interval,
-    bootstrap_interval,
-    content_consistency,
-    instruction_following,
-    marginal_success,
-    overall,
-)
-from mteditflow.objectives.awm import matching_log_prob
-from mteditflow.objectives.clipped import clipped_surrogate_loss
-from mteditflow.objectives.distillation import distillation_loss, step_kl_weight
-from mteditflow.objectives.dpo import dpo_loss
-from mteditflow.objectives.dppo import divergence_gated_loss
-from mteditflow.objectives.guard import guard_log_ratio, guard_step_weight
-from mteditflow.objectives.nft import (
-    adaptive_nft_loss,
-    nft_loss,
-    optimality_probability,
-    velocity_kl,
-)
-from mteditflow.objectives.norm_guard import velocity_norm_hinge
-from mteditflow.old_policy import old_policy_decay, update_old_policy
-from mteditflow.pairs import Pairs, group_pairs
-from mteditflow.path import (
+from mteditflow.distributed import gather_ranks
+from mteditflow.flow.path import (
     clean_from_velocity,
     exponential_shift_sigmas,
     flow_matching_loss,
@@ -70,9 +59,8 @@ from mteditflow.path import (
     uniform_sigmas,
     velocity_target,
 )
-from mteditflow.ranks import gather_ranks
-from mteditflow.sampler import VelocityFunction, batched_noise, rollout, trajectory_generators
-from mteditflow.sde import (
+from mteditflow.flow.sampling import VelocityFunction, batched_noise, rollout, trajectory_generators
+from mteditflow.flow.solvers import (
     CPS,
     ODE,
     DanceSDE,
@@ -84,17 +72,29 @@ from mteditflow.sde import (
     gaussian_log_prob,
     sliding_window,
 )
-from mteditflow.selection import GroupSelection, draw_probabilities, select_groups
-from mteditflow.trajectory import Steps, Trajectory
-from mteditflow.turns import (
-    binary_and,
-    binary_average,
-    broadcast_to_steps,
-    likert_average,
-    reward_to_go,
-    stop_after_failure,
-    turn_average,
+from mteditflow.flow.trajectory import Steps, Trajectory
+from mteditflow.losses.awm import matching_log_prob
+from mteditflow.losses.clipped import clipped_surrogate_loss
+from mteditflow.losses.distillation import distillation_loss, step_kl_weight
+from mteditflow.losses.dpo import dpo_loss
+from mteditflow.losses.dppo import divergence_gated_loss
+from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
+from mteditflow.losses.nft import (
+    adaptive_nft_loss,
+    nft_loss,
+    optimality_probability,
+    velocity_kl,
 )
+from mteditflow.losses.norm_guard import velocity_norm_hinge
+from mteditflow.metrics import (
+    Interval,
+    bootstrap_interval,
+    content_consistency,
+    instruction_following,
+    marginal_success,
+    overall,
+)
+from mteditflow.old_policy import old_policy_decay, update_old_policy
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ from mteditflow._checks import (
     check_same_shape,
 )
 from mteditflow._reduce import masked_mean
-from mteditflow.advantage import group_advantage, group_std
+from mteditflow.advantages.group import group_advantage, group_std
 
 
 @dataclass(frozen=True)

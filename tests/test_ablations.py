@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ablations import main
-from findings.objectives import OBJECTIVES
-from findings.page import document, write_page
-from findings.results import Results, chain_values, long_claims
-from findings.running import FULL, LONG, SHORT, TURNS, Ablations, Form, Run
-from findings.settings import BASE, FINDINGS, PAPER
-from findings.study import UNTRAINED, Finding, Setting, Study
+from mteditflow_examples.ablations import main
+from mteditflow_examples.findings.objectives import OBJECTIVES
+from mteditflow_examples.findings.page import document, write_page
+from mteditflow_examples.findings.results import Results, chain_values, long_claims
+from mteditflow_examples.findings.running import FULL, LONG, SHORT, TURNS, Ablations, Form, Run
+from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER
+from mteditflow_examples.findings.study import UNTRAINED, Finding, Setting, Study
 
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
@@ -111,7 +111,7 @@ def test_the_untrained_model_is_a_setting_that_is_not_run(tmp_path, monkeypatch)
 def test_what_is_missing_is_counted_and_nothing_started(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Ablations, "run_all", None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr("findings.page.draw_finding", lambda *_: None)
+    monkeypatch.setattr("mteditflow_examples.findings.page.draw_finding", lambda *_: None)
     with pytest.raises(SystemExit, match="no seed is complete, so there is no page"):
         main("findings", workers=0, runs=tmp_path, docs=tmp_path / "docs")
     assert "Missing: 66 of 66 runs" in capsys.readouterr().out
@@ -144,7 +144,10 @@ def test_page_and_figures_are_written_from_complete_seeds(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
-    judged = Setting("judged", {"rewards.scorer": "shapes.scoring:CarefulJudge", "data.turns": 1})
+    judged = Setting(
+        "judged",
+        {"rewards.scorer": f"{JUDGES}:CarefulJudge", "data.turns": 1},
+    )
     form, finding = Form((3,), rounds=1, train=16, held_out=4), Finding("x", "X", (judged,), ())
     ablations = Ablations(tmp_path, form, replace(PAPER, findings=(finding,)))
     assert ablations.run_all(2) == []

@@ -9,19 +9,19 @@ from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluating.editors
 import pytest
 import torch
 import typer
-from evaluate import app
-from evaluating.editors import Model, call_options
-from evaluating.images import MadeImages
+from mteditflow_examples import evaluating
+from mteditflow_examples.evaluate import app
+from mteditflow_examples.evaluating.editors import Model, call_options
+from mteditflow_examples.evaluating.images import MadeImages
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.files import write_world
+from mteditflow_examples.shapes.rewards import Truth, score
+from mteditflow_examples.shapes.served import chain_of, service
+from mteditflow_examples.shapes.vision import pixels_of
 from PIL import Image
-from shapes.editor import Family
-from shapes.files import write_world
-from shapes.rewards import Truth, score
-from shapes.served import chain_of, service
-from shapes.vision import pixels_of
 from typer.testing import CliRunner
 
 import mteditflow as mt
@@ -38,7 +38,7 @@ CHAINS = 12
 EDITOR = ["--dtype", "float32", "--resolution", "12", "--batch", "5"]
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 10}
 CALLS = [part for key, value in CALL.items() for part in ("--call", f"{key}={value}")]
-EXACT = ["--scorer", "shapes.scoring:ExactRewards", "--scale", "likert"]
+EXACT = ["--scorer", "mteditflow_examples.shapes.scoring:ExactRewards", "--scale", "likert"]
 
 
 def run(*arguments, code=0):

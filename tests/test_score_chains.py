@@ -3,15 +3,15 @@
 import json
 
 import pytest
-import score_chains
 import torch
 import typer
-from score_chains import main
-from shapes.editor import load_editor
-from shapes.rewards import Truth, score
-from shapes.served import record_of, service
-from shapes.vision import RuleDetector, to_pil
-from shapes.world import draw, make_chains
+from mteditflow_examples import score_chains
+from mteditflow_examples.score_chains import main
+from mteditflow_examples.shapes.editor import load_editor
+from mteditflow_examples.shapes.rewards import Truth, score
+from mteditflow_examples.shapes.served import record_of, service
+from mteditflow_examples.shapes.vision import RuleDetector, to_pil
+from mteditflow_examples.shapes.world import draw, make_chains
 from typer.testing import CliRunner
 
 from mteditflow import instruction_following, marginal_success

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shapes.editor import build_klein, build_kontext
+from mteditflow_examples.shapes.editor import build_klein, build_kontext
 
 from benchmarks import (
     plain_nft,

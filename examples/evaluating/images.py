@@ -11,7 +11,7 @@ from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from mteditflow._atomic import write_atomically
+from mteditflow._files import write_atomically
 from mteditflow.chains import Chain, ChainDataset, ChainError
 
 from .editors import Edits, Model

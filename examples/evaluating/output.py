@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mteditflow._atomic import write_atomically
+from mteditflow._files import write_atomically
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.gallery import Series, gallery

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from flux.config import Rewards
-from flux.rewards import Scorer, Services, named_scorer
+from mteditflow_examples.flux.config import Rewards
+from mteditflow_examples.flux.rewards import Scorer, Services, named_scorer
 from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError

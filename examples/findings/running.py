@@ -15,11 +15,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from flux.config import Config, parse
+from mteditflow_examples.flux.config import Config, parse
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.files import write_world
+from mteditflow_examples.shapes.held_out import evaluate_held_out
 from pydantic import TypeAdapter
-from shapes.editor import Family
-from shapes.files import write_world
-from shapes.held_out import evaluate_held_out
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation

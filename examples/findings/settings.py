@@ -6,6 +6,7 @@ from .study import Claim, Finding, Setting, Study
 
 BASE = Setting("base")
 CONSISTENCY = "rewards.weights.consistency"
+JUDGES = "mteditflow_examples.shapes.scoring"
 
 FINDINGS = (
     Finding(
@@ -28,8 +29,14 @@ FINDINGS = (
         "Evaluator: which errors of a judge do harm",
         (
             Setting("exact"),
-            Setting("biased, little variance", {"rewards.scorer": "shapes.scoring:HastyJudge"}),
-            Setting("noisy, little bias", {"rewards.scorer": "shapes.scoring:CarefulJudge"}),
+            Setting(
+                "biased, little variance",
+                {"rewards.scorer": f"{JUDGES}:HastyJudge"},
+            ),
+            Setting(
+                "noisy, little bias",
+                {"rewards.scorer": f"{JUDGES}:CarefulJudge"},
+            ),
         ),
         (
             Claim("noisy, little bias", "biased, little variance"),

@@ -1,6 +1,6 @@
 """DiffusionNFT in a LoRA training script of the kind that diffusers has; added lines end in `# +`.
 
-    PYTHONPATH=examples python examples/importing/lora_script.py
+    python examples/importing/lora_script.py
 
 A script such as diffusers' train_dreambooth_lora_flux_kontext.py fits an adapter to pairs of
 pictures by flow matching. Here the pictures are the model's own, eight tries at each edit, and each
@@ -23,10 +23,10 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
 )
+from mteditflow_examples.shapes.editor import TEXT_TOKENS, call_options, load_editor
+from mteditflow_examples.shapes.rewards import Truth, score
+from mteditflow_examples.shapes.world import Chain, draw, make_chains
 from peft import LoraConfig
-from shapes.editor import TEXT_TOKENS, call_options, load_editor
-from shapes.rewards import Truth, score
-from shapes.world import Chain, draw, make_chains
 
 from mteditflow import group_advantage, nft_loss, optimality_probability  # +
 

@@ -1,6 +1,6 @@
 """SDE sampling with a plain diffusers pipeline: a scheduler is put in its place, and that is all.
 
-    PYTHONPATH=examples python examples/importing/sde_sampling.py
+    python examples/importing/sde_sampling.py
 
 Shows `FlowMatchSDEScheduler` alone: noise in a window of steps, each trajectory's from a generator
 of its own; the steps that it keeps, with their log-probs; and what the noise level does, as a
@@ -9,9 +9,9 @@ Leaves out gradients: a replay needs what the transformer was called with, which
 """
 
 import torch
+from mteditflow_examples.shapes.editor import call_options, load_editor
+from mteditflow_examples.shapes.world import draw, make_chains
 from PIL import Image
-from shapes.editor import call_options, load_editor
-from shapes.world import draw, make_chains
 
 from mteditflow import FlowSDE, sliding_window, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler

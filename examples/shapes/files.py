@@ -1,6 +1,6 @@
 """Write the shapes world to disk, as a user holds a model and chains; then any trainer can read it.
 
-    cd examples && python -m shapes.files ../runs/world --family kontext --seed 0
+    python -m mteditflow_examples.shapes.files runs/world --family kontext --seed 0
 
 ``model/`` is a pipeline in diffusers format, ``train.jsonl`` and ``held_out.jsonl`` are records of
 the library, and ``images/`` holds their reference pictures.

@@ -1,7 +1,7 @@
 """The rewards of the shapes world as scorers that a trainer takes by import path.
 
-``shapes.scoring:ExactRewards``, and two judges that err: ``shapes.scoring:HastyJudge`` and
-``shapes.scoring:CarefulJudge``.
+Give ``mteditflow_examples.shapes.scoring:ExactRewards``, or one of the two judges that err,
+``HastyJudge`` and ``CarefulJudge``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TERMS = {"following": "likert", "consistency": "consistency", "strict": "strict"
 class ExactRewards:
     """Scores pictures against the TRUE states of their chain, which it reads back from the record.
 
-    The terms, each from :func:`shapes.rewards.score`: ``following`` in 1..5, ``consistency`` in
+    The terms, each from :func:`.rewards.score`: ``following`` in 1..5, ``consistency`` in
     [0, 1], and ``strict``, 1 where the whole picture is right, else 0. Nothing is ever lost.
     """
 
@@ -42,7 +42,7 @@ class ExactRewards:
         """Score B chains, of which the first turns may be all that was edited.
 
         Args:
-            chains: Records of :func:`shapes.served.record_of`.
+            chains: Records of :func:`mteditflow_examples.shapes.served.record_of`.
             images: For each the reference and what each turn made, squares whose side is a
                 multiple of 12 pixels; every block counts by its first pixel.
 
@@ -82,7 +82,7 @@ class ErringJudge(ExactRewards):
     """Exact rewards but for ``following``, which is judged with a bias and with noise.
 
     The bias is not a constant, which would vanish among the members of a group: now and then the
-    judge passes what :func:`shapes.rewards.lenient_likert` does. Then Gaussian noise is added, and
+    judge passes what :func:`.rewards.lenient_likert` does. Then Gaussian noise is added, and
     the sum is rounded and kept within 1..5. All that is drawn follows from the chain, the turn and
     the picture: the same is judged alike whenever it is shown.
 

@@ -4,8 +4,8 @@ A scripted judge takes the place of a vision-language model: it gets the same re
 from exact rewards what it reads in them, except for a share of answers that it spoils. Content
 consistency is scored by the server of the library, with a detector that sees by rule.
 
-    python -m shapes.served judge --lost-answers 0.1
-    python -m shapes.served consistency
+    python -m mteditflow_examples.shapes.served judge --lost-answers 0.1
+    python -m mteditflow_examples.shapes.served consistency
 
 The trainer takes both as it takes real ones: see ``examples/lost_rewards.py``.
 """
@@ -62,7 +62,7 @@ class Service(str, Enum):
 
 
 def record_of(chain: Chain) -> Record:
-    """Write a chain as the library's record; ``shapes.files`` draws the image that it names."""
+    """Write a chain as the library's record; ``files`` draws the image that it names."""
     name = hashlib.sha256(repr(chain).encode()).hexdigest()[:16]
     names = [[f"{t.color} {t.shape}" for t in state.things] for state in chain.states]
     first, after = chain.initial, chain.states[1:]
@@ -159,7 +159,7 @@ def _completion(finish_reason: str, answer: str) -> dict[str, Any]:
 @contextmanager
 def service(*arguments: str) -> Iterator[str]:
     """Run this module's ``main`` in a process of its own; give the URL that it serves."""
-    command = [sys.executable, "-m", "shapes.served", *arguments]
+    command = [sys.executable, "-m", "mteditflow_examples.shapes.served", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **options) as process:

@@ -8,8 +8,8 @@ from random import Random
 from typing import Any
 
 from mteditflow._checks import check_number
+from mteditflow.advantages.selection import draw_probabilities
 from mteditflow.chains.sampler import RoundSampler
-from mteditflow.selection import draw_probabilities
 
 
 class TeachingSampler(RoundSampler):

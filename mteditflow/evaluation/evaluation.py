@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mteditflow._atomic import write_atomically
 from mteditflow._checks import check_count, check_mask, check_number
+from mteditflow._files import write_atomically
 from mteditflow.evaluation.record import EvaluationRecord, TermRecord
 from mteditflow.metrics import (
     Interval,

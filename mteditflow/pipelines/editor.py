@@ -14,13 +14,13 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from mteditflow._checks import check_count, check_shape
+from mteditflow.flow.solvers import Solver
 from mteditflow.pipelines.chain_calls import ChainCalls
 from mteditflow.pipelines.families import Family, find_family
 from mteditflow.pipelines.loading import load_prompts, load_sampling
 from mteditflow.pipelines.prompts import Prompts
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout
-from mteditflow.sde import Solver
 
 COMPILATIONS = 64  # of one kind of block: policies x gradients or none x batch sizes x strides
 

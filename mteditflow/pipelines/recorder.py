@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from mteditflow.flow.solvers import Solver
+from mteditflow.flow.trajectory import Trajectory
 from mteditflow.pipelines.conditioning import map_leaves, share_equal_tensors
 from mteditflow.pipelines.pattern import Recorded, Version
 from mteditflow.pipelines.recognise import Call, ReplayError
@@ -18,8 +20,6 @@ from mteditflow.pipelines.rollout import Rollout, replay_rows
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
 from mteditflow.pipelines.supported import check_pipeline
 from mteditflow.pipelines.turn import Turn
-from mteditflow.sde import Solver
-from mteditflow.trajectory import Trajectory
 
 
 class Recorder:

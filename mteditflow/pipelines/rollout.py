@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mteditflow._checks import check_floating, check_rank, check_shape, check_step_values
+from mteditflow.flow.trajectory import Trajectory
 from mteditflow.pipelines.conditioning import (
     Conditioning,
     map_tensors,
@@ -17,7 +18,6 @@ from mteditflow.pipelines.conditioning import (
     share_equal_tensors,
 )
 from mteditflow.pipelines.layouts import in_memory, repeat_rows
-from mteditflow.trajectory import Trajectory
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """A scheduler that pipelines accept in place of their own, and that takes SDE steps.
 
 Nothing of the pipeline is patched: same configuration, same shift, same ``set_timesteps``. What
-changes is how a step is taken (by a solver of ``mteditflow.sde``), whose noise it uses (one
+changes is how a step is taken (by a ``mteditflow.Solver``), whose noise it uses (one
 generator per trajectory) and that the step is kept for replay.
 """
 
@@ -18,13 +18,13 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from torch import Tensor
 
 from mteditflow._checks import REDUCTIONS, check_choice
+from mteditflow.flow.sampling import batched_noise
+from mteditflow.flow.solvers import ODE, Solver, gaussian_log_prob
 from mteditflow.pipelines.supported import (
     check_config_options,
     check_config_source,
     check_step_options,
 )
-from mteditflow.sampler import batched_noise
-from mteditflow.sde import ODE, Solver, gaussian_log_prob
 
 
 class Step(NamedTuple):
@@ -72,7 +72,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     they are no part of the configuration, which stays the parent's.
 
     Args:
-        solver: ``FlowSDE``, ``DanceSDE``, ``CPS``, ``ODE`` or any ``mteditflow.sde.Solver``.
+        solver: ``FlowSDE``, ``DanceSDE``, ``CPS``, ``ODE`` or any ``mteditflow.Solver``.
         generators: one ``torch.Generator`` per trajectory, in batch order. Each keeps its own
             stream over steps and turns, so that a trajectory does not depend on its batch.
         stochastic_steps: indices of the steps that may draw noise, such as the range given by

@@ -23,7 +23,7 @@ from mteditflow._checks import (
     check_rank,
     check_values,
 )
-from mteditflow.credit import Credit, TurnSignal
+from mteditflow.advantages.credit import Credit, TurnSignal
 from mteditflow.rewards.faults import Lost
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from mteditflow.distributed import gather_ranks
 from mteditflow.evaluation.record import TermRecord
-from mteditflow.ranks import gather_ranks
 from mteditflow.rewards import TurnScores
 
 

@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mteditflow._atomic import write_atomically
 from mteditflow._checks import check_count
+from mteditflow._files import write_atomically
 
 ROUND = "round"
 

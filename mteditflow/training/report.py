@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mteditflow._atomic import write_atomically
+from mteditflow._files import write_atomically
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import Interval

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mteditflow._reduce import masked_mean
-from mteditflow.advantage import group_std
+from mteditflow.advantages.group import group_std
 from mteditflow.diagnostics import advantage_correlation, variance_ratio, zero_variance_share
 from mteditflow.rewards import Reward, TurnScores
 

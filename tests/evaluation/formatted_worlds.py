@@ -1,6 +1,6 @@
 """Chains of the shapes world with formatted instructions."""
 
-from shapes.served import record_of
+from mteditflow_examples.shapes.served import record_of
 
 FORMS = {  # of what a detector can tell
     "subject_add": "Add [{name}]",

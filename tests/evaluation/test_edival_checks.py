@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes.vision import RuleDetector, to_pil
-from shapes.world import draw, make_chains
+from mteditflow_examples.shapes.vision import RuleDetector, to_pil
+from mteditflow_examples.shapes.world import draw, make_chains
 
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.evaluation.benchmarks import EdiValJudge

@@ -4,9 +4,9 @@ import json
 from collections import Counter
 
 import pytest
-from evaluate import app
-from shapes.vision import RuleDetector, to_pil
-from shapes.world import draw, make_chains
+from mteditflow_examples.evaluate import app
+from mteditflow_examples.shapes.vision import RuleDetector, to_pil
+from mteditflow_examples.shapes.world import draw, make_chains
 from typer.testing import CliRunner
 
 from mteditflow.chains import read_chains, write_chains
@@ -17,6 +17,7 @@ from tests.rewards.scripted_server import ScriptedServer, completion
 from tests.samples_of_scores import few_resamples
 
 __all__ = ["few_resamples"]  # a fixture of every test here
+EXACT = "mteditflow_examples.shapes.scoring:ExactRewards"
 CHAINS, DINO = 12, "mteditflow.rewards.consistency.models.GroundingDino.from_pretrained"
 
 
@@ -122,8 +123,11 @@ def test_without_a_detector_the_questions_tell(folder, tmp_path, options, ways):
 
 def test_a_scorer_of_ones_own_is_named(folder, tmp_path):
     invoke("run", folder / "chains.jsonl", "--images", folder / "perfect", "--output", tmp_path,
-        "--scorer", "shapes.scoring:ExactRewards", "--scale", "likert")  # fmt: skip
-    assert of_way(report(tmp_path).checks, "shapes.scoring:ExactRewards") == 3 * CHAINS
+        "--scorer", EXACT, "--scale", "likert")  # fmt: skip
+    assert (
+        of_way(report(tmp_path).checks, "mteditflow_examples.shapes.scoring:ExactRewards")
+        == 3 * CHAINS
+    )
 
 
 def test_a_comparison_says_what_told_either_run(folder, checked, tmp_path):

@@ -3,8 +3,8 @@
 import itertools
 import json
 
-import evaluate_single_turn
 import pytest
+from mteditflow_examples import evaluate_single_turn
 from typer.testing import CliRunner
 
 from mteditflow.evaluation.benchmarks.gedit import GROUPS

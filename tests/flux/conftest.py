@@ -1,7 +1,7 @@
 """Worlds on disk, once per worker."""
 
 import pytest
-from shapes.editor import Family
+from mteditflow_examples.shapes.editor import Family
 
 from tests.flux.worlds import make_world
 

@@ -1,7 +1,7 @@
 """Kills the trainer, starts it again until it ends, and compares it with one never disturbed.
 
-    PYTHONPATH=examples python -m tests.flux.killing random --objective grpo --kills 20 --seed 0
-    PYTHONPATH=examples python -m tests.flux.killing served --seed 0
+    python -m tests.flux.killing random --objective grpo --kills 20 --seed 0
+    python -m tests.flux.killing served --seed 0
 
 The trainer runs in a process of its own that notes what it is at, and that a point such as "saving
 fsync 3 KILL" ends at the third ``os.fsync`` while it saves. The runs that are compared with are
@@ -70,7 +70,6 @@ class Life:
 
 def trainer(arguments: Sequence[str]) -> None:
     """Be the trainer; note the phase, and get a signal at the point that the environment names."""
-    sys.path.insert(0, str(SCRIPT.parent))
     sys.argv = [str(SCRIPT), *arguments]
     from PIL import Image
 

@@ -1,6 +1,6 @@
-"""The services of ``shapes.served`` on ports that stay theirs, killed and started again.
+"""The services of the shapes world on ports that stay theirs, killed and started again.
 
-    PYTHONPATH=examples python -m tests.flux.mortal_services judge 8001 ledger.txt --delay 0.2
+    python -m tests.flux.mortal_services judge 8001 ledger.txt --delay 0.2
 
 Each writes into its ledger what it is asked and what it answers.
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 import typer
 import uvicorn
 from fastapi import Request, Response
-from shapes.served import judge_app
-from shapes.vision import RuleDetector
+from mteditflow_examples.shapes.served import judge_app
+from mteditflow_examples.shapes.vision import RuleDetector
 
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.server import create_app

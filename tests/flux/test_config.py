@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from flux.config import PRESETS, Config, ConfigError, checked, parse
+from mteditflow_examples.flux.config import PRESETS, Config, ConfigError, checked, parse
 
 SERVICES = ["--rewards.judge", "http://judge/v1", "--rewards.judge-model", "judge"]
 SERVICES += ["--rewards.consistency", "http://scores/v1"]

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import self_distillation as distilling
 import torch
-from flux.config import ConfigError
-from flux.run import main
+from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.run import main
 from PIL import ImageChops
 from safetensors.torch import load_file
 

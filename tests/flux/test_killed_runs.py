@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from lost_rewards import settings
+from mteditflow_examples.lost_rewards import settings
 
 from tests.flux.killing import MORE, differences, kill_at_random, live, logged, undisturbed_run
 from tests.flux.mortal_services import ANSWERED, ASKED, Mortal, judged

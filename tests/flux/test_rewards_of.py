@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-import train_flux
-from flux.batch import Batch
-from flux.config import ConfigError, Rewards, parse
-from flux.objectives import losses_of
-from flux.rewards import advantages_of, rewards_of, spreads_of, teaching_groups
 from hypothesis import given
 from hypothesis import strategies as st
+from mteditflow_examples import train_flux
+from mteditflow_examples.flux.batch import Batch
+from mteditflow_examples.flux.config import ConfigError, Rewards, parse
+from mteditflow_examples.flux.objectives import losses_of
+from mteditflow_examples.flux.rewards import advantages_of, rewards_of, spreads_of, teaching_groups
 
 from mteditflow import fuse_advantages, likert_average
 from tests.flux.test_train_flux import started

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import train_flux
 from accelerate import Accelerator
-from flux import parts
-from flux.batch import Batch, check_first_ratios, stochastic_steps
-from flux.config import ConfigError, parse
-from flux.objectives import losses_of
-from flux.rewards import scoring
-from flux.run import Run, main
+from mteditflow_examples import train_flux
+from mteditflow_examples.flux import parts
+from mteditflow_examples.flux.batch import Batch, check_first_ratios, stochastic_steps
+from mteditflow_examples.flux.config import ConfigError, parse
+from mteditflow_examples.flux.objectives import losses_of
+from mteditflow_examples.flux.rewards import scoring
+from mteditflow_examples.flux.run import Run, main
 from safetensors.torch import load_file
 
 from mteditflow import check_ratio

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from flux.config import PRESETS, parse
+from mteditflow_examples.flux.config import PRESETS, parse
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text()

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.files import write_world
 from safetensors.torch import load_file
-from shapes.editor import Family
-from shapes.files import write_world
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]

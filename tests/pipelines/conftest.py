@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from shapes.editor import build_klein, build_kontext
+from mteditflow_examples.shapes.editor import build_klein, build_kontext
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from mteditflow_examples.shapes.editor import build_klein, build_kontext
 from PIL import Image
-from shapes.editor import build_klein, build_kontext
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextModelWithProjection,

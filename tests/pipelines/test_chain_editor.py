@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.pipelines.flux import pipeline_flux_kontext
+from mteditflow_examples.shapes.editor import build_klein, build_kontext, call_options
 from PIL import Image
-from shapes.editor import build_klein, build_kontext, call_options
 from tiny import CHAIN, batches_of_rollout, picture, replay
 from tiny import roll_out as plain_roll_out
 

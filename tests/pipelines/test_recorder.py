@@ -259,7 +259,7 @@ def test_half_precision_replays_the_value_that_went_on(pipeline, guidance):
 
 @pytest.mark.parametrize("embedded", [1.0, 3.5])
 def test_embedded_guidance_is_a_constant(embedded):
-    from shapes.editor import build_kontext
+    from mteditflow_examples.shapes.editor import build_kontext
 
     base = build_kontext()
     config = dict(base.transformer.config) | {"guidance_embeds": True}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import FluxKontextPipeline
+from mteditflow_examples.shapes.editor import call_options
 from PIL import Image
-from shapes.editor import call_options
 
 from mteditflow import gaussian_log_prob, trajectory_generators
 from mteditflow.pipelines import Recorder, Rollout

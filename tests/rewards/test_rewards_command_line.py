@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-import score_chains
 import typer
 from consistency_world import ServerProcess, models_server
+from mteditflow_examples import score_chains
 from typer.testing import CliRunner
 
 from mteditflow.chains.__main__ import app as chains_app

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
-from shapes.editor import call_options, enlarge, shrink
-from shapes.rewards import Scores, Truth, score
-from shapes.vision import to_pil
-from shapes.world import Chain, draw
+from mteditflow_examples.shapes.editor import call_options, enlarge, shrink
+from mteditflow_examples.shapes.rewards import Scores, Truth, score
+from mteditflow_examples.shapes.vision import to_pil
+from mteditflow_examples.shapes.world import Chain, draw
 from torch import Tensor
 
 from mteditflow import (

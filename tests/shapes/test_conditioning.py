@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from shapes.conditioning import Conditioner
-from shapes.editor import build_klein, build_kontext, call_options, enlarge
-from shapes.vision import to_pil
-from shapes.world import draw, draw_index, make_chains
+from mteditflow_examples.shapes.conditioning import Conditioner
+from mteditflow_examples.shapes.editor import build_klein, build_kontext, call_options, enlarge
+from mteditflow_examples.shapes.vision import to_pil
+from mteditflow_examples.shapes.world import draw, draw_index, make_chains
 
 CHAINS = make_chains(3, turns=1, seed=0, split="train")
 PICTURES = torch.stack([draw(chain.initial) for chain in CHAINS])

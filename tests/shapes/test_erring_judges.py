@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes.rewards import Truth, lenient_likert, score
-from shapes.scoring import CarefulJudge, ErringJudge, ExactRewards, HastyJudge
-from shapes.served import record_of
-from shapes.vision import pixels_of, to_pil
-from shapes.world import Chain, Edit, State, Thing, draw, random_chain
+from mteditflow_examples.shapes.rewards import Truth, lenient_likert, score
+from mteditflow_examples.shapes.scoring import CarefulJudge, ErringJudge, ExactRewards, HastyJudge
+from mteditflow_examples.shapes.served import record_of
+from mteditflow_examples.shapes.vision import pixels_of, to_pil
+from mteditflow_examples.shapes.world import Chain, Edit, State, Thing, draw, random_chain
 
 quick = settings(max_examples=15, deadline=None)
 RED, BLUE = Thing("square", "red", "solid", (0,)), Thing("circle", "blue", "solid", (3,))

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from evidence import KINDS, Kind, document, draw_summary, folder, run, world_of
+from mteditflow_examples.evidence import KINDS, Kind, document, draw_summary, folder, run, world_of
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.files import LINKED, write_world
+from mteditflow_examples.shapes.pretrain import single_edits
+from mteditflow_examples.shapes.world import draw_index, make_chains
 from PIL import Image
-from shapes.editor import Family
-from shapes.files import LINKED, write_world
-from shapes.pretrain import single_edits
-from shapes.world import draw_index, make_chains
 
 SHORT = ("--data.groups", "4", "--data.group-size", "2", "--training.batch", "16")
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from mteditflow_examples.shapes import files
+from mteditflow_examples.shapes.editor import Family, call_options, load_editor
+from mteditflow_examples.shapes.files import SPLITS, write_world
+from mteditflow_examples.shapes.served import chain_of
+from mteditflow_examples.shapes.vision import pixels_of
+from mteditflow_examples.shapes.world import make_chains
 from PIL import Image
-from shapes import files
-from shapes.editor import Family, call_options, load_editor
-from shapes.files import SPLITS, write_world
-from shapes.served import chain_of
-from shapes.vision import pixels_of
-from shapes.world import make_chains
 
 from mteditflow.chains import ChainDataset, read_chains
 

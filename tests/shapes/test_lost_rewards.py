@@ -4,9 +4,9 @@ import json
 import sys
 from contextlib import nullcontext
 
-import lost_rewards
 import pytest
-from lost_rewards import KINDS, document, draw, run
+from mteditflow_examples import lost_rewards
+from mteditflow_examples.lost_rewards import KINDS, document, draw, run
 from PIL import Image
 
 if sys.version_info >= (3, 11):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from shapes.editor import Family, load_editor
-from shapes.pretrain import BUILD, main, without
+from mteditflow_examples.shapes.editor import Family, load_editor
+from mteditflow_examples.shapes.pretrain import BUILD, main, without
 
 
 @pytest.mark.parametrize("family", Family)

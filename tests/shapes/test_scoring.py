@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import scoring
-from shapes.editor import enlarge
-from shapes.rewards import Truth, score
-from shapes.scoring import ExactRewards
-from shapes.served import record_of
-from shapes.vision import pixels_of, to_pil
-from shapes.world import draw, random_chain
+from mteditflow_examples.shapes import scoring
+from mteditflow_examples.shapes.editor import enlarge
+from mteditflow_examples.shapes.rewards import Truth, score
+from mteditflow_examples.shapes.scoring import ExactRewards
+from mteditflow_examples.shapes.served import record_of
+from mteditflow_examples.shapes.vision import pixels_of, to_pil
+from mteditflow_examples.shapes.world import draw, random_chain
 
 quick = settings(max_examples=15, deadline=None)
 

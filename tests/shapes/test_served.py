@@ -8,10 +8,10 @@ import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes.rewards import Truth, score
-from shapes.served import chain_of, judge_app, record_of
-from shapes.vision import RuleDetector, pixels_of, to_pil
-from shapes.world import draw, random_chain
+from mteditflow_examples.shapes.rewards import Truth, score
+from mteditflow_examples.shapes.served import chain_of, judge_app, record_of
+from mteditflow_examples.shapes.vision import RuleDetector, pixels_of, to_pil
+from mteditflow_examples.shapes.world import draw, random_chain
 
 from mteditflow.rewards import ChatAnswer, Consistency, ConsistencyScorer, JudgePrompt
 from mteditflow.rewards.images import png_data_url

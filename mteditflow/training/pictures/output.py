@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mteditflow._atomic import write_atomically
+from mteditflow._files import write_atomically
 from mteditflow.evaluation.style import DPI, house_style
 
 

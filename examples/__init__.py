@@ -1,0 +1,1 @@
+"""Loops that run end to end, and the embedded world; installed as ``mteditflow_examples``."""

@@ -1,0 +1,89 @@
+"""Files that are there whole or not at all: bytes, and tensors as safetensors."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a scratch path whose file replaces ``path`` when the block ends without an error.
+
+    A reader, or a kill at any moment, meets the old file or the whole new one.
+    """
+    scratch = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        scratch.open("xb").close()  # an error of the system as itself
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file atomically; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch:
+        scratch.write_bytes(data)
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors and string metadata to a safetensors file, atomically.
+
+    Raises:
+        TypeError: the format has no name for a dtype or layout.
+        OSError: the file cannot be written; one that was there before is as it was.
+    """
+    whole: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, x in tensors.items():
+        stored = _stored(name, x)
+        if stored.data_ptr() in memory:  # the library refuses two names of one memory
+            stored = stored.clone()
+        memory.add(stored.data_ptr())
+        whole[name] = stored
+    with replacing(Path(path)) as scratch:
+        try:
+            save_file(whole, scratch, dict(metadata) if metadata else None)
+        except SafetensorError as error:  # the library wraps what the system said
+            raise OSError(f"{path}: cannot be written, {error}") from error
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors and the metadata of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged, or is none.
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb"):  # an error of the system as itself
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies: the library maps the file, and a mapping of a file that shrinks kills.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, RuntimeError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
+
+
+def _stored(name: str, x: Tensor) -> Tensor:
+    """A tensor as safetensors writes it right: dense, of its own memory, without lazy bits."""
+    if x.is_sparse or x.is_quantized:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}, dtype {x.dtype}")
+    x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

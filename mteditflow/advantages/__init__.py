@@ -1,0 +1,1 @@
+"""Advantages: groups and fusion, aggregation of turns, credit, selection, pairs, floors."""

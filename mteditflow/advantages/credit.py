@@ -1,0 +1,246 @@
+r"""Credit to turns: which reward each turn of a chain answers for, and the advantage it gets.
+
+Two steps. A ``Credit`` takes one reward per turn, [B, N], to what each turn is credited with: its
+own reward, that of the turns from it on, or that of the whole chain. ``turn_advantage`` fuses such
+signals, of several rewards and several credits, turn by turn inside groups. A mixture of credits is
+a weight for each of its signals; stopping after the first failure is a mask of turns to ``keep``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    check_full_precision,
+    check_mask,
+    check_number,
+    check_rank,
+    check_values,
+)
+from mteditflow.advantages.group import fuse_advantages
+from mteditflow.advantages.turns import reward_to_go, turn_average
+
+Mask = Tensor | None  # boolean [B, N]
+
+
+class TurnSignal(NamedTuple):
+    """A number for each turn of B chains, and which turns have one."""
+
+    value: Tensor  # [B, N]
+    valid: Tensor  # [B, N], boolean
+
+
+class Credit(Protocol):
+    """Takes one reward per turn to what each turn is credited with.
+
+    A turn of which a reward it answers for was lost has no signal: the mean of what is left would
+    be another measure than that of the other members of its group. A turn in which there was
+    nothing to measure leaves no such gap; the others are averaged.
+    """
+
+    def __call__(
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+    ) -> TurnSignal:
+        """Credit turns.
+
+        Args:
+            reward: float32 or float64 [B, N]; finite where a turn exists, was measured, and did
+                not lose its reward. What stands elsewhere is never read.
+            turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
+            unmeasured: turns in which there was nothing to measure, boolean [B, N]; ``None``: none.
+            lost: turns whose reward was asked for and did not come, boolean [B, N]; ``None``: none.
+
+        Returns:
+            TurnSignal in the dtype of ``reward``, NaN where not valid.
+
+        Raises:
+            ValueError: shapes do not match, or a reward to be read is not finite.
+            TypeError: a dtype is not the one stated.
+        """
+
+
+@dataclass(frozen=True)
+class TrajectoryCredit:
+    r"""All turns answer for the whole chain: its :math:`\mathrm{mean}_m\, r_m`, broadcast.
+
+    Padded turns have the signal, too: a chain is compared with every other of its group, however
+    long each is, and ``turn_advantage`` takes out the turns that do not exist.
+
+    Args:
+        aggregate: turns to one reward of the chain, such as ``turn_average`` or ``binary_and``:
+            maps [B', N] and a ``turn_mask`` to [B'].
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 8.
+
+    Example:
+        >>> TrajectoryCredit()(torch.tensor([[1.0, 0.5]])).value
+        tensor([[0.7500, 0.7500]])
+    """
+
+    aggregate: Callable[..., Tensor] = turn_average
+
+    def __call__(
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+    ) -> TurnSignal:
+        """See ``Credit``."""
+        _, has, lost = _parts(reward, turn_mask, unmeasured, lost)
+        valid = has.any(dim=1) & ~lost.any(dim=1)
+        value = torch.full_like(reward[:, 0], torch.nan)
+        if bool(valid.any()):
+            value[valid] = self.aggregate(reward[valid], turn_mask=has[valid]).to(value.dtype)
+        return TurnSignal(value[:, None].expand_as(reward), valid[:, None].expand_as(has))
+
+
+@dataclass(frozen=True)
+class RewardToGo:
+    r"""A turn answers for itself and, discounted, for the turns after it.
+
+    .. math:: \frac{\sum_{m \ge n} \gamma^{m-n} r_m}{\sum_{m \ge n} \gamma^{m-n}}
+
+    over the turns m that have a reward: a mean, so that a chain with more turns to go has no
+    larger signal for that. With discount 1 the first turn answers for the whole chain, as under
+    ``TrajectoryCredit``; with 0 each turn for itself, which is ``TurnCredit``.
+
+    Args:
+        discount: gamma in [0, 1].
+
+    Raises:
+        ValueError: the discount is out of range.
+
+    Source: the return of each turn (``reward_to_go``) over that of a reward of 1.
+
+    Example:
+        >>> RewardToGo(discount=0.5)(torch.tensor([[0.0, 0.0, 1.0]])).value
+        tensor([[0.1429, 0.3333, 1.0000]])
+    """
+
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("discount", self.discount, low=0.0, high=1.0)
+
+    def __call__(
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+    ) -> TurnSignal:
+        """See ``Credit``."""
+        exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
+
+        def to_go(x: Tensor) -> Tensor:
+            return reward_to_go(x.to(reward), discount=self.discount)
+
+        weight = to_go(has)
+        valid = exists & (weight > 0) & (to_go(lost) == 0)
+        value = to_go(torch.where(has, reward, 0)) / torch.where(valid, weight, 1)
+        return TurnSignal(torch.where(valid, value, torch.nan), valid)
+
+
+@dataclass(frozen=True)
+class TurnCredit:
+    """A turn answers for itself alone.
+
+    Source: an alternative to MT-EditFlow's broadcast (arXiv 2606.01985, Eq. 8).
+
+    Example:
+        >>> TurnCredit()(torch.tensor([[1.0, 0.5]])).value
+        tensor([[1.0000, 0.5000]])
+    """
+
+    def __call__(
+        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+    ) -> TurnSignal:
+        """See ``Credit``."""
+        _, has, _ = _parts(reward, turn_mask, unmeasured, lost)
+        return TurnSignal(torch.where(has, reward, torch.nan), has)
+
+
+def turn_advantage(
+    signals: Mapping[str, TurnSignal],
+    weights: Mapping[str, float],
+    group: Tensor,
+    *,
+    turn_mask: Mask = None,
+    keep: Mask = None,
+    fuse: Callable[..., Tensor] = fuse_advantages,
+    std: str = "group",
+    eps: float = 1e-4,
+) -> TurnSignal:
+    r"""Advantage of each turn from the signals of several rewards and credits.
+
+    Each turn is compared with the same turn of the other chains of its group that have every
+    signal there. Where chains of a group differ in length, later turns are so compared among the
+    longer ones, and one that no other chain has gets advantage 0; under ``TrajectoryCredit`` alone
+    every chain is compared with all others, since its signal is there in padded turns, too.
+
+    Args:
+        signals: name to what turns are credited with, [B, N]. One reward may be there under two
+            names and two credits: their weights are then the mixture.
+        weights: name to weight, the same names. A signal of weight 0 is left out, and turns need
+            not have it.
+        group: integer group id of each chain, [B].
+        turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
+        keep: turns that are compared and trained, boolean [B, N], such as
+            ``stop_after_failure(success).bool()``; ``None`` means all.
+        fuse: ``fuse_advantages`` or ``fuse_rewards``.
+        std: as in ``group_advantage``.
+        eps: as in ``group_advantage``.
+
+    Returns:
+        TurnSignal: advantages, detached and finite; valid are the kept turns that exist and have
+        every signal. Give the others weight 0 in the loss.
+
+    Raises:
+        ValueError: names differ, every weight is 0, shapes do not match, a valid signal is not
+            finite.
+        TypeError: as in ``group_advantage``.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 3 and 7, turn by turn.
+
+    Example:
+        >>> reward, group = torch.tensor([[1.0, 0.0], [0.0, 0.5]]), torch.tensor([0, 0])
+        >>> signals = {"own": TurnCredit()(reward), "chain": TrajectoryCredit()(reward)}
+        >>> turn_advantage(signals, {"own": 0.5, "chain": 0.5}, group, eps=0.0).value
+        tensor([[ 1.,  0.],
+                [-1.,  0.]])
+    """
+    if set(signals) != set(weights):
+        raise ValueError(
+            f"weights: expected one weight for each signal in {sorted(signals)}, "
+            f"got {sorted(weights)}"
+        )
+    used = {name: signal for name, signal in signals.items() if weights[name] != 0}
+    if not used:
+        raise ValueError(f"weights: expected one other than 0, got {dict(weights)}")
+    valid = torch.stack([signal.valid for signal in used.values()]).all(dim=0)
+    if keep is not None:
+        check_mask("keep", keep, valid.shape, "[B, N]")
+        valid = valid & keep
+    values = {name: signal.value for name, signal in used.items()}
+    own = {name: weights[name] for name in used}
+    advantage = fuse(values, own, group, valid=valid, std=std, eps=eps)
+    if turn_mask is not None:
+        check_mask("turn_mask", turn_mask, valid.shape, "[B, N]")
+        valid = valid & turn_mask
+    return TurnSignal(advantage, valid)
+
+
+def _parts(
+    reward: Tensor, turn_mask: Mask, unmeasured: Mask, lost: Mask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked: turns that exist, those that have a reward, those that lost it."""
+    check_full_precision(reward=reward)
+    check_rank("reward", reward, 2, "[B, N]", maximum=2)
+    none = torch.zeros_like(reward, dtype=torch.bool)
+    masks = {"turn_mask": ~none if turn_mask is None else turn_mask}
+    masks |= {"unmeasured": none if unmeasured is None else unmeasured}
+    masks |= {"lost": none if lost is None else lost}
+    for name, mask in masks.items():
+        check_mask(name, mask, reward.shape, "[B, N]")
+    exists, unmeasured, lost = masks.values()
+    has, lost = exists & ~unmeasured & ~lost, exists & lost
+    check_values("reward", reward, ~has | reward.isfinite(), "finite rewards (mark lost ones)")
+    return exists, has, lost

@@ -1,0 +1,1 @@
+"""Flow matching: path and sigma grids, solvers, sampling of chains, recorded trajectories."""

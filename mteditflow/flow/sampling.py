@@ -1,0 +1,218 @@
+"""Roll a velocity function out into a trajectory: one turn, or a chain of edits of edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    REDUCTIONS,
+    check_choice,
+    check_count,
+    check_floating,
+    check_mask,
+    check_rank,
+    check_shape,
+    check_values,
+)
+from mteditflow.flow.solvers import ODE, Solver, gaussian_log_prob
+from mteditflow.flow.trajectory import Trajectory
+
+
+class VelocityFunction(Protocol):
+    """A policy: the velocity of a latent, given what it edits and which turn it is."""
+
+    def __call__(
+        self, x_t: Tensor, sigma: Tensor, *, reference: Tensor | None, turn: int
+    ) -> Tensor:
+        """Velocity [B, ...] at ``x_t`` [B, ...] and ``sigma`` [B].
+
+        ``reference`` [B, ...] is the clean latent of the turn before (at turn 0 the one given to
+        ``rollout``, or ``None``); ``turn`` counts from 0 and tells which instruction applies.
+        """
+        ...
+
+
+def trajectory_generators(
+    seed: int, count: int, *, device: torch.device | str = "cpu"
+) -> list[torch.Generator]:
+    """One generator per trajectory, so that a trajectory does not depend on its batch.
+
+    Args:
+        seed: of the first generator; the following get ``seed + 1``, ``seed + 2``, ...
+        count: number of trajectories.
+        device: where the noise is drawn.
+
+    Returns:
+        ``count`` generators.
+
+    Raises:
+        ValueError: ``count`` is below 1 or ``seed`` below 0.
+        TypeError: ``count`` or ``seed`` is not an integer.
+
+    Example:
+        >>> [generator.initial_seed() for generator in trajectory_generators(7, 2)]
+        [7, 8]
+    """
+    check_count("seed", seed, low=0)
+    check_count("count", count)
+    return [torch.Generator(device).manual_seed(seed + k) for k in range(count)]
+
+
+def batched_noise(
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard Gaussian noise with row b drawn from generator b alone.
+
+    Args:
+        shape: of one row.
+        generators: one per row; each advances.
+        dtype: of the result.
+        device: of the result; ``None`` is that of the generators.
+
+    Returns:
+        ``[B, *shape]``.
+
+    Raises:
+        ValueError: there is no generator.
+
+    Example:
+        >>> batched_noise((2, 3), trajectory_generators(0, 4)).shape
+        torch.Size([4, 2, 3])
+    """
+    if not generators:
+        raise ValueError("generators: expected at least one, got none")
+    shape = tuple(shape)
+    rows = [torch.randn(shape, generator=g, dtype=dtype, device=g.device) for g in generators]
+    return torch.stack(rows).to(device=device)
+
+
+@torch.no_grad()
+def rollout(
+    velocity: VelocityFunction,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    solver: Solver,
+    generators: Sequence[torch.Generator],
+    reduction: str,
+    reference: Tensor | None = None,
+    group: Tensor | None = None,
+    turn_mask: Tensor | None = None,
+    stochastic_steps: Collection[int] | None = None,
+) -> Trajectory:
+    r"""Sample N turns of S steps; each turn is given the clean latent of the turn before.
+
+    Args:
+        velocity: the policy, see ``VelocityFunction``; called S times a turn.
+        noise: initial noise of each turn, [B, N, ...]; N = 1 is plain sampling.
+        sigmas: grid of a turn, [S + 1], strictly decreasing, such as ``uniform_sigmas(S)``.
+        solver: of the stochastic steps: ``FlowSDE``, ``DanceSDE``, ``CPS``; ``ODE`` for none.
+        generators: of the step noise, one per trajectory: batching does not change a trajectory.
+        reduction: of log-probs over elements, "mean" or "sum".
+        reference: clean latent that turn 0 edits, [B, ...].
+        group: integer group ids, [B]; ``None`` puts each trajectory in a group of its own.
+        turn_mask: turns that exist, boolean [B, N]; ``None`` means all. An absent turn is rolled
+            like the others, for the batch's sake, and may be anything.
+        stochastic_steps: indices of the steps that use ``solver``, such as ``sliding_window(...)``;
+            the others take ODE steps. ``None`` means all.
+
+    Returns:
+        Trajectory without gradients; a step is stochastic where its std is positive.
+
+    Raises:
+        ValueError: shapes do not match, the grid does not decrease, a step index is out of range,
+            or a velocity has the wrong shape or is not finite.
+        TypeError: noise or grid is not floating point, or the turn mask not boolean.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 9-16.
+
+    Example:
+        >>> def shrink(x_t, sigma, *, reference, turn):
+        ...     return x_t
+        >>> noise = batched_noise((1, 2), trajectory_generators(0, 3))  # one turn, latent [2]
+        >>> rollout(shrink, noise, torch.tensor([1.0, 0.5, 0.0]), solver=ODE(),
+        ...         generators=trajectory_generators(9, 3), reduction="mean")
+        Trajectory(B=3, N=1, S=2, latent=[2], dtype=torch.float32, device=cpu)
+    """
+    check_floating(noise=noise, sigmas=sigmas)
+    check_rank("noise", noise, 3, "[B, N, ...]")
+    check_choice("reduction", reduction, REDUCTIONS)
+    b, n = noise.shape[:2]
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"sigmas: expected shape [S + 1] with S >= 1, got {list(sigmas.shape)}")
+    if len(generators) != b:
+        raise ValueError(f"generators: expected one per trajectory, {b}, got {len(generators)}")
+    if group is None:
+        group = torch.arange(b, device=noise.device)
+    if turn_mask is None:
+        turn_mask = torch.ones(b, n, dtype=torch.bool, device=noise.device)
+    check_shape("group", group, (b,), "[B]")
+    check_mask("turn_mask", turn_mask, (b, n), "[B, N]")
+    solvers = _solver_of_each_step(solver, stochastic_steps, len(sigmas) - 1)
+    sigmas = sigmas.to(noise.device, torch.promote_types(sigmas.dtype, torch.float32))
+    fall = sigmas[:-1] - sigmas[1:]
+    check_values("sigmas", fall, fall > 0, "a strictly decreasing grid, a fall > 0")
+
+    turns = []
+    for turn in range(n):
+        policy = partial(velocity, reference=reference, turn=turn)
+        turns.append(_roll_turn(policy, noise[:, turn], sigmas, solvers, generators, reduction))
+        reference = turns[-1][0][:, -1]
+    latents, log_probs, stochastic = zip(*turns, strict=True)
+    return Trajectory(
+        latents=torch.stack(latents, dim=1),
+        sigmas=sigmas.expand(n, -1),
+        log_prob=torch.stack(log_probs, dim=1),
+        stochastic=torch.stack(stochastic),
+        group=group,
+        turn_mask=turn_mask,
+        reduction=reduction,
+    )
+
+
+def _roll_turn(
+    policy: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    solvers: Sequence[Solver],
+    generators: Sequence[torch.Generator],
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States [B, S + 1, ...], log-probs [B, S] and stochastic steps [S] of one turn from x."""
+    states, log_probs, stochastic = [x], [], []
+    for solver, step_sigmas in zip(solvers, sigmas.unfold(0, 2, 1), strict=True):
+        sigma, next_sigma = step_sigmas[:, None].expand(-1, len(x))
+        v = policy(x, sigma)
+        check_shape("velocity", v, x.shape, "of x_t")
+        transition = solver(x, v, sigma, next_sigma)
+        sample = transition.mean
+        random = (transition.std > 0).all()
+        if random:
+            z = batched_noise(x.shape[1:], generators, dtype=sample.dtype, device=x.device)
+            sample = transition.sample(z)
+        # The log-prob is that of the value the next step really uses: in the dtype of the latent.
+        x = sample.to(x.dtype)
+        states.append(x)
+        log_probs.append(gaussian_log_prob(x, *transition, reduction=reduction))
+        stochastic.append(random)
+    return torch.stack(states, dim=1), torch.stack(log_probs, dim=1), torch.stack(stochastic)
+
+
+def _solver_of_each_step(
+    solver: Solver, stochastic_steps: Collection[int] | None, steps: int
+) -> list[Solver]:
+    if stochastic_steps is None:
+        return [solver] * steps
+    for step in stochastic_steps:
+        if not 0 <= step < steps:
+            raise ValueError(f"stochastic_steps: expected indices in 0..{steps - 1}, got {step}")
+    return [solver if step in stochastic_steps else ODE() for step in range(steps)]

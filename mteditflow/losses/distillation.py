@@ -1,0 +1,100 @@
+r"""On-policy distillation: the student learns a teacher's velocity at the states it reaches itself.
+
+It needs no reward. What differs between the methods is the teacher and the states, not the loss:
+
+================= ================================== ======================================
+method            teacher                            weight of a row
+================= ================================== ======================================
+on-policy         another model, same conditioning   ``step_kl_weight`` of a stochastic step
+velocity matching another model, same conditioning   1
+MT-OPSD           a frozen earlier copy of the       1
+                  student, shown the CLEAN image
+================= ================================== ======================================
+
+MT-OPSD trains an editor to work on its own imperfect images without annotated chains. From a clean
+image the student is run k turns with an instruction to change nothing; its output, which differs
+from the clean image by the model's own faults, is then edited for real. Of the two losses the first
+is ``distillation_loss`` on the states of that edit, between the student that sees the worn image
+and the teacher that sees the clean one under the same instruction and state; the second is
+``flow_matching_loss`` under the instruction to change nothing, with the worn image as its own
+target, which keeps faults from growing. Both are mixed at 2 to 1. It is a choice of conditioning,
+not a formula of its own::
+
+    worn = recorder.rollout(...)      # the student's edit of its own k-th image
+    clean = recorder.rollout(...)     # the same edit of the clean image: its conditioning is used
+    velocity = worn.velocity(student, x_t, sigma, trajectory, turn)
+    with torch.no_grad():
+        teacher_velocity = clean.velocity(teacher, x_t, sigma, trajectory, turn)
+    loss = distillation_loss(velocity, teacher_velocity)
+
+with ``x_t`` and ``sigma`` of a few stored steps of ``worn``. Source: MT-OPSD (arXiv 2609.35611).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mteditflow._reduce import row_squared_error
+from mteditflow.flow.solvers import Solver, gaussian_kl, unit_step
+
+
+def distillation_loss(velocity: Tensor, teacher_velocity: Tensor) -> Tensor:
+    r"""Distance to the teacher's velocity, :math:`\mathrm{mean}\,\lVert v_\theta - v_T\rVert^2`.
+
+    Times ``step_kl_weight`` it is the KL divergence between the steps of student and teacher, which
+    ``gaussian_kl`` of their transition means gives as well; formed from velocities it has not lost
+    their small difference in the rounding of the means.
+
+    Args:
+        velocity: of the student at a state of its own rollout, [M, ...].
+        teacher_velocity: of the teacher at the same state and flow time, under its own
+            conditioning. Treated as a constant.
+
+    Returns:
+        [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
+        ``velocity`` alone.
+
+    Raises:
+        ValueError: shapes differ or there is no latent axis.
+        TypeError: a tensor is not floating point.
+
+    Source: DanceOPD (arXiv 2606.27377); MT-OPSD (arXiv 2609.35611), Eq. 5.
+
+    Example:
+        >>> distillation_loss(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+        tensor([5.])
+    """
+    return row_squared_error(velocity=velocity, teacher_velocity=teacher_velocity)
+
+
+def step_kl_weight(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    r"""What makes a distance of velocities the KL divergence of a step, :math:`c^2 / (2 std^2)`.
+
+    A solver's mean moves by c per unit of velocity, and its std does not depend on it. With the
+    step size :math:`\Delta` the weight is
+    :math:`\Delta\,(1 + a^2/2)^2 (1 - \sigma) / (2 a^2 \sigma)` for Flow-SDE below sigma 1.
+
+    Args:
+        solver: the solver of the rollout.
+        sigma: flow time before each step, [M], in (0, 1].
+        next_sigma: flow time after it, [M], in [0, sigma).
+
+    Returns:
+        [M], float32 at least, detached: the KL per element that a mean squared difference of 1
+        between two velocities makes; 0 for a deterministic step, which has no density.
+
+    Raises:
+        ValueError: shapes differ, or a step does not go from noise toward data.
+        TypeError: a flow time is not floating point.
+
+    Source: DiffusionOPD (arXiv 2605.15055), the closed form of its objective; derived here for
+        every solver.
+
+    Example:
+        >>> from mteditflow import DanceSDE
+        >>> step_kl_weight(DanceSDE(0.5), torch.tensor([1.0]), torch.tensor([0.5]))
+        tensor([1.])
+    """
+    mean, std = unit_step(solver, sigma, next_sigma)
+    return gaussian_kl(mean, torch.zeros_like(mean), std, reduction="mean")

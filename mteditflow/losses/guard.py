@@ -1,0 +1,112 @@
+r"""GRPO-Guard: a log-ratio without bias and of one scale, and one weight for each denoising step.
+
+With ``s`` the std of a step, ``z = (x' - mean_old) / s`` its noise and ``d = mean - mean_old`` what
+the policy has moved since, the log-ratio of the step is, for every element,
+
+.. math:: \log\rho = z d / s - d^2 / (2 s^2)
+
+Its mean under the old policy is minus the KL, so a clip range around 1 stops good samples too late
+and bad ones too early; its spread, d / s, differs from step to step, so one range cannot fit all.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mteditflow._checks import (
+    REDUCTIONS,
+    check_choice,
+    check_floating,
+    check_full_precision,
+    check_rank,
+    check_same_shape,
+)
+from mteditflow._reduce import elements, promote, reduce_elements, row_std
+from mteditflow.flow.solvers import Solver, unit_step
+
+
+def guard_log_ratio(
+    next_x: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, *, reduction: str
+) -> Tensor:
+    r"""Normalised log-ratio, :math:`s \log\rho + d^2 / (2 s) = z\,d`.
+
+    Mean 0 under the old policy, and a spread that does not depend on ``std``. Where the policy is
+    the old one the gradient is that of the log-prob, times ``std``. Give it to the clipped
+    surrogate as the log-prob, with an old one of zeros. Clip ranges are ``std`` times the usual.
+
+    Args:
+        next_x: the next sample that was really used, [M, ...]. Treated as a constant.
+        mean: transition mean of the policy being trained, shape of ``next_x``.
+        old_mean: of the policy that sampled, from the same state. Treated as a constant.
+        std: of the step, >= 0: [M, 1, ...] or [1, 1, ...]. Treated as a constant.
+        reduction: "mean" or "sum" over elements, as in ``gaussian_log_prob``.
+
+    Returns:
+        [M], float32 at least; 0 with gradient 0 where ``std`` is 0. Gradient flows to ``mean``
+        alone.
+
+    Raises:
+        ValueError: shapes differ, std has more than one value per row or is negative, or the
+            reduction is unknown.
+        TypeError: ``next_x`` is not floating point, or another tensor not float32 or float64.
+
+    Source: GRPO-Guard (arXiv 2510.22319), its ratio normalisation.
+
+    Example:
+        >>> import torch
+        >>> from mteditflow import clipped_surrogate_loss
+        >>> mean = torch.tensor([[0.2, 0.0]], requires_grad=True)
+        >>> next_x, old_mean = torch.tensor([[0.5, 1.0]]), torch.zeros(1, 2)
+        >>> log_ratio = guard_log_ratio(
+        ...     next_x, mean, old_mean, torch.tensor([[0.5]]), reduction="mean"
+        ... )
+        >>> log_ratio.detach()  # (1 * 0.2 + 2 * 0) / 2
+        tensor([0.1000])
+        >>> loss = clipped_surrogate_loss(
+        ...     log_ratio, torch.zeros(1), torch.ones(1), clip_low=0.2, clip_high=0.2
+        ... )
+        >>> loss.detach()
+        tensor([-1.1052])
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_floating(next_x=next_x)
+    check_full_precision(mean=mean, old_mean=old_mean)
+    check_same_shape(next_x=next_x, mean=mean, old_mean=old_mean)
+    check_rank("next_x", next_x, 2, "[M, ...]")
+    x, new, old = promote(next_x.detach(), mean, old_mean.detach())
+    safe_std, stochastic = row_std(std.detach(), x)
+    per_element = ((x - old) * (new - old)).flatten(1).sum(dim=1) / elements(x) / safe_std
+    return reduce_elements(per_element, stochastic, x, reduction)
+
+
+def guard_step_weight(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    r"""Weight of a step's loss that gives the velocity a gradient of one scale at every step.
+
+    The gradient of ``guard_log_ratio`` by the velocity is the noise of the step times how far its
+    mean moves per unit of velocity; the weight is one over that. With the step size :math:`\Delta`
+    it is :math:`1/\Delta` for an ODE, :math:`1/(\Delta\,(1 + a^2/2))` for Flow-SDE below sigma 1
+    and :math:`1/(\Delta\,(1 + a^2 (1 - \sigma)/(2\sigma)))` for Dance-SDE: about the number of
+    steps, so divide by its mean to leave the learning rate as it is.
+
+    Args:
+        solver: the solver of the rollout.
+        sigma: flow time before each step, [M], in (0, 1].
+        next_sigma: flow time after it, [M], in [0, sigma).
+
+    Returns:
+        [M], float32 at least, > 0, detached; multiply an unreduced loss by it.
+
+    Raises:
+        ValueError: shapes differ, or a step does not go from noise toward data.
+        TypeError: a flow time is not floating point.
+
+    Source: GRPO-Guard (arXiv 2510.22319), its gradient re-weighting, which is 1 over the step size
+        for Flow-SDE; derived here for every solver.
+
+    Example:
+        >>> import torch
+        >>> from mteditflow import ODE
+        >>> guard_step_weight(ODE(), torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25]))
+        tensor([2., 4.])
+    """
+    return -1 / unit_step(solver, sigma, next_sigma).mean.flatten()

@@ -1,1 +1,0 @@
-"""Objectives: one room each, pure functions of tensors, unreduced; none knows another."""
