@@ -1,0 +1,48 @@
+r"""Truncated importance weights: correct for a sampler that is not the policy in training."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from mteditflow._checks import check_full_precision, check_number, check_same_shape
+
+
+def truncated_importance_weight(
+    old_log_prob: Tensor, sampling_log_prob: Tensor, *, cap: float
+) -> Tensor:
+    r"""Importance weight of a sample, :math:`\min(\pi_{old} / \pi_{sampler},\, cap)`.
+
+    Where the sampler's numerics differ from those of training (quantized or cached weights, stale
+    rollouts), the log-prob recorded while sampling is not the one that training computes for the
+    same weights. Multiply an unreduced loss whose ratio is formed with ``old_log_prob`` by this.
+    Where both agree it is exactly 1.
+
+    Args:
+        old_log_prob: log-prob of stored steps under the old policy as training computes it, any
+            shape; float32 or float64.
+        sampling_log_prob: of the same steps as recorded by the sampler, same shape and reduction.
+        cap: largest weight, >= 1; 2 is usual.
+
+    Returns:
+        Shape of ``old_log_prob``, in [0, cap], detached.
+
+    Raises:
+        ValueError: shapes differ, or the cap is below 1.
+        TypeError: half precision.
+
+    Source: truncated importance sampling (Ionides, 2008), as used between rollout engine and
+        trainer in reinforcement learning of language models.
+
+    Example:
+        >>> import torch
+        >>> recorded = torch.tensor([0.0, -1.0, 1.0])
+        >>> truncated_importance_weight(torch.zeros(3), recorded, cap=2.0)
+        tensor([1.0000, 2.0000, 0.3679])
+    """
+    check_full_precision(old_log_prob=old_log_prob, sampling_log_prob=sampling_log_prob)
+    check_same_shape(old_log_prob=old_log_prob, sampling_log_prob=sampling_log_prob)
+    check_number("cap", cap, low=1.0)
+    log_weight = old_log_prob.detach() - sampling_log_prob.detach()
+    return log_weight.clamp(max=math.log(cap)).exp()

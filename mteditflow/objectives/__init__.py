@@ -1,0 +1,60 @@
+"""Objectives: from a rollout with advantages to loss and metrics, by the core alone.
+
+Each is a frozen dataclass whose fields are its hyperparameters; the pure losses that they are made
+of are importable beside them from ``mteditflow``. See ``mteditflow.objectives.base`` for the loop.
+"""
+
+from mteditflow.objectives.awm import AWM
+from mteditflow.objectives.base import (
+    Card,
+    CleanSamples,
+    Objective,
+    Output,
+    Samples,
+    Sampling,
+    Units,
+    Velocity,
+)
+from mteditflow.objectives.distillation import Distillation
+from mteditflow.objectives.dpo import DPO
+from mteditflow.objectives.dppo import DPPO
+from mteditflow.objectives.forward import Renoise
+from mteditflow.objectives.grpo import GRPO
+from mteditflow.objectives.guard import Guard
+from mteditflow.objectives.keys import RoundKey, keyed_generator
+from mteditflow.objectives.nft import NFT
+from mteditflow.objectives.rows import training_rows
+
+#: Objectives by the name that command lines and tables give them.
+OBJECTIVES: dict[str, type[Objective]] = {
+    "grpo": GRPO,
+    "guard": Guard,
+    "dppo": DPPO,
+    "nft": NFT,
+    "awm": AWM,
+    "dpo": DPO,
+    "distillation": Distillation,
+}
+
+__all__ = [
+    "AWM",
+    "DPO",
+    "DPPO",
+    "GRPO",
+    "NFT",
+    "OBJECTIVES",
+    "Card",
+    "CleanSamples",
+    "Distillation",
+    "Guard",
+    "Objective",
+    "Output",
+    "Renoise",
+    "RoundKey",
+    "Samples",
+    "Sampling",
+    "Units",
+    "Velocity",
+    "keyed_generator",
+    "training_rows",
+]

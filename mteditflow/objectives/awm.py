@@ -1,0 +1,95 @@
+"""Advantage-weighted matching as an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mteditflow._checks import check_number
+from mteditflow.losses.awm import matching_log_prob
+from mteditflow.losses.clipped import clipped_surrogate_loss
+from mteditflow.losses.nft import velocity_kl
+from mteditflow.objectives.base import (
+    Card,
+    Metrics,
+    Output,
+    Samples,
+    Units,
+    Velocity,
+    member_advantages,
+)
+from mteditflow.objectives.forward import ForwardObjective
+from mteditflow.objectives.replay import ratio_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class AWM(ForwardObjective):
+    r"""Advantage-weighted matching: the clipped surrogate on matching losses in place of log-probs.
+
+    A row of advantage 0 is left out where no regularizer acts on it.
+
+    Args:
+        clip_low: how far the ratio of matching losses may fall below 1, in [0, 1).
+        clip_high: how far it may rise above 1, >= 0.
+        old_kl_coef: weight of the velocity KL to the old policy, >= 0.
+
+    The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
+    ``norm_coef``, ``old_slope`` and ``old_maximum``.
+
+    Metrics: "policy_loss" (the old KL included), "ratio", "clip_fraction", "old_kl", "kl",
+    "norm_hinge".
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: Advantage Weighted Matching (arXiv 2509.25050).
+
+    Example:
+        >>> AWM(clip_low=1e-3, clip_high=2e-3).old_decay(100)
+        0.1
+    """
+
+    card = Card(
+        title="AWM",
+        papers=("2509.25050",),
+        losses=("matching_log_prob", "clipped_surrogate_loss"),
+        needs="old policy",
+        passes="1 + 1 (0)",
+    )
+
+    clip_low: float = 1e-4
+    """How far the ratio of matching losses may fall below 1."""
+    clip_high: float = 1e-4
+    """How far the ratio of matching losses may rise above 1."""
+    old_kl_coef: float = 0.0
+    """Weight of the velocity KL to the old policy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("clip_low", self.clip_low, low=0.0, high=1.0, open_high=True)
+        check_number("clip_high", self.clip_high, low=0.0)
+        check_number("old_kl_coef", self.old_kl_coef, low=0.0)
+
+    @property
+    def zero_matters(self) -> bool:
+        """Whether a unit of advantage 0 can change the gradient."""
+        return super().zero_matters or self.old_kl_coef > 0
+
+    def __call__(
+        self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
+    ) -> Output:
+        """See ``Objective``."""
+        states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
+        log_prob = matching_log_prob(at.current, states.target)
+        old_log_prob = matching_log_prob(at.old, states.target)
+        loss = clipped_surrogate_loss(
+            log_prob,
+            old_log_prob,
+            member_advantages(units, log_prob),
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )
+        old_kl = velocity_kl(at.current, at.old)
+        if self.old_kl_coef > 0:
+            loss = loss + self.old_kl_coef * old_kl
+        metrics: Metrics = ratio_metrics(log_prob - old_log_prob, self.clip_low, self.clip_high)
+        return self.output(units, loss, at, {**metrics, "old_kl": old_kl})

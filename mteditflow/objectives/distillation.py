@@ -1,0 +1,107 @@
+"""On-policy distillation as an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mteditflow._checks import check_mask, check_number
+from mteditflow.losses.distillation import distillation_loss
+from mteditflow.objectives.base import (
+    Card,
+    Objective,
+    Output,
+    Samples,
+    Sampling,
+    Units,
+    Velocities,
+    Velocity,
+    draw_units,
+    masked_output,
+    member_rows,
+)
+from mteditflow.objectives.keys import Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Objective):
+    r"""On-policy distillation: match a teacher's velocity at the states that the student reached.
+
+    It needs no reward. The teacher is what ``velocity("teacher", ...)`` computes: another model, or
+    the base model under another conditioning, such as the clean image of each turn (MT-OPSD).
+
+    Args:
+        share: share of the steps of every turn that is trained, in (0, 1], drawn anew each pass.
+
+    Metrics: "policy_loss".
+
+    Raises:
+        ValueError: the share is out of range.
+
+    Source: DanceOPD (arXiv 2606.27377); MT-OPSD (arXiv 2609.35611), Eq. 5.
+
+    Example:
+        >>> Distillation(share=0.5).sampling(0, steps=4)
+        Sampling(solver=None, stochastic_steps=None)
+    """
+
+    card = Card(
+        title="Distillation, MT-OPSD",
+        papers=("2605.15055", "2609.35611"),
+        losses=("distillation_loss",),
+        needs="teacher; no reward",
+        passes="1 + 1",
+        rewarded=False,
+    )
+
+    share: float = 1.0
+    """Share of the steps of every turn that is trained, drawn anew in every pass."""
+
+    def __post_init__(self) -> None:
+        check_number("share", self.share, low=0.0, high=1.0, open_low=True)
+
+    def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
+        """See ``Objective``; deterministic steps will do."""
+        return Sampling()
+
+    def units(
+        self,
+        samples: Samples,
+        advantage: Tensor | None = None,
+        valid: Tensor | None = None,
+        *,
+        key: Key,
+        minibatches: int = 1,
+    ) -> list[Units]:
+        """See ``Objective``: one row for each step, or a share of them; ``advantage`` is None."""
+        if advantage is not None:
+            raise TypeError("advantage: expected None for Distillation, which has no reward")
+        exists = samples.turn_mask.cpu()
+        if valid is not None:
+            check_mask("valid", valid, exists.shape, "[B, N]")
+            exists = exists & valid.cpu()
+        steps = samples.step_mask.shape[2]
+        if steps == 0:
+            raise ValueError("samples: expected stored steps, got samples without any")
+        return draw_units(
+            exists[..., None].expand(-1, -1, steps),
+            None,
+            exists,
+            key=key,
+            share=self.share,
+            minibatches=minibatches,
+            zero_matters=True,
+        )
+
+    def __call__(
+        self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
+    ) -> Output:
+        """See ``Objective``."""
+        rows = member_rows(units)
+        steps = samples.steps_at(rows)
+        at = Velocities(
+            velocity, steps.x_t, steps.sigma, rows[:, :2], old_is_current=old_is_current
+        )
+        loss = distillation_loss(at.current, at.teacher)
+        return masked_output(units, loss, {"policy_loss": loss})

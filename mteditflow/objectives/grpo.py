@@ -1,0 +1,75 @@
+"""Flow-GRPO as an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mteditflow._checks import check_number
+from mteditflow.losses.clipped import clipped_surrogate_loss
+from mteditflow.objectives.base import Card, Output, Samples, Units, Velocity, member_advantages
+from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(ReplayObjective):
+    r"""Flow-GRPO: replay stochastic steps and make those of good rollouts likelier.
+
+    A row of advantage 0 is left out where ``kl_coef`` is 0.
+
+    Args:
+        clip_low: how far a ratio may fall below 1, in [0, 1); 1e-4 .. 1e-5 goes with mean-reduced
+            log-probs.
+        clip_high: how far it may rise above 1, >= 0.
+
+    The other fields are those of every objective that replays steps: ``solver``, ``noise_level``,
+    ``stochastic_steps``, ``window_interval``, ``share``, ``kl_coef`` and ``importance_cap``.
+
+    Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (ratio - 1 - log ratio, an estimate
+    of the KL to the policy that sampled), "kl", "importance_weight".
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 4, 20-22; Flow-GRPO (arXiv 2505.05470); a window of
+        steps, MixGRPO (arXiv 2507.21802).
+
+    Example:
+        >>> GRPO(stochastic_steps=2, window_interval=1).sampling(1, steps=4).stochastic_steps
+        range(1, 3)
+    """
+
+    card = Card(
+        title="Flow-GRPO, MixGRPO",
+        papers=("2505.05470", "2507.21802"),
+        losses=("clipped_surrogate_loss",),
+        needs="log-probs of steps",
+        passes="1",
+    )
+
+    clip_low: float = 1e-4
+    """How far ratios of mean log-probs may fall below 1."""
+    clip_high: float = 1e-4
+    """How far ratios of mean log-probs may rise above 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("clip_low", self.clip_low, low=0.0, high=1.0, open_high=True)
+        check_number("clip_high", self.clip_high, low=0.0)
+
+    def __call__(
+        self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
+    ) -> Output:
+        """See ``Objective``."""
+        replay = self.replay(velocity, samples, units, old_is_current=old_is_current)
+        log_prob, old_log_prob = replay.log_prob, self.start(replay)
+        loss = clipped_surrogate_loss(
+            log_prob,
+            old_log_prob,
+            member_advantages(units, log_prob),
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )
+        log_ratio = (log_prob - old_log_prob).detach()
+        metrics = ratio_metrics(log_ratio, self.clip_low, self.clip_high)
+        metrics["old_kl"] = log_ratio.expm1() - log_ratio
+        return self.output(units, loss, replay, metrics)

@@ -1,0 +1,107 @@
+"""DiffusionNFT as an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mteditflow._checks import check_choice, check_number
+from mteditflow.losses.nft import (
+    adaptive_nft_loss,
+    nft_loss,
+    optimality_probability,
+    velocity_kl,
+)
+from mteditflow.objectives.base import Card, Output, Samples, Units, Velocity, member_advantages
+from mteditflow.objectives.forward import ForwardObjective
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFT(ForwardObjective):
+    r"""DiffusionNFT: pull re-noised samples toward good rollouts and push them away from bad ones.
+
+    Rows of advantage 0 (r = 1/2) still pull to the old policy, so they are trained; invalid rows
+    are left out. One forward pass per row where the old policy is the current one, else two.
+
+    Args:
+        nft_beta: mixing of current and old policy, > 0; small is bold.
+        loss: "adaptive", the clean-space error over its own size, or "plain", the velocity error.
+        advantage_max: advantage at which the optimality probability saturates, > 0.
+
+    The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
+    ``norm_coef``, ``old_slope`` and ``old_maximum``.
+
+    Metrics: "policy_loss", "old_kl" (velocity KL to the old policy), "kl", "norm_hinge".
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: DiffusionNFT (arXiv 2509.16117); MT-EditFlow (arXiv 2606.01985), Eq. 5, 23-25.
+
+    Example:
+        >>> from mteditflow.objectives import CleanSamples
+        >>> model = torch.nn.Linear(8, 8)
+        >>> samples = CleanSamples(torch.randn(4, 1, 8), group=torch.tensor([0, 0, 1, 1]))
+        >>> advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])
+        >>> objective = NFT(nft_beta=1.0, loss="plain")
+        >>> key = torch.Generator().manual_seed(0)
+        >>> (units,) = objective.units(samples, advantage, key=key)
+        >>> output = objective(
+        ...     lambda policy, x_t, sigma, at: model(x_t), samples, units, old_is_current=True
+        ... )
+        >>> (output.loss.sum() / units.count).backward()
+        >>> output.loss.shape, bool(model.weight.grad.any())
+        (torch.Size([4]), True)
+    """
+
+    card = Card(
+        title="DiffusionNFT",
+        papers=("2509.16117",),
+        losses=("nft_loss", "adaptive_nft_loss"),
+        needs="old policy",
+        passes="1 + 1 (0)",
+    )
+
+    nft_beta: float = 1.0
+    """Mixing of current and old policy; small is bold."""
+    loss: Literal["adaptive", "plain"] = "adaptive"
+    """adaptive: clean-space error over its own size; plain: velocity error."""
+    advantage_max: float = 5.0
+    """Advantage at which the optimality probability saturates."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("nft_beta", self.nft_beta, low=0.0, open_low=True)
+        check_choice("loss", self.loss, ("adaptive", "plain"))
+        check_number("advantage_max", self.advantage_max, low=0.0, open_low=True)
+
+    @property
+    def zero_matters(self) -> bool:
+        """True: at r = 1/2 the pull to the old policy is left."""
+        return True
+
+    def __call__(
+        self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
+    ) -> Output:
+        """See ``Objective``."""
+        states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
+        current, old, target = at.current, at.old, states.target
+        advantage = member_advantages(units, current)
+        r = optimality_probability(advantage, advantage_max=self.advantage_max)
+        if self.loss == "adaptive":
+            loss = adaptive_nft_loss(
+                current,
+                old,
+                target,
+                r,
+                states.sigma,
+                nft_beta=self.nft_beta,
+                advantage_max=self.advantage_max,
+            )
+        else:
+            loss = nft_loss(current, old, target, r, nft_beta=self.nft_beta)
+        with torch.no_grad():
+            metrics = {"old_kl": velocity_kl(current, old)}
+        return self.output(units, loss, at, metrics)

@@ -1,0 +1,207 @@
+"""Objectives that replay stochastic steps: what GRPO, GRPO-Guard and Flow-DPPO share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_choice, check_count, check_number
+from mteditflow.flow.solvers import (
+    CPS,
+    DanceSDE,
+    FlowSDE,
+    Solver,
+    Transition,
+    gaussian_kl,
+    gaussian_log_prob,
+    sliding_window,
+)
+from mteditflow.flow.trajectory import Steps
+from mteditflow.losses.importance import truncated_importance_weight
+from mteditflow.objectives.base import (
+    Metrics,
+    Objective,
+    Output,
+    Samples,
+    Sampling,
+    Units,
+    Velocities,
+    Velocity,
+    draw_units,
+    masked_output,
+    member_rows,
+    turn_values,
+)
+from mteditflow.objectives.keys import Key
+
+SOLVERS: dict[str, Callable[[float], Solver]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}
+
+
+class Replay:
+    """Stored steps of M rows under the current and the old policy, on the velocities' device.
+
+    Attributes:
+        steps: states, flow times and recorded log-probs.
+        velocities: velocities of the policies at the states.
+        reduction: "mean" or "sum" over elements, as the log-probs were recorded.
+        transition: Gaussian of the next states under the current policy, with gradient.
+    """
+
+    def __init__(
+        self,
+        solver: Solver,
+        velocity: Velocity,
+        samples: Samples,
+        units: Units,
+        *,
+        old_is_current: bool,
+    ) -> None:
+        rows, self._solver = member_rows(units), solver
+        stored = samples.steps_at(rows)
+        self.velocities = Velocities(
+            velocity, stored.x_t, stored.sigma, rows[:, :2], old_is_current=old_is_current
+        )
+        self.reduction = samples.reduction
+        self.steps = Steps(*(x.to(self.velocities.current.device) for x in stored))
+        self.transition = self.under(self.velocities.current)
+
+    def under(self, velocity: Tensor) -> Transition:
+        """Return the Gaussian of the next states under a velocity."""
+        return self._solver(self.steps.x_t, velocity, self.steps.sigma, self.steps.next_sigma)
+
+    @cached_property
+    def old_mean(self) -> Tensor:
+        """Mean of the old policy's transition, detached."""
+        return self.under(self.velocities.old).mean
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """Log-prob of the recorded next states, [M], with gradient."""
+        return gaussian_log_prob(self.steps.next_x, *self.transition, reduction=self.reduction)
+
+    @cached_property
+    def old_log_prob(self) -> Tensor:
+        """Log-prob under the old policy as training computes it, [M], detached."""
+        std = self.transition.std
+        return gaussian_log_prob(self.steps.next_x, self.old_mean, std, reduction=self.reduction)
+
+    @torch.no_grad()
+    def old_kl(self) -> Tensor:
+        """KL of the current transition to the old one, [M], detached."""
+        mean, std = self.transition
+        return gaussian_kl(mean, self.old_mean, std, reduction=self.reduction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayObjective(Objective):
+    """Fields and units that GRPO, Guard and DPPO share; the current policy samples."""
+
+    solver: Literal["flow", "dance", "cps"] = "flow"
+    """Stochastic step: Flow-SDE, Dance-SDE or coefficient-preserving."""
+    noise_level: float = 0.9
+    """Noise level a of the solver."""
+    stochastic_steps: int = 5
+    """Steps of a turn that draw noise and are trained; the others are ODE steps."""
+    window_interval: int = 0
+    """Rounds until these steps move on by one (MixGRPO); 0: always the first ones."""
+    share: float = 1.0
+    """Share of the stochastic steps that is trained, drawn anew for every turn."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference; above 0 it costs a forward pass."""
+    importance_cap: float | None = None
+    """Largest importance weight between sampler and training where their log-probs differ
+    (quantized, cached or stale rollouts); costs a forward pass of the old policy once it differs.
+    None: they have to agree."""
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, list(SOLVERS))
+        self.step_solver  # noqa: B018, checks the noise level
+        check_count("stochastic_steps", self.stochastic_steps)
+        check_count("window_interval", self.window_interval, low=0)
+        check_number("share", self.share, low=0.0, high=1.0, open_low=True)
+        check_number("kl_coef", self.kl_coef, low=0.0)
+        if self.importance_cap is not None:
+            check_number("importance_cap", self.importance_cap, low=1.0)
+
+    @property
+    def step_solver(self) -> Solver:
+        """Solver of the stochastic steps."""
+        return SOLVERS[self.solver](self.noise_level)
+
+    def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
+        """See ``Objective``.
+
+        Raises:
+            ValueError: there are fewer steps than stochastic ones.
+        """
+        if self.stochastic_steps > steps:
+            raise ValueError(
+                f"stochastic_steps: expected at most the {steps} steps of a turn, got "
+                f"{self.stochastic_steps}"
+            )
+        if self.window_interval == 0:
+            return Sampling(self.step_solver, range(self.stochastic_steps))
+        window = sliding_window(
+            round, size=self.stochastic_steps, steps=steps, interval=self.window_interval
+        )
+        return Sampling(self.step_solver, window)
+
+    def units(
+        self,
+        samples: Samples,
+        advantage: Tensor | None,
+        valid: Tensor | None = None,
+        *,
+        key: Key,
+        minibatches: int = 1,
+    ) -> list[Units]:
+        """See ``Objective``: one row for each stochastic step, or a share of them."""
+        if advantage is None:
+            raise TypeError(f"advantage: expected a tensor for {type(self).__name__}, got None")
+        values, own = turn_values(samples, advantage, valid)
+        return draw_units(
+            samples.step_mask.cpu(),
+            values,
+            own,
+            key=key,
+            share=self.share,
+            minibatches=minibatches,
+            zero_matters=self.kl_coef > 0,
+        )
+
+    def replay(
+        self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool
+    ) -> Replay:
+        """Look the units' steps up and evaluate the current policy there."""
+        return Replay(self.step_solver, velocity, samples, units, old_is_current=old_is_current)
+
+    def start(self, replay: Replay) -> Tensor:
+        """Return the log-prob that ratios start from: recorded, or training's own where capped."""
+        return replay.steps.log_prob if self.importance_cap is None else replay.old_log_prob
+
+    def output(self, units: Units, loss: Tensor, replay: Replay, metrics: Metrics) -> Output:
+        """Weigh by importance, add the KL to the reference."""
+        if self.importance_cap is not None:
+            weight = truncated_importance_weight(
+                replay.old_log_prob, replay.steps.log_prob, cap=self.importance_cap
+            )
+            loss, metrics = weight * loss, {**metrics, "importance_weight": weight}
+        found: Metrics = {"policy_loss": loss, **metrics}
+        if self.kl_coef > 0:
+            mean, std = replay.transition
+            reference_mean = replay.under(replay.velocities.reference).mean
+            found["kl"] = gaussian_kl(mean, reference_mean, std, reduction=replay.reduction)
+            loss = loss + self.kl_coef * found["kl"]
+        return masked_output(units, loss, found)
+
+
+def ratio_metrics(log_ratio: Tensor, clip_low: float, clip_high: float) -> Metrics:
+    """Return the ratio of new to old policy of each row, and whether it lies beyond the clip."""
+    ratio = log_ratio.detach().exp()
+    beyond = (ratio > 1 + clip_high) | (ratio < 1 - clip_low)
+    return {"ratio": ratio, "clip_fraction": beyond.float()}
