@@ -13,14 +13,17 @@ INSTALLED := $(VENV)/.installed
 # fails to import, and everything that looks for it would fail with it.
 SERVING := $(VENV)/serving
 TORCHVISION := torchvision==0.28.0
+QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/test_old_policy.py \
+	tests/test_diagnostics.py tests/test_metrics.py tests/test_checks.py tests/test_reduce.py
 # The models are tiny: threads beyond the cores only get in each other's way.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers api pytest support evidence findings objectives lost-rewards benchmark soak kills mutation clean
+.PHONY: help demo quick test lint types layers api pytest support evidence findings objectives lost-rewards benchmark soak kills mutation clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
+	@echo "make quick         lint, types and the tests of the core on examples drawn anew, in a minute"
 	@echo "make test          lint, types, import layers, API reference, doctests and the whole test suite"
 	@echo "make api           the API reference from docstrings, in build/api"
 	@echo "make support       the table of supported pipelines, from the tests that run them, written to docs/"
@@ -42,10 +45,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(BIN)/python -m mteditflow_examples.shapes.files runs/shapes-$(SEED) --seed $(SEED)
-	@$(BIN)/python examples/train_flux.py shapes-$(OBJECTIVE) --model.path runs/shapes-$(SEED)/model \
-		--data.chains runs/shapes-$(SEED)/train.jsonl --data.held-out runs/shapes-$(SEED)/held_out.jsonl \
-		--training.seed $(SEED) --output.folder $(OUTPUT)
+	@$(BIN)/python examples/demo.py --objective $(OBJECTIVE) --seed $(SEED) --output $(OUTPUT)
+
+# The same tools and the tests of the core alone, drawn anew: under a minute.
+quick: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) \
+		-m "not long and not slow and not compile" $(QUICK)
 
 test: lint types layers api pytest
 

@@ -1,95 +1,105 @@
-"""Teach FLUX.1-Kontext or FLUX.2-klein to make several edits in a row, by reinforcement learning.
+"""Reinforcement learning of FLUX.1-Kontext or FLUX.2-klein on chains of edits.
 
     python examples/train_flux.py shapes-nft
     accelerate launch --config_file examples/flux/launch/ddp.yaml examples/train_flux.py \
         kontext-nft --data.chains chains.jsonl --rewards.judge http://judge:8000/v1 ...
 
-This file is the loop: sample chains, score every turn, fuse, broadcast, loss, step. The losses are
-in ``flux/objectives.py``; what keeps a run of days alive (checkpoints, evaluation, log) in
-``flux/run.py``; what it can be told in ``flux/config.py``. Everything mathematical is a call of the
-library. Every random number comes from a key such as (seed, "noise", round, trajectory): a round
-that is done again, or on other ranks, or in other batches, draws the same numbers.
+This file is the loop, one call for each thing that happens in a round. The mathematics is in the
+library; ``flux/`` has what surrounds it: options, loading, sampling, rewards, updates, checkpoints,
+evaluation and reports. Every random number comes from a key such as (seed, "noise", round,
+trajectory): a round that is done again, or on other ranks, or in other batches, draws the same.
 """
 
 from __future__ import annotations
 
-from mteditflow_examples.flux.batch import Batch, check_first_ratios, solver_of, stochastic_steps
-from mteditflow_examples.flux.objectives import losses_of
-from mteditflow_examples.flux.rewards import advantages_of, rewards_of
-from mteditflow_examples.flux.run import Run, main
-from torch import Tensor
+import sys
+from typing import TYPE_CHECKING
 
-import mteditflow as mt
-from mteditflow.pipelines import Rollout
-from mteditflow.rewards import TurnScores
-from mteditflow.training import Updater, gather_scores, keyed_generator
+from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.config import ConfigError
+
+if TYPE_CHECKING:
+    from mteditflow_examples.flux.run import Run
 
 
 def train(run: Run) -> None:
-    """Sample, score, fuse, broadcast, loss, step: until the last round."""
-    config = run.config
-    updater = Updater(
-        run.optimizer, run.policies.parameters, max_grad_norm=config.training.max_grad_norm
+    """Sample, score, compute advantages, update; evaluate, log and save when due."""
+    from mteditflow_examples.flux.checkpointing import restore, save_if_due
+    from mteditflow_examples.flux.evaluation import evaluate_if_due
+    from mteditflow_examples.flux.reporting import (
+        carry_over,
+        log_rewards,
+        record,
+        refuse_unsound_rewards,
+        show_chains,
     )
-    for number in run.rounds():
-        rollout, terms, first = sample(run, number)
-        advantage, valid = advantages(run, terms, rollout.trajectory.group)
-        batch = Batch(run, number, rollout, advantage, valid, first)
-        if config.stochastic and number == run.first_round:
-            check_first_ratios(batch)
-        with run.log.stopwatch.phase("updating"):
-            for parts in batch.minibatches():
-                run.updated(updater.step(parts, losses_of(batch)))
-        slope = 0.0 if config.stochastic else config.nft.old_slope  # there, old is who sampled
-        decay = mt.old_policy_decay(number, slope=slope, maximum=config.nft.old_maximum)
-        run.policies.update_old(decay=decay)
+    from mteditflow_examples.flux.rewards import round_rewards, turn_advantages, turn_signals
+    from mteditflow_examples.flux.sampling import gather, next_chains, sample
+    from mteditflow_examples.flux.updating import check_first_ratios, update
+
+    from mteditflow.pipelines import RolloutVelocity
+    from mteditflow.training import Updater
+
+    config, state, policies = run.config, run.state, run.policies
+    updater = Updater(
+        run.optimizer, policies.parameters, max_grad_norm=config.training.max_grad_norm
+    )
+    restore(run)
+    if evaluate_if_due(run) and state.done:
+        save_if_due(run, evaluated=True)
+    with run.log.bar("round", config.training.rounds, unit="rounds", done=state.done) as bar:
+        while state.done < config.training.rounds:
+            run.begin_round()
+
+            # Sample: whole chains, each turn editing what the turn before has made.
+            drawn = next_chains(run)
+            rollout, images, scores = sample(run, drawn)
+            show_chains(run, drawn, images, scores)
+
+            # Score: rewards of all ranks, aggregated once.
+            all_scores, group, own = gather(run, scores, drawn.group)
+            rewards = round_rewards(config.rewards, all_scores, group)
+            log_rewards(run, rewards)
+            refuse_unsound_rewards(run, rewards)
+
+            # Advantage: credit turns, normalize in groups, fuse; this rank keeps its own.
+            signals, weights = turn_signals(config.rewards, rewards, state.multipliers)
+            advantage, valid = turn_advantages(
+                config.rewards, rewards, signals, weights, state.history
+            )
+
+            # Update: the objective's minibatches; then the old policy follows.
+            velocity = RolloutVelocity(policies, rollout)
+            if config.stochastic and state.done == run.first_round:
+                check_first_ratios(run, velocity, rollout)
+            with run.log.stopwatch.phase("updating"):
+                update(run, updater, velocity, rollout, advantage[own], valid[own])
+            policies.update_old(decay=run.objective.old_decay(state.done))
+            carry_over(run, rewards, signals)
+            state.done, run.between = state.done + 1, True
+
+            # Evaluate if due, log, save if due.
+            evaluated = False
+            try:
+                evaluated = evaluate_if_due(run)
+            finally:  # the round is done, whether it can be evaluated or not
+                record(run, bar)
+            save_if_due(run, evaluated=evaluated)
+            bar.advance()
+            run.stop_if_requested()
 
 
-def sample(run: Run, number: int) -> tuple[Rollout, dict[str, TurnScores], int]:
-    """Roll out this rank's chains; each part is scored while the next one is sampled."""
-    config = run.config
-    chains, references, group, first = run.next_chains()
-    parts, waiting, images = [], [], []
-    with (
-        run.log.stopwatch.phase("sampling"),
-        run.policies.use("current" if config.stochastic else "old"),
-        run.log.bar("rollout", len(chains), unit="chains") as bar,
-    ):
-        for part in run.editor.roll_out(
-            references,
-            [chain.instructions for chain in chains],
-            generators=[
-                keyed_generator(config.training.seed, "noise", number, first + b)
-                for b in range(len(chains))
-            ],
-            group=group,
-            batch=config.sampling.batch,
-            solver=solver_of(config),
-            stochastic_steps=stochastic_steps(config, number),
-            verify=number == run.first_round,
-        ):
-            made = [[r, *m] for r, m in zip(references[part.rows], part.images, strict=True)]
-            waiting.append(run.submit(chains[part.rows], made))
-            parts.append(part.rollout)
-            images += made
-            bar.advance(len(made))
-            run.stop_if_asked()
-    terms = run.collect(waiting)
-    run.show(chains, images, terms)
-    return Rollout.concatenate(parts), terms, first
+def main() -> None:
+    """Run the command line."""
+    try:
+        config = parse(sys.argv[1:])  # before the heavy imports: help and refusals are quick
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    from mteditflow_examples.flux.start import main as run_to_the_end
 
-
-def advantages(
-    run: Run, own_terms: dict[str, TurnScores], own_group: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Advantages of this rank's turns, from the scores of all ranks."""
-    terms, own = gather_scores(own_terms, device=run.device)
-    (group,), _ = mt.gather_ranks(own_group.to(run.device))
-    group = group.cpu()
-    run.scored(terms, rewards_of(run.config.rewards, terms), group)
-    advantage, valid = advantages_of(run.config.rewards, terms, group, run.multipliers)
-    return advantage[own], valid[own]
+    run_to_the_end(train, config)
 
 
 if __name__ == "__main__":
-    main(train)
+    main()

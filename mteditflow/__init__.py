@@ -8,7 +8,11 @@ Axes: ``B`` trajectories, ``G`` members of a group, ``N`` turns, ``S`` denoising
 """
 
 from mteditflow._reduce import masked_mean
-from mteditflow.advantages.constraint import LagrangeMultiplier, constrained_weights
+from mteditflow.advantages.constraint import (
+    AdaptiveKL,
+    LagrangeMultiplier,
+    constrained_weights,
+)
 from mteditflow.advantages.credit import (
     Credit,
     RewardToGo,
@@ -25,6 +29,7 @@ from mteditflow.advantages.group import (
     group_std,
     renormalize_advantage,
 )
+from mteditflow.advantages.history import RewardHistory
 from mteditflow.advantages.pairs import Pairs, group_pairs
 from mteditflow.advantages.selection import GroupSelection, draw_probabilities, select_groups
 from mteditflow.advantages.turns import (
@@ -32,6 +37,7 @@ from mteditflow.advantages.turns import (
     binary_average,
     broadcast_to_steps,
     likert_average,
+    normalize_likert,
     reward_to_go,
     stop_after_failure,
     turn_average,
@@ -79,6 +85,7 @@ from mteditflow.losses.distillation import distillation_loss, step_kl_weight
 from mteditflow.losses.dpo import dpo_loss
 from mteditflow.losses.dppo import divergence_gated_loss
 from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
+from mteditflow.losses.importance import truncated_importance_weight
 from mteditflow.losses.nft import (
     adaptive_nft_loss,
     nft_loss,
@@ -101,6 +108,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CPS",
     "ODE",
+    "AdaptiveKL",
     "Credit",
     "DanceSDE",
     "FlowSDE",
@@ -109,6 +117,7 @@ __all__ = [
     "LagrangeMultiplier",
     "Pairs",
     "RatioCheck",
+    "RewardHistory",
     "RewardToGo",
     "Solver",
     "Steps",
@@ -160,6 +169,7 @@ __all__ = [
     "matching_log_prob",
     "nft_loss",
     "noise_from_velocity",
+    "normalize_likert",
     "old_policy_decay",
     "optimality_probability",
     "overall",
@@ -173,6 +183,7 @@ __all__ = [
     "step_kl_weight",
     "stop_after_failure",
     "trajectory_generators",
+    "truncated_importance_weight",
     "turn_advantage",
     "turn_average",
     "uniform_sigmas",

@@ -1,24 +1,19 @@
-"""Everything that a run can be told: dataclasses, presets as files, what is refused at start."""
+"""Everything that a run can be told: dataclasses, and what is refused before anything is loaded."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mteditflow import LagrangeMultiplier
+from mteditflow.objectives import DPO, NFT, OBJECTIVES, Distillation, Objective
+from mteditflow.objectives.replay import ReplayObjective
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PRESETS = Path(__file__).parent / "presets"
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
@@ -36,7 +31,7 @@ class Model:
     path: str = "black-forest-labs/FLUX.1-Kontext-dev"
     """Hub id or folder of a FLUX.1-Kontext or FLUX.2-klein pipeline in diffusers format."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and arithmetic; adapters, log-probs and losses are float32 in either."""
+    """Precision of weights and arithmetic; adapters, log-probs and losses are float32 in either."""
     resolution: Count = 512
     """Side of all images, pixels; references are cropped to a square of it."""
     guidance: Annotated[float, Field(ge=1)] = 2.5
@@ -79,7 +74,7 @@ class Data:
     """Trajectories G of each chain: same reference and instructions, other noise."""
     split_groups: bool = False
     """Whether the trajectories of one chain may lie on several ranks."""
-    draw: Literal["epochs", "teaching"] = "epochs"
+    draw: Literal["epochs", "informative"] = "epochs"
     """Every chain once an epoch; or chains anew each round, more often those whose trajectories
     differed in how well they followed."""
 
@@ -91,71 +86,16 @@ class Sampling:
     steps: Count = 6
     """Denoising steps S of a turn."""
     batch: Count = 8
-    """Trajectories sampled at once on a rank; no matter for the result but for rounding."""
-    solver: Literal["flow", "dance", "cps"] = "flow"
-    """Of objectives that replay: kind of stochastic step, Flow-SDE, Dance-SDE or
-    coefficient-preserving."""
-    noise_level: Positive = 0.9
-    """Of objectives that replay: noise level a of the solver."""
-    stochastic_steps: Count = 5
-    """Of objectives that replay: steps of a turn that draw noise and are trained; the others are
-    ODE steps."""
-    window_interval: Natural = 0
-    """Rounds until these steps move on by one (MixGRPO); 0: always the first ones."""
+    """Trajectories sampled at once on a rank; results do not depend on it, up to rounding."""
 
 
 @dataclass(frozen=True)
-class GRPO:
-    """Objectives that replay stochastic steps: grpo, and its variants guard and dppo."""
+class Teacher:
+    """The teacher of self_distillation.py; no other program has one."""
 
-    clip: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """grpo, guard: ratios of mean log-probs are clipped to 1 - clip and 1 + clip."""
-    threshold: NonNegative = 1e-6
-    """dppo: KL of a step to the old policy's, mean over elements, beyond which no step goes
-    further."""
-    kl_coef: NonNegative = 0.0
-    """Weight of the KL to the reference; above 0 it costs a forward pass."""
-    share: PositiveShare = 1.0
-    """Share of the stochastic steps that is trained, drawn anew for every turn."""
-
-
-@dataclass(frozen=True)
-class NFT:
-    """Objectives that noise clean latents anew: nft, awm and dpo."""
-
-    beta: Positive = 1.0
-    """nft: mixing of current and old policy; small is bold. dpo: strength of the pull to the
-    reference; 2000 is usual."""
-    loss: Literal["adaptive", "plain"] = "adaptive"
-    """nft: clean-space error divided by its size, or the plain velocity error."""
-    clip: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """awm: ratios of matching losses are clipped to 1 - clip and 1 + clip."""
-    old_kl_coef: NonNegative = 0.0
-    """awm: weight of the velocity KL to the old policy."""
-    noise_levels: Count = 1
-    """Noise levels that each turn's clean latent is trained at in a round."""
-    sigma_shift: Positive = 1.0
-    """Noise levels are uniform, then shifted toward 1 by this factor."""
-    kl_coef: NonNegative = 1e-4
-    """Weight of the velocity KL to the reference; above 0 it costs a forward pass."""
-    norm_coef: NonNegative = 0.0
-    """Weight of the hinge on the velocity's norm above the reference's (NormGuard); above 0 it
-    costs a forward pass."""
-    old_slope: NonNegative = 0.001
-    """The old policy keeps this share more of itself with every round; 0: always on-policy."""
-    old_maximum: Share = 0.5
-    """Up to this share."""
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Of self_distillation.py alone, which trains on no reward and has no objective."""
-
-    teacher: Path | None = None
+    path: Path | None = None
     """Folder of a LoRA of the run's rank and modules, such as a checkpoint's lora; it sees what the
-    student sees. None: the model as it came, which is shown clean images."""
-    share: PositiveShare = 1.0
-    """Share of the steps of every turn that is trained, drawn anew in every round."""
+    student sees. None: the base model, which is shown clean images."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +142,9 @@ class Rewards:
     """Credit to_go: what a turn's reward counts for the turn before it; 0: credit turn."""
     trajectory_share: Share = 0.5
     """Credit mixture: share of the whole chain's signal beside the turn's own."""
-    groups: Literal["all", "teaching"] = "all"
-    """Which groups are trained on; teaching: not those in which all chains follow fully, none does
-    at all, or all do equally well over their turns."""
+    groups: Literal["all", "informative"] = "all"
+    """Which groups are trained on; informative: not those in which all chains follow fully, none
+    does at all, or all do equally well over their turns."""
     floor: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Smallest mean of consistency that is wanted: below it its weight grows round by round, by a
     Lagrange multiplier, and all weights are divided by 1 + multiplier; none: weights are fixed."""
@@ -216,8 +156,11 @@ class Rewards:
     """Normalise each reward in its group and add advantages up, or add rewards up first."""
     std: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the spread of the group, of the round, nothing."""
-    advantage_max: Positive = 5.0
-    """Advantages are clamped to this; NFT: where the optimality probability reaches 1."""
+    advantage_limit: Positive = 5.0
+    """Advantages are clamped to plus and minus this."""
+    history: Natural = 0
+    """Earlier rounds of the same chain whose rewards take part in its group's mean and standard
+    deviation; for small groups. 0: none."""
     success: NonNegative = 5.0
     """Score from which on a turn counts as followed: in evaluation, for aggregate successes and
     all, and for credit until_failure."""
@@ -234,29 +177,37 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Training:
-    """The optimiser and the loop."""
+    """The optimizer and the loop."""
 
     rounds: Count = 700
     """Rounds of sampling, scoring and updating."""
+    inner_epochs: Count = 1
+    """Passes over the samples of a round."""
+    stop_kl: Positive | None = None
+    """KL to the policy that sampled (the metric old_kl) beyond which the rest of a round's updates
+    is left out; None: no bound."""
+    kl_target: Positive | None = None
+    """KL to the reference that objective.kl_coef is adapted to, round by round; None: it is
+    fixed."""
     minibatches: Count = 1
-    """Optimiser steps in a round, each on another part of its trajectories."""
+    """Optimizer steps in a pass, each on another part of the trajectories."""
     batch: Count = 4
-    """Rows (one step of one turn; dpo: pairs of them) in a forward and backward pass; no matter
-    for the result."""
+    """Rows (one step of one turn; dpo: pairs of them) in a forward and backward pass; results do
+    not depend on it, up to rounding."""
     learning_rate: Positive = 3e-4
-    """Of AdamW."""
+    """AdamW learning rate."""
     final_rate: PositiveShare = 1.0
     """Share of the learning rate in the last round; it falls in a straight line."""
     weight_decay: NonNegative = 1e-4
-    """Of AdamW."""
+    """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     ema_decay: Share = 0.9
     """Share that the averaged policy keeps of itself; 0: there is none."""
     ema_every: Count = 8
-    """Optimiser steps between its updates."""
+    """Optimizer steps between its updates."""
     seed: Natural = 0
-    """Of adapters, chains and noise."""
+    """Seed of adapters, chains and noise."""
 
 
 @dataclass(frozen=True)
@@ -307,21 +258,20 @@ class Output:
     """Trackers of accelerate, such as tensorboard, wandb, trackio."""
 
 
+RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarded)]  # noqa: UP007
+
+
 @dataclass(frozen=True)
 class Config:
     """Reinforcement learning of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
 
     __pydantic_config__ = STRICT
 
-    objective: Literal["nft", "awm", "dpo", "grpo", "guard", "dppo"] = "nft"
-    """DiffusionNFT, advantage-weighted matching, preference pairs; or, on stochastic steps,
-    Flow-GRPO's clipped surrogate, GRPO-Guard, Flow-DPPO."""
+    objective: RewardedObjective = field(default_factory=NFT)
+    """Loss and its hyperparameters; another one of the same kind by objective:NAME."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     sampling: Sampling = field(default_factory=Sampling)
-    grpo: GRPO = field(default_factory=GRPO)
-    nft: NFT = field(default_factory=NFT)
-    distillation: Distillation = field(default_factory=Distillation)
     rewards: Rewards = field(default_factory=Rewards)
     training: Training = field(default_factory=Training)
     safety: Safety = field(default_factory=Safety)
@@ -331,16 +281,20 @@ class Config:
     @property
     def stochastic(self) -> bool:
         """Whether steps draw noise, so that they have log-probs."""
-        return self.objective in ("grpo", "guard", "dppo")
-
-    @property
-    def kl_coef(self) -> float:
-        """Weight of the KL to the reference."""
-        return self.grpo.kl_coef if self.stochastic else self.nft.kl_coef
+        return isinstance(self.objective, ReplayObjective)
 
 
-SECTIONS = (Model, Data, Sampling, GRPO, NFT, Distillation, Rewards, Training, Safety, Evaluation)
-for section in (*SECTIONS, Output):
+@dataclass(frozen=True)
+class DistillationConfig(Config):
+    """Self-distillation of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
+
+    objective: Distillation = field(default_factory=Distillation)  # type: ignore[assignment]
+    """Loss and its hyperparameters."""
+    teacher: Teacher = field(default_factory=Teacher)
+
+
+SECTIONS = (Model, Data, Sampling, Teacher, Rewards, Training, Safety, Evaluation, Output)
+for section in (*SECTIONS, DistillationConfig):
     section.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
 
 
@@ -348,108 +302,161 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field."""
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """Read the command line: a preset's name or a TOML file, then any field over it.
+def checked(config: Config, base: Config | None = None) -> Config:
+    """Return a configuration that can be run.
 
-    Raises:
-        ConfigError: a field is unknown, out of range, or goes with no other.
-        SystemExit: the command line cannot be parsed, or asks for help.
-    """
-    presets = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
-    name, *rest = list(arguments) or ["--help"]
-    if name.endswith(".toml"):
-        name, presets = "file", {"file": Path(name)}
-    elif name in presets:
-        presets = {name: presets[name]}
-    config = tyro.extras.overridable_config_cli(
-        {name: _preset(path) for name, path in presets.items()},
-        args=[name, *rest],
-        prog=Path(sys.argv[0]).name,
-        description="Reinforcement learning of FLUX editors on chains of edits. Choose a preset or "
-        "give a TOML file; every field can be set over it.",
-    )
-    return checked(asdict(config))
-
-
-def checked(values: dict[str, Any]) -> Config:
-    """Validate the fields of a configuration one by one, then together.
+    Args:
+        config: fields of the right types.
+        base: preset that was changed: a field may differ from it only where it has an effect.
 
     Raises:
         ConfigError: one line per wrong field.
     """
-    config = _typed(values)
-    problems = _unsound(config)
+    problems = [*_unsound(config), *_ignored(config, base or type(config)())]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
-def _typed(values: dict[str, Any]) -> Config:
-    """Validate the fields one by one."""
+def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
+    """Validate fields one by one, those of the objective by its own class.
+
+    Args:
+        values: sections by name, as a preset file or a checkpoint holds them; the objective's has
+            its "name" beside its fields.
+        kind: class of the configuration.
+
+    Raises:
+        ConfigError: one line per wrong field.
+    """
+    values = dict(values)
+    given = values.pop("objective", None)
     try:
-        return TypeAdapter(Config).validate_python(values)
+        if given is not None:
+            values["objective"] = _objective(given)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
 
 
-def _preset(path: Path) -> tuple[str, Config]:
-    """Read what a preset is about (its first comment) and its fields."""
+def dumped(config: Config) -> dict[str, Any]:
+    """Return the fields as JSON holds them, for ``typed`` to read again."""
+    values = {
+        name: TypeAdapter(type(getattr(config, name))).dump_python(
+            getattr(config, name), mode="json"
+        )
+        for name in (f.name for f in fields(config))
+    }
+    values["objective"] = {"name": name_of(config.objective), **values["objective"]}
+    return values
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return fields by dotted name, as trackers take them."""
+
+    def walk(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict) and prefix != "rewards":
+                yield from walk(f"{prefix}.{name}".lstrip("."), value)
+            else:
+                kept = value if isinstance(value, (int, float, str)) else str(value)
+                yield f"{prefix}.{name}".lstrip("."), kept
+
+    return dict(walk("", dumped(config)))
+
+
+def name_of(objective: Objective) -> str:
+    """Return the name of an objective on the command line."""
+    return next(name for name, kind in OBJECTIVES.items() if type(objective) is kind)
+
+
+def _objective(given: Any) -> Objective:
+    """Build an objective from its name and fields.
+
+    Raises:
+        ConfigError: there is no such name, or a field is wrong.
+    """
+    values = dict(given) if isinstance(given, dict) else {"name": given}
+    name = values.pop("name", None)
+    if name not in OBJECTIVES:
+        raise ConfigError(f"objective.name: expected one of {list(OBJECTIVES)}, got {name!r}")
+    unknown = [key for key in values if key not in {f.name for f in fields(OBJECTIVES[name])}]  # type: ignore[arg-type]
+    if unknown:
+        raise ConfigError(f"objective.{unknown[0]}: {name} has no such field")
     try:
-        text = path.read_text(encoding="utf-8")
-        config = _typed(tomllib.loads(text))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return text.partition("\n")[0].removeprefix("#").strip(), config
+        return TypeAdapter(OBJECTIVES[name]).validate_python(values)
+    except ValidationError as error:
+        lines = [f"objective.{_in_words(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _in_words(error: Any) -> str:
-    """One of pydantic's errors as a line that names the field and what came."""
+    """Return one of pydantic's errors as a line that names the field and what came."""
     name, what = ".".join(map(str, error["loc"])), error["msg"]
-    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}"
+    what = what.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}".removeprefix(": ")
 
 
-def _unsound(config: Config) -> Sequence[str]:
-    """Fields that do not go together, in words."""
-    data, sampling, training = config.data, config.sampling, config.training
+def _unsound(config: Config) -> Iterator[str]:
+    """Yield fields that do not go together, in words."""
+    data, training, objective = config.data, config.training, config.objective
     rewards, evaluation = config.rewards, config.evaluation
-    found = []
-    if config.objective == "dpo" and data.split_groups:
-        found.append("data.split_groups: expected False for dpo, whose pairs are of one rank")
-    if config.objective == "dpo" and config.nft.beta < 10:
-        found.append(
-            f"nft.beta: expected 10 or more for dpo (2000 is usual), got {config.nft.beta}"
-        )
-    if config.stochastic and sampling.stochastic_steps > sampling.steps:
-        found.append(
-            f"sampling.stochastic_steps: expected at most the {sampling.steps} steps of a turn, "
-            f"got {sampling.stochastic_steps}"
-        )
+    if isinstance(objective, DPO) and data.split_groups:
+        yield "data.split_groups: expected False for dpo, whose pairs are of one rank"
+    try:
+        objective.sampling(0, steps=config.sampling.steps)
+    except ValueError as error:
+        yield f"objective.{error}"
+    if training.stop_kl is not None and isinstance(objective, (DPO, Distillation)):
+        yield f"training.stop_kl: expected None for {name_of(objective)}, which has no old_kl"
+    if training.kl_target is not None and getattr(objective, "kl_coef", 0) == 0:
+        yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
-        found.append(
-            f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
-        )
+        yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
-        found.append("rewards: expected judge and judge_model, or a scorer")
+        yield "rewards: expected judge and judge_model, or a scorer"
     wanted = rewards.weights.get("consistency") or rewards.floor is not None
     if rewards.scorer is None and not rewards.consistency and wanted:
-        found.append(
-            "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
-        )
+        yield "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
-        found.append("rewards.scorer: expected no judge and no consistency beside it")
+        yield "rewards.scorer: expected no judge and no consistency beside it"
     if rewards.scale == "binary" and rewards.success > 1:
-        found.append(
-            f"rewards.success: expected at most 1 on a binary scale, got {rewards.success}"
-        )
+        yield f"rewards.success: expected at most 1 on a binary scale, got {rewards.success}"
     if evaluation.policy == "ema" and training.ema_decay == 0:
-        found.append(
-            "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"
-        )
+        yield "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"
     if data.groups * data.group_size % training.minibatches:
-        found.append(
+        yield (
             f"training.minibatches: expected a divisor of the {data.groups * data.group_size} "
             f"trajectories of a round, got {training.minibatches}"
         )
-    return found
+
+
+def _ignored(config: Config, base: Config) -> Iterator[str]:
+    """Yield fields that were changed although nothing reads them, in words."""
+    rewards, safety = config.rewards, config.safety
+    reads_judge = rewards.scorer is None
+    learns = config.objective.card.rewarded
+    unread = {
+        ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
+        ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),
+        ("rewards", "floor_rate"): (rewards.floor is not None, "rewards.floor is given"),
+        ("rewards", "floor_maximum"): (rewards.floor is not None, "rewards.floor is given"),
+        ("safety", "ratio"): (config.stochastic, "the objective replays steps"),
+        ("safety", "ratio_share"): (config.stochastic, "the objective replays steps"),
+        ("training", "ema_every"): (config.training.ema_decay > 0, "training.ema_decay > 0"),
+        ("safety", "collapse_window"): (
+            safety.collapse_drop < 1,
+            "safety.collapse_drop is below 1",
+        ),
+    }
+    for name in ("judge_model", "scope", "thinking", "answer_format", "concurrency", "timeout"):
+        unread["rewards", name] = (reads_judge, "there is no rewards.scorer")
+    for name in ("terms", "pairing"):
+        unread["rewards", name] = (bool(rewards.consistency), "rewards.consistency is given")
+    for name in ("weights", "aggregate", "credit", "groups", "floor", "fusion", "std",
+                 "advantage_limit", "history"):  # fmt: skip
+        unread["rewards", name] = (learns, "the objective learns from rewards")
+    for (section, name), (read, when) in unread.items():
+        value = getattr(getattr(config, section), name)
+        if not read and value != getattr(getattr(base, section), name):
+            yield f"{section}.{name}: has an effect only where {when}, got {value!r}"

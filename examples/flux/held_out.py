@@ -1,22 +1,16 @@
-"""Held-out chains: edited again and again from the same noise, scored, kept in the run's folder."""
+"""Evaluations of held-out chains in the folder of a run: a file each, and images."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from PIL import Image
 
-from mteditflow.chains import Chain, ChainDataset
+from mteditflow.chains import ChainDataset
 from mteditflow.evaluation import Evaluation
-from mteditflow.rewards import TurnScores
-from mteditflow.training import gather_scores, keyed_generator
-
-if TYPE_CHECKING:
-    from .run import Run
 
 
 class HeldOut:
@@ -29,58 +23,24 @@ class HeldOut:
     def __init__(self, chains: ChainDataset, folder: Path, accelerator: Accelerator) -> None:
         self._chains, self.folder, self._accelerator = chains, folder, accelerator
 
-    def evaluate(self, run: Run) -> None:
-        """Edit and score all chains with the policy as it is; a collective call."""
+    @property
+    def chains(self) -> ChainDataset:
+        """Records and references."""
+        return self._chains
+
+    def rows(self) -> list[int]:
+        """Return this rank's chains; those of the last rank may be repeated."""
         ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
         size = -(-len(self._chains) // ranks)
-        rows = [min(row, len(self._chains) - 1) for row in range(rank * size, (rank + 1) * size)]
-        evaluation, waiting, edited = run.config.evaluation, [], run.log.bar
-        with (
-            run.policies.use(evaluation.policy),
-            edited("evaluation", size, unit="chains") as bar,
-        ):
-            for start in range(0, size, evaluation.batch):
-                part = rows[start : start + evaluation.batch]
-                chains, made = self._edit(run, part)
-                waiting.append(run.submit(chains, made))
-                for row, images in zip(part, made, strict=True):
-                    self._keep(run.done, row, images)
-                bar.advance(len(part))
-                run.stop_if_asked()
-        terms, _ = gather_scores(run.collect(waiting), device=run.device)
-        if self._accelerator.is_main_process:
-            self._write(run, {name: first(x, len(self._chains)) for name, x in terms.items()})
-        self._accelerator.wait_for_everyone()
+        return [min(row, len(self._chains) - 1) for row in range(rank * size, (rank + 1) * size)]
 
-    def _edit(self, run: Run, rows: Sequence[int]) -> tuple[list[Chain], list[list[Image.Image]]]:
-        """Edit some chains, each from its own noise: images [reference, turn 1, ..., turn N]."""
-        examples = self._chains.__getitems__(rows)
-        references = [example.image for example in examples]
-        chains = [example.chain for example in examples]
-        made = run.editor.edit(
-            references,
-            [chain.instructions for chain in chains],
-            generators=[keyed_generator(run.config.training.seed, "held out", row) for row in rows],
-            batch=len(rows),
-            call={"num_inference_steps": run.config.evaluation.steps},
-        )
-        return chains, [[first, *rest] for first, rest in zip(references, made, strict=True)]
-
-    def _write(self, run: Run, terms: Mapping[str, TurnScores]) -> None:
+    def write(self, evaluation: Evaluation) -> None:
         """Write the scores; of images keep those of the first evaluation and of this one."""
-        evaluation = Evaluation(
-            round=run.done,
-            chain_ids=[chain.id for chain in self._chains.chains],
-            instructions=[chain.instructions for chain in self._chains.chains],
-            terms=terms,
-            success_at=run.config.rewards.success,
-        )
-        evaluation.write(self._file(run.done))
+        evaluation.write(self._file(evaluation.round))
+        kept = (self._images(0).name, self._images(evaluation.round).name)
         for folder in self.folder.glob("round-*/"):
-            if folder.name not in (self._images(0).name, self._images(run.done).name):
+            if folder.name not in kept:
                 shutil.rmtree(folder)
-        self._accelerator.log(evaluation.numbers, step=run.done)
-        run.log.message(f"round {run.done}, held out: {in_words(evaluation)}")
 
     def all(self) -> list[Evaluation]:
         """Every evaluation of the run so far, in the order of rounds."""
@@ -104,7 +64,8 @@ class HeldOut:
         """Images of an evaluation by row."""
         return Images(self._images(done), self._chains)
 
-    def _keep(self, done: int, row: int, images: Sequence[Image.Image]) -> None:
+    def keep(self, done: int, row: int, images: Sequence[Image.Image]) -> None:
+        """Write the images [reference, turn 1, ..., turn N] of a chain, without the first."""
         folder = self._images(done)
         folder.mkdir(parents=True, exist_ok=True)
         for turn, image in enumerate(images[1:], start=1):
@@ -133,15 +94,3 @@ class Images(Mapping[int, list[Image.Image]]):
 
     def __len__(self) -> int:
         return len(self._chains)
-
-
-def first(scores: TurnScores, count: int) -> TurnScores:
-    """Scores of the first trajectories."""
-    lost = {(b, n): reason for (b, n), reason in scores.lost.items() if b < count}
-    return TurnScores(scores.score[:count], scores.turn_mask[:count], lost)
-
-
-def in_words(evaluation: Evaluation) -> str:
-    """What the last turn came to, in a line."""
-    found = (f"{name} {value[-1]:.3g}" for name, value in evaluation.estimates.items())
-    return f"at turn {evaluation.turns}: {', '.join(found)}"

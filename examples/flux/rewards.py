@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -26,9 +25,9 @@ from mteditflow.rewards import (
     ConsistencyScores,
     Judge,
     JudgePrompt,
-    Reward,
     TurnScores,
 )
+from mteditflow.training.round_rewards import Aggregation, RoundRewards
 
 from .config import ConfigError, Rewards
 
@@ -134,67 +133,73 @@ def named_scorer(path: str) -> Scorer:
         ) from error
 
 
-def rewards_of(config: Rewards, terms: Mapping[str, TurnScores]) -> dict[str, Reward]:
-    """One reward per trajectory of each term that is trained, [B].
+def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tensor) -> RoundRewards:
+    """Aggregate the scores of a round, once for all that reads them.
 
     Raises:
         ConfigError: a weight above 0, or the floor, has no term.
     """
-    return {name: terms[name].reward(_aggregate(config, name)) for name in _trained(config, terms)}
+    trained = _trained(config, terms)
+    names = dict.fromkeys([*trained, "following"])
+    return RoundRewards(terms, {n: _aggregation(config, n) for n in names}, group, trained)
 
 
-def teaching_groups(
-    config: Rewards, terms: Mapping[str, TurnScores], group: Tensor
-) -> mt.GroupSelection:
-    """Groups whose chains do not all follow fully, not at all, or equally well."""
-    value, valid = terms["following"].reward(_aggregate(config, "following"))
-    return mt.select_groups(value, group, valid=valid, top=1.0, bottom=0.0)
-
-
-def spreads_of(config: Rewards, terms: Mapping[str, TurnScores], group: Tensor) -> dict[int, float]:
-    """Spread of how well the chains of each group follow; of groups with two that are known."""
-    value, valid = terms["following"].reward(_aggregate(config, "following"))
-    members = Counter(group[valid].tolist())
-    spread = mt.group_std(value, group, valid=valid)
-    found = dict(zip(group.tolist(), spread.tolist(), strict=True))
-    return {chain: found[chain] for chain, count in members.items() if count > 1}
-
-
-def advantages_of(
-    config: Rewards,
-    terms: Mapping[str, TurnScores],
-    group: Tensor,
-    multipliers: Mapping[str, float],
-) -> tuple[Tensor, Tensor]:
-    """Advantage of each turn, and whether it may be trained on, both [B, N].
+def turn_signals(
+    config: Rewards, rewards: RoundRewards, multipliers: Mapping[str, float]
+) -> tuple[dict[str, mt.TurnSignal], dict[str, float]]:
+    """Credit turns with every reward that is trained on.
 
     Args:
-        config: who is credited, and how terms are fused.
-        terms: scores by name, each [B, N].
-        group: integer group ids, [B].
-        multipliers: of the term that has a floor.
+        config: credit, and weights of the rewards.
+        rewards: rewards of the round.
+        multipliers: Lagrange multiplier of the reward that has a floor.
 
-    Raises:
-        ConfigError: a weight above 0, or the floor, has no term.
+    Returns:
+        Signals [B, N] by name, and the weight of each.
     """
-    exists = next(iter(terms.values())).turn_mask
-    own = {name: config.weights.get(name, 0.0) for name in _trained(config, terms)}
+    own = {name: config.weights.get(name, 0.0) for name in rewards.names}
     signals, weights = {}, {}
     for name, weight in mt.constrained_weights(own, multipliers).items():
-        for i, (credit, share) in enumerate(_credits(config, name).items()):
-            signals[f"{name}/{i}"] = terms[name].credited(_aggregate(config, name), credit)
+        for i, (credit, share) in enumerate(_credits(config).items()):
+            reward = rewards.turn[name].value
+            signals[f"{name}/{i}"] = (
+                rewards.whole[name]
+                if credit is None
+                else rewards.terms[name].credited(reward, credit)
+            )
             weights[f"{name}/{i}"] = weight * share
+    return signals, weights
+
+
+def turn_advantages(
+    config: Rewards,
+    rewards: RoundRewards,
+    signals: Mapping[str, mt.TurnSignal],
+    weights: Mapping[str, float],
+    history: mt.RewardHistory | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fuse signals into the advantage of each turn and whether it is trained on, both [B, N]."""
+    exists = rewards.terms["following"].turn_mask
     keep = torch.ones_like(exists)
     if config.credit == "until_failure":
-        success = terms["following"].score >= config.success
+        success = rewards.terms["following"].score >= config.success
         keep &= mt.stop_after_failure(success, turn_mask=exists).bool()
-    if config.groups == "teaching":
-        keep &= teaching_groups(config, terms, group).keep[:, None]
-    fuse = mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards
+    if config.groups == "informative":
+        keep &= rewards.informative("following").keep[:, None]
+    group, own = rewards.group, len(exists)
+    if history is not None:
+        signals, group = history.joined(signals, group)
+    past = torch.ones(len(group) - own, exists.shape[1], dtype=torch.bool)
     advantage, valid = mt.turn_advantage(
-        signals, weights, group, turn_mask=exists, keep=keep, fuse=fuse, std=config.std
+        signals,
+        weights,
+        group,
+        turn_mask=torch.cat([exists, past]),
+        keep=torch.cat([keep, past]),
+        fuse=mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards,
+        std=config.std,
     )
-    return mt.clamp_advantage(advantage, limit=config.advantage_max), valid
+    return mt.clamp_advantage(advantage[:own], limit=config.advantage_limit), valid[:own]
 
 
 def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
@@ -210,25 +215,34 @@ def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
     return names
 
 
-def _credits(config: Rewards, name: str) -> dict[mt.Credit, float]:
-    """Who is credited with a term, and the share of each."""
-    strict = name == "following" and config.aggregate == "all"
-    whole = mt.TrajectoryCredit(mt.binary_and if strict else mt.turn_average)
+def _credits(config: Rewards) -> dict[mt.Credit | None, float]:
+    """Credits of each reward with the share of each; None is the reward of the whole chain."""
     turn, share = mt.TurnCredit(), config.trajectory_share
     return {
-        "trajectory": {whole: 1.0},
+        "trajectory": {None: 1.0},
         "turn": {turn: 1.0},
         "until_failure": {turn: 1.0},
         "to_go": {mt.RewardToGo(config.discount): 1.0},
-        "mixture": {whole: share, turn: 1 - share},
+        "mixture": {None: share, turn: 1 - share},
     }[config.credit]
 
 
-def _aggregate(config: Rewards, name: str) -> Callable[..., Tensor]:
-    """What makes one reward of a term's scores per turn."""
+def _aggregation(config: Rewards, name: str) -> Aggregation:
+    """How a term's scores become rewards."""
     if name != "following":
-        return mt.turn_average
+        return Aggregation(lambda score: score)
     if config.aggregate == "average":
-        return mt.likert_average if config.scale == "likert" else mt.binary_average
-    average = mt.binary_average if config.aggregate == "successes" else mt.binary_and
-    return lambda score, *, turn_mask: average(score >= config.success, turn_mask=turn_mask)
+        return Aggregation(mt.normalize_likert if config.scale == "likert" else _binary)
+    reduce = mt.binary_and if config.aggregate == "all" else mt.turn_average
+    return Aggregation(lambda score: (score >= config.success).to(score.dtype), reduce)
+
+
+def _binary(score: Tensor) -> Tensor:
+    """Return scores of a binary scale.
+
+    Raises:
+        ValueError: one is neither 0 nor 1.
+    """
+    if not bool(((score == 0) | (score == 1)).all()):
+        raise ValueError(f"following: expected 0 or 1 on a binary scale, got {score.tolist()}")
+    return score

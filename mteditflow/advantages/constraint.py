@@ -1,4 +1,4 @@
-r"""A floor under a reward: maximise the others subject to :math:`\mathrm{E}[R] \ge` floor."""
+r"""Weights that follow what they weigh: a floor under a reward, a target for the KL."""
 
 from __future__ import annotations
 
@@ -97,3 +97,49 @@ def constrained_weights(
             raise ValueError(f"multipliers: expected names among {sorted(weights)}, got {name!r}")
     scale = 1 + sum(multipliers.values())
     return {name: (w + multipliers.get(name, 0.0)) / scale for name, w in weights.items()}
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    r"""Weight of a KL term that keeps the KL near a target.
+
+    .. math:: c \leftarrow c \, (1 + \mathrm{rate} \cdot
+        \mathrm{clip}(\mathrm{KL} / \mathrm{target} - 1,\, -0.2,\, 0.2))
+
+    once a round: at the target the weight stays; it grows while the policy is farther from the
+    reference and falls while it is nearer.
+
+    Args:
+        target: KL that is wanted, > 0, in the units of the term that is weighed.
+        value: the weight now, > 0. A number: all the state there is.
+        rate: largest step of the weight is a fifth of this, in (0, 1].
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: the proportional controller of Ziegler et al. (arXiv 1909.08593).
+
+    Example:
+        >>> controller = AdaptiveKL(target=0.01, value=1.0, rate=0.5)
+        >>> controller.update(0.02).value, controller.update(0.01).value
+        (1.1, 1.0)
+    """
+
+    target: float
+    value: float
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number("target", self.target, low=0.0, open_low=True)
+        check_number("value", self.value, low=0.0, open_low=True)
+        check_number("rate", self.rate, low=0.0, high=1.0, open_low=True)
+
+    def update(self, kl: float) -> AdaptiveKL:
+        """Return the controller after a round with this mean KL.
+
+        Raises:
+            ValueError: the KL is negative or not finite.
+        """
+        check_number("kl", kl, low=0.0)
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return replace(self, value=self.value * (1 + self.rate * error))

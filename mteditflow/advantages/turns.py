@@ -18,6 +18,7 @@ from mteditflow._checks import (
     check_mask,
     check_number,
     check_rank,
+    check_tensor,
     check_values,
 )
 
@@ -94,10 +95,36 @@ def likert_average(
         >>> likert_average(torch.tensor([[5, 3, 1]]), normalization="max")
         tensor([0.6000])
     """
-    check_choice("normalization", normalization, ("minmax", "max"))
     scores, mask = _turns("likert", likert, turn_mask)
-    check_values("likert", scores, ~mask | ((scores >= 1) & (scores <= 5)), "scores in 1..5")
-    return _mean((scores - 1) / 4 if normalization == "minmax" else scores / 5, mask)
+    known = torch.where(mask, scores, 1)  # what stands in a padded entry is never read
+    return _mean(normalize_likert(known, normalization=normalization), mask)
+
+
+def normalize_likert(likert: Tensor, *, normalization: str = "minmax") -> Tensor:
+    r"""Map Likert scores to rewards, each on its own: :math:`(l - 1)/4`.
+
+    Args:
+        likert: scores in 1..5, any shape; fractions are fine (averaged votes).
+        normalization: "minmax" is (l - 1)/4, in [0, 1]; "max" is l/5, in [0.2, 1].
+
+    Returns:
+        Shape of ``likert``, float32 (float64 if given). No gradient is meant.
+
+    Raises:
+        ValueError: a score outside 1..5, or an unknown normalization.
+        TypeError: ``likert`` is not a tensor.
+
+    Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
+
+    Example:
+        >>> normalize_likert(torch.tensor([5, 3, 1]))
+        tensor([1.0000, 0.5000, 0.0000])
+    """
+    check_choice("normalization", normalization, ("minmax", "max"))
+    check_tensor("likert", likert)
+    scores = likert.to(torch.promote_types(likert.dtype, torch.float32))
+    check_values("likert", scores, (scores >= 1) & (scores <= 5), "scores in 1..5")
+    return (scores - 1) / 4 if normalization == "minmax" else scores / 5
 
 
 def turn_average(score: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from mteditflow.chains.formats import FORMATS
 from mteditflow.chains.readers import Reading, Skipped, iter_chains, read_chains, recognise
 from mteditflow.chains.record import TASK_TYPES, Chain, TaskType
 from mteditflow.chains.sampler import GroupSampler
-from mteditflow.chains.teaching import TeachingSampler
+from mteditflow.chains.teaching import InformativeSampler
 from mteditflow.chains.writers import Refused, Writing, write_chains
 
 __all__ = [
@@ -29,11 +29,11 @@ __all__ = [
     "ChainError",
     "Example",
     "GroupSampler",
+    "InformativeSampler",
     "Reading",
     "Refused",
     "Skipped",
     "TaskType",
-    "TeachingSampler",
     "Writing",
     "collate_chains",
     "iter_chains",

@@ -12,7 +12,7 @@ from mteditflow.advantages.selection import draw_probabilities
 from mteditflow.chains.sampler import RoundSampler
 
 
-class TeachingSampler(RoundSampler):
+class InformativeSampler(RoundSampler):
     """Draws each round's chains anew, in proportion to how much the rewards of their groups spread.
 
     A chain whose group all solved, or none, comes seldom; it is never left out for good. In place
@@ -39,10 +39,10 @@ class TeachingSampler(RoundSampler):
         TypeError: a count is not an integer.
 
     Example:
-        >>> sampler = TeachingSampler(range(4), groups=2, group_size=2)
+        >>> sampler = InformativeSampler(range(4), groups=2, group_size=2)
         >>> first = next(iter(sampler))
         >>> sampler.step({chain: 0.0 if chain == first[0] else 0.5 for chain in first})
-        >>> resumed = TeachingSampler(range(4), groups=2, group_size=2)
+        >>> resumed = InformativeSampler(range(4), groups=2, group_size=2)
         >>> resumed.load_state_dict(sampler.state_dict())
         >>> next(iter(resumed)) == next(iter(sampler))
         True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import check_choice, check_count, check_number
+from mteditflow.diagnostics import RatioCheck, check_ratio
 from mteditflow.flow.solvers import (
     CPS,
     DanceSDE,
@@ -39,6 +40,7 @@ from mteditflow.objectives.base import (
 )
 from mteditflow.objectives.keys import Key
 
+RATIO_SCALE = 1e-4  # the usual clip range of mean-reduced log-probs
 SOLVERS: dict[str, Callable[[float], Solver]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}
 
 
@@ -179,6 +181,46 @@ class ReplayObjective(Objective):
     ) -> Replay:
         """Look the units' steps up and evaluate the current policy there."""
         return Replay(self.step_solver, velocity, samples, units, old_is_current=old_is_current)
+
+    @torch.no_grad()
+    def check_ratios(
+        self,
+        velocity: Velocity,
+        samples: Samples,
+        *,
+        trajectories: int,
+        size: int,
+        share: float = 0.1,
+    ) -> RatioCheck:
+        """Replay steps of a fresh rollout, whose every ratio must be 1 before the first update.
+
+        Args:
+            velocity: velocities of the policies; the current one is the one that sampled.
+            samples: the rollout.
+            trajectories: how many of its first trajectories to replay.
+            size: rows of a forward pass.
+            share: deviation that is allowed, as a share of the clip range.
+
+        Returns:
+            RatioCheck with its verdict.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        exists = samples.step_mask[:trajectories].cpu()
+        replayed, recorded = torch.zeros(2, *exists.shape)
+        for part in torch.split(exists.nonzero(), size):
+            every = torch.ones(len(part), 1, dtype=torch.bool)
+            units = Units(part[:, None], every, None, None, len(part))
+            replay = self.replay(velocity, samples, units, old_is_current=True)
+            replayed[part.unbind(dim=1)] = replay.log_prob.cpu().float()
+            recorded[part.unbind(dim=1)] = replay.steps.log_prob.cpu().float()
+        return check_ratio(replayed, recorded, clip=self.ratio_scale, valid=exists, share=share)
+
+    @property
+    def ratio_scale(self) -> float:
+        """Deviation of a ratio from 1 that matters to the loss."""
+        return RATIO_SCALE
 
     def start(self, replay: Replay) -> Tensor:
         """Return the log-prob that ratios start from: recorded, or training's own where capped."""

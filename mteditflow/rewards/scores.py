@@ -137,53 +137,55 @@ class TurnScores:
             value[valid] = aggregate(self.score[valid], turn_mask=measured).to(value.dtype)
         return Reward(value, valid)
 
-    def turn_reward(self, aggregate: Callable[..., Tensor]) -> Reward:
-        """One reward per turn: that of a chain of this turn alone.
+    def turn_reward(self, normalize: Callable[[Tensor], Tensor]) -> TurnSignal:
+        """Normalize every score on its own: one reward per turn.
 
         A turn stands for itself: it is valid where it was measured, whatever its trajectory lost at
         another turn.
 
         Args:
-            aggregate: as in ``reward``.
+            normalize: maps scores [K] to rewards [K], such as ``mteditflow.normalize_likert``; it
+                sees the turns that were measured.
 
         Returns:
-            Reward: value [B, N], float32 (float64 if scores are), NaN where there is no score; and
+            TurnSignal: value [B, N] in the dtype of the scores, NaN where there is no score; and
             valid, boolean [B, N].
 
         Example:
-            >>> from mteditflow import likert_average
+            >>> from mteditflow import normalize_likert
             >>> scores = TurnScores(torch.tensor([[5.0, 3.0]]), torch.ones(1, 2) > 0, {})
-            >>> scores.turn_reward(likert_average).value
+            >>> scores.turn_reward(normalize_likert).value
             tensor([[1.0000, 0.5000]])
         """
         measured, value = self.measured, torch.full_like(self.score, torch.nan)
-        turns = self.score[measured][:, None]
-        if len(turns):
-            exists = torch.ones_like(turns, dtype=torch.bool)
-            value[measured] = aggregate(turns, turn_mask=exists).to(value.dtype)
-        return Reward(value, measured)
+        value[measured] = normalize(self.score[measured]).to(value.dtype)
+        return TurnSignal(value, measured)
 
-    def credited(self, aggregate: Callable[..., Tensor], credit: Credit) -> TurnSignal:
-        """What each turn is credited with.
+    def credited(self, reward: Tensor, credit: Credit) -> TurnSignal:
+        """Map one reward per turn to what each turn is credited with.
 
         Args:
-            aggregate: as in ``turn_reward``.
-            credit: such as ``mteditflow.RewardToGo()``: takes one reward per turn to that.
+            reward: ``turn_reward(...).value``, [B, N].
+            credit: such as ``mteditflow.RewardToGo()``.
 
         Returns:
             TurnSignal, as ``mteditflow.turn_advantage`` takes it.
 
+        Raises:
+            ValueError: shapes do not match, or the reward of a measured turn is not finite.
+
         Example:
-            >>> from mteditflow import RewardToGo, likert_average
+            >>> from mteditflow import RewardToGo, normalize_likert
             >>> scores = TurnScores(torch.tensor([[5.0, 3.0]]), torch.ones(1, 2) > 0, {})
-            >>> scores.credited(likert_average, RewardToGo()).value
+            >>> reward = scores.turn_reward(normalize_likert).value
+            >>> scores.credited(reward, RewardToGo()).value
             tensor([[0.7500, 0.5000]])
         """
         lost = torch.zeros_like(self.turn_mask)
         for place in self.lost:
             lost[place] = True
         return credit(
-            self.turn_reward(aggregate).value,
+            reward,
             turn_mask=self.turn_mask,
             unmeasured=self.turn_mask & ~self.measured & ~lost,
             lost=lost,

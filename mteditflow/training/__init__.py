@@ -18,32 +18,30 @@ from mteditflow.training.gathering import gather_scores
 from mteditflow.training.optimizer_state import load_optimizer_state, optimizer_state
 from mteditflow.training.parallel import shard_model, sum_gradients
 from mteditflow.training.progress import Bar
-from mteditflow.training.round_numbers import round_numbers
-from mteditflow.training.rows import training_rows
+from mteditflow.training.round_rewards import Aggregation, RoundRewards
 from mteditflow.training.run_log import RunLog
-from mteditflow.training.seeding import keyed_generator
 from mteditflow.training.stopwatch import Stopwatch
 from mteditflow.training.termination import Termination
-from mteditflow.training.updater import Update, Updater
+from mteditflow.training.updater import Update, Updater, most_parts
 from mteditflow.training.watch import RewardCollapseError, RewardWatch
 
 __all__ = [
+    "Aggregation",
     "Bar",
     "Checkpoint",
     "Checkpoints",
     "RewardCollapseError",
     "RewardWatch",
+    "RoundRewards",
     "RunLog",
     "Stopwatch",
     "Termination",
     "Update",
     "Updater",
     "gather_scores",
-    "keyed_generator",
     "load_optimizer_state",
+    "most_parts",
     "optimizer_state",
-    "round_numbers",
     "shard_model",
     "sum_gradients",
-    "training_rows",
 ]

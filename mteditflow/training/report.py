@@ -20,7 +20,7 @@ from mteditflow._files import write_atomically
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import Interval
-from mteditflow.training.round_numbers import LOST
+from mteditflow.training.round_rewards import LOST
 from mteditflow.training.run_log import SECONDS
 from mteditflow.training.stopwatch import shares
 
@@ -40,7 +40,7 @@ def run_report(
     Args:
         before: of the model as it came.
         after: of the same chains, after training.
-        metrics: ``RunLog.metrics``, with the names of ``round_numbers``.
+        metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
         config: the run's settings, of types that JSON has (paths and enumerations become text).
         seed: of the run.
 

@@ -1,45 +1,49 @@
-"""One optimiser step from many small backward passes, taken only if everything is finite."""
+"""One optimizer step from many small backward passes, taken only if everything is finite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-from mteditflow._checks import check_number
+from mteditflow._checks import check_count, check_number
+from mteditflow.objectives import Output, Units
 from mteditflow.training.parallel import sum_gradients
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an update did.
+    """Result of an update.
 
     Attributes:
-        taken: whether the optimiser stepped.
-        grad_norm: norm of the summed gradient before clipping.
-        means: weighted mean of each quantity over all rows and ranks, "loss" among them.
-        reason: why the update was skipped; empty if it was taken.
+        outcome: "taken"; "empty", there was nothing to train on; or "skipped", a loss or gradient
+            was not finite.
+        grad_norm: norm of the summed gradient before clipping; NaN where empty.
+        means: mean of each metric over the units of all ranks that were computed, and "loss", the
+            mean over all valid ones.
+        reason: why the update was skipped; empty otherwise.
     """
 
-    taken: bool
+    outcome: Literal["taken", "empty", "skipped"]
     grad_norm: float
     means: Mapping[str, float]
-    reason: str
+    reason: str = ""
 
 
 class Updater:
     r"""Accumulates gradients over micro-batches and ranks, clips, checks and steps.
 
-    The gradient is that of :math:`\sum_m w_m l_m / \sum_m w_m` over all rows of all ranks, whatever
-    the sizes of the micro-batches and the number of ranks. Memory is that of one micro-batch. An
-    update with a loss or a gradient that is not finite is skipped on all ranks alike.
+    The gradient is that of :math:`\sum_u l_u / \sum_{ranks} count` over the units of all ranks,
+    whatever the sizes of the micro-batches and the number of ranks. Memory is that of one
+    micro-batch. An update with a loss or a gradient that is not finite is skipped on all ranks.
 
     Args:
-        optimizer: of ``parameters``.
+        optimizer: optimizer of ``parameters``.
         parameters: a callable that gives the trained parameters, since sharding replaces them.
         max_grad_norm: the gradient is scaled down to this norm, > 0.
 
@@ -47,15 +51,25 @@ class Updater:
         ValueError: the norm is out of range.
 
     Example:
-        >>> weight = nn.Parameter(torch.tensor([1.0]))
-        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
-        >>> updater = Updater(optimizer, lambda: [weight], max_grad_norm=10.0)
-        >>> x = torch.tensor([1.0, 2.0, 9.0])
-        >>> w = torch.tensor([1.0, 1.0, 0.0])
+        >>> from mteditflow.objectives import NFT, CleanSamples
+        >>> model = nn.Linear(8, 8)
+        >>> updater = Updater(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     lambda: list(model.parameters()),
+        ...     max_grad_norm=1.0,
+        ... )
+        >>> samples, objective = CleanSamples(torch.randn(4, 1, 8), torch.zeros(4).long()), NFT()
+        >>> key = torch.Generator().manual_seed(0)
+        >>> (units,) = objective.units(samples, torch.tensor([1.0, 0.5, -0.5, -1.0]), key=key)
         >>> update = updater.step(
-        ...     torch.arange(3).split(2), lambda rows: ({"loss": weight * x[rows]}, w[rows]))
-        >>> update.taken, update.means["loss"], weight.item()
-        (True, 1.5, 0.25)
+        ...     units.split(2),
+        ...     lambda part: objective(
+        ...         lambda policy, x_t, sigma, at: model(x_t), samples, part, old_is_current=True
+        ...     ),
+        ...     count=units.count,
+        ... )
+        >>> update.outcome, sorted(update.means)
+        ('taken', ['loss', 'old_kl', 'policy_loss'])
     """
 
     def __init__(
@@ -70,57 +84,79 @@ class Updater:
         self._max_grad_norm = max_grad_norm
 
     def step(
-        self,
-        parts: Iterable[Tensor],
-        losses: Callable[[Tensor], tuple[Mapping[str, Tensor], Tensor]],
+        self, parts: Iterable[Units], losses: Callable[[Units], Output], *, count: int
     ) -> Update:
-        """Take one optimiser step.
+        """Take one optimizer step; none where no rank has a part.
+
+        A collective call where ``torch.distributed`` is initialized.
 
         Args:
-            parts: rows of each micro-batch; the same number of parts on every rank if the model is
-                sharded.
-            losses: of a part returns quantities per row, each [M], of which "loss" is minimised
-                and the others are reported; and the weight of each row, [M], 0 for rows that do
-                not count, which must be finite all the same.
+            parts: micro-batches; equally many on every rank, filled up with idle units (see
+                ``most_parts`` and ``Units.split``).
+            losses: computes the output of a part.
+            count: valid units of this rank's minibatch, those left out included.
 
         Returns:
             Update.
+
+        Raises:
+            ValueError: ``count`` is below the number of units.
         """
+        check_count("count", count, low=0)
         self._optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
-        weight_sum: Tensor | float = 0.0
+        computed = 0
         for part in parts:
-            quantities, weight = losses(part)
-            counted = {name: (weight * values).sum() for name, values in quantities.items()}
-            torch.autograd.backward(counted["loss"])
-            weight_sum = weight_sum + weight.detach().double().sum()
-            for name, total in counted.items():
-                totals[name] = totals.get(name, 0.0) + total.detach().double()
-        return self._finish(totals, torch.as_tensor(weight_sum))
+            output = losses(part)
+            total = output.loss.sum()
+            torch.autograd.backward(total)
+            computed += int(part.mask.any(dim=1).sum())
+            for name, x in {"loss": total, **output.metrics}.items():
+                totals[name] = totals.get(name, 0.0) + x.detach().sum().double()
+        if count < computed:
+            raise ValueError(f"count: expected at least the {computed} units given, got {count}")
+        if not totals:
+            return Update("empty", float("nan"), {})
+        return self._finish(totals, computed, count)
 
-    def _finish(self, totals: Mapping[str, Tensor], weight_sum: Tensor) -> Update:
-        """Sum over ranks, divide by the weight, check, clip and step."""
+    def _finish(self, totals: Mapping[str, Tensor], computed: int, count: int) -> Update:
+        """Sum over ranks, divide by the count, check, clip and step."""
         parameters = self._parameters()
         sum_gradients(parameters)
-        names = list(totals)
-        sums = torch.stack([*totals.values(), weight_sum.to(totals["loss"].device)])
+        names, like = list(totals), totals["loss"]
+        sums = torch.stack([*totals.values(), like.new_tensor(computed), like.new_tensor(count)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        weight = float(sums[-1])
-        if weight == 0:
-            self._optimizer.zero_grad(set_to_none=True)
-            return Update(False, float("nan"), {}, "no row has a weight")
+        *values, all_computed, all_count = sums.tolist()
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
-            gradient.div_(weight)
+            gradient.div_(all_count)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        means = dict(zip(names, (sums[:-1] / weight).tolist(), strict=True))
-        values = {"loss": sums[names.index("loss")], "gradient": norm}
-        broken = [name for name, value in values.items() if not value.isfinite()]
+        means = {name: x / all_computed for name, x in zip(names, values, strict=True)}
+        means["loss"] = values[names.index("loss")] / all_count
+        finite = {"loss": sums[names.index("loss")], "gradient": norm}
+        broken = [name for name, value in finite.items() if not value.isfinite()]
         if broken:
             self._optimizer.zero_grad(set_to_none=True)
-            return Update(False, float(norm), means, f"not finite: {' and '.join(broken)}")
+            return Update("skipped", float(norm), means, f"not finite: {' and '.join(broken)}")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Update(True, float(norm), means, "")
+        return Update("taken", float(norm), means)
+
+
+def most_parts(units: Units, size: int, *, device: torch.device | str = "cpu") -> int:
+    """Return how many micro-batches of ``size`` the rank with most units needs.
+
+    A collective call where ``torch.distributed`` is initialized.
+
+    Args:
+        units: this rank's units.
+        size: most units of a micro-batch.
+        device: device of the backend: "cpu" for gloo, this rank's device for NCCL.
+    """
+    check_count("size", size)
+    own = torch.tensor(-(-len(units) // size), device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+    return int(own)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from mteditflow.training.round_numbers import lost_reasons, round_numbers
 
 from mteditflow import likert_average, turn_average
 from mteditflow.rewards import Fault, Lost, TurnScores
-from mteditflow.training.round_numbers import lost_reasons, round_numbers
 from tests.samples_of_scores import nan, turn_scores
 
 

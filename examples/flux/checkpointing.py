@@ -1,0 +1,151 @@
+"""Checkpoints of a run: what is in them, when they are written, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mteditflow import RewardHistory, gather_ranks
+from mteditflow.training import Checkpoint, load_optimizer_state, optimizer_state
+
+from .config import ConfigError, dumped
+from .run import Run
+
+
+def restore(run: Run) -> None:
+    """Go on from a checkpoint, if there is one to go on from; a collective call.
+
+    Raises:
+        ConfigError: there is one and ``output.resume`` is never, it is of another objective or of
+            other chains, or ranks find different ones.
+    """
+    output = run.config.output
+    found = run.checkpoints.find("auto" if output.resume == "never" else output.resume)
+    if output.resume == "never" and found is not None:
+        raise ConfigError(
+            f"output.resume: never, but {output.folder} holds a run; choose another folder, or go "
+            "on with auto"
+        )
+    (rounds,), _ = gather_ranks(torch.tensor([found.round if found else 0], device=run.device))
+    if len(rounds.unique()) > 1:
+        raise ConfigError(
+            "output.folder: expected one that all ranks share, got one in which they find "
+            f"checkpoints of rounds {rounds.tolist()}"
+        )
+    if found is not None:
+        _load(run, found)
+    run.first_round = run.state.done
+    run.log.rewind(run.state.done + 1)
+    if run.held_out is not None and run.main:
+        run.held_out.rewind(run.state.done if found else -1)
+    run.accelerator.wait_for_everyone()
+
+
+def save_if_due(run: Run, *, evaluated: bool) -> None:
+    """Save after the last round, every ``output.checkpoint_every`` rounds, and once evaluated."""
+    done, config = run.state.done, run.config
+    last = done == config.training.rounds
+    if evaluated or last or done % config.output.checkpoint_every == 0:
+        save(run, evaluated=evaluated)
+
+
+def save_if_new(run: Run) -> None:
+    """Save what the last checkpoint does not hold, unless a round is only half done."""
+    if run.between and run.saved != run.state.done:
+        save(run)
+
+
+def save(run: Run, *, evaluated: bool = False) -> None:
+    """Write a checkpoint of the run as it is between two rounds; a collective call.
+
+    Args:
+        run: the run.
+        evaluated: whether its policy is the one that was evaluated last.
+    """
+    state, policy = run.state, run.config.evaluation.policy
+    with run.log.stopwatch.phase("saving"):
+        tensors = {name: run.policies.state_dict(name) for name in _trained(run)}
+        tensors["optimizer"], values = optimizer_state(run.optimizer)
+        kept = {
+            "sampler": run.sampler.state_dict(),
+            "watch": run.watch.state_dict(),
+            "multipliers": state.multipliers,
+            "kl_coef": None if state.kl is None else state.kl.value,
+            "history": None if state.history is None else state.history.state_dict(),
+            "updates": state.updates,
+            "skipped": state.skipped,
+            "optimizer": values,
+            "config": dumped(run.config),
+        }
+        if run.main:
+            evaluations = run.held_out.all() if evaluated and run.held_out else []
+            score = evaluations[-1].score if evaluations else math.nan
+            run.checkpoints.save(
+                state.done,
+                tensors,
+                kept,
+                score=score if math.isfinite(score) else None,
+                extra=lambda folder: run.policies.save(
+                    run.editor.pipeline, folder / "lora", policy=policy, state=tensors[policy]
+                ),
+            )
+        run.accelerator.wait_for_everyone()
+    run.saved = state.done
+
+
+def _trained(run: Run) -> tuple[str, ...]:
+    """Return the policies that have weights of their own."""
+    return ("current", "old", "ema")[: 3 if run.config.training.ema_decay > 0 else 2]
+
+
+def _load(run: Run, found: Checkpoint) -> None:
+    """Take everything from a checkpoint.
+
+    Raises:
+        ConfigError: it is of another objective, or of other chains.
+    """
+    state, kept = run.state, found.state
+    for name in _trained(run):
+        run.policies.load_state_dict(found.tensors(name), name)
+    load_optimizer_state(run.optimizer, found.tensors("optimizer"), kept["optimizer"])
+    try:
+        run.sampler.load_state_dict(kept["sampler"])
+    except ValueError as error:  # other chains, groups or seed
+        raise ConfigError(f"output.resume: cannot go on from {found.path}: {error}") from error
+    run.watch.load_state_dict(kept["watch"])
+    if state.floor is not None:
+        value = kept.get("multipliers", {}).get("consistency", 0.0)
+        state.floor = replace(state.floor, value=min(value, state.floor.maximum))
+    if state.kl is not None and kept.get("kl_coef") is not None:
+        state.kl = replace(state.kl, value=kept["kl_coef"])
+    if state.history is not None and kept.get("history") is not None:
+        state.history = RewardHistory.from_state(state.history.rounds, kept["history"])
+    state.done, state.updates, state.skipped = found.round, kept["updates"], kept["skipped"]
+    if run.config.output.resume == "auto":
+        run.saved = state.done
+    run.log.message(f"going on after round {state.done}, from {found.path}")
+    _log_changes(run, kept["config"])
+
+
+def _log_changes(run: Run, before: Mapping[str, Any]) -> None:
+    """Log the fields that are not those that the checkpoint was made with.
+
+    Raises:
+        ConfigError: the objective is another one, whose old policy and optimizer are none.
+    """
+    now = dumped(run.config)
+    names = [config["objective"]["name"] for config in (before, now)]
+    if names[0] != names[1]:
+        raise ConfigError(
+            f"objective: expected {names[0]!r}, with which the run in "
+            f"{run.config.output.folder} began, got {names[1]!r}"
+        )
+    for section, fields in now.items():
+        for name, value in fields.items():
+            was = before.get(section, {}).get(name)
+            if was != value:
+                run.log.warning(f"{section}.{name} was {was!r} and is {value!r} from here on")

@@ -1,0 +1,165 @@
+"""The command line: a preset or a TOML file, another objective, any field over it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mteditflow.objectives import OBJECTIVES, Objective
+
+from .config import Config, ConfigError, checked, name_of, typed
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+HELP = ("-h", "--help")
+
+
+def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
+    """Read the command line: a preset's name or a TOML file, then any field over it.
+
+    Args:
+        arguments: such as ``["kontext-nft", "objective:awm", "--objective.clip-low", "1e-3"]``.
+        kind: class of the configuration.
+
+    Raises:
+        ConfigError: a field is out of range, has no effect, or goes with no other.
+        SystemExit: the command line cannot be parsed, or asks for help.
+    """
+    words = list(arguments)
+    if not words or words[0] in HELP:
+        print(overview(kind))
+        sys.exit(0 if words else 2)
+    base = _preset(words[0], kind)
+    chosen = [word for word in words[1:] if word.startswith("objective:")]
+    rest = [word for word in words[1:] if word not in chosen]
+    if len(chosen) > 1:
+        raise ConfigError(f"objective: expected one, got {' and '.join(chosen)}")
+    if chosen:
+        base = replace(base, objective=_other_objective(base.objective, chosen[0]))
+    if any(word in HELP for word in rest):
+        _help(words[0], base, [word for word in rest if word not in HELP])
+    config = tyro.cli(
+        kind,
+        default=base,
+        args=rest,
+        prog=f"{Path(sys.argv[0]).name} {words[0]}",
+        config=(tyro.conf.AvoidSubcommands,),
+        add_help=False,
+    )
+    return checked(typed(_plain(config), kind), base)
+
+
+def overview(kind: type[Config]) -> str:
+    """Return the page that the bare command and ``--help`` print."""
+    program = Path(sys.argv[0]).name
+    presets = "\n".join(
+        f"  {path.stem:<20} {_about(path.read_text(encoding='utf-8'))}"
+        for path in sorted(PRESETS.glob("*.toml"))
+    )
+    lines = [
+        f"usage: {program} PRESET|FILE.toml [objective:NAME] [--SECTION.FIELD VALUE ...]",
+        "",
+        str(kind.__doc__),
+        "",
+        "presets",
+        presets,
+    ]
+    if kind is Config:
+        lines += ["", "objectives, over a preset of the same kind"]
+        for name, objective in OBJECTIVES.items():
+            if objective.card.rewarded:
+                lines.append(f"  {f'objective:{name}':<20} {_summary(objective)}")
+    lines += [
+        "",
+        "sections, listed by PRESET --help SECTION",
+        *_sections(kind),
+        "",
+        f"example: {program} kontext-nft --help objective",
+    ]
+    return "\n".join(lines)
+
+
+def _sections(kind: type[Config]) -> list[str]:
+    """Return a line for each section."""
+    return [f"  {f.name:<20} {_summary(type(getattr(kind(), f.name)))}" for f in fields(kind)]
+
+
+def _summary(kind: type) -> str:
+    return str(kind.__doc__).partition("\n")[0]
+
+
+def _about(text: str) -> str:
+    """Return the first comment of a preset."""
+    return text.partition("\n")[0].removeprefix("#").strip()
+
+
+def _help(preset: str, config: Config, wanted: Sequence[str]) -> None:
+    """Print the sections of a preset, or the fields of one with their values there, and exit."""
+    sections = {f.name: getattr(config, f.name) for f in fields(config)}
+    unknown = [name for name in wanted if name not in sections]
+    if unknown:
+        raise ConfigError(f"--help: expected a section among {list(sections)}, got {unknown[0]!r}")
+    program = f"{Path(sys.argv[0]).name} {preset}"
+    if not wanted:
+        print(f"{program}: sections, listed by --help SECTION")
+        print("\n".join(f"  {name:<12} {_summary(type(x))}" for name, x in sections.items()))
+        sys.exit(0)
+    shown: list[Any] = [
+        (name, type(sections[name]), field(default=sections[name])) for name in wanted
+    ]
+    tyro.cli(make_dataclass("Fields", shown, frozen=True), args=["--help"], prog=program)
+
+
+def _preset(name: str, kind: type[Config]) -> Config:
+    """Read a preset by name, or a file.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not name.endswith(".toml") and not path.exists():
+        names = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
+        raise ConfigError(f"preset: expected one of {names} or a .toml file, got {name!r}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        if kind is not Config:  # its objective is the program's own
+            values.pop("objective", None)
+        return typed(values, kind)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _other_objective(before: Objective, word: str) -> Objective:
+    """Return another objective of the same kind, with the fields that both have.
+
+    Raises:
+        ConfigError: there is none of the name, or it is of another kind.
+    """
+    name = word.removeprefix("objective:")
+    family = type(before).__mro__[1]
+    fitting = [n for n, c in OBJECTIVES.items() if c.card.rewarded and issubclass(c, family)]
+    if name not in fitting:
+        raise ConfigError(f"objective: expected one of {fitting} over this preset, got {name!r}")
+    if name == name_of(before):
+        return before
+    own = {f.name for f in fields(OBJECTIVES[name])}  # type: ignore[arg-type]
+    shared = {f.name: getattr(before, f.name) for f in fields(before) if f.name in own}  # type: ignore[arg-type]
+    return OBJECTIVES[name](**shared)
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """Return sections as dictionaries, for validation."""
+    values = asdict(config)
+    values["objective"] = {"name": name_of(config.objective), **values["objective"]}
+    return values

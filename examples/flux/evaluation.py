@@ -1,0 +1,93 @@
+"""Evaluation of a run: held-out chains, edited from the same noise every time, and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL.Image import Image
+
+from mteditflow.chains import Chain
+from mteditflow.evaluation import Evaluation
+from mteditflow.objectives import keyed_generator
+from mteditflow.rewards import TurnScores
+from mteditflow.training import gather_scores
+
+from .held_out import HeldOut
+from .run import Run
+from .sampling import collect
+
+
+def evaluate_if_due(run: Run) -> bool:
+    """Evaluate before the first round, after the last, and now and then.
+
+    Returns:
+        Whether an evaluation was made; none is where the round has a complete one already.
+    """
+    done, held_out = run.state.done, run.held_out
+    if held_out is None or held_out.complete(done):
+        return False
+    if done not in (0, run.config.training.rounds) and done % run.config.evaluation.every:
+        return False
+    with run.log.stopwatch.phase("evaluating"):
+        evaluate(run, held_out)
+    return True
+
+
+def evaluate(run: Run, held_out: HeldOut) -> None:
+    """Edit and score all held-out chains with the policy as it is; a collective call."""
+    options, rows, waiting = run.config.evaluation, held_out.rows(), []
+    with (
+        run.policies.use(options.policy),
+        run.log.bar("evaluation", len(rows), unit="chains") as bar,
+    ):
+        for start in range(0, len(rows), options.batch):
+            part = rows[start : start + options.batch]
+            chains, edited = _edit(run, held_out, part)
+            waiting.append(run.submit(chains, edited))
+            for row, images in zip(part, edited, strict=True):
+                held_out.keep(run.state.done, row, images)
+            bar.advance(len(part))
+            run.stop_if_requested()
+    terms, _ = gather_scores(collect(run, waiting), device=run.device)
+    if run.main:
+        records = held_out.chains.chains
+        evaluation = Evaluation(
+            round=run.state.done,
+            chain_ids=[chain.id for chain in records],
+            instructions=[chain.instructions for chain in records],
+            terms={name: _first(x, len(records)) for name, x in terms.items()},
+            success_at=run.config.rewards.success,
+        )
+        held_out.write(evaluation)
+        run.accelerator.log(evaluation.numbers, step=run.state.done)
+        run.log.message(f"round {run.state.done}, held out: {_last_turn(evaluation)}")
+    run.accelerator.wait_for_everyone()
+
+
+def _edit(
+    run: Run, held_out: HeldOut, rows: Sequence[int]
+) -> tuple[list[Chain], list[list[Image]]]:
+    """Edit some chains, each from its own noise: images [reference, turn 1, ..., turn N]."""
+    examples = held_out.chains.__getitems__(rows)
+    references = [example.image for example in examples]
+    chains = [example.chain for example in examples]
+    edited = run.editor.edit(
+        references,
+        [chain.instructions for chain in chains],
+        generators=[keyed_generator(run.config.training.seed, "held out", row) for row in rows],
+        batch=len(rows),
+        call={"num_inference_steps": run.config.evaluation.steps},
+    )
+    return chains, [[first, *rest] for first, rest in zip(references, edited, strict=True)]
+
+
+def _first(scores: TurnScores, count: int) -> TurnScores:
+    """Return the scores of the first trajectories."""
+    lost = {(b, n): reason for (b, n), reason in scores.lost.items() if b < count}
+    return TurnScores(scores.score[:count], scores.turn_mask[:count], lost)
+
+
+def _last_turn(evaluation: Evaluation) -> str:
+    """Return the metrics of the last turn, in a line."""
+    values = (f"{name} {value[-1]:.3g}" for name, value in evaluation.estimates.items())
+    return f"at turn {evaluation.turns}: {', '.join(values)}"

@@ -1,0 +1,158 @@
+"""What a run logs, draws and reports, and the conditions under which its rewards end it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL.Image import Image
+
+from mteditflow import TurnSignal
+from mteditflow.chains import InformativeSampler
+from mteditflow.training import Bar, RewardCollapseError
+from mteditflow.training.report import run_report, write_report
+
+from .config import flat
+from .run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mteditflow.training.round_rewards import RoundRewards
+
+    from .sampling import RoundChains, Scores
+
+
+def log_rewards(run: Run, rewards: RoundRewards) -> None:
+    """Add the rewards of all ranks to the metrics of the round, and draw them when it is due."""
+    counts = rewards.informative("following").counts
+    run.numbers |= rewards.numbers()
+    run.numbers |= {f"groups/{reason}": count for reason, count in counts.items()}
+    run.numbers |= {f"multiplier/{name}": x for name, x in run.state.multipliers.items()}
+    if run.state.kl is not None:
+        run.numbers["training/kl_coef"] = run.state.kl.value
+    if pictures_due(run):
+        from mteditflow.training.pictures import draw_histograms
+
+        title = f"Rewards of round {run.state.done + 1}"
+        shown = {name: rewards.reward(name) for name in rewards.names}
+        draw(run, "rewards", draw_histograms(shown, rewards.group, title=title))
+
+
+def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
+    """Stop a run whose rewards are lost or collapse.
+
+    Raises:
+        InvalidRewardsError: too many rewards were lost.
+        RewardCollapseError: a reward has fallen too far.
+    """
+    for name in rewards.names:
+        rewards.terms[name].require(max_invalid_share=run.config.rewards.max_invalid)
+    before = run.watch.state_dict()
+    try:
+        run.watch.check(rewards.means)
+    except RewardCollapseError:
+        run.watch.load_state_dict(before)  # this round will be done again
+        raise
+
+
+def carry_over(
+    run: Run, rewards: RoundRewards | None, signals: Mapping[str, TurnSignal] | None = None
+) -> None:
+    """Take from a round what the next depends on: sampler, floor, history, adapted KL weight."""
+    state = run.state
+    if state.history is not None and rewards is not None and signals:
+        state.history = state.history.updated(signals, rewards.group)
+    if isinstance(run.sampler, InformativeSampler):
+        run.sampler.step({} if rewards is None else rewards.spreads("following"))
+    else:
+        run.sampler.step()
+    consistency = math.nan if rewards is None else rewards.means.get("consistency", math.nan)
+    if state.floor is not None and math.isfinite(consistency):
+        state.floor = state.floor.update(consistency)
+    kls = [means["kl"] for means in run.means if "kl" in means]
+    if state.kl is not None and kls:
+        state.kl = state.kl.update(sum(kls) / len(kls))
+
+
+def record(run: Run, bar: Bar) -> None:
+    """Write the metrics of the round that has ended."""
+    for name in dict.fromkeys(name for means in run.means for name in means):
+        values = [means[name] for means in run.means if name in means]
+        run.numbers[f"training/{name}"] = sum(values) / len(values)
+    run.numbers["training/skipped_updates"] = run.state.skipped
+    numbers = run.log.record(run.state.done, run.numbers)
+    run.accelerator.log(numbers, step=run.state.done)
+    rewards = [name for name in run.config.rewards.weights if f"reward/{name}" in numbers]
+    bar.note(", ".join(f"{name} {numbers[f'reward/{name}']:.2f}" for name in rewards))
+
+
+def show_chains(
+    run: Run, drawn: RoundChains, images: Sequence[Sequence[Image]], scores: Scores
+) -> None:
+    """Draw a few members of the round's first groups, when it is due."""
+    if not pictures_due(run):
+        return
+    from mteditflow.training.pictures import Strip, draw_strips
+
+    ids = list(dict.fromkeys(chain.id for chain in drawn.chains))[:2]
+    members = ([b for b, chain in enumerate(drawn.chains) if chain.id == name][:3] for name in ids)
+    strips = [
+        Strip(
+            drawn.chains[b].id,
+            drawn.chains[b].instructions,
+            images[b],
+            scores,
+            b,
+            label=f"member {i}",
+        )
+        for rows in members
+        for i, b in enumerate(rows, start=1)
+    ]
+    success, title = run.config.rewards.success, f"Round {run.state.done + 1}: two chains of it"
+    draw(run, "chains", draw_strips(strips, success_at=success, title=title))
+
+
+def pictures_due(run: Run) -> bool:
+    """Whether this rank draws pictures of this round."""
+    every = run.config.output.strips_every
+    return every > 0 and run.state.done % every == 0 and run.main
+
+
+def draw(run: Run, name: str, figure: Figure) -> None:
+    """Write a picture, and give it to the trackers."""
+    from mteditflow.training.pictures import log_pictures, write_picture
+
+    number, folder = run.state.done + 1, run.config.output.folder / "pictures"
+    with run.log.stopwatch.phase("drawing"):
+        write_picture(figure, folder / f"round-{number:06d}-{name}.png")
+        log_pictures(run.accelerator.trackers, {name: figure}, step=number)
+
+
+def summarize(run: Run) -> None:
+    """Write the report of the whole run with its pictures, and print it."""
+    if not run.main:
+        return
+    from mteditflow.training.pictures import draw_before_after, draw_curves, write_picture
+    from mteditflow.training.report import print_summary
+
+    folder, metrics = run.config.output.folder, run.log.metrics
+    evaluations = run.held_out.all() if run.held_out else []
+    model = "/".join(Path(run.config.model.path).parts[-2:])
+    title = f"{model}, {run.method}"
+    write_picture(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
+    if run.held_out is None:
+        run.log.message(f"{run.state.done} rounds done; no held-out chains, so no report")
+        return
+    before, after = evaluations[0], evaluations[-1]
+    images = (run.held_out.images(e.round) for e in (before, after))
+    repaired = draw_before_after(before, after, *images)
+    if repaired is not None:
+        write_picture(repaired, folder / "chains.png")
+    report = run_report(
+        before, after, metrics, config=flat(run.config), seed=run.config.training.seed
+    )
+    write_report(folder, report)
+    print_summary(report, folder)

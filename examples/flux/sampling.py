@@ -1,0 +1,120 @@
+"""Rollouts of a round, scored in the background while the next ones are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from mteditflow import gather_ranks
+from mteditflow.chains import Chain, collate_chains
+from mteditflow.objectives import Sampling
+from mteditflow.pipelines import Part, Rollout
+from mteditflow.rewards import TurnScores
+from mteditflow.training import gather_scores
+
+from .run import Run
+
+POLL = 1.0  # s between looks for a signal while scores are waited for
+
+Scores = dict[str, TurnScores]
+
+
+@dataclass(frozen=True, eq=False)
+class RoundChains:
+    """This rank's part of a round: one entry per trajectory.
+
+    Attributes:
+        chains: records.
+        references: images that turn 1 edits.
+        group: integer group id, [B].
+    """
+
+    chains: Sequence[Chain]
+    references: Sequence[Image]
+    group: Tensor
+
+
+def next_chains(run: Run) -> RoundChains:
+    """Draw this rank's chains of the round."""
+    indices = next(run.batches, None)
+    if indices is None:
+        run.batches = iter(run.sampler)
+        indices = next(run.batches)
+    batch = collate_chains(run.chains.__getitems__(indices))
+    return RoundChains(batch.chains, batch.images, batch.group)
+
+
+def roll_out(run: Run, drawn: RoundChains, how: Sampling, purpose: str = "noise") -> Iterator[Part]:
+    """Edit chains part by part with the policy that the model is, each from its own noise."""
+    count = len(drawn.references)
+    with run.log.bar("rollout", count, unit="chains") as bar:
+        for part in run.editor.roll_out(
+            drawn.references,
+            [chain.instructions for chain in drawn.chains],
+            generators=[run.key.generator(purpose, b) for b in range(count)],
+            group=drawn.group,
+            batch=run.config.sampling.batch,
+            solver=how.solver,
+            stochastic_steps=how.stochastic_steps,
+            verify=run.state.done == run.first_round,
+        ):
+            yield part
+            bar.advance(len(part.images))
+            run.stop_if_requested()
+
+
+def sample(run: Run, drawn: RoundChains) -> tuple[Rollout, list[list[Image]], Scores]:
+    """Roll out this rank's chains; each part is scored while the next one is sampled.
+
+    Returns:
+        The record; images [reference, turn 1, ..., turn N] of each trajectory; scores by term,
+        [B, N] each.
+    """
+    objective = run.objective
+    how = objective.sampling(run.state.done, steps=run.config.sampling.steps)
+    parts, waiting, images = [], [], []
+    with run.log.stopwatch.phase("sampling"), run.policies.use(objective.samples_with):
+        for part in roll_out(run, drawn, how):
+            references = drawn.references[part.rows]
+            edited = [[r, *turns] for r, turns in zip(references, part.images, strict=True)]
+            waiting.append(run.submit(drawn.chains[part.rows], edited))
+            parts.append(part.rollout)
+            images += edited
+    return Rollout.concatenate(parts), images, collect(run, waiting)
+
+
+def collect(run: Run, waiting: Sequence[Future[Mapping[str, TurnScores]]]) -> Scores:
+    """Wait for the scores of every part, on all ranks, and join them; a collective call.
+
+    Raises:
+        Stopped: a signal came meanwhile.
+    """
+    with (
+        run.log.stopwatch.phase("scoring"),
+        run.log.bar("rewards", len(waiting), unit="parts") as bar,
+    ):
+        unfinished = True
+        while unfinished:
+            done, left = wait(waiting, timeout=POLL)
+            bar.advance(len(done) - bar.done)
+            (lefts,), _ = gather_ranks(torch.tensor([len(left)], device=run.device))
+            unfinished = bool(lefts.any())
+            run.stop_if_requested()
+    scored = [future.result() for future in waiting]
+    return {name: TurnScores.concatenate([s[name] for s in scored]) for name in scored[0]}
+
+
+def gather(run: Run, scores: Scores, group: Tensor) -> tuple[Scores, Tensor, slice]:
+    """Join scores and group ids of all ranks; a collective call.
+
+    Returns:
+        Scores by term and group ids of all trajectories, and the slice of this rank's.
+    """
+    joined, own = gather_scores(scores, device=run.device)
+    (groups,), _ = gather_ranks(group.to(run.device))
+    return joined, groups.cpu(), own

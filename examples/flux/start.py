@@ -1,0 +1,160 @@
+"""How a run starts and ends: load its parts, train, report; save where it ends early."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from mteditflow import AdaptiveKL, RewardHistory
+from mteditflow.chains import ChainError, GroupSampler, InformativeSampler
+from mteditflow.pipelines import ReplayError
+from mteditflow.rewards import InvalidRewardsError
+from mteditflow.training import (
+    Checkpoints,
+    RewardCollapseError,
+    RewardWatch,
+    RunLog,
+    Termination,
+)
+
+from .checkpointing import save_if_new
+from .config import Config, ConfigError, flat, name_of
+from .held_out import HeldOut
+from .loading import load_chains, load_policies
+from .reporting import summarize
+from .rewards import Submit, scoring
+from .run import Run, State, Stopped
+
+ENDS = (
+    ConfigError,
+    ChainError,
+    InvalidRewardsError,
+    ReplayError,
+    RewardCollapseError,
+    FloatingPointError,
+)
+
+
+def build(
+    config: Config,
+    accelerator: Accelerator,
+    log: RunLog,
+    termination: Termination,
+    submit: Submit,
+) -> Run:
+    """Load everything that a run consists of.
+
+    Raises:
+        ConfigError: something of the configuration does not fit what was loaded.
+    """
+    data, training, output = config.data, config.training, config.output
+    ranks = int(accelerator.num_processes)
+    own = data.groups * data.group_size // ranks
+    if own % training.minibatches:
+        raise ConfigError(
+            f"training.minibatches: expected a divisor of the {own} trajectories of "
+            f"each of {ranks} ranks, got {training.minibatches}"
+        )
+    chains = load_chains(data, data.chains, config.model.resolution, log)
+    sampler = GroupSampler if data.draw == "epochs" else InformativeSampler
+    log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
+    editor, policies = load_policies(config, accelerator)
+    held_out = None
+    if data.held_out is not None:
+        held_out_chains = load_chains(data, data.held_out, config.model.resolution, log)
+        held_out = HeldOut(held_out_chains, output.folder / "evaluations", accelerator)
+    safety = config.safety
+    return Run(
+        config=config,
+        log=log,
+        accelerator=accelerator,
+        termination=termination,
+        submit=submit,
+        editor=editor,
+        policies=policies,
+        optimizer=torch.optim.AdamW(
+            policies.parameters(), training.learning_rate, weight_decay=training.weight_decay
+        ),
+        chains=chains,
+        sampler=sampler(
+            chains,
+            groups=data.groups,
+            group_size=data.group_size,
+            ranks=ranks,
+            rank=accelerator.process_index,
+            split_groups=data.split_groups,
+            seed=training.seed,
+        ),
+        held_out=held_out,
+        checkpoints=Checkpoints(output.folder / "checkpoints", keep_last=output.keep),
+        watch=RewardWatch(drop=safety.collapse_drop, window=safety.collapse_window),
+        state=initial_state(config),
+        method=name_of(config.objective).upper(),
+    )
+
+
+def initial_state(config: Config) -> State:
+    """Return the state before the first round."""
+    training, history = config.training, config.rewards.history
+    return State(
+        floor=config.rewards.multiplier,
+        kl=None
+        if training.kl_target is None
+        else AdaptiveKL(training.kl_target, config.objective.kl_coef),
+        history=RewardHistory(history) if history else None,
+    )
+
+
+def main(train: Callable[[Run], None], config: Config) -> None:
+    """Run a trainer; exit with 0 after the last round or a signal, else with 1."""
+    folder = config.output.folder
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=list(config.output.trackers) or None,
+        project_dir=str(folder),
+    )
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        sys.exit(
+            "error: DeepSpeed's engine would keep its own copies of the adapters; shard by "
+            "--model.shard (FSDP2, the same as ZeRO-3) under any other launcher"
+        )
+    log = RunLog(folder, console=True, main=accelerator.is_main_process)
+    accelerator.init_trackers("trackers", config=flat(config))
+    cache = folder / f"answers-{accelerator.process_index}.sqlite"
+    try:
+        with Termination() as termination, scoring(config.rewards, cache) as submit:
+            run = build(config, accelerator, log, termination, submit)
+            with saved_on_exit(run):
+                train(run)
+                summarize(run)
+    except Stopped:
+        pass  # with 0: the run did what it was asked to
+    except ENDS as error:
+        log.message(f"error: {error}")
+        sys.exit(1)
+    finally:
+        gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
+        accelerator.end_training()
+
+
+@contextmanager
+def saved_on_exit(run: Run) -> Iterator[None]:
+    """Save the last whole round where the run has to end early.
+
+    Raises:
+        Stopped: a signal came; requests for scores in flight are for the caller to cancel.
+    """
+    try:
+        yield
+    except Stopped as signal:
+        save_if_new(run)
+        run.log.message(f"stopped by {signal} after round {run.state.done}; start again to go on")
+        raise
+    except (InvalidRewardsError, RewardCollapseError, FloatingPointError):
+        save_if_new(run)
+        raise

@@ -1,0 +1,88 @@
+"""The updates of a round: minibatches of an objective, and the check of its first ratios."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mteditflow import RatioCheck, gather_ranks
+from mteditflow.objectives import Output, Units, Velocity
+from mteditflow.objectives.replay import ReplayObjective
+from mteditflow.pipelines import ReplayError, Rollout
+from mteditflow.training import Update, Updater, most_parts
+
+from .run import Run
+
+
+def update(
+    run: Run,
+    updater: Updater,
+    velocity: Velocity,
+    rollout: Rollout,
+    advantage: Tensor | None,
+    valid: Tensor | None,
+) -> None:
+    """Take the optimizer steps of a round: every minibatch of every epoch.
+
+    Args:
+        run: the run.
+        updater: steps its optimizer.
+        velocity: velocities of the policies on the rollout.
+        rollout: this rank's trajectories.
+        advantage: advantage of each turn, [B, N]; None for objectives without a reward.
+        valid: turns that take part, [B, N].
+    """
+    training, objective, batch = run.config.training, run.objective, run.config.training.batch
+
+    def losses(part: Units) -> Output:
+        equal = run.policies.old_equals_current
+        return objective(velocity, rollout, part, old_is_current=equal)
+
+    for epoch in range(training.inner_epochs):
+        key = run.key.of_epoch(epoch)
+        for units in objective.units(
+            rollout, advantage, valid, key=key, minibatches=training.minibatches
+        ):
+            parts = units.split(batch, parts=most_parts(units, batch, device=run.device))
+            step = updater.step(parts, losses, count=units.count)
+            run.count(step)
+            if _too_far(step, training.stop_kl):
+                run.numbers["training/stopped_at_kl"] = step.means["old_kl"]
+                return
+
+
+def _too_far(step: Update, stop_kl: float | None) -> bool:
+    """Whether the policy has left the one that sampled by more than is allowed."""
+    return stop_kl is not None and step.outcome == "taken" and step.means["old_kl"] > stop_kl
+
+
+def check_first_ratios(run: Run, velocity: Velocity, rollout: Rollout) -> None:
+    """Compare the ratios of the first rollout with 1, before any update of this process.
+
+    Raises:
+        ReplayError: they deviate on some rank, ``safety.ratio`` is not "warn", and no importance
+            weights correct for it.
+    """
+    objective, config = run.objective, run.config
+    assert isinstance(objective, ReplayObjective)
+    check = objective.check_ratios(
+        velocity,
+        rollout,
+        trajectories=config.sampling.batch,
+        size=config.training.batch,
+        share=config.safety.ratio_share,
+    )
+    _judge(run, check, corrected=objective.importance_cap is not None)
+
+
+def _judge(run: Run, check: RatioCheck, *, corrected: bool) -> None:
+    (fine,), _ = gather_ranks(torch.tensor([check.ok], device=run.device))
+    if bool(fine.all()):
+        run.log.message(f"ratio check passed: {check.verdict}")
+    elif corrected or run.config.safety.ratio == "warn":
+        run.log.warning(f"ratio check failed: {check.verdict}")
+    else:
+        raise ReplayError(
+            f"ratio check failed: {check.verdict}; go on with safety.ratio = warn, or correct for "
+            "it with objective.importance_cap"
+        )

@@ -1,0 +1,138 @@
+"""Rewards of earlier rounds of the same chain, for groups too small for a mean of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_count, check_rank, check_shape
+from mteditflow.advantages.credit import TurnSignal
+
+_Entry = dict[str, list[list[float | None]]]
+
+
+@dataclass(frozen=True)
+class RewardHistory:
+    """Signals of the last rounds of each chain; they join the statistics of its next group.
+
+    A group of two or four has a noisy mean and standard deviation. With the history its members are
+    compared with earlier rollouts of the same chain too, which were made by older policies: the
+    mean lags behind by up to ``rounds`` visits of the chain. A group without any history is
+    normalized alone.
+
+    Args:
+        rounds: visits of a chain that are remembered, >= 1.
+        entries: remembered signals by group id; JSON can hold them. All the state there is.
+
+    Raises:
+        ValueError: ``rounds`` is below 1.
+
+    Source: the per-prompt statistics that implementations of Flow-GRPO (arXiv 2505.05470) keep,
+        with a bound on their age.
+
+    Example:
+        >>> from mteditflow import TurnCredit, turn_advantage
+        >>> history, group = RewardHistory(rounds=2), torch.tensor([7, 7])
+        >>> first = {"r": TurnCredit()(torch.tensor([[0.0], [0.0]]))}
+        >>> history = history.updated(first, group)
+        >>> signals = {"r": TurnCredit()(torch.tensor([[1.0], [1.0]]))}
+        >>> alone = turn_advantage(signals, {"r": 1.0}, group, eps=0.0)
+        >>> joined, groups = history.joined(signals, group)
+        >>> both = turn_advantage(joined, {"r": 1.0}, groups, eps=0.0)
+        >>> alone.value.flatten(), both.value[:2].flatten()
+        (tensor([0., 0.]), tensor([1., 1.]))
+    """
+
+    rounds: int
+    entries: Mapping[int, Sequence[_Entry]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_count("rounds", self.rounds)
+
+    def joined(
+        self, signals: Mapping[str, TurnSignal], group: Tensor
+    ) -> tuple[dict[str, TurnSignal], Tensor]:
+        """Append the remembered signals of the groups that are there.
+
+        Args:
+            signals: name to signal, each [B, N].
+            group: integer group id of each trajectory, [B].
+
+        Returns:
+            Signals [B + P, N] and group ids [B + P]; cut advantages computed with them to the
+            first B. Remembered entries of other names or numbers of turns count as not valid.
+
+        Raises:
+            ValueError: shapes do not match.
+        """
+        self._check(signals, group)
+        turns = next(iter(signals.values())).value.shape[1]
+        past = [
+            (name, entry)
+            for name in dict.fromkeys(group.tolist())
+            for entry in self.entries.get(name, ())
+        ]
+        ids = [name for name, entry in past for _ in next(iter(entry.values()))]
+        found = {}
+        for term, signal in signals.items():
+            rows = [row for _, entry in past for row in _rows(entry, term, turns)]
+            numbers = [[float("nan") if x is None else x for x in row] for row in rows]
+            value = torch.tensor(numbers, dtype=signal.value.dtype, device=signal.value.device)
+            value = torch.cat([signal.value, value.reshape(-1, turns)])
+            valid = torch.cat([signal.valid, value[len(signal.valid) :].isfinite()])
+            found[term] = TurnSignal(value, valid)
+        more = torch.tensor(ids, dtype=group.dtype, device=group.device)
+        return found, torch.cat([group, more])
+
+    def updated(self, signals: Mapping[str, TurnSignal], group: Tensor) -> RewardHistory:
+        """Return the history after a round.
+
+        Args:
+            signals: name to signal, each [B, N], as given to ``joined``.
+            group: integer group id of each trajectory, [B].
+
+        Raises:
+            ValueError: shapes do not match.
+        """
+        self._check(signals, group)
+        entries = {name: list(kept) for name, kept in self.entries.items()}
+        for name in dict.fromkeys(group.tolist()):
+            own = group == name
+            entry = {term: _listed(signal, own) for term, signal in signals.items()}
+            entries[name] = [*entries.get(name, ()), entry][-self.rounds :]
+        return RewardHistory(self.rounds, entries)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the entries as JSON holds them."""
+        return {str(name): list(kept) for name, kept in self.entries.items()}
+
+    @classmethod
+    def from_state(cls, rounds: int, state: Mapping[str, Any]) -> RewardHistory:
+        """Return the history that ``state_dict`` was taken from, cut to ``rounds``."""
+        return cls(rounds, {int(name): list(kept)[-rounds:] for name, kept in state.items()})
+
+    def _check(self, signals: Mapping[str, TurnSignal], group: Tensor) -> None:
+        if not signals:
+            raise ValueError("signals: expected at least one, got none")
+        check_rank("group", group, 1, "[B]", maximum=1)
+        shape = next(iter(signals.values())).value.shape
+        for name, signal in signals.items():
+            check_shape(f"signals[{name!r}]", signal.value, (len(group), *shape[1:]), "[B, N]")
+
+
+def _listed(signal: TurnSignal, own: Tensor) -> list[list[float | None]]:
+    """Return some rows of a signal, None where not valid."""
+    rows = zip(signal.value[own].tolist(), signal.valid[own].tolist(), strict=True)
+    return [[x if ok else None for x, ok in zip(*row, strict=True)] for row in rows]
+
+
+def _rows(entry: _Entry, term: str, turns: int) -> list[list[float | None]]:
+    """Return the remembered rows of a term, none of them valid where they do not fit."""
+    count = len(next(iter(entry.values())))
+    rows = entry.get(term, [])
+    fits = len(rows) == count and all(len(row) == turns for row in rows)
+    return rows if fits else [[None] * turns] * count

@@ -1,0 +1,106 @@
+"""The ``mteditflow`` command: one word for each program, imported when it is run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+USAGE = "usage: mteditflow COMMAND [OPTIONS]; mteditflow COMMAND --help lists the options"
+
+
+class Command(NamedTuple):
+    """A program.
+
+    Attributes:
+        about: what it does, in a line.
+        module: module that it lives in.
+        name: a typer application there, or a function that reads ``sys.argv``.
+        extra: extra that has what it imports.
+    """
+
+    about: str
+    module: str
+    name: str
+    extra: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "train a tiny FLUX editor on chains of three edits, in minutes on a CPU",
+        "mteditflow_examples.demo",
+        "app",
+        "train",
+    ),
+    "train": Command(
+        "train FLUX.1-Kontext or FLUX.2-klein; --help lists presets and sections",
+        "mteditflow_examples.train_flux",
+        "main",
+        "train",
+    ),
+    "evaluate": Command(
+        "score an edit pipeline or a folder of images on chains; compare two runs",
+        "mteditflow_examples.evaluate",
+        "app",
+        "train",
+    ),
+    "chains": Command(
+        "convert, check, count and cut files of chains",
+        "mteditflow.chains.__main__",
+        "app",
+        "chains",
+    ),
+    "plan": Command(
+        "plan chains from a folder of images", "mteditflow.planner.__main__", "app", "rewards"
+    ),
+    "judge": Command(
+        "check what a judge's endpoint honors", "mteditflow.rewards.__main__", "app", "rewards"
+    ),
+    "serve": Command(
+        "serve content consistency over HTTP",
+        "mteditflow.rewards.server.__main__",
+        "app",
+        "rewards",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: words after ``mteditflow``; ``None`` takes those of the process.
+
+    Raises:
+        SystemExit: always, with the command's exit code; 2 where there is no such command or an
+            extra that it needs is not installed.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+        sys.stdout.write("\n".join([USAGE, "", *lines, ""]))
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        sys.stdout.write(f"mteditflow {importlib.import_module('mteditflow').__version__}\n")
+        sys.exit(0)
+    if words[0] not in COMMANDS:
+        _refuse(f"command: expected one of {', '.join(COMMANDS)}, got {words[0]!r}")
+    command = COMMANDS[words[0]]
+    try:
+        program = getattr(importlib.import_module(command.module), command.name)
+    except ModuleNotFoundError as error:
+        _refuse(
+            f"mteditflow {words[0]} needs {error.name}: pip install 'mteditflow[{command.extra}]'"
+        )
+    sys.argv = [f"mteditflow {words[0]}", *words[1:]]
+    if command.name == "app":
+        program(prog_name=sys.argv[0])
+    sys.exit(program())
+
+
+def _refuse(message: str) -> None:
+    """Print one line and exit with 2."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)

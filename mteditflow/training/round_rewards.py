@@ -1,0 +1,156 @@
+"""Rewards of a round, aggregated once: what log, selection, watch and advantage read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from mteditflow._reduce import masked_mean
+from mteditflow.advantages.credit import TrajectoryCredit, TurnSignal
+from mteditflow.advantages.group import group_std
+from mteditflow.advantages.selection import GroupSelection, select_groups
+from mteditflow.advantages.turns import turn_average
+from mteditflow.diagnostics import advantage_correlation, variance_ratio, zero_variance_share
+from mteditflow.rewards import TurnScores
+
+LOST = "lost/"
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How the scores of a term become rewards.
+
+    Args:
+        normalize: maps scores [K] to rewards [K], such as ``normalize_likert``.
+        reduce: turns to one reward of the chain, such as ``turn_average`` or ``binary_and``.
+    """
+
+    normalize: Callable[[Tensor], Tensor]
+    reduce: Callable[..., Tensor] = turn_average
+
+
+@dataclass(frozen=True, eq=False)
+class RoundRewards:
+    """Rewards of B trajectories per turn and per trajectory, from the scores of all ranks.
+
+    Args:
+        terms: scores per turn by name, each [B, N].
+        aggregations: how each reward comes from the scores of its term.
+        group: integer group id of each trajectory, [B].
+        trained: names of the rewards that are trained on, which ``means`` and ``numbers`` tell of;
+            ``None`` means all.
+
+    Attributes:
+        turn: reward of each turn, [B, N], by name.
+        whole: reward of the trajectory given to each of its turns, [B, N], by name.
+
+    Raises:
+        KeyError: an aggregation has no term.
+
+    Example:
+        >>> from mteditflow import normalize_likert
+        >>> scores = TurnScores(torch.tensor([[5.0], [1.0]]), torch.ones(2, 1) > 0, {})
+        >>> how = {"following": Aggregation(normalize_likert)}
+        >>> rewards = RoundRewards({"following": scores}, how, group=torch.tensor([0, 0]))
+        >>> numbers = rewards.numbers()
+        >>> numbers["reward/following"], numbers["score/following/turn_1"], numbers["invalid_share"]
+        (0.5, 3.0, 0.0)
+    """
+
+    terms: Mapping[str, TurnScores]
+    aggregations: Mapping[str, Aggregation]
+    group: Tensor
+    trained: Sequence[str] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the rewards that are trained on."""
+        return list(self.aggregations if self.trained is None else self.trained)
+
+    @cached_property
+    def turn(self) -> dict[str, TurnSignal]:
+        """Reward of each turn, [B, N], by name."""
+        return {
+            name: self.terms[name].turn_reward(aggregation.normalize)
+            for name, aggregation in self.aggregations.items()
+        }
+
+    @cached_property
+    def whole(self) -> dict[str, TurnSignal]:
+        """Reward of the trajectory given to each of its turns, [B, N], by name."""
+        return {
+            name: self.terms[name].credited(
+                signal.value, TrajectoryCredit(self.aggregations[name].reduce)
+            )
+            for name, signal in self.turn.items()
+        }
+
+    def reward(self, name: str) -> TurnSignal:
+        """Return one reward per trajectory, [B]; NaN where not valid."""
+        value, valid = self.whole[name]
+        return TurnSignal(value[:, 0], valid[:, 0])
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of each reward over its valid trajectories; NaN where there is none."""
+        pairs = {name: self.reward(name) for name in self.names}
+        return {name: float(value[valid].mean()) for name, (value, valid) in pairs.items()}
+
+    def informative(self, name: str, *, top: float = 1.0, bottom: float = 0.0) -> GroupSelection:
+        """Select the groups whose members differ; see ``mteditflow.select_groups``."""
+        value, valid = self.reward(name)
+        return select_groups(value, self.group, valid=valid, top=top, bottom=bottom)
+
+    def spreads(self, name: str) -> dict[int, float]:
+        """Return the std of a reward in each group that has two valid members or more."""
+        value, valid = self.reward(name)
+        members = Counter(self.group[valid].tolist())
+        spread = group_std(value, self.group, valid=valid)
+        found = dict(zip(self.group.tolist(), spread.tolist(), strict=True))
+        return {group: found[group] for group, count in members.items() if count > 1}
+
+    def numbers(self) -> dict[str, float]:
+        """Summarize the round, flat, as ``metrics.jsonl`` and every tracker take it.
+
+        Returns:
+            By name (NaN where nothing is valid): "reward/<term>", the mean over valid trajectories;
+            "score/<term>/turn_<n>", the mean score of a turn; "group/<term>/std", the mean standard
+            deviation inside groups, and "group/<term>/no_spread", the share of groups without any;
+            "group/variance_ratio/<term>/<term>" and "group/correlation/<term>/<term>" inside
+            groups; "invalid_share", of trajectories that are not trained on; "trajectories", B; and
+            "lost/<reason>", trajectories that lost a score, each counted once.
+        """
+        rewards = {name: self.reward(name) for name in self.names}
+        valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
+        numbers = {f"reward/{name}": mean for name, mean in self.means.items()}
+        for name, reward in rewards.items():
+            spread = group_std(reward.value, self.group, valid=reward.valid)
+            numbers[f"group/{name}/std"] = float(masked_mean(spread, reward.valid))
+            same = zero_variance_share(reward.value, self.group, valid=reward.valid)
+            numbers[f"group/{name}/no_spread"] = float(same)
+        for (a, first), (b, second) in combinations(rewards.items(), 2):
+            pair = (first.value, second.value, self.group)
+            numbers[f"group/variance_ratio/{a}/{b}"] = float(variance_ratio(*pair, valid=valid))
+            numbers[f"group/correlation/{a}/{b}"] = float(advantage_correlation(*pair, valid=valid))
+        for name, scores in self.terms.items():
+            means = scores.score.nanmean(dim=0).tolist()
+            numbers |= {f"score/{name}/turn_{n}": x for n, x in enumerate(means, start=1)}
+        numbers["invalid_share"] = float((~valid).float().mean())
+        numbers["trajectories"] = len(valid)
+        lost = lost_reasons(self.terms)
+        return numbers | {f"{LOST}{reason}": count for reason, count in lost.items()}
+
+
+def lost_reasons(terms: Mapping[str, TurnScores]) -> dict[str, int]:
+    """Count trajectories that lost a score by the reason of the first one, most frequent first."""
+    first: dict[int, str] = {}
+    for scores in terms.values():
+        for (b, _), lost in sorted(scores.lost.items(), key=lambda item: item[0]):
+            first.setdefault(b, lost.fault.value)
+    return dict(Counter(first.values()).most_common())
