@@ -170,16 +170,8 @@ class Trajectory:
             >>> rollouts.steps(*rollouts.step_mask.nonzero(as_tuple=True)).x_t.shape
             torch.Size([18, 8])
         """
-        check_tensor("trajectory", trajectory)
-        check_shape("trajectory", trajectory, (trajectory.numel(),), "[M]")
-        b, n, s = self.log_prob.shape
-        rows = (("trajectory", trajectory, b), ("turn", turn, n), ("step", step, s))
-        for name, index, size in rows:
-            check_shape(name, index, trajectory.shape, "of trajectory")
-            if index.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"{name}: expected int64 or int32 indices, got {index.dtype}")
-            within = (index >= 0) & (index < size)
-            check_values(name, index, within, f"indices in 0..{size - 1}")
+        names = ("trajectory", "turn", "step")
+        self._check_indices(names, (trajectory, turn, step))
         return Steps(
             x_t=self.latents[trajectory, turn, step],
             next_x=self.latents[trajectory, turn, step + 1],
@@ -187,6 +179,51 @@ class Trajectory:
             next_sigma=self.sigmas[turn, step + 1],
             log_prob=self.log_prob[trajectory, turn, step],
         )
+
+    def steps_at(self, rows: Tensor) -> Steps:
+        """Gather any steps as rows, by one index tensor.
+
+        Args:
+            rows: trajectory, turn and step of each row, integer [M, 3].
+
+        Returns:
+            As ``steps``.
+
+        Raises:
+            ValueError: ``rows`` is not [M, 3], or an index is out of range.
+            TypeError: ``rows`` is not int64 or int32.
+        """
+        check_shape("rows", rows, (*rows.shape[:1], 3), "[M, 3]")
+        return self.steps(*rows.unbind(1))
+
+    def clean_at(self, at: Tensor) -> Tensor:
+        """Gather final latents of any turns as rows.
+
+        Args:
+            at: trajectory and turn of each row, integer [M, 2].
+
+        Returns:
+            [M, ...]: rows of ``clean``, in the order of the indices.
+
+        Raises:
+            ValueError: ``at`` is not [M, 2], or an index is out of range.
+            TypeError: ``at`` is not int64 or int32.
+        """
+        check_shape("at", at, (*at.shape[:1], 2), "[M, 2]")
+        trajectory, turn = at.unbind(1)
+        self._check_indices(("trajectory", "turn"), (trajectory, turn))
+        return self.latents[trajectory, turn, -1]
+
+    def _check_indices(self, names: Sequence[str], indices: Sequence[Tensor]) -> None:
+        """Raise unless the indices are integer [M], each within its axis of [B, N, S]."""
+        check_tensor(names[0], indices[0])
+        check_shape(names[0], indices[0], (indices[0].numel(),), "[M]")
+        for name, index, size in zip(names, indices, self.log_prob.shape, strict=False):
+            check_shape(name, index, indices[0].shape, f"of {names[0]}")
+            if index.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"{name}: expected int64 or int32 indices, got {index.dtype}")
+            within = (index >= 0) & (index < size)
+            check_values(name, index, within, f"indices in 0..{size - 1}")
 
     def select(self, index: Tensor | slice) -> Trajectory:
         """Some trajectories.

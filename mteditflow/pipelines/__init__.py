@@ -17,7 +17,7 @@ from mteditflow.pipelines.families import FAMILIES, Family
 from mteditflow.pipelines.prompts import Prompts
 from mteditflow.pipelines.recognise import ReplayError
 from mteditflow.pipelines.recorder import Recorder
-from mteditflow.pipelines.rollout import Rollout
+from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "Recorder",
     "ReplayError",
     "Rollout",
+    "RolloutVelocity",
     "Step",
 ]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mteditflow._checks import check_floating, check_rank, check_shape, check_step_values
-from mteditflow.flow.trajectory import Trajectory
+from mteditflow.flow.trajectory import Steps, Trajectory
+from mteditflow.pipelines.adapters import LoraPolicies
 from mteditflow.pipelines.conditioning import (
     Conditioning,
     map_tensors,
@@ -48,6 +49,34 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.trajectory)
+
+    @property
+    def group(self) -> Tensor:
+        """Integer group id of each trajectory, [B]."""
+        return self.trajectory.group
+
+    @property
+    def turn_mask(self) -> Tensor:
+        """Turns that exist, boolean [B, N]."""
+        return self.trajectory.turn_mask
+
+    @property
+    def step_mask(self) -> Tensor:
+        """Steps that exist and have a density, boolean [B, N, S]."""
+        return self.trajectory.step_mask
+
+    @property
+    def reduction(self) -> str:
+        """Reduction of the stored log-probs over elements, "mean" or "sum"."""
+        return self.trajectory.reduction
+
+    def clean_at(self, at: Tensor) -> Tensor:
+        """Final latents of any turns, [M, ...]; ``at`` [M, 2] as in ``Trajectory.clean_at``."""
+        return self.trajectory.clean_at(at)
+
+    def steps_at(self, rows: Tensor) -> Steps:
+        """Stored steps as M rows; ``rows`` [M, 3] as in ``Trajectory.steps_at``."""
+        return self.trajectory.steps_at(rows)
 
     def velocity(
         self, model: nn.Module, x_t: Tensor, sigma: Tensor, trajectory: Tensor, turn: Tensor
@@ -165,6 +194,84 @@ class Rollout:
             share_equal_tensors([record for part in parts for record in part.conditioning]),
             torch.cat(indices),
         )
+
+
+class RolloutVelocity:
+    """Velocity of any policy at any state of a recorded rollout: what objectives call.
+
+    The current policy is the model outside of any ``LoraPolicies.use``, so that gradient
+    checkpointing recomputes the right policy in the backward pass. All others run without gradient.
+
+    Args:
+        policies: policies on the model of the rollout.
+        rollout: the recorded rollout of the samples.
+        teacher: policy ("current", "old", "ema" or "reference") and rollout of a teacher, such as
+            ("reference", the same edits of clean images) for self-distillation; its trajectories
+            and turns line up with those of ``rollout``. None: there is no policy "teacher".
+
+    Raises:
+        ValueError: there is no such policy, or the teacher's rollout has another number of
+            trajectories or turns.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 4-5: what both objectives evaluate.
+
+    Example:
+        NFT on one noisy version of the clean latent of every turn::
+
+            velocity = RolloutVelocity(policies, rollout)
+            at = rollout.turn_mask.nonzero()
+            clean = rollout.clean_at(at)
+            noise, sigma = torch.randn_like(clean), torch.rand(len(clean))
+            x_t = interpolate(clean, noise, sigma)
+            current, old = velocity("current", x_t, sigma, at), velocity("old", x_t, sigma, at)
+    """
+
+    def __init__(
+        self,
+        policies: LoraPolicies,
+        rollout: Rollout,
+        *,
+        teacher: tuple[str, Rollout] | None = None,
+    ) -> None:
+        self._policies, self._rollout, self._teacher = policies, rollout, teacher
+        if teacher is not None:
+            policy, taught = teacher
+            with policies.use(policy):  # raises for an unknown policy
+                shape = rollout.turn_mask.shape
+                check_shape("teacher: turn_mask", taught.turn_mask, shape, "[B, N] of the rollout")
+
+    def __call__(self, policy: str, x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
+        """Velocity of a policy under the recorded conditioning of each row.
+
+        Args:
+            policy: "current", "old", "reference", "ema" if there is one, or "teacher" if given.
+            x_t: noisy latents, [M, ...], in the layout of the rollout's latents.
+            sigma: flow time of each row, [M], in [0, 1].
+            at: trajectory and turn of each row, integer [M, 2], on the CPU.
+
+        Returns:
+            [M, ...], float32 at least, as ``Rollout.velocity``. Gradient flows to the adapter of
+            "current" and to ``x_t`` under that policy only.
+
+        Raises:
+            ValueError: there is no such policy, shapes differ, sigma lies outside [0, 1], or a turn
+                is none of its trajectory.
+            IndexError: an index is out of range.
+            TypeError: ``x_t`` or ``sigma`` is not floating point.
+        """
+        check_shape("at", at, (len(x_t), 2), "[M, 2]")
+        rollout, model = self._rollout, self._policies.model
+        if policy == "current":
+            return rollout.velocity(model, x_t, sigma, *at.unbind(1))
+        if policy == "teacher":
+            if self._teacher is None:
+                raise ValueError(
+                    "policy: there is no 'teacher'; make RolloutVelocity with teacher=(policy, "
+                    "rollout)"
+                )
+            policy, rollout = self._teacher
+        with torch.no_grad(), self._policies.use(policy):
+            return rollout.velocity(model, x_t, sigma, *at.unbind(1))
 
 
 def replay_rows(

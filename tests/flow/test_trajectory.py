@@ -222,6 +222,40 @@ def test_steps_errors(position, name, size):
 # ------------------------------------------------------------------------ select and concatenate
 
 
+def test_rows_of_one_index_tensor_are_those_of_its_columns():
+    trajectory = make(3)
+    rows = trajectory.step_mask.nonzero()
+    for ours, theirs in zip(trajectory.steps_at(rows), trajectory.steps(*rows.T), strict=True):
+        assert torch.equal(ours, theirs)
+    at = torch.tensor([[3, 2], [0, 0], [3, 2]])
+    for dtype in (torch.int64, torch.int32):
+        clean = trajectory.clean_at(at.to(dtype))
+        assert torch.equal(clean, torch.stack([trajectory.latents[b, n, S] for b, n in at]))
+    assert trajectory.clean_at(at[:0]).shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ([[0, 3]], ValueError, r"^turn: expected indices in 0\.\.2, got 3 at index \[0\]$"),
+        ([[-1, 0]], ValueError, r"^trajectory: expected indices in 0\.\.3, got -1"),
+        ([[0.0, 0.0]], TypeError, r"^trajectory: expected int64 or int32 indices, got torch.float"),
+        ([0, 0], ValueError, r"^at: expected shape \[M, 2\] = \[2, 2\], got \[2\]$"),
+        ([[0, 0, 0]], ValueError, r"^at: expected shape \[M, 2\] = \[1, 2\], got \[1, 3\]$"),
+    ],
+)
+def test_clean_at_errors(index, error, message):
+    with pytest.raises(error, match=message):
+        make().clean_at(torch.tensor(index))
+
+
+def test_steps_at_errors():
+    with pytest.raises(ValueError, match=r"^rows: expected shape \[M, 3\] = \[1, 3\]"):
+        make().steps_at(torch.tensor([[0, 0]]))
+    with pytest.raises(ValueError, match=r"^step: expected indices in 0\.\.1, got 2"):
+        make().steps_at(torch.tensor([[0, 0, 2]]))
+
+
 def test_select_golden():
     trajectory = make()
     for index in (torch.tensor([3, 1]), slice(1, 3), trajectory.group == 0):

@@ -7,7 +7,7 @@ from tiny import CHAIN, call, picture, replay, roll_out
 from torch import nn
 
 from mteditflow import FlowSDE, interpolate, nft_loss, trajectory_generators, velocity_target
-from mteditflow.pipelines import LoraPolicies
+from mteditflow.pipelines import LoraPolicies, RolloutVelocity
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -354,6 +354,100 @@ def test_loading_another_adapter_is_refused_and_changes_nothing(policies):
         with pytest.raises(ValueError, match="names or shapes are not those of the adapter"):
             policies.load_state_dict(wrong)
     assert all(torch.equal(p, w) for p, w in zip(policies.parameters(), weights, strict=True))
+
+
+# Velocities for objectives.
+
+
+@pytest.fixture
+def states(pipeline, policies):
+    """A rollout, and two noisy states of its turns: x_t, sigma, at."""
+    rollout = roll_out(pipeline, turns=2)
+    at = torch.tensor([[1, 0], [0, 1]])
+    return rollout, (rollout.clean_at(at), torch.tensor([0.3, 0.8]), at)
+
+
+@pytest.mark.parametrize("policy", ["old", "reference"])
+def test_a_velocity_is_that_of_its_policy_without_gradient(policies, states, policy):
+    rollout, (x_t, sigma, at) = states
+    velocity = RolloutVelocity(policies, rollout)(policy, x_t.requires_grad_(), sigma, at)
+    assert not velocity.requires_grad
+    with policies.use(policy):
+        assert torch.equal(velocity, rollout.velocity(policies.model, x_t, sigma, *at.T))
+    assert not torch.equal(velocity, rollout.velocity(policies.model, x_t, sigma, *at.T))
+
+
+def test_the_current_velocity_takes_gradients_also_when_blocks_are_recomputed(policies, states):
+    """Backward comes after another policy was called: it must recompute the current one."""
+    rollout, rows = states
+    velocity = RolloutVelocity(policies, rollout)
+
+    def gradients():
+        loss = velocity("current", *rows).square().sum()
+        velocity("reference", *rows)
+        return torch.autograd.grad(loss, policies.parameters())
+
+    plain = gradients()
+    assert any(g.abs().max() > 0 for g in plain)
+    policies.model.enable_gradient_checkpointing()
+    policies.model.train()
+    for ours, theirs in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_current_velocity_enters_no_context_of_a_policy(policies, states, monkeypatch):
+    rollout, rows = states
+    expected = rollout.velocity(policies.model, *rows[:2], *rows[2].T)
+    monkeypatch.delattr(LoraPolicies, "use")
+    assert torch.equal(RolloutVelocity(policies, rollout)("current", *rows), expected)
+
+
+def test_a_teacher_is_a_policy_on_a_rollout_of_its_own(pipeline, policies, states):
+    rollout, (x_t, sigma, at) = states
+    clean = roll_out(pipeline, turns=2, steps=1).select(torch.tensor([1, 0]))
+    velocity = RolloutVelocity(policies, rollout, teacher=("reference", clean))
+    taught = velocity("teacher", x_t, sigma, at)
+    with policies.use("reference"), torch.no_grad():
+        assert torch.equal(taught, clean.velocity(policies.model, x_t, sigma, *at.T))
+    assert not torch.equal(taught, velocity("reference", x_t, sigma, at))
+
+
+def test_an_average_has_velocities_where_there_is_one(kontext):
+    policies = LoraPolicies(kontext.transformer, config(), ema=True)
+    disturb(policies.parameters())
+    rollout = roll_out(kontext, turns=1)
+    rows = rollout.clean_at(torch.tensor([[0, 0]])), torch.tensor([0.5]), torch.tensor([[0, 0]])
+    velocity = RolloutVelocity(policies, rollout)
+    assert torch.equal(velocity("ema", *rows), velocity("reference", *rows))
+    assert not torch.equal(velocity("ema", *rows), velocity("current", *rows))
+
+
+def test_velocities_refuse_what_is_not_there(policies, states):
+    rollout, (x_t, sigma, at) = states
+    velocity = RolloutVelocity(policies, rollout)
+    with pytest.raises(ValueError, match=r"^policy: there is no 'teacher'; make RolloutVelocity"):
+        velocity("teacher", x_t, sigma, at)
+    with pytest.raises(ValueError, match=r"^policy: there is no 'ema'"):
+        velocity("ema", x_t, sigma, at)
+    with pytest.raises(ValueError, match=r"^policy: .*new"):
+        velocity("new", x_t, sigma, at)
+    with pytest.raises(ValueError, match=r"^at: expected shape \[M, 2\] = \[2, 2\]"):
+        velocity("current", x_t, sigma, at[:, :1])
+    with pytest.raises(ValueError, match=r"^policy: .*new"):
+        RolloutVelocity(policies, rollout, teacher=("new", rollout))
+    with pytest.raises(ValueError, match=r"^teacher: turn_mask: expected shape \[B, N\]"):
+        RolloutVelocity(policies, rollout, teacher=("old", rollout.select(slice(1))))
+
+
+def test_a_rollout_offers_what_objectives_sample(states):
+    rollout, _ = states
+    trajectory = rollout.trajectory
+    for name in ("group", "turn_mask", "step_mask"):
+        assert torch.equal(getattr(rollout, name), getattr(trajectory, name))
+    assert rollout.reduction == trajectory.reduction
+    at, rows = torch.tensor([[1, 0]]), torch.tensor([[1, 0, 2]])
+    assert torch.equal(rollout.clean_at(at), trajectory.clean[1:2, 0])
+    assert torch.equal(rollout.steps_at(rows).x_t, trajectory.latents[1:2, 0, 2])
 
 
 # The averaged policy.
