@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from mteditflow import RatioCheck, gather_ranks
-from mteditflow.chains import Chain, ChainError, GroupSampler, TeachingSampler, collate_chains
+from mteditflow.chains import Chain, ChainError, GroupSampler, InformativeSampler, collate_chains
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError, Reward, TurnScores
 from mteditflow.training import (
@@ -91,7 +91,7 @@ class Run:
                 f"each of {ranks} ranks, got {training.minibatches}"
             )
         self._chains = load_chains(data, data.chains, config.model.resolution, log)
-        sampler = GroupSampler if data.draw == "epochs" else TeachingSampler
+        sampler = GroupSampler if data.draw == "epochs" else InformativeSampler
         self._sampler = sampler(
             self._chains,
             groups=data.groups,
@@ -153,7 +153,7 @@ class Run:
 
     def _learn(self) -> None:
         """Take from a round that is done what the next one depends on."""
-        if isinstance(self._sampler, TeachingSampler):
+        if isinstance(self._sampler, InformativeSampler):
             self._sampler.step(self._spreads)
         else:
             self._sampler.step()
