@@ -26,7 +26,7 @@ Made by `python -m docs.render_support` with diffusers {version}; do not edit. I
 
 Nothing is patched, and nothing is known of a pipeline's class: `Recorder` recognises by equality of
 tensors where a call holds the noisy sample, how it tells the time, and how the outputs become the
-scheduler's velocity (`mteditflow/pipelines/`: `layouts.py`, `recognise.py`, `guidance.py`). Other
+scheduler's velocity (`mteditflow/pipelines/`: `recognize.py`, `guidance.py`). Other
 pipelines that talk to their transformer in one of these ways are supported without being listed;
 all others are refused with the reason.
 

@@ -12,13 +12,19 @@ except ImportError as error:
     ) from error
 
 from mteditflow.chains.dataset import Batch, ChainDataset, Example, collate_chains
-from mteditflow.chains.errors import ChainError
+from mteditflow.chains.files import (
+    Reading,
+    Refused,
+    Skipped,
+    Writing,
+    iter_chains,
+    read_chains,
+    recognise,
+    write_chains,
+)
 from mteditflow.chains.formats import FORMATS
-from mteditflow.chains.readers import Reading, Skipped, iter_chains, read_chains, recognise
-from mteditflow.chains.record import TASK_TYPES, Chain, TaskType
-from mteditflow.chains.sampler import GroupSampler
-from mteditflow.chains.teaching import InformativeSampler
-from mteditflow.chains.writers import Refused, Writing, write_chains
+from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, TaskType
+from mteditflow.chains.sampler import GroupSampler, InformativeSampler
 
 __all__ = [
     "FORMATS",

@@ -38,7 +38,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="File to write; an old one is replaced.")],
     from_: Annotated[
         str | None,
-        typer.Option("--from", help=f"Format to read: {NAMES}; else told from the content."),
+        typer.Option("--from", help=f"Format to read: {NAMES}; else recognized by the content."),
     ] = None,
     to: Annotated[str, typer.Option(help=f"Format to write: {NAMES}.")] = "native",
     images: Images = None,
@@ -77,12 +77,12 @@ def check(
     file: File,
     format: Annotated[  # noqa: A002
         str | None,
-        typer.Option(help=f"Format of the file: {NAMES}; else told from the content."),
+        typer.Option(help=f"Format of the file: {NAMES}; else recognized by the content."),
     ] = None,
     images: Images = None,
     check_images: Annotated[bool, typer.Option(help="Look whether each image is there.")] = True,
 ) -> None:
-    """Read a file of chains, and say what is wrong with it. The exit code is 1 if anything is."""
+    """Read a file of chains and list its bad lines. The exit code is 1 if there are any."""
     turns: Counter[int] = Counter()
     bad: list[str] = []
     with _one_line_errors():

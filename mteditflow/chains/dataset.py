@@ -10,8 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mteditflow.chains.errors import ChainError
-from mteditflow.chains.record import Chain
+from mteditflow.chains.record import Chain, ChainError
 
 
 class Example(NamedTuple):
@@ -106,7 +105,7 @@ def _load_image(chain: Chain) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; transparency is dropped, the colours below it show."""
+    """Convert to RGB; transparency is dropped, the colors below it show."""
     if image.mode.startswith(("I", "F")):  # PIL would cut the range off
         raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mteditflow.chains.errors import first_error
+from mteditflow.chains.record import first_error
 from mteditflow.rewards import Fault, Lost, TurnScores
 
 

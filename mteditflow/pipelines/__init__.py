@@ -11,11 +11,11 @@ except ImportError as error:
         f"mteditflow.pipelines needs {error.name}: pip install 'mteditflow[diffusers]'"
     ) from error
 
-from mteditflow.pipelines.adapters import LoraPolicies
+from mteditflow.pipelines.chain_calls import Prompts
 from mteditflow.pipelines.editor import Editor, Part
 from mteditflow.pipelines.families import FAMILIES, Family
-from mteditflow.pipelines.prompts import Prompts
-from mteditflow.pipelines.recognise import ReplayError
+from mteditflow.pipelines.policies import LoraPolicies
+from mteditflow.pipelines.recognize import ReplayError
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step

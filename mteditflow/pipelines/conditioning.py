@@ -1,4 +1,4 @@
-"""What one pipeline call told its transformer, kept once, and handed out again row by row."""
+"""Recorded arguments of the transformer, stored once per pipeline call and replayed row by row."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mteditflow.pipelines.guidance import Guidance
-from mteditflow.pipelines.recognise import Clock, Place, ReplayError
+from mteditflow.pipelines.recognize import Clock, Place, ReplayError, in_memory, repeat_rows
 
 
 class Rows(NamedTuple):
@@ -31,9 +31,9 @@ class Recipe(NamedTuple):
 
     Attributes:
         place: where a call holds the sample, of all its branches.
-        time_name: the argument that tells the flow time.
+        time_name: the argument that holds the flow time.
         time_dtype: its dtype.
-        clock: what makes it of the scheduler's timestep.
+        clock: the function from the scheduler's timestep to it.
         timesteps: the timestep of sigma = 1, 1000 in all known pipelines.
         time_axes: its shape behind the batch, such as (tokens,) for one time per token.
         velocity_dtype: dtype of the scheduler's velocity, in which branches combine.
@@ -190,13 +190,7 @@ def map_tensors(
             return Entries(tuple(leaf(value) for value in x.values))
         return once(x) if isinstance(x, Tensor) else x
 
-    return tuple(
-        Conditioning(
-            record.recipe,
-            tuple(Branch(map_leaves(leaf, b.arguments), leaf(b.rest)) for b in record.branches),
-        )
-        for record in records
-    )
+    return _map_branches(records, leaf)
 
 
 def map_signature(tree: Any) -> Hashable:
@@ -230,10 +224,50 @@ def share_equal_tensors(records: Sequence[Conditioning]) -> tuple[Conditioning, 
         kept.append(x)
         return x
 
+    return _map_branches(records, pooled)
+
+
+def _map_branches(
+    records: Sequence[Conditioning], leaf: Callable[[Any], Any]
+) -> tuple[Conditioning, ...]:
+    """The records with ``leaf`` applied to the arguments and rest of every branch."""
     return tuple(
         Conditioning(
             record.recipe,
-            tuple(Branch(map_leaves(pooled, b.arguments), b.rest) for b in record.branches),
+            tuple(Branch(map_leaves(leaf, b.arguments), leaf(b.rest)) for b in record.branches),
         )
         for record in records
     )
+
+
+def replay_rows(
+    model: nn.Module,
+    records: Sequence[Conditioning],
+    rows: Sequence[int],
+    x_t: Tensor,
+    sigma: Tensor,
+) -> Tensor:
+    """Velocity [M, ...] where row m has the conditioning of row ``rows[m]`` of ``records[m]``.
+
+    The records have equal signatures: their rows fit into one batch.
+    """
+    recipe = records[0].recipe
+    place = recipe.place
+    sample = in_memory(repeat_rows(x_t.to(place.dtype), place.copies), place.axes)
+    time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
+    time = repeat_rows(time, place.copies).reshape(-1, *[1] * len(recipe.time_axes))
+    picked = [*rows] * place.copies
+    outputs: list[Tensor] = []
+    branches = list(zip(*(record.branches for record in records), strict=True))
+    for first in range(0, len(branches), place.copies):
+        held = [branch for batch in branches[first : first + place.copies] for branch in batch]
+        rests = [branch.rest for branch in held]
+        rest = None if rests[0] is None else select_rows(rests, picked, x_t.device)
+        arguments = select_rows([branch.arguments for branch in held], picked, x_t.device)
+        arguments[place.name] = place.layout.join(sample, rest)
+        arguments[recipe.time_name] = time.expand(-1, *recipe.time_axes)
+        output = place.layout.velocity(model(**arguments)[0], sample)
+        outputs += output.to(recipe.velocity_dtype).chunk(place.copies)
+    combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
+    turned = combined if recipe.sign > 0 else -combined
+    return turned.to(torch.promote_types(turned.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""An editor that is asked for whole chains: its unpatched pipeline is called turn by turn."""
+"""An editor that samples whole chains: its unpatched pipeline is called turn by turn."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from mteditflow._checks import check_count, check_shape
 from mteditflow.flow.solvers import Solver
-from mteditflow.pipelines.chain_calls import ChainCalls
+from mteditflow.pipelines.chain_calls import ChainCalls, Prompts
 from mteditflow.pipelines.families import Family, find_family
-from mteditflow.pipelines.loading import load_prompts, load_sampling
-from mteditflow.pipelines.prompts import Prompts
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout
 
@@ -27,7 +25,7 @@ COMPILATIONS = 64  # of one kind of block: policies x gradients or none x batch 
 
 @dataclass(frozen=True)
 class Part:
-    """Some trajectories of a rollout, finished.
+    """Finished trajectories of a rollout.
 
     Attributes:
         rows: which of the batch.
@@ -44,15 +42,15 @@ class Editor:
     """FLUX.1-Kontext or FLUX.2-klein for training: chains of edits, recorded or not.
 
     Made by ``Editor.load``. The pipeline that samples holds no text encoders: instructions are
-    embedded once each, and encoders are on the device only while they work. What a trajectory
-    becomes depends on its reference, its instructions, its generator and the weights alone, up to
-    the rounding of kernels in batches of another size (and what 8-bit images make of that). It
-    equals bit for bit what the full pipeline gives to the same reference, prompts and generator.
+    embedded once each, and encoders are on the device only while they work. A trajectory depends on
+    its reference, its instructions, its generator and the weights alone, up to the rounding of
+    kernels in batches of another size (and of 8-bit images). It equals bit for bit the output of
+    the full pipeline for the same reference, prompts and generator.
 
     Attributes:
         pipeline: the sampling pipeline; for ``LoraPolicies.save`` too.
-        family: what is particular to its class.
-        options: what every call of the pipeline is given.
+        family: the family of its class.
+        options: options of every call of the pipeline.
 
     Example:
         GRPO on Kontext::
@@ -125,7 +123,7 @@ class Editor:
         """
         family = find_family(DiffusionPipeline.load_config(source)["_class_name"])
         options = family.call_options(call or {})
-        pipeline = load_sampling(source, family, dtype, device)
+        pipeline = _load_pipeline(source, family, dtype, device)
         if attention_backend is not None:
             pipeline.transformer.set_attention_backend(attention_backend)
         if gradient_checkpointing:
@@ -139,7 +137,7 @@ class Editor:
             pipeline.vae.enable_slicing()
         if vae_tiling:
             pipeline.vae.enable_tiling()
-        prompts = load_prompts(
+        prompts = _load_prompts(
             source, family, dtype, device, options=options, capacity=prompt_cache
         )
         return cls(pipeline, family, call or {}, prompts)
@@ -193,7 +191,7 @@ class Editor:
     ) -> Iterator[Part]:
         """Edit chains and record them, part by part, so that rewards can begin with the first.
 
-        Samples the policy that the model is when a part is asked for, in eval mode. Kontext edits a
+        Samples the policy that is active when a part is requested, in eval mode. Kontext edits a
         part in one call per turn, each distinct reference encoded once. klein is called for one
         trajectory at a time, because it takes several images for several references of one edit,
         and no latents.
@@ -212,7 +210,7 @@ class Editor:
             verify: prove on the first call that the record can be replayed, by one more forward.
 
         Returns:
-            The parts in order, each sampled when it is asked for; ``Rollout.concatenate`` joins
+            The parts in order, each sampled when it is requested; ``Rollout.concatenate`` joins
             their records.
 
         Raises:
@@ -298,3 +296,45 @@ def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) 
     return Part(
         rows, [chain for chains in images for chain in chains], Rollout.concatenate(rollouts)
     )
+
+
+def _load_pipeline(
+    source: str | os.PathLike[str], family: Family, dtype: torch.dtype, device: torch.device | str
+) -> DiffusionPipeline:
+    """The pipeline without its text parts, on the device, frozen, quiet and in eval mode."""
+    without = dict.fromkeys(family.text_parts)
+    pipeline = family.pipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in _modules(pipeline):
+        module.eval().requires_grad_(False)
+    return pipeline
+
+
+def _load_prompts(
+    source: str | os.PathLike[str],
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    options: Mapping[str, Any],
+    capacity: int,
+) -> Prompts:
+    """The text parts alone, on the host, with a cache of ``capacity`` embeddings.
+
+    They encode as a call of the full pipeline with these call options does.
+    """
+    texts = family.pipeline.from_pretrained(source, dtype=dtype, transformer=None, vae=None)
+    encoders = _modules(texts)
+    for module in encoders:
+        module.eval().requires_grad_(False)
+    text_options = family.text_options(options)
+
+    def encode(text: str) -> Sequence[Tensor]:
+        *embeddings, _ = texts.encode_prompt(prompt=text, device="cpu", **text_options)
+        return list(embeddings)
+
+    return Prompts(encode, encoders, device, capacity=capacity)
+
+
+def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]

@@ -1,4 +1,4 @@
-"""The families of editors that can be loaded by name: what differs between them, and no more."""
+"""Families of editors that can be loaded by name, and the differences between them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxKontextPipeline
 from torch import nn
 
 _GIVEN_BY_EDITOR = {
-    "self",
-    "image",
-    "prompt",
-    "prompt_2",
-    "negative_prompt_2",
-    "generator",
-    "latents",
-    "num_images_per_prompt",
-    "output_type",
-    "return_dict",
+    *("self", "image", "prompt", "prompt_2", "negative_prompt_2", "generator", "latents"),
+    *("num_images_per_prompt", "output_type", "return_dict"),
 }
 
 
@@ -34,7 +26,7 @@ class Family:
         text_parts: its components that only turn an instruction into embeddings.
         embeddings: names under which a call takes them, in the order of ``encode_prompt``; those of
             a negative prompt have ``negative_`` before.
-        negative_prompt: tells the negative prompt of call options, None without guidance by one.
+        negative_prompt: returns the negative prompt of call options, None without guidance by one.
         lora_targets: how the names of adapted layers end: attention and feed-forward of both kinds
             of blocks, fused projections included, without modulation, embedders and head.
         takes_batch: whether one call edits several images, each by its own instruction, and takes
@@ -59,7 +51,7 @@ class Family:
         ``max_area`` of Kontext, which overrules height and width, is their product if not given.
 
         Raises:
-            ValueError: an option is unknown to the pipeline, or the editor's own business.
+            ValueError: an option is unknown to the pipeline, or set by the editor itself.
         """
         known = self._known_options()
         for name in given:
@@ -122,7 +114,7 @@ _ATTENTION = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 
-#: The families of editors that are known by name.
+#: Families of editors that can be loaded by name.
 FAMILIES = (
     Family(
         name="kontext",

@@ -1,4 +1,4 @@
-"""Records what a pipeline does while it is called as usual, and proves that it can be replayed."""
+"""Record what a pipeline does while it is called as usual, and prove that it can be replayed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from mteditflow.flow.solvers import Solver
 from mteditflow.flow.trajectory import Trajectory
-from mteditflow.pipelines.conditioning import map_leaves, share_equal_tensors
-from mteditflow.pipelines.pattern import Recorded, Version
-from mteditflow.pipelines.recognise import Call, ReplayError
-from mteditflow.pipelines.rollout import Rollout, replay_rows
-from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
-from mteditflow.pipelines.supported import check_pipeline
-from mteditflow.pipelines.turn import Turn
+from mteditflow.pipelines.conditioning import map_leaves, replay_rows, share_equal_tensors
+from mteditflow.pipelines.recognize import Call, ReplayError
+from mteditflow.pipelines.rollout import Rollout
+from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step, check_pipeline
+from mteditflow.pipelines.turn import Recorded, Turn, Version
 
 
 class Recorder:
@@ -30,7 +28,7 @@ class Recorder:
     context are the turns of one chain, in order. While it records, the recorder proves that what it
     keeps suffices: at every step the transformer's outputs must make exactly the velocity that the
     scheduler is given, from the sample that it returned before, with arguments that do not change.
-    What it cannot prove it refuses. Sample in eval mode, and replay under the same autocast.
+    Anything else raises. Sample in eval mode, and replay under the same autocast.
 
     Args:
         pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler``; docs/support.md
@@ -127,7 +125,7 @@ class Recorder:
         self._own_scheduler = current
         self._scheduler.observer = self
         self._pipeline.scheduler = self._scheduler
-        self._hook = self._model.register_forward_hook(self._heard, with_kwargs=True)
+        self._hook = self._model.register_forward_hook(self._on_forward, with_kwargs=True)
         return self
 
     def __exit__(
@@ -136,7 +134,7 @@ class Recorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Put everything back; complain of an unfinished turn unless there is an error already."""
+        """Restore the pipeline; raise on an unfinished turn unless there is an error already."""
         if self._hook is not None:
             self._hook.remove()
         self._pipeline.scheduler = self._own_scheduler
@@ -233,7 +231,7 @@ class Recorder:
                 "without a row per trajectory that is not named in `shared`"
             )
 
-    def _heard(
+    def _on_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook: keep a call that belongs to a step."""

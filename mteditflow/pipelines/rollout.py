@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from mteditflow._checks import check_floating, check_rank, check_shape, check_step_values
 from mteditflow.flow.trajectory import Steps, Trajectory
-from mteditflow.pipelines.adapters import LoraPolicies
 from mteditflow.pipelines.conditioning import (
     Conditioning,
     map_tensors,
-    select_rows,
+    replay_rows,
     share_equal_tensors,
 )
-from mteditflow.pipelines.layouts import in_memory, repeat_rows
+from mteditflow.pipelines.policies import LoraPolicies
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,39 +271,6 @@ class RolloutVelocity:
             policy, rollout = self._teacher
         with torch.no_grad(), self._policies.use(policy):
             return rollout.velocity(model, x_t, sigma, *at.unbind(1))
-
-
-def replay_rows(
-    model: nn.Module,
-    records: Sequence[Conditioning],
-    rows: Sequence[int],
-    x_t: Tensor,
-    sigma: Tensor,
-) -> Tensor:
-    """Velocity [M, ...] where row m has the conditioning of row ``rows[m]`` of ``records[m]``.
-
-    The records have equal signatures: their rows fit into one batch.
-    """
-    recipe = records[0].recipe
-    place = recipe.place
-    sample = in_memory(repeat_rows(x_t.to(place.dtype), place.copies), place.axes)
-    time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
-    time = repeat_rows(time, place.copies).reshape(-1, *[1] * len(recipe.time_axes))
-    picked = [*rows] * place.copies
-    outputs: list[Tensor] = []
-    branches = list(zip(*(record.branches for record in records), strict=True))
-    for first in range(0, len(branches), place.copies):
-        held = [branch for batch in branches[first : first + place.copies] for branch in batch]
-        rests = [branch.rest for branch in held]
-        rest = None if rests[0] is None else select_rows(rests, picked, x_t.device)
-        arguments = select_rows([branch.arguments for branch in held], picked, x_t.device)
-        arguments[place.name] = place.layout.join(sample, rest)
-        arguments[recipe.time_name] = time.expand(-1, *recipe.time_axes)
-        output = place.layout.velocity(model(**arguments)[0], sample)
-        outputs += output.to(recipe.velocity_dtype).chunk(place.copies)
-    combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
-    turned = combined if recipe.sign > 0 else -combined
-    return turned.to(torch.promote_types(turned.dtype, torch.float32))
 
 
 def _compact(

@@ -1,12 +1,13 @@
 """A scheduler that pipelines accept in place of their own, and that takes SDE steps.
 
-Nothing of the pipeline is patched: same configuration, same shift, same ``set_timesteps``. What
-changes is how a step is taken (by a ``mteditflow.Solver``), whose noise it uses (one
-generator per trajectory) and that the step is kept for replay.
+The pipeline is not patched: same configuration, same shift, same ``set_timesteps``. What changes is
+how a step is taken (by a ``mteditflow.Solver``), whose noise it uses (one generator per trajectory)
+and that the step is kept for replay. Unsupported options raise with a reason.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +21,15 @@ from torch import Tensor
 from mteditflow._checks import REDUCTIONS, check_choice
 from mteditflow.flow.sampling import batched_noise
 from mteditflow.flow.solvers import ODE, Solver, gaussian_log_prob
-from mteditflow.pipelines.supported import (
-    check_config_options,
-    check_config_source,
-    check_step_options,
-)
+
+_UNSUPPORTED: dict[str, tuple[float | None, str]] = {
+    "s_churn": (0.0, "flow-matching steps do not churn"),
+    "s_tmin": (0.0, "flow-matching steps do not churn"),
+    "s_tmax": (float("inf"), "flow-matching steps do not churn"),
+    "s_noise": (1.0, "the solver decides how much noise a step adds"),
+    "generator": (None, "noise comes from the scheduler's generators, one per trajectory"),
+    "per_token_timesteps": (None, "a transition needs one flow time per sample"),
+}
 
 
 class Step(NamedTuple):
@@ -50,7 +55,7 @@ class Step(NamedTuple):
 
 
 class Observer(Protocol):
-    """What may watch a scheduler at work; a ``Recorder`` is one."""
+    """Receives grids and steps of a scheduler; a ``Recorder`` is one."""
 
     def started(self, sigmas: Tensor) -> None:
         """Called when a pipeline has set its grid, ``sigmas`` [S + 1], on the CPU."""
@@ -117,7 +122,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """Build from any flow-matching Euler configuration; see the class for the options."""
         names = ("solver", "generators", "stochastic_steps", "reduction")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        check_config_source(config if isinstance(config, Mapping) else {})
+        _check_config_source(config if isinstance(config, Mapping) else {})
         built = super().from_config(config, return_unused_kwargs, **kwargs)
         (built[0] if return_unused_kwargs else built).sample_with(**options)
         return built
@@ -148,7 +153,11 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         timesteps: list[float] | None = None,
     ) -> None:
         """Set the grid as the parent does, and decide which of its steps are stochastic."""
-        check_config_options(self.config)
+        for option in ("stochastic_sampling", "invert_sigmas"):
+            if self.config.get(option, False):
+                raise ValueError(
+                    f"config: {option}=True is not supported: its steps are not those of a solver"
+                )
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         grid = self.sigmas.cpu()
         if not bool((grid[:-1] > grid[1:]).all()) or grid[0] > 1 or grid[-1] != 0:
@@ -187,7 +196,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             per_token_timesteps: None; all tokens of a sample share their flow time.
             return_dict: whether to return the parent's output class or a tuple.
         """
-        check_step_options(
+        _check_step_options(
             s_churn=s_churn,
             s_tmin=s_tmin,
             s_tmax=s_tmax,
@@ -236,3 +245,46 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
                 f"{len(sample)} for this batch, got {given or None}"
             )
         return batched_noise(sample.shape[1:], self.generators, device=sample.device)
+
+
+def check_pipeline(pipeline: Any) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a pipeline whose steps are those of one transformer along a flow."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        shift = getattr(scheduler, "config", {}).get("flow_shift", 1.0)
+        raise ValueError(
+            "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, got "
+            f"{type(pipeline).__name__} with {type(scheduler).__name__}; if its model is a flow, "
+            "as Wan's is, set pipe.scheduler = FlowMatchEulerDiscreteScheduler("
+            f"shift={shift}) first"
+        )
+    boundary = pipeline.config.get("boundary_ratio")
+    if boundary is not None:
+        raise ValueError(
+            "pipeline: expected one transformer for all steps, but boundary_ratio="
+            f"{boundary} hands those below sigma {boundary} to transformer_2 (Wan 2.2 A14B); a "
+            "replay calls one model"
+        )
+    return scheduler
+
+
+def _check_config_source(config: Mapping[str, Any]) -> None:
+    """Refuse the configuration of a scheduler that does not integrate dx/dsigma = velocity."""
+    ours = ("FlowMatchEulerDiscreteScheduler", "FlowMatchSDEScheduler")
+    source = config.get("_class_name")
+    if source is None:
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        foreign = sorted(key for key in config if key not in known and not key.startswith("_"))
+        source = f"scheduler with {', '.join(foreign)}" if foreign else ours[0]
+    if source not in ours:
+        raise ValueError(
+            f"config: expected that of a FlowMatchEulerDiscreteScheduler, got that of a {source}"
+        )
+
+
+def _check_step_options(**options: Any) -> None:
+    """Refuse options of ``step`` that would be ignored."""
+    for name, value in options.items():
+        default, reason = _UNSUPPORTED[name]
+        if value is not default and (default is None or value != default):
+            raise ValueError(f"{name}: expected its default {default}, because {reason}")

@@ -33,7 +33,7 @@ def refuse_deepspeed(weights: Iterable[Tensor]) -> None:
 
 
 def local(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing memory with it."""
+    """Shard of a tensor on this rank, sharing memory with it."""
     return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
 
 
@@ -56,7 +56,7 @@ def fill(target: Tensor, full: Tensor) -> None:
 def agreed(verdict: bool, tensors: Iterable[Tensor]) -> bool:
     """Whether the verdict is true on every rank that shares these tensors.
 
-    Plain tensors are the same on every rank, and so is what is said of them: no communication.
+    Plain tensors are the same on every rank, and so is the verdict: no communication.
     """
     sharded = next((x for x in tensors if isinstance(x, DTensor)), None)
     if sharded is None:

@@ -1,7 +1,7 @@
 """Planning chains of edits that make sense at every turn, from images alone.
 
-Needs the extra ``mteditflow[rewards]``: the planner asks through the judge's client and looks
-through the detector of content consistency.
+Needs the extra ``mteditflow[rewards]``: the planner uses the client of the judge and the
+detector of content consistency.
 """
 
 from mteditflow.planner.edits import (
@@ -17,11 +17,10 @@ from mteditflow.planner.edits import (
     SubjectRemove,
     SubjectReplace,
     TextChange,
+    parse_formatted,
 )
-from mteditflow.planner.formatted import parse_formatted
-from mteditflow.planner.objects import ListedObject, SceneObject
 from mteditflow.planner.plan import Planner, PlanningStoppedError, Refused, Scene, draw_tasks
-from mteditflow.planner.pool import Pool, chain_fields
+from mteditflow.planner.pool import ListedObject, Pool, SceneObject, chain_fields
 from mteditflow.planner.run import Planned, RefusedChain, plan_folder
 
 __all__ = [

@@ -42,14 +42,14 @@ def plan(
     device: Annotated[str, typer.Option(help="Where the detector runs.")] = "cpu",
     turns: Annotated[int, typer.Option(help="Edits in a chain.")] = 3,
     chains_per_image: Annotated[int, typer.Option(help="Chains planned for each image.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the drawing of edit types.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn edit types.")] = 0,
     weight: Annotated[
         list[str] | None, typer.Option(help="TYPE=NUMBER; then only these types are drawn.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.7,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of the model.")] = 0.7,
     concurrency: Annotated[int, typer.Option(help="Most images at one time.")] = 16,
     attempts: Annotated[int, typer.Option(help="Most that one question gets.")] = 4,
-    timeout: Annotated[float, typer.Option(help="Of one attempt, seconds.")] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Timeout of one attempt, in seconds.")] = 120.0,
     cache: Annotated[Path | None, typer.Option(help="File of accepted answers.")] = None,
 ) -> None:
     """Plan chains for every image of a folder; a run that was stopped goes on.

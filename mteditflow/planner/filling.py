@@ -1,4 +1,4 @@
-"""Filling the slots of an edit by a model: what is asked, and what of the answer is accepted."""
+"""Slots of an edit filled by a model: its prompt, the schema and the checks of its answer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mteditflow.chains import TaskType
-from mteditflow.chains.errors import first_error
-from mteditflow.planner.edits import EDITS, Edit, TextChange
-from mteditflow.planner.formatted import unquoted
+from mteditflow.chains.record import first_error
+from mteditflow.planner.answers import read_json, strict_object
+from mteditflow.planner.edits import EDITS, Edit, TextChange, unquoted
 from mteditflow.planner.pool import Pool
-from mteditflow.planner.structured import read_json, strict_object
 from mteditflow.rewards import AnswerError, Fault
 
 NUMBERS = (  # up to COUNT_MAX
@@ -63,7 +62,7 @@ instruction: the edit in one sentence, the way a person would ask for it, with t
 
 
 class Filled(NamedTuple):
-    """An edit that makes sense: the pool after it, and how a person would ask for it."""
+    """An edit that makes sense: the pool after it, and the instruction in natural words."""
 
     pool: Pool
     instruction: str
@@ -83,11 +82,11 @@ def slots_of(pool: Pool, task: TaskType) -> tuple[str, ...]:
 
 
 def edit_prompt(pool: Pool, instructions: Sequence[str], task: TaskType) -> str:
-    """Return the text that asks for the next edit.
+    """Return the prompt for the next edit.
 
     Args:
         pool: what is there now.
-        instructions: what was asked for so far, in words.
+        instructions: those of the edits so far.
         task: type of the edit.
     """
     slots = slots_of(pool, task)
@@ -123,7 +122,7 @@ def edit_schema(pool: Pool, task: TaskType) -> dict[str, Any]:
 
 
 def read_edit(text: str, pool: Pool, task: TaskType) -> Filled:
-    """Read the answer to ``edit_prompt``: an edit that makes sense, well said.
+    """Read the answer to ``edit_prompt``: an edit that makes sense, and its instruction.
 
     Args:
         text: what the model wrote.
@@ -132,7 +131,7 @@ def read_edit(text: str, pool: Pool, task: TaskType) -> Filled:
 
     Raises:
         AnswerError: the answer has another form, its edit makes no sense in this pool, or its
-            instruction does not say what the slots say.
+            instruction does not mention every slot.
 
     Example:
         >>> from mteditflow.planner import ListedObject
@@ -157,7 +156,7 @@ def read_edit(text: str, pool: Pool, task: TaskType) -> Filled:
 
 
 def checked_phrase(instruction: str, edit: Edit) -> str:
-    r"""Return an instruction as one line without outer quotes, if it says what the edit says.
+    r"""Return an instruction as one line without outer quotes, if it mentions every slot.
 
     Every slot must stand in it: names and values word for word (an ending of the plural or of an
     adjective may follow), texts with their case, a count as digits or as a word.
@@ -182,7 +181,7 @@ def checked_phrase(instruction: str, edit: Edit) -> str:
 
 
 def _ways_to_say(value: str | int | tuple[str, ...] | None) -> list[tuple[str, ...]]:
-    """Return what must be said, each with the ways to say it."""
+    """Return the values that must be mentioned, each with its spellings."""
     if isinstance(value, int):
         return [(str(value), NUMBERS[value - 1])]
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What is in an image: a model lists the objects, a detector keeps those that it finds too."""
+"""Objects of an image: a model lists them, a detector keeps those that it finds too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from mteditflow.planner.objects import ListedObject
-from mteditflow.planner.pool import Pool
-from mteditflow.planner.structured import read_json, strict_object
+from mteditflow.planner.answers import read_json, strict_object
+from mteditflow.planner.pool import ListedObject, Pool
 from mteditflow.rewards import AnswerError, Fault
 from mteditflow.rewards.consistency.looks import clean_names
 from mteditflow.rewards.consistency.protocols import Detector
@@ -78,7 +77,7 @@ def find_objects(
     """Look for each object on its own, so that no box belongs to another one.
 
     Args:
-        detector: its threshold is the planner's, 0.35 unless it was told otherwise.
+        detector: its threshold is the planner's, 0.35 by default.
         image: of mode RGB.
         objects: what to look for.
 

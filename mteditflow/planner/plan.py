@@ -1,4 +1,4 @@
-"""Plans one chain: what is in the image, which edit types, and turn by turn the edit in words."""
+"""Plan one chain: objects of the image, edit types, and turn by turn the edit in words."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from mteditflow.planner.listing import (
     read_objects,
     sift,
 )
-from mteditflow.planner.objects import ListedObject
-from mteditflow.planner.pool import Pool, chain_fields
+from mteditflow.planner.pool import ListedObject, Pool, chain_fields
 from mteditflow.rewards import Fault, Lost
 from mteditflow.rewards.consistency.protocols import Detector
 from mteditflow.rewards.images import png_data_url
-from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
+from mteditflow.rewards.transport.chat import ChatClient
 
 LISTING_TOKENS, EDIT_TOKENS = 2048, 1024
 SEED_BITS = 20
@@ -43,7 +42,7 @@ class Refused:
     """A chain that was not planned.
 
     Attributes:
-        reason: of what kind the failure is; few enough to be counted.
+        reason: kind of failure; few enough to be counted.
         detail: what was expected and what came.
     """
 
@@ -53,7 +52,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a planner knows about one image.
+    """Objects of one image.
 
     Attributes:
         picture: the image as part of a message.
@@ -72,7 +71,7 @@ def draw_tasks(
     """Draw edit types without repetition.
 
     Args:
-        random: where chance comes from.
+        random: source of the draws.
         turns: how many to draw.
         weights: edit type to weight, >= 0; those not named have 0. ``None`` draws evenly.
 
@@ -108,8 +107,8 @@ class Planner:
     """Plans chains of edits from images alone, the same for the same seed and answers.
 
     Args:
-        client: asks the model that lists objects, fills slots and finds words. At temperature 0
-            the chains of one image that draw the same edit types are alike.
+        client: of the model that lists objects, fills slots and writes instructions. At
+            temperature 0 the chains of one image that draw the same edit types are alike.
         detector: finds listed objects; one of them that it does not find is left out.
         turns: edits in a chain, N; at most the number of types that may be drawn.
         seed: of the drawing of edit types.
@@ -135,7 +134,7 @@ class Planner:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the chains depend on, beside images and answers; written into each of them."""
+        """Options that chains depend on, beside images and answers; written into each chain."""
         weights = None if self.weights is None else dict(self.weights)
         return {
             "model": self._client.model,
@@ -158,7 +157,7 @@ class Planner:
         picture = {"type": "image_url", "image_url": {"url": url}}
         listed = await self._client.ask(
             [picture, {"type": "text", "text": LISTING_PROMPT}],
-            _read_listing,
+            lambda answer: read_objects(answer.text),
             schema=listing_schema(),
             max_tokens=LISTING_TOKENS,
             seed=Random(self.seed).getrandbits(SEED_BITS),
@@ -205,22 +204,13 @@ class Planner:
     async def _fill(
         self, scene: Scene, pool: Pool, instructions: Sequence[str], task: TaskType, seed: int
     ) -> Filled | Lost:
-        prompt = edit_prompt(pool, instructions, task)
-
-        def read(answer: ChatAnswer) -> Filled:
-            return read_edit(answer.text, pool, task)
-
         return await self._client.ask(
-            [scene.picture, {"type": "text", "text": prompt}],
-            read,
+            [scene.picture, {"type": "text", "text": edit_prompt(pool, instructions, task)}],
+            lambda answer: read_edit(answer.text, pool, task),
             schema=edit_schema(pool, task),
             max_tokens=EDIT_TOKENS,
             seed=seed,
         )
-
-
-def _read_listing(answer: ChatAnswer) -> tuple[ListedObject, ...]:
-    return read_objects(answer.text)
 
 
 def _refused(what: str, lost: Lost) -> Refused:

@@ -1,19 +1,118 @@
 """The object pool: what is in the image, and how each edit changes it. Pure code, no model.
 
-A pool is a value; ``Pool.apply`` gives the next one or says why the edit makes no sense. A name
+A pool is a value; ``Pool.apply`` gives the next one or raises where the edit makes no sense. A name
 stands for one object in the whole chain: once used, it is never given to another one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from mteditflow.chains import TaskType
-from mteditflow.planner.edits import LENGTH_MAX, BackgroundChange, Edit, EditError, SubjectAdd
-from mteditflow.planner.objects import ListedObject, SceneObject, changed
+from mteditflow.planner.edits import (
+    LENGTH_MAX,
+    BackgroundChange,
+    ColorAlter,
+    Count,
+    CountChange,
+    Edit,
+    EditError,
+    MaterialAlter,
+    Name,
+    Slot,
+    SubjectAdd,
+    SubjectRemove,
+    SubjectReplace,
+    TextChange,
+)
+
+
+class ListedObject(BaseModel):
+    """An object as a model lists it; ``None`` where an attribute is not known.
+
+    Attributes:
+        name: distinct from that of every other object of the image.
+        color: one or two words.
+        material: what it is made of.
+        text: what is written on it.
+        count: how many of it there are, 1..20.
+        foreground: whether it is a thing in front rather than a part of the background.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: Name
+    color: Slot | None = None
+    material: Slot | None = None
+    text: Slot | None = None
+    count: Count | None = None
+    foreground: bool = True
+
+
+class SceneObject(ListedObject):
+    """An object of the pool.
+
+    Attributes:
+        original: whether it comes from the reference image; one that replaces an original does.
+        edited: whether an edit has changed it.
+    """
+
+    original: bool = True
+    edited: bool = False
+
+
+def changed(x: SceneObject, edit: Edit) -> SceneObject | None:
+    """Return the object after the edit, ``None`` if it is gone."""
+    if isinstance(edit, BackgroundChange):
+        return x if x.original and x.foreground else None
+    if x.name not in edit.touched:
+        return x
+    new: dict[str, Any] = {}
+    match edit:
+        case SubjectRemove():
+            return None
+        case SubjectReplace():
+            new = {"name": edit.name}
+        case CountChange():
+            new = _another(x, "count", edit.count)
+        case ColorAlter():
+            new = _another(x, "color", edit.color) | _reworded(x, x.color, edit.color)
+        case MaterialAlter():
+            new = _another(x, "material", edit.material) | _reworded(x, x.material, edit.material)
+        case TextChange():
+            if x.text != edit.old:
+                raise EditError(f"{x.name}: expected the old text {x.text!r}, got {edit.old!r}")
+            new = {"text": edit.new}
+    return x.model_copy(update={**new, "edited": True})
+
+
+def _another(x: SceneObject, attribute: str, value: Any) -> dict[str, Any]:
+    known = getattr(x, attribute)
+    if known is not None and str(known).casefold() == str(value).casefold():
+        raise EditError(f"{x.name}: expected another {attribute} than {known!r}")
+    return {attribute: value}
+
+
+def _reworded(x: SceneObject, old: str | None, new: str) -> dict[str, Any]:
+    """Put a word into a name: in the place of the old one, or before the name."""
+    if _has_word(x.name, new):
+        raise EditError(f"{x.name}: its name already says {new!r}")
+    if old and _has_word(x.name, old):
+        return {"name": re.sub(_word(old), lambda _: new, x.name, count=1, flags=re.IGNORECASE)}
+    return {"name": f"{new} {x.name}"}
+
+
+def _word(text: str) -> str:
+    return rf"(?<!\w){re.escape(text)}(?!\w)"
+
+
+def _has_word(text: str, word: str) -> bool:
+    return re.search(_word(word), text, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)
@@ -47,7 +146,7 @@ class Pool:
         """Return the pool of an unedited image.
 
         Raises:
-            ValueError: two objects have one name, which case does not tell apart.
+            ValueError: two objects have one name, up to case.
         """
         names = tuple(listed.name for listed in objects)
         repeated = [name for i, name in enumerate(names) if _among(name, names[:i])]
@@ -94,7 +193,7 @@ class Pool:
     def apply(self, edit: Edit) -> Pool:
         """Return the pool after an edit.
 
-        Remove deletes; replace renames and keeps the attributes; add inserts; colour and material
+        Remove deletes; replace renames and keeps the attributes; add inserts; color and material
         put their word into the name, in the place of the old one or before it; count and text set
         the attribute; position changes nothing; after a background change only the foreground's
         originals remain. What an edit touches counts as edited: of a position both objects, of an
@@ -104,7 +203,7 @@ class Pool:
             edit: one of the nine types.
 
         Raises:
-            EditError: the edit makes no sense here; the message says why.
+            EditError: the edit makes no sense here.
         """
         self._check(edit)
         objects = [changed(x, edit) for x in self.objects]
@@ -122,7 +221,7 @@ class Pool:
         return Pool(there, (*self.names, *new), (*self.edits, edit))
 
     def _check(self, edit: Edit) -> None:
-        """Raise ``EditError`` for what can be said before the edit is made."""
+        """Raise ``EditError`` for faults that show before the edit is made."""
         if reason := self.obstacle(edit.task):
             raise EditError(reason)
         for name in (*edit.touched, getattr(edit, "reference", None)):

@@ -1,4 +1,4 @@
-"""Plans the chains of a folder of images: many at a time, written in order, resumable.
+"""Plan the chains of a folder of images: many at a time, written in order, resumable.
 
 Chains go to one file, refused ones with their reasons to a second one beside it, both in the order
 of the images. So what a killed run leaves is the beginning of what it would have written, and the
@@ -10,21 +10,73 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import anyio.to_thread
 from PIL import Image, ImageOps
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from mteditflow._checks import check_count
 from mteditflow.chains import Chain, read_chains
-from mteditflow.planner.journal import Journal
+from mteditflow.chains.record import first_error
 from mteditflow.planner.plan import Planner, Refused, Scene
 from mteditflow.rewards.images import BOMBS, UNREADABLE, to_rgb
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class Journal:
+    """Appends lines to a file; a half line that a kill has left behind is cut off at the start.
+
+    Args:
+        path: made with its folder if it is not there.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "names.jsonl"
+        >>> Journal(path).append('{"name": "cat"}')
+        >>> with path.open("a") as file:
+        ...     _ = file.write('{"na')
+        >>> Journal(path).append('{"name": "dog"}')
+        >>> path.read_text().split()
+        ['{"name":', '"cat"}', '{"name":', '"dog"}']
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        whole = path.read_bytes()
+        if not whole.endswith(b"\n"):
+            os.truncate(path, whole.rfind(b"\n") + 1)
+
+    def append(self, line: str) -> None:
+        """Write one line and wait until it lies on the disk."""
+        with self.path.open("ab") as file:
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, model: type[Record]) -> Iterator[Record]:
+        """Read the lines back.
+
+        Raises:
+            ValueError: a line is not of this form; the message names file, line and reason.
+        """
+        with self.path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                yield self._parse(model, line, number)
+
+    def _parse(self, model: type[Record], line: str, number: int) -> Record:
+        try:
+            return model.model_validate_json(line)
+        except ValidationError as error:
+            raise ValueError(f"{self.path}:{number}: {first_error(error)}") from error
+
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 SIDE_MAX = 1024  # pixels: larger images are made smaller before they are looked at
@@ -38,7 +90,7 @@ class RefusedChain(BaseModel):
     Attributes:
         id: of the chain.
         image: its path, relative to the file.
-        reason: of what kind the failure is.
+        reason: kind of failure.
         detail: what was expected and what came.
     """
 
@@ -50,7 +102,7 @@ class RefusedChain(BaseModel):
 
 @dataclass(frozen=True)
 class Planned:
-    """What the two files hold at the end of a run.
+    """Contents of the two files at the end of a run.
 
     Attributes:
         chains: all of them, those of earlier runs too.
@@ -90,7 +142,7 @@ async def plan_folder(
         progress: show a bar.
 
     Returns:
-        What the two files hold now.
+        Contents of the two files.
 
     Raises:
         ValueError: there is no image, the file holds a line that is no chain, or chains that were

@@ -25,7 +25,7 @@ CATEGORIES_SHOWN = 16
 INK, SOFT, BAR = "#1f2933", "#5b6675", "#2457d6"
 PANELS = ("steps per edit type", "chains per object category", "turns per chain")
 
-# What stands behind the head noun begins with one of these.
+# Words that end the head noun: the rest of the name begins with one of these.
 PREPOSITIONS = (
     *("of", "in", "on", "with", "at", "by", "for", "from", "behind", "beside", "near", "next"),
     *("under", "over", "above", "below", "between", "against", "without", "and", "to", "that"),
@@ -129,7 +129,7 @@ def draw_statistics(counted: ChainStatistics, path: Path) -> None:
 
     Args:
         counted: of some chains.
-        path: of the picture; its suffix says the format.
+        path: of the picture; its suffix sets the format.
     """
     panels = _panels(counted)
     rows = max(9, *map(len, panels))

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 import mteditflow.chains
 from mteditflow.chains import TASK_TYPES, Chain, ChainError
-from mteditflow.chains.errors import first_error
+from mteditflow.chains.record import first_error
 from tests.chains.samples import chains
 
 MINIMAL = {"id": "7", "image": "7.png", "instructions": ["Remove the cat", "Add a dog"]}

@@ -8,8 +8,16 @@ from tiny import replay
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
 from mteditflow.pipelines.conditioning import Entries, Rows, branch_of, by_row
-from mteditflow.pipelines.layouts import LAYOUTS, Frames, Prefix, Whole, in_memory, memory_axes
-from mteditflow.pipelines.recognise import find_sample, find_time
+from mteditflow.pipelines.recognize import (
+    LAYOUTS,
+    Frames,
+    Prefix,
+    Whole,
+    find_sample,
+    find_time,
+    in_memory,
+    memory_axes,
+)
 
 SOLVER = mt.FlowSDE(0.7)
 STEPS = 3

@@ -10,11 +10,13 @@ from mteditflow.pipelines import ReplayError
 from mteditflow.pipelines.guidance import (
     Combination,
     Guidance,
+    NormLimit,
+    StdMix,
+    TokenNorm,
     find_guidance,
     find_sign,
     mismatch,
 )
-from mteditflow.pipelines.rescaling import NormLimit, StdMix, TokenNorm
 
 RESCALINGS = [TokenNorm(), NormLimit(1.0), NormLimit(0.85), StdMix(0.7), StdMix(1.0)]
 

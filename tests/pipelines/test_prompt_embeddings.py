@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from mteditflow.pipelines import Prompts
-from mteditflow.pipelines.prompts import working_on
+from mteditflow.pipelines.chain_calls import working_on
 
 
 class Encoder(nn.Module):

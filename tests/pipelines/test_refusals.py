@@ -12,7 +12,7 @@ from tiny import CHAIN, STEPS, call, picture, roll_out
 
 from mteditflow import ODE, FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
-from mteditflow.pipelines.recognise import (
+from mteditflow.pipelines.recognize import (
     find_clock,
     find_sample,
     find_time,
@@ -111,7 +111,7 @@ def test_refuses_branches_that_hide_the_scale(kontext):
 
 
 def test_refuses_a_flow_time_that_is_no_known_function_of_sigma(pipeline):
-    with pytest.raises(ReplayError, match="should tell the scheduler's timestep 1000"):
+    with pytest.raises(ReplayError, match="should hold the scheduler's timestep 1000"):
         record(pipeline, arguments=lambda given: {"timestep": given["timestep"] * 0.9})
 
 

@@ -1,14 +1,11 @@
 """The formats that chains are kept in, each as users already hold it."""
 
 from mteditflow.chains.formats.base import Format, Row
-from mteditflow.chains.formats.edit_r2 import EDIT_R2
 from mteditflow.chains.formats.edival import EDIVAL
-from mteditflow.chains.formats.flow_grpo import FLOW_GRPO
 from mteditflow.chains.formats.imgedit import IMGEDIT
-from mteditflow.chains.formats.native import NATIVE
-from mteditflow.chains.formats.pico_banana import PICO_BANANA
+from mteditflow.chains.formats.lines import EDIT_R2, FLOW_GRPO, NATIVE, PICO_BANANA
 
-#: Every format by name. In this order a line of JSON is recognised: what several could read is of
+#: Every format by name. In this order a line of JSON is recognized: what several could read is of
 #: the first.
 FORMATS: dict[str, Format] = {
     known.name: known for known in (NATIVE, EDIVAL, EDIT_R2, PICO_BANANA, FLOW_GRPO, IMGEDIT)

@@ -1,4 +1,4 @@
-"""What a format is, and what the formats share: parsing of lines, translation of keys."""
+"""The type of a format, and what formats share: parsing of lines, translation of keys."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from mteditflow.chains.errors import ChainError, shorten
-from mteditflow.chains.record import TASK_TYPES, Chain, one_line
+from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, one_line, shorten
+
+#: Fields of the native record with a list of object names per turn that formats share.
+OBJECTS = ("unchanged_objects", "available_objects", "all_objects")
 
 Record = dict[str, Any]
 #: A line number with the native record that begins there, or with why there is none.
@@ -180,7 +182,7 @@ def join(fields: Mapping[str, Any], rest: Mapping[str, Any]) -> Record:
 
 
 def without(chain: Chain, *translated: str) -> Record:
-    """Return the record of a chain less the fields that a format says in its own words."""
+    """Return the record of a chain without the fields that a format names differently."""
     return {key: value for key, value in chain.to_record().items() if key not in translated}
 
 

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from mteditflow.chains.errors import ChainError, shorten
-from mteditflow.chains.formats.base import Format, Record, Row, join, known_types
-from mteditflow.chains.record import Chain
+from mteditflow.chains.formats.base import OBJECTS, Format, Record, Row, join, known_types
+from mteditflow.chains.record import Chain, ChainError, shorten
 
 # Columns with one entry for each turn so far, and what the native record calls them.
 PREFIXES = {
@@ -21,7 +20,6 @@ PREFIXES = {
     "instructions": "instructions",
     "format_instructions": "formatted_instructions",
 }
-OBJECTS = ("unchanged_objects", "available_objects", "all_objects")
 COLUMNS = ("image_index", "turns", *PREFIXES, "bg_consistency", *OBJECTS)
 BOOLEANS = {"true": True, "false": False}
 
@@ -87,7 +85,7 @@ def _turn(cells: Cells) -> int:
 
 
 def _state(cells: Cells, turn: int) -> Record:
-    """What a row says of its own turn, under native names; unknown columns are kept."""
+    """Fields of a row's own turn, under native names; unknown columns are kept."""
     state: Record = {native: _last(column, cells, turn) for column, native in PREFIXES.items()}
     state["background_consistency"] = _boolean(cells["bg_consistency"])
     state |= {column: _list(column, cells) for column in OBJECTS}

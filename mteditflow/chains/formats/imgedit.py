@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from mteditflow.chains.errors import ChainError, shorten
 from mteditflow.chains.formats.base import (
     STRICT,
     Format,
@@ -20,7 +19,7 @@ from mteditflow.chains.formats.base import (
     take,
     without,
 )
-from mteditflow.chains.record import Chain, one_line
+from mteditflow.chains.record import Chain, ChainError, one_line, shorten
 
 CATEGORIES = {
     "subject_add": "add",
@@ -30,7 +29,7 @@ CATEGORIES = {
     "color_alter": "adjust",
     "material_alter": "adjust",
 }
-# Categories of one edit type alone; "adjust" may be colour, material or something else.
+# Categories of one edit type alone; "adjust" may be color, material or something else.
 TYPES = {
     category: kind
     for kind, category in CATEGORIES.items()

@@ -15,8 +15,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mteditflow._checks import check_choice
-from mteditflow.chains.errors import ChainError, first_error
 from mteditflow.chains.formats.base import numbered_lines, parse_object
+from mteditflow.chains.record import ChainError, first_error
 from mteditflow.evaluation.benchmarks.items import (
     Item,
     ItemReading,

@@ -1,4 +1,4 @@
-"""Structured answers of a model: what is asked for, and the strict way back."""
+"""Structured answers of a model: the JSON schema of a question, and strict parsing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mteditflow.chains.errors import first_error
+from mteditflow.chains.record import first_error
 from mteditflow.rewards import AnswerError, Fault
 from mteditflow.rewards.judge.answers import REFUSAL
 
@@ -24,7 +24,7 @@ def read_json(text: str, model: type[Model]) -> Model:
     Raises:
         AnswerError: it is no JSON (``Fault.request_ignored``, which a server that honours the
             schema cannot send; ``Fault.refusal``, ``Fault.format`` where JSON has been begun), or
-            another one (``Fault.format``). The message says what is wrong, and where.
+            another one (``Fault.format``). The message names fault and place.
 
     Example:
         >>> from mteditflow.planner import ListedObject

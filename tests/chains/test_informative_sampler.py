@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow.chains import GroupSampler, TeachingSampler
+from mteditflow.chains import GroupSampler, InformativeSampler
 
 
 def exactly(text):
@@ -51,7 +51,7 @@ def play(sampler, numbers, drawn=lambda own: own):
 @given(plans())
 def test_a_round_has_distinct_chains_group_after_group(plan):
     count, options, _ = plan
-    for indices in play(TeachingSampler(range(count), **options), range(6)):
+    for indices in play(InformativeSampler(range(count), **options), range(6)):
         assert set(Counter(indices).values()) == {options["group_size"]}
         assert len(set(indices)) == options["groups"]
         assert indices == sorted(indices, key=indices.index)
@@ -61,13 +61,13 @@ def test_a_round_has_distinct_chains_group_after_group(plan):
 @given(plans(), st.integers(0, 5))
 def test_ranks_agree_and_a_resumed_sampler_goes_on_on_any_number_of_them(plan, done):
     count, options, spread = plan
-    undisturbed = play(TeachingSampler(range(count), **options), range(6))
-    first = TeachingSampler(range(count), **options)
+    undisturbed = play(InformativeSampler(range(count), **options), range(6))
+    first = InformativeSampler(range(count), **options)
     play(first, range(done))
     state = json.loads(json.dumps(first.state_dict()))
     parts = []
     for rank in range(spread["ranks"]):
-        resumed = TeachingSampler(range(count), **options, **spread, rank=rank)
+        resumed = InformativeSampler(range(count), **options, **spread, rank=rank)
         resumed.load_state_dict(state)
         rest = iter(undisturbed[done:])
         parts.append(play(resumed, range(done, 6), lambda _, rest=rest: next(rest)))
@@ -80,12 +80,12 @@ GOLDEN = [[2, 1], [1, 3], [2, 0]]
 
 def test_golden_draws():
     # what it gave when it was written; a run that is resumed relies on the draws of a seed
-    sampler = TeachingSampler(range(4), groups=2, group_size=1, seed=3)
+    sampler = InformativeSampler(range(4), groups=2, group_size=1, seed=3)
     assert play(sampler, range(3)) == GOLDEN
 
 
 def test_chains_that_spread_are_drawn_in_proportion_and_no_other_is_left_out():
-    sampler = TeachingSampler(range(4), groups=1, group_size=1, uniform=0.4)
+    sampler = InformativeSampler(range(4), groups=1, group_size=1, uniform=0.4)
     sampler.step({0: 0.0, 1: 1.0, 2: 3.0, 3: 0.0})
     expected = [0.1, 0.25, 0.55, 0.1]
     assert sampler.probabilities == pytest.approx(expected)
@@ -98,7 +98,7 @@ def test_chains_that_spread_are_drawn_in_proportion_and_no_other_is_left_out():
 
 
 def test_a_chain_that_was_never_drawn_counts_as_the_best_and_the_past_fades():
-    sampler = TeachingSampler(range(3), groups=1, group_size=1, uniform=0.5, memory=0.5)
+    sampler = InformativeSampler(range(3), groups=1, group_size=1, uniform=0.5, memory=0.5)
     assert sampler.probabilities == [1 / 3] * 3
     sampler.step({0: 0.25, 1: 0.75})
     assert sampler.state_dict()["spreads"] == [0.25, 0.75, None]
@@ -108,7 +108,7 @@ def test_a_chain_that_was_never_drawn_counts_as_the_best_and_the_past_fades():
 
 
 def test_a_round_waits_for_what_the_last_one_showed():
-    sampler = TeachingSampler(range(4), groups=2, group_size=2)
+    sampler = InformativeSampler(range(4), groups=2, group_size=2)
     rounds = iter(sampler)
     first = next(rounds)
     with pytest.raises(RuntimeError, match="step: expected a call after each round, got none"):
@@ -118,7 +118,7 @@ def test_a_round_waits_for_what_the_last_one_showed():
 
 def test_errors():
     def build(**options):
-        return TeachingSampler(range(4), **{"groups": 2, "group_size": 2, **options})
+        return InformativeSampler(range(4), **{"groups": 2, "group_size": 2, **options})
 
     for options, message in (
         ({"groups": 5}, "groups: expected at most the 4 chains, got 5"),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from mteditflow._checks import check_choice
 from mteditflow.old_policy import update_old_policy
-from mteditflow.pipelines.adapter_layers import activate, adapter_weights, add_adapters, tuned
 from mteditflow.pipelines.sharding import agreed, fill, local, refuse_deepspeed, reshard, whole
 
 
@@ -75,7 +76,7 @@ class LoraPolicies:
             self._follow(name, decay=0.0)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Weights of the current policy, for the optimiser."""
+        """Weights of the current policy, for the optimizer."""
         return self._parameters("current")
 
     def old_parameters(self) -> list[nn.Parameter]:
@@ -250,3 +251,51 @@ def _differing(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[st
     """A few names under which two mappings differ."""
     names = sorted(given.keys() | expected.keys())
     return [name for name in names if given.get(name) != expected.get(name)][:4]
+
+
+def add_adapters(
+    model: nn.Module, config: LoraConfig, names: Sequence[str], seed: int
+) -> list[BaseTunerLayer]:
+    """Give a model float32 adapters, drawn in this order; the global generators are left alone."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        torch.manual_seed(seed)
+        for name in names:
+            if hasattr(model, "add_adapter"):
+                cast(Any, model).add_adapter(config, adapter_name=name)
+            else:
+                inject_adapter_in_model(config, model, adapter_name=name)
+    layers = tuned(model)
+    for name in names:
+        for weight in adapter_weights(layers, name):
+            weight.data = weight.data.float()
+    return layers
+
+
+def tuned(model: nn.Module) -> list[BaseTunerLayer]:
+    """Layers of a model that hold adapters."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapter_weights(layers: list[BaseTunerLayer], name: str) -> list[nn.Parameter]:
+    """Weights of one adapter, in the order of the model's modules."""
+    found: list[nn.Parameter] = []
+    for layer in layers:
+        for attribute in layer.adapter_layer_names:
+            held = getattr(layer, attribute)
+            if name in held:
+                part = held[name]
+                found += [part] if isinstance(part, nn.Parameter) else part.parameters()
+    return found
+
+
+def activate(states: list[tuple[BaseTunerLayer, list[str], bool]]) -> None:
+    """Set which adapters are active or disabled, and nothing else.
+
+    peft's own ``set_adapter`` and ``enable_adapters`` also turn ``requires_grad`` on and off, which
+    would have to be undone for every weight at every switch; these two fields are what its forward
+    passes read.
+    """
+    for layer, active, disabled in states:
+        layer._active_adapter, layer._disable_adapters = active, disabled

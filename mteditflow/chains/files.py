@@ -1,24 +1,23 @@
-"""Reading of chains: the format told from the content, every bad line named with its reason."""
+"""Files of chains: read in any format, with a reason for every bad line, and written whole."""
 
 from __future__ import annotations
 
 import codecs
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from mteditflow._checks import check_choice
-from mteditflow.chains.errors import ChainError, shorten
 from mteditflow.chains.formats import FORMATS, Format
 from mteditflow.chains.formats.base import Record, numbered_lines, parse_object
-from mteditflow.chains.record import Chain
+from mteditflow.chains.record import Chain, ChainError, shorten
 
-# So many lines may be broken before the one that shows the format.
-LINES = 100
+LINES = 100  # that may be broken before the one that shows the format
 OBJECT_OF_OBJECTS = re.compile(rb'\s*\{\s*"[^"]*"\s*:\s*\{')
 
 
@@ -42,7 +41,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file held.
+    """Contents of a file.
 
     Attributes:
         chains: in the order of the file.
@@ -65,7 +64,7 @@ def read_chains(
 
     Args:
         path: the file, UTF-8 (a byte-order mark, CRLF and blank lines do not matter).
-        format: a key of ``FORMATS``; ``None`` tells it from the content.
+        format: a key of ``FORMATS``; ``None`` recognizes it by the content.
         strict: stop at the first bad line; else skip bad lines and list them.
         images: folder that the images' paths are relative to; ``None`` is that of the file.
         check_images: whether a chain whose image is no file counts as bad. Costs a look at the
@@ -76,7 +75,7 @@ def read_chains(
 
     Raises:
         ChainError: strict, and a line is bad, an id stands twice or the file is empty; or the
-            format cannot be told. The message names file, line and reason.
+            format cannot be recognized. The message names file, line and reason.
         OSError: the file cannot be opened.
         ValueError: there is no such format.
 
@@ -125,7 +124,7 @@ def iter_chains(
         Each chain, and each line that holds none, in the order of the file.
 
     Raises:
-        ChainError: the format cannot be told.
+        ChainError: the format cannot be recognized.
         OSError: the file cannot be opened.
         ValueError: there is no such format.
     """
@@ -150,7 +149,7 @@ def iter_chains(
 
 
 def recognise(path: str | os.PathLike[str]) -> Format:
-    """Tell the format of a file from its content.
+    """Recognize the format of a file by its content.
 
     Raises:
         ChainError: the content shows none; the message lists the formats.
@@ -187,7 +186,7 @@ def _format_of_line(raw: bytes) -> Format | None:
 
 
 def _chain(record: Record | ChainError, root: Path, check_image: bool) -> Chain | ChainError:
-    """Build the chain of a record, or say why there is none."""
+    """Build the chain of a record, or return the error."""
     if isinstance(record, ChainError):
         return record
     try:
@@ -199,3 +198,119 @@ def _chain(record: Record | ChainError, root: Path, check_image: bool) -> Chain 
     if check_image and not chain.image_path.is_file():
         return ChainError(f"image: expected a file, got {str(chain.image_path)!r}")
     return chain
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A chain that a format cannot hold.
+
+    Attributes:
+        id: of the chain.
+        reason: the field, what was expected, what came.
+    """
+
+    id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"chain {self.id!r}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Result of writing a file.
+
+    Attributes:
+        count: number of chains in the file.
+        refused: chains that are not.
+    """
+
+    count: int
+    refused: tuple[Refused, ...]
+
+
+def write_chains(
+    chains: Iterable[Chain],
+    path: str | os.PathLike[str],
+    *,
+    format: str = "native",  # noqa: A002
+    strict: bool = True,
+) -> Writing:
+    """Write chains to a file, which appears whole or not at all.
+
+    Paths of images are rewritten, so that they are relative to the new file and lead where they
+    led; absolute ones and addresses stay as they are. ``FORMATS[format].loses`` lists what of a
+    chain the format leaves out.
+
+    Args:
+        chains: one by one; they need not fit into memory.
+        path: the file; an old one is replaced.
+        format: a key of ``FORMATS``.
+        strict: stop at a chain that the format cannot hold; else leave it out and list it.
+
+    Returns:
+        How many were written, and the chains that were refused (none where strict).
+
+    Raises:
+        ChainError: strict, and the format cannot hold a chain or an id stands twice.
+        OSError: the file cannot be written.
+        ValueError: there is no such format.
+
+    Example:
+        >>> import tempfile
+        >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat", "Add a dog"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writing = write_chains(
+        ...         [chain], Path(folder, "x.jsonl"), format="flow-grpo", strict=False
+        ...     )
+        >>> print(writing.refused[0])
+        chain '7': expected a chain of one turn, got 2 turns
+    """
+    check_choice("format", format, list(FORMATS))
+    known, file = FORMATS[format], Path(path)
+    ids: set[str] = set()
+    refused: list[Refused] = []
+    with _replacing(file) as stream:
+        stream.write(known.head)
+        for chain in chains:
+            text = _encode(_moved(chain, file.parent), known, ids)
+            if isinstance(text, str):
+                stream.write(known.between * bool(ids) + text)
+                ids.add(chain.id)
+            elif strict:
+                raise ChainError(f"{format} cannot hold {text}")
+            else:
+                refused.append(text)
+        stream.write(known.tail)
+    return Writing(len(ids), tuple(refused))
+
+
+def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:
+    if chain.id in ids:
+        return Refused(chain.id, "id: expected a new one, got it again")
+    try:
+        return known.encode(chain)
+    except ChainError as error:
+        return Refused(chain.id, str(error))
+
+
+def _moved(chain: Chain, folder: Path) -> Chain:
+    """Let the image's path be relative to another folder."""
+    fixed = chain.image_is_remote or Path(chain.image).is_absolute()
+    if fixed or os.path.abspath(chain.root) == os.path.abspath(folder):
+        return chain
+    image = Path(os.path.relpath(chain.image_path, folder)).as_posix()
+    return chain.model_copy(update={"image": image, "root": folder})
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[TextIO]:
+    """Open a file that takes its name at the end, if no exception came before."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        # Half a surrogate pair is no Unicode text, and stays an escape in JSON.
+        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+            yield stream
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
