@@ -14,8 +14,8 @@ from mteditflow.planner.objects import ListedObject
 from mteditflow.planner.pool import Pool
 from mteditflow.planner.structured import read_json, strict_object
 from mteditflow.rewards import AnswerError, Fault
-from mteditflow.rewards.consistency.looks import clean_names
-from mteditflow.rewards.consistency.protocols import Detector
+from mteditflow.rewards.consistency.regions import clean_names
+from mteditflow.rewards.consistency.scorer import Detector
 
 OBJECTS_MAX = 12
 NAMES_AT_ONCE = 4  # that the detector looks for in one batch

@@ -27,9 +27,9 @@ from mteditflow.rewards.consistency.wire import Info, read_answer, to_send
 from mteditflow.rewards.faults import AnswerError, Lost
 from mteditflow.rewards.images import png_base64
 from mteditflow.rewards.transport.cache import AnswerCache, request_key
-from mteditflow.rewards.transport.connections import open_client
+from mteditflow.rewards.transport.concurrency import gather
 from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.http_client import open_client
 
 Scores = tuple[PairScores, ...]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -16,17 +16,6 @@ from torch import Tensor
 
 from mteditflow._checks import check_choice, check_count
 from mteditflow.chains import Chain
-from mteditflow.rewards.consistency.looks import (
-    SIZE,
-    Box,
-    Look,
-    Pictures,
-    Search,
-    crops_of,
-    look_of,
-    searches_of,
-    tasks_of,
-)
 from mteditflow.rewards.consistency.pairs import (
     PAIRINGS,
     ConsistencyScores,
@@ -34,10 +23,21 @@ from mteditflow.rewards.consistency.pairs import (
     PairScores,
     image_pairs,
 )
-from mteditflow.rewards.consistency.protocols import Detector, FeatureExtractor
-from mteditflow.rewards.consistency.regions import pixel_boxes
+from mteditflow.rewards.consistency.regions import (
+    SIZE,
+    Box,
+    Look,
+    Pictures,
+    Search,
+    crops_of,
+    look_of,
+    pixel_boxes,
+    searches_of,
+    tasks_of,
+)
 from mteditflow.rewards.consistency.similarity import (
     TOKENS,
+    Features,
     background_summary,
     check_features,
     object_summary,
@@ -47,6 +47,34 @@ from mteditflow.rewards.consistency.similarity import (
 
 Summaries = Mapping[tuple[int, Box | int], Tensor]  # of a picture's crop, or of a look's background
 X = TypeVar("X")
+
+
+class Detector(Protocol):
+    """Finds objects by name."""
+
+    def __call__(
+        self, images: Sequence[Tensor], names: Sequence[Sequence[str]]
+    ) -> Sequence[Tensor]:
+        """Find objects; what is found in one image must not depend on the others.
+
+        Args:
+            images: RGB, uint8 [3, H, W], all of one size.
+            names: what to look for in each image: lower case, without full stops, at least one,
+                none twice.
+
+        Returns:
+            Per image the boxes of all objects found, [K, 4], floating point, absolute
+            (x1, y1, x2, y2) in pixels.
+        """
+        ...
+
+
+class FeatureExtractor(Protocol):
+    """Turns images into tokens."""
+
+    def __call__(self, images: Sequence[Tensor]) -> Features:
+        """Compute the tokens of images, RGB, uint8 [3, H, W], of any sizes."""
+        ...
 
 
 class ConsistencyScorer:

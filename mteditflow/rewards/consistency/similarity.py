@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mteditflow._checks import check_full_precision, check_shape, check_values
-from mteditflow.rewards.consistency.regions import patch_weights, soft
+from mteditflow._checks import check_full_precision, check_mask, check_shape, check_values
+
+MIN_WEIGHT = 0.5  # a patch of which less is background counts as none
 
 
 class Features(NamedTuple):
@@ -79,6 +80,40 @@ class Compat(Strict):
 
 
 TOKENS: Mapping[str, Strict] = {"strict": Strict(), "compat": Compat()}
+
+
+def patch_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Share of each patch that is background, exactly, also where patches cut pixels.
+
+    Args:
+        mask: boolean [H, W], true on the background.
+        grid: rows and columns of the patches that tile the image.
+
+    Returns:
+        float64 [rows * columns], 0 where the share is below one half.
+
+    Example:
+        >>> mask = torch.arange(8).expand(2, 8) >= 3
+        >>> patch_weights(mask, (1, 4))
+        tensor([0.0000, 0.5000, 1.0000, 1.0000], dtype=torch.float64)
+    """
+    check_mask("mask", mask, mask.shape[:2], "[H, W]")
+    rows, columns = (_overlap(*axis) for axis in zip(mask.shape, grid, strict=True))
+    share = rows @ mask.double() @ columns.T / mask.numel()  # whole numbers until divided
+    return soft(share)
+
+
+def soft(share: Tensor) -> Tensor:
+    """Set shares below one half to 0; flattened."""
+    return torch.where(share < MIN_WEIGHT, 0, share).flatten()
+
+
+def _overlap(pixels: int, cells: int) -> Tensor:
+    """Overlap of each cell with each pixel of an axis, in 1/cells of a pixel: [cells, pixels]."""
+    cell = torch.arange(cells, dtype=torch.float64)[:, None] * pixels
+    pixel = torch.arange(pixels, dtype=torch.float64) * cells
+    end = torch.minimum(cell + pixels, pixel + cells)
+    return (end - torch.maximum(cell, pixel)).clamp(min=0)
 
 
 def nearest_grid(count: int, aspect: float) -> tuple[int, int]:

@@ -13,11 +13,11 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 
-from mteditflow.rewards.consistency.looks import SIZE
 from mteditflow.rewards.consistency.pairs import Pair, PairScores
+from mteditflow.rewards.consistency.regions import SIZE
 from mteditflow.rewards.faults import AnswerError, Fault
 from mteditflow.rewards.images import png_base64, to_rgb
-from mteditflow.rewards.transport.classify import SHOWN, shorten
+from mteditflow.rewards.transport.http_client import SHOWN, shorten
 
 MAX_IMAGES = 65  # of one chain: 64 turns and the reference
 MAX_PAIRS = 64

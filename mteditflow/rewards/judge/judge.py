@@ -18,7 +18,7 @@ from mteditflow.rewards.images import png_data_url, to_rgb
 from mteditflow.rewards.judge.prompts import Prompt, Request
 from mteditflow.rewards.scores import TurnScores
 from mteditflow.rewards.transport.chat import ChatClient
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.concurrency import gather
 
 Marks = tuple[float, ...] | Lost  # the scores of some turns, or why there are none
 

@@ -13,9 +13,9 @@ from PIL import Image
 from mteditflow._checks import check_count
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
 from mteditflow.rewards.images import png_data_url
-from mteditflow.rewards.judge.expectation import CANDIDATES
+from mteditflow.rewards.judge.prompts import CANDIDATES
 from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.concurrency import gather
 
 SIDE = 64  # pixels of a trial image: vision towers refuse smaller ones than a few patches
 FEWEST = 5  # log-probabilities that a Likert scale needs

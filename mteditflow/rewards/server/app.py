@@ -22,8 +22,7 @@ from mteditflow.rewards.consistency.wire import (
     Info,
     Limits,
 )
-from mteditflow.rewards.server.bodies import ReadToEnd, read_body
-from mteditflow.rewards.server.reading import Reader
+from mteditflow.rewards.server.bodies import Reader, ReadToEnd, read_body
 from mteditflow.rewards.server.service import Service
 
 R = TypeVar("R")

@@ -16,9 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
 from mteditflow.rewards.transport.cache import AnswerCache, request_key
-from mteditflow.rewards.transport.classify import shorten
-from mteditflow.rewards.transport.connections import open_client
 from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
+from mteditflow.rewards.transport.http_client import open_client, shorten
 
 T = TypeVar("T")
 SEED_STRIDE = 2**20  # between the seeds of one request's attempts; votes count up by 1

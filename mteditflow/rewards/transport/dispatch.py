@@ -14,8 +14,8 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import Fault, Lost
-from mteditflow.rewards.transport.classify import CUT, AttemptError, classify
 from mteditflow.rewards.transport.endpoints import Endpoint, Rotation
+from mteditflow.rewards.transport.http_client import CUT, AttemptError, classify
 
 T = TypeVar("T")
 HIDDEN = "***"

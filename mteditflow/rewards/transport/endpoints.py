@@ -13,7 +13,7 @@ import httpx2
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import Fault
-from mteditflow.rewards.transport.classify import AttemptError
+from mteditflow.rewards.transport.http_client import AttemptError
 
 LOG = logging.getLogger(__name__)
 LONGEST_REST = 3600.0  # s; whatever a Retry-After says

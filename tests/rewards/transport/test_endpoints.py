@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mteditflow.rewards import Fault
 from mteditflow.rewards.transport import endpoints
-from mteditflow.rewards.transport.classify import AttemptError
 from mteditflow.rewards.transport.endpoints import LONGEST_REST, Rotation, check_url
+from mteditflow.rewards.transport.http_client import AttemptError
 
 A, B, C = "http://a/v1", "http://b/v1", "http://c:8000/v1"
 REFUSED = AttemptError(Fault.connection, "refused")
