@@ -29,7 +29,7 @@ Crop = tuple[int, Box]  # a picture, and a part of it
 
 
 class Task(NamedTuple):
-    """Two pictures, and the names whose terms are asked for; none for no term."""
+    """Two pictures, and the names of each term; empty for no term."""
 
     source: int
     edited: int
@@ -37,8 +37,8 @@ class Task(NamedTuple):
     everything: Names
 
 
-class Look(NamedTuple):
-    """Two pictures, and where to look in both; ``None`` for no term."""
+class Regions(NamedTuple):
+    """Two pictures, and the regions to compare in both; ``None`` for no term."""
 
     source: int
     edited: int
@@ -47,7 +47,7 @@ class Look(NamedTuple):
 
 
 class Pictures:
-    """Pictures at the size of comparison, each held once.
+    """Images resized for comparison, stored without duplicates.
 
     Example:
         >>> pictures = Pictures()
@@ -62,7 +62,7 @@ class Pictures:
         self._index: dict[bytes, int] = {}
 
     def add(self, image: Image.Image) -> int:
-        """Take in an image of any mode and size; return its index."""
+        """Add an image of any mode and size; return its index."""
         data = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS).tobytes()
         digest = hashlib.sha256(data).digest()
         if digest not in self._index:
@@ -78,7 +78,7 @@ class Pictures:
 
 
 def clean_names(names: Iterable[str]) -> Names:
-    """Write names as a detector wants them: lower case, no full stops, none empty or twice.
+    """Normalize names for a detector: lower case, no full stops, none empty or repeated.
 
     Example:
         >>> clean_names(["A Cat.", "a cat", " . ", "traffic  light"])
@@ -91,10 +91,10 @@ def clean_names(names: Iterable[str]) -> Names:
 def tasks_of(
     pictures: Pictures, images: Sequence[Image.Image], pairs: Sequence[Pair], rules: Strict
 ) -> list[Task]:
-    """Take in the images that the pairs of a chain name, and say what each pair asks for.
+    """Add the images of a chain's pairs to ``pictures``; return the task of each pair.
 
     Raises:
-        ValueError: a pair names an image that is not there.
+        ValueError: a pair names an image that does not exist.
     """
     used = sorted({index for pair in pairs for index in (pair.source, pair.edited)})
     if used and used[-1] >= len(images):
@@ -112,7 +112,7 @@ def tasks_of(
 
 
 def searches_of(tasks: Sequence[Task]) -> list[Search]:
-    """List what has to be detected: the unchanged in the source, everything in both pictures."""
+    """List the detections needed: unchanged objects in the source, all objects in both."""
     searches: dict[Search, None] = {}
     for task in tasks:
         searches[task.source, task.unchanged] = None
@@ -120,32 +120,31 @@ def searches_of(tasks: Sequence[Task]) -> list[Search]:
     return [search for search in searches if search[1]]
 
 
-def look_of(task: Task, found: Mapping[Search, Tensor], rules: Strict) -> Look:
-    """Turn what was found into the parts to compare: crops by the source's boxes, and a mask."""
+def regions_of(task: Task, boxes: Mapping[Search, Tensor], rules: Strict) -> Regions:
+    """Convert boxes to the regions to compare: crops by the source's boxes, and a mask."""
     crops = mask = None
     if task.unchanged:
-        boxes = with_area(found[task.source, task.unchanged]).tolist()
-        crops = [tuple(box) for box in boxes]
+        crops = [tuple(box) for box in with_area(boxes[task.source, task.unchanged]).tolist()]
     if task.everything:
-        both = torch.cat([found[p, task.everything] for p in (task.source, task.edited)])
+        both = torch.cat([boxes[p, task.everything] for p in (task.source, task.edited)])
         mask = background_mask(both, (SIZE, SIZE), border=rules.border)
-    return Look(task.source, task.edited, crops, mask)
+    return Regions(task.source, task.edited, crops, mask)
 
 
-def crops_of(looks: Sequence[Look]) -> dict[Crop, dict[int, Tensor]]:
-    """List the crops whose features are needed, each with the masks of the looks that need one."""
+def crops_of(regions: Sequence[Regions]) -> dict[Crop, dict[int, Tensor]]:
+    """List the crops whose features are needed, each with the background masks by region."""
     crops: dict[Crop, dict[int, Tensor]] = {}
-    for n, look in enumerate(looks):
-        for picture in (look.source, look.edited):
-            for box in look.crops or ():
+    for n, (source, edited, boxes, mask) in enumerate(regions):
+        for picture in (source, edited):
+            for box in boxes or ():
                 crops.setdefault((picture, box), {})
-            if look.mask is not None:
-                crops.setdefault((picture, WHOLE), {})[n] = look.mask
+            if mask is not None:
+                crops.setdefault((picture, WHOLE), {})[n] = mask
     return crops
 
 
 def pixel_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut boxes to whole pixels of the image, toward zero; one that is not finite is dropped.
+    """Clip boxes to whole pixels of the image, rounded toward zero; drop non-finite boxes.
 
     Args:
         boxes: [K, 4], floating point; they may reach beyond the image.
@@ -155,7 +154,7 @@ def pixel_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
         int64 [K', 4] on the CPU; x1 may equal x2, and y1 may equal y2, where a box has no area.
 
     Raises:
-        ValueError: the shape is another one.
+        ValueError: the shape differs.
         TypeError: the boxes are not floating point.
 
     Example:
@@ -166,14 +165,14 @@ def pixel_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes: expected shape [K, 4], got {list(boxes.shape)}")
     height, width = size
-    found = boxes.detach().double().cpu()
-    found = found[found.isfinite().all(dim=1)]
-    limit = found.new_tensor([width, height, width, height])
-    return torch.minimum(found.clamp(min=0), limit).long()
+    boxes = boxes.detach().double().cpu()
+    boxes = boxes[boxes.isfinite().all(dim=1)]
+    limit = boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limit).long()
 
 
 def with_area(boxes: Tensor) -> Tensor:
-    """Keep the boxes that hold at least one pixel.
+    """Keep the boxes that contain at least one pixel.
 
     Example:
         >>> with_area(torch.tensor([[0, 1, 9, 64], [5, 5, 5, 9]]))
@@ -183,12 +182,12 @@ def with_area(boxes: Tensor) -> Tensor:
 
 
 def background_mask(boxes: Tensor, size: tuple[int, int], *, border: int = 0) -> Tensor:
-    """Mark what is in none of the boxes.
+    """Mark the pixels that are in none of the boxes.
 
     Args:
-        boxes: of whole pixels, int64 [K, 4].
+        boxes: boxes of whole pixels, int64 [K, 4].
         size: height and width of the image.
-        border: pixels that each box takes beyond its right and lower end.
+        border: pixels by which each box extends beyond its right and lower edge.
 
     Returns:
         Boolean [height, width]; all true where there is no box.

@@ -16,14 +16,14 @@ from mteditflow.rewards.consistency.wire import ConsistencyRequest, Limits, to_s
 from mteditflow.rewards.images import decode_image
 from mteditflow.rewards.server.files import TooManyPixels, check_file
 
-DISCARDED = 2**27  # most bytes read after an answer is known
+DISCARDED = 2**27  # most bytes read after the answer is known
 DISCARDING = 10.0  # longest that this may take, s
 THREADS = 2
-SHOWN = 5  # errors of one body that are told
+SHOWN = 5  # errors of one body that are listed
 
 
 async def read_body(request: Request, *, limit: int, timeout: float) -> bytes:
-    """Read a body of at most ``limit`` bytes within ``timeout`` seconds, whatever it announces.
+    """Read a body of at most ``limit`` bytes within ``timeout`` seconds.
 
     Raises:
         HTTPException: 413 or 408.
@@ -42,10 +42,10 @@ async def read_body(request: Request, *, limit: int, timeout: float) -> bytes:
 
 
 class ReadToEnd:
-    """ASGI middleware: an answer before the request's end waits for that end.
+    """ASGI middleware that delays an early answer until the request has been received.
 
     A server that answers and closes while the client still sends resets the connection, and the
-    client may never see why it was refused. What is read here is thrown away, and bounded.
+    client may never see why it was refused. The rest of the body is discarded, within limits.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -73,10 +73,10 @@ class ReadToEnd:
 
 
 class Reader:
-    """Reads bodies, two at a time, in threads.
+    """Decodes bodies, two at a time, in threads.
 
     Args:
-        limits: what an image may have.
+        limits: limits of the images.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -94,8 +94,8 @@ class Reader:
         """Decode a body.
 
         Raises:
-            HTTPException: 422, it is not a request or an image is refused; 413, an image is too
-                large. The message says where and why, and holds nothing of the body.
+            HTTPException: 422, the body is not a request or an image is refused; 413, an image is
+                too large. The message gives place and reason, and nothing of the body.
         """
         return await anyio.to_thread.run_sync(self._read, body, limiter=self._threads)
 
@@ -128,14 +128,14 @@ def _base64(text: str) -> bytes:
 
 
 def _explain(error: ValidationError) -> str:
-    """Say where the body is wrong, without what it holds."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    told = [
+    """List the errors of a body, without its content."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = [
         f"{_place(e['type'], e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
-        for e in found[:SHOWN]
+        for e in errors[:SHOWN]
     ]
-    more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return "; ".join(told + more)
+    more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+    return "; ".join(shown + more)
 
 
 def _place(kind: str, location: tuple[int | str, ...]) -> str:

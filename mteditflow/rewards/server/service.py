@@ -1,4 +1,4 @@
-"""What scores behind the routes: loads once, counts requests in, scores them in batches."""
+"""Service behind the routes: loads and describes the scorer, admits requests, scores in batches."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Chain = tuple[Sequence[Image.Image], Sequence[Pair]]
 
 
 class Service:
-    """Scores chains for requests that come at the same time.
+    """Scores the chains of concurrent requests.
 
     Args:
-        scorer: what scores, or a function that loads it, which runs in the thread that scores.
-        limits: how many requests at once, and in a batch.
+        scorer: the scorer, or a function that loads it, which runs in the scoring thread.
+        limits: limits of concurrent requests and of a batch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Service:
 
     @property
     def info(self) -> Info:
-        """What scores.
+        """Description of the scorer.
 
         Raises:
             HTTPException: 503: it is not loaded yet.
@@ -69,7 +69,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Load and score while the block lasts."""
+        """Load and score for the duration of the block."""
         limits = self._limits
         self._batcher = MicroBatcher(
             self._work, max_batch=limits.max_batch, max_wait=limits.max_wait
@@ -84,7 +84,7 @@ class Service:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Count a request in and out.
+        """Count a request as admitted for the duration of the block.
 
         Raises:
             HTTPException: 503 with Retry-After: there are too many, or the server is not ready.
@@ -110,17 +110,17 @@ class Service:
 
     @property
     def working(self) -> bool:
-        """Whether the models are at work, perhaps for nobody any more."""
+        """Whether the models are running, even if no request waits any more."""
         return self._batcher is not None and self._batcher.working
 
     async def score(
         self, images: Sequence[Image.Image], pairs: Sequence[Pair]
     ) -> Sequence[PairScores]:
-        """Score one chain, together with others that wait.
+        """Score one chain, in a batch with others that wait.
 
         Raises:
-            HTTPException: 422: the models refuse this chain, as they would again, for instance for
-                a name of too many tokens; 500: they failed.
+            HTTPException: 422: the models refuse this chain and would again, for instance for a
+                name of too many tokens; 500: they failed.
         """
         if self._batcher is None:
             raise RuntimeError("expected a chain while the service runs")
@@ -165,7 +165,7 @@ class Service:
 
 
 def describe(scorer: ConsistencyScorer, limits: Limits) -> Info:
-    """Describe what a server scores with; reads all weights once.
+    """Describe a scorer by its classes, settings and weights; reads all weights once.
 
     Example:
         >>> scorer = ConsistencyScorer(lambda images, names: [])
@@ -195,7 +195,7 @@ def _describe(model: Any) -> dict[str, Any] | None:
 
 
 def _digest(module: nn.Module) -> str:
-    """sha256 of all parameters and buffers, whatever device they are on."""
+    """Return the sha256 of all parameters and buffers, on any device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -204,13 +204,13 @@ def _digest(module: nn.Module) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

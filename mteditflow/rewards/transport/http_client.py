@@ -24,8 +24,8 @@ from mteditflow.rewards.faults import AnswerError, Fault
 CONNECT_TIMEOUT = 10.0  # s; the deadline of the whole exchange is the dispatcher's
 KEEP_ALIVE = 2.0  # s; uvicorn, so vLLM too, closes idle connections after 5
 MAX_BODY = 2**24  # bytes; an answer has a few thousand
-SHOWN = 300  # characters of a server's own words in a detail
-CUT = " ..."  # after words that were more
+SHOWN = 300  # characters of a server's message in a detail
+CUT = " ..."  # ends a truncated message
 MALFORMED = (
     openai.APIResponseValidationError,
     pydantic.ValidationError,
@@ -36,18 +36,18 @@ MALFORMED = (
     httpx2.TooManyRedirects,
 )
 BROKEN = (openai.APIConnectionError, httpx2.TransportError, ssl.SSLError, anyio.EndOfStream)
-# Statuses that say "not now"; every other 4xx says "never", at this endpoint.
+# Retryable statuses; any other 4xx is permanent at this endpoint.
 STATUSES = {408: Fault.timeout, 409: Fault.rejected, 425: Fault.rejected, 429: Fault.rate_limited}
 
 
 def open_client(*, max_body: int = MAX_BODY) -> httpx2.AsyncClient:
-    """Make an HTTP client that any event loop may use, one after another, and nobody must close.
+    """Create an HTTP client that several event loops may use, and that need not be closed.
 
-    Proxies that the environment names are not used.
+    Proxies of the environment are not used.
 
     Args:
         max_body: most bytes of an answer; ``AnswerError`` is raised as soon as more arrive.
-            Compressed bodies, whose size is not known before they are unpacked, are refused.
+            Compressed bodies are refused, since their size is known only once unpacked.
 
     Example:
         >>> import anyio
@@ -84,13 +84,13 @@ class _PerLoop(httpx2.AsyncBaseTransport):
         return response
 
     async def _pool(self) -> httpx2.AsyncHTTPTransport:
-        found = self._pools.get(None)
-        if found is None:
+        pool = self._pools.get(None)
+        if pool is None:
             # An event loop, when it ends, closes the asynchronous generators begun in it.
             keeper = _keep_open()
-            found = (await keeper.__anext__(), keeper)
-            self._pools.set(found)
-        return found[0]
+            pool = (await keeper.__anext__(), keeper)
+            self._pools.set(pool)
+        return pool[0]
 
 
 async def _keep_open() -> AsyncGenerator[httpx2.AsyncHTTPTransport, None]:
@@ -102,7 +102,7 @@ async def _keep_open() -> AsyncGenerator[httpx2.AsyncHTTPTransport, None]:
 
 
 class _Bounded(httpx2.AsyncByteStream):
-    """A stream that ends in an error once it is longer than it may be."""
+    """A stream that raises once it is longer than its limit."""
 
     def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
         self._stream, self._limit = stream, limit
@@ -120,13 +120,13 @@ class _Bounded(httpx2.AsyncByteStream):
 
 
 class AttemptError(AnswerError):
-    """One attempt failed, and what that means for the next one.
+    """One attempt failed; says whether and when it may be retried.
 
     Args:
-        fault: what kind of failure.
+        fault: kind of failure.
         detail: what was expected and what came.
-        retry_after: seconds that the server asks to wait, ``None`` if it does not.
-        here_again: whether the same request may be tried again at the same endpoint.
+        retry_after: time that the server asks to wait, s; ``None`` if it does not.
+        here_again: whether the same request may be retried at the same endpoint.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class AttemptError(AnswerError):
 
 
 def classify(error: Exception) -> AttemptError | None:
-    """Say which fault an exception stands for.
+    """Map an exception to a fault.
 
     Args:
-        error: raised by one HTTP exchange or by what read its answer.
+        error: raised by one HTTP exchange or by the parser of its answer.
 
     Returns:
         The failure, or ``None`` for an exception that is no fault of an answer.
@@ -160,27 +160,27 @@ def classify(error: Exception) -> AttemptError | None:
     if isinstance(error, AnswerError):
         return AttemptError(error.fault, error.detail)
     if isinstance(error, (openai.APIStatusError, httpx2.HTTPStatusError)):
-        return _of_status(error.response)
+        return _status_failure(error.response)
     if isinstance(error, (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException)):
-        return AttemptError(Fault.timeout, _words(error))
+        return AttemptError(Fault.timeout, _message(error))
     if isinstance(error, MALFORMED):
-        return AttemptError(Fault.malformed, _words(error))
+        return AttemptError(Fault.malformed, _message(error))
     if isinstance(error, BROKEN):
-        return AttemptError(Fault.connection, _words(error.__cause__ or error))
+        return AttemptError(Fault.connection, _message(error.__cause__ or error))
     return None
 
 
 def shorten(text: str) -> str:
-    """Bring a server's words to one line of bounded length."""
+    """Shorten a server's message to one line of bounded length."""
     line = " ".join(text[: 2 * SHOWN].split())
     return line if len(line) <= SHOWN else line[:SHOWN] + CUT
 
 
 def retry_after(header: str | None) -> float | None:
-    """Read a Retry-After header, seconds or an HTTP date, as seconds from now.
+    """Parse a Retry-After header, seconds or an HTTP date, as seconds from now.
 
     Returns:
-        Seconds, >= 0; ``None`` where there is no header or it makes no sense.
+        Seconds, >= 0; ``None`` where there is no header or it is malformed.
 
     Source: RFC 9110, section 10.2.3.
 
@@ -202,7 +202,7 @@ def retry_after(header: str | None) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def _of_status(response: httpx2.Response) -> AttemptError:
+def _status_failure(response: httpx2.Response) -> AttemptError:
     status = response.status_code
     fault = Fault.server_error if status >= 500 else STATUSES.get(status, Fault.rejected)
     header = response.headers.get("retry-after")
@@ -215,5 +215,5 @@ def _of_status(response: httpx2.Response) -> AttemptError:
     )
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {error}").rstrip(":")
