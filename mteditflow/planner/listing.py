@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mteditflow.planner.answers import read_json, strict_object
 from mteditflow.planner.pool import ListedObject, Pool
 from mteditflow.rewards import AnswerError, Fault
-from mteditflow.rewards.consistency.looks import clean_names
-from mteditflow.rewards.consistency.protocols import Detector
+from mteditflow.rewards.consistency.regions import clean_names
+from mteditflow.rewards.consistency.scorer import Detector
 
 OBJECTS_MAX = 12
 NAMES_AT_ONCE = 4  # that the detector looks for in one batch

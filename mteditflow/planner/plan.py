@@ -24,7 +24,7 @@ from mteditflow.planner.listing import (
 )
 from mteditflow.planner.pool import ListedObject, Pool, chain_fields
 from mteditflow.rewards import Fault, Lost
-from mteditflow.rewards.consistency.protocols import Detector
+from mteditflow.rewards.consistency.scorer import Detector
 from mteditflow.rewards.images import png_data_url
 from mteditflow.rewards.transport.chat import ChatClient
 

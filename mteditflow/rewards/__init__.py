@@ -1,36 +1,67 @@
 """Rewards of edited chains: instruction following by a judge, content consistency by a detector.
 
-``judge`` and ``consistency`` score, each over HTTP by ``transport``; ``server`` serves consistency.
-``consistency.models`` (GroundingDINO, DINOv3) and ``server`` are imported by their own names, since
-transformers and FastAPI take their time. Needs the extra ``mteditflow[rewards]``.
+``judge`` and ``consistency`` compute scores, each over HTTP by ``transport``; ``server`` serves
+consistency. Names are imported on first use: scores and faults need torch alone, everything else
+the extra ``mteditflow[rewards]``. The published models are in ``consistency.models``.
 """
 
-try:
-    import httpx2  # noqa: F401
-    import openai  # noqa: F401
-    import PIL  # noqa: F401
-    import pydantic  # noqa: F401
-    import tenacity  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"mteditflow.rewards needs {error.name}: pip install 'mteditflow[rewards]'"
-    ) from error
+from typing import TYPE_CHECKING
 
-from mteditflow.rewards.consistency.client import ConsistencyClient
-from mteditflow.rewards.consistency.pairs import ConsistencyScores, Pair, PairScores, pairs_of
-from mteditflow.rewards.consistency.protocols import Detector, FeatureExtractor
-from mteditflow.rewards.consistency.scorer import Consistency, ConsistencyScorer
-from mteditflow.rewards.consistency.similarity import Features
-from mteditflow.rewards.faults import AnswerError, Fault, Lost
-from mteditflow.rewards.judge.expectation import ExpectationPrompt
-from mteditflow.rewards.judge.judge import Judge
-from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
-from mteditflow.rewards.judge.prompts import JudgePrompt
-from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
-from mteditflow.rewards.transport.background import Background
-from mteditflow.rewards.transport.cache import AnswerCache
-from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
-from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
+from mteditflow._lazy import lazy
+
+if TYPE_CHECKING:
+    from mteditflow.rewards.consistency.client import ConsistencyClient
+    from mteditflow.rewards.consistency.pairs import ConsistencyScores, Pair, PairScores, pairs_of
+    from mteditflow.rewards.consistency.scorer import (
+        Consistency,
+        ConsistencyScorer,
+        Detector,
+        FeatureExtractor,
+    )
+    from mteditflow.rewards.consistency.similarity import Features
+    from mteditflow.rewards.faults import AnswerError, Fault, Lost
+    from mteditflow.rewards.judge.judge import Judge
+    from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
+    from mteditflow.rewards.judge.prompts import ExpectationPrompt, JudgePrompt
+    from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
+    from mteditflow.rewards.transport.cache import AnswerCache
+    from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
+    from mteditflow.rewards.transport.concurrency import Background
+    from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "AnswerCache": ".transport.cache",
+            "AnswerError": ".faults",
+            "Background": ".transport.concurrency",
+            "ChatAnswer": ".transport.chat",
+            "ChatClient": ".transport.chat",
+            "Consistency": ".consistency.scorer",
+            "ConsistencyClient": ".consistency.client",
+            "ConsistencyScorer": ".consistency.scorer",
+            "ConsistencyScores": ".consistency.pairs",
+            "Detector": ".consistency.scorer",
+            "Dispatcher": ".transport.dispatch",
+            "EndpointReport": ".judge.preflight",
+            "ExpectationPrompt": ".judge.prompts",
+            "Fault": ".faults",
+            "FeatureExtractor": ".consistency.scorer",
+            "Features": ".consistency.similarity",
+            "InvalidRewardsError": ".scores",
+            "Judge": ".judge.judge",
+            "JudgePrompt": ".judge.prompts",
+            "Lost": ".faults",
+            "Pair": ".consistency.pairs",
+            "PairScores": ".consistency.pairs",
+            "Reward": ".scores",
+            "Statistics": ".transport.dispatch",
+            "TurnScores": ".scores",
+            "inspect_endpoints": ".judge.preflight",
+            "pairs_of": ".consistency.pairs",
+        },
+        extra="rewards",
+    )
 
 __all__ = [
     "AnswerCache",

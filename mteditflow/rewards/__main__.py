@@ -1,4 +1,4 @@
-"""Command line: what the endpoints of a judge honour."""
+"""Command line: check which parts of a request a judge's endpoints support."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def commands() -> None:
 @app.command()
 def check(
     endpoints: Annotated[list[str], typer.Argument(help="URLs ending in /v1.")],
-    model: Annotated[str, typer.Option(help="Name that the endpoints know the model by.")],
-    images: Annotated[int, typer.Option(min=1, help="Images that a request will show.")] = 4,
-    timeout: Annotated[float, typer.Option(min=0, help="Of one question, seconds.")] = 120.0,
+    model: Annotated[str, typer.Option(help="Name of the model on the endpoints.")],
+    images: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 4,
+    timeout: Annotated[float, typer.Option(min=0, help="Deadline of one question, s.")] = 120.0,
 ) -> None:
-    """Ask each endpoint three small questions, which prove what it honours.
+    """Ask each endpoint three small questions that prove what it supports.
 
-    Ends with 1 if anything is not. The key, if one is wanted, is read from OPENAI_API_KEY.
+    Exits with 1 if anything is not supported. OPENAI_API_KEY is sent as the key if it is set.
     """
     key = os.environ.get("OPENAI_API_KEY")
     try:

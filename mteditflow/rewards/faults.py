@@ -1,7 +1,7 @@
-"""Why an answer was lost: one vocabulary for the judge, content consistency and the planner.
+"""Faults of an answer: one vocabulary for the judge, content consistency and the planner.
 
-An attempt that fails raises ``AnswerError``; it is tried again a bounded number of times, and what
-is left at the end is a ``Lost``. Nothing in this library turns a ``Lost`` into a number.
+A failed attempt raises ``AnswerError`` and is retried a bounded number of times. An answer that is
+still missing then is a ``Lost``. Nothing in this library turns a ``Lost`` into a number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Fault(Enum):
-    """What went wrong with one attempt."""
+    """Reason why one attempt failed."""
 
     timeout = "time-out"
     connection = "no connection"
@@ -31,10 +31,10 @@ class Fault(Enum):
 
 
 class AnswerError(Exception):
-    """One attempt failed; the caller decides whether to try again.
+    """One attempt failed; the caller decides whether to retry.
 
     Args:
-        fault: what kind of failure.
+        fault: kind of failure.
         detail: what was expected and what came, for the log.
 
     Example:
@@ -53,12 +53,12 @@ class AnswerError(Exception):
 
 @dataclass(frozen=True)
 class Lost:
-    """An answer that did not come, after all attempts.
+    """An answer that is missing after all attempts.
 
     Attributes:
-        fault: of the last attempt.
-        detail: of the last attempt: what was expected and what came.
-        attempts: how many were made.
+        fault: fault of the last attempt.
+        detail: what was expected and what came, in the last attempt.
+        attempts: number of attempts.
     """
 
     fault: Fault

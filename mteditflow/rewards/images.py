@@ -1,4 +1,4 @@
-"""Images on the wire: lossless PNG, so that a reward is that of the pixels that were made."""
+"""Images on the wire: lossless PNG, so that a reward is that of exactly the edited pixels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import zlib
 from PIL import Image
 
 FORMATS = ("PNG", "WEBP")
-SIXTEEN_BITS = ("I", "F")  # and their kin, such as I;16: converting them to RGB clips in silence
-# What PIL raises on one broken file or another.
+SIXTEEN_BITS = ("I", "F")  # also I;16 and others: converting them to RGB clips silently
+# Exceptions of PIL on broken files.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -23,16 +23,16 @@ UNREADABLE = (
     struct.error,
     zlib.error,
 )
-# What it raises, or is told to raise, on one that is far too large.
+# Exceptions of PIL on files that are far too large, by default or as warnings made errors.
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def to_rgb(name: str, image: Image.Image) -> Image.Image:
-    """Load an image and bring it to 8-bit RGB; transparency is dropped, not blended.
+    """Load an image and convert it to 8-bit RGB; transparency is dropped, not blended.
 
     Args:
-        name: what the image is, for the message of an error.
-        image: of any 8-bit mode; one that is RGB already comes back itself.
+        name: name of the image in error messages.
+        image: image of any 8-bit mode; an RGB image is returned itself.
 
     Raises:
         TypeError: it is not a PIL image.
@@ -69,7 +69,7 @@ def png_bytes(image: Image.Image) -> bytes:
     """
     rgb = to_rgb("image", image)
     file = io.BytesIO()
-    # Only pixels: no profile, text or date that the image carries along.
+    # Only pixels: no profile, text or date of the image.
     Image.frombytes("RGB", rgb.size, rgb.tobytes()).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
@@ -90,17 +90,17 @@ def png_data_url(image: Image.Image) -> str:
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
-    """Read one still PNG or WebP image that somebody sent.
+    """Decode one still PNG or WebP image from an untrusted sender.
 
     Args:
-        data: the file.
-        max_pixels: most that width times height may be; checked before pixels are decoded.
+        data: content of the file.
+        max_pixels: limit of width times height; checked before pixels are decoded.
 
     Returns:
         The image in RGB, loaded.
 
     Raises:
-        ValueError: it is none, cannot be read whole, is animated or too large.
+        ValueError: it is not such an image, is incomplete, animated or too large.
 
     Example:
         >>> decode_image(b"GIF89a", max_pixels=64)

@@ -1,7 +1,7 @@
-"""Scores per turn with their validity: what every judge and scorer of this package returns.
+"""Scores per turn with their validity, as every judge and scorer of this package returns them.
 
 ``B`` trajectories, ``N`` turns. A score that is not there is NaN, never a number: either it was
-LOST (an answer was asked for and did not come, with the reason) or there was nothing to measure
+LOST (an answer was requested and did not come, with the reason) or there was nothing to measure
 (content consistency of a turn in which everything was edited).
 """
 
@@ -96,9 +96,8 @@ class TurnScores:
     def valid(self) -> Tensor:
         """Trajectories that may be trained on, boolean [B].
 
-        One that lost the score of any turn is not among them: the mean of what is left would be
-        another measure than that of the other members of its group. Neither is one of whose turns
-        none could be measured.
+        A trajectory that lost the score of any turn is not valid: the mean of its other turns would
+        not be comparable within its group. Neither is one without any measured turn.
         """
         valid = self.measured.any(dim=1)
         for b, _ in self.lost:
@@ -112,7 +111,7 @@ class TurnScores:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How often each reason occurs, most frequent first, counted in turns."""
+        """Number of turns without a score by reason, most frequent first."""
         counts = Counter(lost.fault.value for lost in self.lost.values())
         unmeasured = int((self.turn_mask & ~self.measured).sum()) - len(self.lost)
         if unmeasured:
@@ -124,8 +123,8 @@ class TurnScores:
 
         Args:
             aggregate: such as ``mteditflow.likert_average``: maps scores [B', N] and a
-                ``turn_mask`` to [B']; it sees valid trajectories alone, and in them the turns that
-                were measured.
+                ``turn_mask`` to [B']; it receives only valid trajectories, and in them only the
+                measured turns.
 
         Returns:
             Reward: value [B], float32 (float64 if scores are), and valid, boolean [B].
@@ -140,8 +139,7 @@ class TurnScores:
     def turn_reward(self, normalize: Callable[[Tensor], Tensor]) -> TurnSignal:
         """Normalize every score on its own: one reward per turn.
 
-        A turn stands for itself: it is valid where it was measured, whatever its trajectory lost at
-        another turn.
+        A turn is valid where it was measured, even if its trajectory lost another turn.
 
         Args:
             normalize: maps scores [K] to rewards [K], such as ``mteditflow.normalize_likert``; it
@@ -192,14 +190,14 @@ class TurnScores:
         )
 
     def require(self, *, max_invalid_share: float) -> TurnScores:
-        """Return these scores, or stop the run if too many of them are invalid.
+        """Return these scores, or raise if too many of them are invalid.
 
         Args:
-            max_invalid_share: most that may be invalid, in [0, 1].
+            max_invalid_share: largest share that may be invalid, in [0, 1].
 
         Raises:
-            InvalidRewardsError: more are; the message gives the share, the reasons with their
-                counts, and an instance of the most frequent one.
+            InvalidRewardsError: more are invalid; the message gives the share, the reasons with
+                their counts, and an instance of the most frequent one.
         """
         check_number("max_invalid_share", max_invalid_share, low=0.0, high=1.0)
         if self.invalid_share <= max_invalid_share:
@@ -246,7 +244,7 @@ def join(parts: Sequence[Tensor], *, padding: float) -> Tensor:
 def join_lost(
     parts: Sequence[tuple[int, Mapping[tuple[int, int], Lost]]],
 ) -> dict[tuple[int, int], Lost]:
-    """Join what was lost of batches, each given with its number of trajectories."""
+    """Join the lost scores of batches, each given with its number of trajectories."""
     lost: dict[tuple[int, int], Lost] = {}
     start = 0
     for size, own in parts:

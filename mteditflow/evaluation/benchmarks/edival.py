@@ -28,10 +28,10 @@ from mteditflow.evaluation.benchmarks.edival_checks import (
 )
 from mteditflow.planner import Edit, parse_formatted
 from mteditflow.rewards import ChatClient, Detector, TurnScores
-from mteditflow.rewards.consistency.looks import Pictures, clean_names
+from mteditflow.rewards.consistency.regions import Pictures, clean_names
 from mteditflow.rewards.images import png_data_url
 from mteditflow.rewards.judge.judge import Marks, check_images, turn_scores
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.concurrency import gather
 
 WAYS = ("detector", "yes/no question", "single question")
 AT_ONCE = 64  # chains whose images are in memory twice at a time

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mteditflow.evaluation.benchmarks.rubric import Rubric
 from mteditflow.rewards import ChatClient, Lost
 from mteditflow.rewards.images import BOMBS, UNREADABLE, png_data_url
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.concurrency import gather
 
 Scores = tuple[float, ...]
 AT_ONCE = 64  # items whose encoded images are in memory at a time

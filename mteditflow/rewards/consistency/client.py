@@ -1,11 +1,10 @@
-"""Content consistency, asked of servers: as in process, or lost with a reason."""
+"""Client of consistency servers: the scores of ``Consistency``, or why they were lost."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -24,37 +23,37 @@ from mteditflow.rewards.consistency.pairs import (
     image_pairs,
 )
 from mteditflow.rewards.consistency.wire import Info, read_answer, to_send
-from mteditflow.rewards.faults import AnswerError, Lost
+from mteditflow.rewards.faults import Lost
 from mteditflow.rewards.images import png_base64
-from mteditflow.rewards.transport.cache import AnswerCache, request_key
-from mteditflow.rewards.transport.connections import open_client
+from mteditflow.rewards.transport.cache import AnswerCache, cached
+from mteditflow.rewards.transport.concurrency import gather
 from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.http_client import open_client
 
 Scores = tuple[PairScores, ...]
 
 
 class ConsistencyClient:
-    """Scores content consistency at ``python -m mteditflow.rewards.server``.
+    """Client of ``python -m mteditflow.rewards.server``, which scores content consistency.
 
-    The numbers are those of ``Consistency`` in process up to 1e-6: images cross the wire without
-    loss and scores with every digit, but a server batches chains together, which may change the
-    last bits of what its models compute. The L1 terms are equal bit by bit.
+    Scores equal those of ``Consistency`` up to 1e-6: images and scores are sent without loss, but a
+    server batches chains together, which may change the last bits of its models' outputs. The L1
+    terms are equal bit by bit.
 
-    All that a client scores comes from one set of models: that of the server which answered first.
-    Answers of another, after a restart for instance, are faults.
+    All scores come from one set of models, that of the server which answered first. Answers of
+    other models, for instance after a restart, are faults.
 
     Args:
         endpoints: URLs that end in /v1, all serving the same models.
         pairing: "reference" or "consecutive", as in ``pairs_of``.
         token: bearer token of the servers; never shown.
-        cache: of accepted answers; a chain found in it is not sent.
-        chains_at_once: most chains whose encoded images are held in memory.
-        **options: of the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``, ``patience``
-            and the others.
+        cache: accepted answers; a chain found in it is not sent.
+        chains_at_once: most chains whose encoded images are in memory at a time.
+        **options: passed to the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``,
+            ``patience`` and the others.
 
     Raises:
-        ValueError: there is no such pairing, a URL does not end in /v1, or a number is out of
+        ValueError: the pairing is unknown, a URL does not end in /v1, or a number is out of
             range.
 
     Example:
@@ -90,7 +89,7 @@ class ConsistencyClient:
 
     @property
     def statistics(self) -> Statistics:
-        """What was asked so far; answers found in the cache are not counted."""
+        """Counts of requests and faults so far; answers from the cache are not counted."""
         return self._dispatcher.statistics
 
     async def score(
@@ -104,7 +103,7 @@ class ConsistencyClient:
 
         Args:
             chains: B chains with the names of their objects; N may differ.
-            images: per chain N + 1 images, the reference first, then what each turn made.
+            images: per chain N + 1 images, the reference first, then the result of each turn.
             progress: show a bar that counts chains.
 
         Returns:
@@ -135,7 +134,7 @@ class ConsistencyClient:
         return ConsistencyScores.collect(answers, [chain.turns for chain in chains])
 
     async def _identify(self) -> str | Lost:
-        """Learn which models score, once: a cached answer must be theirs."""
+        """Return the identity of the models, asked for once: a cached answer must be theirs."""
         if self._scorer is None:
             info = await self._dispatcher.run(self._ask_info)
             if isinstance(info, Lost):
@@ -151,32 +150,21 @@ class ConsistencyClient:
         self, images: Sequence[Image.Image], pairs: Sequence[Pair], scorer: str
     ) -> Scores | Lost:
         body = await anyio.to_thread.run_sync(_body, images, pairs)
-        key = request_key({"scorer": scorer, "request": hashlib.sha256(body).hexdigest()})
-        stored = await self._stored(key)
-        if stored is not None:
-            with suppress(AnswerError):  # accepted once, by something less strict
-                return read_answer(stored, pairs, scorer)
 
-        async def attempt(endpoint: str) -> tuple[bytes, Scores]:
+        async def attempt(endpoint: str) -> tuple[str, Scores]:
             content_type = {"Content-Type": "application/json"}
             url = f"{endpoint}/consistency"
             response = await self._http.post(url, content=body, headers=content_type)
             answer = response.raise_for_status().content
-            return answer, read_answer(answer, pairs, scorer)
+            scores = read_answer(answer, pairs, scorer)
+            return answer.decode(), scores
 
-        result = await self._dispatcher.run(attempt)
-        if isinstance(result, Lost):
-            return result
-        answer, scores = result
-        if self._cache is not None:
-            await anyio.to_thread.run_sync(self._cache.put, key, answer.decode())
-        return scores
-
-    async def _stored(self, key: str) -> bytes | None:
-        if self._cache is None:
-            return None
-        stored = await anyio.to_thread.run_sync(self._cache.get, key)
-        return None if stored is None else stored.encode()
+        return await cached(
+            self._cache,
+            {"scorer": scorer, "request": hashlib.sha256(body).hexdigest()},
+            read=lambda stored: read_answer(stored.encode(), pairs, scorer),
+            ask=partial(self._dispatcher.run, attempt),
+        )
 
 
 def _prepare(images: Sequence[Sequence[Image.Image]]) -> list[list[Image.Image]]:

@@ -1,6 +1,6 @@
-"""The published detector and features: GroundingDINO and DINOv3, by the classes of transformers.
+"""Published detector and features: GroundingDINO and DINOv3, with the classes of transformers.
 
-Weights come as safetensors alone. Neither needs torchvision.
+Weights are loaded from safetensors only. Neither needs torchvision.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ except ImportError as error:
         f"{__name__} needs {error.name}: pip install 'mteditflow[rewards]'"
     ) from error
 
-IMAGE_SIZE = 224  # height and width that DINOv3 sees
+IMAGE_SIZE = 224  # height and width of DINOv3's input
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 class GroundingDino:
-    """Detector by names, in the words of the names; all boxes above the threshold are kept.
+    """Detector of objects by name; all boxes above the threshold are kept.
 
     Names are joined to one prompt, "a cat . a dog .". More names than the text encoder takes go
-    into several prompts, whose boxes are united; nothing is cut. Which of the names a box belongs
-    to is not told.
+    into several prompts, whose boxes are united; nothing is truncated. Boxes are not assigned to
+    names.
 
     Args:
         model: the detector, in evaluation mode.
-        tokenizer: of the model.
-        processor: prepares the images.
+        tokenizer: tokenizer of the model.
+        processor: image processor of the model.
         threshold: least score of a box, in [0, 1].
 
     Raises:
@@ -77,9 +77,9 @@ class GroundingDino:
 
         Args:
             path: hub id or folder.
-            device: where it computes.
-            dtype: of its weights.
-            revision: of the hub's repository.
+            device: device of the model.
+            dtype: dtype of its weights.
+            revision: revision of the hub's repository.
             threshold: least score of a box, in [0, 1].
         """
         model = GroundingDinoForObjectDetection.from_pretrained(
@@ -97,8 +97,8 @@ class GroundingDino:
         """Find objects by name.
 
         Args:
-            images: RGB, uint8 [3, H, W], all of one size: padding would change what is found.
-            names: what to look for in each image, at least one name each, without full stops.
+            images: RGB, uint8 [3, H, W], all of one size: padding would change the boxes.
+            names: names to look for in each image, at least one each, without full stops.
 
         Returns:
             Boxes per image, float32 [K, 4], absolute (x1, y1, x2, y2) in pixels.
@@ -117,26 +117,26 @@ class GroundingDino:
             raise ValueError(f"images: expected all of one size, got {shapes}")
         prompts = [(n, prompt) for n, each in enumerate(names) for prompt in self.prompts(each)]
         text = self.tokenizer([prompt for _, prompt in prompts], padding=True, return_tensors="pt")
-        seen = self.processor([images[n] for n, _ in prompts], return_tensors="pt")
+        inputs = self.processor([images[n] for n, _ in prompts], return_tensors="pt")
         outputs = self.model(
             **text.to(self.model.device),
-            pixel_values=seen.pixel_values.to(self.model.device, self.model.dtype),
-            pixel_mask=seen.pixel_mask.to(self.model.device),
+            pixel_values=inputs.pixel_values.to(self.model.device, self.model.dtype),
+            pixel_mask=inputs.pixel_mask.to(self.model.device),
         )
         outputs.pred_boxes = outputs.pred_boxes.float()  # half precision cannot tell 511 from 512
-        found = self.processor.post_process_object_detection(
+        results = self.processor.post_process_object_detection(
             outputs, self.threshold, [images[0].shape[1:]] * len(prompts)
         )
         boxes: list[list[Tensor]] = [[] for _ in images]
-        for (n, _), each in zip(prompts, found, strict=True):
+        for (n, _), each in zip(prompts, results, strict=True):
             boxes[n].append(each["boxes"])
         return [torch.cat(each) for each in boxes]
 
     def prompts(self, names: Sequence[str]) -> list[str]:
-        """Join names to as few prompts, in order, as the text encoder takes.
+        """Join names, in order, to the fewest prompts that the text encoder takes.
 
-        Each name ends with a full stop: the words of a last one without it would not see each
-        other.
+        Each name ends with a full stop: without it the words of the last name would not attend to
+        each other.
 
         Raises:
             ValueError: one name alone is longer than the text encoder takes.
@@ -161,7 +161,7 @@ class GroundingDino:
 
 
 class DinoV3:
-    """Tokens of images, scaled to 224 x 224.
+    """Features: tokens of images scaled to 224 x 224.
 
     Args:
         model: the vision transformer, in evaluation mode.
@@ -184,10 +184,10 @@ class DinoV3:
         """Load the features.
 
         Args:
-            path: hub id or folder. The published weights need their licence accepted on the hub.
-            device: where they are computed.
-            dtype: of the weights.
-            revision: of the hub's repository.
+            path: hub id or folder. The published weights need their license accepted on the hub.
+            device: device of the model.
+            dtype: dtype of its weights.
+            revision: revision of the hub's repository.
         """
         model = DINOv3ViTModel.from_pretrained(
             path, revision=revision, dtype=dtype, use_safetensors=True
@@ -209,7 +209,7 @@ class DinoV3:
         )
 
     def prepare(self, images: Sequence[Tensor]) -> Tensor:
-        """Scale images to what the model sees: [K, 3, 224, 224], of ImageNet's mean and std."""
+        """Scale images to the model's input: [K, 3, 224, 224], of ImageNet's mean and std."""
         scaled = torch.cat([_resize(image.to(self.model.device)) for image in images])
         mean, std = (scaled.new_tensor(value)[:, None, None] for value in (MEAN, STD))
         return ((scaled - mean) / std).to(self.model.dtype)

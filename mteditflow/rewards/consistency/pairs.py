@@ -1,6 +1,6 @@
-"""What content consistency compares: pairs of images of a chain, and the scores that come back.
+"""Pairs of images of a chain that content consistency compares, and their scores.
 
-These are also the messages between the scoring server and its client.
+The same classes are the messages between the scoring server and its client.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Pair(BaseModel):
     Attributes:
         source: index of the image to compare with, in the chain's N + 1 images.
         edited: index of the image that is scored.
-        unchanged_objects: names of the objects that must look the same; none means that there is
-            no object term.
-        all_objects: names of the objects that are not background; none means that there is no
-            background term.
+        unchanged_objects: names of the objects that must look the same; if empty, there is no
+            object term.
+        all_objects: names of the objects that are not background; if empty, there is no background
+            term.
         background: whether the background must look the same.
     """
 
@@ -71,19 +71,19 @@ def pairs_of(chain: Chain, *, pairing: str = "reference") -> list[Pair]:
     """Pair the images of a chain, one pair per turn.
 
     Args:
-        chain: with ``unchanged_objects``, ``all_objects`` or both; one that is not known leaves its
-            term out.
-        pairing: "reference" compares what each turn made with the reference image; "consecutive"
-            with what the turn before made, and then takes ``turn_unchanged_objects`` where they are
-            known (otherwise ``unchanged_objects``, which are among them) and leaves the background
-            out at the turn that changes it, and at no other.
+        chain: a chain with ``unchanged_objects``, ``all_objects`` or both; without one of them its
+            term is left out.
+        pairing: "reference" compares the result of each turn with the reference image.
+            "consecutive" compares it with the result of the turn before, by
+            ``turn_unchanged_objects`` where they are known (otherwise ``unchanged_objects``, a
+            subset of them), and omits the background only at the turn that changes it.
 
     Returns:
-        N pairs. Where neither ``background_consistency`` nor ``task_types`` tells whether the
+        N pairs. Where neither ``background_consistency`` nor ``task_types`` says whether the
         background must stay, there is no background term.
 
     Raises:
-        ValueError: the chain names no objects at all, or there is no such pairing.
+        ValueError: the chain names no objects at all, or the pairing is unknown.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 13 to 16 and its appendix for consecutive pairs.
 
@@ -122,7 +122,7 @@ def pairs_of(chain: Chain, *, pairing: str = "reference") -> list[Pair]:
 
 
 def _kept_background(chain: Chain, consecutive: bool) -> list[bool] | None:
-    """Whether the background must be that of the image compared with, per turn; None if unknown."""
+    """Return per turn whether the background must equal the source image's; None if unknown."""
     types, consistent = chain.task_types, chain.background_consistency
     if types is not None and (consecutive or consistent is None):
         kept = [task_type != "background_change" for task_type in types]
@@ -136,7 +136,7 @@ def _kept_background(chain: Chain, consecutive: bool) -> list[bool] | None:
 def image_pairs(
     chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]], *, pairing: str
 ) -> list[tuple[Sequence[Image.Image], list[Pair]]]:
-    """Join every chain's N + 1 images and its pairs.
+    """Combine every chain's N + 1 images with its pairs.
 
     Raises:
         ValueError: a number of images does not fit, or as in ``pairs_of``.
@@ -159,7 +159,7 @@ def image_pairs(
 
 @dataclass(frozen=True, eq=False)
 class ConsistencyScores:
-    """Content consistency of B trajectories of up to N turns, term by term.
+    """Content consistency of B trajectories of up to N turns, by term.
 
     Args:
         object: feature similarity of the unchanged objects, [B, N], float32 or float64; NaN where
@@ -219,14 +219,14 @@ class ConsistencyScores:
     def collect(
         cls, answers: Sequence[Sequence[PairScores] | Lost], turns: Sequence[int]
     ) -> ConsistencyScores:
-        """Lay out the answers for B chains, whatever their lengths, as [B, N].
+        """Arrange the answers for B chains of any lengths as [B, N].
 
         Args:
             answers: per chain, the scores of its pairs in order, or why they were lost.
             turns: number of turns of each chain.
 
         Raises:
-            ValueError: there is no chain, or an answer has not one entry per turn.
+            ValueError: there is no chain, or an answer does not have one entry per turn.
         """
         if not turns or len(answers) != len(turns):
             raise ValueError(
@@ -244,7 +244,7 @@ class ConsistencyScores:
             if len(answer) != n:
                 raise ValueError(f"answers[{b}]: expected {n} pairs, got {len(answer)}")
             for name in TERMS:
-                found = [getattr(scores, name) for scores in answer]
-                row = [torch.nan if value is None else value for value in found]
+                values = [getattr(scores, name) for scores in answer]
+                row = [torch.nan if value is None else value for value in values]
                 terms[name][b, :n] = torch.tensor(row)
         return cls(**terms, turn_mask=mask, lost=lost)

@@ -1,6 +1,6 @@
 """Content consistency: what no instruction touched must look the same.
 
-A detector finds the objects, features compare them and the background. Both are plain callables;
+A detector finds the objects; features compare them and the background. Both are plain callables;
 ``mteditflow.rewards.consistency.models`` has the published ones.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -16,17 +16,6 @@ from torch import Tensor
 
 from mteditflow._checks import check_choice, check_count
 from mteditflow.chains import Chain
-from mteditflow.rewards.consistency.looks import (
-    SIZE,
-    Box,
-    Look,
-    Pictures,
-    Search,
-    crops_of,
-    look_of,
-    searches_of,
-    tasks_of,
-)
 from mteditflow.rewards.consistency.pairs import (
     PAIRINGS,
     ConsistencyScores,
@@ -34,10 +23,21 @@ from mteditflow.rewards.consistency.pairs import (
     PairScores,
     image_pairs,
 )
-from mteditflow.rewards.consistency.protocols import Detector, FeatureExtractor
-from mteditflow.rewards.consistency.regions import pixel_boxes
+from mteditflow.rewards.consistency.regions import (
+    SIZE,
+    Box,
+    Pictures,
+    Regions,
+    Search,
+    crops_of,
+    pixel_boxes,
+    regions_of,
+    searches_of,
+    tasks_of,
+)
 from mteditflow.rewards.consistency.similarity import (
     TOKENS,
+    Features,
     background_summary,
     check_features,
     object_summary,
@@ -45,22 +45,49 @@ from mteditflow.rewards.consistency.similarity import (
     similarity,
 )
 
-Summaries = Mapping[tuple[int, Box | int], Tensor]  # of a picture's crop, or of a look's background
+# By picture and box of a crop, or by picture and index of the regions with a background.
+Summaries = Mapping[tuple[int, Box | int], Tensor]
 X = TypeVar("X")
 
 
+class Detector(Protocol):
+    """Finds objects by name."""
+
+    def __call__(
+        self, images: Sequence[Tensor], names: Sequence[Sequence[str]]
+    ) -> Sequence[Tensor]:
+        """Find objects; boxes in one image must not depend on the others.
+
+        Args:
+            images: RGB, uint8 [3, H, W], all of one size.
+            names: names to look for in each image: lower case, without full stops, at least one,
+                no duplicates.
+
+        Returns:
+            Per image the boxes of all objects found, [K, 4], floating point, absolute
+            (x1, y1, x2, y2) in pixels.
+        """
+
+
+class FeatureExtractor(Protocol):
+    """Turns images into tokens."""
+
+    def __call__(self, images: Sequence[Tensor]) -> Features:
+        """Compute the tokens of images, RGB, uint8 [3, H, W], of any sizes."""
+
+
 class ConsistencyScorer:
-    """Scores pairs of images; holds no state but its models, so that threads may share it.
+    """Scores pairs of images; its only state is its models, so that threads may share it.
 
     Args:
         detector: finds the objects.
-        features: of crops and whole images; ``None`` leaves the feature terms out, and the L1 terms
-            remain.
-        tokens: "strict", or "compat" to do as EdiVal-Bench's public scorer does.
-        batch_size: most images that go through a model at once.
+        features: computes features of crops and whole images; ``None`` leaves the feature terms
+            out, and the L1 terms remain.
+        tokens: "strict", or "compat" for the rules of EdiVal-Bench's public scorer.
+        batch_size: most images in one call of a model.
 
     Raises:
-        ValueError: there is no such choice of tokens, or the batch size is not positive.
+        ValueError: the choice of tokens is unknown, or the batch size is not positive.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 13 to 16; EdiVal-Bench (arXiv 2509.13399).
 
@@ -98,28 +125,28 @@ class ConsistencyScorer:
     ) -> list[list[PairScores]]:
         """Score pairs of images of many chains, in few calls of the models.
 
-        A picture is searched once for each set of names, and a crop goes through the features once,
-        however many pairs and chains share it.
+        A picture is searched once for each set of names, and a crop is encoded once, even if many
+        pairs and chains share it.
 
         Args:
             work: per chain, images of any mode and size, and the pairs to score among them.
 
         Raises:
-            ValueError: a pair names an image that is not there, or what a model gave has a wrong
-                shape or is not finite.
-            TypeError: what a model gave has a wrong dtype.
+            ValueError: a pair names an image that does not exist, or the output of a model has a
+                wrong shape or is not finite.
+            TypeError: the output of a model has a wrong dtype.
         """
         pictures = Pictures()
         tasks = [tasks_of(pictures, images, pairs, self._rules) for images, pairs in work]
         flat = [task for chain in tasks for task in chain]
-        found = self._detect(pictures, searches_of(flat))
-        looks = [look_of(task, found, self._rules) for task in flat]
-        summaries = self._summarise(pictures, looks)
-        scores = (self._score(pictures, summaries, *each) for each in enumerate(looks))
+        boxes = self._detect(pictures, searches_of(flat))
+        regions = [regions_of(task, boxes, self._rules) for task in flat]
+        summaries = self._summarize(pictures, regions)
+        scores = (self._score(pictures, summaries, *each) for each in enumerate(regions))
         return [[next(scores) for _ in chain] for chain in tasks]
 
     def _detect(self, pictures: Pictures, searches: Sequence[Search]) -> dict[Search, Tensor]:
-        found: dict[Search, Tensor] = {}
+        whole_boxes: dict[Search, Tensor] = {}
         for batch in _batches(searches, self.batch_size):
             images = [pictures.pixels[picture] for picture, _ in batch]
             boxes = self.detector(images, [names for _, names in batch])
@@ -127,18 +154,16 @@ class ConsistencyScorer:
                 raise ValueError(
                     f"detector: expected boxes of {len(batch)} images, got {len(boxes)}"
                 )
-            found |= {
-                search: pixel_boxes(each, (SIZE, SIZE))
-                for search, each in zip(batch, boxes, strict=True)
-            }
-        return found
+            cut = (pixel_boxes(each, (SIZE, SIZE)) for each in boxes)
+            whole_boxes |= zip(batch, cut, strict=True)
+        return whole_boxes
 
-    def _summarise(self, pictures: Pictures, looks: Sequence[Look]) -> Summaries:
-        """Features of every crop and background; a background of no weight has none."""
+    def _summarize(self, pictures: Pictures, regions: Sequence[Regions]) -> Summaries:
+        """Return the features of every crop and background; none for a background of no weight."""
         summaries: dict[tuple[int, Box | int], Tensor] = {}
         if self.features is None:
             return summaries
-        crops = crops_of(looks)
+        crops = crops_of(regions)
         for batch in _batches(list(crops), self.batch_size):
             features = self.features([pictures.crop(*crop) for crop in batch])
             check_features(features, len(batch))
@@ -151,34 +176,31 @@ class ConsistencyScorer:
                         summaries[key] = background_summary(tokens, weights, self._rules)
         return summaries
 
-    def _score(self, pictures: Pictures, summaries: Summaries, n: int, look: Look) -> PairScores:
-        source, edited, crops, mask = look
+    def _score(self, pictures: Pictures, summaries: Summaries, n: int, own: Regions) -> PairScores:
+        source, edited, crops, mask = own
         terms: dict[str, float | None] = {}
         if crops is not None:
             parts = [(pictures.crop(source, box), pictures.crop(edited, box)) for box in crops]
-            alike = [pixel_similarity(*part) for part in parts]
-            terms["object_l1"] = fmean(alike) if alike else self._rules.unmeasured
-            terms["object"] = self._cosine(summaries, look, crops)
+            values = [pixel_similarity(*part) for part in parts]
+            terms["object_l1"] = fmean(values) if values else self._rules.unmeasured
+            terms["object"] = self._cosine(summaries, source, edited, crops)
         if mask is not None:
             if mask.any():
                 whole = pictures.pixels[source], pictures.pixels[edited]
                 terms["background_l1"] = pixel_similarity(*whole, mask)
-            terms["background"] = self._cosine(summaries, look, [n])
+            terms["background"] = self._cosine(summaries, source, edited, [n])
         return PairScores(**terms)
 
     def _cosine(
-        self, summaries: Summaries, look: Look, regions: Sequence[Box | int]
+        self, summaries: Summaries, source: int, edited: int, keys: Sequence[Box | int]
     ) -> float | None:
         if self.features is None:
             return None
-        regions = [region for region in regions if (look.source, region) in summaries]
-        if not regions:
+        keys = [key for key in keys if (source, key) in summaries]
+        if not keys:
             return self._rules.unmeasured
-        source, edited = (
-            torch.stack([summaries[picture, region] for region in regions])
-            for picture in (look.source, look.edited)
-        )
-        return float(similarity(source, edited).mean())
+        pair = (torch.stack([summaries[p, key] for key in keys]) for p in (source, edited))
+        return float(similarity(*pair).mean())
 
 
 class Consistency:
@@ -189,7 +211,7 @@ class Consistency:
         pairing: "reference" or "consecutive", as in ``pairs_of``.
 
     Raises:
-        ValueError: there is no such pairing.
+        ValueError: the pairing is unknown.
     """
 
     def __init__(self, scorer: ConsistencyScorer, *, pairing: str = "reference") -> None:
@@ -203,7 +225,7 @@ class Consistency:
 
         Args:
             chains: B chains with the names of their objects; N may differ.
-            images: per chain N + 1 images, the reference first, then what each turn made.
+            images: per chain N + 1 images, the reference first, then the result of each turn.
 
         Raises:
             ValueError: a number of images does not fit, or a chain names no objects.

@@ -1,4 +1,4 @@
-"""Features of images and crops, boiled down to vectors whose cosine is content consistency.
+"""Similarity of images: features reduced to vectors whose cosine is content consistency.
 
 Shapes: ``K`` images or crops, ``R`` register tokens, ``P`` patches, ``C`` channels.
 """
@@ -12,42 +12,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mteditflow._checks import check_full_precision, check_shape, check_values
-from mteditflow.rewards.consistency.regions import patch_weights, soft
+from mteditflow._checks import check_full_precision, check_mask, check_shape, check_values
+
+MIN_WEIGHT = 0.5  # a patch of which less is background counts as none
 
 
 class Features(NamedTuple):
-    """Tokens of K images, as a vision transformer gives them; float32 or float64."""
+    """Tokens of K images from a vision transformer; float32 or float64."""
 
     cls: Tensor  # [K, C]
     registers: Tensor  # [K, R, C], R may be 0
     patches: Tensor  # [K, P, C], row by row
     grid: tuple[int, int]  # rows and columns of the patches
-    size: tuple[int, int]  # height and width of the image that the model saw
+    size: tuple[int, int]  # height and width of the model's input
 
 
 class Strict:
-    """Patches alone are patches, and a term that cannot be measured does not exist."""
+    """Rules: only patches are patches, and a term that cannot be measured does not exist."""
 
     unmeasured: float | None = None  # value of a term that cannot be measured
-    border = 0  # pixels that a box takes of the mask beyond its right and lower end
-    eps = 0.0  # added to the sum of weights, which changes no cosine
+    border = 0  # pixels by which a box extends in the mask beyond its right and lower edge
+    eps = 0.0  # added to the sum of weights; changes no cosine
 
     def has_objects(self, background: bool) -> bool:
-        """Whether there is an object term, given whether the background must look the same."""
+        """Return whether there is an object term; ``background``: whether it must stay the same."""
         return True
 
     def tokens(self, features: Features) -> Tensor:
-        """Tokens that are averaged, [K, P, C]."""
+        """Return the tokens that are averaged, [K, P, C]."""
         return features.patches
 
     def weights(self, mask: Tensor, features: Features) -> Tensor:
-        """Weight of each of these tokens in the background, [P]."""
+        """Return the weight of each of these tokens in the background, [P]."""
         return patch_weights(mask, features.grid)
 
 
 class Compat(Strict):
-    """As EdiVal-Bench's public scorer does it, for comparison with published numbers.
+    """Rules of EdiVal-Bench's public scorer, for comparison with published numbers.
 
     Register tokens are among the patches, and the grid is the factor pair of their number nearest
     to the aspect ratio of the image, so that the mask is misplaced. Boxes cover their last row and
@@ -61,24 +62,57 @@ class Compat(Strict):
     eps = 1e-6
 
     def has_objects(self, background: bool) -> bool:
-        """Only where the background must look the same: there is no term at all elsewhere."""
+        """Return ``background``: elsewhere there is no term at all."""
         return background
 
     def tokens(self, features: Features) -> Tensor:
-        """Registers and patches, [K, R + P, C]."""
+        """Return registers and patches, [K, R + P, C]."""
         return torch.cat([features.registers, features.patches], dim=1)
 
     def weights(self, mask: Tensor, features: Features) -> Tensor:
-        """Weight of each of these tokens in the background, [R + P]."""
+        """Return the weight of each of these tokens in the background, [R + P]."""
         height, width = features.size
         grid = nearest_grid(self.tokens(features).shape[1], height / width)
-        seen = functional.interpolate(
-            mask[None, None].double(), features.size, mode="nearest-exact"
-        )
-        return soft(functional.interpolate(seen, grid, mode="area"))
+        image = mask[None, None].double()
+        scaled = functional.interpolate(image, features.size, mode="nearest-exact")
+        return soft(functional.interpolate(scaled, grid, mode="area"))
 
 
 TOKENS: Mapping[str, Strict] = {"strict": Strict(), "compat": Compat()}
+
+
+def patch_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the exact share of background in each patch, also where patches cut pixels.
+
+    Args:
+        mask: boolean [H, W], true on the background.
+        grid: rows and columns of the patches that tile the image.
+
+    Returns:
+        float64 [rows * columns], 0 where the share is below one half.
+
+    Example:
+        >>> mask = torch.arange(8).expand(2, 8) >= 3
+        >>> patch_weights(mask, (1, 4))
+        tensor([0.0000, 0.5000, 1.0000, 1.0000], dtype=torch.float64)
+    """
+    check_mask("mask", mask, mask.shape[:2], "[H, W]")
+    rows, columns = (_overlap(*axis) for axis in zip(mask.shape, grid, strict=True))
+    share = rows @ mask.double() @ columns.T / mask.numel()  # whole numbers until divided
+    return soft(share)
+
+
+def soft(share: Tensor) -> Tensor:
+    """Set shares below one half to 0 and flatten."""
+    return torch.where(share < MIN_WEIGHT, 0, share).flatten()
+
+
+def _overlap(pixels: int, cells: int) -> Tensor:
+    """Return the overlap of cells and pixels on an axis, in 1/cells of a pixel: [cells, pixels]."""
+    cell = torch.arange(cells, dtype=torch.float64)[:, None] * pixels
+    pixel = torch.arange(pixels, dtype=torch.float64) * cells
+    end = torch.minimum(cell + pixels, pixel + cells)
+    return (end - torch.maximum(cell, pixel)).clamp(min=0)
 
 
 def nearest_grid(count: int, aspect: float) -> tuple[int, int]:
@@ -98,17 +132,17 @@ def nearest_grid(count: int, aspect: float) -> tuple[int, int]:
 
 
 def object_summary(features: Features, rules: Strict) -> Tensor:
-    """CLS and mean token of each crop, [K, 2, C]."""
+    """Return the CLS and the mean token of each crop, [K, 2, C]."""
     return torch.stack([features.cls, rules.tokens(features).mean(dim=1)], dim=1)
 
 
 def background_summary(tokens: Tensor, weights: Tensor, rules: Strict) -> Tensor:
-    """Weighted mean of the normalised tokens of one image, [1, C].
+    """Return the weighted mean of the normalized tokens of one image, [1, C].
 
     Args:
-        tokens: of the image, [P, C], as ``rules.tokens`` takes them.
-        weights: of these tokens, [P].
-        rules: adds its ``eps`` to the sum of weights.
+        tokens: tokens of the image, [P, C], as ``rules.tokens`` returns them.
+        weights: weights of these tokens, [P].
+        rules: its ``eps`` is added to the sum of weights.
     """
     weights = weights.to(tokens)
     mean = weights @ functional.normalize(tokens, dim=-1) / (weights.sum() + rules.eps)
@@ -116,7 +150,7 @@ def background_summary(tokens: Tensor, weights: Tensor, rules: Strict) -> Tensor
 
 
 def similarity(source: Tensor, edited: Tensor) -> Tensor:
-    """Mean cosine of the V vectors of two summaries, [..., V, C] -> [...]; not clamped.
+    """Return the mean cosine of the V vectors of two summaries, [..., V, C] -> [...]; unclamped.
 
     Example:
         >>> source = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])
@@ -133,7 +167,7 @@ def pixel_similarity(source: Tensor, edited: Tensor, mask: Tensor | None = None)
     Args:
         source: uint8 [3, H, W].
         edited: uint8 [3, H, W].
-        mask: pixels that count, boolean [H, W], at least one; ``None`` means all.
+        mask: pixels to compare, boolean [H, W], at least one; ``None`` for all.
 
     Example:
         >>> black = torch.zeros(3, 2, 2, dtype=torch.uint8)

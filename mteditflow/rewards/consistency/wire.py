@@ -1,6 +1,6 @@
 """Messages between the consistency server and its client: JSON, with images as base64.
 
-Bounds that hold for every server are part of the messages; those that a server may set are in its
+Bounds common to all servers are part of the messages; those that a server may set are in its
 ``Limits``.
 """
 
@@ -13,18 +13,18 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 
-from mteditflow.rewards.consistency.looks import SIZE
 from mteditflow.rewards.consistency.pairs import Pair, PairScores
+from mteditflow.rewards.consistency.regions import SIZE
 from mteditflow.rewards.faults import AnswerError, Fault
 from mteditflow.rewards.images import png_base64, to_rgb
-from mteditflow.rewards.transport.classify import SHOWN, shorten
+from mteditflow.rewards.transport.http_client import SHOWN, shorten
 
 MAX_IMAGES = 65  # of one chain: 64 turns and the reference
 MAX_PAIRS = 64
 MAX_NAMES = 64  # of one list
 MAX_NAME = 200  # characters
 
-# What pydantic calls a number out of its range, and what is no number.
+# Pydantic's error types of a number out of range, and of what is not a number.
 OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 NOT_A_NUMBER = ("finite_number", "float_type", "float_parsing")
 
@@ -168,13 +168,13 @@ class ErrorAnswer(BaseModel):
 
 
 def to_send(name: str, image: Image.Image) -> Image.Image:
-    """Bring an image to what is compared of it: RGB, and no larger than it is compared at.
+    """Convert an image to RGB, and shrink it to the size at which images are compared.
 
-    A scorer gives the same numbers for both, bit by bit: it would do the same resampling.
+    Its scores are equal bit by bit, since a scorer would resample it in the same way.
 
     Args:
-        name: what the image is, for the message of an error.
-        image: of any 8-bit mode.
+        name: name of the image in error messages.
+        image: image of any 8-bit mode.
 
     Raises:
         TypeError: it is not a PIL image.
@@ -193,16 +193,16 @@ def to_send(name: str, image: Image.Image) -> Image.Image:
 
 
 def read_answer(body: bytes, pairs: Sequence[Pair], scorer: str) -> tuple[PairScores, ...]:
-    """Read a server's answer to a request of some pairs.
+    """Parse a server's answer about some pairs.
 
     Args:
         body: JSON of a ``ConsistencyAnswer``.
-        pairs: that were asked for.
+        pairs: requested pairs.
         scorer: identity of the models that must have scored them.
 
     Raises:
-        AnswerError: it is not such an answer, has another number of pairs, a score that is out of
-            range, no number or not asked for, or other models gave it.
+        AnswerError: the answer is malformed, has another number of pairs, a score that is out of
+            range, not a number or not requested, or comes from other models.
 
     Example:
         >>> pair = Pair(source=0, edited=1, unchanged_objects=("dog",))
@@ -225,17 +225,19 @@ def read_answer(body: bytes, pairs: Sequence[Pair], scorer: str) -> tuple[PairSc
             Fault.wrong_count, f"expected {len(pairs)} pairs, got {len(answer.pairs)}"
         )
     for n, (pair, scores) in enumerate(zip(pairs, answer.pairs, strict=True)):
-        if extra := _unasked(pair, scores):
+        if extra := _unrequested(pair, scores):
             raise AnswerError(Fault.malformed, f"pairs[{n}]: expected no {extra}, got a score")
     return answer.pairs
 
 
-def _unasked(pair: Pair, scores: PairScores) -> str | None:
-    """Name a term that has a score and was not asked for."""
+def _unrequested(pair: Pair, scores: PairScores) -> str | None:
+    """Return a term that has a score and was not requested."""
     terms = scores.model_dump(exclude_none=True)
-    asked = {"object": bool(pair.unchanged_objects), "background": bool(pair.all_objects)}
-    asked["background"] &= pair.background
-    return next((term for term in terms if not asked[term.removesuffix("_l1")]), None)
+    requested = {
+        "object": bool(pair.unchanged_objects),
+        "background": pair.background and bool(pair.all_objects),
+    }
+    return next((term for term in terms if not requested[term.removesuffix("_l1")]), None)
 
 
 def _explain(error: ValidationError, body: bytes) -> AnswerError:

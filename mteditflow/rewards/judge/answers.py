@@ -1,7 +1,6 @@
-"""Reads a judge's answer: exactly one score per turn as the text states it, or why not.
+"""Parser of a judge's answers: exactly one score per turn as written, or the fault.
 
-Nothing is repaired or guessed. JSON has to be the whole answer; text has to be the lines that were
-asked for. What a judge means but does not write is lost, never invented.
+Nothing is repaired or guessed. JSON must be the whole answer; text must be the requested lines.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any, NoReturn
 from mteditflow.rewards.faults import AnswerError, Fault
 
 SHOWN = 200  # characters of an answer in a detail
-# How each score is written in text; JSON holds the number.
+# Written form of each score in text; JSON contains the number.
 SCALES: Mapping[str, Mapping[str, int]] = {
     "likert": {str(score): score for score in range(1, 6)},
     "binary": {"yes": 1, "no": 0},
 }
 STATEMENT = re.compile(r"Turn ([1-9][0-9]{0,3}): (\S+)")
-# Any line that states something of a turn, however it is dressed up: **turn 1** - 4
+# Any line that states a score of a turn, in any decoration: **turn 1** - 4
 LIKE_A_STATEMENT = re.compile(r"[\W_]*turn[\W_]*\d+\s*(?:[^\w\s,'\u2019]|\s\d|$)", re.IGNORECASE)
 INTEGER = re.compile(r"-?[0-9]+")
 HTML = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
@@ -32,21 +31,21 @@ REFUSAL = re.compile(
 
 
 def parse_json(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[int, ...]:
-    """Read an answer to a request for structured output.
+    """Parse an answer to a request for structured output.
 
     Args:
         text: the whole answer: ``{"scores": [4, 2]}``, or with thinking
             ``{"turns": [{"analysis": "...", "score": 4}, ...]}``.
-        turns: how many scores there have to be.
+        turns: expected number of scores.
         scale: "likert", integers 1..5, or "binary", 0 or 1.
-        thinking: whether an analysis comes with each score.
+        thinking: whether an analysis precedes each score.
 
     Returns:
         One score per turn.
 
     Raises:
-        AnswerError: the answer is anything else. ``Fault.request_ignored`` if it is not JSON alone,
-            which a server that honours the request cannot send.
+        AnswerError: the answer is anything else; ``Fault.request_ignored`` if it is not JSON alone,
+            which a server that enforces the schema cannot send.
 
     Example:
         >>> parse_json('{"scores": [4, 2]}', turns=2, scale="likert", thinking=False)
@@ -66,13 +65,13 @@ def parse_json(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[in
 
 
 def parse_text(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[int, ...]:
-    r"""Read an answer in the text format.
+    r"""Parse an answer in the text format.
 
     Args:
-        text: the whole answer. It ends in one line per turn, in order, each as ``Turn 1: 4``;
-            blank lines do not count. Nothing comes before them without thinking, and with thinking
-            an analysis that has no line of that kind.
-        turns: how many scores there have to be.
+        text: the whole answer. It ends with one line per turn, in order, each as ``Turn 1: 4``;
+            blank lines do not count. With thinking an analysis without such lines precedes them,
+            otherwise nothing.
+        turns: expected number of scores.
         scale: "likert", the digits 1..5, or "binary", the words yes and no.
         thinking: whether an analysis comes first.
 
@@ -100,11 +99,11 @@ def parse_text(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[in
     if numbers != order:
         fault = Fault.format if sorted(numbers) == order else Fault.wrong_count
         refuse(fault, f"{form}, in order", text, count=len(numbers))
-    return tuple(_of_label(n, match[2], scale) for n, match in enumerate(stated, start=1))
+    return tuple(_label_score(n, match[2], scale) for n, match in enumerate(stated, start=1))
 
 
 def load_json(text: str) -> object:
-    """JSON that is the whole text, in which no key comes twice."""
+    """Parse JSON that is the whole text and has no duplicate keys."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError:
@@ -116,7 +115,7 @@ def load_json(text: str) -> object:
 
 
 def _integer(digits: str) -> int:
-    """Convert the first digits alone, which are as far out of range as an endless number."""
+    """Convert only the first digits, which are out of range just as a longer number is."""
     return int(digits[:SHOWN])
 
 
@@ -153,7 +152,7 @@ def _in_scale(n: int, score: object, scale: str) -> int:
     return score
 
 
-def _of_label(n: int, label: str, scale: str) -> int:
+def _label_score(n: int, label: str, scale: str) -> int:
     score = SCALES[scale].get(label.lower())
     if score is None:
         fault = Fault.out_of_range if INTEGER.fullmatch(label) else Fault.not_a_number
@@ -166,7 +165,7 @@ def _one_of(n: int, allowed: Iterable[object], came: str) -> str:
 
 
 def _kind_of_prose(text: str, fault: Fault) -> Fault:
-    """Tell a page and a refusal from another fault."""
+    """Return the fault of a text: a web page, a refusal, or else the given one."""
     start = text.lstrip().replace("\u2019", "'")
     if HTML.match(start):
         return Fault.malformed
@@ -174,13 +173,13 @@ def _kind_of_prose(text: str, fault: Fault) -> Fault:
 
 
 def refuse(fault: Fault, expected: str, text: str, *, count: int | None = None) -> NoReturn:
-    """Raise an ``AnswerError`` that says what was expected, and shows what came."""
+    """Raise an ``AnswerError`` that gives what was expected and what came."""
     came = "" if count is None else f"{count} in "
     came += clip(text) if text.strip() else "an empty answer"
     raise AnswerError(fault, f"expected {expected}, got {came}")
 
 
 def clip(value: object) -> str:
-    """Show a string or number on one line of bounded length."""
+    """Return the repr of a string or number, of bounded length."""
     shown = repr(value[:SHOWN] if isinstance(value, str) else value)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."

@@ -18,29 +18,29 @@ from mteditflow.rewards.images import png_data_url, to_rgb
 from mteditflow.rewards.judge.prompts import Prompt, Request
 from mteditflow.rewards.scores import TurnScores
 from mteditflow.rewards.transport.chat import ChatClient
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.concurrency import gather
 
-Marks = tuple[float, ...] | Lost  # the scores of some turns, or why there are none
+Marks = tuple[float, ...] | Lost  # scores of some turns, or why there are none
 
 
 class Judge:
-    """Asks a model how well each turn of a chain followed its instruction.
+    """Scores how well each turn of a chain followed its instruction, with a model.
 
-    An answer that is lost marks the turns that it was about: one of them where the prompt asks
-    about each turn on its own, all of the chain's where it asks once.
+    A lost answer marks the turns that it was about: one turn where the prompt asks about each turn
+    separately, all turns of the chain where it asks once.
 
     Args:
-        client: asks the endpoints.
+        client: client of the model's endpoints.
         prompt: a ``JudgePrompt`` or an ``ExpectationPrompt``.
-        votes: answers to average, from as many seeds. Where fewer than half of them can be read,
-            the turn is lost. Averages of binary scores are fractions: aggregate them with
-            ``mteditflow.turn_average``.
-        chains_at_once: most chains whose encoded images are in memory at a time. At least the
-            client's ``concurrency``, or that is not used up.
+        votes: number of answers to average, each with a seed of its own. Where fewer than half of
+            them can be parsed, the turn is lost. Averages of binary scores are fractions: aggregate
+            them with ``mteditflow.turn_average``.
+        chains_at_once: most chains whose encoded images are in memory at a time. Below the client's
+            ``concurrency`` it limits that too.
 
     Raises:
-        ValueError: a count is below 1, or several votes are to be taken at temperature 0, where all
-            would be equal.
+        ValueError: a count is below 1, or there are several votes at temperature 0, where all would
+            be equal.
 
     Example:
         >>> from mteditflow.rewards import JudgePrompt
@@ -72,8 +72,8 @@ class Judge:
         """Score every turn of B chains.
 
         Args:
-            chains: what was asked for, [B].
-            images: for each chain N + 1 images: the reference, then what each turn made.
+            chains: chains with their instructions, [B].
+            images: for each chain N + 1 images: the reference, then the result of each turn.
             progress: whether to show a bar that counts answers.
 
         Returns:
@@ -99,7 +99,7 @@ class Judge:
     async def _score_chain(
         self, chain: Chain, images: list[Image.Image], slots: anyio.Semaphore, bar: tqdm[None]
     ) -> list[tuple[range, Marks]]:
-        """What each span of turns got. Each image is encoded once, off the event loop."""
+        """Score each span of turns; each image is encoded once, off the event loop."""
         async with slots:
             urls = await anyio.to_thread.run_sync(lambda: [png_data_url(x) for x in images])
             spans = self.prompt.spans(chain.turns)
@@ -136,11 +136,11 @@ class Judge:
 def check_images(
     chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
 ) -> list[list[Image.Image]]:
-    """Bring all images to RGB and load them, so that threads may share them.
+    """Convert all images to RGB and load them, so that threads may share them.
 
     Args:
         chains: B of them, at least one.
-        images: for each chain N + 1 images: the reference, then what each turn made.
+        images: for each chain N + 1 images: the reference, then the result of each turn.
 
     Raises:
         ValueError: there is no chain, or its images are too few, too many or unreadable.
@@ -166,12 +166,11 @@ def check_images(
 def turn_scores(
     chains: Sequence[Chain], marks: Sequence[Sequence[tuple[range, Marks]]]
 ) -> TurnScores:
-    """Lay out what the turns of B chains got as [B, N], float32.
+    """Arrange the scores of B chains as [B, N], float32.
 
     Args:
         chains: B of them, at least one.
-        marks: of each chain, spans of turns, counted from 0, with their scores or why there are
-            none.
+        marks: per chain, spans of turns, counted from 0, with their scores or why there are none.
     """
     turns = torch.tensor([chain.turns for chain in chains])
     turn_mask = torch.arange(int(turns.max())) < turns[:, None]

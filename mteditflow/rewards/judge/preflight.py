@@ -1,4 +1,4 @@
-"""Finds out, before a run, what endpoints honour: some ignore in silence what they cannot do."""
+"""Check of endpoints before a run: some silently ignore the parts of a request they lack."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from PIL import Image
 
 from mteditflow._checks import check_count
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
 from mteditflow.rewards.images import png_data_url
-from mteditflow.rewards.judge.expectation import CANDIDATES
+from mteditflow.rewards.judge.prompts import CANDIDATES, object_schema
+from mteditflow.rewards.judge.wording import image_part, text_part
 from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
-from mteditflow.rewards.transport.gather import gather
+from mteditflow.rewards.transport.concurrency import gather
 
-SIDE = 64  # pixels of a trial image: vision towers refuse smaller ones than a few patches
+SIDE = 64  # pixels of a test image: vision towers refuse images of less than a few patches
 FEWEST = 5  # log-probabilities that a Likert scale needs
 
 
 @dataclass(frozen=True)
 class EndpointReport:
-    """What one endpoint honours.
+    """Parts of a request that one endpoint supports.
 
     Attributes:
         endpoint: its URL.
         honours: part of a request ("images", "structured output", "log-probabilities") to ``None``
-            if the endpoint honours it, or why not.
+            if the endpoint supports it, or why not.
     """
 
     endpoint: str
@@ -36,7 +36,7 @@ class EndpointReport:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Parts of a request that the endpoint does not honour."""
+        """Parts of a request that the endpoint does not support."""
         return tuple(part for part, lost in self.honours.items() if lost is not None)
 
     def __str__(self) -> str:
@@ -47,20 +47,21 @@ class EndpointReport:
 
 
 async def inspect_endpoints(client: ChatClient, *, images: int = 4) -> list[EndpointReport]:
-    """Ask each endpoint of a client three small questions whose answers prove what it honours.
+    """Ask each endpoint of a client three small questions whose answers prove what it supports.
 
-    Structured output is proved by a random word that stands in the schema alone, log-probabilities
-    by their coming, several images by an answer instead of a rejection.
+    Structured output is proved by a random word that only the schema contains, log-probabilities by
+    their presence, several images by an answer instead of a rejection.
 
     Args:
-        client: its cache is not used.
-        images: how many one request will hold: N + 1 for a call per trajectory, 2 for one per turn.
+        client: client of the endpoints; its cache is not used.
+        images: number of images in one request: N + 1 for a call per trajectory, 2 for one per
+            turn.
 
     Returns:
         A report for each endpoint.
 
     Raises:
-        ValueError: there is to be no image.
+        ValueError: the number of images is below 1.
 
     Example:
         >>> import anyio
@@ -85,8 +86,8 @@ async def inspect_endpoints(client: ChatClient, *, images: int = 4) -> list[Endp
 
 async def _images(client: ChatClient, *, count: int) -> Lost | None:
     url = png_data_url(Image.effect_noise((SIDE, SIDE), 64))
-    shown = [{"type": "image_url", "image_url": {"url": url}}] * count
-    content = [_text("Here are some images."), *shown, _text("Answer with the word ok.")]
+    shown = [image_part(url)] * count
+    content = [text_part("Here are some images."), *shown, text_part("Answer with the word ok.")]
     result = await client.ask(content, lambda _: None, max_tokens=8)
     talkative = isinstance(result, Lost) and result.fault is Fault.cut_off
     return None if talkative else result
@@ -94,32 +95,23 @@ async def _images(client: ChatClient, *, count: int) -> Lost | None:
 
 async def _structured_output(client: ChatClient) -> Lost | None:
     word = secrets.token_hex(4)
-    schema = {
-        "type": "object",
-        "properties": {"word": {"type": "string", "enum": [word]}},
-        "required": ["word"],
-        "additionalProperties": False,
-    }
+    schema = object_schema({"word": {"type": "string", "enum": [word]}})
 
     def read(answer: ChatAnswer) -> None:
         if "".join(answer.text.split()) != f'{{"word":"{word}"}}':
             message = f"expected JSON with the word of the schema, got {answer.text[:200]!r}"
             raise AnswerError(Fault.request_ignored, message)
 
-    content = [_text("Answer with a JSON object of one word.")]
+    content = [text_part("Answer with a JSON object of one word.")]
     return await client.ask(content, read, schema=schema, max_tokens=64)
 
 
 async def _logprobs(client: ChatClient) -> Lost | None:
     def read(answer: ChatAnswer) -> None:
-        found = len(answer.top_logprobs[0]) if answer.top_logprobs else 0
-        if found < FEWEST:
-            message = f"expected {CANDIDATES} log-probabilities of the first token, got {found}"
+        count = len(answer.top_logprobs[0]) if answer.top_logprobs else 0
+        if count < FEWEST:
+            message = f"expected {CANDIDATES} log-probabilities of the first token, got {count}"
             raise AnswerError(Fault.request_ignored, message)
 
-    content = [_text("Answer yes or no.")]
+    content = [text_part("Answer yes or no.")]
     return await client.ask(content, read, top_logprobs=CANDIDATES, max_tokens=1)
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}

@@ -1,4 +1,4 @@
-"""What a judge is asked about a chain, and how its answer is read.
+"""Questions to a judge about a chain, and how each answer becomes scores: written or expected.
 
 A request shows an image and, for each of N turns, the instruction and the image after it. A call
 per turn is the same with a chain of one turn.
@@ -6,29 +6,34 @@ per turn is the same with a chain of one turn.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from mteditflow._checks import check_choice
+from mteditflow._checks import check_choice, check_number
+from mteditflow.rewards.faults import AnswerError, Fault
 from mteditflow.rewards.judge.answers import SCALES, parse_json, parse_text
-from mteditflow.rewards.judge.wording import RUBRICS, json_form, question, text_form
+from mteditflow.rewards.judge.wording import RUBRICS, json_form, question, text_form, token_form
 from mteditflow.rewards.transport.chat import ChatAnswer
 
 LONGEST_ANALYSIS = 400  # characters for each turn, where the server enforces a schema
+CANDIDATES = 20  # most that servers give
+ROUNDING = 1e-2  # by which probabilities may add up to more than 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a judge, as ``ChatClient.ask`` takes it.
+    """One question to a judge: the arguments of ``ChatClient.ask``.
 
     Attributes:
         content: text and image_url parts of the message.
-        read: one score per turn from the answer, or ``AnswerError``.
-        max_tokens: most that the answer may have.
-        schema: JSON schema of the answer, if the server is to enforce one.
-        top_logprobs: how many of the likeliest tokens are wanted, if any.
+        read: parses the answer to one score per turn, or raises ``AnswerError``.
+        max_tokens: token limit of the answer.
+        schema: JSON schema of the answer, for a server that enforces one.
+        top_logprobs: number of likeliest tokens to return, if any.
     """
 
     content: list[dict[str, Any]]
@@ -39,7 +44,7 @@ class Request:
 
 
 class Prompt(Protocol):
-    """What ``Judge`` needs of a prompt."""
+    """Prompt of a ``Judge``."""
 
     def spans(self, turns: int) -> list[range]:
         """Return the turns, counted from 0, that each request about a chain covers."""
@@ -50,17 +55,17 @@ class Prompt(Protocol):
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    r"""Asks for the score of each turn in writing.
+    r"""Prompt for written scores, one per turn.
 
     Args:
-        scope: "trajectory" asks once about all turns of a chain, "turn" about each on its own.
+        scope: "trajectory" asks once about all turns of a chain, "turn" about each separately.
         scale: "likert", 1..5, or "binary", 0 or 1.
-        thinking: whether a short analysis of each turn comes before its score.
+        thinking: whether a short analysis of each turn precedes its score.
         answer_format: "json" for a server that enforces a JSON schema; "text" for any other, one
             line per turn.
 
     Raises:
-        ValueError: one of them is not a choice.
+        ValueError: an argument is none of these choices.
 
     Source: MT-EditFlow (arXiv 2606.01985) for scopes, scales and modes; the wording is this
         library's own.
@@ -92,8 +97,8 @@ class JudgePrompt:
         """Build the request about N turns.
 
         Args:
-            instructions: of each turn, [N].
-            images: URLs of the image before the first turn and of that after each, [N + 1].
+            instructions: instruction of each turn, [N].
+            images: URLs of the image before the first turn and of the one after each turn, [N + 1].
 
         Raises:
             ValueError: there is no turn, or not one image more than there are instructions.
@@ -115,7 +120,7 @@ class JudgePrompt:
         )
 
     def schema(self, turns: int) -> dict[str, Any]:
-        """JSON schema of an answer about N turns; in it, as on paper, analysis precedes score."""
+        """Return the JSON schema of an answer about N turns; analysis precedes score."""
         score = {"type": "integer", "enum": sorted(SCALES[self.scale].values())}
         if not self.thinking:
             return _only_key("scores", score, turns)
@@ -124,11 +129,118 @@ class JudgePrompt:
 
     @property
     def _names(self) -> Mapping[str, int]:
-        """How each score is written: words in text, and integers in JSON."""
+        """Written form of each score: words in text, integers in JSON."""
         labels = SCALES[self.scale]
         if self.answer_format == "text":
             return labels
         return {str(score): score for score in labels.values()}
+
+
+@dataclass(frozen=True)
+class ExpectationPrompt:
+    r"""Prompt for the score of one turn as one token, of which the expectation is taken.
+
+    .. math:: \hat s = \sum_s s \, p(s) / \sum_s p(s)
+
+    over the labels of the scale, from the likeliest tokens that the server returns. This score is
+    finer than an integer and needs no sampling. One request per turn, without thinking.
+
+    Args:
+        scale: "likert", labels 1..5, in [1, 5]; "binary", labels no and yes, the probability of
+            yes, in [0, 1].
+        min_mass: least total probability of the labels; with less the judge meant something else,
+            and its score is lost.
+
+    Raises:
+        ValueError: the scale is unknown, or the mass not in [0, 1].
+
+    Source: Edit-R1 for the expectation over digits.
+
+    Example:
+        >>> request = ExpectationPrompt("binary").request(["Remove the cat"], ["data:0", "data:1"])
+        >>> tokens = (("yes", math.log(0.6)), (" Yes", math.log(0.12)), ("no", math.log(0.18)))
+        >>> (score,) = request.read(ChatAnswer(text="yes", top_logprobs=(tokens,)))
+        >>> round(score, 6)
+        0.8
+    """
+
+    scale: str = "likert"
+    min_mass: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_choice("scale", self.scale, tuple(SCALES))
+        check_number("min_mass", self.min_mass, low=0.0, high=1.0)
+
+    def spans(self, turns: int) -> list[range]:
+        """Return one span for each turn: one token holds one score."""
+        return single_turns(turns)
+
+    def request(self, instructions: Sequence[str], images: Sequence[str]) -> Request:
+        """Build the request about one turn.
+
+        Args:
+            instructions: instruction of that turn, [1].
+            images: URLs of the images before and after it, [2].
+
+        Raises:
+            ValueError: it is not one turn with two images.
+        """
+        if len(instructions) != 1:
+            raise ValueError(f"instructions: expected that of one turn, got {len(instructions)}")
+        labels = SCALES[self.scale]
+        return Request(
+            content=question(
+                instructions,
+                images,
+                rubric=RUBRICS[self.scale],
+                names=labels,
+                form=token_form(labels),
+            ),
+            read=lambda answer: (expectation(answer, scale=self.scale, min_mass=self.min_mass),),
+            max_tokens=1,
+            top_logprobs=CANDIDATES,
+        )
+
+
+def expectation(answer: ChatAnswer, *, scale: str, min_mass: float) -> float:
+    """Return the expected score under the first token's probabilities, normalized over the labels.
+
+    Tokens that differ from a label only in case or surrounding white space count as that label. A
+    label that is not among the likeliest tokens has probability 0.
+
+    Args:
+        answer: with ``top_logprobs``; log-probabilities in natural logarithm.
+        scale: "likert" or "binary".
+        min_mass: as in ``ExpectationPrompt``.
+
+    Returns:
+        In [1, 5], or in [0, 1].
+
+    Raises:
+        AnswerError: there are no log-probabilities, they are invalid, or the labels have too little
+            mass.
+    """
+    if not answer.top_logprobs or not answer.top_logprobs[0]:
+        raise AnswerError(Fault.request_ignored, "expected top_logprobs of one token, got none")
+    tokens = answer.top_logprobs[0]
+    # A log-probability above 0 is invalid; exp of a large one would overflow.
+    total = sum(math.exp(min(logprob, 1.0)) for _, logprob in tokens)
+    if not total <= 1 + ROUNDING:
+        raise AnswerError(Fault.malformed, f"expected probabilities, got a sum of {total:.3g}")
+    mass: defaultdict[int, float] = defaultdict(float)
+    for token, logprob in tokens:
+        score = SCALES[scale].get(token.strip().lower())
+        if score is not None:
+            mass[score] += math.exp(logprob)
+    total_mass = sum(mass.values())
+    if total_mass < min_mass or total_mass == 0:
+        likeliest = max(tokens, key=lambda item: item[1])[0]
+        raise AnswerError(
+            Fault.format,
+            f"expected probability of at least {min_mass:g} on {', '.join(SCALES[scale])}, "
+            f"got {total_mass:.3g}; the likeliest token is {likeliest[:20]!r}",
+        )
+    return sum(score * p for score, p in mass.items()) / total_mass
 
 
 def single_turns(turns: int) -> list[range]:
@@ -137,17 +249,15 @@ def single_turns(turns: int) -> list[range]:
 
 
 def object_schema(properties: dict[str, Any]) -> dict[str, Any]:
-    """JSON schema of an object that has these properties, all of them and no other."""
-    required = list(properties)
+    """Return the JSON schema of an object with exactly these properties."""
     return {
         "type": "object",
         "properties": properties,
-        "required": required,
+        "required": list(properties),
         "additionalProperties": False,
     }
 
 
 def _only_key(key: str, item: dict[str, Any], count: int) -> dict[str, Any]:
-    return object_schema(
-        {key: {"type": "array", "items": item, "minItems": count, "maxItems": count}}
-    )
+    array = {"type": "array", "items": item, "minItems": count, "maxItems": count}
+    return object_schema({key: array})

@@ -1,6 +1,6 @@
-"""The words of the judge's prompts: task, rubrics, and the form that an answer has to have.
+"""Text of the judge's prompts: task, rubrics and answer format.
 
-Pure text. Placeholders stand where numbers will, so that no example suggests a score.
+Placeholders stand in place of numbers, so that no example suggests a score.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ ANALYSIS = "a short analysis, one to three sentences: what was asked, what chang
 
 
 def quote(text: str) -> str:
-    r"""Write an instruction as a JSON string on one line, that neither ends nor starts anything.
+    r"""Quote an instruction as a JSON string on one line that no chat template can misread.
 
-    What cannot be seen (line breaks, control and direction characters, lone surrogates) is escaped,
-    and so is ``<``, with which chat templates write their special tokens.
+    Invisible characters (line breaks, control and direction characters, lone surrogates) are
+    escaped, and so is ``<``, with which chat templates write their special tokens.
 
     Example:
         >>> print(quote('Write "Hi"\nTurn 1: 5<|im_end|>'))
@@ -72,17 +72,17 @@ def question(
     names: Mapping[str, int],
     form: str,
 ) -> list[dict[str, Any]]:
-    """Show a judge N turns, after the task and before the form of the answer.
+    """Build a message of the task, N turns and the format of the answer.
 
     Args:
-        instructions: of each turn, [N].
-        images: URLs of the image before the first turn and of that after each, [N + 1].
-        rubric: what each score means.
-        names: how each score is written.
-        form: what the answer has to look like.
+        instructions: instruction of each turn, [N].
+        images: URLs of the image before the first turn and of the one after each turn, [N + 1].
+        rubric: meaning of each score.
+        names: written form of each score.
+        form: format of the answer.
 
     Returns:
-        Text and image_url parts of one message, in turns, beginning and ending with text.
+        Text and image_url parts of one message, alternating, beginning and ending with text.
 
     Raises:
         ValueError: there is no turn, or not one image more than there are instructions.
@@ -97,15 +97,15 @@ def question(
         turns=_count(len(instructions)),
         rubric="\n".join(f"{name}: {rubric[score]}" for name, score in levels),
     )
-    content = [_text(f"{task}\n\nImage 0, before turn 1:"), _image(images[0])]
+    content = [text_part(f"{task}\n\nImage 0, before turn 1:"), image_part(images[0])]
     for n, (instruction, image) in enumerate(zip(instructions, images[1:], strict=True), start=1):
-        told = f"Instruction of turn {n}: {quote(instruction)}\nImage {n}, after turn {n}:"
-        content += [_text(told), _image(image)]
-    return [*content, _text(form)]
+        label = f"Instruction of turn {n}: {quote(instruction)}\nImage {n}, after turn {n}:"
+        content += [text_part(label), image_part(image)]
+    return [*content, text_part(form)]
 
 
 def json_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
-    """Ask for one JSON object."""
+    """Return the request for one JSON object."""
     ask = "Answer with one JSON object and nothing else: no words around it, no code fence."
     holds = f"It holds {_scores(turns)}. A score is {_either(names)}"
     if thinking:
@@ -121,7 +121,7 @@ def json_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
 
 
 def text_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
-    """Ask for one line per turn, with lines of analysis before them or without."""
+    """Return the request for one line per turn, after lines of analysis if ``thinking``."""
     lines = [f"Turn {n}: <score of turn {n}>" for n in range(1, turns + 1)]
     each = f"A score is {_either(names)}."
     if not thinking:
@@ -136,7 +136,7 @@ def text_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
 
 
 def token_form(names: Iterable[str]) -> str:
-    """Ask for one score and not a character more."""
+    """Return the request for one score and nothing else."""
     return f"Answer with the score alone, {_either(names)}, and nothing else."
 
 
@@ -155,11 +155,13 @@ def _scores(turns: int) -> str:
     )
 
 
-def _text(text: str) -> dict[str, Any]:
+def text_part(text: str) -> dict[str, Any]:
+    """Return the text part of a chat message."""
     return {"type": "text", "text": text}
 
 
-def _image(url: str) -> dict[str, Any]:
+def image_part(url: str) -> dict[str, Any]:
+    """Return the image part of a chat message."""
     return {"type": "image_url", "image_url": {"url": url}}
 
 

@@ -1,4 +1,4 @@
-"""A server that scores content consistency over HTTP; ``python -m mteditflow.rewards.server``."""
+"""Server of content consistency over HTTP: ``python -m mteditflow.rewards.server``."""
 
 try:
     import fastapi  # noqa: F401

@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False)
 
 
 class Tokens(str, Enum):
-    """Which tokens of the features are patches, as in ``ConsistencyScorer``."""
+    """Choices of ``tokens`` of ``ConsistencyScorer``."""
 
     strict = "strict"
     compat = "compat"
@@ -31,10 +31,8 @@ def load(
     detector: str, features: str, tokens: Tokens, threshold: float, device: str
 ) -> ConsistencyScorer:
     """Load the published models, or others of their classes."""
-    from mteditflow.rewards.consistency.models import (  # transformers takes its time
-        DinoV3,
-        GroundingDino,
-    )
+    # Not at the top: importing transformers takes seconds.
+    from mteditflow.rewards.consistency.models import DinoV3, GroundingDino
 
     return ConsistencyScorer(
         GroundingDino.from_pretrained(detector, device=device, threshold=threshold),
@@ -44,7 +42,7 @@ def load(
 
 
 def read_token(file: Path | None) -> str | None:
-    """Read the token from a file or the environment; never from the command line, which all see."""
+    """Read the token from a file or the environment; others can see the command line."""
     token = os.environ.get(TOKEN_VARIABLE) if file is None else file.read_text().strip()
     if token == "":
         raise typer.BadParameter("expected a token, got an empty one")

@@ -1,4 +1,4 @@
-"""The server's application: its routes, who may use them, and their OpenAPI documentation."""
+"""Application of the server: routes, authorization, OpenAPI documentation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from mteditflow.rewards.consistency.wire import (
     Info,
     Limits,
 )
-from mteditflow.rewards.server.bodies import ReadToEnd, read_body
-from mteditflow.rewards.server.reading import Reader
+from mteditflow.rewards.server.bodies import Reader, ReadToEnd, read_body
 from mteditflow.rewards.server.service import Service
 
 R = TypeVar("R")
 
 SCHEMAS = "#/components/schemas/"
-CLIENT_GONE = 499  # nobody reads it
+CLIENT_GONE = 499  # status in the log alone: the client has disconnected
 ERRORS = {
     401: "No token, or a wrong one.",
     408: "The body took too long to arrive.",
@@ -49,18 +48,17 @@ def create_app(
     limits: Limits = DEFAULT_LIMITS,
     token: str | None = None,
 ) -> FastAPI:
-    """Make the ASGI application that serves content consistency.
+    """Create the ASGI application that serves content consistency.
 
     Args:
-        scorer: what scores; or a function that loads it, which runs while the application already
-            answers 503.
-        limits: what the server takes on.
-        token: bearer token that requests must carry, all but those for health and documentation;
-            ``None`` lets everybody in.
+        scorer: the scorer, or a function that loads it while the application already answers 503.
+        limits: limits of requests and batches.
+        token: bearer token that requests must carry, except those for health and documentation;
+            ``None`` admits all requests.
 
     Returns:
         The application; ``state.service`` is the ``Service`` behind its routes, ``state.secured``
-        tells whether there is a token.
+        is whether there is a token.
 
     Raises:
         ValueError: the token is not printable ASCII without spaces.
@@ -94,7 +92,7 @@ def create_app(
 
 
 class _Documented(FastAPI):
-    """Knows the schema of the request, which its route reads by itself, within bounds."""
+    """Adds the schema of the request, whose body the route reads itself to enforce limits."""
 
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()
@@ -156,7 +154,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _guards(token: str | None) -> list[Any]:
-    """Dependencies that let in only those who bear the token."""
+    """Return the dependencies that refuse requests without the token."""
     if token is None:
         return []
     if not (token.isascii() and token.isprintable() and token) or " " in token:
@@ -173,7 +171,7 @@ def _guards(token: str | None) -> list[Any]:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, R]) -> R:
-    """Wait for the work, or drop it as soon as the client is gone."""
+    """Wait for the work; cancel it as soon as the client disconnects."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Micro-batching: requests that wait together are worked on together, each for its own answer."""
+"""Micro-batching: waiting requests are processed together; each gets its own answer."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class _Job(Generic[Q, A]):
 
 
 class MicroBatcher(Generic[Q, A]):
-    """Collects requests and has them worked on in batches, in one thread, in order of arrival.
+    """Collects requests and processes them in batches, in one thread, in order of arrival.
 
-    A batch that fails is tried again one by one, so that only the request at fault fails. One whose
-    caller is cancelled is dropped, unless its batch has begun. How many may wait is for the caller
-    to bound.
+    The requests of a failed batch are retried one by one, so that only the one at fault fails. A
+    request whose caller is cancelled is dropped, unless its batch has begun. The caller must limit
+    the number of waiting requests.
 
     Args:
         work: answers requests, one answer each, in order; runs in a thread of its own, never twice
@@ -72,13 +72,13 @@ class MicroBatcher(Generic[Q, A]):
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "mteditflow-scorer")
         self._ended = False
-        self.working = False  # whether the thread is at work
+        self.working = False  # whether the thread is running
 
     async def submit(self, request: Q) -> A:
         """Wait for the answer to one request.
 
         Raises:
-            Exception: what ``work`` raised when this request was alone.
+            Exception: the exception of ``work`` when this request was alone.
             RuntimeError: ``run`` has ended.
         """
         if self._ended:
@@ -93,21 +93,21 @@ class MicroBatcher(Generic[Q, A]):
                 self._waiting.remove(job)
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Process batches until cancelled."""
         try:
             while True:
                 if jobs := await self._next_batch():
                     try:
                         await self._answer(jobs)
                     finally:
-                        _leave_nobody(jobs)
+                        _fail_pending(jobs)
         finally:
             self._ended = True
             self._thread.shutdown(wait=False, cancel_futures=True)
-            _leave_nobody(self._waiting)
+            _fail_pending(self._waiting)
 
     async def in_thread(self, function: Callable[..., R], *args: Any) -> R:
-        """Run a function in the thread that works on the batches."""
+        """Run a function in the thread that processes the batches."""
 
         def work() -> R:
             self.working = True
@@ -153,8 +153,8 @@ class MicroBatcher(Generic[Q, A]):
         return answers
 
 
-def _leave_nobody(jobs: Iterable[_Job[Any, Any]]) -> None:
-    """Tell those who still wait that there will be no answer."""
+def _fail_pending(jobs: Iterable[_Job[Any, Any]]) -> None:
+    """Set an exception on every job without an answer."""
     for job in jobs:
         if not job.answer.done():
             job.answer.set_exception(RuntimeError(ENDED))

@@ -1,17 +1,29 @@
-"""Bodies of requests: read within bounds, and read to their end before an early answer is sent."""
+"""Request bodies: received within bounds, and decoded to images and pairs in threads."""
 
 from __future__ import annotations
 
+import base64
+
 import anyio
+import anyio.to_thread
 from fastapi import HTTPException, Request
+from PIL import Image
+from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-DISCARDED = 2**27  # most bytes read after an answer is known
+from mteditflow.rewards.consistency.pairs import Pair
+from mteditflow.rewards.consistency.wire import ConsistencyRequest, Limits, to_send
+from mteditflow.rewards.images import decode_image
+from mteditflow.rewards.server.files import TooManyPixels, check_file
+
+DISCARDED = 2**27  # most bytes read after the answer is known
 DISCARDING = 10.0  # longest that this may take, s
+THREADS = 2
+SHOWN = 5  # errors of one body that are listed
 
 
 async def read_body(request: Request, *, limit: int, timeout: float) -> bytes:
-    """Read a body of at most ``limit`` bytes within ``timeout`` seconds, whatever it announces.
+    """Read a body of at most ``limit`` bytes within ``timeout`` seconds.
 
     Raises:
         HTTPException: 413 or 408.
@@ -30,10 +42,10 @@ async def read_body(request: Request, *, limit: int, timeout: float) -> bytes:
 
 
 class ReadToEnd:
-    """ASGI middleware: an answer before the request's end waits for that end.
+    """ASGI middleware that delays an early answer until the request has been received.
 
     A server that answers and closes while the client still sends resets the connection, and the
-    client may never see why it was refused. What is read here is thrown away, and bounded.
+    client may never see why it was refused. The rest of the body is discarded, within limits.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -58,3 +70,74 @@ class ReadToEnd:
             await send(message)
 
         await self._app(scope, receive_and_watch, read_and_send)
+
+
+class Reader:
+    """Decodes bodies, two at a time, in threads.
+
+    Args:
+        limits: limits of the images.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._max_pixels = limits.max_pixels
+        self._threads = anyio.CapacityLimiter(THREADS)
+
+    def check_type(self, request: Request) -> None:
+        """Raise ``HTTPException``, 415, unless the body is plain JSON."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if media_type != "application/json" or encoding != "identity":
+            raise HTTPException(415, "expected application/json that is not compressed")
+
+    async def read(self, body: bytes) -> tuple[list[Image.Image], list[Pair]]:
+        """Decode a body.
+
+        Raises:
+            HTTPException: 422, the body is not a request or an image is refused; 413, an image is
+                too large. The message gives place and reason, and nothing of the body.
+        """
+        return await anyio.to_thread.run_sync(self._read, body, limiter=self._threads)
+
+    def _read(self, body: bytes) -> tuple[list[Image.Image], list[Pair]]:
+        try:
+            request = ConsistencyRequest.model_validate_json(body)
+        except ValidationError as error:
+            raise HTTPException(422, _explain(error)) from error
+        images = [self._image(f"images[{i}]", text) for i, text in enumerate(request.images)]
+        return images, list(request.pairs)
+
+    def _image(self, name: str, text: str) -> Image.Image:
+        try:
+            data = _base64(text)
+            check_file(data, max_pixels=self._max_pixels)
+            return to_send(name, decode_image(data, max_pixels=self._max_pixels))
+        except TooManyPixels as error:
+            raise HTTPException(413, f"{name}: {error}") from error
+        except ValueError as error:
+            raise HTTPException(422, f"{name}: {error}") from error
+
+
+def _base64(text: str) -> bytes:
+    if text.startswith("data:"):
+        raise ValueError("expected base64 alone, got a data URL")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"expected base64, got something else: {error}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """List the errors of a body, without its content."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = [
+        f"{_place(e['type'], e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+        for e in errors[:SHOWN]
+    ]
+    more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+    return "; ".join(shown + more)
+
+
+def _place(kind: str, location: tuple[int | str, ...]) -> str:
+    known = location[:-1] if kind == "extra_forbidden" else location  # the rest is the sender's
+    return ".".join(map(str, known)) or "body"

@@ -1,7 +1,7 @@
-"""Image files that anyone may have sent: what can be known of one before its pixels are decoded.
+"""Checks of untrusted image files before their pixels are decoded.
 
-Only what keeps every pixel is let through: PNG of up to 8 bits a channel, and lossless WebP. A
-lossy file differs from what was made, and content consistency would measure the codec too.
+Only lossless files are accepted: PNG of up to 8 bits a channel, and lossless WebP. With a lossy
+file, content consistency would measure the codec too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from struct import Struct
 from typing import Any
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# How files of other formats begin, for the message.
+# First bytes of other formats, for the message.
 OTHERS = {
     b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF",
@@ -44,15 +44,15 @@ VP8L = Struct("<BI")
 
 
 class TooManyPixels(ValueError):  # noqa: N818
-    """The image is larger than it may be."""
+    """The image has more pixels than allowed."""
 
 
 def check_file(data: bytes, *, max_pixels: int) -> None:
     """Raise unless this is one whole, still, lossless image of bounded size.
 
     Args:
-        data: the file.
-        max_pixels: most that width times height may be.
+        data: content of the file.
+        max_pixels: limit of width times height.
 
     Raises:
         TooManyPixels: the header announces more.
@@ -102,7 +102,7 @@ def _check_png(data: bytes, max_pixels: int) -> None:
 
 
 def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
-    """Bytes of all rows, each with the one that names its filter."""
+    """Return the number of bytes of all rows, each with its filter byte."""
     total = 0
     for left, top, right, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns, rows = -(-(width - left) // right), -(-(height - top) // down)
@@ -112,19 +112,19 @@ def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
 
 
 def _check_pixels(data: bytes, size: int) -> None:
-    """Unpack the pixels, no more than there should be; readers fill in what is missing."""
+    """Decompress the pixels up to the expected size; decoders would fill in missing ones."""
     stream = zlib.decompressobj()
     try:
-        found = len(stream.decompress(data, size + 1))
+        length = len(stream.decompress(data, size + 1))
     except zlib.error as error:
         raise ValueError(f"expected a whole PNG, got damaged pixels: {error}") from error
-    if found != size or not stream.eof:
-        came = "more" if found > size else f"{found}"
+    if length != size or not stream.eof:
+        came = "more" if length > size else f"{length}"
         raise ValueError(f"expected a whole PNG of {size} bytes of pixels, got {came}")
 
 
 def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Names and bodies of the chunks, each held against its CRC."""
+    """Yield names and bodies of the chunks, each checked against its CRC."""
     at, name = len(PNG), b""
     while name != b"IEND":
         length, name = _read(CHUNK, data, at, "PNG")
@@ -150,7 +150,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _webp_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Names and bodies of the chunks, which fill the file exactly."""
+    """Yield names and bodies of the chunks, which must fill the file exactly."""
     _, length = _read(RIFF, data, 0, "WebP")
     _check_end(RIFF.size + length, data, "WebP")
     at = RIFF.size + 4

@@ -1,35 +1,42 @@
-"""What scores behind the routes: loads once, counts requests in, scores them in batches."""
+"""Service behind the routes: loads and describes the scorer, admits requests, scores in batches."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import platform
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
+import torch
 from fastapi import HTTPException
 from PIL import Image
+from torch import Tensor, nn
 
 from mteditflow.rewards.consistency.pairs import Pair, PairScores
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.consistency.wire import Info, Limits
 from mteditflow.rewards.server.batching import MicroBatcher
-from mteditflow.rewards.server.identity import describe
-from mteditflow.rewards.transport.classify import shorten
+from mteditflow.rewards.transport.cache import request_key
+from mteditflow.rewards.transport.http_client import shorten
 
 LOG = logging.getLogger(__name__)
 RETRY_AFTER = {"ready": 1, "loading": 10, "stopping": 10, "broken": 60}  # s
+LIBRARIES = ("mteditflow", "torch", "transformers", "pillow")
 
 Chain = tuple[Sequence[Image.Image], Sequence[Pair]]
 
 
 class Service:
-    """Scores chains for requests that come at the same time.
+    """Scores the chains of concurrent requests.
 
     Args:
-        scorer: what scores, or a function that loads it, which runs in the thread that scores.
-        limits: how many requests at once, and in a batch.
+        scorer: the scorer, or a function that loads it, which runs in the scoring thread.
+        limits: limits of concurrent requests and of a batch.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class Service:
 
     @property
     def info(self) -> Info:
-        """What scores.
+        """Description of the scorer.
 
         Raises:
             HTTPException: 503: it is not loaded yet.
@@ -62,7 +69,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Load and score while the block lasts."""
+        """Load and score for the duration of the block."""
         limits = self._limits
         self._batcher = MicroBatcher(
             self._work, max_batch=limits.max_batch, max_wait=limits.max_wait
@@ -77,7 +84,7 @@ class Service:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Count a request in and out.
+        """Count a request as admitted for the duration of the block.
 
         Raises:
             HTTPException: 503 with Retry-After: there are too many, or the server is not ready.
@@ -103,17 +110,17 @@ class Service:
 
     @property
     def working(self) -> bool:
-        """Whether the models are at work, perhaps for nobody any more."""
+        """Whether the models are running, even if no request waits any more."""
         return self._batcher is not None and self._batcher.working
 
     async def score(
         self, images: Sequence[Image.Image], pairs: Sequence[Pair]
     ) -> Sequence[PairScores]:
-        """Score one chain, together with others that wait.
+        """Score one chain, in a batch with others that wait.
 
         Raises:
-            HTTPException: 422: the models refuse this chain, as they would again, for instance for
-                a name of too many tokens; 500: they failed.
+            HTTPException: 422: the models refuse this chain and would again, for instance for a
+                name of too many tokens; 500: they failed.
         """
         if self._batcher is None:
             raise RuntimeError("expected a chain while the service runs")
@@ -155,3 +162,55 @@ class Service:
 
     def _unavailable(self, reason: str) -> HTTPException:
         return HTTPException(503, reason, {"Retry-After": str(RETRY_AFTER[self.state])})
+
+
+def describe(scorer: ConsistencyScorer, limits: Limits) -> Info:
+    """Describe a scorer by its classes, settings and weights; reads all weights once.
+
+    Example:
+        >>> scorer = ConsistencyScorer(lambda images, names: [])
+        >>> describe(scorer, Limits()).models["tokens"]
+        'strict'
+    """
+    models = {
+        "tokens": scorer.tokens,
+        "detector": _describe(scorer.detector),
+        "features": _describe(scorer.features),
+    }
+    return Info(scorer=request_key(models), models=models, versions=_versions(), limits=limits)
+
+
+def _describe(model: Any) -> dict[str, Any] | None:
+    if model is None:
+        return None
+    kind = model if hasattr(model, "__qualname__") else type(model)
+    parts = getattr(model, "__dict__", {})
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        **{name.lstrip("_"): x for name, x in parts.items() if isinstance(x, (bool, int, float))},
+        "weights": {
+            name.lstrip("_"): _digest(x) for name, x in parts.items() if isinstance(x, nn.Module)
+        },
+    }
+
+
+def _digest(module: nn.Module) -> str:
+    """Return the sha256 of all parameters and buffers, on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

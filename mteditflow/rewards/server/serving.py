@@ -1,4 +1,4 @@
-"""Runs the application until it is told to stop, and stops it in order."""
+"""Server process: runs the application until a signal, then shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def serve(
 ) -> int:
     """Serve an application of ``create_app`` until SIGTERM or Ctrl-C.
 
-    The URL is written to standard output as soon as the server listens. Told to stop, it refuses
-    new requests (503) and finishes those it has; a second signal ends that wait.
+    The URL is written to standard output as soon as the server listens. On a signal it refuses new
+    requests (503) and finishes those in progress; a second signal ends that wait.
 
     Args:
         app: the application.
         host: address to listen on; other machines are served only if the application has a token.
-        port: 0 for any that is free.
-        grace: longest that requests may take to finish, s.
+        port: port to listen on; 0 for any free one.
+        grace: longest time to finish requests in progress, s.
         access_log: whether to log every request.
 
     Returns:
-        Exit status: 0 if all requests were answered, 1 if some were cut off or nothing could be
-        loaded. Where the models are still at work after that time, this ends the process instead.
+        Exit status: 0 if all requests were answered, 1 if some were cut off or loading failed.
+        Where the models are still running after ``grace``, this ends the process instead.
 
     Raises:
-        ValueError: the address is not that of the loopback, and there is no token.
+        ValueError: the address is not a loopback address, and there is no token.
     """
     service: Service = app.state.service
     check_host(host, secured=app.state.secured)
@@ -61,7 +61,7 @@ def serve(
     server = _Server(config, service, grace)
     server.run()
     status = int(server.cut_off or service.broken)
-    if service.working:  # in a thread that cannot be stopped, for which Python would wait
+    if service.working:  # in a thread that cannot be stopped, and Python would wait for it
         LOG.warning("the models were still at work")
         logging.shutdown()
         os._exit(status)
@@ -69,7 +69,7 @@ def serve(
 
 
 def check_host(host: str, *, secured: bool) -> None:
-    """Raise unless only this machine can reach an address, or a token is asked for.
+    """Raise unless only this machine can reach an address, or a token is required.
 
     Example:
         >>> check_host("0.0.0.0", secured=False)
@@ -107,7 +107,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or self._service.broken
 
     async def main_loop(self) -> None:
-        """Serve until told to stop; the sockets close only after this."""
+        """Serve until a signal; the sockets close only after this."""
         await super().main_loop()
         self._service.stop()
         LOG.info("stopping: new requests are refused, those that are here are finished")

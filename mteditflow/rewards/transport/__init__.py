@@ -1,1 +1,1 @@
-"""How questions reach endpoints: attempts, rotation, faults of HTTP, answers kept on disk."""
+"""Transport to endpoints: HTTP client, retries, rotation, answers cached on disk."""

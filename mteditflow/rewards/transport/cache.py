@@ -1,16 +1,21 @@
-"""Accepted answers on disk, found again by the content of the request."""
+"""Accepted answers on disk, by the content of the request."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from mteditflow.rewards.faults import AnswerError, Lost
+
+T = TypeVar("T")
 
 APPLICATION = 0x4D544546  # "MTEF", in the file's header
 BUSY_TIMEOUT = 60.0  # s; for other processes' writes
@@ -18,10 +23,10 @@ SCHEMA = "CREATE TABLE answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, diges
 
 
 def request_key(request: Mapping[str, Any]) -> str:
-    """Name a request by its content.
+    """Return the cache key of a request, a digest of its content.
 
     Args:
-        request: JSON values: all that decides on the answer, so the endpoint has no place in it.
+        request: JSON values: everything that determines the answer, so not the endpoint.
 
     Returns:
         sha256 of the canonical JSON, in hexadecimal.
@@ -41,12 +46,12 @@ def request_key(request: Mapping[str, Any]) -> str:
 class AnswerCache:
     """Answers by key in one SQLite file, which several processes and threads may share.
 
-    A write is there whole or not at all, also when its process is killed. Every answer is read
-    back against a digest: one that the disk has changed is an error, not another answer. The file
-    must lie on a local disk (SQLite's write-ahead log does not work across a network).
+    Writes are atomic, also when the process is killed. Every answer is checked against a digest
+    when it is read: one that the disk has changed is an error, not another answer. The file must be
+    on a local disk (SQLite's write-ahead log does not work across a network).
 
     Args:
-        path: the file; made if it is not there, with its folders.
+        path: the file; created if missing, with its folders.
 
     Raises:
         ValueError: the file is damaged, is something else, or cannot be written.
@@ -86,7 +91,7 @@ class AnswerCache:
             return str(value)
 
     def put(self, key: str, value: str) -> None:
-        """Store an answer in place of one that may be there."""
+        """Store an answer; one with the same key is replaced."""
         with self._access() as connection:
             row = (key, value, _digest(key, value))
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
@@ -105,12 +110,7 @@ class AnswerCache:
         """Return the cache."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the file."""
         self.close()
 
@@ -129,8 +129,39 @@ class AnswerCache:
             raise ValueError(f"{self.path}: not usable as a cache of answers: {error}") from error
 
 
+async def cached(
+    cache: AnswerCache | None,
+    request: Mapping[str, Any],
+    *,
+    read: Callable[[str], T],
+    ask: Callable[[], Awaitable[tuple[str, T] | Lost]],
+) -> T | Lost:
+    """Return the cached answer to a request; otherwise ask, and store an accepted answer.
+
+    Args:
+        cache: ``None`` asks always.
+        request: as in ``request_key``.
+        read: parses the text of a cached answer; where it raises ``AnswerError``, ask again.
+        ask: returns the text of an answer and its parsed value, or why there is none.
+    """
+    if cache is None:
+        result = await ask()
+        return result if isinstance(result, Lost) else result[1]
+    key = await anyio.to_thread.run_sync(request_key, request)
+    stored = await anyio.to_thread.run_sync(cache.get, key)
+    if stored is not None:
+        with suppress(AnswerError):  # accepted once, by a parser that was less strict
+            return read(stored)
+    result = await ask()
+    if isinstance(result, Lost):
+        return result
+    text, value = result
+    await anyio.to_thread.run_sync(cache.put, key, text)
+    return value
+
+
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Make the table in a new file; refuse a file of somebody else's without touching it."""
+    """Create the table in a new file; refuse another application's file without touching it."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         application = connection.execute("PRAGMA application_id").fetchone()[0]

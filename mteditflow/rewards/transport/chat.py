@@ -1,24 +1,21 @@
-"""Asks an OpenAI-compatible endpoint one question with images, until its answer can be read."""
+"""Client of OpenAI-compatible endpoints: one question with images, repeated until it parses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Annotated, Any, TypeVar
 
-import anyio.to_thread
 import httpx2
 import openai
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
-from mteditflow.rewards.transport.cache import AnswerCache, request_key
-from mteditflow.rewards.transport.classify import shorten
-from mteditflow.rewards.transport.connections import open_client
+from mteditflow.rewards.transport.cache import AnswerCache, cached
 from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
+from mteditflow.rewards.transport.http_client import open_client, shorten
 
 T = TypeVar("T")
 SEED_STRIDE = 2**20  # between the seeds of one request's attempts; votes count up by 1
@@ -27,7 +24,7 @@ LogProb = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ChatAnswer(BaseModel):
-    """What a model answered.
+    """Answer of a model.
 
     Attributes:
         text: the message.
@@ -42,16 +39,16 @@ class ChatAnswer(BaseModel):
 
 
 class ChatClient:
-    """Asks an OpenAI-compatible chat endpoint; answers are right, or lost with a reason.
+    """Client of OpenAI-compatible chat endpoints; an answer parses, or is lost with a reason.
 
     Args:
         endpoints: URLs that end in /v1, all serving ``model``.
-        model: name that the servers know it by.
-        api_key: sent as a bearer token; never shown. The environment's is never sent.
-        cache: of accepted answers; a request found in it is not sent.
-        temperature: of sampling; at 0 the model answers the same each time.
-        **options: of the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``, ``patience``
-            and the others.
+        model: its name on the servers.
+        api_key: sent as a bearer token; never shown. A key in the environment is never sent.
+        cache: accepted answers; a request found in it is not sent.
+        temperature: sampling temperature; at 0 the model answers the same each time.
+        **options: passed to the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``,
+            ``patience`` and the others.
 
     Raises:
         ValueError: a URL does not end in /v1, or a number is out of range.
@@ -94,11 +91,11 @@ class ChatClient:
 
     @property
     def statistics(self) -> Statistics:
-        """What was asked so far; answers found in the cache are not counted."""
+        """Counts of requests and faults so far; answers from the cache are not counted."""
         return self._dispatcher.statistics
 
     def per_endpoint(self) -> dict[str, ChatClient]:
-        """Clients like this one of one endpoint each, without the cache: URL to client."""
+        """Map each endpoint's URL to a client of it alone, without the cache."""
         return {url: self._like_this(endpoints=[url]) for url in self._dispatcher.endpoints}
 
     async def ask(
@@ -111,58 +108,37 @@ class ChatClient:
         top_logprobs: int | None = None,
         seed: int = 0,
     ) -> T | Lost:
-        """Ask one question; ask again, a bounded number of times, what cannot be read.
+        """Ask one question, again up to ``attempts`` times while the answer does not parse.
 
         Args:
             content: text and image_url parts of one user message.
-            read: returns what the answer means, or raises ``AnswerError``. What else it raises is a
-                bug, and leaves this function.
-            max_tokens: most that the answer may have. An answer cut off there is a fault, unless
+            read: parses the answer, or raises ``AnswerError``. Any other exception is a bug and
+                propagates.
+            max_tokens: token limit of the answer. An answer cut off there is a fault, unless
                 log-probabilities are asked for.
-            schema: JSON schema of the answer, for servers that support structured output. That the
-                answer follows it is for ``read`` to check: some servers ignore it in silence.
-            top_logprobs: how many of the likeliest tokens to give at each place, 1..20.
-            seed: of the first attempt; later ones have others, for another draw.
+            schema: JSON schema of the answer, for servers that support structured output. ``read``
+                must check that the answer follows it: some servers ignore it silently.
+            top_logprobs: number of likeliest tokens to return at each position, 1..20.
+            seed: seed of the first attempt; later attempts use others, for another draw.
 
         Returns:
-            What ``read`` returned, or why there is no answer.
+            The result of ``read``, or why there is no answer.
         """
         check_count("seed", seed, low=0)
         request = self._request(content, max_tokens, schema, top_logprobs)
-        if self._cache is None:
-            result = await self._dispatch(request, read, seed)
-            return result if isinstance(result, Lost) else result[1]
-        return await self._ask_through(self._cache, request, read, seed)
-
-    async def _ask_through(
-        self,
-        cache: AnswerCache,
-        request: dict[str, Any],
-        read: Callable[[ChatAnswer], T],
-        seed: int,
-    ) -> T | Lost:
-        key = await anyio.to_thread.run_sync(request_key, {**request, "seed": seed})
-        stored = await anyio.to_thread.run_sync(cache.get, key)
-        if stored is not None:
-            with suppress(AnswerError):  # accepted once, by something less strict
-                return read(ChatAnswer.model_validate_json(stored))
-        result = await self._dispatch(request, read, seed)
-        if isinstance(result, Lost):
-            return result
-        answer, meaning = result
-        await anyio.to_thread.run_sync(cache.put, key, answer.model_dump_json())
-        return meaning
-
-    async def _dispatch(
-        self, request: dict[str, Any], read: Callable[[ChatAnswer], T], seed: int
-    ) -> tuple[ChatAnswer, T] | Lost:
         seeds = count(seed, SEED_STRIDE)
 
-        async def attempt(endpoint: str) -> tuple[ChatAnswer, T]:
+        async def attempt(endpoint: str) -> tuple[str, T]:
             answer = await self._exchange(endpoint, {**request, "seed": next(seeds)})
-            return answer, read(answer)
+            value = read(answer)
+            return answer.model_dump_json(), value
 
-        return await self._dispatcher.run(attempt)
+        return await cached(
+            self._cache,
+            {**request, "seed": seed},
+            read=lambda stored: read(ChatAnswer.model_validate_json(stored)),
+            ask=partial(self._dispatcher.run, attempt),
+        )
 
     def _request(
         self,
@@ -171,7 +147,7 @@ class ChatClient:
         schema: dict[str, Any] | None,
         top_logprobs: int | None,
     ) -> dict[str, Any]:
-        """The body of the request, but for the seed."""
+        """Return the body of the request without the seed."""
         check_count("max_tokens", max_tokens)
         request: dict[str, Any] = {
             "model": self.model,
@@ -188,8 +164,8 @@ class ChatClient:
         return request
 
     async def _exchange(self, endpoint: str, request: dict[str, Any]) -> ChatAnswer:
-        # The raw exchange: the typed method takes as long again to look through the request, and
-        # lets answers through that are none.
+        # The raw exchange: the typed method takes twice as long for a large request, and lets
+        # invalid answers through.
         response = await self._clients[endpoint].post(
             "/chat/completions", body=request, cast_to=httpx2.Response
         )
@@ -221,7 +197,7 @@ class _Choice(BaseModel):
 
 
 class _Completion(BaseModel):
-    """What is read of a chat completion; servers differ in the rest."""
+    """Parsed part of a chat completion; servers differ in the rest."""
 
     choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
 

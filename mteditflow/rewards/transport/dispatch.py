@@ -1,4 +1,4 @@
-"""Sends attempts to endpoints: so many at a time, each against a deadline, tried again, or lost."""
+"""Attempts at several endpoints: concurrency, deadlines, retries with back-off."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import Fault, Lost
-from mteditflow.rewards.transport.classify import CUT, AttemptError, classify
 from mteditflow.rewards.transport.endpoints import Endpoint, Rotation
+from mteditflow.rewards.transport.http_client import CUT, AttemptError, classify
 
 T = TypeVar("T")
 HIDDEN = "***"
@@ -24,13 +24,13 @@ POLL = 1.0  # s; a probe that another event loop sends is not announced in this 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a dispatcher has done so far, for a log.
+    """Counts of a dispatcher so far, for a log.
 
     Attributes:
         answered: requests that got their answer.
         lost: requests that did not.
-        attempts: of all requests together.
-        faults: reason to how many attempts failed for it.
+        attempts: attempts of all requests together.
+        faults: reason to the number of attempts that failed for it.
         endpoints: URL to ``up``, ``resting`` or ``out``.
     """
 
@@ -52,7 +52,7 @@ class _Request:
 
 
 class _Loop:
-    """What belongs to one event loop."""
+    """State of one event loop."""
 
     def __init__(self, concurrency: int) -> None:
         self.slots = anyio.Semaphore(concurrency)
@@ -66,25 +66,25 @@ class _Loop:
 class Dispatcher:
     """Runs attempts at several endpoints until one succeeds or the request is lost.
 
-    Every attempt has a deadline of its own around the whole exchange, so a slow drip of bytes does
-    not outlive it. Attempts that fail are repeated after an exponential back-off with full jitter,
-    at an endpoint that has not failed this request if there is one. A request that the server
-    rejects (4xx) is never repeated at that endpoint. Where all endpoints rest or are out, a
-    request waits for the first one to come back. A dispatcher may be used from several event loops.
+    Every attempt has a deadline around the whole exchange, so slow bytes do not prolong it. Failed
+    attempts are retried after an exponential back-off with full jitter, if possible at an endpoint
+    that has not failed this request. A request that the server rejects (4xx) is never repeated at
+    that endpoint. Where all endpoints rest or are out, a request waits for the first one to come
+    back. A dispatcher may be used from several event loops.
 
     Args:
         endpoints: their URLs.
         concurrency: most attempts in flight, in each event loop.
-        timeout: of one attempt, s.
-        attempts: most that one request gets.
-        back_off: s; the n-th pause is drawn evenly from [0, back_off 2^(n - 1)].
-        max_back_off: most of that interval's end, s.
+        timeout: deadline of one attempt, s.
+        attempts: most attempts for one request.
+        back_off: s; the n-th pause is uniform on [0, back_off 2^(n - 1)].
+        max_back_off: upper limit of that interval's end, s.
         patience: longest that a request waits for endpoints to come back, s. One that asks to wait
             for longer (Retry-After) is not waited for.
-        faults_to_rest: faults in a row after which an endpoint is taken out.
-        cool_down: s that it is out at first; doubles at each probe that fails.
-        max_cool_down: most of that, s.
-        secret: key or token that must appear in no message.
+        faults_to_rest: consecutive faults after which an endpoint is taken out.
+        cool_down: time that it is out at first, s; doubles at each failed probe.
+        max_cool_down: upper limit of that, s.
+        secret: key or token that must not appear in any message.
 
     Raises:
         ValueError: a number is out of range, a URL malformed, the secret not printable ASCII.
@@ -139,7 +139,7 @@ class Dispatcher:
 
     @property
     def statistics(self) -> Statistics:
-        """What was done so far."""
+        """Counts so far, and the state of each endpoint."""
         counts = self._counts
         states = {endpoint.url: endpoint.state for endpoint in self._rotation.endpoints}
         faults = dict(self._faults.most_common())
@@ -150,11 +150,11 @@ class Dispatcher:
 
         Args:
             attempt: given an endpoint's URL, does one exchange and returns its answer. It raises
-                ``AnswerError`` or an exception of ``httpx2`` or ``openai``; what else it raises is
-                a bug, and leaves this function.
+                ``AnswerError`` or an exception of ``httpx2`` or ``openai``. Any other exception is
+                a bug and propagates.
 
         Returns:
-            What the attempt returned, or why there is no answer.
+            The result of the attempt, or why there is no answer.
         """
         request = _Request(set(self.endpoints))
         retrying = AsyncRetrying(
@@ -203,7 +203,7 @@ class Dispatcher:
         raise self._about(url, AttemptError(Fault.timeout, f"no answer within {self._timeout:g} s"))
 
     def _about(self, url: str, failure: AttemptError) -> AttemptError:
-        """Name the endpoint, and hide the secret."""
+        """Add the endpoint's URL to a failure, and hide the secret."""
         detail = f"{url}: {failure.detail}"
         if self._secret is not None:
             detail = _hide(self._secret, detail)
@@ -217,13 +217,13 @@ class Dispatcher:
     async def _endpoint_for(self, request: _Request, loop: _Loop) -> Endpoint:
         """Wait for an endpoint that may be asked; the caller uses it before it awaits anything."""
         until = anyio.current_time() + self._patience
-        while (found := self._rotation.pick(request.open, rather_not=request.failed)) is None:
+        while (endpoint := self._rotation.pick(request.open, avoid=request.failed)) is None:
             rest, left = self._rotation.returns_in(request.open), until - anyio.current_time()
             if left <= 0 or left < rest < math.inf:
                 raise self._unavailable(request)
             with anyio.move_on_after(min(rest, left, POLL)):
                 await loop.changed.wait()
-        return found
+        return endpoint
 
     def _unavailable(self, request: _Request) -> AttemptError:
         request.open.clear()
@@ -241,7 +241,7 @@ class Dispatcher:
 
 
 def _hide(secret: str, detail: str) -> str:
-    """Take a secret out of a server's words, which may have been cut short in the middle of it."""
+    """Remove a secret from a server's message, which may be truncated in the middle of it."""
     detail = detail.replace(secret, HIDDEN)
     for length in range(len(secret) - 1, 0, -1):
         if detail.endswith(f"{secret[:length]}{CUT}"):

@@ -1,4 +1,4 @@
-"""Endpoints in rotation: the least busy one next, a dead one out until a probe brings it back."""
+"""Rotation of endpoints: the least busy first, with a circuit breaker for dead ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx2
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import Fault
-from mteditflow.rewards.transport.classify import AttemptError
+from mteditflow.rewards.transport.http_client import AttemptError
 
 LOG = logging.getLogger(__name__)
 LONGEST_REST = 3600.0  # s; whatever a Retry-After says
@@ -24,8 +24,8 @@ def check_url(name: str, url: str) -> str:
     """Return an endpoint's URL without a trailing slash.
 
     Raises:
-        ValueError: it is not http(s)://host[:port][/path]; user names, queries and fragments have
-            no place in it.
+        ValueError: it is not http(s)://host[:port][/path]; user names, queries and fragments are
+            refused.
 
     Example:
         >>> check_url("endpoint", "http://127.0.0.1:8000/v1/")
@@ -44,18 +44,18 @@ def check_url(name: str, url: str) -> str:
 
 @dataclass
 class Endpoint:
-    """One endpoint and how it fares.
+    """State of one endpoint.
 
     Attributes:
-        url: where it is.
-        cool_down: s that it is taken out for when it dies next.
-        in_flight: attempts on their way.
-        answered: attempts that went well.
-        failed: attempts that did not, for whatever reason.
+        url: its address.
+        cool_down: time that it will be out for when it fails next, s.
+        in_flight: number of attempts in flight.
+        answered: number of attempts that succeeded.
+        failed: number of attempts that failed, for any reason.
         faults_in_row: time-outs, broken connections and server errors since it last answered.
-        is_out: taken out; one probe at a time may try it once it has cooled down.
-        probing: that probe is on its way.
-        rests_until: no attempt before this, on the clock of ``time.monotonic``.
+        is_out: taken out; after the cool-down, one probe at a time may try it.
+        probing: whether that probe is in flight.
+        rests_until: no attempt before this time of ``time.monotonic``, s.
         last_use: running number of the latest attempt.
     """
 
@@ -79,22 +79,21 @@ class Endpoint:
 
 
 class Rotation:
-    """Which endpoint to ask next.
+    """Choice of the next endpoint, with a circuit breaker.
 
-    An endpoint with several faults in a row that are its own (time-out, connection, server error)
-    is taken out for a cool-down. Then one attempt goes through as a probe: if it fails the
-    cool-down doubles, any answer brings the endpoint back. One that asks to wait (Retry-After)
-    rests as long as it asks, and does not count as dead.
+    An endpoint with several consecutive faults of its own (time-out, connection, server error) is
+    taken out for a cool-down. Then one attempt goes through as a probe: if it fails, the cool-down
+    doubles; any answer brings the endpoint back. One that asks to wait (Retry-After) rests as long
+    as it asks, and does not count as dead.
 
     Args:
-        urls: of the endpoints, each once.
-        faults_to_rest: in a row before one is taken out, >= 1.
-        cool_down: seconds of the first one, > 0.
-        max_cool_down: most that it doubles to, s.
+        urls: URLs of the endpoints, without duplicates.
+        faults_to_rest: consecutive faults before an endpoint is taken out, >= 1.
+        cool_down: first cool-down, s, > 0.
+        max_cool_down: upper limit of the cool-down, s.
 
     Raises:
-        ValueError: there is no URL, one is malformed or stands there twice, or a number is out of
-            range.
+        ValueError: there is no URL, one is malformed or occurs twice, or a number is out of range.
 
     Example:
         >>> rotation = Rotation(["http://a/v1", "http://b/v1"], cool_down=60.0, faults_to_rest=1)
@@ -128,36 +127,30 @@ class Rotation:
         self._cool_down, self._max_cool_down = cool_down, max_cool_down
         self._uses = 0
 
-    def pick(self, among: Collection[str], *, rather_not: Collection[str] = ()) -> Endpoint | None:
-        """Choose the least busy endpoint that may be asked now, the longest unused of several.
+    def pick(self, among: Collection[str], *, avoid: Collection[str] = ()) -> Endpoint | None:
+        """Choose the least busy endpoint that is ready, the longest unused on a tie.
 
         Args:
-            among: URLs that come into question.
-            rather_not: URLs to take only if there is no other.
+            among: URLs to choose from.
+            avoid: URLs to take only if no other is ready.
 
         Returns:
             The endpoint, or ``None`` if all rest.
         """
         now = time.monotonic()
-        ready = (
-            endpoint
-            for endpoint in self.endpoints
-            if endpoint.url in among and endpoint.rests_until <= now and not endpoint.probing
-        )
-        return min(
-            ready, key=lambda e: (e.url in rather_not, e.in_flight, e.last_use), default=None
-        )
+        ready = (e for e in self._candidates(among) if e.rests_until <= now)
+        return min(ready, key=lambda e: (e.url in avoid, e.in_flight, e.last_use), default=None)
 
     def returns_in(self, among: Collection[str]) -> float:
-        """Seconds until one of these endpoints may be asked; inf while all are being probed."""
-        rests = (endpoint.rests_until for endpoint in self._of(among))
+        """Return seconds until one of these endpoints is ready; inf while all are being probed."""
+        rests = (endpoint.rests_until for endpoint in self._candidates(among))
         return min(rests, default=math.inf) - time.monotonic()
 
     @contextmanager
     def use(self, endpoint: Endpoint) -> Iterator[None]:
-        """Count an attempt in and out, and judge the endpoint by how it ends.
+        """Count an attempt, and update the endpoint's state with its outcome.
 
-        An exception that is not a ``AttemptError``, a cancellation for one, says nothing about it.
+        An exception other than ``AttemptError``, such as a cancellation, changes no state.
         """
         probe = endpoint.is_out
         self._uses += 1
@@ -178,7 +171,7 @@ class Rotation:
             if probe:
                 endpoint.probing = False
 
-    def _of(self, among: Collection[str]) -> list[Endpoint]:
+    def _candidates(self, among: Collection[str]) -> list[Endpoint]:
         return [e for e in self.endpoints if e.url in among and not e.probing]
 
     def _judge(self, endpoint: Endpoint, failure: AttemptError, *, probe: bool) -> None:
@@ -188,7 +181,7 @@ class Rotation:
             endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)
         elif failure.fault in ENDPOINT_FAULTS:
             endpoint.faults_in_row += 1
-            # What was on its way when an endpoint was taken out adds nothing to what is known.
+            # Attempts already in flight when the endpoint was taken out do not count again.
             if probe or (not endpoint.is_out and endpoint.faults_in_row >= self._faults_to_rest):
                 self._take_out(endpoint, failure)
         else:

@@ -20,7 +20,7 @@ from mteditflow.rewards import (
     PairScores,
     pairs_of,
 )
-from mteditflow.rewards.consistency.looks import clean_names
+from mteditflow.rewards.consistency.regions import clean_names
 
 BOTH = pytest.mark.parametrize("tokens", ["strict", "compat"])
 LEFT = [0.0, 0.0, 256.0, 512.0]  # 7 of 14 columns of patches

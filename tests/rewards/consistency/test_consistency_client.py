@@ -49,7 +49,7 @@ from mteditflow.rewards import (
     Pair,
 )
 from mteditflow.rewards.consistency.wire import Limits, read_answer
-from mteditflow.rewards.server.reading import Reader
+from mteditflow.rewards.server.bodies import Reader
 
 TERMS = ("object", "background", "object_l1", "background_l1")
 QUICK = {"back_off": 0.001, "cool_down": 0.02, "max_cool_down": 0.05, "patience": 5.0}

@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from mteditflow.rewards.consistency.regions import (
-    background_mask,
-    patch_weights,
-    pixel_boxes,
-    with_area,
-)
-from mteditflow.rewards.consistency.similarity import TOKENS, Features, nearest_grid
+from mteditflow.rewards.consistency.regions import background_mask, pixel_boxes, with_area
+from mteditflow.rewards.consistency.similarity import TOKENS, Features, nearest_grid, patch_weights
 
 SIZE = (512, 512)
 

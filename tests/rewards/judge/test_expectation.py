@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mteditflow.rewards import AnswerError, ChatAnswer, ExpectationPrompt, Fault
-from mteditflow.rewards.judge.expectation import expectation
+from mteditflow.rewards.judge.prompts import expectation
 
 LIKERT = "12345"
 

@@ -10,8 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mteditflow.rewards import AnswerError, ChatAnswer, Fault, JudgePrompt
-from mteditflow.rewards.judge.expectation import ExpectationPrompt
-from mteditflow.rewards.judge.prompts import LONGEST_ANALYSIS
+from mteditflow.rewards.judge.prompts import LONGEST_ANALYSIS, ExpectationPrompt
 from mteditflow.rewards.judge.wording import RUBRICS, quote
 
 PROMPTS = [

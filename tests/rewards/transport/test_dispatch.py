@@ -14,8 +14,7 @@ import pytest
 
 from mteditflow.rewards import AnswerError, Dispatcher, Fault, Lost
 from mteditflow.rewards.transport import dispatch
-from mteditflow.rewards.transport.classify import SHOWN
-from mteditflow.rewards.transport.connections import open_client
+from mteditflow.rewards.transport.http_client import SHOWN, open_client
 from tests.rewards.scripted_server import ScriptedServer, closed_port, error, reset, silent
 
 A, B, C = "http://a/v1", "http://b/v1", "http://c/v1"

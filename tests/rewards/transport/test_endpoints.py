@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mteditflow.rewards import Fault
 from mteditflow.rewards.transport import endpoints
-from mteditflow.rewards.transport.classify import AttemptError
 from mteditflow.rewards.transport.endpoints import LONGEST_REST, Rotation, check_url
+from mteditflow.rewards.transport.http_client import AttemptError
 
 A, B, C = "http://a/v1", "http://b/v1", "http://c:8000/v1"
 REFUSED = AttemptError(Fault.connection, "refused")
@@ -67,11 +67,11 @@ def test_the_least_busy_is_next():
     assert first.in_flight == second.in_flight == 0
 
 
-def test_only_among_those_that_come_into_question_and_rather_not_some():
+def test_only_among_those_that_are_candidates_and_avoiding_some():
     turns = rotation(A, B, C)
     assert [ask(turns, among=[C]) for _ in range(2)] == [C, C]
-    assert turns.pick([A, B], rather_not=[A]).url == B
-    assert turns.pick([A], rather_not=[A]).url == A
+    assert turns.pick([A, B], avoid=[A]).url == B
+    assert turns.pick([A], avoid=[A]).url == A
     assert turns.pick([]) is None
     assert turns.returns_in([]) == math.inf
 

@@ -1,27 +1,50 @@
-"""Lets a synchronous trainer fetch the rewards of one batch while it samples the next."""
+"""Concurrent calls: many at once in an event loop, or in the background of synchronous code."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Background:
-    """An event loop in a thread of its own, as a context manager.
+async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Make all calls at once and return their results in order.
 
-    Leaving the block waits for what was submitted; leaving it by an exception cancels that.
+    An exception in one cancels the others.
+
+    Example:
+        >>> async def number(n):
+        ...     await anyio.sleep(0.01 / (1 + n))
+        ...     return n
+        >>> anyio.run(gather, [lambda: number(0), lambda: number(1)])
+        [0, 1]
+    """
+    results: dict[int, T] = {}
+
+    async def call(i: int) -> None:
+        results[i] = await calls[i]()
+
+    async with anyio.create_task_group() as tasks:
+        for i in range(len(calls)):
+            tasks.start_soon(call, i)
+    return [results[i] for i in range(len(calls))]
+
+
+class Background:
+    """Event loop in a thread of its own: a synchronous trainer samples while rewards are fetched.
+
+    Leaving the ``with`` block waits for submitted calls; an exception cancels them.
 
     Raises:
-        RuntimeError: something is submitted outside of the block.
+        RuntimeError: ``submit`` was called outside of the block.
 
     Example:
         >>> async def score(batch: int) -> str:
@@ -41,15 +64,10 @@ class Background:
         self._portal = self._stack.enter_context(start_blocking_portal(name="mteditflow-rewards"))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Wait for what was submitted, or cancel it; end the thread."""
+    def __exit__(self, *error: Any) -> None:
+        """Wait for submitted calls, or cancel them after an exception; end the thread."""
         self._portal = None
-        self._stack.__exit__(kind, error, traceback)
+        self._stack.__exit__(*error)
 
     def submit(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs

@@ -1,0 +1,97 @@
+"""What each part of the package imports: third-party packages of the extras, by import statement.
+
+One interpreter imports torch, then forks for each statement, so that none sees another's imports.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Import names of what the extras install. tqdm is left out: torch imports it where it is installed.
+EXTRAS = {
+    "PIL", "accelerate", "anyio", "diffusers", "fastapi", "httpx2", "matplotlib", "openai", "peft",
+    "pydantic", "rich", "tenacity", "tensorboard", "transformers", "typer", "tyro", "uvicorn",
+}  # fmt: skip
+CHAINS = {"PIL", "pydantic"}
+HTTP = {"anyio", "httpx2", "openai", "pydantic", "tenacity"}
+SERVER = CHAINS | HTTP | {"fastapi", "rich", "typer", "uvicorn"}
+# Statement to the packages of EXTRAS that it may import.
+WALLS: dict[str, set[str]] = {
+    "import mteditflow": set(),
+    "import mteditflow.losses.nft": set(),
+    "import mteditflow.flow.solvers": set(),
+    "import mteditflow.chains": CHAINS,
+    "import mteditflow.rewards": set(),
+    "import mteditflow.rewards.faults": set(),
+    "import mteditflow.rewards.scores": set(),
+    "from mteditflow.rewards import Fault, InvalidRewardsError, Lost, Reward, TurnScores": set(),
+    "from mteditflow.rewards import AnswerError, Features": set(),
+    "from mteditflow.rewards import Consistency, ConsistencyScorer, Pair, pairs_of": CHAINS,
+    "from mteditflow.rewards import Background": {"anyio"},
+    "from mteditflow.rewards import ChatClient, Dispatcher, JudgePrompt": HTTP,
+    "from mteditflow.rewards import ConsistencyClient, Judge": CHAINS | HTTP,
+    "import mteditflow.rewards.judge.answers": set(),
+    "import mteditflow.rewards.judge.wording": set(),
+    "import mteditflow.rewards.images": {"PIL"},
+    "import mteditflow.rewards.server": SERVER,
+}
+WITHOUT_OPENAI = "import sys; sys.modules['openai'] = None; from mteditflow.rewards import "
+PROBE = """
+import json, os, sys
+import einops, numpy, safetensors.torch, torch
+for statement in json.loads(sys.stdin.read()):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        error = None
+        try:
+            exec(statement)
+        except Exception as exception:
+            error = f"{type(exception).__name__}: {exception}"
+        roots = sorted({name.partition(".")[0] for name, x in sys.modules.items() if x is not None})
+        with open(writer, "w") as file:
+            json.dump([roots, error], file)
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        print(file.read(), flush=True)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """Statement to the roots of sys.modules after it, and to its error."""
+    statements = [*WALLS, f"{WITHOUT_OPENAI}Judge", f"{WITHOUT_OPENAI}TurnScores"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROBE],
+        input=json.dumps(statements),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    reports = [json.loads(line) for line in finished.stdout.splitlines()]
+    return dict(zip(statements, reports, strict=True))
+
+
+@pytest.mark.parametrize("statement", WALLS)
+def test_a_statement_imports_no_more_than_it_may(imported, statement):
+    roots, error = imported[statement]
+    assert error is None
+    assert "torch" in roots
+    assert EXTRAS & set(roots) <= WALLS[statement]
+
+
+def test_a_missing_package_is_named_with_its_extra_and_scores_do_not_need_it(imported):
+    assert imported[f"{WITHOUT_OPENAI}TurnScores"][1] is None
+    assert imported[f"{WITHOUT_OPENAI}Judge"][1] == (
+        "ImportError: mteditflow.rewards.Judge needs openai: pip install 'mteditflow[rewards]'"
+    )
