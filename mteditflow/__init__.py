@@ -89,6 +89,7 @@ from mteditflow.losses.norm_guard import velocity_norm_hinge
 from mteditflow.metrics import (
     Interval,
     bootstrap_interval,
+    conditional_success,
     content_consistency,
     instruction_following,
     marginal_success,
@@ -131,6 +132,7 @@ __all__ = [
     "clean_from_velocity",
     "clip_fraction",
     "clipped_surrogate_loss",
+    "conditional_success",
     "constrained_weights",
     "content_consistency",
     "cps_surrogate",

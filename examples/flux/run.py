@@ -44,8 +44,7 @@ from mteditflow.training.pictures import (
     log_pictures,
     write_picture,
 )
-from mteditflow.training.report import run_report, write_report
-from mteditflow.training.summary import print_summary
+from mteditflow.training.report import print_summary, run_report, write_report
 
 from .config import Config, ConfigError, parse
 from .held_out import HeldOut

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from mteditflow.evaluation.evaluation import PER_SAMPLE
-from mteditflow.evaluation.numbers import ALL, BY_TYPE, DROP
-from mteditflow.evaluation.report import Estimate, Report
+from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
 
 TITLES = {
     "instruction_following": "IF, %",

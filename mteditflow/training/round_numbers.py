@@ -13,8 +13,7 @@ from mteditflow._reduce import masked_mean
 from mteditflow.advantages.group import group_std
 from mteditflow.diagnostics import advantage_correlation, variance_ratio, zero_variance_share
 from mteditflow.rewards import Reward, TurnScores
-
-LOST = "lost/"
+from mteditflow.training.metrics_file import LOST
 
 
 def round_numbers(

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from mteditflow.chains import TASK_TYPES, Chain
-from mteditflow.evaluation.numbers import ALL, DROP
-from mteditflow.evaluation.paired import most_changed, report_difference
-from mteditflow.evaluation.plots import draw_report
-from mteditflow.evaluation.report import Report, report_of
+from mteditflow.evaluation.comparison import most_changed, report_difference
+from mteditflow.evaluation.figures import draw_report
+from mteditflow.evaluation.report import ALL, DROP, Report, report_of
 from mteditflow.evaluation.tables import (
     as_csv,
     checks_in_short,

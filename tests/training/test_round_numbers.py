@@ -7,7 +7,8 @@ import torch
 
 from mteditflow import likert_average, turn_average
 from mteditflow.rewards import Fault, Lost, TurnScores
-from mteditflow.training.round_numbers import lost_reasons, round_numbers
+from mteditflow.training import round_numbers
+from mteditflow.training.round_numbers import lost_reasons
 from tests.samples_of_scores import nan, turn_scores
 
 

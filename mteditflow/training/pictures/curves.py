@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from mteditflow.evaluation.evaluation import Evaluation
-from mteditflow.evaluation.style import (
+from mteditflow.evaluation.figures import (
     AMBER,
     BAD,
     BLUE,
@@ -24,9 +24,8 @@ from mteditflow.evaluation.style import (
     SOFT,
     house_style,
 )
-from mteditflow.training.metrics_file import ROUND
+from mteditflow.training.metrics_file import ROUND, SECONDS
 from mteditflow.training.pictures.histograms import color_of
-from mteditflow.training.run_log import SECONDS
 from mteditflow.training.stopwatch import OTHER, shares
 
 REWARD, INVALID = "reward/", "invalid_share"

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mteditflow.evaluation.style import (
+from mteditflow.evaluation.figures import (
     AMBER,
     BLUE,
     DPI,

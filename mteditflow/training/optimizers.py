@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -102,7 +102,8 @@ def load_optimizer_state(
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper, which is a ``torch.optim.Optimizer`` too."""
-    if isinstance(optimizer, AcceleratedOptimizer):
+    accelerate = sys.modules.get("accelerate.optimizer")  # a wrapper exists only once imported
+    if accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
