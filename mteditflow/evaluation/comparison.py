@@ -119,7 +119,7 @@ def check_comparable(before: Evaluation, after: Evaluation) -> None:
 
 
 class Change(NamedTuple):
-    """How a chain differs from one evaluation to the other."""
+    """Changes of a chain from one evaluation to the other."""
 
     row: int
     turns: int  # more turns followed than before; below 0: fewer

@@ -38,13 +38,13 @@ PER_SAMPLE = "content_consistency_per_sample"  # in percent
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a policy made of held-out chains, scored.
+    """Scores of the chains that a policy edited.
 
     Two evaluations of the same chains are compared pairwise (``compare``); draw the noise of a
     chain from its own seed, and their images are pairs too.
 
     Args:
-        round: rounds of training that the policy has behind it; 0 is the model as it came.
+        round: rounds of training before it; 0 is the base model.
         chain_ids: names of the C chains, each once.
         instructions: of each chain, one per turn.
         terms: scores by name, each [C, N] with the same turns. "following" must be there;
@@ -175,7 +175,7 @@ class Evaluation:
         return tuple(sorted(set(self.terms) - {FOLLOWING, CONSISTENCY, *self.parts}))
 
     def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Some chains as ``per_turn`` takes them: success, turns, and the terms, each [rows, N]."""
+        """Select chains for ``per_turn``: success, turns, and the terms, each [rows, N]."""
         consistency = (CONSISTENCY,) if CONSISTENCY in self.terms else ()
         scores = (self.terms[name].score for name in (*consistency, *self.parts, *self.others))
         return tuple(x[rows] for x in (self.success, self.terms[FOLLOWING].turn_mask, *scores))
@@ -265,7 +265,7 @@ def interval_of(
 
 
 class LostRecord(BaseModel):
-    """A score that did not come."""
+    """A lost score and its reason."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -288,7 +288,7 @@ class TermRecord(BaseModel):
 
     @classmethod
     def of(cls, scores: TurnScores) -> TermRecord:
-        """Take in scores."""
+        """Convert scores."""
         lost = [
             LostRecord(chain=c, turn=n, fault=x.fault, detail=x.detail, attempts=x.attempts)
             for (c, n), x in sorted(scores.lost.items())
@@ -302,7 +302,7 @@ class TermRecord(BaseModel):
         )
 
     def scores(self) -> TurnScores:
-        """Give the scores back.
+        """Convert back to scores.
 
         Raises:
             ValueError: rows differ in length, or the numbers are not such scores.

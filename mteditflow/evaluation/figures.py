@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from mteditflow._files import write_atomically
@@ -34,7 +35,7 @@ LINES = (SOFT, BLUE, GOOD, AMBER)  # of the reports that are compared
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Fonts and colours of all pictures; a letter that no font has is a box, without a warning."""
+    """Fonts and colors of all pictures; a letter that no font has is a box, without a warning."""
     with mpl.rc_context(_style()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -57,13 +58,39 @@ def _style() -> dict[str, Any]:
     }
 
 
+def titled_figure(width: float, height: float, title: str) -> Figure:
+    """Return an empty figure of a size in inches, with room around its panels; in ``house_style``.
+
+    A title of any length is wrapped.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12.5, wrap=True)
+    return figure
+
+
+def legend_below(axes: Any, *, columns: int = 4) -> None:
+    """Draw the legend below the axis, where it covers no curve, in so many columns at most."""
+    count = len(axes.get_legend_handles_labels()[1])
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=min(count, columns),
+        columnspacing=1.2,
+        handlelength=1.5,
+        labelcolor=INK,
+    )
+
+
 def write_picture(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically; its folder is made."""
     write_atomically(path, _png(figure))
 
 
 def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step: int) -> None:
-    """Give figures to those trackers of accelerate that take images.
+    """Log figures to the trackers of accelerate that accept images.
 
     Args:
         trackers: ``Accelerator.trackers``.
@@ -128,7 +155,7 @@ def _bars(axes: Any, report: Report) -> None:
         style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
         axes.bar(places, values, 0.92 * width, yerr=errors, **style)
     _finish(axes, "All turns so far, %", turns)
-    _legend(axes, columns=3)
+    legend_below(axes, columns=3)
 
 
 def _lines(axes: Any, reports: Sequence[Report]) -> None:
@@ -140,7 +167,7 @@ def _lines(axes: Any, reports: Sequence[Report]) -> None:
         axes.errorbar(turns, values, yerr=errors, label=report.title, **style)
     _finish(axes, "Marginal: this turn alone, %", turns)
     if len(reports) > 1:
-        _legend(axes, columns=1)  # their titles may be long
+        legend_below(axes, columns=1)  # their titles may be long
 
 
 def _types(axes: Any, report: Report) -> None:
@@ -168,13 +195,6 @@ def _values(
     )
     below = [max(v - low, 0) for v, low in zip(values, lows, strict=True)]
     return values, [below, [max(high - v, 0) for v, high in zip(values, highs, strict=True)]]
-
-
-def _legend(axes: Any, *, columns: int) -> None:
-    """Below the axis, where it covers nothing."""
-    axes.legend(
-        frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns
-    )
 
 
 def _finish(axes: Any, title: str, turns: Sequence[int]) -> None:

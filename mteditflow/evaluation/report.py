@@ -1,4 +1,4 @@
-"""What a scored benchmark comes to: every metric by turn, its fall, and by edit type.
+"""Report of a scored benchmark: every metric by turn, its fall, and by edit type.
 
 ``C`` chains of up to ``N`` turns, ``K`` edit types.
 
@@ -35,7 +35,7 @@ BY_TYPE = METRICS[:2]  # IF and Marginal
 
 
 class Place(NamedTuple):
-    """Which number it is: a metric, of all chains or of one edit type, at a turn from 1 on."""
+    """Name of a number: metric, edit type (None: all chains), and turn from 1 on."""
 
     metric: str
     edit_type: str | None
@@ -77,9 +77,9 @@ class Report(BaseModel):
         left_out: chain or line to why it was not scored.
         lost: chain to why a score of it was lost; such a chain counts nowhere.
         estimates: the numbers.
-        notes: what a reader must know of them.
-        checks: edit type ("unknown" where none is named) to what told success, to how many turns of
-            the counted chains; empty where that is not known.
+        notes: remarks on the numbers.
+        checks: edit type ("unknown" where none is named) to the check of success, to its number of
+            turns in the counted chains; empty where that is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -166,7 +166,7 @@ def report_of(
 
 
 def _notes(evaluation: Evaluation, edit_types: Sequence[str]) -> Iterator[str]:
-    """Say what a reader must know of the numbers."""
+    """Yield the notes that a reader of the numbers needs."""
     if evaluation.parts:
         counts = (
             f"{name} {' / '.join(str(int(x)) for x in measured.sum(dim=0))}"
@@ -215,7 +215,7 @@ def lost_chains(evaluation: Evaluation) -> dict[str, str]:
 
 
 class Numbers:
-    """The numbers of an evaluation as one vector, for a bootstrap over its chains.
+    """All numbers of an evaluation as one vector, for a bootstrap over its chains.
 
     Attributes:
         edit_types: those that occur.
@@ -239,7 +239,7 @@ class Numbers:
                 self._types[c, n] = self.edit_types.index(name)
 
     def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Some chains as ``values`` takes them."""
+        """Select chains for ``values``."""
         return self._types[rows], *self._evaluation.samples(rows)
 
     def values(self, types: Tensor, *samples: Tensor) -> Tensor:
@@ -253,12 +253,12 @@ class Numbers:
         return torch.cat([metrics.flatten(), torch.stack(shares, dim=1).flatten()])
 
     def _by_type(self, types: Tensor, followed: Tensor) -> tuple[Tensor, Tensor]:
-        """How many turns of each type were followed, and how many there are, both [K, N]."""
+        """Numbers of followed turns and of all turns of each type, both [K, N]."""
         of_type = types[..., None] == torch.arange(len(self.edit_types))
         return (followed[..., None] * of_type).sum(dim=0).T, of_type.sum(dim=0).T
 
     def counts(self, rows: Tensor) -> list[int]:
-        """What each number is a mean over, in chains; for an edit type in turns."""
+        """Denominator of each number, in chains; for an edit type in turns."""
         evaluation, found = self._evaluation, []
         names = dict.fromkeys(evaluation.names, FOLLOWING) | {x: x for x in evaluation.others}
         names |= dict.fromkeys(("content_consistency", PER_SAMPLE), CONSISTENCY)

@@ -1,4 +1,4 @@
-"""What a long run needs around its loop: rows, updates, checkpoints, log, report, pictures.
+"""Parts of a long run around its loop: rows, updates, checkpoints, log, report, pictures.
 
 Each name is imported alone, on first use. All but ``RunLog`` and ``Bar`` (tqdm), and
 ``round_numbers`` and ``gather_scores`` (``mteditflow[rewards]``), need torch and safetensors only.

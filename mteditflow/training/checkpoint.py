@@ -1,4 +1,7 @@
-"""Checkpoints of a run: whole or not there at all, verified before use, the last and best kept."""
+"""Checkpoints of a run: written atomically, verified before use, the last and the best kept.
+
+The manifest is written last: format, round, score, size and SHA-256 of every file, own checksum.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,12 @@ _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, all of whose files are as they were written.
+    """A checkpoint whose files have been verified.
 
     Attributes:
         path: its folder.
-        round: number of the round after which it was taken.
-        score: what it was saved with, higher is better; or None.
+        round: number of the round after which it was saved.
+        score: score at the time of saving, higher is better; or None.
         state: the JSON part.
     """
 
@@ -57,11 +60,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which only one process writes: in a distributed run rank 0.
+    """Checkpoints in a folder; a single process writes them, rank 0 in a distributed run.
 
     A save becomes visible by one rename, after all of its files and the manifest with their sizes
     and SHA-256 are safe on the disk. A kill or a full disk at any moment leaves the checkpoints of
-    before, and what a dead writer has left lying about is removed by the next save.
+    before; remains of an interrupted save are removed by the next one.
 
     "The last" is the one saved last, whatever its round: a run that was resumed from an older
     round goes on from there when it is resumed again.
@@ -143,9 +146,9 @@ class Checkpoints:
         return path
 
     def latest(self) -> Checkpoint | None:
-        """The checkpoint saved last, of those that are whole; None if there is none.
+        """Return the checkpoint saved last, of those that are whole; None if there is none.
 
-        Each that is damaged is skipped with a warning that says what is wrong with it.
+        A damaged one is skipped with a warning that gives the reason.
 
         Raises:
             ValueError: one is whole, but of another format version.
@@ -153,12 +156,12 @@ class Checkpoints:
         return _first_whole(self._listed(warn=True))
 
     def best(self) -> Checkpoint | None:
-        """The one of highest score, the newer of equals, otherwise as ``latest``."""
+        """Return the one of highest score, the newer of equals, otherwise as ``latest``."""
         scored = [entry for entry in self._listed(warn=True) if entry[1]["score"] is not None]
         return _first_whole(sorted(scored, key=_standing, reverse=True))
 
     def find(self, which: str | os.PathLike[str]) -> Checkpoint | None:
-        """The checkpoint that a user names: "auto", "best", or the path of one.
+        """Return the checkpoint that a user names: "auto", "best", or the path of one.
 
         Returns:
             None only for "auto" where there is none yet: the run starts afresh.
@@ -197,7 +200,7 @@ class Checkpoints:
         return path
 
     def _sweep(self) -> None:
-        """Undo what a writer that died has left behind."""
+        """Remove the remains of an interrupted save."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for aside in self.folder.glob(".replaced-round-*"):
             path = aside.with_name(aside.name.removeprefix(".replaced-"))
@@ -239,7 +242,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint | None:
-    """The first whose files are all as they were written."""
+    """Return the first whose files match their manifest."""
     for path, _ in entries:
         if (found := unless_damaged(_load, path, warn=True)) is not None:
             return found
@@ -247,14 +250,13 @@ def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint |
 
 
 def _load(path: Path) -> Checkpoint:
-    """Verify every file, then read the JSON part."""
     manifest = verify(path)
     state = json.loads((path / "state.json").read_bytes())
     return Checkpoint(path, manifest["round"], manifest["score"], state)
 
 
 class DamagedError(ValueError):
-    """A folder that is not what its manifest says, or has no manifest."""
+    """A folder that does not match its manifest, or has none."""
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
@@ -276,7 +278,7 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a folder's manifest says, itself verified, the files not.
+    """Read and verify the manifest of a folder, not its files.
 
     Raises:
         DamagedError: there is no manifest, or it is not as written.
@@ -297,7 +299,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def glance(folder: Path) -> dict[str, Any]:
-    """The manifest, where every file is there in full length: as ``read_manifest`` otherwise."""
+    """Read the manifest and check the size of every file; raises as ``read_manifest``."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
@@ -309,7 +311,7 @@ def glance(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, where every file is there byte for byte: as ``read_manifest`` otherwise."""
+    """Read the manifest and check the SHA-256 of every file; raises as ``read_manifest``."""
     manifest = glance(folder)
     for name, expected in manifest["files"].items():
         if _fingerprint(folder / name) != expected:

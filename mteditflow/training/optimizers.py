@@ -1,4 +1,4 @@
-"""The state of an optimizer as plain tensors and JSON, whatever the number of ranks."""
+"""State of an optimizer as plain tensors and JSON, independent of the number of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mteditflow.pipelines.sharding import whole
 
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that an optimizer's next step depends on, apart from weights and gradients.
+    """Return all that an optimizer's next step depends on, apart from weights and gradients.
 
     Every rank calls it where parameters are sharded (FSDP2's ``fully_shard``).
 

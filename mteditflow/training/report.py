@@ -243,7 +243,7 @@ def _versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON holds: ``None`` for NaN, text for what it does not know."""
+    """Convert to JSON values: ``None`` for NaN, text for other types."""
     if isinstance(value, Mapping):
         return {str(name): _plain(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a run says while it runs: numbers of every round, messages, progress, time by phase."""
+"""Log of a run: metrics of every round, messages, progress bars, seconds by phase."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE_EVERY = 30.0  # seconds between plain lines of progress, at least
 YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 _CONTROL = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a link or a title for the terminal
-    r"|\x1b\[[0-?]*[ -/]*[@-~]"  # a colour, or a movement of the cursor
+    r"|\x1b\[[0-?]*[ -/]*[@-~]"  # a color, or a movement of the cursor
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
 
@@ -54,7 +54,7 @@ class RunLog:
     def __init__(self, folder: Path, *, console: bool, main: bool) -> None:
         self.folder, self.main = folder, main
         self.stopwatch = Stopwatch()
-        self._speaks = console and main
+        self._on_console = console and main
         self._metrics = MetricsFile(folder / "metrics.jsonl") if main else None
 
     @property
@@ -84,12 +84,12 @@ class RunLog:
             self._metrics.rewind(round_number)
 
     def message(self, text: str) -> None:
-        """Say something, in plain text of any number of lines."""
-        self._say(text, aloud=True)
+        """Log a message, plain text of any number of lines."""
+        self._write(text, aloud=True)
 
     def warning(self, text: str) -> None:
-        """Say that something is not as it should be."""
-        self._say(f"warning: {text}", aloud=True, color=YELLOW)
+        """Log a warning."""
+        self._write(f"warning: {text}", aloud=True, color=YELLOW)
 
     @contextmanager
     def bar(self, name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Bar]:
@@ -102,7 +102,7 @@ class RunLog:
             done: how many there are already, in a resumed run.
         """
         shown = None
-        if self._speaks and sys.stderr.isatty():
+        if self._on_console and sys.stderr.isatty():
             shown = tqdm(
                 desc=name,
                 total=total,
@@ -119,16 +119,16 @@ class RunLog:
 
     def _progress(self, text: str) -> None:
         """To the terminal only where no bar is drawn there."""
-        self._say(text, aloud=not sys.stderr.isatty())
+        self._write(text, aloud=not sys.stderr.isatty())
 
-    def _say(self, text: str, *, aloud: bool, color: str = "") -> None:
+    def _write(self, text: str, *, aloud: bool, color: str = "") -> None:
         if not self.main:
             return
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         stamped = "".join(f"{now} {line}\n" for line in _CONTROL.sub("", text).split("\n"))
         with (self.folder / "log.txt").open("ab", buffering=0) as file:
             file.write(stamped.encode(errors="replace"))  # at once: lines of threads stay whole
-        if self._speaks and aloud:
+        if self._on_console and aloud:
             colored = color if sys.stderr.isatty() else ""
             # A terminal that has gone away must not end a run.
             with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):

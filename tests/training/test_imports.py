@@ -9,8 +9,8 @@ import pytest
 import mteditflow.training
 
 HEAVY = [
-    "PIL", "accelerate", "diffusers", "matplotlib", "peft", "pydantic", "rich", "tensorboard", "tqdm",
-    "transformers",
+    "PIL", "accelerate", "diffusers", "matplotlib", "peft", "pydantic", "rich", "tensorboard",
+    "tqdm", "transformers",
 ]  # fmt: skip
 WITH_OTHERS = {"Bar", "RunLog", "gather_scores", "load_optimizer_state", "optimizer_state"}
 WITH_OTHERS |= {"round_numbers"}

@@ -13,11 +13,11 @@ edit type where it can, a judge answers a question otherwise:
 | count_change | as many boxes of the target as asked for |
 | color, material, text, background | a judge answers a yes/no question about the image alone |
 
-A box lies left, right, above or below another if its centre does, along that axis alone; where one
+A box lies left, right, above or below another if its center does, along that axis alone; where one
 of the two is not found, the edit has failed. Where a rule cannot be applied (no detector, no
 formatted instruction that can be read, a target that the detector does not see before the turn, a
 new object whose name holds the target's, as in dog and black dog) the judge gets the single
-question of image, instruction, image. What was used for each turn is told.
+question of image, instruction, image. ``TypeScores.ways`` holds the check of each turn.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class _Told(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TypeScores:
-    """Success of every turn, and what told it.
+    """Success of every turn, and the check that decided it.
 
     Attributes:
         scores: 0 or 1, [B, N].
-        ways: what told each turn of each chain, one of ``WAYS``; ``report_of`` counts them.
+        ways: check of each turn of each chain, one of ``WAYS``; ``report_of`` counts them.
     """
 
     scores: TurnScores
@@ -81,7 +81,7 @@ class TypeScores:
 
 
 class EdiValJudge:
-    """Tells whether each turn succeeded, by the check of its edit type (see the module).
+    """Score the success of each turn by the check of its edit type (see the module).
 
     Args:
         client: asks the endpoints.
@@ -156,7 +156,7 @@ def _finder(detector: Detector, images: Sequence[Image.Image]) -> Callable[[int,
 
 
 def _seen(chain: Chain, find: Callable[[int, str], Tensor] | None) -> list[bool | None]:
-    """What the detector tells of each turn; ``None`` where it cannot."""
+    """Success of each turn by the detector; ``None`` where it cannot decide."""
     if find is None:
         return [None] * chain.turns
     seen: list[bool | None] = []
@@ -169,7 +169,7 @@ def _seen(chain: Chain, find: Callable[[int, str], Tensor] | None) -> list[bool 
 
 
 def _edit(chain: Chain, n: int) -> Edit | None:
-    """The edit of a turn, if its formatted instruction tells."""
+    """Parse the edit of a turn from its formatted instruction; ``None`` without a valid one."""
     if chain.formatted_instructions is None:
         return None
     with suppress(ValueError):
@@ -185,7 +185,7 @@ class Find(NamedTuple):
 
 
 def added(edit: edits.SubjectAdd, find: Find) -> bool:
-    """Tell whether there is more of the object, and where it should be."""
+    """Return whether there are more of the object than before, one at the place asked for."""
     boxes = find.after(edit.name)
     more = len(boxes) > len(find.before(edit.name))
     if edit.position is None or edit.reference is None:
@@ -194,12 +194,12 @@ def added(edit: edits.SubjectAdd, find: Find) -> bool:
 
 
 def removed(edit: edits.SubjectRemove, find: Find) -> bool | None:
-    """Tell whether the target is gone; ``None`` if it was not seen before."""
+    """Return whether the target is gone; ``None`` if it was not detected before."""
     return not len(find.after(edit.target)) if len(find.before(edit.target)) else None
 
 
 def replaced(edit: edits.SubjectReplace, find: Find) -> bool | None:
-    """Tell whether the target is gone and the new object there; ``None`` if boxes cannot tell."""
+    """Return whether the new object took the target's place; ``None`` if boxes cannot decide."""
     alike = set(edit.target.lower().split()) <= set(edit.name.lower().split())
     if alike or not len(find.before(edit.target)):
         return None
@@ -207,17 +207,17 @@ def replaced(edit: edits.SubjectReplace, find: Find) -> bool | None:
 
 
 def moved(edit: edits.PositionChange, find: Find) -> bool:
-    """Tell whether the target is on the side of the reference that was asked for."""
+    """Return whether the target is on the side of the reference that was asked for."""
     return lies(find.after(edit.target), edit.position, find.after(edit.reference))
 
 
 def counted(edit: edits.CountChange, find: Find) -> bool:
-    """Tell whether there are as many as asked for."""
+    """Return whether there are as many targets as asked for."""
     return len(find.after(edit.target)) == edit.count
 
 
 def lies(boxes: Tensor, position: str, references: Tensor) -> bool:
-    """Tell whether the centre of a box lies on that side of the centre of a reference.
+    """Return whether the center of a box lies on that side of the center of a reference.
 
     Args:
         boxes: [K, 4], absolute (x1, y1, x2, y2).
@@ -245,7 +245,7 @@ RULES: Mapping[type[edits.Edit], Callable[[Any, Find], bool | None]] = {
 
 
 def statement(edit: edits.Edit) -> str | None:
-    """Say what must be true of the image after an edit of look; ``None`` for another edit.
+    """Return the statement that holds after an edit of look; ``None`` for another edit.
 
     A target may be named by what it no longer is, such as a red car that is blue now.
 

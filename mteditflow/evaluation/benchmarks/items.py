@@ -46,9 +46,9 @@ class Item:
     Attributes:
         key: names the item; unique.
         group: category or type, over which the benchmark averages.
-        instruction: what the editor was told.
+        instruction: instruction given to the editor.
         source: file of the image before.
-        edited: file of what the editor made.
+        edited: file of the edited image.
     """
 
     key: str
@@ -60,11 +60,11 @@ class Item:
 
 @dataclass(frozen=True)
 class ItemReading:
-    """What the file of a benchmark held.
+    """Parsed file of a benchmark.
 
     Attributes:
         items: in the order of the file.
-        skipped: what is wrong with each entry that is no item.
+        skipped: reason for each entry that is not a valid item.
     """
 
     items: tuple[Item, ...]
@@ -73,13 +73,13 @@ class ItemReading:
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What came of every item; each key is in one of the three.
+    """Scores per item; each key is in one of the three mappings.
 
     Attributes:
         items: all of them.
         scores: key to the number of each criterion.
-        lost: key to why the judge's answer did not come.
-        missing: key to why an image could not be read.
+        lost: key to the reason for a lost answer of the judge.
+        missing: key to the reason for an unreadable image.
     """
 
     items: tuple[Item, ...]
@@ -95,7 +95,7 @@ async def score_items(
     *,
     progress: bool = False,
 ) -> ItemScores:
-    """Ask a judge about every item; what is lost has a reason, never a number.
+    """Score every item by a judge; a lost answer has a reason, never a number.
 
     With a cache in the client the same call, made again, asks only for what was lost.
 

@@ -33,7 +33,7 @@ class Strip:
         chain_id: of its chain; strips of one chain that follow each other share instructions.
         instructions: one per turn, N.
         images: [reference, turn 1, ..., turn N].
-        terms: scores by name; "following" colours the frames.
+        terms: scores by name; "following" colors the frames.
         row: of this trajectory in the terms.
         label: said at its left, such as "member 3".
     """
@@ -53,7 +53,7 @@ class Strip:
             )
 
     def score_lines(self, turn: int, width: float) -> list[tuple[str, str, str]]:
-        """Return (name, value, colour) of each line under a turn, none wider than ``width``."""
+        """Return (name, value, color) of each line under a turn, none wider than ``width``."""
         lines: list[tuple[str, str, str]] = []
         for name, scores in self.terms.items():
             value, color = _shown(scores, self.row, turn)
@@ -65,7 +65,7 @@ class Strip:
         return lines
 
     def frame(self, turn: int, success_at: float) -> dict[str, Any]:
-        """Colour and line of the frame around what a turn made."""
+        """Color and line of the frame around what a turn made."""
         scores = self.terms[FOLLOWING]
         score = float(scores.score[self.row, turn])
         if score != score:
@@ -203,7 +203,7 @@ def _legend(success_at: float) -> str:
 
 
 def _shown(scores: TurnScores, row: int, turn: int) -> tuple[str, str]:
-    """A score in words, and the colour of these."""
+    """A score in words, and the color of these."""
     if (row, turn) in scores.lost:
         return f"lost: {scores.lost[row, turn].fault.value}", BAD
     score = float(scores.score[row, turn])
