@@ -1,6 +1,6 @@
 """The demo: write the shapes world, then train its tiny editor with the trainer of FLUX.
 
-    python examples/demo.py --objective grpo --seed 1
+python examples/demo.py --objective grpo --seed 1
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(
         Path | None, typer.Option(help="Folder of the run; default: runs/demo-OBJECTIVE-SEED.")
     ] = None,
 ) -> None:
-    """Train a tiny FLUX.1-Kontext to make three edits in a row: about three minutes on two cores."""
+    """Train a tiny FLUX.1-Kontext to make three edits in a row: three minutes on two cores."""
     from mteditflow_examples.flux.command_line import parse
     from mteditflow_examples.flux.start import main as run_to_the_end
     from mteditflow_examples.shapes.files import main as write_world

@@ -34,8 +34,8 @@ from mteditflow_examples.flux.config import Rewards
 from tqdm import tqdm
 
 from mteditflow.chains import Chain, read_chains
+from mteditflow.evaluation.comparison import most_changed, report_difference
 from mteditflow.evaluation.gallery import Series
-from mteditflow.evaluation.paired import most_changed, report_difference
 from mteditflow.evaluation.report import report_of
 from mteditflow.evaluation.tables import checks_in_short
 from mteditflow.rewards import Detector

@@ -35,8 +35,8 @@ from mteditflow.evaluation.benchmarks import (
     score_gedit,
     score_imgedit,
 )
+from mteditflow.evaluation.benchmarks.averages import Estimate, Group
 from mteditflow.evaluation.benchmarks.gedit import LANGUAGES
-from mteditflow.evaluation.benchmarks.report import Estimate, Group
 from mteditflow.rewards import AnswerCache, ChatClient
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

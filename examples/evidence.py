@@ -146,15 +146,17 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         "- Minutes are those of the machine as it was, not always idle, with the threads given.",
         "- Percent, with 95% bootstrap intervals over chains. IF(3): all three turns succeeded. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
-        "- Kept: Marginal(3) / Marginal(1), the share of turn-1 success that turn 3 keeps: low "
-        "means exposure bias. Once for following the instruction, once for the whole picture.",
+        "- Marginal(3) / Marginal(1), in percent: low means exposure bias. Once for following the "
+        "instruction, once for the whole picture. It is a ratio of shares of all chains, not the "
+        "share of turn-1 successes that succeed at turn 3 too.",
         "- Whole picture right: the target and everything else, this turn alone, in percent.",
         "",
         "![Overall and whole pictures right, turn by turn](evidence.png)",
     ]
     for kind, title in TITLES.items():
         chosen = [(seed, report) for (name, seed), report in reports.items() if name == kind]
-        lines += ["", f"## {title}", "", *_gains(chosen), "", *_exposure(chosen), ""]
+        lines += ["", f"## {title}", "", *_gains(chosen), "", *_ratios(chosen), ""]
+        lines += [*_conditional(chosen), ""]
         lines += _turns(chosen)
     lines += ["", "## What a run looks like", ""]
     for kind in SHOWN:
@@ -192,19 +194,32 @@ def _gains(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
     return rows
 
 
-def _exposure(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
+def _ratios(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
     rows = [
-        "| seed | kept before | after | difference | whole picture: kept before | after | "
-        "difference |",
+        "| seed | Marginal(3) / Marginal(1) before | after | difference | whole picture: before | "
+        "after | difference |",
         "|---|---|---|---|---|---|---|",
     ]
     for seed, report in runs:
         gain = report["difference_at_last_turn"]
         cells = []
         for name in ("marginal", "strict"):
-            cells += [_share(value) for value in gain["kept"][name]]
-            cells.append(signed(gain, f"{name}_kept_difference"))
+            ratio = gain["marginal_ratio"][name]
+            cells += [_share(ratio[when]) for when in ("before", "after")]
+            cells.append(signed(ratio, "difference", factor=100))
         rows.append(f"| {seed} | {' | '.join(cells)} |")
+    return rows
+
+
+def _conditional(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
+    rows = [
+        r"| seed | P(success at 3 \| success at 1) before | after | difference |",
+        "|---|---|---|---|",
+    ]
+    for seed, report in runs:
+        given = report["difference_at_last_turn"]["conditional_success"]
+        cells = ["none" if given[x] is None else f"{given[x]:.0f}%" for x in ("before", "after")]
+        rows.append(f"| {seed} | {' | '.join(cells)} | {signed(given, 'difference')} |")
     return rows
 
 
@@ -241,10 +256,12 @@ def cell(summary: dict[str, list], name: str) -> str:
     return f"{summary[name][-1]:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def signed(gain: dict[str, Any], name: str) -> str:
-    """A paired difference with its interval."""
-    low, high = gain[f"{name}_interval"]
-    return "none" if gain[name] is None else f"{gain[name]:+.1f} [{low:+.1f}, {high:+.1f}]"
+def signed(gain: dict[str, Any], name: str, *, factor: int = 1) -> str:
+    """A paired difference with its interval, times ``factor``."""
+    if gain[name] is None:
+        return "none"
+    value, low, high = (factor * x for x in (gain[name], *gain[f"{name}_interval"]))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _share(value: float | None) -> str:

@@ -96,6 +96,7 @@ from mteditflow.losses.norm_guard import velocity_norm_hinge
 from mteditflow.metrics import (
     Interval,
     bootstrap_interval,
+    conditional_success,
     content_consistency,
     instruction_following,
     marginal_success,
@@ -140,6 +141,7 @@ __all__ = [
     "clean_from_velocity",
     "clip_fraction",
     "clipped_surrogate_loss",
+    "conditional_success",
     "constrained_weights",
     "content_consistency",
     "cps_surrogate",

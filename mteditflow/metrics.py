@@ -61,7 +61,8 @@ def instruction_following(success: Tensor, *, valid: Tensor | None = None) -> Te
 def marginal_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Marginal(t): share of chains whose turn t succeeded, whatever came before.
 
-    Its fall from turn 1 to N is the exposure-bias drop.
+    Its fall from turn 1 to N is the exposure-bias drop. The ratio Marginal(N) / Marginal(1) is not
+    the share of turn-1 successes that succeed at turn N: that is ``conditional_success``.
 
     Args:
         success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
@@ -81,6 +82,36 @@ def marginal_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
         tensor([1.0000, 0.5000, 1.0000])
     """
     return _mean(*_success(success, valid))
+
+
+def conditional_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """P(success at t | success at 1): share of the chains with success at turn 1, turn by turn.
+
+    Chains that failed at turn 1 do not enter it, other than in Marginal(t) / Marginal(1), which a
+    late success of theirs raises.
+
+    Args:
+        success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
+        valid: boolean, [C, N]; a chain whose turn 1 or turn t is invalid leaves the denominator.
+
+    Returns:
+        [N] in [0, 1], float32 (float64 if given), 1 at turn 1; NaN for a turn without such chains,
+        so at every turn where none succeeded at turn 1.
+
+    Raises:
+        ValueError: wrong shape, or a value other than 0 and 1.
+        TypeError: ``valid`` is not boolean.
+
+    Example:
+        >>> success = torch.tensor([[1, 0], [0, 1], [0, 1]])
+        >>> conditional_success(success)
+        tensor([1., 0.])
+        >>> first, last = marginal_success(success)
+        >>> last / first
+        tensor(2.)
+    """
+    score, mask = _success(success, valid)
+    return _mean(score, mask & mask[:, :1] & (score[:, :1] == 1))
 
 
 def content_consistency(*terms: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mteditflow import (
     bootstrap_interval,
+    conditional_success,
     content_consistency,
     instruction_following,
     marginal_success,
@@ -18,7 +19,9 @@ from mteditflow import (
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN = math.nan
-shares = pytest.mark.parametrize("metric", [instruction_following, marginal_success])
+shares = pytest.mark.parametrize(
+    "metric", [instruction_following, marginal_success, conditional_success]
+)
 
 
 def exactly(message):
@@ -65,7 +68,7 @@ def test_golden_shares_of_what_is_valid():
 
 def test_a_turn_without_valid_chains_is_nan():
     success, valid = torch.ones(2, 2), torch.tensor([[True, False], [True, False]])
-    for metric in (instruction_following, marginal_success):
+    for metric in (instruction_following, marginal_success, conditional_success):
         first, second = metric(success, valid=valid).tolist()
         assert first == 1.0
         assert math.isnan(second)
@@ -83,6 +86,52 @@ def test_shares_equal_the_loop(table):
     assert result == pytest.approx(following, nan_ok=True)
     result = marginal_success(double, valid=valid).tolist()
     assert result == pytest.approx(marginal, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("success", "ratio", "given_first"),
+    [
+        ([[1, 0], [0, 1], [0, 1]], 2.0, 0.0),  # Marginal 1/3, 2/3; the one success is lost
+        ([[1, 1], [1, 0], [0, 1], [0, 0]], 1.0, 0.5),  # 2/4, 2/4; one of two
+        ([[1, 1], [1, 1], [1, 0], [1, 0]], 0.5, 0.5),  # alike where all succeed at turn 1
+    ],
+)
+def test_golden_conditional_success_is_not_the_ratio_of_marginals(success, ratio, given_first):
+    success = torch.tensor(success)
+    first, second = marginal_success(success).tolist()
+    assert second / first == pytest.approx(ratio)
+    assert conditional_success(success).tolist() == [1.0, given_first]
+
+
+def test_golden_conditional_success_of_what_is_valid():
+    success = torch.tensor([[1.0, NAN, 0.0], [1.0, 1.0, NAN], [NAN, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    # turn 2: the second chain alone, the first has no score; turn 3: the first alone
+    assert conditional_success(success, valid=~success.isnan()).tolist() == [1.0, 1.0, 0.0]
+
+
+def test_conditional_success_is_nan_where_no_chain_succeeded_at_turn_1():
+    assert conditional_success(torch.tensor([[0, 1, 1], [0, 0, 1]])).isnan().all()
+
+
+@given(tables())
+def test_conditional_success_equals_the_loop(table):
+    success, valid = table
+    rows = list(zip(success.tolist(), valid.tolist(), strict=True))
+    expected = [
+        share([s[t] for s, v in rows if v[0] and v[t] and s[0]]) for t in range(success.shape[1])
+    ]
+    result = conditional_success(success.double(), valid=valid)
+    assert result.tolist() == pytest.approx(expected, nan_ok=True)
+    assert ((result >= 0) & (result <= 1) | result.isnan()).all()
+
+
+@given(tables())
+def test_success_at_both_turns_is_following_at_turn_2(table):
+    """P(1 and 2) = P(2 | 1) P(1)."""
+    success = table[0].double()
+    first, second = marginal_success(success)[0], conditional_success(success)[1:2]
+    if first > 0:
+        torch.testing.assert_close(first * second, instruction_following(success)[1:2])
 
 
 @given(tables())

@@ -12,8 +12,8 @@ from rich.console import Console
 from mteditflow._files import write_atomically
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.figures import draw_report, write_picture
 from mteditflow.evaluation.gallery import Series, gallery
-from mteditflow.evaluation.plots import draw_report
 from mteditflow.evaluation.report import Report
 from mteditflow.evaluation.tables import (
     as_csv,
@@ -22,7 +22,6 @@ from mteditflow.evaluation.tables import (
     markdown,
     rich_tables,
 )
-from mteditflow.training.pictures import write_picture
 
 from .images import ByRow, MadeImages
 

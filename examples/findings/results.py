@@ -19,7 +19,7 @@ from mteditflow.evaluation.seeds import (
     percentile_ends,
     resampled_means,
 )
-from mteditflow.training.run_log import SECONDS
+from mteditflow.training.metrics_file import SECONDS
 
 from .running import Ablations, Run
 from .study import UNTRAINED, Claim, Finding, Setting, Study
@@ -175,8 +175,8 @@ def long_claims(long: Sequence[Run]) -> dict[str, SeedInterval]:
     first, third, last = marginal[..., 0], marginal[..., 2], marginal[..., -1]
     measures = {
         "Marginal(8)": last,
-        "kept, Marginal(8) / Marginal(1)": 100 * last / first,
-        "kept, Marginal(3) / Marginal(1)": 100 * third / first,
+        "Marginal(8) / Marginal(1), percent": 100 * last / first,
+        "Marginal(3) / Marginal(1), percent": 100 * third / first,
         "no fall, Marginal(8) - Marginal(1)": last - first,
         "no fall, Marginal(3) - Marginal(1)": third - first,
     }

@@ -178,7 +178,7 @@ LONGER = Finding(
     (),
     "Success falls less from turn to turn after training: from turn 1 to 3 Marginal falls by 8.57 "
     "points in Kontext as it came, by 1.58 after GRPO and 1.05 after NFT.",
-    why="As a share of turn 1, more is kept after training (at turn 8 51% of it, before 32%); in "
+    why="Marginal(8) / Marginal(1) is higher after training (51%, before 32%); in "
     "points the fall to turn 8 is not smaller (29 after, 25 before), since there is more to fall "
     "from. To turn 3, as far as training went, it falls by 9.5 points before and after.",
 )

@@ -1,20 +1,31 @@
-"""Two evaluations of the same chains, compared pairwise at the last turn."""
+"""Two evaluations of the same chains: paired differences, and the chains that changed most."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mteditflow.evaluation.evaluation import Evaluation, interval_of
-from mteditflow.metrics import Interval
+from mteditflow.chains import Chain
+from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation, interval_of
+from mteditflow.evaluation.report import Numbers, Report, in_words, lost_chains
+from mteditflow.metrics import Interval, conditional_success
+
+
+class BeforeAfter(NamedTuple):
+    """A scalar before and after, and after minus before, each with its interval."""
+
+    before: Interval
+    after: Interval
+    difference: Interval
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What training changed, on the chains that count in both evaluations.
+    """Differences between two evaluations, on the chains that count in both.
 
     Attributes:
         before: round of the first evaluation.
@@ -23,9 +34,12 @@ class Comparison:
         chains: number of chains that count in both.
         difference: after minus before at turn N of each metric, scalars: percent points for IF,
             Marginal, CC and Overall, its own unit for another term.
-        kept: of Marginal and of each other term, its value at turn N divided by that at turn 1,
-            before and after; the lower, the worse the exposure bias. NaN if that at turn 1 is 0.
-        kept_difference: the second minus the first of these, in percent points, scalars.
+        marginal_ratio: Marginal(N) / Marginal(1), >= 0, and likewise the mean of each other term at
+            turn N over that at turn 1. Both are of all chains, so it is no share of the success at
+            turn 1: chains that fail at turn 1 and succeed at turn N raise it, above 1 too. NaN
+            where the value at turn 1 is 0.
+        conditional_success: P(success at N | success at 1) in percent; NaN where no chain succeeded
+            at turn 1.
     """
 
     before: int
@@ -33,8 +47,8 @@ class Comparison:
     turn: int
     chains: int
     difference: Mapping[str, Interval]
-    kept: Mapping[str, tuple[float, float]]
-    kept_difference: Mapping[str, Interval]
+    marginal_ratio: Mapping[str, BeforeAfter]
+    conditional_success: BeforeAfter
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:
@@ -48,41 +62,50 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
         >>> def evaluation(round, scores):
         ...     terms = {"following": TurnScores(torch.tensor(scores), torch.ones(2, 2) > 0, {})}
         ...     return Evaluation(round, ("1", "2"), (("a", "b"), ("c", "d")), terms, success_at=1)
-        >>> before = evaluation(0, [[1.0, 0.0], [1.0, 1.0]])
+        >>> before = evaluation(0, [[1.0, 0.0], [0.0, 1.0]])
         >>> comparison = compare(before, evaluation(100, [[1.0, 1.0], [1.0, 1.0]]))
         >>> comparison.difference["instruction_following"].estimate
-        tensor(50.)
-        >>> comparison.kept["marginal"]
-        (0.5, 1.0)
+        tensor(100.)
+        >>> comparison.marginal_ratio["marginal"].before.estimate
+        tensor(1.)
+        >>> [float(x.estimate) for x in comparison.conditional_success]
+        [0.0, 100.0, 100.0]
     """
     check_comparable(before, after)
     names, rows = before.names, before.valid & after.valid
     first, second = before.samples(rows), after.samples(rows)
-    falling = [i for i, name in enumerate(names) if name == "marginal" or name in before.others]
+    ratio_names = [name for name in names if name == "marginal" or name in before.others]
+    with_ratio = [names.index(name) for name in ratio_names]
 
-    def difference(*samples: Tensor) -> Tensor:
+    def statistic(*samples: Tensor) -> Tensor:
+        """Differences at turn N; then before, after and difference of ratios and conditional."""
+        parts = samples[: len(first)], samples[len(first) :]
+        metrics = [before.per_turn(*part) for part in parts]
+        given = [100 * conditional_success(x, valid=exists)[-1:] for x, exists, *_ in parts]
         old, new = (
-            before.per_turn(*part) for part in (samples[: len(first)], samples[len(first) :])
+            torch.cat([_last_over_first(x[with_ratio]), share])
+            for x, share in zip(metrics, given, strict=True)
         )
-        return torch.cat([(new - old)[:, -1], 100 * (_kept(new) - _kept(old))[falling]])
+        return torch.cat([(metrics[1] - metrics[0])[:, -1], old, new, new - old])
 
-    interval = interval_of(difference, (*first, *second), (len(names) + len(falling),))
+    width = len(ratio_names) + 1
+    interval = interval_of(statistic, (*first, *second), (len(names) + 3 * width,))
     scalars = [Interval(*values) for values in zip(*interval, strict=True)]
-    empty = torch.full((len(names),), torch.nan)
-    old, new = (_kept(before.per_turn(*x)) if bool(rows.any()) else empty for x in (first, second))
+    columns = (scalars[len(names) + i * width :][:width] for i in range(3))
+    *ratios, given = (BeforeAfter(*values) for values in zip(*columns, strict=True))
     return Comparison(
         before.round,
         after.round,
         before.turns,
         int(rows.sum()),
-        difference=dict(zip(names, scalars[: len(names)], strict=True)),
-        kept={names[i]: (float(old[i]), float(new[i])) for i in falling},
-        kept_difference={names[i]: x for i, x in zip(falling, scalars[len(names) :], strict=True)},
+        difference=dict(zip(names, scalars, strict=False)),
+        marginal_ratio=dict(zip(ratio_names, ratios, strict=True)),
+        conditional_success=given,
     )
 
 
-def _kept(metrics: Tensor) -> Tensor:
-    """Share of the first turn's value that the last keeps: [metrics, N] -> [metrics]."""
+def _last_over_first(metrics: Tensor) -> Tensor:
+    """Value at turn N over that at turn 1, NaN over 0: [metrics, N] -> [metrics]."""
     first, last = metrics[:, 0], metrics[:, -1]
     return torch.where(first == 0, torch.nan, last / first)
 
@@ -93,3 +116,93 @@ def check_comparable(before: Evaluation, after: Evaluation) -> None:
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             raise ValueError(f"after: expected the {name} of before, got others")
+
+
+class Change(NamedTuple):
+    """Changes of a chain from one evaluation to the other."""
+
+    row: int
+    turns: int  # more turns followed than before; below 0: fewer
+    following: float  # difference of the mean scores of following
+    consistency: float  # likewise; 0 where it is not scored
+
+
+def report_difference(
+    before: Evaluation,
+    after: Evaluation,
+    chains: Sequence[Chain],
+    *,
+    title: str,
+    left_out: Mapping[str, str],
+) -> Report:
+    """Compute after minus before, for every number, over the chains that count in both.
+
+    Args:
+        before: scores of the chains.
+        after: of the same chains in the same order, with the same terms.
+        chains: with their edit types where they are known.
+        title: what is compared.
+        left_out: chains that are not in both, to why.
+
+    Raises:
+        ValueError: the evaluations are not of the same chains, terms and success, or the chains
+            are not theirs.
+
+    Example:
+        >>> from mteditflow.rewards import TurnScores
+        >>> def evaluation(*scores):
+        ...     terms = {"following": TurnScores(torch.tensor(scores), torch.ones(2, 1) > 0, {})}
+        ...     return Evaluation(0, ("1", "2"), ("a", "b"), terms, success_at=1)
+        >>> chains = [Chain(id=x, image="x.png", instructions=("a",)) for x in "12"]
+        >>> found = report_difference(
+        ...     evaluation([0.0], [1.0]), evaluation([1.0], [1.0]), chains, title="x", left_out={}
+        ... )
+        >>> found.find("marginal", 1).estimate
+        50.0
+    """
+    check_comparable(before, after)
+    numbers = Numbers(before, chains)
+    rows = before.valid & after.valid
+    types, *first = numbers.samples(rows)
+    second = after.samples(rows)
+
+    def difference(types: Tensor, *samples: Tensor) -> Tensor:
+        old, new = samples[: len(first)], samples[len(first) :]
+        return numbers.values(types, *new) - numbers.values(types, *old)
+
+    interval = interval_of(difference, (types, *first, *second), (len(numbers.places),))
+    return Report(
+        title=title,
+        turns=before.turns,
+        asked=len(before) + len(left_out),
+        counted=int(rows.sum()),
+        left_out=dict(left_out),
+        lost=lost_chains(after) | lost_chains(before),
+        estimates=tuple(in_words(numbers.places, interval, numbers.counts(rows))),
+        notes=("Paired differences, the second minus the first.",),
+    )
+
+
+def most_changed(before: Evaluation, after: Evaluation) -> list[Change]:
+    """Order the chains that count in both by how much they changed, the most first.
+
+    More turns followed or fewer weigh first, then the score of following, then consistency.
+
+    Raises:
+        ValueError: the evaluations are not of the same chains, terms and success.
+    """
+    check_comparable(before, after)
+    turns = (after.success.long() - before.success.long()).sum(dim=1).tolist()
+    following = _mean_change(before, after, FOLLOWING)
+    consistency = [0.0] * len(before)
+    if CONSISTENCY in before.terms:
+        consistency = _mean_change(before, after, CONSISTENCY)
+    rows = (before.valid & after.valid).nonzero().flatten().tolist()
+    changes = [Change(row, turns[row], following[row], consistency[row]) for row in rows]
+    return sorted(changes, key=lambda x: tuple(-abs(value) for value in x[1:]))
+
+
+def _mean_change(before: Evaluation, after: Evaluation, name: str) -> list[float]:
+    means = (x.terms[name].score.double().nanmean(dim=1) for x in (after, before))
+    change: list[float] = torch.sub(*means).tolist()
+    return change

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from mteditflow._checks import check_count, check_mask, check_number
 from mteditflow._files import write_atomically
-from mteditflow.evaluation.record import EvaluationRecord, TermRecord
+from mteditflow.chains.record import first_error
 from mteditflow.metrics import (
     Interval,
     bootstrap_interval,
@@ -26,7 +28,7 @@ from mteditflow.metrics import (
     marginal_success,
     overall,
 )
-from mteditflow.rewards import TurnScores
+from mteditflow.rewards import Fault, Lost, TurnScores
 
 FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
 PARTS = ("object", "background")  # of the consistency, where they are given apart
@@ -36,13 +38,13 @@ PER_SAMPLE = "content_consistency_per_sample"  # in percent
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a policy made of held-out chains, scored.
+    """Scores of the chains that a policy edited.
 
     Two evaluations of the same chains are compared pairwise (``compare``); draw the noise of a
     chain from its own seed, and their images are pairs too.
 
     Args:
-        round: rounds of training that the policy has behind it; 0 is the model as it came.
+        round: rounds of training before it; 0 is the base model.
         chain_ids: names of the C chains, each once.
         instructions: of each chain, one per turn.
         terms: scores by name, each [C, N] with the same turns. "following" must be there;
@@ -173,7 +175,7 @@ class Evaluation:
         return tuple(sorted(set(self.terms) - {FOLLOWING, CONSISTENCY, *self.parts}))
 
     def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Some chains as ``per_turn`` takes them: success, turns, and the terms, each [rows, N]."""
+        """Select chains for ``per_turn``: success, turns, and the terms, each [rows, N]."""
         consistency = (CONSISTENCY,) if CONSISTENCY in self.terms else ()
         scores = (self.terms[name].score for name in (*consistency, *self.parts, *self.others))
         return tuple(x[rows] for x in (self.success, self.terms[FOLLOWING].turn_mask, *scores))
@@ -260,3 +262,77 @@ def interval_of(
     if not len(samples[0]):
         return Interval(*torch.full((3, *shape), torch.nan))
     return bootstrap_interval(statistic, *samples, generator=torch.Generator().manual_seed(0))
+
+
+class LostRecord(BaseModel):
+    """A lost score and its reason."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chain: int
+    turn: int
+    fault: Fault
+    detail: str
+    attempts: int
+
+
+class TermRecord(BaseModel):
+    """Scores [C, N]; Python's floats hold float32 and float64 exactly, and so does their JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: Literal["float32", "float64"]
+    score: list[list[float | None]]
+    turn_mask: list[list[bool]]
+    lost: list[LostRecord]
+
+    @classmethod
+    def of(cls, scores: TurnScores) -> TermRecord:
+        """Convert scores."""
+        lost = [
+            LostRecord(chain=c, turn=n, fault=x.fault, detail=x.detail, attempts=x.attempts)
+            for (c, n), x in sorted(scores.lost.items())
+        ]
+        rows = [[None if x != x else x for x in row] for row in scores.score.tolist()]
+        return cls(
+            dtype="float64" if scores.score.dtype == torch.float64 else "float32",
+            score=rows,
+            turn_mask=scores.turn_mask.tolist(),
+            lost=lost,
+        )
+
+    def scores(self) -> TurnScores:
+        """Convert back to scores.
+
+        Raises:
+            ValueError: rows differ in length, or the numbers are not such scores.
+        """
+        rows = [[torch.nan if x is None else x for x in row] for row in self.score]
+        score = torch.tensor(rows, dtype=getattr(torch, self.dtype))
+        lost = {(x.chain, x.turn): Lost(x.fault, x.detail, x.attempts) for x in self.lost}
+        return TurnScores(score, torch.tensor(self.turn_mask), lost)
+
+
+class EvaluationRecord(BaseModel):
+    """The file of an evaluation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    round: int
+    success_at: float
+    chain_ids: tuple[str, ...]
+    instructions: tuple[tuple[str, ...], ...]
+    terms: dict[str, TermRecord]
+
+    @classmethod
+    def parse(cls, path: Path) -> EvaluationRecord:
+        """Read a file.
+
+        Raises:
+            ValueError: it is not of this form; the message names file, place and reason.
+            OSError: it cannot be read.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{path}: {first_error(error)}") from error

@@ -25,10 +25,10 @@ Images = Sequence[Image.Image]
 
 
 class Series(NamedTuple):
-    """What one editor made of the chains.
+    """Edited images and scores of one editor.
 
     Attributes:
-        name: of the editor.
+        name: name of the editor.
         evaluation: scores of the chains.
         images: by row of the evaluation [reference, turn 1, ..., turn N], read when asked for.
     """
@@ -80,7 +80,7 @@ def gallery(
 
 
 def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
-    """What the page is told of a chain."""
+    """Data of a chain for the script of the page."""
     made = []
     for one in series:
         reference, *edited = one.images[row]

@@ -1,4 +1,4 @@
-"""Visual quality as people prefer it, turn by turn: PickScore, or any model of the same protocol.
+"""Human preference turn by turn: PickScore, or any model of the same protocol.
 
 Reported beside IF and CC, and never a reward unless you make it one. ``B`` chains, ``N`` turns.
 Imported by its own name, since transformers takes its time. Needs the extra
@@ -37,7 +37,7 @@ TERM, BASELINE = "preference", "preference_of_reference"
 
 
 class PreferenceModel(Protocol):
-    """Tells how much people would like images, each for its prompt."""
+    """A model of human preference for images, each for its prompt."""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Score K images, each for the prompt at its place: [K], float32 or float64."""
@@ -45,7 +45,7 @@ class PreferenceModel(Protocol):
 
 
 class PickScore:
-    """Preference by CLIP: the similarity of image and prompt, times the model's learnt scale.
+    """Preference by CLIP: the similarity of image and prompt, times the model's learned scale.
 
     Args:
         model: fine-tuned on what people preferred.

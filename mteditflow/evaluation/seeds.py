@@ -8,7 +8,7 @@ value = setting + seed + error the difference of two settings over S seeds has t
 .. math:: \bar d \pm t \sqrt{2 s^2 / S}, \qquad s^2 = \sum e^2 / ((K - 1) (S - 1))
 
 with t of Student's distribution with (K - 1)(S - 1) degrees of freedom: the errors of all K
-settings are pooled (a randomised block design). A bootstrap over three seeds would be too narrow,
+settings are pooled (a randomized block design). A bootstrap over three seeds would be too narrow,
 since three cannot show the tails; t by the three differences alone is valid, but 4.3 errors wide.
 What is assumed in exchange is that settings scatter alike: show every seed.
 """
@@ -41,7 +41,7 @@ class SeedInterval:
 
     @property
     def verdict(self) -> str:
-        """Of the claim that this difference is above 0."""
+        """Verdict on the claim that this difference is above 0."""
         if math.isnan(self.low):
             return "no interval from one seed"
         if self.low > 0:

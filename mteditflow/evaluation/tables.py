@@ -10,8 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from mteditflow.evaluation.evaluation import PER_SAMPLE
-from mteditflow.evaluation.numbers import ALL, BY_TYPE, DROP
-from mteditflow.evaluation.report import Estimate, Report
+from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
 
 TITLES = {
     "instruction_following": "IF, %",
@@ -31,7 +30,7 @@ class Grid(NamedTuple):
 
 
 def grids(report: Report, *, digits: int = 2) -> list[Grid]:
-    """Lay out a report: all chains by turn, each edit type by turn, and what told its success.
+    """Lay out a report: all chains by turn, each edit type by turn, and the checks of success.
 
     Args:
         report: what to lay out.
@@ -66,21 +65,21 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
 
 
 def _checks(report: Report) -> Grid:
-    """How many turns of each edit type were told by what."""
+    """Number of turns by edit type and check of success."""
     ways = sorted({way for used in report.checks.values() for way in used})
     body = [
         [name, *(str(used.get(way, 0)) for way in ways)] for name, used in report.checks.items()
     ]
-    return Grid("What told success, in turns", ["", *ways], body)
+    return Grid("Check of success, in turns", ["", *ways], body)
 
 
 def checks_in_short(report: Report) -> str:
-    """Say in a line how many turns of each edit type were told by what."""
+    """Return one line: the number of turns by edit type and check of success."""
     told = (
         f"{name}: " + ", ".join(f"{way} {count}" for way, count in used.items())
         for name, used in report.checks.items()
     )
-    return f"Turns of {report.title} by what told success: {'; '.join(told) or 'not known'}."
+    return f"Turns of {report.title} by check of success: {'; '.join(told) or 'not known'}."
 
 
 def _cell(x: Estimate, digits: int) -> str:
@@ -99,7 +98,7 @@ def _counts(found: Sequence[Estimate]) -> str:
 
 
 def denominators(report: Report) -> str:
-    """Say in a line what the numbers are of."""
+    """Return one line: the denominators of a report."""
     missing = len(report.left_out), len(report.lost)
     return (
         f"{report.asked} chains asked, {report.counted} counted, {missing[0]} left out, "

@@ -1,29 +1,51 @@
-"""What a long run needs around its loop: rows, updates, checkpoints, log, pictures.
+"""Parts of a long run around its loop: rows, updates, checkpoints, log, report, pictures.
 
-Each part stands alone; none knows the trainer. Needs the extra ``mteditflow[train]``.
+Each name is imported alone, on first use. All but ``RunLog`` and ``Bar`` (tqdm), and
+``RoundRewards`` and ``gather_scores`` (``mteditflow[rewards]``), need torch and safetensors only.
+``training.pictures`` and ``training.report`` are imported by their own names. The extra
+``mteditflow[train]`` has everything.
 """
 
-try:
-    import accelerate  # noqa: F401
-    import matplotlib  # noqa: F401
-    import peft  # noqa: F401
-    import tqdm  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"mteditflow.training needs {error.name}: pip install 'mteditflow[train]'"
-    ) from error
+from typing import TYPE_CHECKING
 
-from mteditflow.training.checkpoint import Checkpoint, Checkpoints
-from mteditflow.training.gathering import gather_scores
-from mteditflow.training.optimizer_state import load_optimizer_state, optimizer_state
-from mteditflow.training.parallel import shard_model, sum_gradients
-from mteditflow.training.progress import Bar
-from mteditflow.training.round_rewards import Aggregation, RoundRewards
-from mteditflow.training.run_log import RunLog
-from mteditflow.training.stopwatch import Stopwatch
-from mteditflow.training.termination import Termination
-from mteditflow.training.updater import Update, Updater, most_parts
-from mteditflow.training.watch import RewardCollapseError, RewardWatch
+from mteditflow._lazy import lazy
+
+if TYPE_CHECKING:
+    from mteditflow.training.checkpoint import Checkpoint, Checkpoints
+    from mteditflow.training.gathering import gather_scores
+    from mteditflow.training.optimizers import load_optimizer_state, optimizer_state
+    from mteditflow.training.parallel import shard_model, sum_gradients
+    from mteditflow.training.round_rewards import Aggregation, RoundRewards
+    from mteditflow.training.run_log import Bar, RunLog
+    from mteditflow.training.stopwatch import Stopwatch
+    from mteditflow.training.termination import Termination
+    from mteditflow.training.updater import Update, Updater, most_parts
+    from mteditflow.training.watch import RewardCollapseError, RewardWatch
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "Aggregation": ".round_rewards",
+            "Bar": ".run_log",
+            "Checkpoint": ".checkpoint",
+            "Checkpoints": ".checkpoint",
+            "RewardCollapseError": ".watch",
+            "RewardWatch": ".watch",
+            "RoundRewards": ".round_rewards",
+            "RunLog": ".run_log",
+            "Stopwatch": ".stopwatch",
+            "Termination": ".termination",
+            "Update": ".updater",
+            "Updater": ".updater",
+            "gather_scores": ".gathering",
+            "load_optimizer_state": ".optimizers",
+            "most_parts": ".updater",
+            "optimizer_state": ".optimizers",
+            "shard_model": ".parallel",
+            "sum_gradients": ".parallel",
+        },
+        "train",
+    )
 
 __all__ = [
     "Aggregation",

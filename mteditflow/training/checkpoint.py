@@ -1,42 +1,43 @@
-"""Checkpoints of a run: whole or not there at all, verified before use, the last and best kept."""
+"""Checkpoints of a run: written atomically, verified before use, the last and the best kept.
+
+The manifest is written last: format, round, score, size and SHA-256 of every file, own checksum.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mteditflow._checks import check_count, check_number
-from mteditflow.training.checkpoint_files import (
-    glance,
-    seal,
-    sync,
-    unless_damaged,
-    verify,
-)
 
+FORMAT = 1
+MANIFEST = "manifest.json"
+_Read = TypeVar("_Read")
 _WHOLE = re.compile(r"(\.replaced-)?round-\d{6,}")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, all of whose files are as they were written.
+    """A checkpoint whose files have been verified.
 
     Attributes:
         path: its folder.
-        round: number of the round after which it was taken.
-        score: what it was saved with, higher is better; or None.
+        round: number of the round after which it was saved.
+        score: score at the time of saving, higher is better; or None.
         state: the JSON part.
     """
 
@@ -59,11 +60,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which only one process writes: in a distributed run rank 0.
+    """Checkpoints in a folder; a single process writes them, rank 0 in a distributed run.
 
     A save becomes visible by one rename, after all of its files and the manifest with their sizes
     and SHA-256 are safe on the disk. A kill or a full disk at any moment leaves the checkpoints of
-    before, and what a dead writer has left lying about is removed by the next save.
+    before; remains of an interrupted save are removed by the next one.
 
     "The last" is the one saved last, whatever its round: a run that was resumed from an older
     round goes on from there when it is resumed again.
@@ -145,9 +146,9 @@ class Checkpoints:
         return path
 
     def latest(self) -> Checkpoint | None:
-        """The checkpoint saved last, of those that are whole; None if there is none.
+        """Return the checkpoint saved last, of those that are whole; None if there is none.
 
-        Each that is damaged is skipped with a warning that says what is wrong with it.
+        A damaged one is skipped with a warning that gives the reason.
 
         Raises:
             ValueError: one is whole, but of another format version.
@@ -155,12 +156,12 @@ class Checkpoints:
         return _first_whole(self._listed(warn=True))
 
     def best(self) -> Checkpoint | None:
-        """The one of highest score, the newer of equals, otherwise as ``latest``."""
+        """Return the one of highest score, the newer of equals, otherwise as ``latest``."""
         scored = [entry for entry in self._listed(warn=True) if entry[1]["score"] is not None]
         return _first_whole(sorted(scored, key=_standing, reverse=True))
 
     def find(self, which: str | os.PathLike[str]) -> Checkpoint | None:
-        """The checkpoint that a user names: "auto", "best", or the path of one.
+        """Return the checkpoint that a user names: "auto", "best", or the path of one.
 
         Returns:
             None only for "auto" where there is none yet: the run starts afresh.
@@ -199,7 +200,7 @@ class Checkpoints:
         return path
 
     def _sweep(self) -> None:
-        """Undo what a writer that died has left behind."""
+        """Remove the remains of an interrupted save."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for aside in self.folder.glob(".replaced-round-*"):
             path = aside.with_name(aside.name.removeprefix(".replaced-"))
@@ -241,7 +242,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint | None:
-    """The first whose files are all as they were written."""
+    """Return the first whose files match their manifest."""
     for path, _ in entries:
         if (found := unless_damaged(_load, path, warn=True)) is not None:
             return found
@@ -249,7 +250,103 @@ def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint |
 
 
 def _load(path: Path) -> Checkpoint:
-    """Verify every file, then read the JSON part."""
     manifest = verify(path)
     state = json.loads((path / "state.json").read_bytes())
     return Checkpoint(path, manifest["round"], manifest["score"], state)
+
+
+class DamagedError(ValueError):
+    """A folder that does not match its manifest, or has none."""
+
+
+def seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, after all of its files are safe on the disk.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = _fingerprint(path)
+    body = {"format": FORMAT, **about, "files": files}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump(body | {"checksum": _checksum(body)}, stream, indent=1)
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and verify the manifest of a folder, not its files.
+
+    Raises:
+        DamagedError: there is no manifest, or it is not as written.
+        ValueError: it is whole, and of a format of another version of this library.
+    """
+    try:
+        body = json.loads((folder / MANIFEST).read_bytes())
+        checksum = body.pop("checksum")
+    except FileNotFoundError:
+        raise DamagedError(f"{folder}: no {MANIFEST}; not a checkpoint, or half-written") from None
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder}: unreadable {MANIFEST}, {error!r}") from error
+    if checksum != _checksum(body):
+        raise DamagedError(f"{folder}: {MANIFEST} does not match its own checksum")
+    if body["format"] != FORMAT:
+        raise ValueError(f"{folder}: expected checkpoint format {FORMAT}, got {body['format']!r}")
+    return dict(body)
+
+
+def glance(folder: Path) -> dict[str, Any]:
+    """Read the manifest and check the size of every file; raises as ``read_manifest``."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{folder}: {name} is missing")
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise DamagedError(f"{folder}: {name} has {size} bytes instead of {expected['bytes']}")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read the manifest and check the SHA-256 of every file; raises as ``read_manifest``."""
+    manifest = glance(folder)
+    for name, expected in manifest["files"].items():
+        if _fingerprint(folder / name) != expected:
+            raise DamagedError(f"{folder}: {name} is not what was written, by its SHA-256")
+    return manifest
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are safe on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def unless_damaged(read: Callable[[Path], _Read], folder: Path, *, warn: bool) -> _Read | None:
+    """Read a folder; None, and a warning if wanted, where it is damaged."""
+    try:
+        return read(folder)
+    except DamagedError as error:
+        if warn:
+            warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
+        return None

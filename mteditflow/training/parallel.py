@@ -17,7 +17,7 @@ def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
 
     Weights are gathered for one block at a time, forward and backward. Every rank must then run
     the same number of forward passes. Parameters become new objects, ``DTensor``: make the
-    optimiser afterwards. Backward passes leave the SUM over ranks in the sharded gradients, where
+    optimizer afterwards. Backward passes leave the SUM over ranks in the sharded gradients, where
     FSDP's default is their mean: the caller divides by what it summed over.
 
     Args:
@@ -26,7 +26,7 @@ def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
             ``_no_split_modules``.
 
     Raises:
-        RuntimeError: ``torch.distributed`` is not initialised.
+        RuntimeError: ``torch.distributed`` is not initialized.
         ValueError: the model has no such blocks.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -52,7 +52,7 @@ def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add gradients up over ranks, in place: once per update, after the last backward pass.
 
-    A collective call where ``torch.distributed`` is initialised. Sharded parameters have been
+    A collective call where ``torch.distributed`` is initialized. Sharded parameters have been
     reduced by FSDP already; one without a gradient on this rank counts as 0.
 
     Args:

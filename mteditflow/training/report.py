@@ -1,4 +1,4 @@
-"""What a run leaves behind in numbers: ``report.json``."""
+"""The report of a run: ``report.json``, and its summary on the terminal."""
 
 from __future__ import annotations
 
@@ -6,25 +6,34 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from datetime import date
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
 from mteditflow._files import write_atomically
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import Interval
-from mteditflow.training.round_rewards import LOST
-from mteditflow.training.run_log import SECONDS
+from mteditflow.training.metrics_file import LOST, SECONDS
 from mteditflow.training.stopwatch import shares
 
 PACKAGES = ("mteditflow", "torch", "diffusers", "transformers", "peft", "accelerate")
+TITLES = {
+    "instruction_following": "IF: all turns so far",
+    "marginal": "Marginal: this turn alone",
+    "content_consistency": "CC",
+    "overall": "Overall: IF and CC",
+}
+WIDTH = 110  # of a console that is no terminal
 
 
 def run_report(
@@ -35,20 +44,20 @@ def run_report(
     config: Mapping[str, Any],
     seed: int,
 ) -> dict[str, Any]:
-    """Put everything that a run has shown into what JSON can hold.
+    """Collect the results and the circumstances of a run as JSON values.
 
     Args:
-        before: of the model as it came.
-        after: of the same chains, after training.
+        before: evaluation of the base model.
+        after: evaluation of the same chains after training.
         metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
-        config: the run's settings, of types that JSON has (paths and enumerations become text).
-        seed: of the run.
+        config: settings of the run, JSON values (paths and enumerations become text).
+        seed: seed of the run.
 
     Returns:
-        "before" and "after": metrics per turn, and their ends as "<metric>_interval";
-        "difference_at_last_turn": paired, with "kept"; "seconds" and "time" by phase;
-        "invalid_reward_share", "lost_answers" by reason; and what the run was made with. ``None``
-        stands for a number that there is not.
+        "before" and "after": metrics per turn, with the ends of their intervals as
+        "<metric>_interval"; "difference_at_last_turn": as ``comparison_report``; "seconds" and
+        "time" by phase; "invalid_reward_share"; "lost_answers" by reason; and date, devices and
+        versions. ``None`` stands for a missing number.
     """
     report = {
         "seed": seed,
@@ -81,15 +90,102 @@ def evaluation_report(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def comparison_report(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Return the paired differences at the last turn, rounded, each with its interval's ends."""
+    """Return the paired differences at the last turn N, rounded, each with its interval's ends.
+
+    "marginal_ratio", by metric its value at turn N divided by that at turn 1, and
+    "conditional_success", P(success at N | success at 1) in percent, each hold "before", "after"
+    and "difference".
+    """
     found = compare(before, after)
-    kept = {f"{name}_kept_difference": x for name, x in found.kept_difference.items()}
+    ratios = found.marginal_ratio.items()
     return {
         "turn": found.turn,
         "chains": found.chains,
-        **_with_intervals({**found.difference, **kept}),
-        "kept": {name: list(shares) for name, shares in found.kept.items()},
+        **_with_intervals(found.difference),
+        "marginal_ratio": {name: _with_intervals(x._asdict()) for name, x in ratios},
+        "conditional_success": _with_intervals(found.conditional_success._asdict()),
     }
+
+
+def print_summary(
+    report: Mapping[str, Any], folder: Path, *, console: Console | None = None
+) -> None:
+    """Print the summary of a run from its report.
+
+    Args:
+        report: result of ``run_report``, or ``report.json`` read back.
+        folder: folder of the run; it is printed with the names of its files.
+        console: where to print; standard output by default.
+
+    Example:
+        >>> import torch
+        >>> from mteditflow.rewards import TurnScores
+        >>> scores = TurnScores(torch.tensor([[5.0, 1.0]]), torch.ones(1, 2) > 0, {})
+        >>> same = Evaluation(0, ["1"], [["a", "b"]], {"following": scores}, success_at=5)
+        >>> report = run_report(same, same, [], config={}, seed=0)
+        >>> print_summary(report, Path("run"), console=Console(width=90))  # doctest: +ELLIPSIS
+        1 held-out chain, percent [95% interval]...
+        Written to run.
+    """
+    if console is None:
+        console = Console(width=None if Console().is_terminal else WIDTH)
+    console.print(summary_table(report))
+    for line in summary_lines(report):
+        console.print(line, highlight=False)
+    files = sorted(
+        path.name
+        for path in folder.glob("*")
+        if path.is_file() and path.name[0] != "." and not path.name.endswith(("-shm", "-wal"))
+    )
+    there = f": {', '.join(files)}" if files else ""
+    console.print(f"Written to [bold]{escape(str(folder))}[/bold]{escape(there)}.", highlight=False)
+
+
+def summary_table(report: Mapping[str, Any]) -> Table:
+    """Return the metrics before and after, turn by turn, with 95% intervals."""
+    chains = _many(report["held_out_chains"], "held-out chain")
+    table = Table(title=f"{chains}, percent \\[95% interval]", title_justify="left")
+    table.add_column("")
+    table.add_column("")
+    metrics = [name for name in report["before"] if f"{name}_interval" in report["before"]]
+    for turn in range(len(report["before"][metrics[0]])):
+        table.add_column(f"turn {turn + 1}", justify="right")
+    for name in metrics:
+        digits = 1 if name in TITLES else 3
+        for when in ("before", "after"):
+            cells = _cells(report[when], name, digits)
+            title = TITLES.get(name, f"{escape(name)}, mean") if when == "before" else ""
+            style = "bold" if when == "after" else "dim"
+            table.add_row(title, when, *cells, style=style, end_section=when == "after")
+    return table
+
+
+def summary_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the sentences below the table: differences, chains left out, time, lost answers."""
+    gain = report["difference_at_last_turn"]
+    lines = [_difference(gain), *(_since_turn_1(gain) if gain["turn"] > 1 else ())]
+    for when in ("before", "after"):
+        left_out = report["held_out_chains"] - report[when]["counted_chains"]
+        if left_out:
+            lost = _counts(report[when]["lost_scores"])
+            lines.append(
+                f"{when.capitalize()}, {left_out} of {report['held_out_chains']} held-out chains "
+                f"could not be scored and were left out{f' (turns lost: {lost})' if lost else ''}."
+            )
+    if report["time"]:
+        split = ", ".join(f"{name} {share:.0%}" for name, (_, share) in report["time"].items())
+        took = timedelta(seconds=round(report["seconds"]))
+        lines.append(f"{_many(report['rounds'], 'round')} took {took}: {split}.")
+    lost = report["lost_answers"]
+    if lost["reasons"]:
+        lines.append(
+            f"{lost['share']:.1%} of training trajectories lost an answer "
+            f"({_counts(lost['reasons'])})."
+        )
+    if report["invalid_reward_share"]:
+        share = f"{report['invalid_reward_share']:.1%}"
+        lines.append(f"{share} of training rewards were invalid; they trained nothing.")
+    return lines
 
 
 def _with_intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:
@@ -147,7 +243,7 @@ def _versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON holds: ``None`` for NaN, text for what it does not know."""
+    """Convert to JSON values: ``None`` for NaN, text for other types."""
     if isinstance(value, Mapping):
         return {str(name): _plain(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -155,3 +251,60 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _difference(gain: Mapping[str, Any]) -> str:
+    """Paired differences of the metrics in percent, in one sentence."""
+    parts = []
+    for name, title in TITLES.items():
+        if gain.get(name) is not None:
+            ends = _interval(gain[f"{name}_interval"])
+            parts.append(f"{title.split(':')[0]} {gain[name]:+.1f} {ends}")
+    if not parts:
+        return f"At turn {gain['turn']} no chain can be compared."
+    return (
+        f"At turn {gain['turn']}, paired over {_many(gain['chains'], 'chain')}: "
+        f"{', '.join(parts)} points."
+    )
+
+
+def _since_turn_1(gain: Mapping[str, Any]) -> Iterator[str]:
+    """Ratios of the last turn to the first, and success at the last given that at the first."""
+    last = gain["turn"]
+    for name, ratio in gain["marginal_ratio"].items():
+        label = "Marginal" if name == "marginal" else escape(name)
+        yield f"{label}({last}) / {label}(1) {_before_after(ratio, 2)}."
+    given = _before_after(gain["conditional_success"], 1, "%", " points")
+    yield f"P(success at turn {last} | success at turn 1) {given}."
+
+
+def _before_after(x: Mapping[str, Any], digits: int, unit: str = "", points: str = "") -> str:
+    """A number after and before, and the difference with its interval where there is one."""
+    before, after = (
+        "none" if x[when] is None else f"{x[when]:.{digits}f}{unit}" for when in ("before", "after")
+    )
+    change = ""
+    if x["difference"] is not None:
+        ends = _interval(x["difference_interval"], digits)
+        change = f"; {x['difference']:+.{digits}f} {ends}{points}"
+    return f"= {after} (before: {before}{change})"
+
+
+def _cells(rows: Mapping[str, Any], name: str, digits: int) -> list[str]:
+    values: Sequence[float | None] = rows[name]
+    return [
+        "none" if value is None else f"{value:.{digits}f} \\[{low:.{digits}f}, {high:.{digits}f}]"
+        for value, (low, high) in zip(values, rows[f"{name}_interval"], strict=True)
+    ]
+
+
+def _interval(ends: Sequence[float], digits: int = 1) -> str:
+    return f"\\[{ends[0]:+.{digits}f}, {ends[1]:+.{digits}f}]"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())

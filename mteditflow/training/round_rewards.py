@@ -18,8 +18,7 @@ from mteditflow.advantages.selection import GroupSelection, select_groups
 from mteditflow.advantages.turns import turn_average
 from mteditflow.diagnostics import advantage_correlation, variance_ratio, zero_variance_share
 from mteditflow.rewards import TurnScores
-
-LOST = "lost/"
+from mteditflow.training.metrics_file import LOST
 
 
 @dataclass(frozen=True)

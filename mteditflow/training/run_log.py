@@ -1,25 +1,25 @@
-"""What a run says while it runs: numbers of every round, messages, progress, time by phase."""
+"""Log of a run: metrics of every round, messages, progress bars, seconds by phase."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mteditflow.training.metrics_file import MetricsFile, read_metrics
-from mteditflow.training.progress import Bar
+from mteditflow.training.metrics_file import SECONDS, MetricsFile, read_metrics
 from mteditflow.training.stopwatch import Stopwatch
 
-SECONDS = "seconds/"
+LINE_EVERY = 30.0  # seconds between plain lines of progress, at least
 YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 _CONTROL = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a link or a title for the terminal
-    r"|\x1b\[[0-?]*[ -/]*[@-~]"  # a colour, or a movement of the cursor
+    r"|\x1b\[[0-?]*[ -/]*[@-~]"  # a color, or a movement of the cursor
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
 
@@ -54,7 +54,7 @@ class RunLog:
     def __init__(self, folder: Path, *, console: bool, main: bool) -> None:
         self.folder, self.main = folder, main
         self.stopwatch = Stopwatch()
-        self._speaks = console and main
+        self._on_console = console and main
         self._metrics = MetricsFile(folder / "metrics.jsonl") if main else None
 
     @property
@@ -84,12 +84,12 @@ class RunLog:
             self._metrics.rewind(round_number)
 
     def message(self, text: str) -> None:
-        """Say something, in plain text of any number of lines."""
-        self._say(text, aloud=True)
+        """Log a message, plain text of any number of lines."""
+        self._write(text, aloud=True)
 
     def warning(self, text: str) -> None:
-        """Say that something is not as it should be."""
-        self._say(f"warning: {text}", aloud=True, color=YELLOW)
+        """Log a warning."""
+        self._write(f"warning: {text}", aloud=True, color=YELLOW)
 
     @contextmanager
     def bar(self, name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Bar]:
@@ -102,7 +102,7 @@ class RunLog:
             done: how many there are already, in a resumed run.
         """
         shown = None
-        if self._speaks and sys.stderr.isatty():
+        if self._on_console and sys.stderr.isatty():
             shown = tqdm(
                 desc=name,
                 total=total,
@@ -119,18 +119,70 @@ class RunLog:
 
     def _progress(self, text: str) -> None:
         """To the terminal only where no bar is drawn there."""
-        self._say(text, aloud=not sys.stderr.isatty())
+        self._write(text, aloud=not sys.stderr.isatty())
 
-    def _say(self, text: str, *, aloud: bool, color: str = "") -> None:
+    def _write(self, text: str, *, aloud: bool, color: str = "") -> None:
         if not self.main:
             return
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         stamped = "".join(f"{now} {line}\n" for line in _CONTROL.sub("", text).split("\n"))
         with (self.folder / "log.txt").open("ab", buffering=0) as file:
             file.write(stamped.encode(errors="replace"))  # at once: lines of threads stay whole
-        if self._speaks and aloud:
+        if self._on_console and aloud:
             colored = color if sys.stderr.isatty() else ""
             # A terminal that has gone away must not end a run.
             with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
                 sys.stderr.write(f"{colored}{stamped}{RESET if colored else ''}")
                 sys.stderr.flush()
+
+
+class Bar:
+    """Progress of one thing; ``RunLog.bar`` makes them.
+
+    Args:
+        name: what is counted, such as "rollout".
+        total: how many there will be.
+        unit: of what, in the plural.
+        done: how many there are already.
+        shown: the bar on the terminal, if there is one.
+        line: takes a plain line, at most one every 30 seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        unit: str,
+        *,
+        done: int,
+        shown: tqdm | None,
+        line: Callable[[str], None],
+    ) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, done
+        self._first, self._note = done, ""
+        self._shown, self._line = shown, line
+        self._started = self._said = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """Count what has been done."""
+        self.done += count
+        if self._shown is not None:
+            self._shown.update(count)
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY:
+            self._said = now
+            self._line(self._text(now - self._started))
+
+    def note(self, text: str) -> None:
+        """Show a few words beside the bar, such as the last rewards."""
+        self._note = text
+        if self._shown is not None:
+            self._shown.set_postfix_str(text)
+
+    def _text(self, seconds: float) -> str:
+        left = seconds * (self.total - self.done) / max(self.done - self._first, 1)
+        taken, left = (tqdm.format_interval(max(x, 0)) for x in (seconds, left))
+        note = f"; {self._note}" if self._note else ""
+        return (
+            f"{self.name}: {self.done} of {self.total} {self.unit}, {taken} gone, {left} left{note}"
+        )

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Wall-clock time of a run by phase."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OTHER = "other"
 
 
 class Stopwatch:
-    """Seconds of wall clock spent in named phases; all of them add up to the time that passed.
+    """Wall-clock seconds by named phase; they add up to the time that passed.
 
     A phase inside another one stops the outer one meanwhile. Time outside every phase is "other".
     A device works on after its call returns: end a phase where its result is read.
@@ -55,7 +55,7 @@ class Stopwatch:
         return seconds
 
     def _credit(self) -> None:
-        """Give the time since the last call to the innermost phase."""
+        """Add the time since the last call to the innermost phase."""
         now, name = time.monotonic(), self._open[-1] if self._open else OTHER
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
         self._mark = now

@@ -1,4 +1,4 @@
-"""Being asked to stop: the round in progress is finished first, on every rank together."""
+"""Graceful stop on signals: finish the round in progress, on every rank together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class Termination:
-    """Turns signals into a question that the loop asks between rounds.
+    """Signal handlers that set a flag, which the loop checks between rounds.
 
     SIGTERM (a scheduler or supervisor), SIGUSR1 (Slurm's warning, ``--signal=USR1@300``) and
     the first SIGINT (Ctrl-C) only set ``requested``; a second SIGINT raises ``KeyboardInterrupt``
@@ -44,13 +44,14 @@ class Termination:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank was asked to stop; ``signal`` says by which signal."""
+        """Whether this rank received a signal to stop; ``signal`` is its name."""
         return self.signal is not None
 
     def agreed(self) -> bool:
-        """Whether any rank was asked; a collective call where ``torch.distributed`` is initialised.
+        """Return whether any rank received a signal.
 
-        Every rank gets the same answer, so all stop after the same round.
+        A collective call where ``torch.distributed`` is initialized. Every rank gets the
+        same answer, so all stop after the same round.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self.requested

@@ -10,6 +10,10 @@ from tests.samples_of_scores import evaluation, few_resamples, nan, reference_me
 __all__ = ["few_resamples"]  # a fixture of every test here
 
 
+def estimates(pair):
+    return [float(interval.estimate) for interval in pair]
+
+
 def test_equal_evaluations_differ_by_exactly_nothing():
     generator = torch.Generator().manual_seed(0)
     following = (torch.rand(20, 3, generator=generator) < 0.6).float()
@@ -18,9 +22,11 @@ def test_equal_evaluations_differ_by_exactly_nothing():
     same = [evaluation(following.tolist(), consistency.tolist(), after=i) for i in (0, 7)]
     found = compare(*same)
     assert (found.before, found.after, found.turn, found.chains) == (0, 7, 3, 19)
-    for interval in (*found.difference.values(), *found.kept_difference.values()):
+    pairs = [*found.marginal_ratio.values(), found.conditional_success]
+    for interval in (*found.difference.values(), *(x.difference for x in pairs)):
         assert [float(x) for x in interval] == [0, 0, 0]
-    assert found.kept["marginal"][0] == found.kept["marginal"][1]
+    for pair in pairs:
+        assert list(map(float, pair.before)) == list(map(float, pair.after))
 
 
 def test_golden_difference_over_the_chains_that_count_in_both():
@@ -32,8 +38,16 @@ def test_golden_difference_over_the_chains_that_count_in_both():
     assert estimate["marginal"] == pytest.approx(100 - 100 / 3)
     assert estimate["instruction_following"] == pytest.approx(100 / 3)
     assert estimate["content_consistency"] == pytest.approx(10)
-    assert found.kept["marginal"] == pytest.approx((1 / 3, 1.5))
-    assert float(found.kept_difference["marginal"].estimate) == pytest.approx(100 * (1.5 - 1 / 3))
+    ratio, given = found.marginal_ratio["marginal"], found.conditional_success
+    assert estimates(ratio) == pytest.approx([1 / 3, 1.5, 1.5 - 1 / 3])
+    assert estimates(given) == pytest.approx([100 / 3, 100, 200 / 3])
+
+
+def test_the_ratio_of_marginals_is_no_share_of_the_success_at_turn_1():
+    """One chain succeeds at turn 1 and fails at turn 2, two the other way round."""
+    found = compare(*[evaluation([[5, 1], [1, 5], [1, 5]], success_at=5)] * 2)
+    assert estimates(found.marginal_ratio["marginal"]) == [2, 2, 0]
+    assert estimates(found.conditional_success) == [0, 0, 0]
 
 
 def test_the_comparison_equals_that_of_a_loop_in_plain_python():
@@ -47,21 +61,29 @@ def test_the_comparison_equals_that_of_a_loop_in_plain_python():
 
     def differences(rows):
         old, new = (reference_metrics(*run, rows) for run in scores)
-        kept = 100 * (new[1, -1] / new[1, 0] - old[1, -1] / old[1, 0])
-        return np.array([*(new - old)[:, -1], kept])
+        ratios = [x[1, -1] / x[1, 0] for x in (old, new)]
+        given = []
+        for success, _ in scores:
+            last = [success[c][-1] for c in rows if success[c][0]]
+            given.append(100 * sum(last) / len(last))
+        pairs = [[before, after, after - before] for before, after in (ratios, given)]
+        return np.array([*(new - old)[:, -1], *pairs[0], *pairs[1]])
 
-    *metrics, kept = zip(*resampled(differences, 30), strict=True)
+    expected = list(zip(*resampled(differences, 30), strict=True))
+    metrics, pairs = expected[:-6], expected[-6:]
     found = compare(*runs)
     for interval, expected in zip(found.difference.values(), metrics, strict=True):
         assert [float(x) for x in interval] == pytest.approx(list(expected), abs=1e-3)
-    interval = [float(x) for x in found.kept_difference["marginal"]]
-    assert interval == pytest.approx(list(kept), abs=1e-3)
+    intervals = (*found.marginal_ratio["marginal"], *found.conditional_success)
+    for interval, expected in zip(intervals, pairs, strict=True):
+        assert [float(x) for x in interval] == pytest.approx(list(expected), abs=1e-3)
 
 
-def test_nothing_kept_of_no_success_and_nothing_compared_without_chains():
+def test_no_ratio_to_no_success_and_nothing_compared_without_chains():
     nothing = compare(evaluation([[0, 1]]), evaluation([[1, 1]]))
-    assert nothing.kept["marginal"][0] != nothing.kept["marginal"][0]
-    assert nothing.kept["marginal"][1] == 1
+    ratio, given = nothing.marginal_ratio["marginal"], nothing.conditional_success
+    assert estimates(ratio) == pytest.approx([nan, 1, nan], nan_ok=True)
+    assert estimates(given) == pytest.approx([nan, 100, nan], nan_ok=True)
     none = compare(evaluation([[nan], [1]]), evaluation([[1], [nan]]))
     assert none.chains == 0
     assert bool(none.difference["marginal"].estimate.isnan())

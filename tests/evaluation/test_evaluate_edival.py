@@ -97,8 +97,8 @@ def test_the_detector_tells_what_it_can_and_the_judge_the_rest(folder, checked):
         assert marginal.estimate == pytest.approx(
             100 * used.get("detector", 0) / kinds[kind], abs=1e-4
         )
-    assert "## What told success, in turns\n\n|  | detector |" in (output / "report.md").read_text()
-    assert "What told success, in turns" in said
+    assert "## Check of success, in turns\n\n|  | detector |" in (output / "report.md").read_text()
+    assert "Check of success, in turns" in said
 
 
 def test_what_an_idle_editor_leaves_is_no_success(folder, tmp_path):
@@ -136,7 +136,7 @@ def test_a_comparison_says_what_told_either_run(folder, checked, tmp_path):
     first, second = report(tmp_path / "z").notes[-2:]
     assert "detector" in first
     assert "detector" not in second
-    assert second.startswith("Turns of asked by what told success: ")
+    assert second.startswith("Turns of asked by check of success: ")
     assert second in (tmp_path / "z" / "report.md").read_text()
 
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from mteditflow.chains import TASK_TYPES, Chain
-from mteditflow.evaluation.numbers import ALL, DROP
-from mteditflow.evaluation.paired import most_changed, report_difference
-from mteditflow.evaluation.plots import draw_report
-from mteditflow.evaluation.report import Report, report_of
+from mteditflow.evaluation.comparison import most_changed, report_difference
+from mteditflow.evaluation.figures import draw_report
+from mteditflow.evaluation.report import ALL, DROP, Report, report_of
 from mteditflow.evaluation.tables import (
     as_csv,
     checks_in_short,
@@ -132,7 +131,7 @@ def test_what_told_success_is_counted_by_edit_type_over_the_chains_that_count():
     assert f"|  | asked | box |\n| --- | ---: | ---: |\n| {ADD} | 1 | 2 |" in markdown(report)
     assert rich_tables(report)[-1].row_count == 3
     assert checks_in_short(report) == (
-        f"Turns of x by what told success: {ADD}: box 2, asked 1; {COLOR}: asked 1; "
+        f"Turns of x by check of success: {ADD}: box 2, asked 1; {COLOR}: asked 1; "
         "unknown: asked 1."
     )
     for wrong in (ways[:3], [*ways[:3], ("asked", "asked")]):

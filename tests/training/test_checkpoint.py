@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mteditflow.training import Checkpoints, checkpoint_files
+from mteditflow.training import Checkpoints, checkpoint
 
 SAVER = Path(__file__).with_name("saving_until_killed.py")
 FILES = ["manifest.json", "state.json", "model.safetensors", "optimizer.safetensors", "lora/a.bin"]
@@ -193,11 +193,11 @@ def test_damage_to_all_leaves_nothing(checkpoints):
 def test_no_flipped_bit_of_the_manifest_goes_unseen(checkpoints):
     path = save(checkpoints, 1, score=0.25) / "manifest.json"
     data = path.read_bytes()
-    body = checkpoint_files.read_manifest(path.parent)
+    body = checkpoint.read_manifest(path.parent)
     for position in range(len(data)):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-        with contextlib.suppress(checkpoint_files.DamagedError):
-            assert checkpoint_files.read_manifest(path.parent) == body
+        with contextlib.suppress(checkpoint.DamagedError):
+            assert checkpoint.read_manifest(path.parent) == body
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"checksum": 1}', "[" * 100_000, "\xff"])
@@ -209,13 +209,13 @@ def test_a_manifest_that_is_something_else(checkpoints, text):
 
 
 def test_another_format_version_is_an_error_not_damage(checkpoints, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
     path = save(checkpoints, 1)
     monkeypatch.undo()
     for which in ("auto", "best", path):
         with pytest.raises(ValueError, match="expected checkpoint format 1, got 2") as caught:
             checkpoints.find(which)
-        assert not isinstance(caught.value, checkpoint_files.DamagedError)
+        assert not isinstance(caught.value, checkpoint.DamagedError)
 
 
 # Failures while saving.

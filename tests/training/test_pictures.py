@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
-from mteditflow.evaluation.style import AMBER, BAD, GOOD, INK, house_style
+from mteditflow.evaluation.figures import AMBER, BAD, GOOD, INK, house_style
 from mteditflow.rewards import Fault, Lost, Reward, TurnScores
 from mteditflow.training.pictures import (
     Strip,
@@ -24,7 +24,7 @@ from mteditflow.training.pictures import (
     write_picture,
 )
 from mteditflow.training.pictures.curves import smooth
-from mteditflow.training.pictures.page import text_width, wrap
+from mteditflow.training.pictures.strips import text_width, wrap
 from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
 
 __all__ = ["few_resamples"]  # a fixture of every test here

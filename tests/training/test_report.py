@@ -1,5 +1,6 @@
-"""report.json: everything a run has shown, in what JSON can hold."""
+"""report.json and the summary on the terminal."""
 
+import io
 import json
 from datetime import date
 from enum import Enum
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import mteditflow
 from mteditflow.evaluation.comparison import compare
-from mteditflow.training.report import run_report, write_report
+from mteditflow.training.report import print_summary, run_report, summary_lines, write_report
 from tests.samples_of_scores import evaluation, few_resamples, nan
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -32,6 +34,9 @@ METRICS = [
     {"round": 2, "trajectories": 8.0, "invalid_share": 0.0, "seconds/a": 3.0, "seconds/b": 2.0},
     {"round": 3, "trajectories": 4.0, "invalid_share": 0.5, "lost/refusal": 3.0, "seconds/a": nan},
 ]
+
+
+WHEN = ("before", "after", "difference")
 
 
 def pair():
@@ -66,8 +71,16 @@ def test_golden_report(tmp_path):
     gain, found = report["difference_at_last_turn"], compare(before, after)
     assert (gain["turn"], gain["chains"]) == (2, 2)
     assert gain["marginal"] == 50
-    assert gain["kept"] == {"marginal": [0.5, 1.0], "whole": [0.0, 1.0]}
-    assert gain["marginal_kept_difference"] == 50
+    ratios = {name: [x[when] for when in WHEN] for name, x in gain["marginal_ratio"].items()}
+    assert ratios == {"marginal": [0.5, 1, 0.5], "whole": [0, 1, 1]}
+    assert [gain["conditional_success"][when] for when in WHEN] == [50, 100, 50]
+    for stored, computed in (
+        (gain["marginal_ratio"]["marginal"], found.marginal_ratio["marginal"]),
+        (gain["conditional_success"], found.conditional_success),
+    ):
+        for when, interval in zip(WHEN, computed, strict=True):
+            ends = [float(interval.low), float(interval.high)]
+            assert stored[f"{when}_interval"] == pytest.approx(ends, abs=1e-4)
     for name, interval in found.difference.items():
         assert gain[name] == pytest.approx(float(interval.estimate), abs=1e-4)
         ends = [float(interval.low), float(interval.high)]
@@ -96,3 +109,74 @@ def test_a_run_of_no_rounds_and_no_scores_has_a_report(tmp_path):
     assert report["after"]["marginal"] == [None, None]
     assert report["difference_at_last_turn"]["marginal_interval"] == [None, None]
     assert (report["seconds"], report["invalid_reward_share"]) == (0, 0)
+
+
+def printed(report, folder, width=110):
+    console = Console(file=io.StringIO(), width=width)
+    print_summary(report, folder, console=console)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def report(few_resamples):
+    report = run_report(*pair(), METRICS, config={}, seed=0)
+    return json.loads(json.dumps(report))
+
+
+def test_the_table_has_a_line_before_and_after_for_each_metric(report, tmp_path):
+    (tmp_path / "curves.png").touch()
+    for name in (".hidden", "answers.sqlite-wal"):
+        (tmp_path / name).touch()
+    text = printed(report, tmp_path)
+    rows = [[x.strip() for x in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    table, name = {}, ""
+    for title, when, *cells in rows:
+        name = title or name
+        table[name, when] = cells
+    assert [cell.split(" [")[0] for cell in table["Marginal: this turn alone", "before"]] == [
+        *("100.0", "50.0")
+    ]
+    assert table["IF: all turns so far", "after"] == ["100.0 [100.0, 100.0]"] * 2
+    assert table["CC", "after"][1] == "60.0 [60.0, 60.0]"
+    assert table["whole, mean", "after"] == ["1.000 [1.000, 1.000]"] * 2
+    assert len(table) == 10
+    assert "3 held-out chains, percent [95% interval]" in text
+    assert "curves.png" in text
+    assert ".hidden" not in text
+    assert "sqlite" not in text
+
+
+def test_the_rest_is_told_in_words(report):
+    lines = "\n".join(summary_lines(report)).replace("\\", "")
+    assert "At turn 2, paired over 2 chains: IF +50.0 [" in lines
+    assert "CC +10.0 [+10.0, +10.0], Overall" in lines
+    assert "Marginal(2) / Marginal(1) = 1.00 (before: 0.50; +0.50 [" in lines
+    assert "whole(2) / whole(1) = 1.00 (before: 0.00; +1.00 [" in lines
+    assert "P(success at turn 2 | success at turn 1) = 100.0% (before: 50.0%; +50.0 [" in lines
+    assert "Before, 1 of 3 held-out chains could not be scored" in lines
+    assert "(turns lost: 1 time-out)" in lines
+    assert "After," not in lines
+    assert "3 rounds took 0:00:08: a 75%, b 25%." in lines
+    assert "25.0% of training trajectories lost an answer (3 refusal, 2 time-out)." in lines
+    assert "20.0% of training rewards were invalid; they trained nothing." in lines
+
+
+def test_an_undisturbed_run_of_one_turn_is_told_shortly():
+    one = evaluation([[1], [0]])
+    (line,) = summary_lines(run_report(one, one, [], config={}, seed=0))
+    assert line.startswith("At turn 1, paired over 2 chains: IF +0.0")
+
+
+def test_a_run_without_scores_is_told(tmp_path):
+    none = evaluation([[nan, nan], [nan, nan]])
+    text = printed(run_report(none, none, [], config={}, seed=0), tmp_path)
+    assert "At turn 2 no chain can be compared." in text
+    assert text.count("none") >= 8
+    assert "Marginal(2) / Marginal(1) = none (before: none)." in text
+    assert "P(success at turn 2 | success at turn 1) = none (before: none)." in text
+
+
+def test_a_folder_with_brackets_is_named_as_it_is(report, tmp_path):
+    folder = tmp_path / "run[red]"
+    folder.mkdir()
+    assert "run[red]" in printed(report, folder, width=300)

@@ -51,7 +51,7 @@ def screen(monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("mteditflow.training.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mteditflow.training.run_log.time.monotonic", lambda: now[0])
     return now
 
 

@@ -3,12 +3,17 @@
 Wording is this library's own: compare editors with it, not with published tables.
 """
 
+from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
 from mteditflow.evaluation.benchmarks.edival import EdiValJudge, TypeScores
 from mteditflow.evaluation.benchmarks.gedit import gedit_items, report_gedit, score_gedit
 from mteditflow.evaluation.benchmarks.imgedit import imgedit_items, report_imgedit, score_imgedit
-from mteditflow.evaluation.benchmarks.items import Item, ItemReading, ItemScores, score_items
-from mteditflow.evaluation.benchmarks.report import BenchmarkReport, summarise
-from mteditflow.evaluation.benchmarks.rubric import Rubric
+from mteditflow.evaluation.benchmarks.items import (
+    Item,
+    ItemReading,
+    ItemScores,
+    Rubric,
+    score_items,
+)
 
 __all__ = [
     "BenchmarkReport",

@@ -17,15 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mteditflow._checks import check_choice
 from mteditflow.chains.formats.base import numbered_lines, parse_object
 from mteditflow.chains.record import ChainError, first_error
+from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
 from mteditflow.evaluation.benchmarks.items import (
     Item,
     ItemReading,
     ItemScores,
+    Rubric,
     Scores,
     score_items,
 )
-from mteditflow.evaluation.benchmarks.report import BenchmarkReport, summarise
-from mteditflow.evaluation.benchmarks.rubric import Rubric
 from mteditflow.rewards import ChatClient
 
 GroupName = Literal[

@@ -15,15 +15,15 @@ from statistics import fmean
 
 from mteditflow.chains import read_chains
 from mteditflow.chains.formats.imgedit import category_of
+from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
 from mteditflow.evaluation.benchmarks.items import (
     Item,
     ItemReading,
     ItemScores,
+    Rubric,
     Scores,
     score_items,
 )
-from mteditflow.evaluation.benchmarks.report import BenchmarkReport, summarise
-from mteditflow.evaluation.benchmarks.rubric import Rubric
 from mteditflow.rewards import ChatClient
 
 ALIASES: Mapping[str, str] = {"alter": "adjust", "hybrid": "compose"}

@@ -4,10 +4,10 @@ Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts 
 ``log_pictures`` gives it to the trackers of accelerate.
 """
 
+from mteditflow.evaluation.figures import log_pictures, write_picture
 from mteditflow.training.pictures.before_after import draw_before_after, risen_and_fallen
 from mteditflow.training.pictures.curves import draw_curves
 from mteditflow.training.pictures.histograms import draw_histograms
-from mteditflow.training.pictures.output import log_pictures, write_picture
 from mteditflow.training.pictures.strips import Strip, draw_strips
 
 __all__ = [

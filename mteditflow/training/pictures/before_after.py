@@ -1,4 +1,4 @@
-"""What training changed, in pictures: chains before and after, in both directions."""
+"""Chains before and after training: those that gained turns, and those that lost some."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Ch
     count in both evaluations are looked at; of equals the first ones are taken.
 
     Args:
-        before: of the model as it came.
-        after: of the same chains.
+        before: evaluation of the base model.
+        after: evaluation of the same chains.
         count: how many to choose, at most.
     """
     counted = (before.valid & after.valid).nonzero().flatten()
@@ -59,8 +59,8 @@ def draw_before_after(
     """Draw the chains of ``risen_and_fallen``, before above after; its words are the title.
 
     Args:
-        before: of the model as it came.
-        after: of the same chains, from the same noise.
+        before: evaluation of the base model.
+        after: evaluation of the same chains, from the same noise.
         images_before: [reference, turn 1, ..., turn N] by row of ``before``; only the rows that
             ``risen_and_fallen`` names are looked up.
         images_after: the same of ``after``.

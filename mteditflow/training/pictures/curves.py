@@ -1,4 +1,4 @@
-"""The curves of a run: rewards, held-out metrics, lost rewards, and where the time went."""
+"""Curves of a run: rewards, held-out metrics, invalid rewards, and seconds by phase."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from mteditflow.evaluation.evaluation import Evaluation
-from mteditflow.evaluation.style import (
+from mteditflow.evaluation.figures import (
     AMBER,
     BAD,
     BLUE,
-    DPI,
     FAINT,
     GOOD,
-    INK,
     PURPLE,
     SOFT,
     house_style,
+    legend_below,
+    titled_figure,
 )
-from mteditflow.training.metrics_file import ROUND
+from mteditflow.training.metrics_file import ROUND, SECONDS
 from mteditflow.training.pictures.histograms import color_of
-from mteditflow.training.run_log import SECONDS
 from mteditflow.training.stopwatch import OTHER, shares
 
 REWARD, INVALID = "reward/", "invalid_share"
@@ -48,7 +46,7 @@ Panel = Callable[[Any], None]
 def draw_curves(
     metrics: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], *, title: str
 ) -> Figure:
-    """Draw what there is of a run, in up to six panels.
+    """Draw the curves of a run, in up to six panels; a panel without data is left out.
 
     Rewards per term, raw and as the mean over the last rounds; IF, Marginal, CC and Overall of
     held-out chains at the last turn over rounds, with 95% intervals; Overall and Marginal by turn,
@@ -73,16 +71,12 @@ def draw_curves(
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     with house_style():
-        size = (max(4.9 * columns, 7.5), 3.7 * rows + 0.5)
-        figure = Figure(
-            figsize=size, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12)
-        )
+        figure = titled_figure(max(4.9 * columns, 7.5), 3.7 * rows + 0.5, title)
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, panel in zip(grid, panels, strict=False):
             panel(axes)
         for axes in grid[len(panels) :]:
             axes.remove()
-        figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12.5, wrap=True)
     return figure
 
 
@@ -133,7 +127,7 @@ def _draw_rewards(
     axes.set_xlabel(f"round (bold: mean of the last {window})")
     if every and min(every) >= 0 and max(every) <= 1:
         axes.set_ylim(0, 1.04)
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:
@@ -150,7 +144,7 @@ def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:
     axes.set_ylim(0, 104)
     if len(rounds) == 1:
         axes.set_xlim(rounds[0] - 1, rounds[0] + 1)
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def _draw_turns(axes: Any, *, evaluations: Sequence[Evaluation], name: str) -> None:
@@ -173,7 +167,7 @@ def _draw_turns(axes: Any, *, evaluations: Sequence[Evaluation], name: str) -> N
     axes.set(xlabel="turn", ylim=(0, 108), xticks=list(turns))
     axes.set_title(BY_TURN[name], loc="left", fontsize=11)
     axes.margins(x=0.14)
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def _annotate(axes: Any, turn: int, value: float, color: str, *, above: bool) -> None:
@@ -212,28 +206,13 @@ def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequ
     axes.stackplot(rounds, values, labels=labels, colors=colors, alpha=0.8, linewidth=0, step="mid")
     _over_rounds(axes, "Seconds of a round, by phase")
     axes.set_ylim(bottom=0)
-    _legend_below(axes)
+    legend_below(axes)
 
 
 def _over_rounds(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-
-
-def _legend_below(axes: Any) -> None:
-    """Outside the curves: it never hides one."""
-    count = len(axes.get_legend_handles_labels()[1])
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=min(count, 4),
-        columnspacing=1.2,
-        handlelength=1.5,
-        labelcolor=INK,
-    )
 
 
 def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:

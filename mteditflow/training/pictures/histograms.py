@@ -1,4 +1,4 @@
-"""How the rewards of a round are distributed, over trajectories and inside groups."""
+"""Distributions of the rewards of a round, over trajectories and inside groups."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mteditflow.evaluation.style import (
+from mteditflow.evaluation.figures import (
     AMBER,
     BLUE,
-    DPI,
     FAINT,
     GOOD,
     INK,
     PURPLE,
     SOFT,
     house_style,
+    titled_figure,
 )
 from mteditflow.rewards import Reward
 
@@ -31,7 +30,7 @@ SPARE = (GOOD, PURPLE, SOFT)  # of other terms
 
 
 def color_of(name: str, position: int) -> str:
-    """Colour of a term; others than IF and CC go by their position."""
+    """Color of a term; others than IF and CC go by their position."""
     return COLORS.get(name, SPARE[position % len(SPARE)])
 
 
@@ -39,7 +38,7 @@ def draw_histograms(rewards: Mapping[str, Reward], group: Tensor, *, title: str)
     """Draw each reward's distribution over trajectories, and its spread in each group.
 
     Below, a column is a group: its members, from the worst to the best, and its mean; groups are
-    in the order of their means. A group of equal rewards teaches nothing.
+    in the order of their means. A group of equal rewards has no gradient.
 
     Args:
         rewards: by name, one per trajectory, [B]; invalid ones are left out and counted.
@@ -53,11 +52,7 @@ def draw_histograms(rewards: Mapping[str, Reward], group: Tensor, *, title: str)
         ['following: mean 0.500 of 4', 'spread in groups: std 0.150; none in 0 of 2']
     """
     with house_style():
-        figure = Figure(
-            figsize=(max(6.2 * len(rewards), 8.0), 6.6),
-            dpi=DPI,
-            layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12),
-        )
+        figure = titled_figure(max(6.2 * len(rewards), 8.0), 6.6, title)
         panels = figure.subplots(2, len(rewards), squeeze=False, height_ratios=(1, 1.15))
         for i, (name, reward) in enumerate(rewards.items()):
             color, value = color_of(name, i), reward.value[reward.valid].double()
@@ -66,7 +61,6 @@ def draw_histograms(rewards: Mapping[str, Reward], group: Tensor, *, title: str)
             _draw_groups(panels[1, i], value, group[reward.valid], ends, color)
             panels[0, i].set_ylabel("trajectories" if i == 0 else "")
             panels[1, i].set_ylabel("reward" if i == 0 else "")
-        figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12.5, wrap=True)
     return figure
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from mteditflow.evaluation.evaluation import FOLLOWING
-from mteditflow.evaluation.style import AMBER, BAD, FAINT, GOOD, INK, SOFT, house_style
+from mteditflow.evaluation.figures import AMBER, BAD, DPI, FAINT, GOOD, INK, SOFT, house_style
 from mteditflow.rewards import TurnScores
-from mteditflow.training.pictures.page import Page, line_height, text_width, wrap
 
+LEADING = 1.32  # from one line to the next, in font sizes
 SMALL, LARGE, LARGE_FROM = 1.75, 2.7, 128  # inches of a picture; pixels that need the large one
 MARGIN, GAP, LABEL, BLOCK_GAP = 0.28, 0.13, 0.3, 0.34  # inches
 TITLE_SIZE, TEXT_SIZE, SCORE_SIZE = 12.5, 9.5, 8.5  # points
@@ -29,7 +33,7 @@ class Strip:
         chain_id: of its chain; strips of one chain that follow each other share instructions.
         instructions: one per turn, N.
         images: [reference, turn 1, ..., turn N].
-        terms: scores by name; "following" colours the frames.
+        terms: scores by name; "following" colors the frames.
         row: of this trajectory in the terms.
         label: said at its left, such as "member 3".
     """
@@ -49,7 +53,7 @@ class Strip:
             )
 
     def score_lines(self, turn: int, width: float) -> list[tuple[str, str, str]]:
-        """Return (name, value, colour) of each line under a turn, none wider than ``width``."""
+        """Return (name, value, color) of each line under a turn, none wider than ``width``."""
         lines: list[tuple[str, str, str]] = []
         for name, scores in self.terms.items():
             value, color = _shown(scores, self.row, turn)
@@ -61,7 +65,7 @@ class Strip:
         return lines
 
     def frame(self, turn: int, success_at: float) -> dict[str, Any]:
-        """Colour and line of the frame around what a turn made."""
+        """Color and line of the frame around what a turn made."""
         scores = self.terms[FOLLOWING]
         score = float(scores.score[self.row, turn])
         if score != score:
@@ -199,10 +203,92 @@ def _legend(success_at: float) -> str:
 
 
 def _shown(scores: TurnScores, row: int, turn: int) -> tuple[str, str]:
-    """A score in words, and the colour of these."""
+    """A score in words, and the color of these."""
     if (row, turn) in scores.lost:
         return f"lost: {scores.lost[row, turn].fault.value}", BAD
     score = float(scores.score[row, turn])
     if score != score:
         return "not measured", SOFT
     return f"{score:.0f}" if score == round(score) else f"{score:.3f}", INK
+
+
+def line_height(size: float) -> float:
+    """From one line of text to the next, in inches."""
+    return LEADING * size / 72
+
+
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Width of a line as it will be drawn, in inches; call it in ``house_style``."""
+    font = font_manager.FontProperties(size=size, weight=weight)
+    width, *_ = _renderer().get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / DPI
+
+
+@lru_cache
+def _renderer() -> Any:
+    return FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
+
+
+def wrap(text: str, width: float, size: float, *, most: int = 12) -> list[str]:
+    """Break text into lines of at most ``width`` inches; what is beyond ``most`` lines is cut.
+
+    A word that is wider than a line is broken, so text without spaces is too.
+    """
+    lines: list[str] = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}", size) <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and text_width(lines[-1] + letter, size) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and text_width(f"{last} …", size) > width:
+        last = last[:-1]
+    return [*lines[: most - 1], f"{last} …"]
+
+
+class Page:
+    """A figure of a size in inches; x goes right and y down from the top left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+
+    def text(self, x: float, y: float, lines: Sequence[str], *, size: float, **style: Any) -> None:
+        """Write lines whose top is at y."""
+        for i, line in enumerate(lines):
+            base = y + line_height(size) * i + 1.02 * size / 72
+            self.figure.text(x / self.width, 1 - base / self.height, line, fontsize=size, **style)
+
+    def rotated(self, x: float, y: float, text: str, *, size: float, color: str) -> None:
+        """Write upwards, around a point."""
+        self.figure.text(
+            *(x / self.width, 1 - y / self.height, text),
+            fontsize=size,
+            color=color,
+            rotation=90,
+            ha="center",
+            va="center",
+        )
+
+    def picture(
+        self, x: float, y: float, size: tuple[float, float], image: Image.Image, **frame: Any
+    ) -> None:
+        """Show an image, enlarged without blur if it is small, in a frame."""
+        width, height = size
+        box = (
+            x / self.width,
+            1 - (y + height) / self.height,
+            width / self.width,
+            height / self.height,
+        )
+        axes = self.figure.add_axes(box)
+        axes.imshow(np.asarray(image.convert("RGB")), interpolation="auto")
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(visible=True, **frame)

@@ -13,7 +13,7 @@ from mteditflow_examples.shapes.world import draw, make_chains
 
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.evaluation.benchmarks import EdiValJudge
-from mteditflow.evaluation.benchmarks.edival_checks import RULES, Find, lies, statement, yes_or_no
+from mteditflow.evaluation.benchmarks.edival import RULES, Find, lies, statement, yes_or_no
 from mteditflow.planner import parse_formatted
 from mteditflow.rewards import (
     AnswerError,

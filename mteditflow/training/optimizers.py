@@ -1,12 +1,12 @@
-"""The state of an optimizer as plain tensors and JSON, whatever the number of ranks."""
+"""State of an optimizer as plain tensors and JSON, independent of the number of ranks."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -14,7 +14,7 @@ from mteditflow.pipelines.sharding import whole
 
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that an optimizer's next step depends on, apart from weights and gradients.
+    """Return all that an optimizer's next step depends on, apart from weights and gradients.
 
     Every rank calls it where parameters are sharded (FSDP2's ``fully_shard``).
 
@@ -102,7 +102,8 @@ def load_optimizer_state(
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper, which is a ``torch.optim.Optimizer`` too."""
-    if isinstance(optimizer, AcceleratedOptimizer):
+    accelerate = sys.modules.get("accelerate.optimizer")  # a wrapper exists only once imported
+    if accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"

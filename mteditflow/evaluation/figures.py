@@ -1,32 +1,121 @@
-"""A report as pictures: bars per turn, Marginal as lines, and success by edit type."""
+"""Figures: their style, writing them to files and trackers, and a report drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
-from mteditflow.evaluation.numbers import ALL
-from mteditflow.evaluation.report import Report
-from mteditflow.evaluation.style import (
-    AMBER,
-    BLUE,
-    DPI,
-    FAINT,
-    GOOD,
-    INK,
-    PURPLE,
-    SOFT,
-    house_style,
-)
+from mteditflow._files import write_atomically
+from mteditflow.evaluation.report import ALL, Report
 
+INK, SOFT, FAINT = "#1f2933", "#6b7684", "#c9d0d8"
+GOOD, AMBER, BAD, BLUE, PURPLE = "#1a7f4b", "#d97706", "#c0392b", "#2457d6", "#7c3aed"
+DPI = 140
+# For instructions in other scripts, where a font is there.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans")
 BARS = {
     "instruction_following": ("IF", BLUE),
     "content_consistency": ("CC", AMBER),
     "overall": ("Overall", GOOD),
 }
 LINES = (SOFT, BLUE, GOOD, AMBER)  # of the reports that are compared
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Fonts and colors of all pictures; a letter that no font has is a box, without a warning."""
+    with mpl.rc_context(_style()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+@lru_cache
+def _style() -> dict[str, Any]:
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    return {
+        "font.family": [name for name in FONTS if name in there],
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": SOFT,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "text.parse_math": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+
+
+def titled_figure(width: float, height: float, title: str) -> Figure:
+    """Return an empty figure of a size in inches, with room around its panels; in ``house_style``.
+
+    A title of any length is wrapped.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12.5, wrap=True)
+    return figure
+
+
+def legend_below(axes: Any, *, columns: int = 4) -> None:
+    """Draw the legend below the axis, where it covers no curve, in so many columns at most."""
+    count = len(axes.get_legend_handles_labels()[1])
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=min(count, columns),
+        columnspacing=1.2,
+        handlelength=1.5,
+        labelcolor=INK,
+    )
+
+
+def write_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically; its folder is made."""
+    write_atomically(path, _png(figure))
+
+
+def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step: int) -> None:
+    """Log figures to the trackers of accelerate that accept images.
+
+    Args:
+        trackers: ``Accelerator.trackers``.
+        figures: by name, such as "strips".
+        step: the round.
+    """
+    takers = [tracker for tracker in trackers if hasattr(tracker, "log_images")]
+    images = {
+        name: Image.open(BytesIO(_png(figure))).convert("RGB")
+        for name, figure in figures.items()
+        if takers
+    }
+    for tracker in takers:
+        if tracker.name == "tensorboard":  # takes a batch of arrays, others a list of images
+            arrays = {name: np.asarray(image)[None] for name, image in images.items()}
+            tracker.log_images(arrays, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({name: [image] for name, image in images.items()}, step=step)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    with house_style():
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
 
 
 def draw_report(*reports: Report) -> Figure:
@@ -66,7 +155,7 @@ def _bars(axes: Any, report: Report) -> None:
         style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
         axes.bar(places, values, 0.92 * width, yerr=errors, **style)
     _finish(axes, "All turns so far, %", turns)
-    _legend(axes, columns=3)
+    legend_below(axes, columns=3)
 
 
 def _lines(axes: Any, reports: Sequence[Report]) -> None:
@@ -78,7 +167,7 @@ def _lines(axes: Any, reports: Sequence[Report]) -> None:
         axes.errorbar(turns, values, yerr=errors, label=report.title, **style)
     _finish(axes, "Marginal: this turn alone, %", turns)
     if len(reports) > 1:
-        _legend(axes, columns=1)  # their titles may be long
+        legend_below(axes, columns=1)  # their titles may be long
 
 
 def _types(axes: Any, report: Report) -> None:
@@ -106,13 +195,6 @@ def _values(
     )
     below = [max(v - low, 0) for v, low in zip(values, lows, strict=True)]
     return values, [below, [max(high - v, 0) for v, high in zip(values, highs, strict=True)]]
-
-
-def _legend(axes: Any, *, columns: int) -> None:
-    """Below the axis, where it covers nothing."""
-    axes.legend(
-        frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns
-    )
 
 
 def _finish(axes: Any, title: str, turns: Sequence[int]) -> None:
