@@ -1,15 +1,16 @@
 """Teach an editor to work on its own imperfect images by distillation, without any reward.
 
     python examples/self_distillation.py shapes-nft --model.path runs/shapes/model ...
-    python examples/self_distillation.py shapes-nft --distillation.teacher CHECKPOINT/lora ...
+    python examples/self_distillation.py shapes-nft --teacher.path CHECKPOINT/lora ...
 
 The first is MT-OPSD (arXiv 2609.35611): the student edits chains, each turn on its own image, and
-the teacher, which is the model as it came, is shown the CLEAN image of each turn instead. At the
+the teacher, which is the base model, is shown the CLEAN image of each turn instead. At the
 states that the student reached itself, its velocity is drawn to the teacher's. Where a turn starts
 from a clean image, as the first one does, this keeps the student what it was. The second is plain
 on-policy distillation: a teacher of other weights, a LoRA of the run's rank, sees what the student
 sees. Rewards are only asked for by evaluations; otherwise the command line, presets, checkpoints,
-resuming, log and report are those of ``train_flux.py``, whose objective has no meaning here.
+resuming, log and report are those of ``train_flux.py``, with the objective ``Distillation`` in
+place of the preset's.
 
 Clean images come from ``clean_images``, and it is all that knows of the shapes world, in which the
 true picture before each turn can be drawn. There are none of a photograph's later turns. MT-OPSD
@@ -21,8 +22,8 @@ has no such instruction.
 
 Seen in the shapes world (seed 0, 20 rounds, 512 held-out chains, 95% intervals of paired
 differences): from the clean image, with ``--training.minibatches 8 --training.learning-rate 2e-3
---distillation.share 0.5``, Marginal(3) rises from 23.8 to 27.0 (+3.1 [+1.2, +5.1]), and turn 3
-keeps 69% of the success at turn 1, before 62%. But CC(3) falls from 96.8 to 95.8 (-1.0 [-1.3,
+--objective.share 0.5``, Marginal(3) rises from 23.8 to 27.0 (+3.1 [+1.2, +5.1]), and
+Marginal(3) / Marginal(1) from 0.62 to 0.69. But CC(3) falls from 96.8 to 95.8 (-1.0 [-1.3,
 -0.8]), and Overall(3) gains nothing (-1.7 [-4.5, +1.1], from 18.4). A guess at why: wear can be
 seen in an image, but what this editor makes are wrong edits, of which an image does not tell. From
 the LoRA of 20 rounds of NFT, with ``--training.final-rate 0.3``, Overall(3) rises to 45.3; the
@@ -31,148 +32,147 @@ teacher's is 45.9.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from mteditflow_examples.flux.config import ConfigError
-from mteditflow_examples.flux.run import Run, main
-from mteditflow_examples.shapes.served import chain_of
-from mteditflow_examples.shapes.vision import pixels_of, to_pil
-from mteditflow_examples.shapes.world import draw
-from PIL.Image import Image, Resampling
-from torch import Tensor
+from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.config import ConfigError, DistillationConfig
 
-import mteditflow as mt
-from mteditflow.chains import Chain
-from mteditflow.pipelines import Rollout
-from mteditflow.training import Updater, keyed_generator, training_rows
+from mteditflow.objectives import Sampling
 
-Losses = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+if TYPE_CHECKING:
+    from mteditflow_examples.flux.run import Run
+    from mteditflow_examples.flux.sampling import RoundChains
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from mteditflow.chains import Chain
+    from mteditflow.pipelines import Rollout
 
 
 def clean_images(chain: Chain, reference: Image) -> list[Image]:
     """The image before each turn had all turns before it been right: here the true ones, drawn."""
+    from mteditflow_examples.shapes.served import chain_of
+    from mteditflow_examples.shapes.vision import pixels_of, to_pil
+    from mteditflow_examples.shapes.world import draw
+    from PIL.Image import Resampling
+
     states = chain_of(pixels_of(reference), chain.instructions).states[:-1]
     return [to_pil(draw(state)).resize(reference.size, Resampling.NEAREST) for state in states]
 
 
 def train(run: Run) -> None:
-    """Roll out, look up what the teacher says there, step: until the last round."""
-    config = run.config
+    """Roll out the student, record the teacher's conditioning, update; evaluate, log and save."""
+    from mteditflow_examples.flux.checkpointing import restore, save_if_due
+    from mteditflow_examples.flux.evaluation import evaluate_if_due
+    from mteditflow_examples.flux.reporting import carry_over, record
+    from mteditflow_examples.flux.sampling import next_chains
+    from mteditflow_examples.flux.updating import update
+
+    from mteditflow.pipelines import RolloutVelocity
+    from mteditflow.training import Updater
+
+    config, state, policies = run.config, run.state, run.policies
     updater = Updater(
-        run.optimizer, run.policies.parameters, max_grad_norm=config.training.max_grad_norm
+        run.optimizer, policies.parameters, max_grad_norm=config.training.max_grad_norm
     )
-    run.method = "self-distillation" if config.distillation.teacher is None else "distillation"
-    for number in run.rounds():
-        if number == run.first_round:
-            load_teacher(run)
-        rollout, shown, rows = sample(run, number)
-        with run.log.stopwatch.phase("updating"):
-            for minibatch in rows:
-                parts = minibatch.split(config.training.batch)
-                run.updated(updater.step(parts, losses_of(run, rollout, shown)))
+    teacher = config.teacher.path
+    run.method = "self-distillation" if teacher is None else "distillation"
+    restore(run)
+    if teacher is not None:
+        load_teacher(run)
+    if evaluate_if_due(run) and state.done:
+        save_if_due(run, evaluated=True)
+    with run.log.bar("round", config.training.rounds, unit="rounds", done=state.done) as bar:
+        while state.done < config.training.rounds:
+            run.begin_round()
+
+            # Sample: the student's chains, then the teacher's conditioning of the same edits.
+            drawn = next_chains(run)
+            with run.log.stopwatch.phase("sampling"):
+                instructions = [chain.instructions for chain in drawn.chains]
+                rollout = record_student(run, drawn.references, instructions, drawn.group)
+                shown = rollout if teacher is not None else clean_rollout(run, drawn, rollout)
+
+            # Update: toward the teacher's velocity at the student's states.
+            source = "reference" if teacher is None else "old"
+            velocity = RolloutVelocity(policies, rollout, teacher=(source, shown))
+            with run.log.stopwatch.phase("updating"):
+                update(run, updater, velocity, rollout, None, None)
+            carry_over(run, None)
+            state.done, run.between = state.done + 1, True
+
+            # Evaluate if due, log, save if due.
+            evaluated = False
+            try:
+                evaluated = evaluate_if_due(run)
+            finally:  # the round is done, whether it can be evaluated or not
+                record(run, bar)
+            save_if_due(run, evaluated=evaluated)
+            bar.advance()
+            run.stop_if_requested()
 
 
 def load_teacher(run: Run) -> None:
-    """Let the old policy, which nothing moves here, be the teacher, if there is one."""
-    teacher = run.config.distillation.teacher
-    if teacher is not None:
-        try:
-            run.policies.load(run.editor.pipeline, teacher, policy="old")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"distillation.teacher: cannot load {teacher}: {error}") from error
+    """Load the teacher's LoRA as the old policy, which nothing else moves here.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is of another rank or other modules.
+    """
+    path = run.config.teacher.path
+    try:
+        run.policies.load(run.editor.pipeline, path, policy="old")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"teacher.path: cannot load {path}: {error}") from error
 
 
-def sample(run: Run, number: int) -> tuple[Rollout, Rollout, list[Tensor]]:
-    """Roll this rank's chains out: the student's record, the teacher's, rows of each minibatch."""
-    chains, references, group, first = run.next_chains()
-
-    def generators(purpose: str) -> list[torch.Generator]:
-        """Of trajectories by their place among those of all ranks."""
-        seed = run.config.training.seed
-        return [keyed_generator(seed, purpose, number, first + b) for b in range(len(chains))]
-
-    with run.log.stopwatch.phase("sampling"):
-        instructions = [chain.instructions for chain in chains]
-        rollout = shown = record(run, number, references, instructions, generators("noise"), group)
-        if run.config.distillation.teacher is None:
-            shown = cleaned(run, number, chains, references, rollout)
-    steps = rollout.trajectory.log_prob.shape[2]
-    rows = training_rows(
-        rollout.trajectory.turn_mask[..., None].expand(-1, -1, steps),
-        generators=generators("rows"),
-        share=run.config.distillation.share,
-        minibatches=run.config.training.minibatches,
-    )
-    return rollout, shown, rows
-
-
-def record(
+def record_student(
     run: Run,
-    number: int,
     references: Sequence[Image],
     instructions: Sequence[Sequence[str]],
-    generators: Sequence[torch.Generator],
     group: Tensor,
+    purpose: str = "noise",
 ) -> Rollout:
-    """Roll chains out as the current policy, without noise in the steps."""
-    parts = []
-    with run.log.bar("rollout", len(references), unit="chains") as bar:
-        for part in run.editor.roll_out(
-            references,
-            instructions,
-            generators=generators,
-            group=group,
-            batch=run.config.sampling.batch,
-            verify=number == run.first_round,
-        ):
-            parts.append(part.rollout)
-            bar.advance(len(part.images))
-            run.stop_if_asked()
-    return Rollout.concatenate(parts)
+    """Roll chains out with the current policy, without noise in the steps."""
+    from mteditflow_examples.flux.sampling import roll_out
+
+    from mteditflow.pipelines import Rollout
+
+    parts = roll_out(run, references, instructions, group, Sampling(), purpose=purpose)
+    return Rollout.concatenate([part.rollout for part in parts])
 
 
-def cleaned(
-    run: Run,
-    number: int,
-    chains: Sequence[Chain],
-    references: Sequence[Image],
-    rollout: Rollout,
-) -> Rollout:
-    """The student's trajectories, with the conditioning of the same edits of clean images.
+def clean_rollout(run: Run, drawn: RoundChains, rollout: Rollout) -> Rollout:
+    """Return the student's trajectories with the conditioning of the same edits of clean images.
 
-    Members of a group share these, so each is recorded once, as a chain of one turn. What the
-    student makes of them is not used, so the noise may be any.
+    Members of a group share these, so each is recorded once, as a chain of one turn. The images
+    that the student makes there are not used, so the noise may be any.
     """
     group, turns = rollout.trajectory.group.tolist(), run.config.data.turns
     members = {g: b for b, g in enumerate(group)}
-    images = [x for b in members.values() for x in clean_images(chains[b], references[b])]
-    instructions = [[text] for b in members.values() for text in chains[b].instructions]
-    noise = [torch.Generator() for _ in images]
-    clean = record(run, number, images, instructions, noise, torch.arange(len(images)))
+    chosen = [(drawn.chains[b], drawn.references[b]) for b in members.values()]
+    images = [image for chain, reference in chosen for image in clean_images(chain, reference)]
+    instructions = [[text] for chain, _ in chosen for text in chain.instructions]
+    clean = record_student(run, images, instructions, torch.arange(len(images)), "clean noise")
     first = torch.tensor([turns * list(members).index(g) for g in group])
     index = clean.index[first[:, None] + torch.arange(turns), 0]
     return replace(clean, trajectory=rollout.trajectory, index=index)
 
 
-def losses_of(run: Run, rollout: Rollout, shown: Rollout) -> Losses:
-    """Distances of rows to the teacher's velocity at the student's states, as an updater takes."""
-    model = run.policies.model
-    teacher = "reference" if run.config.distillation.teacher is None else "old"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments, DistillationConfig)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    from mteditflow_examples.flux.start import main as run_to_the_end
 
-    def losses(rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        trajectory, turn, step = rows.unbind(dim=1)
-        steps = rollout.trajectory.steps(trajectory, turn, step)
-        at = (steps.x_t.to(run.device), steps.sigma.to(run.device), trajectory, turn)
-        velocity = rollout.velocity(model, *at)
-        with torch.no_grad(), run.policies.use(teacher):
-            teacher_velocity = shown.velocity(model, *at)
-        loss = mt.distillation_loss(velocity, teacher_velocity)
-        return {"loss": loss}, torch.ones_like(loss)
-
-    return losses
+    run_to_the_end(train, config)
 
 
 if __name__ == "__main__":
-    main(train)
+    main()

@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from mteditflow.chains import Chain
+from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import FAMILIES, Editor
-from mteditflow.training import keyed_generator
 
 
 class Edits(Protocol):

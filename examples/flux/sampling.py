@@ -49,15 +49,22 @@ def next_chains(run: Run) -> RoundChains:
     return RoundChains(batch.chains, batch.images, batch.group)
 
 
-def roll_out(run: Run, drawn: RoundChains, how: Sampling, purpose: str = "noise") -> Iterator[Part]:
+def roll_out(
+    run: Run,
+    references: Sequence[Image],
+    instructions: Sequence[Sequence[str]],
+    group: Tensor,
+    how: Sampling,
+    *,
+    purpose: str = "noise",
+) -> Iterator[Part]:
     """Edit chains part by part with the policy that the model is, each from its own noise."""
-    count = len(drawn.references)
-    with run.log.bar("rollout", count, unit="chains") as bar:
+    with run.log.bar("rollout", len(references), unit="chains") as bar:
         for part in run.editor.roll_out(
-            drawn.references,
-            [chain.instructions for chain in drawn.chains],
-            generators=[run.key.generator(purpose, b) for b in range(count)],
-            group=drawn.group,
+            references,
+            instructions,
+            generators=[run.key.generator(purpose, b) for b in range(len(references))],
+            group=group,
             batch=run.config.sampling.batch,
             solver=how.solver,
             stochastic_steps=how.stochastic_steps,
@@ -79,7 +86,8 @@ def sample(run: Run, drawn: RoundChains) -> tuple[Rollout, list[list[Image]], Sc
     how = objective.sampling(run.state.done, steps=run.config.sampling.steps)
     parts, waiting, images = [], [], []
     with run.log.stopwatch.phase("sampling"), run.policies.use(objective.samples_with):
-        for part in roll_out(run, drawn, how):
+        instructions = [chain.instructions for chain in drawn.chains]
+        for part in roll_out(run, drawn.references, instructions, drawn.group, how):
             references = drawn.references[part.rows]
             edited = [[r, *turns] for r, turns in zip(references, part.images, strict=True)]
             waiting.append(run.submit(drawn.chains[part.rows], edited))

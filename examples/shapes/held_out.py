@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mteditflow.chains import ChainDataset, read_chains
 from mteditflow.evaluation import Evaluation
+from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import Editor
-from mteditflow.training import keyed_generator
 
 from .editor import STEPS, TEXT_TOKENS
 from .scoring import ExactRewards

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mteditflow.training import keyed_generator
+from mteditflow.objectives import keyed_generator
 
 
 def draws(*key):

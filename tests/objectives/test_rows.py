@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow.training import keyed_generator, training_rows
+from mteditflow.objectives import keyed_generator, training_rows
 
 
 def generators(count, first=0):
