@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import mteditflow
 
@@ -34,10 +35,10 @@ def run_core_alone(tmp_path, package_folder):
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def test_core_needs_torch_and_einops_alone(tmp_path):
+def test_core_needs_four_packages_alone(tmp_path):
     report = run_core_alone(tmp_path, ROOT)
     third_party = set(report["imported"]) - set(sys.stdlib_module_names) - {"mteditflow"}
-    assert third_party <= {"einops", "torch"}
+    assert third_party <= {"einops", "numpy", "safetensors", "torch"}
     assert set(report["loaded"]) <= set(report["present"])
     failed, tried = report["doctests"]
     assert failed == 0
@@ -80,11 +81,36 @@ def test_hyperparameters_come_after_the_star(name):
             assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter.name
 
 
-def test_readme_snippets_run(tmp_path, monkeypatch):
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+(LOOP,) = (block for block in BLOCKS if "RolloutVelocity(" in block)
+
+
+def run_block(block):
+    namespace = {"__name__": "__readme__"}
+    exec(compile(block, "README.md", "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block != LOOP])
+def test_readme_blocks_run_alone(tmp_path, monkeypatch, block):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__readme__"}  # a block may go on from those before it
-    for block in re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL):
-        exec(compile(block, "README.md", "exec"), namespace)
+    run_block(block)
+
+
+@pytest.mark.parametrize("objective", ["NFT", "GRPO"])
+def test_the_loop_of_the_readme_trains_by_either_objective(tmp_path, monkeypatch, objective):
+    """One line is changed; the advantage is that of the rollout that is trained."""
+    monkeypatch.chdir(tmp_path)
+    lines = LOOP
+    if objective == "GRPO":
+        lines = lines.replace("objective = NFT(", "_ = NFT(").replace("# objective", "objective")
+    found = run_block(lines)
+    assert type(found["objective"]).__name__ == objective
+    assert len(found["rollout"]) == len(found["advantage"]) == 32
+    assert torch.equal(found["rollout"].group, found["group"])
+    assert any(bool(weight.any()) for weight in found["policies"].parameters()[1::2])
+    assert bool(found["output"].loss.isfinite().all())
+    assert found["output"].loss.any()
 
 
 def test_every_fence_of_the_readme_is_python_or_shell():
@@ -142,15 +168,20 @@ def test_sdist_has_all_that_git_has(built):
 
 
 @pytest.mark.slow
-def test_wheel_has_the_package_alone_and_is_typed(built):
+def test_wheel_has_both_packages_and_is_typed(built):
     with zipfile.ZipFile(built[1]) as archive:
         names = set(archive.namelist())
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
         description = archive.read(metadata).decode()
     assert "mteditflow/py.typed" in names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"mteditflow"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {
+        "mteditflow",
+        "mteditflow_examples",
+    }
+    assert "mteditflow_examples/flux/presets/kontext-nft.toml" in names
+    assert "mteditflow_examples/shapes/weights/kontext.safetensors" in names
     required = re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", description, flags=re.MULTILINE)
-    assert set(required) == {"torch", "einops"}
+    assert set(required) == {"torch", "einops", "numpy", "safetensors"}
     assert f"Version: {mteditflow.__version__}" in description
     assert "License-Expression: Apache-2.0" in description
 
