@@ -56,7 +56,7 @@ def row_mean_square(x: Tensor) -> Tensor:
     """Mean of the squared elements of each row, [M, ...] -> [M]; has all derivatives, also at 0."""
     if torch.compiler.is_compiling():  # the compiler fuses this, and traces no ``Function.jvp``
         return x.square().mean(dim=_element_axes(x))
-    mean_square: Tensor = _RowMeanSquare.apply(x)
+    mean_square: Tensor = _RowMeanSquare.apply(x)  # type: ignore[no-untyped-call]
     return mean_square
 
 
@@ -79,7 +79,7 @@ class _RowMeanSquare(torch.autograd.Function):
     def forward(x: Tensor) -> Tensor:
         # Nested norms: accurate, because no float32 accumulator runs over more than one axis.
         inner = torch.linalg.vector_norm(x, dim=-1)
-        norm = torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1)
         return norm.square() / elements(x)
 
     @staticmethod
@@ -89,13 +89,13 @@ class _RowMeanSquare(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         scale = gradient * (2 / elements(x))
         return x * scale.reshape(-1, *(1,) * (x.ndim - 1))
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return (x * tangent).mean(dim=_element_axes(x)) * 2
 
 
