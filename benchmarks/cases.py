@@ -1,9 +1,9 @@
-"""What is measured: each hot function beside its plain twin, and rollouts that grow."""
+"""Benchmark cases: each hot function beside its plain twin, and rollouts that grow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,12 @@ from benchmarks import plain
 LATENTS = (8, 16, 128, 128)
 SAMPLES, GROUPS = 20_000, 2_500
 NOISE_LEVEL, NFT_BETA = 0.7, 0.1
+COMPILED = (
+    "SDE step with log-prob",
+    "log-prob replay, forward and backward",
+    "NFT loss, forward and backward",
+)
+COMPILED_LIMIT = 1.05
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,28 @@ def cases(
         advantages("group advantages", inputs=(reward, group), time_limit=0.01),
         advantages("group advantages, scattered 62-bit ids", inputs=(reward, scattered)),
     ]
+
+
+def compiled_cases(device: str, *, latents: tuple[int, ...] = LATENTS) -> list[Case]:
+    """Pairs to be compared compiled, with latents in float32 and in bfloat16."""
+    by_name = {case.name: case for case in cases(device, latents=latents)}
+    return [
+        replace(
+            case,
+            name=f"{case.name}, {str(dtype).removeprefix('torch.')}",
+            plain=partial(_in_float32, case.plain),
+            inputs=tuple(x.to(dtype) if x.ndim > 1 else x for x in case.inputs),
+            time_limit=COMPILED_LIMIT,
+            memory_limit=None,
+        )
+        for case in (by_name[name] for name in COMPILED)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def _in_float32(plain: Callable[..., Any], *inputs: Tensor) -> Any:
+    """The plain formula in float32, which ours computes in whatever the dtype of its inputs."""
+    return plain(*(x.float() for x in inputs))
 
 
 def growths(device: str, *, base: int = 4, latent: tuple[int, ...] = (16, 32, 32)):

@@ -112,6 +112,19 @@ def ratios(ours: Sequence[float], plain: Sequence[float]) -> tuple[float, float,
     return low, median, high
 
 
+def median_interval(
+    ours: Sequence[float], plain: Sequence[float], *, resamples: int = 1000
+) -> tuple[float, float, float]:
+    """Median of ours / plain over rounds within its 95 % bootstrap interval: low, median, high."""
+    paired = [a / b for a, b in zip(ours, plain, strict=True)]
+    generator = random.Random(0)
+    medians = [
+        statistics.median(generator.choices(paired, k=len(paired))) for _ in range(resamples)
+    ]
+    low, *_, high = statistics.quantiles(medians, n=40, method="inclusive")
+    return low, statistics.median(paired), high
+
+
 def straight_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
     """Exponent of the growth (slope of the logarithms), and R^2 of a straight line through it."""
     logs = [math.log(x) for x in sizes], [math.log(y) for y in seconds]

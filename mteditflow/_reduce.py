@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,20 +52,51 @@ def elements(x: Tensor) -> int:
     return math.prod(x.shape[1:])
 
 
-def row_norm(x: Tensor) -> Tensor:
-    """Euclidean norm of each row: [M, ...] -> [M]; its gradient at 0 is 0.
-
-    Two nested norms: one pass without a temporary, and accurate, because no float32 accumulator
-    runs over more than one axis.
-    """
-    inner = torch.linalg.vector_norm(x, dim=-1)
-    norm: Tensor = torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1)
-    return norm
-
-
 def row_mean_square(x: Tensor) -> Tensor:
-    """Mean of the squared elements of each row: [M, ...] -> [M]."""
-    return row_norm(x).square() / elements(x)
+    """Mean of the squared elements of each row, [M, ...] -> [M]; has all derivatives, also at 0."""
+    if torch.compiler.is_compiling():  # the compiler fuses this, and traces no ``Function.jvp``
+        return x.square().mean(dim=_element_axes(x))
+    mean_square: Tensor = _RowMeanSquare.apply(x)  # type: ignore[no-untyped-call]
+    return mean_square
+
+
+def row_root_mean_square(x: Tensor) -> Tensor:
+    """Root of ``row_mean_square``; all its derivatives are 0 where a row is 0."""
+    mean_square = row_mean_square(x)
+    positive = mean_square > 0
+    return torch.where(positive, torch.where(positive, mean_square, 1).sqrt(), 0)
+
+
+class _RowMeanSquare(torch.autograd.Function):
+    """Mean square without a temporary the size of ``x``, neither forward nor saved for backward.
+
+    The square of a norm has this value as well, but its second derivative at 0 is NaN.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        # Nested norms: accurate, because no float32 accumulator runs over more than one axis.
+        inner = torch.linalg.vector_norm(x, dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1)
+        return norm.square() / elements(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        scale = gradient * (2 / elements(x))
+        return x * scale.reshape(-1, *(1,) * (x.ndim - 1))
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return (x * tangent).mean(dim=_element_axes(x)) * 2
 
 
 def row_squared_error(**pair: Tensor) -> Tensor:
@@ -78,9 +110,15 @@ def row_squared_error(**pair: Tensor) -> Tensor:
 
 
 def row_mean_absolute(x: Tensor) -> Tensor:
-    """Mean of the absolute elements of each row, [M, ...] -> [M], in one pass as above."""
+    """Mean of the absolute elements of each row, [M, ...] -> [M], without a temporary as above."""
+    if torch.compiler.is_compiling():
+        return x.abs().mean(dim=_element_axes(x))
     inner: Tensor = torch.linalg.vector_norm(x, ord=1, dim=-1)
     return inner.reshape(len(x), -1).sum(dim=1) / elements(x)
+
+
+def _element_axes(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, x.ndim))
 
 
 def row_std(std: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

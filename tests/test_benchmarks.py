@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import measure, report
-from benchmarks.__main__ import measure_growths, measure_pair
-from benchmarks.cases import cases, growths
+from benchmarks.__main__ import measure_compiled, measure_growths, measure_pair
+from benchmarks.cases import COMPILED_LIMIT, cases, compiled_cases, growths
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"latents": (4, 4, 32, 32), "samples": 60, "groups": 12}
@@ -65,6 +65,38 @@ def test_ratios_are_of_the_same_round():
     assert measure.ratios([1.0, 2.0, 30.0], [2.0, 4.0, 60.0]) == (0.5, 0.5, 0.5)
 
 
+def test_the_median_lies_in_its_interval():
+    assert measure.median_interval([2.0] * 5, [1.0] * 5) == (2.0, 2.0, 2.0)
+    ours, plain = [1.0, 1.1, 0.9, 1.0, 5.0] * 4, [1.0] * 20
+    low, median, high = measure.median_interval(ours, plain)
+    assert 0.9 <= low <= median == 1.0 <= high < 5.0
+    assert (low, median, high) == measure.median_interval(ours, plain)  # resampling is seeded
+
+
+def test_compiled_cases_name_nft_and_the_step_in_both_precisions():
+    found = compiled_cases("cpu", latents=SMALL["latents"])
+    names = {case.name for case in found}
+    for function in ("NFT loss, forward and backward", "SDE step with log-prob"):
+        assert {f"{function}, float32", f"{function}, bfloat16"} <= names
+    for case in found:
+        assert case.time_limit == COMPILED_LIMIT
+        assert str(case.inputs[0].dtype).endswith(case.name.rsplit(", ", 1)[1])
+        torch.testing.assert_close(
+            case.run(case.ours), case.run(case.plain), rtol=2e-2, atol=1e-6, check_dtype=False
+        )
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_case_is_measured():
+    case = compiled_cases("cpu", latents=SMALL["latents"])[-1]
+    result = measure_compiled(case, device="cpu", rounds=2)
+    low, ratio, high = result["time_ratio"]
+    assert 0 < low <= ratio <= high
+    assert set(result["seconds"]) == {"plain", "ours"}
+    assert result["name"] == case.name
+
+
 def test_straight_line_knows_linear_from_quadratic():
     assert measure.straight_line([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx((1, 1))
     assert measure.straight_line([1, 2, 4], [1.0, 4.0, 16.0])[0] == pytest.approx(2)
@@ -103,6 +135,19 @@ def test_results_of_devices_stand_side_by_side(tmp_path):
     assert page.count("## cpu: ") == page.count("## cuda: ") == 1
     assert NAMES[0] in page
     assert report.environment("cpu")["torch"] in page
+
+
+def test_the_page_shows_compiled_rows_where_there_are_any():
+    results = results_of_a_small_run()
+    assert "### Compiled" not in report.render({"cpu": results})
+    row = {
+        "name": "loss, bfloat16",
+        "seconds": {"plain": 0.002, "ours": 0.0021},
+        "time_ratio": (1.04, 1.06, 1.07),
+        "time_limit": 1.05,
+    }
+    page = report.render({"cpu": {**results, "compiled": [row]}})
+    assert "| loss, bfloat16 | 2 | 2.1 | 1.060 (1.040..1.070) | 1.05 | MISSED |" in page
 
 
 def test_a_missed_limit_is_said():

@@ -9,8 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mteditflow import masked_mean
-from mteditflow._reduce import elements, per_row, promote, row_mean_absolute, row_mean_square
+from mteditflow._reduce import (
+    elements,
+    per_row,
+    promote,
+    row_mean_absolute,
+    row_mean_square,
+    row_root_mean_square,
+)
 
+# Forward-mode derivatives import torch's decompositions, which torch.jit.script still compiles.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 SHAPES = [(1, 1), (3, 1), (2, 5), (2, 3, 4), (2, 3, 4, 5), (1, 2, 1, 3, 2)]
 
 
@@ -129,6 +138,67 @@ def test_gradient_of_the_mean_square_at_zero_is_zero():
     assert torch.equal(x.grad, torch.zeros(2, 3, 4))
 
 
+def hessian(function, x):
+    """Matrix of second derivatives of the sum of ``function``."""
+    size = x.numel()
+    return torch.func.hessian(lambda x: function(x).sum())(x).reshape(size, size)
+
+
+@forward_mode
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_second_derivatives_of_the_mean_square(shape, scale):
+    """Those of a plain mean of squares, also where a row is exactly 0."""
+    x = (scale * random(*shape)).requires_grad_()
+    wanted = 2 / elements(x) * torch.eye(x.numel(), dtype=x.dtype)
+    torch.testing.assert_close(hessian(row_mean_square, x.detach()), wanted)
+    assert torch.autograd.gradcheck(row_mean_square, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(row_mean_square, x, check_fwd_over_rev=True)
+
+
+@forward_mode
+def test_the_mean_square_under_function_transforms():
+    x = random(5, 2, 3, 4)
+    torch.testing.assert_close(
+        torch.vmap(row_mean_square)(x), torch.stack([row_mean_square(part) for part in x])
+    )
+    gradient = torch.vmap(torch.func.grad(lambda x: row_mean_square(x).sum()))(x)
+    torch.testing.assert_close(gradient, 2 * x / 12)
+    value, tangent = torch.func.jvp(row_mean_square, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(value, row_mean_square(x))
+    torch.testing.assert_close(tangent, 2 * x.flatten(1).mean(1))
+
+
+def test_the_mean_square_keeps_nothing_but_its_input():
+    x = random(2, 3, 4).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        row_mean_square(x)
+    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_root_mean_square_and_its_derivatives(shape):
+    x = random(*shape).requires_grad_()
+    torch.testing.assert_close(
+        row_root_mean_square(x), torch.linalg.vector_norm(x.flatten(1), dim=1) / elements(x) ** 0.5
+    )
+    assert torch.autograd.gradcheck(row_root_mean_square, x)
+    assert torch.autograd.gradgradcheck(row_root_mean_square, x)
+
+
+@forward_mode
+def test_root_mean_square_at_zero_has_zero_derivatives():
+    x = random(3, 2, 2)
+    x[1] = 0
+    gradient = torch.func.grad(lambda x: row_root_mean_square(x).sum())(x)
+    assert torch.equal(gradient[1], torch.zeros(2, 2, dtype=x.dtype))
+    second = hessian(row_root_mean_square, x)
+    assert second.isfinite().all()
+    assert torch.equal(second[4:8], torch.zeros_like(second[4:8]))
+    assert second[:4, :4].any()
+
+
 def test_the_mean_square_of_many_float32_elements_stays_accurate():
     x = random(1, 16, 128, 128, seed=1)
     assert row_mean_square(x.float()).item() == pytest.approx(x.square().mean().item(), rel=1e-6)
@@ -202,6 +272,21 @@ def test_masked_mean_errors():
     message = "values: expected a non-empty tensor of shape [...], got [0]"
     with pytest.raises(ValueError, match=exactly(message)):
         masked_mean(torch.ones(0))
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("function", [row_mean_square, row_root_mean_square, row_mean_absolute])
+def test_compiled_row_means_are_as_accurate_as_eager(function, backend):
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    x = random(2, 16, 128, 128, seed=1)
+    single = x.float().requires_grad_()
+    torch.testing.assert_close(compiled(single).double(), function(x), rtol=1e-6, atol=0)
+    (wanted,) = torch.autograd.grad(function(single).sum(), single)
+    (given_,) = torch.autograd.grad(compiled(single).sum(), single)
+    torch.testing.assert_close(given_, wanted, rtol=1e-5, atol=0)
 
 
 @pytest.mark.compile

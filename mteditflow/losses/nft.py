@@ -99,6 +99,10 @@ def nft_loss(
         (tensor([5.]), tensor([[1., 3.]]))
     """
     v, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta)
+    if torch.compiler.is_compiling():
+        # Fused, the two branches cost one pass and save nothing; the square would save its root.
+        r, step = weight.flatten(), nft_beta * (v - old_velocity.detach())
+        return r * row_mean_square(error + step) + (1 - r) * row_mean_square(error - step)
     constant = 4 * (weight * (1 - weight)).flatten() * row_mean_square(error)
     to_goal = torch.addcmul(v - old_velocity.detach(), (2 * weight - 1) / nft_beta, error)
     return nft_beta**2 * row_mean_square(to_goal) + constant

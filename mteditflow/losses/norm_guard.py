@@ -2,13 +2,11 @@ r"""NormGuard: training may turn a velocity, but not make it longer."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from mteditflow._checks import check_floating, check_number, check_rank, check_same_shape
-from mteditflow._reduce import elements, promote, row_norm
+from mteditflow._reduce import promote, row_root_mean_square
 
 
 def velocity_norm_hinge(
@@ -49,5 +47,5 @@ def velocity_norm_hinge(
     check_rank("velocity", velocity, 2, "[M, ...]")
     check_number("margin", margin, low=0.0)
     v, v_ref = promote(velocity, reference_velocity.detach())
-    excess = row_norm(v) - (1 + margin) * row_norm(v_ref)
-    return torch.relu(excess) / math.sqrt(elements(v))
+    excess = row_root_mean_square(v) - (1 + margin) * row_root_mean_square(v_ref)
+    return torch.relu(excess)

@@ -299,9 +299,11 @@ def test_loss_gradient():
     torch.testing.assert_close(grads, (expected, expected, -expected))
     assert torch.autograd.gradcheck(flow_matching_loss, (v, c, n))
     # At the target itself there is no gradient, and no NaN.
-    v = velocity_target(c, n).detach().requires_grad_()
-    flow_matching_loss(v, c.detach(), n.detach()).sum().backward()
+    c, n = c.detach(), n.detach()
+    v = velocity_target(c, n).requires_grad_()
+    flow_matching_loss(v, c, n).sum().backward()
     assert torch.equal(v.grad, torch.zeros_like(v))
+    assert torch.autograd.gradgradcheck(lambda v: flow_matching_loss(v, c, n), v)
 
 
 def test_loss_dtype():

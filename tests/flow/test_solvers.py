@@ -27,6 +27,8 @@ from mteditflow.flow.solvers import _SDE, _PulledEuler
 
 SOLVERS = [ODE(), FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
 solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+# Forward-mode derivatives import torch's decompositions, which torch.jit.script still compiles.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum"])
 shapes = st.lists(st.integers(1, 4), min_size=2, max_size=4).map(tuple)
 seeds = st.integers(0, 2**31)
@@ -616,6 +618,29 @@ def test_surrogate_is_its_loop_and_the_density_without_its_scale(shape, seed):
     torch.testing.assert_close(cps_surrogate(x, mean, reduction="mean") * count, joint)
     std = torch.full((1,) * len(shape), 0.5, dtype=torch.float64)
     torch.testing.assert_close(joint, -2 * 0.25 * gaussian_kl(x, mean, std, reduction="sum"))
+
+
+@forward_mode
+@reductions
+@pytest.mark.parametrize("function", [gaussian_log_prob, gaussian_kl, cps_surrogate])
+def test_second_derivatives_without_a_difference(function, reduction):
+    """Minus or plus ``1 / std^2`` by the mean, 2 for the surrogate; 0 for a deterministic row."""
+    x, std = normal(0, 3, 2), torch.tensor([[0.5], [2.0], [0.0]], dtype=torch.float64)
+    rest = () if function is cps_surrogate else (std,)
+
+    def total(mean):
+        return function(mean, x, *rest, reduction=reduction).sum()
+
+    curvature = torch.func.hessian(total)(x.clone()).reshape(6, 6)
+    of_a_row = {
+        gaussian_log_prob: [-4.0, -0.25, 0.0],
+        gaussian_kl: [4.0, 0.25, 0.0],
+        cps_surrogate: [-2.0] * 3,
+    }[function]
+    wanted = torch.tensor(of_a_row, dtype=torch.float64).repeat_interleave(2)
+    torch.testing.assert_close(
+        curvature, torch.diag(wanted) / (1 if reduction == "sum" else 2), rtol=1e-12, atol=0
+    )
 
 
 @reductions

@@ -119,6 +119,12 @@ def test_the_gradient_reaches_the_velocity_alone():
     assert torch.autograd.gradcheck(lambda v: matching_log_prob(v, target), velocity)
 
 
+def test_second_derivatives_without_error():
+    velocity = case()[0].detach().requires_grad_()
+    target = velocity.detach().clone()
+    assert torch.autograd.gradgradcheck(lambda v: matching_log_prob(v, target), velocity)
+
+
 # errors, dtypes, compilation
 
 

@@ -79,6 +79,12 @@ def test_the_gradient_reaches_the_student_alone():
     assert torch.autograd.gradcheck(lambda v: distillation_loss(v, teacher), velocity)
 
 
+def test_second_derivatives_at_the_teacher():
+    velocity = case()[0]
+    teacher = velocity.detach().clone()
+    assert torch.autograd.gradgradcheck(lambda v: distillation_loss(v, teacher), velocity)
+
+
 def test_a_self_taught_editor_learns_to_see_the_clean_image_in_the_worn_one():
     """MT-OPSD's edit branch on a linear editor: student and teacher differ in their image alone."""
     generator = torch.Generator().manual_seed(0)

@@ -144,6 +144,20 @@ def test_descent_brings_the_winner_nearer_and_the_loser_further():
     assert after[1] > before[1]
 
 
+def test_second_derivatives_without_error():
+    """Both branches of a pair curve by b / 4 times the matching losses: b / (2 n), minus, plus."""
+    velocity = case((2, 3))[0].detach()
+    first, second = torch.tensor([0]), torch.tensor([1])
+
+    def gradient(v):
+        inputs = (v, velocity, velocity)
+        return torch.func.grad(lambda v: loss_of((v, *inputs[1:]), first, second).sum())(v)
+
+    curvature = torch.func.jacrev(gradient)(velocity).reshape(6, 6)
+    signs = torch.tensor([1.0] * 3 + [-1.0] * 3, dtype=torch.float64)
+    torch.testing.assert_close(curvature, 2.0 / (2 * 3) * torch.diag(signs))
+
+
 def test_the_gradient_reaches_the_velocity_alone():
     tensors = [x.detach().clone().requires_grad_() for x in case()]
     loss_of(tensors).sum().backward()

@@ -20,6 +20,8 @@ from mteditflow import (
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN = math.nan
+# Forward-mode derivatives import torch's decompositions, which torch.jit.script still compiles.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 SHAPES = [(1, 1), (3, 4), (2, 3, 5), (4, 2, 3, 2)]
 shapes = pytest.mark.parametrize("shape", SHAPES)
 betas = pytest.mark.parametrize("b", [0.1, 0.5, 1.0, 2.0])
@@ -227,6 +229,39 @@ def test_the_minimum_is_the_old_policy_moved_by_c_over_b(b):
 def test_gradcheck(name):
     velocity, *rest = case((3, 2, 2))
     assert torch.autograd.gradcheck(lambda v: LOSSES[name](v, *rest), velocity)
+
+
+@pytest.mark.parametrize("name", ["plain", "kl"])
+def test_gradgradcheck_also_at_zero_error(name):
+    velocity, *rest = case((3, 2, 2))
+    assert torch.autograd.gradgradcheck(lambda v: LOSSES[name](v, *rest), velocity)
+    rest[:2] = [velocity.detach().clone()] * 2  # finite differences move the velocity in place
+    assert torch.autograd.gradgradcheck(lambda v: LOSSES[name](v, *rest), velocity)
+
+
+@forward_mode
+@pytest.mark.parametrize(
+    ("name", "curvature"), [("plain", 2 * 0.5**2), ("adaptive", 2 * 5.0 * 0.5 / 1e-5), ("kl", 2.0)]
+)
+def test_second_derivatives_at_zero_error(name, curvature):
+    """``2 b^2 / n`` for plain, ``2 A_max b / (n floor)`` for adaptive at sigma 1."""
+    velocity, _, _, r, _ = (x.detach() for x in case((3, 2, 2)))
+    inputs = velocity, velocity, r, 1.0
+    hessian = torch.func.hessian(lambda v: LOSSES[name](v, *inputs).sum())(velocity)
+    wanted = curvature / 4 * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(hessian.reshape(12, 12), wanted)
+
+
+@losses
+def test_vmap_over_whole_batches(name):
+    velocity, old, target, r, sigma = (x.detach() for x in case((3, 2, 2)))
+    batches = torch.stack([velocity, 2 * velocity, old])
+
+    def gradient(v):
+        return torch.func.grad(lambda v: LOSSES[name](v, old, target, r, sigma).sum())(v)
+
+    expected = torch.stack([gradient(v) for v in batches])
+    torch.testing.assert_close(torch.vmap(gradient)(batches), expected)
 
 
 @losses

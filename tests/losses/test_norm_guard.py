@@ -106,6 +106,23 @@ def test_a_velocity_of_zero_has_a_gradient_of_zero():
     assert torch.equal(velocity.grad, torch.zeros(2, 3))
 
 
+def test_second_derivatives_also_of_rows_that_are_zero():
+    """Row 0 is inside the bound, row 1 beyond it, rows 2 and 3 are 0 against 1 and against 0."""
+    velocity, _ = case((4, 3))
+    velocity = velocity * torch.tensor([[0.1], [10.0], [0.0], [0.0]], dtype=velocity.dtype)
+    reference = torch.tensor([[1.0], [1.0], [1.0], [0.0]], dtype=velocity.dtype).expand(4, 3)
+
+    def gradient(v):
+        return torch.func.grad(lambda v: velocity_norm_hinge(v, reference).sum())(v)
+
+    second = torch.func.jacrev(gradient)(velocity)
+    unit = velocity[1] / velocity[1].norm()
+    curvature = (torch.eye(3, dtype=unit.dtype) - torch.outer(unit, unit)) / velocity[1].norm()
+    expected = torch.zeros(4, 3, 4, 3, dtype=unit.dtype)
+    expected[1, :, 1] = curvature / 3**0.5
+    torch.testing.assert_close(second, expected)
+
+
 def test_the_gradient_reaches_the_velocity_alone():
     velocity, reference = (x.requires_grad_() for x in case())
     velocity_norm_hinge(velocity, reference).sum().backward()
