@@ -16,9 +16,9 @@ from mteditflow.advantages.constraint import (
 from mteditflow.advantages.credit import (
     Credit,
     RewardToGo,
+    Signal,
     TrajectoryCredit,
     TurnCredit,
-    TurnSignal,
     turn_advantage,
 )
 from mteditflow.advantages.group import (
@@ -120,13 +120,13 @@ __all__ = [
     "RatioCheck",
     "RewardHistory",
     "RewardToGo",
+    "Signal",
     "Solver",
     "Steps",
     "Trajectory",
     "TrajectoryCredit",
     "Transition",
     "TurnCredit",
-    "TurnSignal",
     "VelocityFunction",
     "adaptive_nft_loss",
     "advantage_correlation",

@@ -29,7 +29,7 @@ WALLS: dict[str, set[str]] = {
     "import mteditflow.rewards": set(),
     "import mteditflow.rewards.faults": set(),
     "import mteditflow.rewards.scores": set(),
-    "from mteditflow.rewards import Fault, InvalidRewardsError, Lost, Reward, TurnScores": set(),
+    "from mteditflow.rewards import Fault, InvalidRewardsError, Lost, TurnScores": set(),
     "from mteditflow.rewards import AnswerError, Features": set(),
     "from mteditflow.rewards import Consistency, ConsistencyScorer, Pair, pairs_of": CHAINS,
     "from mteditflow.rewards import Background": {"anyio"},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
-from mteditflow import TurnSignal
+from mteditflow import Signal
 from mteditflow.chains import InformativeSampler
 from mteditflow.training import Bar, RewardCollapseError
 from mteditflow.training.report import run_report, write_report
@@ -59,7 +59,7 @@ def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
 
 
 def carry_over(
-    run: Run, rewards: RoundRewards | None, signals: Mapping[str, TurnSignal] | None = None
+    run: Run, rewards: RoundRewards | None, signals: Mapping[str, Signal] | None = None
 ) -> None:
     """Take from a round what the next depends on: sampler, floor, history, adapted KL weight."""
     state = run.state

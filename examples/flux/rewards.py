@@ -146,7 +146,7 @@ def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tenso
 
 def turn_signals(
     config: Rewards, rewards: RoundRewards, multipliers: Mapping[str, float]
-) -> tuple[dict[str, mt.TurnSignal], dict[str, float]]:
+) -> tuple[dict[str, mt.Signal], dict[str, float]]:
     """Credit turns with every reward that is trained on.
 
     Args:
@@ -174,7 +174,7 @@ def turn_signals(
 def turn_advantages(
     config: Rewards,
     rewards: RoundRewards,
-    signals: Mapping[str, mt.TurnSignal],
+    signals: Mapping[str, mt.Signal],
     weights: Mapping[str, float],
     history: mt.RewardHistory | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -28,11 +28,16 @@ from mteditflow.advantages.turns import reward_to_go, turn_average
 Mask = Tensor | None  # boolean [B, N]
 
 
-class TurnSignal(NamedTuple):
-    """A number for each turn of B chains, and which turns have one."""
+class Signal(NamedTuple):
+    """Numbers with their validity: a reward of each trajectory, or a credit of each turn.
 
-    value: Tensor  # [B, N]
-    valid: Tensor  # [B, N], boolean
+    Attributes:
+        value: [B] or [B, N]; NaN, or anything else that is never read, where not valid.
+        valid: boolean, shape of ``value``.
+    """
+
+    value: Tensor
+    valid: Tensor
 
 
 class Credit(Protocol):
@@ -45,7 +50,7 @@ class Credit(Protocol):
 
     def __call__(
         self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
-    ) -> TurnSignal:
+    ) -> Signal:
         """Credit turns.
 
         Args:
@@ -56,7 +61,7 @@ class Credit(Protocol):
             lost: turns whose reward was asked for and did not come, boolean [B, N]; ``None``: none.
 
         Returns:
-            TurnSignal in the dtype of ``reward``, NaN where not valid.
+            Signal in the dtype of ``reward``, NaN where not valid.
 
         Raises:
             ValueError: shapes do not match, or a reward to be read is not finite.
@@ -86,14 +91,14 @@ class TrajectoryCredit:
 
     def __call__(
         self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
-    ) -> TurnSignal:
+    ) -> Signal:
         """See ``Credit``."""
         _, has, lost = _parts(reward, turn_mask, unmeasured, lost)
         valid = has.any(dim=1) & ~lost.any(dim=1)
         value = torch.full_like(reward[:, 0], torch.nan)
         if bool(valid.any()):
             value[valid] = self.aggregate(reward[valid], turn_mask=has[valid]).to(value.dtype)
-        return TurnSignal(value[:, None].expand_as(reward), valid[:, None].expand_as(has))
+        return Signal(value[:, None].expand_as(reward), valid[:, None].expand_as(has))
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class RewardToGo:
 
     def __call__(
         self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
-    ) -> TurnSignal:
+    ) -> Signal:
         """See ``Credit``."""
         exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
 
@@ -136,7 +141,7 @@ class RewardToGo:
         weight = to_go(has)
         valid = exists & (weight > 0) & (to_go(lost) == 0)
         value = to_go(torch.where(has, reward, 0)) / torch.where(valid, weight, 1)
-        return TurnSignal(torch.where(valid, value, torch.nan), valid)
+        return Signal(torch.where(valid, value, torch.nan), valid)
 
 
 @dataclass(frozen=True)
@@ -152,14 +157,14 @@ class TurnCredit:
 
     def __call__(
         self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
-    ) -> TurnSignal:
+    ) -> Signal:
         """See ``Credit``."""
         _, has, _ = _parts(reward, turn_mask, unmeasured, lost)
-        return TurnSignal(torch.where(has, reward, torch.nan), has)
+        return Signal(torch.where(has, reward, torch.nan), has)
 
 
 def turn_advantage(
-    signals: Mapping[str, TurnSignal],
+    signals: Mapping[str, Signal],
     weights: Mapping[str, float],
     group: Tensor,
     *,
@@ -168,7 +173,7 @@ def turn_advantage(
     fuse: Callable[..., Tensor] = fuse_advantages,
     std: str = "group",
     eps: float = 1e-4,
-) -> TurnSignal:
+) -> Signal:
     r"""Advantage of each turn from the signals of several rewards and credits.
 
     Each turn is compared with the same turn of the other chains of its group that have every
@@ -190,7 +195,7 @@ def turn_advantage(
         eps: as in ``group_advantage``.
 
     Returns:
-        TurnSignal: advantages, detached and finite; valid are the kept turns that exist and have
+        Signal: advantages, detached and finite; valid are the kept turns that exist and have
         every signal. Give the others weight 0 in the loss.
 
     Raises:
@@ -225,7 +230,7 @@ def turn_advantage(
     if turn_mask is not None:
         check_mask("turn_mask", turn_mask, valid.shape, "[B, N]")
         valid = valid & turn_mask
-    return TurnSignal(advantage, valid)
+    return Signal(advantage, valid)
 
 
 def _parts(

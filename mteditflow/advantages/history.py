@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import check_count, check_rank, check_shape
-from mteditflow.advantages.credit import TurnSignal
+from mteditflow.advantages.credit import Signal
 
 _Entry = dict[str, list[list[float | None]]]
 
@@ -54,8 +54,8 @@ class RewardHistory:
         check_count("rounds", self.rounds)
 
     def joined(
-        self, signals: Mapping[str, TurnSignal], group: Tensor
-    ) -> tuple[dict[str, TurnSignal], Tensor]:
+        self, signals: Mapping[str, Signal], group: Tensor
+    ) -> tuple[dict[str, Signal], Tensor]:
         """Append the remembered signals of the groups that are there.
 
         Args:
@@ -84,11 +84,11 @@ class RewardHistory:
             value = torch.tensor(numbers, dtype=signal.value.dtype, device=signal.value.device)
             value = torch.cat([signal.value, value.reshape(-1, turns)])
             valid = torch.cat([signal.valid, value[len(signal.valid) :].isfinite()])
-            found[term] = TurnSignal(value, valid)
+            found[term] = Signal(value, valid)
         more = torch.tensor(ids, dtype=group.dtype, device=group.device)
         return found, torch.cat([group, more])
 
-    def updated(self, signals: Mapping[str, TurnSignal], group: Tensor) -> RewardHistory:
+    def updated(self, signals: Mapping[str, Signal], group: Tensor) -> RewardHistory:
         """Return the history after a round.
 
         Args:
@@ -115,7 +115,7 @@ class RewardHistory:
         """Return the history that ``state_dict`` was taken from, cut to ``rounds``."""
         return cls(rounds, {int(name): list(kept)[-rounds:] for name, kept in state.items()})
 
-    def _check(self, signals: Mapping[str, TurnSignal], group: Tensor) -> None:
+    def _check(self, signals: Mapping[str, Signal], group: Tensor) -> None:
         if not signals:
             raise ValueError("signals: expected at least one, got none")
         check_rank("group", group, 1, "[B]", maximum=1)
@@ -124,7 +124,7 @@ class RewardHistory:
             check_shape(f"signals[{name!r}]", signal.value, (len(group), *shape[1:]), "[B, N]")
 
 
-def _listed(signal: TurnSignal, own: Tensor) -> list[list[float | None]]:
+def _listed(signal: Signal, own: Tensor) -> list[list[float | None]]:
     """Return some rows of a signal, None where not valid."""
     rows = zip(signal.value[own].tolist(), signal.valid[own].tolist(), strict=True)
     return [[x if ok else None for x, ok in zip(*row, strict=True)] for row in rows]

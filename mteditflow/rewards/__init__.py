@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mteditflow.rewards.judge.judge import Judge
     from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
     from mteditflow.rewards.judge.prompts import ExpectationPrompt, JudgePrompt
-    from mteditflow.rewards.scores import InvalidRewardsError, Reward, TurnScores
+    from mteditflow.rewards.scores import InvalidRewardsError, TurnScores
     from mteditflow.rewards.transport.cache import AnswerCache
     from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
     from mteditflow.rewards.transport.concurrency import Background
@@ -54,7 +54,6 @@ else:
             "Lost": ".faults",
             "Pair": ".consistency.pairs",
             "PairScores": ".consistency.pairs",
-            "Reward": ".scores",
             "Statistics": ".transport.dispatch",
             "TurnScores": ".scores",
             "inspect_endpoints": ".judge.preflight",
@@ -86,7 +85,6 @@ __all__ = [
     "Lost",
     "Pair",
     "PairScores",
-    "Reward",
     "Statistics",
     "TurnScores",
     "inspect_endpoints",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +22,8 @@ from mteditflow._checks import (
     check_rank,
     check_values,
 )
-from mteditflow.advantages.credit import Credit, TurnSignal
+from mteditflow.advantages.credit import Credit, Signal
 from mteditflow.rewards.faults import Lost
-
-
-class Reward(NamedTuple):
-    """One reward per trajectory or per turn, as ``mteditflow.fuse_advantages`` takes it."""
-
-    value: Tensor  # [B] or [B, N], NaN where not valid
-    valid: Tensor  # of the same shape, boolean
 
 
 class InvalidRewardsError(RuntimeError):
@@ -60,7 +52,7 @@ class TurnScores:
         >>> lost = {(1, 1): Lost(Fault.timeout, "no answer within 60 s", attempts=4)}
         >>> scores = TurnScores(score, torch.ones(2, 2, dtype=torch.bool), lost)
         >>> scores.reward(likert_average)
-        Reward(value=tensor([0.7500,    nan]), valid=tensor([ True, False]))
+        Signal(value=tensor([0.7500,    nan]), valid=tensor([ True, False]))
         >>> scores.invalid_share, scores.reasons
         (0.5, {'time-out': 1})
     """
@@ -118,7 +110,7 @@ class TurnScores:
             counts["nothing to measure"] = unmeasured
         return dict(counts.most_common())
 
-    def reward(self, aggregate: Callable[..., Tensor]) -> Reward:
+    def reward(self, aggregate: Callable[..., Tensor]) -> Signal:
         """Aggregate turns to one reward per trajectory; invalid ones are NaN and marked.
 
         Args:
@@ -127,16 +119,16 @@ class TurnScores:
                 measured turns.
 
         Returns:
-            Reward: value [B], float32 (float64 if scores are), and valid, boolean [B].
+            Signal: value [B], float32 (float64 if scores are), and valid, boolean [B].
         """
         valid = self.valid
         value = torch.full_like(self.score[:, 0], torch.nan)
         if bool(valid.any()):
             measured = self.measured[valid]
             value[valid] = aggregate(self.score[valid], turn_mask=measured).to(value.dtype)
-        return Reward(value, valid)
+        return Signal(value, valid)
 
-    def turn_reward(self, normalize: Callable[[Tensor], Tensor]) -> TurnSignal:
+    def turn_reward(self, normalize: Callable[[Tensor], Tensor]) -> Signal:
         """Normalize every score on its own: one reward per turn.
 
         A turn is valid where it was measured, even if its trajectory lost another turn.
@@ -146,7 +138,7 @@ class TurnScores:
                 sees the turns that were measured.
 
         Returns:
-            TurnSignal: value [B, N] in the dtype of the scores, NaN where there is no score; and
+            Signal: value [B, N] in the dtype of the scores, NaN where there is no score; and
             valid, boolean [B, N].
 
         Example:
@@ -157,9 +149,9 @@ class TurnScores:
         """
         measured, value = self.measured, torch.full_like(self.score, torch.nan)
         value[measured] = normalize(self.score[measured]).to(value.dtype)
-        return TurnSignal(value, measured)
+        return Signal(value, measured)
 
-    def credited(self, reward: Tensor, credit: Credit) -> TurnSignal:
+    def credited(self, reward: Tensor, credit: Credit) -> Signal:
         """Map one reward per turn to what each turn is credited with.
 
         Args:
@@ -167,7 +159,7 @@ class TurnScores:
             credit: such as ``mteditflow.RewardToGo()``.
 
         Returns:
-            TurnSignal, as ``mteditflow.turn_advantage`` takes it.
+            Signal, as ``mteditflow.turn_advantage`` takes it.
 
         Raises:
             ValueError: shapes do not match, or the reward of a measured turn is not finite.

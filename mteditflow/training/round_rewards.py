@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mteditflow._reduce import masked_mean
-from mteditflow.advantages.credit import TrajectoryCredit, TurnSignal
+from mteditflow.advantages.credit import Signal, TrajectoryCredit
 from mteditflow.advantages.group import group_std
 from mteditflow.advantages.selection import GroupSelection, select_groups
 from mteditflow.advantages.turns import turn_average
@@ -73,7 +73,7 @@ class RoundRewards:
         return list(self.aggregations if self.trained is None else self.trained)
 
     @cached_property
-    def turn(self) -> dict[str, TurnSignal]:
+    def turn(self) -> dict[str, Signal]:
         """Reward of each turn, [B, N], by name."""
         return {
             name: self.terms[name].turn_reward(aggregation.normalize)
@@ -81,7 +81,7 @@ class RoundRewards:
         }
 
     @cached_property
-    def whole(self) -> dict[str, TurnSignal]:
+    def whole(self) -> dict[str, Signal]:
         """Reward of the trajectory given to each of its turns, [B, N], by name."""
         return {
             name: self.terms[name].credited(
@@ -90,10 +90,10 @@ class RoundRewards:
             for name, signal in self.turn.items()
         }
 
-    def reward(self, name: str) -> TurnSignal:
+    def reward(self, name: str) -> Signal:
         """Return one reward per trajectory, [B]; NaN where not valid."""
         value, valid = self.whole[name]
-        return TurnSignal(value[:, 0], valid[:, 0])
+        return Signal(value[:, 0], valid[:, 0])
 
     @property
     def means(self) -> dict[str, float]:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from mteditflow import (
     RewardToGo,
+    Signal,
     TrajectoryCredit,
     TurnCredit,
-    TurnSignal,
     binary_and,
     fuse_advantages,
     fuse_rewards,
@@ -228,9 +228,9 @@ def test_rows_are_independent_and_their_order_is_free(name, batch, rng):
     order = rng.sample(range(len(reward)), len(reward))
     whole = CREDITS[name](reward, **masks)
     moved = CREDITS[name](reward[order], **{k: mask[order] for k, mask in masks.items()})
-    same(moved, TurnSignal(whole.value[order], whole.valid[order]))
+    same(moved, Signal(whole.value[order], whole.valid[order]))
     row = CREDITS[name](reward[:1], **{k: mask[:1] for k, mask in masks.items()})
-    same(row, TurnSignal(whole.value[:1], whole.valid[:1]))
+    same(row, Signal(whole.value[:1], whole.valid[:1]))
     found = turn_advantage({"r": moved}, {"r": 1.0}, group[order])
     close(found.value, turn_advantage({"r": whole}, {"r": 1.0}, group).value[order])
 
@@ -254,7 +254,7 @@ def test_padded_turns_are_as_if_deleted(name, batch):
     wider = exists | {k: torch.nn.functional.pad(masks[k], (0, 2)) for k in ("unmeasured", "lost")}
     padded = CREDITS[name](torch.nn.functional.pad(reward, (0, 2), value=NAN), **wider)
     turns = reward.shape[1]
-    same(TurnSignal(padded.value[:, :turns], padded.valid[:, :turns]), signal)
+    same(Signal(padded.value[:, :turns], padded.valid[:, :turns]), signal)
     found = turn_advantage({"r": padded}, {"r": 1.0}, group, **exists)
     assert not found.valid[:, turns:].any()
 
@@ -332,7 +332,7 @@ def test_errors_of_advantages():
     for mask in ("turn_mask", "keep"):
         with pytest.raises(ValueError, match=rf"{mask}: expected shape \[B, N\] = \[2, 3\], got"):
             turn_advantage({"r": signal}, {"r": 1.0}, group, **{mask: torch.ones(2) > 0})
-    broken = TurnSignal(torch.full((2, 3), NAN), torch.ones(2, 3, dtype=torch.bool))
+    broken = Signal(torch.full((2, 3), NAN), torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="expected finite values"):
         turn_advantage({"r": broken}, {"r": 1.0}, group)
     with pytest.raises(ValueError, match="discount: expected a finite number in"):

@@ -11,8 +11,9 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
+from mteditflow import Signal
 from mteditflow.evaluation.figures import AMBER, BAD, GOOD, INK, house_style
-from mteditflow.rewards import Fault, Lost, Reward, TurnScores
+from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training.pictures import (
     Strip,
     draw_before_after,
@@ -227,8 +228,8 @@ def test_histograms_tell_mean_and_spread(groups, members):
     invalid = value.clone()
     invalid[0] = nan
     rewards = {
-        "following": Reward(value, torch.ones_like(group) > 0),
-        "consistency": Reward(invalid, invalid.isfinite()),
+        "following": Signal(value, torch.ones_like(group) > 0),
+        "consistency": Signal(invalid, invalid.isfinite()),
     }
     figure = draw_histograms(rewards, group, title=TITLE)
     check_words_are_on_the_canvas(figure)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from mteditflow.advantages.credit import Signal
 from mteditflow.evaluation.figures import (
     AMBER,
     BLUE,
@@ -22,7 +23,6 @@ from mteditflow.evaluation.figures import (
     house_style,
     titled_figure,
 )
-from mteditflow.rewards import Reward
 
 BINS = 24
 COLORS = {"following": BLUE, "consistency": AMBER}
@@ -34,7 +34,7 @@ def color_of(name: str, position: int) -> str:
     return COLORS.get(name, SPARE[position % len(SPARE)])
 
 
-def draw_histograms(rewards: Mapping[str, Reward], group: Tensor, *, title: str) -> Figure:
+def draw_histograms(rewards: Mapping[str, Signal], group: Tensor, *, title: str) -> Figure:
     """Draw each reward's distribution over trajectories, and its spread in each group.
 
     Below, a column is a group: its members, from the worst to the best, and its mean; groups are
@@ -46,7 +46,8 @@ def draw_histograms(rewards: Mapping[str, Reward], group: Tensor, *, title: str)
         title: of the figure.
 
     Example:
-        >>> reward = Reward(torch.tensor([0.2, 0.4, 0.9, 0.5]), torch.ones(4) > 0)
+        >>> from mteditflow import Signal
+        >>> reward = Signal(torch.tensor([0.2, 0.4, 0.9, 0.5]), torch.ones(4) > 0)
         >>> figure = draw_histograms({"following": reward}, torch.tensor([0, 0, 1, 1]), title="")
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['following: mean 0.500 of 4', 'spread in groups: std 0.150; none in 0 of 2']
@@ -65,7 +66,7 @@ def draw_histograms(rewards: Mapping[str, Reward], group: Tensor, *, title: str)
 
 
 def _draw_histogram(
-    axes: Any, name: str, reward: Reward, ends: tuple[float, float], color: str
+    axes: Any, name: str, reward: Signal, ends: tuple[float, float], color: str
 ) -> None:
     value = reward.value[reward.valid].tolist()
     axes.hist(value, bins=BINS, range=ends, color=color, alpha=0.85, rwidth=0.9)
