@@ -244,13 +244,13 @@ class RolloutVelocity:
 
         Args:
             policy: "current", "old", "reference", "ema" if there is one, or "teacher" if given.
-            x_t: noisy latents, [M, ...], in the layout of the rollout's latents.
-            sigma: flow time of each row, [M], in [0, 1].
+            x_t: noisy latents, [M, ...], in the layout of the rollout's latents; on any device.
+            sigma: flow time of each row, [M], in [0, 1]; on any device.
             at: trajectory and turn of each row, integer [M, 2], on the CPU.
 
         Returns:
-            [M, ...], float32 at least, as ``Rollout.velocity``. Gradient flows to the adapter of
-            "current" and to ``x_t`` under that policy only.
+            [M, ...] on the model's device, float32 at least, as ``Rollout.velocity``. Gradient flows
+            to the adapter of "current" and to ``x_t`` under that policy only.
 
         Raises:
             ValueError: there is no such policy, shapes differ, sigma lies outside [0, 1], or a turn
@@ -260,6 +260,8 @@ class RolloutVelocity:
         """
         check_shape("at", at, (len(x_t), 2), "[M, 2]")
         rollout, model = self._rollout, self._policies.model
+        device = next(model.parameters()).device
+        x_t, sigma = x_t.to(device), sigma.to(device)
         if policy == "current":
             return rollout.velocity(model, x_t, sigma, *at.unbind(1))
         if policy == "teacher":
