@@ -225,10 +225,10 @@ class Units:
         """Return one unit that is masked: a forward pass without effect on any gradient."""
         width = self.rows.shape[1]
         rows = self.rows[:1] if len(self) else self.rows.new_zeros(1, width, 3)
-        zeros = torch.zeros(1, width)
+        zeros = torch.zeros(1, width, device="cpu")
         return Units(
             rows,
-            torch.zeros(1, width, dtype=torch.bool),
+            zeros.bool(),
             None if self.advantage is None else zeros.to(self.advantage),
             None if self.seed is None else zeros.to(self.seed),
             self.count,
@@ -325,6 +325,9 @@ class Objective(ABC):
         Returns:
             Output of U entries on the device of the velocity. Gradient flows through the current
             policy's velocity alone.
+
+        Raises:
+            ValueError: there are no units.
         """
 
 
@@ -366,7 +369,13 @@ class Velocities:
 
 
 def member_rows(units: Units) -> Tensor:
-    """Return the rows of all members, int64 [K * U, 3]: the first member of every unit first."""
+    """Return the rows of all members, int64 [K * U, 3]: the first member of every unit first.
+
+    Raises:
+        ValueError: there are no units.
+    """
+    if not len(units):
+        raise ValueError("units: expected at least one, got none; skip an empty minibatch")
     return units.rows.transpose(0, 1).flatten(0, 1)
 
 
@@ -421,7 +430,7 @@ def draw_units(
         found.append(
             Units(
                 rows=own[:, None],
-                mask=torch.ones(len(own), 1, dtype=torch.bool),
+                mask=torch.ones(len(own), 1, dtype=torch.bool, device="cpu"),
                 advantage=None if advantage is None else advantage[own[:, 0], own[:, 1]][:, None],
                 seed=None,
                 count=int(counts.sum()),

@@ -129,7 +129,7 @@ def renoise(samples: Samples, units: Units, how: Renoise) -> Renoised:
     """
     assert units.seed is not None
     rows, seeds = member_rows(units), units.seed.T.flatten().tolist()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     clean = samples.clean_at(rows[:, :2]).float()
     sigma = _flow_times(samples, rows, generators, how).to(clean.device)
     noise = batched_noise(clean.shape[1:], generators).to(clean.device)
@@ -141,7 +141,9 @@ def _flow_times(
     samples: Samples, rows: Tensor, generators: Sequence[torch.Generator], how: Renoise
 ) -> Tensor:
     """One flow time per row, from the row's own generator."""
-    uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float32) for g in generators])
+    uniform = torch.cat(
+        [torch.rand(1, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    )
     if how.stratified:
         uniform = (rows[:, 2] + uniform) / how.levels
     if how.distribution != "grid":
@@ -163,7 +165,7 @@ def noise_seeds(samples: Samples, rows: Tensor, key: Key, *, shared: bool) -> Te
         return drawn.cpu()[index]
     purpose, first = ("renoise of a group", 0) if shared else ("renoise", key.first)
     numbers = [key.number(purpose, first + o, n, k) for o, n, k in place.tolist()]
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

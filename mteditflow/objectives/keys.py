@@ -54,7 +54,9 @@ class RoundKey:
             trajectory: place of the trajectory on this rank.
             *rest: further integers, such as turn and step.
         """
-        return torch.Generator().manual_seed(self.number(purpose, self.first + trajectory, *rest))
+        return torch.Generator("cpu").manual_seed(
+            self.number(purpose, self.first + trajectory, *rest)
+        )
 
     def number(self, purpose: str, *place: int) -> int:
         """Return the seed of a place, the same on every rank; ``first`` is not added to it."""

@@ -249,8 +249,8 @@ class RolloutVelocity:
             at: trajectory and turn of each row, integer [M, 2], on the CPU.
 
         Returns:
-            [M, ...] on the model's device, float32 at least, as ``Rollout.velocity``. Gradient flows
-            to the adapter of "current" and to ``x_t`` under that policy only.
+            [M, ...] on the model's device, float32 at least, as ``Rollout.velocity``. Gradient
+            flows to the adapter of "current" and to ``x_t`` under that policy only.
 
         Raises:
             ValueError: there is no such policy, shapes differ, sigma lies outside [0, 1], or a turn
