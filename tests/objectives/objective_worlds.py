@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mteditflow import FlowSDE, Trajectory, rollout
+from mteditflow import FlowSDE, rollout
 from mteditflow.objectives import CleanSamples
 
 LATENT = (2, 3)
@@ -41,7 +41,7 @@ def near(policy, seed, by):
 
 
 class Recorded:
-    """The velocity of a dictionary of policies; ``calls`` holds policy, x_t, sigma, at, gradient."""
+    """A velocity that keeps its ``calls``: policy, x_t, sigma, at, whether with gradient."""
 
     def __init__(self, by=0.02):
         old = Policy(1)
