@@ -34,10 +34,10 @@ def run_core_alone(tmp_path, package_folder):
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def test_core_needs_torch_and_einops_alone(tmp_path):
+def test_core_needs_torch_einops_numpy_and_safetensors_alone(tmp_path):
     report = run_core_alone(tmp_path, ROOT)
     third_party = set(report["imported"]) - set(sys.stdlib_module_names) - {"mteditflow"}
-    assert third_party <= {"einops", "torch"}
+    assert third_party <= {"einops", "numpy", "safetensors", "torch"}
     assert set(report["loaded"]) <= set(report["present"])
     failed, tried = report["doctests"]
     assert failed == 0
@@ -150,7 +150,7 @@ def test_wheel_has_the_package_alone_and_is_typed(built):
     assert "mteditflow/py.typed" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"mteditflow"}
     required = re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", description, flags=re.MULTILINE)
-    assert set(required) == {"torch", "einops"}
+    assert set(required) == {"torch", "einops", "numpy", "safetensors"}
     assert f"Version: {mteditflow.__version__}" in description
     assert "License-Expression: Apache-2.0" in description
 
