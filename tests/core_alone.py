@@ -1,16 +1,21 @@
-"""Run by ``test_package.py`` in an interpreter of its own: the core with torch and einops alone."""
+"""Run in an interpreter of its own: the core with torch, einops, numpy and safetensors alone.
+
+With one argument, a path to write to, it makes one update and runs the examples of all docstrings;
+with a second one it runs that program instead, and prints which packages are loaded after it.
+"""
 
 import json
+import runpy
 import sys
 import time
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-# Torch, einops, and what torch itself depends on.
+# What the core depends on, and what torch itself does.
 PRESENT = {
     "_distutils_hack", "einops", "filelock", "fsspec", "functorch", "jinja2", "markupsafe",
-    "mpmath", "mteditflow", "networkx", "setuptools", "sympy", "torch", "torchgen",
-    "typing_extensions",
+    "mpmath", "mteditflow", "networkx", "numpy", "safetensors", "setuptools", "sympy", "torch",
+    "torchgen", "typing_extensions",
 }  # fmt: skip
 
 
@@ -36,6 +41,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 before, start = set(sys.modules), time.process_time()
 import mteditflow as mt  # noqa: E402
+import mteditflow.objectives  # noqa: E402
 
 seconds = time.process_time() - start
 imported = {name.partition(".")[0] for name in set(sys.modules) - before}
@@ -99,7 +105,7 @@ def one_update_of_both_objectives(path):
 
 
 def examples_of_every_docstring():
-    """Doctests of all modules of floors 0 to 2; returns the numbers of failed and tried ones."""
+    """Doctests of all modules of floors 0 to 3; returns the numbers of failed and tried ones."""
     import doctest
 
     modules = [
@@ -111,19 +117,23 @@ def examples_of_every_docstring():
     return sum(r.failed for r in results), sum(r.attempted for r in results)
 
 
-if __name__ == "__main__":
+def packages_loaded():
+    """Return the names of the installed packages that are loaded now."""
+    files = ((name, getattr(module, "__file__", None)) for name, module in sys.modules.items())
+    names = {name.partition(".")[0] for name, file in files if is_installed_package(file)}
+    return sorted(name for name in names if not name.startswith("__editable__"))
+
+
+if __name__ == "__main__" and len(sys.argv) > 2:
+    runpy.run_path(sys.argv[2], run_name="__main__")
+    sys.stdout.write(json.dumps({"loaded": packages_loaded(), "present": sorted(PRESENT)}) + "\n")
+elif __name__ == "__main__":
     one_update_of_both_objectives(sys.argv[1])
     failed, tried = examples_of_every_docstring()
     report = {
         "imported": sorted(imported),
         "seconds": seconds,
-        "loaded": sorted(
-            {
-                name.partition(".")[0]
-                for name, module in sys.modules.items()
-                if is_installed_package(getattr(module, "__file__", None))
-            }
-        ),
+        "loaded": packages_loaded(),
         "present": sorted(PRESENT),
         "doctests": [failed, tried],
         "file": mt.__file__,

@@ -35,7 +35,7 @@ def run_core_alone(tmp_path, package_folder):
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def test_core_needs_four_packages_alone(tmp_path):
+def test_core_needs_torch_einops_numpy_and_safetensors_alone(tmp_path):
     report = run_core_alone(tmp_path, ROOT)
     third_party = set(report["imported"]) - set(sys.stdlib_module_names) - {"mteditflow"}
     assert third_party <= {"einops", "numpy", "safetensors", "torch"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_count, check_rank, check_shape
+from mteditflow._checks import check_count, check_mask, check_rank, check_shape
 from mteditflow.advantages.credit import Signal
 
 _Entry = dict[str, list[list[float | None]]]
@@ -68,6 +68,7 @@ class RewardHistory:
 
         Raises:
             ValueError: shapes do not match.
+            TypeError: ``group`` is not integer, or a ``valid`` not boolean.
         """
         self._check(signals, group)
         turns = next(iter(signals.values())).value.shape[1]
@@ -97,6 +98,7 @@ class RewardHistory:
 
         Raises:
             ValueError: shapes do not match.
+            TypeError: ``group`` is not integer, or a ``valid`` not boolean.
         """
         self._check(signals, group)
         entries = {name: list(kept) for name, kept in self.entries.items()}
@@ -119,9 +121,14 @@ class RewardHistory:
         if not signals:
             raise ValueError("signals: expected at least one, got none")
         check_rank("group", group, 1, "[B]", maximum=1)
-        shape = next(iter(signals.values())).value.shape
+        if group.is_floating_point() or group.dtype == torch.bool:
+            raise TypeError(f"group: expected integer ids, got {group.dtype}")
+        first, signal = next(iter(signals.items()))
+        check_rank(f"signals[{first!r}]", signal.value, 2, "[B, N]", maximum=2)
+        shape = (len(group), signal.value.shape[1])
         for name, signal in signals.items():
-            check_shape(f"signals[{name!r}]", signal.value, (len(group), *shape[1:]), "[B, N]")
+            check_shape(f"signals[{name!r}]", signal.value, shape, "[B, N]")
+            check_mask(f"signals[{name!r}].valid", signal.valid, shape, "[B, N]")
 
 
 def _listed(signal: Signal, own: Tensor) -> list[list[float | None]]:

@@ -2,8 +2,6 @@ r"""Truncated importance weights: correct for a sampler that is not the policy i
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from mteditflow._checks import check_full_precision, check_number, check_same_shape
@@ -44,5 +42,4 @@ def truncated_importance_weight(
     check_full_precision(old_log_prob=old_log_prob, sampling_log_prob=sampling_log_prob)
     check_same_shape(old_log_prob=old_log_prob, sampling_log_prob=sampling_log_prob)
     check_number("cap", cap, low=1.0)
-    log_weight = old_log_prob.detach() - sampling_log_prob.detach()
-    return log_weight.clamp(max=math.log(cap)).exp()
+    return (old_log_prob.detach() - sampling_log_prob.detach()).exp().clamp(max=cap)

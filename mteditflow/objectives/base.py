@@ -36,7 +36,7 @@ from mteditflow._checks import (
 )
 from mteditflow.flow.solvers import Solver
 from mteditflow.flow.trajectory import Steps
-from mteditflow.objectives.keys import Key
+from mteditflow.objectives.keys import Key, RoundKey
 from mteditflow.objectives.rows import training_rows
 
 Policy = Literal["current", "old", "reference", "teacher"]
@@ -217,7 +217,13 @@ class Units:
         cut = [self[start : start + size] for start in range(0, len(self), size)]
         return cut + [self.idle()] * ((needed if parts is None else parts) - needed)
 
-    def __getitem__(self, index: slice) -> Units:
+    def __getitem__(self, index: slice | Tensor) -> Units:
+        """Return some units with the ``count`` of all: a slice, a mask [U] or indices.
+
+        Samples of several latent shapes are trained so, the units of one shape at a time.
+        """
+        if not isinstance(index, slice | Tensor):
+            raise TypeError(f"index: expected a slice or a tensor, got {type(index).__name__}")
         advantage, seed = (None if x is None else x[index] for x in (self.advantage, self.seed))
         return Units(self.rows[index], self.mask[index], advantage, seed, self.count)
 
@@ -335,18 +341,15 @@ class Velocities:
     """Velocities of the policies at the same M states, each computed when it is first read."""
 
     def __init__(
-        self, velocity: Velocity, x_t: Tensor, sigma: Tensor, at: Tensor, *, old_is_current: bool
+        self, velocity: Velocity, x_t: Tensor, sigma: Tensor, units: Units, *, old_is_current: bool
     ) -> None:
-        self._velocity, self._states, self._old_is_current = (
-            velocity,
-            (x_t, sigma, at),
-            old_is_current,
-        )
+        self._velocity, self._units, self._old_is_current = velocity, units, old_is_current
+        self._states = x_t, sigma, member_rows(units)[:, :2]
 
     @cached_property
     def current(self) -> Tensor:
         """With gradient."""
-        return self._velocity("current", *self._states)
+        return self._of("current")
 
     @cached_property
     def old(self) -> Tensor:
@@ -365,7 +368,15 @@ class Velocities:
 
     @torch.no_grad()
     def _constant(self, policy: Policy) -> Tensor:
-        return self._velocity(policy, *self._states).detach()
+        return self._of(policy).detach()
+
+    def _of(self, policy: Policy) -> Tensor:
+        """Velocities, 0 for members that do not exist: a NaN there would reach the gradient."""
+        velocity, exists = self._velocity(policy, *self._states), self._units.mask.T.flatten()
+        if bool(exists.all()):
+            return velocity
+        exists = exists.reshape(-1, *[1] * (velocity.ndim - 1)).to(velocity.device)
+        return torch.where(exists, velocity, 0)
 
 
 def member_rows(units: Units) -> Tensor:
@@ -398,7 +409,7 @@ def draw_units(
     advantage: Tensor | None,
     valid: Tensor,
     *,
-    key: Key,
+    key: RoundKey,
     share: float,
     minibatches: int,
     zero_matters: bool,
@@ -416,7 +427,7 @@ def draw_units(
     """
     drawn = training_rows(
         exists,
-        generators=row_generators(key, len(exists)),
+        generators=[key.generator("rows", b) for b in range(len(exists))],
         share=share,
         minibatches=minibatches,
     )
@@ -439,11 +450,15 @@ def draw_units(
     return found
 
 
-def row_generators(key: Key, count: int) -> list[torch.Generator]:
-    """Return a generator for each trajectory: its own, or the one that was given."""
-    if isinstance(key, torch.Generator):
-        return [key] * count
-    return [key.generator("rows", b) for b in range(count)]
+def stored_steps(samples: Samples) -> Tensor:
+    """Return the steps that exist and have a density, boolean [B, N, S] on the CPU.
+
+    Raises:
+        ValueError: there are none in the samples, S is 0.
+    """
+    if samples.step_mask.shape[2] == 0:
+        raise ValueError("samples: expected stored steps, got samples without any")
+    return samples.step_mask.cpu()
 
 
 def turn_values(samples: Samples, advantage: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

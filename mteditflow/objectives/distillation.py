@@ -20,8 +20,9 @@ from mteditflow.objectives.base import (
     draw_units,
     masked_output,
     member_rows,
+    stored_steps,
 )
-from mteditflow.objectives.keys import Key
+from mteditflow.objectives.keys import Key, round_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +78,16 @@ class Distillation(Objective):
         """See ``Objective``: one row for each step, or a share of them; ``advantage`` is None."""
         if advantage is not None:
             raise TypeError("advantage: expected None for Distillation, which has no reward")
-        exists = samples.turn_mask.cpu()
+        exists, steps = samples.turn_mask.cpu(), stored_steps(samples).shape[2]
         if valid is not None:
-            check_mask("valid", valid, exists.shape, "[B, N]")
-            exists = exists & valid.cpu()
-        steps = samples.step_mask.shape[2]
-        if steps == 0:
-            raise ValueError("samples: expected stored steps, got samples without any")
+            shape = exists.shape[: max(valid.ndim, 1)]
+            check_mask("valid", valid, shape, "[B] or [B, N]")
+            exists = exists & valid.cpu().view(*shape, *[1] * (2 - valid.ndim))
         return draw_units(
             exists[..., None].expand(-1, -1, steps),
             None,
             exists,
-            key=key,
+            key=round_key(key),
             share=self.share,
             minibatches=minibatches,
             zero_matters=True,
@@ -98,10 +97,7 @@ class Distillation(Objective):
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
     ) -> Output:
         """See ``Objective``."""
-        rows = member_rows(units)
-        steps = samples.steps_at(rows)
-        at = Velocities(
-            velocity, steps.x_t, steps.sigma, rows[:, :2], old_is_current=old_is_current
-        )
+        steps = samples.steps_at(member_rows(units))
+        at = Velocities(velocity, steps.x_t, steps.sigma, units, old_is_current=old_is_current)
         loss = distillation_loss(at.current, at.teacher)
         return masked_output(units, loss, {"policy_loss": loss})

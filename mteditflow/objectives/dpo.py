@@ -21,7 +21,7 @@ from mteditflow.objectives.base import (
     turn_values,
 )
 from mteditflow.objectives.forward import ForwardObjective
-from mteditflow.objectives.keys import Key
+from mteditflow.objectives.keys import Key, RoundKey, round_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class DPO(ForwardObjective):
             raise TypeError("advantage: expected a tensor for DPO, got None")
         values, own = turn_values(samples, advantage, valid)
         losers = _losers(values, samples.group.cpu(), own)
-        paired = losers >= 0
+        paired, key = losers >= 0, round_key(key)
         drawn = draw_units(
             paired[..., None].expand(-1, -1, self.renoise.levels),
             values,
@@ -96,7 +96,7 @@ class DPO(ForwardObjective):
         return [self._paired(samples, units, values, losers, key) for units in drawn]
 
     def _paired(
-        self, samples: Samples, units: Units, values: Tensor, losers: Tensor, key: Key
+        self, samples: Samples, units: Units, values: Tensor, losers: Tensor, key: RoundKey
     ) -> Units:
         """Add the loser to every winner's unit; it takes the winner's noise."""
         winner = units.rows[:, 0]

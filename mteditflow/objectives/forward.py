@@ -28,7 +28,7 @@ from mteditflow.objectives.base import (
     member_rows,
     turn_values,
 )
-from mteditflow.objectives.keys import Key
+from mteditflow.objectives.keys import Key, RoundKey, round_key
 from mteditflow.old_policy import old_policy_decay
 
 DISTRIBUTIONS = ("uniform", "logit_normal", "grid")
@@ -107,13 +107,11 @@ class Renoised(NamedTuple):
         x_t: [M, ...].
         sigma: flow time, [M].
         target: velocity from clean latent to noise, [M, ...].
-        at: trajectory and turn, int64 [M, 2].
     """
 
     x_t: Tensor
     sigma: Tensor
     target: Tensor
-    at: Tensor
 
 
 def renoise(samples: Samples, units: Units, how: Renoise) -> Renoised:
@@ -134,7 +132,7 @@ def renoise(samples: Samples, units: Units, how: Renoise) -> Renoised:
     sigma = _flow_times(samples, rows, generators, how).to(clean.device)
     noise = batched_noise(clean.shape[1:], generators).to(clean.device)
     x_t = interpolate(clean, noise, sigma)
-    return Renoised(x_t, sigma, velocity_target(clean, noise), rows[:, :2])
+    return Renoised(x_t, sigma, velocity_target(clean, noise))
 
 
 def _flow_times(
@@ -155,14 +153,10 @@ def _flow_times(
     return samples.steps_at(torch.stack([rows[:, 0], rows[:, 1], step], dim=1)).sigma.float()
 
 
-def noise_seeds(samples: Samples, rows: Tensor, key: Key, *, shared: bool) -> Tensor:
+def noise_seeds(samples: Samples, rows: Tensor, key: RoundKey, *, shared: bool) -> Tensor:
     """Return one seed per row of (trajectory, turn, level): int64 [M, 3] -> [M]."""
     owner = samples.group.cpu()[rows[:, 0]] if shared else rows[:, 0]
     place = torch.stack([owner, rows[:, 1], rows[:, 2]], dim=1)
-    if isinstance(key, torch.Generator):
-        names, index = torch.unique(place, dim=0, return_inverse=True)
-        drawn = torch.randint(2**63 - 1, (len(names),), generator=key, device=key.device)
-        return drawn.cpu()[index]
     purpose, first = ("renoise of a group", 0) if shared else ("renoise", key.first)
     numbers = [key.number(purpose, first + o, n, k) for o, n, k in place.tolist()]
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
@@ -218,6 +212,7 @@ class ForwardObjective(Objective):
             raise TypeError(f"advantage: expected a tensor for {type(self).__name__}, got None")
         values, own = turn_values(samples, advantage, valid)
         exists = samples.turn_mask.cpu()[..., None].expand(-1, -1, self.renoise.levels)
+        key = round_key(key)
         drawn = draw_units(
             exists,
             values,
@@ -229,7 +224,7 @@ class ForwardObjective(Objective):
         )
         return [self._seeded(samples, units, units.rows, key) for units in drawn]
 
-    def _seeded(self, samples: Samples, units: Units, noise_rows: Tensor, key: Key) -> Units:
+    def _seeded(self, samples: Samples, units: Units, noise_rows: Tensor, key: RoundKey) -> Units:
         """Give every member the random numbers of ``noise_rows``, [U, K, 3]."""
         flat = noise_rows.flatten(0, 1)
         seeds = noise_seeds(samples, flat, key, shared=self.renoise.shared)
@@ -241,7 +236,7 @@ class ForwardObjective(Objective):
         """Re-noise the units' latents; velocities there, and the target on their device."""
         renoised = renoise(samples, units, self.renoise)
         velocities = Velocities(
-            velocity, renoised.x_t, renoised.sigma, renoised.at, old_is_current=old_is_current
+            velocity, renoised.x_t, renoised.sigma, units, old_is_current=old_is_current
         )
         device = velocities.current.device
         return renoised._replace(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mteditflow._checks import check_number
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.objectives.base import Card, Output, Samples, Units, Velocity, member_advantages
-from mteditflow.objectives.replay import RATIO_SCALE, ReplayObjective, ratio_metrics
+from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,6 @@ class GRPO(ReplayObjective):
         check_number("clip_low", self.clip_low, low=0.0, high=1.0, open_high=True)
         check_number("clip_high", self.clip_high, low=0.0)
 
-    @property
-    def ratio_scale(self) -> float:
-        """Deviation of a ratio from 1 that matters to the loss: the nearer clip bound."""
-        return min(self.clip_low or self.clip_high, self.clip_high) or RATIO_SCALE
-
     def __call__(
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
     ) -> Output:
@@ -76,5 +71,6 @@ class GRPO(ReplayObjective):
         )
         log_ratio = (log_prob - old_log_prob).detach()
         metrics = ratio_metrics(log_ratio, self.clip_low, self.clip_high)
-        metrics["old_kl"] = log_ratio.expm1() - log_ratio
+        exact = log_ratio.double()  # a log-ratio of 1e-5 squares to less than float32 resolves
+        metrics["old_kl"] = (exact.expm1() - exact).to(log_ratio.dtype)
         return self.output(units, loss, replay, metrics)

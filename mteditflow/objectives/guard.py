@@ -10,7 +10,7 @@ from mteditflow._checks import check_number
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
 from mteditflow.objectives.base import Card, Output, Samples, Units, Velocity, member_advantages
-from mteditflow.objectives.replay import RATIO_SCALE, ReplayObjective, ratio_metrics
+from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,6 @@ class Guard(ReplayObjective):
         super().__post_init__()
         check_number("clip_low", self.clip_low, low=0.0, high=1.0, open_high=True)
         check_number("clip_high", self.clip_high, low=0.0)
-
-    @property
-    def ratio_scale(self) -> float:
-        """Deviation of a ratio from 1 that matters to the loss: the nearer clip bound."""
-        return min(self.clip_low or self.clip_high, self.clip_high) or RATIO_SCALE
 
     def __call__(
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False

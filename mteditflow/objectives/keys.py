@@ -71,6 +71,20 @@ class RoundKey:
 Key = RoundKey | torch.Generator
 
 
+def round_key(key: Key) -> RoundKey:
+    """Return the key itself, or one that the next number of a generator fixes.
+
+    Raises:
+        TypeError: ``key`` is neither.
+    """
+    if isinstance(key, RoundKey):
+        return key
+    if not isinstance(key, torch.Generator):
+        raise TypeError(f"key: expected a RoundKey or a torch.Generator, got {type(key).__name__}")
+    seed = torch.randint(2**63 - 1, (), generator=key, device=key.device)
+    return RoundKey(seed=int(seed), round=0)
+
+
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a generator whose stream is a function of its key alone.
 

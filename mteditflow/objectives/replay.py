@@ -36,9 +36,10 @@ from mteditflow.objectives.base import (
     draw_units,
     masked_output,
     member_rows,
+    stored_steps,
     turn_values,
 )
-from mteditflow.objectives.keys import Key
+from mteditflow.objectives.keys import Key, round_key
 
 RATIO_SCALE = 1e-4  # the usual clip range of mean-reduced log-probs
 SOLVERS: dict[str, Callable[[float], Solver]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}
@@ -66,7 +67,7 @@ class Replay:
         rows, self._solver = member_rows(units), solver
         stored = samples.steps_at(rows)
         self.velocities = Velocities(
-            velocity, stored.x_t, stored.sigma, rows[:, :2], old_is_current=old_is_current
+            velocity, stored.x_t, stored.sigma, units, old_is_current=old_is_current
         )
         self.reduction = samples.reduction
         self.steps = Steps(*(x.to(self.velocities.current.device) for x in stored))
@@ -106,7 +107,7 @@ class ReplayObjective(Objective):
     solver: Literal["flow", "dance", "cps"] = "flow"
     """Stochastic step: Flow-SDE, Dance-SDE or coefficient-preserving."""
     noise_level: float = 0.9
-    """Noise level a of the solver."""
+    """Noise level a of the solver, > 0: a step without noise has no log-prob."""
     stochastic_steps: int = 5
     """Steps of a turn that draw noise and are trained; the others are ODE steps."""
     window_interval: int = 0
@@ -122,7 +123,8 @@ class ReplayObjective(Objective):
 
     def __post_init__(self) -> None:
         check_choice("solver", self.solver, list(SOLVERS))
-        self.step_solver  # noqa: B018, checks the noise level
+        check_number("noise_level", self.noise_level, low=0.0, open_low=True)
+        self.step_solver  # noqa: B018, checks the rest of the noise level
         check_count("stochastic_steps", self.stochastic_steps)
         check_count("window_interval", self.window_interval, low=0)
         check_number("share", self.share, low=0.0, high=1.0, open_low=True)
@@ -167,10 +169,10 @@ class ReplayObjective(Objective):
             raise TypeError(f"advantage: expected a tensor for {type(self).__name__}, got None")
         values, own = turn_values(samples, advantage, valid)
         return draw_units(
-            samples.step_mask.cpu(),
+            stored_steps(samples),
             values,
             own,
-            key=key,
+            key=round_key(key),
             share=self.share,
             minibatches=minibatches,
             zero_matters=self.kl_coef > 0,
@@ -205,9 +207,12 @@ class ReplayObjective(Objective):
             RatioCheck with its verdict.
 
         Raises:
-            ValueError: a number is out of range.
+            ValueError: a number is out of range, or these trajectories have no stochastic step.
+            TypeError: a count is not an integer.
         """
-        exists = samples.step_mask[:trajectories].cpu()
+        check_count("trajectories", trajectories)
+        check_count("size", size)
+        exists = stored_steps(samples)[:trajectories]
         replayed, recorded = torch.zeros(2, *exists.shape, dtype=torch.float32, device="cpu")
         for part in torch.split(exists.nonzero(), size):
             every = torch.ones_like(part[:, :1], dtype=torch.bool)
@@ -219,8 +224,9 @@ class ReplayObjective(Objective):
 
     @property
     def ratio_scale(self) -> float:
-        """Deviation of a ratio from 1 that matters to the loss."""
-        return RATIO_SCALE
+        """Deviation of a ratio from 1 that matters to the loss: the nearer clip bound above 0."""
+        bounds = (getattr(self, name, 0.0) for name in ("clip_low", "clip_high"))
+        return min((bound for bound in bounds if bound > 0), default=RATIO_SCALE)
 
     def start(self, replay: Replay) -> Tensor:
         """Return the log-prob that ratios start from: recorded, or training's own where capped."""
