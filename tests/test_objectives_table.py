@@ -1,0 +1,36 @@
+"""The README's table of objectives: current, and of names that exist."""
+
+import pytest
+
+import mteditflow
+from docs.render_objectives import END, PAGE, START, page, table
+from mteditflow.objectives import OBJECTIVES
+
+README = PAGE.read_text(encoding="utf-8")
+
+
+def test_table_is_current():
+    assert page(README) == README, "run python -m docs.render_objectives"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_a_row_and_public_losses(name):
+    card = OBJECTIVES[name].card
+    (row,) = (line for line in table().splitlines() if line.startswith(f"| {card.title} |"))
+    assert f"`objectives.{OBJECTIVES[name].__name__}`" in row
+    assert (f"`objective:{name}`" in row) == card.rewarded
+    assert set(card.losses) <= set(mteditflow.__all__)
+
+
+def test_rows_have_as_many_cells_as_the_header():
+    assert len({line.count("|") for line in table().splitlines()}) == 1
+
+
+@pytest.mark.parametrize("text", ["", START, END, START + END + START])
+def test_a_readme_without_its_markers_is_refused(text):
+    with pytest.raises(ValueError, match=r"README\.md: expected one <!-- objectives: start -->"):
+        page(text)
+
+
+def test_the_rest_of_the_page_is_kept():
+    assert page(f"a\n{START}old\n{END}b\n") == f"a\n{START}{table()}{END}b\n"
