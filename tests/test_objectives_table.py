@@ -1,8 +1,9 @@
 """The README's table of objectives: current, and of names that exist."""
 
+import importlib
+
 import pytest
 
-import mteditflow
 from docs.render_objectives import END, PAGE, START, page, table
 from mteditflow.objectives import OBJECTIVES
 
@@ -14,12 +15,14 @@ def test_table_is_current():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_a_row_and_public_losses(name):
+def test_every_objective_has_a_row_and_losses_that_exist(name):
     card = OBJECTIVES[name].card
     (row,) = (line for line in table().splitlines() if line.startswith(f"| {card.title} |"))
     assert f"`objectives.{OBJECTIVES[name].__name__}`" in row
     assert (f"`objective:{name}`" in row) == card.rewarded
-    assert set(card.losses) <= set(mteditflow.__all__)
+    for loss in card.losses:  # a public name, or a path under mteditflow
+        module, _, function = f"mteditflow.{loss}".rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_rows_have_as_many_cells_as_the_header():
