@@ -1,4 +1,4 @@
-"""Pages for contributors: every path and function that they name exists, and their example works."""
+"""Pages for contributors: paths and functions that they name exist, and their example works."""
 
 import ast
 import re
