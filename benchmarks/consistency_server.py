@@ -107,7 +107,7 @@ def _picture(dice: random.Random) -> Image.Image:
 
 def known_scores(folder: Path, work: Sequence[Work]) -> list[ConsistencyScores]:
     """Score every chain in process, on its own."""
-    from mteditflow.rewards.consistency.models import DinoV3, GroundingDino
+    from mteditflow.rewards import DinoV3, GroundingDino
 
     scorer = ConsistencyScorer(
         GroundingDino.from_pretrained(folder / "grounding_dino"),

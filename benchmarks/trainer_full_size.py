@@ -29,10 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_nft import PlainLoop
 from benchmarks.trainer_parts import Batch, ForwardCounter, losses_of, parse
+from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import FAMILIES, Editor, LoraPolicies, Prompts, Rollout
 from mteditflow.pipelines.conditioning import map_leaves
 from mteditflow.pipelines.editor import COMPILATIONS
-from mteditflow.training import Updater, keyed_generator
+from mteditflow.training import Updater
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ from mteditflow_examples.flux.config import Rewards
 from tqdm import tqdm
 
 from mteditflow.chains import Chain, read_chains
-from mteditflow.evaluation.comparison import most_changed, report_difference
+from mteditflow.evaluation import most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
-from mteditflow.evaluation.report import report_of
 from mteditflow.evaluation.tables import checks_in_short
 from mteditflow.rewards import Detector
 
@@ -160,7 +159,7 @@ def run(
 
 def _detector(path: str, device: torch.device) -> Detector:
     """Load a detector; transformers takes its time to import."""
-    from mteditflow.rewards.consistency.models import GroundingDino
+    from mteditflow.rewards import GroundingDino
 
     return GroundingDino.from_pretrained(path, device=device)
 

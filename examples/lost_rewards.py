@@ -31,9 +31,7 @@ from mteditflow_examples.shapes.served import service
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation
-from mteditflow.training import Checkpoints
-from mteditflow.training.metrics_file import read_metrics
-from mteditflow.training.report import run_report, write_report
+from mteditflow.training import Checkpoints, read_metrics, run_report, write_report
 
 HERE = Path(__file__).parent
 LOSING = ("--lost-answers", "0.1")

@@ -5,13 +5,18 @@ One interpreter imports torch, then forks for each statement, so that none sees 
 
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import mteditflow
+
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
 # Import names of what the extras install. tqdm is left out: torch imports it where it is installed.
 EXTRAS = {
     "PIL", "accelerate", "anyio", "diffusers", "fastapi", "httpx2", "matplotlib", "openai", "peft",
@@ -20,6 +25,8 @@ EXTRAS = {
 CHAINS = {"PIL", "pydantic"}
 HTTP = {"anyio", "httpx2", "openai", "pydantic", "tenacity"}
 SERVER = CHAINS | HTTP | {"fastapi", "rich", "typer", "uvicorn"}
+DIFFUSERS = {"PIL", "accelerate", "anyio", "diffusers", "httpx2", "peft", "transformers"}
+MODELS = {"PIL", "accelerate", "anyio", "httpx2", "transformers"}
 # Statement to the packages of EXTRAS that it may import.
 WALLS: dict[str, set[str]] = {
     "import mteditflow": set(),
@@ -38,7 +45,27 @@ WALLS: dict[str, set[str]] = {
     "import mteditflow.rewards.judge.answers": set(),
     "import mteditflow.rewards.judge.wording": set(),
     "import mteditflow.rewards.images": {"PIL"},
+    "from mteditflow.rewards import DinoV3, GroundingDino": MODELS,
     "import mteditflow.rewards.server": SERVER,
+    "import mteditflow.objectives": set(),
+    "import mteditflow.pipelines": DIFFUSERS,
+    "import mteditflow.planner": CHAINS | HTTP,
+    "import mteditflow.evaluation": set(),
+    "import mteditflow.evaluation.seeds": set(),
+    "from mteditflow.evaluation import Evaluation, Report, compare": CHAINS,
+    "from mteditflow.evaluation import draw_report": CHAINS | {"matplotlib"},
+    "from mteditflow.evaluation import PickScore, Preference": CHAINS | HTTP | MODELS,
+    "import mteditflow.evaluation.benchmarks": CHAINS | HTTP,
+    "import mteditflow.training": set(),
+    "from mteditflow.training import Checkpoints, RewardWatch, Stopwatch, Updater": set(),
+    "from mteditflow.training import Bar, RunLog, Termination, read_metrics": set(),
+    "from mteditflow.training import most_parts, shard_model, sum_gradients": set(),
+    "from mteditflow.training import load_optimizer_state, optimizer_state": DIFFUSERS,
+    "from mteditflow.training import Aggregation, RoundRewards, gather_scores": CHAINS,
+    "from mteditflow.training import print_summary, run_report, write_report": CHAINS | {"rich"},
+    "import mteditflow.training.pictures": CHAINS | {"matplotlib"},
+    "import mteditflow.cli": set(),
+    "import mteditflow_examples.flux.command_line": {"pydantic", "rich", "tyro"},
 }
 WITHOUT_OPENAI = "import sys; sys.modules['openai'] = None; from mteditflow.rewards import "
 PROBE = """
@@ -68,7 +95,8 @@ for statement in json.loads(sys.stdin.read()):
 def imported():
     """Statement to the roots of sys.modules after it, and to its error."""
     statements = [*WALLS, f"{WITHOUT_OPENAI}Judge", f"{WITHOUT_OPENAI}TurnScores"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROBE],
         input=json.dumps(statements),
@@ -88,6 +116,17 @@ def test_a_statement_imports_no_more_than_it_may(imported, statement):
     assert error is None
     assert "torch" in roots
     assert EXTRAS & set(roots) <= WALLS[statement]
+
+
+def test_the_page_lists_what_each_wing_needs():
+    """Rows of docs/architecture.md: a statement, and the packages that it imports."""
+    rows = re.findall(r"^\| `([^`]*import [^`]*)` \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
+    shown = {statement: set(re.findall(r"`(\w+)`", needs)) for statement, needs in rows}
+    assert shown == {statement: WALLS[statement] for statement in shown}
+    walked = pkgutil.walk_packages(mteditflow.__path__, "mteditflow.")
+    packages = {"mteditflow", *(x.name for x in walked if x.ispkg and x.name.count(".") == 1)}
+    named = {name for statement in shown for name in re.findall(r"mteditflow(?:\.\w+)?", statement)}
+    assert packages - named <= {"mteditflow.advantages", "mteditflow.flow", "mteditflow.losses"}
 
 
 def test_a_missing_package_is_named_with_its_extra_and_scores_do_not_need_it(imported):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
+from mteditflow_examples.flux.loading import quiet_libraries
 from PIL.Image import Image
 
 from mteditflow.chains import Chain
@@ -45,6 +46,7 @@ class Model:
 
     def load(self, device: torch.device) -> Edits:
         """Load it; its class tells how it is called."""
+        quiet_libraries()
         name, options = DiffusionPipeline.load_config(self.editor)["_class_name"], self.call
         dtype = getattr(torch, self.dtype)
         if self.resolution is not None:

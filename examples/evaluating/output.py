@@ -11,10 +11,8 @@ from rich.console import Console
 
 from mteditflow._files import write_atomically
 from mteditflow.chains import Chain, read_chains, write_chains
-from mteditflow.evaluation import Evaluation
-from mteditflow.evaluation.figures import draw_report, write_picture
+from mteditflow.evaluation import Evaluation, Report, draw_report
 from mteditflow.evaluation.gallery import Series, gallery
-from mteditflow.evaluation.report import Report
 from mteditflow.evaluation.tables import (
     as_csv,
     denominators,
@@ -22,6 +20,7 @@ from mteditflow.evaluation.tables import (
     markdown,
     rich_tables,
 )
+from mteditflow.training.pictures import write_picture
 
 from .images import ByRow, MadeImages
 

@@ -14,7 +14,8 @@ from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError
 from mteditflow.evaluation import Evaluation
-from mteditflow.evaluation.benchmarks.edival import WAYS, EdiValJudge
+from mteditflow.evaluation.benchmarks import EdiValJudge
+from mteditflow.evaluation.benchmarks.edival import WAYS
 from mteditflow.rewards import (
     AnswerCache,
     Background,
@@ -81,7 +82,7 @@ class WithPreference:
 
     def __init__(self, scorer: Scorer, hub_id: str, device: str) -> None:
         # transformers' CLIP takes its time to import
-        from mteditflow.evaluation.preference import PickScore, Preference
+        from mteditflow.evaluation import PickScore, Preference
 
         self._scorer = scorer
         self._preference = Preference(PickScore.from_pretrained(hub_id, device=device))

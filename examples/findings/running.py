@@ -23,8 +23,7 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation
-from mteditflow.training import Checkpoints
-from mteditflow.training.metrics_file import read_metrics
+from mteditflow.training import Checkpoints, read_metrics
 
 from .study import BASE_RUN, Setting, Study
 

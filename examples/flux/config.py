@@ -11,8 +11,7 @@ import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mteditflow import LagrangeMultiplier
-from mteditflow.objectives import DPO, NFT, OBJECTIVES, Distillation, Objective
-from mteditflow.objectives.replay import ReplayObjective
+from mteditflow.objectives import DPO, NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -11,8 +11,7 @@ from PIL.Image import Image
 
 from mteditflow import Signal
 from mteditflow.chains import InformativeSampler
-from mteditflow.training import Bar, RewardCollapseError
-from mteditflow.training.report import run_report, write_report
+from mteditflow.training import Bar, RewardCollapseError, print_summary, run_report, write_report
 
 from .config import flat
 from .run import Run
@@ -20,7 +19,7 @@ from .run import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mteditflow.training.round_rewards import RoundRewards
+    from mteditflow.training import RoundRewards
 
     from .sampling import RoundChains, Scores
 
@@ -136,7 +135,6 @@ def summarize(run: Run) -> None:
     if not run.main:
         return
     from mteditflow.training.pictures import draw_before_after, draw_curves, write_picture
-    from mteditflow.training.report import print_summary
 
     folder, metrics = run.config.output.folder, run.log.metrics
     evaluations = run.held_out.all() if run.held_out else []

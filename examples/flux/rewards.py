@@ -27,7 +27,7 @@ from mteditflow.rewards import (
     JudgePrompt,
     TurnScores,
 )
-from mteditflow.training.round_rewards import Aggregation, RoundRewards
+from mteditflow.training import Aggregation, RoundRewards
 
 from .config import ConfigError, Rewards
 

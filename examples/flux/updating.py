@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mteditflow import RatioCheck, gather_ranks
-from mteditflow.objectives import Output, Units, Velocity
-from mteditflow.objectives.replay import ReplayObjective
+from mteditflow.objectives import Output, ReplayObjective, Units, Velocity
 from mteditflow.pipelines import ReplayError, Rollout
 from mteditflow.training import Update, Updater, most_parts
 

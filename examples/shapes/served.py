@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from mteditflow.chains import Chain as Record
-from mteditflow.rewards.consistency.scorer import ConsistencyScorer
+from mteditflow.rewards import ConsistencyScorer
 from mteditflow.rewards.server import create_app
 
 from .rewards import Truth, score

@@ -1,7 +1,8 @@
-"""Scores of edited chains: metrics with intervals, and two editors compared.
+"""Scores of edited chains: metrics with intervals, reports, and two editors compared.
 
-``evaluation.benchmarks`` (EdiVal, ImgEdit, GEdit) and ``evaluation.preference`` (PickScore) are
-imported by their own names. Needs the extra ``mteditflow[rewards]``.
+Each name is imported on first use. ``evaluation.benchmarks`` (EdiVal, ImgEdit, GEdit),
+``evaluation.seeds``, ``evaluation.tables`` and ``evaluation.gallery`` are imported by their own
+names. Needs the extra ``mteditflow[rewards]``.
 """
 
 from typing import TYPE_CHECKING
@@ -9,8 +10,17 @@ from typing import TYPE_CHECKING
 from mteditflow._lazy import lazy
 
 if TYPE_CHECKING:
-    from mteditflow.evaluation.comparison import BeforeAfter, Comparison, compare
+    from mteditflow.evaluation.comparison import (
+        BeforeAfter,
+        Comparison,
+        compare,
+        most_changed,
+        report_difference,
+    )
     from mteditflow.evaluation.evaluation import Evaluation
+    from mteditflow.evaluation.figures import draw_report
+    from mteditflow.evaluation.preference import PickScore, Preference
+    from mteditflow.evaluation.report import Report, report_of
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -18,9 +28,28 @@ else:
             "BeforeAfter": ".comparison",
             "Comparison": ".comparison",
             "Evaluation": ".evaluation",
+            "PickScore": ".preference",
+            "Preference": ".preference",
+            "Report": ".report",
             "compare": ".comparison",
+            "draw_report": ".figures",
+            "most_changed": ".comparison",
+            "report_difference": ".comparison",
+            "report_of": ".report",
         },
         "rewards",
     )
 
-__all__ = ["BeforeAfter", "Comparison", "Evaluation", "compare"]
+__all__ = [
+    "BeforeAfter",
+    "Comparison",
+    "Evaluation",
+    "PickScore",
+    "Preference",
+    "Report",
+    "compare",
+    "draw_report",
+    "most_changed",
+    "report_difference",
+    "report_of",
+]

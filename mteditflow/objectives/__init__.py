@@ -18,11 +18,12 @@ from mteditflow.objectives.base import (
 from mteditflow.objectives.distillation import Distillation
 from mteditflow.objectives.dpo import DPO
 from mteditflow.objectives.dppo import DPPO
-from mteditflow.objectives.forward import Renoise
+from mteditflow.objectives.forward import ForwardObjective, Renoise
 from mteditflow.objectives.grpo import GRPO
 from mteditflow.objectives.guard import Guard
 from mteditflow.objectives.keys import RoundKey, keyed_generator
 from mteditflow.objectives.nft import NFT
+from mteditflow.objectives.replay import ReplayObjective
 from mteditflow.objectives.rows import training_rows
 
 #: Objectives by the name that command lines and tables give them.
@@ -46,10 +47,12 @@ __all__ = [
     "Card",
     "CleanSamples",
     "Distillation",
+    "ForwardObjective",
     "Guard",
     "Objective",
     "Output",
     "Renoise",
+    "ReplayObjective",
     "RoundKey",
     "Samples",
     "Sampling",

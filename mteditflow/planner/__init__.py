@@ -19,7 +19,7 @@ from mteditflow.planner.edits import (
     TextChange,
     parse_formatted,
 )
-from mteditflow.planner.plan import Planner, PlanningStoppedError, Refused, Scene, draw_tasks
+from mteditflow.planner.plan import Planner, PlanningStoppedError, Refused, Scene
 from mteditflow.planner.pool import ListedObject, Pool, SceneObject, chain_fields
 from mteditflow.planner.run import Planned, RefusedChain, plan_folder
 
@@ -46,7 +46,6 @@ __all__ = [
     "SubjectReplace",
     "TextChange",
     "chain_fields",
-    "draw_tasks",
     "parse_formatted",
     "plan_folder",
 ]

@@ -2,7 +2,7 @@
 
 ``judge`` and ``consistency`` compute scores, each over HTTP by ``transport``; ``server`` serves
 consistency. Names are imported on first use: scores and faults need torch alone, everything else
-the extra ``mteditflow[rewards]``. The published models are in ``consistency.models``.
+the extra ``mteditflow[rewards]``.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from mteditflow._lazy import lazy
 
 if TYPE_CHECKING:
     from mteditflow.rewards.consistency.client import ConsistencyClient
+    from mteditflow.rewards.consistency.models import DinoV3, GroundingDino
     from mteditflow.rewards.consistency.pairs import ConsistencyScores, Pair, PairScores, pairs_of
     from mteditflow.rewards.consistency.scorer import (
         Consistency,
@@ -42,12 +43,14 @@ else:
             "ConsistencyScorer": ".consistency.scorer",
             "ConsistencyScores": ".consistency.pairs",
             "Detector": ".consistency.scorer",
+            "DinoV3": ".consistency.models",
             "Dispatcher": ".transport.dispatch",
             "EndpointReport": ".judge.preflight",
             "ExpectationPrompt": ".judge.prompts",
             "Fault": ".faults",
             "FeatureExtractor": ".consistency.scorer",
             "Features": ".consistency.similarity",
+            "GroundingDino": ".consistency.models",
             "InvalidRewardsError": ".scores",
             "Judge": ".judge.judge",
             "JudgePrompt": ".judge.prompts",
@@ -73,12 +76,14 @@ __all__ = [
     "ConsistencyScorer",
     "ConsistencyScores",
     "Detector",
+    "DinoV3",
     "Dispatcher",
     "EndpointReport",
     "ExpectationPrompt",
     "Fault",
     "FeatureExtractor",
     "Features",
+    "GroundingDino",
     "InvalidRewardsError",
     "Judge",
     "JudgePrompt",

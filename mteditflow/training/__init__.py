@@ -1,9 +1,9 @@
 """Parts of a long run around its loop: rows, updates, checkpoints, log, report, pictures.
 
-Each name is imported alone, on first use. All but ``RunLog`` and ``Bar`` (tqdm), and
-``RoundRewards`` and ``gather_scores`` (``mteditflow[rewards]``), need torch and safetensors only.
-``training.pictures`` and ``training.report`` are imported by their own names. The extra
-``mteditflow[train]`` has everything.
+Each name is imported alone, on first use. All but ``RunLog`` and ``Bar`` (tqdm),
+``RoundRewards``, ``gather_scores`` and the report (``mteditflow[rewards]``), and the state of an
+optimizer (``mteditflow[diffusers]``) need torch and safetensors only. ``training.pictures`` is
+imported by its own name. The extra ``mteditflow[train]`` has everything.
 """
 
 from typing import TYPE_CHECKING
@@ -13,8 +13,10 @@ from mteditflow._lazy import lazy
 if TYPE_CHECKING:
     from mteditflow.training.checkpoint import Checkpoint, Checkpoints
     from mteditflow.training.gathering import gather_scores
+    from mteditflow.training.metrics_file import read_metrics
     from mteditflow.training.optimizers import load_optimizer_state, optimizer_state
     from mteditflow.training.parallel import shard_model, sum_gradients
+    from mteditflow.training.report import print_summary, run_report, write_report
     from mteditflow.training.round_rewards import Aggregation, RoundRewards
     from mteditflow.training.run_log import Bar, RunLog
     from mteditflow.training.stopwatch import Stopwatch
@@ -41,8 +43,12 @@ else:
             "load_optimizer_state": ".optimizers",
             "most_parts": ".updater",
             "optimizer_state": ".optimizers",
+            "print_summary": ".report",
+            "read_metrics": ".metrics_file",
+            "run_report": ".report",
             "shard_model": ".parallel",
             "sum_gradients": ".parallel",
+            "write_report": ".report",
         },
         "train",
     )
@@ -64,6 +70,10 @@ __all__ = [
     "load_optimizer_state",
     "most_parts",
     "optimizer_state",
+    "print_summary",
+    "read_metrics",
+    "run_report",
     "shard_model",
     "sum_gradients",
+    "write_report",
 ]

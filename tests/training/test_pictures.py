@@ -21,9 +21,9 @@ from mteditflow.training.pictures import (
     draw_histograms,
     draw_strips,
     log_pictures,
-    risen_and_fallen,
     write_picture,
 )
+from mteditflow.training.pictures.before_after import risen_and_fallen
 from mteditflow.training.pictures.curves import smooth
 from mteditflow.training.pictures.strips import text_width, wrap
 from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores

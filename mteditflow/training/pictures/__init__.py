@@ -5,7 +5,7 @@ Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts 
 """
 
 from mteditflow.evaluation.figures import log_pictures, write_picture
-from mteditflow.training.pictures.before_after import draw_before_after, risen_and_fallen
+from mteditflow.training.pictures.before_after import draw_before_after
 from mteditflow.training.pictures.curves import draw_curves
 from mteditflow.training.pictures.histograms import draw_histograms
 from mteditflow.training.pictures.strips import Strip, draw_strips
@@ -17,6 +17,5 @@ __all__ = [
     "draw_histograms",
     "draw_strips",
     "log_pictures",
-    "risen_and_fallen",
     "write_picture",
 ]

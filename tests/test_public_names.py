@@ -1,0 +1,87 @@
+"""Examples and benchmarks import public names: those in the ``__all__`` of a package."""
+
+import ast
+import importlib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    file.relative_to(ROOT).as_posix()
+    for folder in ("examples", "benchmarks")
+    for file in (ROOT / folder).rglob("*.py")
+)
+# Module to the names of it that may be imported although no package names them in __all__.
+ALLOWED: dict[str, set[str]] = {
+    # The one atomic write of the repository; it is no part of reinforcement learning.
+    "mteditflow._files": {"write_atomically"},
+    # Modules that are imported as a whole: the forms of one report, and statistics over seeds.
+    "mteditflow.evaluation.gallery": {"Series", "gallery"},
+    "mteditflow.evaluation.seeds": {
+        "SeedInterval",
+        "difference_interval",
+        "mean_interval",
+        "percentile_ends",
+        "resampled_means",
+    },
+    "mteditflow.evaluation.tables": {
+        "as_csv",
+        "checks_in_short",
+        "denominators",
+        "lost_in_short",
+        "markdown",
+        "rich_tables",
+    },
+    # Fields of a public report, and the choices of an option.
+    "mteditflow.evaluation.benchmarks.averages": {"Estimate", "Group"},
+    "mteditflow.evaluation.benchmarks.edival": {"WAYS"},
+    "mteditflow.evaluation.benchmarks.gedit": {"LANGUAGES"},
+    # Column prefix of metrics.jsonl, and the packages whose versions a report names.
+    "mteditflow.training.metrics_file": {"SECONDS"},
+    "mteditflow.training.report": {"PACKAGES"},
+    # Benchmarks measure how conditioning is stored and how often blocks are compiled.
+    "mteditflow.pipelines.conditioning": {"leaves", "map_leaves", "select_rows"},
+    "mteditflow.pipelines.editor": {"COMPILATIONS"},
+}
+
+
+def imports(file: str) -> set[tuple[str, str]]:
+    """Pairs of module and name in ``from mteditflow... import ...``; ``""`` for a plain import."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(x.name, "") for x in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {(str(node.module), x.name) for x in node.names}
+    return {(module, name) for module, name in found if module.split(".")[0] == "mteditflow"}
+
+
+@cache
+def public(module: str) -> frozenset[str]:
+    return frozenset(getattr(importlib.import_module(module), "__all__", ()))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_are_public(file):
+    hidden = {
+        (module, name)
+        for module, name in imports(file)
+        if name not in ALLOWED.get(module, ())
+        and (name not in public(module) if name else module != "mteditflow")
+    }
+    assert not hidden, (
+        f"{file}: import these from the package whose __all__ names them, or explain them in "
+        f"ALLOWED: {sorted(hidden)}"
+    )
+
+
+def test_exceptions_are_used_and_still_needed():
+    used: dict[str, set[str]] = {}
+    for file in FILES:
+        for module, name in imports(file):
+            used.setdefault(module, set()).add(name)
+    for module, names in ALLOWED.items():
+        assert names <= used.get(module, set()), f"{module}: no example or benchmark imports these"
+        assert not names & public(module), f"{module}: these are public by now"
