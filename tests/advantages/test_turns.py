@@ -368,7 +368,7 @@ def test_the_mean_of_normalized_scores_is_the_normalized_mean(scores):
 def test_what_is_no_likert_score_is_refused(bad):
     with pytest.raises(ValueError, match=r"^likert: expected scores in 1\.\.5, got"):
         normalize_likert(torch.tensor([3, bad]))
-    with pytest.raises(ValueError, match="^normalization: expected one of"):
+    with pytest.raises(ValueError, match=r"^normalization: expected one of"):
         normalize_likert(torch.tensor([3]), normalization="mean")
     with pytest.raises(TypeError, match=r"^likert: expected a torch.Tensor, got list"):
         normalize_likert([3])
