@@ -304,7 +304,7 @@ class Objective(ABC):
             samples: B trajectories.
             advantage: [B], or [B, N] for one per turn; float32 or float64, finite where valid.
             valid: boolean, shape of ``advantage``; ``None`` means all. The rest is never read.
-            key: source of the random numbers.
+            key: source of the random numbers; a generator advances by one number a pass.
             minibatches: optimizer steps of the pass; divides B.
 
         Returns:
@@ -312,7 +312,7 @@ class Objective(ABC):
 
         Raises:
             ValueError: shapes do not match, or a valid advantage is not finite.
-            TypeError: a dtype is not the one stated.
+            TypeError: a dtype is not the one stated, or the key is of another type.
         """
 
     @abstractmethod

@@ -13,6 +13,7 @@ from mteditflow import (
     binary_average,
     broadcast_to_steps,
     likert_average,
+    normalize_likert,
     reward_to_go,
     stop_after_failure,
     turn_average,
@@ -342,3 +343,32 @@ def test_compiled_broadcast_equals_eager():
     assert torch.equal(
         compiled(advantage, turns=2, steps=3), broadcast_to_steps(advantage, turns=2, steps=3)
     )
+
+
+def test_likert_scores_are_normalized_one_by_one():
+    scores = torch.tensor([[1, 2], [3, 5]])
+    assert normalize_likert(scores).tolist() == [[0.0, 0.25], [0.5, 1.0]]
+    fifths = normalize_likert(scores, normalization="max").tolist()
+    assert fifths == [pytest.approx([0.2, 0.4]), pytest.approx([0.6, 1.0])]
+    assert normalize_likert(torch.tensor(3.4, dtype=torch.float64)).item() == pytest.approx(0.6)
+    dtypes = (torch.int64, torch.float16, torch.float32, torch.float64)
+    found = [normalize_likert(torch.ones(1, dtype=dtype)).dtype for dtype in dtypes]
+    assert found == [torch.float32] * 3 + [torch.float64]
+
+
+@given(st.lists(st.floats(1, 5), min_size=1, max_size=6))
+def test_the_mean_of_normalized_scores_is_the_normalized_mean(scores):
+    turns = torch.tensor([scores], dtype=torch.float64)
+    for normalization in ("minmax", "max"):
+        mean = normalize_likert(turns, normalization=normalization).mean(dim=1)
+        torch.testing.assert_close(mean, likert_average(turns, normalization=normalization))
+
+
+@pytest.mark.parametrize("bad", [0.99, 5.01, NAN, 0, 6])
+def test_what_is_no_likert_score_is_refused(bad):
+    with pytest.raises(ValueError, match=r"^likert: expected scores in 1\.\.5, got"):
+        normalize_likert(torch.tensor([3, bad]))
+    with pytest.raises(ValueError, match=r"^normalization: expected one of"):
+        normalize_likert(torch.tensor([3]), normalization="mean")
+    with pytest.raises(TypeError, match=r"^likert: expected a torch.Tensor, got list"):
+        normalize_likert([3])
