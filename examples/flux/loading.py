@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator, DistributedType
 from PIL import Image, ImageOps
 
@@ -20,6 +22,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
     """Load the editor, give it adapters, and shard it if it is to be sharded."""
+    # Loading prints bars and notes of its own on every rank, between the lines of the log.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     model = config.model
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
