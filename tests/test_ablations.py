@@ -80,7 +80,7 @@ def test_a_setting_is_a_preset_and_the_words_after_it(tmp_path):
     setting = Setting("AWM", {"data.group_size": 4, "objective": "awm", "objective.clip_low": 0.1})
     words = ["objective:awm", "--data.group-size", "4", "--objective.clip-low", "0.1"]
     assert setting.words == words
-    assert setting.name == "shapes-nft-data.group-size=4-objective.clip-low=0.1-objective=awm"
+    assert setting.name == "shapes-nft-data.group-size=4-objective=awm-objective.clip-low=0.1"
     ablations = Ablations(tmp_path, SHORT, OBJECTIVES)
     assert ablations.arguments(setting, 0)[-5:] == words
     taught = next(s for s in OBJECTIVES.settings.values() if s.label == "distillation")
