@@ -34,7 +34,7 @@ class PlainLoop:
         self.optimizer = optimizer
 
     def update(self) -> None:
-        """One optimiser step on every turn's clean latent."""
+        """One optimizer step on every turn's clean latent."""
         self.optimizer.zero_grad()
         for clean in self.clean.split(self.size):
             sigma = torch.rand(len(clean), device=clean.device)

@@ -33,11 +33,11 @@ busy the machine was: the load average when its measuring began.
 """
 ROUND = """\
 The shapes world on the tiny FLUX.1-Kontext, presets at their own sizes: 96 trajectories of 3 turns,
-sampled and trained in batches of 96, 2 optimiser steps. A round is sampling, advantages and update;
+sampled and trained in batches of 96, 2 optimizer steps. A round is sampling, advantages and update;
 the time that the exact scorer takes is left out (a real judge is elsewhere), and so are log,
 checkpoints and pictures between rounds. Models are timed around each call, and the backward pass
 from the gradient's arrival at the transformer's output to its end. All that is left, such as the
-scheduler, the recorder, images and PIL, noise, losses, the optimiser, is outside. Medians over
+scheduler, the recorder, images and PIL, noise, losses, the optimizer, is outside. Medians over
 rounds after the first; two runs, one on each clock."""
 RECORDING = f"""\
 A chain of pipeline calls with embeddings and latents of images given, 4 steps a turn, alone and
@@ -52,12 +52,12 @@ The gradient of NFT's loss on one micro-batch of 96 rows of the tiny Kontext. Fo
 and the benchmark fails unless exactly one is saved. With kl_coef > 0 the reference's forward is
 among them."""
 PEAKS = f"""\
-One optimiser step of the tiny Kontext on 4 trajectories in micro-batches of
+One optimizer step of the tiny Kontext on 4 trajectories in micro-batches of
 {trainer_memory.MICRO_BATCH}. Along turns the steps are fixed, along steps there are 2 turns. A step
 is a stochastic step of GRPO, all steps of its turn, and a noise level of NFT. Trajectories are what
 the host holds of the round: states and conditioning."""
 CHOICES = """\
-One optimiser step of NFT; both ways take turns. Medium: an untrained Kontext of hidden 512 and 8
+One optimizer step of NFT; both ways take turns. Medium: an untrained Kontext of hidden 512 and 8
 blocks, 324 + 324 + 10 tokens."""
 FULL = """\
 Random weights of the real architecture, bfloat16 unless said otherwise, adapters of rank

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from mteditflow_examples.train_flux import train
 
 from benchmarks import measure, report
 from benchmarks.trainer_parts import (
@@ -18,9 +19,7 @@ from benchmarks.trainer_parts import (
     ModelClock,
     build_kontext,
     first_batch,
-    losses_of,
     started,
-    train_flux,
 )
 from mteditflow.pipelines import Recorder
 
@@ -62,20 +61,25 @@ def measure_rounds(
     given = ("--training.rounds", rounds, *more)
     with started(preset, world, output, *given) as run:
         models = ModelClock(run.editor.pipeline, run.editor._prompts._encoders, clock)
-        rounds_of_run, watch = run.rounds(), run.log.stopwatch
+        begin, update_old, watch = run.begin_round, run.policies.update_old, run.log.stopwatch
+        started_at, scoring = 0.0, 0.0
 
-        def timed() -> Iterator[int]:
-            for number in rounds_of_run:
-                models.seconds, scoring = {}, watch.read().get("scoring", 0.0)
-                start = clock()
-                yield number
-                seconds = clock() - start
-                if clock is not time.thread_time:
-                    seconds -= watch.read()["scoring"] - scoring
-                found.append({"round": seconds, **models.seconds})
+        def begin_round() -> None:
+            nonlocal started_at, scoring
+            models.seconds, scoring = {}, watch.read().get("scoring", 0.0)
+            started_at = clock()
+            begin()
 
-        run.rounds = timed
-        train_flux.train(run)
+        def update_old_and_stop(*, decay: float) -> None:
+            """The last call of an update."""
+            update_old(decay=decay)
+            seconds = clock() - started_at
+            if clock is not time.thread_time:
+                seconds -= watch.read()["scoring"] - scoring
+            found.append({"round": seconds, **models.seconds})
+
+        run.begin_round, run.policies.update_old = begin_round, update_old_and_stop
+        train(run)
     return found[1:]
 
 
@@ -155,16 +159,15 @@ def skipping_row(
     Raises:
         RuntimeError: not exactly one forward is saved.
     """
-    with first_batch("shapes-nft", world, output, "--nft.kl-coef", kl_coef, *more) as batch:
-        policies, counter = batch.run.policies, ForwardCounter(batch.run.policies.model)
-        rows = next(batch.minibatches())[0]
+    with first_batch("shapes-nft", world, output, "--objective.kl-coef", kl_coef, *more) as batch:
+        policies, counter = batch.policies, ForwardCounter(batch.policies.model)
+        part = batch.units().split(batch.training.batch)[0]
         start = policies.state_dict()
 
         def update(equal: bool) -> None:
             if equal != policies.old_equals_current:
                 policies.load_state_dict({k: x + (not equal) for k, x in start.items()}, "old")
-            quantities, _ = losses_of(batch)(rows)
-            quantities["loss"].mean().backward()
+            batch.losses(part).loss.mean().backward()
 
         counts = []
         for equal in (True, False):
@@ -182,7 +185,7 @@ def skipping_row(
             clock=time.process_time,
         )
     ratio = spread(measure.ratios(seconds["equal"], seconds["differs"]))
-    return [kl_coef, len(rows), *counts, 1, *(median(x) for x in seconds.values()), ratio]
+    return [kl_coef, len(part), *counts, 1, *(median(x) for x in seconds.values()), ratio]
 
 
 def percent(share: float) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,13 +22,14 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
 )
+from mteditflow_examples.flux.command_line import parse
 from peft import LoraConfig
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_nft import PlainLoop
-from benchmarks.trainer_parts import Batch, ForwardCounter, losses_of, parse
-from mteditflow.objectives import keyed_generator
+from benchmarks.trainer_parts import Batch, ForwardCounter
+from mteditflow.objectives import RoundKey, keyed_generator
 from mteditflow.pipelines import FAMILIES, Editor, LoraPolicies, Prompts, Rollout
 from mteditflow.pipelines.conditioning import map_leaves
 from mteditflow.pipelines.editor import COMPILATIONS
@@ -127,13 +127,13 @@ def full_size_rows(
         rollout = roll_out(editor, size, 1)
     per_row, per_trained_row = flops_of(size, calls[0])
     rollout = roll_out(editor, size, batch)
-    ours = batch_of(rollout, policies, device, micro_batch)
+    ours = batch_of(rollout, policies, micro_batch)
     optimizer = torch.optim.AdamW(policies.parameters(), 1e-4)
     updater = Updater(optimizer, policies.parameters, max_grad_norm=1.0)
     plain = PlainLoop(rollout, policies, optimizer, device, micro_batch)
 
     def update() -> None:
-        updater.step(next(ours.minibatches()), losses_of(ours))
+        ours.update(updater)
 
     work: dict[str, Callable[[], object]] = {
         "rollout, recorded": lambda: roll_out(editor, size, batch),
@@ -209,14 +209,14 @@ def edit(editor: Editor, size: Size, batch: int) -> object:
     return editor.edit(**chains_of(size, batch), batch=batch)
 
 
-def batch_of(rollout: Rollout, policies: LoraPolicies, device: str, micro_batch: int) -> Batch:
+def batch_of(rollout: Rollout, policies: LoraPolicies, micro_batch: int) -> Batch:
     """The rollout as a round of the trainer's ``kontext-nft``, with made-up advantages."""
     options = ["--rewards.scorer", "none:none", "--training.batch", str(micro_batch)]
     config = parse(["kontext-nft", *options])
-    run: Any = SimpleNamespace(config=config, policies=policies, device=torch.device(device))
     exists = rollout.trajectory.turn_mask
     advantage = torch.linspace(-1, 1, len(rollout))[:, None].expand(exists.shape)
-    return Batch(run, 0, rollout, advantage, exists, 0)
+    given = (policies, config.objective, rollout, advantage, exists)
+    return Batch(*given, config.training, RoundKey(seed=0, round=0))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.trainer_cost import spread
-from benchmarks.trainer_parts import Batch, first_batch, losses_of
+from benchmarks.trainer_parts import Batch, first_batch
 from mteditflow.pipelines.conditioning import leaves
 from mteditflow.training import Updater
 
@@ -37,14 +37,14 @@ def peak_row(
         options = {"--data.turns": 2, "--training.batch": MICRO_BATCH, "--training.minibatches": 1}
         options |= {"--data.groups": 1, "--data.group-size": 4}
         steps = {
-            "grpo": ("--sampling.steps", "--sampling.stochastic-steps"),
-            "nft": ("--nft.noise-levels",),
+            "grpo": ("--sampling.steps", "--objective.stochastic-steps"),
+            "nft": ("--objective.renoise.levels",),
         }[objective]
         options |= dict.fromkeys(("--data.turns",) if along == "turns" else steps, length)
         given = [x for pair in options.items() for x in pair]
         preset = f"shapes-{objective}"
         with first_batch(preset, world, output / str(length), *given, *more) as batch:
-            rows.append(sum(map(len, next(batch.minibatches()))))
+            rows.append(len(batch.units()))
             peaks.append(measure.peak_bytes(updates(batch), device="cpu"))
             held.append(held_bytes(batch))
     grown = max(peaks) / min(peaks)
@@ -56,10 +56,10 @@ def peak_row(
 
 
 def updates(batch: Batch) -> Callable[[], object]:
-    """A whole optimiser step of a batch, to be taken again and again."""
-    run = batch.run
-    updater = Updater(run.optimizer, run.policies.parameters, max_grad_norm=1.0)
-    return lambda: updater.step(next(batch.minibatches()), losses_of(batch))
+    """A whole optimizer step of a batch, to be taken again and again."""
+    optimizer = torch.optim.AdamW(batch.policies.parameters(), batch.training.learning_rate)
+    updater = Updater(optimizer, batch.policies.parameters, max_grad_norm=1.0)
+    return lambda: batch.update(updater)
 
 
 def held_bytes(batch: Batch) -> int:
@@ -84,7 +84,7 @@ def choice_row(
             batch = stack.enter_context(
                 first_batch("shapes-nft", world, output / kind, *given, *flags)
             )
-            rows = sum(map(len, next(batch.minibatches())))
+            rows = len(batch.units())
             calls[kind] = updates(batch)
             peaks[kind] = measure.peak_bytes(calls[kind], device="cpu")
         seconds = measure.interleaved_seconds(

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,26 @@ import diffusers
 import peft
 import torch
 from accelerate import Accelerator
-from mteditflow_examples import train_flux
-from mteditflow_examples.flux.batch import Batch
-from mteditflow_examples.flux.config import parse
-from mteditflow_examples.flux.objectives import losses_of as losses_of
-from mteditflow_examples.flux.rewards import scoring
+from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.config import Training
+from mteditflow_examples.flux.rewards import (
+    round_rewards,
+    scoring,
+    turn_advantages,
+    turn_signals,
+)
 from mteditflow_examples.flux.run import Run
+from mteditflow_examples.flux.sampling import next_chains, sample
+from mteditflow_examples.flux.start import build
 from mteditflow_examples.shapes.editor import Family, build_kontext
 from mteditflow_examples.shapes.files import write_world
 from mteditflow_examples.shapes.world import IMAGE_SIZE
 from PIL import Image
 
 from benchmarks import report
-from mteditflow.training import RunLog, Termination
+from mteditflow.objectives import Objective, Output, RoundKey, Units
+from mteditflow.pipelines import LoraPolicies, Rollout, RolloutVelocity
+from mteditflow.training import RunLog, Termination, Update, Updater
 
 MEDIUM = {  # hidden 512, 8 blocks: arithmetic outweighs Python
     "num_layers": 2,
@@ -59,7 +67,51 @@ def started(preset: str, world: Path, output: Path, *more: object) -> Iterator[R
     config = parse([preset, "--output.trackers", *map(str, given)])
     log = RunLog(output, console=False, main=True)
     with Termination() as termination, scoring(config.rewards, output / "cache") as submit:
-        yield Run(config, Accelerator(cpu=True), log, termination, submit)
+        yield build(config, Accelerator(cpu=True), log, termination, submit)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A round before its update: trajectories with advantages, and what trains on them.
+
+    Attributes:
+        policies: policies on the model of the rollout.
+        objective: loss and its hyperparameters.
+        rollout: recorded trajectories.
+        advantage: advantage of each turn, [B, N].
+        valid: turns that take part, [B, N].
+        training: number of minibatches and size of micro-batches.
+        key: of the round's random numbers.
+    """
+
+    policies: LoraPolicies
+    objective: Objective
+    rollout: Rollout
+    advantage: torch.Tensor
+    valid: torch.Tensor
+    training: Training
+    key: RoundKey
+
+    def units(self) -> Units:
+        """Draw the units of the first minibatch."""
+        return self.objective.units(
+            self.rollout,
+            self.advantage,
+            self.valid,
+            key=self.key,
+            minibatches=self.training.minibatches,
+        )[0]
+
+    def losses(self, part: Units) -> Output:
+        """Compute the output of a micro-batch as the trainer does."""
+        velocity = RolloutVelocity(self.policies, self.rollout)
+        equal = self.policies.old_equals_current
+        return self.objective(velocity, self.rollout, part, old_is_current=equal)
+
+    def update(self, updater: Updater) -> Update:
+        """Take the optimizer step of the first minibatch, in micro-batches."""
+        units = self.units()
+        return updater.step(units.split(self.training.batch), self.losses, count=units.count)
 
 
 @contextmanager
@@ -67,9 +119,13 @@ def first_batch(preset: str, world: Path, output: Path, *more: object) -> Iterat
     """The first round of a run, sampled and scored, before its update."""
     with started(preset, world, output, *more) as run:
         run.first_round = 0
-        rollout, terms, first = train_flux.sample(run, 0)
-        advantage, valid = train_flux.advantages(run, terms, rollout.trajectory.group)
-        yield Batch(run, 0, rollout, advantage, valid, first)
+        rollout, _, scores = sample(run, next_chains(run))
+        config = run.config.rewards
+        rewards = round_rewards(config, scores, rollout.trajectory.group)
+        signals, weights = turn_signals(config, rewards, {})
+        advantage, valid = turn_advantages(config, rewards, signals, weights)
+        given = (run.policies, run.objective, rollout, advantage, valid)
+        yield Batch(*given, run.config.training, run.key)
 
 
 class ModelClock:

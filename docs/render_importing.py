@@ -27,7 +27,7 @@ INTRODUCTION = """\
 
 Made by `python -m docs.render_importing`; do not edit. Four files of
 [`examples/importing`](../examples/importing), whole, and what they print; each is run by
-`tests/test_importing.py`. Every name is told of in [the API in one page](api.md).
+`tests/test_importing.py`. Every name is documented on [the API page](api.md).
 
 | you have | you add |
 |---|---|

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 from matplotlib.figure import Figure
-from mteditflow_examples.flux.config import parse
+from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import write_world
 from tqdm import tqdm

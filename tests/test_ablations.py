@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from mteditflow_examples.findings.results import Results, chain_values, long_cla
 from mteditflow_examples.findings.running import FULL, LONG, SHORT, TURNS, Ablations, Form, Run
 from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER
 from mteditflow_examples.findings.study import UNTRAINED, Finding, Setting, Study
+from mteditflow_examples.flux.config import dumped, name_of
 
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
+from mteditflow.training import Checkpoints
 
 
 def evaluation(seed, turns=TURNS, skill=0.5, rounds=0):
@@ -63,11 +66,51 @@ def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
             assert config.data.groups * config.data.group_size == 96
             assert config.evaluation.steps == config.sampling.steps
             assert config.training.rounds == form.rounds
+            default = "distillation" if "distillation" in setting.script else "nft"
+            default = "grpo" if setting.preset == "shapes-grpo" else default
+            assert name_of(config.objective) == setting.options.get("objective", default)
     for finding in study.findings:
         labels = [setting.label for setting in finding.settings]
         assert len(set(labels)) == len(labels) >= 3
         assert study.base.name in {setting.name for setting in finding.settings}
         assert {x for c in finding.claims for x in (c.higher, c.lower)} <= set(labels)
+
+
+def test_a_setting_is_a_preset_and_the_words_after_it(tmp_path):
+    setting = Setting("AWM", {"data.group_size": 4, "objective": "awm", "objective.clip_low": 0.1})
+    words = ["objective:awm", "--data.group-size", "4", "--objective.clip-low", "0.1"]
+    assert setting.words == words
+    assert setting.name == "shapes-nft-data.group-size=4-objective=awm-objective.clip-low=0.1"
+    ablations = Ablations(tmp_path, SHORT, OBJECTIVES)
+    assert ablations.arguments(setting, 0)[-5:] == words
+    taught = next(s for s in OBJECTIVES.settings.values() if s.label == "distillation")
+    given = ablations.arguments(taught, 2)
+    lora = tmp_path / f"{OBJECTIVES.base.name}-2" / "checkpoints" / "round-000004" / "lora"
+    assert ablations._config(taught, 2).teacher.path == lora
+    assert given.count("--teacher.path") == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"objective": "nft", "nft": {"beta": 1.0}},  # of a version with other fields
+        {"objective": {"name": "awm"}},
+    ],
+)
+def test_a_run_with_other_fields_is_not_taken_for_one_of_a_setting(tmp_path, monkeypatch, config):
+    found = SimpleNamespace(state={"config": config}, round=4)
+    monkeypatch.setattr(Checkpoints, "find", lambda *_: found)
+    ablations = Ablations(tmp_path, SHORT, PAPER)
+    with pytest.raises(ValueError, match=r"expected a run of .* got another; remove it"):
+        ablations._rounds(BASE, 0)
+    found.state["config"] = dumped(ablations._config(BASE, 7)) | {"model": {"path": "elsewhere"}}
+    with pytest.raises(ValueError, match="got another"):
+        ablations._rounds(BASE, 0)  # another seed
+    moved = dumped(ablations._config(BASE, 0))
+    moved["model"]["path"] = "elsewhere"
+    moved["output"] = {}
+    found.state["config"] = moved
+    assert ablations._rounds(BASE, 0) == 4
 
 
 def test_the_page_says_what_the_numbers_say(tmp_path):

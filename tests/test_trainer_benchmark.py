@@ -21,7 +21,6 @@ from benchmarks.trainer_parts import (
     ForwardCounter,
     ModelClock,
     first_batch,
-    losses_of,
     make_world,
 )
 from mteditflow.pipelines import LoraPolicies
@@ -221,9 +220,9 @@ def test_checkpointing_takes_less_memory(world, tmp_path):
 
 
 def test_rows_with_a_graph_are_counted_apart(world, tmp_path):
-    with first_batch("shapes-nft", world, tmp_path, *SMALL, "--nft.kl-coef", 0.1) as batch:
-        counter = ForwardCounter(batch.run.policies.model)
-        losses_of(batch)(next(batch.minibatches())[0])
+    with first_batch("shapes-nft", world, tmp_path, *SMALL, "--objective.kl-coef", 0.1) as batch:
+        counter = ForwardCounter(batch.policies.model)
+        batch.losses(batch.units())
         assert counter.lap() == (2, 4, 4)
         assert counter.lap() == (0, 0, 0)
 

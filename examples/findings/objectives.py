@@ -9,16 +9,19 @@ FLOOR = {"rewards.floor": 0.98, "rewards.floor_rate": 25.0}
 AND = {"rewards.aggregate": "all"}
 
 STEPS = {CONSISTENCY: 0.5}  # shapes-grpo has 1
+CLIP = {"objective.clip_low": 1e-3, "objective.clip_high": 1e-3}
+PAIRS = {"objective.dpo_beta": 200, "objective.renoise.levels": 4}
+FAR = {"objective.threshold": 1e-5}
 AS_IT_CAME = "as it came"
 
 SELF = Setting(
     "self-distillation",
-    {"training.minibatches": 8, "training.learning_rate": 2e-3, "distillation.share": 0.5},
+    {"training.minibatches": 8, "training.learning_rate": 2e-3, "objective.share": 0.5},
     script="self_distillation.py",
 )
 TAUGHT = Setting(
     "distillation",
-    {"distillation.teacher": BASE_RUN, "training.final_rate": 0.3},
+    {"teacher.path": BASE_RUN, "training.final_rate": 0.3},
     script="self_distillation.py",
 )
 
@@ -29,12 +32,12 @@ FINDINGS = (
         (
             UNTRAINED,
             Setting("NFT"),
-            Setting("NFT, NormGuard", {"nft.norm_coef": 1.0}),
-            Setting("AWM", {"objective": "awm", "nft.clip": 1e-3}),
-            Setting("DPO", {"objective": "dpo", "nft.beta": 200, "nft.noise_levels": 4}),
+            Setting("NFT, NormGuard", {"objective.norm_coef": 1.0}),
+            Setting("AWM", {"objective": "awm", **CLIP}),
+            Setting("DPO", {"objective": "dpo", **PAIRS}),
             Setting("GRPO", STEPS, "shapes-grpo"),
             Setting("Guard", {**STEPS, "objective": "guard"}, "shapes-grpo"),
-            Setting("DPPO", {**STEPS, "objective": "dppo", "grpo.threshold": 1e-5}, "shapes-grpo"),
+            Setting("DPPO", {**STEPS, "objective": "dppo", **FAR}, "shapes-grpo"),
         ),
         (
             Claim("NFT", AS_IT_CAME),
@@ -48,7 +51,7 @@ FINDINGS = (
             Claim("Guard", "GRPO"),
             Claim("DPPO", "GRPO"),
         ),
-        note="Every objective has the same rollouts in number, the same optimiser and the same "
+        note="Every objective has the same rollouts in number, the same optimizer and the same "
         "rewards; the numbers of its own are in `examples/findings/objectives.py`, chosen on seed "
         "0 among a few. Seconds are of a machine that was more or less busy with other work.",
         why="Not known, but for two facts. DPO's 36 pairs of best and worst, at four noise levels "
@@ -90,21 +93,21 @@ FINDINGS = (
         (
             UNTRAINED,
             Setting("Likert, all"),
-            Setting("Likert, draw teaching", {"data.draw": "teaching"}),
+            Setting("Likert, draw informative", {"data.draw": "informative"}),
             Setting("AND, all", AND),
-            Setting("AND, drop groups", {**AND, "rewards.groups": "teaching"}),
-            Setting("AND, draw teaching", {**AND, "data.draw": "teaching"}),
+            Setting("AND, drop groups", {**AND, "rewards.groups": "informative"}),
+            Setting("AND, draw informative", {**AND, "data.draw": "informative"}),
         ),
         (
-            Claim("Likert, draw teaching", "Likert, all"),
+            Claim("Likert, draw informative", "Likert, all"),
             Claim("AND, drop groups", "AND, all"),
-            Claim("AND, draw teaching", "AND, all"),
+            Claim("AND, draw informative", "AND, all"),
         ),
         note="Drop groups: those whose trajectories all reach the top, all stay at the bottom, or "
         "all get the same reward take no part; under the Likert average that is at most one "
-        "group in a round, so it is not run. Draw teaching: chains are drawn the more often, the "
-        "more the rewards of their last groups differed. AND: a chain counts if all its turns "
-        "succeed, so most groups teach nothing.",
+        "group in a round, so it is not run. Draw informative: chains are drawn the more often, "
+        "the more the rewards of their last groups differed. AND: a chain counts if all its turns "
+        "succeed, so most groups are not informative.",
     ),
     Finding(
         "floor",

@@ -10,22 +10,28 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from mteditflow_examples.flux.config import Config, parse
+from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.config import (
+    Config,
+    ConfigError,
+    DistillationConfig,
+    dumped,
+    typed,
+)
 from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import write_world
 from mteditflow_examples.shapes.held_out import evaluate_held_out
-from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation
 from mteditflow.training import Checkpoints, read_metrics
 
-from .study import BASE_RUN, Setting, Study
+from .study import BASE_RUN, Setting, Study, words_of
 
 SCRIPTS = Path(__file__).parents[1]
 TURNS, LONG = 3, 8  # of held-out chains
@@ -33,7 +39,7 @@ PARSING = Lock()  # tyro's parser is not for several threads at once
 PLACES = {  # fields that say where files are
     "model": ("path",),
     "data": ("chains", "held_out"),
-    "distillation": ("teacher",),
+    "teacher": ("path",),
     "output": None,
 }
 
@@ -140,13 +146,12 @@ class Ablations:
             "output.folder": output,
             "output.keep": 1,
             "output.strips_every": 0,
-            **setting.options,
         }
-        if setting.options.get("distillation.teacher") == BASE_RUN:
+        if setting.options.get("teacher.path") == BASE_RUN:
             checkpoint = f"checkpoints/round-{self.form.rounds:06d}"
-            given["distillation.teacher"] = self._run(self.study.base, seed) / checkpoint / "lora"
-        options = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items())
-        return [setting.preset, "--output.trackers", *(word for pair in options for word in pair)]
+            lora = self._run(self.study.base, seed) / checkpoint / "lora"
+            setting = replace(setting, options={**setting.options, "teacher.path": lora})
+        return [setting.preset, "--output.trackers", *words_of(given), *setting.words]
 
     def _attempt(self, setting: Setting, seed: int) -> str | None:
         """Train and evaluate what is missing; what went wrong, if anything did."""
@@ -183,8 +188,12 @@ class Ablations:
         found = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto")
         if found is None:
             return 0
-        made = TypeAdapter(Config).validate_python(found.state["config"])  # newer fields: defaults
-        if _without_places(made) != _without_places(self._config(setting, seed)):
+        config = self._config(setting, seed)
+        try:
+            made = _without_places(typed(found.state["config"], type(config)))  # newer: defaults
+        except ConfigError:  # fields that there are no more
+            made = {}
+        if made != _without_places(config):
             folder = self._run(setting, seed)
             raise ValueError(f"{folder}: expected a run of {setting}, got another; remove it")
         return found.round
@@ -211,8 +220,9 @@ class Ablations:
                 write_world(file.parent, Family.kontext, seed=seed, counts=counts, turns=turns)
 
     def _config(self, setting: Setting, seed: int) -> Config:
+        kind = Config if setting.script == Setting.script else DistillationConfig
         with PARSING:
-            return parse(self.arguments(setting, seed))
+            return parse(self.arguments(setting, seed), kind)
 
     def _world(self, seed: int) -> Path:
         return self._chains(seed, TURNS).parent
@@ -233,9 +243,8 @@ class Ablations:
 def _without_places(config: Config) -> dict[str, Any]:
     """Fields without those that say where files are."""
     kept: dict[str, Any] = {}
-    for section, fields in TypeAdapter(Config).dump_python(config, mode="json").items():
-        names = PLACES.get(section, ())
-        if names is not None:
-            left = isinstance(fields, dict) and {k: v for k, v in fields.items() if k not in names}
-            kept[section] = left or fields
+    for section, values in dumped(config).items():
+        places = PLACES.get(section, ())
+        if places is not None:
+            kept[section] = {name: x for name, x in values.items() if name not in places}
     return kept

@@ -10,7 +10,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Setting:
-    """Options of the trainer over a preset; equal ones are one run, whoever compares it."""
+    """Options of the trainer over a preset; equal ones are one run, whoever compares it.
+
+    Attributes:
+        label: name in tables and figures.
+        options: field to value, such as ``{"training.rounds": 3}``; "objective" is the name of
+            another objective of the preset's kind.
+        preset: name of the preset.
+        script: program in ``examples/``.
+    """
 
     label: str
     options: Mapping[str, object] = field(default_factory=dict)
@@ -18,11 +26,24 @@ class Setting:
     script: str = "train_flux.py"
 
     @property
+    def words(self) -> list[str]:
+        """The options as the command line takes them, the objective first."""
+        options = dict(self.options)
+        objective = options.pop("objective", None)
+        return [*([] if objective is None else [f"objective:{objective}"]), *words_of(options)]
+
+    @property
     def name(self) -> str:
         """Of the run's folder: script, unless it is the usual one, preset and options."""
         scripts = [] if self.script == Setting.script else [Path(self.script).stem]
         changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
         return re.sub(r"[^a-z0-9=.]+", "-", "-".join([*scripts, self.preset, *changed]).lower())
+
+
+def words_of(options: Mapping[str, object]) -> list[str]:
+    """Return fields by dotted name as the words of a command line."""
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
+    return [word for pair in pairs for word in pair]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The FLUX trainer: configuration, presets, launch files of accelerate, and the parts of a run."""
+"""FLUX trainer: configuration and presets, what surrounds the loop, and launch files."""

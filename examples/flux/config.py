@@ -392,7 +392,8 @@ def _objective(given: Any) -> Objective:
 def _in_words(error: Any) -> str:
     """Return one of pydantic's errors as a line that names the field and what came."""
     name, what = ".".join(map(str, error["loc"])), error["msg"]
-    what = what.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if error["type"] == "value_error":  # of the library's checks: names the field and the value
+        return f"{name}.{what.removeprefix('Value error, ')}".removeprefix(".")
     return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}".removeprefix(": ")
 
 

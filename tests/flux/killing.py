@@ -1,6 +1,6 @@
 """Kills the trainer, starts it again until it ends, and compares it with one never disturbed.
 
-    python -m tests.flux.killing random --objective grpo --kills 20 --seed 0
+    python -m tests.flux.killing --objective grpo --kills 20 --seed 0
     python -m tests.flux.killing served --seed 0
 
 The trainer runs in a process of its own that notes what it is at, and that a point such as "saving

@@ -4,16 +4,30 @@ import dataclasses
 import re
 
 import pytest
-from mteditflow_examples.flux.config import PRESETS, Config, ConfigError, checked, parse
+from mteditflow_examples.flux.command_line import PRESETS, parse
+from mteditflow_examples.flux.config import (
+    Config,
+    ConfigError,
+    DistillationConfig,
+    checked,
+    dumped,
+    flat,
+    name_of,
+    typed,
+)
+
+from mteditflow.objectives import OBJECTIVES, Guard, Renoise
+from mteditflow.objectives.replay import ReplayObjective
 
 SERVICES = ["--rewards.judge", "http://judge/v1", "--rewards.judge-model", "judge"]
 SERVICES += ["--rewards.consistency", "http://scores/v1"]
+SOUND = {"rewards": {"scorer": "module:name", "weights": {"following": 1.0}}}
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
 def test_presets_are_sound(preset):
     config = parse([preset, *([] if preset.startswith("shapes") else SERVICES)])
-    assert config.objective == preset.rpartition("-")[2]
+    assert name_of(config.objective) == preset.rpartition("-")[2]
     assert parse([preset, *([] if preset.startswith("shapes") else SERVICES)]) == config
 
 
@@ -33,26 +47,154 @@ def test_a_file_is_a_preset(tmp_path):
     assert parse([str(file), "--training.rounds", "8"]).training.rounds == 8
 
 
-def test_every_field_says_what_it_is(capsys):
+def shown(capsys, *arguments, kind=Config):
+    """What a call of help prints; it ends the program with 0."""
     with pytest.raises(SystemExit) as done:
-        parse(["kontext-nft", "--help"])
+        parse([*arguments, "--help"], kind)
     assert done.value.code == 0
-    told = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    for section in dataclasses.fields(Config):
-        if not dataclasses.is_dataclass(section.default_factory):
-            continue
-        for field in dataclasses.fields(section.default_factory):
-            option = f"--{section.name}.{field.name.replace('_', '-')}"
-            if option != "--model.options":  # of preset files alone
-                assert re.search(rf"{option}\b.{{20}}", told), option
-    assert len(re.findall(r"\(default: ", told)) > 70
+    return capsys.readouterr().out
 
 
-def test_without_a_preset_they_are_listed(capsys):
-    with pytest.raises(SystemExit):
-        parse([])
-    told = capsys.readouterr().out
-    assert all(path.stem in told for path in PRESETS.glob("*.toml"))
+def options_of(prefix, default):
+    """Names of all options of a section, nested ones too."""
+    for field in dataclasses.fields(default):
+        name, value = f"{prefix}.{field.name.replace('_', '-')}", getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from options_of(name, value)
+        elif name != "--model.options":  # of preset files alone
+            yield name
+
+
+@pytest.mark.parametrize("kind", [Config, DistillationConfig])
+def test_every_field_says_what_it_is(kind, capsys):
+    found, sections = [], [field.name for field in dataclasses.fields(kind)]
+    for section in sections:
+        told = re.sub(r"[│\s]+", " ", shown(capsys, "kontext-nft", section, kind=kind))
+        for option in options_of(f"--{section}", getattr(kind(), section)):
+            assert re.search(rf"{option}\b.{{20}}", told), option
+        found += re.findall(r"\(default: ", told)
+    assert len(found) > 70
+    whole = re.sub(r"[│\s]+", " ", shown(capsys, "kontext-nft", *sections, kind=kind))
+    assert len(re.findall(r"\(default: ", whole)) == len(found)
+    about = shown(capsys, "kontext-nft", kind=kind)
+    assert all(f"  {section} " in about for section in sections)
+    assert len(about.splitlines()) <= len(sections) + 3  # a page that can be read at a glance
+
+
+@pytest.mark.parametrize("name", [n for n, c in OBJECTIVES.items() if c.card.rewarded])
+def test_help_shows_the_fields_of_the_objective_that_is_chosen(name, capsys):
+    kind = OBJECTIVES[name]
+    preset = "kontext-grpo" if issubclass(kind, ReplayObjective) else "kontext-nft"
+    told = shown(capsys, preset, f"objective:{name}", "objective")
+    assert set(re.findall(r"--(?:objective\.)(?:renoise\.)?[a-z-]+", told)) >= set(
+        options_of("--objective", kind())
+    )
+    with pytest.raises(ConfigError, match="--help: expected a section among"):
+        parse([preset, "nft", "--help"])
+
+
+@pytest.mark.parametrize("kind", [Config, DistillationConfig])
+def test_without_a_preset_they_are_listed(kind, capsys):
+    for arguments, code in (([], 2), (["--help"], 0), (["-h"], 0)):
+        with pytest.raises(SystemExit) as done:
+            parse(arguments, kind)
+        assert done.value.code == code
+        told = capsys.readouterr().out
+        assert all(path.stem in told for path in PRESETS.glob("*.toml"))
+        assert all(f"  {field.name} " in told for field in dataclasses.fields(kind))
+        rewarded = [f"objective:{n} " in told for n, c in OBJECTIVES.items() if c.card.rewarded]
+        assert set(rewarded) == {kind is Config}
+    with pytest.raises(ConfigError, match=r"preset: expected one of \['klein-nft', .* got 'nft'"):
+        parse(["nft"], kind)
+
+
+# objectives
+
+
+def test_another_objective_of_the_kind_takes_the_fields_that_both_have():
+    config = parse(["shapes-grpo", "objective:guard", "--objective.clip-low", "0.5"])
+    preset = parse(["shapes-grpo"])
+    shared = {f.name for f in dataclasses.fields(preset.objective)}
+    assert isinstance(config.objective, Guard)
+    for name in shared - {"clip_low"}:
+        assert getattr(config.objective, name) == getattr(preset.objective, name)
+    assert config.objective.clip_low == 0.5
+    assert dataclasses.replace(config, objective=preset.objective) == preset
+    awm = parse(["shapes-nft", "--objective.clip-high", "1", "objective:awm"])
+    assert awm.objective.renoise == Renoise(shift=3.0)
+    assert (awm.objective.clip_high, awm.objective.old_slope) == (1.0, 0.02)
+    assert parse(["shapes-nft", "objective:nft"]) == parse(["shapes-nft"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["shapes-nft", "objective:guard"],
+            "objective: expected one of ['nft', 'awm', 'dpo'] over this preset, got 'guard'",
+        ),
+        (
+            ["shapes-grpo", "objective:nft"],
+            "objective: expected one of ['grpo', 'guard', 'dppo'] over this preset, got 'nft'",
+        ),
+        (
+            ["shapes-nft", "objective:distillation"],
+            "objective: expected one of ['nft', 'awm', 'dpo'] over this preset, got 'distillation'",
+        ),
+        (
+            ["shapes-nft", "objective:awm", "objective:dpo"],
+            "objective: expected one, got objective:awm and objective:dpo",
+        ),
+    ],
+)
+def test_an_objective_of_another_kind_is_refused(words, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["shapes-nft", "--objective.clip-low", "0.1"],
+        ["shapes-grpo", "--objective.nft-beta", "0.1"],
+        ["shapes-nft", "objective:dpo", "--objective.nft-beta", "0.1"],
+        ["shapes-grpo", "objective:dppo", "--objective.clip-high", "0.1"],
+        ["shapes-nft", "--teacher.path", "lora"],
+    ],
+)
+def test_a_field_of_another_objective_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(words)
+    assert done.value.code == 2
+    assert words[-2] in capsys.readouterr().err
+    section, name = words[-2].removeprefix("--").split(".")
+    name = name.replace("-", "_")
+    if section == "objective":
+        values = {"name": name_of(parse(words[:-2]).objective), name: 0.1}
+        with pytest.raises(ConfigError, match=rf"^objective\.{name}: \w+ has no such field$"):
+            typed(SOUND | {"objective": values})
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_is_dumped_is_read_again(name):
+    kind = Config if OBJECTIVES[name].card.rewarded else DistillationConfig
+    config = typed(SOUND | {"objective": name, "data": {"held_out": "held_out.jsonl"}}, kind)
+    assert typed(dumped(config), kind) == config
+    assert dumped(config)["objective"]["name"] == name
+    values = flat(config)
+    assert values["objective.name"] == name
+    assert values["data.held_out"] == "held_out.jsonl"
+    assert all(isinstance(value, (int, float, str)) for value in values.values())
+
+
+def test_distillation_leaves_the_objective_of_a_preset():
+    config = parse(["shapes-nft", "--objective.share", "0.5"], DistillationConfig)
+    assert name_of(config.objective) == "distillation"
+    assert config.objective.share == 0.5
+    assert config.model == parse(["shapes-nft"]).model
+
+
+# what is refused
 
 
 @pytest.mark.parametrize(
@@ -71,17 +213,33 @@ def test_without_a_preset_they_are_listed(capsys):
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
         (
             {"objective": "ppo"},
-            "objective: input should be 'nft', 'awm', 'dpo', 'grpo', 'guard' or 'dppo', got 'ppo'",
+            "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo', "
+            "'distillation'], got 'ppo'",
         ),
         (
-            {"objective": "grpo", "sampling": {"steps": 3, "stochastic_steps": 4}},
-            "sampling.stochastic_steps: expected at most the 3 steps of a turn, got 4",
+            {"objective": {"name": "nft", "nft_beta": 0.0}},
+            "objective.nft_beta: expected a finite number in (0, inf], got 0.0",
         ),
         (
-            {"objective": "dpo", "nft": {"beta": 200.0}, "data": {"split_groups": True}},
+            {"objective": {"name": "nft", "renoise": {"shift": -1.0}}},
+            "objective.renoise.shift: expected a finite number in (0, inf], got -1.0",
+        ),
+        (
+            {"objective": "grpo", "sampling": {"steps": 3}},
+            "objective.stochastic_steps: expected at most the 3 steps of a turn, got 5",
+        ),
+        (
+            {"objective": "dpo", "data": {"split_groups": True}},
             "data.split_groups: expected False for dpo, whose pairs are of one rank",
         ),
-        ({"objective": "dpo"}, "nft.beta: expected 10 or more for dpo (2000 is usual), got 1.0"),
+        (
+            {"objective": "dpo", "training": {"stop_kl": 1.0}},
+            "training.stop_kl: expected None for dpo, which has no old_kl",
+        ),
+        (
+            {"training": {"kl_target": 1.0}},
+            "training.kl_target: expected objective.kl_coef above 0 to start from, got 0",
+        ),
         ({"rewards": {"scorer": None}}, "rewards: expected judge and judge_model, or a scorer"),
         (
             {"rewards": {"judge": ["http://x/v1"]}},
@@ -119,13 +277,97 @@ def test_without_a_preset_they_are_listed(capsys):
     ],
 )
 def test_what_cannot_be_run_is_refused(changes, message):
-    sound = {"rewards": {"scorer": "module:name", "weights": {"following": 1.0}}}
-    checked(sound)
-    values = {name: sound.get(name, {}) for name in {**sound, **changes}}
+    checked(typed(SOUND))
+    values = {name: SOUND.get(name, {}) for name in {**SOUND, **changes} if name != "objective"}
     for name, change in changes.items():
-        values[name] = {**values[name], **change} if isinstance(change, dict) else change
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
     with pytest.raises(ConfigError, match="^" + re.escape(message)):
-        checked(values)
+        checked(typed(values))
+
+
+IGNORED = {  # field: an option, and options under which it has an effect
+    "rewards.discount": ("0.5", ["--rewards.credit", "to_go"]),
+    "rewards.trajectory-share": ("0.25", ["--rewards.credit", "mixture"]),
+    "rewards.floor-rate": ("2", ["--rewards.floor", "0.9"]),
+    "rewards.floor-maximum": ("2", ["--rewards.floor", "0.9"]),
+    "safety.ratio": ("warn", None),
+    "safety.ratio-share": ("0.5", None),
+    "training.ema-every": ("2", ["--training.ema-decay", "0.5"]),
+    "safety.collapse-window": ("5", []),
+    "rewards.judge-model": ("name", None),
+    "rewards.scope": ("turn", None),
+    "rewards.thinking": ("", None),
+    "rewards.answer-format": ("text", None),
+    "rewards.concurrency": ("5", None),
+    "rewards.timeout": ("5", None),
+    "rewards.terms": ("l1", None),
+    "rewards.pairing": ("consecutive", None),
+}
+WITHOUT = {"safety.collapse-window": ["--safety.collapse-drop", "1"]}
+OF_REWARDS = {
+    "rewards.weights.following": "2",
+    "rewards.aggregate": "all",
+    "rewards.credit": "turn",
+    "rewards.groups": "informative",
+    "rewards.floor": "0.9",
+    "rewards.fusion": "rewards",
+    "rewards.std": "none",
+    "rewards.advantage-limit": "1",
+    "rewards.history": "2",
+}
+
+
+def option(name, value):
+    return ["--rewards.no-thinking"] if name == "rewards.thinking" else [f"--{name}", value]
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_field_that_has_no_effect_is_refused(name):
+    value, effective = IGNORED[name]
+    given = option(name, value)
+    with pytest.raises(ConfigError, match=rf"^{name.replace('-', '_')}: has an effect only where "):
+        parse(["shapes-nft", *WITHOUT.get(name, ()), *given])
+    if name.startswith("safety.ratio"):
+        parse(["shapes-grpo", *given])
+    elif effective is None:
+        parse(["kontext-nft", *SERVICES, *given])
+    else:
+        parse(["shapes-nft", *effective, *given])
+
+
+@pytest.mark.parametrize("name", OF_REWARDS)
+def test_distillation_refuses_what_makes_advantages(name):
+    given = [f"--{name}", OF_REWARDS[name]]
+    parse(["shapes-nft", *given])
+    field = ".".join(name.split(".")[:2]).replace("-", "_")
+    message = rf"^{field}: has an effect only where the objective learns from rewards"
+    with pytest.raises(ConfigError, match=message):
+        parse(["shapes-nft", *given], DistillationConfig)
+
+
+def test_every_field_that_may_be_ignored_is_tested():
+    """Each of ``_ignored`` by its name, from a configuration in which all of them are wrong."""
+    fields = {".".join(name.split(".")[:2]).replace("-", "_") for name in (*IGNORED, *OF_REWARDS)}
+    base = parse(["shapes-nft"], DistillationConfig)
+    rewards = dataclasses.replace(
+        base.rewards, discount=0.5, trajectory_share=0.1, floor_rate=1.0, floor_maximum=1.0,
+        judge_model="x", scope="turn", thinking=False, answer_format="text", concurrency=1,
+        timeout=1.0, terms="l1", pairing="consecutive", weights={"following": 2.0},
+        aggregate="all", credit="turn", groups="informative", fusion="rewards", std="none",
+        advantage_limit=1.0, history=1,
+    )  # fmt: skip
+    safety = dataclasses.replace(
+        base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3
+    )
+    training = dataclasses.replace(base.training, ema_every=3)
+    changed = dataclasses.replace(base, rewards=rewards, safety=safety, training=training)
+    with pytest.raises(ConfigError) as refused:
+        checked(changed, base)
+    named = {line.partition(":")[0] for line in str(refused.value).splitlines()}
+    assert named == fields - {"rewards.floor"}  # without one, its rate has no effect
+    floor = dataclasses.replace(base, rewards=dataclasses.replace(base.rewards, floor=0.5))
+    with pytest.raises(ConfigError, match=r"^rewards\.floor: has an effect only where"):
+        checked(floor, base)
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -2,29 +2,49 @@
 
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
-import self_distillation as distilling
 import torch
-from mteditflow_examples.flux.config import ConfigError
-from mteditflow_examples.flux.run import main
+from mteditflow_examples import self_distillation as distilling
+from mteditflow_examples.flux.config import ConfigError, DistillationConfig
+from mteditflow_examples.flux.sampling import next_chains
 from PIL import ImageChops
 from safetensors.torch import load_file
 
 from mteditflow.chains import ChainDataset, read_chains
+from mteditflow.pipelines import RolloutVelocity
 from mteditflow.training import Updater
-from tests.flux.test_train_flux import started
+from tests.flux.rounds import started
 from tests.flux.worlds import SCRIPT, options, run, weights
+
+
+def sampled(run_):
+    """The first round's rollout, and what the teacher is shown."""
+    run_.first_round = 0
+    drawn = next_chains(run_)
+    instructions = [chain.instructions for chain in drawn.chains]
+    rollout = distilling.record_student(run_, drawn.references, instructions, drawn.group)
+    if run_.config.teacher.path is not None:
+        return rollout, rollout
+    return rollout, distilling.clean_rollout(run_, drawn, rollout)
 
 
 @contextmanager
 def taught(world, output, *more, family="kontext"):
-    """A run before its first round, with what its first round is taught."""
-    with started(world, output, "--data.groups", 2, *more, family=family) as run_:
-        run_.first_round = 0
-        distilling.load_teacher(run_)
-        rollout, shown, rows = distilling.sample(run_, 0)
-        yield run_, distilling.losses_of(run_, rollout, shown), torch.cat(rows)
+    """A run before its first update: units of all minibatches, and the loss of any of them."""
+    more = ("--data.groups", 2, *more)
+    with started(world, output, *more, family=family, kind=DistillationConfig) as run_:
+        source = "reference"
+        if run_.config.teacher.path is not None:
+            distilling.load_teacher(run_)
+            source = "old"
+        rollout, shown = sampled(run_)
+        velocity = RolloutVelocity(run_.policies, rollout, teacher=(source, shown))
+        (units,) = run_.objective.units(rollout, None, key=run_.key)
+        yield SimpleNamespace(
+            run=run_, units=units, losses=lambda part: run_.objective(velocity, rollout, part)
+        )
 
 
 def disturb(run_, seed=0):
@@ -37,7 +57,7 @@ def disturb(run_, seed=0):
 
 @pytest.fixture
 def teacher(world, tmp_path):
-    """A LoRA that is not the model as it came."""
+    """A LoRA other than the base model."""
     with started(world, tmp_path / "teaching") as run_:
         disturb(run_)
         run_.policies.save(run_.editor.pipeline, tmp_path / "lora")
@@ -58,19 +78,18 @@ def test_a_first_turn_has_nothing_to_teach_an_untrained_student(
     world, klein_world, tmp_path, family
 ):
     chosen = {"kontext": world, "klein": klein_world}[family]
-    with taught(chosen, tmp_path, family=family) as (_, losses, rows):
-        assert len(rows) == 8 * 2 * 3
-        loss, weight = losses(rows)
-    first = rows[:, 1] == 0
-    assert (loss["loss"][first] == 0).all()
-    assert (loss["loss"][~first] > 0).any()
-    assert (weight == 1).all()
+    with taught(chosen, tmp_path, family=family) as now:
+        assert len(now.units) == now.units.count == 8 * 2 * 3
+        loss = now.losses(now.units).loss
+    first = now.units.rows[:, 0, 1] == 0
+    assert (loss[first] == 0).all()
+    assert (loss[~first] > 0).any()
+    assert now.units.mask.all()
 
 
 def test_each_turn_is_shown_the_clean_image_of_its_own_chain(world, tmp_path):
-    with started(world, tmp_path, "--data.groups", 3) as run_:
-        run_.first_round = 0
-        rollout, shown, _ = distilling.sample(run_, 0)
+    with started(world, tmp_path, "--data.groups", 3, kind=DistillationConfig) as run_:
+        rollout, shown = sampled(run_)
     group, calls = rollout.trajectory.group, shown.index.flatten(0, 1)
     assert len(group.unique()) == 3
     assert len(calls.unique(dim=0)) == 3 * 2  # whatever the size of a group
@@ -86,37 +105,38 @@ def test_each_turn_is_shown_the_clean_image_of_its_own_chain(world, tmp_path):
 
 
 def test_only_the_current_policy_learns_and_comes_nearer(world, tmp_path):
-    with taught(world, tmp_path) as (run_, losses, rows):
-        rows = rows[rows[:, 1] == 1]
+    with taught(world, tmp_path) as now:
+        policies, units = now.run.policies, now.units[now.units.rows[:, 0, 1] == 1]
         with torch.no_grad():
-            before = float(losses(rows)[0]["loss"].mean())
-        old = run_.policies.state_dict("old")
-        updater = Updater(run_.optimizer, run_.policies.parameters, max_grad_norm=1.0)
+            before = float(now.losses(units).loss.mean())
+        old = policies.state_dict("old")
+        updater = Updater(now.run.optimizer, policies.parameters, max_grad_norm=1.0)
         for _ in range(5):
-            assert updater.step(rows.split(12), losses).taken
-        losses(rows)[0]["loss"].sum().backward()
-        learnt = {id(p) for p in run_.policies.parameters()}
-        graded = {id(p) for p in run_.policies.model.parameters() if p.grad is not None}
+            step = updater.step(units.split(12), now.losses, count=units.count)
+            assert step.outcome == "taken"
+        now.losses(units).loss.sum().backward()
+        learnt = {id(p) for p in policies.parameters()}
+        graded = {id(p) for p in policies.model.parameters() if p.grad is not None}
         assert graded == learnt
         with torch.no_grad():
-            assert float(losses(rows)[0]["loss"].mean()) < 0.9 * before
-        assert all(torch.equal(x, old[k]) for k, x in run_.policies.state_dict("old").items())
+            assert float(now.losses(units).loss.mean()) < 0.9 * before
+        assert all(torch.equal(x, old[k]) for k, x in policies.state_dict("old").items())
 
 
 def test_a_student_with_the_weights_of_its_teacher_has_nothing_to_learn(world, tmp_path, teacher):
-    more = ("--distillation.teacher", teacher, "--distillation.share", 0.5)
-    with taught(world, tmp_path, *more) as (run_, losses, rows):
-        assert len(rows) == 8 * 2 * 2
-        assert (losses(rows)[0]["loss"] > 0).all()
-        run_.policies.load(run_.editor.pipeline, teacher)
-        assert (losses(rows)[0]["loss"] == 0).all()
+    more = ("--teacher.path", teacher, "--objective.share", 0.5)
+    with taught(world, tmp_path, *more) as now:
+        assert len(now.units) == 8 * 2 * 2
+        assert (now.losses(now.units).loss > 0).all()
+        now.run.policies.load(now.run.editor.pipeline, teacher)
+        assert (now.losses(now.units).loss == 0).all()
 
 
 def test_teachers_that_do_not_fit_are_refused(world, tmp_path, teacher):
     for folder, *more in ((tmp_path / "none",), (teacher, "--model.lora-rank", 4)):
-        given = ("--distillation.teacher", folder, *more)
+        given = ("--teacher.path", folder, *more)
         with (
-            pytest.raises(ConfigError, match=r"distillation.teacher: cannot load"),
+            pytest.raises(ConfigError, match=r"teacher.path: cannot load"),
             taught(world, tmp_path / "run", *given),
         ):
             pass
@@ -124,17 +144,17 @@ def test_teachers_that_do_not_fit_are_refused(world, tmp_path, teacher):
 
 @pytest.mark.parametrize("taught_by", ["itself", "another"])
 def test_a_run_goes_on_to_the_same_weights(world, tmp_path, teacher, taught_by, monkeypatch):
-    more = ["--training.rounds", 2, "--output.checkpoint-every", 1, "--distillation.share", 0.5]
+    more = ["--training.rounds", 2, "--output.checkpoint-every", 1, "--objective.share", 0.5]
     more += ["--data.groups", 2]
-    more += ["--distillation.teacher", teacher] if taught_by == "another" else []
+    more += ["--teacher.path", teacher] if taught_by == "another" else []
     held_out = world / "held_out.jsonl" if taught_by == "itself" else None
     given = options(world, tmp_path / "whole", *more, "--data.held-out", held_out)
     monkeypatch.setattr(sys, "argv", ["self_distillation.py", *given])
-    main(distilling.train)  # as a user starts it
+    distilling.main()  # as a user starts it
     assert (tmp_path / "whole" / "curves.png").exists()
     assert (tmp_path / "whole" / "report.json").exists() == (held_out is not None)
     again = ("--output.resume", tmp_path / "whole" / "checkpoints" / "round-000001")
-    with started(world, tmp_path / "again", *more, *again) as run_:
+    with started(world, tmp_path / "again", *more, *again, kind=DistillationConfig) as run_:
         distilling.train(run_)
         assert run_.first_round == 1
     for name in ("current", "old", "optimizer"):

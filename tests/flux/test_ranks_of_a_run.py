@@ -11,6 +11,10 @@ def flat(output, name):
     return torch.cat([tensors[key].double().flatten() for key in sorted(tensors)])
 
 
+UNEVEN = (  # ranks train different numbers of rows, or none in a minibatch
+    *("--rewards.credit", "until_failure", "--rewards.groups", "informative"),
+    *("--training.batch", 2, "--data.groups", 2),
+)
 WAYS = {
     "replicated": (),
     "split groups": ("--data.split-groups",),
@@ -20,16 +24,16 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "ways"),
+    ("objective", "uneven", "ways"),
     [
-        ("nft", ("sharded",)),
-        ("grpo", ("split groups",)),
-        pytest.param("nft", ("replicated", "split groups"), marks=pytest.mark.long),
-        pytest.param("grpo", ("replicated", "sharded"), marks=pytest.mark.long),
+        ("nft", UNEVEN, ("replicated", "sharded")),
+        ("grpo", (), ("split groups",)),
+        pytest.param("nft", (), ("replicated", "split groups", "sharded"), marks=pytest.mark.long),
+        pytest.param("grpo", UNEVEN, ("replicated", "sharded"), marks=pytest.mark.long),
     ],
 )
-def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, ways):
-    more = ["--sampling.stochastic-steps", 2] if objective == "grpo" else []
+def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, uneven, ways):
+    more = [*uneven, *(("--objective.stochastic-steps", 2) if objective == "grpo" else ())]
 
     def ended(name, ranks, *extra):
         given = options(world, tmp_path / name, *more, *extra, objective=objective)

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mteditflow_examples import train_flux
-from mteditflow_examples.flux.batch import Batch
-from mteditflow_examples.flux.config import ConfigError, Rewards, parse
-from mteditflow_examples.flux.objectives import losses_of
-from mteditflow_examples.flux.rewards import advantages_of, rewards_of, spreads_of, teaching_groups
+from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.config import ConfigError, Rewards
+from mteditflow_examples.flux.reporting import carry_over
+from mteditflow_examples.flux.rewards import round_rewards, turn_advantages, turn_signals
+from mteditflow_examples.flux.sampling import next_chains, sample
 
-from mteditflow import fuse_advantages, likert_average
-from tests.flux.test_train_flux import started
+from mteditflow import RewardHistory, fuse_advantages, likert_average
+from tests.flux.rounds import first_round, started, turn_values
 from tests.samples_of_scores import turn_scores
 
 FOLLOWING = {"weights": {"following": 1.0}}
@@ -29,7 +30,21 @@ def advantages(rows, group=None, lost=(), consistency=None, multipliers=None, **
     if consistency is not None:
         terms["consistency"] = turn_scores(consistency)
     group = torch.zeros(len(rows), dtype=torch.int64) if group is None else group
-    return advantages_of(Rewards(**FOLLOWING | options), terms, group, multipliers or {})
+    return fused(Rewards(**FOLLOWING | options), terms, group, multipliers)
+
+
+def fused(config, terms, group, multipliers=None, history=None):
+    """As the loop computes them."""
+    rewards = round_rewards(config, terms, group)
+    signals, weights = turn_signals(config, rewards, multipliers or {})
+    return turn_advantages(config, rewards, signals, weights, history)
+
+
+def rewards_of(config, rows):
+    """Reward for following of each trajectory of one group."""
+    group = torch.zeros(len(rows), dtype=torch.int64)
+    rewards = round_rewards(config, {"following": turn_scores(rows)}, group)
+    return rewards.reward("following").value.tolist()
 
 
 # golden values
@@ -45,15 +60,19 @@ def advantages(rows, group=None, lost=(), consistency=None, multipliers=None, **
 )
 def test_turns_become_one_reward(aggregate, scale, expected):
     config = Rewards(**FOLLOWING, aggregate=aggregate, scale=scale)
-    terms = {"following": turn_scores([[5.0, 3.0], [5.0, 5.0], [4.0, 3.0]])}
-    assert rewards_of(config, terms)["following"].value.tolist() == expected
+    assert rewards_of(config, [[5.0, 3.0], [5.0, 5.0], [4.0, 3.0]]) == expected
 
 
 @pytest.mark.parametrize(("aggregate", "half"), [("average", 0.5), ("successes", 0.5), ("all", 0)])
 def test_yes_and_no_become_one_reward(aggregate, half):
     config = Rewards(**FOLLOWING, aggregate=aggregate, scale="binary", success=1)
-    terms = {"following": turn_scores([[1.0, 0.0], [1.0, 1.0]])}
-    assert rewards_of(config, terms)["following"].value.tolist() == [half, 1.0]
+    assert rewards_of(config, [[1.0, 0.0], [1.0, 1.0]]) == [half, 1.0]
+
+
+def test_a_binary_scale_refuses_another_score():
+    config = Rewards(**FOLLOWING, scale="binary", success=1)
+    with pytest.raises(ValueError, match=r"following: expected 0 or 1 on a binary scale, got \["):
+        rewards_of(config, [[1.0, 3.0]])
 
 
 def test_a_trajectory_shares_its_advantage_among_the_turns_that_it_has():
@@ -94,21 +113,24 @@ def test_the_chains_reward_in_a_mixture_is_that_of_credit_trajectory(aggregate):
         assert torch.equal(found, expected)
 
 
-def test_groups_that_teach_nothing_are_left_out_if_so_told():
+def test_groups_that_are_not_informative_are_left_out_if_so_configured():
     rows = [[5.0, 5.0], [5.0, 5.0], [1.0, 1.0], [1.0, 1.0], [3.0, 4.0], [4.0, 3.0], [5.0, 1.0]]
     group = torch.tensor([0, 0, 1, 1, 2, 2, 3])
-    config, terms = Rewards(**FOLLOWING, groups="teaching"), {"following": turn_scores(rows)}
-    assert not advantages(rows, group, groups="teaching")[1].any()
+    config = Rewards(**FOLLOWING, groups="informative")
+
+    def rewards():
+        return round_rewards(config, {"following": turn_scores(rows)}, group)
+
+    assert not advantages(rows, group, groups="informative")[1].any()
     assert advantages(rows, group)[1].all()
-    assert teaching_groups(config, terms, group).counts == {
+    assert rewards().informative("following").counts == {
         "kept": 0, "short": 1, "saturated": 1, "hopeless": 1, "flat": 1,
     }  # fmt: skip
     rows[5] = [5.0, 5.0]
-    assert advantages(rows, group, groups="teaching")[1].any(dim=1).tolist() == [
+    assert advantages(rows, group, groups="informative")[1].any(dim=1).tolist() == [
         *[False] * 4, True, True, False,
     ]  # fmt: skip
-    terms = {"following": turn_scores(rows)}
-    assert spreads_of(config, terms, group) == {0: 0.0, 1: 0.0, 2: pytest.approx(3 / 16)}
+    assert rewards().spreads("following") == {0: 0.0, 1: 0.0, 2: pytest.approx(3 / 16)}
 
 
 def test_below_its_floor_consistency_gains_weight():
@@ -124,7 +146,7 @@ def test_below_its_floor_consistency_gains_weight():
     with pytest.raises(
         ConfigError, match=r"expected names among \['following'\], got 'consistency'"
     ):
-        rewards_of(Rewards(**FOLLOWING, floor=0.8), terms)
+        round_rewards(Rewards(**FOLLOWING, floor=0.8), terms, torch.zeros(2, dtype=torch.int64))
 
 
 def test_after_a_failure_no_turn_takes_part():
@@ -166,7 +188,7 @@ def test_several_terms_are_fused_turn_by_turn(fusion):
     config = Rewards(weights={"following": 1.0, "consistency": 0.5}, fusion=fusion, credit="turn")
     following, consistency = [[5.0, 1.0], [1.0, 5.0]], [[0.5, 0.9], [0.9, 0.8]]
     terms = {"following": turn_scores(following), "consistency": turn_scores(consistency)}
-    advantage, _ = advantages_of(config, terms, torch.zeros(2, dtype=torch.int64), {})
+    advantage, _ = fused(config, terms, torch.zeros(2, dtype=torch.int64))
     expected = [[0.5, -0.5], [-0.5, 0.5]] if fusion == "advantages" else [[1.0, -1.0], [-1.0, 1.0]]
     close(advantage[:, 0], torch.tensor(expected)[:, 0])
     second = [-0.5, 0.5] if fusion == "advantages" else [-1.0, 1.0]
@@ -250,24 +272,22 @@ def test_what_comes_after_a_failure_may_be_anything(batch, data):
 # in the trainer
 
 
-def test_a_turn_after_a_failure_weighs_nothing_in_an_update(world, tmp_path):
+def test_a_turn_after_a_failure_is_left_out_of_an_update(world, tmp_path):
     with started(world, tmp_path, "--rewards.credit", "until_failure") as run_:
-        run_.first_round = 0
-        rollout, terms, first = train_flux.sample(run_, 0)
-        score = torch.full_like(terms["following"].score, 5.0)
+        first = first_round(run_)
+        score = torch.full_like(first.scores["following"].score, 5.0)
         score[:8, 0] = 1.0
-        terms["following"] = turn_scores(score.tolist())
-        advantage, valid = train_flux.advantages(run_, terms, rollout.trajectory.group)
-        batch = Batch(run_, 0, rollout, advantage, valid, first)
-        rows = torch.cat([part for parts in batch.minibatches() for part in parts])
-        _, weight = losses_of(batch)(rows)
-    assert len(rows) == 16 * 2 * run_.config.nft.noise_levels
-    assert torch.equal(weight == 0, (rows[:, 0] < 8) & (rows[:, 1] == 1))
+        terms = first.scores | {"following": turn_scores(score.tolist())}
+        advantage, valid = turn_values(run_, terms, first.rollout.trajectory.group)
+        (units,) = first.given(advantage=advantage, valid=valid).units()
+    expected = [[b, n] for b in range(16) for n in range(2) if b >= 8 or n == 0]
+    assert units.rows[:, 0, :2].tolist() == expected
+    assert units.count == len(units) == 24 * run_.config.objective.renoise.levels
 
 
 def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, tmp_path):
-    more = ("--data.draw", "teaching", "--rewards.floor", 1.0, "--rewards.floor-rate", 20.0)
-    more += ("--rewards.groups", "teaching", "--training.final-rate", 1.0, "--data.groups", 2)
+    more = ("--data.draw", "informative", "--rewards.floor", 1.0, "--rewards.floor-rate", 20.0)
+    more += ("--rewards.groups", "informative", "--training.final-rate", 1.0, "--data.groups", 2)
     states = []
     for folder, rounds in (("whole", (3,)), ("parts", (2, 3))):
         for until in rounds:
@@ -275,7 +295,7 @@ def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, t
             (tmp_path / folder).mkdir(exist_ok=True)
             with started(world, tmp_path / folder, *given) as run_:
                 train_flux.train(run_)
-        saved = run_._checkpoints.find("auto")
+        saved = run_.checkpoints.find("auto")
         told = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
         rows = [
             {k: x for k, x in json.loads(row).items() if not k.startswith("seconds/")}
@@ -299,13 +319,42 @@ def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, t
 
 
 def test_a_round_that_is_not_done_moves_no_multiplier(world, tmp_path):
-    more = ("--rewards.floor", 1.0, "--data.draw", "teaching")
+    more = ("--rewards.floor", 1.0, "--data.draw", "informative", "--rewards.history", 2)
     with started(world, tmp_path, *more) as run_:
-        before = run_.multipliers, run_._sampler.state_dict()
+        before = run_.state.multipliers, run_.sampler.state_dict(), run_.state.history
         run_.first_round = 0
-        rollout, terms, _ = train_flux.sample(run_, 0)
-        train_flux.advantages(run_, terms, rollout.trajectory.group)
-        assert (run_.multipliers, run_._sampler.state_dict()) == before
+        drawn = next_chains(run_)
+        rollout, _, terms = sample(run_, drawn)
+        turn_values(run_, terms, rollout.trajectory.group)
+        assert (run_.state.multipliers, run_.sampler.state_dict(), run_.state.history) == before
+        rewards = round_rewards(run_.config.rewards, terms, drawn.group)
+        carry_over(run_, rewards, turn_signals(run_.config.rewards, rewards, {})[0])
+        after = run_.state.multipliers, run_.sampler.state_dict(), run_.state.history
+        assert all(x != y for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("fusion", ["advantages", "rewards"])
+def test_earlier_rounds_of_a_chain_join_its_statistics_and_nothing_else(credit, fusion):
+    """Advantages are those of one large group, cut to the members of this round."""
+    config = Rewards(**FOLLOWING, credit=credit, fusion=fusion, history=2)
+    before, now = [[5.0, 5.0], [3.0, 4.0]], [[4.0, 2.0], [1.0, 5.0]]
+    group, history = torch.tensor([7, 7]), RewardHistory(2)
+    rewards = round_rewards(config, {"following": turn_scores(before)}, group)
+    history = history.updated(turn_signals(config, rewards, {})[0], group)
+    terms = {"following": turn_scores(now)}
+    alone = fused(config, terms, group, history=RewardHistory(2))
+    expected = fused(config, terms, group)
+    for found, value in zip(alone, expected, strict=True):
+        assert torch.equal(found, value)
+    joined, valid = fused(config, terms, group, history=history)
+    both = {"following": turn_scores(now + before)}
+    whole, mask = fused(config, both, torch.tensor([7] * 4))
+    assert joined.shape == (2, 2)
+    assert torch.equal(valid, mask[:2])
+    close(joined, whole[:2], atol=1e-6)
+    other, _ = fused(config, terms, torch.tensor([8, 8]), history=history)
+    assert torch.equal(other, alone[0])
 
 
 @pytest.mark.parametrize("name", ["credit", "aggregate", "groups"])

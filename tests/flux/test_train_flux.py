@@ -6,25 +6,24 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from mteditflow_examples import train_flux
-from mteditflow_examples.flux import parts
-from mteditflow_examples.flux.batch import Batch, check_first_ratios, stochastic_steps
-from mteditflow_examples.flux.config import ConfigError, parse
-from mteditflow_examples.flux.objectives import losses_of
-from mteditflow_examples.flux.rewards import scoring
-from mteditflow_examples.flux.run import Run, main
+from mteditflow_examples.flux import loading
+from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.reporting import refuse_unsound_rewards
+from mteditflow_examples.flux.rewards import round_rewards
+from mteditflow_examples.flux.sampling import next_chains, sample
+from mteditflow_examples.flux.updating import _judge, check_first_ratios, update
 from safetensors.torch import load_file
 
 from mteditflow import check_ratio
+from mteditflow.objectives import Output, Units
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import Fault, InvalidRewardsError, Lost, TurnScores
-from mteditflow.training import RunLog, Termination, Updater
+from mteditflow.training import Updater
+from tests.flux.rounds import first_round, started, turn_values
 from tests.flux.worlds import ENVIRONMENT, command, options, run, weights
 
 
@@ -39,38 +38,23 @@ class Recording(torch.optim.SGD):
         self.seen += [torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]])]
 
 
-@contextmanager
-def started(world, output, *more, objective="nft", family="kontext"):
-    """A run before its first round, in this process."""
-    more = ("--data.held-out", "None", *more)
-    config = parse(options(world, output, *more, objective=objective, family=family))
-    log = RunLog(output, console=False, main=True)
-    with Termination() as termination, scoring(config.rewards, output / "cache.sqlite") as submit:
-        yield Run(config, Accelerator(cpu=True), log, termination, submit)
-
-
-def first_batch(run, advance=0):
-    """The first round's batch, with other weights than those that sampled it."""
-    run.first_round = 0
-    rollout, terms, first = train_flux.sample(run, 0)
-    advantage, valid = train_flux.advantages(run, terms, rollout.trajectory.group)
-    assert advantage.abs().sum() > 0
-    with torch.no_grad():
-        for weight in run.policies.parameters():
-            weight.add_(advance * torch.ones_like(weight))
-    return Batch(run, 0, rollout, advantage, valid, first)
-
-
-GRPO = ("--sampling.stochastic-steps", 2, "--grpo.kl-coef", 0.1)
+GRPO = ("--objective.stochastic-steps", 2, "--objective.kl-coef", 0.1)
+CLIP = ("--objective.clip-low", 0.5, "--objective.clip-high", 0.5)
 
 
 ALL = {  # objective: a preset's, and options under which every term of its loss weighs something
-    "nft": ("nft", "--nft.kl-coef", 0.1, "--nft.norm-coef", 0.1),
-    "awm": ("nft", "--nft.clip", 0.5, "--nft.old-kl-coef", 0.1, "--nft.norm-coef", 0.1),
-    "dpo": ("nft", "--nft.beta", 10, "--nft.kl-coef", 0.1, "--nft.noise-levels", 2),
+    "nft": ("nft", "--objective.kl-coef", 0.1, "--objective.norm-coef", 0.1),
+    "awm": (
+        *("nft", *CLIP, "--objective.old-kl-coef", 0.1),
+        *("--objective.norm-coef", 0.1),
+    ),
+    "dpo": (
+        *("nft", "--objective.dpo-beta", 10, "--objective.kl-coef", 0.1),
+        *("--objective.renoise.levels", 2),
+    ),
     "grpo": ("grpo", *GRPO),
-    "guard": ("grpo", *GRPO, "--grpo.clip", 0.5),
-    "dppo": ("grpo", *GRPO, "--grpo.threshold", 1),
+    "guard": ("grpo", *GRPO, *CLIP),
+    "dppo": ("grpo", *GRPO, "--objective.threshold", 1),
 }
 
 
@@ -78,19 +62,20 @@ ALL = {  # objective: a preset's, and options under which every term of its loss
 def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monkeypatch):
     # In double precision: kernels for one row round otherwise than those for eight, and float32
     # shows it (up to 3e-5 where old and current velocity are close).
-    monkeypatch.setitem(parts.DTYPES, "float32", torch.float64)
+    monkeypatch.setitem(loading.DTYPES, "float32", torch.float64)
     preset, *more = ALL[objective]
-    more += ["--objective", objective, "--data.groups", 2]
+    more = [f"objective:{objective}", *more, "--data.groups", 2]
     with started(world, tmp_path, *more, objective=preset) as run_:
         for name in ("current", "old"):
             for weight in run_.policies._parameters(name):
                 weight.data = weight.data.double()
-        batch = first_batch(run_, advance=1e-3)
-        rows = torch.cat([part for minibatch in batch.minibatches() for part in minibatch])
+        first = first_round(run_, advance=1e-3)
+        (units,) = first.units()
         optimizer = Recording(run_.policies.parameters())
         updater = Updater(optimizer, run_.policies.parameters, max_grad_norm=1e9)
-        for size in (len(rows), 8, 2, 1):
-            assert updater.step(rows.split(size), losses_of(batch)).taken
+        for size in (len(units), 8, 2, 1):
+            step = updater.step(units.split(size), first.losses, count=units.count)
+            assert step.outcome == "taken"
         whole, *others = optimizer.seen
         assert whole.norm() > 0
         for other in others:
@@ -98,27 +83,38 @@ def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monke
 
 
 def test_pairs_are_of_one_group_and_turn_and_none_at_all_changes_nothing(world, tmp_path):
-    with started(world, tmp_path, "--objective", "dpo", "--nft.beta", 200) as run_:
-        batch = first_batch(run_)
-        trajectory, turn = batch.paired.nonzero().T
-        loser, group = batch.losers[trajectory, turn], batch.rollout.trajectory.group
-        assert len(trajectory) > 0
-        assert torch.equal(group[trajectory], group[loser])
-        assert (batch.advantage[trajectory, turn] > batch.advantage[loser, turn]).all()
-        rows = torch.cat([part for minibatch in batch.minibatches() for part in minibatch])
-        assert torch.equal(rows[:, :2].unique(dim=0), batch.paired.nonzero())
-        best = torch.zeros_like(batch.advantage)
+    with started(world, tmp_path, "objective:dpo", "--objective.dpo-beta", 200) as run_:
+        first = first_round(run_)
+        (units,) = first.units()
+        (winner, loser), group = units.rows.unbind(dim=1), first.rollout.trajectory.group
+        assert len(winner) > 0
+        assert torch.equal(group[winner[:, 0]], group[loser[:, 0]])
+        assert torch.equal(winner[:, 1:], loser[:, 1:])
+        values = [first.advantage[rows[:, 0], rows[:, 1]] for rows in (winner, loser)]
+        assert (values[0] > values[1]).all()
+        pairs = set()  # of each group and turn whose members differ, the best against the worst
+        for g in group.unique().tolist():
+            own = (group == g).nonzero().flatten()
+            for turn in range(2):
+                value = first.advantage[own, turn]
+                if value.max() > value.min():
+                    pairs.add((int(own[value.argmax()]), int(own[value.argmin()]), turn))
+        drawn = zip(winner[:, 0].tolist(), loser[:, 0].tolist(), winner[:, 1].tolist(), strict=True)
+        assert set(drawn) == pairs
+        assert units.count == len(units)
+        best = torch.zeros_like(first.advantage)
         best[0, 0] = 1  # the only pair of the round, in one of its two minibatches
-        weights = []
-        for minibatch in replace(batch, advantage=best).minibatches():
-            rows = torch.cat(minibatch)
-            weights.append(losses_of(replace(batch, advantage=best))(rows)[1].tolist())
-        assert sorted(weights) == [[0.0], [1.0]]
-        same = replace(batch, advantage=torch.zeros_like(batch.advantage))
+        parts = first.given(advantage=best).units(2)
+        assert sorted((len(part), part.count) for part in parts) == [(0, 0), (1, 1)]
+        before = run_.policies.state_dict("current")
         updater = Updater(run_.optimizer, run_.policies.parameters, max_grad_norm=1.0)
-        for minibatch in same.minibatches():
-            update = updater.step(minibatch, losses_of(same))
-            assert (update.taken, update.reason) == (False, "no row has a weight")
+        run_.begin_round()
+        flat = torch.zeros_like(first.advantage)
+        update(run_, updater, first.velocity, first.rollout, flat, first.valid)
+        assert run_.numbers["training/empty_updates"] == run_.config.training.minibatches == 2
+        assert (run_.state.updates, run_.state.skipped) == (0, 0)
+        after = run_.policies.state_dict("current")
+        assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
 def test_sampling_batches_do_not_change_trajectories(world, tmp_path):
@@ -126,7 +122,7 @@ def test_sampling_batches_do_not_change_trajectories(world, tmp_path):
     for size in (16, 2, 1):
         with started(world, tmp_path, "--sampling.batch", size) as run_:
             run_.first_round = 0
-            rollout, terms, _ = train_flux.sample(run_, 0)
+            rollout, _, terms = sample(run_, next_chains(run_))
             latents.append((rollout.trajectory.latents[:, 0], terms["following"].score))
     for other, score in latents[1:]:
         assert torch.allclose(other, latents[0][0], atol=1e-5)
@@ -136,7 +132,7 @@ def test_sampling_batches_do_not_change_trajectories(world, tmp_path):
 def test_groups_share_chains_and_differ_in_noise(world, tmp_path):
     with started(world, tmp_path) as run_:
         run_.first_round = 0
-        trajectory = train_flux.sample(run_, 0)[0].trajectory
+        trajectory = sample(run_, next_chains(run_))[0].trajectory
         assert trajectory.group.unique(return_counts=True)[1].tolist() == [4, 4, 4, 4]
         noise = trajectory.latents[:, 0, 0].flatten(1)
         assert (torch.cdist(noise, noise) + 100 * torch.eye(16) > 1).all()
@@ -149,87 +145,98 @@ def test_ratios_on_the_first_rollout_are_one(world, klein_world, tmp_path, famil
     chosen = {"kontext": world, "klein": klein_world}[family]
     more = (*GRPO, "--data.groups", 2, "--model.guidance", guidance)
     with started(chosen, tmp_path, *more, objective="grpo", family=family) as run_:
-        verdicts = []
-        run_.ratio_checked = verdicts.append
-        check_first_ratios(first_batch(run_))
-    assert verdicts[0].ok
-    assert float(verdicts[0].deviation.nan_to_num().max()) < 1e-6
+        first = first_round(run_)
+        check = run_.objective.check_ratios(first.velocity, first.rollout, trajectories=8, size=8)
+        check_first_ratios(run_, first.velocity, first.rollout)
+    assert check.ok
+    assert float(check.deviation.nan_to_num().max()) < 1e-6
+    assert "ratio check passed" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_ratio_that_is_not_one_stops_the_run_or_warns(world, tmp_path):
     wrong = check_ratio(torch.full((1, 1), 0.1), torch.zeros(1, 1), clip=1e-3)
     with started(world, tmp_path, *GRPO, objective="grpo") as run_:
         with pytest.raises(ReplayError, match=r"ratio check failed: largest .* latents rounded"):
-            run_.ratio_checked(wrong)
+            _judge(run_, wrong, corrected=False)
+        first = first_round(run_, advance=0.05)
         with pytest.raises(ReplayError, match="ratio check failed"):
-            check_first_ratios(first_batch(run_, advance=0.05))
+            check_first_ratios(run_, first.velocity, first.rollout)
     more = (*GRPO, "--safety.ratio", "warn")
     with started(world, tmp_path, *more, objective="grpo") as run_:
-        run_.ratio_checked(wrong)
+        _judge(run_, wrong, corrected=False)
     assert "warning: ratio check failed" in (tmp_path / "log.txt").read_text()
 
 
-def test_lost_rewards_weigh_nothing(world, tmp_path):
+def test_lost_rewards_are_left_out_of_updates(world, tmp_path):
     with started(world, tmp_path) as run_:
-        run_.first_round = 0
-        rollout, terms, first = train_flux.sample(run_, 0)
-        score = terms["following"].score.clone()
+        first = first_round(run_)
+        following, group = first.scores["following"], first.rollout.trajectory.group
+        score = following.score.clone()
         score[3, 1] = math.nan
         lost = {(3, 1): Lost(Fault.timeout, "no answer", 2)}
-        terms["following"] = TurnScores(score, terms["following"].turn_mask, lost)
-        advantage, valid = train_flux.advantages(run_, terms, rollout.trajectory.group)
-        batch = Batch(run_, 0, rollout, advantage, valid, first)
-        rows = torch.cat([part for parts in batch.minibatches() for part in parts])
-        _, weight = losses_of(batch)(rows)
-        assert torch.equal(weight == 0, rows[:, 0] == 3)
+        terms = first.scores | {"following": TurnScores(score, following.turn_mask, lost)}
+        advantage, valid = turn_values(run_, terms, group)
+        (units,) = first.given(advantage=advantage, valid=valid).units()
+        assert units.rows[:, 0, 0].unique().tolist() == [b for b in range(16) if b != 3]
+        assert units.count == len(units) == 15 * 2
         assert not advantage[3].any()
+        refuse_unsound_rewards(run_, round_rewards(run_.config.rewards, terms, group))
         terms["following"] = TurnScores(
             torch.full_like(score, math.nan),
-            terms["following"].turn_mask,
+            following.turn_mask,
             {(b, n): lost[3, 1] for b in range(16) for n in range(2)},
         )
         with pytest.raises(InvalidRewardsError, match=r"100% of 16 rewards are invalid"):
-            train_flux.advantages(run_, terms, rollout.trajectory.group)
+            refuse_unsound_rewards(run_, round_rewards(run_.config.rewards, terms, group))
 
 
 def test_windows_move(world, tmp_path):
-    more = ("--sampling.stochastic-steps", 1, "--sampling.window-interval", 2)
+    more = ("--objective.stochastic-steps", 1, "--objective.window-interval", 2)
     with started(world, tmp_path, *more, objective="grpo") as run_:
-        seen = [list(stochastic_steps(run_.config, k)) for k in range(6)]
+        steps = run_.config.sampling.steps
+        seen = [list(run_.objective.sampling(k, steps=steps).stochastic_steps) for k in range(6)]
+        run_.first_round, run_.state.done = 2, 2
+        rollout, _, _ = sample(run_, next_chains(run_))
     assert seen == [[0], [0], [1], [1], [2], [2]]
+    assert rollout.step_mask.any(dim=(0, 1)).nonzero().flatten().tolist() == [1]
 
 
 def test_updates_that_are_not_finite_stop_a_run_when_they_go_on(world, tmp_path):
     with started(world, tmp_path, "--safety.max-skipped", 2) as run_:
+        one = torch.ones(1, 1, dtype=torch.bool)
+        units = Units(torch.zeros(1, 1, 3, dtype=torch.int64), one, None, None, 1)
         bad = Updater(run_.optimizer, run_.policies.parameters, max_grad_norm=1.0).step(
-            [torch.arange(1)],
-            lambda part: ({"loss": run_.policies.parameters()[0].sum() * math.nan}, torch.ones(1)),
+            [units],
+            lambda part: Output(run_.policies.parameters()[0].sum()[None] * math.nan, {}),
+            count=1,
         )
-        run_.updated(bad)
+        run_.begin_round()
+        run_.count(bad)
         with pytest.raises(FloatingPointError, match="2 updates in a row: not finite"):
-            run_.updated(bad)
+            run_.count(bad)
     assert "an update was skipped, not finite" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """What the trainer says as it refuses to start, in this process."""
+    """Exit code and standard error of a trainer that refuses to start, in this process."""
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_flux.py", *arguments])
         with pytest.raises(SystemExit) as ended:
-            main(train_flux.train)
+            train_flux.main()
         assert ended.value.code not in (0, None)
-        return f"{ended.value.code}{capsys.readouterr().err}"
+        return f"{ended.value.code} {capsys.readouterr().err}"
 
     return start
 
 
 def test_errors_at_the_start_are_told_in_a_line(world, tmp_path, refused):
-    told = run(*options(world, tmp_path, "--training.rounds", 0), code=1)
-    assert "error: training.rounds: input should be greater than or equal to 1, got 0" in told
-    assert "Traceback" not in told
+    told = run(*options(world, tmp_path, "--training.rounds", 0), code=2)
+    line = "error: training.rounds: input should be greater than or equal to 1, got 0\n"
+    assert told == line
     told = refused(*options(world, tmp_path, "--rewards.scorer", "nothing:Here"))
+    assert told.startswith("1 ")
     assert "error: rewards.scorer: expected module:name, got 'nothing:Here'" in told
 
 
@@ -289,17 +296,18 @@ def test_stopped_and_changed_runs_go_on(world, tmp_path, refused):
 def test_weights_that_were_loaded_are_those_that_were_saved(world, tmp_path):
     run(*options(world, tmp_path, "--training.rounds", 2, "--data.held-out", "None"))
     with started(world, tmp_path, "--training.rounds", 2) as run_:
-        assert list(run_.rounds()) == []
+        train_flux.train(run_)
+        assert run_.first_round == run_.state.done == 2
         saved = load_file(tmp_path / "checkpoints" / "round-000002" / "current.safetensors")
         loaded = run_.policies.state_dict()
         assert saved.keys() == loaded.keys()
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
-def test_unknown_weights_and_uneven_ranks_are_refused(world, tmp_path):
+def test_a_weight_without_a_term_is_refused(world, tmp_path):
     with started(world, tmp_path, "--rewards.weights.strict", 1) as run_:
         run_.first_round = 0
-        rollout, terms, _ = train_flux.sample(run_, 0)
+        rollout, _, terms = sample(run_, next_chains(run_))
         del terms["strict"]
         with pytest.raises(ConfigError, match=r"rewards.weights: expected names among .*'strict'"):
-            train_flux.advantages(run_, terms, rollout.trajectory.group)
+            turn_values(run_, terms, rollout.trajectory.group)

@@ -2,10 +2,15 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from mteditflow_examples.flux.config import PRESETS, parse
+from mteditflow_examples.flux.command_line import PRESETS, parse
+from mteditflow_examples.flux.config import Config
+
+from mteditflow.objectives import OBJECTIVES
+from tests.flux.test_config import options_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text()
@@ -22,20 +27,18 @@ def test_commands_are_understood(command):
     assert config.rewards.judge
 
 
-def test_options_and_presets_exist(capsys):
-    with pytest.raises(SystemExit):
-        parse(["kontext-nft", "--help"])
-    known = capsys.readouterr().out
-    named = set(
-        re.findall(
-            r"--((?:model|data|sampling|grpo|nft|rewards|training|safety|evaluation|"
-            r"output)\.[a-z.-]+)",
-            PAGE,
-        )
-    )
-    assert len(named) > 15
-    for option in named:
-        assert f"--{option}" in known, option
+def test_options_and_presets_exist():
+    config = Config()
+    sections = {field.name: getattr(config, field.name) for field in fields(config)}
+    known = {option for name, x in sections.items() for option in options_of(f"--{name}", x)}
+    for objective in OBJECTIVES.values():
+        known |= set(options_of("--objective", objective()))
+    known |= {f"--rewards.weights.{name}" for name in config.rewards.weights}
+    named = set(re.findall(r"--[a-z]+\.[a-z.-]+[a-z]", PAGE))
+    assert len(named) > 30
+    assert named <= known
+    words = set(re.findall(r"objective:([a-z]+)", PAGE))
+    assert words == {name for name, kind in OBJECTIVES.items() if kind.card.rewarded}
     for preset in re.findall(r"^\| `([a-z-]+)`", PAGE, flags=re.MULTILINE):
         assert (PRESETS / f"{preset}.toml").exists() or "/" in preset, preset
 

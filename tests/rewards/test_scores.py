@@ -15,6 +15,7 @@ from mteditflow import (
     TurnCredit,
     fuse_advantages,
     likert_average,
+    normalize_likert,
     turn_average,
 )
 from mteditflow.rewards import AnswerError, Fault, InvalidRewardsError, Lost, TurnScores
@@ -69,7 +70,7 @@ def test_the_reward_is_that_of_valid_trajectories_and_measured_turns(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_turn_is_rewarded_as_a_chain_of_its_own(dtype):
     """Also where another turn of its trajectory was lost, which costs that trajectory's reward."""
-    reward = dataclasses.replace(FOUR, score=FOUR.score.to(dtype)).turn_reward(likert_average)
+    reward = dataclasses.replace(FOUR, score=FOUR.score.to(dtype)).turn_reward(normalize_likert)
     expected = [[1.0, 0.5, NAN], [0.75, NAN, 0.25], [NAN, 0.25, NAN], [NAN, NAN, NAN]]
     torch.testing.assert_close(
         reward.value, torch.tensor(expected, dtype=dtype), equal_nan=True, rtol=0, atol=0
@@ -85,9 +86,21 @@ def test_a_reward_with_nothing_valid_asks_no_aggregate():
     reward = lost.reward(never)
     assert reward.value.isnan().all()
     assert not reward.valid.any()
-    of_turns = scores([[NAN, NAN]], {(0, 0): TIMEOUT}).turn_reward(never)
+
+
+def test_only_measured_turns_are_normalized():
+    seen = []
+
+    def normalize(score):
+        seen.extend(score.tolist())
+        return score / 5
+
+    assert FOUR.turn_reward(normalize).value[0].tolist()[:2] == [1.0, pytest.approx(0.6)]
+    assert seen == [5.0, 3.0, 4.0, 2.0, 2.0]
+    of_turns = scores([[NAN, NAN]], {(0, 0): TIMEOUT}).turn_reward(normalize)
     assert of_turns.value.isnan().all()
     assert not of_turns.valid.any()
+    assert len(seen) == 5
 
 
 def test_reasons_come_most_frequent_first():
@@ -195,7 +208,7 @@ def test_rewards_equal_a_plain_loop(batch):
 
 @given(batches())
 def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
-    reward = batch.turn_reward(likert_average)
+    reward = batch.turn_reward(normalize_likert)
     for b, n in batch.turn_mask.nonzero().tolist():
         lost = {(0, 0): batch.lost[b, n]} if (b, n) in batch.lost else {}
         alone = TurnScores(batch.score[b : b + 1, n : n + 1], torch.ones(1, 1) > 0, lost)
@@ -207,19 +220,26 @@ def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
 
 @given(batches())
 def test_credit_knows_what_was_lost_and_what_there_was_nothing_to_measure_in(batch):
-    whole, of_turns = batch.reward(likert_average), batch.turn_reward(likert_average)
-    value, valid = batch.credited(likert_average, TrajectoryCredit())
+    whole, of_turns = batch.reward(likert_average), batch.turn_reward(normalize_likert)
+    value, valid = batch.credited(of_turns.value, TrajectoryCredit())
     for n in range(value.shape[1]):
         torch.testing.assert_close(value[:, n], whole.value, equal_nan=True, rtol=0, atol=0)
         assert torch.equal(valid[:, n], whole.valid)
-    value, valid = batch.credited(likert_average, TurnCredit())
+    value, valid = batch.credited(of_turns.value, TurnCredit())
     torch.testing.assert_close(value, of_turns.value, equal_nan=True, rtol=0, atol=0)
     assert torch.equal(valid, of_turns.valid)
 
 
+def test_credit_refuses_rewards_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"expected shape"):
+        FOUR.credited(torch.ones(4, 2), TurnCredit())
+    with pytest.raises(ValueError, match=r"finite"):
+        FOUR.credited(torch.full_like(FOUR.score, NAN), TurnCredit())
+
+
 @given(batches(turns=1))
 def test_of_one_turn_both_rewards_are_equal(batch):
-    whole, of_turns = batch.reward(turn_average), batch.turn_reward(turn_average)
+    whole, of_turns = batch.reward(turn_average), batch.turn_reward(lambda score: score)
     torch.testing.assert_close(of_turns.value[:, 0], whole.value, equal_nan=True)
     assert torch.equal(of_turns.valid[:, 0], whole.valid)
 

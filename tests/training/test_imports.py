@@ -13,7 +13,6 @@ HEAVY = [
     "tqdm", "transformers",
 ]  # fmt: skip
 WITH_OTHERS = {"Bar", "RunLog", "gather_scores", "load_optimizer_state", "optimizer_state"}
-WITH_OTHERS |= {"round_numbers"}
 BLOCK = f"""
 import json, sys
 class Blocked:
@@ -61,7 +60,7 @@ def test_a_missing_package_is_named_with_the_extra_to_install(found):
 
 
 def test_no_name_is_hidden_by_a_module_of_the_package():
-    """``round_numbers`` is a function and a module, which importing the module would put there."""
+    """Importing a module of a lazy name's spelling would put the module in the name's place."""
     modules = printed(
         """
 import json

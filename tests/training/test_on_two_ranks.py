@@ -8,17 +8,21 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from mteditflow.objectives import NFT, CleanSamples, RoundKey
 from mteditflow.pipelines import LoraPolicies
 from mteditflow.pipelines.sharding import local
 from mteditflow.training import (
     Checkpoints,
     Termination,
+    Updater,
     load_optimizer_state,
+    most_parts,
     optimizer_state,
 )
 
@@ -50,13 +54,13 @@ class Model(nn.Module):
 class Learner:
     """Model, policies and optimizer, trained on this rank's share of each batch."""
 
-    def __init__(self, rank=0, world=1, dtype=torch.float32):
+    def __init__(self, rank=0, world=1, dtype=torch.float32, *, shard=True):
         self.rank, self.world, self.dtype = rank, world, dtype
         torch.manual_seed(0)
         self.model = Model().to(dtype)
         config = LoraConfig(r=3, target_modules=["enter", "linear", "leave"])
         self.policies = LoraPolicies(self.model, config, ema=True)
-        if world > 1:
+        if world > 1 and shard:
             for block in self.model.blocks:
                 fully_shard(block)
             fully_shard(self.model)
@@ -81,6 +85,49 @@ class Learner:
                 self.model(own)  # leaves FSDP's root gathered
             self.policies.update_old(decay=0.5 if update % 2 == 0 else 0.0)
             self.policies.update_ema(decay=0.9)
+
+    def update_on_uneven_rows(self):
+        """Two passes of two updates; of the last quarter of the trajectories no row is valid.
+
+        Returns:
+            Micro-batches with rows, and idle ones, of each update of this rank; and its means.
+        """
+        generator = torch.Generator().manual_seed(0)
+        clean = torch.randn(BATCH, 2, 3, generator=generator)
+        advantage = torch.randn(BATCH, 2, generator=generator)
+        valid = torch.ones(BATCH, 2, dtype=torch.bool)
+        valid[5:], valid[1, 0] = False, False
+        size = BATCH // self.world
+        own = slice(self.rank * size, (self.rank + 1) * size)
+        samples, objective = CleanSamples(clean[own], torch.arange(size) // 2), NFT(kl_coef=0.1)
+        updater = Updater(self.optimizer, self.policies.parameters, max_grad_norm=0.5)
+
+        def velocity(policy, x_t, sigma, at):
+            if policy == "current":
+                return self.model(x_t)
+            with self.policies.use(policy):
+                return self.model(x_t)
+
+        def losses(part):
+            equal = self.policies.old_equals_current
+            return objective(velocity, samples, part, old_is_current=equal)
+
+        counts, means = [], []
+        for epoch in range(2):
+            key = RoundKey(0, 0, first=own.start, epoch=epoch)
+            given = (samples, advantage[own], valid[own])
+            for units in objective.units(*given, key=key, minibatches=2):
+                parts = units.split(2, parts=most_parts(units, 2))
+                update = updater.step(parts, losses, count=units.count)
+                assert update.outcome == "taken"
+                kept = sum(bool(part.mask.any()) for part in parts)
+                counts.append((kept, len(parts) - kept))
+                means.append(dict(update.means))
+        nothing = torch.zeros_like(valid)[own]
+        for units in objective.units(samples, advantage[own], nothing, key=key):
+            assert most_parts(units, 2) == 0
+            assert updater.step([], losses, count=0).outcome == "empty"
+        return counts, means
 
     def snapshot(self):
         tensors, values = optimizer_state(self.optimizer)
@@ -113,6 +160,7 @@ def work(rank, store, folder):
         resume_train_and_save(rank, Checkpoints(folder))
         half_precision_trains(rank)
         one_verdict_for_all_ranks(rank)
+        uneven_rows_are_one_update(rank, folder.with_name("uneven.safetensors"))
         one_rank_asked_is_all_ranks_told(rank)
     finally:
         gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
@@ -157,6 +205,22 @@ def one_verdict_for_all_ranks(rank):
     assert policies.old_equals_current
 
 
+def uneven_rows_are_one_update(rank, alone):
+    """Replicas and shards of different numbers of rows end with the weights of one process."""
+    expected = load_file(alone)
+    for shard in (False, True):
+        learner = Learner(rank, WORLD, shard=shard)
+        counts, means = learner.update_on_uneven_rows()
+        idle = [x for _, x in counts]
+        assert (max(idle) > 0) == (rank == 1)  # it has one trajectory of five
+        assert min(kept for kept, _ in counts) == (0 if rank == 1 else 2), counts
+        for name, x in learner.policies.state_dict("current").items():
+            torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-7)
+        for i, update in enumerate(means):
+            loss = torch.tensor(update["loss"])
+            torch.testing.assert_close(loss, expected[f"loss {i}"], rtol=1e-5, atol=1e-7)
+
+
 def one_rank_asked_is_all_ranks_told(rank):
     for asked in (None, 0, 1):
         termination = Termination()
@@ -169,6 +233,11 @@ def test_two_ranks_do_as_one(tmp_path):
     alone, checkpoints = Learner(), Checkpoints(tmp_path / "checkpoints")
     alone.train(0, 3)
     checkpoints.save(3, *alone.snapshot())
+    lone = Learner()
+    _, means = lone.update_on_uneven_rows()
+    losses = {f"loss {i}": torch.tensor(update["loss"]) for i, update in enumerate(means)}
+    weights = lone.policies.state_dict("current")
+    save_file(weights | losses, tmp_path / "uneven.safetensors")
     torch.multiprocessing.spawn(work, args=(tmp_path / "store", checkpoints.folder), nprocs=WORLD)
     alone.train(3, 5)
     expected, stored = alone.snapshot()[0], checkpoints.latest()

@@ -1,0 +1,109 @@
+"""The ``mteditflow`` command: help is quick, wrong words are one line, every program has help."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mteditflow
+from mteditflow import cli
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ["accelerate", "diffusers", "matplotlib", "peft", "transformers"]
+QUICK = """
+import io, json, sys
+from contextlib import redirect_stdout
+from mteditflow import cli
+import mteditflow_examples.self_distillation, mteditflow_examples.train_flux as train_flux
+
+def code(call, *arguments):
+    sys.argv = [*arguments]
+    with redirect_stdout(io.StringIO()) as told:
+        try:
+            call()
+        except SystemExit as ended:
+            heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(%r))
+            return [ended.code, bool(told.getvalue()), heavy]
+
+train = ("train_flux.py", "shapes-nft", "--help")
+print(json.dumps([
+    code(cli.main, "mteditflow", "--help"),
+    code(cli.main, "mteditflow"),
+    code(cli.main, "mteditflow", "train", "--help"),
+    code(train_flux.main, "train_flux.py", "--help"),
+    code(train_flux.main, "train_flux.py"),
+    code(train_flux.main, *train),
+    code(train_flux.main, *train, "objective"),
+    code(mteditflow_examples.self_distillation.main, "self_distillation.py", "--help"),
+]))
+"""
+
+
+def called(*arguments):
+    """A process of the command, and what it printed."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+
+
+def exit_code(*words):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    return ended.value.code
+
+
+def test_help_imports_none_of_the_heavy_libraries():
+    done = called("-c", QUICK % HEAVY)
+    assert done.returncode == 0, done.stderr
+    codes = [0, 2, 0, 0, 2, 0, 0, 0]
+    assert json.loads(done.stdout) == [[code, True, []] for code in codes]
+
+
+def test_a_wrong_word_is_one_line():
+    done = called("-m", "mteditflow", "nope")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    words = ", ".join(cli.COMMANDS)
+    assert done.stderr == f"error: command: expected one of {words}, got 'nope'\n"
+
+
+def test_without_words_the_commands_are_listed(capsys):
+    for words, code in (([], 2), (["--help"], 0), (["-h"], 0)):
+        assert exit_code(*words) == code
+        told = capsys.readouterr().out.splitlines()
+        assert told[0] == cli.USAGE
+        listed = [line.split()[0] for line in told[1:] if line]
+        assert listed == list(cli.COMMANDS)
+        assert max(map(len, told)) <= 100
+
+
+def test_version(capsys):
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"mteditflow {mteditflow.__version__}\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
+    assert exit_code(name, "--help") == 0
+    told = capsys.readouterr().out
+    assert f"mteditflow {name}" in told
+    assert "python -m" not in told.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_missing_package_is_named_with_its_extra(name, monkeypatch, capsys):
+    command = cli.COMMANDS[name]
+    monkeypatch.setitem(sys.modules, command.module, None)
+    assert exit_code(name) == 2
+    expected = f"error: mteditflow {name} needs {command.module}: "
+    expected += f"pip install 'mteditflow[{command.extra}]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_arguments_reach_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert exit_code("train", "nft") == 2
+    assert capsys.readouterr().err.startswith("error: preset: expected one of ['klein-nft'")
