@@ -8,21 +8,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow import RewardHistory, TurnCredit, TurnSignal, group_advantage, turn_advantage
+from mteditflow import RewardHistory, TurnCredit, Signal, group_advantage, turn_advantage
 
 NAMES = torch.tensor([7, 7, -3, -3])
 
 
 def signal(rows, valid=None, dtype=torch.float64):
     value = torch.tensor(rows, dtype=dtype)
-    return TurnSignal(value, torch.ones_like(value, dtype=torch.bool) if valid is None else valid)
+    return Signal(value, torch.ones_like(value, dtype=torch.bool) if valid is None else valid)
 
 
 def draw(seed, count=4, turns=2, lost=0.2, dtype=torch.float64):
     random = torch.Generator().manual_seed(seed)
     value = torch.rand(count, turns, generator=random, dtype=torch.float64).to(dtype)
     valid = torch.rand(count, turns, generator=random) >= lost
-    return TurnSignal(torch.where(valid, value, torch.nan), valid)
+    return Signal(torch.where(valid, value, torch.nan), valid)
 
 
 def through_json(history):
@@ -45,7 +45,7 @@ def test_golden_advantages_by_hand():
 
 def test_golden_state():
     valid = torch.tensor([[True, False], [True, True]])
-    own = TurnSignal(torch.tensor([[0.5, torch.nan], [0.25, 1.0]]), valid)
+    own = Signal(torch.tensor([[0.5, torch.nan], [0.25, 1.0]]), valid)
     history = RewardHistory(2).updated({"r": own}, torch.tensor([7, -3]))
     assert history.state_dict() == {"7": [{"r": [[0.5, None]]}], "-3": [{"r": [[0.25, 1.0]]}]}
 
@@ -116,7 +116,7 @@ def test_ids_are_any_integers_and_numbers_survive_json_exactly(ids, seed):
 
 def test_lost_entries_stay_lost():
     valid = torch.tensor([[True], [False], [True], [True]])
-    own = TurnSignal(torch.tensor([[1.0], [99.0], [2.0], [3.0]]), valid)
+    own = Signal(torch.tensor([[1.0], [99.0], [2.0], [3.0]]), valid)
     history = RewardHistory(1).updated({"r": own}, NAMES)
     joined, groups = through_json(history).joined({"r": signal([[0.0]] * 4)}, NAMES)
     assert joined["r"].valid[4:].flatten().tolist() == [True, False, True, True]
@@ -178,10 +178,10 @@ def test_errors():
     good = {"r": TurnCredit()(torch.zeros(4, 2))}
     with pytest.raises(ValueError, match="rounds: expected an integer >= 1, got 0"):
         RewardHistory(0)
-    flat = TurnSignal(torch.zeros(4), torch.ones(4, dtype=torch.bool))
-    short = TurnSignal(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool))
-    mask = TurnSignal(torch.zeros(4, 2), torch.ones(4, dtype=torch.bool))
-    number = TurnSignal(torch.zeros(4, 2), torch.ones(4, 2))
+    flat = Signal(torch.zeros(4), torch.ones(4, dtype=torch.bool))
+    short = Signal(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool))
+    mask = Signal(torch.zeros(4, 2), torch.ones(4, dtype=torch.bool))
+    number = Signal(torch.zeros(4, 2), torch.ones(4, 2))
     for signals, group, error, message in (
         ({}, NAMES, ValueError, "signals: expected at least one, got none"),
         (good, NAMES[:, None], ValueError, "group: expected a non-empty tensor of shape [B]"),
