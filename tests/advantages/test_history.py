@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow import RewardHistory, TurnCredit, Signal, group_advantage, turn_advantage
+from mteditflow import RewardHistory, Signal, TurnCredit, group_advantage, turn_advantage
 
 NAMES = torch.tensor([7, 7, -3, -3])
 
