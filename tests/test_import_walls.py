@@ -57,7 +57,7 @@ WALLS: dict[str, set[str]] = {
     "from mteditflow.training import Checkpoints, RewardWatch, Stopwatch, Updater": set(),
     "from mteditflow.training import Bar, RunLog, Termination, read_metrics": set(),
     "from mteditflow.training import most_parts, shard_model, sum_gradients": set(),
-    "from mteditflow.training import load_optimizer_state, optimizer_state": DIFFUSERS,
+    "from mteditflow.training import load_optimizer_state, optimizer_state": set(),
     "from mteditflow.training import Aggregation, RoundRewards, gather_scores": CHAINS,
     "from mteditflow.training import print_summary, run_report, write_report": CHAINS | {"rich"},
     "import mteditflow.training.pictures": CHAINS | {"matplotlib"},

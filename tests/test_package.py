@@ -198,3 +198,15 @@ def test_wheel_works_outside_the_repository(built, tmp_path):
 
 def test_versions_agree():
     assert f'\nversion = "{mteditflow.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_package_is_installed():
+    """Setuptools takes the list in pyproject.toml; a folder that it lacks is not in the wheel."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = \[\n(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)[1]
+    expected = {
+        ".".join((name, *file.parent.relative_to(ROOT / folder).parts))
+        for folder, name in (("mteditflow", "mteditflow"), ("examples", "mteditflow_examples"))
+        for file in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(re.findall(r'"([\w.]+)"', listed)) == expected

@@ -20,12 +20,16 @@ from .config import Config, ConfigError, Data
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
-    """Load the editor, give it adapters, and shard it if it is to be sharded."""
-    # Loading prints bars and notes of its own on every rank, between the lines of the log.
+def quiet_libraries() -> None:
+    """Turn off progress bars and hints of diffusers and transformers; the run's log reports."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
+    """Load the editor, give it adapters, and shard it if it is to be sharded."""
+    quiet_libraries()
     model = config.model
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs

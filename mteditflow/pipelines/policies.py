@@ -16,8 +16,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from mteditflow._checks import check_choice
+from mteditflow._sharding import agreed, fill, local, refuse_deepspeed, reshard, whole
 from mteditflow.old_policy import update_old_policy
-from mteditflow.pipelines.sharding import agreed, fill, local, refuse_deepspeed, reshard, whole
 
 
 class LoraPolicies:

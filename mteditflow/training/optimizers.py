@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mteditflow.pipelines.sharding import whole
+from mteditflow._sharding import whole
 
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ HEAVY = [
     "PIL", "accelerate", "diffusers", "matplotlib", "peft", "pydantic", "rich", "tensorboard",
     "tqdm", "transformers",
 ]  # fmt: skip
-WITH_OTHERS = {"Bar", "RunLog", "gather_scores", "load_optimizer_state", "optimizer_state"}
+WITH_OTHERS = {"Bar", "RunLog", "gather_scores", "print_summary", "run_report", "write_report"}
 BLOCK = f"""
 import json, sys
 class Blocked:

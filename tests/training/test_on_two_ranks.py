@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from mteditflow._sharding import local
 from mteditflow.objectives import NFT, CleanSamples, RoundKey
 from mteditflow.pipelines import LoraPolicies
-from mteditflow.pipelines.sharding import local
 from mteditflow.training import (
     Checkpoints,
     Termination,

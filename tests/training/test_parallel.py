@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from mteditflow.pipelines.sharding import whole
+from mteditflow._sharding import whole
 from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training import Updater, gather_scores, shard_model, sum_gradients
 from tests.training.in_ranks import in_ranks
