@@ -146,8 +146,8 @@ def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tenso
 
 def turn_signals(
     config: Rewards, rewards: RoundRewards, multipliers: Mapping[str, float]
-) -> tuple[dict[str, mt.Signal], dict[str, float]]:
-    """Credit turns with every reward that is trained on.
+) -> tuple[dict[str, mt.TurnSignal], dict[str, float]]:
+    """Credit turns with every reward that is trained on; under until_failure up to the failure.
 
     Args:
         config: credit, and weights of the rewards.
@@ -168,6 +168,11 @@ def turn_signals(
                 else rewards.terms[name].credited(reward, credit)
             )
             weights[f"{name}/{i}"] = weight * share
+    if config.credit == "until_failure":  # here, so that a history holds no later turns either
+        following = rewards.terms["following"]
+        success = following.score >= config.success
+        keep = mt.stop_after_failure(success, turn_mask=following.turn_mask).bool()
+        signals = {n: mt.TurnSignal(x.value, x.valid & keep) for n, x in signals.items()}
     return signals, weights
 
 
@@ -181,9 +186,6 @@ def turn_advantages(
     """Fuse signals into the advantage of each turn and whether it is trained on, both [B, N]."""
     exists = rewards.terms["following"].turn_mask
     keep = torch.ones_like(exists)
-    if config.credit == "until_failure":
-        success = rewards.terms["following"].score >= config.success
-        keep &= mt.stop_after_failure(success, turn_mask=exists).bool()
     if config.groups == "informative":
         keep &= rewards.informative("following").keep[:, None]
     group, own = rewards.group, len(exists)

@@ -338,7 +338,7 @@ def test_a_round_that_is_not_done_moves_no_multiplier(world, tmp_path):
 def test_earlier_rounds_of_a_chain_join_its_statistics_and_nothing_else(credit, fusion):
     """Advantages are those of one large group, cut to the members of this round."""
     config = Rewards(**FOLLOWING, credit=credit, fusion=fusion, history=2)
-    before, now = [[5.0, 5.0], [3.0, 4.0]], [[4.0, 2.0], [1.0, 5.0]]
+    before, now = [[5.0, 5.0], [3.0, 4.0]], [[5.0, 2.0], [5.0, 5.0]]
     group, history = torch.tensor([7, 7]), RewardHistory(2)
     rewards = round_rewards(config, {"following": turn_scores(before)}, group)
     history = history.updated(turn_signals(config, rewards, {})[0], group)
