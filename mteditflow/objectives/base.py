@@ -231,10 +231,10 @@ class Units:
         """Return one unit that is masked: a forward pass without effect on any gradient."""
         width = self.rows.shape[1]
         rows = self.rows[:1] if len(self) else self.rows.new_zeros(1, width, 3)
-        zeros = torch.zeros(1, width)
+        zeros = self.rows.new_zeros(1, width)
         return Units(
             rows,
-            torch.zeros(1, width, dtype=torch.bool),
+            zeros.bool(),
             None if self.advantage is None else zeros.to(self.advantage),
             None if self.seed is None else zeros.to(self.seed),
             self.count,
@@ -432,7 +432,7 @@ def draw_units(
         found.append(
             Units(
                 rows=own[:, None],
-                mask=torch.ones(len(own), 1, dtype=torch.bool),
+                mask=torch.ones_like(own[:, :1], dtype=torch.bool),
                 advantage=None if advantage is None else advantage[own[:, 0], own[:, 1]][:, None],
                 seed=None,
                 count=int(counts.sum()),

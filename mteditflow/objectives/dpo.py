@@ -105,7 +105,7 @@ class DPO(ForwardObjective):
         pairs = replace(
             units,
             rows=rows,
-            mask=torch.ones(rows.shape[:2], dtype=torch.bool),
+            mask=torch.ones_like(rows[..., 0], dtype=torch.bool),
             advantage=values[rows[..., 0], rows[..., 1]],
         )
         return self._seeded(samples, pairs, winner[:, None].expand(-1, 2, -1), key)
@@ -124,7 +124,7 @@ class DPO(ForwardObjective):
 
 def _losers(advantage: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     """Return the trajectory that each turn is preferred to, [B, N]; -1 where it is to none."""
-    losers = torch.full(advantage.shape, -1)
+    losers = torch.full_like(advantage, -1, dtype=torch.int64)
     for turn in range(advantage.shape[1]):
         pairs = group_pairs(advantage[:, turn], group, valid=valid[:, turn])
         losers[pairs.winner, turn] = pairs.loser

@@ -139,7 +139,9 @@ def _flow_times(
     samples: Samples, rows: Tensor, generators: Sequence[torch.Generator], how: Renoise
 ) -> Tensor:
     """One flow time per row, from the row's own generator."""
-    uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float32) for g in generators])
+    uniform = torch.cat(
+        [torch.rand(1, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    )
     if how.stratified:
         uniform = (rows[:, 2] + uniform) / how.levels
     if how.distribution != "grid":
@@ -157,7 +159,7 @@ def noise_seeds(samples: Samples, rows: Tensor, key: RoundKey, *, shared: bool) 
     place = torch.stack([owner, rows[:, 1], rows[:, 2]], dim=1)
     purpose, first = ("renoise of a group", 0) if shared else ("renoise", key.first)
     numbers = [key.number(purpose, first + o, n, k) for o, n, k in place.tolist()]
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -213,9 +213,9 @@ class ReplayObjective(Objective):
         check_count("trajectories", trajectories)
         check_count("size", size)
         exists = stored_steps(samples)[:trajectories]
-        replayed, recorded = torch.zeros(2, *exists.shape)
+        replayed, recorded = torch.zeros(2, *exists.shape, dtype=torch.float32, device="cpu")
         for part in torch.split(exists.nonzero(), size):
-            every = torch.ones(len(part), 1, dtype=torch.bool)
+            every = torch.ones_like(part[:, :1], dtype=torch.bool)
             units = Units(part[:, None], every, None, None, len(part))
             replay = self.replay(velocity, samples, units, old_is_current=True)
             replayed[part.unbind(dim=1)] = replay.log_prob.cpu().float()

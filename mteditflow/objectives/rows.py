@@ -72,7 +72,8 @@ def training_rows(
 def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Keep a share of the existing steps of every turn, [N, S]."""
     count = (exists.sum(dim=1) * share - 1e-4).ceil()  # 0.1 of 10 is 1
-    score = torch.rand(exists.shape, generator=generator).masked_fill(~exists, 2.0)
+    score = torch.rand(exists.shape, generator=generator, dtype=torch.float32, device="cpu")
+    score = score.masked_fill(~exists, 2.0)
     rank = score.argsort(dim=1).argsort(dim=1)
     return rank < count[:, None]
 
@@ -82,7 +83,7 @@ def _spread(
 ) -> list[Tensor]:
     """Trajectories of each minibatch: of each stratum of neighbours one."""
     strata = [
-        start + torch.randperm(minibatches, generator=generators[start])
+        start + torch.randperm(minibatches, generator=generators[start], device="cpu")
         for start in range(0, trajectories, minibatches)
     ]
     return list(torch.stack(strata, dim=1)) if strata else []
