@@ -231,7 +231,7 @@ class Units:
         """Return one unit that is masked: a forward pass without effect on any gradient."""
         width = self.rows.shape[1]
         rows = self.rows[:1] if len(self) else self.rows.new_zeros(1, width, 3)
-        zeros = torch.zeros(1, width, device="cpu")
+        zeros = self.rows.new_zeros(1, width)
         return Units(
             rows,
             zeros.bool(),
@@ -441,7 +441,7 @@ def draw_units(
         found.append(
             Units(
                 rows=own[:, None],
-                mask=torch.ones(len(own), 1, dtype=torch.bool, device="cpu"),
+                mask=torch.ones_like(own[:, :1], dtype=torch.bool),
                 advantage=None if advantage is None else advantage[own[:, 0], own[:, 1]][:, None],
                 seed=None,
                 count=int(counts.sum()),

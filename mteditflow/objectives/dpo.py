@@ -124,7 +124,7 @@ class DPO(ForwardObjective):
 
 def _losers(advantage: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     """Return the trajectory that each turn is preferred to, [B, N]; -1 where it is to none."""
-    losers = torch.full(advantage.shape, -1, dtype=torch.int64, device="cpu")
+    losers = torch.full_like(advantage, -1, dtype=torch.int64)
     for turn in range(advantage.shape[1]):
         pairs = group_pairs(advantage[:, turn], group, valid=valid[:, turn])
         losers[pairs.winner, turn] = pairs.loser

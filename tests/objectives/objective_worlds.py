@@ -25,7 +25,7 @@ class Policy(nn.Module):
         self.bias = nn.Parameter(torch.randn(size, generator=random, dtype=torch.float64))
 
     def forward(self, x_t, sigma, at):
-        place = 0.1 * at[:, 0] - 0.2 * at[:, 1]
+        place = 0.1 * at[:, 0].double() - 0.2 * at[:, 1].double()
         moved = x_t.double().flatten(1) @ self.weight + sigma.double()[:, None] * self.bias
         return (moved + place[:, None]).view(x_t.shape)
 

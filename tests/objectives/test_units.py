@@ -427,6 +427,37 @@ def test_shared_noise_is_one_for_a_group_turn_and_level_in_all_minibatches(sourc
     assert len(set.union(*seed_of.values())) == len(seed_of)
 
 
+# defaults of the user
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_default_dtype_and_device_change_nothing(name):
+    objective, velocity = ALL[name], Recorded()
+    if name in ("grpo", "guard", "dppo"):
+        objective = replace(objective, share=0.4)
+    key_ = RoundKey(0, 0)
+    expected = draw(objective, key=key_, minibatches=2)
+    loss = [
+        objective(velocity, SAMPLES, part).loss for u in expected for part in u.split(9, parts=9)
+    ]
+    values, valid = advantages(), validity()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # where nothing can be read
+            found = draw(objective, values, valid, key=key_, minibatches=2)
+            parts = [part for u in found for part in u.split(9, parts=9)]
+            again = [objective(velocity, SAMPLES, part).loss for part in parts]
+            if hasattr(objective, "check_ratios"):
+                objective.check_ratios(velocity, SAMPLES, trajectories=2, size=9)
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.rows, other.rows)
+        assert one.seed is None or torch.equal(one.seed, other.seed)
+    torch.testing.assert_close(torch.cat(again), torch.cat(loss))
+
+
 # errors
 
 WRONG = [
