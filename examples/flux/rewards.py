@@ -146,7 +146,7 @@ def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tenso
 
 def turn_signals(
     config: Rewards, rewards: RoundRewards, multipliers: Mapping[str, float]
-) -> tuple[dict[str, mt.TurnSignal], dict[str, float]]:
+) -> tuple[dict[str, mt.Signal], dict[str, float]]:
     """Credit turns with every reward that is trained on; under until_failure up to the failure.
 
     Args:
@@ -172,7 +172,7 @@ def turn_signals(
         following = rewards.terms["following"]
         success = following.score >= config.success
         keep = mt.stop_after_failure(success, turn_mask=following.turn_mask).bool()
-        signals = {n: mt.TurnSignal(x.value, x.valid & keep) for n, x in signals.items()}
+        signals = {n: mt.Signal(x.value, x.valid & keep) for n, x in signals.items()}
     return signals, weights
 
 
