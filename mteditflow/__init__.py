@@ -1,7 +1,8 @@
 """Reinforcement learning of flow-matching image models, multi-turn editing first.
 
-Pure functions and small frozen classes over torch tensors. Everything here needs torch and einops
-alone; ``mteditflow.pipelines`` drives diffusers pipelines and needs ``mteditflow[diffusers]``.
+Pure functions and small frozen classes over torch tensors. Everything here needs torch, einops,
+numpy and safetensors alone; ``mteditflow.objectives`` builds on it, and ``mteditflow.pipelines``
+drives diffusers pipelines (``mteditflow[diffusers]``).
 
 Axes: ``B`` trajectories, ``G`` members of a group, ``N`` turns, ``S`` denoising steps, ``M`` rows
 (any flat batch of them). ``sigma`` is 1 at noise and 0 at data.

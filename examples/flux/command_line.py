@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields, make_dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
         raise ConfigError(f"objective: expected one, got {' and '.join(chosen)}")
     if chosen:
         base = replace(base, objective=_other_objective(base.objective, chosen[0]))
-    if any(word in HELP for word in rest):
-        _help(words[0], base, [word for word in rest if word not in HELP])
+    asked = next((place for place, word in enumerate(rest) if word in HELP), None)
+    if asked is not None:
+        _help(words[0], base, [*takewhile(lambda x: not x.startswith("-"), rest[asked + 1 :])])
     config = tyro.cli(
         kind,
         default=base,
@@ -136,7 +138,7 @@ def _preset(name: str, kind: type[Config]) -> Config:
         return typed(values, kind)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -332,7 +332,7 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
     given = values.pop("objective", None)
     try:
         if given is not None:
-            values["objective"] = _objective(given)
+            values["objective"] = _objective(given, rewarded=kind is Config)
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
@@ -369,17 +369,18 @@ def name_of(objective: Objective) -> str:
     return next(name for name, kind in OBJECTIVES.items() if type(objective) is kind)
 
 
-def _objective(given: Any) -> Objective:
-    """Build an objective from its name and fields.
+def _objective(given: Any, *, rewarded: bool) -> Objective:
+    """Build an objective, of those with or without a reward, from its name and fields.
 
     Raises:
         ConfigError: there is no such name, or a field is wrong.
     """
     values = dict(given) if isinstance(given, dict) else {"name": given}
     name = values.pop("name", None)
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective.name: expected one of {list(OBJECTIVES)}, got {name!r}")
-    unknown = [key for key in values if key not in {f.name for f in fields(OBJECTIVES[name])}]  # type: ignore[arg-type]
+    names = [key for key, kind in OBJECTIVES.items() if kind.card.rewarded == rewarded]
+    if name not in names:
+        raise ConfigError(f"objective.name: expected one of {names}, got {name!r}")
+    unknown = list(_unknown_fields(OBJECTIVES[name](), values))
     if unknown:
         raise ConfigError(f"objective.{unknown[0]}: {name} has no such field")
     try:
@@ -387,6 +388,16 @@ def _objective(given: Any) -> Objective:
     except ValidationError as error:
         lines = [f"objective.{_in_words(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def _unknown_fields(defaults: Any, values: dict[str, Any]) -> Iterator[str]:
+    """Yield the dotted names that a dataclass, or one inside it, does not have."""
+    for key, value in values.items():
+        inner = getattr(defaults, key, None) if isinstance(key, str) else None
+        if key not in {f.name for f in fields(defaults)}:
+            yield str(key)
+        elif is_dataclass(inner) and isinstance(value, dict):
+            yield from (f"{key}.{name}" for name in _unknown_fields(inner, value))
 
 
 def _in_words(error: Any) -> str:

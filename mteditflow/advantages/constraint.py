@@ -113,6 +113,8 @@ class AdaptiveKL:
         target: KL that is wanted, > 0, in the units of the term that is weighed.
         value: the weight now, > 0. A number: all the state there is.
         rate: largest step of the weight is a fifth of this, in (0, 1].
+        minimum: smallest weight, > 0.
+        maximum: largest weight.
 
     Raises:
         ValueError: a number is out of range.
@@ -128,10 +130,14 @@ class AdaptiveKL:
     target: float
     value: float
     rate: float = 0.5
+    minimum: float = 1e-8
+    maximum: float = 1e8
 
     def __post_init__(self) -> None:
+        check_number("minimum", self.minimum, low=0.0, open_low=True)
+        check_number("maximum", self.maximum, low=self.minimum)
         check_number("target", self.target, low=0.0, open_low=True)
-        check_number("value", self.value, low=0.0, open_low=True)
+        check_number("value", self.value, low=self.minimum, high=self.maximum)
         check_number("rate", self.rate, low=0.0, high=1.0, open_low=True)
 
     def update(self, kl: float) -> AdaptiveKL:
@@ -142,4 +148,5 @@ class AdaptiveKL:
         """
         check_number("kl", kl, low=0.0)
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return replace(self, value=self.value * (1 + self.rate * error))
+        value = self.value * (1 + self.rate * error)
+        return replace(self, value=min(max(value, self.minimum), self.maximum))

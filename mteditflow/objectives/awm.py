@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from mteditflow._checks import check_number
 from mteditflow.losses.awm import matching_log_prob
 from mteditflow.losses.clipped import clipped_surrogate_loss
@@ -88,7 +90,8 @@ class AWM(ForwardObjective):
             clip_low=self.clip_low,
             clip_high=self.clip_high,
         )
-        old_kl = velocity_kl(at.current, at.old)
+        with torch.set_grad_enabled(self.old_kl_coef > 0):
+            old_kl = velocity_kl(at.current, at.old)
         if self.old_kl_coef > 0:
             loss = loss + self.old_kl_coef * old_kl
         metrics: Metrics = ratio_metrics(log_prob - old_log_prob, self.clip_low, self.clip_high)

@@ -18,7 +18,7 @@ fixed by ``units``, so a loss can be computed again, and does not depend on micr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -53,7 +53,8 @@ class Velocity(Protocol):
             policy: "current" (in training, with gradient), "old" (the one that NFT-type objectives
                 mix with), "reference" (the base model), or "teacher". All but "current" are called
                 under ``torch.no_grad``. An objective only asks for what it needs.
-            x_t: noisy latents, [M, ...].
+            x_t: noisy latents, [M, ...]: float32 where latents are re-noised, in the dtype of the
+                stored states where steps are replayed. Cast them to the model's dtype.
             sigma: flow time of each row, [M], in [0, 1].
             at: trajectory and turn of each row, int64 [M, 2] on the CPU: tells the conditioning.
         """
@@ -184,6 +185,7 @@ class Units:
         seed: seed of each member's random numbers, int64 [U, K]; ``None`` where none are drawn.
         count: number of valid units of the minibatch, those that were left out because they cannot
             change the gradient included. Divide the summed loss by it.
+        spare: trajectory and turn that exist, for idle units.
     """
 
     rows: Tensor
@@ -191,6 +193,7 @@ class Units:
     advantage: Tensor | None
     seed: Tensor | None
     count: int
+    spare: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -213,7 +216,9 @@ class Units:
         check_count("size", size)
         needed = -(-len(self) // size)
         if parts is not None and parts < needed:
-            raise ValueError(f"parts: expected at least {needed} of {size} units, got {parts}")
+            raise ValueError(
+                f"parts: expected at least {needed} for {len(self)} units at {size} each, got {parts}"
+            )
         cut = [self[start : start + size] for start in range(0, len(self), size)]
         return cut + [self.idle()] * ((needed if parts is None else parts) - needed)
 
@@ -225,19 +230,19 @@ class Units:
         if not isinstance(index, slice | Tensor):
             raise TypeError(f"index: expected a slice or a tensor, got {type(index).__name__}")
         advantage, seed = (None if x is None else x[index] for x in (self.advantage, self.seed))
-        return Units(self.rows[index], self.mask[index], advantage, seed, self.count)
+        rows, mask = self.rows[index], self.mask[index]
+        return replace(self, rows=rows, mask=mask, advantage=advantage, seed=seed)
 
     def idle(self) -> Units:
         """Return one unit that is masked: a forward pass without effect on any gradient."""
         width = self.rows.shape[1]
-        rows = self.rows[:1] if len(self) else self.rows.new_zeros(1, width, 3)
         zeros = self.rows.new_zeros(1, width)
-        return Units(
-            rows,
-            zeros.bool(),
-            None if self.advantage is None else zeros.to(self.advantage),
-            None if self.seed is None else zeros.to(self.seed),
-            self.count,
+        return replace(
+            self,
+            rows=self.rows.new_tensor([*self.spare, 0]).expand(1, width, 3),
+            mask=zeros.bool(),
+            advantage=None if self.advantage is None else zeros.to(self.advantage),
+            seed=None if self.seed is None else zeros.to(self.seed),
         )
 
 
@@ -394,7 +399,26 @@ def member_advantages(units: Units, like: Tensor) -> Tensor:
     """Return the members' advantages, [K * U], in the order of ``member_rows`` and as ``like``."""
     if units.advantage is None:
         raise TypeError("units: expected units with advantages, got None")
-    return units.advantage.T.flatten().to(like.device)
+    return units.advantage.T.flatten().to(like)
+
+
+def check_units(units: Units, *, members: int, drawn: bool) -> None:
+    """Raise unless units fit an objective.
+
+    Args:
+        units: what an objective was called with.
+        members: members of a unit, K.
+        drawn: whether members have random numbers.
+
+    Raises:
+        ValueError: they are of another objective.
+    """
+    if units.rows.shape[1] != members or (units.seed is not None) != drawn:
+        numbers = {True: "with", False: "without"}
+        raise ValueError(
+            f"units: expected those of this objective, K = {members} {numbers[drawn]} seeds, got "
+            f"K = {units.rows.shape[1]} {numbers[units.seed is not None]} seeds"
+        )
 
 
 def masked_output(units: Units, loss: Tensor, metrics: Metrics) -> Output:
@@ -405,6 +429,7 @@ def masked_output(units: Units, loss: Tensor, metrics: Metrics) -> Output:
 
 
 def draw_units(
+    samples: Samples,
     exists: Tensor,
     advantage: Tensor | None,
     valid: Tensor,
@@ -417,6 +442,7 @@ def draw_units(
     """Draw single rows as units; see ``Objective.units``.
 
     Args:
+        samples: B trajectories.
         exists: what can be trained, boolean [B, N, K].
         advantage: [B, N], or ``None``.
         valid: turns that take part, boolean [B, N].
@@ -431,6 +457,7 @@ def draw_units(
         share=share,
         minibatches=minibatches,
     )
+    trajectory, turn = (samples.turn_mask.cpu().nonzero().tolist() or [[0, 0]])[0]
     found = []
     for rows in drawn:
         counts = valid[rows[:, 0], rows[:, 1]]
@@ -445,6 +472,7 @@ def draw_units(
                 advantage=None if advantage is None else advantage[own[:, 0], own[:, 1]][:, None],
                 seed=None,
                 count=int(counts.sum()),
+                spare=(trajectory, turn),
             )
         )
     return found

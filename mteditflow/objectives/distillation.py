@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mteditflow._checks import check_mask, check_number
+from mteditflow.flow.trajectory import Steps
 from mteditflow.losses.distillation import distillation_loss
 from mteditflow.objectives.base import (
     Card,
@@ -17,6 +18,7 @@ from mteditflow.objectives.base import (
     Units,
     Velocities,
     Velocity,
+    check_units,
     draw_units,
     masked_output,
     member_rows,
@@ -49,7 +51,7 @@ class Distillation(Objective):
 
     card = Card(
         title="Distillation, MT-OPSD",
-        papers=("2605.15055", "2609.35611"),
+        papers=("2606.27377", "2609.35611"),
         losses=("distillation_loss",),
         needs="teacher; no reward",
         passes="1 + 1",
@@ -84,6 +86,7 @@ class Distillation(Objective):
             check_mask("valid", valid, shape, "[B] or [B, N]")
             exists = exists & valid.cpu().view(*shape, *[1] * (2 - valid.ndim))
         return draw_units(
+            samples,
             exists[..., None].expand(-1, -1, steps),
             None,
             exists,
@@ -97,7 +100,8 @@ class Distillation(Objective):
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
     ) -> Output:
         """See ``Objective``."""
-        steps = samples.steps_at(member_rows(units))
+        check_units(units, members=1, drawn=False)
+        steps = Steps(*(x.detach() for x in samples.steps_at(member_rows(units))))
         at = Velocities(velocity, steps.x_t, steps.sigma, units, old_is_current=old_is_current)
         loss = distillation_loss(at.current, at.teacher)
         return masked_output(units, loss, {"policy_loss": loss})

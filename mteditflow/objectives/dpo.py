@@ -58,9 +58,11 @@ class DPO(ForwardObjective):
         title="DPO, online pairs",
         papers=("2311.12908", "2501.13918"),
         losses=("group_pairs", "dpo_loss"),
-        needs="reference",
+        needs="reference; the old policy samples",
         passes="2 + 2 for a pair",
     )
+
+    members = 2
 
     dpo_beta: float = 2000.0
     """Strength of the pull to the reference; 2000 is usual."""
@@ -85,6 +87,7 @@ class DPO(ForwardObjective):
         losers = _losers(values, samples.group.cpu(), own)
         paired, key = losers >= 0, round_key(key)
         drawn = draw_units(
+            samples,
             paired[..., None].expand(-1, -1, self.renoise.levels),
             values,
             paired,

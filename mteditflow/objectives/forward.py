@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from mteditflow.objectives.base import (
     Units,
     Velocities,
     Velocity,
+    check_units,
     draw_units,
     masked_output,
     member_rows,
@@ -80,6 +81,10 @@ class Renoise:
     def __post_init__(self) -> None:
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_count("levels", self.levels)
+        for name in ("stratified", "shared"):
+            if not isinstance(getattr(self, name), bool):
+                kind = type(getattr(self, name)).__name__
+                raise TypeError(f"{name}: expected True or False, got {kind}")
         check_number("shift", self.shift, low=0.0, open_low=True)
         check_number("mean", self.mean)
         check_number("std", self.std, low=0.0, open_low=True)
@@ -125,10 +130,11 @@ def renoise(samples: Samples, units: Units, how: Renoise) -> Renoised:
     Returns:
         Renoised, M = K * U rows in the order of ``member_rows``, float32.
     """
-    assert units.seed is not None
+    if units.seed is None:
+        raise ValueError("units: expected members with seeds, got None")
     rows, seeds = member_rows(units), units.seed.T.flatten().tolist()
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    clean = samples.clean_at(rows[:, :2]).float()
+    clean = samples.clean_at(rows[:, :2]).detach().float()
     sigma = _flow_times(samples, rows, generators, how).to(clean.device)
     noise = batched_noise(clean.shape[1:], generators).to(clean.device)
     x_t = interpolate(clean, noise, sigma)
@@ -167,6 +173,7 @@ class ForwardObjective(Objective):
     """Fields and units that NFT, AWM and DPO share."""
 
     samples_with = "old"
+    members: ClassVar[int] = 1
 
     renoise: Renoise = field(default_factory=Renoise)
     """Flow times and noise of the training states."""
@@ -181,6 +188,8 @@ class ForwardObjective(Objective):
     """Largest such share."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.renoise, Renoise):
+            raise TypeError(f"renoise: expected Renoise, got {type(self.renoise).__name__}")
         for name in ("kl_coef", "norm_coef", "old_slope"):
             check_number(name, getattr(self, name), low=0.0)
         check_number("old_maximum", self.old_maximum, low=0.0, high=1.0)
@@ -214,6 +223,7 @@ class ForwardObjective(Objective):
         exists = samples.turn_mask.cpu()[..., None].expand(-1, -1, self.renoise.levels)
         key = round_key(key)
         drawn = draw_units(
+            samples,
             exists,
             values,
             own,
@@ -234,6 +244,7 @@ class ForwardObjective(Objective):
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool
     ) -> tuple[Renoised, Velocities]:
         """Re-noise the units' latents; velocities there, and the target on their device."""
+        check_units(units, members=self.members, drawn=True)
         renoised = renoise(samples, units, self.renoise)
         velocities = Velocities(
             velocity, renoised.x_t, renoised.sigma, units, old_is_current=old_is_current

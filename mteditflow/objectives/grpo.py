@@ -24,6 +24,10 @@ class GRPO(ReplayObjective):
     The other fields are those of every objective that replays steps: ``solver``, ``noise_level``,
     ``stochastic_steps``, ``window_interval``, ``share``, ``kl_coef`` and ``importance_cap``.
 
+    ``check_ratios`` on a fresh rollout says whether every ratio is 1 before the first update, and
+    so whether solver, noise level and reduction are those of the rollout. Ratios of summed
+    log-probs need clip ranges of 0.1 .. 0.2.
+
     Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (ratio - 1 - log ratio, an estimate
     of the KL to the policy that sampled), "kl", "importance_weight".
 

@@ -33,6 +33,7 @@ from mteditflow.objectives.base import (
     Units,
     Velocities,
     Velocity,
+    check_units,
     draw_units,
     masked_output,
     member_rows,
@@ -64,8 +65,9 @@ class Replay:
         *,
         old_is_current: bool,
     ) -> None:
+        check_units(units, members=1, drawn=False)
         rows, self._solver = member_rows(units), solver
-        stored = samples.steps_at(rows)
+        stored = Steps(*(x.detach() for x in samples.steps_at(rows)))
         self.velocities = Velocities(
             velocity, stored.x_t, stored.sigma, units, old_is_current=old_is_current
         )
@@ -168,8 +170,15 @@ class ReplayObjective(Objective):
         if advantage is None:
             raise TypeError(f"advantage: expected a tensor for {type(self).__name__}, got None")
         values, own = turn_values(samples, advantage, valid)
+        exists = stored_steps(samples)
+        if not bool(exists.any()):
+            raise ValueError(
+                "samples: expected stochastic steps, got none; roll out with the solver and the "
+                "steps of objective.sampling(...)"
+            )
         return draw_units(
-            stored_steps(samples),
+            samples,
+            exists,
             values,
             own,
             key=round_key(key),

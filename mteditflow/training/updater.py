@@ -44,11 +44,13 @@ class Updater:
 
     Args:
         optimizer: optimizer of ``parameters``.
-        parameters: a callable that gives the trained parameters, since sharding replaces them.
+        parameters: a callable that gives the trained parameters, such as ``model.parameters``; a
+            callable, since sharding replaces them.
         max_grad_norm: the gradient is scaled down to this norm, > 0.
 
     Raises:
         ValueError: the norm is out of range.
+        TypeError: ``parameters`` cannot be called.
 
     Example:
         >>> from mteditflow.objectives import NFT, CleanSamples
@@ -75,11 +77,14 @@ class Updater:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        parameters: Callable[[], list[nn.Parameter]],
+        parameters: Callable[[], Iterable[nn.Parameter]],
         *,
         max_grad_norm: float,
     ) -> None:
         check_number("max_grad_norm", max_grad_norm, low=0.0, open_low=True)
+        if not callable(parameters):
+            kind = type(parameters).__name__
+            raise TypeError(f"parameters: expected a callable such as model.parameters, got {kind}")
         self._optimizer, self._parameters = optimizer, parameters
         self._max_grad_norm = max_grad_norm
 
@@ -121,13 +126,18 @@ class Updater:
 
     def _finish(self, totals: Mapping[str, Tensor], computed: int, count: int) -> Update:
         """Sum over ranks, divide by the count, check, clip and step."""
-        parameters = self._parameters()
+        parameters = list(self._parameters())  # a generator would be empty at its second use
+        if not parameters:
+            raise ValueError("parameters: expected at least one, got none")
         sum_gradients(parameters)
         names, like = list(totals), totals["loss"]
         sums = torch.stack([*totals.values(), like.new_tensor(computed), like.new_tensor(count)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         *values, all_computed, all_count = sums.tolist()
+        if all_computed == 0:  # idle units alone, on every rank
+            self._optimizer.zero_grad(set_to_none=True)
+            return Update("empty", float("nan"), {})
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient.div_(all_count)
