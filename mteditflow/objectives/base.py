@@ -216,9 +216,8 @@ class Units:
         check_count("size", size)
         needed = -(-len(self) // size)
         if parts is not None and parts < needed:
-            raise ValueError(
-                f"parts: expected at least {needed} for {len(self)} units at {size} each, got {parts}"
-            )
+            expected = f"{needed} or more for {len(self)} units, {size} in each"
+            raise ValueError(f"parts: expected {expected}, got {parts}")
         cut = [self[start : start + size] for start in range(0, len(self), size)]
         return cut + [self.idle()] * ((needed if parts is None else parts) - needed)
 

@@ -75,7 +75,7 @@ def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
     score = torch.rand(exists.shape, generator=generator, dtype=torch.float32, device="cpu")
     score = score.masked_fill(~exists, 2.0)
     rank = score.argsort(dim=1).argsort(dim=1)
-    return rank < count[:, None]
+    return (rank < count[:, None]) & exists
 
 
 def _spread(
