@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -48,7 +48,8 @@ def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
         base = replace(base, objective=_other_objective(base.objective, chosen[0]))
     asked = next((place for place, word in enumerate(rest) if word in HELP), None)
     if asked is not None:
-        _help(words[0], base, [*takewhile(lambda x: not x.startswith("-"), rest[asked + 1 :])])
+        sections = (*_plain_words(rest[:asked]), *_plain_words(rest[asked + 1 :]))
+        _help(words[0], base, sections)
     config = tyro.cli(
         kind,
         default=base,
@@ -102,6 +103,11 @@ def _summary(kind: type) -> str:
 def _about(text: str) -> str:
     """Return the first comment of a preset."""
     return text.partition("\n")[0].removeprefix("#").strip()
+
+
+def _plain_words(words: Sequence[str]) -> Iterator[str]:
+    """Return the words before the first option."""
+    return takewhile(lambda word: not word.startswith("-"), words)
 
 
 def _help(preset: str, config: Config, wanted: Sequence[str]) -> None:

@@ -213,8 +213,8 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
         (
             {"objective": "ppo"},
-            "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo', "
-            "'distillation'], got 'ppo'",
+            "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo'], \"
+            \"got 'ppo'\",
         ),
         (
             {"objective": {"name": "nft", "nft_beta": 0.0}},
@@ -387,3 +387,39 @@ def test_an_unknown_option_is_an_error(capsys):
         parse(["shapes-nft", "--training.roundz", "3"])
     assert done.value.code == 2
     assert "--training.rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('objective = ["nft"]', r"objective\.name: expected one of \[.*\], got \['nft'\]"),
+        ('[objective]\nname = ["nft"]', r"objective\.name: expected one of \[.*\], got \['nft'\]"),
+        ('[objective]\nname = "distillation"', r"objective\.name: expected one of .* got 'distil"),
+        ('[objective]\nname = "nft"\nclip_low = 1', r"objective\.clip_low: nft has no such field"),
+        (
+            '[objective]\nname = "nft"\n[objective.renoise]\nlevel = 4',
+            r"objective\.renoise\.level: nft has no such field",
+        ),
+        ("[rewards]\nfloors = 1", r"rewards\.floors: unexpected keyword argument, got 1"),
+    ],
+)
+def test_a_wrong_name_in_a_file_is_refused_at_any_depth(tmp_path, text, message):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        parse([str(file)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_bytes('# Größe\nobjective = "nft"\n'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"mine\.toml: 'utf-8' codec can't decode"):
+        parse([str(file)])
+
+
+def test_help_of_a_section_may_stand_after_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["shapes-nft", "--training.batch", "3", "--help", "objective"])
+    assert ended.value.code == 0
+    assert "--objective.nft-beta" in capsys.readouterr().out

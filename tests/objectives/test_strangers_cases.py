@@ -72,9 +72,7 @@ def test_an_updater_clips_and_checks_what_model_parameters_gives(broken):
 
 def test_an_updater_refuses_a_list_and_an_empty_model():
     model = torch.nn.Linear(6, 6)
-    with pytest.raises(
-        TypeError, match=r"^parameters: expected a callable such as model\."
-    ):
+    with pytest.raises(TypeError, match=r"^parameters: expected a callable such as model\."):
         updater_of(model, list(model.parameters()))
     (units,) = NFT().units(trajectory, advantage, key=RoundKey(0, 0))
     updater = updater_of(model, lambda: iter(()))
