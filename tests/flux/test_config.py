@@ -213,8 +213,8 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
         (
             {"objective": "ppo"},
-            "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo'], \"
-            \"got 'ppo'\",
+            "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo'], "
+            "got 'ppo'",
         ),
         (
             {"objective": {"name": "nft", "nft_beta": 0.0}},
