@@ -246,7 +246,8 @@ class Output:
     folder: Path = Path("runs/flux")
     """Where everything goes."""
     resume: str = "auto"
-    """auto: the newest whole checkpoint in the folder, if any; never; or a checkpoint's path."""
+    """auto: the newest whole checkpoint in the folder, if any; best; never; or a checkpoint's
+    path."""
     checkpoint_every: Count = 10
     """Rounds between checkpoints."""
     keep: Count = 3

@@ -1,9 +1,8 @@
-"""Parts of a long run around its loop: rows, updates, checkpoints, log, report, pictures.
+"""Parts of a long run around its loop: updates, checkpoints, log, report, pictures.
 
-Each name is imported alone, on first use. All but ``RunLog`` and ``Bar`` (tqdm),
-``RoundRewards``, ``gather_scores`` and the report (``mteditflow[rewards]``), and the state of an
-optimizer (``mteditflow[diffusers]``) need torch and safetensors only. ``training.pictures`` is
-imported by its own name. The extra ``mteditflow[train]`` has everything.
+Each name is imported alone, on first use. All but ``RunLog`` and ``Bar`` (tqdm), ``gather_scores``
+(``mteditflow[chains]``) and the report (rich) need torch and safetensors only.
+``training.pictures`` is imported by its own name. ``mteditflow[train]`` has everything.
 """
 
 from typing import TYPE_CHECKING

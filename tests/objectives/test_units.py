@@ -35,7 +35,7 @@ from mteditflow.objectives import (
 
 REPLAYS = {"stochastic_steps": 3, "noise_level": 0.7}
 SAMPLES = recorded_trajectory(Recorded().policies["old"])
-ALL = {
+ALL = {name: kind() for name, kind in OBJECTIVES.items()} | {  # a new one by its defaults
     "nft": NFT(loss="plain", renoise=Renoise(levels=2)),
     "awm": AWM(renoise=Renoise(levels=2)),
     "dpo": DPO(dpo_beta=2.0, renoise=Renoise(levels=2)),
