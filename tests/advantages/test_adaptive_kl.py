@@ -52,7 +52,7 @@ def test_a_policy_whose_kl_falls_with_the_weight_settles_at_the_target(start):
     ("options", "message"),
     [
         ({"target": 0.0}, "target: expected a finite number in (0, inf], got 0.0"),
-        ({"value": 0.0}, "value: expected a finite number in (0, inf], got 0.0"),
+        ({"value": 0.0}, "value: expected a finite number in [1e-08, 1e+08], got 0.0"),
         ({"rate": 0.0}, "rate: expected a finite number in (0, 1], got 0.0"),
         ({"rate": 1.5}, "rate: expected a finite number in (0, 1], got 1.5"),
     ],
