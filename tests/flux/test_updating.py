@@ -333,5 +333,5 @@ def test_a_rollout_of_another_policy_is_weighted_by_importance(world, tmp_path):
         plain = dataclasses.replace(run_.objective, importance_cap=None)
         ratio = plain(first.velocity, first.rollout, units).metrics["ratio"]
     assert torch.allclose(weight, ratio.clamp(max=1.0001), rtol=1e-4)
-    assert weight.max() == pytest.approx(1.0001)
-    assert weight.min() < 1
+    assert weight.max() <= 1.0001
+    assert weight.min() < 0.9999

@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch import nn
 
 from mteditflow._sharding import whole
+from mteditflow.objectives import Output, Units
 from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training import Updater, gather_scores, shard_model, sum_gradients
 from tests.training.in_ranks import in_ranks
@@ -31,6 +32,12 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def units_of(trajectories):
+    rows = torch.nn.functional.pad(trajectories[:, None, None], (0, 2))
+    mask = torch.ones(len(rows), 1, dtype=torch.bool)
+    return Units(rows, mask, None, None, count=len(rows))
+
+
 def train(model, rows):
     """Three updates on these rows of a fixed data set; means and norms of each, and weights."""
     x, target = torch.randn(2, ROWS, 4, generator=torch.Generator().manual_seed(1))
@@ -39,11 +46,14 @@ def train(model, rows):
         torch.optim.AdamW(trained(model), lr=0.1), lambda: trained(model), max_grad_norm=0.05
     )
 
-    def losses(part):
-        return {"loss": (model(x[part]) - target[part]).square().mean(dim=1)}, weight[part]
+    own = units_of(rows[weight[rows] > 0])
 
-    updates = [updater.step(rows.split(2), losses) for _ in range(3)]
-    told = [[update.means["loss"], update.grad_norm, update.taken] for update in updates]
+    def losses(part):
+        row = part.rows[:, 0, 0]
+        return Output((model(x[row]) - target[row]).square().mean(dim=1), {})
+
+    updates = [updater.step(own.split(2), losses, count=own.count) for _ in range(3)]
+    told = [[u.means["loss"], u.grad_norm, u.outcome == "taken"] for u in updates]
     return told, torch.cat([whole(p).flatten() for p in trained(model)]).tolist()
 
 
@@ -67,9 +77,9 @@ def broken_on_one_rank():
     updater = Updater(torch.optim.SGD([weight], lr=0.1), lambda: [weight], max_grad_norm=1.0)
     factor = math.nan if dist.get_rank() == 1 else 1.0
     update = updater.step(
-        [torch.arange(1)], lambda part: ({"loss": weight * factor}, torch.ones(1))
+        [units_of(torch.arange(1))], lambda part: Output(weight * factor, {}), count=1
     )
-    return update.taken, update.reason, weight.item()
+    return update.outcome, update.reason, weight.item()
 
 
 def unused_on_one_rank():
@@ -119,7 +129,7 @@ def test_updates_are_those_of_one_process(how, found):
 def test_ranks_skip_together_sum_what_some_lack_and_collect_scores(found):
     third = float(torch.tensor(1 / 3))
     for rank in found:
-        assert rank["broken"] == [False, "not finite: loss and gradient", 1.0]
+        assert rank["broken"] == ["skipped", "not finite: loss and gradient", 1.0]
         assert rank["unused"] == [[1.0, 1.0], [2.0, 2.0, 2.0]]
         score, mask, _ = rank["gathered"]
         assert score == [[5.0, third], [1.0, -1.0], [-1.0, -1.0]]
