@@ -47,6 +47,5 @@ def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, uneven,
         for name in ("current", "old", "optimizer"):
             ours, theirs = flat(alone, name), flat(output, name)
             error = float((ours - theirs).norm() / ours.norm())
-            # Shards sum gradients in another order; ten steps of Adam enlarge what that rounds.
-            allowed = 1e-5 if how == "sharded" else 1e-6
-            assert error <= allowed, f"{how}, {name}: {error:.1e}"
+            # Ranks batch and sum rows in another order; ten steps of Adam enlarge what that rounds.
+            assert error <= 1e-5, f"{how}, {name}: {error:.1e}"
