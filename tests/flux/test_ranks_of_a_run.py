@@ -1,5 +1,7 @@
 """The same update whatever the number of ranks, replicated or sharded, groups whole or split."""
 
+import functools
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ UNEVEN = (  # ranks train different numbers of rows, or none in a minibatch
     *("--rewards.credit", "until_failure", "--rewards.groups", "informative"),
     *("--training.batch", 2, "--data.groups", 2),
 )
+NAMES = ("current", "old", "optimizer")
 WAYS = {
     "replicated": (),
     "split groups": ("--data.split-groups",),
@@ -40,12 +43,23 @@ def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, uneven,
         run(*given, ranks=ranks)
         return tmp_path / name
 
+    @functools.cache
+    def rounding():
+        """What one process rounds otherwise when it alone puts rows into other micro-batches."""
+        regrouped = ended("regrouped", 1, "--training.batch", 1 if uneven else 4)
+        return {name: difference(regrouped, name) for name in NAMES}
+
+    def difference(output, name):
+        ours, theirs = flat(alone, name), flat(output, name)
+        return float((ours - theirs).norm() / ours.norm())
+
     alone = ended("alone", 1)
     assert flat(alone, "current").norm() > 0
     for how in ways:
         output = ended(how, 2, *WAYS[how])
-        for name in ("current", "old", "optimizer"):
-            ours, theirs = flat(alone, name), flat(output, name)
-            error = float((ours - theirs).norm() / ours.norm())
-            # Ranks batch and sum rows in another order; ten steps of Adam enlarge what that rounds.
-            assert error <= 1e-5, f"{how}, {name}: {error:.1e}"
+        for name in NAMES:
+            error = difference(output, name)
+            # Shards sum gradients in another order; ten steps of Adam enlarge what that rounds.
+            allowed = 1e-5 if how == "sharded" else 1e-6
+            # So do other micro-batches on one process, by how much is the processor's kernels'.
+            assert error <= allowed or error <= 2 * rounding()[name], f"{how}, {name}: {error:.1e}"
