@@ -1,4 +1,4 @@
-"""What a run logs, draws and reports, and the conditions under which its rewards end it."""
+"""Logs, pictures and reports of a run, and the conditions under which its rewards end it."""
 
 from __future__ import annotations
 

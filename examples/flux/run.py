@@ -25,7 +25,7 @@ class Stopped(Exception):  # noqa: N818, since it is no error
 
 @dataclass
 class State:
-    """What a run knows between two rounds, beside weights, optimizer, sampler and watch.
+    """State of a run between two rounds, beside weights, optimizer, sampler and watch.
 
     Attributes:
         done: rounds that are done.

@@ -8,7 +8,7 @@ from mteditflow._reduce import row_squared_error
 
 
 def matching_log_prob(velocity: Tensor, target: Tensor) -> Tensor:
-    r"""What stands for the log-prob of a clean sample, :math:`-\mathrm{mean}(v_\theta - v)^2`.
+    r"""Surrogate for the log-prob of a clean sample, :math:`-\mathrm{mean}(v_\theta - v)^2`.
 
     Advantage weighted matching is the clipped surrogate of it: with the old policy's value at the
     SAME flow time and noise the ratio is the exponential of the old matching loss minus the new.

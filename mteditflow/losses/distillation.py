@@ -69,7 +69,7 @@ def distillation_loss(velocity: Tensor, teacher_velocity: Tensor) -> Tensor:
 
 
 def step_kl_weight(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    r"""What makes a distance of velocities the KL divergence of a step, :math:`c^2 / (2 std^2)`.
+    r"""Weight that turns a distance of velocities into the KL of a step, :math:`c^2 / (2 std^2)`.
 
     A solver's mean moves by c per unit of velocity, and its std does not depend on it. With the
     step size :math:`\Delta` the weight is

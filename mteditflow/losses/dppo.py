@@ -17,7 +17,7 @@ def divergence_gated_loss(
     threshold: float,
     valid: Tensor | None = None,
 ) -> Tensor:
-    r"""Policy gradient :math:`-\rho A`, dropped where the policy left the trust region by its way.
+    r"""Policy gradient :math:`-\rho A`, dropped where it leads further out of the trust region.
 
     A ratio is one noisy sample of how far the policy has moved; the divergence of two Gaussian
     steps is known exactly. A term is 0 where ``divergence > threshold`` AND the ratio already moved

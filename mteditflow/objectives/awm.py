@@ -10,17 +10,11 @@ from mteditflow._checks import check_number
 from mteditflow.losses.awm import matching_log_prob
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.losses.nft import velocity_kl
-from mteditflow.objectives.base import (
-    Card,
-    Metrics,
-    Output,
-    Samples,
-    Units,
-    Velocity,
-    member_advantages,
-)
+from mteditflow.objectives.base import Card, Metrics, Output, Velocity
 from mteditflow.objectives.forward import ForwardObjective
 from mteditflow.objectives.replay import ratio_metrics
+from mteditflow.objectives.samples import Samples
+from mteditflow.objectives.units import Units, member_advantages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,18 +13,14 @@ from mteditflow.objectives.base import (
     Card,
     Objective,
     Output,
-    Samples,
     Sampling,
-    Units,
     Velocities,
     Velocity,
-    check_units,
-    draw_units,
     masked_output,
-    member_rows,
-    stored_steps,
 )
 from mteditflow.objectives.keys import Key, round_key
+from mteditflow.objectives.samples import Samples, stored_steps
+from mteditflow.objectives.units import Units, check_units, draw_units, member_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,11 @@ from torch import Tensor
 from mteditflow._checks import check_number
 from mteditflow.advantages.pairs import group_pairs
 from mteditflow.losses.dpo import dpo_loss
-from mteditflow.objectives.base import (
-    Card,
-    Output,
-    Samples,
-    Units,
-    Velocity,
-    draw_units,
-    turn_values,
-)
+from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.forward import ForwardObjective
 from mteditflow.objectives.keys import Key, RoundKey, round_key
+from mteditflow.objectives.samples import Samples, turn_values
+from mteditflow.objectives.units import Units, draw_units
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,18 +18,14 @@ from mteditflow.objectives.base import (
     Metrics,
     Objective,
     Output,
-    Samples,
     Sampling,
-    Units,
     Velocities,
     Velocity,
-    check_units,
-    draw_units,
     masked_output,
-    member_rows,
-    turn_values,
 )
 from mteditflow.objectives.keys import Key, RoundKey, round_key
+from mteditflow.objectives.samples import Samples, turn_values
+from mteditflow.objectives.units import Units, check_units, draw_units, member_rows
 from mteditflow.old_policy import old_policy_decay
 
 DISTRIBUTIONS = ("uniform", "logit_normal", "grid")

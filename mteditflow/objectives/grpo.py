@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from mteditflow._checks import check_number
 from mteditflow.losses.clipped import clipped_surrogate_loss
-from mteditflow.objectives.base import Card, Output, Samples, Units, Velocity, member_advantages
+from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
+from mteditflow.objectives.samples import Samples
+from mteditflow.objectives.units import Units, member_advantages
 
 
 @dataclass(frozen=True, kw_only=True)

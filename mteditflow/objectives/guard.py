@@ -9,8 +9,10 @@ import torch
 from mteditflow._checks import check_number
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
-from mteditflow.objectives.base import Card, Output, Samples, Units, Velocity, member_advantages
+from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
+from mteditflow.objectives.samples import Samples
+from mteditflow.objectives.units import Units, member_advantages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,10 @@ from mteditflow.losses.nft import (
     optimality_probability,
     velocity_kl,
 )
-from mteditflow.objectives.base import Card, Output, Samples, Units, Velocity, member_advantages
+from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.forward import ForwardObjective
+from mteditflow.objectives.samples import Samples
+from mteditflow.objectives.units import Units, member_advantages
 
 
 @dataclass(frozen=True, kw_only=True)

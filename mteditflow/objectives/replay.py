@@ -28,19 +28,14 @@ from mteditflow.objectives.base import (
     Metrics,
     Objective,
     Output,
-    Samples,
     Sampling,
-    Units,
     Velocities,
     Velocity,
-    check_units,
-    draw_units,
     masked_output,
-    member_rows,
-    stored_steps,
-    turn_values,
 )
 from mteditflow.objectives.keys import Key, round_key
+from mteditflow.objectives.samples import Samples, stored_steps, turn_values
+from mteditflow.objectives.units import Units, check_units, draw_units, member_rows
 
 RATIO_SCALE = 1e-4  # the usual clip range of mean-reduced log-probs
 SOLVERS: dict[str, Callable[[float], Solver]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}

@@ -70,7 +70,7 @@ class Round:
         return RolloutVelocity(self.run.policies, self.rollout)
 
     def units(self, minibatches: int = 1, *, epoch: int = 0) -> list[Units]:
-        """What the objective draws of it."""
+        """Units that the objective draws."""
         return self.run.objective.units(
             self.rollout,
             self.advantage,

@@ -1,0 +1,251 @@
+"""Units of training: which rows of a round are trained, in which minibatch, on any ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_count, check_number, check_rank, check_tensor
+from mteditflow.objectives.keys import RoundKey
+from mteditflow.objectives.samples import Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Units of training, one loss entry each: a row (K = 1), a pair (2) or a group (G, padded).
+
+    Attributes:
+        rows: (trajectory, turn, k) of each member, int64 [U, K, 3] on the CPU; k is the denoising
+            step of an objective that replays steps, else the noise level.
+        mask: members that exist, boolean [U, K]; a unit without any is idle: its loss is 0.
+        advantage: [U, K], float32 or float64; ``None`` for objectives without a reward.
+        seed: seed of each member's random numbers, int64 [U, K]; ``None`` where none are drawn.
+        count: number of valid units of the minibatch, those that were left out because they cannot
+            change the gradient included. Divide the summed loss by it.
+        spare: trajectory and turn that exist, for idle units.
+    """
+
+    rows: Tensor
+    mask: Tensor
+    advantage: Tensor | None
+    seed: Tensor | None
+    count: int
+    spare: tuple[int, int] = (0, 0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def split(self, size: int, *, parts: int | None = None) -> list[Units]:
+        """Cut into micro-batches of at most ``size`` units, each with the ``count`` of the whole.
+
+        Args:
+            size: most units of a part.
+            parts: number of parts, at least as many as needed; the rest are one idle unit each.
+                Ranks with sharded weights agree on the largest number, since every forward pass is
+                a collective call there.
+
+        Returns:
+            The parts; none where there are no units and no ``parts`` are asked for.
+
+        Raises:
+            ValueError: more parts are needed than ``parts``, or ``size`` is below 1.
+        """
+        check_count("size", size)
+        needed = -(-len(self) // size)
+        if parts is not None and parts < needed:
+            expected = f"{needed} or more for {len(self)} units, {size} in each"
+            raise ValueError(f"parts: expected {expected}, got {parts}")
+        cut = [self[start : start + size] for start in range(0, len(self), size)]
+        return cut + [self.idle()] * ((needed if parts is None else parts) - needed)
+
+    def __getitem__(self, index: slice | Tensor) -> Units:
+        """Return some units with the ``count`` of all: a slice, a mask [U] or indices.
+
+        Samples of several latent shapes are trained so, the units of one shape at a time.
+        """
+        if not isinstance(index, slice | Tensor):
+            raise TypeError(f"index: expected a slice or a tensor, got {type(index).__name__}")
+        advantage, seed = (None if x is None else x[index] for x in (self.advantage, self.seed))
+        rows, mask = self.rows[index], self.mask[index]
+        return replace(self, rows=rows, mask=mask, advantage=advantage, seed=seed)
+
+    def idle(self) -> Units:
+        """Return one unit that is masked: a forward pass without effect on any gradient."""
+        width = self.rows.shape[1]
+        zeros = self.rows.new_zeros(1, width)
+        return replace(
+            self,
+            rows=self.rows.new_tensor([*self.spare, 0]).expand(1, width, 3),
+            mask=zeros.bool(),
+            advantage=None if self.advantage is None else zeros.to(self.advantage),
+            seed=None if self.seed is None else zeros.to(self.seed),
+        )
+
+
+def member_rows(units: Units) -> Tensor:
+    """Return the rows of all members, int64 [K * U, 3]: the first member of every unit first.
+
+    Raises:
+        ValueError: there are no units.
+    """
+    if not len(units):
+        raise ValueError("units: expected at least one, got none; skip an empty minibatch")
+    return units.rows.transpose(0, 1).flatten(0, 1)
+
+
+def member_advantages(units: Units, like: Tensor) -> Tensor:
+    """Return the members' advantages, [K * U], in the order of ``member_rows`` and as ``like``."""
+    if units.advantage is None:
+        raise TypeError("units: expected units with advantages, got None")
+    return units.advantage.T.flatten().to(like)
+
+
+def check_units(units: Units, *, members: int, drawn: bool) -> None:
+    """Raise unless units fit an objective.
+
+    Args:
+        units: what an objective was called with.
+        members: members of a unit, K.
+        drawn: whether members have random numbers.
+
+    Raises:
+        ValueError: they are of another objective.
+    """
+    if units.rows.shape[1] != members or (units.seed is not None) != drawn:
+        numbers = {True: "with", False: "without"}
+        raise ValueError(
+            f"units: expected those of this objective, K = {members} {numbers[drawn]} seeds, got "
+            f"K = {units.rows.shape[1]} {numbers[units.seed is not None]} seeds"
+        )
+
+
+def draw_units(
+    samples: Samples,
+    exists: Tensor,
+    advantage: Tensor | None,
+    valid: Tensor,
+    *,
+    key: RoundKey,
+    share: float,
+    minibatches: int,
+    zero_matters: bool,
+) -> list[Units]:
+    """Draw single rows as units; see ``Objective.units``.
+
+    Args:
+        samples: B trajectories.
+        exists: what can be trained, boolean [B, N, K].
+        advantage: [B, N], or ``None``.
+        valid: turns that take part, boolean [B, N].
+        key: source of the random numbers.
+        share: share of the K entries of a turn that is drawn.
+        minibatches: optimizer steps.
+        zero_matters: whether a unit of advantage 0 can change the gradient.
+    """
+    drawn = training_rows(
+        exists,
+        generators=[key.generator("rows", b) for b in range(len(exists))],
+        share=share,
+        minibatches=minibatches,
+    )
+    trajectory, turn = (samples.turn_mask.cpu().nonzero().tolist() or [[0, 0]])[0]
+    found = []
+    for rows in drawn:
+        counts = valid[rows[:, 0], rows[:, 1]]
+        kept = counts
+        if advantage is not None and not zero_matters:
+            kept = counts & (advantage[rows[:, 0], rows[:, 1]] != 0)
+        own = rows[kept]
+        found.append(
+            Units(
+                rows=own[:, None],
+                mask=torch.ones_like(own[:, :1], dtype=torch.bool),
+                advantage=None if advantage is None else advantage[own[:, 0], own[:, 1]][:, None],
+                seed=None,
+                count=int(counts.sum()),
+                spare=(trajectory, turn),
+            )
+        )
+    return found
+
+
+def training_rows(
+    exists: Tensor,
+    *,
+    generators: Sequence[torch.Generator],
+    share: float = 1.0,
+    minibatches: int = 1,
+) -> list[Tensor]:
+    r"""Draw the rows (trajectory, turn, step) of each minibatch of a round.
+
+    Of every turn of every trajectory :math:`\lceil share \cdot S_n \rceil` of its existing steps
+    are drawn. Of ``minibatches`` neighbouring trajectories each goes to another minibatch, drawn
+    too: every minibatch has an equal part of every group, and every rank an equal part of every
+    minibatch. All draws come from the trajectories' own generators: ranks that hold consecutive
+    parts of a round (a multiple of ``minibatches`` each) draw what one process would.
+
+    Args:
+        exists: steps that can be trained, boolean [B, N, S]; for GRPO ``trajectory.step_mask``, for
+            NFT ``trajectory.turn_mask[..., None]`` expanded to the noise levels per turn.
+        generators: one per trajectory, such as ``keyed_generator(seed, "rows", round, index)``.
+        share: of the steps of a turn, in (0, 1].
+        minibatches: optimiser steps in the round; divides B.
+
+    Returns:
+        For each minibatch int64 rows [M, 3] on the CPU, in the order of trajectories, turns, steps.
+
+    Raises:
+        ValueError: shapes, counts or the share are out of range, or B is no multiple of
+            ``minibatches``.
+        TypeError: ``exists`` is not boolean.
+
+    Example:
+        >>> exists = torch.ones(4, 3, 2, dtype=torch.bool)
+        >>> generators = [torch.Generator().manual_seed(i) for i in range(4)]
+        >>> first, second = training_rows(exists, generators=generators, share=0.5, minibatches=2)
+        >>> first.shape, sorted({*first[:, 0].tolist(), *second[:, 0].tolist()})
+        (torch.Size([6, 3]), [0, 1, 2, 3])
+    """
+    check_tensor("exists", exists)
+    if exists.dtype != torch.bool:
+        raise TypeError(f"exists: expected booleans, got {exists.dtype}")
+    check_rank("exists", exists, 3, "[B, N, S]", maximum=3)
+    check_number("share", share, low=0.0, high=1.0, open_low=True)
+    check_count("minibatches", minibatches)
+    if len(exists) % minibatches:
+        raise ValueError(
+            f"minibatches: expected a divisor of the {len(exists)} trajectories, got {minibatches}"
+        )
+    if len(generators) != len(exists):
+        raise ValueError(
+            f"generators: expected one per trajectory, {len(exists)}, got {len(generators)}"
+        )
+    mask = exists.cpu()
+    if share < 1:
+        mask = torch.stack([_draw(own, share, g) for own, g in zip(mask, generators, strict=True)])
+    order = _spread(len(mask), minibatches, generators)
+    rows = mask.nonzero()
+    return [rows[torch.isin(rows[:, 0], chosen)] for chosen in order]
+
+
+def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Keep a share of the existing steps of every turn, [N, S]."""
+    count = (exists.sum(dim=1) * share - 1e-4).ceil().clamp(min=1)  # 0.1 of 10 is 1
+    score = torch.rand(exists.shape, generator=generator, dtype=torch.float32, device="cpu")
+    score = score.masked_fill(~exists, 2.0)
+    rank = score.argsort(dim=1).argsort(dim=1)
+    return (rank < count[:, None]) & exists
+
+
+def _spread(
+    trajectories: int, minibatches: int, generators: Sequence[torch.Generator]
+) -> list[Tensor]:
+    """Trajectories of each minibatch: of each stratum of neighbours one."""
+    strata = [
+        start + torch.randperm(minibatches, generator=generators[start], device="cpu")
+        for start in range(0, trajectories, minibatches)
+    ]
+    return list(torch.stack(strata, dim=1)) if strata else []
