@@ -90,9 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = COMMANDS[words[0]]
     try:
         program = getattr(importlib.import_module(command.module), command.name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("mteditflow", "mteditflow_examples"):
+            raise  # a fault of this package, not a missing one
         _refuse(
-            f"mteditflow {words[0]} needs {error.name}: pip install 'mteditflow[{command.extra}]'"
+            f"mteditflow {words[0]} needs {missing}: pip install 'mteditflow[{command.extra}]'"
+            if missing
+            else str(error)
         )
     sys.argv = [f"mteditflow {words[0]}", *words[1:]]
     if command.name == "app":

@@ -95,11 +95,14 @@ def test_every_command_has_help(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_missing_package_is_named_with_its_extra(name, monkeypatch, capsys):
-    command = cli.COMMANDS[name]
-    monkeypatch.setitem(sys.modules, command.module, None)
+    def importing(module):
+        assert module == cli.COMMANDS[name].module
+        raise ModuleNotFoundError("No module named 'tyro.conf'", name="tyro.conf")
+
+    monkeypatch.setattr(cli.importlib, "import_module", importing)
     assert exit_code(name) == 2
-    expected = f"error: mteditflow {name} needs {command.module}: "
-    expected += f"pip install 'mteditflow[{command.extra}]'\n"
+    expected = f"error: mteditflow {name} needs tyro: "
+    expected += f"pip install 'mteditflow[{cli.COMMANDS[name].extra}]'\n"
     assert capsys.readouterr().err == expected
 
 
@@ -107,3 +110,23 @@ def test_arguments_reach_the_program(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert exit_code("train", "nft") == 2
     assert capsys.readouterr().err.startswith("error: preset: expected one of ['klein-nft'")
+
+
+def test_what_a_package_says_of_a_missing_extra_is_one_line(monkeypatch, capsys):
+    def importing(module):
+        raise ImportError("mteditflow.pipelines needs peft: pip install 'mteditflow[diffusers]'")
+
+    monkeypatch.setattr(cli.importlib, "import_module", importing)
+    assert exit_code("train") == 2
+    assert capsys.readouterr().err == (
+        "error: mteditflow.pipelines needs peft: pip install 'mteditflow[diffusers]'\n"
+    )
+
+
+def test_a_fault_of_the_package_itself_is_not_called_a_missing_package(monkeypatch):
+    def importing(name):
+        raise ModuleNotFoundError("no module", name="mteditflow_examples.flux.nothing")
+
+    monkeypatch.setattr(cli.importlib, "import_module", importing)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["train"])

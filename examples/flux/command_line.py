@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, field, fields, make_dataclass, replace
+from dataclasses import field, fields, make_dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import tyro
 
 from mteditflow.objectives import OBJECTIVES, Objective
 
-from .config import Config, ConfigError, checked, name_of, typed
+from .config import Config, ConfigError, checked, dumped, name_of, typed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
         config=(tyro.conf.AvoidSubcommands,),
         add_help=False,
     )
-    return checked(typed(_plain(config), kind), base)
+    return checked(typed(dumped(config), kind), base)
 
 
 def overview(kind: type[Config]) -> str:
@@ -164,10 +164,3 @@ def _other_objective(before: Objective, word: str) -> Objective:
     own = {f.name for f in fields(OBJECTIVES[name])}  # type: ignore[arg-type]
     shared = {f.name: getattr(before, f.name) for f in fields(before) if f.name in own}  # type: ignore[arg-type]
     return OBJECTIVES[name](**shared)
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    """Return sections as dictionaries, for validation."""
-    values = asdict(config)
-    values["objective"] = {"name": name_of(config.objective), **values["objective"]}
-    return values

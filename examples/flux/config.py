@@ -11,7 +11,7 @@ import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mteditflow import LagrangeMultiplier
-from mteditflow.objectives import DPO, NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
+from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -413,14 +413,15 @@ def _unsound(config: Config) -> Iterator[str]:
     """Yield fields that do not go together, in words."""
     data, training, objective = config.data, config.training, config.objective
     rewards, evaluation = config.rewards, config.evaluation
-    if isinstance(objective, DPO) and data.split_groups:
-        yield "data.split_groups: expected False for dpo, whose pairs are of one rank"
+    name, card = name_of(objective), objective.card
+    if card.whole_groups and data.split_groups:
+        yield f"data.split_groups: expected False for {name}, which needs whole groups on a rank"
     try:
         objective.sampling(0, steps=config.sampling.steps)
     except ValueError as error:
         yield f"objective.{error}"
-    if training.stop_kl is not None and isinstance(objective, (DPO, Distillation)):
-        yield f"training.stop_kl: expected None for {name_of(objective)}, which has no old_kl"
+    if training.stop_kl is not None and not card.old_kl:
+        yield f"training.stop_kl: expected None for {name}, which has no old_kl"
     if training.kl_target is not None and getattr(objective, "kl_coef", 0) == 0:
         yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:

@@ -84,7 +84,7 @@ class AWM(ForwardObjective):
             clip_low=self.clip_low,
             clip_high=self.clip_high,
         )
-        with torch.set_grad_enabled(self.old_kl_coef > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.old_kl_coef > 0):
             old_kl = velocity_kl(at.current, at.old)
         if self.old_kl_coef > 0:
             loss = loss + self.old_kl_coef * old_kl

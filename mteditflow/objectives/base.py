@@ -87,6 +87,8 @@ class Card:
         needs: what it needs beside the current policy's velocity.
         passes: forward passes of a row in an update, with gradient, then without.
         rewarded: whether it learns from advantages.
+        old_kl: whether it reports the metric "old_kl", its distance to the policy that sampled.
+        whole_groups: whether its units need all members of a group in one call.
     """
 
     title: str
@@ -95,6 +97,8 @@ class Card:
     needs: str
     passes: str
     rewarded: bool = True
+    old_kl: bool = True
+    whole_groups: bool = False
 
 
 class Objective(ABC):

@@ -52,6 +52,7 @@ class Distillation(Objective):
         needs="teacher; no reward",
         passes="1 + 1",
         rewarded=False,
+        old_kl=False,
     )
 
     share: float = 1.0

@@ -54,6 +54,8 @@ class DPO(ForwardObjective):
         losses=("group_pairs", "dpo_loss"),
         needs="reference; the old policy samples",
         passes="2 + 2 for a pair",
+        old_kl=False,
+        whole_groups=True,
     )
 
     members = 2

@@ -230,7 +230,7 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ),
         (
             {"objective": "dpo", "data": {"split_groups": True}},
-            "data.split_groups: expected False for dpo, whose pairs are of one rank",
+            "data.split_groups: expected False for dpo, which needs whole groups on a rank",
         ),
         (
             {"objective": "dpo", "training": {"stop_kl": 1.0}},
