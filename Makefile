@@ -13,18 +13,19 @@ INSTALLED := $(VENV)/.installed
 # fails to import, and everything that looks for it would fail with it.
 SERVING := $(VENV)/serving
 TORCHVISION := torchvision==0.28.0
-QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/test_old_policy.py \
+QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/testing tests/test_old_policy.py \
 	tests/test_diagnostics.py tests/test_metrics.py tests/test_checks.py tests/test_reduce.py
 # The models are tiny: threads beyond the cores only get in each other's way.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types layers api pytest support evidence findings objectives lost-rewards benchmark soak kills mutation clean
+.PHONY: help demo quick test lint types layers api pytest laws support evidence findings objectives lost-rewards benchmark soak kills mutation clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
 	@echo "make quick         lint, types and the tests of the core on examples drawn anew, in a minute"
 	@echo "make test          lint, types, import layers, API reference, doctests and the whole test suite"
+	@echo "make laws          thousands of cases for each law of mteditflow.testing, from a new seed"
 	@echo "make api           the API reference from docstrings, in build/api"
 	@echo "make support       the table of supported pipelines, from the tests that run them, written to docs/"
 	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
@@ -47,12 +48,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py --objective $(OBJECTIVE) --seed $(SEED) --output $(OUTPUT)
 
-# The same tools and the tests of the core alone, drawn anew: under a minute.
+# The same tools and the tests of the core alone, drawn anew and in random order: under a minute.
 quick: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) \
+	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly --numprocesses $(WORKERS) \
 		-m "not long and not slow and not compile" $(QUICK)
 
 test: lint types layers api pytest
@@ -72,6 +73,10 @@ api: $(INSTALLED)
 
 pytest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10 -m "not long"
+
+laws: $(INSTALLED)
+	MTEDITFLOW_LAWS=thousands HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly \
+		--numprocesses $(WORKERS) --dist worksteal tests/testing/test_laws_of_ours.py
 
 kills: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m long tests/flux

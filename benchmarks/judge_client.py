@@ -22,7 +22,8 @@ from anyio.from_thread import start_blocking_portal
 
 from benchmarks import measure, report, rewards_page
 from mteditflow.rewards import ChatClient
-from tests.rewards.scripted_server import ScriptedServer, completion, late
+from mteditflow.testing import ScriptedServer
+from mteditflow.testing.endpoint import completion, late
 
 IN_FLIGHT = (1, 8, 64)
 LATENCY = 0.2  # s; of the server's answers in the first table: those of a quick judge

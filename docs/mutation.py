@@ -1,4 +1,4 @@
-"""Mutation testing of floors 0 to 2: ``python docs/mutation.py`` runs it and writes mutation.md.
+"""Mutation testing of floors 0 to 3: ``python docs/mutation.py`` runs it and writes mutation.md.
 
 mutmut works on a copy of the core and its tests in ``build/mutation``; a mutant once killed is not
 checked again until its function changes. Survivors' reasons are kept by hand in
@@ -34,7 +34,7 @@ GOAL = 0.9
 NO_REASON = "NO REASON GIVEN"
 
 HEADER = """\
-# Mutation testing of floors 0 to 2
+# Mutation testing of floors 0 to 3
 
 Made by `make mutation`; do not edit. mutmut breaks each line of the core in turn, in every way it
 knows, and runs the tests that reach that line. Tests that compile and tests of more than a few
@@ -69,10 +69,10 @@ def forget_survivors(folder: Path) -> None:
         meta.write_text(json.dumps(content))
 
 
-def mutate(folder: Path, processes: int) -> None:
-    """Run mutmut; it goes on where it was interrupted."""
+def mutate(folder: Path, processes: int, only: list[str]) -> None:
+    """Run mutmut on the mutants that fit a pattern; it goes on where it was interrupted."""
     environment = os.environ | {"HYPOTHESIS_PROFILE": "mutation", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(processes)]
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(processes), *only]
     subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
@@ -138,9 +138,12 @@ def _row(name: str, counts: Counter[str]) -> str:
 
 def main() -> bool:
     """Run and write the page; return whether enough is killed and every survivor has a reason."""
-    parser = argparse.ArgumentParser(description="Mutation testing of floors 0 to 2.")
+    parser = argparse.ArgumentParser(description="Mutation testing of floors 0 to 3.")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="PATTERN", help="as mteditflow.losses.*"
+    )
     parser.add_argument("--page-only", action="store_true", help="write the page, run nothing")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -148,7 +151,7 @@ def main() -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
         forget_survivors(folder)
-        mutate(folder, options.processes)
+        mutate(folder, options.processes, options.only)
     page = "\n".join(render(folder)) + "\n"
     (DOCS / "mutation.md").write_text(page)
     total = _total(folder)

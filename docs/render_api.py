@@ -64,7 +64,7 @@ class Name:
     @property
     def kind(self) -> str:
         """The role of Sphinx's Python domain."""
-        if inspect.isfunction(self.thing):
+        if inspect.isfunction(inspect.unwrap(self.thing)):
             return "function"
         if not inspect.isclass(self.thing):
             return "data"
@@ -191,7 +191,7 @@ def _markdown(text: str) -> str:
 
 def _home(package: str, name: str, thing: Any) -> str:
     """The module that defines a name: of data, the one that comments on it with ``#:``."""
-    if inspect.isclass(thing) or inspect.isfunction(thing):
+    if inspect.isclass(thing) or inspect.isfunction(inspect.unwrap(thing)):
         return thing.__module__
     modules = pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
     for module in (package, *(m.name for m in modules if not m.name.endswith("__main__"))):

@@ -137,6 +137,14 @@ def row_std(std: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(stochastic, rows, 1), stochastic
 
 
+def stochastic_rows(x: Tensor, stochastic: Tensor) -> Tensor:
+    """Zero the rows that took a deterministic step, so that no NaN in them reaches a gradient."""
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and bool(stochastic.all()):  # spares a copy; elsewhere the test would wait
+        return x
+    return torch.where(stochastic.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+
 def reduce_elements(per_element: Tensor, stochastic: Tensor, x: Tensor, reduction: str) -> Tensor:
     """A mean over the elements of ``x``, or their sum; 0 where the step was not random."""
     reduced = per_element if reduction == "mean" else per_element * elements(x)

@@ -63,6 +63,12 @@ COMMANDS = {
         "app",
         "rewards",
     ),
+    "check": Command(
+        "check a function of yours against the laws of its kind",
+        "mteditflow.testing.__main__",
+        "main",
+        "testing",
+    ),
 }
 
 

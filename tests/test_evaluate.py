@@ -28,7 +28,7 @@ import mteditflow as mt
 from mteditflow.chains import read_chains, write_chains
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.report import Report
-from tests.rewards.scripted_server import ScriptedServer, completion, error, good
+from mteditflow.testing.endpoint import ScriptedServer, completion, error, good
 from tests.samples_of_scores import few_resamples
 from tests.tiny_pick_score import write_pick_score
 

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 # Import names of what the extras install. tqdm is left out: torch imports it where it is installed.
 EXTRAS = {
-    "PIL", "accelerate", "anyio", "diffusers", "fastapi", "httpx2", "matplotlib", "openai", "peft",
-    "pydantic", "rich", "tenacity", "tensorboard", "transformers", "typer", "tyro", "uvicorn",
+    "PIL", "accelerate", "anyio", "diffusers", "fastapi", "httpx2", "hypothesis", "matplotlib",
+    "openai", "peft", "pydantic", "rich", "tenacity", "tensorboard", "transformers", "typer",
+    "tyro", "uvicorn",
 }  # fmt: skip
 CHAINS = {"PIL", "pydantic"}
 HTTP = {"anyio", "httpx2", "openai", "pydantic", "tenacity"}
@@ -62,6 +63,8 @@ WALLS: dict[str, set[str]] = {
     "from mteditflow.training import print_summary, run_report, write_report": CHAINS | {"rich"},
     "import mteditflow.training.pictures": CHAINS | {"matplotlib"},
     "import mteditflow.cli": set(),
+    "import mteditflow.testing": set(),
+    "from mteditflow.testing import Law, check_group_advantage, reward_batches": {"hypothesis"},
     "import mteditflow_examples.flux.command_line": {"pydantic", "rich", "tyro"},
 }
 WITHOUT_OPENAI = "import sys; sys.modules['openai'] = None; from mteditflow.rewards import "

@@ -41,6 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},
     "mteditflow.training.report": {"PACKAGES"},
+    # Responses of a scripted server.
+    "mteditflow.testing.endpoint": {"completion", "late"},
     # Benchmarks measure how conditioning is stored and how often blocks are compiled.
     "mteditflow.pipelines.conditioning": {"leaves", "map_leaves", "select_rows"},
     "mteditflow.pipelines.editor": {"COMPILATIONS"},

@@ -229,11 +229,12 @@ def group_std(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> 
 
 def _group_index(group: Tensor) -> Tensor:
     """Arbitrary ids -> ids in 0..B-1, without a data-dependent shape (so that it compiles)."""
+    ids = group.long()  # uint64 above int64 wraps around, which keeps distinct ids distinct
     if not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in group.aminmax())
-        if high - low < len(group):  # dense ids need no sorting, the dearest step
-            return group.long() - low
-    ordered, order = group.sort()
+        low, high = (int(bound) for bound in ids.aminmax())
+        if high - low < len(ids):  # dense ids need no sorting, the most expensive step
+            return ids - low
+    ordered, order = ids.sort()
     is_new = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
     return torch.empty_like(order).scatter(0, order, is_new.cumsum(0))
 

@@ -87,15 +87,14 @@ def select_groups(
             check_number(name, bound)
     if top is not None and bottom is not None and bottom >= top:
         raise ValueError(f"bottom: expected a number below top = {top}, got {bottom}")
-    names, index = torch.unique(group, return_inverse=True)
+    names, index = torch.unique(group.long(), return_inverse=True)
+    zeros = torch.zeros(len(names), dtype=torch.int64, device=reward.device)
 
     def in_all(holds: Tensor) -> Tensor:
         """Of each group, whether it holds for every valid member."""
-        failing = torch.zeros(len(names), device=reward.device)
-        return failing.index_add(0, index, (valid & ~holds).to(failing)) == 0
+        return zeros.index_add(0, index, (valid & ~holds).long()) == 0
 
-    count = torch.zeros(len(names), device=reward.device)
-    count = count.index_add(0, index, valid.to(count))
+    count = zeros.index_add(0, index, valid.long())
     none = torch.zeros_like(count, dtype=torch.bool)
     reasons = {
         "short": count < members,

@@ -46,6 +46,7 @@ from mteditflow._reduce import (
     reduce_elements,
     row_mean_square,
     row_std,
+    stochastic_rows,
 )
 
 
@@ -283,7 +284,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
     difference = _difference("x", x, "mean", mean)
     safe_std, stochastic = row_std(std, difference)
     per_element = (
-        -0.5 * _standardised_square(difference, safe_std)
+        -0.5 * _standardised_square(stochastic_rows(difference, stochastic), safe_std)
         - safe_std.log()
         - 0.5 * math.log(2 * math.pi)
     )
@@ -321,7 +322,7 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction:
     check_full_precision(mean=mean)
     difference = _difference("mean", mean, "reference_mean", reference_mean)
     safe_std, stochastic = row_std(std, difference)
-    per_element = 0.5 * _standardised_square(difference, safe_std)
+    per_element = 0.5 * _standardised_square(stochastic_rows(difference, stochastic), safe_std)
     return reduce_elements(per_element, stochastic, difference, reduction)
 
 

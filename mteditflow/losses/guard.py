@@ -21,7 +21,7 @@ from mteditflow._checks import (
     check_rank,
     check_same_shape,
 )
-from mteditflow._reduce import elements, promote, reduce_elements, row_std
+from mteditflow._reduce import elements, promote, reduce_elements, row_std, stochastic_rows
 from mteditflow.flow.solvers import Solver, unit_step
 
 
@@ -75,7 +75,8 @@ def guard_log_ratio(
     check_rank("next_x", next_x, 2, "[M, ...]")
     x, new, old = promote(next_x.detach(), mean, old_mean.detach())
     safe_std, stochastic = row_std(std.detach(), x)
-    per_element = ((x - old) * (new - old)).flatten(1).sum(dim=1) / elements(x) / safe_std
+    noise, moved = (stochastic_rows(y - old, stochastic) for y in (x, new))
+    per_element = (noise * moved).flatten(1).sum(dim=1) / elements(x) / safe_std
     return reduce_elements(per_element, stochastic, x, reduction)
 
 

@@ -118,6 +118,17 @@ def test_the_mask_is_where_the_rewards_are(device):
     assert select_groups(reward, torch.zeros(4, device=device).long()).keep.device == reward.device
 
 
+def test_large_groups_are_counted_right_whatever_the_default_dtype():
+    reward, group = torch.zeros(300), torch.zeros(300, dtype=torch.int64)
+    reward[0] = 1
+    torch.set_default_dtype(torch.bfloat16)  # counts up to 256
+    try:
+        assert select_groups(reward, group, members=300).counts["kept"] == 1
+        assert select_groups(reward, group, members=301).counts["short"] == 1
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_errors_of_selection():
     reward, group = torch.tensor([0.0, NAN]), torch.zeros(2).long()
     for arguments, options, message in (

@@ -104,26 +104,6 @@ def test_aggregators_equal_the_loop(name, data):
     assert aggregate(scores, turn_mask=mask).tolist() == pytest.approx(expected, abs=1e-15)
 
 
-@aggregators
-@given(data=st.data())
-def test_a_mask_equals_deletion_and_chains_are_independent(name, data):
-    aggregate, values, _ = REFERENCES[name]
-    scores, mask = data.draw(chains(values))
-    whole = aggregate(scores, turn_mask=mask)
-    for row in range(len(scores)):
-        alone = aggregate(scores[row : row + 1, mask[row]])
-        torch.testing.assert_close(whole[row : row + 1], alone, atol=1e-15, rtol=0)
-
-
-@aggregators
-@given(data=st.data())
-def test_what_stands_in_a_padded_turn_is_never_read(name, data):
-    aggregate, values, _ = REFERENCES[name]
-    scores, mask = data.draw(chains(values))
-    other = torch.where(mask, scores, NAN)
-    assert torch.equal(aggregate(scores, turn_mask=mask), aggregate(other, turn_mask=mask))
-
-
 @given(chains((0, 1)))
 def test_strict_success_never_exceeds_the_average(chain):
     scores, mask = chain

@@ -7,7 +7,7 @@ import re
 
 from PIL import Image
 
-from tests.rewards.scripted_server import completion
+from mteditflow.testing.endpoint import completion
 
 
 def picture(value):

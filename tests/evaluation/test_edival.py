@@ -21,9 +21,9 @@ from mteditflow.rewards import (
     ChatClient,
     Fault,
 )
+from mteditflow.testing.endpoint import ScriptedServer, completion, error
 from tests.evaluation.formatted_worlds import FORMS, world_chain
 from tests.evaluation.judged_items import picture, text_of, values_of
-from tests.rewards.scripted_server import ScriptedServer, completion, error
 
 
 def boxes(*centres):

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from mteditflow.chains import read_chains, write_chains
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.report import Report
+from mteditflow.testing.endpoint import ScriptedServer, completion
 from tests.evaluation.formatted_worlds import FORMS, world_chain
-from tests.rewards.scripted_server import ScriptedServer, completion
 from tests.samples_of_scores import few_resamples
 
 __all__ = ["few_resamples"]  # a fixture of every test here

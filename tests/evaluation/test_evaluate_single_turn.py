@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from mteditflow.evaluation.benchmarks.gedit import GROUPS
 from mteditflow.evaluation.benchmarks.imgedit import CATEGORIES
+from mteditflow.testing.endpoint import ScriptedServer, error, good
 from tests.evaluation.judged_items import lines_of, rating, save
-from tests.rewards.scripted_server import ScriptedServer, error, good
 
 
 def run(command, file, folder, server, output, *more):

@@ -17,8 +17,8 @@ from mteditflow.evaluation.benchmarks import (
 )
 from mteditflow.evaluation.benchmarks.gedit import GROUPS
 from mteditflow.rewards import ChatClient
+from mteditflow.testing.endpoint import ScriptedServer, error
 from tests.evaluation.judged_items import criteria_of, rating, save, values_of
-from tests.rewards.scripted_server import ScriptedServer, error
 
 
 def row(key, **changes):

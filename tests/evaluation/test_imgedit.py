@@ -22,8 +22,8 @@ from mteditflow.evaluation.benchmarks import (
 )
 from mteditflow.evaluation.benchmarks.imgedit import CATEGORIES, RUBRICS
 from mteditflow.rewards import AnswerCache, AnswerError, ChatClient, Fault, Lost
+from mteditflow.testing.endpoint import ScriptedServer, completion, error
 from tests.evaluation.judged_items import criteria_of, picture, rating, save, text_of, values_of
-from tests.rewards.scripted_server import ScriptedServer, completion, error
 
 NAMES = {
     "add", "remove", "replace", "adjust", "background", "style", "extract", "action", "compose",

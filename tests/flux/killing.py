@@ -40,6 +40,9 @@ MORE = (
     *("--training.rounds", ROUNDS, "--training.ema-decay", 0.9, "--training.ema-every", 2),
     *("--evaluation.policy", "ema", "--evaluation.every", 4, "--output.strips-every", 3),
     *("--output.checkpoint-every", 2),
+    # State that goes from round to round: an adapted weight, and rewards of earlier rounds.
+    *("--objective.kl-coef", 0.01, "--training.kl-target", 1e-4, "--rewards.history", 2),
+    *("--training.inner-epochs", 2),
 )
 
 
@@ -247,10 +250,10 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-def undisturbed_run(world: Path, folder: Path, *more: object, objective: str) -> float:
+def undisturbed_run(world: Path, folder: Path, *, objective: str) -> float:
     """Run to the end as a user does, and keep all checkpoints; seconds that it took."""
     keep = ("--output.keep", 99, "--output.checkpoint-every", 1)
-    run(*options(world, folder, *MORE, *keep, *more, objective=objective))
+    run(*options(world, folder, *MORE, *keep, objective=objective))
     lines = read_metrics(folder / "metrics.jsonl")
     return sum(x for line in lines for name, x in line.items() if name.startswith("seconds/"))
 

@@ -24,9 +24,9 @@ def undisturbed(world, tmp_path_factory):
     return folder
 
 
-def lives_through(world, folder, undisturbed, points, *more, objective="nft"):
+def lives_through(world, folder, undisturbed, points):
     """One life after the other, each to its point, and a last one to the end."""
-    arguments = options(world, folder, *MORE, *more, objective=objective)
+    arguments = options(world, folder, *MORE, objective="nft")
     for point in points:
         life = live(arguments, folder, point=point)
         code = KILLED if point.endswith("KILL") else STOPPED
@@ -64,19 +64,6 @@ def test_kills_while_other_files_are_written(world, undisturbed, tmp_path):
         "saving rmdir 1 KILL",  # an old checkpoint goes
     )
     lives_through(world, tmp_path, undisturbed, points)
-
-
-@pytest.mark.slow
-def test_a_kill_between_rounds_keeps_kl_weight_and_history(world, tmp_path):
-    """Two passes a round, an adapted weight, and rewards of earlier rounds."""
-    more = ("--training.inner-epochs", 2, "--training.kl-target", 1e-4, "--rewards.history", 2)
-    undisturbed_run(world, tmp_path / "undisturbed", *more, objective="grpo")
-    points = (
-        "saving rename 2 KILL",  # all of the checkpoint of round 4 but its name
-        "updating phase 2 KILL",
-    )
-    given = (world, tmp_path / "run", tmp_path / "undisturbed", points, *more)
-    lives_through(*given, objective="grpo")
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ from PIL import Image
 from mteditflow.planner.plan import Planner
 from mteditflow.planner.run import plan_folder
 from mteditflow.rewards.transport.chat import ChatClient
-from tests.rewards.scripted_server import completion
+from mteditflow.testing.endpoint import completion
 
 COLORS = {
     "red": (200, 30, 30),

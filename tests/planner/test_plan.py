@@ -12,8 +12,8 @@ from PIL import Image
 from mteditflow.chains import TASK_TYPES
 from mteditflow.planner.plan import Planner, Refused, draw_tasks
 from mteditflow.rewards.transport.chat import ChatClient
+from mteditflow.testing.endpoint import ScriptedServer, completion
 from tests.planner.scripted_model import ScriptedModel, picture, sees_colors
-from tests.rewards.scripted_server import ScriptedServer, completion
 
 TURNS = st.integers(1, 9)
 

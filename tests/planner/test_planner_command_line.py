@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from mteditflow.chains import read_chains
 from mteditflow.planner.__main__ import app
+from mteditflow.testing.endpoint import ScriptedServer
 from tests.planner.scripted_model import ScriptedModel, write_pictures
-from tests.rewards.scripted_server import ScriptedServer
 from tests.rewards.tiny_models import save_grounding_dino
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"

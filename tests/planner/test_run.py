@@ -19,9 +19,9 @@ from mteditflow.chains import Chain
 from mteditflow.planner import parse_formatted
 from mteditflow.planner.plan import PlanningStoppedError
 from mteditflow.planner.run import Journal, RefusedChain, in_order, open_image
+from mteditflow.testing.endpoint import ScriptedServer, closed_port, late
 from tests.planner.scripted_model import ScriptedModel, picture, plan_all, write_pictures
 from tests.planner.simulator import check_record
-from tests.rewards.scripted_server import ScriptedServer, closed_port, late
 
 POISONED = 5
 

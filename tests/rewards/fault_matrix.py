@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mteditflow.rewards import Fault
-from tests.rewards import scripted_server as scripted
-from tests.rewards.scripted_server import Behaviour, changed, error, plain
+from mteditflow.testing import endpoint as scripted
+from mteditflow.testing.endpoint import Behavior, changed, error, plain
 
 ATTEMPTS = 3
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
@@ -40,7 +40,7 @@ RIGHT = Outcome()
 class Cell:
     """What a server does; what becomes of a score if it always does so, and if it does so once."""
 
-    behaviour: Behaviour | None  # None: nobody listens there
+    behavior: Behavior | None  # None: nobody listens there
     always: Outcome
     once: Outcome = RIGHT
 
@@ -54,29 +54,29 @@ class Row:
     consistency: Cell | None
 
 
-def both(name: str, behaviour: Behaviour | None, fault: Fault) -> Row:
+def both(name: str, behavior: Behavior | None, fault: Fault) -> Row:
     """A fault of the wire, which is the same for both."""
-    cell = Cell(behaviour, Outcome(fault, ATTEMPTS))
+    cell = Cell(behavior, Outcome(fault, ATTEMPTS))
     return Row(name, cell, cell)
 
 
 def each(
     name: str,
-    judge: tuple[Behaviour, Fault] | None,
-    consistency: tuple[Behaviour, Fault] | None,
+    judge: tuple[Behavior, Fault] | None,
+    consistency: tuple[Behavior, Fault] | None,
 ) -> Row:
     """A fault of the answer's content."""
     cells = (part and Cell(part[0], Outcome(part[1], ATTEMPTS)) for part in (judge, consistency))
     return Row(name, *cells)
 
 
-def at_once(name: str, behaviour: Behaviour, fault: Fault) -> Row:
+def at_once(name: str, behavior: Behavior, fault: Fault) -> Row:
     """A fault after which the only endpoint there is must not be asked again."""
-    cell = Cell(behaviour, Outcome(fault, 1), Outcome(fault, 1))
+    cell = Cell(behavior, Outcome(fault, 1), Outcome(fault, 1))
     return Row(name, cell, cell)
 
 
-def says(change: Callable[[str], str], **choice: Any) -> Behaviour:
+def says(change: Callable[[str], str], **choice: Any) -> Behavior:
     """The judge's right text, changed; `choice` changes what stands around it."""
 
     def apply(body: Any) -> Any:
@@ -88,17 +88,17 @@ def says(change: Callable[[str], str], **choice: Any) -> Behaviour:
     return changed(apply)
 
 
-def scores(change: Callable[[list[Any]], list[Any]]) -> Behaviour:
+def scores(change: Callable[[list[Any]], list[Any]]) -> Behavior:
     """The judge's right scores, changed."""
     return says(lambda text: json.dumps({"scores": change(json.loads(text)["scores"])}))
 
 
-def pairs(change: Callable[[list[Any]], list[Any]]) -> Behaviour:
+def pairs(change: Callable[[list[Any]], list[Any]]) -> Behavior:
     """The right pairs of content consistency, changed."""
     return changed(lambda body: body | {"pairs": change(body["pairs"])})
 
 
-def first_pair(value: Any) -> Behaviour:
+def first_pair(value: Any) -> Behavior:
     return pairs(lambda right: [right[0] | {"object": value}, *right[1:]])
 
 

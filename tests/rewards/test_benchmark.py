@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from benchmarks import judge_client, report, rewards_page
-from tests.rewards.scripted_server import ScriptedServer, completion
+from mteditflow.testing.endpoint import ScriptedServer, completion
 
 ROOT = Path(__file__).parents[2]
 

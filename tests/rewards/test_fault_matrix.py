@@ -15,8 +15,8 @@ from PIL import Image
 from mteditflow.chains import Chain
 from mteditflow.rewards import ChatClient, ConsistencyClient, Judge, JudgePrompt
 from mteditflow.rewards.consistency.wire import Info, Limits
+from mteditflow.testing.endpoint import ScriptedServer, closed_port, completion, good
 from tests.rewards.fault_matrix import ATTEMPTS, MATRIX, PAGE, RIGHT, Outcome, render
-from tests.rewards.scripted_server import ScriptedServer, closed_port, completion, good
 
 QUICK = {"attempts": ATTEMPTS, "back_off": 0.01, "cool_down": 0.05, "patience": 10.0}
 INFO = Info(scorer="scripted", models={}, versions={}, limits=Limits())
@@ -110,10 +110,10 @@ def outcome_of(scores, right):
 def test_a_fault_that_lasts(name, kind, cell):
     timeout = 0.3 if name in HANGING else 60.0
     start = time.monotonic()
-    if cell.behaviour is None:
+    if cell.behavior is None:
         scores = kind.score([f"http://127.0.0.1:{closed_port()}/v1"], [CHAIN], timeout=timeout)
     else:
-        script = concatenate(kind.before, repeat(cell.behaviour))
+        script = concatenate(kind.before, repeat(cell.behavior))
         with ScriptedServer(kind.answer, script) as server:
             scores = kind.score([server.url], [CHAIN], timeout=timeout)
     assert outcome_of(scores, kind.right(CHAIN)) == cell.always
@@ -123,9 +123,9 @@ def test_a_fault_that_lasts(name, kind, cell):
 @CELLS
 def test_a_fault_that_occurs_once(name, kind, cell):
     timeout = 1.0 if name in HANGING else 60.0
-    with ScriptedServer(kind.answer, [*kind.before, cell.behaviour or good]) as server:
+    with ScriptedServer(kind.answer, [*kind.before, cell.behavior or good]) as server:
         urls = [server.url]
-        if cell.behaviour is None:
+        if cell.behavior is None:
             urls.insert(0, f"http://127.0.0.1:{closed_port()}/v1")
         scores = kind.score(urls, [CHAIN], timeout=timeout)
     assert outcome_of(scores, kind.right(CHAIN)) == cell.once
@@ -142,9 +142,9 @@ def test_a_storm_of_all_faults_leaves_each_score_right_or_invalid(kind, seed):
     ]
     columns = [row.judge if kind is Judged else row.consistency for row in MATRIX]
     faults = [
-        cell.behaviour
+        cell.behavior
         for row, cell in zip(MATRIX, columns, strict=True)
-        if cell and cell.behaviour and row.name not in HANGING and "patience" not in row.name
+        if cell and cell.behavior and row.name not in HANGING and "patience" not in row.name
     ]
 
     def script():

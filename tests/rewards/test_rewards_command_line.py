@@ -14,8 +14,8 @@ from mteditflow.chains.__main__ import app as chains_app
 from mteditflow.planner.__main__ import app as planner_app
 from mteditflow.rewards.__main__ import app
 from mteditflow.rewards.server.__main__ import app as server_app
+from mteditflow.testing.endpoint import ScriptedServer
 from tests.rewards.judge.test_judge import completion, honest
-from tests.rewards.scripted_server import ScriptedServer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
 BASH = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)

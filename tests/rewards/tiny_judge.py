@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tests.rewards.scripted_server import closed_port
+from mteditflow.testing.endpoint import closed_port
 
 CONTROL = (
     "<|endoftext|>",

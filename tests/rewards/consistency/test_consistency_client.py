@@ -18,7 +18,19 @@ from consistency_world import (
     models_server,
 )
 from PIL import Image
-from scripted_server import (
+
+from mteditflow.rewards import (
+    AnswerCache,
+    AnswerError,
+    Background,
+    ConsistencyClient,
+    ConsistencyScorer,
+    Fault,
+    Pair,
+)
+from mteditflow.rewards.consistency.wire import Limits, read_answer
+from mteditflow.rewards.server.bodies import Reader
+from mteditflow.testing.endpoint import (
     BAD_UNICODE,
     EMPTY,
     ERROR_IN_200,
@@ -38,18 +50,6 @@ from scripted_server import (
     silent,
     truncated,
 )
-
-from mteditflow.rewards import (
-    AnswerCache,
-    AnswerError,
-    Background,
-    ConsistencyClient,
-    ConsistencyScorer,
-    Fault,
-    Pair,
-)
-from mteditflow.rewards.consistency.wire import Limits, read_answer
-from mteditflow.rewards.server.bodies import Reader
 
 TERMS = ("object", "background", "object_l1", "background_l1")
 QUICK = {"back_off": 0.001, "cool_down": 0.02, "max_cool_down": 0.05, "patience": 5.0}
@@ -236,9 +236,9 @@ def patience(fault, short):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_that_passes_changes_no_score(name):
-    behaviour, fault = FAULTS[name]
+    behavior, fault = FAULTS[name]
     chain, images = make_chain(5)
-    with served(behaviour) as server:
+    with served(behavior) as server:
         client = ConsistencyClient([server.url], timeout=patience(fault, 1.0), **QUICK)
         found = score(client, [chain], [images])
     assert not found.lost
@@ -248,9 +248,9 @@ def test_a_fault_that_passes_changes_no_score(name):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_that_stays_loses_all_turns_of_the_chain_with_the_reason(name):
-    behaviour, fault = FAULTS[name]
+    behavior, fault = FAULTS[name]
     chain, images = make_chain(5, turns=3)
-    with served(*[behaviour] * 2) as server:
+    with served(*[behavior] * 2) as server:
         client = ConsistencyClient([server.url], timeout=patience(fault, 0.3), attempts=2, **QUICK)
         found = score(client, [chain], [images])
         assert len(server.requests) == 3

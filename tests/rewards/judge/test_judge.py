@@ -33,8 +33,8 @@ from mteditflow.rewards import (
     inspect_endpoints,
 )
 from mteditflow.rewards.judge import judge as module
-from tests.rewards import scripted_server as scripted
-from tests.rewards.scripted_server import ScriptedServer, completion
+from mteditflow.testing import endpoint as scripted
+from mteditflow.testing.endpoint import ScriptedServer, completion
 
 QUICK = {"attempts": 2, "timeout": 10.0, "back_off": 0.01, "cool_down": 0.05, "patience": 10.0}
 PROMPTS = [

@@ -22,8 +22,8 @@ from mteditflow.rewards import (
     inspect_endpoints,
 )
 from mteditflow.rewards.images import png_data_url
+from mteditflow.testing.endpoint import ScriptedServer
 from tests.rewards import tiny_judge
-from tests.rewards.scripted_server import ScriptedServer
 
 pytestmark = pytest.mark.slow
 

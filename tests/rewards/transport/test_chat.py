@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mteditflow.rewards import AnswerCache, AnswerError, ChatAnswer, ChatClient, Fault, Lost
 from mteditflow.rewards.transport.chat import _read_completion
-from tests.rewards import scripted_server as scripted
-from tests.rewards.scripted_server import ScriptedServer, completion, plain
+from mteditflow.testing import endpoint as scripted
+from mteditflow.testing.endpoint import ScriptedServer, completion, plain
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 CONTENT = [{"type": "text", "text": "Score the edit."}, IMAGE]

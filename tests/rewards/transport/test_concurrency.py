@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from mteditflow.rewards import Background, ChatClient
-from tests.rewards.scripted_server import ScriptedServer, completion
+from mteditflow.testing.endpoint import ScriptedServer, completion
 
 
 def test_rewards_of_one_batch_are_fetched_while_the_next_is_sampled():

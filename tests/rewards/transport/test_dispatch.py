@@ -15,7 +15,7 @@ import pytest
 from mteditflow.rewards import AnswerError, Dispatcher, Fault, Lost
 from mteditflow.rewards.transport import dispatch
 from mteditflow.rewards.transport.http_client import SHOWN, open_client
-from tests.rewards.scripted_server import ScriptedServer, closed_port, error, reset, silent
+from mteditflow.testing.endpoint import ScriptedServer, closed_port, error, reset, silent
 
 A, B, C = "http://a/v1", "http://b/v1", "http://c/v1"
 REQUEST = httpx2.Request("POST", A)
@@ -474,10 +474,10 @@ def test_load_is_shared():
         assert len(a.requests) + len(b.requests) == 60
 
 
-@pytest.mark.parametrize("behaviour", [silent, reset, error(500)])
-def test_nothing_hangs_when_every_request_fails(behaviour):
+@pytest.mark.parametrize("behavior", [silent, reset, error(500)])
+def test_nothing_hangs_when_every_request_fails(behavior):
     client = open_client()
-    with ScriptedServer(double, repeat(behaviour)) as server:
+    with ScriptedServer(double, repeat(behavior)) as server:
         one = dispatcher(server.url, timeout=0.1, attempts=3, patience=1.0)
         results = anyio.run(run_all, one, [asking(client, i) for i in range(20)])
     assert all(

@@ -24,7 +24,7 @@ from mteditflow.rewards.transport.http_client import (
     retry_after,
     shorten,
 )
-from tests.rewards.scripted_server import ScriptedServer, plain
+from mteditflow.testing.endpoint import ScriptedServer, plain
 
 REQUEST = httpx2.Request("POST", "http://127.0.0.1/v1/chat/completions")
 

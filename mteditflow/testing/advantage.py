@@ -1,0 +1,455 @@
+"""Laws of group-relative advantages.
+
+Source: MT-EditFlow (arXiv 2606.01985), Eq. 3, and what implementations in the field get wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+from torch import Tensor
+
+from mteditflow.testing.law import Laws, call, expect_close, fail, refuses
+from mteditflow.testing.signatures import Call, Signature, dense_ids, signature_of, vector
+from mteditflow.testing.strategies import (
+    LOST,
+    RewardBatch,
+    as_ids,
+    group_ids,
+    reward_batches,
+    tenths,
+)
+
+STDS = ("group", "batch", "none")
+
+
+@dataclass(frozen=True)
+class GroupAdvantage:
+    """A group advantage under test.
+
+    Attributes:
+        function: what computes advantages of [B] rewards in groups.
+        signature: how it is called: a name in ``SIGNATURES`` or an adapter.
+        std: what it divides by: "group", "batch" (std of all rewards), "none".
+        ddof: 0 for the population's std, 1 for the sample's.
+        eps: upper bound of what it adds to the std; shrinks an advantage by at most eps / std.
+        zero: largest absolute advantage that counts as 0 in a group of equal rewards; 0 demands
+            exact zeros, so that ``advantage != 0`` finds informative groups.
+        tolerance: relative difference that counts as rounding.
+    """
+
+    function: Callable[..., Any]
+    signature: str | Signature | Call = "mteditflow"
+    std: str = "group"
+    ddof: int = 0
+    eps: float = 1e-3
+    zero: float = 1e-6
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function: expected a callable, got {type(self.function).__name__}")
+        if self.std not in STDS:
+            raise ValueError(f"std: expected one of {', '.join(STDS)}, got {self.std!r}")
+        if self.ddof not in (0, 1):
+            raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
+        for name in ("eps", "zero", "tolerance"):
+            if not 0 <= getattr(self, name) < torch.inf:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+        signature_of(self.function, self.signature)
+
+    @cached_property
+    def convention(self) -> Signature:
+        """How the function is called."""
+        return signature_of(self.function, self.signature)
+
+    def __call__(self, reward: Tensor, group: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return advantages [B]; a failure of the function breaks the law that called it."""
+        case = {"reward": reward, "group": group}
+        if valid is not None:
+            case["valid"] = valid
+        copies = [x if x is None or x.requires_grad else x.clone() for x in (reward, group, valid)]
+        result = vector(call(self.convention.call, case, self.function, *copies))
+        if result.shape != reward.shape:
+            fail(case, f"{len(reward)} advantages", f"shape {list(result.shape)}")
+        return result
+
+    def batches(self, **options: Any) -> st.SearchStrategy[RewardBatch]:
+        """Return a strategy for batches that the convention can express."""
+        return reward_batches(**{"ragged": self.convention.ragged, "lost": False} | options)
+
+
+#: Laws of group-relative advantages, for ``GroupAdvantage``.
+ADVANTAGE: Laws[GroupAdvantage] = Laws("advantage", GroupAdvantage)
+
+
+def _needs_lost(subject: GroupAdvantage) -> str | None:
+    return None if subject.convention.lost else "the signature has no lost rewards"
+
+
+def _needs_tensors(subject: GroupAdvantage) -> str | None:
+    return None if subject.convention.tensors else "the function takes no tensors"
+
+
+def _needs_std(subject: GroupAdvantage) -> str | None:
+    return "no std is divided by" if subject.std == "none" else None
+
+
+def _needs_group_statistics(subject: GroupAdvantage) -> str | None:
+    return "std 'batch' needs all ranks' rewards" if subject.std == "batch" else None
+
+
+def _needs_unequal_groups(subject: GroupAdvantage) -> str | None:
+    return None if subject.convention.ragged else "all groups have one size"
+
+
+def _case(batch: RewardBatch, **more: object) -> Mapping[str, object]:
+    lost = {} if bool(batch.valid.all()) else {"valid": batch.valid}
+    return {"reward": batch.reward, "group": batch.group, **lost, **more}
+
+
+@ADVANTAGE.law(
+    why="Data loaders and ranks deliver samples in any order; an advantage given to another sample "
+    "trains it toward the wrong image.",
+)
+def permutation(f: GroupAdvantage, data: DataObject) -> None:
+    """Shuffling the trajectories shuffles their advantages."""
+    batch = data.draw(f.batches())
+    order = torch.tensor(data.draw(st.permutations(range(len(batch.reward)))))
+    got = f(batch.reward[order], batch.group[order])
+    expected = f(batch.reward, batch.group)[order]
+    expect_close(got, expected, _case(batch, order=order), tolerance=f.tolerance)
+
+
+@ADVANTAGE.law(
+    why="Ids are hashes or dataset indices; ids that pass through float32 or serve as positions "
+    "merge groups in silence.",
+)
+def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
+    """Group ids are names: any other distinct integers give the same advantages."""
+    dtype = data.draw(st.sampled_from(f.convention.ids))
+    batch = data.draw(f.batches(constant=False))
+    dense = dense_ids(batch.group)
+    count = int(dense.max()) + 1
+    new = data.draw(group_ids(dtype=dtype, least=count, most=count))
+    relabeled = as_ids(new, dtype)[dense]
+    expected = f(batch.reward, dense)
+    got = f(batch.reward, relabeled)
+    expect_close(got, expected, _case(batch._replace(group=relabeled)), tolerance=f.tolerance)
+
+
+@ADVANTAGE.law(
+    why="Only differences within a group carry information; a variance computed as E[x^2] - E[x]^2 "
+    "loses them, and may turn negative, where rewards are large.",
+)
+def shift(f: GroupAdvantage, data: DataObject) -> None:
+    """A constant added to all rewards changes no advantage."""
+    batch = data.draw(f.batches())
+    by = data.draw(st.integers(-1000, 1000))
+    got, expected = f(batch.reward + by, batch.group), f(batch.reward, batch.group)
+    expect_close(got, expected, _case(batch, shift=by), tolerance=f.tolerance)
+
+
+@ADVANTAGE.law(
+    why="The unit of a reward must not set the size of the update; a division by the variance, or "
+    "a clip of rewards, makes it do so.",
+)
+def scale(f: GroupAdvantage, data: DataObject) -> None:
+    """A positive factor on all rewards changes no advantage beyond eps."""
+    batch = data.draw(f.batches())
+    factor = 2.0 ** data.draw(st.integers(1, 40))
+    unit = f(batch.reward, batch.group)
+    got = f(batch.reward * factor, batch.group)
+    if f.std == "none":
+        expect_close(got / factor, unit, _case(batch, factor=factor), tolerance=f.tolerance)
+        return
+    spread = _spread(f, batch)  # a nonzero std is at least 1/32: rewards are multiples of 1/8
+    allowed = f.tolerance + f.eps / spread
+    expected = torch.where(spread > 0, unit, 0 * unit)
+    near = (got - expected).abs() <= allowed * expected.abs().clamp(min=1)
+    if not bool((near | (spread == 0)).all()):  # NaN is not near
+        fail(_case(batch, factor=factor), expected, got)
+
+
+@ADVANTAGE.law(
+    why="Otherwise training prefers the worse image.",
+)
+def monotone(f: GroupAdvantage, data: DataObject) -> None:
+    """The better of two members of a group has the larger advantage."""
+    batch = data.draw(f.batches())
+    advantage = f(batch.reward, batch.group)
+    same = batch.group[:, None] == batch.group
+    better = same & (batch.reward[:, None] > batch.reward)
+    wrong = better & ~(advantage[:, None] > advantage)
+    if bool(wrong.any()):
+        first, second = wrong.nonzero()[0].tolist()
+        expected = f"a larger advantage for entry {first} than for entry {second}"
+        fail(_case(batch), expected, advantage)
+
+
+@ADVANTAGE.law(
+    why="What is left over pushes every sample of the group up or down, whatever the policy did.",
+)
+def zero_sum(f: GroupAdvantage, data: DataObject) -> None:
+    """The advantages of a group add up to 0."""
+    batch = data.draw(f.batches())
+    advantage = f(batch.reward, batch.group).double()
+    same = (batch.group[:, None] == batch.group).double()
+    total = same @ advantage
+    allowed = f.tolerance * (same @ advantage.abs()).clamp(min=1)
+    if not bool((total.abs() <= allowed).all()):  # NaN is not within any bound
+        fail(_case(batch), "sums of 0 in each group", f"advantages {advantage.tolist()}")
+
+
+@ADVANTAGE.law(
+    why="The clip range and the learning rate are tuned for advantages of this size.",
+    skip=lambda f: None if f.std == "group" else f"std is {f.std!r}",
+)
+def unit_variance(f: GroupAdvantage, data: DataObject) -> None:
+    """A group has std 1 after division by its std."""
+    batch = data.draw(f.batches(min_members=2, constant=False))
+    advantage = f(batch.reward, batch.group)
+    spread = _spread(f, batch)
+    for name in set(batch.group.tolist()):
+        members = batch.group == name
+        std = advantage[members].double().std(correction=f.ddof)
+        allowed = f.tolerance + f.eps / spread[members][0]
+        if not bool((std - 1).abs() <= allowed):
+            fail(
+                _case(batch),
+                f"std 1 (ddof={f.ddof}) in each group",
+                f"advantages {advantage.tolist()}",
+            )
+
+
+@ADVANTAGE.law(
+    why="Its std is a rounding error, or 0: dividing by it gives samples that do not differ "
+    "advantages of .4 to .9, or NaN.",
+)
+def constant_group(f: GroupAdvantage, data: DataObject) -> None:
+    """A group of equal rewards has advantage 0."""
+    value = data.draw(st.integers(0, 160).map(tenths) | st.floats(-10, 10, width=32))
+    size = data.draw(st.integers(2, 9))
+    dtype = data.draw(
+        st.sampled_from([torch.float64, torch.float32] if f.convention.tensors else [torch.float64])
+    )
+    others = [] if f.std != "batch" else [1.0, -2.0] + [0.5] * (size - 2)
+    reward = torch.tensor([value] * size + others, dtype=dtype)
+    group = torch.tensor([7] * size + [8] * len(others))
+    got = f(reward, group)
+    if not bool((got[:size].abs() <= f.zero).all()):
+        limit = "0" if f.zero == 0 else f"at most {f.zero:g} in absolute value"
+        fail({"reward": reward, "group": group}, f"{limit} in the group of equal rewards", got)
+
+
+@ADVANTAGE.law(
+    why="There is nothing to compare with: a sample's std of one number is NaN, and a raw reward "
+    "in place of the advantage has another scale.",
+)
+def one_member(f: GroupAdvantage, data: DataObject) -> None:
+    """A group of one has advantage 0."""
+    batch = data.draw(f.batches(max_members=1, max_groups=3))
+    got = f(batch.reward, batch.group)
+    if not bool((got.abs() <= f.zero).all()):
+        fail(_case(batch), torch.zeros_like(got), got)
+
+
+@ADVANTAGE.law(
+    why="A judge that failed says nothing; a placeholder in the mean moves the advantage of every "
+    "other member.",
+    skip=lambda f: _needs_lost(f) or _needs_unequal_groups(f),
+)
+def mask_equals_deletion(f: GroupAdvantage, data: DataObject) -> None:
+    """An invalid reward takes no part, as if its trajectory were deleted, and gets advantage 0."""
+    batch = data.draw(f.batches(lost=True))
+    assume(bool(batch.valid.any()))
+    got = f(batch.reward, batch.group, batch.valid)
+    alone = f(batch.reward[batch.valid], batch.group[batch.valid])
+    expected = torch.zeros_like(got).masked_scatter(batch.valid, alone.to(got.dtype))
+    expect_close(got, expected, _case(batch), tolerance=f.tolerance)
+
+
+@ADVANTAGE.law(
+    why="Lost rewards are NaN or stale numbers; multiplied by a mask of 0, NaN stays NaN.",
+    skip=_needs_lost,
+)
+def invalid_never_read(f: GroupAdvantage, data: DataObject) -> None:
+    """Whatever stands in an invalid entry is never read."""
+    batch = data.draw(f.batches(lost=True))
+    assume(not bool(batch.valid.all()))
+    placeholder = data.draw(st.sampled_from(LOST))
+    reward = batch.reward.masked_fill(~batch.valid, placeholder)
+    got = f(reward, batch.group, batch.valid)
+    expected = f(batch.reward, batch.group, batch.valid)
+    expect_close(got, expected, _case(batch._replace(reward=reward)), tolerance=f.tolerance)
+
+
+@ADVANTAGE.law(
+    why="The advantage of a sample must not depend on the number of GPUs.",
+    skip=_needs_group_statistics,
+)
+def split_equals_whole(f: GroupAdvantage, data: DataObject) -> None:
+    """Groups do not see each other: a batch split over ranks by whole groups equals the whole."""
+    batch = data.draw(f.batches())
+    whole = f(batch.reward, batch.group)
+    got = torch.zeros_like(whole)
+    for name in set(batch.group.tolist()):
+        rank = batch.group == name
+        got[rank] = f(batch.reward[rank], batch.group[rank])
+    expect_close(got, whole, _case(batch), tolerance=f.tolerance)
+
+
+@ADVANTAGE.law(
+    why="A float16 or bfloat16 intermediate rounds rewards of 4.25 and 4.26 to one number.",
+)
+def float32_accuracy(f: GroupAdvantage, data: DataObject) -> None:
+    """Float32 rewards give float32 results of float32 accuracy."""
+    batch = data.draw(f.batches(number=_votes))
+    exact = f(batch.reward, batch.group)
+    got = f(batch.reward.float(), batch.group)
+    case = _case(batch._replace(reward=batch.reward.float()))
+    if f.convention.tensors and got.dtype != torch.float32:
+        fail(case, "float32", got.dtype)
+    spread = _spread(f, batch)
+    assume(bool(((spread == 0) | (spread > 2e-3)).all()))
+    informative = spread > 0
+    differ = (batch.group[:, None] == batch.group) & (batch.reward[:, None] != batch.reward)
+    if bool((differ & (got[:, None] == got)).any()):
+        fail(case, "different advantages for different rewards", got)
+    expect_close(
+        got[informative].double(), exact[informative], case, tolerance=max(f.tolerance, 1e-2)
+    )
+
+
+@ADVANTAGE.law(
+    why="Training code sets them to bfloat16 or to an accelerator; a tensor made inside without an "
+    "explicit dtype and device then loses digits or sits on the wrong device.",
+    skip=_needs_tensors,
+)
+def default_dtype_and_device(f: GroupAdvantage, data: DataObject) -> None:
+    """The default dtype and device of torch change nothing."""
+    batch = data.draw(f.batches(min_members=2))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float64]))
+    expected = f(batch.reward, batch.group)
+    case = _case(batch, default_dtype=dtype, default_device="meta")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            result = call(f.convention.call, case, f.function, *batch[:2], None)
+    finally:
+        torch.set_default_dtype(before)
+    if isinstance(result, Tensor) and result.is_meta:
+        fail(case, "a result on the device of the rewards", "one on the default device")
+    expect_close(vector(result), expected, case, tolerance=f.tolerance)
+
+
+@ADVANTAGE.law(
+    why="A differentiable reward would otherwise be optimized directly, past the policy gradient.",
+    skip=_needs_tensors,
+)
+def no_gradient(f: GroupAdvantage, data: DataObject) -> None:
+    """No gradient flows through an advantage."""
+    batch = data.draw(f.batches(min_members=2))
+    reward = batch.reward.requires_grad_()
+    result = call(f.convention.call, _case(batch), f.function, reward, batch.group, None)
+    if isinstance(result, Tensor) and result.requires_grad:
+        fail(_case(batch), "a result without gradient", "one that requires grad")
+
+
+@ADVANTAGE.law(
+    why="Rewards are logged and used again after the call; statistics kept between calls mix "
+    "rounds.",
+)
+def pure(f: GroupAdvantage, data: DataObject) -> None:
+    """The arguments are left as they were, and a second call gives the same result."""
+    batch = data.draw(f.batches())
+    reward, group = batch.reward.clone(), batch.group.clone()
+    first = vector(call(f.convention.call, _case(batch), f.function, reward, group, None)).clone()
+    if not torch.equal(reward, batch.reward) or not torch.equal(group, batch.group):
+        fail(_case(batch), "unchanged arguments", f"reward = {reward.tolist()}")
+    expect_close(f(batch.reward, batch.group), first, _case(batch), tolerance=0.0)
+
+
+@ADVANTAGE.law(
+    why="Means and stds accumulated in bfloat16 have two digits.",
+    skip=_needs_tensors,
+)
+def half_precision(f: GroupAdvantage, data: DataObject) -> None:
+    """Half-precision rewards are refused, or give the result of the same numbers in float32."""
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    batch = data.draw(f.batches(min_members=2, max_members=6, number=tenths, constant=False))
+    half = batch.reward.to(dtype)
+    if refuses(f.convention.call, f.function, half, batch.group, None):
+        return
+    rounded = batch._replace(reward=half.float())
+    case = _case(batch._replace(reward=half))
+    spread = _spread(f, rounded)
+    assume(bool((spread > 0.05).all()))
+    expect_close(f(half, batch.group).float(), f(*rounded[:2]).float(), case, tolerance=1e-2)
+
+
+def check_group_advantage(
+    function: Callable[..., Any],
+    *,
+    signature: str | Signature | Call = "mteditflow",
+    std: str = "group",
+    ddof: int = 0,
+    eps: float = 1e-3,
+    zero: float = 1e-6,
+    tolerance: float = 1e-3,
+    **search: Any,
+) -> None:
+    """Check a group advantage against every law that applies to its signature.
+
+    Args:
+        function: function under test.
+        signature: how it is called: a name in ``SIGNATURES``, or an adapter.
+        std: what it divides by, as in ``GroupAdvantage``.
+        ddof: 0 for the population's std, 1 for the sample's.
+        eps: upper bound of what it adds to the std.
+        zero: largest absolute advantage that counts as 0 in a group of equal rewards.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+        ValueError: an option is out of range.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 3.
+
+    Example:
+        >>> from mteditflow import group_advantage
+        >>> check_group_advantage(group_advantage, examples=5)
+    """
+    subject = GroupAdvantage(function, signature, std, ddof, eps, zero, tolerance)
+    ADVANTAGE.check(subject, **search)
+
+
+def _votes(byte: int) -> float:
+    """Map a byte to an averaged vote of a judge, such as 4.26; bfloat16 merges neighbors."""
+    return 4 + byte % 32 / 100
+
+
+def _spread(f: GroupAdvantage, batch: RewardBatch) -> Tensor:
+    """Std that each trajectory's deviation is divided by, float64; 0 for a group of one."""
+    reward = batch.reward.double()
+    if f.std == "batch":
+        alone = len(reward) <= f.ddof
+        return (
+            torch.zeros_like(reward) if alone else reward.std(correction=f.ddof).expand(len(reward))
+        )
+    spread = torch.zeros_like(reward)
+    for name in set(batch.group.tolist()):
+        members = batch.group == name
+        if int(members.sum()) > 1:
+            spread[members] = reward[members].std(correction=f.ddof)
+    return spread

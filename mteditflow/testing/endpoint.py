@@ -1,0 +1,369 @@
+"""An HTTP endpoint that fails in every way a real one does, for clients of judges and servers.
+
+``ScriptedServer(answer, script)`` serves HTTP/1.1 on a free port of the loopback, on raw sockets,
+from a thread of its own. ``answer`` maps a request's JSON to the JSON of the right response.
+``script`` gives one behavior per request, in order; after its end all are good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableSequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+from mteditflow.testing.law import About, fail
+
+LOST = About(
+    "lost-answer-is-never-a-number",
+    "an answer that did not arrive, or cannot be read, is no reward",
+    "Training on 0 or 0.5 in place of a lost answer lowers what a run reaches.",
+)
+Answer = Callable[[Any], Any]
+HUGE = 2**24 + 1  # bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that arrived.
+
+    Attributes:
+        method: such as "POST".
+        path: path and query.
+        headers: by lower-case name.
+        body: bytes after the headers.
+    """
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON, ``None`` where it is empty."""
+        return json.loads(self.body) if self.body else None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request and the means to respond.
+
+    Attributes:
+        request: the request.
+        right: returns the right response's JSON.
+        writer: the connection.
+    """
+
+    request: Request
+    right: Callable[[], Any]
+    writer: asyncio.StreamWriter
+
+    async def reply(
+        self, body: Any, *, status: int = 200, length: int | None = None, **headers: Any
+    ) -> None:
+        """Send a body.
+
+        Args:
+            body: bytes, or a value to write as JSON.
+            status: HTTP status.
+            length: a false Content-Length; closes the connection.
+            **headers: fields, underscores for hyphens.
+        """
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data) if length is None else length),
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
+        lines = [f"HTTP/1.1 {status} Scripted", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
+        self.writer.write("\r\n".join(lines).encode() + data)
+        await self.writer.drain()
+        if length is not None:
+            self.writer.close()
+
+
+Behavior = Callable[[Exchange], Awaitable[None]]
+
+
+async def good(exchange: Exchange) -> None:
+    """Respond right."""
+    await exchange.reply(exchange.right())
+
+
+def late(seconds: float) -> Behavior:
+    """Return a behavior that responds right after a wait."""
+
+    async def behave(exchange: Exchange) -> None:
+        await asyncio.sleep(seconds)
+        await good(exchange)
+
+    return behave
+
+
+def changed(change: Callable[[Any], Any]) -> Behavior:
+    """Return a behavior that sends the right JSON, changed."""
+
+    async def behave(exchange: Exchange) -> None:
+        await exchange.reply(change(exchange.right()))
+
+    return behave
+
+
+def plain(body: Any, *, status: int = 200, **headers: Any) -> Behavior:
+    """Return a behavior that sends a fixed body."""
+
+    async def behave(exchange: Exchange) -> None:
+        await exchange.reply(body, status=status, **headers)
+
+    return behave
+
+
+async def silent(_: Exchange) -> None:
+    """Accept the request and never respond."""
+    await asyncio.Event().wait()
+
+
+async def drip(exchange: Exchange) -> None:
+    """Send a byte now and then: no pause is long, and it takes for ever."""
+    await exchange.reply(b"", Content_Length="1000000")
+    while True:
+        exchange.writer.write(b" ")
+        await exchange.writer.drain()
+        await asyncio.sleep(0.02)
+
+
+async def reset(exchange: Exchange) -> None:
+    """Reset the connection."""
+    raw = exchange.writer.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    exchange.writer.transport.abort()
+
+
+async def truncated(exchange: Exchange) -> None:
+    """Close the connection in the middle of the body."""
+    body = json.dumps(exchange.right()).encode()
+    await exchange.reply(body[: len(body) // 2], length=len(body))
+
+
+async def broken_json(exchange: Exchange) -> None:
+    """Send JSON without its end."""
+    await exchange.reply(json.dumps(exchange.right()).encode()[:-2])
+
+
+async def huge(exchange: Exchange) -> None:
+    """Send the right JSON, then 16 MB of blanks."""
+    await exchange.reply(json.dumps(exchange.right()).encode() + b" " * HUGE)
+
+
+def error(status: int, message: str = "scripted", **headers: str) -> Behavior:
+    """Return a behavior that sends an error status with a JSON body."""
+    return plain({"error": {"message": message}}, status=status, **headers)
+
+
+HTML = plain(b"<html><body>It works!</body></html>", Content_Type="text/html")
+EMPTY = plain(b"")
+BAD_UNICODE = plain(b'{"choices": "\xff\xfe\xed\xa0\x80"}')
+JSON_LIST = plain([1, 2, 3])
+NO_CHOICES = plain({"id": "scripted", "choices": None})
+ERROR_IN_200 = plain({"error": {"message": "out of memory", "code": 500}})
+
+#: Every way to lose a response, in any protocol of JSON over HTTP. None of them sleeps.
+FAULTS: Mapping[str, Behavior] = {
+    "connection reset": reset,
+    "body truncated": truncated,
+    "JSON truncated": broken_json,
+    "empty body": EMPTY,
+    "HTML with status 200": HTML,
+    "bytes that are not UTF-8": BAD_UNICODE,
+    "a list in place of an object": JSON_LIST,
+    "an error object with status 200": ERROR_IN_200,
+    "no choices": NO_CHOICES,
+    "status 400": error(400),
+    "status 401": error(401),
+    "status 404": error(404),
+    "status 429": error(429, Retry_After="0"),
+    "status 500": error(500),
+    "status 503": error(503),
+}
+
+
+def completion(text: str | None, *, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
+    """Return a chat completion as OpenAI-compatible servers send it."""
+    return {
+        "id": "scripted",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "scripted",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text, **message},
+                "finish_reason": finish_reason,
+            }
+        ],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }
+
+
+def closed_port() -> int:
+    """Return a port of the loopback on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class ScriptedServer:
+    """Serves while its ``with`` block lasts.
+
+    Attributes:
+        answer: request JSON to the JSON of the right response.
+        script: behaviors, one per request; ``itertools.repeat`` for one that lasts.
+        port: 0 for any that is free.
+        requests: those that arrived, in order.
+        connections: how many were opened.
+        most_at_once: most requests that were being answered at one moment.
+    """
+
+    answer: Answer
+    script: Iterable[Behavior] = ()
+    port: int = 0
+    requests: MutableSequence[Request] = field(default_factory=list)
+    connections: int = 0
+    most_at_once: int = 0
+
+    @property
+    def url(self) -> str:
+        """Base URL, with /v1."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self) -> ScriptedServer:
+        self._behaviors = iter(self.script)
+        self._at_once, self._tasks = 0, set[asyncio.Task[None]]()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._run(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _start(self) -> None:
+        self._server = await asyncio.start_server(
+            self._connection, "127.0.0.1", self.port, backlog=1024
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _stop(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                while not writer.is_closing():
+                    await self._serve(await _request(reader), writer)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _serve(self, request: Request, writer: asyncio.StreamWriter) -> None:
+        self.requests.append(request)
+        behave = next(self._behaviors, good)
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            await behave(Exchange(request, lambda: self.answer(request.json), writer))
+        finally:
+            self._at_once -= 1
+
+
+async def _request(reader: asyncio.StreamReader) -> Request:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head.strip().split("\r\n")
+    method, path, _ = first.split(" ")
+    headers = {
+        name.strip().lower(): value.strip() for name, value in (x.split(":", 1) for x in lines)
+    }
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return Request(method, path, headers, body)
+
+
+def check_reward_client(
+    ask: Callable[[str], object],
+    answer: Answer | None = None,
+    *,
+    faults: Mapping[str, Behavior] | None = None,
+) -> None:
+    """Check that a client of rewards never turns a lost answer into a number.
+
+    Args:
+        ask: takes the base URL of an endpoint and returns a reward: a number, or ``None``, NaN or
+            an exception where it was lost. A client that retries may do so; give it short waits.
+        answer: request JSON to the JSON of the right response; a chat completion of "4" by default.
+        faults: name to behavior, ``FAULTS`` by default; each is met by every request of one call of
+            ``ask``.
+
+    Raises:
+        LawBroken: a finite number comes back from a fault, or none from a sound endpoint.
+
+    Source: MT-EditFlow (arXiv 2606.01985), rewards; peers return 0 or 0.5 for a failed judge.
+
+    Example:
+        >>> import json, urllib.request
+        >>> def ask(url):
+        ...     body = json.dumps({"messages": []}).encode()
+        ...     request = urllib.request.Request(f"{url}/chat/completions", body)
+        ...     with urllib.request.urlopen(request, timeout=5) as response:
+        ...         return float(json.load(response)["choices"][0]["message"]["content"])
+        >>> check_reward_client(ask)
+    """
+    answer = answer or (lambda _: completion("4"))
+    with ScriptedServer(answer) as endpoint:
+        sound = _reward(ask, endpoint.url)
+    if not isinstance(sound, float):
+        fail({"endpoint": "sound"}, "a number", sound, LOST)
+    broken: list[str] = []
+    got: list[object] = []
+    for name, behavior in (FAULTS if faults is None else faults).items():
+        with ScriptedServer(answer, repeat(behavior)) as endpoint:
+            reward = _reward(ask, endpoint.url)
+        if isinstance(reward, float):
+            broken.append(name)
+            got.append(reward)
+    reward = _reward(ask, f"http://127.0.0.1:{closed_port()}/v1")
+    if isinstance(reward, float):
+        broken.append("nothing listens")
+        got.append(reward)
+    if broken:
+        fail({"faults": broken}, "no number: None, NaN or an exception", got, LOST)
+
+
+def _reward(ask: Callable[[str], object], url: str) -> object:
+    """Return a finite reward as a float, and anything else as words."""
+    try:
+        result = ask(url)
+        number = float(result)  # type: ignore[arg-type]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return number if number - number == 0 else f"{number}"

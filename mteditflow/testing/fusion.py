@@ -1,0 +1,362 @@
+"""Laws of fusion (several rewards to one advantage) and of the selection of groups.
+
+Source: MT-EditFlow (arXiv 2606.01985), Eq. 6, 7, 17-19; DAPO (arXiv 2503.14476) for selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+from torch import Tensor
+
+from mteditflow.testing.law import Laws, call, expect_close, fail
+from mteditflow.testing.signatures import vector
+from mteditflow.testing.strategies import (
+    LOST,
+    RewardBatch,
+    named_rewards,
+    reward_batches,
+    signs,
+    tenths,
+)
+
+NAMES = ("a", "b", "c")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A fusion under test.
+
+    Attributes:
+        function: called as ``function(rewards, weights, group, valid=valid)`` with rewards [B] and
+            weights by name; returns advantages [B].
+        level: "advantage" normalizes each reward on its own, "reward" their weighted sum.
+        zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
+        eps: upper bound of what it adds to a std.
+        tolerance: relative difference that counts as rounding.
+    """
+
+    function: Callable[..., Any]
+    level: str = "advantage"
+    zero: float = 1e-6
+    eps: float = 1e-3
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.level not in ("advantage", "reward"):
+            raise ValueError(f"level: expected 'advantage' or 'reward', got {self.level!r}")
+
+    def __call__(
+        self,
+        rewards: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        group: Tensor,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Return advantages [B]; a failure of the function breaks the law that called it."""
+        case = {**rewards, "weights": weights, "group": group, "valid": valid}
+        result = call(self.function, case, rewards, weights, group, valid=valid)
+        return vector(result)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A selection of groups under test.
+
+    Attributes:
+        function: called as ``function(reward [B], group [B], valid=valid [B])``; returns which
+            trajectories to train on, boolean [B].
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, reward: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+        """Return what is kept; a failure of the function breaks the law that called it."""
+        case = {"reward": reward, "group": group, "valid": valid}
+        kept = call(self.function, case, reward, group, valid=valid)
+        return torch.as_tensor(kept).cpu().bool()
+
+
+#: Laws of fusion, for ``Fusion``.
+FUSION: Laws[Fusion] = Laws("fusion", Fusion)
+#: Laws of the selection of groups, for ``Selection``.
+SELECTION: Laws[Selection] = Laws("selection", Selection)
+WEIGHTS = st.lists(st.sampled_from([0.0, 0.15, 0.5, 1.0, 2.0]), min_size=3, max_size=3).map(
+    lambda w: dict(zip(NAMES, w, strict=True))
+)
+
+
+def _at_advantage_level(f: Fusion) -> str | None:
+    return None if f.level == "advantage" else "rewards are fused before they are normalized"
+
+
+def _case(rewards: Mapping[str, Tensor], **more: object) -> Mapping[str, object]:
+    return {**rewards, **more}
+
+
+@FUSION.law(
+    why="Weights matched to rewards by position go to the wrong reward once a config is reordered.",
+)
+def order_of_names(f: Fusion, data: DataObject) -> None:
+    """The order of the names changes nothing."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    weights = data.draw(WEIGHTS)
+    order = data.draw(st.permutations(NAMES))
+    reordered = {name: weights[name] for name in order}
+    got, expected = f(rewards, reordered, group), f(rewards, weights, group)
+    expect_close(
+        got, expected, _case(rewards, weights=reordered, group=group), tolerance=f.tolerance
+    )
+
+
+@FUSION.law(
+    why="An ablation that sets a weight to 0 must remove the reward, its scale included.",
+)
+def zero_weight(f: Fusion, data: DataObject) -> None:
+    """A reward of weight 0 has no influence."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    weights = data.draw(WEIGHTS) | {"b": 0.0, "c": 1.0}
+    other = rewards["b"].flip(0) * 3 + 1
+    case = _case(rewards, weights=weights, group=group, other_b=other)
+    got, expected = f({**rewards, "b": other}, weights, group), f(rewards, weights, group)
+    expect_close(got, expected, case, tolerance=f.tolerance)
+
+
+@FUSION.law(
+    why="What is left over pushes every sample of the group up or down.",
+)
+def zero_sum(f: Fusion, data: DataObject) -> None:
+    """The fused advantages of a group add up to 0."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    weights = data.draw(WEIGHTS)
+    advantage = f(rewards, weights, group).double()
+    same = (group[:, None] == group).double()
+    allowed = f.tolerance * (same @ advantage.abs()).clamp(min=1)
+    if not bool(((same @ advantage).abs() <= allowed).all()):
+        fail(_case(rewards, weights=weights, group=group), "sums of 0 in each group", advantage)
+
+
+@FUSION.law(
+    why="Samples that do not differ must not move the policy.",
+)
+def constant_group(f: Fusion, data: DataObject) -> None:
+    """A group whose rewards are all equal has advantage 0."""
+    size = data.draw(st.integers(2, 6))
+    values = st.integers(0, 160).map(tenths)
+    rewards = {name: torch.full((size,), data.draw(values)).double() for name in NAMES}
+    weights, group = data.draw(WEIGHTS), torch.zeros(size, dtype=torch.int64)
+    got = f(rewards, weights, group)
+    if not bool((got.abs() <= f.zero).all()):
+        fail(_case(rewards, weights=weights, group=group), torch.zeros_like(got), got)
+
+
+@FUSION.law(
+    why="A sign or a weight lost on the way prefers the worse image.",
+)
+def monotone(f: Fusion, data: DataObject) -> None:
+    """With one reward of weight 1 the better member has the larger advantage."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    weights = {"a": 1.0, "b": 0.0, "c": 0.0}
+    advantage, a = f(rewards, weights, group), rewards["a"]
+    better = (group[:, None] == group) & (a[:, None] > a)
+    if bool((better & ~(advantage[:, None] > advantage)).any()):
+        fail(
+            _case(rewards, weights=weights, group=group), "advantages in the order of a", advantage
+        )
+
+
+@FUSION.law(
+    why="A weight then is the reward's share of the update.",
+    skip=_at_advantage_level,
+)
+def linear_in_weights(f: Fusion, data: DataObject) -> None:
+    """The fused advantage is linear in the weights."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    one, two = data.draw(WEIGHTS), data.draw(WEIGHTS)
+    total = {name: one[name] + two[name] for name in NAMES}
+    got = f(rewards, total, group)
+    expected = f(rewards, one, group) + f(rewards, two, group)
+    expect_close(got, expected, _case(rewards, weights=total, group=group), tolerance=f.tolerance)
+
+
+@FUSION.law(
+    why="Advantage-level fusion exists so that a reward of large spread does not drown the others.",
+    skip=_at_advantage_level,
+)
+def unit_free(f: Fusion, data: DataObject) -> None:
+    """The unit of a reward changes nothing beyond eps."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False, constant=False, min_members=2))
+    weights = data.draw(WEIGHTS)
+    other = {**rewards, "a": 1024 * rewards["a"]}
+    got, expected = f(other, weights, group), f(rewards, weights, group)
+    tolerance = f.tolerance + 2 * f.eps * 32  # a nonzero std of multiples of 1/8 is at least 1/32
+    expect_close(got, expected, _case(other, weights=weights, group=group), tolerance=tolerance)
+
+
+@FUSION.law(
+    why="The fused reward is normalized once more, so a common factor must cancel.",
+    skip=lambda f: None if f.level == "reward" else "each reward is normalized on its own",
+)
+def common_factor(f: Fusion, data: DataObject) -> None:
+    """Only the ratio of the weights matters beyond eps."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    weights = {"a": 1.0, "b": 0.5, "c": 2.0}
+    doubled = {name: 1024 * weight for name, weight in weights.items()}
+    got, expected = f(rewards, doubled, group), f(rewards, weights, group)
+    tolerance = f.tolerance + 2 * f.eps * 64
+    expect_close(got, expected, _case(rewards, weights=doubled, group=group), tolerance=tolerance)
+
+
+@FUSION.law(
+    why="Its other rewards would be compared as if the lost one had been 0.",
+)
+def mask_equals_deletion(f: Fusion, data: DataObject) -> None:
+    """A trajectory that lost a reward takes no part, as if deleted, and gets advantage 0."""
+    rewards, group, valid = data.draw(named_rewards(NAMES))
+    assume(bool(valid.any()) and not bool(valid.all()))
+    weights, lost = data.draw(WEIGHTS), data.draw(st.sampled_from(LOST))
+    held = {name: reward.masked_fill(~valid, lost) for name, reward in rewards.items()}
+    got = f(held, weights, group, valid)
+    alone = f({name: reward[valid] for name, reward in rewards.items()}, weights, group[valid])
+    expected = torch.zeros_like(got).masked_scatter(valid, alone.to(got.dtype))
+    case = _case(held, weights=weights, group=group, valid=valid)
+    expect_close(got, expected, case, tolerance=f.tolerance)
+
+
+def _rows(batch: RewardBatch, **more: object) -> Mapping[str, object]:
+    return {"reward": batch.reward, "group": batch.group, "valid": batch.valid, **more}
+
+
+@SELECTION.law(
+    why="A group that lost its worst members has another mean: its advantages are biased.",
+)
+def whole_groups(f: Selection, data: DataObject) -> None:
+    """The valid members of a group are kept or dropped together."""
+    batch = data.draw(reward_batches(number=signs))
+    kept = f(*batch)
+    same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
+    if bool((same & (kept[:, None] != kept)).any()):
+        fail(_rows(batch), "one verdict in each group", kept)
+
+
+@SELECTION.law(
+    why="It has no gradient, only cost; rounding of a mean can make it look informative.",
+)
+def flat_groups_dropped(f: Selection, data: DataObject) -> None:
+    """A group of equal rewards is dropped, whatever their value."""
+    value, size = data.draw(st.integers(-80, 80)) / 10, data.draw(st.integers(1, 300))
+    reward = torch.full((size + 2,), value, dtype=torch.float64)
+    reward[-1] = value + 1
+    group = torch.tensor([4] * size + [9] * 2)
+    got = f(reward, group, torch.ones_like(group, dtype=torch.bool))
+    if bool(got[:size].any()):
+        case = {"reward": f"{size} times {value}", "group": f"{size} times 4"}
+        fail(case, "no member kept", f"{int(got[:size].sum())} members kept")
+
+
+@SELECTION.law(
+    why="Dropping informative groups wastes rollouts, and a lost reward trains on noise.",
+)
+def informative_groups_kept(f: Selection, data: DataObject) -> None:
+    """A group of different rewards is kept, and its invalid members are not."""
+    batch = data.draw(reward_batches(number=signs))
+    same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
+    differs = (same & (batch.reward[:, None] != batch.reward)).any(dim=1)
+    got = f(*batch)
+    if not torch.equal(got, differs):
+        fail(_rows(batch), differs, got)
+
+
+@SELECTION.law(
+    why="Sorted or consecutive ids are an accident of one data loader.",
+)
+def permutation(f: Selection, data: DataObject) -> None:
+    """Shuffling the trajectories and renaming the groups changes no verdict."""
+    batch = data.draw(reward_batches(number=signs))
+    order = torch.tensor(data.draw(st.permutations(range(len(batch.reward)))))
+    renamed = batch.group * 3 if bool((batch.group.abs() < 2**60).all()) else batch.group
+    got = f(batch.reward[order], renamed[order], batch.valid[order])
+    expected = f(*batch)[order]
+    if not torch.equal(got, expected):
+        fail(_rows(batch, order=order), expected, got)
+
+
+@SELECTION.law(
+    why="Counts in bfloat16 stop at 256, in float16 at 2048.",
+)
+def default_dtype(f: Selection, data: DataObject) -> None:
+    """The default dtype of torch changes nothing, also in large groups."""
+    size, wrong = data.draw(st.sampled_from([2, 3, 257, 300])), data.draw(st.integers(1, 3))
+    reward = torch.zeros(2 * size, dtype=torch.float64)
+    reward[:wrong] = 1.0
+    group = torch.arange(2 * size) // size
+    valid = torch.ones_like(group, dtype=torch.bool)
+    expected, before = f(reward, group, valid), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        got = f(reward, group, valid)
+    finally:
+        torch.set_default_dtype(before)
+    if not torch.equal(got, expected):
+        case = {"reward": f"{wrong} times 1, {2 * size - wrong} times 0", "group size": size}
+        fail(case, f"{int(expected.sum())} members kept", f"{int(got.sum())} members kept")
+
+
+def check_fusion(
+    function: Callable[..., Any],
+    *,
+    level: str = "advantage",
+    zero: float = 1e-6,
+    eps: float = 1e-3,
+    tolerance: float = 1e-3,
+    **search: Any,
+) -> None:
+    """Check a fusion, called as ``function(rewards, weights, group, valid=valid)``.
+
+    Args:
+        function: maps rewards [B] and weights, by name, to advantages [B].
+        level: "advantage" or "reward", as in ``Fusion``.
+        zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
+        eps: upper bound of what it adds to a std.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 6, 7.
+
+    Example:
+        >>> from mteditflow import fuse_advantages
+        >>> check_fusion(fuse_advantages, examples=5)
+    """
+    FUSION.check(Fusion(function, level, zero, eps, tolerance), **search)
+
+
+def check_selection(function: Callable[..., Any], **search: Any) -> None:
+    """Check a selection of groups, called as ``function(reward, group, valid=valid)``.
+
+    Args:
+        function: maps rewards [B] in groups to what is kept, boolean [B].
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: dynamic sampling of DAPO (arXiv 2503.14476).
+
+    Example:
+        >>> from mteditflow import select_groups
+        >>> def kept(reward, group, valid):
+        ...     return select_groups(reward, group, valid=valid).keep
+        >>> check_selection(kept, examples=5)
+    """
+    SELECTION.check(Selection(function), **search)

@@ -1,0 +1,256 @@
+"""Laws of running averages, adapters, saved weights and replayed rollouts, on a user's own model.
+
+They take callables that act on the model, and draw no cases except for averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+from torch import Tensor, nn
+
+from mteditflow.testing.law import About, Laws, call, expect_close, fail
+from mteditflow.testing.strategies import tensors
+
+
+@dataclass(frozen=True)
+class Average:
+    """A running average of parameters under test.
+
+    Attributes:
+        function: called as ``function(old, current, decay)`` with two lists of tensors; changes
+            ``old`` in place to ``decay * old + (1 - decay) * current``.
+        tolerance: relative difference that counts as rounding.
+    """
+
+    function: Callable[..., Any]
+    tolerance: float = 1e-6
+
+
+ADAPTER = About(
+    "adapter-starts-as-no-op",
+    "a fresh adapter changes no velocity, and can be trained",
+    "Reference and current policy differ before the first update, or nothing learns.",
+)
+SAVED = About(
+    "saved-file-loads-to-the-same-velocity",
+    "a saved file brings the same velocity back",
+    "A key that no module takes is dropped in silence, and the base model is evaluated.",
+)
+REPLAY = About(
+    "fresh-rollout-replays-with-ratio-1",
+    "the policy that just sampled gives each stored step the log-prob that was stored",
+    "A ratio off by more than the clip range clips every row before anything was learned.",
+)
+#: Laws of running averages of parameters, for ``Average``.
+AVERAGE: Laws[Average] = Laws("average", Average)
+
+
+def _moved(
+    f: Average, data: DataObject, decay: float, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    old = [data.draw(tensors((2,), dtype=dtype)), data.draw(tensors((1, 2), dtype=dtype))]
+    current = [data.draw(tensors(tuple(x.shape), dtype=dtype)) for x in old]
+    moved, given = [x.clone() for x in old], [x.clone() for x in current]
+    case = {"old": old, "current": current, "decay": decay}
+    call(f.function, case, moved, given, decay)
+    if not all(torch.equal(a, b) for a, b in zip(given, current, strict=True)):
+        fail(case, "current as it was", given)
+    return old, current, moved
+
+
+@AVERAGE.law(
+    why="A decay applied to the wrong side makes the old policy follow at once, or never.",
+)
+def exact(f: Average, data: DataObject) -> None:
+    """Each parameter becomes decay * old + (1 - decay) * current."""
+    decay = data.draw(st.integers(0, 8)) / 8
+    old, current, moved = _moved(f, data, decay)
+    for before, target, got in zip(old, current, moved, strict=True):
+        case = {"old": before, "current": target, "decay": decay}
+        expect_close(got, decay * before + (1 - decay) * target, case, tolerance=f.tolerance)
+
+
+@AVERAGE.law(
+    why="On-policy training relies on equal policies having ratio exactly 1.",
+)
+def ends(f: Average, data: DataObject) -> None:
+    """Decay 0 copies and decay 1 keeps, bit for bit."""
+    decay = data.draw(st.sampled_from([0.0, 1.0]))
+    old, current, moved = _moved(f, data, decay)
+    expected = current if decay == 0 else old
+    for target, got in zip(expected, moved, strict=True):
+        if not torch.equal(got, target):
+            fail({"old": old, "current": current, "decay": decay}, target, got)
+
+
+@AVERAGE.law(
+    why="A graph that grows with each update runs out of memory after hours.",
+)
+def without_graph(f: Average, data: DataObject) -> None:
+    """Parameters that need a gradient are moved outside the graph."""
+    old = [nn.Parameter(data.draw(tensors((2,), dtype=torch.float32)))]
+    current = [nn.Parameter(data.draw(tensors((2,), dtype=torch.float32)))]
+    case = {"old": old[0], "current": current[0], "decay": 0.5}
+    call(f.function, case, old, current, 0.5)
+    if old[0].grad_fn is not None or not old[0].requires_grad:
+        fail(case, "a leaf that needs a gradient", "a tensor inside a graph")
+
+
+def check_average(function: Callable[..., Any], *, tolerance: float = 1e-6, **search: Any) -> None:
+    """Check a running average of parameters, called as ``function(old, current, decay)``.
+
+    Args:
+        function: changes the tensors of ``old`` in place.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: DiffusionNFT (arXiv 2509.16117), soft update of the sampling policy.
+
+    Example:
+        >>> from mteditflow import update_old_policy
+        >>> def average(old, current, decay):
+        ...     update_old_policy(old, current, decay=decay)
+        >>> check_average(average, examples=5)
+    """
+    AVERAGE.check(Average(function, tolerance), **search)
+
+
+def check_adapter(
+    model: nn.Module,
+    velocity: Callable[[], Tensor],
+    add: Callable[[], object],
+    *,
+    tolerance: float = 0.0,
+) -> None:
+    """Check that a fresh adapter is a no-op, is trained alone, and gets a gradient.
+
+    Args:
+        model: the model that the adapter goes into.
+        velocity: runs the model on fixed inputs; called before and after.
+        add: adds the adapter to the model.
+        tolerance: largest relative difference of the velocity; 0 demands equal bits.
+
+    Raises:
+        LawBroken: the velocity changes, no parameter needs a gradient, or none gets one.
+
+    Source: LoRA (arXiv 2106.09685), whose second factor starts at 0.
+
+    Example:
+        >>> base = torch.nn.Linear(2, 2)
+        >>> class Adapter(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a, self.b = torch.nn.Linear(2, 1), torch.nn.Linear(1, 2, bias=False)
+        ...         torch.nn.init.zeros_(self.b.weight)
+        ...     def forward(self, module, inputs, output):
+        ...         return output + self.b(self.a(*inputs))
+        >>> def add():
+        ...     base.requires_grad_(False)
+        ...     base.adapter = Adapter()
+        ...     base.register_forward_hook(base.adapter)
+        >>> check_adapter(base, lambda: base(torch.ones(1, 2)), add)
+    """
+    with torch.no_grad():
+        before = velocity().clone()
+    add()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    after = velocity()
+    case = {"trained parameters": list(trained)[:4]}
+    expect_close(after.detach(), before, case, tolerance=tolerance, about=ADAPTER)
+    if not trained or not after.requires_grad:
+        fail(
+            case,
+            "parameters that need a gradient",
+            "none" if not trained else "none is used",
+            ADAPTER,
+        )
+    grads = torch.autograd.grad(after.square().sum(), list(trained.values()), allow_unused=True)
+    if not any(grad is not None and bool((grad != 0).any()) for grad in grads):
+        fail(case, "a gradient other than 0 by an adapter's parameter", "none", ADAPTER)
+
+
+def check_saved(
+    velocity: Callable[[], Tensor],
+    change: Callable[[], object],
+    save: Callable[[], object],
+    load: Callable[[], object],
+    *,
+    tolerance: float = 0.0,
+) -> None:
+    """Check that a saved file brings the same velocity back.
+
+    Args:
+        velocity: runs the policy on fixed inputs.
+        change: changes the policy, as an update does.
+        save: writes the policy.
+        load: reads it back.
+        tolerance: largest relative difference of the velocity; 0 demands equal bits.
+
+    Raises:
+        LawBroken: ``change`` changes no velocity, so that the check would prove nothing, or the
+            velocity after ``load`` is not that of ``save``.
+
+    Source: conventions of this library; see docs/testing.md.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> held = {}
+        >>> check_saved(
+        ...     lambda: model(torch.ones(1, 1)),
+        ...     lambda: torch.nn.init.normal_(model.weight),
+        ...     lambda: held.update({k: v.clone() for k, v in model.state_dict().items()}),
+        ...     lambda: model.load_state_dict(held),
+        ... )
+    """
+    with torch.no_grad():
+        untrained = velocity().clone()
+        change()
+        saved = velocity().clone()
+        if torch.equal(untrained, saved):
+            fail({}, "another velocity after the change", "the same one", SAVED)
+        save()
+        change()
+        if torch.equal(velocity(), saved):
+            fail({}, "another velocity after the second change", "the same one", SAVED)
+        load()
+        expect_close(velocity(), saved, {"after": "load"}, tolerance=tolerance, about=SAVED)
+
+
+def check_replay(
+    log_prob: Callable[[], Tensor], old_log_prob: Tensor, *, allowed: float = 1e-5
+) -> None:
+    """Check that a fresh rollout replays with ratio 1 and a gradient.
+
+    Args:
+        log_prob: log-probs of the stored steps under the policy that just sampled them.
+        old_log_prob: the log-probs that the rollout stored, same shape.
+        allowed: largest deviation of a ratio from 1; set it below the clip range.
+
+    Raises:
+        LawBroken: a ratio deviates, is not finite, or the replay has no gradient.
+
+    Source: Flow-GRPO (arXiv 2505.05470); its users' reports of ratios off by 2e-5 to 5e-4.
+
+    Example:
+        >>> old = torch.tensor([-1.0, -2.0])
+        >>> check_replay(lambda: old.clone().requires_grad_(), old)
+    """
+    replayed = log_prob()
+    ratio = (replayed.detach().double() - old_log_prob.double()).exp()
+    case: dict[str, object] = {"old_log_prob": old_log_prob, "allowed deviation": allowed}
+    if replayed.shape != old_log_prob.shape:
+        fail(case, f"shape {list(old_log_prob.shape)}", f"shape {list(replayed.shape)}", REPLAY)
+    if not bool(((ratio - 1).abs() <= allowed).all()):
+        fail(case, "ratios of 1", ratio, REPLAY)
+    if not replayed.requires_grad:
+        fail(case, "a gradient to the policy", "a replay without gradient", REPLAY)

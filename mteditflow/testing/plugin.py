@@ -1,0 +1,102 @@
+"""pytest plugin: one test per law, with the law's name as its id.
+
+Switch it on in ``conftest.py`` by ``pytest_plugins = ["mteditflow.testing.plugin"]``, then::
+
+    @pytest.mark.laws("advantage", my_package.advantage, signature="numpy")
+    def test_my_advantage(law):
+        law()
+
+A law that does not apply to the function is a skipped test with the reason. The fixture
+``faulty_endpoint`` is an HTTP endpoint that fails, once for each way in ``endpoint.FAULTS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import pytest
+
+from mteditflow.testing.endpoint import FAULTS, ScriptedServer, completion
+from mteditflow.testing.kinds import laws_of
+from mteditflow.testing.law import EXAMPLES, Law
+
+
+@dataclass(frozen=True)
+class BoundLaw:
+    """A law with the function under test; call it to check.
+
+    Attributes:
+        law: the law.
+        subject: the function, wrapped with its options.
+        examples: cases to draw.
+        seed: as in ``Law.check``.
+    """
+
+    law: Law[Any]
+    subject: Any
+    examples: int = EXAMPLES
+    seed: int = 0
+
+    def __call__(self) -> None:
+        """Search for a counterexample.
+
+        Raises:
+            LawBroken: one was found.
+        """
+        __tracebackhide__ = True
+        self.law.check(self.subject, examples=self.examples, seed=self.seed)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker."""
+    config.addinivalue_line(
+        "markers",
+        "laws(kind, function, *, examples=200, seed=0, only=(), without=(), **options): one test "
+        "per law of mteditflow.testing, called as law() through the argument `law`",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Turn the marker into one test per law."""
+    marker = metafunc.definition.get_closest_marker("laws")
+    if marker is None:
+        return
+    if "law" not in metafunc.fixturenames:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: expected an argument `law`")
+    try:
+        bound = _bound(*marker.args, **marker.kwargs)
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: laws: {error}") from error
+    metafunc.parametrize("law", [_parameter(law) for law in bound])
+
+
+@pytest.fixture(params=list(FAULTS))
+def faulty_endpoint(request: pytest.FixtureRequest) -> Iterator[ScriptedServer]:
+    """ScriptedServer whose every response fails in one way; its ``url`` ends in /v1."""
+    behavior = FAULTS[request.param]
+    with ScriptedServer(lambda _: completion("4"), repeat(behavior)) as endpoint:
+        yield endpoint
+
+
+def _bound(
+    kind: str,
+    function: Any,
+    *,
+    examples: int = EXAMPLES,
+    seed: int = 0,
+    only: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    **options: Any,
+) -> list[BoundLaw]:
+    laws = laws_of(kind)
+    subject = laws.subject(function, **options)
+    return [BoundLaw(law, subject, examples, seed) for law in laws.chosen(only, without)]
+
+
+def _parameter(bound: BoundLaw) -> Any:
+    reason = bound.law.skip(bound.subject)
+    marks = () if reason is None else (pytest.mark.skip(reason=reason),)
+    return pytest.param(bound, id=bound.law.name, marks=marks)

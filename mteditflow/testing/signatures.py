@@ -1,0 +1,155 @@
+"""Signatures: how the function under test takes rewards, groups and lost entries.
+
+Every law of advantages calls one form, ``(reward [B], group [B], valid [B] or None)``. A signature
+maps that to the arguments of the function and its result back to [B].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Call = Callable[[Callable[..., Any], Tensor, Tensor, "Tensor | None"], Any]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Calling convention of a group advantage.
+
+    Attributes:
+        call: ``(function, reward [B], group [B], valid [B] or None) -> advantage``; the result is
+            any array or list of B numbers.
+        shown: the call, as a person would write it.
+        lost: whether the function can be given lost rewards.
+        ragged: whether groups may differ in size.
+        tensors: whether the function takes torch tensors.
+        ids: dtypes of group ids that the convention has.
+    """
+
+    call: Call
+    shown: str
+    lost: bool = False
+    ragged: bool = True
+    tensors: bool = False
+    ids: tuple[torch.dtype, ...] = (torch.int64, torch.int32, torch.uint8)
+
+
+def _tensors(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
+    return function(reward, group) if valid is None else function(reward, group, valid=valid)
+
+
+def _numpy(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
+    arrays = reward.numpy(), group.numpy()
+    return function(*arrays) if valid is None else function(*arrays, valid=valid.numpy())
+
+
+def _nan(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
+    lost = torch.zeros_like(reward, dtype=torch.bool) if valid is None else ~valid
+    return function(reward.masked_fill(lost, torch.nan).numpy(), group.numpy())
+
+
+def _records(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
+    rewards: list[float | None] = list(reward.tolist())
+    if valid is not None:
+        rewards = [r if v else None for r, v in zip(rewards, valid.tolist(), strict=True)]
+    records = [{"reward": r, "group": g} for r, g in zip(rewards, group.tolist(), strict=True)]
+    result = function(records)
+    result = records if result is None else result
+    return [x["advantage"] if isinstance(x, dict) else x for x in result]
+
+
+def _tracker(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
+    prompts = np.array([f"prompt {name}" for name in group.tolist()])
+    return function().update(prompts, reward.numpy())
+
+
+def _verl(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
+    tokens, mask = reward.new_zeros(len(reward), 3), reward.new_ones(len(reward), 3)
+    tokens[:, -1] = reward
+    index = np.array([str(name) for name in group.tolist()], dtype=object)
+    return function(tokens, mask, index)[0][:, 0]
+
+
+def _prompts_samples(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
+    order = torch.argsort(dense_ids(group), stable=True)
+    table = reward[order].reshape(len(set(group.tolist())), -1)
+    result = vector(function(table)).reshape(-1)
+    return torch.empty_like(result).scatter(0, order, result)
+
+
+def dense_ids(group: Tensor) -> Tensor:
+    """Return ids 0, 1, ... in the order of the given ones."""
+    return torch.from_numpy(np.unique(group.numpy(), return_inverse=True)[1].reshape(-1))
+
+
+_EVERY_ID = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+#: Name of each signature to its calling convention.
+SIGNATURES = {
+    "mteditflow": Signature(
+        _tensors, "fn(reward, group, valid=valid), tensors", lost=True, tensors=True, ids=_EVERY_ID
+    ),
+    "tensors": Signature(_tensors, "fn(reward, group), tensors", tensors=True),
+    "numpy": Signature(_numpy, "fn(reward, group), numpy arrays"),
+    "nan": Signature(_nan, "fn(reward, group), numpy arrays, NaN where lost", lost=True),
+    "records": Signature(
+        _records, 'fn([{"reward": 1.0, "group": 0}, ...]), "advantage" in each or a list, '
+        "None where lost", lost=True,
+    ),
+    "flow-grpo": Signature(_tracker, "Tracker().update(prompts, rewards), numpy arrays"),
+    "verl": Signature(
+        _verl, "fn(token_level_rewards, response_mask, index)[0]", tensors=True
+    ),
+    "prompts-samples": Signature(
+        _prompts_samples, "fn(reward [prompts, samples]), tensors", ragged=False, tensors=True
+    ),
+}  # fmt: skip
+
+
+def signature_of(function: Callable[..., Any], signature: str | Signature | Call) -> Signature:
+    """Return a signature by name, or that of an adapter.
+
+    "numpy" and "tensors" take ``valid`` where the function has a parameter of that name.
+
+    Args:
+        function: function under test.
+        signature: a name in ``SIGNATURES``, a ``Signature``, or its ``call`` alone; the latter is
+            given lost rewards too.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if isinstance(signature, Signature):
+        return signature
+    if callable(signature):
+        return Signature(signature, getattr(signature, "__qualname__", "adapter"), lost=True)
+    if signature not in SIGNATURES:
+        names = ", ".join(SIGNATURES)
+        raise ValueError(f"signature: expected one of {names}, or an adapter, got {signature!r}")
+    chosen = SIGNATURES[signature]
+    if signature in ("numpy", "tensors") and "valid" in _parameters(function):
+        shown = chosen.shown.replace("group)", "group, valid=valid)")
+        return Signature(chosen.call, shown, True, chosen.ragged, chosen.tensors, chosen.ids)
+    return chosen
+
+
+def vector(result: Any) -> Tensor:
+    """Return any array or list of numbers as a tensor on the CPU."""
+    if isinstance(result, Tensor):
+        return result.detach().to("cpu")
+    return torch.from_numpy(np.asarray(result, dtype=np.float64)).clone()
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return set()

@@ -1,0 +1,409 @@
+"""Laws of solver steps, transition densities and divergences.
+
+Source: MT-EditFlow (arXiv 2606.01985), stochastic sampler; Flow-GRPO (arXiv 2505.05470).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+from torch import Tensor
+
+from mteditflow.testing.gaussian import GaussianFlow
+from mteditflow.testing.law import Laws, call, expect_close, fail, refuses
+from mteditflow.testing.strategies import sigma_grids, tensors
+
+ROWS, LATENT = 2, (2,)
+
+
+@dataclass(frozen=True)
+class SolverStep:
+    """A stochastic solver step under test.
+
+    Attributes:
+        function: called as ``function(x_t, velocity, sigma, next_sigma, noise_level)`` with latents
+            [M, ...] and numbers; returns mean [M, ...] and std, a number or one per row.
+        noise_level: noise level at which it is checked, > 0.
+        marginals: it keeps the marginals of the ODE as steps become small.
+        tolerance: relative difference that counts as rounding.
+    """
+
+    function: Callable[..., Any]
+    noise_level: float = 0.5
+    marginals: bool = True
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_level < math.inf:
+            raise ValueError(f"noise_level: expected a number > 0, got {self.noise_level!r}")
+
+    def __call__(
+        self, x_t: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise_level: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean [M, ...] and std [M]; a failure breaks the law that called it."""
+        case = _step(x_t, velocity, sigma, next_sigma, noise_level)
+        mean, std = call(self.function, case, x_t, velocity, sigma, next_sigma, noise_level)[:2]
+        if mean.shape != x_t.shape:
+            fail(case, f"a mean of shape {list(x_t.shape)}", f"shape {list(mean.shape)}")
+        std = torch.as_tensor(std, dtype=mean.dtype, device="cpu")
+        return mean, std.expand(len(x_t), *[1] * (x_t.ndim - 1)) if std.ndim == 0 else std
+
+
+def _step(*values: object) -> dict[str, object]:
+    return dict(zip(("x_t", "velocity", "sigma", "next_sigma", "noise_level"), values, strict=True))
+
+
+#: Laws of solver steps, for ``SolverStep``.
+SOLVER: Laws[SolverStep] = Laws("solver", SolverStep)
+
+
+@SOLVER.law(
+    why="An evaluation without noise must sample the model's ODE, not another one.",
+)
+def noise_0_is_euler(f: SolverStep, data: DataObject) -> None:
+    """With noise level 0 a step is Euler's, and its std is 0."""
+    grid = data.draw(sigma_grids())
+    x_t, velocity = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
+    at = data.draw(st.integers(0, len(grid) - 2))
+    sigma, following = float(grid[at]), float(grid[at + 1])
+    mean, std = f(x_t, velocity, sigma, following, 0.0)
+    case = _step(x_t, velocity, sigma, following, 0.0)
+    expect_close(mean, x_t + (following - sigma) * velocity, case, tolerance=f.tolerance)
+    if bool((std != 0).any()):
+        fail(case, "std 0", std)
+
+
+@SOLVER.law(
+    why="g diverges at sigma = 1 and the noise of a step to 0 may vanish: a NaN there ends a run.",
+)
+def finite(f: SolverStep, data: DataObject) -> None:
+    """Mean and std are finite on every grid from 1 to 0; all but the last step add noise."""
+    grid = data.draw(sigma_grids())
+    x_t, velocity = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
+    for sigma, following in pairwise(grid.tolist()):
+        mean, std = f(x_t, velocity, sigma, following, f.noise_level)
+        sound = bool(mean.isfinite().all()) and bool(std.isfinite().all())
+        case = _step(x_t, velocity, sigma, following, f.noise_level)
+        if not sound or bool((std < 0).any()):
+            fail(case, "a finite mean and a finite std >= 0", f"std {std.flatten().tolist()}")
+        if following > 0 and bool((std == 0).any()):
+            fail(case, "a std > 0", std)
+
+
+@SOLVER.law(
+    why="Replay batches steps of other trajectories together; the ratio must stay 1.",
+)
+def rows_independent(f: SolverStep, data: DataObject) -> None:
+    """A row alone takes the step that it takes in a batch."""
+    grid = data.draw(sigma_grids(to_zero=False))
+    x_t, velocity = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
+    arguments = float(grid[0]), float(grid[1]), f.noise_level
+    row = data.draw(st.integers(0, ROWS - 1))
+    whole, _ = f(x_t, velocity, *arguments)
+    alone, _ = f(x_t[row : row + 1], velocity[row : row + 1], *arguments)
+    case = _step(x_t, velocity, *arguments)
+    expect_close(whole[row : row + 1], alone, case, tolerance=f.tolerance)
+
+
+@SOLVER.law(
+    why="Without a gradient from the mean to the velocity the log-prob trains nothing.",
+)
+def gradient_to_velocity(f: SolverStep, data: DataObject) -> None:
+    """The mean is linear in the velocity, and its gradient flows."""
+    grid = data.draw(sigma_grids())
+    at = data.draw(st.integers(0, len(grid) - 2))
+    x_t, velocity = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
+    arguments = float(grid[at]), float(grid[at + 1]), f.noise_level
+    case, leaf = _step(x_t, velocity, *arguments), velocity.clone().requires_grad_()
+    mean, _ = f(x_t, leaf, *arguments)
+    if not mean.requires_grad:
+        fail(case, "a gradient to the velocity", "a mean without gradient")
+    (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+    base, _ = f(x_t, torch.zeros_like(velocity), *arguments)
+    expect_close(base + gradient * velocity, mean, case, tolerance=f.tolerance)
+    if not bool((gradient < 0).all()):
+        fail(case, "a negative gradient: the velocity points from data to noise", gradient)
+
+
+@SOLVER.law(
+    why="An SDE with other marginals trains a sampler that nobody uses at evaluation.",
+    skip=lambda f: None if f.marginals else "the solver does not keep marginals",
+)
+def marginals(f: SolverStep, data: DataObject) -> None:
+    """A solver of half as large steps is at least 1.5 times nearer to the marginals of the ODE."""
+    flow = GaussianFlow(data.draw(st.sampled_from([-1.0, 0.0, 2.0])), data.draw(
+        st.sampled_from([0.25, 0.5, 1.0, 2.0])
+    ))  # fmt: skip
+    start = data.draw(st.sampled_from([0.6, 0.75, 0.9]))
+    errors = [_marginal_error(f, flow, start, 0.1, steps) for steps in (32, 64, 128)]
+    if errors[-1] <= 1e-9:
+        return
+    if not (errors[0] >= 1.5 * errors[1] and errors[1] >= 1.5 * errors[2]):
+        case = {"flow": flow, "from sigma": start, "to sigma": 0.1, "steps": [32, 64, 128]}
+        fail(case, "errors that halve with the step size", errors)
+
+
+@dataclass(frozen=True)
+class Density:
+    """A log-density or divergence of Gaussian steps under test.
+
+    Attributes:
+        function: called as ``function(x, mean, std)`` with latents [M, ...] and std [M, 1, ...];
+            returns [M]. For a divergence ``x`` is the other mean.
+        reduction: "mean" or "sum" over the elements of a row.
+        tolerance: relative difference that counts as rounding.
+    """
+
+    function: Callable[..., Any]
+    reduction: str = "mean"
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: expected 'mean' or 'sum', got {self.reduction!r}")
+
+    def __call__(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Return [M]; a failure of the function breaks the law that called it."""
+        case = {"x": x, "mean": mean, "std": std}
+        result: Tensor = call(self.function, case, x, mean, std)
+        if result.shape != x.shape[:1]:
+            fail(case, f"shape {list(x.shape[:1])}", f"shape {list(result.shape)}")
+        return result
+
+    def reduced(self, per_element: Tensor) -> Tensor:
+        """Reduce the elements of each row."""
+        flat = per_element.flatten(1)
+        return flat.mean(1) if self.reduction == "mean" else flat.sum(1)
+
+
+DENSITY: Laws[Density] = Laws("density", Density)
+
+
+def _positive(byte: int) -> float:
+    return (1 + byte % 16) / 8
+
+
+def _draw(data: DataObject) -> tuple[Tensor, Tensor, Tensor]:
+    x, mean = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
+    return x, mean, data.draw(tensors((ROWS, 1), number=_positive))
+
+
+@DENSITY.law(
+    why="The rounding of a bfloat16 mean is larger than what an update moves it.",
+)
+def half_precision(f: Density, data: DataObject) -> None:
+    """Half-precision means are refused, or give the result of the same numbers in float32."""
+    x, mean, std = _draw(data)
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    scale = data.draw(st.sampled_from([1.0, 300.0]))  # 300 squared overflows float16
+    half = (scale * x).to(dtype), (scale * mean).to(dtype), std.to(dtype)
+    if refuses(f.function, *half):
+        return
+    case = dict(zip(("x", "mean", "std"), half, strict=True))
+    expect_close(f(*half).float(), f(*(t.float() for t in half)), case, tolerance=1e-2)
+
+
+#: Laws of log-densities of steps, for ``Density``.
+LOG_PROB: Laws[Density] = Laws("log-prob", Density, DENSITY)
+#: Laws of KL divergences of steps, for ``Density``.
+KL: Laws[Density] = Laws("kl", Density, DENSITY)
+
+
+@LOG_PROB.law(
+    why="Without -log std or the 1/2 the ratio of two policies of different std is wrong, and the "
+    "number is no log-prob.",
+)
+def log_density(f: Density, data: DataObject) -> None:
+    """It is the log-density of torch.distributions.Normal."""
+    x, mean, std = _draw(data)
+    expected = f.reduced(_log_density(x, mean, std))
+    expect_close(
+        f(x, mean, std), expected, {"x": x, "mean": mean, "std": std}, tolerance=f.tolerance
+    )
+
+
+@LOG_PROB.law(
+    why="This is the score that the policy gradient averages.",
+)
+def score(f: Density, data: DataObject) -> None:
+    """Its gradient by the mean is (x - mean) / std^2."""
+    x, mean, std = _draw(data)
+    leaf = mean.clone().requires_grad_()
+    (got,) = torch.autograd.grad(f(x, leaf, std).sum(), leaf)
+    count = mean[0].numel() if f.reduction == "mean" else 1
+    expected = (x - mean) / std**2 / count
+    expect_close(got, expected, {"x": x, "mean": mean, "std": std}, tolerance=f.tolerance)
+
+
+@LOG_PROB.law(
+    why="The last step of a solver has std 0; one NaN in its gradient makes every weight NaN.",
+)
+def deterministic_rows(f: Density, data: DataObject) -> None:
+    """A deterministic row, std 0, has a finite value and gradient 0, whatever it holds."""
+    x, mean, std = _draw(data)
+    row = data.draw(st.integers(0, ROWS - 1))
+    std[row] = 0
+    garbage = data.draw(st.sampled_from([None, math.nan, math.inf]))
+    if garbage is not None:
+        x[row], mean[row] = garbage, garbage
+    leaf, case = mean.clone().requires_grad_(), {"x": x, "mean": mean, "std": std}
+    value = f(x, leaf, std)
+    (got,) = torch.autograd.grad(value.sum(), leaf)
+    if not bool(value.isfinite().all()) or bool((got[row] != 0).any()):
+        fail(
+            case, f"a finite value and gradient 0 in row {row}", f"{value.tolist()}, {got.tolist()}"
+        )
+    if not bool(got.isfinite().all()):
+        fail(case, "finite gradients in the other rows", got)
+
+
+@KL.law(
+    why="A KL without the step size makes kl_coef mean another thing on every grid.",
+)
+def divergence(f: Density, data: DataObject) -> None:
+    """It is the divergence of torch.distributions: the std of the step has the step size in it."""
+    x, mean, std = _draw(data)
+    normal = torch.distributions.Normal
+    ours, theirs = normal(x, std.expand_as(x)), normal(mean, std.expand_as(mean))
+    expected = f.reduced(torch.distributions.kl_divergence(ours, theirs))
+    expect_close(
+        f(x, mean, std), expected, {"x": x, "mean": mean, "std": std}, tolerance=f.tolerance
+    )
+
+
+@KL.law(
+    why="A KL computed without gradient is logged and holds nothing.",
+)
+def pulls_to_the_reference(f: Density, data: DataObject) -> None:
+    """It has a gradient to the policy, and is 0 with gradient 0 at the reference."""
+    x, mean, std = _draw(data)
+    case = {"x": x, "mean": mean, "std": std}
+    for at in (x, mean):
+        leaf = at.clone().requires_grad_()
+        value = f(leaf, mean, std).sum()
+        if not value.requires_grad:
+            fail(case, "a gradient to the policy's mean", "a result without gradient")
+        (got,) = torch.autograd.grad(value, leaf)
+        count = mean[0].numel() if f.reduction == "mean" else 1
+        expect_close(got, (at - mean) / std**2 / count, case, tolerance=f.tolerance)
+
+
+def check_solver(
+    function: Callable[..., Any],
+    *,
+    noise_level: float = 0.5,
+    marginals: bool = True,
+    tolerance: float = 1e-5,
+    **search: Any,
+) -> None:
+    """Check a solver step.
+
+    Args:
+        function: called as ``function(x_t, velocity, sigma, next_sigma, noise_level)``, returns
+            mean and std.
+        noise_level: noise level at which it is checked, > 0.
+        marginals: it keeps the marginals of the ODE as steps become small.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: Flow-GRPO (arXiv 2505.05470); DanceGRPO (arXiv 2505.07818).
+
+    Example:
+        >>> from mteditflow import FlowSDE
+        >>> def step(x_t, velocity, sigma, next_sigma, noise_level):
+        ...     return FlowSDE(noise_level)(x_t, velocity, sigma, next_sigma)
+        >>> check_solver(step, examples=2)
+    """
+    SOLVER.check(SolverStep(function, noise_level, marginals, tolerance), **search)
+
+
+def check_log_prob(
+    function: Callable[..., Any],
+    *,
+    reduction: str = "mean",
+    tolerance: float = 1e-5,
+    **search: Any,
+) -> None:
+    """Check the log-density of a step, called as ``function(x, mean, std)``.
+
+    Args:
+        function: maps latents [M, ...] and std [M, 1, ...] to [M].
+        reduction: "mean" or "sum" over the elements of a row.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: Flow-GRPO (arXiv 2505.05470).
+
+    Example:
+        >>> from functools import partial
+        >>> from mteditflow import gaussian_log_prob
+        >>> check_log_prob(partial(gaussian_log_prob, reduction="mean"), examples=2)
+    """
+    LOG_PROB.check(Density(function, reduction, tolerance), **search)
+
+
+def check_kl(
+    function: Callable[..., Any],
+    *,
+    reduction: str = "mean",
+    tolerance: float = 1e-5,
+    **search: Any,
+) -> None:
+    """Check the KL divergence of two steps, called as ``function(mean, reference_mean, std)``.
+
+    Args:
+        function: maps latents [M, ...] and std [M, 1, ...] to [M].
+        reduction: "mean" or "sum" over the elements of a row.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: Flow-GRPO (arXiv 2505.05470).
+
+    Example:
+        >>> from functools import partial
+        >>> from mteditflow import gaussian_kl
+        >>> check_kl(partial(gaussian_kl, reduction="mean"), examples=2)
+    """
+    KL.check(Density(function, reduction, tolerance), **search)
+
+
+def _log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    result: Tensor = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _marginal_error(
+    f: SolverStep, flow: GaussianFlow, start: float, end: float, steps: int
+) -> float:
+    """Difference of mean and variance at ``end``, after exact propagation of a Gaussian.
+
+    A step is affine in x, since the velocity of a Gaussian flow is: two points give it.
+    """
+    mean, variance = flow.marginal(start)
+    grid = torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
+    points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    for sigma, following in pairwise(grid):
+        to, std = f(points, flow.velocity(points, sigma), sigma, following, f.noise_level)
+        offset, slope = float(to[0]), float(to[1] - to[0])
+        mean, variance = offset + slope * mean, slope**2 * variance + float(std.flatten()[0]) ** 2
+    exact_mean, exact_variance = flow.marginal(end)
+    return abs(mean - exact_mean) + abs(variance - exact_variance)

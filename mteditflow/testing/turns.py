@@ -1,0 +1,334 @@
+"""Laws of turn aggregators ([B, N] scores to [B] rewards) and of credit ([B, N] to [B, N]).
+
+Source: MT-EditFlow (arXiv 2606.01985), turn aggregation and Eq. 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+from torch import Tensor
+
+from mteditflow.testing.law import Laws, call, expect_close, fail
+from mteditflow.testing.signatures import vector
+from mteditflow.testing.strategies import LOST, TurnBatch, turn_batches
+
+
+@dataclass(frozen=True)
+class TurnFunction:
+    """A function of turn scores under test.
+
+    Attributes:
+        function: called as ``function(score [B, N], turn_mask=mask [B, N])``.
+        values: the scores it takes.
+        tolerance: relative difference that counts as rounding.
+    """
+
+    function: Callable[..., Any]
+    values: Sequence[float] = (0.0, 1.0)
+    tolerance: float = 1e-5
+
+    def __call__(self, score: Tensor, turn_mask: Tensor) -> Tensor:
+        """Return the result; a failure of the function breaks the law that called it."""
+        case = {"score": score, "turn_mask": turn_mask}
+        return vector(call(self.function, case, score.clone(), turn_mask=turn_mask.clone()))
+
+    def batches(self) -> st.SearchStrategy[TurnBatch]:
+        """Return a strategy for scores that the function takes."""
+        return turn_batches(values=tuple(self.values))
+
+
+@dataclass(frozen=True)
+class Aggregator(TurnFunction):
+    """An aggregator under test: [B, N] scores to [B].
+
+    Attributes:
+        any_order: the order of turns does not matter.
+    """
+
+    any_order: bool = True
+
+
+@dataclass(frozen=True)
+class TurnCreditFunction(TurnFunction):
+    """A credit under test: [B, N] rewards to [B, N].
+
+    Attributes:
+        reads: the turns that a turn's credit depends on: "later" ones (as a return), "earlier"
+            ones (as a stop after failure), each with the turn itself.
+        linear: the credit of a sum of rewards is the sum of their credits.
+    """
+
+    values: Sequence[float] = (-1.0, 0.0, 0.5, 1.0)
+    reads: str = "later"
+    linear: bool = True
+
+    def __post_init__(self) -> None:
+        if self.reads not in ("later", "earlier"):
+            raise ValueError(f"reads: expected 'later' or 'earlier', got {self.reads!r}")
+
+
+TURNS: Laws[TurnFunction] = Laws("turns", TurnFunction)
+
+
+def _case(batch: TurnBatch, **more: object) -> Mapping[str, object]:
+    return {"score": batch.score, "turn_mask": batch.turn_mask, **more}
+
+
+@TURNS.law(
+    why="A statistic over the batch inside an aggregator makes a reward depend on the other "
+    "prompts of the round.",
+)
+def chains_independent(f: TurnFunction, data: DataObject) -> None:
+    """A chain gives the same alone and in a batch."""
+    batch = data.draw(f.batches())
+    whole = f(*batch)
+    alone = torch.cat(
+        [f(batch.score[i : i + 1], batch.turn_mask[i : i + 1]) for i in range(len(whole))]
+    )
+    expect_close(whole, alone, _case(batch), tolerance=f.tolerance)
+
+
+@TURNS.law(
+    why="Turns that do not exist hold NaN or zeros; zeros read as scores punish short chains.",
+)
+def padding_never_read(f: TurnFunction, data: DataObject) -> None:
+    """Whatever stands in a padded turn is never read."""
+    batch = data.draw(f.batches())
+    assume(not bool(batch.turn_mask.all()))
+    held = batch.score.masked_fill(~batch.turn_mask, data.draw(st.sampled_from(LOST)))
+    expect_close(
+        f(held, batch.turn_mask),
+        f(*batch),
+        _case(batch._replace(score=held)),
+        tolerance=f.tolerance,
+    )
+
+
+@TURNS.law(
+    why="Otherwise the reward of a chain depends on the longest chain of its batch.",
+)
+def padding_equals_deletion(f: TurnFunction, data: DataObject) -> None:
+    """A padded chain gives what it gives at its own length."""
+    batch = data.draw(f.batches())
+    got = f(*batch)
+    for chain, length in enumerate(batch.turn_mask.sum(dim=1).tolist()):
+        own = f(batch.score[chain : chain + 1, :length], torch.ones(1, length, dtype=torch.bool))
+        here = got[chain : chain + 1] if got.ndim == 1 else got[chain : chain + 1, :length]
+        expect_close(here, own, _case(batch), tolerance=f.tolerance)
+
+
+@TURNS.law(
+    why="Under a bfloat16 default a mean of three turns has two digits, and ties appear.",
+)
+def default_dtype(f: TurnFunction, data: DataObject) -> None:
+    """The default dtype of torch changes nothing."""
+    batch = data.draw(f.batches())
+    expected, before = f(*batch), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        got = f(*batch)
+    finally:
+        torch.set_default_dtype(before)
+    expect_close(got, expected, _case(batch, default_dtype=torch.bfloat16), tolerance=f.tolerance)
+
+
+#: Laws of turn aggregators, for ``Aggregator``.
+AGGREGATOR: Laws[Aggregator] = Laws("aggregator", Aggregator, TURNS.through(lambda f: f))
+#: Laws of credit to turns, for ``TurnCreditFunction``.
+CREDIT: Laws[TurnCreditFunction] = Laws("credit", TurnCreditFunction, TURNS.through(lambda f: f))
+
+
+@AGGREGATOR.law(
+    why="A sum in place of a mean rewards long chains.",
+)
+def length(f: Aggregator, data: DataObject) -> None:
+    """The reward of a chain of equal scores does not depend on its length."""
+    score = data.draw(st.sampled_from(list(f.values)))
+    turns = data.draw(st.integers(2, 6))
+    one, many = (torch.full((1, n), score, dtype=torch.float64) for n in (1, turns))
+    got = f(many, torch.ones(1, turns, dtype=torch.bool))
+    expected = f(one, torch.ones(1, 1, dtype=torch.bool))
+    expect_close(got, expected, {"score": many}, tolerance=f.tolerance)
+
+
+@AGGREGATOR.law(
+    why="Otherwise training is paid for failing a turn.",
+)
+def monotone(f: Aggregator, data: DataObject) -> None:
+    """A better turn never makes a worse chain."""
+    batch = data.draw(f.batches())
+    chain = data.draw(st.integers(0, len(batch.score) - 1))
+    turn = data.draw(st.integers(0, int(batch.turn_mask[chain].sum()) - 1))
+    better = batch.score.clone()
+    better[chain, turn] = max(f.values)
+    before, after = f(*batch)[chain], f(better, batch.turn_mask)[chain]
+    if not bool(after >= before - f.tolerance):
+        fail(
+            _case(batch, better=better), f"at least {before.item()} for chain {chain}", after.item()
+        )
+
+
+@AGGREGATOR.law(
+    why="A constant reward teaches nothing.",
+)
+def informative(f: Aggregator, data: DataObject) -> None:
+    """A chain of the best scores has a larger reward than one of the worst."""
+    turns = data.draw(st.integers(1, 6))
+    score = torch.tensor([[max(f.values)] * turns, [min(f.values)] * turns], dtype=torch.float64)
+    best, worst = f(score, torch.ones_like(score, dtype=torch.bool)).tolist()
+    if not best > worst:
+        fail({"score": score}, "a larger reward of the first chain", [best, worst])
+
+
+@AGGREGATOR.law(
+    why="A weight that depends on a turn's place should be a choice, not an accident of indexing.",
+    skip=lambda f: None if f.any_order else "the order of turns matters",
+)
+def turn_order(f: Aggregator, data: DataObject) -> None:
+    """The order of turns changes nothing."""
+    batch = data.draw(f.batches())
+    order = torch.tensor(data.draw(st.permutations(range(batch.score.shape[1]))))
+    got = f(batch.score[:, order], batch.turn_mask[:, order])
+    expect_close(got, f(*batch), _case(batch, order=order), tolerance=f.tolerance)
+
+
+@AGGREGATOR.law(
+    why="A judge returns integers; a mean of integers that stays an integer is rounded down.",
+    skip=lambda f: None if all(float(x).is_integer() for x in f.values) else "scores are fractions",
+)
+def whole_numbers(f: Aggregator, data: DataObject) -> None:
+    """Integer and boolean scores give what the same numbers give as floats."""
+    batch = data.draw(f.batches())
+    dtypes = [torch.int64, torch.int32]
+    dtypes += [torch.bool] * (set(f.values) <= {0.0, 1.0})
+    score = batch.score.to(data.draw(st.sampled_from(dtypes)))
+    expect_close(
+        f(score, batch.turn_mask).double(), f(*batch).double(), _case(batch._replace(score=score)),
+        tolerance=f.tolerance,
+    )  # fmt: skip
+
+
+@CREDIT.law(
+    why="A return that reads the past pays a turn for what was done before it.",
+)
+def causal(f: TurnCreditFunction, data: DataObject) -> None:
+    """A turn's credit depends on the turns that it may read, and on no other."""
+    batch = data.draw(f.batches())
+    assume(batch.score.shape[1] > 1)
+    turns = batch.score.shape[1]
+    changed = data.draw(st.integers(0, turns - 1))
+    score = batch.score.clone()
+    score[:, changed] = data.draw(st.sampled_from(list(f.values)))
+    later = torch.arange(turns) > changed
+    earlier = torch.arange(turns) < changed
+    same = later if f.reads == "later" else earlier
+    before, after = f(*batch)[:, same], f(score, batch.turn_mask)[:, same]
+    expect_close(after, before, _case(batch, changed=score), tolerance=f.tolerance)
+
+
+@CREDIT.law(
+    why="A sum over turns would count turns that do not exist.",
+)
+def padding_is_zero(f: TurnCreditFunction, data: DataObject) -> None:
+    """A padded turn gets credit 0."""
+    batch = data.draw(f.batches())
+    got = f(*batch)
+    if got.shape != batch.score.shape:
+        fail(_case(batch), f"shape {list(batch.score.shape)}", f"shape {list(got.shape)}")
+    padding = got[~batch.turn_mask]
+    if not torch.equal(padding, torch.zeros_like(padding)):
+        fail(_case(batch), "0 in padded turns", got)
+
+
+@CREDIT.law(
+    why="Nothing follows it; credit of another size trains it toward other turns' results.",
+    skip=lambda f: None if f.reads == "later" else "a turn reads earlier ones",
+)
+def last_turn(f: TurnCreditFunction, data: DataObject) -> None:
+    """The last turn of a chain answers for itself alone."""
+    batch = data.draw(f.batches())
+    last = batch.turn_mask.sum(dim=1, keepdim=True) - 1
+    got, expected = (x.double().gather(1, last) for x in (f(*batch), batch.score))
+    expect_close(got, expected, _case(batch), tolerance=f.tolerance)
+
+
+@CREDIT.law(
+    why="Weights of several rewards then mean the same before and after credit is assigned.",
+    skip=lambda f: None if f.linear else "the credit is not linear",
+)
+def linear(f: TurnCreditFunction, data: DataObject) -> None:
+    """The credit of a sum of rewards is the sum of their credits."""
+    batch = data.draw(f.batches())
+    other = data.draw(st.sampled_from([-2.0, 0.5, 3.0]))
+    got = f(other * batch.score + batch.score.flip(0), batch.turn_mask)
+    expected = other * f(*batch) + f(batch.score.flip(0), batch.turn_mask)
+    expect_close(got, expected, _case(batch, factor=other), tolerance=f.tolerance)
+
+
+def check_aggregator(
+    function: Callable[..., Any],
+    *,
+    values: Sequence[float] = (0.0, 1.0),
+    any_order: bool = True,
+    tolerance: float = 1e-5,
+    **search: Any,
+) -> None:
+    """Check an aggregator of turn scores, called as ``function(score, turn_mask=mask)``.
+
+    Args:
+        function: maps scores [B, N] to rewards [B].
+        values: the scores it takes.
+        any_order: the order of turns does not matter.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
+
+    Example:
+        >>> from mteditflow import binary_and
+        >>> check_aggregator(binary_and, examples=5)
+    """
+    AGGREGATOR.check(Aggregator(function, values, tolerance, any_order), **search)
+
+
+def check_credit(
+    function: Callable[..., Any],
+    *,
+    values: Sequence[float] = (-1.0, 0.0, 0.5, 1.0),
+    reads: str = "later",
+    linear: bool = True,
+    tolerance: float = 1e-5,
+    **search: Any,
+) -> None:
+    """Check a credit to turns, called as ``function(reward, turn_mask=mask)``.
+
+    Args:
+        function: maps rewards [B, N] to credits [B, N].
+        values: the rewards it takes.
+        reads: turns that a turn's credit depends on, "later" or "earlier", and itself.
+        linear: the credit of a sum of rewards is the sum of their credits.
+        tolerance: relative difference that counts as rounding.
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 8 and its alternatives.
+
+    Example:
+        >>> from mteditflow import reward_to_go
+        >>> check_credit(reward_to_go, examples=5)
+    """
+    CREDIT.check(TurnCreditFunction(function, values, tolerance, reads, linear), **search)

@@ -1,0 +1,675 @@
+"""Faults seen in the field, planted into small copies written here, and the law that finds each.
+
+``PLANTED`` maps a kind of function to (what is wrong, subject, law).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from mteditflow.testing import (
+    Aggregator,
+    Average,
+    Density,
+    Fusion,
+    GroupAdvantage,
+    Loss,
+    NFTLoss,
+    PolicyLoss,
+    Selection,
+    SolverStep,
+    TurnCreditFunction,
+)
+
+# Group advantages: a right one in numpy and one in torch, each with a place for a fault.
+
+
+def in_groups(function):
+    """A group advantage from a function of one group's rewards; lost rewards get 0."""
+
+    def advantage(reward, group, valid=None):
+        out = torch.zeros_like(reward)
+        valid = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
+        for name in set(group.tolist()):
+            members = torch.tensor([g == name for g in group.tolist()]) & valid
+            if members.any():
+                out[members] = function(reward.detach()[members]).to(out.dtype)
+        return out
+
+    return advantage
+
+
+def sound(x, eps=1e-4, ddof=0):
+    if len(x) < 2 or x.min() == x.max():
+        return torch.zeros_like(x)
+    return (x - x.mean()) / (x.double().std(correction=ddof).to(x) + eps)
+
+
+def dividing_by_rounding(x):
+    return torch.zeros_like(x) if len(x) < 2 else (x - x.mean()) / x.std(correction=0)
+
+
+def with_small_eps(x):
+    return torch.zeros_like(x) if len(x) < 2 else (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def nan_for_one_member(x):
+    return (x - x.mean()) / (x.std() + 1e-4)
+
+
+def raw_reward_for_one_member(x):
+    return x if len(x) == 1 else sound(x)
+
+
+def variance_of_squares(x):
+    if len(x) < 2 or x.min() == x.max():
+        return torch.zeros_like(x)
+    y = x.float()
+    return ((y - y.mean()) / ((y.square().mean() - y.mean().square()).sqrt() + 1e-4)).to(x)
+
+
+def divided_by_the_variance(x):
+    return sound(x) / (x.std(correction=0) + 1e-4) if x.min() != x.max() else sound(x)
+
+
+def in_place(reward, group, valid=None):
+    advantage = in_groups(sound)(reward, group, valid)
+    reward -= reward.mean()
+    return advantage
+
+
+def over_the_batch(reward, group, valid=None):
+    spread = reward.std(correction=0)
+    return in_groups(lambda x: (x - x.mean()) / (spread + 1e-4))(reward, group, valid)
+
+
+def mean_of_the_batch(reward, group, valid=None):
+    return (reward - reward.mean()) / (reward.std(correction=0) + 1e-4)
+
+
+def ids_through_float32(reward, group, valid=None):
+    return in_groups(sound)(reward, group.float(), valid)
+
+
+def ids_as_positions(reward, group, valid=None):
+    total = torch.zeros(1000, dtype=reward.dtype).index_add(0, group.long(), reward)
+    count = torch.zeros(1000, dtype=reward.dtype).index_add(
+        0, group.long(), torch.ones_like(reward)
+    )
+    centered = reward - (total / count)[group.long()]
+    return torch.where(centered == 0, 0, in_groups(sound)(reward, group, valid))
+
+
+def runs_of_equal_ids(reward, group, valid=None):
+    """Groups are runs of neighbors, as a sorted loader delivers them."""
+    new = torch.cat([torch.ones(1, dtype=torch.bool), group[1:] != group[:-1]])
+    return in_groups(sound)(reward, new.cumsum(0), valid)
+
+
+def lost_as_zero(reward, group, valid=None):
+    keep = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
+    return in_groups(sound)(torch.where(keep, reward, 0), group) * keep
+
+
+def lost_keep_their_advantage(reward, group, valid=None):
+    return in_groups(sound)(reward.nan_to_num(0, 0, 0).clamp(-99, 99), group)
+
+
+def mask_by_product(reward, group, valid=None):
+    keep = torch.ones_like(reward) if valid is None else valid.to(reward)
+    return in_groups(sound)(reward, group, valid) + 0 * (reward * keep)
+
+
+def in_half(reward, group, valid=None):
+    return in_groups(sound)(reward.bfloat16().to(reward), group, valid)
+
+
+def result_in_double(reward, group, valid=None):
+    return in_groups(sound)(reward, group, valid).double()
+
+
+def default_dtype(reward, group, valid=None):
+    scale = torch.tensor([1 / 3], device=reward.device).to(reward)
+    return 3 * scale * in_groups(sound)(reward, group, valid)
+
+
+def default_device(reward, group, valid=None):
+    return in_groups(sound)(reward, group, valid) + torch.zeros(len(reward), dtype=reward.dtype)
+
+
+def with_gradient(reward, group, valid=None):
+    return in_groups(sound)(reward, group, valid) + (reward - reward)
+
+
+def accumulated_in_half(reward, group, valid=None):
+    def whitened(x):
+        return torch.zeros_like(x) if len(x) < 2 else (x - x.mean()) / (x.std(correction=0) + 1e-2)
+
+    return in_groups(whitened)(reward, group, valid)
+
+
+class Remembering:
+    """A tracker that keeps rewards of earlier calls under the same prompt."""
+
+    def __init__(self):
+        self.rewards = {}
+
+    def __call__(self, reward, group, valid=None):
+        out = np.zeros(len(reward))
+        for name in np.unique(group):
+            here = group == name
+            past = self.rewards.setdefault(int(name), [])
+            past.extend(reward[here])
+            out[here] = (reward[here] - np.mean(past)) / (np.std(past) + 1e-4)
+        return out
+
+
+def advantage(function, **options):
+    return GroupAdvantage(function, **options)
+
+
+def grouped(function):
+    return advantage(in_groups(function))
+
+
+ADVANTAGE = [
+    ("std of the sample, unannounced", grouped(partial(sound, ddof=1)), "unit-variance"),
+    ("half the size", grouped(lambda x: sound(x) / 2), "unit-variance"),
+    ("no eps and no test for equal rewards", grouped(dividing_by_rounding), "constant-group"),
+    ("eps of 1e-8 in float32", grouped(with_small_eps), "constant-group"),
+    ("NaN for one member", grouped(nan_for_one_member), "one-member"),
+    ("raw reward for one member", grouped(raw_reward_for_one_member), "one-member"),
+    ("variance as E[x^2] - E[x]^2 in float32", grouped(variance_of_squares), "shift"),
+    ("rewards clipped", grouped(lambda x: sound(x.clamp(-5, 5))), "shift"),
+    ("divided by the variance", grouped(divided_by_the_variance), "scale"),
+    ("tanh of the advantage's unit", grouped(lambda x: torch.tanh(x - x.mean())), "scale"),
+    ("sign turned over", grouped(lambda x: -sound(x)), "monotone"),
+    ("absolute value", grouped(lambda x: sound(x).abs()), "zero-sum"),
+    ("mean not taken off", grouped(lambda x: sound(x) + x.mean()), "zero-sum"),
+    ("mean of the batch", advantage(mean_of_the_batch), "zero-sum"),
+    ("std of the batch, unannounced", advantage(over_the_batch), "split-equals-whole"),
+    ("ids pass through float32", advantage(ids_through_float32), "relabeled-groups"),
+    ("ids serve as positions", advantage(ids_as_positions), "relabeled-groups"),
+    ("groups must be neighbors", advantage(runs_of_equal_ids), "permutation"),
+    ("a lost reward counts as 0", advantage(lost_as_zero), "mask-equals-deletion"),
+    ("a lost reward is trained", advantage(lost_keep_their_advantage), "mask-equals-deletion"),
+    ("a mask by multiplication", advantage(mask_by_product), "invalid-never-read"),
+    ("rewards in bfloat16", advantage(in_half), "float32-accuracy"),
+    ("float64 for float32", advantage(result_in_double), "float32-accuracy"),
+    ("a constant in the default dtype", advantage(default_dtype), "default-dtype-and-device"),
+    ("a tensor on the default device", advantage(default_device), "default-dtype-and-device"),
+    ("a gradient to the reward", advantage(with_gradient), "no-gradient"),
+    ("the argument changed in place", advantage(in_place), "pure"),
+    ("a tracker never cleared", advantage(Remembering(), signature="numpy"), "pure"),
+    ("statistics in half precision", advantage(accumulated_in_half), "half-precision"),
+]
+
+
+# Turns
+
+
+def mean_of_turns(score, turn_mask):
+    return torch.where(turn_mask, score, 0).double().sum(1) / turn_mask.sum(1)
+
+
+def default_dtype_mean(score, turn_mask):
+    weight = turn_mask.to(torch.get_default_dtype())
+    weight = weight / weight.sum(1, keepdim=True)
+    return (torch.where(turn_mask, score, 0).to(weight.dtype) * weight).sum(1)
+
+
+def whole_number_mean(score, turn_mask):
+    total = torch.where(turn_mask, score, 0).sum(1)
+    return total // turn_mask.sum(1) if not score.is_floating_point() else total / turn_mask.sum(1)
+
+
+def last_score(score, turn_mask):
+    return score.gather(1, turn_mask.sum(1, keepdim=True) - 1)[:, 0]
+
+
+def whitened_chains(score, turn_mask):
+    mean = mean_of_turns(score, turn_mask)
+    return mean - mean.mean()
+
+
+AGGREGATOR = [
+    ("a sum", Aggregator(lambda s, turn_mask: torch.where(turn_mask, s, 0).sum(1)), "length"),
+    (
+        "padding counts as failed turns",
+        Aggregator(lambda s, turn_mask: torch.where(turn_mask, s, 0).mean(1)),
+        "padding-equals-deletion",
+    ),
+    (
+        "a mask by multiplication",
+        Aggregator(lambda s, turn_mask: (s * turn_mask).sum(1) / turn_mask.sum(1)),
+        "padding-never-read",
+    ),
+    ("integer division", Aggregator(whole_number_mean), "whole-numbers"),
+    ("the last turn alone", Aggregator(last_score), "turn-order"),
+    ("weights in the default dtype", Aggregator(default_dtype_mean), "default-dtype"),
+    ("whitened over the batch", Aggregator(whitened_chains), "chains-independent"),
+    ("a constant", Aggregator(lambda s, turn_mask: torch.ones(len(s))), "informative"),
+    (
+        "failures count",
+        Aggregator(lambda s, turn_mask: 1 - mean_of_turns(s, turn_mask)),
+        "monotone",
+    ),
+]
+
+
+def returns(reward, turn_mask):
+    reward = torch.where(turn_mask, reward, 0)
+    return torch.where(turn_mask, reward.flip(1).cumsum(1).flip(1), 0)
+
+
+def credit(function, **options):
+    return TurnCreditFunction(function, **options)
+
+
+def past_returns(reward, turn_mask):
+    return torch.where(turn_mask, torch.where(turn_mask, reward, 0).cumsum(1), 0)
+
+
+def best_to_come(reward, turn_mask):
+    best = torch.where(turn_mask, reward, -9).flip(1).cummax(1).values.flip(1)
+    return torch.where(turn_mask, best, 0)
+
+
+def chain_in_padding(reward, turn_mask):
+    reward = torch.where(turn_mask, reward, 0)
+    return reward.flip(1).cumsum(1).flip(1) + torch.where(turn_mask, 0, 1)
+
+
+def without_own(reward, turn_mask):
+    reward = torch.where(turn_mask, reward, 0)
+    return torch.where(turn_mask, returns(reward, turn_mask) - reward, 0)
+
+
+CREDIT = [
+    ("the past is paid", credit(past_returns), "causal"),
+    ("padding gets credit", credit(chain_in_padding), "padding-is-zero"),
+    ("a turn's own reward is left out", credit(without_own), "last-turn"),
+    ("the best turn to come", credit(best_to_come), "linear"),
+]
+
+
+# Fusion and selection
+
+
+def fused(rewards, weights, group, valid=None, *, transform=sound, level="advantage"):
+    if level == "reward":
+        total = sum(weights[name] * reward for name, reward in rewards.items())
+        return in_groups(transform)(total, group, valid)
+    return sum(
+        weights[name] * in_groups(transform)(reward, group, valid)
+        for name, reward in rewards.items()
+    )
+
+
+def by_position(rewards, weights, group, valid=None):
+    positions = dict(zip(rewards, weights.values(), strict=True))
+    return fused(rewards, positions, group, valid)
+
+
+def scaled_by_all(rewards, weights, group, valid=None):
+    spread = sum(x.nan_to_num(0, 0, 0).abs().max() for x in rewards.values())
+    return fused(rewards, weights, group, valid) / (1 + spread)
+
+
+def squared_weights(rewards, weights, group, valid=None):
+    return fused(rewards, {name: w * w for name, w in weights.items()}, group, valid)
+
+
+def lost_as_zero_everywhere(rewards, weights, group, valid=None):
+    if valid is not None:
+        rewards = {name: torch.where(valid, x, 0) for name, x in rewards.items()}
+    return fused(rewards, weights, group)
+
+
+def centered(x):
+    return x - x.mean()
+
+
+FUSION = [
+    ("weights by position", Fusion(by_position), "order-of-names"),
+    ("the scale of all rewards", Fusion(scaled_by_all), "zero-weight"),
+    ("rewards are summed first", Fusion(partial(fused, level="reward")), "unit-free"),
+    ("weights squared", Fusion(squared_weights), "linear-in-weights"),
+    ("means not taken off", Fusion(partial(fused, transform=lambda x: x)), "zero-sum"),
+    ("no eps", Fusion(partial(fused, transform=dividing_by_rounding)), "constant-group"),
+    ("sign turned over", Fusion(partial(fused, transform=lambda x: -sound(x))), "monotone"),
+    (
+        "a fused reward that is not normalized",
+        Fusion(partial(fused, level="reward", transform=centered), level="reward"),
+        "common-factor",
+    ),
+    ("a lost reward counts as 0", Fusion(lost_as_zero_everywhere), "mask-equals-deletion"),
+]
+
+
+def informative(reward, group, valid, *, test=lambda x: x.min() != x.max()):
+    keep = torch.zeros_like(valid)
+    for name in set(group.tolist()):
+        members = (group == name) & valid
+        if members.sum() > 1 and test(reward[members]):
+            keep |= members
+    return keep
+
+
+def rows_off_the_mean(reward, group, valid):
+    return informative(reward, group, valid) & (in_groups(sound)(reward, group, valid) != 0)
+
+
+def counted_in_default_dtype(reward, group, valid):
+    def count(members):
+        return torch.zeros(1).index_add(0, torch.zeros_like(group), members + torch.zeros(1))
+
+    keep = torch.zeros_like(valid)
+    for name in set(group.tolist()):
+        members = (group == name) & valid
+        at_the_floor = members & (reward == reward[members].min())
+        keep |= members & (count(at_the_floor) < count(members))
+    return keep
+
+
+def neighbors_alone(reward, group, valid):
+    new = torch.cat([torch.ones(1, dtype=torch.bool), group[1:] != group[:-1]])
+    return informative(reward, new.cumsum(0), valid)
+
+
+SELECTION = [
+    ("rows are dropped", Selection(rows_off_the_mean), "whole-groups"),
+    (
+        "rounding of a mean is a spread",
+        Selection(partial(informative, test=lambda x: bool(((x - x.mean()) != 0).any()))),
+        "flat-groups-dropped",
+    ),
+    (
+        "lost members are kept",
+        Selection(lambda r, g, valid: informative(r, g, torch.ones_like(valid))),
+        "informative-groups-kept",
+    ),
+    ("groups must be neighbors", Selection(neighbors_alone), "permutation"),
+    ("counts in the default dtype", Selection(counted_in_default_dtype), "default-dtype"),
+]
+
+
+# Losses
+
+
+def surrogate(log_prob, old_log_prob, advantage, valid=None, *, low=0.2, high=0.2):
+    old_log_prob, advantage = old_log_prob.detach(), advantage.detach()
+    if valid is not None:
+        log_prob, old_log_prob, advantage = (
+            torch.where(valid, x, 0) for x in (log_prob, old_log_prob, advantage)
+        )
+    ratio = (log_prob - old_log_prob).clamp(-80, 80).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def policy(function, **options):
+    return PolicyLoss(function, **{"valid": None} | options)
+
+
+def maximum_in_place_of_minimum(log_prob, old_log_prob, advantage):
+    ratio = (log_prob - old_log_prob.detach()).exp()
+    return -torch.maximum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
+def both_sides_clipped(log_prob, old_log_prob, advantage):
+    return -(log_prob - old_log_prob.detach()).exp().clamp(0.8, 1.2) * advantage.detach()
+
+
+def no_ratio(log_prob, old_log_prob, advantage):
+    return -log_prob * advantage.detach()
+
+
+def ratio_of_exponentials(log_prob, old_log_prob, advantage):
+    return -(log_prob.exp() / old_log_prob.detach().exp()) * advantage.detach()
+
+
+def gradient_to_the_old(log_prob, old_log_prob, advantage):
+    return -(log_prob - old_log_prob).exp() * advantage.detach()
+
+
+def whitened_inside(log_prob, old_log_prob, advantage):
+    return surrogate(log_prob, old_log_prob, advantage - advantage.mean())
+
+
+def masked_by_product(log_prob, old_log_prob, advantage, valid=None):
+    loss = surrogate(log_prob, old_log_prob, advantage)
+    return loss if valid is None else loss * valid
+
+
+def branch_on_values(log_prob, old_log_prob, advantage):
+    loss = surrogate(log_prob, old_log_prob, advantage)
+    return loss if bool((advantage > 0).any()) else loss + 0
+
+
+def constant_in_default_dtype(log_prob, old_log_prob, advantage):
+    third = torch.tensor(1 / 3, device=log_prob.device).to(log_prob)
+    return surrogate(log_prob, old_log_prob, 3 * third * advantage)
+
+
+def detached_ratio(log_prob, old_log_prob, advantage):
+    ratio = (log_prob - old_log_prob.detach()).exp()
+    return -ratio.detach() * advantage.detach() * log_prob
+
+
+def good_samples_alone(log_prob, old_log_prob, advantage):
+    return surrogate(log_prob, old_log_prob, advantage.clamp(min=0))
+
+
+def over_the_std(log_prob, old_log_prob, advantage):
+    return surrogate(2 * log_prob, 2 * old_log_prob, advantage)
+
+
+POLICY_LOSS = [
+    ("sign turned over", policy(lambda *x: -surrogate(*x)), "on-policy-gradient"),
+    ("only good samples", policy(good_samples_alone), "on-policy-gradient"),
+    ("log-probs counted twice", policy(over_the_std), "policy-gradient"),
+    ("maximum in place of minimum", policy(maximum_in_place_of_minimum), "clipped-side"),
+    ("both sides clipped", policy(both_sides_clipped), "wrong-side"),
+    ("no ratio", policy(no_ratio, clip_low=None, clip_high=None), "wrong-side"),
+    (
+        "a ratio of exponentials",
+        policy(ratio_of_exponentials, clip_low=None, clip_high=None),
+        "difference",
+    ),
+    ("a gradient to the old policy", policy(gradient_to_the_old), "constants"),
+    ("advantages whitened inside", policy(whitened_inside), "slice-equals-whole"),
+    ("a mask by multiplication", policy(masked_by_product, valid="valid"), "mask-equals-deletion"),
+    ("a branch on values", policy(branch_on_values), "compiled-equals-eager"),
+    (
+        "a constant in the default dtype",
+        policy(constant_in_default_dtype),
+        "default-dtype-and-device",
+    ),
+    ("a ratio without gradient", policy(detached_ratio), "gradient-of-value"),
+]
+
+
+def nft(velocity, old_velocity, target, r, *, nft_beta, valid=None, one=1.0, zero=0.0):
+    old, aim = old_velocity.detach(), target.detach()
+    r = r.reshape(-1, *[1] * (velocity.ndim - 1))
+    good = (1 - nft_beta) * old + nft_beta * velocity - aim
+    bad = (1 + nft_beta) * old - nft_beta * velocity - aim
+    loss = (r * one + (1 - r) * zero) * good.square() + (1 - r) * bad.square()
+    return loss.flatten(1).mean(1)
+
+
+def good_branch(velocity, old_velocity, target, r, *, nft_beta):
+    return nft(velocity, old_velocity, target, r, nft_beta=nft_beta, zero=1.0)
+
+
+def weighted_apart(velocity, old_velocity, target, r, *, nft_beta):
+    loss = nft(velocity, old_velocity, target, r, nft_beta=nft_beta)
+    return loss + (velocity - old_velocity.detach()).square().flatten(1).mean(1)
+
+
+def summed(velocity, old_velocity, target, r, *, nft_beta):
+    elements = velocity[0].numel()
+    return elements * nft(velocity, old_velocity, target, r, nft_beta=nft_beta)
+
+
+def lost_as_undecided(velocity, old_velocity, target, r, *, nft_beta, valid=None):
+    if valid is not None:
+        r = torch.where(valid, r, 0.5)
+    return nft(velocity, old_velocity, target, r, nft_beta=nft_beta)
+
+
+NFT_LOSS = [
+    (
+        "the negative branch adds to the positive",
+        NFTLoss(good_branch),
+        "gradient-at-the-old-policy",
+    ),
+    ("a pull to the old policy on top", NFTLoss(weighted_apart), "minimum"),
+    ("a sum over elements", NFTLoss(summed), "flow-matching"),
+    ("a lost row has r = 1/2", NFTLoss(lost_as_undecided, valid="valid"), "mask-equals-deletion"),
+]
+
+MATCHING = {"velocity": "latent", "target": "latent"}
+
+
+def by_norm(velocity, target):
+    difference = (velocity - target.detach()).double()
+    norm = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    return norm.square() / difference[0].numel()
+
+
+def squares_in_half(velocity, target):
+    return (velocity - target.detach()).square().flatten(1).mean(1)
+
+
+LOSS = [
+    ("the square of a norm", Loss(by_norm, MATCHING, ("velocity",)), "second-derivatives"),
+    ("squares in half precision", Loss(squares_in_half, MATCHING, ("velocity",)), "half-precision"),
+]
+
+
+# Steps and densities
+
+
+def flow_sde(x_t, velocity, sigma, next_sigma, level, *, guard=True, pull=1.0, floor=0.0):
+    d = sigma - next_sigma
+    below_one = next_sigma if sigma == 1 and guard else sigma
+    g = torch.tensor(level * (sigma / max(1 - below_one, 0)) ** 0.5 if below_one < 1 else torch.inf)
+    g = g.double()
+    noise = x_t + (1 - sigma) * velocity
+    mean = x_t - d * velocity - pull * g**2 / (2 * sigma) * noise * d
+    return mean, g * d**0.5 + floor
+
+
+def row_statistics(x_t, velocity, sigma, next_sigma, level):
+    mean, std = flow_sde(x_t, velocity, sigma, next_sigma, level)
+    return mean - level * mean.mean(), std
+
+
+def detached_velocity(x_t, velocity, sigma, next_sigma, level):
+    return flow_sde(x_t, velocity.detach(), sigma, next_sigma, level)
+
+
+def toward_noise(x_t, velocity, sigma, next_sigma, level):
+    mean, std = flow_sde(x_t, velocity, sigma, next_sigma, level)
+    base, _ = flow_sde(x_t, -velocity, sigma, next_sigma, level)
+    return (base if level else mean), std
+
+
+SOLVER = [
+    ("a floor under the std", SolverStep(partial(flow_sde, floor=1e-4)), "noise-0-is-euler"),
+    ("g at sigma 1 unguarded", SolverStep(partial(flow_sde, guard=False)), "finite"),
+    ("noise without a drift", SolverStep(partial(flow_sde, pull=0.0)), "marginals"),
+    ("half the drift", SolverStep(partial(flow_sde, pull=0.5)), "marginals"),
+    ("statistics over the batch", SolverStep(row_statistics), "rows-independent"),
+    ("a velocity without gradient", SolverStep(detached_velocity), "gradient-to-velocity"),
+    ("steps toward noise", SolverStep(toward_noise), "gradient-to-velocity"),
+]
+
+
+def log_density(x, mean, std, *, log_std=1.0, power=2, half=0.5):
+    safe = torch.where(std > 0, std, 1)
+    per_element = (
+        -half * ((x - mean) / safe ** (power / 2)) ** 2 - log_std * safe.log() - 0.9189385332
+    )
+    return torch.where((std > 0).reshape(len(x)), per_element.flatten(1).mean(1), 0)
+
+
+def nan_leaks(x, mean, std):
+    return log_density(x, mean, std)  # `where` on the value alone: its gradient is 0 * NaN
+
+
+def no_density_of_deterministic_steps(x, mean, std):
+    return (
+        torch.distributions.Normal(mean, std.expand_as(mean), validate_args=False)
+        .log_prob(x)
+        .flatten(1)
+        .mean(1)
+    )
+
+
+def kl(mean, reference_mean, std, *, step=1.0):
+    return ((mean - reference_mean) ** 2 / (2 * std**2) / step).flatten(1).mean(1)
+
+
+def kl_without_gradient(mean, reference_mean, std):
+    return kl(mean.detach(), reference_mean, std)
+
+
+LOG_PROB = [
+    ("-log std lost", Density(partial(log_density, log_std=0.0)), "log-density"),
+    ("a surrogate without the 1/2", Density(partial(log_density, half=1.0)), "log-density"),
+    ("divided by std, not std^2", Density(partial(log_density, power=1)), "score"),
+    ("NaN of a deterministic row leaks", Density(nan_leaks), "deterministic-rows"),
+    ("log 0", Density(no_density_of_deterministic_steps), "deterministic-rows"),
+    ("squares in float16", Density(log_density), "half-precision"),
+]
+KL = [
+    ("no step size", Density(partial(kl, step=0.25)), "divergence"),
+    ("no gradient", Density(kl_without_gradient), "pulls-to-the-reference"),
+]
+
+
+# Averages
+
+
+def swapped(old, current, decay):
+    with torch.no_grad():
+        for a, b in zip(old, current, strict=True):
+            a.mul_(1 - decay).add_(decay * b)
+
+
+def by_difference(old, current, decay):
+    with torch.no_grad():
+        for a, b in zip(old, current, strict=True):
+            a.add_((1 - decay) * (b * (1 + 1e-6) - a))
+
+
+def inside_the_graph(old, current, decay):
+    for i, (a, b) in enumerate(zip(old, current, strict=True)):
+        old[i] = a * decay + (1 - decay) * b
+
+
+AVERAGE = [
+    ("the decay on the wrong side", Average(swapped), "exact"),
+    ("rounding at decay 0", Average(by_difference, tolerance=1e-5), "ends"),
+    ("a graph that grows", Average(inside_the_graph), "without-graph"),
+]
+
+PLANTED = {
+    "advantage": ADVANTAGE,
+    "aggregator": AGGREGATOR,
+    "credit": CREDIT,
+    "fusion": FUSION,
+    "selection": SELECTION,
+    "policy-loss": POLICY_LOSS,
+    "nft-loss": NFT_LOSS,
+    "loss": LOSS,
+    "solver": SOLVER,
+    "log-prob": LOG_PROB,
+    "kl": KL,
+    "average": AVERAGE,
+}

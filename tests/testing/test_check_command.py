@@ -1,0 +1,146 @@
+"""`mteditflow check`: a table, the failing case, and exit codes."""
+
+import sys
+
+import pytest
+
+from mteditflow.testing.__main__ import main
+from mteditflow.testing.advantage import ADVANTAGE
+
+FUNCTIONS = """
+import numpy as np
+import torch
+
+def right(reward, group):
+    out = np.zeros(len(reward))
+    for name in np.unique(group):
+        x = reward[group == name]
+        out[group == name] = 0 if np.ptp(x) == 0 else (x - x.mean()) / (x.std() + 1e-4)
+    return out
+
+def lets_lost_in(reward, group, valid=None):
+    return right(np.nan_to_num(reward, posinf=0, neginf=0).clip(-99, 99), group)
+
+def adapter(function, reward, group, valid):
+    return function(reward.numpy(), group.numpy())
+
+def velocity_error(velocity, target):
+    return (velocity.float() - target.detach().float()).square().flatten(1).mean(1)
+
+def surrogate(log_prob, old_log_prob, advantage):
+    return -(log_prob - old_log_prob.detach()).exp() * advantage.detach()
+
+class Methods:
+    @staticmethod
+    def mean(score, turn_mask):
+        return (torch.where(turn_mask, score, 0).double().sum(1) / turn_mask.sum(1))
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    (tmp_path / "functions_of_a_user.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("functions_of_a_user", None)
+
+
+def run(capsys, *words):
+    code = main([word.replace("USER", "functions_of_a_user") for word in words])
+    return code, capsys.readouterr().out
+
+
+def test_a_right_function(capsys):
+    code, out = run(capsys, "advantage", "USER:right", "--signature", "numpy", "--examples", "20")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == (
+        "17 laws of functions_of_a_user:right, called as fn(reward, group), numpy arrays"
+    )
+    assert "  holds    permutation               Shuffling the trajectories shuffles" in lines[1]
+    assert "(the function takes no tensors)" in out
+    assert lines[-1] == "12 hold, 0 broken, 5 skipped; 20 examples each"
+    assert len(lines) == len(ADVANTAGE) + 3
+
+
+def test_a_wrong_function(capsys):
+    code, out = run(
+        capsys, "advantage", "USER:lets_lost_in", "--signature", "numpy", "--examples", "50"
+    )
+    assert code == 1
+    assert "called as fn(reward, group, valid=valid), numpy arrays" in out
+    assert "\n  BROKEN   mask-equals-deletion " in out
+    assert "\nmask-equals-deletion: An invalid reward takes no part" in out
+    assert "\n  valid = [" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("advantage", "USER:right", "--signature", "USER:adapter", "--only", "pure", "shift",
+         "--examples", "5"),
+        ("aggregator", "USER:Methods.mean", "--values", "0", "0.5", "1", "--examples", "5"),
+        ("aggregator", "USER:Methods.mean", "--no-any-order", "--without", "monotone",
+         "--examples", "5"),
+        ("loss", "USER:velocity_error", "--inputs", "velocity=latent", "target=latent",
+         "--trained", "velocity", "--examples", "5"),
+        ("policy-loss", "USER:surrogate", "--valid", "none", "--clip-low", "none",
+         "--without", "half-precision", "--examples", "5"),
+    ],
+)  # fmt: skip
+def test_kinds_and_their_options(capsys, words):
+    code, out = run(capsys, *words)
+    assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "the following arguments are required: KIND"),
+        (("advantage",), "the following arguments are required: MODULE:FUNCTION"),
+        (("reward", "USER:right"), "argument KIND: invalid choice: 'reward' (choose from "),
+        (("advantage", "USER"), "function: expected MODULE:FUNCTION, got 'functions_of_a_user'"),
+        (("advantage", "USER:"), "function: expected MODULE:FUNCTION, got "),
+        (("advantage", "no_such_module:f"), "function: no_such_module cannot be imported: "),
+        (("advantage", "USER:left"), "function: functions_of_a_user has no left"),
+        (("advantage", "USER:np.pi"), "function: expected a callable, got float"),
+        (("advantage", "USER:right", "--signature", "grpo"), "signature: expected one of "),
+        (("advantage", "USER:right", "--std", "x"), "std: expected one of group, batch, none"),
+        (("advantage", "USER:right", "--ddof", "x"), "argument --ddof: invalid int value: 'x'"),
+        (("advantage", "USER:right", "--examples", "0"), "--examples: expected an integer >= 1"),
+        (("advantage", "USER:right", "--only", "sum"), "law: expected one of permutation, "),
+        (("advantage", "USER:right", "--level", "x"), "unrecognized arguments: --level x"),
+        (("loss", "USER:right"), "the following arguments are required: --inputs, --trained"),
+        (
+            ("loss", "USER:right", "--inputs", "x", "--trained", "x"),
+            "--inputs: expected NAME=ROLE, got x",
+        ),
+        (
+            ("loss", "USER:right", "--inputs", "x=image", "--trained", "x"),
+            "inputs: expected roles latent, ",
+        ),
+        (
+            ("policy-loss", "USER:surrogate", "--clip-low", "few"),
+            "argument --clip-low: invalid float value: 'few'",
+        ),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, *words)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+
+
+def test_help_names_kinds_and_options(capsys):
+    for words in (["--help"], ["advantage", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "policy-loss" in out
+    assert "flow-grpo" in out

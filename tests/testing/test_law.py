@@ -1,0 +1,443 @@
+"""How laws search: the smallest case, the same one every time, and what a message has in it."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
+
+import mteditflow as mt
+from mteditflow.testing import (
+    KINDS,
+    GaussianFlow,
+    GaussianPolicy,
+    GroupAdvantage,
+    LawBroken,
+    Loss,
+    PolicyLoss,
+    SolverStep,
+    TurnCreditFunction,
+    check_adapter,
+    check_group_advantage,
+    check_policy_loss,
+    check_replay,
+    check_saved,
+    group_ids,
+    laws_of,
+    reward_batches,
+    sigma_grids,
+    turn_batches,
+)
+from mteditflow.testing.advantage import ADVANTAGE
+from mteditflow.testing.fusion import Fusion
+from mteditflow.testing.losses import LOSS
+from mteditflow.testing.signatures import SIGNATURES, Signature
+from mteditflow.testing.solvers import Density
+from mteditflow.testing.strategies import signs
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def without_mean(reward, group, valid=None):
+    return mt.group_advantage(reward, group, valid=valid) + reward.mean()
+
+
+def numpy_advantage(reward, group, valid=None):
+    valid = np.ones(len(reward), dtype=bool) if valid is None else valid
+    out = np.zeros(len(reward))
+    for name in np.unique(group[valid]):
+        members = (group == name) & valid
+        centered = reward[members] - reward[members].mean()
+        if np.ptp(reward[members]) > 0:
+            out[members] = centered / (centered.std() + 1e-4)
+    return out
+
+
+# the search
+
+
+def test_the_message_has_the_smallest_case_and_why_it_matters():
+    with pytest.raises(LawBroken) as broken:
+        ADVANTAGE["zero-sum"].check(GroupAdvantage(without_mean))
+    assert broken.value.case["reward"].tolist() == [0.125]
+    assert str(broken.value) == (
+        "zero-sum: The advantages of a group add up to 0.\n"
+        "  reward = [0.125]\n"
+        "  group = [0]\n"
+        "  expected sums of 0 in each group\n"
+        "  got      advantages [0.125]\n"
+        "  Why it matters: What is left over pushes every sample of the group up or down, whatever "
+        "the policy did."
+    )
+
+
+def test_the_same_seed_draws_the_same_cases_and_another_one_others():
+    def cases(seed, examples=20):
+        seen = []
+
+        def advantage(reward, group, valid=None):
+            seen.append((reward.tolist(), group.tolist()))
+            return mt.group_advantage(reward, group, valid=valid)
+
+        ADVANTAGE["zero-sum"].check(GroupAdvantage(advantage), examples=examples, seed=seed)
+        return seen
+
+    assert cases(0) == cases(0)
+    assert cases(0) != cases(1)
+    assert len(cases(0, examples=7)) == 7
+
+
+def test_the_callers_random_state_and_defaults_are_left_alone():
+    state = torch.get_rng_state()
+    check_group_advantage(mt.group_advantage, examples=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_all_broken_laws_are_told_at_once_and_can_be_chosen():
+    with pytest.raises(AssertionError, match=r"^\d laws are broken\nshift: ") as broken:
+        check_group_advantage(without_mean, examples=30)
+    for name in ("shift", "zero-sum", "mask-equals-deletion"):
+        assert f"\n{name}: " in f"\n{broken.value}"
+    check_group_advantage(without_mean, only=["monotone", "pure"], examples=5)
+    with pytest.raises(LawBroken, match=r"^shift: "):
+        check_group_advantage(without_mean, only=["shift", "zero-sum"], without=["zero-sum"])
+
+
+def test_what_the_function_raises_breaks_the_law():
+    def fails(reward, group, valid=None):
+        raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(LawBroken, match=r"got      ZeroDivisionError: division by zero"):
+        ADVANTAGE["shift"].check(GroupAdvantage(fails))
+
+
+def test_a_result_of_another_shape_breaks_the_law():
+    with pytest.raises(LawBroken, match=r"expected 1 advantages\n  got      shape \[1, 1\]"):
+        ADVANTAGE["shift"].check(GroupAdvantage(lambda r, g: r[:, None], "tensors"))
+
+
+# bad usage
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: GroupAdvantage(3), TypeError, "function: expected a callable, got int"),
+        (
+            lambda: GroupAdvantage(sum, std="all"),
+            ValueError,
+            "std: expected one of group, batch, none, got 'all'",
+        ),
+        (lambda: GroupAdvantage(sum, ddof=2), ValueError, "ddof: expected 0 or 1, got 2"),
+        (
+            lambda: GroupAdvantage(sum, eps=-1.0),
+            ValueError,
+            "eps: expected a number >= 0, got -1.0",
+        ),
+        (
+            lambda: GroupAdvantage(sum, "grpo"),
+            ValueError,
+            f"signature: expected one of {', '.join(SIGNATURES)}, or an adapter, got 'grpo'",
+        ),
+        (
+            lambda: laws_of("rewards"),
+            ValueError,
+            f"kind: expected one of {', '.join(KINDS)}, got 'rewards'",
+        ),
+        (
+            lambda: ADVANTAGE["sum"],
+            ValueError,
+            f"law: expected one of {', '.join(law.name for law in ADVANTAGE)}, got 'sum'",
+        ),
+        (
+            lambda: check_group_advantage(mt.group_advantage, examples=0),
+            ValueError,
+            "examples: expected an integer >= 1, got 0",
+        ),
+        (
+            lambda: ADVANTAGE["no-gradient"].check(GroupAdvantage(numpy_advantage, "numpy")),
+            ValueError,
+            "no-gradient does not apply: the function takes no tensors",
+        ),
+        (
+            lambda: Fusion(sum, level="both"),
+            ValueError,
+            "level: expected 'advantage' or 'reward', got 'both'",
+        ),
+        (
+            lambda: TurnCreditFunction(sum, reads="none"),
+            ValueError,
+            "reads: expected 'later' or 'earlier', got 'none'",
+        ),
+        (
+            lambda: Loss(sum, {"x": "image"}, ("x",)),
+            ValueError,
+            "inputs: expected roles latent, number, share, sigma, positive, log-ratio, "
+            "got ['image']",
+        ),
+        (
+            lambda: Loss(sum, {"x": "latent"}, ("y",)),
+            ValueError,
+            "trained: expected names in ['x'], got ('y',)",
+        ),
+        (
+            lambda: Loss(sum, {"x": "latent"}, ("x",), reduction="sum"),
+            ValueError,
+            "reduction: expected 'none' or 'mean', got 'sum'",
+        ),
+        (
+            lambda: Density(sum, "none"),
+            ValueError,
+            "reduction: expected 'mean' or 'sum', got 'none'",
+        ),
+        (
+            lambda: SolverStep(sum, noise_level=0.0),
+            ValueError,
+            "noise_level: expected a number > 0, got 0.0",
+        ),
+        (
+            lambda: GaussianPolicy(0.0, 0.0),
+            ValueError,
+            "std: expected a finite number > 0, got 0.0",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=exactly(message)):
+        call()
+
+
+# signatures
+
+
+def by_tracker():
+    class Tracker:
+        def update(self, prompts, rewards):
+            assert prompts.dtype.kind == "U"
+            return numpy_advantage(rewards, np.unique(prompts, return_inverse=True)[1])
+
+    return Tracker
+
+
+def verl_like(token_level_rewards, response_mask, index):
+    reward = token_level_rewards.sum(-1)
+    group = torch.from_numpy(np.unique(index, return_inverse=True)[1])
+    advantage = mt.group_advantage(reward, group)[:, None] * response_mask
+    return advantage, advantage
+
+
+def records(items):
+    reward = torch.tensor([0.0 if x["reward"] is None else x["reward"] for x in items]).double()
+    valid = torch.tensor([x["reward"] is not None for x in items])
+    group = torch.tensor([x["group"] for x in items])
+    for item, advantage in zip(items, mt.group_advantage(reward, group, valid=valid), strict=True):
+        item["advantage"] = float(advantage)
+
+
+def table(reward):
+    prompts, samples = reward.shape
+    group = torch.arange(prompts, device="cpu")[:, None].expand(prompts, samples).reshape(-1)
+    return mt.group_advantage(reward.flatten(), group).reshape(reward.shape)
+
+
+def keyword_adapter(function, reward, group, valid):
+    return function(rewards=reward, prompt_ids=group, ok=valid)
+
+
+def with_keywords(*, rewards, prompt_ids, ok):
+    return mt.group_advantage(rewards, prompt_ids, valid=ok)
+
+
+@pytest.mark.parametrize(
+    ("function", "signature"),
+    [
+        (mt.group_advantage, "mteditflow"),
+        (lambda reward, group: mt.group_advantage(reward, group), "tensors"),
+        (numpy_advantage, "numpy"),
+        (lambda reward, group: numpy_advantage(reward, group, np.isfinite(reward)), "nan"),
+        (records, "records"),
+        (lambda items: [numpy_advantage(*columns(items))[i] for i in range(len(items))], "records"),
+        (by_tracker(), "flow-grpo"),
+        (verl_like, "verl"),
+        (table, "prompts-samples"),
+        (with_keywords, keyword_adapter),
+        (with_keywords, Signature(keyword_adapter, "by keywords", lost=True, tensors=True)),
+    ],
+)
+def test_a_right_function_keeps_every_law_under_each_signature(function, signature):
+    check_group_advantage(function, signature=signature, examples=8)
+
+
+def columns(items):
+    reward = np.array([np.nan if x["reward"] is None else x["reward"] for x in items], dtype=float)
+    return np.nan_to_num(reward), np.array([x["group"] for x in items]), np.isfinite(reward)
+
+
+def test_lost_rewards_are_passed_where_the_signature_has_them():
+    applied = {
+        name: {
+            law.name for law in ADVANTAGE if law.skip(GroupAdvantage(numpy_advantage, name)) is None
+        }
+        for name in ("numpy", "flow-grpo")
+    }
+    assert applied["numpy"] - applied["flow-grpo"] == {"mask-equals-deletion", "invalid-never-read"}
+    without = GroupAdvantage(lambda reward, group: reward, "numpy")
+    assert not without.convention.lost
+
+
+# strategies
+
+
+def test_strategies_keep_what_they_promise():
+    @settings(max_examples=100, database=None, derandomize=True)
+    @given(st.data())
+    def kept(data):
+        batch = data.draw(reward_batches(constant=False, min_members=2, max_members=3))
+        for name in set(batch.group.tolist()):
+            members = batch.reward[batch.group == name]
+            assert 2 <= len(members) <= 3
+            assert members.min() < members.max()
+        batch = data.draw(reward_batches(ragged=False, lost=False))
+        assert len({batch.group.tolist().count(name) for name in batch.group.tolist()}) == 1
+        assert batch.valid.all()
+        chains = data.draw(turn_batches(values=(1.0, 5.0)))
+        assert set(chains.score.flatten().tolist()) <= {1.0, 5.0}
+        assert chains.turn_mask[:, 0].all()
+        assert (chains.turn_mask.long().diff(dim=1) <= 0).all()
+        grid = data.draw(sigma_grids(max_steps=5))
+        assert grid[0] == 1
+        assert grid[-1] == 0
+        assert 2 <= len(grid) <= 6
+        assert (grid.diff() < 0).all()
+
+    kept()
+
+
+@pytest.mark.parametrize("dtype", SIGNATURES["mteditflow"].ids, ids=str)
+def test_ids_reach_the_ends_of_their_dtype(dtype):
+    end = torch.iinfo(dtype).max
+    assert find(group_ids(dtype=dtype), lambda ids: end in ids and end - 1 in ids)
+    assert find(group_ids(dtype=dtype), lambda ids: len(ids) > 1) == [0, 1]
+
+
+def test_cases_shrink_to_what_a_person_reads():
+    batch = find(
+        reward_batches(number=signs), lambda b: len(b.reward) > 2 and not bool(b.valid.all())
+    )
+    assert batch.reward.tolist() == [0] * len(batch.reward)
+    assert set(batch.group.tolist()) == {0}
+    assert len(batch.reward) - batch.valid.sum() == 1
+
+
+# closed forms
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0])
+def test_the_gaussian_flow_is_what_samples_of_the_path_are(sigma):
+    flow, random = GaussianFlow(1.5, 0.5), torch.Generator().manual_seed(0)
+    noise, clean = torch.randn(2, 400_000, 1, generator=random, dtype=torch.float64)
+    clean = flow.mean + flow.std * clean
+    x_t = (1 - sigma) * clean + sigma * noise
+    mean, variance = flow.marginal(sigma)
+    assert x_t.mean().item() == pytest.approx(mean, abs=0.01)
+    assert x_t.var().item() == pytest.approx(variance, abs=0.01)
+    # the velocity is the regression of noise - clean on x_t: its residual is uncorrelated with x_t
+    residual = noise - clean - flow.velocity(x_t, sigma)
+    assert residual.mean().item() == pytest.approx(0, abs=0.01)
+    assert (residual * (x_t - mean)).mean().item() == pytest.approx(0, abs=0.01)
+
+
+def test_the_quadrature_of_a_gaussian_policy_is_exact():
+    policy = GaussianPolicy(1.5, 0.5)
+    action, weight = policy.quadrature()
+    moments = [float((weight * (action - 1.5) ** k).sum()) for k in (0, 1, 2, 4)]
+    assert moments == pytest.approx([1, 0, 0.25, 3 * 0.0625], abs=1e-12)
+    score = (action - 1.5) / 0.25
+    assert float((weight * score * -0.5 * (action - 3.0) ** 2).sum()) == pytest.approx(1.5)
+
+
+def test_a_mean_over_rows_is_checked_as_one():
+    def mean_loss(log_prob, old_log_prob, advantage):
+        return mt.clipped_surrogate_loss(
+            log_prob, old_log_prob, advantage, clip_low=0.2, clip_high=0.2
+        ).mean()
+
+    check_policy_loss(
+        mean_loss, reduction="mean", valid=None, examples=5, without=["compiled-equals-eager"]
+    )
+    with pytest.raises(LawBroken, match=r"^on-policy-gradient: "):
+        check_policy_loss(
+            lambda *x: 2 * mean_loss(*x), reduction="mean", valid=None, only=["on-policy-gradient"]
+        )
+    subject = PolicyLoss(mean_loss, "mean", None).loss
+    assert LOSS["slice-equals-whole"].skip(subject) == "the loss is a mean over rows"
+
+
+# models
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = torch.nn.Linear(2, 2)
+        self.adapter = None
+
+    def velocity(self):
+        out = self.base(torch.ones(1, 2))
+        return out if self.adapter is None else out + self.adapter(torch.ones(1, 2))
+
+    def add(self, *, start=0.0, frozen=True, trained=True):
+        self.adapter = torch.nn.Linear(2, 2, bias=False).requires_grad_(trained)
+        torch.nn.init.constant_(self.adapter.weight, start)
+        self.base.requires_grad_(not frozen)
+
+
+def test_adapters():
+    model = Tiny()
+    check_adapter(model, model.velocity, model.add)
+    for options, wanted in (
+        ({"start": 0.1}, "adapter-starts-as-no-op: "),
+        ({"trained": False}, "expected parameters that need a gradient\n  got      none"),
+    ):
+        model = Tiny()
+        with pytest.raises(LawBroken, match=wanted):
+            check_adapter(model, model.velocity, lambda m=model, o=options: m.add(**o))
+
+
+def test_saved_files():
+    model = Tiny()
+    held = {}
+
+    def change():
+        torch.nn.init.normal_(model.base.weight)
+
+    def save(prefix=""):
+        held.clear()
+        held.update({prefix + key: x.clone() for key, x in model.state_dict().items()})
+
+    def load():
+        model.load_state_dict(held, strict=False)
+
+    check_saved(model.velocity, change, save, load)
+    with pytest.raises(LawBroken, match=r"^saved-file-loads-to-the-same-velocity: "):
+        check_saved(model.velocity, change, lambda: save("transformer."), load)
+    with pytest.raises(LawBroken, match="expected another velocity after the change"):
+        check_saved(model.velocity, lambda: None, save, load)
+
+
+def test_replay():
+    old = torch.tensor([-1.0, -2.0])
+    check_replay(lambda: old.clone().requires_grad_(), old)
+    for replayed, wanted in (
+        (lambda: old.bfloat16().float().mul(1.0001).requires_grad_(), "expected ratios of 1"),
+        (lambda: old.clone(), "a replay without gradient"),
+        (lambda: torch.full_like(old, torch.nan).requires_grad_(), "expected ratios of 1"),
+        (lambda: old[:1].clone().requires_grad_(), r"shape \[2\]"),
+    ):
+        with pytest.raises(LawBroken, match=wanted):
+            check_replay(replayed, old)

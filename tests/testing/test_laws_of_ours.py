@@ -1,0 +1,215 @@
+"""Our own functions keep every law. `make laws` draws thousands of cases in place of dozens."""
+
+import os
+import secrets
+from functools import partial
+
+import pytest
+
+import mteditflow as mt
+from mteditflow.testing import (
+    Aggregator,
+    Average,
+    Density,
+    Fusion,
+    GroupAdvantage,
+    Loss,
+    NFTLoss,
+    PolicyLoss,
+    Selection,
+    SolverStep,
+    TurnCreditFunction,
+)
+from mteditflow.testing.advantage import ADVANTAGE
+from mteditflow.testing.fusion import FUSION, SELECTION
+from mteditflow.testing.losses import LOSS, NFT_LOSS, POLICY_LOSS
+from mteditflow.testing.models import AVERAGE
+from mteditflow.testing.solvers import KL, LOG_PROB, SOLVER
+from mteditflow.testing.turns import AGGREGATOR, CREDIT
+
+# `make quick` and `make laws` draw other cases each time; a failing one is printed in full.
+NEW_SEEDS = os.environ.get("HYPOTHESIS_PROFILE") == "random"
+THOUSANDS = os.environ.get("MTEDITFLOW_LAWS") == "thousands"
+CHEAP, DEAR = (10_000, 500) if THOUSANDS else (25, 10)  # advantages and credit; losses and solvers
+EXACT = {"zero": 0.0, "tolerance": 1e-9, "eps": 1e-4}
+# The adaptive loss divides by detached errors: its gradient is not that of its value.
+WEIGHTED = ("gradient-of-value", "second-derivatives")
+VELOCITIES = {"velocity": "latent", "reference_velocity": "latent"}
+MATCHING = {"velocity": "latent", "target": "latent"}
+NFT = {**MATCHING, "old_velocity": "latent", "r": "share", "sigma": "sigma"}
+STEPS = {"log_prob": "log-ratio", "old_log_prob": "number", "advantage": "number"}
+GUARD = {"next_x": "latent", "mean": "latent", "old_mean": "latent", "std": "positive"}
+
+
+def kept(reward, group, valid):
+    return mt.select_groups(reward, group, valid=valid).keep
+
+
+def trajectory_advantage(reward, group, valid=None):
+    """The whole way of a reward of one turn: credit, then the advantage of that turn."""
+    lost = None if valid is None else ~valid[:, None]
+    signal = mt.TrajectoryCredit()(reward[:, None], lost=lost)
+    return mt.turn_advantage({"a": signal}, {"a": 1.0}, group).value[:, 0]
+
+
+def normalized_likert(score, turn_mask):
+    return mt.likert_average(score, turn_mask=turn_mask)
+
+
+def mean_to_go(reward, turn_mask):
+    return mt.RewardToGo(1.0)(reward, turn_mask=turn_mask).value.nan_to_num(0)
+
+
+def step(solver, x_t, velocity, sigma, next_sigma, noise_level):
+    return solver(noise_level)(x_t, velocity, sigma, next_sigma)
+
+
+def surrogate_by_step(log_prob, old_log_prob, advantage, valid=None):
+    return mt.clipped_surrogate_loss(
+        log_prob, old_log_prob, advantage, clip_low=0.1, clip_high=0.3, valid=valid
+    )
+
+
+def gated(log_prob, old_log_prob, advantage, divergence, valid=None):
+    return mt.divergence_gated_loss(
+        log_prob, old_log_prob, advantage, divergence, threshold=0.5, valid=valid
+    )
+
+
+def guarded(next_x, mean, old_mean, std):
+    std = std.reshape(-1, *(1,) * (mean.ndim - 1))
+    return mt.guard_log_ratio(next_x, mean, old_mean, std, reduction="mean")
+
+
+def loss(function, roles, trained=("velocity",), **options):
+    return Loss(function, roles, trained, **options)
+
+
+DENSITIES = [
+    (name, laws, function, reduction)
+    for name, laws, function in (
+        ("gaussian_log_prob", LOG_PROB, mt.gaussian_log_prob),
+        ("gaussian_kl", KL, mt.gaussian_kl),
+    )
+    for reduction in ("mean", "sum")
+]
+OURS = [
+    ("group_advantage", ADVANTAGE, GroupAdvantage(mt.group_advantage, **EXACT), CHEAP, ()),
+    (
+        "group_advantage, std of the batch",
+        ADVANTAGE,
+        GroupAdvantage(partial(mt.group_advantage, std="batch"), std="batch", **EXACT),
+        CHEAP,
+        (),
+    ),
+    (
+        "group_advantage, no std",
+        ADVANTAGE,
+        GroupAdvantage(partial(mt.group_advantage, std="none"), std="none", **EXACT),
+        CHEAP,
+        (),
+    ),
+    ("turn_advantage", ADVANTAGE, GroupAdvantage(trajectory_advantage, **EXACT), CHEAP, ()),
+    ("binary_and", AGGREGATOR, Aggregator(mt.binary_and), CHEAP, ()),
+    ("binary_average", AGGREGATOR, Aggregator(mt.binary_average), CHEAP, ()),
+    (
+        "likert_average",
+        AGGREGATOR,
+        Aggregator(normalized_likert, values=(1.0, 2.0, 3.0, 4.0, 5.0)),
+        CHEAP,
+        (),
+    ),
+    ("turn_average", AGGREGATOR, Aggregator(mt.turn_average, values=(0.0, 0.25, 1.0)), CHEAP, ()),
+    ("reward_to_go", CREDIT, TurnCreditFunction(mt.reward_to_go), CHEAP, ()),
+    (
+        "reward_to_go, discounted",
+        CREDIT,
+        TurnCreditFunction(partial(mt.reward_to_go, discount=0.5)),
+        CHEAP,
+        (),
+    ),
+    ("RewardToGo", CREDIT, TurnCreditFunction(mean_to_go), CHEAP, ()),
+    (
+        "stop_after_failure",
+        CREDIT,
+        TurnCreditFunction(
+            mt.stop_after_failure, values=(0.0, 1.0), reads="earlier", linear=False
+        ),
+        CHEAP,
+        (),
+    ),
+    ("fuse_advantages", FUSION, Fusion(mt.fuse_advantages, **EXACT), CHEAP, ()),
+    ("fuse_rewards", FUSION, Fusion(mt.fuse_rewards, level="reward", **EXACT), CHEAP, ()),
+    ("select_groups", SELECTION, Selection(kept), CHEAP, ()),
+    (
+        "clipped_surrogate_loss",
+        POLICY_LOSS,
+        PolicyLoss(surrogate_by_step, clip_low=0.1, clip_high=0.3),
+        DEAR,
+        (),
+    ),
+    ("nft_loss", NFT_LOSS, NFTLoss(mt.nft_loss), DEAR, ()),
+    (
+        "adaptive_nft_loss",
+        LOSS,
+        loss(partial(mt.adaptive_nft_loss, nft_beta=0.5), NFT),
+        DEAR,
+        WEIGHTED,
+    ),
+    ("velocity_kl", LOSS, loss(mt.velocity_kl, VELOCITIES), DEAR, ()),
+    ("matching_log_prob", LOSS, loss(mt.matching_log_prob, MATCHING), DEAR, ()),
+    (
+        "distillation_loss",
+        LOSS,
+        loss(mt.distillation_loss, {"velocity": "latent", "teacher_velocity": "latent"}),
+        DEAR,
+        (),
+    ),
+    (
+        "velocity_norm_hinge",
+        LOSS,
+        loss(mt.velocity_norm_hinge, VELOCITIES),
+        DEAR,
+        ("second-derivatives",),
+    ),
+    (
+        "divergence_gated_loss",
+        LOSS,
+        loss(gated, {**STEPS, "divergence": "positive"}, ("log_prob",), valid="valid"),
+        DEAR,
+        (),
+    ),
+    ("guard_log_ratio", LOSS, loss(guarded, GUARD, ("mean",)), DEAR, ()),
+    ("Flow-SDE", SOLVER, SolverStep(partial(step, mt.FlowSDE)), DEAR, ()),
+    ("Dance-SDE", SOLVER, SolverStep(partial(step, mt.DanceSDE)), DEAR, ()),
+    ("CPS", SOLVER, SolverStep(partial(step, mt.CPS), marginals=False), DEAR, ()),
+    *(
+        (f"{name}, {how}", laws, Density(partial(function, reduction=how), how), DEAR, ())
+        for name, laws, function, how in DENSITIES
+    ),
+    (
+        "update_old_policy",
+        AVERAGE,
+        Average(lambda old, current, decay: mt.update_old_policy(old, current, decay=decay)),
+        DEAR,
+        (),
+    ),
+]  # fmt: skip
+CASES = [
+    pytest.param(
+        law,
+        subject,
+        examples,
+        id=f"{name}: {law.name}",
+        marks=[pytest.mark.compile] if law.name == "compiled-equals-eager" else [],
+    )
+    for name, laws, subject, examples, without in OURS
+    for law in laws.chosen(without=without)
+    if law.skip(subject) is None
+]
+
+
+@pytest.mark.parametrize(("law", "subject", "examples"), CASES)
+def test_the_law_holds(law, subject, examples):
+    seed = secrets.randbelow(2**32) if NEW_SEEDS else 0
+    law.check(subject, examples=examples, seed=seed)
