@@ -40,8 +40,8 @@ Made by `make mutation`; do not edit. mutmut breaks each line of the core in tur
 knows, and runs the tests that reach that line. Tests that compile and tests of more than a few
 seconds are left out, and each property gets 20 fixed examples, so the whole suite kills more than
 is counted here. Functions under `@torch.no_grad()`, which mutmut would pass over, are included by
-moving the decorator below them in the copy it works on; two one-line properties of `Trajectory`
-are not. Reasons for survivors are in `mutation_reasons.json`.
+moving the decorator below them in the copy it works on; methods under a decorator are not. Reasons
+for survivors are in `mutation_reasons.json`.
 """
 
 
@@ -56,7 +56,7 @@ def prepare(folder: Path) -> None:
         source = module.read_text()
         names = re.findall(r"^@torch\.no_grad\(\)\ndef (\w+)", source, flags=re.MULTILINE)
         below = "".join(f"\n\n{name} = torch.no_grad()({name})\n" for name in names)
-        module.write_text(source.replace("@torch.no_grad()\n", "") + below)
+        module.write_text(re.sub(r"^@torch\.no_grad\(\)\n", "", source, flags=re.MULTILINE) + below)
 
 
 def forget_survivors(folder: Path) -> None:
