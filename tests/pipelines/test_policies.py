@@ -8,6 +8,7 @@ from torch import nn
 
 from mteditflow import FlowSDE, interpolate, nft_loss, trajectory_generators, velocity_target
 from mteditflow.pipelines import LoraPolicies, RolloutVelocity
+from mteditflow.testing import check_adapter, check_saved
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -77,6 +78,17 @@ def test_each_policy_is_its_own_adapter_or_none(pipeline):
             ours = rollout.velocity(pipeline.transformer, *given)
         theirs = rollout.velocity(plain.transformer, *given)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_fresh_adapter_changes_no_velocity_and_can_be_trained(pipeline):
+    rollout = roll_out(pipeline, turns=1)
+    rows = torch.tensor([0, 1])
+    inputs = (rollout.trajectory.clean[:, 0], torch.tensor([0.3, 0.8]), rows, rows * 0)
+    check_adapter(
+        pipeline.transformer,
+        lambda: rollout.velocity(pipeline.transformer, *inputs),
+        lambda: LoraPolicies(pipeline.transformer, config()),
+    )
 
 
 def test_all_policies_start_equal(pipeline):
@@ -306,6 +318,15 @@ def test_a_pipeline_loads_what_was_saved(pipeline, policies, tmp_path):
     fresh.load_lora_weights(tmp_path)
     assert image(fresh) == expected
     assert without != expected
+
+
+def test_a_saved_file_loads_to_the_same_velocity(pipeline, policies, outputs, tmp_path):
+    check_saved(
+        outputs,
+        lambda: disturb(policies.parameters(), seed=3),
+        lambda: policies.save(pipeline, tmp_path),
+        lambda: policies.load(pipeline, tmp_path),
+    )
 
 
 def test_training_resumes_from_what_was_saved(pipeline, policies, tmp_path):

@@ -31,6 +31,7 @@ from mteditflow import (
 )
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
 from mteditflow.pipelines.guidance import Guidance
+from mteditflow.testing import check_replay
 
 SOLVERS = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
 
@@ -55,6 +56,9 @@ def test_ratio_is_one_at_every_step_of_a_fresh_rollout(pipeline, solver, guidanc
         replayed[rows] = replay(rollout, pipeline.transformer, solver, rows).detach()
     ratio = (replayed - rollout.trajectory.log_prob).exp()
     assert (ratio - 1).abs().max() <= 1e-6
+    rows, model = all_rows(rollout), pipeline.transformer
+    old_log_prob = rollout.trajectory.log_prob[rows]
+    check_replay(lambda: replay(rollout, model, solver, rows), old_log_prob)
     verdict = check_ratio(
         replayed, rollout.trajectory.log_prob, clip=1e-4, valid=rollout.trajectory.step_mask
     )

@@ -15,6 +15,7 @@ from PIL import Image
 from mteditflow.chains import Chain
 from mteditflow.rewards import ChatClient, ConsistencyClient, Judge, JudgePrompt
 from mteditflow.rewards.consistency.wire import Info, Limits
+from mteditflow.testing import check_reward_client
 from mteditflow.testing.endpoint import ScriptedServer, closed_port, completion, good
 from tests.rewards.fault_matrix import ATTEMPTS, MATRIX, PAGE, RIGHT, Outcome, render
 
@@ -104,6 +105,15 @@ def outcome_of(scores, right):
     assert set(scores.lost) == {(0, n) for n in range(len(right))}
     (lost,) = set(scores.lost.values())
     return Outcome(lost.fault, lost.attempts)
+
+
+@pytest.mark.parametrize("kind", [Judged, Compared])
+def test_a_lost_answer_is_never_a_number(kind):
+    def ask(url):
+        scores = kind.score([url], [CHAIN])
+        return None if scores.lost else float(scores.score.mean())
+
+    check_reward_client(ask, kind.answer)
 
 
 @CELLS
