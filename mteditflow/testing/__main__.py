@@ -10,14 +10,17 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 from mteditflow.testing.kinds import KINDS
-from mteditflow.testing.law import EXAMPLES, Laws, Result
+from mteditflow.testing.law import EXAMPLES, Law, Laws, Raised, Result, check_examples
 from mteditflow.testing.signatures import SIGNATURES
 
 HELP = {
     "signature": f"how it is called: {', '.join(SIGNATURES)}, or an adapter as module:name",
     "std": "what it divides by: group, batch, none",
     "ddof": "0: std of the population; 1: std of the sample",
-    "eps": "largest number that it adds to a std",
+    "eps": "bound of what your function adds to a std; it is not passed",
+    "min_members": "smallest group that it accepts",
+    "detaches": "it detaches its constants itself",
+    "deterministic": "it is given rows of std 0",
     "zero": "largest absolute advantage that counts as 0 in a group of equal rewards",
     "tolerance": "relative difference that counts as rounding",
     "values": "the scores that it takes",
@@ -27,7 +30,7 @@ HELP = {
     "level": "advantage: each reward is normalized; reward: their sum is",
     "inputs": "argument=role for each: latent, number, share, sigma, positive, log-ratio",
     "trained": "arguments that get a gradient",
-    "reduction": "over rows for losses: none, mean; over elements for densities: mean, sum",
+    "reduction": "losses: none or mean over rows; densities: mean or sum over elements",
     "valid": "name of the mask argument; 'none' where there is none",
     "clip_low": "how far the ratio may fall below 1; 'none': nothing is clipped",
     "clip_high": "how far the ratio may rise above 1",
@@ -58,20 +61,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     search = {name: options.pop(name) for name in ("only", "without", "examples", "seed")}
     target = options.pop("function")
     try:
-        function = _load(target)
+        function = _load("function", target)
         signature = options.get("signature", "")
         if ":" in signature:
-            options["signature"] = _load(signature)
+            options["signature"] = _load("--signature", signature)
         subject = laws.subject(function, **options)
-        chosen = len(laws.chosen(search["only"], search["without"]))
-        if search["examples"] < 1:
-            raise ValueError(f"--examples: expected an integer >= 1, got {search['examples']}")
+        chosen = laws.chosen(search["only"], search["without"])
+        check_examples(search["examples"])
+        _try(laws, subject, next((law for law in chosen if law.skip(subject) is None), None))
     except (TypeError, ValueError) as error:
         _refuse(str(error))
     shown = getattr(getattr(subject, "convention", None), "shown", None)
     called = f", called as {shown}" if shown else ""
-    sys.stdout.write(f"{chosen} laws of {target}{called}\n")
-    return _table(laws, laws.results(subject, **search), search["examples"])
+    sys.stdout.write(f"{len(chosen)} law{'s' * (len(chosen) != 1)} of {target}{called}\n")
+    try:
+        return _table(laws, laws.results(subject, **search), search["examples"])
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        return 130
+
+
+def _try(laws: Laws[Any], subject: Any, law: Law[Any] | None) -> None:
+    """Raise ``ValueError`` where the function cannot be called in the way of its kind at all."""
+    if law is None:
+        return
+    broken = next(iter(laws.results(subject, only=law.name, examples=1))).broken
+    error = broken.got.error if broken is not None and isinstance(broken.got, Raised) else None
+    if isinstance(error, (TypeError, ImportError, NameError, SystemExit)):
+        raise ValueError(f"function: a call of the kind {laws.kind} raises {Raised(error)}")
 
 
 def _table(laws: Laws[Any], results: Any, examples: int) -> int:
@@ -161,20 +178,20 @@ def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return value
 
 
-def _load(target: str) -> Any:
+def _load(option: str, target: str) -> Any:
     """Import ``module:name``; the working directory comes first, as for ``python -m``."""
     module, _, name = target.partition(":")
-    if not module or not name:
-        raise ValueError(f"function: expected MODULE:FUNCTION, got {target!r}")
+    if not module or not name or "/" in module or module.endswith(".py"):
+        raise ValueError(f"{option}: expected MODULE:FUNCTION, got {target!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         value: Any = importlib.import_module(module)
     except Exception as error:
-        raise ValueError(f"function: {module} cannot be imported: {error}") from error
+        raise ValueError(f"{option}: {module} cannot be imported: {error}") from error
     for part in name.split("."):
         if not hasattr(value, part):
-            raise ValueError(f"function: {module} has no {name}")
+            raise ValueError(f"{option}: {module} has no {name}")
         value = getattr(value, part)
     return value
 

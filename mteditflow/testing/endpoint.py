@@ -8,6 +8,7 @@ from a thread of its own. ``answer`` maps a request's JSON to the JSON of the ri
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import socket
 import struct
@@ -326,6 +327,7 @@ def check_reward_client(
 
     Raises:
         LawBroken: a finite number comes back from a fault, or none from a sound endpoint.
+        TypeError: ``ask`` is asynchronous.
 
     Source: MT-EditFlow (arXiv 2606.01985), rewards; peers return 0 or 0.5 for a failed judge.
 
@@ -359,11 +361,23 @@ def check_reward_client(
         fail({"faults": broken}, "no number: None, NaN or an exception", got, LOST)
 
 
+class _AsynchronousError(Exception):
+    """A client returned a coroutine."""
+
+
 def _reward(ask: Callable[[str], object], url: str) -> object:
     """Return a finite reward as a float, and anything else as words."""
     try:
         result = ask(url)
+        if inspect.iscoroutine(result):
+            result.close()
+            raise _AsynchronousError
         number = float(result)  # type: ignore[arg-type]
+    except _AsynchronousError:
+        raise TypeError(
+            "ask: expected a number, None or an exception, got a coroutine; "
+            "wrap it, as in lambda url: asyncio.run(ask(url))"
+        ) from None
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return number if number - number == 0 else f"{number}"

@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
@@ -34,6 +35,20 @@ class About(NamedTuple):
     name: str
     statement: str
     why: str
+
+
+class Raised(NamedTuple):
+    """Exception of the function under test.
+
+    Attributes:
+        error: the exception.
+    """
+
+    error: BaseException
+
+    def __str__(self) -> str:
+        first = str(self.error).strip().partition("\n")[0]
+        return f"the exception {type(self.error).__name__}{': ' * bool(first)}{first}"
 
 
 class LawBroken(AssertionError):  # noqa: N818  (says what happened, as AssertionError does)
@@ -90,13 +105,15 @@ class Law(Generic[S]):
             ValueError: ``examples`` is not positive, or the law does not apply.
         """
         __tracebackhide__ = True  # pytest shows the message alone
-        if examples < 1:
-            raise ValueError(f"examples: expected an integer >= 1, got {examples}")
+        check_examples(examples)
         reason = self.skip(subject)
         if reason is not None:
             raise ValueError(f"{self.name} does not apply: {reason}")
         try:
             _search(self.holds, subject, examples, seed)
+        except Flaky:
+            got = "another one: it depends on earlier calls, or on random numbers of its own"
+            raise LawBroken({}, "one result for one case", got, self.about) from None
         except LawBroken as broken:
             raise LawBroken(broken.case, broken.expected, broken.got, self.about) from None
 
@@ -117,6 +134,12 @@ class Result:
     about: About
     broken: LawBroken | None = None
     skipped: str | None = None
+
+
+def check_examples(examples: int) -> None:
+    """Raise ``ValueError`` unless there is a case to draw."""
+    if examples < 1:
+        raise ValueError(f"examples: expected an integer >= 1, got {examples}")
 
 
 class Laws(Generic[S]):
@@ -177,8 +200,8 @@ class Laws(Generic[S]):
         self,
         subject: S,
         *,
-        only: Sequence[str] = (),
-        without: Sequence[str] = (),
+        only: str | Sequence[str] = (),
+        without: str | Sequence[str] = (),
         examples: int = EXAMPLES,
         seed: int = 0,
     ) -> Iterator[Result]:
@@ -218,20 +241,35 @@ class Laws(Generic[S]):
         if found:
             raise AssertionError("\n".join([f"{len(found)} laws are broken", *map(str, found)]))
 
-    def chosen(self, only: Iterable[str] = (), without: Iterable[str] = ()) -> list[Law[S]]:
-        """Return laws by name, in order of declaration."""
+    def chosen(
+        self, only: str | Sequence[str] = (), without: str | Sequence[str] = ()
+    ) -> list[Law[S]]:
+        """Return laws by name, in order of declaration.
+
+        Args:
+            only: names, or one name; empty means all.
+            without: names, or one name, to leave out.
+
+        Raises:
+            ValueError: a name is not that of a law, or none is left.
+        """
+        only, without = ((x,) if isinstance(x, str) else tuple(x) for x in (only, without))
         names = {self[name].name for name in only} or set(self._laws)
-        return [law for law in self if law.name in names - {self[name].name for name in without}]
+        names -= {self[name].name for name in without}
+        if not names:
+            raise ValueError("only, without: expected at least one law that is left, got none")
+        return [law for law in self if law.name in names]
 
 
 def call(
     function: Callable[..., Any], case: Mapping[str, object], *args: Any, **kwargs: Any
 ) -> Any:
     """Call the function under test; what it raises on a sound case breaks the law."""
+    __tracebackhide__ = True
     try:
         return function(*args, **kwargs)
-    except Exception as error:
-        fail(case, "a result", f"{type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:
+        fail(case, "a result", Raised(error))
 
 
 def refuses(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -300,10 +338,10 @@ def _text(value: object) -> str:
         numbers = repr(value.detach().cpu().tolist())
         plain = value.dtype in (torch.float64, torch.int64, torch.bool)
         return numbers if plain else f"{numbers} ({str(value.dtype).removeprefix('torch.')})"
+    if isinstance(value, (Raised, str)):
+        return str(value)
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, str):
-        return value
     if callable(value) and not inspect.isclass(value):
         return getattr(value, "__qualname__", repr(value))
     return repr(value)

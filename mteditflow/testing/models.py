@@ -53,7 +53,7 @@ AVERAGE: Laws[Average] = Laws("average", Average)
 
 def _moved(
     f: Average, data: DataObject, decay: float, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     old = [data.draw(tensors((2,), dtype=dtype)), data.draw(tensors((1, 2), dtype=dtype))]
     current = [data.draw(tensors(tuple(x.shape), dtype=dtype)) for x in old]
     moved, given = [x.clone() for x in old], [x.clone() for x in current]
@@ -61,7 +61,7 @@ def _moved(
     call(f.function, case, moved, given, decay)
     if not all(torch.equal(a, b) for a, b in zip(given, current, strict=True)):
         fail(case, "current as it was", given)
-    return old, current, moved
+    return old, current, moved, given
 
 
 @AVERAGE.law(
@@ -70,7 +70,7 @@ def _moved(
 def exact(f: Average, data: DataObject) -> None:
     """Each parameter becomes decay * old + (1 - decay) * current."""
     decay = data.draw(st.integers(0, 8)) / 8
-    old, current, moved = _moved(f, data, decay)
+    old, current, moved, _ = _moved(f, data, decay)
     for before, target, got in zip(old, current, moved, strict=True):
         case = {"old": before, "current": target, "decay": decay}
         expect_close(got, decay * before + (1 - decay) * target, case, tolerance=f.tolerance)
@@ -80,13 +80,18 @@ def exact(f: Average, data: DataObject) -> None:
     why="On-policy training relies on equal policies having ratio exactly 1.",
 )
 def ends(f: Average, data: DataObject) -> None:
-    """Decay 0 copies and decay 1 keeps, bit for bit."""
+    """Decay 0 copies and decay 1 keeps, bit for bit, into memory of its own."""
     decay = data.draw(st.sampled_from([0.0, 1.0]))
-    old, current, moved = _moved(f, data, decay)
+    old, current, moved, given = _moved(f, data, decay)
     expected = current if decay == 0 else old
+    case = {"old": old, "current": current, "decay": decay}
     for target, got in zip(expected, moved, strict=True):
         if not torch.equal(got, target):
-            fail({"old": old, "current": current, "decay": decay}, target, got)
+            fail(case, target, got)
+    for x in given:
+        x.add_(1)
+    if not all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)):
+        fail(case, "old as it was when current moves on", moved)
 
 
 @AVERAGE.law(

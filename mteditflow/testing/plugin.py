@@ -12,8 +12,8 @@ A law that does not apply to the function is a skipped test with the reason. The
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import repeat
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 
 from mteditflow.testing.endpoint import FAULTS, ScriptedServer, completion
 from mteditflow.testing.kinds import laws_of
-from mteditflow.testing.law import EXAMPLES, Law
+from mteditflow.testing.law import EXAMPLES, Law, check_examples
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class BoundLaw:
         subject: the function, wrapped with its options.
         examples: cases to draw.
         seed: as in ``Law.check``.
+        calls: one entry per call.
     """
 
     law: Law[Any]
     subject: Any
     examples: int = EXAMPLES
     seed: int = 0
+    calls: list[None] = field(default_factory=list, repr=False, compare=False)
 
     def __call__(self) -> None:
         """Search for a counterexample.
@@ -47,6 +49,7 @@ class BoundLaw:
             LawBroken: one was found.
         """
         __tracebackhide__ = True
+        self.calls.append(None)
         self.law.check(self.subject, examples=self.examples, seed=self.seed)
 
 
@@ -64,13 +67,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("laws")
     if marker is None:
         return
+    name = metafunc.definition.name
     if "law" not in metafunc.fixturenames:
-        raise pytest.UsageError(f"{metafunc.definition.nodeid}: expected an argument `law`")
+        raise pytest.Collector.CollectError(f"{name}: expected an argument `law`")
     try:
+        if len(marker.args) != 2:
+            raise ValueError(f"expected a kind and a function, got {len(marker.args)} arguments")
         bound = _bound(*marker.args, **marker.kwargs)
     except (TypeError, ValueError) as error:
-        raise pytest.UsageError(f"{metafunc.definition.nodeid}: laws: {error}") from error
+        raise pytest.Collector.CollectError(f"{name}: mark `laws`: {error}") from error
     metafunc.parametrize("law", [_parameter(law) for law in bound])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Fail a test that passes without having called its law."""
+    result = yield
+    law = pyfuncitem.funcargs.get("law")
+    if isinstance(law, BoundLaw) and not law.calls:
+        pytest.fail("the law was not checked: call law()", pytrace=False)
+    return result
 
 
 @pytest.fixture(params=list(FAULTS))
@@ -87,11 +103,16 @@ def _bound(
     *,
     examples: int = EXAMPLES,
     seed: int = 0,
-    only: tuple[str, ...] = (),
-    without: tuple[str, ...] = (),
+    only: str | Sequence[str] = (),
+    without: str | Sequence[str] = (),
     **options: Any,
 ) -> list[BoundLaw]:
     laws = laws_of(kind)
+    check_examples(examples)
+    known = [option.name for option in fields(laws.subject)[1:]]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"expected options of {', '.join(known)}, got {name!r}")
     subject = laws.subject(function, **options)
     return [BoundLaw(law, subject, examples, seed) for law in laws.chosen(only, without)]
 

@@ -51,7 +51,8 @@ def _numpy(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: A
 
 def _nan(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
     lost = torch.zeros_like(reward, dtype=torch.bool) if valid is None else ~valid
-    return function(reward.masked_fill(lost, torch.nan).numpy(), group.numpy())
+    floats = reward if reward.is_floating_point() else reward.double()
+    return function(floats.masked_fill(lost, torch.nan).numpy(), group.numpy())
 
 
 def _records(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
@@ -131,14 +132,24 @@ def signature_of(function: Callable[..., Any], signature: str | Signature | Call
         return signature
     if callable(signature):
         return Signature(signature, getattr(signature, "__qualname__", "adapter"), lost=True)
-    if signature not in SIGNATURES:
+    if not isinstance(signature, str) or signature not in SIGNATURES:
         names = ", ".join(SIGNATURES)
-        raise ValueError(f"signature: expected one of {names}, or an adapter, got {signature!r}")
+        raise ValueError(
+            f"signature: expected one of {names}, or a callable adapter, got {signature!r}"
+        )
     chosen = SIGNATURES[signature]
     if signature in ("numpy", "tensors") and "valid" in _parameters(function):
         shown = chosen.shown.replace("group)", "group, valid=valid)")
         return Signature(chosen.call, shown, True, chosen.ragged, chosen.tensors, chosen.ids)
     return chosen
+
+
+def numbers_of(result: Any) -> Tensor | None:
+    """Return any array or list of numbers as a tensor, ``None`` for anything else."""
+    try:
+        return None if result is None else vector(result)
+    except (TypeError, ValueError):
+        return None
 
 
 def vector(result: Any) -> Tensor:

@@ -76,13 +76,18 @@ def group_ids(
     """
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     small = st.integers(max(low, -3), 8)
-    start = st.sampled_from([low, high - 15]) | st.integers(low, high - 15)
+    start = st.sampled_from([low, high - 8]) | st.integers(low, high - 8)
 
     def distinct(ids: SearchStrategy[int]) -> SearchStrategy[list[int]]:
         return st.lists(ids, min_size=least, max_size=most, unique=True)
 
-    neighbors = start.flatmap(lambda first: distinct(st.integers(first, first + 15)))
-    return distinct(small) | neighbors
+    def near(first: int) -> SearchStrategy[list[int]]:
+        strides = [stride for stride in (1, 16, 1024) if first + 8 * stride <= high]
+        return st.sampled_from(strides).flatmap(
+            lambda stride: distinct(st.integers(0, 8).map(lambda k: first + k * stride))
+        )
+
+    return distinct(small) | start.flatmap(near)
 
 
 @cache
@@ -155,7 +160,7 @@ def turn_batches(
     *,
     values: tuple[float, ...] = (0.0, 1.0),
     max_chains: int = 3,
-    max_turns: int = 4,
+    max_turns: int = 10,
     dtype: torch.dtype = torch.float64,
 ) -> TurnBatch:
     """Strategy for turn scores of chains of unequal length.

@@ -86,6 +86,11 @@ def over_the_batch(reward, group, valid=None):
     return in_groups(lambda x: (x - x.mean()) / (spread + 1e-4))(reward, group, valid)
 
 
+def over_the_sample(reward, group, valid=None):
+    spread = reward.double().std() if len(reward) > 1 else torch.tensor(1.0)
+    return in_groups(lambda x: (x - x.mean()) / (spread + 1e-4))(reward, group, valid)
+
+
 def mean_of_the_batch(reward, group, valid=None):
     return (reward - reward.mean()) / (reward.std(correction=0) + 1e-4)
 
@@ -127,8 +132,28 @@ def in_half(reward, group, valid=None):
     return in_groups(sound)(reward.bfloat16().to(reward), group, valid)
 
 
-def result_in_double(reward, group, valid=None):
-    return in_groups(sound)(reward, group, valid).double()
+def in_the_dtype_of_rewards(reward, group, valid=None):
+    return in_groups(sound)(reward.double(), group, valid).to(reward.dtype)
+
+
+def first_eight(x):
+    if len(x) < 2 or x.min() == x.max():
+        return torch.zeros_like(x)
+    return (x - x[:8].mean()) / (x[:8].std(correction=0) + 1e-4)
+
+
+def in_blocks(reward, group, valid=None):
+    parts = [slice(i, i + 32) for i in range(0, len(reward), 32)]
+    return torch.cat([in_groups(sound)(reward[part], group[part]) for part in parts])
+
+
+def sums_of_deviations(x):
+    return len(x) * (x - x.mean())
+
+
+def seeded(reward, group, valid=None):
+    torch.manual_seed(0)
+    return in_groups(sound)(reward, group, valid)
 
 
 def default_dtype(reward, group, valid=None):
@@ -176,8 +201,19 @@ def grouped(function):
 
 
 ADVANTAGE = [
-    ("std of the sample, unannounced", grouped(partial(sound, ddof=1)), "unit-variance"),
-    ("half the size", grouped(lambda x: sound(x) / 2), "unit-variance"),
+    ("std of the sample, unannounced", grouped(partial(sound, ddof=1)), "size"),
+    (
+        "std of the sample of the batch",
+        advantage(over_the_sample, std="batch"),
+        "size",
+    ),
+    ("no std, times the members", advantage(in_groups(sums_of_deviations), std="none"), "size"),
+    ("the first eight members", grouped(first_eight), "large-groups"),
+    ("blocks of 32 rows", advantage(in_blocks), "large-groups"),
+    ("advantages clipped at 1", grouped(lambda x: sound(x).clamp(-1, 1)), "large-groups"),
+    ("integers in, integers out", advantage(in_the_dtype_of_rewards), "whole-numbers"),
+    ("a global seed", advantage(seeded), "pure"),
+    ("half the size", grouped(lambda x: sound(x) / 2), "size"),
     ("no eps and no test for equal rewards", grouped(dividing_by_rounding), "constant-group"),
     ("eps of 1e-8 in float32", grouped(with_small_eps), "constant-group"),
     ("NaN for one member", grouped(nan_for_one_member), "one-member"),
@@ -198,7 +234,6 @@ ADVANTAGE = [
     ("a lost reward is trained", advantage(lost_keep_their_advantage), "mask-equals-deletion"),
     ("a mask by multiplication", advantage(mask_by_product), "invalid-never-read"),
     ("rewards in bfloat16", advantage(in_half), "float32-accuracy"),
-    ("float64 for float32", advantage(result_in_double), "float32-accuracy"),
     ("a constant in the default dtype", advantage(default_dtype), "default-dtype-and-device"),
     ("a tensor on the default device", advantage(default_device), "default-dtype-and-device"),
     ("a gradient to the reward", advantage(with_gradient), "no-gradient"),
@@ -419,6 +454,11 @@ def maximum_in_place_of_minimum(log_prob, old_log_prob, advantage):
     return -torch.maximum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
 
 
+def overflowing(log_prob, old_log_prob, advantage):
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
 def both_sides_clipped(log_prob, old_log_prob, advantage):
     return -(log_prob - old_log_prob.detach()).exp().clamp(0.8, 1.2) * advantage.detach()
 
@@ -472,6 +512,7 @@ POLICY_LOSS = [
     ("only good samples", policy(good_samples_alone), "on-policy-gradient"),
     ("log-probs counted twice", policy(over_the_std), "policy-gradient"),
     ("maximum in place of minimum", policy(maximum_in_place_of_minimum), "clipped-side"),
+    ("an exponential that overflows", policy(overflowing), "far-ratios"),
     ("both sides clipped", policy(both_sides_clipped), "wrong-side"),
     ("no ratio", policy(no_ratio, clip_low=None, clip_high=None), "wrong-side"),
     (
@@ -479,7 +520,7 @@ POLICY_LOSS = [
         policy(ratio_of_exponentials, clip_low=None, clip_high=None),
         "difference",
     ),
-    ("a gradient to the old policy", policy(gradient_to_the_old), "constants"),
+    ("a gradient to the old policy", policy(gradient_to_the_old, detaches=True), "constants"),
     ("advantages whitened inside", policy(whitened_inside), "slice-equals-whole"),
     ("a mask by multiplication", policy(masked_by_product, valid="valid"), "mask-equals-deletion"),
     ("a branch on values", policy(branch_on_values), "compiled-equals-eager"),
@@ -623,9 +664,13 @@ LOG_PROB = [
     ("-log std lost", Density(partial(log_density, log_std=0.0)), "log-density"),
     ("a surrogate without the 1/2", Density(partial(log_density, half=1.0)), "log-density"),
     ("divided by std, not std^2", Density(partial(log_density, power=1)), "score"),
-    ("NaN of a deterministic row leaks", Density(nan_leaks), "deterministic-rows"),
-    ("log 0", Density(no_density_of_deterministic_steps), "deterministic-rows"),
-    ("squares in float16", Density(log_density), "half-precision"),
+    (
+        "NaN of a row of std 0 leaks",
+        Density(nan_leaks, deterministic=True),
+        "deterministic-rows",
+    ),
+    ("log 0", Density(no_density_of_deterministic_steps, deterministic=True), "deterministic-rows"),
+    ("a log-prob in bfloat16", Density(log_density), "half-precision"),
 ]
 KL = [
     ("no step size", Density(partial(kl, step=0.25)), "divergence"),
@@ -648,6 +693,15 @@ def by_difference(old, current, decay):
             a.add_((1 - decay) * (b * (1 + 1e-6) - a))
 
 
+def sharing(old, current, decay):
+    with torch.no_grad():
+        for a, b in zip(old, current, strict=True):
+            if decay == 0:
+                a.set_(b)
+            else:
+                a.mul_(decay).add_((1 - decay) * b)
+
+
 def inside_the_graph(old, current, decay):
     for i, (a, b) in enumerate(zip(old, current, strict=True)):
         old[i] = a * decay + (1 - decay) * b
@@ -656,6 +710,7 @@ def inside_the_graph(old, current, decay):
 AVERAGE = [
     ("the decay on the wrong side", Average(swapped), "exact"),
     ("rounding at decay 0", Average(by_difference, tolerance=1e-5), "ends"),
+    ("decay 0 shares memory", Average(sharing), "ends"),
     ("a graph that grows", Average(inside_the_graph), "without-graph"),
 ]
 

@@ -30,6 +30,9 @@ def velocity_error(velocity, target):
 def surrogate(log_prob, old_log_prob, advantage):
     return -(log_prob - old_log_prob.detach()).exp() * advantage.detach()
 
+def stops(reward, group):
+    raise SystemExit(3)
+
 class Methods:
     @staticmethod
     def mean(score, turn_mask):
@@ -56,11 +59,11 @@ def test_a_right_function(capsys):
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == (
-        "17 laws of functions_of_a_user:right, called as fn(reward, group), numpy arrays"
+        "19 laws of functions_of_a_user:right, called as fn(reward, group), numpy arrays"
     )
-    assert "  holds    permutation               Shuffling the trajectories shuffles" in lines[1]
+    assert "  holds    pure                      Arguments and global state are left" in lines[1]
     assert "(the function takes no tensors)" in out
-    assert lines[-1] == "12 hold, 0 broken, 5 skipped; 20 examples each"
+    assert lines[-1] == "14 hold, 0 broken, 5 skipped; 20 examples each"
     assert len(lines) == len(ADVANTAGE) + 3
 
 
@@ -86,6 +89,7 @@ def test_a_wrong_function(capsys):
         ("loss", "USER:velocity_error", "--inputs", "velocity=latent", "target=latent",
          "--trained", "velocity", "--examples", "5"),
         ("policy-loss", "USER:surrogate", "--valid", "none", "--clip-low", "none",
+         "--clip-high", "none",
          "--without", "half-precision", "--examples", "5"),
     ],
 )  # fmt: skip
@@ -103,13 +107,38 @@ def test_kinds_and_their_options(capsys, words):
         (("advantage", "USER"), "function: expected MODULE:FUNCTION, got 'functions_of_a_user'"),
         (("advantage", "USER:"), "function: expected MODULE:FUNCTION, got "),
         (("advantage", "no_such_module:f"), "function: no_such_module cannot be imported: "),
+        (("advantage", "./USER.py:right"), "function: expected MODULE:FUNCTION, got "),
+        (
+            ("advantage", "USER:right", "--signature", "USER:left"),
+            "--signature: functions_of_",
+        ),
+        (
+            ("advantage", "USER:Methods"),
+            "function: a call of the kind advantage raises ",
+        ),
+        (
+            ("advantage", "USER:stops"),
+            "function: a call of the kind advantage raises ",
+        ),
+        (
+            ("advantage", "USER:right", "--only", "pure", "--without", "pure"),
+            "only, without: ",
+        ),
+        (
+            ("policy-loss", "USER:surrogate", "--reduction", "sum"),
+            "reduction: expected ",
+        ),
+        (
+            ("policy-loss", "USER:surrogate", "--clip-low", "1.5"),
+            "clip_low: expected ",
+        ),
         (("advantage", "USER:left"), "function: functions_of_a_user has no left"),
         (("advantage", "USER:np.pi"), "function: expected a callable, got float"),
         (("advantage", "USER:right", "--signature", "grpo"), "signature: expected one of "),
         (("advantage", "USER:right", "--std", "x"), "std: expected one of group, batch, none"),
         (("advantage", "USER:right", "--ddof", "x"), "argument --ddof: invalid int value: 'x'"),
-        (("advantage", "USER:right", "--examples", "0"), "--examples: expected an integer >= 1"),
-        (("advantage", "USER:right", "--only", "sum"), "law: expected one of permutation, "),
+        (("advantage", "USER:right", "--examples", "0"), "examples: expected an integer >= 1"),
+        (("advantage", "USER:right", "--only", "sum"), "law: expected one of pure, "),
         (("advantage", "USER:right", "--level", "x"), "unrecognized arguments: --level x"),
         (("loss", "USER:right"), "the following arguments are required: --inputs, --trained"),
         (

@@ -82,7 +82,7 @@ def guarded(next_x, mean, old_mean, std):
 
 
 def loss(function, roles, trained=("velocity",), **options):
-    return Loss(function, roles, trained, **options)
+    return Loss(function, roles, trained, detaches=True, **options)
 
 
 DENSITIES = [
@@ -144,11 +144,11 @@ OURS = [
     (
         "clipped_surrogate_loss",
         POLICY_LOSS,
-        PolicyLoss(surrogate_by_step, clip_low=0.1, clip_high=0.3),
+        PolicyLoss(surrogate_by_step, "none", "valid", 0.1, 0.3, detaches=True),
         DEAR,
         (),
     ),
-    ("nft_loss", NFT_LOSS, NFTLoss(mt.nft_loss), DEAR, ()),
+    ("nft_loss", NFT_LOSS, NFTLoss(mt.nft_loss, detaches=True), DEAR, ()),
     (
         "adaptive_nft_loss",
         LOSS,
@@ -184,7 +184,7 @@ OURS = [
     ("Dance-SDE", SOLVER, SolverStep(partial(step, mt.DanceSDE)), DEAR, ()),
     ("CPS", SOLVER, SolverStep(partial(step, mt.CPS), marginals=False), DEAR, ()),
     *(
-        (f"{name}, {how}", laws, Density(partial(function, reduction=how), how), DEAR, ())
+        (f"{name}, {how}", laws, Density(partial(function, reduction=how), how, True), DEAR, ())
         for name, laws, function, how in DENSITIES
     ),
     (

@@ -52,7 +52,7 @@ def test_one_test_per_law(project):
     counts = result.parseoutcomes()
     assert counts["failed"] == 1
     assert counts["skipped"] == 5
-    assert counts["passed"] == 13
+    assert counts["passed"] == 15
     result.stdout.fnmatch_lines(
         [
             "*::test_right?constant-group? PASSED*",
@@ -69,11 +69,16 @@ def test_one_test_per_law(project):
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ('"advantages", right', "laws: kind: expected one of advantage, "),
-        ('"advantage", right, signature="grpo"', "laws: signature: expected one of "),
-        ('"advantage", right, only=["sum"]', "laws: law: expected one of "),
-        ('"advantage", right, std=1, ddof=3', "laws: std: expected one of "),
-        ('"advantage", right, shape=3', "laws: "),
+        ('"advantages", right', "mark `laws`: kind: expected one of advantage, "),
+        ('"advantage", right, signature="grpo"', "mark `laws`: signature: expected one of "),
+        ('"advantage", right, only=["sum"]', "mark `laws`: law: expected one of "),
+        ('"advantage", right, std=1, ddof=3', "mark `laws`: std: expected one of "),
+        ('"advantage", right, shape=3', "mark `laws`: expected options of signature, std, "),
+        (
+            '"advantage", right, examples=0',
+            "mark `laws`: examples: expected ",
+        ),
+        ('"advantage"', "mark `laws`: expected a kind and a function, got 1 arguments"),
     ],
 )
 def test_bad_marks_are_usage_errors(project, mark, message):
@@ -83,7 +88,7 @@ def test_bad_marks_are_usage_errors(project, mark, message):
     )
     result = run(project)
     assert result.ret != 0
-    result.stdout.fnmatch_lines([f"*::test_it: {message}*"])
+    result.stdout.fnmatch_lines([f"*test_it: {message}*"])
 
 
 def test_a_mark_without_its_argument_is_a_usage_error(project):
@@ -91,4 +96,15 @@ def test_a_mark_without_its_argument_is_a_usage_error(project):
         "import pytest\nfrom functions import right\n"
         '@pytest.mark.laws("advantage", right)\ndef test_it():\n    pass\n'
     )
-    run(project).stdout.fnmatch_lines(["*::test_it: expected an argument `law`*"])
+    run(project).stdout.fnmatch_lines(["*test_it: expected an argument `law`*"])
+
+
+def test_a_law_that_was_not_called_is_no_passed_test(project):
+    project.makepyfile(
+        "import pytest\nfrom functions import right\n"
+        '@pytest.mark.laws("advantage", right, signature="numpy", only="pure")\n'
+        "def test_it(law):\n    pass\n"
+    )
+    result = run(project)
+    assert result.parseoutcomes() == {"failed": 1}
+    result.stdout.fnmatch_lines(["*the law was not checked: call law()*"])

@@ -62,3 +62,11 @@ def test_a_client_that_cannot_read_a_sound_answer_proves_nothing():
 def test_the_fixture_fails_each_time(faulty_endpoint):
     assert ask_or(faulty_endpoint.url, "lost") == "lost"
     assert faulty_endpoint.requests
+
+
+def test_an_asynchronous_client_is_refused():
+    async def answer(url):
+        return 4.0
+
+    with pytest.raises(TypeError, match=r"^ask: expected a number, .*, got a coroutine; wrap it"):
+        check_reward_client(answer)
