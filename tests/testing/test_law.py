@@ -37,7 +37,9 @@ from mteditflow.testing.signatures import SIGNATURES, Signature
 from mteditflow.testing.solvers import Density
 from mteditflow.testing.strategies import signs
 
-SAME = settings(derandomize=True, database=None)  # also where the profile draws anew
+SAME = settings(
+    max_examples=5000, derandomize=True, database=None
+)  # also where the profile draws anew
 
 
 def exactly(message):
