@@ -63,3 +63,5 @@ def test_errors():
         truncated_importance_weight(zero, torch.zeros(3), cap=2.0)
     with pytest.raises(TypeError, match="sampling_log_prob: expected float32 or float64"):
         truncated_importance_weight(zero, zero.half(), cap=2.0)
+    with pytest.raises(TypeError, match=r"^old_log_prob: expected float32 or float64"):
+        truncated_importance_weight(zero.half(), zero, cap=2.0)
