@@ -13,8 +13,8 @@ INSTALLED := $(VENV)/.installed
 # fails to import, and everything that looks for it would fail with it.
 SERVING := $(VENV)/serving
 TORCHVISION := torchvision==0.28.0
-QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/testing tests/test_old_policy.py \
-	tests/test_diagnostics.py tests/test_metrics.py tests/test_checks.py tests/test_reduce.py
+QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/test_old_policy.py \
+	tests/testing/test_laws_of_ours.py tests/test_diagnostics.py tests/test_metrics.py tests/test_checks.py tests/test_reduce.py
 # The models are tiny: threads beyond the cores only get in each other's way.
 WORKERS ?= 2
 
