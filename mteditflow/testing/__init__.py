@@ -12,24 +12,13 @@ from mteditflow._lazy import lazy
 
 if TYPE_CHECKING:
     from mteditflow.testing.advantage import GroupAdvantage, check_group_advantage
-    from mteditflow.testing.endpoint import FAULTS, ScriptedServer, check_reward_client
-    from mteditflow.testing.fusion import (
-        Fusion,
-        Selection,
-        check_fusion,
-        check_selection,
-    )
+    from mteditflow.testing.densities import Density, LogProb, check_kl, check_log_prob
+    from mteditflow.testing.endpoint import FAULTS, ScriptedServer
+    from mteditflow.testing.fusion import Fusion, check_fusion
     from mteditflow.testing.gaussian import GaussianFlow, GaussianPolicy
     from mteditflow.testing.kinds import KINDS, laws_of
     from mteditflow.testing.law import About, Law, LawBroken, Laws, Result
-    from mteditflow.testing.losses import (
-        Loss,
-        NFTLoss,
-        PolicyLoss,
-        check_loss,
-        check_nft_loss,
-        check_policy_loss,
-    )
+    from mteditflow.testing.losses import Loss, check_loss
     from mteditflow.testing.models import (
         Average,
         check_adapter,
@@ -37,14 +26,16 @@ if TYPE_CHECKING:
         check_replay,
         check_saved,
     )
-    from mteditflow.testing.signatures import SIGNATURES, Signature
-    from mteditflow.testing.solvers import (
-        Density,
-        SolverStep,
-        check_kl,
-        check_log_prob,
-        check_solver,
+    from mteditflow.testing.policy_losses import (
+        NFTLoss,
+        PolicyLoss,
+        check_nft_loss,
+        check_policy_loss,
     )
+    from mteditflow.testing.reward_client import check_reward_client
+    from mteditflow.testing.selection import Selection, check_selection
+    from mteditflow.testing.signatures import SIGNATURES, Signature
+    from mteditflow.testing.solvers import SolverStep, check_solver
     from mteditflow.testing.strategies import (
         RewardBatch,
         TurnBatch,
@@ -71,7 +62,7 @@ else:
             "About": ".law",
             "Aggregator": ".turns",
             "Average": ".models",
-            "Density": ".solvers",
+            "Density": ".densities",
             "ScriptedServer": ".endpoint",
             "Fusion": ".fusion",
             "GaussianFlow": ".gaussian",
@@ -80,12 +71,13 @@ else:
             "Law": ".law",
             "LawBroken": ".law",
             "Laws": ".law",
+            "LogProb": ".densities",
             "Loss": ".losses",
-            "NFTLoss": ".losses",
-            "PolicyLoss": ".losses",
+            "NFTLoss": ".policy_losses",
+            "PolicyLoss": ".policy_losses",
             "Result": ".law",
             "RewardBatch": ".strategies",
-            "Selection": ".fusion",
+            "Selection": ".selection",
             "Signature": ".signatures",
             "SolverStep": ".solvers",
             "TurnBatch": ".strategies",
@@ -96,15 +88,15 @@ else:
             "check_credit": ".turns",
             "check_fusion": ".fusion",
             "check_group_advantage": ".advantage",
-            "check_kl": ".solvers",
-            "check_log_prob": ".solvers",
+            "check_kl": ".densities",
+            "check_log_prob": ".densities",
             "check_loss": ".losses",
-            "check_nft_loss": ".losses",
-            "check_policy_loss": ".losses",
+            "check_nft_loss": ".policy_losses",
+            "check_policy_loss": ".policy_losses",
             "check_replay": ".models",
-            "check_reward_client": ".endpoint",
+            "check_reward_client": ".reward_client",
             "check_saved": ".models",
-            "check_selection": ".fusion",
+            "check_selection": ".selection",
             "check_solver": ".solvers",
             "group_ids": ".strategies",
             "laws_of": ".kinds",
@@ -132,6 +124,7 @@ __all__ = [
     "Law",
     "LawBroken",
     "Laws",
+    "LogProb",
     "Loss",
     "NFTLoss",
     "PolicyLoss",

@@ -1,6 +1,6 @@
-"""Laws of fusion (several rewards to one advantage) and of the selection of groups.
+"""Laws of fusion: several rewards to one advantage.
 
-Source: MT-EditFlow (arXiv 2606.01985), Eq. 6, 7, 17-19; DAPO (arXiv 2503.14476) for selection.
+Source: MT-EditFlow (arXiv 2606.01985), Eq. 6, 7, 17-19.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from mteditflow.testing.law import Laws, call, expect_close, fail
 from mteditflow.testing.signatures import vector
 from mteditflow.testing.strategies import (
     LOST,
-    RewardBatch,
     named_rewards,
-    reward_batches,
-    signs,
     tenths,
 )
 
@@ -65,28 +62,8 @@ class Fusion:
         return vector(result)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A selection of groups under test.
-
-    Attributes:
-        function: called as ``function(reward [B], group [B], valid=valid [B])``; returns which
-            trajectories to train on, boolean [B].
-    """
-
-    function: Callable[..., Any]
-
-    def __call__(self, reward: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-        """Return what is kept; a failure of the function breaks the law that called it."""
-        case = {"reward": reward, "group": group, "valid": valid}
-        kept = call(self.function, case, reward, group, valid=valid)
-        return torch.as_tensor(kept).cpu().bool()
-
-
 #: Laws of fusion, for ``Fusion``.
 FUSION: Laws[Fusion] = Laws("fusion", Fusion)
-#: Laws of the selection of groups, for ``Selection``.
-SELECTION: Laws[Selection] = Laws("selection", Selection)
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.15, 0.5, 1.0, 2.0]), min_size=3, max_size=3).map(
     lambda w: dict(zip(NAMES, w, strict=True))
 )
@@ -149,8 +126,9 @@ def constant_group(f: Fusion, data: DataObject) -> None:
     """A group whose rewards are all equal has advantage 0."""
     size = data.draw(st.integers(2, 6))
     values = st.integers(0, 160).map(tenths)
-    rewards = {name: torch.full((size,), data.draw(values)).double() for name in NAMES}
-    weights, group = data.draw(WEIGHTS), torch.zeros(size, dtype=torch.int64)
+    one = torch.ones(size, dtype=torch.float64, device="cpu")
+    rewards = {name: data.draw(values) * one for name in NAMES}
+    weights, group = data.draw(WEIGHTS), torch.zeros(size, dtype=torch.int64, device="cpu")
     got = f(rewards, weights, group)
     if not bool((got.abs() <= f.zero).all()):
         fail(_case(rewards, weights=weights, group=group), torch.zeros_like(got), got)
@@ -229,85 +207,6 @@ def mask_equals_deletion(f: Fusion, data: DataObject) -> None:
     expect_close(got, expected, case, tolerance=f.tolerance)
 
 
-def _rows(batch: RewardBatch, **more: object) -> Mapping[str, object]:
-    return {"reward": batch.reward, "group": batch.group, "valid": batch.valid, **more}
-
-
-@SELECTION.law(
-    why="A group that lost its worst members has another mean: its advantages are biased.",
-)
-def whole_groups(f: Selection, data: DataObject) -> None:
-    """The valid members of a group are kept or dropped together."""
-    batch = data.draw(reward_batches(number=signs))
-    kept = f(*batch)
-    same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
-    if bool((same & (kept[:, None] != kept)).any()):
-        fail(_rows(batch), "one verdict in each group", kept)
-
-
-@SELECTION.law(
-    why="It has no gradient, only cost; rounding of a mean can make it look informative.",
-)
-def flat_groups_dropped(f: Selection, data: DataObject) -> None:
-    """A group of equal rewards is dropped, whatever their value."""
-    value, size = data.draw(st.integers(-80, 80)) / 10, data.draw(st.integers(1, 300))
-    reward = torch.full((size + 2,), value, dtype=torch.float64)
-    reward[-1] = value + 1
-    group = torch.tensor([4] * size + [9] * 2)
-    got = f(reward, group, torch.ones_like(group, dtype=torch.bool))
-    if bool(got[:size].any()):
-        case = {"reward": f"{size} times {value}", "group": f"{size} times 4"}
-        fail(case, "no member kept", f"{int(got[:size].sum())} members kept")
-
-
-@SELECTION.law(
-    why="Dropping informative groups wastes rollouts, and a lost reward trains on noise.",
-)
-def informative_groups_kept(f: Selection, data: DataObject) -> None:
-    """A group of different rewards is kept, and its invalid members are not."""
-    batch = data.draw(reward_batches(number=signs))
-    same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
-    differs = (same & (batch.reward[:, None] != batch.reward)).any(dim=1)
-    got = f(*batch)
-    if not torch.equal(got, differs):
-        fail(_rows(batch), differs, got)
-
-
-@SELECTION.law(
-    why="Sorted or consecutive ids are an accident of one data loader.",
-)
-def permutation(f: Selection, data: DataObject) -> None:
-    """Shuffling the trajectories and renaming the groups changes no verdict."""
-    batch = data.draw(reward_batches(number=signs))
-    order = torch.tensor(data.draw(st.permutations(range(len(batch.reward)))))
-    renamed = batch.group * 3 if bool((batch.group.abs() < 2**60).all()) else batch.group
-    got = f(batch.reward[order], renamed[order], batch.valid[order])
-    expected = f(*batch)[order]
-    if not torch.equal(got, expected):
-        fail(_rows(batch, order=order), expected, got)
-
-
-@SELECTION.law(
-    why="Counts in bfloat16 stop at 256, in float16 at 2048.",
-)
-def default_dtype(f: Selection, data: DataObject) -> None:
-    """The default dtype of torch changes nothing, also in large groups."""
-    size, wrong = data.draw(st.sampled_from([2, 3, 257, 300])), data.draw(st.integers(1, 3))
-    reward = torch.zeros(2 * size, dtype=torch.float64)
-    reward[:wrong] = 1.0
-    group = torch.arange(2 * size) // size
-    valid = torch.ones_like(group, dtype=torch.bool)
-    expected, before = f(reward, group, valid), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        got = f(reward, group, valid)
-    finally:
-        torch.set_default_dtype(before)
-    if not torch.equal(got, expected):
-        case = {"reward": f"{wrong} times 1, {2 * size - wrong} times 0", "group size": size}
-        fail(case, f"{int(expected.sum())} members kept", f"{int(got.sum())} members kept")
-
-
 def check_fusion(
     function: Callable[..., Any],
     *,
@@ -338,25 +237,3 @@ def check_fusion(
         >>> check_fusion(fuse_advantages, examples=5)
     """
     FUSION.check(Fusion(function, level, zero, eps, tolerance), **search)
-
-
-def check_selection(function: Callable[..., Any], **search: Any) -> None:
-    """Check a selection of groups, called as ``function(reward, group, valid=valid)``.
-
-    Args:
-        function: maps rewards [B] in groups to what is kept, boolean [B].
-        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
-
-    Raises:
-        LawBroken: a law fails; the message has its smallest case.
-        AssertionError: several laws fail.
-
-    Source: dynamic sampling of DAPO (arXiv 2503.14476).
-
-    Example:
-        >>> from mteditflow import select_groups
-        >>> def kept(reward, group, valid):
-        ...     return select_groups(reward, group, valid=valid).keep
-        >>> check_selection(kept, examples=5)
-    """
-    SELECTION.check(Selection(function), **search)

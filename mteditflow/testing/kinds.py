@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mteditflow.testing.advantage import ADVANTAGE
-from mteditflow.testing.fusion import FUSION, SELECTION
+from mteditflow.testing.densities import KL, LOG_PROB
+from mteditflow.testing.fusion import FUSION
 from mteditflow.testing.law import Laws
-from mteditflow.testing.losses import LOSS, NFT_LOSS, POLICY_LOSS
+from mteditflow.testing.losses import LOSS
 from mteditflow.testing.models import AVERAGE
-from mteditflow.testing.solvers import KL, LOG_PROB, SOLVER
+from mteditflow.testing.policy_losses import NFT_LOSS, POLICY_LOSS
+from mteditflow.testing.selection import SELECTION
+from mteditflow.testing.solvers import SOLVER
 from mteditflow.testing.turns import AGGREGATOR, CREDIT
 
 _ALL: tuple[Laws[Any], ...] = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -270,6 +271,24 @@ def call(
         return function(*args, **kwargs)
     except (Exception, SystemExit) as error:
         fail(case, "a result", Raised(error))
+
+
+@contextmanager
+def other_defaults(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
+    """Set torch's default dtype, and its default device to one without memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def expect_memory(result: object, case: Mapping[str, object]) -> None:
+    """Fail where a result is on the default device of ``other_defaults``."""
+    if isinstance(result, Tensor) and result.is_meta:
+        fail(case, "a result on the device of the arguments", "one on the default device")
 
 
 def refuses(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

@@ -91,7 +91,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 @pytest.fixture(params=list(FAULTS))
 def faulty_endpoint(request: pytest.FixtureRequest) -> Iterator[ScriptedServer]:
-    """ScriptedServer whose every response fails in one way; its ``url`` ends in /v1."""
+    """Endpoint whose every response fails in one way; its ``url`` ends in /v1."""
     behavior = FAULTS[request.param]
     with ScriptedServer(lambda _: completion("4"), repeat(behavior)) as endpoint:
         yield endpoint

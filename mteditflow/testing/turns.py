@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.law import Laws, call, expect_close, fail
+from mteditflow.testing.law import (
+    Laws,
+    call,
+    expect_close,
+    expect_memory,
+    fail,
+    other_defaults,
+)
 from mteditflow.testing.signatures import vector
 from mteditflow.testing.strategies import LOST, TurnBatch, turn_batches
 
@@ -37,7 +44,9 @@ class TurnFunction:
     def __call__(self, score: Tensor, turn_mask: Tensor) -> Tensor:
         """Return the result; a failure of the function breaks the law that called it."""
         case = {"score": score, "turn_mask": turn_mask}
-        return vector(call(self.function, case, score.clone(), turn_mask=turn_mask.clone()))
+        result = call(self.function, case, score.clone(), turn_mask=turn_mask.clone())
+        expect_memory(result, case)
+        return vector(result)
 
     def batches(self) -> st.SearchStrategy[TurnBatch]:
         """Return a strategy for scores that the function takes."""
@@ -119,23 +128,22 @@ def padding_equals_deletion(f: TurnFunction, data: DataObject) -> None:
     batch = data.draw(f.batches())
     got = f(*batch)
     for chain, length in enumerate(batch.turn_mask.sum(dim=1).tolist()):
-        own = f(batch.score[chain : chain + 1, :length], torch.ones(1, length, dtype=torch.bool))
+        exists = torch.ones(1, length, dtype=torch.bool, device="cpu")
+        own = f(batch.score[chain : chain + 1, :length], exists)
         here = got[chain : chain + 1] if got.ndim == 1 else got[chain : chain + 1, :length]
         expect_close(here, own, _case(batch), tolerance=f.tolerance)
 
 
 @TURNS.law(
-    why="Under a bfloat16 default a mean of three turns has two digits, and ties appear.",
+    why="Under a bfloat16 default a mean of three turns has two digits, and ties appear; a tensor "
+    "on the default device does not meet the scores.",
 )
-def default_dtype(f: TurnFunction, data: DataObject) -> None:
-    """The default dtype of torch changes nothing."""
+def default_dtype_and_device(f: TurnFunction, data: DataObject) -> None:
+    """The default dtype and device of torch change nothing."""
     batch = data.draw(f.batches())
-    expected, before = f(*batch), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.bfloat16)
+    expected = f(*batch)
+    with other_defaults():
         got = f(*batch)
-    finally:
-        torch.set_default_dtype(before)
     expect_close(got, expected, _case(batch, default_dtype=torch.bfloat16), tolerance=f.tolerance)
 
 
@@ -152,9 +160,9 @@ def length(f: Aggregator, data: DataObject) -> None:
     """The reward of a chain of equal scores does not depend on its length."""
     score = data.draw(st.sampled_from(list(f.values)))
     turns = data.draw(st.integers(2, 6))
-    one, many = (torch.full((1, n), score, dtype=torch.float64) for n in (1, turns))
-    got = f(many, torch.ones(1, turns, dtype=torch.bool))
-    expected = f(one, torch.ones(1, 1, dtype=torch.bool))
+    one, many = (torch.full((1, n), score, dtype=torch.float64, device="cpu") for n in (1, turns))
+    got = f(many, torch.ones(1, turns, dtype=torch.bool, device="cpu"))
+    expected = f(one, torch.ones(1, 1, dtype=torch.bool, device="cpu"))
     expect_close(got, expected, {"score": many}, tolerance=f.tolerance)
 
 
@@ -181,7 +189,9 @@ def monotone(f: Aggregator, data: DataObject) -> None:
 def informative(f: Aggregator, data: DataObject) -> None:
     """A chain of the best scores has a larger reward than one of the worst."""
     turns = data.draw(st.integers(1, 6))
-    score = torch.tensor([[max(f.values)] * turns, [min(f.values)] * turns], dtype=torch.float64)
+    score = torch.tensor(
+        [[max(f.values)] * turns, [min(f.values)] * turns], dtype=torch.float64, device="cpu"
+    )
     best, worst = f(score, torch.ones_like(score, dtype=torch.bool)).tolist()
     if not best > worst:
         fail({"score": score}, "a larger reward of the first chain", [best, worst])
@@ -194,7 +204,7 @@ def informative(f: Aggregator, data: DataObject) -> None:
 def turn_order(f: Aggregator, data: DataObject) -> None:
     """The order of turns changes nothing."""
     batch = data.draw(f.batches())
-    order = torch.tensor(data.draw(st.permutations(range(batch.score.shape[1]))))
+    order = torch.tensor(data.draw(st.permutations(range(batch.score.shape[1]))), device="cpu")
     got = f(batch.score[:, order], batch.turn_mask[:, order])
     expect_close(got, f(*batch), _case(batch, order=order), tolerance=f.tolerance)
 
@@ -226,8 +236,8 @@ def causal(f: TurnCreditFunction, data: DataObject) -> None:
     changed = data.draw(st.integers(0, turns - 1))
     score = batch.score.clone()
     score[:, changed] = data.draw(st.sampled_from(list(f.values)))
-    later = torch.arange(turns) > changed
-    earlier = torch.arange(turns) < changed
+    later = torch.arange(turns, device="cpu") > changed
+    earlier = torch.arange(turns, device="cpu") < changed
     same = later if f.reads == "later" else earlier
     before, after = f(*batch)[:, same], f(score, batch.turn_mask)[:, same]
     expect_close(after, before, _case(batch, changed=score), tolerance=f.tolerance)

@@ -45,7 +45,7 @@ def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, uneven,
 
     @functools.cache
     def rounding():
-        """What one process rounds otherwise when it alone puts rows into other micro-batches."""
+        """Differences by rounding when one process alone puts rows into other micro-batches."""
         regrouped = ended("regrouped", 1, "--training.batch", 1 if uneven else 4)
         return {name: difference(regrouped, name) for name in NAMES}
 

@@ -16,6 +16,7 @@ from mteditflow.testing import (
     Density,
     Fusion,
     GroupAdvantage,
+    LogProb,
     Loss,
     NFTLoss,
     PolicyLoss,
@@ -256,6 +257,10 @@ def default_dtype_mean(score, turn_mask):
     return (torch.where(turn_mask, score, 0).to(weight.dtype) * weight).sum(1)
 
 
+def on_the_default_device(score, turn_mask):
+    return mean_of_turns(score, turn_mask) * torch.ones(len(score))
+
+
 def whole_number_mean(score, turn_mask):
     total = torch.where(turn_mask, score, 0).sum(1)
     return total // turn_mask.sum(1) if not score.is_floating_point() else total / turn_mask.sum(1)
@@ -284,7 +289,8 @@ AGGREGATOR = [
     ),
     ("integer division", Aggregator(whole_number_mean), "whole-numbers"),
     ("the last turn alone", Aggregator(last_score), "turn-order"),
-    ("weights in the default dtype", Aggregator(default_dtype_mean), "default-dtype"),
+    ("ones on the default device", Aggregator(on_the_default_device), "default-dtype-and-device"),
+    ("weights in the default dtype", Aggregator(default_dtype_mean), "default-dtype-and-device"),
     ("whitened over the batch", Aggregator(whitened_chains), "chains-independent"),
     ("a constant", Aggregator(lambda s, turn_mask: torch.ones(len(s))), "informative"),
     (
@@ -428,7 +434,7 @@ SELECTION = [
         "informative-groups-kept",
     ),
     ("groups must be neighbors", Selection(neighbors_alone), "permutation"),
-    ("counts in the default dtype", Selection(counted_in_default_dtype), "default-dtype"),
+    ("default dtype of counts", Selection(counted_in_default_dtype), "default-dtype-and-device"),
 ]
 
 
@@ -586,7 +592,12 @@ def squares_in_half(velocity, target):
     return (velocity - target.detach()).square().flatten(1).mean(1)
 
 
+def root_of_squares(velocity, target):
+    return (velocity - target.detach()).double().square().flatten(1).sum(1).sqrt()
+
+
 LOSS = [
+    ("a root at error 0", Loss(root_of_squares, MATCHING, ("velocity",)), "finite"),
     ("the square of a norm", Loss(by_norm, MATCHING, ("velocity",)), "second-derivatives"),
     ("squares in half precision", Loss(squares_in_half, MATCHING, ("velocity",)), "half-precision"),
 ]
@@ -661,16 +672,16 @@ def kl_without_gradient(mean, reference_mean, std):
 
 
 LOG_PROB = [
-    ("-log std lost", Density(partial(log_density, log_std=0.0)), "log-density"),
-    ("a surrogate without the 1/2", Density(partial(log_density, half=1.0)), "log-density"),
-    ("divided by std, not std^2", Density(partial(log_density, power=1)), "score"),
+    ("-log std lost", LogProb(partial(log_density, log_std=0.0)), "log-density"),
+    ("a surrogate without the 1/2", LogProb(partial(log_density, half=1.0)), "log-density"),
+    ("divided by std, not std^2", LogProb(partial(log_density, power=1)), "score"),
     (
         "NaN of a row of std 0 leaks",
-        Density(nan_leaks, deterministic=True),
+        LogProb(nan_leaks, deterministic=True),
         "deterministic-rows",
     ),
-    ("log 0", Density(no_density_of_deterministic_steps, deterministic=True), "deterministic-rows"),
-    ("a log-prob in bfloat16", Density(log_density), "half-precision"),
+    ("log 0", LogProb(no_density_of_deterministic_steps, deterministic=True), "deterministic-rows"),
+    ("a log-prob in bfloat16", LogProb(log_density), "half-precision"),
 ]
 KL = [
     ("no step size", Density(partial(kl, step=0.25)), "divergence"),

@@ -31,10 +31,10 @@ from mteditflow.testing import (
     turn_batches,
 )
 from mteditflow.testing.advantage import ADVANTAGE
+from mteditflow.testing.densities import Density
 from mteditflow.testing.fusion import Fusion
 from mteditflow.testing.losses import LOSS
 from mteditflow.testing.signatures import SIGNATURES, Signature
-from mteditflow.testing.solvers import Density
 from mteditflow.testing.strategies import signs
 
 SAME = settings(
@@ -157,9 +157,9 @@ def test_a_function_may_refuse_small_groups_if_it_is_announced():
 
 def test_textbook_losses_of_others_pass():
     def ppo(log_prob, old_log_prob, advantage, mask):
-        ratio = torch.exp((log_prob - old_log_prob).clamp(-20, 20))
-        loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage.clamp(-5, 5))
-        return loss.float() * 0 + torch.where(mask, loss, 0)
+        ratio, advantage = (log_prob - old_log_prob).clamp(-20, 20).exp(), advantage.clamp(-5, 5)
+        loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        return torch.where(mask, loss, 0)
 
     without = ["compiled-equals-eager", "mask-equals-deletion"]
     check_policy_loss(ppo, valid="mask", examples=10, without=[*without, "half-precision"])

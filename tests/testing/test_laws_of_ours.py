@@ -13,6 +13,7 @@ from mteditflow.testing import (
     Density,
     Fusion,
     GroupAdvantage,
+    LogProb,
     Loss,
     NFTLoss,
     PolicyLoss,
@@ -21,17 +22,23 @@ from mteditflow.testing import (
     TurnCreditFunction,
 )
 from mteditflow.testing.advantage import ADVANTAGE
-from mteditflow.testing.fusion import FUSION, SELECTION
-from mteditflow.testing.losses import LOSS, NFT_LOSS, POLICY_LOSS
+from mteditflow.testing.densities import KL, LOG_PROB
+from mteditflow.testing.fusion import FUSION
+from mteditflow.testing.losses import LOSS
 from mteditflow.testing.models import AVERAGE
-from mteditflow.testing.solvers import KL, LOG_PROB, SOLVER
+from mteditflow.testing.policy_losses import NFT_LOSS, POLICY_LOSS
+from mteditflow.testing.selection import SELECTION
+from mteditflow.testing.solvers import SOLVER
 from mteditflow.testing.turns import AGGREGATOR, CREDIT
 
 # `make quick` and `make laws` draw other cases each time; a failing one is printed in full.
 NEW_SEEDS = os.environ.get("HYPOTHESIS_PROFILE") == "random"
 THOUSANDS = os.environ.get("MTEDITFLOW_LAWS") == "thousands"
-# Advantages and credit; losses and solvers. New seeds on every run need few cases in each.
-CHEAP, DEAR = (10_000, 500) if THOUSANDS else (8, 4) if NEW_SEEDS else (25, 10)
+# Advantages and credit; compositions of them; losses and solvers. New seeds on every run need few
+# cases in each.
+CHEAP, WHOLE, DEAR = (
+    (10_000, 10_000, 500) if THOUSANDS else (8, 4, 4) if NEW_SEEDS else (200, 25, 20)
+)
 EXACT = {"zero": 0.0, "tolerance": 1e-9, "eps": 1e-4}
 # The adaptive loss divides by detached errors: its gradient is not that of its value.
 WEIGHTED = ("gradient-of-value", "second-derivatives")
@@ -86,11 +93,15 @@ def loss(function, roles, trained=("velocity",), **options):
     return Loss(function, roles, trained, detaches=True, **options)
 
 
+def with_deterministic_rows(function, reduction):
+    return LogProb(function, reduction, deterministic=True)
+
+
 DENSITIES = [
-    (name, laws, function, reduction)
-    for name, laws, function in (
-        ("gaussian_log_prob", LOG_PROB, mt.gaussian_log_prob),
-        ("gaussian_kl", KL, mt.gaussian_kl),
+    (name, laws, subject, function, reduction)
+    for name, laws, subject, function in (
+        ("gaussian_log_prob", LOG_PROB, with_deterministic_rows, mt.gaussian_log_prob),
+        ("gaussian_kl", KL, Density, mt.gaussian_kl),
     )
     for reduction in ("mean", "sum")
 ]
@@ -110,7 +121,7 @@ OURS = [
         CHEAP,
         (),
     ),
-    ("turn_advantage", ADVANTAGE, GroupAdvantage(trajectory_advantage, **EXACT), CHEAP, ()),
+    ("turn_advantage", ADVANTAGE, GroupAdvantage(trajectory_advantage, **EXACT), WHOLE, ()),
     ("binary_and", AGGREGATOR, Aggregator(mt.binary_and), CHEAP, ()),
     ("binary_average", AGGREGATOR, Aggregator(mt.binary_average), CHEAP, ()),
     (
@@ -129,7 +140,7 @@ OURS = [
         CHEAP,
         (),
     ),
-    ("RewardToGo", CREDIT, TurnCreditFunction(mean_to_go), CHEAP, ()),
+    ("RewardToGo", CREDIT, TurnCreditFunction(mean_to_go), WHOLE, ()),
     (
         "stop_after_failure",
         CREDIT,
@@ -185,8 +196,8 @@ OURS = [
     ("Dance-SDE", SOLVER, SolverStep(partial(step, mt.DanceSDE)), DEAR, ()),
     ("CPS", SOLVER, SolverStep(partial(step, mt.CPS), marginals=False), DEAR, ()),
     *(
-        (f"{name}, {how}", laws, Density(partial(function, reduction=how), how, True), DEAR, ())
-        for name, laws, function, how in DENSITIES
+        (f"{name}, {how}", laws, subject(partial(function, reduction=how), how), DEAR, ())
+        for name, laws, subject, function, how in DENSITIES
     ),
     (
         "update_old_policy",

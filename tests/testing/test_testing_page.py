@@ -25,6 +25,8 @@ RUNS = re.findall(
 def folder(pytester, monkeypatch):
     for name, text in FILES.items():
         (pytester.path / name).parent.mkdir(parents=True, exist_ok=True)
+        # The table above has run the page's 200 examples; its pytest run needs no more than a few.
+        text = text.replace('signature="numpy")\ndef', 'signature="numpy", examples=10)\ndef')
         (pytester.path / name).write_text(text)
     monkeypatch.setattr(sys, "path", [str(pytester.path), *sys.path])
     yield pytester

@@ -1,0 +1,141 @@
+"""Laws of the selection of groups.
+
+Source: dynamic sampling of DAPO (arXiv 2503.14476).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
+from torch import Tensor
+
+from mteditflow.testing.law import Laws, call, expect_memory, fail, other_defaults
+from mteditflow.testing.strategies import RewardBatch, reward_batches, signs
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A selection of groups under test.
+
+    Attributes:
+        function: called as ``function(reward [B], group [B], valid=valid [B])``; returns which
+            trajectories to train on, boolean [B].
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, reward: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+        """Return what is kept; a failure of the function breaks the law that called it."""
+        case = {"reward": reward, "group": group, "valid": valid}
+        kept = call(self.function, case, reward, group, valid=valid)
+        expect_memory(kept, case)
+        if isinstance(kept, Tensor):
+            return kept.detach().bool().cpu()
+        return torch.as_tensor(kept, device="cpu").bool()
+
+
+#: Laws of the selection of groups, for ``Selection``.
+SELECTION: Laws[Selection] = Laws("selection", Selection)
+
+
+def _rows(batch: RewardBatch, **more: object) -> Mapping[str, object]:
+    return {"reward": batch.reward, "group": batch.group, "valid": batch.valid, **more}
+
+
+@SELECTION.law(
+    why="A group that lost its worst members has another mean: its advantages are biased.",
+)
+def whole_groups(f: Selection, data: DataObject) -> None:
+    """The valid members of a group are kept or dropped together."""
+    batch = data.draw(reward_batches(number=signs))
+    kept = f(*batch)
+    same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
+    if bool((same & (kept[:, None] != kept)).any()):
+        fail(_rows(batch), "one verdict in each group", kept)
+
+
+@SELECTION.law(
+    why="It has no gradient, only cost; rounding of a mean can make it look informative.",
+)
+def flat_groups_dropped(f: Selection, data: DataObject) -> None:
+    """A group of equal rewards is dropped, whatever their value."""
+    value, size = data.draw(st.integers(-80, 80)) / 10, data.draw(st.integers(1, 300))
+    reward = torch.full((size + 2,), value, dtype=torch.float64, device="cpu")
+    reward[-1] = value + 1
+    group = torch.tensor([4] * size + [9] * 2, device="cpu")
+    got = f(reward, group, torch.ones_like(group, dtype=torch.bool))
+    if bool(got[:size].any()):
+        case = {"reward": f"{size} times {value}", "group": f"{size} times 4"}
+        fail(case, "no member kept", f"{int(got[:size].sum())} members kept")
+
+
+@SELECTION.law(
+    why="Dropping informative groups wastes rollouts, and a lost reward trains on noise.",
+)
+def informative_groups_kept(f: Selection, data: DataObject) -> None:
+    """A group of different rewards is kept, and its invalid members are not."""
+    batch = data.draw(reward_batches(number=signs))
+    same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
+    differs = (same & (batch.reward[:, None] != batch.reward)).any(dim=1)
+    got = f(*batch)
+    if not torch.equal(got, differs):
+        fail(_rows(batch), differs, got)
+
+
+@SELECTION.law(
+    why="Sorted or consecutive ids are an accident of one data loader.",
+)
+def permutation(f: Selection, data: DataObject) -> None:
+    """Shuffling the trajectories and renaming the groups changes no verdict."""
+    batch = data.draw(reward_batches(number=signs))
+    order = torch.tensor(data.draw(st.permutations(range(len(batch.reward)))), device="cpu")
+    renamed = batch.group * 3 if bool((batch.group.abs() < 2**60).all()) else batch.group
+    got = f(batch.reward[order], renamed[order], batch.valid[order])
+    expected = f(*batch)[order]
+    if not torch.equal(got, expected):
+        fail(_rows(batch, order=order), expected, got)
+
+
+@SELECTION.law(
+    why="Counts in bfloat16 stop at 256, in float16 at 2048.",
+)
+def default_dtype_and_device(f: Selection, data: DataObject) -> None:
+    """The default dtype and device of torch change nothing, also in large groups."""
+    size, wrong = data.draw(st.sampled_from([2, 3, 257, 300])), data.draw(st.integers(1, 3))
+    reward = torch.zeros(2 * size, dtype=torch.float64, device="cpu")
+    reward[:wrong] = 1.0
+    group = torch.arange(2 * size, device="cpu") // size
+    valid = torch.ones_like(group, dtype=torch.bool)
+    expected = f(reward, group, valid)
+    with other_defaults():
+        got = f(reward, group, valid)
+    if not torch.equal(got, expected):
+        case = {"reward": f"{wrong} times 1, {2 * size - wrong} times 0", "group size": size}
+        fail(case, f"{int(expected.sum())} members kept", f"{int(got.sum())} members kept")
+
+
+def check_selection(function: Callable[..., Any], **search: Any) -> None:
+    """Check a selection of groups, called as ``function(reward, group, valid=valid)``.
+
+    Args:
+        function: maps rewards [B] in groups to what is kept, boolean [B].
+        **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
+
+    Raises:
+        LawBroken: a law fails; the message has its smallest case.
+        AssertionError: several laws fail.
+
+    Source: dynamic sampling of DAPO (arXiv 2503.14476).
+
+    Example:
+        >>> from mteditflow import select_groups
+        >>> def kept(reward, group, valid):
+        ...     return select_groups(reward, group, valid=valid).keep
+        >>> check_selection(kept, examples=5)
+    """
+    SELECTION.check(Selection(function), **search)
