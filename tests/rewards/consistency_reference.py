@@ -97,15 +97,23 @@ def exact_shares(mask, grid):
     return inside * grid[0] * grid[1] / SIZE**2
 
 
+def pil_nearest(count):
+    """The pixels that PIL's NEAREST takes of 512: it adds up its steps, with their rounding."""
+    step, place, taken = SIZE / count, SIZE / count / 2, []
+    for _ in range(count):
+        taken.append(int(place))
+        place += step
+    return taken
+
+
 def compat_shares(mask, count, size):
-    """The mask by nearest neighbour to the model's size, then by means of overlapping bins."""
+    """The mask by PIL's NEAREST to the model's size, then by means of overlapping bins."""
     height, width = size
     best, grid = math.inf, None
     for d in range(1, count + 1):
         if count % d == 0 and abs((count // d) / d - height / width) < best:
             best, grid = abs((count // d) / d - height / width), (count // d, d)
-    rows = [math.floor((i + 0.5) * SIZE / height) for i in range(height)]
-    columns = [math.floor((i + 0.5) * SIZE / width) for i in range(width)]
+    rows, columns = pil_nearest(height), pil_nearest(width)
     seen = mask[rows][:, columns]
     shares = np.zeros(grid)
     for r in range(grid[0]):

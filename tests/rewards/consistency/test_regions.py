@@ -135,16 +135,19 @@ def test_compat_weights_are_misplaced_on_10_by_20():
     assert weights.tolist() == [[0.0] * 10 + [1.0] * 10] * 10
 
 
-def test_compat_brings_the_mask_to_the_model_by_nearest_neighbour():
-    """In whole numbers; a grid of the model's own pixels shows the mask that the model would see.
+def test_compat_brings_the_mask_to_the_model_as_pil_does():
+    """A grid of the model's own pixels shows the mask that the model would see.
 
-    PIL, which the public scorer uses, sums up its steps and so takes the pixel before where the
-    middle of one falls on the edge between two: in 25 of 224 rows.
+    PIL, which the public scorer uses, adds up its steps of 512 / 224 and so takes the pixel before
+    in the rows below, where the middle of a pixel falls on an edge between two.
     """
+    before = torch.tensor([3, 10, 17, 24, *range(80, 224, 7)])
+    taken = torch.tensor([(2 * i + 1) * 512 // 448 for i in range(224)])
+    taken[before] -= 1
     mask = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) < 0.5
-    middles = torch.tensor([(2 * i + 1) * 512 // 448 for i in range(224)])
     weights = TOKENS["compat"].weights(mask, features_of(0, (224, 224))).view(224, 224)
-    assert torch.equal(weights, mask[middles][:, middles].double())
+    assert len(before) == 25
+    assert torch.equal(weights, mask[taken][:, taken].double())
 
 
 @pytest.mark.parametrize(
