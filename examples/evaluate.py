@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from accelerate import PartialState
 from mteditflow_examples.evaluating.editors import Model, call_options
@@ -29,7 +28,7 @@ from mteditflow_examples.evaluating.output import (
     write_all,
     write_scores,
 )
-from mteditflow_examples.evaluating.scoring import score_chains
+from mteditflow_examples.evaluating.scoring import Checks, score_chains
 from mteditflow_examples.flux.config import Rewards
 from tqdm import tqdm
 
@@ -37,7 +36,6 @@ from mteditflow.chains import Chain, read_chains
 from mteditflow.evaluation import most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
 from mteditflow.evaluation.tables import checks_in_short
-from mteditflow.rewards import Detector
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -75,6 +73,7 @@ def run(
         Literal["question", "edival"], typer.Option(help="edival: by edit type.")
     ] = "question",
     detector: Annotated[str | None, typer.Option(help="Grounding DINO, path or hub id.")] = None,
+    ocr: Annotated[bool, typer.Option(help="Text edits: read by rapidocr, not the judge.")] = False,
     consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     terms: Annotated[
         Literal["features", "l1"], typer.Option(help="What consistency compares.")
@@ -95,8 +94,10 @@ def run(
     by_type = checks == "edival"
     if by_type and (scorer is not None or scale != "binary"):
         raise typer.BadParameter("--checks edival: expected no --scorer and --scale binary")
-    if detector is not None and not by_type:
-        raise typer.BadParameter("--detector: expected --checks edival with it")
+    if by_type != (detector is not None):
+        raise typer.BadParameter("--checks edival, --detector: expected both or neither")
+    if ocr and not by_type:
+        raise typer.BadParameter("--ocr: expected --checks edival with it")
     rewards = Rewards(
         judge=tuple(judge or ()),
         judge_model=model,
@@ -111,7 +112,7 @@ def run(
     )
     state = PartialState()
     with _ending():
-        finder = _detector(detector, state.device) if detector and state.is_main_process else None
+        services = _checks(detector, ocr, state) if detector and state.is_main_process else None
         reading = read_chains(chains, strict=False, images=references, check_images=True)
         if not reading.chains:
             why = "; ".join(x.reason for x in reading.skipped[:3])
@@ -138,8 +139,7 @@ def run(
                 asked,
                 made,
                 cache=output / "answers.sqlite",
-                by_type=by_type,
-                detector=finder,
+                checks=services,
                 preference=(preference, str(state.device)) if preference else None,
                 done=bar.update,
             )
@@ -157,11 +157,18 @@ def run(
         raise typer.Exit(1)
 
 
-def _detector(path: str, device: torch.device) -> Detector:
-    """Load a detector; transformers takes its time to import."""
+def _checks(detector: str, ocr: bool, state: PartialState) -> Checks:
+    """Load a detector and OCR; transformers takes its time to import."""
     from mteditflow.rewards import GroundingDino
 
-    return GroundingDino.from_pretrained(path, device=device)
+    reader = None
+    if ocr:
+        try:
+            from mteditflow.evaluation import RapidOcr
+        except ImportError as error:
+            raise ValueError(f"--ocr: {error}") from error
+        reader = RapidOcr()
+    return Checks(GroundingDino.from_pretrained(detector, device=state.device), reader)
 
 
 @app.command()

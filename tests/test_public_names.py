@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # Fields of a public report, and the choices of an option.
     "mteditflow.evaluation.benchmarks.averages": {"Estimate", "Group"},
-    "mteditflow.evaluation.benchmarks.edival": {"WAYS"},
+    "mteditflow.evaluation.benchmarks.edival": {"SINGLE_QUESTION"},
     "mteditflow.evaluation.benchmarks.gedit": {"LANGUAGES"},
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},

@@ -14,13 +14,13 @@ from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError
 from mteditflow.evaluation import Evaluation
-from mteditflow.evaluation.benchmarks import EdiValJudge
-from mteditflow.evaluation.benchmarks.edival import WAYS
+from mteditflow.evaluation.benchmarks import EdiValJudge, TextReader
+from mteditflow.evaluation.benchmarks.edival import SINGLE_QUESTION
 from mteditflow.rewards import (
     AnswerCache,
     Background,
     ConsistencyScores,
-    Detector,
+    ScoredDetector,
     TurnScores,
 )
 
@@ -42,6 +42,13 @@ class WithParts(Services):
         return super().consistency(scores) | parts
 
 
+class Checks(NamedTuple):
+    """What the checks of edit types use beside the judge."""
+
+    detector: ScoredDetector
+    reader: TextReader | None
+
+
 class ByType(WithParts):
     """The services, but success is told by the check of each turn's edit type.
 
@@ -49,9 +56,9 @@ class ByType(WithParts):
         ways: id of a chain to what told each of its turns.
     """
 
-    def __init__(self, config: Rewards, cache: AnswerCache, detector: Detector | None) -> None:
+    def __init__(self, config: Rewards, cache: AnswerCache, checks: Checks) -> None:
         super().__init__(config, cache)
-        self._checks = EdiValJudge(self.client, detector)
+        self._checks = EdiValJudge(self.client, checks.detector, reader=checks.reader)
         self.ways: dict[str, tuple[str, ...]] = {}
 
     async def following(
@@ -101,8 +108,7 @@ def score_chains(
     images: MadeImages,
     *,
     cache: Path,
-    by_type: bool,
-    detector: Detector | None,
+    checks: Checks | None,
     preference: tuple[str, str] | None,
     done: Callable[[int], None],
 ) -> Scored:
@@ -113,8 +119,7 @@ def score_chains(
         chains: to score, in this order.
         images: what was made of them.
         cache: file of the answers, so that what was answered is not asked again.
-        by_type: whether the check of its edit type tells if a turn succeeded.
-        detector: finds objects for these checks.
+        checks: let the check of its edit type tell if a turn succeeded.
         preference: hub id of a preference model and its device.
         done: called with the number of chains that are finished.
 
@@ -130,7 +135,7 @@ def score_chains(
         done(len(next(iter(found[-1].values()))))
 
     with AnswerCache(cache) as answers, Background() as background:
-        scorer = own = _scorer(config, answers, by_type, detector)
+        scorer = own = _scorer(config, answers, checks)
         if preference is not None:
             scorer = WithPreference(own, *preference)
         for start in range(0, len(chains), PART):
@@ -146,17 +151,15 @@ def score_chains(
         raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
     scored = [chain for chain in chains if chain.id not in left_out]
     ways = own.ways if isinstance(own, ByType) else {}
-    otherwise = config.scorer or WAYS[-1]
+    otherwise = config.scorer or SINGLE_QUESTION
     told = [ways.get(chain.id, (otherwise,) * chain.turns) for chain in scored]
     return Scored(_evaluation(config, scored, found), told, left_out)
 
 
-def _scorer(
-    config: Rewards, cache: AnswerCache, by_type: bool, detector: Detector | None
-) -> Scorer:
+def _scorer(config: Rewards, cache: AnswerCache, checks: Checks | None) -> Scorer:
     if config.scorer is not None:
         return named_scorer(config.scorer)
-    return ByType(config, cache, detector) if by_type else WithParts(config, cache)
+    return WithParts(config, cache) if checks is None else ByType(config, cache, checks)
 
 
 def _readable(

@@ -112,7 +112,7 @@ def read_state(index: np.ndarray) -> State:
 
 
 class RuleDetector:
-    """Finds things by name, ``"red circle"``: a ``mteditflow.rewards.Detector``."""
+    """Finds things by name, ``"red circle"``: a ``Detector`` and ``ScoredDetector`` of rewards."""
 
     def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
         """Return the boxes of the things found in each picture, uint8 ``[3, H, W]`` of any size."""
@@ -120,6 +120,13 @@ class RuleDetector:
             _boxes(image, find_things(to_index(image), wanted))
             for image, wanted in zip(images, names, strict=True)
         ]
+
+    def detect(
+        self, images: Sequence[Tensor], names: Sequence[Sequence[str]], *, threshold: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the same boxes with their scores, all 1: a rule is sure."""
+        found = self(images, names)
+        return [(boxes, torch.ones(len(boxes), dtype=torch.float32)) for boxes in found]
 
 
 def _boxes(image: Tensor, things: Sequence[Thing]) -> Tensor:

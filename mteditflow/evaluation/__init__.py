@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from mteditflow.evaluation.evaluation import Evaluation
     from mteditflow.evaluation.figures import draw_report
+    from mteditflow.evaluation.ocr import RapidOcr
     from mteditflow.evaluation.preference import PickScore, Preference
     from mteditflow.evaluation.report import Report, report_of
 else:
@@ -30,6 +31,7 @@ else:
             "Evaluation": ".evaluation",
             "PickScore": ".preference",
             "Preference": ".preference",
+            "RapidOcr": ".ocr",
             "Report": ".report",
             "compare": ".comparison",
             "draw_report": ".figures",
@@ -46,6 +48,7 @@ __all__ = [
     "Evaluation",
     "PickScore",
     "Preference",
+    "RapidOcr",
     "Report",
     "compare",
     "draw_report",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ConsistencyScorer,
         Detector,
         FeatureExtractor,
+        ScoredDetector,
     )
     from mteditflow.rewards.consistency.similarity import Features
     from mteditflow.rewards.faults import AnswerError, Fault, Lost
@@ -57,6 +58,7 @@ else:
             "Lost": ".faults",
             "Pair": ".consistency.pairs",
             "PairScores": ".consistency.pairs",
+            "ScoredDetector": ".consistency.scorer",
             "Statistics": ".transport.dispatch",
             "TurnScores": ".scores",
             "inspect_endpoints": ".judge.preflight",
@@ -90,6 +92,7 @@ __all__ = [
     "Lost",
     "Pair",
     "PairScores",
+    "ScoredDetector",
     "Statistics",
     "TurnScores",
     "inspect_endpoints",

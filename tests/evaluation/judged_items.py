@@ -14,12 +14,16 @@ def picture(value):
     return Image.new("RGB", (8, 8), (value, 0, 0))
 
 
-def values_of(request):
-    """The red of each image that a request shows, in order."""
+def images_of(request):
+    """The images that a request shows, in order."""
     parts = request["messages"][0]["content"]
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-    files = (io.BytesIO(base64.b64decode(url.split(",")[1])) for url in urls)
-    return [Image.open(file).getpixel((0, 0))[0] for file in files]
+    return [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for url in urls]
+
+
+def values_of(request):
+    """The red of each image that a request shows, in order."""
+    return [image.getpixel((0, 0))[0] for image in images_of(request)]
 
 
 def text_of(request):

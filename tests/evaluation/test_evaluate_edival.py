@@ -86,10 +86,16 @@ def test_the_detector_tells_what_it_can_and_the_judge_the_rest(folder, checked):
     for chain in read_chains(folder / "chains.jsonl").chains:
         kinds.update(chain.task_types)
     assert {kind: sum(used.values()) for kind, used in found.checks.items()} == kinds
-    assert {kind for kind, used in found.checks.items() if "detector" in used} == set(FORMS)
+    assert {kind for kind, used in found.checks.items() if "detector" in used} == {
+        "subject_remove",
+        "count_change",
+    }
+    by_detector = {kind for kind, used in found.checks.items() if "detector" in " ".join(used)}
+    assert by_detector == set(FORMS)
     seen = of_way(found.checks, "detector")
     assert asked == sum(kinds.values()) - seen
-    assert of_way(found.checks, "yes/no question")
+    assert of_way(found.checks, "judge")
+    assert of_way(found.checks, "detector + judge")
     success = Evaluation.read(output / "evaluation.json").success
     assert int(success.sum()) == seen  # as the judge says no
     for kind, used in found.checks.items():
@@ -107,18 +113,11 @@ def test_what_an_idle_editor_leaves_is_no_success(folder, tmp_path):
     assert not Evaluation.read(tmp_path / "evaluation.json").success[:, 0].any()
 
 
-@pytest.mark.parametrize(
-    ("options", "ways"),
-    [
-        (["--checks", "edival"], {"yes/no question", "single question"}),
-        ([], {"single question"}),
-    ],
-)
-def test_without_a_detector_the_questions_tell(folder, tmp_path, options, ways):
-    _, asked = run(folder, tmp_path, *options)
+def test_without_checks_the_single_question_tells(folder, tmp_path):
+    _, asked = run(folder, tmp_path)
     checks = report(tmp_path).checks
-    assert {way for used in checks.values() for way in used} == ways
-    assert asked == 3 * CHAINS == sum(of_way(checks, way) for way in ways)
+    assert {way for used in checks.values() for way in used} == {"single question"}
+    assert asked == 3 * CHAINS == of_way(checks, "single question")
 
 
 def test_a_scorer_of_ones_own_is_named(folder, tmp_path):
@@ -143,7 +142,9 @@ def test_a_comparison_says_what_told_either_run(folder, checked, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--detector", "rules"], "--detector: expected --checks edival with it"),
+        (["--detector", "rules"], "--checks edival, --detector: expected both or neither"),
+        (["--checks", "edival"], "--checks edival, --detector: expected both or neither"),
+        (["--ocr"], "--ocr: expected --checks edival with it"),
         (["--checks", "edival", "--scale", "likert"], "expected no --scorer and --scale binary"),
         (["--checks", "edival", "--scorer", "a:b"], "expected no --scorer and --scale binary"),
     ],

@@ -5,6 +5,7 @@ Wording is this library's own: compare editors with it, not with published table
 
 from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
 from mteditflow.evaluation.benchmarks.edival import EdiValJudge, TypeScores
+from mteditflow.evaluation.benchmarks.edival_checks import TextReader
 from mteditflow.evaluation.benchmarks.gedit import gedit_items, report_gedit, score_gedit
 from mteditflow.evaluation.benchmarks.imgedit import imgedit_items, report_imgedit, score_imgedit
 from mteditflow.evaluation.benchmarks.items import (
@@ -22,6 +23,7 @@ __all__ = [
     "ItemReading",
     "ItemScores",
     "Rubric",
+    "TextReader",
     "TypeScores",
     "gedit_items",
     "imgedit_items",

@@ -92,21 +92,30 @@ class GroundingDino:
             threshold=threshold,
         )
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
-        """Find objects by name.
+        """Find objects by name: the boxes of ``detect`` at the detector's own threshold."""
+        return [boxes for boxes, _ in self.detect(images, names, threshold=self.threshold)]
+
+    @torch.inference_mode()
+    def detect(
+        self, images: Sequence[Tensor], names: Sequence[Sequence[str]], *, threshold: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Find objects by name, with scores.
 
         Args:
             images: RGB, uint8 [3, H, W], all of one size: padding would change the boxes.
             names: names to look for in each image, at least one each, without full stops.
+            threshold: boxes of this score or less are left out, in [0, 1].
 
         Returns:
-            Boxes per image, float32 [K, 4], absolute (x1, y1, x2, y2) in pixels.
+            Per image boxes, float32 [K, 4], absolute (x1, y1, x2, y2) in pixels, and their scores,
+            float32 [K].
 
         Raises:
-            ValueError: the numbers or sizes of images do not fit, an image has no names, or one
-                name alone is longer than the text encoder takes.
+            ValueError: the numbers or sizes of images do not fit, an image has no names, one name
+                alone is longer than the text encoder takes, or the threshold is out of range.
         """
+        check_number("threshold", threshold, low=0.0, high=1.0)
         if not images or len(images) != len(names) or not all(names):
             raise ValueError(
                 "names: expected one or more for each of one or more images, got "
@@ -124,13 +133,15 @@ class GroundingDino:
             pixel_mask=inputs.pixel_mask.to(self.model.device),
         )
         outputs.pred_boxes = outputs.pred_boxes.float()  # half precision cannot tell 511 from 512
+        outputs.logits = outputs.logits.float()
         results = self.processor.post_process_object_detection(
-            outputs, self.threshold, [images[0].shape[1:]] * len(prompts)
+            outputs, threshold, [images[0].shape[1:]] * len(prompts)
         )
-        boxes: list[list[Tensor]] = [[] for _ in images]
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in images]
         for (n, _), each in zip(prompts, results, strict=True):
-            boxes[n].append(each["boxes"])
-        return [torch.cat(each) for each in boxes]
+            found[n].append((each["boxes"], each["scores"]))
+        joined = (zip(*own, strict=True) for own in found)
+        return [(torch.cat(boxes), torch.cat(scores)) for boxes, scores in joined]
 
     def prompts(self, names: Sequence[str]) -> list[str]:
         """Join names, in order, to the fewest prompts that the text encoder takes.

@@ -69,6 +69,25 @@ class Detector(Protocol):
         """
 
 
+class ScoredDetector(Protocol):
+    """Finds objects by name, and says how sure it is."""
+
+    def detect(
+        self, images: Sequence[Tensor], names: Sequence[Sequence[str]], *, threshold: float
+    ) -> Sequence[tuple[Tensor, Tensor]]:
+        """Find objects; boxes in one image must not depend on the others.
+
+        Args:
+            images: as of a ``Detector``.
+            names: as of a ``Detector``.
+            threshold: boxes of this score or less are left out.
+
+        Returns:
+            Per image the boxes of all objects found, [K, 4], as of a ``Detector``, and their
+            scores, [K], in [0, 1].
+        """
+
+
 class FeatureExtractor(Protocol):
     """Turns images into tokens."""
 
