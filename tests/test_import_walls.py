@@ -17,8 +17,8 @@ PAGE = ROOT / "docs" / "architecture.md"
 # Import names of what the extras install. tqdm is left out: torch imports it where it is installed.
 EXTRAS = {
     "PIL", "accelerate", "anyio", "diffusers", "fastapi", "httpx2", "hypothesis", "matplotlib",
-    "openai", "peft", "pydantic", "rich", "tenacity", "tensorboard", "transformers", "typer",
-    "tyro", "uvicorn",
+    "onnxruntime", "openai", "peft", "pydantic", "rapidocr", "rich", "tenacity", "tensorboard",
+    "transformers", "typer", "tyro", "uvicorn",
 }  # fmt: skip
 CHAINS = {"PIL", "pydantic"}
 HTTP = {"anyio", "httpx2", "openai", "pydantic", "tenacity"}
@@ -53,6 +53,7 @@ WALLS: dict[str, set[str]] = {
     "from mteditflow.evaluation import Evaluation, Report, compare": CHAINS,
     "from mteditflow.evaluation import draw_report": CHAINS | {"matplotlib"},
     "from mteditflow.evaluation import PickScore, Preference": CHAINS | HTTP | MODELS,
+    "from mteditflow.evaluation import RapidOcr": {"PIL", "onnxruntime", "rapidocr"},
     "import mteditflow.evaluation.benchmarks": CHAINS | HTTP,
     "import mteditflow.training": set(),
     "from mteditflow.training import Checkpoints, RewardWatch, Stopwatch, Updater": set(),

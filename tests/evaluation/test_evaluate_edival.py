@@ -1,6 +1,7 @@
 """``evaluate.py --checks edival``: turns by the check of their type, and the report tells which."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from mteditflow_examples.shapes.vision import RuleDetector, to_pil
 from mteditflow_examples.shapes.world import draw, make_chains
 from typer.testing import CliRunner
 
+from mteditflow import evaluation
 from mteditflow.chains import read_chains, write_chains
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.report import Report
@@ -152,4 +154,15 @@ def test_a_comparison_says_what_told_either_run(folder, checked, tmp_path):
 def test_options_that_do_not_fit_are_refused(folder, tmp_path, options, message):
     said, asked = run(folder, tmp_path, *options, code=2)
     assert message in said
+    assert asked == 0
+
+
+def test_without_rapidocr_the_extra_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    monkeypatch.delitem(sys.modules, "mteditflow.evaluation.ocr", raising=False)
+    monkeypatch.delitem(vars(evaluation), "RapidOcr", raising=False)
+    options = "--checks", "edival", "--detector", "rules", "--ocr"
+    said, asked = run(folder, tmp_path, *options, code=2)
+    assert "--ocr: " in said
+    assert "needs rapidocr: pip install 'mteditflow[ocr]'" in said
     assert asked == 0

@@ -205,6 +205,26 @@ def test_scores_of_the_real_classes(detector, features):
         assert all(value < 0.99 for value in other.model_dump().values())
 
 
+def test_detections_have_scores_above_the_threshold_and_calling_gives_their_boxes(detector):
+    images, names = [picture(0), picture(1)], [["a cat"], ["dog", "ball"]]
+    every = detector.detect(images, names, threshold=0.0)
+    scores = torch.cat([own for _, own in every]).sort().values
+    middle = float(scores[len(scores) // 2])
+    for threshold in (middle, detector.threshold):
+        for (boxes, own), (all_boxes, all_scores) in zip(
+            detector.detect(images, names, threshold=threshold), every, strict=True
+        ):
+            above = all_scores > threshold  # a score at the threshold is not
+            assert torch.equal(own, all_scores[above])
+            assert torch.equal(boxes, all_boxes[above])
+    assert 0 < (scores > middle).sum() < len(scores)
+    called = detector(images, names)
+    found = detector.detect(images, names, threshold=detector.threshold)
+    assert all(torch.equal(x, boxes) for x, (boxes, _) in zip(called, found, strict=True))
+    with pytest.raises(ValueError, match="threshold: expected"):
+        detector.detect(images, names, threshold=1.5)
+
+
 def test_pickled_weights_are_refused(tiny_models, tmp_path):
     config = tiny_models / "dinov3" / "config.json"
     (tmp_path / "config.json").write_bytes(config.read_bytes())
