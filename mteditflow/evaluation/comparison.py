@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mteditflow.chains import Chain
 from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation, interval_of
+from mteditflow.evaluation.provenance import require_same_judge
 from mteditflow.evaluation.report import Numbers, Report, in_words, lost_chains
 from mteditflow.metrics import Interval, conditional_success
 
@@ -51,11 +52,19 @@ class Comparison:
     conditional_success: BeforeAfter
 
 
-def compare(before: Evaluation, after: Evaluation) -> Comparison:
+def compare(
+    before: Evaluation, after: Evaluation, *, across_judges: bool = False
+) -> Comparison:
     """Compare two evaluations, chain by chain, with 95% bootstrap intervals over chains.
 
+    Args:
+        before: the first evaluation.
+        after: the second, of the same chains.
+        across_judges: whether their judges may differ; the difference is then as much the judges'
+            as the images'.
+
     Raises:
-        ValueError: they are not of the same chains, terms and success.
+        ValueError: they are not of the same chains, terms and success, or not of one judge.
 
     Example:
         >>> from mteditflow.rewards import TurnScores
@@ -71,7 +80,7 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
         >>> [float(x.estimate) for x in comparison.conditional_success]
         [0.0, 100.0, 100.0]
     """
-    check_comparable(before, after)
+    check_comparable(before, after, across_judges=across_judges)
     names, rows = before.names, before.valid & after.valid
     first, second = before.samples(rows), after.samples(rows)
     ratio_names = [name for name in names if name == "marginal" or name in before.others]
@@ -110,9 +119,13 @@ def _last_over_first(metrics: Tensor) -> Tensor:
     return torch.where(first == 0, torch.nan, last / first)
 
 
-def check_comparable(before: Evaluation, after: Evaluation) -> None:
-    """Raise ValueError unless two evaluations are of the same chains, terms and success."""
-    for name in ("chain_ids", "instructions", "names", "success_at"):
+def check_comparable(before: Evaluation, after: Evaluation, *, across_judges: bool) -> None:
+    """Raise ValueError unless two evaluations are of the same chains, terms, success and judge."""
+    if not across_judges:
+        judges = (x.provenance.judged_by for x in (before, after))
+        require_same_judge(*judges, known=False)
+    fields = ("chain_ids", "instructions", "names", "success_at")
+    for name in fields[: 3 if across_judges else 4]:  # a threshold is of a judge's scale
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             raise ValueError(f"after: expected the {name} of before, got others")
@@ -134,6 +147,7 @@ def report_difference(
     *,
     title: str,
     left_out: Mapping[str, str],
+    across_judges: bool = False,
 ) -> Report:
     """Compute after minus before, for every number, over the chains that count in both.
 
@@ -143,10 +157,11 @@ def report_difference(
         chains: with their edit types where they are known.
         title: what is compared.
         left_out: chains that are not in both, to why.
+        across_judges: as in ``compare``; a note of the report then names what differs.
 
     Raises:
-        ValueError: the evaluations are not of the same chains, terms and success, or the chains
-            are not theirs.
+        ValueError: the evaluations are not of the same chains, terms, success and judge, or the
+            chains are not theirs.
 
     Example:
         >>> from mteditflow.rewards import TurnScores
@@ -160,7 +175,7 @@ def report_difference(
         >>> found.find("marginal", 1).estimate
         50.0
     """
-    check_comparable(before, after)
+    check_comparable(before, after, across_judges=across_judges)
     numbers = Numbers(before, chains)
     rows = before.valid & after.valid
     types, *first = numbers.samples(rows)
@@ -179,19 +194,34 @@ def report_difference(
         left_out=dict(left_out),
         lost=lost_chains(after) | lost_chains(before),
         estimates=tuple(in_words(numbers.places, interval, numbers.counts(rows))),
-        notes=("Paired differences, the second minus the first.",),
+        notes=("Paired differences, the second minus the first.", *_judges(before, after)),
+        sources=(before.provenance, after.provenance),
     )
 
 
-def most_changed(before: Evaluation, after: Evaluation) -> list[Change]:
+def _judges(before: Evaluation, after: Evaluation) -> list[str]:
+    """Name what differs between the judges, if anything does."""
+    judges = [x.provenance.judged_by for x in (before, after)]
+    differ = judges[0].differences(judges[1])
+    return [f"ACROSS JUDGES: they differ in {'; '.join(differ)}."] if differ else []
+
+
+def most_changed(
+    before: Evaluation, after: Evaluation, *, across_judges: bool = False
+) -> list[Change]:
     """Order the chains that count in both by how much they changed, the most first.
 
     More turns followed or fewer weigh first, then the score of following, then consistency.
 
+    Args:
+        before: the first evaluation.
+        after: the second, of the same chains.
+        across_judges: as in ``compare``.
+
     Raises:
-        ValueError: the evaluations are not of the same chains, terms and success.
+        ValueError: the evaluations are not of the same chains, terms, success and judge.
     """
-    check_comparable(before, after)
+    check_comparable(before, after, across_judges=across_judges)
     turns = (after.success.long() - before.success.long()).sum(dim=1).tolist()
     following = _mean_change(before, after, FOLLOWING)
     consistency = [0.0] * len(before)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mteditflow._checks import check_count, check_mask, check_number
 from mteditflow._files import write_atomically
 from mteditflow.chains.record import first_error
+from mteditflow.evaluation.provenance import Provenance
 from mteditflow.metrics import (
     Interval,
     bootstrap_interval,
@@ -54,10 +55,12 @@ class Evaluation:
             its plain mean, in its own unit.
         success_at: a turn is followed if its "following" score is at least this: 5 for Likert,
             1 for yes or no.
+        provenance: who judged and who made the images. Where the judge's scale is known,
+            ``success_at`` is its threshold, and the "following" scores lie on it.
 
     Raises:
         ValueError: numbers of chains or turns differ, a name occurs twice, "following" is missing,
-            or a number is out of range.
+            a number is out of range, or scores or threshold are off the judge's scale.
         TypeError: a number is of another type.
 
     Example:
@@ -80,6 +83,7 @@ class Evaluation:
     instructions: Sequence[Sequence[str]]
     terms: Mapping[str, TurnScores]
     success_at: float
+    provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chain_ids", tuple(self.chain_ids))
@@ -93,6 +97,7 @@ class Evaluation:
             check_mask(f"terms[{name!r}]", scores.turn_mask, turns.shape, "of 'following'")
             if not torch.equal(scores.turn_mask, turns):
                 raise ValueError(f"terms[{name!r}]: expected the turns of 'following', got others")
+        self._check_scale()
         if len(self.chain_ids) != len(turns) or len(set(self.chain_ids)) != len(turns):
             raise ValueError(
                 f"chain_ids: expected {len(turns)} different names, one for each row of scores, "
@@ -103,6 +108,18 @@ class Evaluation:
             raise ValueError(
                 f"instructions: expected one per turn, {expected} by chain, got {lengths}"
             )
+
+    def _check_scale(self) -> None:
+        """Raise ValueError unless scores and threshold are those of the judge's scale."""
+        scale = self.provenance.judged_by.scale
+        if scale is None:
+            return
+        if self.success_at != scale.success:
+            raise ValueError(
+                f"success_at: expected {scale.success:g}, the threshold of the judge's scale, got "
+                f"{self.success_at:g}"
+            )
+        scale.check(FOLLOWING, self.terms[FOLLOWING].score)
 
     def __len__(self) -> int:
         """Return the number of chains, C, with those that are left out."""
@@ -128,7 +145,8 @@ class Evaluation:
             }
             terms[name] = TurnScores(term.score[rows], term.turn_mask[rows], lost)
         instructions = [self.instructions[row] for row in rows]
-        return Evaluation(self.round, chain_ids, instructions, terms, self.success_at)
+        own = (instructions, terms, self.success_at, self.provenance)
+        return Evaluation(self.round, chain_ids, *own)
 
     @property
     def turns(self) -> int:
@@ -235,6 +253,7 @@ class Evaluation:
             chain_ids=tuple(self.chain_ids),
             instructions=tuple(tuple(x) for x in self.instructions),
             terms={name: TermRecord.of(scores) for name, scores in self.terms.items()},
+            provenance=self.provenance,
         )
         write_atomically(path, record.model_dump_json().encode())
 
@@ -250,7 +269,7 @@ class Evaluation:
         names, words, success_at = record.chain_ids, record.instructions, record.success_at
         try:
             terms = {name: term.scores() for name, term in record.terms.items()}
-            return cls(record.round, names, words, terms, success_at)
+            return cls(record.round, names, words, terms, success_at, record.provenance)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -314,7 +333,7 @@ class TermRecord(BaseModel):
 
 
 class EvaluationRecord(BaseModel):
-    """The file of an evaluation."""
+    """The file of an evaluation; one without provenance is of an unknown judge."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -323,6 +342,7 @@ class EvaluationRecord(BaseModel):
     chain_ids: tuple[str, ...]
     instructions: tuple[tuple[str, ...], ...]
     terms: dict[str, TermRecord]
+    provenance: Provenance = Provenance()
 
     @classmethod
     def parse(cls, path: Path) -> EvaluationRecord:

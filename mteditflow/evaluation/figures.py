@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
+from mteditflow._checks import check_choice
 from mteditflow._files import write_atomically
 from mteditflow.evaluation.report import ALL, Report
 
@@ -85,8 +86,25 @@ def legend_below(axes: Any, *, columns: int = 4) -> None:
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically; its folder is made."""
-    write_atomically(path, _png(figure))
+    """Write a figure, atomically, as its name ends: .png or .svg; its folder is made.
+
+    Raises:
+        ValueError: the name ends otherwise.
+    """
+    kind = path.suffix.removeprefix(".")
+    check_choice("path", kind, ("png", "svg"))
+    write_atomically(path, _rendered(figure, kind))
+
+
+def write_chart(figure: Figure, path: Path) -> None:
+    """Write a chart as PNG and, beside it, as SVG, which any size and print keep sharp.
+
+    Args:
+        figure: curves and bars; a page of photographs is better a PNG alone.
+        path: where the PNG goes; the SVG differs in its ending.
+    """
+    for suffix in (".png", ".svg"):
+        write_picture(figure, path.with_suffix(suffix))
 
 
 def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step: int) -> None:
@@ -99,7 +117,7 @@ def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step
     """
     takers = [tracker for tracker in trackers if hasattr(tracker, "log_images")]
     images = {
-        name: Image.open(BytesIO(_png(figure))).convert("RGB")
+        name: Image.open(BytesIO(_rendered(figure, "png"))).convert("RGB")
         for name, figure in figures.items()
         if takers
     }
@@ -111,10 +129,12 @@ def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step
             tracker.log_images({name: [image] for name, image in images.items()}, step=step)
 
 
-def _png(figure: Figure) -> bytes:
+def _rendered(figure: Figure, kind: str) -> bytes:
+    """Render a figure; equal ones are equal bytes, so SVG has no date and a fixed salt."""
     buffer = BytesIO()
-    with house_style():
-        figure.savefig(buffer, format="png", dpi=DPI)
+    metadata = {"Date": None} if kind == "svg" else None
+    with house_style(), mpl.rc_context({"svg.hashsalt": "mteditflow"}):
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
     return buffer.getvalue()
 
 

@@ -71,7 +71,9 @@ def gallery(
     shown = [_chain(series, chains[row], row) for row in rows]
     types = dict.fromkeys(x for chain in shown for x in chain["types"] or ())
     turns = max((len(chain["instructions"]) for chain in shown), default=0)
+    sources = [{"name": x.name, **x.evaluation.provenance.stated} for x in series]
     data = {"chains": shown, "types": list(types), "turns": turns, "of": len(chains)}
+    data["sources"] = sources
     # In a script element "<" could end it.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = resources.files(__package__).joinpath("gallery.html").read_text(encoding="utf-8")

@@ -28,6 +28,7 @@ from mteditflow.evaluation.evaluation import (
     Evaluation,
     interval_of,
 )
+from mteditflow.evaluation.provenance import Provenance
 from mteditflow.metrics import Interval
 
 DROP, ALL = "drop", "all"  # from turn 1 to N; all turns of an edit type
@@ -80,6 +81,7 @@ class Report(BaseModel):
         notes: remarks on the numbers.
         checks: edit type ("unknown" where none is named) to the check of success, to its number of
             turns in the counted chains; empty where that is not known.
+        sources: who judged and who made the images: of one evaluation, or of both of a comparison.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,6 +95,7 @@ class Report(BaseModel):
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...]
     checks: dict[str, dict[str, int]] = {}
+    sources: tuple[Provenance, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -161,6 +164,7 @@ def report_of(
         lost=lost_chains(evaluation),
         estimates=tuple(in_words(places, interval, numbers.counts(evaluation.valid))),
         notes=tuple(_notes(evaluation, numbers.edit_types)),
+        sources=(evaluation.provenance,),
         checks={} if ways is None else _checks(chains, ways, evaluation.valid.tolist()),
     )
 

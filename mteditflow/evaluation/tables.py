@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from mteditflow.evaluation.evaluation import PER_SAMPLE
+from mteditflow.evaluation.provenance import Provenance
 from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
 
 TITLES = {
@@ -64,6 +65,19 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
     return [*tables, _checks(report)] if report.checks else tables
 
 
+def provenance_grid(sources: Sequence[Provenance]) -> Grid:
+    """Lay out who judged and who made the images, a column for each evaluation.
+
+    Example:
+        >>> provenance_grid([Provenance()]).body[0]
+        ['scorer', 'unknown']
+    """
+    stated = [source.stated for source in sources]
+    head = ["", *(["value"] if len(stated) == 1 else ["first", "second"])]
+    body = [[name, *(own[name] for own in stated)] for name in stated[0]]
+    return Grid("Judged and made by", head, body)
+
+
 def _checks(report: Report) -> Grid:
     """Number of turns by edit type and check of success."""
     ways = sorted({way for used in report.checks.values() for way in used})
@@ -95,6 +109,12 @@ def _counts(found: Sequence[Estimate]) -> str:
     """Once where equal."""
     counts = list(map(str, (x.count for x in found)))
     return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+
+
+def judges(report: Report) -> list[str]:
+    """Return a line for each judge of a report; one line where all are the same."""
+    lines = (f"Judged by: {source.judged_by}." for source in report.sources)
+    return list(dict.fromkeys(lines))
 
 
 def denominators(report: Report) -> str:
@@ -133,7 +153,8 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
     """
     parts = [f"# {report.title}", f"{denominators(report)}. 95% bootstrap intervals over chains."]
     parts += report.notes
-    for title, head, body in grids(report):
+    sources = [provenance_grid(report.sources)] if report.sources else []
+    for title, head, body in [*grids(report), *sources]:
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
         table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
         parts += [f"## {title}", table]
@@ -149,11 +170,22 @@ def _escaped(text: str) -> str:
 
 
 def as_csv(report: Report) -> str:
-    """Write every number in a row of its own; nothing stands where there is none."""
+    """Write every number in a row of its own; nothing stands where there is none.
+
+    The columns after those of ``Estimate`` say who judged and who made the images, the same in
+    every row; of a comparison they begin with ``first_`` and ``second_``.
+    """
+    ends = ("",) if len(report.sources) == 1 else ("first_", "second_")
+    source = {
+        f"{end}{name}": value
+        for end, own in zip(ends, report.sources, strict=False)
+        for name, value in own.stated.items()
+    }
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(Estimate.model_fields), lineterminator="\n")
+    fields = [*Estimate.model_fields, *source]
+    writer = csv.DictWriter(table, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(x.model_dump() for x in report.estimates)
+    writer.writerows(x.model_dump() | source for x in report.estimates)
     return table.getvalue()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mteditflow.rewards.judge.judge import Judge
     from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
     from mteditflow.rewards.judge.prompts import ExpectationPrompt, JudgePrompt
+    from mteditflow.rewards.scale import BINARY, LIKERT, Scale
     from mteditflow.rewards.scores import InvalidRewardsError, TurnScores
     from mteditflow.rewards.transport.cache import AnswerCache
     from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
@@ -35,6 +36,7 @@ else:
         {
             "AnswerCache": ".transport.cache",
             "AnswerError": ".faults",
+            "BINARY": ".scale",
             "Background": ".transport.concurrency",
             "ChatAnswer": ".transport.chat",
             "ChatClient": ".transport.chat",
@@ -54,9 +56,11 @@ else:
             "InvalidRewardsError": ".scores",
             "Judge": ".judge.judge",
             "JudgePrompt": ".judge.prompts",
+            "LIKERT": ".scale",
             "Lost": ".faults",
             "Pair": ".consistency.pairs",
             "PairScores": ".consistency.pairs",
+            "Scale": ".scale",
             "Statistics": ".transport.dispatch",
             "TurnScores": ".scores",
             "inspect_endpoints": ".judge.preflight",
@@ -66,6 +70,8 @@ else:
     )
 
 __all__ = [
+    "BINARY",
+    "LIKERT",
     "AnswerCache",
     "AnswerError",
     "Background",
@@ -90,6 +96,7 @@ __all__ = [
     "Lost",
     "Pair",
     "PairScores",
+    "Scale",
     "Statistics",
     "TurnScores",
     "inspect_endpoints",
