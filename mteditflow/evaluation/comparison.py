@@ -52,9 +52,7 @@ class Comparison:
     conditional_success: BeforeAfter
 
 
-def compare(
-    before: Evaluation, after: Evaluation, *, across_judges: bool = False
-) -> Comparison:
+def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = False) -> Comparison:
     """Compare two evaluations, chain by chain, with 95% bootstrap intervals over chains.
 
     Args:
