@@ -83,10 +83,11 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def evaluation_report(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the metrics of an evaluation, rounded: per turn, each with its interval's ends."""
+    """Return who judged, and the metrics, rounded: per turn, each with its interval's ends."""
     metrics = _with_intervals(evaluation.metrics)
     counts = {"round": evaluation.round, "counted_chains": evaluation.counted}
-    return counts | {"lost_scores": evaluation.lost} | metrics
+    judge = {"judged_by": str(evaluation.provenance.judged_by)}
+    return counts | judge | {"lost_scores": evaluation.lost} | metrics
 
 
 def comparison_report(before: Evaluation, after: Evaluation) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_yes_and_no_become_one_reward(aggregate, half):
 
 def test_a_binary_scale_refuses_another_score():
     config = Rewards(**FOLLOWING, scale="binary", success=1)
-    with pytest.raises(ValueError, match=r"following: expected 0 or 1 on a binary scale, got \["):
+    with pytest.raises(ValueError, match=r"score: expected whole scores in 0..1, got 3"):
         rewards_of(config, [[1.0, 3.0]])
 
 

@@ -21,9 +21,10 @@ from mteditflow.training.pictures import (
     draw_histograms,
     draw_strips,
     log_pictures,
+    write_chart,
     write_picture,
 )
-from mteditflow.training.pictures.before_after import risen_and_fallen
+from mteditflow.training.pictures.before_after import random_rows, risen_and_fallen
 from mteditflow.training.pictures.curves import smooth
 from mteditflow.training.pictures.strips import text_width, wrap
 from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
@@ -199,7 +200,7 @@ def test_where_none_fell_those_that_rose_take_their_place():
     choice = risen_and_fallen(before, after, count=2)
     assert choice.rows == [0, 1]
     assert choice.how.endswith("Shown: the 2 that gained most, then none that lost.")
-    assert draw_before_after(before, before, {}, {}) is None
+    assert draw_before_after(before, before, {}, {}, random=0) is None
 
 
 def test_where_few_rose_more_that_fell_take_their_place():
@@ -211,13 +212,38 @@ def test_where_few_rose_more_that_fell_take_their_place():
 
 def test_before_and_after_look_at_the_chosen_images_only():
     before, after = pair()
-    rows = {row: images(2) for row in (0, 5)}
-    figure = draw_before_after(before, after, rows, rows, count=2)
+    (other,) = random_rows(before, after, count=1, seed=7, without=[0, 5])
+    rows = {row: images(2) for row in (0, 5, other)}
+    figure = draw_before_after(before, after, rows, rows, count=2, random=1, seed=7)
     check_words_are_on_the_canvas(figure)
     check_nothing_overlaps(figure)
     said = " ".join(x.get_text() for x in figure.findobj(Text))
     assert risen_and_fallen(before, after, count=2).how in said
-    assert said.count("before") == said.count("after") == 2
+    assert "Then 1 drawn at random (seed 7) of the others." in said
+    assert said.count("before") == said.count("after") == 3
+    assert all(said.count(f"{why}: chain c{row}") == 1
+               for why, row in (("gained", 0), ("lost", 5), ("at random", other)))  # fmt: skip
+
+
+def test_random_chains_count_are_seeded_and_are_none_of_the_others():
+    before = evaluation([[0]] * 9 + [[nan]], lost=[(9, 0)])
+    draws = [random_rows(before, before, count=4, seed=seed, without=[2]) for seed in range(30)]
+    assert all(len(set(rows)) == 4 for rows in draws)
+    assert {row for rows in draws for row in rows} == {0, 1, 3, 4, 5, 6, 7, 8}
+    assert draws[3] == random_rows(before, before, count=4, seed=3, without=[2])
+    assert len(random_rows(before, before, count=99, seed=0)) == 9
+
+
+def test_charts_are_vectors_too_and_equal_ones_are_equal_files(tmp_path):
+    for name in ("a", "b"):
+        figure = draw_curves(rounds(3), [evaluation([[1, 0]])], title=TITLE)
+        write_chart(figure, tmp_path / f"{name}.png")
+    first, second = ((tmp_path / f"{name}.svg").read_bytes() for name in "ab")
+    assert first == second
+    assert first.startswith(b"<?xml")
+    assert b"<image" not in first  # curves, not pixels
+    with pytest.raises(ValueError, match=r"path: expected one of \['png', 'svg'\], got 'gif'"):
+        write_picture(figure, tmp_path / "a.gif")
 
 
 @pytest.mark.parametrize(("groups", "members"), [(1, 1), (100, 4)])

@@ -1,10 +1,14 @@
-"""Chains before and after training: those that gained turns, and those that lost some."""
+"""Chains before and after training: those that gained turns, those that lost some, and others.
+
+The best and the worst alone flatter or alarm; chains drawn at random show what is usual.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -48,6 +52,24 @@ def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Ch
     return Choice(rose[:rises] + fell[:falls], how)
 
 
+def random_rows(
+    before: Evaluation, after: Evaluation, *, count: int, seed: int, without: Sequence[int] = ()
+) -> list[int]:
+    """Draw rows of chains that count in both evaluations, each at most once, in a seeded order.
+
+    Args:
+        before: evaluation of the base model.
+        after: evaluation of the same chains.
+        count: how many to draw, at most.
+        seed: of the draw.
+        without: rows that are not drawn.
+    """
+    rows = (before.valid & after.valid).nonzero().flatten().tolist()
+    left = [row for row in rows if row not in set(without)]
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
+    return [left[i] for i in order[:count].tolist()]
+
+
 def draw_before_after(
     before: Evaluation,
     after: Evaluation,
@@ -55,27 +77,40 @@ def draw_before_after(
     images_after: Images,
     *,
     count: int = 4,
+    random: int = 2,
+    seed: int = 0,
 ) -> Figure | None:
-    """Draw the chains of ``risen_and_fallen``, before above after; its words are the title.
+    """Draw the chains of ``risen_and_fallen`` and some at random, before above after.
+
+    Each is labelled by why it is shown, and the title says how all were chosen.
 
     Args:
         before: evaluation of the base model.
         after: evaluation of the same chains, from the same noise.
         images_before: [reference, turn 1, ..., turn N] by row of ``before``; only the rows that
-            ``risen_and_fallen`` names are looked up.
+            are drawn are looked up.
         images_after: the same of ``after``.
-        count: chains to draw, at most.
+        count: chains that gained or lost turns, at most.
+        random: chains drawn at random of all others that count, at most.
+        seed: of this draw.
 
     Returns:
-        The figure, or ``None`` if no chain changed.
+        The figure, or ``None`` if no chain counts in both.
     """
-    rows, how = risen_and_fallen(before, after, count=count)
+    changed, how = risen_and_fallen(before, after, count=count)
+    others = random_rows(before, after, count=random, seed=seed, without=changed)
+    gain = (after.success.long() - before.success.long()).sum(dim=1).tolist()
+    reasons = {row: "gained" if gain[row] > 0 else "lost" for row in changed}
+    reasons |= dict.fromkeys(others, "at random")
+    if others:
+        how += f" Then {len(others)} drawn at random (seed {seed}) of the others."
     strips = [
         Strip(
-            *(f"chain {evaluation.chain_ids[row]}", evaluation.instructions[row], images[row]),
+            f"{why}: chain {evaluation.chain_ids[row]}",
+            *(evaluation.instructions[row], images[row]),
             *(evaluation.terms, row, label),
         )
-        for row in rows
+        for row, why in reasons.items()
         for label, evaluation, images in (
             ("before", before, images_before),
             ("after", after, images_after),
