@@ -11,9 +11,7 @@ that came are not asked for again. ``accelerate launch`` spreads the chains over
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,25 +22,29 @@ from mteditflow_examples.evaluating.editors import Model, call_options
 from mteditflow_examples.evaluating.images import ByRow, MadeImages
 from mteditflow_examples.evaluating.output import (
     Finished,
-    keep_settings,
+    Settings,
     show,
     write_all,
     write_scores,
 )
-from mteditflow_examples.evaluating.scoring import score_chains
+from mteditflow_examples.evaluating.scoring import provenance_of, score_chains
 from mteditflow_examples.flux.config import Rewards
+from mteditflow_examples.flux.rewards import check_services
 from tqdm import tqdm
 
+from mteditflow._command import OneLineGroup, refusing
 from mteditflow.chains import Chain, read_chains
 from mteditflow.evaluation import most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
+from mteditflow.evaluation.provenance import MadeBy, require_same_judge
 from mteditflow.evaluation.tables import checks_in_short
-from mteditflow.rewards import Detector
+from mteditflow.rewards import Detector, pairs_of
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
-SUCCESS = {"binary": 1.0, "likert": 5.0}  # score of a followed turn, by scale
 Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery page.")]
 
 
@@ -68,8 +70,13 @@ def run(
     judge: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
     scale: Annotated[
-        Literal["binary", "likert"], typer.Option(help="What the judge answers.")
-    ] = "binary",
+        Literal["binary", "likert"] | None,
+        typer.Option(help="0 or 1, or 1 to 5. Default: binary; of a scorer what it declares."),
+    ] = None,
+    success: Annotated[
+        float | None,
+        typer.Option(help="Score from which on a turn was followed. Default: that of the scale."),
+    ] = None,
     thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
     checks: Annotated[
         Literal["question", "edival"], typer.Option(help="edival: by edit type.")
@@ -88,52 +95,71 @@ def run(
     shown: Gallery = 200,
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
-    if (editor is None) == (images is None):
-        raise typer.BadParameter("expected either --editor or --images")
-    if scorer is None and not (judge and model):
-        raise typer.BadParameter("expected --judge and --model, or --scorer")
-    by_type = checks == "edival"
-    if by_type and (scorer is not None or scale != "binary"):
-        raise typer.BadParameter("--checks edival: expected no --scorer and --scale binary")
-    if detector is not None and not by_type:
-        raise typer.BadParameter("--detector: expected --checks edival with it")
-    rewards = Rewards(
-        judge=tuple(judge or ()),
-        judge_model=model,
-        scope="turn",
-        scale=scale,
-        thinking=thinking,
-        consistency=tuple(consistency or ()),
-        terms=terms,
-        concurrency=concurrency,
-        scorer=scorer,
-        success=SUCCESS[scale],
-    )
-    state = PartialState()
-    with _ending():
-        finder = _detector(detector, state.device) if detector and state.is_main_process else None
+    with refusing():
+        by_type = checks == "edival"
+        if (editor is None) == (images is None):
+            raise ValueError("expected either --editor or --images")
+        if scorer is None and not (judge and model):
+            raise ValueError("expected --judge and --model, or --scorer")
+        if scorer is not None and (judge or consistency):
+            raise ValueError("--scorer: expected no --judge and no --consistency beside it")
+        if by_type and (scorer is not None or scale == "likert"):
+            raise ValueError("--checks edival: expected no --scorer and --scale binary")
+        if detector is not None and not by_type:
+            raise ValueError("--detector: expected --checks edival with it")
+        rewards = Rewards(
+            judge=tuple(judge or ()),
+            judge_model=model,
+            scope="turn",
+            scale=scale or (None if scorer else "binary"),
+            thinking=thinking,
+            consistency=tuple(consistency or ()),
+            terms=terms,
+            concurrency=concurrency,
+            scorer=scorer,
+            success=success,
+        )
+        check_services(rewards)
+        state = PartialState()
         reading = read_chains(chains, strict=False, images=references, check_images=True)
         if not reading.chains:
             why = "; ".join(x.reason for x in reading.skipped[:3])
             raise ValueError(f"{chains}: expected at least one usable chain, got none: {why}")
         asked = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
+        if consistency:
+            for chain in asked:
+                pairs_of(chain, pairing=rewards.pairing)  # refuses one that names no objects
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
-        settings = {
-            "images": "images" if images is None else str(made.folder),
-            "chains": hashlib.sha256(chains.read_bytes()).hexdigest(),
-            "resolution": resolution,
-        }
-        if editor is not None:
-            edits = Model(editor, lora, dtype, call_options(call or []), resolution, seed)
-            settings |= asdict(edits)
-        with state.main_process_first():
-            keep_settings(output, settings)
-        if editor is not None:
-            made.make(edits, asked, state, batch)
+        edits = editor and Model(editor, lora, dtype, call_options(call or []), resolution, seed)
+
+        def describe() -> Settings:
+            made_by = MadeBy(images=str(made.folder), resolution=resolution)
+            provenance = provenance_of(
+                rewards,
+                edits.made_by if edits else made_by,
+                by_type=by_type,
+                detector=detector,
+                preference=preference,
+            )
+            return Settings(
+                images="images" if images is None else str(made.folder),
+                chains=hashlib.sha256(chains.read_bytes()).hexdigest(),
+                resolution=resolution,
+                provenance=provenance,
+            ).agreed(output)
+
+        settings = describe()
+        if edits:
+            missing = made.missing(asked, state)
+            loaded = edits.load(state.device) if missing else None
+            with state.main_process_first():
+                settings.write(output)
+            made.make(loaded, missing, state, batch)
         if not state.is_main_process:
             return
+        finder = _detector(detector, state.device) if detector else None
         with tqdm(total=len(asked), desc="scoring", unit="chain", disable=None) as bar:
-            evaluation, ways, missing = score_chains(
+            evaluation, ways, left_out = score_chains(
                 rewards,
                 asked,
                 made,
@@ -143,10 +169,14 @@ def run(
                 preference=(preference, str(state.device)) if preference else None,
                 done=bar.update,
             )
+        settings.write(output)
+        settings = describe()  # with what servers and hubs could not say before
+        settings.write(output)
+        evaluation = replace(evaluation, provenance=settings.provenance)
         sources = [str(source) for source in (editor or images, lora) if source]
         name = title or " + ".join("/".join(Path(source).parts[-2:]) for source in sources)
-        left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | missing
-        scored = [chain for chain in asked if chain.id not in missing]
+        scored = [chain for chain in asked if chain.id not in left_out]
+        left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | left_out
         report = report_of(evaluation, scored, title=name, left_out=left_out, ways=ways)
         write_scores(output, evaluation, scored)
         series = [Series(name, evaluation, ByRow(made, scored))]
@@ -169,19 +199,31 @@ def compare(
     before: Annotated[Path, typer.Argument(help="Output folder of a run.")],
     after: Annotated[Path, typer.Argument(help="Of another, on the same chains.")],
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/compared"),
+    across_judges: Annotated[
+        bool,
+        typer.Option("--across-judges", help="Compare scores of different judges all the same."),
+    ] = False,
     shown: Gallery = 50,
 ) -> None:
     """Compare two runs chain by chain: differences with intervals, and who changed most."""
-    with _ending():
+    with refusing():
+        if output.resolve() in (before.resolve(), after.resolve()):
+            raise ValueError(f"--output: expected another folder than those compared, got {output}")
         runs = [Finished(folder) for folder in (before, after)]
         chains, left_out = _common(*runs)
         series = [run.series(chains) for run in runs]
         old, new = (one.evaluation for one in series)
         title = f"{series[1].name} minus {series[0].name}"
-        report = report_difference(old, new, chains, title=title, left_out=left_out)
+        if not across_judges:
+            judges = (one.provenance.judged_by for one in (old, new))
+            require_same_judge(*judges, known=True)
+        report = report_difference(
+            old, new, chains, title=title, left_out=left_out, across_judges=across_judges
+        )
         told = tuple(checks_in_short(run.report) for run in runs)
         report = report.model_copy(update={"notes": report.notes + told})
-        rows = [change.row for change in most_changed(old, new)[:shown]]
+        changes = most_changed(old, new, across_judges=across_judges)
+        rows = [change.row for change in changes[:shown]]
         write_all(output, report, [run.report for run in runs], series, chains, rows)
     show(report, output)
 
@@ -198,15 +240,6 @@ def _common(before: Finished, after: Finished) -> tuple[list[Chain], dict[str, s
         raise ValueError("expected chains that both runs scored, got none")
     left_out = dict.fromkeys(sorted(here - there), "only the first run scored it")
     return chains, left_out | dict.fromkeys(sorted(there - here), "only the second run scored it")
-
-
-@contextmanager
-def _ending() -> Iterator[None]:
-    """End with a message, not a traceback, where a file or an option is not usable."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mteditflow as mt
-from mteditflow.chains import read_chains, write_chains
+from mteditflow.chains import EditedImages, read_chains, write_chains
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.report import Report
 from mteditflow.testing.endpoint import ScriptedServer, completion, error, good
@@ -133,16 +133,14 @@ def test_what_is_there_is_not_made_again_and_ranks_share_the_rest(world, made, t
     (tmp_path / "images" / "2" / "turn_3.png").unlink()
     kept = (tmp_path / "images" / "0" / "turn_1.png").stat().st_mtime_ns
     chains, images = read_chains(world / "edival.csv").chains, MadeImages(tmp_path / "images", 12)
-    model = Model(str(world / "model"), None, "float32", CALL, 12, 0)
+    model = Model(str(world / "model"), None, "float32", CALL, 12, 0).load("cpu")
     for rank in range(2):
-        state = SimpleNamespace(
-            process_index=rank, num_processes=2, device="cpu", wait_for_everyone=lambda: None
-        )
-        images.make(model, chains, state, batch=3)
+        state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: None)
+        images.make(model, images.missing(chains, state), state, batch=3)
     for chain in chains:
         for turn in (1, 2, 3):
             there = [
-                _open(MadeImages(x, 12).path(chain, turn)) for x in (made / "images", images.folder)
+                _open(EditedImages(x).path(chain, turn)) for x in (made / "images", images.folder)
             ]
             assert there[0].tobytes() == there[1].tobytes()
     assert (tmp_path / "images" / "0" / "turn_1.png").stat().st_mtime_ns == kept
@@ -164,7 +162,7 @@ def test_any_other_pipeline_is_called_one_chain_at_a_time(world, monkeypatch):
 def test_images_of_other_settings_are_not_taken_for_these(world, made):
     said = run("run", world / "edival.csv", "--editor", world / "model", *EDITOR, *CALLS, *EXACT,
         "--output", made, "--seed", "1", code=2)  # fmt: skip
-    assert "holds images of seed = 0, got 1" in said
+    assert "holds an evaluation of seed = '0', got '1'" in said
 
 
 def test_bad_input_is_named_and_counted(world, made, tmp_path):
@@ -298,7 +296,7 @@ def _evaluation(folder):
     [
         (["--judge", "http://127.0.0.1:9/v1", "--model", "m"], "either --editor or --images"),
         (["--images", "x"], "expected --judge and --model, or --scorer"),
-        (["--editor", "x", "--scorer", "a:b", "--call", "steps"], "call: expected key=value"),
+        (["--editor", "x", *EXACT, "--call", "steps"], "call: expected key=value"),
         (["--images", ".", "--scorer", "nowhere:Thing"], "rewards.scorer: expected module:name"),
     ],
 )

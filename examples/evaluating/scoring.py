@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
+from itertools import chain as joined
 from pathlib import Path
 from typing import NamedTuple
 
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import Scorer, Services, named_scorer
+from mteditflow_examples.flux.rewards import (
+    OnScale,
+    Scorer,
+    Services,
+    judged_by,
+    named_scorer,
+    scale_of,
+)
 from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.benchmarks import EdiValJudge
-from mteditflow.evaluation.benchmarks.edival import WAYS
+from mteditflow.evaluation.benchmarks.edival import SINGLE, WAYS, yes_or_no
+from mteditflow.evaluation.provenance import MadeBy, Provenance, version_of
 from mteditflow.rewards import (
     AnswerCache,
     Background,
@@ -112,16 +122,24 @@ def score_chains(
         config: who scores.
         chains: to score, in this order.
         images: what was made of them.
-        cache: file of the answers, so that what was answered is not asked again.
+        cache: file of the answers, so that what was answered is not asked again; written from the
+            first chain on whose images can be read.
         by_type: whether the check of its edit type tells if a turn succeeded.
         detector: finds objects for these checks.
         preference: hub id of a preference model and its device.
         done: called with the number of chains that are finished.
 
     Raises:
-        ValueError: there is no such chain.
+        ValueError: there is no such chain, or the scorer refuses one.
     """
     left_out: dict[str, str] = {}
+    starts = range(0, len(chains), PART)
+    parts = (_readable(chains[start : start + PART], images, left_out) for start in starts)
+    readable = (part for part in parts if part)
+    first = next(readable, None)
+    if first is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
     waiting: deque[Future[Mapping[str, TurnScores]]] = deque()
     found: list[Mapping[str, TurnScores]] = []
 
@@ -129,21 +147,18 @@ def score_chains(
         found.append(waiting.popleft().result())
         done(len(next(iter(found[-1].values()))))
 
-    with AnswerCache(cache) as answers, Background() as background:
-        scorer = own = _scorer(config, answers, by_type, detector)
+    with ExitStack() as stack:
+        own = _scorer(config, cache, by_type, detector, stack)
+        scorer: Scorer = OnScale(own, scale_of(config))
         if preference is not None:
-            scorer = WithPreference(own, *preference)
-        for start in range(0, len(chains), PART):
-            readable = _readable(chains[start : start + PART], images, left_out)
-            if readable:
-                waiting.append(background.submit(scorer.score, *zip(*readable, strict=True)))
+            scorer = WithPreference(scorer, *preference)
+        background = stack.enter_context(Background())
+        for part in joined([first], readable):
+            waiting.append(background.submit(scorer.score, *zip(*part, strict=True)))
             if len(waiting) > 1:
                 take()
         while waiting:
             take()
-    if not found:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
     scored = [chain for chain in chains if chain.id not in left_out]
     ways = own.ways if isinstance(own, ByType) else {}
     otherwise = config.scorer or WAYS[-1]
@@ -152,11 +167,31 @@ def score_chains(
 
 
 def _scorer(
-    config: Rewards, cache: AnswerCache, by_type: bool, detector: Detector | None
+    config: Rewards, cache: Path, by_type: bool, detector: Detector | None, stack: ExitStack
 ) -> Scorer:
+    """Make the scorer; services keep their answers in a file that is closed with the stack."""
     if config.scorer is not None:
-        return named_scorer(config.scorer)
-    return ByType(config, cache, detector) if by_type else WithParts(config, cache)
+        return named_scorer(config.scorer)()
+    answers = stack.enter_context(AnswerCache(cache))
+    return ByType(config, answers, detector) if by_type else WithParts(config, answers)
+
+
+def provenance_of(
+    config: Rewards,
+    made_by: MadeBy,
+    *,
+    by_type: bool,
+    detector: str | None,
+    preference: str | None,
+) -> Provenance:
+    """Return who scores, and who made the images, for the record."""
+    judge = judged_by(config)
+    if by_type:
+        asked = SINGLE.request(["Instruction A"], ["image:0", "image:1"]), yes_or_no("A", "image:0")
+        changes = {"checks": "edival", "detector": detector, "prompt": version_of(asked)}
+        judge = judge.model_copy(update=changes)
+    judge = judge.model_copy(update={"preference": preference})
+    return Provenance(judged_by=judge, made_by=made_by)
 
 
 def _readable(
@@ -178,11 +213,12 @@ def _readable(
 def _evaluation(
     config: Rewards, chains: Sequence[Chain], parts: Sequence[Mapping[str, TurnScores]]
 ) -> Evaluation:
+    """Join the scores of all parts; the provenance is the caller's to add."""
     terms = {name: TurnScores.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Evaluation(
         round=0,
         chain_ids=[chain.id for chain in chains],
         instructions=[chain.instructions for chain in chains],
         terms=terms,
-        success_at=config.success,
+        success_at=scale_of(config).success,
     )

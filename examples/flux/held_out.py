@@ -11,7 +11,7 @@ from PIL import Image
 
 from mteditflow.chains import ChainDataset, EditedImages
 from mteditflow.evaluation import Evaluation
-from mteditflow.evaluation.provenance import JudgedBy, merged
+from mteditflow.evaluation.provenance import JudgedBy, agreed
 
 
 class HeldOut:
@@ -76,7 +76,7 @@ class HeldOut:
         for judge in before:
             if not judge.known:
                 raise ValueError(f"expected {judged_by}, got an evaluation without provenance")
-            merged(judge.model_dump(), judged_by.model_dump())
+            agreed(judge, judged_by)
         return before[0] if before else judged_by
 
     def images(self, done: int) -> Images:

@@ -118,6 +118,20 @@ class Services:
         return {"consistency": scores.scores if self._features else scores.l1_scores}
 
 
+def check_services(config: Rewards) -> None:
+    """Refuse what no server has to be asked for: the scorer, its scale, the URLs.
+
+    Raises:
+        ConfigError: there is no such scorer, or its scale is not the one that is configured.
+        ValueError: a URL does not end in /v1.
+    """
+    scale_of(config)
+    if config.judge:
+        ChatClient(config.judge, config.judge_model)
+    if config.consistency:
+        ConsistencyClient(config.consistency)
+
+
 @contextmanager
 def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
     """Score in the background while the block lasts.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +23,7 @@ WHOLE = 2**28  # bytes of a file that are read whole; of a larger one both ends
 END = 2**24  # bytes of an end
 DIGITS = 16  # of a hash in hexadecimal
 UNKNOWN, NONE = "unknown", "none"
+LATE = ("judge_server", "consistency_server", "editor_hash", "lora_hash")  # may be known later
 
 
 class JudgedBy(BaseModel):
@@ -127,6 +128,17 @@ class Provenance(BaseModel):
     judged_by: JudgedBy = JudgedBy()
     made_by: MadeBy = MadeBy()
 
+    def agreed(self, other: Provenance) -> Provenance:
+        """Put two records of the same evaluation together, see ``agreed``.
+
+        Raises:
+            ValueError: a field differs; the message gives its name and both values.
+        """
+        return Provenance(
+            judged_by=agreed(self.judged_by, other.judged_by),
+            made_by=agreed(self.made_by, other.made_by),
+        )
+
     @property
     def stated(self) -> dict[str, str]:
         """Every field in words: "unknown" where nothing is known, "none" where it has no value."""
@@ -215,30 +227,38 @@ def _update(digest: Any, file: Path) -> None:
             digest.update(chunk)
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Put two records of the same thing together; what one does not know is the other's.
+Record = TypeVar("Record", JudgedBy, MadeBy)
+
+
+def agreed(old: Record, new: Record) -> Record:
+    """Put two records of the same thing together.
+
+    Only what a server or a hub has still to say, who it is and the hash of what it holds, may be
+    missing in one of them.
 
     Args:
-        old: JSON values by name, nested.
-        new: likewise.
+        old: the first record.
+        new: the second.
 
     Raises:
-        ValueError: both know a value, and it is not the same; the message gives the name and both.
+        ValueError: a field differs; the message gives its name and both values.
 
     Example:
-        >>> merged({"seed": 0, "judged_by": {"judge": "m"}}, {"judged_by": {"judge_server": "s"}})
-        {'seed': 0, 'judged_by': {'judge': 'm', 'judge_server': 's'}}
+        >>> found = agreed(JudgedBy(judge="m"), JudgedBy(judge="m", judge_server="vllm 1"))
+        >>> found.judge_server
+        'vllm 1'
+        >>> agreed(MadeBy(seed=0), MadeBy(seed=1))
+        Traceback (most recent call last):
+        ValueError: seed = '0', got '1'
     """
-    result = dict(old)
-    for name, value in new.items():
-        before = old.get(name)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            result[name] = merged(before, value)
-        elif before is not None and value is not None and before != value:
-            raise ValueError(f"{name} = {before!r}, got {value!r}")
-        elif value is not None or name not in result:
-            result[name] = value
-    return result
+    late = {}
+    for name in _names(old):
+        before, value = getattr(old, name), getattr(new, name)
+        if name in LATE and None in (before, value):
+            late[name] = before or value
+        elif before != value:
+            raise ValueError(f"{name} = {_quoted(before)}, got {_quoted(value)}")
+    return old.model_copy(update=late)
 
 
 def _names(record: BaseModel) -> Sequence[str]:
