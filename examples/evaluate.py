@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from accelerate import PartialState
 from mteditflow_examples.evaluating.editors import Model, call_options
@@ -27,18 +26,17 @@ from mteditflow_examples.evaluating.output import (
     write_all,
     write_scores,
 )
-from mteditflow_examples.evaluating.scoring import provenance_of, score_chains
+from mteditflow_examples.evaluating.scoring import Asks, score_chains
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import check_services
 from tqdm import tqdm
 
 from mteditflow._command import OneLineGroup, refusing
-from mteditflow.chains import Chain, read_chains
+from mteditflow.chains import Chain, Reading, read_chains
 from mteditflow.evaluation import most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
 from mteditflow.evaluation.provenance import MadeBy, require_same_judge
 from mteditflow.evaluation.tables import checks_in_short
-from mteditflow.rewards import Detector, pairs_of
+from mteditflow.rewards import pairs_of
 
 app = typer.Typer(
     cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
@@ -96,18 +94,10 @@ def run(
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
     with refusing():
-        by_type = checks == "edival"
+        asks = Asks(checks == "edival", detector, preference)
         if (editor is None) == (images is None):
             raise ValueError("expected either --editor or --images")
-        if scorer is None and not (judge and model):
-            raise ValueError("expected --judge and --model, or --scorer")
-        if scorer is not None and (judge or consistency):
-            raise ValueError("--scorer: expected no --judge and no --consistency beside it")
-        if by_type and (scorer is not None or scale == "likert"):
-            raise ValueError("--checks edival: expected no --scorer and --scale binary")
-        if detector is not None and not by_type:
-            raise ValueError("--detector: expected --checks edival with it")
-        rewards = Rewards(
+        rewards = _rewards(
             judge=tuple(judge or ()),
             judge_model=model,
             scope="turn",
@@ -119,60 +109,45 @@ def run(
             scorer=scorer,
             success=success,
         )
-        check_services(rewards)
+        asks.check(rewards)
         state = PartialState()
-        reading = read_chains(chains, strict=False, images=references, check_images=True)
-        if not reading.chains:
-            why = "; ".join(x.reason for x in reading.skipped[:3])
-            raise ValueError(f"{chains}: expected at least one usable chain, got none: {why}")
-        asked = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
-        if consistency:
-            for chain in asked:
-                pairs_of(chain, pairing=rewards.pairing)  # refuses one that names no objects
+        reading, asked = _usable(chains, references, turns, rewards)
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
         edits = editor and Model(editor, lora, dtype, call_options(call or []), resolution, seed)
+        maker = MadeBy(images=str(made.folder), resolution=resolution)
 
-        def describe() -> Settings:
-            made_by = MadeBy(images=str(made.folder), resolution=resolution)
-            provenance = provenance_of(
-                rewards,
-                edits.made_by if edits else made_by,
-                by_type=by_type,
-                detector=detector,
-                preference=preference,
-            )
+        def settings() -> Settings:
+            """Settings with what servers and hubs can say by now, and what the folder knows."""
             return Settings(
                 images="images" if images is None else str(made.folder),
                 chains=hashlib.sha256(chains.read_bytes()).hexdigest(),
                 resolution=resolution,
-                provenance=provenance,
+                provenance=asks.provenance(rewards, edits.made_by if edits else maker),
             ).agreed(output)
 
-        settings = describe()
+        first = settings()
         if edits:
             missing = made.missing(asked, state)
             loaded = edits.load(state.device) if missing else None
             with state.main_process_first():
-                settings.write(output)
+                first.write(output)
             made.make(loaded, missing, state, batch)
         if not state.is_main_process:
             return
-        finder = _detector(detector, state.device) if detector else None
         with tqdm(total=len(asked), desc="scoring", unit="chain", disable=None) as bar:
             evaluation, ways, left_out = score_chains(
                 rewards,
                 asked,
                 made,
+                asks,
                 cache=output / "answers.sqlite",
-                by_type=by_type,
-                detector=finder,
-                preference=(preference, str(state.device)) if preference else None,
+                device=state.device,
                 done=bar.update,
             )
-        settings.write(output)
-        settings = describe()  # with what servers and hubs could not say before
-        settings.write(output)
-        evaluation = replace(evaluation, provenance=settings.provenance)
+        first.write(output)
+        last = settings()
+        last.write(output)
+        evaluation = replace(evaluation, provenance=last.provenance)
         sources = [str(source) for source in (editor or images, lora) if source]
         name = title or " + ".join("/".join(Path(source).parts[-2:]) for source in sources)
         scored = [chain for chain in asked if chain.id not in left_out]
@@ -187,11 +162,38 @@ def run(
         raise typer.Exit(1)
 
 
-def _detector(path: str, device: torch.device) -> Detector:
-    """Load a detector; transformers takes its time to import."""
-    from mteditflow.rewards import GroundingDino
+def _rewards(**options: Any) -> Rewards:
+    """Return who scores.
 
-    return GroundingDino.from_pretrained(path, device=device)
+    Raises:
+        ValueError: there is nobody, or a scorer beside services; or the scorer, its scale or a URL
+            is not usable.
+    """
+    rewards = Rewards(**options)
+    if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
+        raise ValueError("expected --judge and --model, or --scorer")
+    if rewards.scorer is not None and (rewards.judge or rewards.consistency):
+        raise ValueError("--scorer: expected no --judge and no --consistency beside it")
+    return rewards
+
+
+def _usable(
+    file: Path, references: Path | None, turns: int | None, rewards: Rewards
+) -> tuple[Reading, list[Chain]]:
+    """Read a file of chains, and cut its usable ones to their first turns.
+
+    Raises:
+        ValueError: there is none, or one names no objects that consistency needs.
+        OSError: the file cannot be read.
+    """
+    reading = read_chains(file, strict=False, images=references, check_images=True)
+    if not reading.chains:
+        why = "; ".join(x.reason for x in reading.skipped[:3])
+        raise ValueError(f"{file}: expected at least one usable chain, got none: {why}")
+    chains = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
+    for chain in chains if rewards.consistency else ():
+        pairs_of(chain, pairing=rewards.pairing)
+    return reading, chains
 
 
 @app.command()

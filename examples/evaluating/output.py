@@ -128,8 +128,8 @@ def write_all(
     rows: Sequence[int],
 ) -> None:
     """Write the report as JSON, CSV, Markdown, chart and gallery."""
+    page = gallery(series, chains, rows, title=report.title)  # may miss an image: first
     write_chart(draw_report(*drawn), folder / "report.png")
-    page = gallery(series, chains, rows, title=report.title)
     files = {
         "gallery.html": page.encode(),
         "report.csv": as_csv(report).encode(),

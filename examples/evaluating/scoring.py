@@ -10,11 +10,13 @@ from itertools import chain as joined
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import (
     OnScale,
     Scorer,
     Services,
+    check_services,
     judged_by,
     named_scorer,
     scale_of,
@@ -73,6 +75,52 @@ class ByType(WithParts):
         return found.scores
 
 
+class Asks(NamedTuple):
+    """What is asked beside the rewards of a run.
+
+    Attributes:
+        by_type: whether the check of its edit type tells if a turn succeeded.
+        detector: Grounding DINO for these checks, path or hub id.
+        preference: hub id of a preference model.
+    """
+
+    by_type: bool
+    detector: str | None
+    preference: str | None
+
+    def check(self, config: Rewards) -> None:
+        """Refuse what does not go together, or cannot be used, before anything is loaded.
+
+        Raises:
+            ValueError: options exclude each other, there is no such scorer, its scale is not the
+                one that is asked for, the threshold is off it, or a URL does not end in /v1.
+        """
+        if self.by_type and (config.scorer is not None or config.scale != "binary"):
+            raise ValueError("--checks edival: expected no --scorer and --scale binary")
+        if self.detector is not None and not self.by_type:
+            raise ValueError("--detector: expected --checks edival with it")
+        check_services(config)
+
+    def provenance(self, config: Rewards, made_by: MadeBy) -> Provenance:
+        """Return who scores, and who made the images, for the record."""
+        judge = judged_by(config)
+        if self.by_type:
+            question = SINGLE.request(["Instruction A"], ["image:0", "image:1"])
+            version = version_of([question, yes_or_no("A", "image:0")])
+            changes = {"checks": "edival", "detector": self.detector, "prompt": version}
+            judge = judge.model_copy(update=changes)
+        judge = judge.model_copy(update={"preference": self.preference})
+        return Provenance(judged_by=judge, made_by=made_by)
+
+    def load_detector(self, device: torch.device) -> Detector | None:
+        """Load the detector, if there is one; transformers takes its time to import."""
+        if self.detector is None:
+            return None
+        from mteditflow.rewards import GroundingDino
+
+        return GroundingDino.from_pretrained(self.detector, device=device)
+
+
 class Scored(NamedTuple):
     """What came of scoring.
 
@@ -90,12 +138,12 @@ class Scored(NamedTuple):
 class WithPreference:
     """A scorer, and beside it how much people would like the images."""
 
-    def __init__(self, scorer: Scorer, hub_id: str, device: str) -> None:
+    def __init__(self, scorer: Scorer, hub_id: str, device: torch.device) -> None:
         # transformers' CLIP takes its time to import
         from mteditflow.evaluation import PickScore, Preference
 
         self._scorer = scorer
-        self._preference = Preference(PickScore.from_pretrained(hub_id, device=device))
+        self._preference = Preference(PickScore.from_pretrained(hub_id, device=str(device)))
 
     async def score(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
@@ -109,11 +157,10 @@ def score_chains(
     config: Rewards,
     chains: Sequence[Chain],
     images: MadeImages,
+    asks: Asks,
     *,
     cache: Path,
-    by_type: bool,
-    detector: Detector | None,
-    preference: tuple[str, str] | None,
+    device: torch.device,
     done: Callable[[int], None],
 ) -> Scored:
     """Score all chains whose images can be read.
@@ -122,11 +169,10 @@ def score_chains(
         config: who scores.
         chains: to score, in this order.
         images: what was made of them.
+        asks: what is asked beside them.
         cache: file of the answers, so that what was answered is not asked again; written from the
             first chain on whose images can be read.
-        by_type: whether the check of its edit type tells if a turn succeeded.
-        detector: finds objects for these checks.
-        preference: hub id of a preference model and its device.
+        device: of the models that run here.
         done: called with the number of chains that are finished.
 
     Raises:
@@ -148,10 +194,10 @@ def score_chains(
         done(len(next(iter(found[-1].values()))))
 
     with ExitStack() as stack:
-        own = _scorer(config, cache, by_type, detector, stack)
+        own = _scorer(config, asks, cache, device, stack)
         scorer: Scorer = OnScale(own, scale_of(config))
-        if preference is not None:
-            scorer = WithPreference(scorer, *preference)
+        if asks.preference is not None:
+            scorer = WithPreference(scorer, asks.preference, device)
         background = stack.enter_context(Background())
         for part in joined([first], readable):
             waiting.append(background.submit(scorer.score, *zip(*part, strict=True)))
@@ -167,31 +213,14 @@ def score_chains(
 
 
 def _scorer(
-    config: Rewards, cache: Path, by_type: bool, detector: Detector | None, stack: ExitStack
+    config: Rewards, asks: Asks, cache: Path, device: torch.device, stack: ExitStack
 ) -> Scorer:
     """Make the scorer; services keep their answers in a file that is closed with the stack."""
     if config.scorer is not None:
         return named_scorer(config.scorer)()
+    detector = asks.load_detector(device)
     answers = stack.enter_context(AnswerCache(cache))
-    return ByType(config, answers, detector) if by_type else WithParts(config, answers)
-
-
-def provenance_of(
-    config: Rewards,
-    made_by: MadeBy,
-    *,
-    by_type: bool,
-    detector: str | None,
-    preference: str | None,
-) -> Provenance:
-    """Return who scores, and who made the images, for the record."""
-    judge = judged_by(config)
-    if by_type:
-        asked = SINGLE.request(["Instruction A"], ["image:0", "image:1"]), yes_or_no("A", "image:0")
-        changes = {"checks": "edival", "detector": detector, "prompt": version_of(asked)}
-        judge = judge.model_copy(update=changes)
-    judge = judge.model_copy(update={"preference": preference})
-    return Provenance(judged_by=judge, made_by=made_by)
+    return ByType(config, answers, detector) if asks.by_type else WithParts(config, answers)
 
 
 def _readable(

@@ -241,23 +241,24 @@ def judged_by(config: Rewards) -> JudgedBy:
         module = importlib.import_module(config.scorer.partition(":")[0])
         version = content_hash(module.__file__) if module.__file__ else None
         return JudgedBy(scorer=f"{config.scorer} {version or ''}".strip(), scale=scale)
-    key, token = os.environ.get("OPENAI_API_KEY"), os.environ.get("MTEDITFLOW_TOKEN")
-    looks = config.consistency
-    return JudgedBy(
-        judge=config.judge_model,
-        judge_server=anyio.run(
-            partial(judge_identity, config.judge, config.judge_model, api_key=key)
-        ),
-        prompt=prompt_version(prompt_of(config)),
-        scope=config.scope,
-        scale=scale,
-        checks="question",
-        consistency_server=(
-            anyio.run(partial(consistency_identity, looks, token=token)) if looks else None
-        ),
-        terms=config.terms if looks else None,
-        pairing=config.pairing if looks else None,
-    )
+    judge, looks, found = config.judge, config.consistency, JudgedBy()
+    if judge:
+        key = os.environ.get("OPENAI_API_KEY")
+        identity = partial(judge_identity, judge, config.judge_model, api_key=key)
+        found = JudgedBy(
+            judge=config.judge_model,
+            judge_server=anyio.run(identity),
+            prompt=prompt_version(prompt_of(config)),
+            scope=config.scope,
+            scale=scale,
+            checks="question",
+        )
+    if looks:
+        token = os.environ.get("MTEDITFLOW_TOKEN")
+        server = anyio.run(partial(consistency_identity, looks, token=token))
+        own = {"consistency_server": server, "terms": config.terms, "pairing": config.pairing}
+        found = found.model_copy(update=own)
+    return found
 
 
 def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tensor) -> RoundRewards:

@@ -30,7 +30,7 @@ class JudgedBy(BaseModel):
     """Who judged, and how; all that a score depends on beside the images.
 
     A field is ``None`` where it does not apply, or where a server does not say who it is. Where
-    neither a judge nor a scorer is named, nothing is known of who judged.
+    no judge, no scorer and no term of consistency is named, nothing is known of who judged.
 
     Attributes:
         scorer: import path of a scorer of the user's own, with a hash of its module.
@@ -71,7 +71,7 @@ class JudgedBy(BaseModel):
     @property
     def known(self) -> bool:
         """Whether it is known who judged."""
-        return self.judge is not None or self.scorer is not None
+        return any(x is not None for x in (self.judge, self.scorer, self.terms))
 
     def differences(self, other: JudgedBy) -> list[str]:
         """Name the fields that differ, with both values."""
@@ -259,6 +259,32 @@ def agreed(old: Record, new: Record) -> Record:
         elif before != value:
             raise ValueError(f"{name} = {_quoted(before)}, got {_quoted(value)}")
     return old.model_copy(update=late)
+
+
+def same_judge(path: Path, judge: JudgedBy) -> JudgedBy:
+    """Return a judge with what an earlier file of scores knows of it besides.
+
+    Args:
+        path: JSON whose key "judged_by" holds a ``JudgedBy``; there may be none yet.
+        judge: who judges now.
+
+    Raises:
+        ValueError: the scores of the file are of another judge, or it is not known of whom.
+
+    Example:
+        >>> same_judge(Path("none.json"), JudgedBy(judge="m")).judge
+        'm'
+    """
+    if not path.exists():
+        return judge
+    try:
+        old = JudgedBy.model_validate(json.loads(path.read_bytes())["judged_by"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: by an unknown judge: choose another --output") from error
+    try:
+        return agreed(old, judge)
+    except ValueError as error:
+        raise ValueError(f"{path}: scores of {error}: choose another --output") from error
 
 
 def _names(record: BaseModel) -> Sequence[str]:

@@ -52,6 +52,8 @@ class Scale:
         check_number("low", self.low)
         check_number("high", self.high, low=self.low, open_low=True)
         check_number("success", self.success, low=self.low, high=self.high, open_low=True)
+        for name in ("low", "high", "success"):  # one form, in files too
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def __str__(self) -> str:
         kind = "whole numbers" if self.whole else "numbers"
