@@ -11,8 +11,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 BAD_INPUT = 2  # exit code
-# typer has a copy of click of its own, whose classes it does not all export.
-USAGE: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException
+# typer may have a copy of click of its own, of whose exceptions it exports some alone.
+USAGE = next(x for x in typer.BadParameter.__mro__ if x.__name__ == "ClickException")
 
 
 def refuse(message: object) -> NoReturn:
@@ -60,13 +60,19 @@ def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options
     except typer.Abort:
         sys.stderr.write("stopped\n")
         raise SystemExit(1) from None
-    except USAGE as error:
-        usage: Any = error
-        if type(error).__name__ == "NoArgsIsHelpError":
-            usage.show()
-            raise SystemExit(BAD_INPUT) from None
-        refuse(usage.format_message())
+    except Exception as error:
+        if not isinstance(error, USAGE):
+            raise
+        _end(error)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _end(error: Any) -> NoReturn:
+    """End for a usage error: with the help where nothing was given, else with one line."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        raise SystemExit(BAD_INPUT) from None
+    refuse(error.format_message())
 
 
 class OneLineGroup(TyperGroup):

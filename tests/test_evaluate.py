@@ -1,5 +1,7 @@
 """From a model and a benchmark to a report: the numbers of the exact rewards, whatever fails."""
 
+import csv
+import io
 import json
 import re
 import shlex
@@ -27,7 +29,9 @@ from typer.testing import CliRunner
 import mteditflow as mt
 from mteditflow.chains import EditedImages, read_chains, write_chains
 from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.provenance import Provenance, content_hash
 from mteditflow.evaluation.report import Report
+from mteditflow.rewards import LIKERT
 from mteditflow.testing.endpoint import ScriptedServer, completion, error, good
 from tests.samples_of_scores import few_resamples
 from tests.tiny_pick_score import write_pick_score
@@ -38,7 +42,7 @@ CHAINS = 12
 EDITOR = ["--dtype", "float32", "--resolution", "12", "--batch", "5"]
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 10}
 CALLS = [part for key, value in CALL.items() for part in ("--call", f"{key}={value}")]
-EXACT = ["--scorer", "mteditflow_examples.shapes.scoring:ExactRewards", "--scale", "likert"]
+EXACT = ["--scorer", "mteditflow_examples.shapes.scoring:ExactRewards"]
 
 
 def run(*arguments, code=0):
@@ -112,6 +116,30 @@ def test_the_numbers_are_those_of_the_exact_rewards(world, made):
     assert {"report.csv", "report.md", "report.png", "gallery.html"} <= {
         path.name for path in made.iterdir()
     }
+
+
+def test_every_report_says_who_judged_and_who_made_the_images(world, made):
+    kept = Provenance.model_validate(json.loads((made / "settings.json").read_text())["provenance"])
+    assert report(made).sources == (kept,)
+    assert Evaluation.read(made / "evaluation.json").provenance == kept
+    judge, maker = kept.judged_by, kept.made_by
+    assert judge.scorer.startswith("mteditflow_examples.shapes.scoring:ExactRewards ")
+    assert judge.scale == LIKERT
+    assert (maker.editor, maker.editor_hash) == (
+        str(world / "model"),
+        content_hash(world / "model"),
+    )
+    expected = (0, CALL["num_inference_steps"], CALL["guidance_scale"], 12, "float32")
+    assert (maker.seed, maker.steps, maker.guidance, maker.resolution, maker.dtype) == expected
+    table = list(csv.DictReader(io.StringIO((made / "report.csv").read_text())))
+    page = (made / "gallery.html").read_text()
+    data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    markdown = (made / "report.md").read_text()
+    for name, value in kept.stated.items():
+        assert {row[name] for row in table} == {value}
+        assert data["sources"][0][name] == value
+        assert f"| {name} | {value} |" in markdown
+    assert (made / "report.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_a_folder_of_images_gives_the_same_numbers_in_both_layouts(world, made, tmp_path):
@@ -233,6 +261,43 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
         run(*arguments, "--judge", server.url)
         assert len(server.requests) == 18
     assert (report(tmp_path).counted, report(tmp_path).lost) == (CHAINS, {})
+
+
+def served(version):
+    """What a judge's server says of its models."""
+    return {"data": [{"id": "m", "root": f"org/m-{version}", "created": 1}, {"id": "n"}]}
+
+
+def test_judges_are_told_apart_and_not_mixed(world, made, tmp_path):
+    """By name, prompt, scale and what the server says; identical images are not compared."""
+    images = ["run", world / "edival.csv", "--images", made / "images", "--turns", 1]
+
+    def judged(output, *more, version=1, model="m", code=0):
+        with ScriptedServer(yes, models=served(version)) as server:
+            return run(*images, "--judge", server.url, "--model", model, "--no-thinking",
+                       "--output", tmp_path / output, *more, code=code)  # fmt: skip
+
+    assert "Judged by: judge m, judge_server m, root org/m-1" in judged("a")
+    judged("a")  # the same again
+    for change, name in (
+        ({"version": 2}, "judge_server = 'm, root org/m-1', got 'm, root org/m-2'"),
+        ({"model": "n"}, "judge = 'm', got 'n'"),
+    ):
+        assert f"holds an evaluation of {name}" in judged("a", **change, code=2)
+    for more, name in ((["--scale", "likert"], "prompt = "), (["--thinking"], "prompt = ")):
+        assert f"holds an evaluation of {name}" in judged("a", *more, code=2)
+    judged("b", version=2)
+    both = "compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c"
+    said = run(*both, code=2)
+    assert "judge_server: 'm, root org/m-1' and 'm, root org/m-2'" in said
+    assert "--across-judges" in said
+    assert not (tmp_path / "c").exists()
+    assert "ACROSS JUDGES: they differ in judge_server" in run(*both, "--across-judges")
+    old = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    del old["provenance"]  # as files were before
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(old))
+    assert "got unknown and judge m" in run(*both, code=2)
+    run(*both, "--across-judges")
 
 
 @pytest.mark.slow

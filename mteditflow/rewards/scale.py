@@ -79,7 +79,7 @@ class Scale:
             TypeError: ``score`` is not a tensor.
         """
         check_tensor(name, score)
-        seen = score[~score.isnan()].unique()
+        seen = torch.unique(score[~score.isnan()])
         off = (seen < self.low) | (seen > self.high)
         if self.whole:
             off |= seen != seen.round()

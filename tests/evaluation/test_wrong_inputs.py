@@ -15,7 +15,8 @@ from mteditflow.chains import EditedImages, read_chains, write_chains
 from tests.samples_of_scores import few_resamples
 
 __all__ = ["few_resamples"]  # a fixture of every test here
-EXACT = ["--scorer", "mteditflow_examples.shapes.scoring:ExactRewards"]
+SCORERS = "mteditflow_examples.shapes.scoring"
+EXACT = ["--scorer", f"{SCORERS}:ExactRewards"]
 NOBODY = "http://127.0.0.1:9/v1"
 JUDGE = ["--judge", NOBODY, "--model", "m"]
 
@@ -85,7 +86,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(root, few_resamples):
     """Evaluations by ``evaluate.py run``: one, the same by another judge, one of other chains."""
-    runs = {"one": [], "hasty": ["--scorer", EXACT[1].replace("ExactRewards", "HastyJudge")]}
+    runs = {"one": [], "hasty": ["--scorer", f"{SCORERS}:HastyJudge"]}
     for name, judge in runs.items():
         call("run", root / "chains.jsonl", "--images", root / "made", *(judge or EXACT),
              "--output", root / name)  # fmt: skip
@@ -99,7 +100,7 @@ def finished(root, few_resamples):
         "no_scores": ("evaluation.json", None),
         "bad_scores": ("evaluation.json", '{"round": 0}'),
         "no_chains": ("chains.jsonl", None),
-        "bad_chains": ("chains.jsonl", '{"id": 8}'),
+        "bad_chains": ("chains.jsonl", '{"id": 8, "image": "x", "instructions": ["a"]}'),
         "no_report": ("report.json", None),
         "bad_report": ("report.json", "[]"),
     }
@@ -120,7 +121,7 @@ def finished(root, few_resamples):
         path.write_text(json.dumps(record))
     shutil.copytree(root / "one", root / "imageless")
     settings = (root / "imageless" / "settings.json").read_text()
-    (root / "imageless" / "settings.json").write_text(settings.replace("made", "nowhere"))
+    (root / "imageless" / "settings.json").write_text(settings.replace("world/made", "no"))
     return root
 
 
@@ -212,7 +213,7 @@ def test_evaluate_run(root, tmp_path, case):
 
 
 AGAIN = {
-    "another scorer": (["--scorer", EXACT[1].replace("Exact", "Careful").replace("Rewards", "Judge")],
+    "another scorer": (["--scorer", f"{SCORERS}:CarefulJudge"],
                        "holds an evaluation of scorer = "),
     "another threshold": ([*EXACT, "--success", "4"], "holds an evaluation of scale = "),
     "other chains": (EXACT, "holds an evaluation of chains = "),
@@ -274,7 +275,7 @@ CHAINS = {
     "a folder for a file": (["ROOT", *SCORES[1:]], "Is a directory"),
     "an empty file": (["ROOT/empty", *SCORES[1:]], "expected content of one of the formats"),
     "a binary file": (["ROOT/binary", *SCORES[1:]], "expected content of one of the formats"),
-    "NaN in the file": (["ROOT/nan.jsonl", *SCORES[1:]], "expected at least one chain"),
+    "NaN in the file": (["ROOT/nan.jsonl", *SCORES[1:]], "expected content of one of"),
     "no reference": (["ROOT/gone.jsonl", *SCORES[1:]], "no.png"),
     "no folder of images": (["ROOT/chains.jsonl", "nowhere", *SCORES[2:]], "turn 1: expected the"),
     "a turn is missing": (["ROOT/chains.jsonl", "ROOT/short", *SCORES[2:]], "turn 2: expected the"),

@@ -107,8 +107,11 @@ def draw_before_after(
     strips = [
         Strip(
             f"{why}: chain {evaluation.chain_ids[row]}",
-            *(evaluation.instructions[row], images[row]),
-            *(evaluation.terms, row, label),
+            evaluation.instructions[row],
+            images[row],
+            evaluation.terms,
+            row,
+            label,
         )
         for row, why in reasons.items()
         for label, evaluation, images in (
