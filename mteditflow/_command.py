@@ -39,9 +39,10 @@ def refusing(*more: type[Exception]) -> Iterator[None]:
     Args:
         *more: exceptions that are bad input, too, beside ``OSError`` and ``ValueError``.
     """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
     try:
         yield
-    except (OSError, ValueError, *more) as error:
+    except kinds as error:
         refuse(error)
 
 
