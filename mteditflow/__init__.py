@@ -27,6 +27,7 @@ from mteditflow.advantages.group import (
     fuse_advantages,
     fuse_rewards,
     group_advantage,
+    group_measured,
     group_std,
     renormalize_advantage,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantage",
+    "group_measured",
     "group_pairs",
     "group_std",
     "guard_log_ratio",

@@ -37,7 +37,7 @@ def fused(config, terms, group, multipliers=None, history=None):
     """As the loop computes them."""
     rewards = round_rewards(config, terms, group)
     signals, weights = turn_signals(config, rewards, multipliers or {})
-    return turn_advantages(config, rewards, signals, weights, history)
+    return turn_advantages(config, rewards, signals, weights, history)[:2]
 
 
 def rewards_of(config, rows):
