@@ -588,6 +588,19 @@ def test_compiled_equals_eager(name):
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")
+@fusions
+def test_compiled_fusion_of_unmeasured_rewards_equals_eager(fuse):
+    torch.compiler.reset()
+    compiled = torch.compile(fuse, fullgraph=True, backend="aot_eager")
+    reward, group = torch.rand(12), torch.arange(12) % 5
+    rewards, weights = {"a": reward, "b": reward * reward}, {"a": 1.0, "b": 0.5}
+    options = {"valid": reward < 2, "measured": {"b": torch.arange(12) < 6}}
+    args = rewards, weights, group
+    assert torch.equal(compiled(*args, **options), fuse(*args, **options))
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_by_inductor_with_changing_options():
     torch.compiler.reset()
     compiled = torch.compile(group_advantage, fullgraph=True)
