@@ -101,8 +101,11 @@ from mteditflow.metrics import (
     conditional_success,
     content_consistency,
     instruction_following,
+    interval_difference,
     marginal_success,
     overall,
+    paired_difference_interval,
+    wilson_interval,
 )
 from mteditflow.old_policy import old_policy_decay, update_old_policy
 
@@ -168,6 +171,7 @@ __all__ = [
     "guard_step_weight",
     "instruction_following",
     "interpolate",
+    "interval_difference",
     "likert_average",
     "marginal_success",
     "masked_mean",
@@ -178,6 +182,7 @@ __all__ = [
     "old_policy_decay",
     "optimality_probability",
     "overall",
+    "paired_difference_interval",
     "renormalize_advantage",
     "reward_to_go",
     "rollout",
@@ -197,5 +202,6 @@ __all__ = [
     "velocity_kl",
     "velocity_norm_hinge",
     "velocity_target",
+    "wilson_interval",
     "zero_variance_share",
 ]
