@@ -153,11 +153,13 @@ def _paired(old: Mapping[str, Outcome], new: Mapping[str, Outcome]) -> dict[str,
 
 def _conditional(pair: BeforeAfter, old: Outcome, new: Outcome) -> BeforeAfter:
     """P(success at N | success at 1) in percent, with Wilson's intervals."""
-    parts = []
-    for outcome, counted in (old, new):
+
+    def share(outcome: Tensor, counted: Tensor) -> Interval:
         given = counted[:, 0] & counted[:, -1] & outcome[:, 0]
-        parts.append(_in_percent(wilson_interval((given & outcome[:, -1]).sum(), given.sum())))
-    return _widened(BeforeAfter(*parts, pair.difference), *parts)
+        return _in_percent(wilson_interval((given & outcome[:, -1]).sum(), given.sum()))
+
+    before, after = share(*old), share(*new)
+    return _widened(BeforeAfter(before, after, pair.difference), before, after)
 
 
 def _ratio(outcome: Tensor, counted: Tensor) -> Interval:

@@ -303,7 +303,7 @@ class Numbers:
             (old, counted), (new, _) = (self._by_type(self._types, *run[:2])[i] for run in runs)
             flat = [x.transpose(0, 1).flatten(1) for x in (old, new, counted)]  # [C, K N]
             ends = _ends(paired_difference_interval(flat[0], flat[1], valid=flat[2]))
-            by_type[1:, :, i, :-1] = ends.unflatten(1, old.shape[::2])
+            by_type[1:, :, i, :-1] = ends.reshape(2, *old.shape[::2])
             shares = (
                 _share_of_chains(self._tables(values[None])[1][0, :, i, -1], counted)
                 for *_, values in reversed(runs)
@@ -350,8 +350,10 @@ class Numbers:
         """Views of numbers [R, places]: [R, metrics, N + 1] and [R, K, 2, N + 1]."""
         columns = self._evaluation.turns + 1
         end = len(self._evaluation.names) * columns
-        by_type = (len(self.edit_types), len(BY_TYPE), columns)
-        return rows[:, :end].unflatten(1, (-1, columns)), rows[:, end:].unflatten(1, by_type)
+        metrics = len(self._evaluation.names), columns
+        by_type = len(self.edit_types), len(BY_TYPE), columns
+        count = len(rows)
+        return rows[:, :end].view(count, *metrics), rows[:, end:].view(count, *by_type)
 
 
 def at_ends(success: Tensor, judged: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:

@@ -103,8 +103,9 @@ class RoundRewards:
     def informative(self, name: str, *, top: float = 1.0, bottom: float = 0.0) -> GroupSelection:
         """Select the groups whose members differ; see ``mteditflow.select_groups``."""
         value, valid, measured = self.reward(name)
-        masks = {"valid": valid, "measured": measured}
-        return select_groups(value, self.group, **masks, top=top, bottom=bottom)
+        return select_groups(
+            value, self.group, valid=valid, measured=measured, top=top, bottom=bottom
+        )
 
     def spreads(self, name: str) -> dict[int, float]:
         """Return the std of a reward in each group that has it in two members or more."""
