@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mteditflow.evaluation.comparison import judged_in_both
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.training.pictures.strips import Strip, draw_strips
 
@@ -28,15 +29,15 @@ class Choice(NamedTuple):
 def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Choice:
     """Choose the chains whose number of followed turns rose most, and as many that fell most.
 
-    Where fewer fell, more that rose take their place, and the other way round. Only chains that
-    count in both evaluations are looked at; of equals the first ones are taken.
+    Where fewer fell, more that rose take their place, and the other way round. Only chains judged
+    at every turn in both evaluations are looked at; of equals the first ones are taken.
 
     Args:
         before: evaluation of the base model.
         after: evaluation of the same chains.
         count: how many to choose, at most.
     """
-    counted = (before.valid & after.valid).nonzero().flatten()
+    counted = judged_in_both(before, after).nonzero().flatten()
     change = (after.success.sum(dim=1) - before.success.sum(dim=1))[counted]
     order = change.argsort(descending=True, stable=True)
     rose = counted[order][change[order] > 0].tolist()
@@ -55,7 +56,7 @@ def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Ch
 def random_rows(
     before: Evaluation, after: Evaluation, *, count: int, seed: int, without: Sequence[int] = ()
 ) -> list[int]:
-    """Draw rows of chains that count in both evaluations, each at most once, in a seeded order.
+    """Draw rows of chains judged at every turn in both evaluations, each at most once, in a seeded order.
 
     Args:
         before: evaluation of the base model.
@@ -64,7 +65,7 @@ def random_rows(
         seed: of the draw.
         without: rows that are not drawn.
     """
-    rows = (before.valid & after.valid).nonzero().flatten().tolist()
+    rows = judged_in_both(before, after).nonzero().flatten().tolist()
     left = [row for row in rows if row not in set(without)]
     order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
     return [left[i] for i in order[:count].tolist()]
