@@ -171,8 +171,7 @@ def _rewards(**options: Any) -> Rewards:
     """Return who scores.
 
     Raises:
-        ValueError: there is nobody, or a scorer beside services; or the scorer, its scale or a URL
-            is not usable.
+        ValueError: there is nobody, or a scorer beside services.
     """
     rewards = Rewards(**options)
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):

@@ -394,5 +394,5 @@ def test_the_page_of_documentation_names_commands_that_parse():
     for command in commands:
         name, *arguments = shlex.split(command)
         typer.main.get_command(app).commands[name].make_context(name, arguments)
-    for target in re.findall(r"\]\(([^)#]+)\)", page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page):
         assert (ROOT / "docs" / target).exists(), target
