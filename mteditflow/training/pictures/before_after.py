@@ -56,7 +56,7 @@ def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Ch
 def random_rows(
     before: Evaluation, after: Evaluation, *, count: int, seed: int, without: Sequence[int] = ()
 ) -> list[int]:
-    """Draw rows of chains judged at every turn in both evaluations, each at most once, in a seeded order.
+    """Draw rows of chains judged at every turn in both evaluations, each at most once.
 
     Args:
         before: evaluation of the base model.
