@@ -11,11 +11,9 @@ that came are not asked for again. ``accelerate launch`` spreads the chains over
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from accelerate import PartialState
@@ -23,24 +21,28 @@ from mteditflow_examples.evaluating.editors import Model, call_options
 from mteditflow_examples.evaluating.images import ByRow, MadeImages
 from mteditflow_examples.evaluating.output import (
     Finished,
-    keep_settings,
+    Settings,
     show,
     write_all,
     write_scores,
 )
-from mteditflow_examples.evaluating.scoring import Checks, score_chains
+from mteditflow_examples.evaluating.scoring import Asks, score_chains
 from mteditflow_examples.flux.config import Rewards
 from tqdm import tqdm
 
-from mteditflow.chains import Chain, read_chains
+from mteditflow._command import OneLineGroup, refusing
+from mteditflow.chains import Chain, Reading, read_chains
 from mteditflow.evaluation import most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
+from mteditflow.evaluation.provenance import MadeBy, require_same_judge
 from mteditflow.evaluation.tables import checks_in_short
+from mteditflow.rewards import pairs_of
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
-SUCCESS = {"binary": 1.0, "likert": 5.0}  # score of a followed turn, by scale
 Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery page.")]
 
 
@@ -66,13 +68,19 @@ def run(
     judge: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
     scale: Annotated[
-        Literal["binary", "likert"], typer.Option(help="What the judge answers.")
-    ] = "binary",
+        Literal["binary", "likert"] | None,
+        typer.Option(help="0 or 1, or 1 to 5. Default: binary; of a scorer what it declares."),
+    ] = None,
+    success: Annotated[
+        float | None,
+        typer.Option(help="Score from which on a turn was followed. Default: that of the scale."),
+    ] = None,
     thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
     checks: Annotated[
         Literal["question", "edival"], typer.Option(help="edival: by edit type.")
     ] = "question",
     detector: Annotated[str | None, typer.Option(help="Grounding DINO, path or hub id.")] = None,
+    ocr: Annotated[bool, typer.Option(help="Text edits: read by rapidocr, not the judge.")] = False,
     ocr: Annotated[bool, typer.Option(help="Text edits: read by rapidocr, not the judge.")] = False,
     consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     terms: Annotated[
@@ -87,88 +95,111 @@ def run(
     shown: Gallery = 200,
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
-    if (editor is None) == (images is None):
-        raise typer.BadParameter("expected either --editor or --images")
-    if scorer is None and not (judge and model):
-        raise typer.BadParameter("expected --judge and --model, or --scorer")
-    by_type = checks == "edival"
-    if by_type and (scorer is not None or scale != "binary"):
-        raise typer.BadParameter("--checks edival: expected no --scorer and --scale binary")
-    if by_type != (detector is not None):
-        raise typer.BadParameter("--checks edival, --detector: expected both or neither")
-    if ocr and not by_type:
-        raise typer.BadParameter("--ocr: expected --checks edival with it")
-    rewards = Rewards(
-        judge=tuple(judge or ()),
-        judge_model=model,
-        scope="turn",
-        scale=scale,
-        thinking=thinking,
-        consistency=tuple(consistency or ()),
-        terms=terms,
-        concurrency=concurrency,
-        scorer=scorer,
-        success=SUCCESS[scale],
-    )
-    state = PartialState()
-    with _ending():
-        services = _checks(detector, ocr, state) if detector and state.is_main_process else None
-        reading = read_chains(chains, strict=False, images=references, check_images=True)
-        if not reading.chains:
-            why = "; ".join(x.reason for x in reading.skipped[:3])
-            raise ValueError(f"{chains}: expected at least one usable chain, got none: {why}")
-        asked = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
+    with refusing():
+        asks = Asks(checks == "edival", detector, ocr, preference)
+        if (editor is None) == (images is None):
+            raise ValueError("expected either --editor or --images")
+        rewards = _rewards(
+            judge=tuple(judge or ()),
+            judge_model=model,
+            scope="turn",
+            scale=scale or (None if scorer else "binary"),
+            thinking=thinking,
+            consistency=tuple(consistency or ()),
+            terms=terms,
+            concurrency=concurrency,
+            scorer=scorer,
+            success=success,
+        )
+        asks.check(rewards)
+        state = PartialState()
+        reading, asked = _usable(chains, references, turns, rewards)
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
-        settings = {
-            "images": "images" if images is None else str(made.folder),
-            "chains": hashlib.sha256(chains.read_bytes()).hexdigest(),
-            "resolution": resolution,
-        }
-        if editor is not None:
-            edits = Model(editor, lora, dtype, call_options(call or []), resolution, seed)
-            settings |= asdict(edits)
-        with state.main_process_first():
-            keep_settings(output, settings)
-        if editor is not None:
-            made.make(edits, asked, state, batch)
+        edits = editor and Model(editor, lora, dtype, call_options(call or []), resolution, seed)
+        maker = MadeBy(images=str(made.folder), resolution=resolution)
+
+        def settings() -> Settings:
+            """Settings with what servers and hubs can say by now, and what the folder knows."""
+            return Settings(
+                images="images" if images is None else str(made.folder),
+                chains=hashlib.sha256(chains.read_bytes()).hexdigest(),
+                resolution=resolution,
+                provenance=asks.provenance(rewards, edits.made_by if edits else maker),
+            ).agreed(output)
+
+        first = settings()
+        if edits:
+            missing = made.missing(asked, state)
+            loaded = edits.load(state.device) if missing else None
+            with state.main_process_first():
+                first.write(output)
+            made.make(loaded, missing, state, batch)
         if not state.is_main_process:
             return
         with tqdm(total=len(asked), desc="scoring", unit="chain", disable=None) as bar:
-            evaluation, ways, missing = score_chains(
+            evaluation, ways, left_out = score_chains(
                 rewards,
                 asked,
                 made,
+                asks,
                 cache=output / "answers.sqlite",
-                checks=services,
-                preference=(preference, str(state.device)) if preference else None,
+                device=state.device,
                 done=bar.update,
             )
+        first.write(output)
+        last = settings()
+        last.write(output)
+        evaluation = replace(evaluation, provenance=last.provenance)
         sources = [str(source) for source in (editor or images, lora) if source]
         name = title or " + ".join("/".join(Path(source).parts[-2:]) for source in sources)
-        left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | missing
-        scored = [chain for chain in asked if chain.id not in missing]
+        scored = [chain for chain in asked if chain.id not in left_out]
+        left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | left_out
         report = report_of(evaluation, scored, title=name, left_out=left_out, ways=ways)
         write_scores(output, evaluation, scored)
         series = [Series(name, evaluation, ByRow(made, scored))]
         write_all(output, report, [report], series, scored, range(min(shown, len(scored))))
     show(report, output)
-    if 1 - report.counted / report.asked > max_invalid:
-        typer.echo(f"error: only {report.counted} of {report.asked} chains counted", err=True)
+    if report.invalid_share > max_invalid:
+        lost = len(report.left_out) + len(report.lost)
+        typer.echo(
+            f"error: {lost} of {report.asked} chains were left out or lost a score, more than "
+            f"the {max_invalid:.0%} allowed",
+            err=True,
+        )
         raise typer.Exit(1)
 
 
-def _checks(detector: str, ocr: bool, state: PartialState) -> Checks:
-    """Load a detector and OCR; transformers takes its time to import."""
-    from mteditflow.rewards import GroundingDino
+def _rewards(**options: Any) -> Rewards:
+    """Return who scores.
 
-    reader = None
-    if ocr:
-        try:
-            from mteditflow.evaluation import RapidOcr
-        except ImportError as error:
-            raise ValueError(f"--ocr: {error}") from error
-        reader = RapidOcr()
-    return Checks(GroundingDino.from_pretrained(detector, device=state.device), reader)
+    Raises:
+        ValueError: there is nobody, or a scorer beside services.
+    """
+    rewards = Rewards(**options)
+    if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
+        raise ValueError("expected --judge and --model, or --scorer")
+    if rewards.scorer is not None and (rewards.judge or rewards.consistency):
+        raise ValueError("--scorer: expected no --judge and no --consistency beside it")
+    return rewards
+
+
+def _usable(
+    file: Path, references: Path | None, turns: int | None, rewards: Rewards
+) -> tuple[Reading, list[Chain]]:
+    """Read a file of chains, and cut its usable ones to their first turns.
+
+    Raises:
+        ValueError: there is none, or one names no objects that consistency needs.
+        OSError: the file cannot be read.
+    """
+    reading = read_chains(file, strict=False, images=references, check_images=True)
+    if not reading.chains:
+        why = "; ".join(x.reason for x in reading.skipped[:3])
+        raise ValueError(f"{file}: expected at least one usable chain, got none: {why}")
+    chains = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
+    for chain in chains if rewards.consistency else ():
+        pairs_of(chain, pairing=rewards.pairing)
+    return reading, chains
 
 
 @app.command()
@@ -176,19 +207,31 @@ def compare(
     before: Annotated[Path, typer.Argument(help="Output folder of a run.")],
     after: Annotated[Path, typer.Argument(help="Of another, on the same chains.")],
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/compared"),
+    across_judges: Annotated[
+        bool,
+        typer.Option("--across-judges", help="Compare scores of different judges all the same."),
+    ] = False,
     shown: Gallery = 50,
 ) -> None:
     """Compare two runs chain by chain: differences with intervals, and who changed most."""
-    with _ending():
+    with refusing():
+        if output.resolve() in (before.resolve(), after.resolve()):
+            raise ValueError(f"--output: expected another folder than those compared, got {output}")
         runs = [Finished(folder) for folder in (before, after)]
         chains, left_out = _common(*runs)
         series = [run.series(chains) for run in runs]
         old, new = (one.evaluation for one in series)
         title = f"{series[1].name} minus {series[0].name}"
-        report = report_difference(old, new, chains, title=title, left_out=left_out)
+        if not across_judges:
+            judges = (one.provenance.judged_by for one in (old, new))
+            require_same_judge(*judges, known=True)
+        report = report_difference(
+            old, new, chains, title=title, left_out=left_out, across_judges=across_judges
+        )
         told = tuple(checks_in_short(run.report) for run in runs)
         report = report.model_copy(update={"notes": report.notes + told})
-        rows = [change.row for change in most_changed(old, new)[:shown]]
+        changes = most_changed(old, new, across_judges=across_judges)
+        rows = [change.row for change in changes[:shown]]
         write_all(output, report, [run.report for run in runs], series, chains, rows)
     show(report, output)
 
@@ -205,15 +248,6 @@ def _common(before: Finished, after: Finished) -> tuple[list[Chain], dict[str, s
         raise ValueError("expected chains that both runs scored, got none")
     left_out = dict.fromkeys(sorted(here - there), "only the first run scored it")
     return chains, left_out | dict.fromkeys(sorted(there - here), "only the second run scored it")
-
-
-@contextmanager
-def _ending() -> Iterator[None]:
-    """End with a message, not a traceback, where a file or an option is not usable."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 if __name__ == "__main__":

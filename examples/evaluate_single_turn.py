@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import anyio
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from mteditflow._command import OneLineGroup, refusing
 from mteditflow._files import write_atomically
 from mteditflow.evaluation.benchmarks import (
     BenchmarkReport,
     ItemReading,
     ItemScores,
+    Rubric,
     gedit_items,
     imgedit_items,
     report_gedit,
@@ -35,11 +38,18 @@ from mteditflow.evaluation.benchmarks import (
     score_gedit,
     score_imgedit,
 )
-from mteditflow.evaluation.benchmarks.averages import Estimate, Group
-from mteditflow.evaluation.benchmarks.gedit import LANGUAGES
-from mteditflow.rewards import AnswerCache, ChatClient
+from mteditflow.evaluation.benchmarks.averages import Group
+from mteditflow.evaluation.benchmarks.gedit import CONSISTENCY, LANGUAGES, QUALITY
+from mteditflow.evaluation.benchmarks.imgedit import RUBRICS as IMGEDIT_RUBRICS
+from mteditflow.evaluation.provenance import JudgedBy, agreed, same_judge, version_of
+from mteditflow.metrics import FEW_CASES
+from mteditflow.rewards import AnswerCache, ChatClient, Scale
+from mteditflow.rewards.images import BOMBS, UNREADABLE
+from mteditflow.rewards.transport.identity import judge_identity
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 File = Annotated[Path, typer.Argument(help="File of the benchmark.")]
 Edited = Annotated[Path, typer.Argument(help="Folder of what an editor made.")]
@@ -54,6 +64,7 @@ Patience = Annotated[
 MaxInvalid = Annotated[
     float, typer.Option(min=0, max=1, help="Share of items without a score that is an error.")
 ]
+FEW = f"* over fewer than {FEW_CASES}"
 DEFAULT_OUTPUT = Path("runs/single_turn")
 
 
@@ -65,6 +76,7 @@ class Run:
     reading: ItemReading
     found: ItemScores
     report: BenchmarkReport
+    judged_by: JudgedBy
 
     @property
     def invalid_share(self) -> float:
@@ -85,11 +97,11 @@ def imgedit(
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
     """ImgEdit-Bench: basic_edit.json, and <key>.png in the folder."""
-    with _ending(file):
-        reading = imgedit_items(file, edited, images=images)
-    with _client(judge, model, output, patience) as client:
-        run = _run("imgedit", reading, client, score_imgedit, report_imgedit)
-    _finish([run], output, model, max_invalid)
+    with refusing():
+        readings = {"imgedit": imgedit_items(file, edited, images=images)}
+        bench = Benchmark(score_imgedit, report_imgedit, tuple(IMGEDIT_RUBRICS.values()))
+        runs = _runs(readings, bench, judge, model, output, patience)
+    _finish(runs, output, max_invalid)
 
 
 @app.command()
@@ -103,37 +115,89 @@ def gedit(
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
     """GEdit-Bench: a manifest in JSON Lines, and <language>/<key>.png in the folder."""
-    with _ending(file):
-        readings = {x: gedit_items(file, edited, language=x) for x in LANGUAGES}
-    present = {x: reading for x, reading in readings.items() if reading.items}
-    with _client(judge, model, output, patience) as client:
-        runs = [
-            _run(f"gedit_{language}", reading, client, score_gedit, report_gedit)
-            for language, reading in (present or readings).items()
-        ]
-    _finish(runs, output, model, max_invalid)
+    with refusing():
+        readings = {f"gedit_{x}": gedit_items(file, edited, language=x) for x in LANGUAGES}
+        readings = {name: x for name, x in readings.items() if x.items} or readings
+        bench = Benchmark(score_gedit, report_gedit, (CONSISTENCY, QUALITY))
+        runs = _runs(readings, bench, judge, model, output, patience)
+    _finish(runs, output, max_invalid)
 
 
-def _run(
-    name: str,
-    reading: ItemReading,
-    client: ChatClient,
-    score: Callable[..., Awaitable[ItemScores]],
-    report: Callable[[ItemScores], BenchmarkReport],
-) -> Run:
-    if not reading.items:
-        raise typer.BadParameter(
-            "; ".join(["expected at least one item, got none", *reading.skipped])
+class Benchmark(NamedTuple):
+    """How a benchmark is scored, and the rubrics that the judge is shown."""
+
+    score: Callable[..., Awaitable[ItemScores]]
+    report: Callable[[ItemScores], BenchmarkReport]
+    rubrics: Sequence[Rubric]
+
+    def judged_by(self, judges: Sequence[str], model: str, key: str | None) -> JudgedBy:
+        """Return who judges, for the record."""
+        asked = [x.request("Instruction A", ["image:0", "image:1"]) for x in self.rubrics]
+        low, high = self.rubrics[0].low, self.rubrics[0].high
+        return JudgedBy(
+            judge=model,
+            judge_server=anyio.run(partial(judge_identity, judges, model, api_key=key)),
+            prompt=version_of(asked),
+            scope="turn",
+            scale=Scale(low, high, success=high, whole=True),
+            checks="rubric",
         )
 
-    async def ask() -> ItemScores:
-        return await score(client, reading.items, progress=Console().is_terminal)
 
-    found = anyio.run(ask)
-    return Run(name, reading, found, report(found))
+def _runs(
+    readings: Mapping[str, ItemReading],
+    benchmark: Benchmark,
+    judges: list[str],
+    model: str,
+    output: Path,
+    patience: float,
+) -> list[Run]:
+    """Score readings by name; accepted answers stay in the output folder.
+
+    Raises:
+        ValueError: one has no item or no image, a URL is not usable, or the folder holds scores of
+            another judge.
+    """
+    key = os.environ.get("OPENAI_API_KEY")
+    options = {"api_key": key, "patience": patience}
+    ChatClient(judges, model, **options)  # refuses a bad URL before anything is written
+    for reading in readings.values():
+        _require_items(reading)
+    judge, runs = benchmark.judged_by(judges, model, key), []
+    for name in readings:
+        judge = same_judge(output / f"{name}.json", judge)
+    with AnswerCache(output / "answers.sqlite") as cache:
+        client = ChatClient(judges, model, cache=cache, **options)
+        for name, reading in readings.items():
+            score = partial(benchmark.score, progress=Console().is_terminal)
+            found = anyio.run(score, client, reading.items)
+            runs.append(Run(name, reading, found, benchmark.report(found), judge))
+    now = agreed(judge, benchmark.judged_by(judges, model, key))  # what it could not say before
+    return [replace(run, judged_by=now) for run in runs]
 
 
-def _finish(runs: list[Run], output: Path, model: str, max_invalid: float) -> None:
+def _require_items(reading: ItemReading) -> None:
+    """Raise ValueError unless there is an item with both images."""
+    if not reading.items:
+        raise ValueError("; ".join(["expected at least one item, got none", *reading.skipped[:3]]))
+    first = reading.items[0]
+    if not any(readable(x.source) and readable(x.edited) for x in reading.items):
+        raise ValueError(
+            f"expected at least one item with both images, got none, as of {first.key}: "
+            f"{first.source} and {first.edited}"
+        )
+
+
+def readable(path: Path) -> bool:
+    """Whether a file begins like an image."""
+    try:
+        with Image.open(path):
+            return True
+    except (*UNREADABLE, *BOMBS):
+        return False
+
+
+def _finish(runs: list[Run], output: Path, max_invalid: float) -> None:
     """Print and write the reports; end with 1 if too much is invalid."""
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     for line in dict.fromkeys(line for run in runs for line in left_out(run)):
@@ -148,8 +212,9 @@ def _finish(runs: list[Run], output: Path, model: str, max_invalid: float) -> No
             f"{len(run.reading.skipped)} bad entries in the file"
         )
         path = output / f"{run.name}.json"
-        write_atomically(path, json.dumps(details(run, model), indent=1, allow_nan=False).encode())
-        write_atomically(path.with_suffix(".md"), markdown(run, model).encode())
+        write_atomically(path, json.dumps(details(run), indent=1, allow_nan=False).encode())
+        write_atomically(path.with_suffix(".md"), markdown(run).encode())
+        console.print(f"Judged by: {run.judged_by}.", markup=False)
         console.print(f"Every score is in [bold]{path}[/bold].")
     worst = max(run.invalid_share for run in runs)
     if worst > max_invalid:
@@ -170,7 +235,7 @@ def rows(run: Run) -> tuple[list[str], list[list[str]]]:
     groups = {**run.report.groups, "Overall": run.report.overall}
     names = list(run.report.overall.metrics)
     body = [
-        [name, *(cell(group.metrics[x]) for x in names), str(group.items), *invalid(group)]
+        [name, *(cell(group, x) for x in names), str(group.items), *invalid(group)]
         for name, group in groups.items()
     ]
     return ["", *names, "items", "scored", "lost", "no image"], body
@@ -181,18 +246,20 @@ def invalid(group: Group) -> list[str]:
     return [str(count) for count in (group.scored, group.lost, group.missing)]
 
 
-def cell(value: Estimate) -> str:
-    """An estimate with its interval."""
+def cell(group: Group, metric: str) -> str:
+    """An estimate with its interval; an asterisk marks few items."""
+    value = group.metrics[metric]
     if value.estimate is None:
         return "none"
     ends = "" if value.low is None else f" [{value.low:.2f}, {value.high:.2f}]"
-    return f"{value.estimate:.2f}{ends}"
+    return f"{value.estimate:.2f}{ends}{' *' * (group.scored < FEW_CASES)}"
 
 
 def table(run: Run) -> Table:
     """For the terminal."""
     head, body = rows(run)
-    shown = Table(title=f"{run.report.benchmark} ({run.name}) [95% interval over items]")
+    title = f"{run.report.benchmark} ({run.name}) \\[95% interval over items; {FEW}]"
+    shown = Table(title=title)
     for column in head:
         shown.add_column(column, justify="right" if column else "left")
     for row in body:
@@ -200,14 +267,15 @@ def table(run: Run) -> Table:
     return shown
 
 
-def markdown(run: Run, model: str) -> str:
+def markdown(run: Run) -> str:
     """Write the table with what it leaves out."""
     head, body = rows(run)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     missing = run.report.absent_groups
     parts = [
         f"# {run.report.benchmark} ({run.name})",
-        f"Judge: `{model}`; prompts of mteditflow. 95% bootstrap intervals over items.",
+        f"Judged by: {run.judged_by}; prompts of mteditflow. "
+        f"95% bootstrap intervals over items; {FEW}.",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         f"Groups without an item: {', '.join(missing)}." if missing else "",
         "\n".join(f"- left out: {line}" for line in left_out(run)),
@@ -215,33 +283,16 @@ def markdown(run: Run, model: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def details(run: Run, model: str) -> dict[str, Any]:
+def details(run: Run) -> dict[str, Any]:
     """The report, and every item's scores or why there are none."""
     return {
-        "judge": model,
+        "judged_by": run.judged_by.model_dump(),
         "report": run.report.model_dump(),
         "skipped": run.reading.skipped,
         "scores": run.found.scores,
         "lost": {key: str(why) for key, why in run.found.lost.items()},
         "missing": run.found.missing,
     }
-
-
-@contextmanager
-def _client(judges: list[str], model: str, output: Path, patience: float) -> Iterator[ChatClient]:
-    """A client whose accepted answers stay in the output folder; its key is OPENAI_API_KEY."""
-    key = os.environ.get("OPENAI_API_KEY")
-    with _ending(output), AnswerCache(output / "answers.sqlite") as cache:
-        yield ChatClient(judges, model, api_key=key, cache=cache, patience=patience)
-
-
-@contextmanager
-def _ending(path: Path) -> Iterator[None]:
-    """End with a message, not a traceback, where a file or a URL is not usable."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{path}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 
 Chains may be in any format that `python -m mteditflow.chains formats` lists. What is lost on the
 way stays out of the averages, is counted, and is asked for again, alone, by the same command.
+``edited`` holds ``<id>/turn_<t>.png``, as ``evaluate.py`` writes them, or EdiVal-Bench's official
+``<id>_input_raw_turn_<t>.png``.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain as joined
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
+from mteditflow_examples.flux.config import Rewards
+from mteditflow_examples.flux.rewards import check_services, judged_by, prompt_of
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
@@ -32,8 +36,13 @@ from mteditflow import (
     instruction_following,
     marginal_success,
     overall,
+    wilson_interval,
 )
-from mteditflow.chains import Chain, ChainDataset, ChainError, read_chains
+from mteditflow._command import OneLineCommand, refusing
+from mteditflow._files import write_atomically
+from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, read_chains
+from mteditflow.evaluation.provenance import agreed, same_judge
+from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
     AnswerCache,
     Background,
@@ -42,13 +51,14 @@ from mteditflow.rewards import (
     ConsistencyScores,
     InvalidRewardsError,
     Judge,
-    JudgePrompt,
     TurnScores,
+    pairs_of,
 )
 
+SCORES = "scores.json"
 BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
 
-
+app = typer.Typer(pretty_exceptions_enable=False)
 Scale = Literal["binary", "likert"]
 Terms = Literal["features", "pixels"]
 TERMS: dict[Terms, tuple[str, str]] = {
@@ -57,14 +67,23 @@ TERMS: dict[Terms, tuple[str, str]] = {
 }
 
 
-def load(dataset: ChainDataset, index: int, folder: Path, name: str) -> list[Image.Image]:
-    """Load a chain's reference and what each turn made of it."""
+def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> list[Image.Image]:
+    """Load a chain's reference and what each turn made of it.
+
+    Raises:
+        ChainError: an image is missing or broken.
+    """
     chain, reference, _ = dataset[index]
+    if name is None:
+        return [reference, *EditedImages(folder).load(chain)]
     images = [reference]
     for turn in range(1, chain.turns + 1):
-        file = name.format(id=chain.id, image=Path(chain.image).stem, turn=turn)
-        with Image.open(folder / file) as image:
-            images.append(ImageOps.exif_transpose(image).convert("RGB"))
+        file = folder / name.format(id=chain.id, image=Path(chain.image).stem, turn=turn)
+        try:
+            with Image.open(file) as image:
+                images.append(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError) as error:  # no file, or a broken one
+            raise ChainError(f"turn {turn}: expected an image, got {file}: {error}") from error
     return images
 
 
@@ -77,31 +96,56 @@ class Answers(NamedTuple):
     kept: ConsistencyScores | None
 
 
+class Batch(NamedTuple):
+    """Chains with their images."""
+
+    chains: list[Chain]
+    images: list[list[Image.Image]]
+
+
+def batches(
+    dataset: ChainDataset, folder: Path, name: str | None, left_out: dict[str, str]
+) -> Iterator[Batch]:
+    """Load batch after batch; a chain whose images cannot be read is put down with the reason."""
+    for start in range(0, len(dataset), BATCH):
+        batch = Batch([], [])
+        for index in range(start, min(start + BATCH, len(dataset))):
+            chain = dataset.chains[index]
+            try:
+                batch.images.append(load(dataset, index, folder, name))
+                batch.chains.append(chain)
+            except ChainError as error:
+                left_out[chain.id] = str(error)
+        if batch.chains:
+            yield batch
+
+
 def score(
-    dataset: ChainDataset,
-    folder: Path,
-    name: str,
-    asks: Judge | None,
-    looks: ConsistencyClient | None,
+    dataset: ChainDataset, folder: Path, name: str | None, rewards: Rewards, cache: Path
 ) -> Answers:
-    """Score batch after batch; the images of one are loaded while the one before is scored."""
+    """Score batch after batch; the images of one are loaded while the one before is scored.
+
+    Raises:
+        ValueError: no chain has all of its images.
+    """
     shown, left_out, results = [], {}, []
     asked: list[Any] = []  # futures of the batch before: the judge's, the consistency server's
-    with Background() as background, tqdm(total=len(dataset), unit="chain") as bar:
-        for start in range(0, len(dataset), BATCH):
-            batch, images = [], []
-            for index in range(start, min(start + BATCH, len(dataset))):
-                chain = dataset.chains[index]
-                try:
-                    images.append(load(dataset, index, folder, name))
-                    batch.append(chain)
-                except (ChainError, OSError, SyntaxError) as error:  # no file, or a broken one
-                    left_out[chain.id] = str(error)
+    loaded = batches(dataset, folder, name, left_out)
+    first = next(loaded, None)
+    if first is None:
+        reasons = "; ".join(f"{key}: {why}" for key, why in left_out.items())
+        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
+    with (
+        AnswerCache(cache) as answers,
+        Background() as background,
+        tqdm(total=len(dataset), unit="chain") as bar,
+    ):
+        services = _services(rewards, answers)
+        for batch in joined([first], loaded):
             results.append([future and future.result() for future in asked])
-            bar.update(start - bar.n)
-            scorers = (asks, looks) if batch else ()
-            asked = [s and background.submit(s.score, batch, images) for s in scorers]
-            shown += batch
+            bar.update(len(shown) - bar.n)
+            asked = [s and background.submit(s.score, *batch) for s in services]
+            shown += batch.chains
         results.append([future and future.result() for future in asked])
         bar.update(len(dataset) - bar.n)
     scored = [pair for pair in results if pair]
@@ -114,14 +158,32 @@ def score(
     )
 
 
+def _services(
+    rewards: Rewards, cache: AnswerCache
+) -> tuple[Judge | None, ConsistencyClient | None]:
+    """Return the clients that are asked for."""
+    asks = looks = None
+    if rewards.judge:
+        key = os.environ.get("OPENAI_API_KEY")
+        client = ChatClient(rewards.judge, rewards.judge_model, api_key=key, cache=cache)
+        asks = Judge(client, prompt_of(rewards))
+    if rewards.consistency:
+        token = os.environ.get("MTEDITFLOW_TOKEN")
+        looks = ConsistencyClient(
+            rewards.consistency, pairing=rewards.pairing, token=token, cache=cache
+        )
+    return asks, looks
+
+
 class Measure(NamedTuple):
     """A number per turn, and what it is made of."""
 
     name: str
     statistic: Callable[..., Tensor]
     samples: tuple[Tensor, ...]  # each [B, N], NaN where there is no score
-    counted: Tensor  # boolean [B, N], which of them it is about
+    chains: Tensor  # how many it is over, [N]; for Overall the fewer of IF's and CC's
     percent: bool = True
+    share: bool = False  # of one outcome per chain
 
 
 def measures(
@@ -130,23 +192,24 @@ def measures(
     """List what can be measured with the scores at hand."""
     found = []
     if following is not None:
-        success, valid = (following.score,), following.measured
+        success, judged = (following.score,), following.measured.long()
+        whole, own = judged.cumprod(dim=1).sum(dim=0), judged.sum(dim=0)
         if scale == "likert":
-            found.append(Measure("Likert, mean", content_consistency, success, valid, False))
+            found.append(Measure("Likert, mean", content_consistency, success, own, False))
         else:
-            whole = valid.long().cumprod(dim=1).bool()
-            so_far, own = of_valid(instruction_following), of_valid(marginal_success)
-            found.append(Measure("IF: all turns so far", so_far, success, whole))
-            found.append(Measure("Marginal: this turn", own, success, valid))
+            metrics = of_valid(instruction_following), of_valid(marginal_success)
+            found.append(Measure("IF: all turns so far", metrics[0], success, whole, share=True))
+            found.append(Measure("Marginal: this turn", metrics[1], success, own, share=True))
     if kept is not None:
         parts = tuple(getattr(kept, term) for term in TERMS[terms])
         scores = kept.scores if terms == "features" else kept.l1_scores
-        some, means = scores.measured, (scores.score,)
+        some, means = scores.measured.sum(dim=0), (scores.score,)
         found.append(Measure("CC: mean of each term's mean", content_consistency, parts, some))
         found.append(Measure("CC: mean of the chains' means", content_consistency, means, some))
         if following is not None and scale == "binary":
             title = "Overall: of IF and the first CC"
-            found.append(Measure(title, overall_of, success + parts, whole & some))
+            fewer = torch.minimum(whole, some)
+            found.append(Measure(title, overall_of, success + parts, fewer))
     return found
 
 
@@ -161,15 +224,22 @@ def overall_of(success: Tensor, *terms: Tensor) -> Tensor:
 
 
 def summarise(measure: Measure) -> dict[str, Any]:
-    """Per turn: the estimate, its 95% interval over chains, and how many chains were scored."""
-    generator = torch.Generator().manual_seed(0)
-    interval = bootstrap_interval(measure.statistic, *measure.samples, generator=generator)
+    """Per turn: the estimate, its 95% interval over chains, and how many chains have it.
+
+    The interval of a share of chains is Wilson's, that of others a bootstrap.
+    """
+    if measure.share:
+        successes = measure.statistic(*measure.samples).nan_to_num().double() * measure.chains
+        interval = wilson_interval(successes.round(), measure.chains)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        interval = bootstrap_interval(measure.statistic, *measure.samples, generator=generator)
     unit = 100 if measure.percent else 1
     estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
     return {
         "estimate": estimate,
         "interval": list(zip(low, high, strict=True)),
-        "chains": measure.counted.sum(dim=0).tolist(),
+        "chains": measure.chains.tolist(),
     }
 
 
@@ -204,7 +274,8 @@ def details(
 
 def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
     """Print every measure, turn by turn."""
-    table = Table(title="per turn [95% interval over chains] (chains scored)")
+    few = f"* fewer than {FEW_CASES}"
+    table = Table(title=f"per turn \\[95% interval over chains] (chains scored; {few})")
     table.add_column("")
     for turn in range(len(next(iter(table_of.values()))["estimate"])):
         table.add_column(f"turn {turn + 1}", justify="right")
@@ -213,7 +284,9 @@ def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
         table.add_row(
             name,
             *(
-                f"none ({count})" if value is None else f"{value} [{low}, {high}] ({count})"
+                f"none ({count})"
+                if value is None
+                else f"{value} [{low}, {high}] ({count}{' *' * (count < FEW_CASES)})"
                 for value, (low, high), count in cells
             ),
         )
@@ -234,8 +307,12 @@ def main(
         "runs/scores"
     ),
     name: Annotated[
-        str, typer.Option(help="Files in the folder; {id}, {image} (its stem) and {turn}.")
-    ] = "{image}_turn_{turn}.png",
+        str | None,
+        typer.Option(
+            help="Files in the folder where another program named them: a pattern of {id}, "
+            "{image} (the reference's stem) and {turn}. Default: {id}/turn_{turn}.png."
+        ),
+    ] = None,
     scope: Annotated[
         Literal["turn", "trajectory"], typer.Option(help="What one call of the judge is about.")
     ] = "turn",
@@ -250,7 +327,8 @@ def main(
     ] = "reference",
     terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = "features",
     max_invalid: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of invalid chains that is an error.")
+        float,
+        typer.Option(min=0, max=1, help="Share of chains with a lost score that is an error."),
     ] = 0.2,
 ) -> None:
     """Score, print a table, write scores.json.
@@ -259,34 +337,37 @@ def main(
     MTEDITFLOW_TOKEN.
     """
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    if not judge and not consistency:
-        raise typer.BadParameter("expected --judge, --consistency or both")
-    if judge and not model:
-        raise typer.BadParameter("expected --model, the name that the judge is known by")
-    try:
+    with refusing(KeyError, IndexError):  # the two are of a bad --name
+        if not judge and not consistency:
+            raise ValueError("expected --judge, --consistency or both")
+        if judge and not model:
+            raise ValueError("expected --model, the name that the judge is known by")
+        rewards = Rewards(
+            judge=tuple(judge or ()),
+            judge_model=model,
+            scope=scope,
+            scale=scale,
+            thinking=thinking,
+            answer_format=answer_format,
+            consistency=tuple(consistency or ()),
+            terms="features" if terms == "features" else "l1",
+            pairing=pairing,
+        )
+        check_services(rewards)
+        if name is not None:
+            name.format(id="", image="", turn=1)
         reading = read_chains(chains, strict=False)
-    except (ChainError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
-    prompt = JudgePrompt(scope, scale, thinking, answer_format)
-    asks = looks = None
-    try:
-        with AnswerCache(output / "answers.sqlite") as cache:
-            if judge:
-                key = os.environ.get("OPENAI_API_KEY")
-                asks = Judge(ChatClient(judge, model, api_key=key, cache=cache), prompt)
-            if consistency:
-                token = os.environ.get("MTEDITFLOW_TOKEN")
-                looks = ConsistencyClient(consistency, pairing=pairing, token=token, cache=cache)
-            found = score(ChainDataset(reading.chains), edited, name, asks, looks)
-    except (KeyError, ValueError) as error:  # a URL, a pattern, a chain that names no objects
-        raise typer.BadParameter(str(error)) from error
+        for chain in reading.chains if consistency else ():
+            pairs_of(chain, pairing=pairing)
+        judged = same_judge(output / SCORES, judged_by(rewards))
+        dataset = ChainDataset(reading.chains)
+        found = score(dataset, edited, name, rewards, output / "answers.sqlite")
+        judged = agreed(judged, judged_by(rewards))  # with what servers could not say before
     shown, skipped, following, kept = found
     left_out = [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())]
     for reason in left_out:
         console.print(f"left out: {reason}", markup=False)
     console.print(f"{len(shown)} chains, {len(left_out)} left out")
-    if not shown:
-        raise typer.Exit(1)
     table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
     own = kept and (kept.scores if terms == "features" else kept.l1_scores)
     scored = {"following": following, "consistency": own}
@@ -294,22 +375,26 @@ def main(
         "summary": table,
         "invalid": {
             what: {"share": scores.invalid_share, "turns_by_reason": scores.reasons}
+            | {"unmeasured_turns": int(scores.unmeasured.sum())}
             for what, scores in scored.items()
             if scores is not None
         },
         "left_out": left_out,
-        "judge": asdict(prompt) | {"model": model} if judge else None,
-        "pairing": pairing if consistency else None,
+        "judged_by": judged.model_dump(),
         "chains": details(shown, following, kept),
     }
-    path = output / "scores.json"
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path = output / SCORES
+    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     show(table, console)
+    console.print(f"Judged by: {judged}.", markup=False)
     console.print(f"Every score is in [bold]{path}[/bold].")
     for what, scores in scored.items():
         if scores is not None and scores.reasons:
             reasons = ", ".join(f"{count} {reason}" for reason, count in scores.reasons.items())
             console.print(f"{what}: {scores.invalid_share:.1%} of chains invalid; turns: {reasons}")
+        if scores is not None and bool(scores.unmeasured.any()):
+            nothing = int(scores.unmeasured.sum())
+            console.print(f"{what}: nothing to measure in {nothing} turns (not lost)")
     try:
         for scores in scored.values():
             if scores is not None:
@@ -319,5 +404,8 @@ def main(
         raise typer.Exit(1) from error
 
 
+app.command(cls=OneLineCommand)(main)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

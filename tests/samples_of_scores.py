@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from mteditflow.evaluation.evaluation import Evaluation
+from mteditflow.evaluation.provenance import Provenance
 from mteditflow.metrics import bootstrap_interval
 from mteditflow.rewards import Fault, Lost, TurnScores
 
@@ -48,13 +49,16 @@ def turn_scores(rows, lost=(), dtype=torch.float32):
     return TurnScores(score, mask, why)
 
 
-def evaluation(following, consistency=None, *, after=0, success_at=1, lost=(), **others):
+def evaluation(
+    following, consistency=None, *, after=0, success_at=1, lost=(), provenance=None, **others
+):
     terms = {"following": turn_scores(following, lost)}
     if consistency is not None:
         terms["consistency"] = turn_scores(consistency)
     terms |= {name: turn_scores(rows) for name, rows in others.items()}
     words = [[f"do {n}" for n, x in enumerate(row) if x is not None] for row in following]
-    return Evaluation(after, [f"c{i}" for i in range(len(words))], words, terms, success_at)
+    names, known = [f"c{i}" for i in range(len(words))], provenance or Provenance()
+    return Evaluation(after, names, words, terms, success_at, known)
 
 
 @st.composite

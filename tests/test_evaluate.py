@@ -1,5 +1,7 @@
 """From a model and a benchmark to a report: the numbers of the exact rewards, whatever fails."""
 
+import csv
+import io
 import json
 import re
 import shlex
@@ -25,9 +27,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mteditflow as mt
-from mteditflow.chains import read_chains, write_chains
+from mteditflow.chains import EditedImages, read_chains, write_chains
 from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.provenance import Provenance, content_hash
 from mteditflow.evaluation.report import Report
+from mteditflow.rewards import LIKERT
 from mteditflow.testing.endpoint import ScriptedServer, completion, error, good
 from tests.samples_of_scores import few_resamples
 from tests.tiny_pick_score import write_pick_score
@@ -38,7 +42,7 @@ CHAINS = 12
 EDITOR = ["--dtype", "float32", "--resolution", "12", "--batch", "5"]
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 10}
 CALLS = [part for key, value in CALL.items() for part in ("--call", f"{key}={value}")]
-EXACT = ["--scorer", "mteditflow_examples.shapes.scoring:ExactRewards", "--scale", "likert"]
+EXACT = ["--scorer", "mteditflow_examples.shapes.scoring:ExactRewards"]
 
 
 def run(*arguments, code=0):
@@ -114,6 +118,30 @@ def test_the_numbers_are_those_of_the_exact_rewards(world, made):
     }
 
 
+def test_every_report_says_who_judged_and_who_made_the_images(world, made):
+    kept = Provenance.model_validate(json.loads((made / "settings.json").read_text())["provenance"])
+    assert report(made).sources == (kept,)
+    assert Evaluation.read(made / "evaluation.json").provenance == kept
+    judge, maker = kept.judged_by, kept.made_by
+    assert judge.scorer.startswith("mteditflow_examples.shapes.scoring:ExactRewards ")
+    assert judge.scale == LIKERT
+    assert (maker.editor, maker.editor_hash) == (
+        str(world / "model"),
+        content_hash(world / "model"),
+    )
+    expected = (0, CALL["num_inference_steps"], CALL["guidance_scale"], 12, "float32")
+    assert (maker.seed, maker.steps, maker.guidance, maker.resolution, maker.dtype) == expected
+    table = list(csv.DictReader(io.StringIO((made / "report.csv").read_text())))
+    page = (made / "gallery.html").read_text()
+    data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    markdown = (made / "report.md").read_text()
+    for name, value in kept.stated.items():
+        assert {row[name] for row in table} == {value}
+        assert data["sources"][0][name] == value
+        assert f"| {name} | {value} |" in markdown
+    assert (made / "report.svg").read_bytes().startswith(b"<?xml")
+
+
 def test_a_folder_of_images_gives_the_same_numbers_in_both_layouts(world, made, tmp_path):
     for chain in range(CHAINS):
         for turn in (1, 2, 3):
@@ -133,16 +161,14 @@ def test_what_is_there_is_not_made_again_and_ranks_share_the_rest(world, made, t
     (tmp_path / "images" / "2" / "turn_3.png").unlink()
     kept = (tmp_path / "images" / "0" / "turn_1.png").stat().st_mtime_ns
     chains, images = read_chains(world / "edival.csv").chains, MadeImages(tmp_path / "images", 12)
-    model = Model(str(world / "model"), None, "float32", CALL, 12, 0)
+    model = Model(str(world / "model"), None, "float32", CALL, 12, 0).load("cpu")
     for rank in range(2):
-        state = SimpleNamespace(
-            process_index=rank, num_processes=2, device="cpu", wait_for_everyone=lambda: None
-        )
-        images.make(model, chains, state, batch=3)
+        state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: None)
+        images.make(model, images.missing(chains, state), state, batch=3)
     for chain in chains:
         for turn in (1, 2, 3):
             there = [
-                _open(MadeImages(x, 12).path(chain, turn)) for x in (made / "images", images.folder)
+                _open(EditedImages(x).path(chain, turn)) for x in (made / "images", images.folder)
             ]
             assert there[0].tobytes() == there[1].tobytes()
     assert (tmp_path / "images" / "0" / "turn_1.png").stat().st_mtime_ns == kept
@@ -164,7 +190,7 @@ def test_any_other_pipeline_is_called_one_chain_at_a_time(world, monkeypatch):
 def test_images_of_other_settings_are_not_taken_for_these(world, made):
     said = run("run", world / "edival.csv", "--editor", world / "model", *EDITOR, *CALLS, *EXACT,
         "--output", made, "--seed", "1", code=2)  # fmt: skip
-    assert "holds images of seed = 0, got 1" in said
+    assert "holds an evaluation of seed = '0', got '1'" in said
 
 
 def test_bad_input_is_named_and_counted(world, made, tmp_path):
@@ -186,7 +212,7 @@ def test_bad_input_is_named_and_counted(world, made, tmp_path):
     where = ["--references", world, "--images", images, "--output", tmp_path / "out"]
     said = run("run", file, *where, *EXACT, code=1)
     found = report(tmp_path / "out")
-    assert (found.asked, found.counted, len(found.left_out)) == (15, 10, 5)
+    assert (found.asked, found.scored, len(found.left_out)) == (15, 10, 5)
     reasons = found.left_out
     assert "turn_2.png, got none" in reasons["1"]
     assert "expected an image" in reasons["2"]
@@ -194,8 +220,8 @@ def test_bad_input_is_named_and_counted(world, made, tmp_path):
     assert "got '4' again, as on line 5" in reasons["chains.jsonl:14"]
     assert "none.jpg" in reasons["chains.jsonl:15"]
     assert [found.find("marginal", n).count for n in (1, 2, 3)] == [10, 10, 9]
-    assert "15 chains asked, 10 counted, 5 left out" in said
-    assert "only 10 of 15 chains counted" in said
+    assert "15 chains asked, 10 scored, 5 left out, 0 lost a score" in said
+    assert "5 of 15 chains were left out or lost a score, more than the 20% allowed" in said
     assert all(name in said for name in ("1: turn 2", "chains.jsonl:14: id"))
     run("run", file, *where, *EXACT, "--max-invalid", "0.5")
 
@@ -227,14 +253,53 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
     with ScriptedServer(yes, script) as server:
         run(*arguments, "--judge", server.url, code=1)
     found = report(tmp_path)
-    assert (found.asked, found.counted + len(found.lost)) == (CHAINS, CHAINS)
-    assert 0 < found.counted < CHAINS
+    assert (found.asked, found.scored) == (CHAINS, CHAINS)
+    assert 0 < len(found.lost) < CHAINS
+    assert sum(found.find("marginal", n).count for n in (1, 2, 3)) == 18
     assert all("rejected" in why for why in found.lost.values())
     assert found.find("marginal", 1).estimate == 100
     with ScriptedServer(yes) as server:
         run(*arguments, "--judge", server.url)
         assert len(server.requests) == 18
-    assert (report(tmp_path).counted, report(tmp_path).lost) == (CHAINS, {})
+    assert report(tmp_path).lost == {}
+    assert report(tmp_path).find("marginal", 3).count == CHAINS
+
+
+def served(version):
+    """What a judge's server says of its models."""
+    return {"data": [{"id": "m", "root": f"org/m-{version}", "created": 1}, {"id": "n"}]}
+
+
+def test_judges_are_told_apart_and_not_mixed(world, made, tmp_path):
+    """By name, prompt, scale and what the server says; identical images are not compared."""
+    images = ["run", world / "edival.csv", "--images", made / "images", "--turns", 1]
+
+    def judged(output, *more, version=1, model="m", code=0):
+        with ScriptedServer(yes, models=served(version)) as server:
+            return run(*images, "--judge", server.url, "--model", model, "--no-thinking",
+                       "--output", tmp_path / output, *more, code=code)  # fmt: skip
+
+    assert "Judged by: judge m, judge_server m, root org/m-1" in judged("a")
+    judged("a")  # the same again
+    for change, name in (
+        ({"version": 2}, "judge_server = 'm, root org/m-1', got 'm, root org/m-2'"),
+        ({"model": "n"}, "judge = 'm', got 'n'"),
+    ):
+        assert f"holds an evaluation of {name}" in judged("a", **change, code=2)
+    for more, name in ((["--scale", "likert"], "prompt = "), (["--thinking"], "prompt = ")):
+        assert f"holds an evaluation of {name}" in judged("a", *more, code=2)
+    judged("b", version=2)
+    both = "compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c"
+    said = run(*both, code=2)
+    assert "judge_server: 'm, root org/m-1' and 'm, root org/m-2'" in said
+    assert "--across-judges" in said
+    assert not (tmp_path / "c").exists()
+    assert "ACROSS JUDGES: they differ in judge_server" in run(*both, "--across-judges")
+    old = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    del old["provenance"]  # as files were before
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(old))
+    assert "got unknown and judge m" in run(*both, code=2)
+    run(*both, "--across-judges")
 
 
 @pytest.mark.slow
@@ -275,7 +340,7 @@ def test_two_runs_are_compared_on_the_chains_that_both_scored(world, made, tmp_p
     )
     said = run("compare", made, other, "--output", tmp_path / "compared")
     found, old, new = report(tmp_path / "compared"), *map(_evaluation, (made, other))
-    assert (found.asked, found.counted) == (CHAINS, CHAINS - 1)
+    assert (found.asked, found.scored) == (CHAINS, CHAINS - 1)
     assert found.left_out == {"7": "only the first run scored it"}
     rows = [row for row in range(CHAINS) if row != 7]
     gained = new.success.float() - old.success[rows].float()
@@ -298,7 +363,7 @@ def _evaluation(folder):
     [
         (["--judge", "http://127.0.0.1:9/v1", "--model", "m"], "either --editor or --images"),
         (["--images", "x"], "expected --judge and --model, or --scorer"),
-        (["--editor", "x", "--scorer", "a:b", "--call", "steps"], "call: expected key=value"),
+        (["--editor", "x", *EXACT, "--call", "steps"], "call: expected key=value"),
         (["--images", ".", "--scorer", "nowhere:Thing"], "rewards.scorer: expected module:name"),
     ],
 )
@@ -329,5 +394,5 @@ def test_the_page_of_documentation_names_commands_that_parse():
     for command in commands:
         name, *arguments = shlex.split(command)
         typer.main.get_command(app).commands[name].make_context(name, arguments)
-    for target in re.findall(r"\]\(([^)#]+)\)", page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page):
         assert (ROOT / "docs" / target).exists(), target

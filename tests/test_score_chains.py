@@ -4,9 +4,7 @@ import json
 
 import pytest
 import torch
-import typer
 from mteditflow_examples import score_chains
-from mteditflow_examples.score_chains import main
 from mteditflow_examples.shapes.editor import load_editor
 from mteditflow_examples.shapes.rewards import Truth, score
 from mteditflow_examples.shapes.served import record_of, service
@@ -14,8 +12,9 @@ from mteditflow_examples.shapes.vision import RuleDetector, to_pil
 from mteditflow_examples.shapes.world import draw, make_chains
 from typer.testing import CliRunner
 
-from mteditflow import instruction_following, marginal_success
-from mteditflow.chains import write_chains
+from mteditflow import instruction_following, marginal_success, wilson_interval
+from mteditflow._files import write_atomically
+from mteditflow.chains import EditedImages, write_chains
 from mteditflow.rewards import Consistency, ConsistencyScorer
 from tests.shapes.rolling import edit_chains
 
@@ -34,16 +33,13 @@ def world(tmp_path_factory):
         record = record_of(chain)
         records.append(record.model_copy(update={"image": f"{record.id}.png", "root": folder}))
         to_pil(draw(chain.initial)).save(folder / f"{record.id}.png")
-        for turn, picture in enumerate(made, start=1):
-            to_pil(picture).save(folder / f"{record.id}_turn_{turn}.png")
+        EditedImages(folder).write(record, [to_pil(picture) for picture in made])
     write_chains(records, folder / "chains.jsonl")
     return folder, chains, pictures
 
 
 def run(*arguments):
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(score_chains.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +78,25 @@ def test_scores_are_those_of_the_world_and_of_the_process(world, urls, tmp_path)
         expected = 100 * metric(exact == 5)
         assert summary[name]["estimate"] == pytest.approx(expected.tolist(), abs=0.01)
         assert summary[name]["chains"] == [COUNT] * 3
-    assert report["invalid"]["following"] == {"share": 0.0, "turns_by_reason": {}}
+    nothing_lost = {"share": 0.0, "turns_by_reason": {}, "unmeasured_turns": 0}
+    assert report["invalid"]["following"] == nothing_lost
+    gaps = int(kept.l1_scores.unmeasured.sum())  # nothing to measure, and not lost either
+    assert report["invalid"]["consistency"] == {**nothing_lost, "unmeasured_turns": gaps}
+    low, high = summary["Marginal: this turn"]["interval"][0]
+    wilson = wilson_interval((exact == 5)[:, 0].sum(), torch.tensor(COUNT))
+    assert (low, high) == tuple(round(100 * float(x), 2) for x in wilson[1:])
     assert "IF: all turns so far" in result.output
 
 
 def test_likert_scores_and_chains_left_out(world, urls, tmp_path):
     folder, chains, pictures = world
     edited = tmp_path / "edited"
-    edited.mkdir()
-    for path in folder.glob("*_turn_*.png"):
-        if not path.name.startswith(f"{record_of(chains[0]).id}_turn_2"):
-            (edited / path.name).write_bytes(path.read_bytes())
-    result = run(folder / "chains.jsonl", edited, *options(urls, tmp_path, "likert"))
+    for path in folder.glob("*/turn_*.png"):  # in another program's layout
+        name = f"{path.parent.name}_{path.stem}.png"
+        if name != f"{record_of(chains[0]).id}_turn_2.png":
+            write_atomically(edited / name, path.read_bytes())
+    pattern = ["--name", "{image}_turn_{turn}.png"]
+    result = run(folder / "chains.jsonl", edited, *options(urls, tmp_path, "likert"), *pattern)
     assert result.exit_code == 0, result.output
     assert f"{COUNT - 1} chains, 1 left out" in result.output
     report = json.loads((tmp_path / "scores.json").read_text())
@@ -104,7 +107,7 @@ def test_likert_scores_and_chains_left_out(world, urls, tmp_path):
     assert mean == pytest.approx(exact.mean(dim=0).tolist(), abs=0.01)
 
 
-def test_batches_change_nothing_but_the_first_error_ends_the_run(
+def test_batches_change_nothing_and_a_chain_without_objects_is_refused_first(
     world, urls, tmp_path, monkeypatch
 ):
     folder = world[0]
@@ -122,8 +125,9 @@ def test_batches_change_nothing_but_the_first_error_ends_the_run(
     )
     result = run(folder / "bare.jsonl", folder, *options(urls, tmp_path / "bare"))
     assert result.exit_code == 2
-    assert "content consistency needs" in " ".join(result.output.replace("\u2502", " ").split())
-    assert len(loaded) == 4
+    assert "content consistency needs" in result.output
+    assert not loaded
+    assert not (tmp_path / "bare").exists()
 
 
 def test_what_is_lost_is_counted_written_and_asked_for_again_alone(world, urls, tmp_path):

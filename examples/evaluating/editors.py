@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
 from mteditflow_examples.flux.loading import quiet_libraries
 from PIL.Image import Image
 
 from mteditflow.chains import Chain
+from mteditflow.evaluation.provenance import MadeBy, content_hash
 from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import FAMILIES, Editor
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # of a hub id, by diffusers' name
 
 
 class Edits(Protocol):
@@ -44,6 +49,24 @@ class Model:
     resolution: int | None
     seed: int
 
+    @property
+    def made_by(self) -> MadeBy:
+        """Return what makes the images, for the record."""
+        steps, guidance = "num_inference_steps", "guidance_scale"
+        others = {name: x for name, x in self.call.items() if name not in (steps, guidance)}
+        return MadeBy(
+            editor=self.editor,
+            editor_hash=_version(self.editor, "model_index.json"),
+            lora=self.lora,
+            lora_hash=self.lora and _version(self.lora, LORA_FILE),
+            dtype=self.dtype,
+            seed=self.seed,
+            steps=self.call.get(steps),
+            guidance=self.call.get(guidance),
+            resolution=self.resolution,
+            call=json.dumps(others, sort_keys=True),
+        )
+
     def load(self, device: torch.device) -> Edits:
         """Load it; its class tells how it is called."""
         quiet_libraries()
@@ -62,6 +85,15 @@ class Model:
         if self.lora is not None:
             getattr(editor, "pipeline", editor).load_lora_weights(self.lora)
         return editor
+
+
+def _version(source: str, file: str) -> str | None:
+    """Return the hash of a local file or folder, or the commit of a hub id once it is here."""
+    local = content_hash(source)
+    if local is not None or source.count("/") != 1:
+        return local
+    cached = try_to_load_from_cache(source, file)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 class OfFamily:

@@ -2,29 +2,86 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from mteditflow._files import write_atomically
 from mteditflow.chains import Chain, read_chains, write_chains
+from mteditflow.chains.record import first_error
 from mteditflow.evaluation import Evaluation, Report, draw_report
 from mteditflow.evaluation.gallery import Series, gallery
+from mteditflow.evaluation.provenance import Provenance
 from mteditflow.evaluation.tables import (
     as_csv,
     denominators,
+    judges,
     lost_in_short,
     markdown,
     rich_tables,
 )
-from mteditflow.training.pictures import write_picture
+from mteditflow.training.pictures import write_chart
 
 from .images import ByRow, MadeImages
 
 SETTINGS, EVALUATION, CHAINS = "settings.json", "evaluation.json", "chains.jsonl"
+
+
+class Settings(BaseModel):
+    """What the folder of an evaluation is of.
+
+    Attributes:
+        images: folder of the images, relative to this one or absolute.
+        chains: sha256 of the file of chains.
+        resolution: side of the square that references are fitted into; None leaves them.
+        provenance: who judges and who makes the images; None in a folder of an older version.
+    """
+
+    images: str
+    chains: str
+    resolution: int | None = None
+    provenance: Provenance | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """Read those of a folder.
+
+        Raises:
+            ValueError: the file holds something else.
+            OSError: there is none.
+        """
+        try:
+            return cls.model_validate_json((folder / SETTINGS).read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{folder / SETTINGS}: {first_error(error)}") from error
+
+    def agreed(self, folder: Path) -> Settings:
+        """Return these settings with what those of a folder know besides, if it has any.
+
+        Raises:
+            ValueError: one is another than that of the folder.
+        """
+        if not (folder / SETTINGS).exists():
+            return self
+        old = Settings.read(folder)
+        fix = "choose another --output"
+        for name in ("images", "chains", "resolution"):
+            if getattr(old, name) != (value := getattr(self, name)):
+                before = f"{name} = {getattr(old, name)!r}"
+                raise ValueError(f"{folder} holds an evaluation of {before}, got {value!r}: {fix}")
+        if old.provenance is None or self.provenance is None:
+            raise ValueError(f"{folder} holds an evaluation by an unknown judge: {fix}")
+        try:
+            provenance = old.provenance.agreed(self.provenance)
+        except ValueError as error:
+            raise ValueError(f"{folder} holds an evaluation of {error}: {fix}") from error
+        return self.model_copy(update={"provenance": provenance})
+
+    def write(self, folder: Path) -> None:
+        """Write them."""
+        write_atomically(folder / SETTINGS, self.model_dump_json(indent=1).encode())
 
 
 class Finished:
@@ -36,12 +93,12 @@ class Finished:
     """
 
     def __init__(self, folder: Path) -> None:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = Settings.read(folder)
         self.evaluation = Evaluation.read(folder / EVALUATION)
         self.chains = read_chains(folder / CHAINS).chains
-        self.report = Report.model_validate_json((folder / "report.json").read_bytes())
-        images = folder / settings["images"]  # absolute, if they were made elsewhere
-        self.images = MadeImages(images, settings["resolution"])
+        self.report = _report(folder / "report.json")
+        images = folder / settings.images  # absolute, if they were made elsewhere
+        self.images = MadeImages(images, settings.resolution)
 
     def series(self, chains: Sequence[Chain]) -> Series:
         """What a gallery shows of some chains."""
@@ -49,23 +106,17 @@ class Finished:
         return Series(self.report.title, evaluation, ByRow(self.images, chains))
 
 
-def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write what the images are made of; a folder that holds others is refused.
+def _report(path: Path) -> Report:
+    """Read a report.
 
     Raises:
-        ValueError: a setting is another than that of the folder.
+        ValueError: the file holds something else.
+        OSError: there is none.
     """
-    path = folder / SETTINGS
-    if not path.exists():
-        write_atomically(path, json.dumps(settings, indent=1).encode())
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if old.get(name) != value:
-            raise ValueError(
-                f"{folder} holds images of {name} = {old.get(name)!r}, got {value!r}: "
-                "choose another --output"
-            )
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path}: {first_error(error)}") from error
 
 
 def write_all(
@@ -76,9 +127,9 @@ def write_all(
     chains: Sequence[Chain],
     rows: Sequence[int],
 ) -> None:
-    """Write the report as JSON, CSV, Markdown, picture and gallery."""
-    write_picture(draw_report(*drawn), folder / "report.png")
-    page = gallery(series, chains, rows, title=report.title)
+    """Write the report as JSON, CSV, Markdown, chart and gallery."""
+    page = gallery(series, chains, rows, title=report.title)  # may miss an image: first
+    write_chart(draw_report(*drawn), folder / "report.png")
     files = {
         "gallery.html": page.encode(),
         "report.csv": as_csv(report).encode(),
@@ -100,7 +151,7 @@ def show(report: Report, folder: Path) -> None:
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     for table in rich_tables(report):
         console.print(table)
-    for line in [*lost_in_short(report), *report.notes]:
+    for line in [*lost_in_short(report), *report.notes, *judges(report)]:
         console.print(line, markup=False)
     console.print(f"{denominators(report)}.", markup=False)
     console.print(f"All of it is in {folder}; look at gallery.html.", markup=False, soft_wrap=True)

@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import chain as joined
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import Scorer, Services, named_scorer
+from mteditflow_examples.flux.rewards import (
+    OnScale,
+    Scorer,
+    Services,
+    check_services,
+    judged_by,
+    named_scorer,
+    scale_of,
+)
 from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.benchmarks import EdiValJudge, TextReader
-from mteditflow.evaluation.benchmarks.edival import SINGLE_QUESTION
+from mteditflow.evaluation.benchmarks.edival import SINGLE_QUESTION, questions_version
+from mteditflow.evaluation.provenance import MadeBy, Provenance
 from mteditflow.rewards import (
     AnswerCache,
     Background,
@@ -70,6 +84,62 @@ class ByType(WithParts):
         return found.scores
 
 
+class Asks(NamedTuple):
+    """What is asked beside the rewards of a run.
+
+    Attributes:
+        by_type: whether the check of its edit type tells if a turn succeeded.
+        detector: Grounding DINO for these checks, path or hub id.
+        ocr: whether rapidocr reads the text of text edits, in place of the judge.
+        preference: hub id of a preference model.
+    """
+
+    by_type: bool
+    detector: str | None
+    ocr: bool
+    preference: str | None
+
+    def check(self, config: Rewards) -> None:
+        """Refuse what does not go together, or cannot be used, before anything is loaded.
+
+        Raises:
+            ValueError: options exclude each other, there is no such scorer, its scale is not the
+                one that is asked for, the threshold is off it, or a URL does not end in /v1.
+        """
+        if self.by_type and (config.scorer is not None or config.scale != "binary"):
+            raise ValueError("--checks edival: expected no --scorer and --scale binary")
+        if self.by_type != (self.detector is not None):
+            raise ValueError("--checks edival, --detector: expected both or neither")
+        if self.ocr and not self.by_type:
+            raise ValueError("--ocr: expected --checks edival with it")
+        if self.ocr and find_spec("rapidocr") is None:
+            raise ValueError("--ocr: expected rapidocr (pip install 'mteditflow[ocr]'), got none")
+        check_services(config)
+
+    def provenance(self, config: Rewards, made_by: MadeBy) -> Provenance:
+        """Return who scores, and who made the images, for the record."""
+        judge = judged_by(config)
+        if self.by_type:
+            reader = f"rapidocr {version('rapidocr')}" if self.ocr else None
+            changes = {"checks": "edival", "detector": self.detector, "text_reader": reader}
+            judge = judge.model_copy(update=changes | {"prompt": questions_version()})
+        judge = judge.model_copy(update={"preference": self.preference})
+        return Provenance(judged_by=judge, made_by=made_by)
+
+    def load_checks(self, device: torch.device) -> Checks | None:
+        """Load what the checks of edit types use; transformers takes its time to import."""
+        if self.detector is None:
+            return None
+        from mteditflow.rewards import GroundingDino
+
+        detector, reader = GroundingDino.from_pretrained(self.detector, device=device), None
+        if self.ocr:
+            from mteditflow.evaluation import RapidOcr
+
+            reader = RapidOcr()
+        return Checks(detector, reader)
+
+
 class Scored(NamedTuple):
     """What came of scoring.
 
@@ -87,12 +157,12 @@ class Scored(NamedTuple):
 class WithPreference:
     """A scorer, and beside it how much people would like the images."""
 
-    def __init__(self, scorer: Scorer, hub_id: str, device: str) -> None:
+    def __init__(self, scorer: Scorer, hub_id: str, device: torch.device) -> None:
         # transformers' CLIP takes its time to import
         from mteditflow.evaluation import PickScore, Preference
 
         self._scorer = scorer
-        self._preference = Preference(PickScore.from_pretrained(hub_id, device=device))
+        self._preference = Preference(PickScore.from_pretrained(hub_id, device=str(device)))
 
     async def score(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
@@ -106,10 +176,10 @@ def score_chains(
     config: Rewards,
     chains: Sequence[Chain],
     images: MadeImages,
+    asks: Asks,
     *,
     cache: Path,
-    checks: Checks | None,
-    preference: tuple[str, str] | None,
+    device: torch.device,
     done: Callable[[int], None],
 ) -> Scored:
     """Score all chains whose images can be read.
@@ -118,15 +188,23 @@ def score_chains(
         config: who scores.
         chains: to score, in this order.
         images: what was made of them.
-        cache: file of the answers, so that what was answered is not asked again.
-        checks: let the check of its edit type tell if a turn succeeded.
-        preference: hub id of a preference model and its device.
+        asks: what is asked beside them.
+        cache: file of the answers, so that what was answered is not asked again; written from the
+            first chain on whose images can be read.
+        device: of the models that run here.
         done: called with the number of chains that are finished.
 
     Raises:
-        ValueError: there is no such chain.
+        ValueError: there is no such chain, or the scorer refuses one.
     """
     left_out: dict[str, str] = {}
+    starts = range(0, len(chains), PART)
+    parts = (_readable(chains[start : start + PART], images, left_out) for start in starts)
+    readable = (part for part in parts if part)
+    first = next(readable, None)
+    if first is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
     waiting: deque[Future[Mapping[str, TurnScores]]] = deque()
     found: list[Mapping[str, TurnScores]] = []
 
@@ -134,21 +212,18 @@ def score_chains(
         found.append(waiting.popleft().result())
         done(len(next(iter(found[-1].values()))))
 
-    with AnswerCache(cache) as answers, Background() as background:
-        scorer = own = _scorer(config, answers, checks)
-        if preference is not None:
-            scorer = WithPreference(own, *preference)
-        for start in range(0, len(chains), PART):
-            readable = _readable(chains[start : start + PART], images, left_out)
-            if readable:
-                waiting.append(background.submit(scorer.score, *zip(*readable, strict=True)))
+    with ExitStack() as stack:
+        own = _scorer(config, asks, cache, device, stack)
+        scorer: Scorer = OnScale(own, scale_of(config))
+        if asks.preference is not None:
+            scorer = WithPreference(scorer, asks.preference, device)
+        background = stack.enter_context(Background())
+        for part in joined([first], readable):
+            waiting.append(background.submit(scorer.score, *zip(*part, strict=True)))
             if len(waiting) > 1:
                 take()
         while waiting:
             take()
-    if not found:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
     scored = [chain for chain in chains if chain.id not in left_out]
     ways = own.ways if isinstance(own, ByType) else {}
     otherwise = config.scorer or SINGLE_QUESTION
@@ -156,10 +231,15 @@ def score_chains(
     return Scored(_evaluation(config, scored, found), told, left_out)
 
 
-def _scorer(config: Rewards, cache: AnswerCache, checks: Checks | None) -> Scorer:
+def _scorer(
+    config: Rewards, asks: Asks, cache: Path, device: torch.device, stack: ExitStack
+) -> Scorer:
+    """Make the scorer; services keep their answers in a file that is closed with the stack."""
     if config.scorer is not None:
-        return named_scorer(config.scorer)
-    return WithParts(config, cache) if checks is None else ByType(config, cache, checks)
+        return named_scorer(config.scorer)()
+    checks = asks.load_checks(device)
+    answers = stack.enter_context(AnswerCache(cache))
+    return WithParts(config, answers) if checks is None else ByType(config, answers, checks)
 
 
 def _readable(
@@ -181,11 +261,12 @@ def _readable(
 def _evaluation(
     config: Rewards, chains: Sequence[Chain], parts: Sequence[Mapping[str, TurnScores]]
 ) -> Evaluation:
+    """Join the scores of all parts; the provenance is the caller's to add."""
     terms = {name: TurnScores.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Evaluation(
         round=0,
         chain_ids=[chain.id for chain in chains],
         instructions=[chain.instructions for chain in chains],
         terms=terms,
-        success_at=config.success,
+        success_at=scale_of(config).success,
     )

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mteditflow import LagrangeMultiplier
 from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
+from mteditflow.rewards.scale import SCALES
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -64,7 +65,11 @@ class Data:
     chains: Path = Path("chains.jsonl")
     """Chains to train on, in any format of python -m mteditflow.chains formats."""
     held_out: Path | None = None
-    """Chains to evaluate on, never trained; none: no evaluation."""
+    """Chains to evaluate on, never trained; none: no evaluation. Chains or reference images that
+    are among those to train on are refused; split them by mteditflow chains split."""
+    allow_overlap: bool = False
+    """Whether held-out chains may share ids or reference images with those to train on; the log
+    says so."""
     turns: Count = 3
     """Turns N of every chain; longer chains are cut, shorter ones left out."""
     groups: Count = 8
@@ -107,8 +112,9 @@ class Rewards:
     """Name that the judge is known by. Its key, if it wants one, is read from OPENAI_API_KEY."""
     scope: Literal["trajectory", "turn"] = "trajectory"
     """What one call of the judge is about."""
-    scale: Literal["likert", "binary"] = "likert"
-    """What it answers."""
+    scale: Literal["likert", "binary"] | None = None
+    """Scale of "following": likert, 1 to 5, or binary. None: likert of a judge; of a scorer the one
+    that it declares."""
     thinking: bool = True
     """Whether it writes an analysis before its scores."""
     answer_format: Literal["json", "text"] = "json"
@@ -160,9 +166,9 @@ class Rewards:
     history: Natural = 0
     """Earlier rounds of the same chain whose rewards take part in its group's mean and standard
     deviation; for small groups. 0: none."""
-    success: NonNegative = 5.0
+    success: NonNegative | None = None
     """Score from which on a turn counts as followed: in evaluation, for aggregate successes and
-    all, and for credit until_failure."""
+    all, and for credit until_failure. None: that of the scale, 5 of 1 to 5, 1 of yes or no."""
     max_invalid: Share = 0.2
     """Share of a round's trajectories without a reward that stops the run."""
 
@@ -433,8 +439,11 @@ def _unsound(config: Config) -> Iterator[str]:
         yield "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
         yield "rewards.scorer: expected no judge and no consistency beside it"
-    if rewards.scale == "binary" and rewards.success > 1:
-        yield f"rewards.success: expected at most 1 on a binary scale, got {rewards.success}"
+    if rewards.scorer is None or rewards.scale is not None:
+        try:
+            SCALES[rewards.scale or "likert"].with_success(rewards.success)
+        except ValueError as error:
+            yield f"rewards.{error}, on the scale {rewards.scale or 'likert'}"
     if evaluation.policy == "ema" and training.ema_decay == 0:
         yield "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"
     if data.groups * data.group_size % training.minibatches:
@@ -450,6 +459,7 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
     reads_judge = rewards.scorer is None
     learns = config.objective.card.rewarded
     unread = {
+        ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),
         ("rewards", "floor_rate"): (rewards.floor is not None, "rewards.floor is given"),

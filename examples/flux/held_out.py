@@ -9,12 +9,16 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
-from mteditflow.chains import ChainDataset
+from mteditflow.chains import ChainDataset, EditedImages
 from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.provenance import JudgedBy, agreed
 
 
 class HeldOut:
     """Evaluations of a run: a file each, and the images of each turn of each chain.
+
+    The images of a round lie as ``EditedImages`` has them, so that ``evaluate.py --images`` and
+    ``score_chains.py`` read them too.
 
     Ranks take equal parts of the chains in order; the last is filled up with copies, which do not
     count. The folder is one that all ranks see.
@@ -51,8 +55,7 @@ class HeldOut:
         path = self._file(done)
         if not path.exists():
             return False
-        evaluation = Evaluation.read(path)
-        return evaluation.counted == len(evaluation)
+        return not Evaluation.read(path).lost
 
     def rewind(self, done: int) -> None:
         """Forget evaluations of rounds that will be done again; -1 forgets all."""
@@ -60,16 +63,28 @@ class HeldOut:
             if int(path.stem.removeprefix("round-")) > done:
                 path.unlink()
 
+    def judge(self, judged_by: JudgedBy) -> JudgedBy:
+        """Return the judge of the run: that of its evaluations so far, else this one.
+
+        A server that does not say who it is, as while it starts, may be the same.
+
+        Raises:
+            ValueError: an evaluation was judged by another, or it is not known by whom.
+        """
+        before = [evaluation.provenance.judged_by for evaluation in self.all()]
+        for judge in before:
+            if not judge.known:
+                raise ValueError(f"expected {judged_by}, got an evaluation without provenance")
+            agreed(judge, judged_by)
+        return before[0] if before else judged_by
+
     def images(self, done: int) -> Images:
         """Images of an evaluation by row."""
         return Images(self._images(done), self._chains)
 
     def keep(self, done: int, row: int, images: Sequence[Image.Image]) -> None:
         """Write the images [reference, turn 1, ..., turn N] of a chain, without the first."""
-        folder = self._images(done)
-        folder.mkdir(parents=True, exist_ok=True)
-        for turn, image in enumerate(images[1:], start=1):
-            image.save(folder / f"{row:06d}_turn_{turn}.png")
+        EditedImages(self._images(done)).write(self._chains.chains[row], images[1:])
 
     def _file(self, done: int) -> Path:
         return self.folder / f"round-{done:06d}.json"
@@ -82,12 +97,10 @@ class Images(Mapping[int, list[Image.Image]]):
     """Images [reference, turn 1, ..., turn N] of held-out chains by row, read when asked for."""
 
     def __init__(self, folder: Path, chains: ChainDataset) -> None:
-        self._folder, self._chains = folder, chains
+        self._edited, self._chains = EditedImages(folder), chains
 
     def __getitem__(self, row: int) -> list[Image.Image]:
-        turns = range(1, self._chains.chains[row].turns + 1)
-        paths = [self._folder / f"{row:06d}_turn_{turn}.png" for turn in turns]
-        return [self._chains[row].image, *(Image.open(path).convert("RGB") for path in paths)]
+        return [self._chains[row].image, *self._edited.load(self._chains.chains[row])]
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self)))

@@ -11,7 +11,7 @@ import transformers
 from accelerate import Accelerator, DistributedType
 from PIL import Image, ImageOps
 
-from mteditflow.chains import ChainDataset, read_chains
+from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.pipelines import Editor, LoraPolicies
 from mteditflow.training import RunLog, shard_model
 
@@ -61,6 +61,26 @@ def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, Lor
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)
     return editor, policies
+
+
+def load_held_out(data: Data, train: ChainDataset, resolution: int, log: RunLog) -> ChainDataset:
+    """Read the held-out chains, which share nothing with those to train on.
+
+    Raises:
+        ConfigError: they share ids or reference images, and ``data.allow_overlap`` is not set.
+        ChainError: a line is bad.
+        OSError: a file cannot be opened.
+    """
+    chains = load_chains(data, data.held_out, resolution, log)
+    found = shared(train.chains, chains.chains)
+    if found.any and not data.allow_overlap:
+        raise ConfigError(
+            f"data.held_out: expected nothing that is in data.chains, got {found}; split the "
+            "chains by mteditflow chains split, or give --data.allow-overlap"
+        )
+    if found.any:
+        log.warning(f"held-out chains are not held out: shared with data.chains are {found}")
+    return chains
 
 
 def load_chains(data: Data, path: Path, resolution: int, log: RunLog) -> ChainDataset:

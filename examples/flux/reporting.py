@@ -14,6 +14,7 @@ from mteditflow.chains import InformativeSampler
 from mteditflow.training import Bar, RewardCollapseError, print_summary, run_report, write_report
 
 from .config import flat
+from .rewards import scale_of
 from .run import Run
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ def show_chains(
         for rows in members
         for i, b in enumerate(rows, start=1)
     ]
-    success, title = run.config.rewards.success, f"Round {run.state.done + 1}: two chains of it"
+    success, title = (
+        scale_of(run.config.rewards).success,
+        f"Round {run.state.done + 1}: two chains of it",
+    )
     draw(run, "chains", draw_strips(strips, success_at=success, title=title))
 
 
@@ -134,13 +138,18 @@ def summarize(run: Run) -> None:
     """Write the report of the whole run with its pictures, and print it."""
     if not run.main:
         return
-    from mteditflow.training.pictures import draw_before_after, draw_curves, write_picture
+    from mteditflow.training.pictures import (
+        draw_before_after,
+        draw_curves,
+        write_chart,
+        write_picture,
+    )
 
     folder, metrics = run.config.output.folder, run.log.metrics
     evaluations = run.held_out.all() if run.held_out else []
     model = "/".join(Path(run.config.model.path).parts[-2:])
     title = f"{model}, {run.method}"
-    write_picture(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
+    write_chart(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
     if run.held_out is None:
         run.log.message(f"{run.state.done} rounds done; no held-out chains, so no report")
         return

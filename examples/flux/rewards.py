@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import anyio
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import mteditflow as mt
 from mteditflow.chains import Chain
+from mteditflow.evaluation.provenance import JudgedBy, content_hash, prompt_version
 from mteditflow.rewards import (
     AnswerCache,
     Background,
@@ -25,8 +27,11 @@ from mteditflow.rewards import (
     ConsistencyScores,
     Judge,
     JudgePrompt,
+    Scale,
     TurnScores,
 )
+from mteditflow.rewards.scale import SCALES
+from mteditflow.rewards.transport.identity import consistency_identity, judge_identity
 from mteditflow.training import Aggregation, RoundRewards
 
 from .config import ConfigError, Rewards
@@ -34,8 +39,16 @@ from .config import ConfigError, Rewards
 Submit = Callable[[Sequence[Chain], Sequence[Sequence[Image]]], "Future[Mapping[str, TurnScores]]"]
 
 
+FOLLOWING = "following"
+
+
 class Scorer(Protocol):
-    """What scores chains; ``--rewards.scorer module:name`` names a class of it."""
+    """Scorer of chains; ``--rewards.scorer module:name`` names a class of it.
+
+    The class declares the scale of its "following" scores as ``scale``, such as
+    ``mteditflow.rewards.LIKERT``, ``BINARY`` or ``Scale(0, 10, success=8)``. It is a class
+    attribute, so that the threshold of success is checked before anything is loaded.
+    """
 
     async def score(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
@@ -55,7 +68,6 @@ class Services:
     """A judge for "following", and a consistency server for "consistency", asked at once."""
 
     def __init__(self, config: Rewards, cache: AnswerCache) -> None:
-        prompt = JudgePrompt(config.scope, config.scale, config.thinking, config.answer_format)
         self.client = ChatClient(
             config.judge,
             config.judge_model,
@@ -64,7 +76,7 @@ class Services:
             concurrency=config.concurrency,
             timeout=config.timeout,
         )
-        self._judge = Judge(self.client, prompt)
+        self._judge = Judge(self.client, prompt_of(config))
         self._looks = None
         if config.consistency:
             self._looks = ConsistencyClient(
@@ -106,6 +118,20 @@ class Services:
         return {"consistency": scores.scores if self._features else scores.l1_scores}
 
 
+def check_services(config: Rewards) -> None:
+    """Refuse what no server has to be asked for: the scorer, its scale, the URLs.
+
+    Raises:
+        ConfigError: there is no such scorer, or its scale is not the one that is configured.
+        ValueError: a URL does not end in /v1.
+    """
+    scale_of(config)
+    if config.judge:
+        ChatClient(config.judge, config.judge_model)
+    if config.consistency:
+        ConsistencyClient(config.consistency)
+
+
 @contextmanager
 def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
     """Score in the background while the block lasts.
@@ -116,21 +142,123 @@ def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
 
     Returns:
         Takes chains and images, and returns the future of their scores.
+
+    Raises:
+        ConfigError: there is no such scorer, or its scale is not the one that is configured.
     """
+    scale = scale_of(config)
     with AnswerCache(cache) as answers, Background() as background:
-        scorer = Services(config, answers) if config.scorer is None else named_scorer(config.scorer)
+        own = Services(config, answers) if config.scorer is None else named_scorer(config.scorer)()
+        scorer = OnScale(own, scale)
         yield lambda chains, images: background.submit(scorer.score, chains, images)
 
 
-def named_scorer(path: str) -> Scorer:
-    """Make the scorer that an import path names."""
+class OnScale:
+    """A scorer whose "following" scores are refused off its scale."""
+
+    def __init__(self, scorer: Scorer, scale: Scale) -> None:
+        self._scorer, self._scale = scorer, scale
+
+    async def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> Mapping[str, TurnScores]:
+        """See ``Scorer``.
+
+        Raises:
+            ConfigError: "following" is missing, or a score of it is off the scale.
+        """
+        found = await self._scorer.score(chains, images)
+        if FOLLOWING not in found:
+            raise ConfigError(f"rewards.scorer: expected {FOLLOWING!r}, got {sorted(found)}")
+        try:
+            self._scale.check(FOLLOWING, found[FOLLOWING].score)
+        except ValueError as error:
+            name = type(self._scorer).__name__
+            raise ConfigError(f"{error}; {name} declares the scale {self._scale}") from error
+        return found
+
+
+def named_scorer(path: str) -> Callable[[], Scorer]:
+    """Import the scorer's class that a path names.
+
+    Raises:
+        ConfigError: there is none.
+    """
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)()
+        scorer: Callable[[], Scorer] = getattr(importlib.import_module(module), name)
+        return scorer
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"rewards.scorer: expected module:name, got {path!r} ({error})"
         ) from error
+
+
+def scale_of(config: Rewards) -> Scale:
+    """Return the scale of "following", with the configured threshold of success.
+
+    Raises:
+        ConfigError: the scorer declares no scale and none is configured, another is configured
+            than it declares, or the threshold is off the scale.
+    """
+    scale = SCALES[config.scale or "likert"]
+    if config.scorer is not None:
+        scale = _declared(config.scorer, config.scale)
+    try:
+        return scale.with_success(config.success)
+    except ValueError as error:
+        raise ConfigError(f"rewards.{error}, on the scale of {scale}") from error
+
+
+def _declared(scorer: str, given: str | None) -> Scale:
+    """Return the scale that a scorer's class declares, or the given one where it declares none."""
+    declared = getattr(named_scorer(scorer), "scale", None)
+    if isinstance(declared, Scale):
+        if given is not None and SCALES[given] != declared:
+            raise ConfigError(
+                f"rewards.scale: expected the scale that {scorer} declares, {declared}, got {given}"
+            )
+        return declared
+    if given is None:
+        raise ConfigError(
+            f"rewards.scorer: expected a class with the attribute scale, got {scorer} without; add "
+            "to it, for instance, scale = mteditflow.rewards.LIKERT (1 to 5, followed from 5), "
+            "BINARY or Scale(0, 10, success=8); or give rewards.scale"
+        )
+    return SCALES[given]
+
+
+def prompt_of(config: Rewards) -> JudgePrompt:
+    """Return the prompt of the judge."""
+    scale = config.scale or "likert"
+    return JudgePrompt(config.scope, scale, config.thinking, config.answer_format)
+
+
+def judged_by(config: Rewards) -> JudgedBy:
+    """Return who scores, for the record; servers are asked who they are, for seconds at most."""
+    scale = scale_of(config)
+    if config.scorer is not None:
+        module = importlib.import_module(config.scorer.partition(":")[0])
+        version = content_hash(module.__file__) if module.__file__ else None
+        return JudgedBy(scorer=f"{config.scorer} {version or ''}".strip(), scale=scale)
+    judge, looks, found = config.judge, config.consistency, JudgedBy()
+    if judge:
+        key = os.environ.get("OPENAI_API_KEY")
+        identity = partial(judge_identity, judge, config.judge_model, api_key=key)
+        found = JudgedBy(
+            judge=config.judge_model,
+            judge_server=anyio.run(identity),
+            prompt=prompt_version(prompt_of(config)),
+            scope=config.scope,
+            scale=scale,
+            checks="question",
+        )
+    if looks:
+        token = os.environ.get("MTEDITFLOW_TOKEN")
+        server = anyio.run(partial(consistency_identity, looks, token=token))
+        own = {"consistency_server": server, "terms": config.terms, "pairing": config.pairing}
+        found = found.model_copy(update=own)
+    return found
 
 
 def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tensor) -> RoundRewards:
@@ -170,10 +298,27 @@ def turn_signals(
             weights[f"{name}/{i}"] = weight * share
     if config.credit == "until_failure":  # here, so that a history holds no later turns either
         following = rewards.terms["following"]
-        success = following.score >= config.success
+        success = scale_of(config).followed(following.score)
         keep = mt.stop_after_failure(success, turn_mask=following.turn_mask).bool()
-        signals = {n: mt.Signal(x.value, x.valid & keep) for n, x in signals.items()}
+        signals = {
+            n: mt.Signal(x.value, x.valid & keep, x.measured & keep) for n, x in signals.items()
+        }
     return signals, weights
+
+
+class Advantages(NamedTuple):
+    """Advantages of a round.
+
+    Attributes:
+        value: of each turn, [B, N].
+        valid: turns that are trained on, boolean [B, N].
+        unfused_groups: number of groups with turns left out because a reward had nothing to measure
+            in any member, so that reward fusion has no sum there; 0 under advantage fusion.
+    """
+
+    value: Tensor
+    valid: Tensor
+    unfused_groups: int
 
 
 def turn_advantages(
@@ -182,8 +327,8 @@ def turn_advantages(
     signals: Mapping[str, mt.Signal],
     weights: Mapping[str, float],
     history: mt.RewardHistory | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Fuse signals into the advantage of each turn and whether it is trained on, both [B, N]."""
+) -> Advantages:
+    """Fuse signals into the advantage of each turn and whether it is trained on."""
     exists = rewards.terms["following"].turn_mask
     keep = torch.ones_like(exists)
     if config.groups == "informative":
@@ -192,16 +337,38 @@ def turn_advantages(
     if history is not None:
         signals, group = history.joined(signals, group)
     past = torch.ones(len(group) - own, exists.shape[1], dtype=torch.bool)
-    advantage, valid = mt.turn_advantage(
+    keep, exists = torch.cat([keep, past]), torch.cat([exists, past])
+    fused = keep
+    if config.fusion == "rewards":
+        fused = keep & _measured_in_groups(signals, weights, group, keep)
+    left_out = keep & ~fused & exists
+    advantage = mt.turn_advantage(
         signals,
         weights,
         group,
-        turn_mask=torch.cat([exists, past]),
-        keep=torch.cat([keep, past]),
+        turn_mask=exists,
+        keep=fused,
         fuse=mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards,
         std=config.std,
     )
-    return mt.clamp_advantage(advantage[:own], limit=config.advantage_limit), valid[:own]
+    return Advantages(
+        mt.clamp_advantage(advantage.value[:own], limit=config.advantage_limit),
+        advantage.valid[:own],
+        len(group[:own][left_out[:own].any(dim=1)].unique()),
+    )
+
+
+def _measured_in_groups(
+    signals: Mapping[str, mt.Signal], weights: Mapping[str, float], group: Tensor, keep: Tensor
+) -> Tensor:
+    """Turns whose groups have every signal with a weight measured in some valid member, [B, N].
+
+    A turn where no member has any is left to ``turn_advantage``: it is unmeasured altogether.
+    """
+    used = [signal for name, signal in signals.items() if weights[name] != 0]
+    valid = torch.stack([signal.valid for signal in used]).all(dim=0) & keep
+    there = [mt.group_measured(signal.measured & valid, group) for signal in used]
+    return torch.stack(there).all(dim=0) | ~torch.stack(there).any(dim=0)
 
 
 def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
@@ -231,20 +398,10 @@ def _credits(config: Rewards) -> dict[mt.Credit | None, float]:
 
 def _aggregation(config: Rewards, name: str) -> Aggregation:
     """How a term's scores become rewards."""
-    if name != "following":
+    if name != FOLLOWING:
         return Aggregation(lambda score: score)
+    scale = scale_of(config)
     if config.aggregate == "average":
-        return Aggregation(mt.normalize_likert if config.scale == "likert" else _binary)
+        return Aggregation(scale.normalize)
     reduce = mt.binary_and if config.aggregate == "all" else mt.turn_average
-    return Aggregation(lambda score: (score >= config.success).to(score.dtype), reduce)
-
-
-def _binary(score: Tensor) -> Tensor:
-    """Return scores of a binary scale.
-
-    Raises:
-        ValueError: one is neither 0 nor 1.
-    """
-    if not bool(((score == 0) | (score == 1)).all()):
-        raise ValueError(f"following: expected 0 or 1 on a binary scale, got {score.tolist()}")
-    return score
+    return Aggregation(lambda score: scale.followed(score).to(score.dtype), reduce)

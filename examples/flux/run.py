@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from mteditflow import AdaptiveKL, LagrangeMultiplier, RewardHistory
 from mteditflow.chains import ChainDataset, GroupSampler
+from mteditflow.evaluation.provenance import JudgedBy
 from mteditflow.objectives import Objective, RoundKey
 from mteditflow.pipelines import Editor, LoraPolicies
 from mteditflow.training import Checkpoints, RewardWatch, RunLog, Termination, Update
@@ -56,6 +57,7 @@ class Run:
     Attributes:
         submit: takes chains and images, and returns the future of their scores.
         method: name of what trains, in titles.
+        judged_by: who scores.
         numbers: metrics of the round in progress.
         means: means of the metrics of each of its updates.
         first_round: first round of this process.
@@ -78,6 +80,7 @@ class Run:
     watch: RewardWatch
     state: State
     method: str
+    judged_by: JudgedBy
     numbers: dict[str, float] = field(default_factory=dict)
     means: list[dict[str, float]] = field(default_factory=list)
     batches: Iterator[list[int]] = field(default_factory=lambda: iter(()))

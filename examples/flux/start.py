@@ -6,12 +6,15 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
 
 from mteditflow import AdaptiveKL, RewardHistory
+from mteditflow._command import refusing
 from mteditflow.chains import ChainError, GroupSampler, InformativeSampler
+from mteditflow.evaluation.provenance import JudgedBy
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError
 from mteditflow.training import (
@@ -25,14 +28,13 @@ from mteditflow.training import (
 from .checkpointing import save_if_new
 from .config import Config, ConfigError, flat, name_of
 from .held_out import HeldOut
-from .loading import load_chains, load_policies
+from .loading import load_chains, load_held_out, load_policies
 from .reporting import summarize
-from .rewards import Submit, scoring
+from .rewards import Submit, judged_by, scale_of, scoring
 from .run import Run, State, Stopped
 
+BAD_INPUT = (ConfigError, ChainError)
 ENDS = (
-    ConfigError,
-    ChainError,
     InvalidRewardsError,
     ReplayError,
     RewardCollapseError,
@@ -61,13 +63,14 @@ def build(
             f"each of {ranks} ranks, got {training.minibatches}"
         )
     chains = load_chains(data, data.chains, config.model.resolution, log)
+    held_out, judge = None, judged_by(config.rewards)
+    if data.held_out is not None:
+        held_out_chains = load_held_out(data, chains, config.model.resolution, log)
+        held_out = HeldOut(held_out_chains, output.folder / "evaluations", accelerator)
+        judge = _same_judge(held_out, judge, output.folder)
     sampler = GroupSampler if data.draw == "epochs" else InformativeSampler
     log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
     editor, policies = load_policies(config, accelerator)
-    held_out = None
-    if data.held_out is not None:
-        held_out_chains = load_chains(data, data.held_out, config.model.resolution, log)
-        held_out = HeldOut(held_out_chains, output.folder / "evaluations", accelerator)
     safety = config.safety
     return Run(
         config=config,
@@ -95,7 +98,22 @@ def build(
         watch=RewardWatch(drop=safety.collapse_drop, window=safety.collapse_window),
         state=initial_state(config),
         method=name_of(config.objective).upper(),
+        judged_by=judge,
     )
+
+
+def _same_judge(held_out: HeldOut, judge: JudgedBy, folder: Path) -> JudgedBy:
+    """Return the judge of the run's evaluations so far, else this one.
+
+    Raises:
+        ConfigError: they were judged by another.
+    """
+    try:
+        return held_out.judge(judge)
+    except ValueError as error:
+        raise ConfigError(
+            f"{folder} holds evaluations by another judge; choose another output.folder: {error}"
+        ) from error
 
 
 def initial_state(config: Config) -> State:
@@ -111,7 +129,9 @@ def initial_state(config: Config) -> State:
 
 
 def main(train: Callable[[Run], None], config: Config) -> None:
-    """Run a trainer; exit with 0 after the last round or a signal, else with 1."""
+    """Run a trainer; exit with 0 after the last round or a signal, 2 for bad input, else with 1."""
+    with refusing():
+        scale_of(config.rewards)
     folder = config.output.folder
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -134,6 +154,9 @@ def main(train: Callable[[Run], None], config: Config) -> None:
                 summarize(run)
     except Stopped:
         pass  # with 0: the run did what it was asked to
+    except BAD_INPUT as error:
+        log.message(f"error: {error}")
+        sys.exit(2)
     except ENDS as error:
         log.message(f"error: {error}")
         sys.exit(1)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from mteditflow.chains import ChainDataset, read_chains
 from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation.provenance import JudgedBy, MadeBy, Provenance
 from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import Editor
+from mteditflow.rewards import LIKERT
 
 from .editor import STEPS, TEXT_TOKENS
 from .scoring import ExactRewards
@@ -48,4 +50,8 @@ def evaluate_held_out(
     images = [[first, *rest] for first, rest in zip(references, made, strict=True)]
     terms = asyncio.run(ExactRewards().score(examples.chains, images))
     names = [chain.id for chain in examples.chains]
-    return Evaluation(rounds, names, instructions, terms, success_at=5)
+    provenance = Provenance(
+        judged_by=JudgedBy(scorer=f"{__package__}.scoring:ExactRewards", scale=LIKERT),
+        made_by=MadeBy(editor=str(model), lora=adapter and str(adapter), seed=seed, steps=steps),
+    )
+    return Evaluation(rounds, names, instructions, terms, LIKERT.success, provenance)

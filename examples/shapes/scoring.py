@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mteditflow.chains import Chain as Record
-from mteditflow.rewards import TurnScores
+from mteditflow.rewards import LIKERT, TurnScores
 
 from .editor import shrink
 from .rewards import Truth, lenient_likert, score
@@ -32,6 +32,8 @@ class ExactRewards:
     The terms, each from :func:`.rewards.score`: ``following`` in 1..5, ``consistency`` in
     [0, 1], and ``strict``, 1 where the whole picture is right, else 0. Nothing is ever lost.
     """
+
+    scale = LIKERT
 
     def __init__(self) -> None:
         self._chains: dict[str, Chain] = {}

@@ -12,6 +12,7 @@ except ImportError as error:
     ) from error
 
 from mteditflow.chains.dataset import Batch, ChainDataset, Example, collate_chains
+from mteditflow.chains.edited import EditedImages
 from mteditflow.chains.files import (
     Reading,
     Refused,
@@ -25,6 +26,7 @@ from mteditflow.chains.files import (
 from mteditflow.chains.formats import FORMATS
 from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, TaskType
 from mteditflow.chains.sampler import GroupSampler, InformativeSampler
+from mteditflow.chains.split import Shared, Split, shared, split_chains
 
 __all__ = [
     "FORMATS",
@@ -33,17 +35,22 @@ __all__ = [
     "Chain",
     "ChainDataset",
     "ChainError",
+    "EditedImages",
     "Example",
     "GroupSampler",
     "InformativeSampler",
     "Reading",
     "Refused",
+    "Shared",
     "Skipped",
+    "Split",
     "TaskType",
     "Writing",
     "collate_chains",
     "iter_chains",
     "read_chains",
     "recognise",
+    "shared",
+    "split_chains",
     "write_chains",
 ]

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from mteditflow.chains import FORMATS, Chain, ChainError, iter_chains, recognise, write_chains
+from mteditflow._command import OneLineGroup, refusing
+from mteditflow.chains import (
+    FORMATS,
+    Chain,
+    ChainError,
+    iter_chains,
+    read_chains,
+    recognise,
+    split_chains,
+    write_chains,
+)
 
 SHOWN = 20  # bad lines that are printed one by one
 
 app = typer.Typer(
+    cls=OneLineGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Check files of chains, and convert them from one format to another.",
+    help="Check files of chains, split them, and convert them from one format to another.",
 )
 out = Console(soft_wrap=True, markup=False, highlight=False)
 err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
@@ -63,7 +73,7 @@ def convert(
             else:
                 raise ChainError(str(found))
 
-    with _one_line_errors():
+    with refusing():
         writing = write_chains(chains(), target, format=to, strict=not lenient)
     left_out += map(str, writing.refused)
     _print_left_out(left_out)
@@ -85,7 +95,7 @@ def check(
     """Read a file of chains and list its bad lines. The exit code is 1 if there are any."""
     turns: Counter[int] = Counter()
     bad: list[str] = []
-    with _one_line_errors():
+    with refusing():
         name = format or recognise(file).name
         for found in iter_chains(file, format=name, images=images, check_images=check_images):
             if isinstance(found, Chain):
@@ -99,6 +109,42 @@ def check(
 
 
 @app.command()
+def split(
+    source: Annotated[Path, typer.Argument(help="File to read.")],
+    train: Annotated[Path, typer.Argument(help="File to write: chains to train on.")],
+    held_out: Annotated[Path, typer.Argument(help="File to write: chains to evaluate on.")],
+    count: Annotated[int, typer.Option(min=1, help="Chains to hold out, at least.")] = 64,
+    by: Annotated[
+        Literal["image", "chain"],
+        typer.Option(help="image: no reference image is on both sides; chain: one may be."),
+    ] = "image",
+    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+    images: Images = None,
+) -> None:
+    """Split a file of chains into two of the same format: to train on, and held out.
+
+    By image all chains of one picture, whatever its file's name, stay on one side.
+    """
+    with refusing():
+        places = {path.resolve() for path in (source, train, held_out)}
+        if len(places) < 3:
+            raise ValueError("train, held_out: expected three different files, got one twice")
+        if missing := [x.parent for x in (train, held_out) if not x.parent.is_dir()]:
+            raise ValueError(f"train, held_out: expected folders that exist, got {missing[0]}")
+        name = recognise(source).name
+        chains = read_chains(source, format=name, images=images, check_images=by == "image").chains
+        parts = split_chains(chains, held_out=count, by=by, seed=seed)
+        write_chains(parts.train, train, format=name)
+        write_chains(parts.held_out, held_out, format=name)
+    out.print(
+        f"{len(parts.train)} chains written to {train}, {len(parts.held_out)} to {held_out} "
+        f"({name}, by {by}, seed {seed})"
+    )
+    if FORMATS[name].loses != "nothing":
+        out.print(f"{name} leaves out: {FORMATS[name].loses}")
+
+
+@app.command()
 def formats() -> None:
     """List the formats, what each leaves out, and which chains it refuses."""
     headers = ("format", "what it is", "leaves out", "refuses chains with")
@@ -106,16 +152,6 @@ def formats() -> None:
     for known in FORMATS.values():
         table.add_row(known.name, known.about, known.loses, known.refuses)
     out.print(table)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Print an error that users can mend, and leave with exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        err.print(f"error: {error}")
-        raise typer.Exit(1) from error
 
 
 def _print_left_out(reasons: list[str]) -> None:

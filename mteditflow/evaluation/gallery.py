@@ -71,7 +71,9 @@ def gallery(
     shown = [_chain(series, chains[row], row) for row in rows]
     types = dict.fromkeys(x for chain in shown for x in chain["types"] or ())
     turns = max((len(chain["instructions"]) for chain in shown), default=0)
+    sources = [{"name": x.name, **x.evaluation.provenance.stated} for x in series]
     data = {"chains": shown, "types": list(types), "turns": turns, "of": len(chains)}
+    data["sources"] = sources
     # In a script element "<" could end it.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = resources.files(__package__).joinpath("gallery.html").read_text(encoding="utf-8")
@@ -102,11 +104,16 @@ def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
 
 
 def _turn(evaluation: Evaluation, row: int, turn: int) -> dict[str, Any]:
-    """Scores of a turn, what is lost, and whether it was followed: None where that is unknown."""
-    scores, lost = {}, []
+    """Scores of a turn, what is lost, and whether it was followed: None where that is unknown.
+
+    A score is None where it was lost, and "not measured" where there was nothing to measure.
+    """
+    scores: dict[str, float | str | None] = {}
+    lost = []
     for name, term in evaluation.terms.items():
         value = float(term.score[row, turn])
-        scores[name] = None if value != value else round(value, 4)
+        missing = None if (row, turn) in term.lost else "not measured"
+        scores[name] = missing if value != value else round(value, 4)
         if (row, turn) in term.lost:
             lost.append(f"{name}: {term.lost[row, turn]}")
     known = bool(evaluation.terms["following"].measured[row, turn])

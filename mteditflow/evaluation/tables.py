@@ -10,7 +10,9 @@ from typing import NamedTuple
 from rich.table import Table
 
 from mteditflow.evaluation.evaluation import PER_SAMPLE
+from mteditflow.evaluation.provenance import Provenance
 from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
+from mteditflow.metrics import FEW_CASES
 
 TITLES = {
     "instruction_following": "IF, %",
@@ -19,6 +21,14 @@ TITLES = {
     PER_SAMPLE: "CC (per-sample average), %",
     "overall": "Overall, %",
 }
+
+
+FEW = " *"  # marks an estimate over few cases
+FEW_NOTE = f"*: over fewer than {FEW_CASES} cases, so the interval is rough."
+INTERVALS = (
+    "95% intervals over chains: Wilson's for IF and Marginal, Newcombe's for their paired "
+    "differences, bootstrap for the others."
+)
 
 
 class Grid(NamedTuple):
@@ -40,10 +50,10 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
         >>> from mteditflow.evaluation.report import Estimate
         >>> numbers = [Estimate(metric="marginal", edit_type=None, turn=turn, estimate=50.0,
         ...     low=40.0, high=60.0, count=9) for turn in (1, "drop")]
-        >>> report = Report(title="x", turns=1, asked=9, counted=9, left_out={}, lost={},
+        >>> report = Report(title="x", turns=1, asked=9, scored=9, left_out={}, lost={},
         ...     estimates=numbers, notes=())
         >>> grids(report)[0].body[0]
-        ['Marginal, %', '50.00 [40.00, 60.00]', '50.00 [40.00, 60.00]', '9']
+        ['Marginal, %', '50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
     """
     steps: list[int | str] = list(range(1, report.turns + 1))
     rows = []
@@ -62,6 +72,19 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
         title = f"{TITLES[metric]} by edit type"
         tables.append(Grid(title, ["", *turns, "all turns", "turns counted"], rows))
     return [*tables, _checks(report)] if report.checks else tables
+
+
+def provenance_grid(sources: Sequence[Provenance]) -> Grid:
+    """Lay out who judged and who made the images, a column for each evaluation.
+
+    Example:
+        >>> provenance_grid([Provenance()]).body[0]
+        ['scorer', 'unknown']
+    """
+    stated = [source.stated for source in sources]
+    head = ["", *(["value"] if len(stated) == 1 else ["first", "second"])]
+    body = [[name, *(own[name] for own in stated)] for name in stated[0]]
+    return Grid("Judged and made by", head, body)
 
 
 def _checks(report: Report) -> Grid:
@@ -88,7 +111,7 @@ def _cell(x: Estimate, digits: int) -> str:
     digits += x.metric not in TITLES  # in its own unit, which is seldom percent
     values = (round(value, digits) + 0.0 for value in (x.estimate, x.low, x.high))  # no minus 0
     estimate, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{estimate} [{low}, {high}]"
+    return f"{estimate} [{low}, {high}]{FEW * x.few}"
 
 
 def _counts(found: Sequence[Estimate]) -> str:
@@ -97,17 +120,25 @@ def _counts(found: Sequence[Estimate]) -> str:
     return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
+def judges(report: Report) -> list[str]:
+    """Return a line for each judge of a report; one line where all are the same."""
+    lines = (f"Judged by: {source.judged_by}." for source in report.sources)
+    return list(dict.fromkeys(lines))
+
+
 def denominators(report: Report) -> str:
-    """Return one line: the denominators of a report."""
+    """Return one line: the chains of a report, what they lost, and what there was not."""
     missing = len(report.left_out), len(report.lost)
+    nothing = ", ".join(f"{name} {count}" for name, count in report.unmeasured.items())
     return (
-        f"{report.asked} chains asked, {report.counted} counted, {missing[0]} left out, "
-        f"{missing[1]} without all their scores"
+        f"{report.asked} chains asked, {report.scored} scored, {missing[0]} left out, "
+        f"{missing[1]} lost a score"
+        + (f"; turns with nothing to measure (not lost): {nothing}" if nothing else "")
     )
 
 
 def reasons(report: Report) -> list[str]:
-    """Name every chain that does not count, and why."""
+    """Name every chain that was left out or lost a score, and why."""
     return [f"{name}: {why}" for name, why in (report.left_out | report.lost).items()]
 
 
@@ -131,16 +162,18 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
         report: what to write.
         pictures: names of files beside it to show.
     """
-    parts = [f"# {report.title}", f"{denominators(report)}. 95% bootstrap intervals over chains."]
+    parts = [f"# {report.title}", f"{denominators(report)}. {INTERVALS}"]
+    parts += [FEW_NOTE] * any(x.few for x in report.estimates)
     parts += report.notes
-    for title, head, body in grids(report):
+    sources = [provenance_grid(report.sources)] if report.sources else []
+    for title, head, body in [*grids(report), *sources]:
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
         table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
         parts += [f"## {title}", table]
     parts += [f"![{name}]({name})" for name in pictures]
     if report.left_out or report.lost:
         lines_out = "\n".join(f"- {_escaped(line)}" for line in reasons(report))
-        parts += ["## Not counted", lines_out]
+        parts += ["## Left out or lost", lines_out]
     return "\n\n".join(parts) + "\n"
 
 
@@ -149,11 +182,22 @@ def _escaped(text: str) -> str:
 
 
 def as_csv(report: Report) -> str:
-    """Write every number in a row of its own; nothing stands where there is none."""
+    """Write every number in a row of its own; nothing stands where there is none.
+
+    The columns after those of ``Estimate`` say who judged and who made the images, the same in
+    every row; of a comparison they begin with ``first_`` and ``second_``.
+    """
+    ends = ("",) if len(report.sources) == 1 else ("first_", "second_")
+    source = {
+        f"{end}{name}": value
+        for end, own in zip(ends, report.sources, strict=False)
+        for name, value in own.stated.items()
+    }
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(Estimate.model_fields), lineterminator="\n")
+    fields = [*Estimate.model_fields, *source]
+    writer = csv.DictWriter(table, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(x.model_dump() for x in report.estimates)
+    writer.writerows(x.model_dump() | source for x in report.estimates)
     return table.getvalue()
 
 

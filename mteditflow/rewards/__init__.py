@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mteditflow.rewards.judge.judge import Judge
     from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
     from mteditflow.rewards.judge.prompts import ExpectationPrompt, JudgePrompt
+    from mteditflow.rewards.scale import BINARY, LIKERT, Scale
     from mteditflow.rewards.scores import InvalidRewardsError, TurnScores
     from mteditflow.rewards.transport.cache import AnswerCache
     from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
@@ -36,6 +37,7 @@ else:
         {
             "AnswerCache": ".transport.cache",
             "AnswerError": ".faults",
+            "BINARY": ".scale",
             "Background": ".transport.concurrency",
             "ChatAnswer": ".transport.chat",
             "ChatClient": ".transport.chat",
@@ -55,9 +57,11 @@ else:
             "InvalidRewardsError": ".scores",
             "Judge": ".judge.judge",
             "JudgePrompt": ".judge.prompts",
+            "LIKERT": ".scale",
             "Lost": ".faults",
             "Pair": ".consistency.pairs",
             "PairScores": ".consistency.pairs",
+            "Scale": ".scale",
             "ScoredDetector": ".consistency.scorer",
             "Statistics": ".transport.dispatch",
             "TurnScores": ".scores",
@@ -68,6 +72,8 @@ else:
     )
 
 __all__ = [
+    "BINARY",
+    "LIKERT",
     "AnswerCache",
     "AnswerError",
     "Background",
@@ -92,6 +98,7 @@ __all__ = [
     "Lost",
     "Pair",
     "PairScores",
+    "Scale",
     "ScoredDetector",
     "Statistics",
     "TurnScores",

@@ -218,6 +218,8 @@ class ScriptedServer:
     Attributes:
         answer: request JSON to the JSON of the right response.
         script: behaviors, one per request; ``itertools.repeat`` for one that lasts.
+        models: JSON of ``GET /v1/models``, which takes no behavior of the script and is not among
+            the requests; ``None`` answers 404.
         port: 0 for any that is free.
         requests: those that arrived, in order.
         connections: how many were opened.
@@ -226,6 +228,7 @@ class ScriptedServer:
 
     answer: Answer
     script: Iterable[Behavior] = ()
+    models: Any = None
     port: int = 0
     requests: MutableSequence[Request] = field(default_factory=list)
     connections: int = 0
@@ -280,6 +283,11 @@ class ScriptedServer:
             writer.close()
 
     async def _serve(self, request: Request, writer: asyncio.StreamWriter) -> None:
+        if request.method == "GET" and request.path in ("/v1/models", "/version"):
+            known = self.models if request.path == "/v1/models" else None
+            status = 404 if known is None else 200
+            await Exchange(request, lambda: known, writer).reply(known, status=status)
+            return
         self.requests.append(request)
         behave = next(self._behaviors, good)
         self._at_once += 1

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mteditflow.chains import FORMATS, read_chains, write_chains
+from mteditflow.chains import FORMATS, Chain, read_chains, recognise, write_chains
 from mteditflow.chains.__main__ import app
 from tests.chains.samples import FILES
 
@@ -58,7 +58,7 @@ def test_convert_says_what_the_format_leaves_out_and_rewrites_paths(tmp_path):
 def test_convert_stops_at_a_bad_line_and_writes_nothing(mixed, tmp_path):
     target = tmp_path / "out.jsonl"
     result = run("convert", mixed, target)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == f"error: {mixed}:2: image: expected this field, got none\n"
     assert result.stdout == ""
     assert not target.exists()
@@ -67,7 +67,7 @@ def test_convert_stops_at_a_bad_line_and_writes_nothing(mixed, tmp_path):
 def test_convert_stops_at_a_chain_that_the_format_cannot_hold(tmp_path):
     target = tmp_path / "out.jsonl"
     result = run("convert", FILES["native"], target, "--to", "flow-grpo")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == (
         "error: flow-grpo cannot hold chain '7': expected a chain of one turn, got 2 turns\n"
     )
@@ -121,10 +121,120 @@ def test_many_bad_lines_are_cut_short(tmp_path):
 )
 def test_errors_are_one_line_on_stderr(arguments, message):
     result = run(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+SPLIT = ["split", FILES["native"], "a.jsonl", "b.jsonl"]
+
+
+@pytest.fixture
+def pictured(tmp_path):
+    """Six chains of three pictures; one of them stands under two names."""
+    lines = []
+    for i in range(6):
+        Image.new("RGB", (2, 2), ("red", "green", "blue")[i // 2]).save(tmp_path / f"{i}.png")
+        image = i if i in (0, 1) else i // 2 * 2
+        record = {"id": str(i), "image": f"{image}.png", "instructions": ["Remove the cat"]}
+        lines.append(json.dumps(record))
+    path = tmp_path / "all.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def ids(path):
+    return [chain.id for chain in read_chains(path).chains]
+
+
+def parted(source, *options, suffix=".jsonl"):
+    """Ids of both sides."""
+    sides = [source.with_name(f"{name}{suffix}") for name in ("train", "held_out")]
+    result = run("split", source, *sides, *options)
+    assert result.exit_code == 0, result.stderr
+    return [ids(side) for side in sides]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_split_by_image_shares_no_picture_under_any_name(pictured, seed):
+    train, held_out = parted(pictured, "--count", 1, "--seed", seed)
+    assert sorted(train + held_out) == list("012345")
+    assert held_out in (["0", "1"], ["2", "3"], ["4", "5"])
+    assert [train, held_out] == parted(pictured, "--count", 1, "--seed", seed)
+    lines = pictured.read_text().splitlines()
+    pictured.write_text("\n".join(reversed(lines)))  # the order of the file does not matter
+    assert sorted(parted(pictured, "--count", 1, "--seed", seed)[1]) == held_out
+
+
+def test_seeds_hold_out_different_pictures_and_more_chains_keep_those(pictured):
+    found = {tuple(parted(pictured, "--count", 2, "--seed", seed)[1]) for seed in range(9)}
+    assert len(found) == 3
+    few, many = (set(parted(pictured, "--count", n, "--seed", 4)[1]) for n in (2, 3))
+    assert few < many
+    assert len(many) == 4
+
+
+def test_a_split_by_chain_holds_out_as_many_as_asked_for(pictured):
+    assert [len(side) for side in parted(pictured, "--count", 3, "--by", "chain")] == [3, 3]
+
+
+def test_a_csv_is_split_by_chain_not_by_line_and_stays_a_csv(tmp_path):
+    chains = []
+    for i in range(4):
+        Image.new("RGB", (2, 2), (60 * i, 0, 0)).save(tmp_path / f"{i}_input_raw.jpg", "PNG")
+        names = {"unchanged_objects": (("a, b",),) * 2, "all_objects": (('c"d',),) * 2}
+        chain = Chain(
+            id=str(i), image=f"{i}_input_raw.jpg", instructions=("Add a, b\nor c", "Do it"),
+            formatted_instructions=("x", "y"), task_types=("subject_add", "color_alter"),
+            background_consistency=(True, False), available_objects=(("a",),) * 2, root=tmp_path,
+            **names,
+        )  # fmt: skip
+        chains.append(chain)
+    write_chains(chains, tmp_path / "all.csv", format="edival")
+    train, held_out = parted(tmp_path / "all.csv", "--count", 1, suffix=".csv")
+    assert (len(train), len(held_out)) == (3, 1)
+    kept = [
+        *read_chains(tmp_path / "train.csv").chains,
+        *read_chains(tmp_path / "held_out.csv").chains,
+    ]
+    assert sorted(kept, key=lambda x: x.id) == list(read_chains(tmp_path / "all.csv").chains)
+    assert recognise(tmp_path / "held_out.csv").name == "edival"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_split_into_its_own(name, tmp_path):
+    source = tmp_path / FILES[name].name
+    source.write_bytes(FILES[name].read_bytes())
+    before = read_chains(source).chains
+    if len(before) < 2:
+        pytest.skip("one chain")
+    sides = parted(source, "--by", "chain", "--count", 1, suffix=source.suffix)
+    assert sorted(joined for side in sides for joined in side) == sorted(x.id for x in before)
+    assert recognise(source.with_name(f"train{source.suffix}")).name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["split", "none.jsonl", "a", "b"], "No such file"),
+        ([*SPLIT, "--by", "line"], "Invalid value for '--by'"),
+        ([*SPLIT, "--count", "0"], "Invalid value for '--count'"),
+        ([*SPLIT, "--seed", "x"], "Invalid value for '--seed'"),
+        ([*SPLIT, "--by", "chain", "--count", "99"], "held_out: expected fewer chains"),
+        (SPLIT, "image: expected a file"),
+        (["split", FILES["native"], "a.jsonl", "a.jsonl"], "expected three different files"),
+        (["split", FILES["native"], "no/a", "b"], "expected folders that exist, got no"),
+        (["split", FILES["native"]], "Missing argument"),
+    ],
+)
+def test_a_bad_split_is_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_formats_are_listed():

@@ -133,7 +133,11 @@ def test_a_scorer_of_ones_own_is_named(folder, tmp_path):
 
 def test_a_comparison_says_what_told_either_run(folder, checked, tmp_path):
     run(folder, tmp_path / "y", "--title", "asked")
-    invoke("compare", checked[0], tmp_path / "y", "--output", tmp_path / "z")
+    folders = "compare", checked[0], tmp_path / "y", "--output", tmp_path / "z"
+    refused = invoke(*folders, code=2)
+    assert all(f"{x}: " in refused for x in ("prompt", "checks", "detector"))
+    assert "checks: 'edival' and 'question'" in refused
+    invoke(*folders, "--across-judges")
     first, second = report(tmp_path / "z").notes[-2:]
     assert "detector" in first
     assert "detector" not in second
@@ -148,7 +152,7 @@ def test_a_comparison_says_what_told_either_run(folder, checked, tmp_path):
         (["--checks", "edival"], "--checks edival, --detector: expected both or neither"),
         (["--ocr"], "--ocr: expected --checks edival with it"),
         (["--checks", "edival", "--scale", "likert"], "expected no --scorer and --scale binary"),
-        (["--checks", "edival", "--scorer", "a:b"], "expected no --scorer and --scale binary"),
+        (["--checks", "edival", "--scorer", "a:b"], "--scorer: expected no --judge and no --cons"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, tmp_path, options, message):

@@ -263,8 +263,16 @@ def test_distillation_leaves_the_objective_of_a_preset():
             "rewards.weights: expected weights >= 0, one of them above, got {'following': 0.0}",
         ),
         (
-            {"rewards": {"scale": "binary"}},
-            "rewards.success: expected at most 1 on a binary scale, got 5.0",
+            {"rewards": {"scale": "binary", "success": 5}},
+            "rewards.success: expected a finite number in (0, 1], got 5.0, on the scale binary",
+        ),
+        (
+            {"rewards": {"scale": "likert", "success": 7}},
+            "rewards.success: expected a finite number in (1, 5], got 7.0, on the scale likert",
+        ),
+        (
+            {"data": {"allow_overlap": True}},
+            "data.allow_overlap: has an effect only where data.held_out is given, got True",
         ),
         (
             {"training": {"ema_decay": 0.0}, "evaluation": {"policy": "ema"}},

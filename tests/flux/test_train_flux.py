@@ -9,22 +9,27 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux import loading
 from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.held_out import HeldOut
 from mteditflow_examples.flux.reporting import refuse_unsound_rewards
-from mteditflow_examples.flux.rewards import round_rewards
+from mteditflow_examples.flux.rewards import round_rewards, scale_of
 from mteditflow_examples.flux.sampling import next_chains, sample
 from mteditflow_examples.flux.updating import _judge, check_first_ratios, update
 from safetensors.torch import load_file
 
 from mteditflow import check_ratio
+from mteditflow.chains import ChainDataset, EditedImages, read_chains, write_chains
+from mteditflow.evaluation.provenance import JudgedBy, Provenance
 from mteditflow.objectives import Output, Units
 from mteditflow.pipelines import ReplayError
-from mteditflow.rewards import Fault, InvalidRewardsError, Lost, TurnScores
+from mteditflow.rewards import BINARY, LIKERT, Fault, InvalidRewardsError, Lost, TurnScores
 from mteditflow.training import Updater
 from tests.flux.rounds import first_round, started, turn_values
 from tests.flux.worlds import ENVIRONMENT, command, options, run, weights
+from tests.samples_of_scores import evaluation, turn_scores
 
 
 class Recording(torch.optim.SGD):
@@ -236,8 +241,112 @@ def test_errors_at_the_start_are_told_in_a_line(world, tmp_path, refused):
     line = "error: training.rounds: input should be greater than or equal to 1, got 0\n"
     assert told == line
     told = refused(*options(world, tmp_path, "--rewards.scorer", "nothing:Here"))
-    assert told.startswith("1 ")
-    assert "error: rewards.scorer: expected module:name, got 'nothing:Here'" in told
+    assert told.startswith("2 error: rewards.scorer: expected module:name, got 'nothing:Here'")
+
+
+class Bare:
+    """A scorer that declares no scale."""
+
+    async def score(self, chains, images):
+        return {"following": turn_scores([[1.0, 0.0]] * len(chains))}
+
+
+class OnZeroToOne(Bare):
+    """A scorer whose scores are not on the scale that it declares."""
+
+    scale = LIKERT
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rewards.success", 7], "rewards.success: expected a finite number in (1, 5], got 7.0"),
+        (["--rewards.scale", "binary"], "rewards.scale: expected the scale that mteditflow_examp"),
+        (["--rewards.scorer", f"{__name__}:Bare"], "add to it, for instance, scale = mteditflow."),
+        (
+            [
+                "--rewards.scorer",
+                f"{__name__}:Bare",
+                "--rewards.scale",
+                "binary",
+                "--rewards.success",
+                5,
+            ],
+            "rewards.success: expected a finite number in (0, 1], got 5.0",
+        ),
+    ],
+)
+def test_scales_and_thresholds_are_refused_before_anything_is_loaded(
+    world, tmp_path, refused, more, message
+):
+    told = refused(*options(world, tmp_path / "run", *more))
+    assert told.startswith("2 error: rewards.")
+    assert told.count("\n") == 1
+    assert message in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_off_the_declared_scale_end_the_run(world, tmp_path, refused):
+    scorer = ("--rewards.scorer", f"{__name__}:OnZeroToOne", "--rewards.weights.consistency", 0)
+    told = refused(*options(world, tmp_path, *scorer))
+    assert told.startswith("2 ")
+    assert "following: expected whole scores in 1..5, got 0; OnZeroToOne declares" in told
+
+
+def test_a_scale_on_the_command_line_is_taken_where_none_is_declared(world, tmp_path):
+    scorer = ("--rewards.scorer", f"{__name__}:Bare", "--rewards.scale", "binary")
+    with started(world, tmp_path, *scorer) as run_:
+        assert scale_of(run_.config.rewards) == BINARY
+        chains = run_.chains.chains[:3]
+        found = run_.submit(chains, [[]] * 3).result()
+        assert (
+            round_rewards(
+                run_.config.rewards,
+                {**found, "consistency": found["following"]},
+                torch.zeros(3).long(),
+            )
+            .reward("following")
+            .value.tolist()
+            == [0.5] * 3
+        )
+
+
+def overlapping(world, tmp_path):
+    """The held-out chains with one of the training chains' pictures under another name and id."""
+    train, held_out = (read_chains(world / f"{x}.jsonl").chains for x in ("train", "held_out"))
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(train[3].image_path.read_bytes())
+    again = train[3].model_copy(update={"id": "again", "image": str(copy)})
+    write_chains([*held_out, again], tmp_path / "held_out.jsonl")
+    return "--data.held-out", tmp_path / "held_out.jsonl"
+
+
+def test_held_out_chains_that_are_trained_on_are_refused(world, tmp_path, refused):
+    shared = overlapping(world, tmp_path)
+    told = refused(*options(world, tmp_path / "run", *shared))
+    assert told.startswith("2 ")
+    assert "data.held_out: expected nothing that is in data.chains, got 1 reference images" in told
+    assert "= again)" in told
+    assert "loading" not in told  # the model
+    with started(world, tmp_path, *shared, "--data.allow-overlap") as run_:
+        assert len(run_.held_out.chains) == 5
+    assert "held-out chains are not held out" in (tmp_path / "log.txt").read_text()
+    told = refused(*options(world, tmp_path / "run", "--data.held-out", world / "train.jsonl"))
+    assert "got 16 chain ids (" in told
+
+
+def test_another_judge_than_that_of_the_runs_evaluations_is_refused(world, tmp_path):
+    held_out = HeldOut(ChainDataset([]), tmp_path, Accelerator(cpu=True))
+    judge = JudgedBy(judge="m", judge_server="m, server 1")
+    assert held_out.judge(judge) is judge
+    held_out.write(evaluation([[1]], provenance=Provenance(judged_by=judge)))
+    assert held_out.judge(JudgedBy(judge="m")) == judge  # a server that does not answer yet
+    for other in ({"judge": "n"}, {"judge_server": "m, server 2"}):
+        with pytest.raises(ValueError, match=f"{next(iter(other))} = "):
+            held_out.judge(judge.model_copy(update=other))
+    held_out.write(evaluation([[1]], after=1))
+    with pytest.raises(ValueError, match="an evaluation without provenance"):
+        held_out.judge(judge)
 
 
 def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):
@@ -255,10 +364,16 @@ def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):
         "evaluations/round-000000.json",
         "evaluations/round-000003.json",
         "evaluations/round-000005.json",
-        "evaluations/round-000000/000003_turn_2.png",
+        "curves.svg",
         "checkpoints/round-000005/lora/pytorch_lora_weights.safetensors",
     } <= left
     assert not any(name.startswith("evaluations/round-000003/") for name in left)
+    held_out = [x.first_turns(2) for x in read_chains(world / "held_out.jsonl").chains]
+    edited = EditedImages(tmp_path / "evaluations" / "round-000005")
+    assert all(edited.complete(chain) for chain in held_out)
+    for name in ("before", "after"):
+        judge = json.loads((tmp_path / "report.json").read_text())[name]["judged_by"]
+        assert judge.startswith("scorer mteditflow_examples.shapes.scoring:ExactRewards ")
     assert any("tfevents" in name for name in left)
     assert not any(name.endswith((".pt", ".pkl", ".bin", ".pth")) for name in left)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
 from consistency_world import ServerProcess, models_server
 from mteditflow_examples import score_chains
 from typer.testing import CliRunner
@@ -22,14 +21,12 @@ BASH = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-SCORE = typer.Typer()
-SCORE.command()(score_chains.main)
 APPS = {
     "python -m mteditflow.rewards": app,
     "python -m mteditflow.rewards.server": server_app,
     "python -m mteditflow.chains": chains_app,
     "python -m mteditflow.planner": planner_app,
-    "python examples/score_chains.py": SCORE,
+    "python examples/score_chains.py": score_chains.app,
 }
 SUBCOMMANDS = ("check", "plan")
 

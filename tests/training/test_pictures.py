@@ -21,9 +21,10 @@ from mteditflow.training.pictures import (
     draw_histograms,
     draw_strips,
     log_pictures,
+    write_chart,
     write_picture,
 )
-from mteditflow.training.pictures.before_after import risen_and_fallen
+from mteditflow.training.pictures.before_after import random_rows, risen_and_fallen
 from mteditflow.training.pictures.curves import smooth
 from mteditflow.training.pictures.strips import text_width, wrap
 from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
@@ -199,7 +200,7 @@ def test_where_none_fell_those_that_rose_take_their_place():
     choice = risen_and_fallen(before, after, count=2)
     assert choice.rows == [0, 1]
     assert choice.how.endswith("Shown: the 2 that gained most, then none that lost.")
-    assert draw_before_after(before, before, {}, {}) is None
+    assert draw_before_after(before, before, {}, {}, random=0) is None
 
 
 def test_where_few_rose_more_that_fell_take_their_place():
@@ -211,13 +212,38 @@ def test_where_few_rose_more_that_fell_take_their_place():
 
 def test_before_and_after_look_at_the_chosen_images_only():
     before, after = pair()
-    rows = {row: images(2) for row in (0, 5)}
-    figure = draw_before_after(before, after, rows, rows, count=2)
+    (other,) = random_rows(before, after, count=1, seed=7, without=[0, 5])
+    rows = {row: images(2) for row in (0, 5, other)}
+    figure = draw_before_after(before, after, rows, rows, count=2, random=1, seed=7)
     check_words_are_on_the_canvas(figure)
     check_nothing_overlaps(figure)
     said = " ".join(x.get_text() for x in figure.findobj(Text))
     assert risen_and_fallen(before, after, count=2).how in said
-    assert said.count("before") == said.count("after") == 2
+    assert "Then 1 drawn at random (seed 7) of the others." in said
+    assert said.count("before") == said.count("after") == 3
+    assert all(said.count(f"{why}: chain c{row}") == 1
+               for why, row in (("gained", 0), ("lost", 5), ("at random", other)))  # fmt: skip
+
+
+def test_random_chains_count_are_seeded_and_are_none_of_the_others():
+    before = evaluation([[0]] * 9 + [[nan]], lost=[(9, 0)])
+    draws = [random_rows(before, before, count=4, seed=seed, without=[2]) for seed in range(30)]
+    assert all(len(set(rows)) == 4 for rows in draws)
+    assert {row for rows in draws for row in rows} == {0, 1, 3, 4, 5, 6, 7, 8}
+    assert draws[3] == random_rows(before, before, count=4, seed=3, without=[2])
+    assert len(random_rows(before, before, count=99, seed=0)) == 9
+
+
+def test_charts_are_vectors_too_and_equal_ones_are_equal_files(tmp_path):
+    for name in ("a", "b"):
+        figure = draw_curves(rounds(3), [evaluation([[1, 0]])], title=TITLE)
+        write_chart(figure, tmp_path / f"{name}.png")
+    first, second = ((tmp_path / f"{name}.svg").read_bytes() for name in "ab")
+    assert first == second
+    assert first.startswith(b"<?xml")
+    assert b"<image" not in first  # curves, not pixels
+    with pytest.raises(ValueError, match=r"path: expected one of \['png', 'svg'\], got 'gif'"):
+        write_picture(figure, tmp_path / "a.gif")
 
 
 @pytest.mark.parametrize(("groups", "members"), [(1, 1), (100, 4)])
@@ -225,20 +251,22 @@ def test_histograms_tell_mean_and_spread(groups, members):
     generator = torch.Generator().manual_seed(0)
     group = torch.arange(groups).repeat_interleave(members)
     value = torch.rand(len(group), generator=generator)
-    invalid = value.clone()
+    invalid, everything = value.clone(), torch.ones_like(group) > 0
     invalid[0] = nan
     rewards = {
-        "following": Signal(value, torch.ones_like(group) > 0),
+        "following": Signal(value, everything),
         "consistency": Signal(invalid, invalid.isfinite()),
+        "gaps": Signal(invalid, everything, invalid.isfinite()),
     }
     figure = draw_histograms(rewards, group, title=TITLE)
     check_words_are_on_the_canvas(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[0] == f"following: mean {value.mean():.3f} of {len(group)}"
-    assert titles[1].endswith(f"of {len(group) - 1}, 1 invalid")
+    assert titles[1].endswith(f"of {len(group) - 1}, 1 lost")
+    assert titles[2].endswith(f"of {len(group) - 1}, 1 not measured")
     spread = value.view(groups, members).std(dim=1, correction=0)
     flat = int((spread == 0).sum())
-    assert titles[2] == f"spread in groups: std {spread.mean():.3f}; none in {flat} of {groups}"
+    assert titles[3] == f"spread in groups: std {spread.mean():.3f}; none in {flat} of {groups}"
 
 
 def rounds(count):
@@ -265,14 +293,15 @@ def test_curves_show_what_there_is(count):
     check_words_are_on_the_canvas(figure)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "Rewards in training",
-        "2 held-out chains at turn 2, percent",
+        "Held out, turn 2, percent (over chains)",
         "Overall: all turns so far, percent",
         "Marginal: this turn alone, percent",
         "Invalid rewards, percent of trajectories",
         "Seconds of a round, by phase",
     ]
     said = [x.get_text() for x in figure.findobj(Text)]
-    for words in ("following", "consistency", "looks", "CC", "Marginal", "IF", "Overall"):
+    held_out = [f"{name} (2, few)" for name in ("CC", "Marginal", "IF", "Overall")]
+    for words in ("following", "consistency", "looks", *held_out):
         assert words in said
     assert f"round {count}" in said
     assert "sampling 25%" in said

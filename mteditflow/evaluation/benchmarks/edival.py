@@ -39,6 +39,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -55,7 +56,13 @@ from mteditflow.evaluation.benchmarks.edival_checks import (
     Turn,
 )
 from mteditflow.evaluation.benchmarks.edival_questions import YES_OR_NO as SINGLE
-from mteditflow.evaluation.benchmarks.edival_questions import Question
+from mteditflow.evaluation.benchmarks.edival_questions import (
+    Question,
+    plain_name,
+    transcription,
+    yes_or_no,
+)
+from mteditflow.evaluation.provenance import json_hash
 from mteditflow.planner import Edit, edits, parse_formatted
 from mteditflow.rewards import ChatClient, ScoredDetector, TurnScores
 from mteditflow.rewards.consistency.regions import SIZE, Pictures, clean_names
@@ -157,10 +164,25 @@ async def _verdict(chain: Chain, n: int, turn: Turn) -> tuple[Marks, str]:
     return marks, SINGLE_QUESTION if edit is None else " + ".join(turn.used)
 
 
+def questions_version() -> str:
+    """Return a hash of the text and the form of all questions of the checks."""
+    images = ["image:0", "image:1"]
+    asked: list[Question[Any]] = [
+        _single_question("A", images),
+        yes_or_no("A", images),
+        yes_or_no("A", images[:1]),
+    ]
+    asked += [plain_name("A"), transcription(images[0])]
+    return json_hash([(x.content, x.schema) for x in asked])
+
+
+def _single_question(instruction: str, urls: Sequence[str]) -> Question[tuple[float, ...]]:
+    request = SINGLE.request([instruction], urls)
+    return Question(request.content, request.read, request.max_tokens, SINGLE.schema(1))
+
+
 async def _single(turn: Turn) -> bool:
-    request = SINGLE.request([turn.instruction], turn.urls)
-    question = Question(request.content, request.read, request.max_tokens, SINGLE.schema(1))
-    return await turn.ask(question) == (1,)
+    return await turn.ask(_single_question(turn.instruction, turn.urls)) == (1,)
 
 
 def _edit(chain: Chain, n: int) -> Edit | None:

@@ -1,10 +1,10 @@
 """Pictures of a run: strips of chains, before and after, distributions, curves.
 
 Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts it in a file,
-``log_pictures`` gives it to the trackers of accelerate.
+``write_chart`` writes PNG and SVG, ``log_pictures`` gives it to the trackers of accelerate.
 """
 
-from mteditflow.evaluation.figures import log_pictures, write_picture
+from mteditflow.evaluation.figures import log_pictures, write_chart, write_picture
 from mteditflow.training.pictures.before_after import draw_before_after
 from mteditflow.training.pictures.curves import draw_curves
 from mteditflow.training.pictures.histograms import draw_histograms
@@ -17,5 +17,6 @@ __all__ = [
     "draw_histograms",
     "draw_strips",
     "log_pictures",
+    "write_chart",
     "write_picture",
 ]

@@ -1,13 +1,18 @@
-"""Chains before and after training: those that gained turns, and those that lost some."""
+"""Chains before and after training: those that gained turns, those that lost some, and others.
+
+The best and the worst alone flatter or alarm; chains drawn at random show what is usual.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mteditflow.evaluation.comparison import judged_in_both
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.training.pictures.strips import Strip, draw_strips
 
@@ -24,15 +29,15 @@ class Choice(NamedTuple):
 def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Choice:
     """Choose the chains whose number of followed turns rose most, and as many that fell most.
 
-    Where fewer fell, more that rose take their place, and the other way round. Only chains that
-    count in both evaluations are looked at; of equals the first ones are taken.
+    Where fewer fell, more that rose take their place, and the other way round. Only chains judged
+    at every turn in both evaluations are looked at; of equals the first ones are taken.
 
     Args:
         before: evaluation of the base model.
         after: evaluation of the same chains.
         count: how many to choose, at most.
     """
-    counted = (before.valid & after.valid).nonzero().flatten()
+    counted = judged_in_both(before, after).nonzero().flatten()
     change = (after.success.sum(dim=1) - before.success.sum(dim=1))[counted]
     order = change.argsort(descending=True, stable=True)
     rose = counted[order][change[order] > 0].tolist()
@@ -48,6 +53,24 @@ def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Ch
     return Choice(rose[:rises] + fell[:falls], how)
 
 
+def random_rows(
+    before: Evaluation, after: Evaluation, *, count: int, seed: int, without: Sequence[int] = ()
+) -> list[int]:
+    """Draw rows of chains judged at every turn in both evaluations, each at most once.
+
+    Args:
+        before: evaluation of the base model.
+        after: evaluation of the same chains.
+        count: how many to draw, at most.
+        seed: of the draw.
+        without: rows that are not drawn.
+    """
+    rows = judged_in_both(before, after).nonzero().flatten().tolist()
+    left = [row for row in rows if row not in set(without)]
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
+    return [left[i] for i in order[:count].tolist()]
+
+
 def draw_before_after(
     before: Evaluation,
     after: Evaluation,
@@ -55,27 +78,43 @@ def draw_before_after(
     images_after: Images,
     *,
     count: int = 4,
+    random: int = 2,
+    seed: int = 0,
 ) -> Figure | None:
-    """Draw the chains of ``risen_and_fallen``, before above after; its words are the title.
+    """Draw the chains of ``risen_and_fallen`` and some at random, before above after.
+
+    Each is labelled by why it is shown, and the title says how all were chosen.
 
     Args:
         before: evaluation of the base model.
         after: evaluation of the same chains, from the same noise.
         images_before: [reference, turn 1, ..., turn N] by row of ``before``; only the rows that
-            ``risen_and_fallen`` names are looked up.
+            are drawn are looked up.
         images_after: the same of ``after``.
-        count: chains to draw, at most.
+        count: chains that gained or lost turns, at most.
+        random: chains drawn at random of all others that count, at most.
+        seed: of this draw.
 
     Returns:
-        The figure, or ``None`` if no chain changed.
+        The figure, or ``None`` if no chain counts in both.
     """
-    rows, how = risen_and_fallen(before, after, count=count)
+    changed, how = risen_and_fallen(before, after, count=count)
+    others = random_rows(before, after, count=random, seed=seed, without=changed)
+    gain = (after.success.long() - before.success.long()).sum(dim=1).tolist()
+    reasons = {row: "gained" if gain[row] > 0 else "lost" for row in changed}
+    reasons |= dict.fromkeys(others, "at random")
+    if others:
+        how += f" Then {len(others)} drawn at random (seed {seed}) of the others."
     strips = [
         Strip(
-            *(f"chain {evaluation.chain_ids[row]}", evaluation.instructions[row], images[row]),
-            *(evaluation.terms, row, label),
+            f"{why}: chain {evaluation.chain_ids[row]}",
+            evaluation.instructions[row],
+            images[row],
+            evaluation.terms,
+            row,
+            label,
         )
-        for row in rows
+        for row, why in reasons.items()
         for label, evaluation, images in (
             ("before", before, images_before),
             ("after", after, images_after),

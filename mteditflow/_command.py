@@ -1,0 +1,92 @@
+"""Commands that end bad input with one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+BAD_INPUT = 2  # exit code
+# typer may have a copy of click of its own, of whose exceptions it exports some alone.
+USAGE = next(x for x in typer.BadParameter.__mro__ if x.__name__ == "ClickException")
+
+
+def refuse(message: object) -> NoReturn:
+    r"""Print one line and exit with 2.
+
+    Raises:
+        SystemExit: always.
+
+    Example:
+        >>> try:
+        ...     refuse("seed: expected a number,\n got 'x'")
+        ... except SystemExit as end:
+        ...     end.code
+        2
+    """
+    sys.stderr.write(f"error: {_one_line(str(message))}\n")
+    raise SystemExit(BAD_INPUT)
+
+
+@contextmanager
+def refusing(*more: type[Exception]) -> Iterator[None]:
+    """Refuse what a file or an option made impossible, instead of a traceback.
+
+    Args:
+        *more: exceptions that are bad input, too, beside ``OSError`` and ``ValueError``.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
+    try:
+        yield
+    except kinds as error:
+        refuse(error)
+
+
+def _one_line(text: str) -> str:
+    """Return text on one line, without control characters."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options: Any) -> Any:
+    """Run a command; usage errors take one line, help for a bare command stays as it is."""
+    if not standalone:
+        return run(*arguments, standalone_mode=False, **options)
+    try:
+        code = run(*arguments, standalone_mode=False, **options)
+    except typer.Abort:
+        sys.stderr.write("stopped\n")
+        raise SystemExit(1) from None
+    except Exception as error:
+        if not isinstance(error, USAGE):
+            raise
+        _end(error)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _end(error: Any) -> NoReturn:
+    """End for a usage error: with the help where nothing was given, else with one line."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        raise SystemExit(BAD_INPUT) from None
+    refuse(error.format_message())
+
+
+class OneLineGroup(TyperGroup):
+    """Group of commands for ``typer.Typer(cls=...)``."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run; usage errors take one line and exit with 2."""
+        return _ended(super().main, *arguments, standalone=standalone_mode, **options)
+
+
+class OneLineCommand(TyperCommand):
+    """Single command for ``app.command(cls=...)``."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run; usage errors take one line and exit with 2."""
+        return _ended(super().main, *arguments, standalone=standalone_mode, **options)

@@ -1,0 +1,156 @@
+"""Chains for training and chains held out, with nothing in common; and what two lists share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mteditflow._checks import check_choice, check_count
+from mteditflow.chains.record import Chain
+
+BY = ("image", "chain")
+SHOWN = 3  # of shared chains or images in a message
+CHUNK = 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two parts of a list of chains, each in the order of the list.
+
+    Attributes:
+        train: chains to train on.
+        held_out: chains to evaluate on.
+    """
+
+    train: tuple[Chain, ...]
+    held_out: tuple[Chain, ...]
+
+
+def split_chains(
+    chains: Sequence[Chain], *, held_out: int, by: str = "image", seed: int = 0
+) -> Split:
+    """Split chains into training and held-out ones.
+
+    By image all chains of one reference image, the same bytes under any name, go to one side. Which
+    images are held out follows from the seed and each image's content alone, so the order of the
+    chains does not matter, and more chains move no image from one side to the other unless
+    ``held_out`` asks for more.
+
+    Args:
+        chains: to split.
+        held_out: least number of chains to hold out; by image there may be more, since the chains
+            of one image stay together.
+        by: "image", or "chain" where the sides may share images.
+        seed: of the choice.
+
+    Returns:
+        The two sides.
+
+    Raises:
+        ValueError: ``by`` is unknown, ``held_out`` is not positive, or nothing is left to train on.
+        OSError: an image cannot be read.
+
+    Example:
+        >>> chains = [Chain(id=str(i), image=f"https://x/{i // 2}.png", instructions=("Add a dog",))
+        ...     for i in range(6)]
+        >>> split = split_chains(chains, held_out=2, seed=1)
+        >>> len(split.held_out), shared(split.train, split.held_out).any
+        (2, False)
+    """
+    check_choice("by", by, BY)
+    check_count("held_out", held_out)
+    groups = _groups(chains) if by == "image" else {chain.id: [chain] for chain in chains}
+    chosen: set[str] = set()
+    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
+        if len(chosen) >= held_out:
+            break
+        chosen.update(chain.id for chain in groups[key])
+    split = Split(
+        tuple(chain for chain in chains if chain.id not in chosen),
+        tuple(chain for chain in chains if chain.id in chosen),
+    )
+    if not split.train or len(split.held_out) < held_out:
+        kind = "images" if by == "image" else "chains"
+        raise ValueError(
+            f"held_out: expected fewer chains, so that some are left to train on, got {held_out} "
+            f"of {len(chains)} with {len(groups)} different {kind}"
+        )
+    return split
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What two lists of chains have in common.
+
+    Attributes:
+        ids: ids of chains in both.
+        images: reference images in both, the same bytes under any name, as (id in the one list, id
+            in the other) of chains that have it.
+    """
+
+    ids: tuple[str, ...]
+    images: tuple[tuple[str, str], ...]
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.ids or self.images)
+
+    def __str__(self) -> str:
+        pairs = [f"{one} = {other}" for one, other in self.images]
+        return " and ".join(
+            f"{len(found)} {kind} ({', '.join(found[:SHOWN])}{', ...' * (len(found) > SHOWN)})"
+            for kind, found in (("chain ids", self.ids), ("reference images", pairs))
+            if found
+        )
+
+
+def shared(train: Sequence[Chain], held_out: Sequence[Chain]) -> Shared:
+    """Find the chains, by id, and the reference images, by content, that both lists have.
+
+    Raises:
+        OSError: an image cannot be read.
+
+    Example:
+        >>> one = [Chain(id="7", image="https://x/1.png", instructions=("Add a dog",))]
+        >>> other = [Chain(id="8", image="https://x/1.png", instructions=("Remove a cat",))]
+        >>> print(shared(one, other))
+        1 reference images (7 = 8)
+    """
+    known = {chain.id for chain in train}
+    owner = {name: chain.id for chain, name in _named(train)}
+    images = [(owner[name], chain.id) for chain, name in _named(held_out) if name in owner]
+    return Shared(tuple(x.id for x in held_out if x.id in known), tuple(images))
+
+
+def _groups(chains: Sequence[Chain]) -> dict[str, list[Chain]]:
+    """Chains by the hash of their reference image's content."""
+    groups: defaultdict[str, list[Chain]] = defaultdict(list)
+    for chain, name in _named(chains):
+        groups[name].append(chain)
+    return groups
+
+
+def _named(chains: Sequence[Chain]) -> Iterator[tuple[Chain, str]]:
+    """Yield chains with the hash of their image's content, or its address where it is remote."""
+    hashes: dict[Path, str] = {}
+    for chain in chains:
+        if chain.image_is_remote:
+            yield chain, chain.image
+            continue
+        path = Path(os.path.realpath(chain.image_path))
+        if path not in hashes:
+            hashes[path] = _hash(path)
+        yield chain, hashes[path]
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,313 @@
+"""Provenance of an evaluation: who judged the images, and who made them.
+
+Numbers of different judges are not comparable: the same images by another model, prompt or scale
+give other values. So every report names its judge, and ``compare`` refuses evaluations of
+different ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from mteditflow.rewards.judge.prompts import Prompt, Request
+from mteditflow.rewards.scale import Scale
+
+WHOLE = 2**28  # bytes of a file that are read whole; of a larger one both ends
+END = 2**24  # bytes of an end
+DIGITS = 16  # of a hash in hexadecimal
+UNKNOWN, NONE = "unknown", "none"
+LATE = ("judge_server", "consistency_server", "editor_hash", "lora_hash")  # may be known later
+
+
+class JudgedBy(BaseModel):
+    """Who judged, and how; all that a score depends on beside the images.
+
+    A field is ``None`` where it does not apply, or where a server does not say who it is. Where
+    no judge, no scorer and no term of consistency is named, nothing is known of who judged.
+
+    Attributes:
+        scorer: import path of a scorer of the user's own, with a hash of its module.
+        judge: name of the judge's model on its endpoints.
+        judge_server: what the server says of itself, as ``judge_identity`` returns it.
+        prompt: version of the judge's prompt, a hash of its text, as ``prompt_version`` returns it.
+        scope: what one call of the judge is about, "turn" or "trajectory".
+        scale: range of the scores and threshold of success.
+        checks: what tells success: "question", or "edival" by edit type.
+        detector: what finds objects for these checks.
+        text_reader: what reads text for these checks; ``None`` is the judge.
+        consistency_server: what the server of content consistency says of itself.
+        terms: what consistency compares.
+        pairing: which image a turn's image is compared with.
+        preference: model of human preference.
+
+    Example:
+        >>> JudgedBy(judge="a", scope="turn").differences(JudgedBy(judge="b", scope="turn"))
+        ["judge: 'a' and 'b'"]
+        >>> JudgedBy().known
+        False
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scorer: str | None = None
+    judge: str | None = None
+    judge_server: str | None = None
+    prompt: str | None = None
+    scope: str | None = None
+    scale: Scale | None = None
+    checks: str | None = None
+    detector: str | None = None
+    text_reader: str | None = None
+    consistency_server: str | None = None
+    terms: str | None = None
+    pairing: str | None = None
+    preference: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known who judged."""
+        return any(x is not None for x in (self.judge, self.scorer, self.terms))
+
+    def differences(self, other: JudgedBy) -> list[str]:
+        """Name the fields that differ, with both values."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in _names(self))
+        return [f"{name}: {_quoted(a)} and {_quoted(b)}" for name, a, b in pairs if a != b]
+
+    def __str__(self) -> str:
+        stated = {name: value for name, value in _stated(self).items() if value != NONE}
+        return ", ".join(f"{name} {value}" for name, value in stated.items()) or UNKNOWN
+
+
+class MadeBy(BaseModel):
+    """What made the images; a field is ``None`` where it does not apply or is not known.
+
+    Attributes:
+        editor: path or hub id of the pipeline.
+        editor_hash: hash of its files, as ``content_hash`` returns it.
+        lora: path or hub id of the LoRA.
+        lora_hash: hash of its files.
+        dtype: of the weights.
+        seed: of the noise.
+        steps: denoising steps of a turn.
+        guidance: guidance scale.
+        resolution: side of the square that references are fitted into, pixels.
+        call: further options of every call, JSON.
+        images: folder of images that another program made.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    editor: str | None = None
+    editor_hash: str | None = None
+    lora: str | None = None
+    lora_hash: str | None = None
+    dtype: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    resolution: int | None = None
+    call: str | None = None
+    images: str | None = None
+
+
+class Provenance(BaseModel):
+    """Who judged an evaluation, and who made its images.
+
+    Example:
+        >>> Provenance(judged_by=JudgedBy(judge="m"), made_by=MadeBy(seed=3)).stated["seed"]
+        '3'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    judged_by: JudgedBy = JudgedBy()
+    made_by: MadeBy = MadeBy()
+
+    def agreed(self, other: Provenance) -> Provenance:
+        """Put two records of the same evaluation together, see ``agreed``.
+
+        Raises:
+            ValueError: a field differs; the message gives its name and both values.
+        """
+        return Provenance(
+            judged_by=agreed(self.judged_by, other.judged_by),
+            made_by=agreed(self.made_by, other.made_by),
+        )
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """Every field in words: "unknown" where nothing is known, "none" where it has no value."""
+        return _stated(self.judged_by) | _stated(self.made_by)
+
+
+def require_same_judge(before: JudgedBy, after: JudgedBy, *, known: bool) -> None:
+    """Raise unless two evaluations were judged alike.
+
+    Args:
+        before: judge of the first.
+        after: judge of the second.
+        known: whether to refuse, too, if nothing is known of either.
+
+    Raises:
+        ValueError: their judges differ, or only one of them is known; the message names every
+            field that differs.
+    """
+    if before == after and (before.known or not known):
+        return
+    if before.known and after.known:
+        differ = "; ".join(before.differences(after))
+    else:
+        differ = " and ".join(str(x) if x.known else UNKNOWN for x in (before, after))
+    raise ValueError(
+        f"judged_by: expected evaluations of one judge, got {differ}. Numbers of different judges "
+        "cannot be compared; --across-judges (across_judges=True) does it all the same"
+    )
+
+
+def prompt_version(prompt: Prompt) -> str:
+    """Return a hash of all that a prompt says, on two turns of a fixed chain.
+
+    Example:
+        >>> from mteditflow.rewards import JudgePrompt
+        >>> prompt_version(JudgePrompt(scale="likert")) == prompt_version(JudgePrompt())
+        True
+        >>> prompt_version(JudgePrompt(scale="binary")) == prompt_version(JudgePrompt())
+        False
+    """
+    words, images = ("Instruction A", "Instruction B"), ("image:0", "image:1", "image:2")
+    spans = prompt.spans(len(words))
+    return version_of(
+        prompt.request(words[x.start : x.stop], images[x.start : x.stop + 1]) for x in spans
+    )
+
+
+def version_of(requests: Iterable[Request]) -> str:
+    """Return a hash of the text, the schema and the log-probabilities that requests ask for."""
+    return json_hash([(x.content, x.schema, x.top_logprobs) for x in requests])
+
+
+def json_hash(said: object) -> str:
+    """Return a hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:DIGITS]
+
+
+def content_hash(path: str | os.PathLike[str]) -> str | None:
+    """Return a hash of a file, or of all files in a folder by their names.
+
+    Of a file above 256 MiB its size and both ends are hashed, so that large weights take no
+    minutes.
+
+    Returns:
+        Hexadecimal; ``None`` if there is no such file or folder, as for a hub id.
+
+    Example:
+        >>> content_hash("black-forest-labs/FLUX.1-Kontext-dev") is None
+        True
+    """
+    root = Path(path)
+    if not root.exists():
+        return None
+    files = sorted(x for x in root.rglob("*") if x.is_file()) if root.is_dir() else [root]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(root).as_posix() if root.is_dir() else ""
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        _update(digest, file)
+    return digest.hexdigest()[:DIGITS]
+
+
+def _update(digest: Any, file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size > WHOLE:
+            digest.update(stream.read(END))
+            stream.seek(size - END)
+        while chunk := stream.read(END):
+            digest.update(chunk)
+
+
+Record = TypeVar("Record", JudgedBy, MadeBy)
+
+
+def agreed(old: Record, new: Record) -> Record:
+    """Put two records of the same thing together.
+
+    Only what a server or a hub has still to say, who it is and the hash of what it holds, may be
+    missing in one of them.
+
+    Args:
+        old: the first record.
+        new: the second.
+
+    Raises:
+        ValueError: a field differs; the message gives its name and both values.
+
+    Example:
+        >>> found = agreed(JudgedBy(judge="m"), JudgedBy(judge="m", judge_server="vllm 1"))
+        >>> found.judge_server
+        'vllm 1'
+        >>> agreed(MadeBy(seed=0), MadeBy(seed=1))
+        Traceback (most recent call last):
+        ValueError: seed = '0', got '1'
+    """
+    late = {}
+    for name in _names(old):
+        before, value = getattr(old, name), getattr(new, name)
+        if name in LATE and None in (before, value):
+            late[name] = before or value
+        elif before != value:
+            raise ValueError(f"{name} = {_quoted(before)}, got {_quoted(value)}")
+    return old.model_copy(update=late)
+
+
+def same_judge(path: Path, judge: JudgedBy) -> JudgedBy:
+    """Return a judge with what an earlier file of scores knows of it besides.
+
+    Args:
+        path: JSON whose key "judged_by" holds a ``JudgedBy``; there may be none yet.
+        judge: who judges now.
+
+    Raises:
+        ValueError: the scores of the file are of another judge, or it is not known of whom.
+
+    Example:
+        >>> same_judge(Path("none.json"), JudgedBy(judge="m")).judge
+        'm'
+    """
+    if not path.exists():
+        return judge
+    try:
+        old = JudgedBy.model_validate(json.loads(path.read_bytes())["judged_by"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: by an unknown judge: choose another --output") from error
+    try:
+        return agreed(old, judge)
+    except ValueError as error:
+        raise ValueError(f"{path}: scores of {error}: choose another --output") from error
+
+
+def _names(record: BaseModel) -> Sequence[str]:
+    return tuple(type(record).model_fields)
+
+
+def _stated(record: JudgedBy | MadeBy) -> dict[str, str]:
+    """Values of a record in words."""
+    values = {name: getattr(record, name) for name in _names(record)}
+    known = (
+        record.known
+        if isinstance(record, JudgedBy)
+        else any(x is not None for x in values.values())
+    )
+    absent = NONE if known else UNKNOWN
+    return {name: absent if x is None else str(x) for name, x in values.items()}
+
+
+def _quoted(value: object) -> str:
+    return NONE if value is None else repr(str(value))

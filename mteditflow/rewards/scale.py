@@ -1,0 +1,114 @@
+"""Scale of a scorer: the range of its scores, and from which score on a turn was followed.
+
+A threshold belongs to the scores that it is put on: 1 means "followed" on 0..1 and "not at all" on
+1..5. Whoever scores declares a ``Scale``; scores and thresholds off it are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_number, check_tensor
+
+SHOWN = 5  # values that a message shows
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Range of scores with the threshold of success.
+
+    Args:
+        low: worst score.
+        high: best score, above ``low``.
+        success: score from which on a turn counts as followed, in (low, high].
+        whole: whether scores are whole numbers.
+
+    Raises:
+        ValueError: ``high`` is not above ``low``, or the threshold is off the scale.
+        TypeError: one of them is no number.
+
+    Example:
+        >>> import torch
+        >>> print(LIKERT, BINARY, sep="; ")
+        whole numbers in 1..5, followed from 5; whole numbers in 0..1, followed from 1
+        >>> LIKERT.normalize(torch.tensor([1.0, 3.0, 5.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+        >>> BINARY.check("following", torch.tensor([[0.0, 1.0], [torch.nan, 1.0]]))
+        >>> LIKERT.with_success(7)
+        Traceback (most recent call last):
+        ValueError: success: expected a finite number in (1, 5], got 7
+    """
+
+    low: float
+    high: float
+    success: float
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("low", self.low)
+        check_number("high", self.high, low=self.low, open_low=True)
+        check_number("success", self.success, low=self.low, high=self.high, open_low=True)
+        for name in ("low", "high", "success"):  # one form, in files too
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    def __str__(self) -> str:
+        kind = "whole numbers" if self.whole else "numbers"
+        return f"{kind} in {self.low:g}..{self.high:g}, followed from {self.success:g}"
+
+    def with_success(self, success: float | None) -> Scale:
+        """Return the scale with another threshold; None keeps its own.
+
+        Raises:
+            ValueError: the threshold is not in (low, high].
+        """
+        return self if success is None else replace(self, success=success)
+
+    def check(self, name: str, score: Tensor) -> None:
+        """Raise unless all scores that are there lie on the scale.
+
+        Args:
+            name: name of the scores, for the message.
+            score: any shape; NaN where there is none.
+
+        Raises:
+            ValueError: one lies off the scale; the message shows the values seen.
+            TypeError: ``score`` is not a tensor.
+        """
+        check_tensor(name, score)
+        seen = torch.unique(score[~score.isnan()])
+        off = (seen < self.low) | (seen > self.high)
+        if self.whole:
+            off |= seen != seen.round()
+        if bool(off.any()):
+            kind = "whole scores" if self.whole else "scores"
+            shown = ", ".join(f"{x:g}" for x in seen[off][:SHOWN].tolist())
+            more = ", ..." if int(off.sum()) > SHOWN else ""
+            raise ValueError(f"{name}: expected {kind} in {self.low:g}..{self.high:g}, "
+                             f"got {shown}{more}")  # fmt: skip
+
+    def normalize(self, score: Tensor) -> Tensor:
+        """Map scores to [0, 1]: (score - low) / (high - low), float32 (float64 if given).
+
+        Raises:
+            ValueError: a score lies off the scale.
+            TypeError: ``score`` is not a tensor.
+        """
+        self.check("score", score)
+        wide = score.to(torch.promote_types(score.dtype, torch.float32))
+        return (wide - self.low) / (self.high - self.low)
+
+    def followed(self, score: Tensor) -> Tensor:
+        """Turns that were followed, boolean, shape of ``score``; false where there is no score."""
+        return score >= self.success
+
+
+#: Yes or no.
+BINARY = Scale(0, 1, success=1, whole=True)
+#: 1 to 5, of which 5 is followed completely.
+LIKERT = Scale(1, 5, success=5, whole=True)
+#: Scales of the library's judge by the name of its prompt's ``scale``.
+SCALES: Mapping[str, Scale] = {"binary": BINARY, "likert": LIKERT}
