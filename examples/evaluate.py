@@ -83,7 +83,7 @@ def run(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
     max_invalid: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of chains not counted that is an error.")
+        float, typer.Option(min=0, max=1, help="Share left out or lost that is an error.")
     ] = 0.2,
     shown: Gallery = 200,
 ) -> None:
