@@ -81,7 +81,6 @@ def run(
     ] = "question",
     detector: Annotated[str | None, typer.Option(help="Grounding DINO, path or hub id.")] = None,
     ocr: Annotated[bool, typer.Option(help="Text edits: read by rapidocr, not the judge.")] = False,
-    ocr: Annotated[bool, typer.Option(help="Text edits: read by rapidocr, not the judge.")] = False,
     consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     terms: Annotated[
         Literal["features", "l1"], typer.Option(help="What consistency compares.")
@@ -90,7 +89,7 @@ def run(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
     max_invalid: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of chains not counted that is an error.")
+        float, typer.Option(min=0, max=1, help="Share left out or lost that is an error.")
     ] = 0.2,
     shown: Gallery = 200,
 ) -> None:

@@ -347,14 +347,18 @@ def interval_difference(
     Returns:
         Interval of the same shape.
 
+    Raises:
+        ValueError: shapes differ.
+
     Source: Newcombe, Statistics in Medicine 17:2635 (1998); Zou and Donner, Statistics in Medicine
         27:1693 (2008).
 
     Example:
         >>> found = interval_difference(wilson_interval(9, 10), wilson_interval(5, 10))
         >>> f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
-        '0.40 [-0.00, 0.67]'
+        '0.40 [-0.00, 0.68]'
     """
+    check_same_shape(first=first.estimate, second=second.estimate)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         return (a.square() - 2 * correlation * a * b + b.square()).clamp(min=0).sqrt()

@@ -54,6 +54,9 @@ class LagrangeMultiplier:
     def update(self, mean: float) -> LagrangeMultiplier:
         """Return the multiplier after a round in which the reward had this mean.
 
+        Take the mean over the trajectories in which the reward was measured; skip a round without
+        any.
+
         Raises:
             ValueError: the mean is not finite, as where every reward was lost.
         """

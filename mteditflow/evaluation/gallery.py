@@ -74,11 +74,23 @@ def gallery(
     sources = [{"name": x.name, **x.evaluation.provenance.stated} for x in series]
     data = {"chains": shown, "types": list(types), "turns": turns, "of": len(chains)}
     data["sources"] = sources
+    data["denominators"] = [f"{one.name}: {_denominators(one.evaluation)}" for one in series]
     # In a script element "<" could end it.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = resources.files(__package__).joinpath("gallery.html").read_text(encoding="utf-8")
     before, _, after = page.partition("{{data}}")
     return before.replace("{{title}}", html.escape(title)) + text + after
+
+
+def _denominators(evaluation: Evaluation) -> str:
+    """Chains behind each metric by turn, and the turns in which a term had nothing to measure."""
+    counts = [f"{name} {' / '.join(map(str, n))}" for name, n in evaluation.counts.items()]
+    nothing = [f"{name} {count}" for name, count in evaluation.unmeasured.items()]
+    lost = int((~evaluation.complete).sum())
+    return (
+        f"chains by turn: {', '.join(counts)}; {lost} lost a score; turns with nothing to measure: "
+        f"{', '.join(nothing) or 'none'}"
+    ).replace("_", " ")
 
 
 def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
