@@ -123,7 +123,7 @@ def first_batch(preset: str, world: Path, output: Path, *more: object) -> Iterat
         config = run.config.rewards
         rewards = round_rewards(config, scores, rollout.trajectory.group)
         signals, weights = turn_signals(config, rewards, {})
-        advantage, valid = turn_advantages(config, rewards, signals, weights)
+        advantage, valid, _ = turn_advantages(config, rewards, signals, weights)
         given = (run.policies, run.objective, rollout, advantage, valid)
         yield Batch(*given, run.config.training, run.key)
 

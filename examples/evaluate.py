@@ -152,8 +152,13 @@ def run(
         series = [Series(name, evaluation, ByRow(made, scored))]
         write_all(output, report, [report], series, scored, range(min(shown, len(scored))))
     show(report, output)
-    if 1 - report.counted / report.asked > max_invalid:
-        typer.echo(f"error: only {report.counted} of {report.asked} chains counted", err=True)
+    if report.invalid_share > max_invalid:
+        lost = len(report.left_out) + len(report.lost)
+        typer.echo(
+            f"error: {lost} of {report.asked} chains were left out or lost a score, more than "
+            f"the {max_invalid:.0%} allowed",
+            err=True,
+        )
         raise typer.Exit(1)
 
 

@@ -35,8 +35,9 @@ from mteditflow.evaluation.benchmarks import (
     score_gedit,
     score_imgedit,
 )
-from mteditflow.evaluation.benchmarks.averages import Estimate, Group
+from mteditflow.evaluation.benchmarks.averages import Group
 from mteditflow.evaluation.benchmarks.gedit import LANGUAGES
+from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import AnswerCache, ChatClient
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -54,6 +55,7 @@ Patience = Annotated[
 MaxInvalid = Annotated[
     float, typer.Option(min=0, max=1, help="Share of items without a score that is an error.")
 ]
+FEW = f"* over fewer than {FEW_CASES}"
 DEFAULT_OUTPUT = Path("runs/single_turn")
 
 
@@ -170,7 +172,7 @@ def rows(run: Run) -> tuple[list[str], list[list[str]]]:
     groups = {**run.report.groups, "Overall": run.report.overall}
     names = list(run.report.overall.metrics)
     body = [
-        [name, *(cell(group.metrics[x]) for x in names), str(group.items), *invalid(group)]
+        [name, *(cell(group, x) for x in names), str(group.items), *invalid(group)]
         for name, group in groups.items()
     ]
     return ["", *names, "items", "scored", "lost", "no image"], body
@@ -181,18 +183,20 @@ def invalid(group: Group) -> list[str]:
     return [str(count) for count in (group.scored, group.lost, group.missing)]
 
 
-def cell(value: Estimate) -> str:
-    """An estimate with its interval."""
+def cell(group: Group, metric: str) -> str:
+    """An estimate with its interval; an asterisk marks few items."""
+    value = group.metrics[metric]
     if value.estimate is None:
         return "none"
     ends = "" if value.low is None else f" [{value.low:.2f}, {value.high:.2f}]"
-    return f"{value.estimate:.2f}{ends}"
+    return f"{value.estimate:.2f}{ends}{' *' * (group.scored < FEW_CASES)}"
 
 
 def table(run: Run) -> Table:
     """For the terminal."""
     head, body = rows(run)
-    shown = Table(title=f"{run.report.benchmark} ({run.name}) [95% interval over items]")
+    title = f"{run.report.benchmark} ({run.name}) \\[95% interval over items; {FEW}]"
+    shown = Table(title=title)
     for column in head:
         shown.add_column(column, justify="right" if column else "left")
     for row in body:
@@ -207,7 +211,7 @@ def markdown(run: Run, model: str) -> str:
     missing = run.report.absent_groups
     parts = [
         f"# {run.report.benchmark} ({run.name})",
-        f"Judge: `{model}`; prompts of mteditflow. 95% bootstrap intervals over items.",
+        f"Judge: `{model}`; prompts of mteditflow. 95% bootstrap intervals over items; {FEW}.",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         f"Groups without an item: {', '.join(missing)}." if missing else "",
         "\n".join(f"- left out: {line}" for line in left_out(run)),

@@ -144,7 +144,7 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         f"({COUNTS[Family.klein][1]} for klein, whose pipeline takes one at a time), which share "
         "no picture and no chain with pre-training or RL; before and after from equal noise.",
         "- Minutes are those of the machine as it was, not always idle, with the threads given.",
-        "- Percent, with 95% bootstrap intervals over chains. IF(3): all three turns succeeded. "
+        "- Percent, with 95% intervals over chains. IF(3): all three turns succeeded. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Marginal(3) / Marginal(1), in percent: low means exposure bias. Once for following the "
         "instruction, once for the whole picture. It is a ratio of shares of all chains, not the "

@@ -184,7 +184,7 @@ def document(reports: Reports) -> str:
         "content consistency comes from the server of the library, with a detector by rule and "
         "the L1 terms. Four attempts for each answer; a spoilt one stays spoilt.",
         f"- {some['held_out_chains']} held-out chains, scored exactly, before and after, from "
-        "equal noise. Percent, 95% bootstrap intervals over chains.",
+        "equal noise. Percent, 95% intervals over chains.",
         "- Lost: share of the judge's answers that the trainer knows to be lost; where 0.5 is put "
         "in their place, it knows of none. Invalid: share of rewards that were left out of "
         "statistics and training.",

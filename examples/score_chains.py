@@ -32,8 +32,10 @@ from mteditflow import (
     instruction_following,
     marginal_success,
     overall,
+    wilson_interval,
 )
 from mteditflow.chains import Chain, ChainDataset, ChainError, read_chains
+from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
     AnswerCache,
     Background,
@@ -120,8 +122,9 @@ class Measure(NamedTuple):
     name: str
     statistic: Callable[..., Tensor]
     samples: tuple[Tensor, ...]  # each [B, N], NaN where there is no score
-    counted: Tensor  # boolean [B, N], which of them it is about
+    chains: Tensor  # how many it is over, [N]; for Overall the fewer of IF's and CC's
     percent: bool = True
+    share: bool = False  # of one outcome per chain
 
 
 def measures(
@@ -130,23 +133,24 @@ def measures(
     """List what can be measured with the scores at hand."""
     found = []
     if following is not None:
-        success, valid = (following.score,), following.measured
+        success, judged = (following.score,), following.measured.long()
+        whole, own = judged.cumprod(dim=1).sum(dim=0), judged.sum(dim=0)
         if scale == "likert":
-            found.append(Measure("Likert, mean", content_consistency, success, valid, False))
+            found.append(Measure("Likert, mean", content_consistency, success, own, False))
         else:
-            whole = valid.long().cumprod(dim=1).bool()
-            so_far, own = of_valid(instruction_following), of_valid(marginal_success)
-            found.append(Measure("IF: all turns so far", so_far, success, whole))
-            found.append(Measure("Marginal: this turn", own, success, valid))
+            metrics = of_valid(instruction_following), of_valid(marginal_success)
+            found.append(Measure("IF: all turns so far", metrics[0], success, whole, share=True))
+            found.append(Measure("Marginal: this turn", metrics[1], success, own, share=True))
     if kept is not None:
         parts = tuple(getattr(kept, term) for term in TERMS[terms])
         scores = kept.scores if terms == "features" else kept.l1_scores
-        some, means = scores.measured, (scores.score,)
+        some, means = scores.measured.sum(dim=0), (scores.score,)
         found.append(Measure("CC: mean of each term's mean", content_consistency, parts, some))
         found.append(Measure("CC: mean of the chains' means", content_consistency, means, some))
         if following is not None and scale == "binary":
             title = "Overall: of IF and the first CC"
-            found.append(Measure(title, overall_of, success + parts, whole & some))
+            fewer = torch.minimum(whole, some)
+            found.append(Measure(title, overall_of, success + parts, fewer))
     return found
 
 
@@ -161,15 +165,22 @@ def overall_of(success: Tensor, *terms: Tensor) -> Tensor:
 
 
 def summarise(measure: Measure) -> dict[str, Any]:
-    """Per turn: the estimate, its 95% interval over chains, and how many chains were scored."""
-    generator = torch.Generator().manual_seed(0)
-    interval = bootstrap_interval(measure.statistic, *measure.samples, generator=generator)
+    """Per turn: the estimate, its 95% interval over chains, and how many chains have it.
+
+    The interval of a share of chains is Wilson's, that of others a bootstrap.
+    """
+    if measure.share:
+        successes = measure.statistic(*measure.samples).nan_to_num().double() * measure.chains
+        interval = wilson_interval(successes.round(), measure.chains)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        interval = bootstrap_interval(measure.statistic, *measure.samples, generator=generator)
     unit = 100 if measure.percent else 1
     estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
     return {
         "estimate": estimate,
         "interval": list(zip(low, high, strict=True)),
-        "chains": measure.counted.sum(dim=0).tolist(),
+        "chains": measure.chains.tolist(),
     }
 
 
@@ -204,7 +215,8 @@ def details(
 
 def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
     """Print every measure, turn by turn."""
-    table = Table(title="per turn [95% interval over chains] (chains scored)")
+    few = f"* fewer than {FEW_CASES}"
+    table = Table(title=f"per turn \\[95% interval over chains] (chains scored; {few})")
     table.add_column("")
     for turn in range(len(next(iter(table_of.values()))["estimate"])):
         table.add_column(f"turn {turn + 1}", justify="right")
@@ -213,7 +225,9 @@ def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
         table.add_row(
             name,
             *(
-                f"none ({count})" if value is None else f"{value} [{low}, {high}] ({count})"
+                f"none ({count})"
+                if value is None
+                else f"{value} [{low}, {high}] ({count}{' *' * (count < FEW_CASES)})"
                 for value, (low, high), count in cells
             ),
         )
@@ -250,7 +264,8 @@ def main(
     ] = "reference",
     terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = "features",
     max_invalid: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of invalid chains that is an error.")
+        float,
+        typer.Option(min=0, max=1, help="Share of chains with a lost score that is an error."),
     ] = 0.2,
 ) -> None:
     """Score, print a table, write scores.json.
@@ -294,6 +309,7 @@ def main(
         "summary": table,
         "invalid": {
             what: {"share": scores.invalid_share, "turns_by_reason": scores.reasons}
+            | {"unmeasured_turns": int(scores.unmeasured.sum())}
             for what, scores in scored.items()
             if scores is not None
         },
@@ -310,6 +326,9 @@ def main(
         if scores is not None and scores.reasons:
             reasons = ", ".join(f"{count} {reason}" for reason, count in scores.reasons.items())
             console.print(f"{what}: {scores.invalid_share:.1%} of chains invalid; turns: {reasons}")
+        if scores is not None and bool(scores.unmeasured.any()):
+            nothing = int(scores.unmeasured.sum())
+            console.print(f"{what}: nothing to measure in {nothing} turns (not lost)")
     try:
         for scores in scored.values():
             if scores is not None:

@@ -64,9 +64,10 @@ def train(run: Run) -> None:
 
             # Advantage: credit turns, normalize in groups, fuse; this rank keeps its own.
             signals, weights = turn_signals(config.rewards, rewards, state.multipliers)
-            advantage, valid = turn_advantages(
+            advantage, valid, unfused = turn_advantages(
                 config.rewards, rewards, signals, weights, state.history
             )
+            run.numbers["groups/unfused"] = unfused
 
             # Update: the objective's minibatches; then the old policy follows.
             velocity = RolloutVelocity(policies, rollout)

@@ -27,6 +27,7 @@ from mteditflow.advantages.group import (
     fuse_advantages,
     fuse_rewards,
     group_advantage,
+    group_measured,
     group_std,
     renormalize_advantage,
 )
@@ -100,8 +101,11 @@ from mteditflow.metrics import (
     conditional_success,
     content_consistency,
     instruction_following,
+    interval_difference,
     marginal_success,
     overall,
+    paired_difference_interval,
+    wilson_interval,
 )
 from mteditflow.old_policy import old_policy_decay, update_old_policy
 
@@ -160,12 +164,14 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantage",
+    "group_measured",
     "group_pairs",
     "group_std",
     "guard_log_ratio",
     "guard_step_weight",
     "instruction_following",
     "interpolate",
+    "interval_difference",
     "likert_average",
     "marginal_success",
     "masked_mean",
@@ -176,6 +182,7 @@ __all__ = [
     "old_policy_decay",
     "optimality_probability",
     "overall",
+    "paired_difference_interval",
     "renormalize_advantage",
     "reward_to_go",
     "rollout",
@@ -195,5 +202,6 @@ __all__ = [
     "velocity_kl",
     "velocity_norm_hinge",
     "velocity_target",
+    "wilson_interval",
     "zero_variance_share",
 ]

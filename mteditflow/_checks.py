@@ -125,9 +125,15 @@ def check_step_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
 
 
 def check_rewards(
-    rewards: Mapping[str, Tensor], group: Tensor | None, valid: Tensor | None
+    rewards: Mapping[str, Tensor],
+    group: Tensor | None,
+    valid: Tensor | None,
+    measured: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Validate rewards of one shape with their groups; return the mask, all true if none given."""
+    """Validate rewards of one shape with their groups; return the mask, all true if none given.
+
+    A reward is read where it is valid and, if it is named there, ``measured``.
+    """
     first = next(iter(rewards))
     shape = rewards[first].shape if isinstance(rewards[first], Tensor) else ()
     for name, reward in rewards.items():
@@ -141,7 +147,12 @@ def check_rewards(
         check_shape("group", group, shape[:1], "[B]")
         if group.is_floating_point() or group.is_complex() or group.dtype == torch.bool:
             raise TypeError(f"group: expected integer ids, got {group.dtype}")
+    marks = "mark lost ones in valid"
+    if measured is not None:
+        marks += ", unmeasured ones in measured"
     for name, reward in rewards.items():
         finite = ~valid | reward.isfinite()
-        check_values(name, reward, finite, "finite values (mark lost ones in valid)")
+        if measured and name in measured:
+            finite = finite | ~measured[name]
+        check_values(name, reward, finite, f"finite values ({marks})")
     return valid

@@ -88,6 +88,9 @@ CALLS = {
     "group std": lambda: mt.group_std(reward, group),
     "fuse advantages": lambda: mt.fuse_advantages(rewards, weights, group),
     "fuse rewards": lambda: mt.fuse_rewards(rewards, weights, group, valid=valid),
+    "fuse unmeasured": lambda: mt.fuse_rewards(
+        rewards, weights, group, measured=dict.fromkeys(rewards, valid)
+    ),
     "clamp": lambda: mt.clamp_advantage(reward),
     "renormalize": lambda: mt.renormalize_advantage(reward),
     "gather": lambda: mt.gather_ranks(reward)[0][0],
@@ -112,6 +115,9 @@ CALLS = {
     "marginal": lambda: mt.marginal_success(success, valid=turn_mask),
     "CC": lambda: mt.content_consistency(per_turn),
     "overall": lambda: mt.overall(reward, r),
+    "wilson": lambda: mt.wilson_interval(2, 3).low,
+    "paired difference": lambda: mt.paired_difference_interval(success, success).high,
+    "group measured": lambda: mt.group_measured(valid, group),
     "bootstrap": lambda: mt.bootstrap_interval(
         lambda s: s.mean(dim=0), per_turn, generator=torch.Generator("cpu"), resamples=20
     ).low,

@@ -186,7 +186,7 @@ def test_bad_input_is_named_and_counted(world, made, tmp_path):
     where = ["--references", world, "--images", images, "--output", tmp_path / "out"]
     said = run("run", file, *where, *EXACT, code=1)
     found = report(tmp_path / "out")
-    assert (found.asked, found.counted, len(found.left_out)) == (15, 10, 5)
+    assert (found.asked, found.scored, len(found.left_out)) == (15, 10, 5)
     reasons = found.left_out
     assert "turn_2.png, got none" in reasons["1"]
     assert "expected an image" in reasons["2"]
@@ -194,8 +194,8 @@ def test_bad_input_is_named_and_counted(world, made, tmp_path):
     assert "got '4' again, as on line 5" in reasons["chains.jsonl:14"]
     assert "none.jpg" in reasons["chains.jsonl:15"]
     assert [found.find("marginal", n).count for n in (1, 2, 3)] == [10, 10, 9]
-    assert "15 chains asked, 10 counted, 5 left out" in said
-    assert "only 10 of 15 chains counted" in said
+    assert "15 chains asked, 10 scored, 5 left out, 0 lost a score" in said
+    assert "5 of 15 chains were left out or lost a score, more than the 20% allowed" in said
     assert all(name in said for name in ("1: turn 2", "chains.jsonl:14: id"))
     run("run", file, *where, *EXACT, "--max-invalid", "0.5")
 
@@ -227,14 +227,16 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
     with ScriptedServer(yes, script) as server:
         run(*arguments, "--judge", server.url, code=1)
     found = report(tmp_path)
-    assert (found.asked, found.counted + len(found.lost)) == (CHAINS, CHAINS)
-    assert 0 < found.counted < CHAINS
+    assert (found.asked, found.scored) == (CHAINS, CHAINS)
+    assert 0 < len(found.lost) < CHAINS
+    assert sum(found.find("marginal", n).count for n in (1, 2, 3)) == 18
     assert all("rejected" in why for why in found.lost.values())
     assert found.find("marginal", 1).estimate == 100
     with ScriptedServer(yes) as server:
         run(*arguments, "--judge", server.url)
         assert len(server.requests) == 18
-    assert (report(tmp_path).counted, report(tmp_path).lost) == (CHAINS, {})
+    assert report(tmp_path).lost == {}
+    assert report(tmp_path).find("marginal", 3).count == CHAINS
 
 
 @pytest.mark.slow
@@ -275,7 +277,7 @@ def test_two_runs_are_compared_on_the_chains_that_both_scored(world, made, tmp_p
     )
     said = run("compare", made, other, "--output", tmp_path / "compared")
     found, old, new = report(tmp_path / "compared"), *map(_evaluation, (made, other))
-    assert (found.asked, found.counted) == (CHAINS, CHAINS - 1)
+    assert (found.asked, found.scored) == (CHAINS, CHAINS - 1)
     assert found.left_out == {"7": "only the first run scored it"}
     rows = [row for row in range(CHAINS) if row != 7]
     gained = new.success.float() - old.success[rows].float()

@@ -13,8 +13,11 @@ from mteditflow import (
     conditional_success,
     content_consistency,
     instruction_following,
+    interval_difference,
     marginal_success,
     overall,
+    paired_difference_interval,
+    wilson_interval,
 )
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -281,6 +284,135 @@ def test_overall_errors():
         message = f"{name}: expected a floating-point tensor, got torch.int64"
         with pytest.raises(TypeError, match=exactly(message)):
             overall(*tensors)
+
+
+# shares of one outcome per chain
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    [  # as published: Newcombe (1998), Table I, the score method without continuity correction
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_golden_wilson(successes, count, low, high):
+    estimate, *ends = map(float, wilson_interval(successes, count))
+    assert estimate == successes / count
+    assert ends == pytest.approx([low, high], abs=5e-5)
+
+
+def binomial(count, p):
+    """Probabilities of 0 to ``count`` successes."""
+    k = torch.arange(count + 1, dtype=torch.float64)
+    n = torch.tensor(float(count), dtype=torch.float64)
+    choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    return (choose + torch.xlogy(k, p) + torch.xlogy(n - k, 1 - p)).exp()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 10, 40])
+def test_wilsons_coverage_is_right_by_exact_binomial_probabilities(count):
+    """95% on average over shares or more, and never below 79%: it is worst for one or two."""
+    low, high = wilson_interval(torch.arange(count + 1), torch.tensor(count).expand(count + 1))[1:]
+    grid = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    covered = [float(binomial(count, p)[(low <= p) & (p <= high)].sum()) for p in grid]
+    assert 0.94 <= sum(covered) / len(covered) <= 0.985
+    assert min(covered) > (0.79 if count < 5 else 0.83)
+    assert [float(low[0]), float(high[-1])] == [0, 1]
+
+
+def test_wilsons_interval_solves_the_score_equation():
+    """Its ends are the shares p with (estimate - p)^2 = z^2 p (1 - p) / n."""
+    for confidence, z in ((0.95, 1.959964), (0.8, 1.281552)):
+        found = wilson_interval(torch.tensor([3, 9]), torch.tensor([10, 10]), confidence=confidence)
+        for end in found[1:]:
+            expected = z**2 * end * (1 - end) / 10
+            torch.testing.assert_close((found.estimate - end) ** 2, expected, rtol=1e-6, atol=0)
+
+
+def test_wilson_of_no_case_is_nan_and_errors_are_named():
+    assert all(x.isnan() for x in wilson_interval(0, 0))
+    message = "successes: expected a number from 0 to count, got 3.0 at index [0]"
+    with pytest.raises(ValueError, match=exactly(message)):
+        wilson_interval(torch.tensor([3]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="count: expected a number of cases >= 0"):
+        wilson_interval(torch.tensor([0]), torch.tensor([-1]))
+    with pytest.raises(ValueError, match="successes: expected the shape of count"):
+        wilson_interval(torch.tensor([1, 1]), torch.tensor(2))
+    with pytest.raises(ValueError, match=r"confidence: expected a finite number in \(0, 1\)"):
+        wilson_interval(1, 2, confidence=1.0)
+
+
+def table(a, b, c, d):
+    """Chains with success in both, in the second alone, in the first alone, in neither."""
+    rows = [(1, 1)] * a + [(0, 1)] * b + [(1, 0)] * c + [(0, 0)] * d
+    return (torch.tensor(column)[:, None] for column in zip(*rows, strict=True))
+
+
+def newcombe(a, b, c, d, z=1.959963984540054):
+    """Method 10 in plain Python."""
+    n, p1, p2 = a + b + c + d, (a + b) / (a + b + c + d), (a + c) / (a + b + c + d)
+
+    def score(p):
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return [(p + z * z / (2 * n) + s * half) / (1 + z * z / n) for s in (-1, 1)]
+
+    cross, product = a * d - b * c, (a + b) * (c + d) * (a + c) * (b + d)
+    cross = max(cross - n / 2, 0) if cross > 0 else cross
+    phi = cross / math.sqrt(product) if product else 0.0
+    (l1, u1), (l2, u2) = score(p1), score(p2)
+    low, high = (
+        math.sqrt(x * x - 2 * phi * x * y + y * y)
+        for x, y in ((p1 - l1, u2 - p2), (u1 - p1, p2 - l2))
+    )
+    return p1 - p2, p1 - p2 - low, p1 - p2 + high
+
+
+@pytest.mark.parametrize(
+    ("counts", "ends"),
+    [  # by the formula with a pocket calculator's four digits
+        ((36, 12, 2, 0), (0.0569, 0.3404)),
+        ((20, 12, 2, 16), (0.0562, 0.3292)),
+        ((2, 0, 0, 0), (-0.6576, 0.6576)),  # nobody changed, of two: not of width 0
+        ((0, 0, 0, 2), (-0.6576, 0.6576)),
+        ((0, 2, 0, 0), (0.0700, 1.0)),
+    ],
+)
+def test_golden_paired_difference(counts, ends):
+    found = paired_difference_interval(*table(*counts))
+    assert [float(x) for x in found[1:]] == pytest.approx(ends, abs=1e-4)
+
+
+@given(st.tuples(*[st.integers(0, 9)] * 4).filter(any))
+def test_paired_differences_equal_the_loop_and_turn_over(counts):
+    before, after = table(*counts)
+    found = [float(x) for x in paired_difference_interval(before, after)]
+    assert found == pytest.approx(newcombe(*counts), abs=1e-9)
+    estimate, low, high = found
+    assert -1 - 1e-12 <= low < estimate + 1e-12
+    assert estimate - 1e-12 < high <= 1 + 1e-12
+    assert low < high
+    back = [float(x) for x in paired_difference_interval(after, before)]
+    assert back == pytest.approx([-estimate, -high, -low], abs=1e-9)
+
+
+def test_paired_differences_are_of_the_valid_chains():
+    before, after = torch.tensor([[1], [0], [NAN]]), torch.tensor([[1], [1], [0.0]])
+    valid = torch.tensor([[True], [True], [False]])
+    found = paired_difference_interval(before, after, valid=valid)
+    expected = paired_difference_interval(before[:2], after[:2])
+    assert [float(x) for x in found] == [float(x) for x in expected]
+    assert all(x.isnan() for x in paired_difference_interval(before, after, valid=valid & False))
+    with pytest.raises(ValueError, match="after: expected the shape of before"):
+        paired_difference_interval(before, after[:2])
+
+
+def test_a_difference_of_unrelated_shares_is_newcombes_too():
+    """56/70 and 48/80: 0.0524 to 0.3339, as published for method 10 of unpaired shares."""
+    found = interval_difference(wilson_interval(56, 70), wilson_interval(48, 80))
+    assert [float(x) for x in found] == pytest.approx([0.2, 0.0524, 0.3339], abs=5e-5)
 
 
 # bootstrap

@@ -14,7 +14,7 @@ from mteditflow_examples.shapes.vision import RuleDetector, to_pil
 from mteditflow_examples.shapes.world import draw, make_chains
 from typer.testing import CliRunner
 
-from mteditflow import instruction_following, marginal_success
+from mteditflow import instruction_following, marginal_success, wilson_interval
 from mteditflow.chains import write_chains
 from mteditflow.rewards import Consistency, ConsistencyScorer
 from tests.shapes.rolling import edit_chains
@@ -82,7 +82,13 @@ def test_scores_are_those_of_the_world_and_of_the_process(world, urls, tmp_path)
         expected = 100 * metric(exact == 5)
         assert summary[name]["estimate"] == pytest.approx(expected.tolist(), abs=0.01)
         assert summary[name]["chains"] == [COUNT] * 3
-    assert report["invalid"]["following"] == {"share": 0.0, "turns_by_reason": {}}
+    nothing_lost = {"share": 0.0, "turns_by_reason": {}, "unmeasured_turns": 0}
+    assert report["invalid"]["following"] == nothing_lost
+    gaps = int(kept.l1_scores.unmeasured.sum())  # nothing to measure, and not lost either
+    assert report["invalid"]["consistency"] == {**nothing_lost, "unmeasured_turns": gaps}
+    low, high = summary["Marginal: this turn"]["interval"][0]
+    wilson = wilson_interval((exact == 5)[:, 0].sum(), torch.tensor(COUNT))
+    assert (low, high) == tuple(round(100 * float(x), 2) for x in wilson[1:])
     assert "IF: all turns so far" in result.output
 
 

@@ -51,8 +51,7 @@ class HeldOut:
         path = self._file(done)
         if not path.exists():
             return False
-        evaluation = Evaluation.read(path)
-        return evaluation.counted == len(evaluation)
+        return not Evaluation.read(path).lost
 
     def rewind(self, done: int) -> None:
         """Forget evaluations of rounds that will be done again; -1 forgets all."""

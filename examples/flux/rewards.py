@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import anyio
 import torch
@@ -172,8 +172,25 @@ def turn_signals(
         following = rewards.terms["following"]
         success = following.score >= config.success
         keep = mt.stop_after_failure(success, turn_mask=following.turn_mask).bool()
-        signals = {n: mt.Signal(x.value, x.valid & keep) for n, x in signals.items()}
+        signals = {
+            n: mt.Signal(x.value, x.valid & keep, x.measured & keep) for n, x in signals.items()
+        }
     return signals, weights
+
+
+class Advantages(NamedTuple):
+    """Advantages of a round.
+
+    Attributes:
+        value: of each turn, [B, N].
+        valid: turns that are trained on, boolean [B, N].
+        unfused_groups: number of groups with turns left out because a reward had nothing to measure
+            in any member, so that reward fusion has no sum there; 0 under advantage fusion.
+    """
+
+    value: Tensor
+    valid: Tensor
+    unfused_groups: int
 
 
 def turn_advantages(
@@ -182,8 +199,8 @@ def turn_advantages(
     signals: Mapping[str, mt.Signal],
     weights: Mapping[str, float],
     history: mt.RewardHistory | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Fuse signals into the advantage of each turn and whether it is trained on, both [B, N]."""
+) -> Advantages:
+    """Fuse signals into the advantage of each turn and whether it is trained on."""
     exists = rewards.terms["following"].turn_mask
     keep = torch.ones_like(exists)
     if config.groups == "informative":
@@ -192,16 +209,38 @@ def turn_advantages(
     if history is not None:
         signals, group = history.joined(signals, group)
     past = torch.ones(len(group) - own, exists.shape[1], dtype=torch.bool)
-    advantage, valid = mt.turn_advantage(
+    keep, exists = torch.cat([keep, past]), torch.cat([exists, past])
+    fused = keep
+    if config.fusion == "rewards":
+        fused = keep & _measured_in_groups(signals, weights, group, keep)
+    left_out = keep & ~fused & exists
+    advantage = mt.turn_advantage(
         signals,
         weights,
         group,
-        turn_mask=torch.cat([exists, past]),
-        keep=torch.cat([keep, past]),
+        turn_mask=exists,
+        keep=fused,
         fuse=mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards,
         std=config.std,
     )
-    return mt.clamp_advantage(advantage[:own], limit=config.advantage_limit), valid[:own]
+    return Advantages(
+        mt.clamp_advantage(advantage.value[:own], limit=config.advantage_limit),
+        advantage.valid[:own],
+        len(group[:own][left_out[:own].any(dim=1)].unique()),
+    )
+
+
+def _measured_in_groups(
+    signals: Mapping[str, mt.Signal], weights: Mapping[str, float], group: Tensor, keep: Tensor
+) -> Tensor:
+    """Turns whose groups have every signal with a weight measured in some valid member, [B, N].
+
+    A turn where no member has any is left to ``turn_advantage``: it is unmeasured altogether.
+    """
+    used = [signal for name, signal in signals.items() if weights[name] != 0]
+    valid = torch.stack([signal.valid for signal in used]).all(dim=0) & keep
+    there = [mt.group_measured(signal.measured & valid, group) for signal in used]
+    return torch.stack(there).all(dim=0) | ~torch.stack(there).any(dim=0)
 
 
 def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:

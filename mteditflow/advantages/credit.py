@@ -28,24 +28,45 @@ from mteditflow.advantages.turns import reward_to_go, turn_average
 Mask = Tensor | None  # boolean [B, N]
 
 
-class Signal(NamedTuple):
-    """Numbers with their validity: a reward of each trajectory, or a credit of each turn.
-
-    Attributes:
-        value: [B] or [B, N]; NaN, or anything else that is never read, where not valid.
-        valid: boolean, shape of ``value``.
-    """
-
+class _Signal(NamedTuple):
     value: Tensor
     valid: Tensor
+    measured: Tensor
+
+
+class Signal(_Signal):
+    """Numbers in three states: measured, unmeasured, lost.
+
+    A reward of each trajectory, or a credit of each turn. An entry is measured (it has a number),
+    unmeasured (there was nothing to measure: valid, without a number) or lost (it was requested and
+    did not come, or it does not exist: not valid).
+
+    Attributes:
+        value: [B] or [B, N]; NaN, or anything else that is never read, where not measured.
+        valid: boolean, shape of ``value``: entries that exist and were not lost.
+        measured: boolean, shape of ``value``: valid entries that have a number. Without it every
+            valid entry has one.
+
+    Example:
+        >>> signal = Signal(torch.tensor([0.5, torch.nan]), torch.tensor([True, False]))
+        >>> signal.measured
+        tensor([ True, False])
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, value: Tensor, valid: Tensor, measured: Tensor | None = None) -> Signal:
+        """Make a signal; without ``measured`` every valid entry is measured."""
+        return super().__new__(cls, value, valid, valid if measured is None else measured)
 
 
 class Credit(Protocol):
     """Takes one reward per turn to what each turn is credited with.
 
-    A turn of which a reward it answers for was lost has no signal: the mean of what is left would
+    A turn of which a reward it answers for was lost is not valid: the mean of what is left would
     be another measure than that of the other members of its group. A turn in which there was
-    nothing to measure leaves no such gap; the others are averaged.
+    nothing to measure leaves no such gap; the others are averaged. Where none of them was measured,
+    the signal is valid and unmeasured.
     """
 
     def __call__(
@@ -61,7 +82,7 @@ class Credit(Protocol):
             lost: turns whose reward was asked for and did not come, boolean [B, N]; ``None``: none.
 
         Returns:
-            Signal in the dtype of ``reward``, NaN where not valid.
+            Signal in the dtype of ``reward``, NaN where not measured.
 
         Raises:
             ValueError: shapes do not match, or a reward to be read is not finite.
@@ -93,12 +114,14 @@ class TrajectoryCredit:
         self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> Signal:
         """See ``Credit``."""
-        _, has, lost = _parts(reward, turn_mask, unmeasured, lost)
-        valid = has.any(dim=1) & ~lost.any(dim=1)
+        exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
+        valid = exists.any(dim=1) & ~lost.any(dim=1)
+        measured = valid & has.any(dim=1)
         value = torch.full_like(reward[:, 0], torch.nan)
-        if bool(valid.any()):
-            value[valid] = self.aggregate(reward[valid], turn_mask=has[valid]).to(value.dtype)
-        return Signal(value[:, None].expand_as(reward), valid[:, None].expand_as(has))
+        if bool(measured.any()):
+            rows = reward[measured], has[measured]
+            value[measured] = self.aggregate(rows[0], turn_mask=rows[1]).to(value.dtype)
+        return Signal(*(x[:, None].expand_as(has) for x in (value, valid, measured)))
 
 
 @dataclass(frozen=True)
@@ -139,9 +162,10 @@ class RewardToGo:
             return reward_to_go(x.to(reward), discount=self.discount)
 
         weight = to_go(has)
-        valid = exists & (weight > 0) & (to_go(lost) == 0)
-        value = to_go(torch.where(has, reward, 0)) / torch.where(valid, weight, 1)
-        return Signal(torch.where(valid, value, torch.nan), valid)
+        valid = exists & (to_go(lost) == 0)
+        measured = valid & (weight > 0)
+        value = to_go(torch.where(has, reward, 0)) / torch.where(measured, weight, 1)
+        return Signal(torch.where(measured, value, torch.nan), valid, measured)
 
 
 @dataclass(frozen=True)
@@ -159,8 +183,8 @@ class TurnCredit:
         self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> Signal:
         """See ``Credit``."""
-        _, has, _ = _parts(reward, turn_mask, unmeasured, lost)
-        return Signal(torch.where(has, reward, torch.nan), has)
+        exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
+        return Signal(torch.where(has, reward, torch.nan), exists & ~lost, has)
 
 
 def turn_advantage(
@@ -176,10 +200,14 @@ def turn_advantage(
 ) -> Signal:
     r"""Advantage of each turn from the signals of several rewards and credits.
 
-    Each turn is compared with the same turn of the other chains of its group that have every
-    signal there. Where chains of a group differ in length, later turns are so compared among the
+    Each turn is compared with the same turn of the other chains of its group that lost no signal
+    there. Where chains of a group differ in length, later turns are so compared among the
     longer ones, and one that no other chain has gets advantage 0; under ``TrajectoryCredit`` alone
     every chain is compared with all others, since its signal is there in padded turns, too.
+
+    A signal that is unmeasured at a turn is treated as ``fuse`` says: it adds 0 under
+    ``fuse_advantages``, and counts as its group's mean under ``fuse_rewards``. A turn at which no
+    signal with a weight was measured carries no information and is not trained.
 
     Args:
         signals: name to what turns are credited with, [B, N]. One reward may be there under two
@@ -190,17 +218,18 @@ def turn_advantage(
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
         keep: turns that are compared and trained, boolean [B, N], such as
             ``stop_after_failure(success).bool()``; ``None`` means all.
-        fuse: ``fuse_advantages`` or ``fuse_rewards``.
+        fuse: ``fuse_advantages`` or ``fuse_rewards``; the latter raises where a whole group has
+            a signal unmeasured (see ``group_measured``).
         std: as in ``group_advantage``.
         eps: as in ``group_advantage``.
 
     Returns:
-        Signal: advantages, detached and finite; valid are the kept turns that exist and have
-        every signal. Give the others weight 0 in the loss.
+        Signal: advantages, detached and finite; valid, and measured, are the kept turns that
+        exist, lost no signal and have one measured. Give the others weight 0 in the loss.
 
     Raises:
-        ValueError: names differ, every weight is 0, shapes do not match, a valid signal is not
-            finite.
+        ValueError: names differ, every weight is 0, shapes do not match, a measured signal is not
+            finite, or as ``fuse`` raises it.
         TypeError: as in ``group_advantage``.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 3 and 7, turn by turn.
@@ -225,8 +254,10 @@ def turn_advantage(
         check_mask("keep", keep, valid.shape, "[B, N]")
         valid = valid & keep
     values = {name: signal.value for name, signal in used.items()}
+    measured = {name: signal.measured for name, signal in used.items()}
     own = {name: weights[name] for name in used}
-    advantage = fuse(values, own, group, valid=valid, std=std, eps=eps)
+    advantage = fuse(values, own, group, valid=valid, measured=measured, std=std, eps=eps)
+    valid = valid & torch.stack(list(measured.values())).any(dim=0)
     if turn_mask is not None:
         check_mask("turn_mask", turn_mask, valid.shape, "[B, N]")
         valid = valid & turn_mask

@@ -3,8 +3,9 @@ r"""Group-relative advantages, and the fusion of several rewards.
 Shapes: ``B`` trajectories; those that share a group id form a group (they share one reference
 image and one instruction chain). Ids are any integers, in any order, groups of any size. A
 ``valid`` mask keeps lost rewards out: an invalid trajectory takes no part in any mean or std and
-gets advantage 0, as if it were deleted. Statistics are accumulated in float64. Nothing here
-carries a gradient.
+gets advantage 0, as if it were deleted. In fusion ``measured`` marks, reward by reward, where there
+was something to measure: an unmeasured reward is no evidence, and costs the trajectory none of its
+others. Statistics are accumulated in float64. Nothing here carries a gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_choice, check_full_precision, check_number, check_rewards
+from mteditflow._checks import (
+    check_choice,
+    check_full_precision,
+    check_mask,
+    check_number,
+    check_rank,
+    check_rewards,
+)
 
 STDS = ("group", "batch", "none")
 
@@ -66,20 +74,24 @@ def fuse_advantages(
     group: Tensor,
     *,
     valid: Tensor | None = None,
+    measured: Mapping[str, Tensor] | None = None,
     std: str = "group",
     eps: float = 1e-4,
 ) -> Tensor:
     r"""Advantage-level fusion: :math:`A = \sum_k w_k A_k`, each reward group-normalised on its own.
 
     A weight then means the same whatever the spread of its reward: the paper's choice, with weight
-    1 for instruction following and 0.15 to 0.2 for content consistency.
+    1 for instruction following and 0.15 to 0.2 for content consistency. A reward is normalized over
+    the members of the group in which it was measured, and adds exactly 0 to the others.
 
     Args:
-        rewards: name to reward, each [B] (or [B, N]), finite where valid.
+        rewards: name to reward, each [B] (or [B, N]), finite where valid and measured.
         weights: name to weight, the same names as ``rewards``.
         group: integer group id of each trajectory, [B].
         valid: boolean, shape of the rewards; false where ANY reward was lost. Such a trajectory
             takes no part in the statistics of any reward.
+        measured: name to boolean, shape of the rewards: false where there was nothing to measure.
+            A reward without an entry was measured everywhere; ``None``: all were.
         std: "group", "batch" or "none", as in ``group_advantage``.
         eps: as in ``group_advantage``.
 
@@ -87,9 +99,9 @@ def fuse_advantages(
         Shape of one reward, detached; 0 where invalid.
 
     Raises:
-        ValueError: names differ or are missing, shapes do not match, a valid reward is not finite,
-            a weight is not finite.
-        TypeError: as in ``group_advantage``.
+        ValueError: names differ or are missing, shapes do not match, a measured valid reward is not
+            finite, a weight is not finite.
+        TypeError: as in ``group_advantage``; ``measured`` is not boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 7, 18, 19.
 
@@ -97,11 +109,15 @@ def fuse_advantages(
         >>> rewards = {"if": torch.tensor([0.0, 1.0]), "cc": torch.tensor([0.9, 0.8])}
         >>> fuse_advantages(rewards, {"if": 1.0, "cc": 0.2}, torch.tensor([0, 0]), eps=0.0)
         tensor([-0.8000,  0.8000])
+        >>> measured = {"cc": torch.tensor([False, False])}
+        >>> weights, group = {"if": 1.0, "cc": 0.2}, torch.tensor([0, 0])
+        >>> fuse_advantages(rewards, weights, group, measured=measured, eps=0.0)
+        tensor([-1.,  1.])
     """
-    valid = _check_named(rewards, weights, group, valid)
+    counted = _check_named(rewards, weights, group, valid, measured)
     index = _group_index(group)
     advantages = {
-        name: _normalize(reward, index, valid, std, eps) for name, reward in rewards.items()
+        name: _normalize(reward, index, counted[name], std, eps) for name, reward in rewards.items()
     }
     return _weighted_sum(advantages, weights)
 
@@ -112,19 +128,23 @@ def fuse_rewards(
     group: Tensor,
     *,
     valid: Tensor | None = None,
+    measured: Mapping[str, Tensor] | None = None,
     std: str = "group",
     eps: float = 1e-4,
 ) -> Tensor:
     r"""Reward-level fusion: :math:`R = \sum_k w_k R_k`, then one group advantage.
 
     The reward with the larger spread dominates. Same arguments as ``fuse_advantages``, so the two
-    can be swapped.
+    can be swapped. A sum needs all its terms: an unmeasured reward counts as the mean of those
+    measured in its group. A trajectory in which no reward with a weight was measured takes no part.
 
     Args:
-        rewards: name to reward, each [B] (or [B, N]), finite where valid.
+        rewards: name to reward, each [B] (or [B, N]), finite where valid and measured.
         weights: name to weight, the same names as ``rewards``.
         group: integer group id of each trajectory, [B].
         valid: boolean, shape of the rewards; false where ANY reward was lost.
+        measured: name to boolean, shape of the rewards: false where there was nothing to measure.
+            A reward without an entry was measured everywhere; ``None``: all were.
         std: "group", "batch" or "none", as in ``group_advantage``.
         eps: as in ``group_advantage``.
 
@@ -132,9 +152,11 @@ def fuse_rewards(
         Shape of one reward, detached; 0 where invalid.
 
     Raises:
-        ValueError: names differ or are missing, shapes do not match, a valid reward is not finite,
-            a weight is not finite.
-        TypeError: as in ``group_advantage``.
+        ValueError: names differ or are missing, shapes do not match, a measured valid reward is not
+            finite, a weight is not finite, or a reward with a weight was measured in no member of a
+            group: leave such groups out (``group_measured`` finds them), or use
+            ``fuse_advantages``.
+        TypeError: as in ``group_advantage``; ``measured`` is not boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 6, 17.
 
@@ -142,9 +164,48 @@ def fuse_rewards(
         >>> rewards = {"if": torch.tensor([0.0, 1.0]), "cc": torch.tensor([0.9, 0.8])}
         >>> fuse_rewards(rewards, {"if": 1.0, "cc": 0.2}, torch.tensor([0, 0]), eps=0.0)
         tensor([-1.,  1.])
+        >>> rewards["cc"], measured = torch.tensor([0.9, torch.nan]), torch.tensor([True, False])
+        >>> fuse_rewards(
+        ...     rewards, {"if": 1.0, "cc": 0.2}, torch.tensor([0, 0]), measured={"cc": measured},
+        ...     eps=0.0,
+        ... )
+        tensor([-1.,  1.])
     """
-    valid = _check_named(rewards, weights, group, valid)
-    return _normalize(_weighted_sum(rewards, weights), _group_index(group), valid, std, eps)
+    counted = _check_named(rewards, weights, group, valid, measured)
+    index = _group_index(group)
+    used = [name for name in rewards if weights[name] != 0] or list(rewards)
+    part = torch.stack([counted[name] for name in used]).any(dim=0)
+    filled = {
+        name: reward if measured is None else _filled(reward, index, counted[name])
+        for name, reward in rewards.items()
+    }
+    for name in used:
+        _check_group_measured(name, group, ~part | _in_group(counted[name], index))
+    return _normalize(_weighted_sum(filled, weights), index, part, std, eps)
+
+
+def group_measured(measured: Tensor, group: Tensor) -> Tensor:
+    """Whether a reward was measured in any member of each trajectory's group.
+
+    Args:
+        measured: boolean [B] (or [B, N]: each turn on its own), such as ``Signal.measured``.
+        group: integer group id of each trajectory, [B].
+
+    Returns:
+        Boolean, shape of ``measured``, equal in all members of a group.
+
+    Raises:
+        ValueError: shapes do not match.
+        TypeError: ``measured`` is not boolean, or ``group`` is not integer.
+
+    Example:
+        >>> group_measured(torch.tensor([True, False, False]), torch.tensor([4, 4, 7]))
+        tensor([ True,  True, False])
+    """
+    check_rank("measured", measured, 1, "[B] or [B, N]", maximum=2)
+    check_mask("measured", measured, measured.shape, "[B] or [B, N]")
+    check_rewards({"measured": measured.float()}, group, None)
+    return _in_group(measured, _group_index(group))
 
 
 def clamp_advantage(advantage: Tensor, *, limit: float = 5.0) -> Tensor:
@@ -260,13 +321,30 @@ def _deviation(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Te
 
     In float64. The group's minimum is taken off first, which makes a constant group exactly 0.
     """
+    floor, mean, count = _group_mean(reward, index, valid)
+    return torch.where(valid, reward.detach().double() - floor - mean, 0), count
+
+
+def _group_mean(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimum of each member's group, mean above it, and its valid members (1 for none)."""
     value = torch.where(valid, reward.detach().double(), torch.inf)
     rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
     floor = torch.full_like(value, torch.inf).scatter_reduce(0, rows, value, "amin")
-    above_floor = torch.where(valid, value - floor.index_select(0, index), 0)
+    floor = floor.index_select(0, index)
     count = _group_sum(valid.double(), index).clamp(min=1)
-    mean = _group_sum(above_floor, index) / count
-    return torch.where(valid, above_floor - mean, 0), count
+    return floor, _group_sum(torch.where(valid, value - floor, 0), index) / count, count
+
+
+def _filled(reward: Tensor, index: Tensor, counted: Tensor) -> Tensor:
+    """Put the mean of the group's counted members into all others, 0 where there are none."""
+    floor, mean, _ = _group_mean(reward, index, counted)
+    mean = torch.where(floor.isfinite(), floor + mean, 0).to(reward.dtype)
+    return torch.where(counted, reward.detach(), mean)
+
+
+def _in_group(mask: Tensor, index: Tensor) -> Tensor:
+    """Whether the mask holds for any member of each member's group."""
+    return _group_sum(mask.double(), index) > 0
 
 
 def _root_mean_square(deviation: Tensor, count: Tensor, index: Tensor) -> Tensor:
@@ -283,7 +361,9 @@ def _check_named(
     weights: Mapping[str, float],
     group: Tensor,
     valid: Tensor | None,
-) -> Tensor:
+    measured: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """Validate; return where each reward counts: valid and measured."""
     if not rewards:
         raise ValueError("rewards: expected at least one named reward, got none")
     if set(rewards) != set(weights):
@@ -293,8 +373,27 @@ def _check_named(
         )
     for name, weight in weights.items():
         check_number(f"weights[{name!r}]", weight)
-    return check_rewards(
-        {f"rewards[{name!r}]": reward for name, reward in rewards.items()}, group, valid
+    measured = measured or {}
+    if unknown := set(measured) - set(rewards):
+        raise ValueError(f"measured: expected names among {sorted(rewards)}, got {sorted(unknown)}")
+    first = next(iter(rewards))
+    for name, mask in measured.items():
+        check_mask(f"measured[{name!r}]", mask, rewards[first].shape, f"of rewards[{first!r}]")
+    checked = {f"rewards[{name!r}]": reward for name, reward in rewards.items()}
+    masks = {f"rewards[{name!r}]": mask for name, mask in measured.items()}
+    valid = check_rewards(checked, group, valid, masks)
+    return {name: valid & measured[name] if name in measured else valid for name in rewards}
+
+
+def _check_group_measured(name: str, group: Tensor, ok: Tensor) -> None:
+    """Raise ``ValueError`` naming the first group in which a reward was not measured at all."""
+    if torch.compiler.is_compiling() or bool(ok.all()):
+        return
+    row = int((~ok).nonzero()[0, 0])
+    raise ValueError(
+        f"rewards[{name!r}]: expected a measured reward in every group, got none in group "
+        f"{int(group[row])}; leave the group out (group_measured), or use fuse_advantages, where "
+        "an unmeasured reward adds 0"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor
 from mteditflow._checks import check_count, check_mask, check_rank, check_shape
 from mteditflow.advantages.credit import Signal
 
-_Entry = dict[str, list[list[float | None]]]
+UNMEASURED = "unmeasured"  # in an entry, in place of a number; None stands for a lost one
+_Number = float | str | None
+_Entry = dict[str, list[list[_Number]]]
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class RewardHistory:
 
         Returns:
             Signals [B + P, N] and group ids [B + P]; cut advantages computed with them to the
-            first B. Remembered entries of other names or numbers of turns count as not valid.
+            first B. What was unmeasured or lost then still is. Remembered entries of other names or
+            numbers of turns count as lost.
 
         Raises:
             ValueError: shapes do not match.
-            TypeError: ``group`` is not integer, or a ``valid`` not boolean.
+            TypeError: ``group`` is not integer, or a mask not boolean.
         """
         self._check(signals, group)
         turns = next(iter(signals.values())).value.shape[1]
@@ -81,11 +85,8 @@ class RewardHistory:
         found = {}
         for term, signal in signals.items():
             rows = [row for _, entry in past for row in _rows(entry, term, turns)]
-            numbers = [[float("nan") if x is None else x for x in row] for row in rows]
-            value = torch.tensor(numbers, dtype=signal.value.dtype, device=signal.value.device)
-            value = torch.cat([signal.value, value.reshape(-1, turns)])
-            valid = torch.cat([signal.valid, value[len(signal.valid) :].isfinite()])
-            found[term] = Signal(value, valid)
+            past_signal = _signal(rows, turns, signal.value)
+            found[term] = Signal(*map(torch.cat, zip(signal, past_signal, strict=True)))
         more = torch.tensor(ids, dtype=group.dtype, device=group.device)
         return found, torch.cat([group, more])
 
@@ -98,7 +99,7 @@ class RewardHistory:
 
         Raises:
             ValueError: shapes do not match.
-            TypeError: ``group`` is not integer, or a ``valid`` not boolean.
+            TypeError: ``group`` is not integer, or a mask not boolean.
         """
         self._check(signals, group)
         entries = {name: list(kept) for name, kept in self.entries.items()}
@@ -129,16 +130,29 @@ class RewardHistory:
         for name, signal in signals.items():
             check_shape(f"signals[{name!r}]", signal.value, shape, "[B, N]")
             check_mask(f"signals[{name!r}].valid", signal.valid, shape, "[B, N]")
+            check_mask(f"signals[{name!r}].measured", signal.measured, shape, "[B, N]")
 
 
-def _listed(signal: Signal, own: Tensor) -> list[list[float | None]]:
-    """Return some rows of a signal, None where not valid."""
-    rows = zip(signal.value[own].tolist(), signal.valid[own].tolist(), strict=True)
-    return [[x if ok else None for x, ok in zip(*row, strict=True)] for row in rows]
+def _listed(signal: Signal, own: Tensor) -> list[list[_Number]]:
+    """Return some rows of a signal, a word where unmeasured and None where lost."""
+    rows = zip(*(x[own].tolist() for x in signal), strict=True)
+    return [
+        [x if has else UNMEASURED if ok else None for x, ok, has in zip(*row, strict=True)]
+        for row in rows
+    ]
 
 
-def _rows(entry: _Entry, term: str, turns: int) -> list[list[float | None]]:
-    """Return the remembered rows of a term, none of them valid where they do not fit."""
+def _signal(rows: Sequence[Sequence[_Number]], turns: int, like: Tensor) -> Signal:
+    """Return remembered rows as a signal [P, N] in the dtype and on the device of a tensor."""
+    numbers = [[x if isinstance(x, (int, float)) else math.nan for x in row] for row in rows]
+    valid = [[x is not None for x in row] for row in rows]
+    value = torch.tensor(numbers, dtype=like.dtype, device=like.device).reshape(-1, turns)
+    mask = torch.tensor(valid, dtype=torch.bool, device=like.device).reshape(-1, turns)
+    return Signal(value, mask, value.isfinite())
+
+
+def _rows(entry: _Entry, term: str, turns: int) -> list[list[_Number]]:
+    """Return the remembered rows of a term, all of them lost where they do not fit."""
     count = len(next(iter(entry.values())))
     rows = entry.get(term, [])
     fits = len(rows) == count and all(len(row) == turns for row in rows)

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_count, check_number, check_rank, check_rewards
+from mteditflow._checks import (
+    check_count,
+    check_mask,
+    check_number,
+    check_rank,
+    check_rewards,
+)
 from mteditflow.advantages.group import group_std
 
 
@@ -38,6 +44,7 @@ def select_groups(
     group: Tensor,
     *,
     valid: Tensor | None = None,
+    measured: Tensor | None = None,
     top: float | None = None,
     bottom: float | None = None,
     spread: float = 0.0,
@@ -45,13 +52,16 @@ def select_groups(
 ) -> GroupSelection:
     r"""Drop the groups that teach nothing, and count why.
 
-    A group is counted under the first reason that holds: fewer than ``members`` valid members, all
-    of them at ``top`` or above, all at ``bottom`` or below, a population std of at most ``spread``.
+    A group is counted under the first reason that holds: fewer than ``members`` valid and measured
+    members, all of them at ``top`` or above, all at ``bottom`` or below, a population std of at
+    most ``spread``.
 
     Args:
-        reward: one per trajectory, finite where valid, float32 or float64, [B].
+        reward: one per trajectory, finite where valid and measured, float32 or float64, [B].
         group: integer group id of each trajectory, [B].
         valid: boolean [B]; ``None`` means all are valid. The rest is never read and never kept.
+        measured: boolean [B]; false where there was nothing to measure. Such a member has no say,
+            and is kept with its group: other rewards may train it. ``None`` means all were.
         top: reward from which on nothing is left to gain; ``None``: none is.
         bottom: reward up to which nothing was achieved; ``None``: none is.
         spread: std that teaches nothing, >= 0; 0 drops groups of equal rewards alone.
@@ -79,7 +89,11 @@ def select_groups(
         {'kept': 1, 'short': 0, 'saturated': 1, 'hopeless': 1, 'flat': 0}
     """
     check_rank("reward", reward, 1, "[B]", maximum=1)
-    valid = check_rewards({"reward": reward}, group, valid)
+    if measured is not None:
+        check_mask("measured", measured, reward.shape, "[B]")
+    masks = None if measured is None else {"reward": measured}
+    valid = check_rewards({"reward": reward}, group, valid, masks)
+    counted = valid if measured is None else valid & measured
     check_number("spread", spread, low=0.0)
     check_count("members", members, low=2)
     for name, bound in (("top", top), ("bottom", bottom)):
@@ -91,16 +105,16 @@ def select_groups(
     zeros = torch.zeros(len(names), dtype=torch.int64, device=reward.device)
 
     def in_all(holds: Tensor) -> Tensor:
-        """Of each group, whether it holds for every valid member."""
-        return zeros.index_add(0, index, (valid & ~holds).long()) == 0
+        """Of each group, whether it holds for every member that counts."""
+        return zeros.index_add(0, index, (counted & ~holds).long()) == 0
 
-    count = zeros.index_add(0, index, valid.long())
+    count = zeros.index_add(0, index, counted.long())
     none = torch.zeros_like(count, dtype=torch.bool)
     reasons = {
         "short": count < members,
         "saturated": none if top is None else in_all(reward >= top),
         "hopeless": none if bottom is None else in_all(reward <= bottom),
-        "flat": in_all(group_std(reward, group, valid=valid) <= spread),
+        "flat": in_all(group_std(reward, group, valid=counted) <= spread),
     }
     left, counts = ~none, {}
     for name, drop in reasons.items():

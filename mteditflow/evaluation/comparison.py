@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 from mteditflow.chains import Chain
-from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation, interval_of
-from mteditflow.evaluation.report import Numbers, Report, in_words, lost_chains
-from mteditflow.metrics import Interval, conditional_success
+from mteditflow.evaluation.evaluation import (
+    CONSISTENCY,
+    FOLLOWING,
+    Evaluation,
+    interval_of,
+    outcomes,
+)
+from mteditflow.evaluation.report import Numbers, Report, at_ends, in_words, lost_chains
+from mteditflow.metrics import (
+    Interval,
+    conditional_success,
+    interval_difference,
+    paired_difference_interval,
+    wilson_interval,
+)
 
 
 class BeforeAfter(NamedTuple):
@@ -25,19 +37,19 @@ class BeforeAfter(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Differences between two evaluations, on the chains that count in both.
+    """Differences between two evaluations, each over the chains that have the metric in both.
 
     Attributes:
         before: round of the first evaluation.
         after: round of the second.
         turn: the last turn, N, counted from 1.
-        chains: number of chains that count in both.
+        chains: number of chains that each metric at turn N is over, in both evaluations.
         difference: after minus before at turn N of each metric, scalars: percent points for IF,
             Marginal, CC and Overall, its own unit for another term.
         marginal_ratio: Marginal(N) / Marginal(1), >= 0, and likewise the mean of each other term at
-            turn N over that at turn 1. Both are of all chains, so it is no share of the success at
-            turn 1: chains that fail at turn 1 and succeed at turn N raise it, above 1 too. NaN
-            where the value at turn 1 is 0.
+            turn N over that at turn 1, of the chains that have both turns. It is no share of the
+            success at turn 1: chains that fail at turn 1 and succeed at turn N raise it, above 1
+            too. NaN where the value at turn 1 is 0.
         conditional_success: P(success at N | success at 1) in percent; NaN where no chain succeeded
             at turn 1.
     """
@@ -45,14 +57,18 @@ class Comparison:
     before: int
     after: int
     turn: int
-    chains: int
+    chains: Mapping[str, int]
     difference: Mapping[str, Interval]
     marginal_ratio: Mapping[str, BeforeAfter]
     conditional_success: BeforeAfter
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:
-    """Compare two evaluations, chain by chain, with 95% bootstrap intervals over chains.
+    """Compare two evaluations, chain by chain, with 95% intervals over chains.
+
+    Newcombe's for the paired differences of IF and Marginal, Wilson's for conditional success, a
+    bootstrap for the others. A bootstrapped interval of shares that has no width, since all chains
+    agree, is replaced by one from Wilson's intervals of its parts.
 
     Raises:
         ValueError: they are not of the same chains, terms and success.
@@ -72,8 +88,7 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
         [0.0, 100.0, 100.0]
     """
     check_comparable(before, after)
-    names, rows = before.names, before.valid & after.valid
-    first, second = before.samples(rows), after.samples(rows)
+    names, (first, second) = before.names, paired_samples(before, after)
     ratio_names = [name for name in names if name == "marginal" or name in before.others]
     with_ratio = [names.index(name) for name in ratio_names]
 
@@ -81,27 +96,93 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
         """Differences at turn N; then before, after and difference of ratios and conditional."""
         parts = samples[: len(first)], samples[len(first) :]
         metrics = [before.per_turn(*part) for part in parts]
+        ends = [before.per_turn(*at_ends(*part))[with_ratio] for part in parts]
         given = [100 * conditional_success(x, valid=exists)[-1:] for x, exists, *_ in parts]
         old, new = (
-            torch.cat([_last_over_first(x[with_ratio]), share])
-            for x, share in zip(metrics, given, strict=True)
+            torch.cat([_last_over_first(x), share]) for x, share in zip(ends, given, strict=True)
         )
         return torch.cat([(metrics[1] - metrics[0])[:, -1], old, new, new - old])
 
     width = len(ratio_names) + 1
-    interval = interval_of(statistic, (*first, *second), (len(names) + 3 * width,))
+    interval = interval_of(statistic, (*first, *second))
     scalars = [Interval(*values) for values in zip(*interval, strict=True)]
     columns = (scalars[len(names) + i * width :][:width] for i in range(3))
     *ratios, given = (BeforeAfter(*values) for values in zip(*columns, strict=True))
+    shares = [outcomes(*samples[:2]) for samples in (first, second)]
+    marginals = [own["marginal"] for own in shares]
+    marginal_ratio = dict(zip(ratio_names, ratios, strict=True))
+    widest = [_ratio(*own) for own in marginals]
+    marginal_ratio["marginal"] = _widened(marginal_ratio["marginal"], *widest)
+    counts = before.counts_of(*first)[:, -1].tolist()
     return Comparison(
         before.round,
         after.round,
         before.turns,
-        int(rows.sum()),
-        difference=dict(zip(names, scalars, strict=False)),
-        marginal_ratio=dict(zip(ratio_names, ratios, strict=True)),
-        conditional_success=given,
+        dict(zip(names, counts, strict=True)),
+        difference=dict(zip(names, scalars, strict=False)) | _paired(*shares),
+        marginal_ratio=marginal_ratio,
+        conditional_success=_conditional(given, *marginals),
     )
+
+
+Outcome = tuple[Tensor, Tensor]  # outcome and counted, each [C, N]
+
+
+def paired_samples(
+    before: Evaluation, after: Evaluation
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Samples of both evaluations; a turn or a term counts where both have it."""
+    (old, judged, *first), (new, also_judged, *second) = before.samples, after.samples
+    both = judged & also_judged
+    gaps = [x.isnan() | y.isnan() for x, y in zip(first, second, strict=True)]
+    first, second = (
+        [x.masked_fill(gap, torch.nan) for x, gap in zip(own, gaps, strict=True)]
+        for own in (first, second)
+    )
+    return (old, both, *first), (new, both, *second)
+
+
+def _paired(old: Mapping[str, Outcome], new: Mapping[str, Outcome]) -> dict[str, Interval]:
+    """Differences of shares at turn N in percent points, with Newcombe's interval."""
+    found = {}
+    for name, (outcome, counted) in old.items():
+        first, second, valid = (x[:, -1:] for x in (outcome, new[name][0], counted))
+        found[name] = _in_percent(paired_difference_interval(first, second, valid=valid))
+    return found
+
+
+def _conditional(pair: BeforeAfter, old: Outcome, new: Outcome) -> BeforeAfter:
+    """P(success at N | success at 1) in percent, with Wilson's intervals."""
+
+    def share(outcome: Tensor, counted: Tensor) -> Interval:
+        given = counted[:, 0] & counted[:, -1] & outcome[:, 0]
+        return _in_percent(wilson_interval((given & outcome[:, -1]).sum(), given.sum()))
+
+    before, after = share(*old), share(*new)
+    return _widened(BeforeAfter(before, after, pair.difference), before, after)
+
+
+def _ratio(outcome: Tensor, counted: Tensor) -> Interval:
+    """Marginal(N) / Marginal(1) between the ends of both shares: the widest that it can be."""
+    both = counted[:, 0] & counted[:, -1]
+    shares = [wilson_interval((outcome[:, n] & both).sum(), both.sum()) for n in (0, -1)]
+    first, last = (Interval(*(x.float() for x in share)) for share in shares)
+    return Interval(last.estimate / first.estimate, last.low / first.high, last.high / first.low)
+
+
+def _widened(pair: BeforeAfter, before: Interval, after: Interval) -> BeforeAfter:
+    """Replace intervals without width by those from the parts."""
+    wide = (before, after, interval_difference(after, before))
+    return BeforeAfter(
+        *(
+            Interval(x.estimate, other.low, other.high) if bool(x.low == x.high) else x
+            for x, other in zip(pair, wide, strict=True)
+        )
+    )
+
+
+def _in_percent(interval: Interval) -> Interval:
+    return Interval(*(100 * x.float().squeeze() for x in interval))
 
 
 def _last_over_first(metrics: Tensor) -> Tensor:
@@ -123,8 +204,8 @@ class Change(NamedTuple):
 
     row: int
     turns: int  # more turns followed than before; below 0: fewer
-    following: float  # difference of the mean scores of following
-    consistency: float  # likewise; 0 where it is not scored
+    following: float  # mean difference of the scores of following
+    consistency: float  # likewise, over turns that have it in both; 0 where none has
 
 
 def report_difference(
@@ -135,7 +216,7 @@ def report_difference(
     title: str,
     left_out: Mapping[str, str],
 ) -> Report:
-    """Compute after minus before, for every number, over the chains that count in both.
+    """Compute after minus before, each number over the chains that have it in both.
 
     Args:
         before: scores of the chains.
@@ -162,29 +243,24 @@ def report_difference(
     """
     check_comparable(before, after)
     numbers = Numbers(before, chains)
-    rows = before.valid & after.valid
-    types, *first = numbers.samples(rows)
-    second = after.samples(rows)
-
-    def difference(types: Tensor, *samples: Tensor) -> Tensor:
-        old, new = samples[: len(first)], samples[len(first) :]
-        return numbers.values(types, *new) - numbers.values(types, *old)
-
-    interval = interval_of(difference, (types, *first, *second), (len(numbers.places),))
+    first, second = paired_samples(before, after)
+    interval = numbers.difference(first, second)
+    gaps = [evaluation.unmeasured for evaluation in (before, after)]
     return Report(
         title=title,
         turns=before.turns,
         asked=len(before) + len(left_out),
-        counted=int(rows.sum()),
+        scored=len(before),
         left_out=dict(left_out),
         lost=lost_chains(after) | lost_chains(before),
-        estimates=tuple(in_words(numbers.places, interval, numbers.counts(rows))),
+        unmeasured={name: max(x.get(name, 0) for x in gaps) for name in gaps[0] | gaps[1]},
+        estimates=tuple(in_words(numbers.places, interval, numbers.counts(first))),
         notes=("Paired differences, the second minus the first.",),
     )
 
 
 def most_changed(before: Evaluation, after: Evaluation) -> list[Change]:
-    """Order the chains that count in both by how much they changed, the most first.
+    """Order the chains judged at every turn in both by how much they changed, the most first.
 
     More turns followed or fewer weigh first, then the score of following, then consistency.
 
@@ -197,12 +273,20 @@ def most_changed(before: Evaluation, after: Evaluation) -> list[Change]:
     consistency = [0.0] * len(before)
     if CONSISTENCY in before.terms:
         consistency = _mean_change(before, after, CONSISTENCY)
-    rows = (before.valid & after.valid).nonzero().flatten().tolist()
+    rows = judged_in_both(before, after).nonzero().flatten().tolist()
     changes = [Change(row, turns[row], following[row], consistency[row]) for row in rows]
     return sorted(changes, key=lambda x: tuple(-abs(value) for value in x[1:]))
 
 
+def judged_in_both(before: Evaluation, after: Evaluation) -> Tensor:
+    """Chains that were judged at every turn in both evaluations, boolean [C]."""
+    following = (x.terms[FOLLOWING] for x in (before, after))
+    first, second = ((x.measured == x.turn_mask).all(dim=1) for x in following)
+    return first & second
+
+
 def _mean_change(before: Evaluation, after: Evaluation, name: str) -> list[float]:
-    means = (x.terms[name].score.double().nanmean(dim=1) for x in (after, before))
-    change: list[float] = torch.sub(*means).tolist()
-    return change
+    """Mean change of a chain over the turns that have the term in both; 0 where none has."""
+    change = after.terms[name].score.double() - before.terms[name].score.double()
+    means: list[float] = change.nanmean(dim=1).nan_to_num().tolist()
+    return means

@@ -1,7 +1,10 @@
 """Scores of held-out chains at one round of a run: metrics with intervals, kept in a file.
 
-``C`` chains of up to ``N`` turns. A chain that lost a score of a metric is left out of all of them
-and counted; nothing takes its place.
+``C`` chains of up to ``N`` turns. Every metric has its own denominator at every turn, as in the
+official aggregation: IF(t) the chains whose turns 1 to t were all judged, Marginal(t) those judged
+at t, CC(t) and any other term those in which it was measured at t. A lost score leaves these
+denominators and is counted; nothing takes its place. Where there was nothing to measure, nothing
+was lost.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from mteditflow.metrics import (
     instruction_following,
     marginal_success,
     overall,
+    wilson_interval,
 )
 from mteditflow.rewards import Fault, Lost, TurnScores
 
@@ -71,6 +75,8 @@ class Evaluation:
         ... )
         >>> evaluation.metrics["marginal"].estimate
         tensor([100.,  50.])
+        >>> evaluation.counts["marginal"]
+        [2, 2]
         >>> evaluation.score
         50.0
     """
@@ -105,7 +111,7 @@ class Evaluation:
             )
 
     def __len__(self) -> int:
-        """Return the number of chains, C, with those that are left out."""
+        """Return the number of chains, C."""
         return len(self.chain_ids)
 
     def only(self, chain_ids: Sequence[str]) -> Evaluation:
@@ -141,16 +147,20 @@ class Evaluation:
         return self.terms[FOLLOWING].score >= self.success_at
 
     @property
-    def valid(self) -> Tensor:
-        """Chains that count, boolean [C]: every turn judged, and consistency measured, not lost."""
-        following = self.terms[FOLLOWING]
-        valid = (following.measured == following.turn_mask).all(dim=1)
-        return valid & self.terms[CONSISTENCY].valid if CONSISTENCY in self.terms else valid
+    def judged(self) -> Tensor:
+        """Turns that have a score of following, boolean [C, N]."""
+        return self.terms[FOLLOWING].measured
 
     @property
-    def counted(self) -> int:
-        """Number of chains that count."""
-        return int(self.valid.sum())
+    def complete(self) -> Tensor:
+        """Chains that lost no score of any term, boolean [C]."""
+        return torch.stack([scores.valid for scores in self.terms.values()]).all(dim=0)
+
+    @property
+    def unmeasured(self) -> dict[str, int]:
+        """Number of turns in which there was nothing to measure, by term; they were not lost."""
+        counts = {name: int(scores.unmeasured.sum()) for name, scores in self.terms.items()}
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def lost(self) -> dict[str, int]:
@@ -174,17 +184,18 @@ class Evaluation:
         """Terms that are reported only."""
         return tuple(sorted(set(self.terms) - {FOLLOWING, CONSISTENCY, *self.parts}))
 
-    def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Select chains for ``per_turn``: success, turns, and the terms, each [rows, N]."""
+    @property
+    def samples(self) -> tuple[Tensor, ...]:
+        """Arguments of ``per_turn`` and ``counts_of``: success, judged, the terms, each [C, N]."""
         consistency = (CONSISTENCY,) if CONSISTENCY in self.terms else ()
         scores = (self.terms[name].score for name in (*consistency, *self.parts, *self.others))
-        return tuple(x[rows] for x in (self.success, self.terms[FOLLOWING].turn_mask, *scores))
+        return self.success, self.judged, *scores
 
     def per_turn(self, *samples: Tensor) -> Tensor:
         """Compute the metrics of some chains: [metrics, N], in the order of ``names``."""
-        success, exists, *scores = samples
-        following = instruction_following(success, valid=exists)
-        shares, others = [following, marginal_success(success, valid=exists)], scores
+        success, judged, *scores = samples
+        following = instruction_following(success, valid=judged)
+        shares, others = [following, marginal_success(success, valid=judged)], scores
         if CONSISTENCY in self.terms:
             per_sample, *rest = scores
             parts, others = rest[: len(self.parts)], rest[len(self.parts) :]
@@ -193,23 +204,45 @@ class Evaluation:
             shares += [content_consistency(per_sample)] if parts else []
         return torch.stack([*(100 * x for x in shares), *(x.nanmean(dim=0) for x in others)])
 
+    def counts_of(self, *samples: Tensor) -> Tensor:
+        """Count the chains that each metric of ``per_turn`` is over: integers [metrics, N].
+
+        Overall has two denominators, those of IF and of CC; the smaller one is given.
+        """
+        success, judged, *scores = samples
+        counts = [counted.sum(dim=0) for _, counted in outcomes(success, judged).values()]
+        others = [~x.isnan() for x in scores]
+        if CONSISTENCY in self.terms:
+            per_sample, *rest = others
+            parts, others = rest[: len(self.parts)], rest[len(self.parts) :]
+            content = torch.stack(parts or [per_sample]).any(dim=0).sum(dim=0)
+            counts += [content, torch.minimum(counts[0], content)]
+            counts += [per_sample.sum(dim=0)] if parts else []
+        return torch.stack([*counts, *(x.sum(dim=0) for x in others)])
+
+    @cached_property
+    def counts(self) -> dict[str, list[int]]:
+        """Number of chains that each metric is over, per turn; see ``counts_of``."""
+        return dict(zip(self.names, self.counts_of(*self.samples).tolist(), strict=True))
+
     @cached_property
     def metrics(self) -> dict[str, Interval]:
-        """Every metric per turn, [N], with its 95% bootstrap interval over the chains that count.
+        """Every metric per turn, [N], with its 95% interval over the chains in ``counts``.
 
-        NaN where no chain counts. The resampling has a fixed seed.
+        Wilson's for IF and Marginal, which have one outcome per chain; a bootstrap for the others,
+        with a fixed seed. NaN where no chain counts.
         """
-        interval = interval_of(
-            self.per_turn, self.samples(self.valid), (len(self.names), self.turns)
-        )
-        return {name: Interval(*(x[i] for x in interval)) for i, name in enumerate(self.names)}
+        interval = interval_of(self.per_turn, self.samples)
+        found = {name: Interval(*(x[i] for x in interval)) for i, name in enumerate(self.names)}
+        for name, (outcome, counted) in outcomes(self.success, self.judged).items():
+            _, *ends = wilson_interval((outcome & counted).sum(dim=0), counted.sum(dim=0))
+            found[name] = Interval(found[name].estimate, *((100 * x).float() for x in ends))
+        return found
 
     @cached_property
     def estimates(self) -> dict[str, list[float]]:
         """Every metric per turn without its interval, which takes longer."""
-        empty = torch.full((len(self.names), self.turns), torch.nan)
-        values = self.per_turn(*self.samples(self.valid)) if self.counted else empty
-        return dict(zip(self.names, values.tolist(), strict=True))
+        return dict(zip(self.names, self.per_turn(*self.samples).tolist(), strict=True))
 
     @property
     def score(self) -> float:
@@ -225,7 +258,12 @@ class Evaluation:
             for name, estimate in self.estimates.items()
             for turn, value in enumerate(estimate)
         }
-        return values | {"held_out/invalid_share": 1 - self.counted / len(self)}
+        values |= {
+            f"held_out/chains/{name}/turn_{turn + 1}": float(count)
+            for name, counts in self.counts.items()
+            for turn, count in enumerate(counts)
+        }
+        return values | {"held_out/invalid_share": int((~self.complete).sum()) / len(self)}
 
     def write(self, path: Path) -> None:
         """Write everything to a JSON file, atomically; its folder is made."""
@@ -255,12 +293,14 @@ class Evaluation:
             raise ValueError(f"{path}: {error}") from error
 
 
-def interval_of(
-    statistic: Callable[..., Tensor], samples: tuple[Tensor, ...], shape: tuple[int, ...]
-) -> Interval:
-    """Bootstrap a statistic of this shape with a fixed seed; NaN where there is no chain."""
-    if not len(samples[0]):
-        return Interval(*torch.full((3, *shape), torch.nan))
+def outcomes(success: Tensor, judged: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the metrics that are a share of one outcome per chain: outcome and counted, [C, N]."""
+    so_far, all_judged = (x.long().cumprod(dim=1).bool() for x in (success, judged))
+    return {METRICS[0]: (so_far, all_judged), METRICS[1]: (success, judged)}
+
+
+def interval_of(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...]) -> Interval:
+    """Bootstrap a statistic over chains with a fixed seed; NaN where it is."""
     return bootstrap_interval(statistic, *samples, generator=torch.Generator().manual_seed(0))
 
 

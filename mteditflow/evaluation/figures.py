@@ -19,6 +19,7 @@ from PIL import Image
 
 from mteditflow._files import write_atomically
 from mteditflow.evaluation.report import ALL, Report
+from mteditflow.metrics import FEW_CASES
 
 INK, SOFT, FAINT = "#1f2933", "#6b7684", "#c9d0d8"
 GOOD, AMBER, BAD, BLUE, PURPLE = "#1a7f4b", "#d97706", "#c0392b", "#2457d6", "#7c3aed"
@@ -154,7 +155,7 @@ def _bars(axes: Any, report: Report) -> None:
         values, errors = _values(report, metric, turns)
         style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
         axes.bar(places, values, 0.92 * width, yerr=errors, **style)
-    _finish(axes, "All turns so far, %", turns)
+    _finish(axes, "All turns so far, %", turns, [report])
     legend_below(axes, columns=3)
 
 
@@ -165,7 +166,7 @@ def _lines(axes: Any, reports: Sequence[Report]) -> None:
         values, errors = _values(report, "marginal", turns)
         style = {"color": colors[i % len(colors)], "capsize": 3, "marker": "o"}
         axes.errorbar(turns, values, yerr=errors, label=report.title, **style)
-    _finish(axes, "Marginal: this turn alone, %", turns)
+    _finish(axes, "Marginal: this turn alone, %", turns, reports)
     if len(reports) > 1:
         legend_below(axes, columns=1)  # their titles may be long
 
@@ -176,7 +177,7 @@ def _types(axes: Any, report: Report) -> None:
     for y, x in zip(places, found, strict=True):
         value, low, high = (nan if v is None else v for v in (x.estimate, x.low, x.high))
         axes.barh(y, value, color=PURPLE, xerr=[[value - low], [high - value]], ecolor=INK)
-    labels = [f"{x.edit_type} ({x.count})".replace("_", " ") for x in found]
+    labels = [f"{x.edit_type} ({x.count}{', few' * x.few})".replace("_", " ") for x in found]
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set(title="Marginal by edit type (turns), %", xlim=(0, 100))
@@ -197,8 +198,10 @@ def _values(
     return values, [below, [max(high - v, 0) for v, high in zip(values, highs, strict=True)]]
 
 
-def _finish(axes: Any, title: str, turns: Sequence[int]) -> None:
-    axes.set(title=title, xlabel="turn", ylim=(0, 105))
+def _finish(axes: Any, title: str, turns: Sequence[int], reports: Sequence[Report]) -> None:
+    few = any(x.few for report in reports for x in report.estimates if x.edit_type is None)
+    label = f"turn (some over fewer than {FEW_CASES} chains)" if few else "turn"
+    axes.set(title=title, xlabel=label, ylim=(0, 105))
     axes.set_xticks(list(turns))
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)

@@ -72,11 +72,23 @@ def gallery(
     types = dict.fromkeys(x for chain in shown for x in chain["types"] or ())
     turns = max((len(chain["instructions"]) for chain in shown), default=0)
     data = {"chains": shown, "types": list(types), "turns": turns, "of": len(chains)}
+    data["denominators"] = [f"{one.name}: {_denominators(one.evaluation)}" for one in series]
     # In a script element "<" could end it.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = resources.files(__package__).joinpath("gallery.html").read_text(encoding="utf-8")
     before, _, after = page.partition("{{data}}")
     return before.replace("{{title}}", html.escape(title)) + text + after
+
+
+def _denominators(evaluation: Evaluation) -> str:
+    """Chains behind each metric by turn, and the turns in which a term had nothing to measure."""
+    counts = [f"{name} {' / '.join(map(str, n))}" for name, n in evaluation.counts.items()]
+    nothing = [f"{name} {count}" for name, count in evaluation.unmeasured.items()]
+    lost = int((~evaluation.complete).sum())
+    return (
+        f"chains by turn: {', '.join(counts)}; {lost} lost a score; turns with nothing to measure: "
+        f"{', '.join(nothing) or 'none'}"
+    ).replace("_", " ")
 
 
 def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
@@ -102,11 +114,16 @@ def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
 
 
 def _turn(evaluation: Evaluation, row: int, turn: int) -> dict[str, Any]:
-    """Scores of a turn, what is lost, and whether it was followed: None where that is unknown."""
-    scores, lost = {}, []
+    """Scores of a turn, what is lost, and whether it was followed: None where that is unknown.
+
+    A score is None where it was lost, and "not measured" where there was nothing to measure.
+    """
+    scores: dict[str, float | str | None] = {}
+    lost = []
     for name, term in evaluation.terms.items():
         value = float(term.score[row, turn])
-        scores[name] = None if value != value else round(value, 4)
+        missing = None if (row, turn) in term.lost else "not measured"
+        scores[name] = missing if value != value else round(value, 4)
         if (row, turn) in term.lost:
             lost.append(f"{name}: {term.lost[row, turn]}")
     known = bool(evaluation.terms["following"].measured[row, turn])

@@ -2,9 +2,9 @@
 
 ``C`` chains of up to ``N`` turns, ``K`` edit types.
 
-A chain that lost a score counts in no number, at no turn: all metrics and turns are of the same
-chains, and two runs can be compared pairwise. A shorter chain counts at the turns that it has, and
-a term of consistency at the turns that have it.
+Every number has its own denominator, as in ``Evaluation``: a chain counts in IF at the turns up to
+which it was judged, in Marginal at those judged, in a term where that was measured. What was lost
+is named with its reason; where there was nothing to measure, nothing was lost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -22,16 +21,23 @@ from torch import Tensor
 from mteditflow.chains import TASK_TYPES, Chain
 from mteditflow.evaluation.evaluation import (
     CONSISTENCY,
-    FOLLOWING,
     METRICS,
-    PER_SAMPLE,
     Evaluation,
     interval_of,
+    outcomes,
 )
-from mteditflow.metrics import Interval
+from mteditflow.metrics import (
+    FEW_CASES,
+    Interval,
+    interval_difference,
+    paired_difference_interval,
+    wilson_interval,
+)
 
 DROP, ALL = "drop", "all"  # from turn 1 to N; all turns of an edit type
 BY_TYPE = METRICS[:2]  # IF and Marginal
+OVERALL = METRICS.index("overall")
+ENDS = [0, -1]  # the first turn and the last
 
 
 class Place(NamedTuple):
@@ -48,11 +54,14 @@ class Estimate(BaseModel):
     Attributes:
         metric: its name; the first four and the per-sample average are in percent.
         edit_type: whose turns it is of; None for all.
-        turn: from 1 on; "drop" is turn 1 minus turn N, "all" the mean over all turns of a type.
+        turn: from 1 on; "drop" is turn 1 minus turn N over the chains that have both (for Overall
+            the difference of the two numbers); "all" is the mean over all turns of a type.
         estimate: the value.
-        low: of the 95% bootstrap interval over chains.
+        low: of the 95% interval over chains: Wilson's for a share of one outcome per chain,
+            Newcombe's for a paired difference of two, a bootstrap for the others.
         high: likewise.
-        count: chains it is a mean over; for an edit type turns.
+        count: chains it is a mean over; for an edit type turns. For Overall the smaller of its two
+            denominators.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -65,6 +74,11 @@ class Estimate(BaseModel):
     high: float | None
     count: int
 
+    @property
+    def few(self) -> bool:
+        """Whether it is over so few cases (below ``FEW_CASES``) that its interval is rough."""
+        return 0 < self.count < FEW_CASES
+
 
 class Report(BaseModel):
     """A benchmark's numbers with their denominators.
@@ -73,13 +87,14 @@ class Report(BaseModel):
         title: what was scored.
         turns: of the longest chain, N.
         asked: chains that the benchmark holds, with those that could not be read.
-        counted: chains that the numbers are of.
+        scored: chains whose images could be read; each counts wherever it has a score.
         left_out: chain or line to why it was not scored.
-        lost: chain to why a score of it was lost; such a chain counts nowhere.
+        lost: chain to why a score of it was lost; it still counts in the numbers that it has.
+        unmeasured: term to the number of turns in which there was nothing to measure (not lost).
         estimates: the numbers.
         notes: remarks on the numbers.
         checks: edit type ("unknown" where none is named) to the check of success, to its number of
-            turns in the counted chains; empty where that is not known.
+            turns that were judged; empty where that is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,12 +102,18 @@ class Report(BaseModel):
     title: str
     turns: int
     asked: int
-    counted: int
+    scored: int
     left_out: dict[str, str]
     lost: dict[str, str]
+    unmeasured: dict[str, int] = {}
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...]
     checks: dict[str, dict[str, int]] = {}
+
+    @property
+    def invalid_share(self) -> float:
+        """Share of the chains asked that were left out or lost a score."""
+        return (len(self.left_out) + len(self.lost)) / max(self.asked, 1)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -125,7 +146,7 @@ def report_of(
     left_out: Mapping[str, str],
     ways: Sequence[Sequence[str]] | None = None,
 ) -> Report:
-    """Compute every number of a benchmark, with 95% bootstrap intervals over chains.
+    """Compute every number of a benchmark, with 95% intervals over chains.
 
     Args:
         evaluation: scores of the chains.
@@ -146,22 +167,23 @@ def report_of(
         >>> report = report_of(evaluation, chains, title="x", left_out={"3": "no image"})
         >>> report.find("marginal", 2).estimate, report.find("marginal", "drop").estimate
         (50.0, 50.0)
-        >>> report.asked, report.counted
+        >>> report.asked, report.scored
         (3, 2)
     """
     numbers = Numbers(evaluation, chains)
-    places, samples = numbers.places, numbers.samples(evaluation.valid)
-    interval = interval_of(numbers.values, samples, (len(places),))
+    samples = evaluation.samples
+    interval = numbers.interval(samples)
     return Report(
         title=title,
         turns=evaluation.turns,
         asked=len(evaluation) + len(left_out),
-        counted=evaluation.counted,
+        scored=len(evaluation),
         left_out=dict(left_out),
         lost=lost_chains(evaluation),
-        estimates=tuple(in_words(places, interval, numbers.counts(evaluation.valid))),
+        unmeasured=evaluation.unmeasured,
+        estimates=tuple(in_words(numbers.places, interval, numbers.counts(samples))),
         notes=tuple(_notes(evaluation, numbers.edit_types)),
-        checks={} if ways is None else _checks(chains, ways, evaluation.valid.tolist()),
+        checks={} if ways is None else _checks(chains, ways, evaluation.judged.tolist()),
     )
 
 
@@ -171,7 +193,7 @@ def _notes(evaluation: Evaluation, edit_types: Sequence[str]) -> Iterator[str]:
         counts = (
             f"{name} {' / '.join(str(int(x)) for x in measured.sum(dim=0))}"
             for name in evaluation.parts
-            for measured in [evaluation.terms[name].measured[evaluation.valid]]
+            for measured in [evaluation.terms[name].measured]
         )
         yield f"Chains behind the parts of CC (corpus average), by turn: {', '.join(counts)}."
     elif CONSISTENCY in evaluation.terms:
@@ -181,17 +203,21 @@ def _notes(evaluation: Evaluation, edit_types: Sequence[str]) -> Iterator[str]:
 
 
 def _checks(
-    chains: Sequence[Chain], ways: Sequence[Sequence[str]], counted: Sequence[bool]
+    chains: Sequence[Chain], ways: Sequence[Sequence[str]], judged: Sequence[Sequence[bool]]
 ) -> dict[str, dict[str, int]]:
-    """Count by edit type what told the turns of the counted chains."""
+    """Count by edit type the checks of the judged turns."""
     if [len(own) for own in ways] != [chain.turns for chain in chains]:
         raise ValueError("ways: expected one for each turn of each chain, got others")
     found: dict[str, Counter[str]] = {}
-    for chain, own in compress(zip(chains, ways, strict=True), counted):
-        for name, way in zip(chain.task_types or ["unknown"] * len(own), own, strict=True):
-            found.setdefault(name, Counter())[way] += 1
+    for chain, own, counted in zip(chains, ways, judged, strict=True):
+        types = chain.task_types or ["unknown"] * len(own)
+        for name, way, counts in zip(types, own, counted[: len(own)], strict=True):
+            found.setdefault(name, Counter())[way] += counts
     names = (*TASK_TYPES, "unknown")
-    return {name: dict(found[name].most_common()) for name in names if name in found}
+    told = {
+        name: {k: n for k, n in found[name].most_common() if n} for name in names if name in found
+    }
+    return {name: counts for name, counts in told.items() if counts}
 
 
 def in_words(
@@ -209,8 +235,6 @@ def lost_chains(evaluation: Evaluation) -> dict[str, str]:
     for name, term in evaluation.terms.items():
         for (c, n), why in sorted(term.lost.items()):
             lost.setdefault(evaluation.chain_ids[c], f"{name} at turn {n + 1}: {why}")
-    for c in (~evaluation.valid).nonzero().flatten().tolist():
-        lost.setdefault(evaluation.chain_ids[c], "nothing to measure")
     return lost
 
 
@@ -238,39 +262,135 @@ class Numbers:
             for n, name in enumerate(chain.task_types or ()):
                 self._types[c, n] = self.edit_types.index(name)
 
-    def samples(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Select chains for ``values``."""
-        return self._types[rows], *self._evaluation.samples(rows)
-
     def values(self, types: Tensor, *samples: Tensor) -> Tensor:
         """Compute all numbers of some chains, in the order of ``places``."""
         metrics = self._evaluation.per_turn(*samples)
-        metrics = torch.cat([metrics, metrics[:, :1] - metrics[:, -1:]], dim=1)
-        success, shares = samples[0].float(), []
-        for followed in (success.cumprod(dim=1), success):
-            of_type, turns = (_with_sum(x) for x in self._by_type(types, followed))
+        metrics = torch.cat([metrics, self._drops(metrics, *samples)[:, None]], dim=1)
+        shares = []
+        for outcome, counted in self._by_type(types, *samples[:2]):
+            of_type, turns = (_with_sum(x.sum(dim=1)) for x in (outcome & counted, counted))
             shares.append(100 * of_type / turns)
         return torch.cat([metrics.flatten(), torch.stack(shares, dim=1).flatten()])
 
-    def _by_type(self, types: Tensor, followed: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of followed turns and of all turns of each type, both [K, N]."""
-        of_type = types[..., None] == torch.arange(len(self.edit_types))
-        return (followed[..., None] * of_type).sum(dim=0).T, of_type.sum(dim=0).T
+    def interval(self, samples: tuple[Tensor, ...]) -> Interval:
+        """Compute all numbers with their 95% intervals, in the order of ``places``."""
+        found = torch.stack(interval_of(self.values, (self._types, *samples)))
+        table, by_type = self._tables(found)
+        for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
+            table[1:, i, :-1] = _ends(_share(outcome, counted))
+            table[1:, i, -1:] = _ends(_fall(outcome, counted))
+        for i, (outcome, counted) in enumerate(self._by_type(self._types, *samples[:2])):
+            by_type[1:, :, i, :-1] = _ends(_share(outcome, counted, dim=1))
+            pooled = by_type[..., i, -1]
+            _widen(pooled, _share_of_chains(pooled[0], counted))
+        return Interval(*found)
 
-    def counts(self, rows: Tensor) -> list[int]:
+    def difference(self, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> Interval:
+        """Compute the differences of all numbers of the same chains, after minus before."""
+
+        def statistic(types: Tensor, *samples: Tensor) -> Tensor:
+            old, new = samples[: len(before)], samples[len(before) :]
+            return self.values(types, *new) - self.values(types, *old)
+
+        found = torch.stack(interval_of(statistic, (self._types, *before, *after)))
+        table, by_type = self._tables(found)
+        pairs = zip(*(outcomes(*run[:2]).values() for run in (before, after)), strict=True)
+        for i, ((old, counted), (new, _)) in enumerate(pairs):
+            table[1:, i, :-1] = _ends(paired_difference_interval(old, new, valid=counted))
+            _widen(table[:, i, -1:], interval_difference(_fall(new, counted), _fall(old, counted)))
+        runs = [(*run[:2], self.values(self._types, *run)) for run in (before, after)]
+        for i in range(len(BY_TYPE) * bool(self.edit_types)):
+            (old, counted), (new, _) = (self._by_type(self._types, *run[:2])[i] for run in runs)
+            flat = [x.transpose(0, 1).flatten(1) for x in (old, new, counted)]  # [C, K N]
+            ends = _ends(paired_difference_interval(flat[0], flat[1], valid=flat[2]))
+            by_type[1:, :, i, :-1] = ends.reshape(2, *old.shape[::2])
+            shares = (
+                _share_of_chains(self._tables(values[None])[1][0, :, i, -1], counted)
+                for *_, values in reversed(runs)
+            )
+            _widen(by_type[..., i, -1], interval_difference(*shares))
+        return Interval(*found)
+
+    def counts(self, samples: tuple[Tensor, ...]) -> list[int]:
         """Denominator of each number, in chains; for an edit type in turns."""
-        evaluation, found = self._evaluation, []
-        names = dict.fromkeys(evaluation.names, FOLLOWING) | {x: x for x in evaluation.others}
-        names |= dict.fromkeys(("content_consistency", PER_SAMPLE), CONSISTENCY)
-        for metric in evaluation.names:
-            measured = evaluation.terms[names[metric]].measured[rows]
-            both = measured[:, 0] & measured[:, -1]  # a drop is of the chains that have both ends
-            found += [*measured.sum(dim=0).tolist(), int(both.sum())]
-        types = self._types[rows]
-        _, of_type = self._by_type(types, torch.zeros_like(types))
-        for turns in _with_sum(of_type).tolist():
-            found += turns * len(BY_TYPE)
+        chains = self._evaluation.counts_of(*samples)
+        drops = self._evaluation.counts_of(*at_ends(*samples))[:, -1:]
+        for i, (_, counted) in enumerate(outcomes(*samples[:2]).values()):
+            drops[i] = (counted[:, 0] & counted[:, -1]).sum()
+        if CONSISTENCY in self._evaluation.terms:  # Overall falls from one number to another
+            drops[OVERALL] = chains[OVERALL, ENDS].min()
+        pairs = self._by_type(self._types, *samples[:2])
+        turns = torch.stack([_with_sum(counted.sum(dim=1)) for _, counted in pairs], dim=1)
+        found: list[int] = torch.cat(
+            [torch.cat([chains, drops], dim=1).flatten(), turns.flatten()]
+        ).tolist()
         return found
+
+    def _drops(self, metrics: Tensor, *samples: Tensor) -> Tensor:
+        """Turn 1 minus turn N of each metric, over the chains that have both: [metrics]."""
+        first, last = self._evaluation.per_turn(*at_ends(*samples)).unbind(dim=1)
+        drops = first - last
+        for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
+            both = counted[:, 0] & counted[:, -1]
+            fall = (outcome[:, 0].float() - outcome[:, -1].float()) * both
+            drops[i] = 100 * fall.sum() / both.sum()
+        if CONSISTENCY in self._evaluation.terms:
+            drops[OVERALL] = metrics[OVERALL, 0] - metrics[OVERALL, -1]
+        return drops
+
+    def _by_type(
+        self, types: Tensor, success: Tensor, judged: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Outcome and counted of the metrics by edit type, each [K, C, N]."""
+        of_type = types == torch.arange(len(self.edit_types))[:, None, None]
+        pairs = outcomes(success, judged).values()
+        return [(outcome.expand_as(of_type), of_type & counted) for outcome, counted in pairs]
+
+    def _tables(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of numbers [R, places]: [R, metrics, N + 1] and [R, K, 2, N + 1]."""
+        columns = self._evaluation.turns + 1
+        end = len(self._evaluation.names) * columns
+        metrics = len(self._evaluation.names), columns
+        by_type = len(self.edit_types), len(BY_TYPE), columns
+        count = len(rows)
+        return rows[:, :end].view(count, *metrics), rows[:, end:].view(count, *by_type)
+
+
+def at_ends(success: Tensor, judged: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
+    """Select turns 1 and N of samples; each counts where both are there."""
+    both = judged[:, ENDS].all(dim=1, keepdim=True).expand(-1, len(ENDS))
+    ends = [x[:, ENDS] for x in scores]
+    paired = [x.masked_fill(x.isnan().any(dim=1, keepdim=True), torch.nan) for x in ends]
+    return success[:, ENDS], both, *paired
+
+
+def _share(outcome: Tensor, counted: Tensor, dim: int = 0) -> Interval:
+    return wilson_interval((outcome & counted).sum(dim=dim), counted.sum(dim=dim))
+
+
+def _share_of_chains(percent: Tensor, counted: Tensor) -> Interval:
+    """Interval of a share of turns, [K], as if all turns of a chain were one case.
+
+    The widest that it can be; ``counted`` is [K, C, N].
+    """
+    chains = counted.any(dim=2).sum(dim=1)
+    return wilson_interval((percent.double() / 100).nan_to_num().clamp(0, 1) * chains, chains)
+
+
+def _fall(outcome: Tensor, counted: Tensor) -> Interval:
+    """Turn 1 minus turn N, paired by chain: [1]."""
+    both = counted[:, :1] & counted[:, -1:]
+    return paired_difference_interval(outcome[:, -1:], outcome[:, :1], valid=both)
+
+
+def _ends(interval: Interval) -> Tensor:
+    """Low and high in percent."""
+    return 100 * torch.stack([interval.low, interval.high]).float()
+
+
+def _widen(table: Tensor, interval: Interval) -> None:
+    """Put an interval in place of bootstrapped ones without width; table [3, ...] in percent."""
+    table[1:] = torch.where(table[1] == table[2], _ends(interval), table[1:])
 
 
 def _with_sum(x: Tensor) -> Tensor:

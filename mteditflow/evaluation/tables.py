@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mteditflow.evaluation.evaluation import PER_SAMPLE
 from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
+from mteditflow.metrics import FEW_CASES
 
 TITLES = {
     "instruction_following": "IF, %",
@@ -19,6 +20,14 @@ TITLES = {
     PER_SAMPLE: "CC (per-sample average), %",
     "overall": "Overall, %",
 }
+
+
+FEW = " *"  # marks an estimate over few cases
+FEW_NOTE = f"*: over fewer than {FEW_CASES} cases, so the interval is rough."
+INTERVALS = (
+    "95% intervals over chains: Wilson's for IF and Marginal, Newcombe's for their paired "
+    "differences, bootstrap for the others."
+)
 
 
 class Grid(NamedTuple):
@@ -40,10 +49,10 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
         >>> from mteditflow.evaluation.report import Estimate
         >>> numbers = [Estimate(metric="marginal", edit_type=None, turn=turn, estimate=50.0,
         ...     low=40.0, high=60.0, count=9) for turn in (1, "drop")]
-        >>> report = Report(title="x", turns=1, asked=9, counted=9, left_out={}, lost={},
+        >>> report = Report(title="x", turns=1, asked=9, scored=9, left_out={}, lost={},
         ...     estimates=numbers, notes=())
         >>> grids(report)[0].body[0]
-        ['Marginal, %', '50.00 [40.00, 60.00]', '50.00 [40.00, 60.00]', '9']
+        ['Marginal, %', '50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
     """
     steps: list[int | str] = list(range(1, report.turns + 1))
     rows = []
@@ -88,7 +97,7 @@ def _cell(x: Estimate, digits: int) -> str:
     digits += x.metric not in TITLES  # in its own unit, which is seldom percent
     values = (round(value, digits) + 0.0 for value in (x.estimate, x.low, x.high))  # no minus 0
     estimate, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{estimate} [{low}, {high}]"
+    return f"{estimate} [{low}, {high}]{FEW * x.few}"
 
 
 def _counts(found: Sequence[Estimate]) -> str:
@@ -98,16 +107,18 @@ def _counts(found: Sequence[Estimate]) -> str:
 
 
 def denominators(report: Report) -> str:
-    """Return one line: the denominators of a report."""
+    """Return one line: the chains of a report, what they lost, and what there was not."""
     missing = len(report.left_out), len(report.lost)
+    nothing = ", ".join(f"{name} {count}" for name, count in report.unmeasured.items())
     return (
-        f"{report.asked} chains asked, {report.counted} counted, {missing[0]} left out, "
-        f"{missing[1]} without all their scores"
+        f"{report.asked} chains asked, {report.scored} scored, {missing[0]} left out, "
+        f"{missing[1]} lost a score"
+        + (f"; turns with nothing to measure (not lost): {nothing}" if nothing else "")
     )
 
 
 def reasons(report: Report) -> list[str]:
-    """Name every chain that does not count, and why."""
+    """Name every chain that was left out or lost a score, and why."""
     return [f"{name}: {why}" for name, why in (report.left_out | report.lost).items()]
 
 
@@ -131,7 +142,8 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
         report: what to write.
         pictures: names of files beside it to show.
     """
-    parts = [f"# {report.title}", f"{denominators(report)}. 95% bootstrap intervals over chains."]
+    parts = [f"# {report.title}", f"{denominators(report)}. {INTERVALS}"]
+    parts += [FEW_NOTE] * any(x.few for x in report.estimates)
     parts += report.notes
     for title, head, body in grids(report):
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
@@ -140,7 +152,7 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
     parts += [f"![{name}]({name})" for name in pictures]
     if report.left_out or report.lost:
         lines_out = "\n".join(f"- {_escaped(line)}" for line in reasons(report))
-        parts += ["## Not counted", lines_out]
+        parts += ["## Left out or lost", lines_out]
     return "\n\n".join(parts) + "\n"
 
 

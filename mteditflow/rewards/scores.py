@@ -1,8 +1,9 @@
 """Scores per turn with their validity, as every judge and scorer of this package returns them.
 
 ``B`` trajectories, ``N`` turns. A score that is not there is NaN, never a number: either it was
-LOST (an answer was requested and did not come, with the reason) or there was nothing to measure
-(content consistency of a turn in which everything was edited).
+LOST (an answer was requested and did not come, with the reason) or UNMEASURED: there was nothing to
+measure (content consistency of a turn in which everything was edited). Only a lost score makes a
+trajectory invalid.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class TurnScores:
         >>> score = torch.tensor([[5.0, 3.0], [4.0, torch.nan]])
         >>> lost = {(1, 1): Lost(Fault.timeout, "no answer within 60 s", attempts=4)}
         >>> scores = TurnScores(score, torch.ones(2, 2, dtype=torch.bool), lost)
-        >>> scores.reward(likert_average)
-        Signal(value=tensor([0.7500,    nan]), valid=tensor([ True, False]))
+        >>> value, valid, measured = scores.reward(likert_average)
+        >>> value, valid
+        (tensor([0.7500,    nan]), tensor([ True, False]))
         >>> scores.invalid_share, scores.reasons
         (0.5, {'time-out': 1})
     """
@@ -85,61 +87,81 @@ class TurnScores:
         return self.score.isfinite()
 
     @property
+    def lost_mask(self) -> Tensor:
+        """Turns whose score was lost, boolean [B, N]."""
+        lost = torch.zeros_like(self.turn_mask)
+        for place in self.lost:
+            lost[place] = True
+        return lost
+
+    @property
+    def unmeasured(self) -> Tensor:
+        """Turns in which there was nothing to measure, boolean [B, N]: they were not lost."""
+        return self.turn_mask & ~self.measured & ~self.lost_mask
+
+    @property
     def valid(self) -> Tensor:
-        """Trajectories that may be trained on, boolean [B].
+        """Trajectories that lost no score, boolean [B].
 
         A trajectory that lost the score of any turn is not valid: the mean of its other turns would
-        not be comparable within its group. Neither is one without any measured turn.
+        not be comparable within its group. One with nothing to measure is valid, and unmeasured.
         """
-        valid = self.measured.any(dim=1)
-        for b, _ in self.lost:
-            valid[b] = False
-        return valid
+        return ~self.lost_mask.any(dim=1)
 
     @property
     def invalid_share(self) -> float:
-        """Share of trajectories that are not valid."""
+        """Share of trajectories that lost a score."""
         return int((~self.valid).sum()) / len(self)
 
     @property
+    def unmeasured_share(self) -> float:
+        """Share of trajectories that lost no score and have none: nothing to measure in any turn.
+
+        Example:
+            >>> scores = TurnScores(torch.tensor([[0.9], [torch.nan]]), torch.ones(2, 1) > 0, {})
+            >>> scores.unmeasured_share, scores.invalid_share
+            (0.5, 0.0)
+        """
+        return int((self.valid & ~self.measured.any(dim=1)).sum()) / len(self)
+
+    @property
     def reasons(self) -> dict[str, int]:
-        """Number of turns without a score by reason, most frequent first."""
-        counts = Counter(lost.fault.value for lost in self.lost.values())
-        unmeasured = int((self.turn_mask & ~self.measured).sum()) - len(self.lost)
-        if unmeasured:
-            counts["nothing to measure"] = unmeasured
-        return dict(counts.most_common())
+        """Number of turns whose score was lost by reason, most frequent first."""
+        return dict(Counter(lost.fault.value for lost in self.lost.values()).most_common())
 
     def reward(self, aggregate: Callable[..., Tensor]) -> Signal:
-        """Aggregate turns to one reward per trajectory; invalid ones are NaN and marked.
+        """Aggregate turns to one reward per trajectory; NaN, and marked, where there is none.
 
         Args:
             aggregate: such as ``mteditflow.likert_average``: maps scores [B', N] and a
-                ``turn_mask`` to [B']; it receives only valid trajectories, and in them only the
-                measured turns.
+                ``turn_mask`` to [B']; it receives only valid trajectories with a measured turn, and
+                in them only the measured turns.
 
         Returns:
-            Signal: value [B], float32 (float64 if scores are), and valid, boolean [B].
+            Signal: value [B], float32 (float64 if scores are); valid, boolean [B], where no turn
+            was lost; and measured, where some turn has a score besides.
         """
-        valid = self.valid
+        valid, turns = self.valid, self.measured
+        measured = valid & turns.any(dim=1)
         value = torch.full_like(self.score[:, 0], torch.nan)
-        if bool(valid.any()):
-            measured = self.measured[valid]
-            value[valid] = aggregate(self.score[valid], turn_mask=measured).to(value.dtype)
-        return Signal(value, valid)
+        if bool(measured.any()):
+            rows = self.score[measured], turns[measured]
+            value[measured] = aggregate(rows[0], turn_mask=rows[1]).to(value.dtype)
+        return Signal(value, valid, measured)
 
     def turn_reward(self, normalize: Callable[[Tensor], Tensor]) -> Signal:
         """Normalize every score on its own: one reward per turn.
 
-        A turn is valid where it was measured, even if its trajectory lost another turn.
+        A turn is valid where it exists and its score was not lost, even if that of another turn of
+        its trajectory was.
 
         Args:
             normalize: maps scores [K] to rewards [K], such as ``mteditflow.normalize_likert``; it
                 sees the turns that were measured.
 
         Returns:
-            Signal: value [B, N] in the dtype of the scores, NaN where there is no score; and
-            valid, boolean [B, N].
+            Signal: value [B, N] in the dtype of the scores, NaN where there is no score; valid and
+            measured, boolean [B, N].
 
         Example:
             >>> from mteditflow import normalize_likert
@@ -149,7 +171,7 @@ class TurnScores:
         """
         measured, value = self.measured, torch.full_like(self.score, torch.nan)
         value[measured] = normalize(self.score[measured]).to(value.dtype)
-        return Signal(value, measured)
+        return Signal(value, self.turn_mask & ~self.lost_mask, measured)
 
     def credited(self, reward: Tensor, credit: Credit) -> Signal:
         """Map one reward per turn to what each turn is credited with.
@@ -171,21 +193,19 @@ class TurnScores:
             >>> scores.credited(reward, RewardToGo()).value
             tensor([[0.7500, 0.5000]])
         """
-        lost = torch.zeros_like(self.turn_mask)
-        for place in self.lost:
-            lost[place] = True
         return credit(
             reward,
             turn_mask=self.turn_mask,
-            unmeasured=self.turn_mask & ~self.measured & ~lost,
-            lost=lost,
+            unmeasured=self.unmeasured,
+            lost=self.lost_mask,
         )
 
     def require(self, *, max_invalid_share: float) -> TurnScores:
-        """Return these scores, or raise if too many of them are invalid.
+        """Return these scores, or raise if too many trajectories lost one.
 
         Args:
-            max_invalid_share: largest share that may be invalid, in [0, 1].
+            max_invalid_share: largest share of trajectories that may be invalid, in [0, 1]. Those
+                with nothing to measure do not count.
 
         Raises:
             InvalidRewardsError: more are invalid; the message gives the share, the reasons with
@@ -197,11 +217,10 @@ class TurnScores:
         counts = self.reasons
         reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
         commonest = next(iter(counts))
-        examples = (str(x) for x in self.lost.values() if x.fault.value == commonest)
-        example = next((f". For instance {x}" for x in examples), "")
+        example = next(str(x) for x in self.lost.values() if x.fault.value == commonest)
         raise InvalidRewardsError(
             f"{self.invalid_share:.0%} of {len(self)} rewards are invalid, more than the "
-            f"{max_invalid_share:.0%} allowed. Turns by reason: {reasons}{example}"
+            f"{max_invalid_share:.0%} allowed. Turns by reason: {reasons}. For instance {example}"
         )
 
     @classmethod

@@ -5,6 +5,7 @@ Source: MT-EditFlow (arXiv 2606.01985), Eq. 6, 7, 17-19.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,8 @@ class Fusion:
 
     Attributes:
         function: called as ``function(rewards, weights, group, valid=valid)`` with rewards [B] and
-            weights by name; returns advantages [B].
+            weights by name; returns advantages [B]. One that has a parameter ``measured`` is also
+            called with masks [B] by name, false where there was nothing to measure.
         level: "advantage" normalizes each reward on its own, "reward" their weighted sum.
         zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
         eps: upper bound of what it adds to a std.
@@ -55,11 +57,19 @@ class Fusion:
         weights: Mapping[str, float],
         group: Tensor,
         valid: Tensor | None = None,
+        measured: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return advantages [B]; a failure of the function breaks the law that called it."""
         case = {**rewards, "weights": weights, "group": group, "valid": valid}
-        result = call(self.function, case, rewards, weights, group, valid=valid)
+        more = {} if measured is None else {"measured": measured}
+        case |= {f"measured {name}": mask for name, mask in (measured or {}).items()}
+        result = call(self.function, case, rewards, weights, group, valid=valid, **more)
         return vector(result)
+
+    @property
+    def takes_measured(self) -> bool:
+        """Whether the function has a parameter for rewards with nothing to measure."""
+        return "measured" in inspect.signature(self.function).parameters
 
 
 #: Laws of fusion, for ``Fusion``.
@@ -207,6 +217,39 @@ def mask_equals_deletion(f: Fusion, data: DataObject) -> None:
     expect_close(got, expected, case, tolerance=f.tolerance)
 
 
+@FUSION.law(
+    why="Consistency that cannot be measured after a change of background is neither a failure nor "
+    "a reason to drop the sample's other rewards.",
+    skip=lambda f: None if f.takes_measured else "the function takes no parameter `measured`",
+)
+def unmeasured(f: Fusion, data: DataObject) -> None:
+    """A reward with nothing to measure adds 0, or counts as the mean of its group in a sum."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    flags = data.draw(st.lists(st.booleans(), min_size=len(group), max_size=len(group)))
+    has = torch.tensor(flags, device="cpu")
+    same = (group[:, None] == group).double()
+    some = (same @ has.double()) > 0
+    # A sum has no stand-in for what nobody in the group has.
+    has = has | ~some if f.level == "reward" else has
+    assume(bool(has.any()) and not bool(has.all()))
+    weights = data.draw(WEIGHTS) | {"a": 1.0}
+    held = {**rewards, "b": rewards["b"].masked_fill(~has, data.draw(st.sampled_from(LOST)))}
+    got = f(held, weights, group, measured={"b": has})
+    if f.level == "reward":
+        mean = (same @ torch.where(has, rewards["b"], 0)) / (same @ has.double())
+        expected = f({**rewards, "b": torch.where(has, rewards["b"], mean)}, weights, group)
+    else:
+        alone = f({n: x[has] for n, x in rewards.items()}, _only("b", weights), group[has])
+        others = f(rewards, weights | {"b": 0.0}, group)
+        expected = others + torch.zeros_like(others).masked_scatter(has, alone.to(others.dtype))
+    case = _case(held, weights=weights, group=group, measured_b=has)
+    expect_close(got, expected, case, tolerance=f.tolerance)
+
+
+def _only(name: str, weights: Mapping[str, float]) -> dict[str, float]:
+    return dict.fromkeys(weights, 0.0) | {name: weights[name]}
+
+
 def check_fusion(
     function: Callable[..., Any],
     *,
@@ -219,7 +262,9 @@ def check_fusion(
     """Check a fusion, called as ``function(rewards, weights, group, valid=valid)``.
 
     Args:
-        function: maps rewards [B] and weights, by name, to advantages [B].
+        function: maps rewards [B] and weights, by name, to advantages [B]. If it has a parameter
+            ``measured``, masks by name of what there was something to measure in, the law of
+            unmeasured rewards is checked too.
         level: "advantage" or "reward", as in ``Fusion``.
         zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
         eps: upper bound of what it adds to a std.

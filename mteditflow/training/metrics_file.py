@@ -11,7 +11,8 @@ from pathlib import Path
 from mteditflow._checks import check_count
 from mteditflow._files import write_atomically
 
-ROUND, SECONDS, LOST = "round", "seconds/", "lost/"  # a column, and prefixes of columns
+ROUND = "round"  # a column
+SECONDS, LOST, UNMEASURED = "seconds/", "lost/", "unmeasured/"  # prefixes of columns
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

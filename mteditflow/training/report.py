@@ -22,7 +22,7 @@ from torch import Tensor
 from mteditflow._files import write_atomically
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
-from mteditflow.metrics import Interval
+from mteditflow.metrics import FEW_CASES, Interval
 from mteditflow.training.metrics_file import LOST, SECONDS
 from mteditflow.training.stopwatch import shares
 
@@ -83,15 +83,25 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def evaluation_report(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the metrics of an evaluation, rounded: per turn, each with its interval's ends."""
-    metrics = _with_intervals(evaluation.metrics)
-    counts = {"round": evaluation.round, "counted_chains": evaluation.counted}
-    return counts | {"lost_scores": evaluation.lost} | metrics
+    """Return the metrics of an evaluation, rounded: per turn, each with its interval's ends.
+
+    Beside them "chains", the denominators by metric and turn; "chains_with_lost_scores";
+    "lost_scores", turns by reason; and "unmeasured_turns" by term.
+    """
+    counts = {
+        "round": evaluation.round,
+        "chains": evaluation.counts,
+        "chains_with_lost_scores": int((~evaluation.complete).sum()),
+        "lost_scores": evaluation.lost,
+        "unmeasured_turns": evaluation.unmeasured,
+    }
+    return counts | _with_intervals(evaluation.metrics)
 
 
 def comparison_report(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """Return the paired differences at the last turn N, rounded, each with its interval's ends.
 
+    "chains" holds the number of chains that have each metric in both evaluations.
     "marginal_ratio", by metric its value at turn N divided by that at turn 1, and
     "conditional_success", P(success at N | success at 1) in percent, each hold "before", "after"
     and "difference".
@@ -144,7 +154,10 @@ def print_summary(
 def summary_table(report: Mapping[str, Any]) -> Table:
     """Return the metrics before and after, turn by turn, with 95% intervals."""
     chains = _many(report["held_out_chains"], "held-out chain")
-    table = Table(title=f"{chains}, percent \\[95% interval]", title_justify="left")
+    tables = (report[when]["chains"] for when in ("before", "after"))
+    few = any(_few(n) for counts in tables for row in counts.values() for n in row)
+    mark = f"; * over fewer than {FEW_CASES}" if few else ""
+    table = Table(title=f"{chains}, percent \\[95% interval]{mark}", title_justify="left")
     table.add_column("")
     table.add_column("")
     metrics = [name for name in report["before"] if f"{name}_interval" in report["before"]]
@@ -165,13 +178,17 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     gain = report["difference_at_last_turn"]
     lines = [_difference(gain), *(_since_turn_1(gain) if gain["turn"] > 1 else ())]
     for when in ("before", "after"):
-        left_out = report["held_out_chains"] - report[when]["counted_chains"]
-        if left_out:
-            lost = _counts(report[when]["lost_scores"])
+        lost = report[when]["chains_with_lost_scores"]
+        if lost:
+            reasons = _counts(report[when]["lost_scores"])
             lines.append(
-                f"{when.capitalize()}, {left_out} of {report['held_out_chains']} held-out chains "
-                f"could not be scored and were left out{f' (turns lost: {lost})' if lost else ''}."
+                f"{when.capitalize()}, {lost} of {report['held_out_chains']} held-out chains lost "
+                f"a score (turns lost: {reasons}); they count where they have one."
             )
+        nothing = ", ".join(f"{k} {n}" for k, n in report[when]["unmeasured_turns"].items())
+        if nothing:
+            what = f"turns with nothing to measure (not lost): {escape(nothing)}"
+            lines.append(f"{when.capitalize()}, {what}.")
     if report["time"]:
         split = ", ".join(f"{name} {share:.0%}" for name, (_, share) in report["time"].items())
         took = timedelta(seconds=round(report["seconds"]))
@@ -255,17 +272,16 @@ def _plain(value: Any) -> Any:
 
 def _difference(gain: Mapping[str, Any]) -> str:
     """Paired differences of the metrics in percent, in one sentence."""
-    parts = []
-    for name, title in TITLES.items():
-        if gain.get(name) is not None:
-            ends = _interval(gain[f"{name}_interval"])
-            parts.append(f"{title.split(':')[0]} {gain[name]:+.1f} {ends}")
-    if not parts:
+    counts = {name: gain["chains"][name] for name in TITLES if gain.get(name) is not None}
+    if not counts:
         return f"At turn {gain['turn']} no chain can be compared."
-    return (
-        f"At turn {gain['turn']}, paired over {_many(gain['chains'], 'chain')}: "
-        f"{', '.join(parts)} points."
-    )
+    parts, equal = [], len(set(counts.values())) == 1
+    for name, count in counts.items():
+        ends = _interval(gain[f"{name}_interval"])
+        over = "" if equal else f" over {count}"
+        parts.append(f"{TITLES[name].split(':')[0]} {gain[name]:+.1f} {ends}{_few(count)}{over}")
+    over = f" over {_many(next(iter(counts.values())), 'chain')}" if equal else ""
+    return f"At turn {gain['turn']}, paired{over}: {', '.join(parts)} points."
 
 
 def _since_turn_1(gain: Mapping[str, Any]) -> Iterator[str]:
@@ -291,11 +307,18 @@ def _before_after(x: Mapping[str, Any], digits: int, unit: str = "", points: str
 
 
 def _cells(rows: Mapping[str, Any], name: str, digits: int) -> list[str]:
-    values: Sequence[float | None] = rows[name]
+    columns = rows[name], rows[f"{name}_interval"], rows["chains"][name]
     return [
-        "none" if value is None else f"{value:.{digits}f} \\[{low:.{digits}f}, {high:.{digits}f}]"
-        for value, (low, high) in zip(values, rows[f"{name}_interval"], strict=True)
+        "none"
+        if value is None
+        else f"{value:.{digits}f} \\[{low:.{digits}f}, {high:.{digits}f}]{_few(count)}"
+        for value, (low, high), count in zip(*columns, strict=True)
     ]
+
+
+def _few(count: int) -> str:
+    """Mark of an estimate over few chains."""
+    return " *" if count < FEW_CASES else ""
 
 
 def _interval(ends: Sequence[float], digits: int = 1) -> str:

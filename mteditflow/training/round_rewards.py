@@ -18,7 +18,7 @@ from mteditflow.advantages.selection import GroupSelection, select_groups
 from mteditflow.advantages.turns import turn_average
 from mteditflow.diagnostics import advantage_correlation, variance_ratio, zero_variance_share
 from mteditflow.rewards import TurnScores
-from mteditflow.training.metrics_file import LOST
+from mteditflow.training.metrics_file import LOST, UNMEASURED
 
 
 @dataclass(frozen=True)
@@ -91,26 +91,27 @@ class RoundRewards:
         }
 
     def reward(self, name: str) -> Signal:
-        """Return one reward per trajectory, [B]; NaN where not valid."""
-        value, valid = self.whole[name]
-        return Signal(value[:, 0], valid[:, 0])
+        """Return one reward per trajectory, [B]; NaN where not measured."""
+        return Signal(*(x[:, 0] for x in self.whole[name]))
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean of each reward over its valid trajectories; NaN where there is none."""
-        pairs = {name: self.reward(name) for name in self.names}
-        return {name: float(value[valid].mean()) for name, (value, valid) in pairs.items()}
+        """Mean of each reward over the trajectories that have it; NaN where there is none."""
+        signals = {name: self.reward(name) for name in self.names}
+        return {name: float(x.value[x.measured].mean()) for name, x in signals.items()}
 
     def informative(self, name: str, *, top: float = 1.0, bottom: float = 0.0) -> GroupSelection:
         """Select the groups whose members differ; see ``mteditflow.select_groups``."""
-        value, valid = self.reward(name)
-        return select_groups(value, self.group, valid=valid, top=top, bottom=bottom)
+        value, valid, measured = self.reward(name)
+        return select_groups(
+            value, self.group, valid=valid, measured=measured, top=top, bottom=bottom
+        )
 
     def spreads(self, name: str) -> dict[int, float]:
-        """Return the std of a reward in each group that has two valid members or more."""
-        value, valid = self.reward(name)
-        members = Counter(self.group[valid].tolist())
-        spread = group_std(value, self.group, valid=valid)
+        """Return the std of a reward in each group that has it in two members or more."""
+        value, _, measured = self.reward(name)
+        members = Counter(self.group[measured].tolist())
+        spread = group_std(value, self.group, valid=measured)
         found = dict(zip(self.group.tolist(), spread.tolist(), strict=True))
         return {group: found[group] for group, count in members.items() if count > 1}
 
@@ -118,25 +119,28 @@ class RoundRewards:
         """Summarize the round, flat, as ``metrics.jsonl`` and every tracker take it.
 
         Returns:
-            By name (NaN where nothing is valid): "reward/<term>", the mean over valid trajectories;
-            "score/<term>/turn_<n>", the mean score of a turn; "group/<term>/std", the mean standard
-            deviation inside groups, and "group/<term>/no_spread", the share of groups without any;
-            "group/variance_ratio/<term>/<term>" and "group/correlation/<term>/<term>" inside
-            groups; "invalid_share", of trajectories that are not trained on; "trajectories", B; and
-            "lost/<reason>", trajectories that lost a score, each counted once.
+            By name (NaN where nothing is measured): "reward/<term>", the mean over trajectories
+            that have it; "score/<term>/turn_<n>", the mean score of a turn; "group/<term>/std", the
+            mean standard deviation inside groups, and "group/<term>/no_spread", the share of groups
+            without any; "group/variance_ratio/<term>/<term>" and "group/correlation/<term>/<term>"
+            inside groups, over trajectories that have both; "invalid_share", of trajectories that
+            lost a reward and are not trained on; "unmeasured/<term>", share of trajectories in
+            which there was nothing to measure; "trajectories", B; and "lost/<reason>", trajectories
+            that lost a score, each counted once.
         """
         rewards = {name: self.reward(name) for name in self.names}
         valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
         numbers = {f"reward/{name}": mean for name, mean in self.means.items()}
         for name, reward in rewards.items():
-            spread = group_std(reward.value, self.group, valid=reward.valid)
-            numbers[f"group/{name}/std"] = float(masked_mean(spread, reward.valid))
-            same = zero_variance_share(reward.value, self.group, valid=reward.valid)
+            spread = group_std(reward.value, self.group, valid=reward.measured)
+            numbers[f"group/{name}/std"] = float(masked_mean(spread, reward.measured))
+            same = zero_variance_share(reward.value, self.group, valid=reward.measured)
             numbers[f"group/{name}/no_spread"] = float(same)
+            numbers[f"{UNMEASURED}{name}"] = self.terms[name].unmeasured_share
         for (a, first), (b, second) in combinations(rewards.items(), 2):
-            pair = (first.value, second.value, self.group)
-            numbers[f"group/variance_ratio/{a}/{b}"] = float(variance_ratio(*pair, valid=valid))
-            numbers[f"group/correlation/{a}/{b}"] = float(advantage_correlation(*pair, valid=valid))
+            pair, both = (first.value, second.value, self.group), first.measured & second.measured
+            numbers[f"group/variance_ratio/{a}/{b}"] = float(variance_ratio(*pair, valid=both))
+            numbers[f"group/correlation/{a}/{b}"] = float(advantage_correlation(*pair, valid=both))
         for name, scores in self.terms.items():
             means = scores.score.nanmean(dim=0).tolist()
             numbers |= {f"score/{name}/turn_{n}": x for n, x in enumerate(means, start=1)}

@@ -43,6 +43,7 @@ def exactly(message):
 def same(found, expected):
     """Whether values and masks are equal bit for bit."""
     assert torch.equal(found.valid, expected.valid)
+    assert torch.equal(found.measured, expected.measured)
     assert torch.equal(found.value.nan_to_num(7), expected.value.nan_to_num(7))
 
 
@@ -86,11 +87,57 @@ def test_golden_credits():
         ],
     }
     for credit, rows in expected.items():
-        value, valid = credit(reward, **masks)
+        value, _, measured = credit(reward, **masks)
         close(value, torch.tensor(rows))
-        assert torch.equal(valid, ~value.isnan())
+        assert torch.equal(measured, ~value.isnan())
     strict = TrajectoryCredit(binary_and)(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert strict.value.tolist() == [[0, 0], [1, 1]]
+
+
+def test_golden_states():
+    """A gap is valid and unmeasured, and its chain keeps its reward; a lost turn costs it that."""
+    reward = torch.tensor([[1.0, NAN], [NAN, NAN], [1.0, NAN]])
+    gap = torch.tensor([[False, True], [True, True], [False, False]])
+    lost = torch.tensor([[False, False], [False, False], [False, True]])
+    yes, no = True, False
+    expected = {  # valid, measured
+        TurnCredit(): ([[yes, yes], [yes, yes], [yes, no]], [[yes, no], [no, no], [yes, no]]),
+        TrajectoryCredit(): ([[yes, yes], [yes, yes], [no, no]], [[yes, yes], [no, no], [no, no]]),
+        RewardToGo(): ([[yes, yes], [yes, yes], [no, no]], [[yes, no], [no, no], [no, no]]),
+    }
+    for credit, (valid, measured) in expected.items():
+        found = credit(reward, unmeasured=gap, lost=lost)
+        assert found.valid.tolist() == valid
+        assert found.measured.tolist() == measured
+    plain = Signal(reward, lost)
+    assert plain.measured is lost  # where none is given, everything valid is measured
+
+
+def test_an_unmeasured_signal_costs_a_turn_none_of_its_others():
+    """IF trains a chain in which there is no consistency to measure; a lost one takes it out."""
+    following = Signal(torch.tensor([[0.0], [4.0], [2.0]]), torch.ones(3, 1) > 0)
+    value, yes = torch.tensor([[0.5], [NAN], [1.0]]), torch.ones(3, 1) > 0
+    group, weights = torch.zeros(3).long(), {"following": 1.0, "consistency": 0.5}
+    gap = Signal(value, yes, value.isfinite())
+    signals = {"following": following, "consistency": gap}
+    found = turn_advantage(signals, weights, group, std="none")
+    assert found.valid.all()
+    assert found.value.tolist() == [[-2 - 0.125], [2], [0.125]]
+    lost = signals | {"consistency": Signal(value, value.isfinite())}
+    found = turn_advantage(lost, weights, group, std="none")
+    assert found.valid.tolist() == [[True], [False], [True]]
+    assert found.value.tolist() == [[-1 - 0.125], [0], [1.125]]
+
+
+@fuses
+def test_a_turn_without_any_measured_signal_is_not_trained(fuse):
+    value = torch.tensor([[1.0], [NAN], [3.0]])
+    signal = Signal(value, torch.ones(3, 1) > 0, value.isfinite())
+    other = Signal(torch.zeros(3, 1), torch.ones(3, 1) > 0)  # of weight 0: no information
+    signals, weights = {"a": signal, "b": other}, {"a": 1.0, "b": 0.0}
+    found = turn_advantage(signals, weights, torch.zeros(3).long(), fuse=fuse, eps=0.0)
+    assert found.valid.tolist() == found.measured.tolist() == [[True], [False], [True]]
+    assert found.value.tolist() == [[-1], [0], [1]]
 
 
 def test_golden_advantages():
@@ -107,7 +154,7 @@ def test_golden_advantages():
 
 
 def credit_by_loop(weight, row, there, gap, lost):
-    """Of one chain: a weighted mean for each turn, None where it has no signal.
+    """Of one chain: a weighted mean for each turn, "gap" where unmeasured, None where lost.
 
     ``weight(n, m)`` is what turn m counts for turn n.
     """
@@ -115,8 +162,11 @@ def credit_by_loop(weight, row, there, gap, lost):
     for n in range(len(row)):
         for_it = [m for m in range(len(row)) if there[m] and weight(n, m) > 0]
         has = [m for m in for_it if not lost[m] and not gap[m]]
-        if not has or any(lost[m] for m in for_it):
+        if not for_it or any(lost[m] for m in for_it):
             values.append(None)
+            continue
+        if not has:
+            values.append("gap")
             continue
         total = sum(weight(n, m) for m in has)
         values.append(sum(weight(n, m) * row[m] for m in has) / total)
@@ -135,7 +185,7 @@ WEIGHTS = {
 @given(batch=batches())
 def test_credit_is_the_explicit_loop(name, batch):
     reward, masks, _ = batch
-    value, valid = CREDITS[name](reward, **masks)
+    value, valid, measured = CREDITS[name](reward, **masks)
     lists = [x.tolist() for x in (reward, *masks.values())]
     for b, rows in enumerate(zip(*lists, strict=True)):
         expected = credit_by_loop(WEIGHTS[name], *rows)
@@ -143,7 +193,8 @@ def test_credit_is_the_explicit_loop(name, batch):
             if name != "trajectory" and not rows[1][n]:
                 x = None
             assert valid[b, n] == (x is not None)
-            if x is not None:
+            assert measured[b, n] == (x not in (None, "gap"))
+            if measured[b, n]:
                 assert value[b, n].item() == pytest.approx(x, abs=1e-12)
 
 
@@ -153,18 +204,21 @@ def test_advantage_is_the_explicit_loop(batch, data):
     first = RewardToGo()(reward, **masks)
     second = TrajectoryCredit()(reward, **masks)
     keep = torch.tensor([[data.draw(st.booleans()) for _ in row] for row in reward.tolist()])
-    value, valid = turn_advantage(
+    value, valid, _ = turn_advantage(
         {"a": first, "b": second}, {"a": 1.0, "b": 0.5}, group, turn_mask=masks["turn_mask"],
         keep=keep, eps=0.1,
     )  # fmt: skip
     for n in range(reward.shape[1]):
         allowed = (first.valid & second.valid & keep)[:, n].tolist()
         compared = [b for b, ok in enumerate(allowed) if ok]
-        assert valid[:, n].nonzero().flatten().tolist() == compared
+        some = (first.measured | second.measured)[:, n]
+        assert valid[:, n].nonzero().flatten().tolist() == [b for b in compared if some[b]]
         for b in compared:
-            members = [c for c in compared if group[c] == group[b]]
             expected = 0.0
             for signal, weight in ((first, 1.0), (second, 0.5)):
+                members = [c for c in compared if group[c] == group[b] and signal.measured[c, n]]
+                if b not in members:
+                    continue
                 own = signal.value[members, n].numpy()
                 deviation = signal.value[b, n].item() - own.mean()
                 expected += weight * deviation / (own.std() + 0.1)
@@ -228,9 +282,9 @@ def test_rows_are_independent_and_their_order_is_free(name, batch, rng):
     order = rng.sample(range(len(reward)), len(reward))
     whole = CREDITS[name](reward, **masks)
     moved = CREDITS[name](reward[order], **{k: mask[order] for k, mask in masks.items()})
-    same(moved, Signal(whole.value[order], whole.valid[order]))
+    same(moved, Signal(*(x[order] for x in whole)))
     row = CREDITS[name](reward[:1], **{k: mask[:1] for k, mask in masks.items()})
-    same(row, Signal(whole.value[:1], whole.valid[:1]))
+    same(row, Signal(*(x[:1] for x in whole)))
     found = turn_advantage({"r": moved}, {"r": 1.0}, group[order])
     close(found.value, turn_advantage({"r": whole}, {"r": 1.0}, group).value[order])
 
@@ -239,10 +293,11 @@ def test_rows_are_independent_and_their_order_is_free(name, batch, rng):
 @given(batch=batches(), shift=st.floats(-3, 3), scale=st.floats(0.1, 3))
 def test_credit_is_a_mean(name, batch, shift, scale):
     reward, masks, _ = batch
-    value, valid = CREDITS[name](reward, **masks)
+    signal = CREDITS[name](reward, **masks)
     moved = CREDITS[name](scale * reward + shift, **masks)
-    close(moved.value, scale * value + shift, atol=1e-9, rtol=0)
-    assert torch.equal(moved.valid, valid)
+    close(moved.value, scale * signal.value + shift, atol=1e-9, rtol=0)
+    assert torch.equal(moved.valid, signal.valid)
+    assert torch.equal(moved.measured, signal.measured)
 
 
 @credited
@@ -254,7 +309,7 @@ def test_padded_turns_are_as_if_deleted(name, batch):
     wider = exists | {k: torch.nn.functional.pad(masks[k], (0, 2)) for k in ("unmeasured", "lost")}
     padded = CREDITS[name](torch.nn.functional.pad(reward, (0, 2), value=NAN), **wider)
     turns = reward.shape[1]
-    same(Signal(padded.value[:, :turns], padded.valid[:, :turns]), signal)
+    same(Signal(*(x[:, :turns] for x in padded)), signal)
     found = turn_advantage({"r": padded}, {"r": 1.0}, group, **exists)
     assert not found.valid[:, turns:].any()
 

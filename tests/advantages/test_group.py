@@ -14,6 +14,7 @@ from mteditflow import (
     fuse_advantages,
     fuse_rewards,
     group_advantage,
+    group_measured,
     group_std,
     renormalize_advantage,
 )
@@ -303,6 +304,129 @@ def test_one_reward_is_its_group_advantage(fuse, std, batch):
     )
 
 
+# unmeasured rewards
+
+
+def test_golden_unmeasured():
+    """The third has no consistency; nobody of group 1 has any."""
+    following = torch.tensor([0.0, 4.0, 2.0, 1.0, 3.0])
+    rewards = {"if": following, "cc": torch.tensor([1.0, 0.5, NAN, INF, NAN])}
+    measured = {"cc": torch.tensor([True, True, False, False, False])}
+    weights, group = {"if": 1.0, "cc": 0.5}, ids(0, 0, 0, 1, 1)
+    fused = fuse_advantages(rewards, weights, group, measured=measured, std="none")
+    assert fused.tolist() == [-2 + 0.125, 2 - 0.125, 0, -1, 1]
+    # fused rewards: 0.5, 4.25, and 2 + 0.5 times the mean 0.75; their mean is 7.125 / 3 = 2.375
+    first = {name: reward[:3] for name, reward in rewards.items()}
+    fused = fuse_rewards(first, weights, group[:3], measured={"cc": measured["cc"][:3]}, std="none")
+    assert fused.tolist() == [-1.875, 1.875, 0]
+
+
+@stds
+@given(batch=batches(extra=2), data=st.data())
+def test_fusion_of_unmeasured_rewards_equals_the_loop(std, batch, data):
+    *columns, group, valid = batch
+    rows, flags = len(group), st.sampled_from([True, True, False])
+    measured = {
+        name: torch.tensor([data.draw(flags) for _ in range(rows)]) for name in data.draw(
+            st.sampled_from(["", "b", "abc"])
+        )
+    }  # fmt: skip
+    weights = {"a": 1.0, "b": data.draw(st.sampled_from([0.0, 0.5])), "c": -2.0}
+    has = {n: (valid & measured.get(n, valid)).tolist() for n in "abc"}
+    rewards = {
+        n: column.masked_fill(~torch.tensor(has[n]), NAN)
+        for n, column in zip("abc", columns, strict=True)
+    }
+    listed = {n: column.tolist() for n, column in zip("abc", columns, strict=True)}
+    options = {"valid": valid, "measured": measured, "std": std}
+
+    own = [loop(listed[n], group.tolist(), has[n], std, 1e-4) for n in "abc"]
+    expected = [
+        sum(w * a for w, a in zip(weights.values(), row, strict=True))
+        for row in zip(*own, strict=True)
+    ]
+    fused = fuse_advantages(rewards, weights, group, **options)
+    assert fused.tolist() == pytest.approx(expected, abs=1e-9)
+
+    used = [n for n in "abc" if weights[n]]
+    part = [any(has[n][b] for n in used) for b in range(rows)]
+    totals, whole = [], True
+    for b in range(rows):
+        total = 0.0
+        for n in used:
+            members = [listed[n][c] for c in range(rows) if has[n][c] and group[c] == group[b]]
+            whole &= bool(members) or not part[b]
+            mean = statistics.fmean(members) if members else 0.0
+            total += weights[n] * (listed[n][b] if has[n][b] else mean)
+        totals.append(total)
+    if whole:
+        fused = fuse_rewards(rewards, weights, group, **options)
+        expected = loop(totals, group.tolist(), part, std, 1e-4)
+        assert fused.tolist() == pytest.approx(expected, abs=1e-7)
+    else:
+        with pytest.raises(ValueError, match="expected a measured reward in every group, got none"):
+            fuse_rewards(rewards, weights, group, **options)
+
+
+@fusions
+def test_a_group_that_measured_nothing_teaches_nothing(fuse):
+    reward = torch.tensor([NAN, NAN, 1.0, 3.0])
+    measured = {"a": torch.tensor([False, False, True, True])}
+    fused = fuse({"a": reward}, {"a": 1.0}, ids(0, 0, 1, 1), measured=measured, eps=0.0)
+    assert fused.tolist() == [0, 0, -1, 1]
+
+
+@fusions
+def test_an_unmeasured_member_of_a_constant_group_is_exactly_zero(fuse):
+    reward = torch.full((5,), 0.1)
+    measured = {"b": torch.tensor([True, False, True, True, False])}
+    rewards, weights = {"a": reward, "b": reward}, {"a": 1.0, "b": 0.3}
+    fused = fuse(rewards, weights, ids(0, 0, 0, 0, 0), measured=measured, eps=0.0)
+    assert fused.tolist() == [0] * 5
+
+
+def test_reward_fusion_refuses_a_group_without_the_reward_and_says_what_to_do():
+    rewards = {"if": torch.tensor([1.0, 2.0]), "cc": torch.tensor([NAN, NAN])}
+    measured, group = {"cc": torch.tensor([False, False])}, ids(-4, -4)
+    message = (
+        "rewards['cc']: expected a measured reward in every group, got none in group -4; leave the "
+        "group out (group_measured), or use fuse_advantages, where an unmeasured reward adds 0"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        fuse_rewards(rewards, {"if": 1.0, "cc": 0.2}, group, measured=measured)
+    without = fuse_rewards(rewards, {"if": 1.0, "cc": 0.0}, group, measured=measured, eps=0.0)
+    assert without.tolist() == [-1, 1]  # of weight 0 it is not needed
+    lost = torch.tensor([False, False])
+    nobody = fuse_rewards(rewards, {"if": 1.0, "cc": 0.2}, group, valid=lost, measured=measured)
+    assert nobody.tolist() == [0, 0]
+
+
+def test_golden_group_measured():
+    measured = torch.tensor([[True, False], [False, False], [False, True]])
+    found = group_measured(measured, ids(9, 9, -1))
+    assert found.tolist() == [[True, False], [True, False], [False, True]]
+    with pytest.raises(
+        TypeError, match=exactly("measured: expected a boolean mask, got torch.float32")
+    ):
+        group_measured(measured.float(), ids(9, 9, -1))
+    with pytest.raises(ValueError, match=r"^group: expected shape \[B\] = \[3\], got \[2\]"):
+        group_measured(measured, ids(9, 9))
+
+
+@fusions
+def test_errors_of_measured(fuse):
+    rewards, weights, group = {"a": torch.ones(2)}, {"a": 1.0}, ids(0, 0)
+    message = "measured: expected names among ['a'], got ['b']"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fuse(rewards, weights, group, measured={"b": torch.ones(2) > 0})
+    with pytest.raises(
+        ValueError, match=r"^measured\['a'\]: expected shape of rewards\['a'\] = \[2\]"
+    ):
+        fuse(rewards, weights, group, measured={"a": torch.ones(3) > 0})
+    with pytest.raises(TypeError, match=r"^measured\['a'\]: expected a boolean mask, got torch"):
+        fuse(rewards, weights, group, measured={"a": torch.ones(2)})
+
+
 @fusions
 def test_fusion_errors(fuse):
     reward, group = torch.tensor([1.0, 2.0, NAN]), ids(0, 0, 0)
@@ -317,7 +441,8 @@ def test_fusion_errors(fuse):
     with pytest.raises(ValueError, match=exactly(message)):
         fuse({"a": torch.ones(3)}, {"a": NAN}, group)
     message = (
-        "rewards['cc']: expected finite values (mark lost ones in valid), got nan at index [2]"
+        "rewards['cc']: expected finite values (mark lost ones in valid, unmeasured ones in "
+        "measured), got nan at index [2]"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         fuse({"if": torch.ones(3), "cc": reward}, {"if": 1.0, "cc": 1.0}, group)
@@ -459,6 +584,19 @@ def test_compiled_equals_eager(name):
     valid = torch.arange(12) % 4 != 0
     for options in ({}, {"valid": valid}, {"valid": ~valid}):
         assert torch.equal(compiled(reward, group, **options), function(reward, group, **options))
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+@fusions
+def test_compiled_fusion_of_unmeasured_rewards_equals_eager(fuse):
+    torch.compiler.reset()
+    compiled = torch.compile(fuse, fullgraph=True, backend="aot_eager")
+    reward, group = torch.rand(12), torch.arange(12) % 5
+    rewards, weights = {"a": reward, "b": reward * reward}, {"a": 1.0, "b": 0.5}
+    options = {"valid": reward < 2, "measured": {"b": torch.arange(12) < 6}}
+    args = rewards, weights, group
+    assert torch.equal(compiled(*args, **options), fuse(*args, **options))
 
 
 @pytest.mark.compile

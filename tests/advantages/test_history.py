@@ -105,7 +105,7 @@ def test_ids_are_any_integers_and_numbers_survive_json_exactly(ids, seed):
         assert through_json(history) == history
         joined, groups = through_json(history).joined({"r": own}, group)
         assert sorted(groups.tolist()) == sorted(ids * 2)
-        value, valid = joined["r"]
+        value, valid, _ = joined["r"]
         assert value.dtype == dtype
         for name in set(ids):
             before, after = (groups[: len(ids)] == name), (groups[len(ids) :] == name)
@@ -122,6 +122,21 @@ def test_lost_entries_stay_lost():
     assert joined["r"].valid[4:].flatten().tolist() == [True, False, True, True]
     found = turn_advantage(joined, {"r": 1.0}, groups, std="none").value.flatten()
     assert found[:2].tolist() == pytest.approx([-1 / 3] * 2)  # over 0, 0, 1
+
+
+def test_what_was_unmeasured_then_is_unmeasured_now_and_not_lost():
+    """It costs a remembered chain its consistency, and not its reward for following."""
+    value, yes = torch.tensor([[0.5], [torch.nan]], dtype=torch.float64), torch.ones(2, 1) > 0
+    before = {"if": signal([[0.0], [4.0]]), "cc": Signal(value, yes, value.isfinite())}
+    group = torch.tensor([7, 7])
+    history = through_json(RewardHistory(1).updated(before, group))
+    assert history.state_dict() == {"7": [{"if": [[0.0], [4.0]], "cc": [[0.5], ["unmeasured"]]}]}
+    now = {"if": signal([[1.0], [3.0]]), "cc": signal([[0.0], [1.0]])}
+    joined, groups = history.joined(now, group)
+    assert joined["cc"].valid.all()
+    assert joined["cc"].measured.flatten().tolist() == [True, True, True, False]
+    found = turn_advantage(joined, {"if": 1.0, "cc": 1.0}, groups, std="none").value
+    assert found[:2].flatten().tolist() == [-1 - 0.5, 1 + 0.5]  # IF over 1, 3, 0, 4
 
 
 def test_only_the_last_rounds_are_kept():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mteditflow.evaluation.comparison import compare
+from mteditflow.metrics import paired_difference_interval, wilson_interval
 from tests.samples_of_scores import evaluation, few_resamples, nan, reference_metrics, resampled
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -21,10 +22,17 @@ def test_equal_evaluations_differ_by_exactly_nothing():
     consistency = torch.rand(20, 3, generator=generator)
     same = [evaluation(following.tolist(), consistency.tolist(), after=i) for i in (0, 7)]
     found = compare(*same)
-    assert (found.before, found.after, found.turn, found.chains) == (0, 7, 3, 19)
+    assert (found.before, found.after, found.turn) == (0, 7, 3)
+    counts = {"instruction_following": 19, "marginal": 20, "content_consistency": 20, "overall": 19}
+    assert found.chains == counts
     pairs = [*found.marginal_ratio.values(), found.conditional_success]
     for interval in (*found.difference.values(), *(x.difference for x in pairs)):
-        assert [float(x) for x in interval] == [0, 0, 0]
+        assert float(interval.estimate) == 0
+        assert interval.low <= 0 <= interval.high
+    assert [float(x) for x in found.difference["content_consistency"]] == [0, 0, 0]
+    for name in ("instruction_following", "marginal"):  # no chain changed, of so few
+        assert found.difference[name].low < 0 < found.difference[name].high
+    assert all(x.difference.low < 0 < x.difference.high for x in pairs)
     for pair in pairs:
         assert list(map(float, pair.before)) == list(map(float, pair.after))
 
@@ -33,7 +41,7 @@ def test_golden_difference_over_the_chains_that_count_in_both():
     before = evaluation([[1, 0], [1, 1], [1, nan], [1, 0]], [[0.5, 0.5]] * 4, lost=[(2, 1)])
     after = evaluation([[1, 1], [1, 1], [1, 1], [0, 1]], [[0.5, 0.6]] * 4, after=9)
     found = compare(before, after)
-    assert found.chains == 3
+    assert list(found.chains.values()) == [3, 3, 4, 3]
     estimate = {name: float(x.estimate) for name, x in found.difference.items()}
     assert estimate["marginal"] == pytest.approx(100 - 100 / 3)
     assert estimate["instruction_following"] == pytest.approx(100 / 3)
@@ -72,11 +80,29 @@ def test_the_comparison_equals_that_of_a_loop_in_plain_python():
     expected = list(zip(*resampled(differences, 30), strict=True))
     metrics, pairs = expected[:-6], expected[-6:]
     found = compare(*runs)
-    for interval, expected in zip(found.difference.values(), metrics, strict=True):
+    for (name, interval), expected in zip(found.difference.items(), metrics, strict=True):
+        share = name in ("instruction_following", "marginal")  # Newcombe's interval, not this
+        number = [float(x) for x in interval][: 1 if share else 3]
+        assert number == pytest.approx(list(expected)[: len(number)], abs=1e-3)
+    last = [torch.tensor(success)[:, -1:] for success, _ in scores]
+    newcombe = [100 * float(x) for x in paired_difference_interval(*last)]
+    assert [float(x) for x in found.difference["marginal"]] == pytest.approx(newcombe, abs=1e-3)
+    given = found.conditional_success
+    intervals = (*found.marginal_ratio["marginal"], given.difference)
+    for interval, expected in zip(intervals, [*pairs[:3], pairs[5]], strict=True):
         assert [float(x) for x in interval] == pytest.approx(list(expected), abs=1e-3)
-    intervals = (*found.marginal_ratio["marginal"], *found.conditional_success)
-    for interval, expected in zip(intervals, pairs, strict=True):
-        assert [float(x) for x in interval] == pytest.approx(list(expected), abs=1e-3)
+    for interval, (success, _) in zip(given, scores, strict=False):
+        those = [row[-1] for row in success if row[0]]
+        wilson = [100 * float(x) for x in wilson_interval(sum(those), len(those))]
+        assert [float(x) for x in interval] == pytest.approx(wilson, abs=1e-3)
+
+
+def test_differences_and_ratios_of_few_chains_that_agree_keep_a_width():
+    found = compare(evaluation([[1, 1], [1, 1]]), evaluation([[1, 1], [1, 1]]))
+    ratio, given = found.marginal_ratio["marginal"], found.conditional_success
+    for interval in (found.difference["marginal"], *ratio, *given):
+        assert interval.low < interval.high
+        assert interval.low <= interval.estimate <= interval.high
 
 
 def test_no_ratio_to_no_success_and_nothing_compared_without_chains():
@@ -85,7 +111,7 @@ def test_no_ratio_to_no_success_and_nothing_compared_without_chains():
     assert estimates(ratio) == pytest.approx([nan, 1, nan], nan_ok=True)
     assert estimates(given) == pytest.approx([nan, 100, nan], nan_ok=True)
     none = compare(evaluation([[nan], [1]]), evaluation([[1], [nan]]))
-    assert none.chains == 0
+    assert none.chains == {"instruction_following": 0, "marginal": 0}
     assert bool(none.difference["marginal"].estimate.isnan())
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 
 from mteditflow.evaluation.evaluation import Evaluation
+from mteditflow.metrics import wilson_interval
 from tests.samples_of_scores import (
     any_evaluation,
     evaluation,
@@ -50,8 +51,14 @@ def test_metrics_equal_those_of_a_loop_in_plain_python():
     found = evaluation([[1 + 4 * x for x in row] for row in success], consistency, success_at=5)
     expected = resampled(lambda rows: reference_metrics(success, consistency, rows), 40)
     for i, name in enumerate(found.names):
-        for values, reference in zip(found.metrics[name], expected, strict=True):
+        bootstrapped = found.metrics[name] if name in ("content_consistency", "overall") else ()
+        assert found.estimates[name] == pytest.approx(expected[0][i].tolist(), abs=1e-3)
+        for values, reference in zip(bootstrapped, expected, strict=False):
             assert values.tolist() == pytest.approx(reference[i].tolist(), abs=1e-3)
+    for name in ("instruction_following", "marginal"):  # one outcome per chain
+        for n, estimate in enumerate(found.estimates[name]):
+            ends = [float(100 * x) for x in wilson_interval(estimate / 100 * 40, 40)[1:]]
+            assert [float(x[n]) for x in found.metrics[name][1:]] == pytest.approx(ends, abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,35 +73,65 @@ def test_intervals_contain_the_estimate_and_are_empty_without_spread(seed):
     assert always.low.tolist() == always.high.tolist() == [0.5, 0.5]
 
 
-def test_a_chain_that_lost_a_score_is_left_out_of_every_metric_and_counted():
-    with_lost = evaluation(
-        [[1, 0], [1, nan], [0, 1], [nan, 1]],
-        [[0.5, 0.5], [0.9, 0.9], [0.7, nan], [0.1, 0.1]],
-        lost=[(1, 1)],
-        whole=[[1, 0], [1, 1], [0, 0], [1, 1]],
+def test_a_chain_without_consistency_keeps_its_following():
+    """Nothing was lost: IF is 50% over two chains, CC 90% over one."""
+    found = evaluation([[1.0], [0.0]], [[0.9], [nan]])
+    for name in ("instruction_following", "marginal"):
+        assert found.metrics[name].estimate.tolist() == [50]
+        assert found.counts[name] == [2]
+    assert found.metrics["content_consistency"].estimate.tolist() == pytest.approx([90])
+    assert found.counts["content_consistency"] == found.counts["overall"] == [1]
+    assert found.score == pytest.approx(100 * (0.5 * 0.9) ** 0.5)
+    assert (found.lost, found.unmeasured) == ({}, {"consistency": 1})
+    assert found.numbers["held_out/invalid_share"] == 0
+    assert found.numbers["held_out/chains/content_consistency/turn_1"] == 1
+    assert found.complete.all()
+
+
+def test_every_metric_is_over_the_chains_that_have_it():
+    """A lost turn ends IF there, costs Marginal that turn, and consistency nothing."""
+    found = evaluation(
+        [[1, 0, 1], [1, nan, 1], [0, 1, 1], [nan, 1, 0]],
+        [[0.5, 0.5, nan], [0.9, 0.9, 0.9], [0.7, nan, nan], [0.1, 0.1, 0.1]],
+        lost=[(1, 1), (3, 0)],
     )
-    without = evaluation([[1, 0], [0, 1]], [[0.5, 0.5], [0.7, nan]], whole=[[1, 0], [0, 0]])
-    assert with_lost.valid.tolist() == [True, False, True, False]
-    assert (with_lost.counted, len(with_lost)) == (2, 4)
-    assert with_lost.numbers["held_out/invalid_share"] == 0.5
-    assert with_lost.lost == {"time-out": 1}
-    for name, interval in without.metrics.items():
-        for old, new in zip(interval, with_lost.metrics[name], strict=True):
-            assert torch.equal(old, new)
+    assert found.counts == {
+        "instruction_following": [3, 2, 2],
+        "marginal": [3, 3, 4],
+        "content_consistency": [4, 3, 2],
+        "overall": [3, 2, 2],
+    }
+    assert found.estimates["instruction_following"] == pytest.approx([200 / 3, 0, 0])
+    assert found.estimates["marginal"] == pytest.approx([200 / 3, 200 / 3, 75])
+    assert found.estimates["content_consistency"] == pytest.approx([55, 50, 50])
+    assert found.complete.tolist() == [True, False, True, False]
+    assert found.numbers["held_out/invalid_share"] == 0.5
+    assert (found.lost, found.unmeasured) == ({"time-out": 2}, {"consistency": 3})
 
 
-def test_a_chain_whose_consistency_was_lost_or_never_measured_does_not_count():
+def test_a_lost_consistency_is_lost_and_one_that_is_not_there_is_not():
     terms = {
         "following": turn_scores([[1, 1]] * 3),
         "consistency": turn_scores([[0.5, nan], [nan, nan], [0.5, nan]], lost=[(0, 1)]),
     }
     found = Evaluation(0, ["a", "b", "c"], [["x", "y"]] * 3, terms, success_at=1)
-    assert found.valid.tolist() == [False, False, True]
+    assert found.complete.tolist() == [False, True, True]
+    assert found.counts["instruction_following"] == [3, 3]
+    assert found.counts["content_consistency"] == [2, 0]
+    assert found.unmeasured == {"consistency": 4 - 1 + 0}
+
+
+def test_few_chains_that_agree_do_not_look_certain():
+    """Two of two: 34% to 100%; today's bootstrap gave 100% to 100%."""
+    found = evaluation([[1, 0], [1, 0]]).metrics["marginal"]
+    assert found.estimate.tolist() == [100, 0]
+    assert found.low.tolist() == pytest.approx([34.2380, 0], abs=1e-3)
+    assert found.high.tolist() == pytest.approx([100, 65.7620], abs=1e-3)
 
 
 def test_a_reported_term_that_is_lost_leaves_the_chain_in():
     found = evaluation([[1], [0]], whole=[[nan], [0.25]])
-    assert found.counted == 2
+    assert found.counts == {"instruction_following": [2], "marginal": [2], "whole": [1]}
     assert found.metrics["whole"].estimate.tolist() == [0.25]
 
 
@@ -113,8 +150,8 @@ def test_without_consistency_the_score_is_that_of_following():
 
 
 def test_where_no_chain_counts_metrics_are_nan():
-    found = evaluation([[nan, 1]], [[0.5, 0.5]])
-    assert found.counted == 0
+    found = evaluation([[nan, nan]], [[nan, nan]])
+    assert set(map(tuple, found.counts.values())) == {(0, 0)}
     assert found.score != found.score
     assert all(bool(x.isnan().all()) for interval in found.metrics.values() for x in interval)
 

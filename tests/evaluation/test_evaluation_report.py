@@ -17,6 +17,7 @@ from mteditflow.evaluation.tables import (
     markdown,
     rich_tables,
 )
+from mteditflow.metrics import paired_difference_interval
 from tests.samples_of_scores import evaluation, few_resamples, nan
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -32,16 +33,17 @@ def chains_of(found, types=None):
 
 
 def test_golden_numbers_with_a_short_chain_and_a_lost_one():
-    """IF 2/3, 1/2; Marginal 2/3, 1/2; the fourth chain lost a turn and counts nowhere."""
+    """IF and Marginal 3/4, 1/2; the fourth chain counts up to the turn that it lost."""
     found = evaluation([[1, 0], [1, 1], [0, None], [1, nan]], lost=[(3, 1)])
     report = report_of(found, chains_of(found), title="x", left_out={"c9": "no image"})
-    assert (report.asked, report.counted) == (5, 3)
+    assert (report.asked, report.scored, report.invalid_share) == (5, 4, 2 / 5)
     assert report.left_out == {"c9": "no image"}
     assert "following at turn 2: time-out" in report.lost["c3"]
     for metric in ("instruction_following", "marginal"):
         numbers = [report.find(metric, turn) for turn in (1, 2, DROP)]
-        assert [x.estimate for x in numbers] == pytest.approx([200 / 3, 50, 50 / 3])
-        assert [x.count for x in numbers] == [3, 2, 2]
+        assert [x.estimate for x in numbers] == pytest.approx([75, 50, 50])  # 1 and 0 of two
+        assert [x.count for x in numbers] == [4, 2, 2]
+        assert all(x.few for x in numbers)
     assert report.notes == ("The chains name no edit types.",)
 
 
@@ -95,43 +97,88 @@ def three_chains():
 def test_metrics_by_hand():
     found = three_chains()
     report = report_of(found, chains_of(found), title="x", left_out={})
-    # Turn 1: objects (0.9 + 0.7) / 2, background 0.5. Turn 2: 0.8; (0.6 + 0.4) / 2. Turn 3: 0.7.
-    content = [65, 65, 70]
+    # Turn 1: objects (0.9 + 0.7) / 2, background 0.5. Turn 2: 0.8; (0.6 + 0.4 + 0.2) / 3.
+    content = [65, 60, 80]  # turn 3: 0.7; 0.9
+    following = [200 / 3, 50, 0]
     for metric, expected in {
-        "instruction_following": [100, 50, 0],
-        "marginal": [100, 50, 0],
+        "instruction_following": following,
+        "marginal": [200 / 3, 50, 50],
         "content_consistency": content,
-        "content_consistency_per_sample": [70, 55, 70],  # turn 2: (0.7 + 0.4) / 2
-        "overall": [(a * b) ** 0.5 for a, b in zip([100, 50, 0], content, strict=True)],
+        "content_consistency_per_sample": [70, 130 / 3, 80],  # turn 2: (0.7 + 0.4 + 0.2) / 3
+        "overall": [(a * b) ** 0.5 for a, b in zip(following, content, strict=True)],
     }.items():
         got = [report.find(metric, turn).estimate for turn in (1, 2, 3)]
         assert got == pytest.approx(expected, abs=1e-4), metric
 
 
 def test_every_denominator_is_stated():
-    """A lost score takes its chain out of every turn, a shorter chain counts where it is."""
+    """A chain counts where it has the score, and Overall is over the fewer of IF and CC."""
     found = three_chains()
     report = report_of(found, chains_of(found), title="x", left_out={"c8": "none", "c9": "none"})
-    assert (report.asked, report.counted, len(report.left_out)) == (5, 2, 2)
+    assert (report.asked, report.scored, len(report.left_out)) == (5, 3, 2)
     assert set(report.lost) == {"c2"}
-    for metric in report.metrics:
-        assert [report.find(metric, turn).count for turn in (1, 2, 3)] == [2, 2, 1], metric
-    assert "by turn: object 2 / 1 / 1, background 1 / 2 / 0." in report.notes[0]
-    assert report.notes[0] in markdown(report)
+    assert report.unmeasured == {"consistency": 1, "object": 4, "background": 3}
+    for metric, counts in {
+        "instruction_following": [3, 2, 1, 1],
+        "marginal": [3, 2, 2, 2],
+        "content_consistency": [2, 3, 2, 1],
+        "content_consistency_per_sample": [2, 3, 2, 1],
+        "overall": [2, 2, 1, 1],
+    }.items():
+        found = [report.find(metric, turn).count for turn in (1, 2, 3, DROP)]
+        assert found == counts, metric
+    assert "by turn: object 2 / 1 / 1, background 1 / 3 / 1." in report.notes[0]
+    page = markdown(report)
+    assert report.notes[0] in page
+    assert "(not lost): consistency 1, object 4, background 3. 95% intervals" in page
+    assert "*: over fewer than 10 cases" in page
 
 
-def test_what_told_success_is_counted_by_edit_type_over_the_chains_that_count():
+def test_edges_keep_a_width():
+    """All agree: Wilson of the chains, also where several turns of each are pooled."""
+    found = evaluation([[1, 1], [1, 1]])
+    types = [[ADD, COLOR], [ADD, ADD]]
+    report = report_of(found, chains_of(found, types), title="x", left_out={})
+    wilson = pytest.approx(34.2380, abs=1e-3)
+    for number in (
+        report.find("marginal", 1),
+        report.find("marginal", 1, ADD),
+        report.find("marginal", ALL, ADD),
+    ):
+        assert (number.estimate, number.low, number.high) == (100, wilson, 100)
+    fall = report.find("instruction_following", DROP)
+    ends = pytest.approx(-65.762, abs=1e-3), pytest.approx(65.762, abs=1e-3)
+    assert (fall.estimate, fall.low, fall.high) == (0, *ends)
+    same = report_difference(found, found, chains_of(found, types), title="x", left_out={})
+    shares = [x for x in same.estimates if x.count]
+    assert {x.estimate for x in shares} == {0}
+    assert all(x.low < 0 < x.high for x in shares)
+
+
+def test_intervals_of_differences_are_newcombes():
+    """Four chains: both, lost, gained, gained; by type the same of the chains with that type."""
+    before, after = evaluation([[1], [1], [0], [0]]), evaluation([[1], [0], [1], [1]])
+    types = [[ADD], [ADD], [ADD], [COLOR]]
+    report = report_difference(before, after, chains_of(before, types), title="x", left_out={})
+    for rows, kind in (([0, 1, 2, 3], None), ([0, 1, 2], ADD), ([3], COLOR)):
+        old, new = (x.success[rows] for x in (before, after))
+        expected = [100 * float(x) for x in paired_difference_interval(old, new)]
+        number = report.find("marginal", 1, kind)
+        assert [number.estimate, number.low, number.high] == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_told_success_is_counted_by_edit_type_over_the_judged_turns():
     found = evaluation([[1, 0], [1, 1], [1, nan], [0, None]], lost=[(2, 1)])
     types = [[ADD, COLOR], [ADD, ADD], [COLOR, COLOR], None]
     ways = [("box", "asked"), ("asked", "box"), ("box", "box"), ("asked",)]
     report = report_of(found, chains_of(found, types), title="x", left_out={}, ways=ways)
-    told = {ADD: {"box": 2, "asked": 1}, COLOR: {"asked": 1}, "unknown": {"asked": 1}}
+    told = {ADD: {"box": 2, "asked": 1}, COLOR: {"asked": 1, "box": 1}, "unknown": {"asked": 1}}
     assert report.checks == told
     assert Report.model_validate_json(report.model_dump_json()) == report
     assert f"|  | asked | box |\n| --- | ---: | ---: |\n| {ADD} | 1 | 2 |" in markdown(report)
     assert rich_tables(report)[-1].row_count == 3
     assert checks_in_short(report) == (
-        f"Turns of x by check of success: {ADD}: box 2, asked 1; {COLOR}: asked 1; "
+        f"Turns of x by check of success: {ADD}: box 2, asked 1; {COLOR}: asked 1, box 1; "
         "unknown: asked 1."
     )
     for wrong in (ways[:3], [*ways[:3], ("asked", "asked")]):
@@ -149,8 +196,8 @@ def test_forms_of_a_report_hold_its_numbers(tmp_path):
     values = {(x["metric"], x["edit_type"], x["turn"]): x["estimate"] for x in rows}
     assert float(values["looks", "", "drop"]) == pytest.approx(1)
     page = markdown(report, pictures=["report.png"])
-    assert "| Marginal, % | 100.00 [100.00, 100.00] | 50.00 [0.00, 100.00] |" in page
-    assert "3 chains asked, 2 counted, 1 left out, 0 without all their scores" in page
+    assert "| Marginal, % | 100.00 [34.24, 100.00] * | 50.00 [9.45, 90.55] * |" in page
+    assert "3 chains asked, 2 scored, 1 left out, 0 lost a score. 95% intervals" in page
     assert r"- x\|y: why so" in page
     assert "![report.png](report.png)" in page
     assert [len(table.rows) for table in rich_tables(report)] == [5, 2, 2]
@@ -170,14 +217,20 @@ def test_paired_differences_are_of_the_chains_that_count_in_both():
     before = evaluation([[1, 0], [0, 0], [1, nan], [1, 1]], [[0.5, 0.5]] * 4, lost=[(2, 1)])
     after = evaluation([[1, 1], [1, 1], [0, 0], [1, 1]], [[0.5, 0.6]] * 4)
     report = report_difference(before, after, chains_of(before), title="x", left_out={"z": "gone"})
-    assert (report.asked, report.counted, set(report.lost)) == (5, 3, {"c2"})
-    assert report.find("marginal", 1).estimate == pytest.approx(100 / 3)
-    assert report.find("marginal", 2).estimate == pytest.approx(200 / 3)
-    assert report.find("content_consistency", 2).estimate == pytest.approx(10)
+    assert (report.asked, report.scored, set(report.lost)) == (5, 4, {"c2"})
+    for metric, turn, estimate, count in (
+        ("marginal", 1, 0, 4),  # one gained, one lost
+        ("marginal", 2, 200 / 3, 3),
+        ("content_consistency", 2, 10, 4),
+        ("overall", 2, 100 * (0.6**0.5 - (0.5 / 3) ** 0.5), 3),
+    ):
+        number = report.find(metric, turn)
+        assert (number.estimate, number.count) == (pytest.approx(estimate, abs=1e-4), count)
     changes = most_changed(before, after)
     assert [(x.row, x.turns) for x in changes] == [(1, 2), (0, 1), (3, 0)]
     same = report_difference(before, before, chains_of(before), title="x", left_out={})
-    assert {x for e in same.estimates for x in (e.estimate, e.low, e.high)} <= {0.0, None}
+    assert {x.estimate for x in same.estimates} == {0.0}
+    assert {(x.low, x.high) for x in same.estimates if x.metric in ("overall",)} == {(0, 0)}
 
 
 def test_others_chains_are_refused():

@@ -46,6 +46,20 @@ def test_the_page_holds_everything_and_loads_nothing(page):
     assert "<title>&lt;i&gt;{{data}}</title>" in page
 
 
+def test_nothing_to_measure_is_shown_apart_from_what_was_lost_with_the_denominators():
+    found = evaluation([[1, nan]], [[0.5, nan]], lost=[(0, 1)])
+    chain = Chain(id="c0", image="x.png", instructions=("a", "b"))
+    images = {0: [Image.new("RGB", (8, 8))] * 3}
+    data = held(gallery([Series("mine", found, images)], [chain], [0], title="x"))
+    second = data["chains"][0]["series"][0]["turns"][1]
+    assert second["scores"] == {"following": None, "consistency": "not measured"}
+    assert len(second["lost"]) == 1
+    assert data["denominators"] == [
+        "mine: chains by turn: instruction following 1 / 0, marginal 1 / 0, content consistency "
+        "1 / 0, overall 1 / 0; 1 lost a score; turns with nothing to measure: consistency 1"
+    ]
+
+
 def test_images_that_are_not_one_more_than_the_turns_are_refused():
     images = {0: [Image.new("RGB", (8, 8))]}
     chain = Chain(id="c0", image="x.png", instructions=("a",))

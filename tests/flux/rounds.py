@@ -51,7 +51,7 @@ def turn_values(run: Run, scores: Mapping[str, TurnScores], group: Tensor) -> tu
     config = run.config.rewards
     rewards = round_rewards(config, scores, group)
     signals, weights = turn_signals(config, rewards, run.state.multipliers)
-    return turn_advantages(config, rewards, signals, weights, run.state.history)
+    return turn_advantages(config, rewards, signals, weights, run.state.history)[:2]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mteditflow_examples.flux.sampling import next_chains, sample
 
 from mteditflow import RewardHistory, fuse_advantages, likert_average
 from tests.flux.rounds import first_round, started, turn_values
-from tests.samples_of_scores import turn_scores
+from tests.samples_of_scores import nan, turn_scores
 
 FOLLOWING = {"weights": {"following": 1.0}}
 CREDITS = ("trajectory", "turn", "until_failure", "to_go", "mixture")
@@ -37,7 +37,7 @@ def fused(config, terms, group, multipliers=None, history=None):
     """As the loop computes them."""
     rewards = round_rewards(config, terms, group)
     signals, weights = turn_signals(config, rewards, multipliers or {})
-    return turn_advantages(config, rewards, signals, weights, history)
+    return turn_advantages(config, rewards, signals, weights, history)[:2]
 
 
 def rewards_of(config, rows):
@@ -316,6 +316,52 @@ def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, t
         value = min(max(value + 20 * (1 - row["reward/consistency"]), 0), 10)
     assert state["multipliers"] == {"consistency": value}
     assert value > 0
+
+
+GAPS = [[nan, nan], [nan, nan], [0.5, 0.5], [0.9, nan]]  # nobody of the first group has any
+
+
+def with_gaps(credit, fusion, **weights):
+    weights = {"following": 1.0, "consistency": 1.0} | weights
+    config = Rewards(weights=weights, credit=credit, fusion=fusion)
+    group = torch.tensor([7, 7, 2, 2])
+    rows = [[5.0, 5.0], [1.0, 1.0], [1.0, 1.0], [5.0, 5.0]]
+    terms = {"following": turn_scores(rows), "consistency": turn_scores(GAPS)}
+    rewards = round_rewards(config, terms, group)
+    return rewards, turn_advantages(config, rewards, *turn_signals(config, rewards, {}))
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_following_trains_a_group_whose_consistency_cannot_be_measured(credit):
+    rewards, found = with_gaps(credit, "advantages")
+    first = found.value[:2, 0].tolist()
+    assert first == pytest.approx([1, -1], abs=1e-3)  # that of following alone
+    assert found.value[2:, 0].tolist() == pytest.approx([-2, 2], abs=1e-3)
+    assert found.valid[:, 0].all()
+    assert found.unfused_groups == 0
+    numbers = rewards.numbers()
+    assert (numbers["invalid_share"], numbers["unmeasured/consistency"]) == (0, 0.5)
+    for scores in rewards.terms.values():  # what ends a run that loses too much
+        scores.require(max_invalid_share=0.0)
+
+
+@pytest.mark.parametrize("credit", ["trajectory", "turn"])
+def test_reward_fusion_leaves_such_a_group_out_and_counts_it(credit):
+    _, found = with_gaps(credit, "rewards")
+    assert found.unfused_groups == 1
+    assert not found.valid[:2].any()
+    assert found.valid[2:, 0].all()
+    assert found.value[2:, 0].tolist() == pytest.approx([-1, 1], abs=1e-3)
+    _, without = with_gaps(credit, "rewards", consistency=0.0)
+    assert without.unfused_groups == 0  # of weight 0 it is not needed
+    assert without.valid.all()
+
+
+def test_reward_fusion_leaves_out_turns_and_not_whole_chains():
+    """At turn 2 one member of the second group has consistency: its mean stands for the other."""
+    _, found = with_gaps("turn", "rewards")
+    assert found.valid.tolist() == [[False, False]] * 2 + [[True, True]] * 2
+    assert found.value[2:, 1].tolist() == pytest.approx([-1, 1], abs=1e-3)
 
 
 def test_a_round_that_is_not_done_moves_no_multiplier(world, tmp_path):

@@ -45,7 +45,7 @@ FOUR = scores(
 )
 
 
-def test_what_is_measured_valid_and_why_not():
+def test_what_is_measured_lost_and_neither():
     """Whole; one turn lost; two turns with nothing to measure; nothing measured at all."""
     assert len(FOUR) == 4
     assert FOUR.measured.tolist() == [
@@ -54,15 +54,18 @@ def test_what_is_measured_valid_and_why_not():
         [False, True, False],
         [False] * 3,
     ]
-    assert FOUR.valid.tolist() == [True, False, True, False]
-    assert FOUR.invalid_share == 0.5
-    assert FOUR.reasons == {"nothing to measure": 3, "time-out": 1}
+    assert FOUR.unmeasured.nonzero().tolist() == [[2, 0], [2, 2], [3, 0]]
+    assert FOUR.lost_mask.nonzero().tolist() == [[1, 1]]
+    assert FOUR.valid.tolist() == [True, False, True, True]
+    assert (FOUR.invalid_share, FOUR.unmeasured_share) == (0.25, 0.25)
+    assert FOUR.reasons == {"time-out": 1}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reward_is_that_of_valid_trajectories_and_measured_turns(dtype):
     reward = dataclasses.replace(FOUR, score=FOUR.score.to(dtype)).reward(likert_average)
-    assert reward.valid.tolist() == [True, False, True, False]
+    assert reward.valid.tolist() == [True, False, True, True]
+    assert reward.measured.tolist() == [True, False, True, False]
     expected = torch.tensor([0.75, NAN, 0.25, NAN], dtype=dtype)
     torch.testing.assert_close(reward.value, expected, equal_nan=True, rtol=0, atol=0)
 
@@ -75,7 +78,8 @@ def test_a_turn_is_rewarded_as_a_chain_of_its_own(dtype):
     torch.testing.assert_close(
         reward.value, torch.tensor(expected, dtype=dtype), equal_nan=True, rtol=0, atol=0
     )
-    assert torch.equal(reward.valid, FOUR.measured)
+    assert torch.equal(reward.measured, FOUR.measured)
+    assert torch.equal(reward.valid, FOUR.turn_mask & ~FOUR.lost_mask)
 
 
 def test_a_reward_with_nothing_valid_asks_no_aggregate():
@@ -99,7 +103,8 @@ def test_only_measured_turns_are_normalized():
     assert seen == [5.0, 3.0, 4.0, 2.0, 2.0]
     of_turns = scores([[NAN, NAN]], {(0, 0): TIMEOUT}).turn_reward(normalize)
     assert of_turns.value.isnan().all()
-    assert not of_turns.valid.any()
+    assert of_turns.valid.tolist() == [[False, True]]
+    assert not of_turns.measured.any()
     assert len(seen) == 5
 
 
@@ -142,19 +147,19 @@ def test_the_share_is_exact(count, data):
 def test_too_many_invalid_rewards_stop_the_run_with_reasons():
     message = (
         "50% of 4 rewards are invalid, more than the 10% allowed. Turns by reason: "
-        "time-out: 2, nothing to measure: 1. For instance time-out after 4 attempts: "
-        "no answer within 60 s"
+        "time-out: 2, refusal: 1. For instance time-out after 4 attempts: no answer within 60 s"
     )
-    lost = {(0, 0): TIMEOUT, (1, 0): TIMEOUT}
-    half = scores([[NAN, 1], [NAN, 1], [NAN, 1], [1, 1]], lost)
+    lost = {(0, 0): TIMEOUT, (1, 0): TIMEOUT, (1, 1): REFUSAL}
+    half = scores([[NAN, 1], [NAN, NAN], [NAN, 1], [1, 1]], lost)
     with pytest.raises(InvalidRewardsError, match=exactly(message)):
         half.require(max_invalid_share=0.1)
     assert half.require(max_invalid_share=0.5) is half
 
 
-def test_an_error_without_lost_answers_has_no_instance():
-    with pytest.raises(InvalidRewardsError, match=r"by reason: nothing to measure: 2$"):
-        scores([[NAN, NAN]]).require(max_invalid_share=0.0)
+def test_nothing_to_measure_is_never_too_much_lost():
+    nothing = scores([[NAN, NAN]])
+    assert nothing.require(max_invalid_share=0.0) is nothing
+    assert (nothing.invalid_share, nothing.unmeasured_share) == (0, 1)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, NAN])
@@ -186,12 +191,13 @@ def batches(draw, turns=None):
 
 
 def reference(batch):
-    """Mean of each trajectory's measured turns in plain Python, None where invalid."""
+    """Mean of each trajectory's measured turns in plain Python; "gap", or None where lost."""
     result = []
     for b, row in enumerate(batch.score.tolist()):
         found = [x for x in row if not math.isnan(x)]
         whole = not any(b == row for row, _ in batch.lost)
-        result.append(sum(found) / len(found) if found and whole else None)
+        mean = sum(found) / len(found) if found else "gap"
+        result.append(mean if whole else None)
     return result
 
 
@@ -200,10 +206,12 @@ def test_rewards_equal_a_plain_loop(batch):
     reward = batch.reward(turn_average)
     expected = reference(batch)
     assert reward.valid.tolist() == [value is not None for value in expected]
-    found = [value if valid else None for value, valid in zip(*map(list, reward), strict=True)]
-    assert [None if v is None else float(v) for v in found] == pytest.approx(expected)
-    assert reward.value.isnan().tolist() == (~reward.valid).tolist()
+    assert reward.measured.tolist() == [value not in (None, "gap") for value in expected]
+    numbers = [value for value in expected if value not in (None, "gap")]
+    assert reward.value[reward.measured].tolist() == pytest.approx(numbers)
+    assert reward.value.isnan().tolist() == (~reward.measured).tolist()
     assert batch.invalid_share == expected.count(None) / len(expected)
+    assert batch.unmeasured_share == expected.count("gap") / len(expected)
 
 
 @given(batches())
@@ -214,6 +222,7 @@ def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
         alone = TurnScores(batch.score[b : b + 1, n : n + 1], torch.ones(1, 1) > 0, lost)
         expected = alone.reward(likert_average)
         assert reward.valid[b, n] == expected.valid[0]
+        assert reward.measured[b, n] == expected.measured[0]
         torch.testing.assert_close(reward.value[b, n], expected.value[0], equal_nan=True)
     assert not reward.valid[~batch.turn_mask].any()
 
@@ -221,13 +230,15 @@ def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
 @given(batches())
 def test_credit_knows_what_was_lost_and_what_there_was_nothing_to_measure_in(batch):
     whole, of_turns = batch.reward(likert_average), batch.turn_reward(normalize_likert)
-    value, valid = batch.credited(of_turns.value, TrajectoryCredit())
+    value, valid, measured = batch.credited(of_turns.value, TrajectoryCredit())
     for n in range(value.shape[1]):
         torch.testing.assert_close(value[:, n], whole.value, equal_nan=True, rtol=0, atol=0)
         assert torch.equal(valid[:, n], whole.valid)
-    value, valid = batch.credited(of_turns.value, TurnCredit())
+        assert torch.equal(measured[:, n], whole.measured)
+    value, valid, measured = batch.credited(of_turns.value, TurnCredit())
     torch.testing.assert_close(value, of_turns.value, equal_nan=True, rtol=0, atol=0)
     assert torch.equal(valid, of_turns.valid)
+    assert torch.equal(measured, of_turns.measured)
 
 
 def test_credit_refuses_rewards_that_do_not_fit():
@@ -245,8 +256,10 @@ def test_of_one_turn_both_rewards_are_equal(batch):
 
 
 @given(batches())
-def test_reasons_count_every_turn_without_a_score(batch):
-    assert sum(batch.reasons.values()) == int((batch.turn_mask & ~batch.measured).sum())
+def test_every_turn_is_in_one_of_three_states(batch):
+    assert sum(batch.reasons.values()) == int(batch.lost_mask.sum()) == len(batch.lost)
+    states = torch.stack([batch.measured, batch.unmeasured, batch.lost_mask]).long().sum(dim=0)
+    assert torch.equal(states, batch.turn_mask.long())
 
 
 @given(st.lists(batches(), min_size=1, max_size=4))

@@ -370,6 +370,19 @@ def lost_as_zero_everywhere(rewards, weights, group, valid=None):
     return fused(rewards, weights, group)
 
 
+def unmeasured_as_zero(rewards, weights, group, valid=None, measured=None):
+    """What peers do that put 0 in place of a number: the worst consistency of the group."""
+    for name, mask in (measured or {}).items():
+        rewards = {**rewards, name: torch.where(mask, rewards[name], 0)}
+    return fused(rewards, weights, group, valid)
+
+
+def unmeasured_as_lost(rewards, weights, group, valid=None, measured=None):
+    for mask in (measured or {}).values():
+        valid = mask if valid is None else mask & valid
+    return fused(rewards, weights, group, valid)
+
+
 def centered(x):
     return x - x.mean()
 
@@ -388,6 +401,8 @@ FUSION = [
         "common-factor",
     ),
     ("a lost reward counts as 0", Fusion(lost_as_zero_everywhere), "mask-equals-deletion"),
+    ("nothing to measure counts as 0", Fusion(unmeasured_as_zero), "unmeasured"),
+    ("nothing to measure counts as lost", Fusion(unmeasured_as_lost), "unmeasured"),
 ]
 
 

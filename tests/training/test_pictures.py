@@ -225,20 +225,22 @@ def test_histograms_tell_mean_and_spread(groups, members):
     generator = torch.Generator().manual_seed(0)
     group = torch.arange(groups).repeat_interleave(members)
     value = torch.rand(len(group), generator=generator)
-    invalid = value.clone()
+    invalid, everything = value.clone(), torch.ones_like(group) > 0
     invalid[0] = nan
     rewards = {
-        "following": Signal(value, torch.ones_like(group) > 0),
+        "following": Signal(value, everything),
         "consistency": Signal(invalid, invalid.isfinite()),
+        "gaps": Signal(invalid, everything, invalid.isfinite()),
     }
     figure = draw_histograms(rewards, group, title=TITLE)
     check_words_are_on_the_canvas(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[0] == f"following: mean {value.mean():.3f} of {len(group)}"
-    assert titles[1].endswith(f"of {len(group) - 1}, 1 invalid")
+    assert titles[1].endswith(f"of {len(group) - 1}, 1 lost")
+    assert titles[2].endswith(f"of {len(group) - 1}, 1 not measured")
     spread = value.view(groups, members).std(dim=1, correction=0)
     flat = int((spread == 0).sum())
-    assert titles[2] == f"spread in groups: std {spread.mean():.3f}; none in {flat} of {groups}"
+    assert titles[3] == f"spread in groups: std {spread.mean():.3f}; none in {flat} of {groups}"
 
 
 def rounds(count):
@@ -265,14 +267,15 @@ def test_curves_show_what_there_is(count):
     check_words_are_on_the_canvas(figure)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "Rewards in training",
-        "2 held-out chains at turn 2, percent",
+        "Held out, turn 2, percent (over chains)",
         "Overall: all turns so far, percent",
         "Marginal: this turn alone, percent",
         "Invalid rewards, percent of trajectories",
         "Seconds of a round, by phase",
     ]
     said = [x.get_text() for x in figure.findobj(Text)]
-    for words in ("following", "consistency", "looks", "CC", "Marginal", "IF", "Overall"):
+    held_out = [f"{name} (2, few)" for name in ("CC", "Marginal", "IF", "Overall")]
+    for words in ("following", "consistency", "looks", *held_out):
         assert words in said
     assert f"round {count}" in said
     assert "sampling 25%" in said

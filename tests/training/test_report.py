@@ -59,8 +59,11 @@ def test_golden_report(tmp_path):
         "objective": str(Objective.nft),
         "k": None,
     }
-    assert report["before"]["counted_chains"] == 2
+    assert report["before"]["chains"]["marginal"] == [3, 2]
+    assert report["before"]["chains"]["content_consistency"] == [3, 3]
+    assert report["before"]["chains_with_lost_scores"] == 1
     assert report["before"]["lost_scores"] == {"time-out": 1}
+    assert report["before"]["unmeasured_turns"] == {}
     assert report["before"]["marginal"] == [100, 50]
     assert report["after"]["round"] == 3
     assert report["after"]["whole"] == [1, 1]
@@ -69,7 +72,8 @@ def test_golden_report(tmp_path):
         for low, high in report["after"][f"{name}_interval"]:
             assert low <= high
     gain, found = report["difference_at_last_turn"], compare(before, after)
-    assert (gain["turn"], gain["chains"]) == (2, 2)
+    assert gain["turn"] == 2
+    assert gain["chains"] == dict(zip(before.names, [2, 2, 3, 2, 3], strict=True))
     assert gain["marginal"] == 50
     ratios = {name: [x[when] for when in WHEN] for name, x in gain["marginal_ratio"].items()}
     assert ratios == {"marginal": [0.5, 1, 0.5], "whole": [0, 1, 1]}
@@ -136,11 +140,11 @@ def test_the_table_has_a_line_before_and_after_for_each_metric(report, tmp_path)
     assert [cell.split(" [")[0] for cell in table["Marginal: this turn alone", "before"]] == [
         *("100.0", "50.0")
     ]
-    assert table["IF: all turns so far", "after"] == ["100.0 [100.0, 100.0]"] * 2
-    assert table["CC", "after"][1] == "60.0 [60.0, 60.0]"
-    assert table["whole, mean", "after"] == ["1.000 [1.000, 1.000]"] * 2
+    assert table["IF: all turns so far", "after"] == ["100.0 [43.9, 100.0] *"] * 2
+    assert table["CC", "after"][1] == "60.0 [60.0, 60.0] *"
+    assert table["whole, mean", "after"] == ["1.000 [1.000, 1.000] *"] * 2
     assert len(table) == 10
-    assert "3 held-out chains, percent [95% interval]" in text
+    assert "3 held-out chains, percent [95% interval]; * over fewer than 10" in text
     assert "curves.png" in text
     assert ".hidden" not in text
     assert "sqlite" not in text
@@ -148,13 +152,12 @@ def test_the_table_has_a_line_before_and_after_for_each_metric(report, tmp_path)
 
 def test_the_rest_is_told_in_words(report):
     lines = "\n".join(summary_lines(report)).replace("\\", "")
-    assert "At turn 2, paired over 2 chains: IF +50.0 [" in lines
-    assert "CC +10.0 [+10.0, +10.0], Overall" in lines
+    assert "At turn 2, paired: IF +50.0 [" in lines
+    assert "CC +10.0 [+10.0, +10.0] * over 3, Overall" in lines
     assert "Marginal(2) / Marginal(1) = 1.00 (before: 0.50; +0.50 [" in lines
     assert "whole(2) / whole(1) = 1.00 (before: 0.00; +1.00 [" in lines
     assert "P(success at turn 2 | success at turn 1) = 100.0% (before: 50.0%; +50.0 [" in lines
-    assert "Before, 1 of 3 held-out chains could not be scored" in lines
-    assert "(turns lost: 1 time-out)" in lines
+    assert "Before, 1 of 3 held-out chains lost a score (turns lost: 1 time-out)" in lines
     assert "After," not in lines
     assert "3 rounds took 0:00:08: a 75%, b 25%." in lines
     assert "25.0% of training trajectories lost an answer (3 refusal, 2 time-out)." in lines
@@ -165,6 +168,15 @@ def test_an_undisturbed_run_of_one_turn_is_told_shortly():
     one = evaluation([[1], [0]])
     (line,) = summary_lines(run_report(one, one, [], config={}, seed=0))
     assert line.startswith("At turn 1, paired over 2 chains: IF +0.0")
+
+
+def test_what_could_not_be_measured_is_told_and_not_as_lost():
+    one = evaluation([[1]] * 10, [[0.5]] * 9 + [[nan]])
+    lines = summary_lines(run_report(one, one, [], config={}, seed=0))
+    nothing = "turns with nothing to measure (not lost): consistency 1."
+    assert lines[1:] == [f"Before, {nothing}", f"After, {nothing}"]
+    assert "IF +0.0 [-27.8, +27.8] over 10" in lines[0].replace("\\", "")
+    assert "* over 9" in lines[0]
 
 
 def test_a_run_without_scores_is_told(tmp_path):

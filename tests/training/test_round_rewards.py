@@ -98,6 +98,25 @@ def test_a_reward_that_is_not_trained_on_is_not_among_the_numbers():
     assert both["invalid_share"] == 0.25
 
 
+def test_nothing_to_measure_is_counted_apart_and_out_of_no_others_mean():
+    """The third has no consistency: its following counts, and nothing is invalid."""
+    terms = {
+        "following": turn_scores([[5, 1], [1, 1], [3, 3]]),
+        "consistency": turn_scores([[0.5, nan], [0.7, 0.9], [nan, nan]]),
+    }
+    how = {"following": LIKERT, "consistency": PLAIN}
+    rewards = RoundRewards(terms, how, torch.tensor([0, 0, 0]))
+    found = rewards.numbers()
+    assert found["invalid_share"] == 0
+    assert (found["unmeasured/following"], found["unmeasured/consistency"]) == (0, 1 / 3)
+    assert found["reward/following"] == pytest.approx((0.5 + 0 + 0.5) / 3)
+    assert found["reward/consistency"] == pytest.approx((0.5 + 0.8) / 2)
+    assert found["group/consistency/std"] == pytest.approx(0.15)
+    assert found["group/correlation/following/consistency"] == pytest.approx(-1)  # of the first two
+    assert rewards.spreads("consistency") == {0: pytest.approx(0.15)}
+    assert rewards.informative("consistency").keep.tolist() == [True] * 3  # the group's, with it
+
+
 def test_an_aggregation_without_its_term_is_an_error():
     terms = {"following": turn_scores([[5], [1]])}
     rewards = RoundRewards(terms, {"consistency": PLAIN}, torch.tensor([0, 0]))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mteditflow.evaluation.comparison import judged_in_both
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.training.pictures.strips import Strip, draw_strips
 
@@ -24,15 +25,15 @@ class Choice(NamedTuple):
 def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Choice:
     """Choose the chains whose number of followed turns rose most, and as many that fell most.
 
-    Where fewer fell, more that rose take their place, and the other way round. Only chains that
-    count in both evaluations are looked at; of equals the first ones are taken.
+    Where fewer fell, more that rose take their place, and the other way round. Only chains judged
+    at every turn in both evaluations are looked at; of equals the first ones are taken.
 
     Args:
         before: evaluation of the base model.
         after: evaluation of the same chains.
         count: how many to choose, at most.
     """
-    counted = (before.valid & after.valid).nonzero().flatten()
+    counted = judged_in_both(before, after).nonzero().flatten()
     change = (after.success.sum(dim=1) - before.success.sum(dim=1))[counted]
     order = change.argsort(descending=True, stable=True)
     rose = counted[order][change[order] > 0].tolist()

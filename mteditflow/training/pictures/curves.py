@@ -23,6 +23,7 @@ from mteditflow.evaluation.figures import (
     legend_below,
     titled_figure,
 )
+from mteditflow.metrics import FEW_CASES
 from mteditflow.training.metrics_file import ROUND, SECONDS
 from mteditflow.training.pictures.histograms import color_of
 from mteditflow.training.stopwatch import OTHER, shares
@@ -138,9 +139,10 @@ def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:
             estimate, low, high = zip(*last, strict=True)
             axes.fill_between(rounds, low, high, color=color, alpha=0.13, linewidth=0)
             axes.vlines(rounds, low, high, color=color, alpha=0.4, linewidth=1.2)
+            count = evaluations[-1].counts[name][-1]
+            label += f" ({count}, few)" if count < FEW_CASES else f" ({count})"
             axes.plot(rounds, estimate, "o-", color=color, linewidth=2.2, ms=4.5, label=label)
-    turn, counted = evaluations[-1].turns, evaluations[-1].counted
-    _over_rounds(axes, f"{counted} held-out chains at turn {turn}, percent")
+    _over_rounds(axes, f"Held out, turn {evaluations[-1].turns}, percent (over chains)")
     axes.set_ylim(0, 104)
     if len(rounds) == 1:
         axes.set_xlim(rounds[0] - 1, rounds[0] + 1)

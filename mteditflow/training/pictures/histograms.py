@@ -41,7 +41,8 @@ def draw_histograms(rewards: Mapping[str, Signal], group: Tensor, *, title: str)
     in the order of their means. A group of equal rewards has no gradient.
 
     Args:
-        rewards: by name, one per trajectory, [B]; invalid ones are left out and counted.
+        rewards: by name, one per trajectory, [B]; lost and unmeasured ones are left out, and
+            counted apart.
         group: integer group ids, [B].
         title: of the figure.
 
@@ -56,10 +57,10 @@ def draw_histograms(rewards: Mapping[str, Signal], group: Tensor, *, title: str)
         figure = titled_figure(max(6.2 * len(rewards), 8.0), 6.6, title)
         panels = figure.subplots(2, len(rewards), squeeze=False, height_ratios=(1, 1.15))
         for i, (name, reward) in enumerate(rewards.items()):
-            color, value = color_of(name, i), reward.value[reward.valid].double()
+            color, value = color_of(name, i), reward.value[reward.measured].double()
             ends = _range(value)
             _draw_histogram(panels[0, i], name, reward, ends, color)
-            _draw_groups(panels[1, i], value, group[reward.valid], ends, color)
+            _draw_groups(panels[1, i], value, group[reward.measured], ends, color)
             panels[0, i].set_ylabel("trajectories" if i == 0 else "")
             panels[1, i].set_ylabel("reward" if i == 0 else "")
     return figure
@@ -68,11 +69,12 @@ def draw_histograms(rewards: Mapping[str, Signal], group: Tensor, *, title: str)
 def _draw_histogram(
     axes: Any, name: str, reward: Signal, ends: tuple[float, float], color: str
 ) -> None:
-    value = reward.value[reward.valid].tolist()
+    value = reward.value[reward.measured].tolist()
     axes.hist(value, bins=BINS, range=ends, color=color, alpha=0.85, rwidth=0.9)
-    lost = int((~reward.valid).sum())
+    missing = {"lost": ~reward.valid, "not measured": reward.valid & ~reward.measured}
     words = f"{name}: mean {math.fsum(value) / max(len(value), 1):.3f} of {len(value)}"
-    axes.set_title(words + (f", {lost} invalid" if lost else ""), loc="left", fontsize=11)
+    words += "".join(f", {int(x.sum())} {what}" for what, x in missing.items() if bool(x.any()))
+    axes.set_title(words, loc="left", fontsize=11)
     axes.axvline(math.fsum(value) / max(len(value), 1), color=INK, linewidth=1.2, linestyle=":")
     axes.set(xlim=ends, xlabel="reward")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

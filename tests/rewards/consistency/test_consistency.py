@@ -327,7 +327,7 @@ def test_background_changed_by_an_instruction(tokens):
 
 
 @BOTH
-def test_no_term_at_all_is_invalid_for_that_turn_alone(tokens):
+def test_no_term_at_all_is_unmeasured_for_that_turn_alone(tokens):
     chain = chain_of(unchanged=[("a",), ()], everything=[(), ()])
     nothing = chain_of(unchanged=[(), ()], everything=[(), ()])
     scorer = ConsistencyScorer(FixedDetector({("a",): [LEFT]}), HashedFeatures(), tokens=tokens)
@@ -335,9 +335,9 @@ def test_no_term_at_all_is_invalid_for_that_turn_alone(tokens):
     found = Consistency(scorer).score([chain, nothing], images)
     for scores in (found.scores, found.l1_scores):
         assert scores.measured.tolist() == [[True, False], [False, False]]
-        assert scores.valid.tolist() == [True, False]
-        assert scores.reasons == {"nothing to measure": 3}
-        assert not scores.lost
+        assert scores.valid.tolist() == [True, True]
+        assert scores.unmeasured.tolist() == [[False, True], [True, True]]
+        assert (scores.reasons, scores.lost) == ({}, {})
 
 
 @BOTH

@@ -127,7 +127,8 @@ def test_scores_are_laid_out_and_averaged():
     assert found.turn_mask.tolist() == [[True] * 3, [True, True, False], [True, False, False]]
     assert found.lost == {(1, 0): lost, (1, 1): lost}
     assert found.scores.valid.tolist() == [True, False, True]
-    assert found.scores.reasons == {"time-out": 2, "nothing to measure": 1}
+    assert found.scores.reasons == {"time-out": 2}
+    assert found.scores.unmeasured.nonzero().tolist() == [[0, 2]]
 
 
 def test_answers_that_do_not_fit_are_refused():
