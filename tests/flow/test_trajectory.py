@@ -215,7 +215,10 @@ def test_steps_errors(position, name, size):
             ValueError, match=r"^trajectory: expected shape \[M\] = \[2\], got \[2, "
         ):
             trajectory.steps(*(torch.zeros(2, 1, dtype=torch.int64),) * 3)
-    with pytest.raises(TypeError, match=rf"^{name}: expected a torch.Tensor, got list$"):
+    with pytest.raises(
+        TypeError,
+        match=rf"^{name}: expected a torch.Tensor, got list; convert it with torch.as_tensor$",
+    ):
         call([0, 0])
 
 
