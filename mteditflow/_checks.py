@@ -209,6 +209,15 @@ def check_step_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
         check_values(name, x, ok, expected)
 
 
+def as_rewards(
+    reward: Numbers, group: Numbers, valid: Numbers | None, *, name: str = "reward"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rewards, group ids and mask as checked tensors; see ``as_real``."""
+    values = as_real(name, reward)
+    ids = as_numbers("group", group, device=values.device)
+    return values, ids, check_rewards({name: values}, ids, as_mask("valid", valid, values))
+
+
 def check_group(group: Tensor, expected: Sequence[int]) -> None:
     """Raise unless ``group`` holds integer ids, of any width and sign, [B]."""
     check_shape("group", group, expected, "[B]")

@@ -88,7 +88,10 @@ def test_rank():
         message = f"x: expected a non-empty tensor of shape [B, N], got {given}"
         with pytest.raises(ValueError, match=exactly(message)):
             checks.check_rank("x", x, 2, "[B, N]", maximum=2)
-    with pytest.raises(TypeError, match=exactly("x: expected a torch.Tensor, got tuple")):
+    with pytest.raises(
+        TypeError,
+        match=exactly("x: expected a torch.Tensor, got tuple; convert it with torch.as_tensor"),
+    ):
         checks.check_rank("x", (1, 2), 1, "[B]")
 
 

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_count, check_number, check_rank, check_rewards
+from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    as_numbers,
+    as_real,
+    check_count,
+    check_number,
+    check_rank,
+    check_rewards,
+)
 from mteditflow.advantages.group import group_std
 
 
@@ -34,10 +43,10 @@ class GroupSelection:
 
 @torch.no_grad()
 def select_groups(
-    reward: Tensor,
-    group: Tensor,
+    reward: Numbers,
+    group: Numbers,
     *,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
     top: float | None = None,
     bottom: float | None = None,
     spread: float = 0.0,
@@ -78,6 +87,9 @@ def select_groups(
         >>> selection.counts
         {'kept': 1, 'short': 0, 'saturated': 1, 'hopeless': 1, 'flat': 0}
     """
+    reward = as_real("reward", reward)
+    group = as_numbers("group", group, device=reward.device)
+    valid = as_mask("valid", valid, reward)
     check_rank("reward", reward, 1, "[B]", maximum=1)
     valid = check_rewards({"reward": reward}, group, valid)
     check_number("spread", spread, low=0.0)

@@ -12,18 +12,21 @@ from einops import repeat
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    as_numbers,
     check_choice,
     check_count,
     check_floating,
     check_mask,
     check_number,
     check_rank,
-    check_tensor,
     check_values,
 )
+from mteditflow._reduce import in_float64, mean_where
 
 
-def binary_and(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+def binary_and(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     r"""Strict success of a chain: :math:`\prod_n s_n`, 1 where every turn succeeded.
 
     Args:
@@ -47,7 +50,7 @@ def binary_and(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
     return torch.where(mask, scores, 1).prod(dim=1)
 
 
-def binary_average(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+def binary_average(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     r"""Share of turns that succeeded: :math:`\mathrm{mean}_n\, s_n`.
 
     Args:
@@ -72,7 +75,7 @@ def binary_average(success: Tensor, *, turn_mask: Tensor | None = None) -> Tenso
 
 
 def likert_average(
-    likert: Tensor, *, normalization: str = "minmax", turn_mask: Tensor | None = None
+    likert: Numbers, *, normalization: str = "minmax", turn_mask: Numbers | None = None
 ) -> Tensor:
     r"""Mean Likert score of a chain, normalised: :math:`\mathrm{mean}_n (l_n - 1)/4`.
 
@@ -100,7 +103,7 @@ def likert_average(
     return _mean(normalize_likert(known, normalization=normalization), mask)
 
 
-def normalize_likert(likert: Tensor, *, normalization: str = "minmax") -> Tensor:
+def normalize_likert(likert: Numbers, *, normalization: str = "minmax") -> Tensor:
     r"""Map Likert scores to rewards, each on its own: :math:`(l - 1)/4`.
 
     Args:
@@ -121,13 +124,13 @@ def normalize_likert(likert: Tensor, *, normalization: str = "minmax") -> Tensor
         tensor([1.0000, 0.5000, 0.0000])
     """
     check_choice("normalization", normalization, ("minmax", "max"))
-    check_tensor("likert", likert)
+    likert = as_numbers("likert", likert)
     scores = likert.to(torch.promote_types(likert.dtype, torch.float32))
     check_values("likert", scores, (scores >= 1) & (scores <= 5), "scores in 1..5")
     return (scores - 1) / 4 if normalization == "minmax" else scores / 5
 
 
-def turn_average(score: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+def turn_average(score: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     r"""Mean of any score over the turns that have one, such as content consistency.
 
     Args:
@@ -153,7 +156,7 @@ def turn_average(score: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
 
 
 def reward_to_go(
-    reward: Tensor, *, discount: float = 1.0, turn_mask: Tensor | None = None
+    reward: Numbers, *, discount: float = 1.0, turn_mask: Numbers | None = None
 ) -> Tensor:
     r"""Return from each turn on: :math:`G_n = \sum_{m \ge n} \gamma^{m-n} r_m`.
 
@@ -178,14 +181,15 @@ def reward_to_go(
     check_number("discount", discount, low=0.0, high=1.0)
     rewards, mask = _turns("reward", reward, turn_mask)
     check_values("reward", rewards, ~mask | rewards.isfinite(), "finite rewards")
-    rewards = torch.where(mask, rewards, 0)
-    returns = [rewards[:, -1]]
-    for turn in reversed(range(rewards.shape[1] - 1)):
-        returns.insert(0, rewards[:, turn] + discount * returns[0])
-    return torch.where(mask, torch.stack(returns, dim=1), 0)
+    # In float64: a later return may overflow where an earlier one is a float32 number again.
+    exact, exists = in_float64(torch.where(mask, rewards, 0), mask)
+    returns = [exact[:, -1]]
+    for turn in reversed(range(exact.shape[1] - 1)):
+        returns.insert(0, exact[:, turn] + discount * returns[0])
+    return torch.where(exists, torch.stack(returns, dim=1), 0).to(rewards)
 
 
-def stop_after_failure(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+def stop_after_failure(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     """Weights that stop a chain's training after its first failed turn.
 
     The failed turn itself keeps weight 1 (its advantage says that it failed); later turns, which
@@ -216,7 +220,7 @@ def stop_after_failure(success: Tensor, *, turn_mask: Tensor | None = None) -> T
     return before.cumprod(dim=1) * mask
 
 
-def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
+def broadcast_to_steps(advantage: Numbers, *, turns: int, steps: int) -> Tensor:
     r"""Give every turn and denoising step the advantage of its trajectory: ``A[b, n, s] = A[b]``.
 
     Args:
@@ -238,6 +242,7 @@ def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
         tensor([[[2., 2., 2.],
                  [2., 2., 2.]]])
     """
+    advantage = as_numbers("advantage", advantage)
     check_floating(advantage=advantage)
     check_count("turns", turns)
     check_count("steps", steps)
@@ -250,10 +255,10 @@ def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
     )
 
 
-def _turns(name: str, score: Tensor, turn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _turns(name: str, score: Numbers, turn_mask: Numbers | None) -> tuple[Tensor, Tensor]:
+    score = as_numbers(name, score)
     check_rank(name, score, 2, "[B, N]", maximum=2)
-    if turn_mask is None:
-        turn_mask = torch.ones_like(score, dtype=torch.bool)
+    turn_mask = as_mask("turn_mask", turn_mask, score)
     check_mask("turn_mask", turn_mask, score.shape, "[B, N]")
     has_turn = turn_mask.any(dim=1)
     check_values("turn_mask", has_turn, has_turn, "at least one turn in each row")
@@ -265,4 +270,4 @@ def _check_binary(scores: Tensor, mask: Tensor) -> None:
 
 
 def _mean(scores: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, scores, 0).sum(dim=1) / mask.sum(dim=1)
+    return mean_where(scores, mask, dim=1).to(scores.dtype)
