@@ -52,7 +52,7 @@ def group_pairs(reward: Numbers, group: Numbers, *, valid: Numbers | None = None
     check_rank("reward", reward, 1, "[B]", maximum=1)
     names, index = torch.unique(group, return_inverse=True)
     value = torch.where(valid, reward, torch.nan)
-    first = torch.arange(len(reward), device=reward.device)
+    first = torch.arange(len(reward), dtype=torch.int64, device=reward.device)
 
     def extreme(reduce: str, start: float) -> tuple[Tensor, Tensor]:
         """Of each group the extreme reward, and the first trajectory that has it."""

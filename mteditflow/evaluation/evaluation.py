@@ -207,7 +207,9 @@ class Evaluation:
     @cached_property
     def estimates(self) -> dict[str, list[float]]:
         """Every metric per turn without its interval, which takes longer."""
-        empty = torch.full((len(self.names), self.turns), torch.nan)
+        empty = torch.full(
+            (len(self.names), self.turns), torch.nan, dtype=torch.float32, device="cpu"
+        )
         values = self.per_turn(*self.samples(self.valid)) if self.counted else empty
         return dict(zip(self.names, values.tolist(), strict=True))
 
@@ -260,7 +262,7 @@ def interval_of(
 ) -> Interval:
     """Bootstrap a statistic of this shape with a fixed seed; NaN where there is no chain."""
     if not len(samples[0]):
-        return Interval(*torch.full((3, *shape), torch.nan))
+        return Interval(*torch.full((3, *shape), torch.nan, dtype=torch.float32, device="cpu"))
     return bootstrap_interval(statistic, *samples, generator=torch.Generator().manual_seed(0))
 
 
@@ -308,9 +310,9 @@ class TermRecord(BaseModel):
             ValueError: rows differ in length, or the numbers are not such scores.
         """
         rows = [[torch.nan if x is None else x for x in row] for row in self.score]
-        score = torch.tensor(rows, dtype=getattr(torch, self.dtype))
+        score = torch.tensor(rows, dtype=getattr(torch, self.dtype), device="cpu")
         lost = {(x.chain, x.turn): Lost(x.fault, x.detail, x.attempts) for x in self.lost}
-        return TurnScores(score, torch.tensor(self.turn_mask), lost)
+        return TurnScores(score, torch.tensor(self.turn_mask, dtype=torch.bool, device="cpu"), lost)
 
 
 class EvaluationRecord(BaseModel):

@@ -233,7 +233,9 @@ class Numbers:
             *(Place(x, None, turn) for x in evaluation.names for turn in [*steps, DROP]),
             *(Place(x, k, t) for k in self.edit_types for x in BY_TYPE for t in [*steps, ALL]),
         ]
-        self._types = torch.full((len(chains), turns), -1)  # index of each turn's type
+        self._types = torch.full(
+            (len(chains), turns), -1, dtype=torch.int64, device="cpu"
+        )  # index of each turn's type
         for c, chain in enumerate(chains):
             for n, name in enumerate(chain.task_types or ()):
                 self._types[c, n] = self.edit_types.index(name)
@@ -254,7 +256,9 @@ class Numbers:
 
     def _by_type(self, types: Tensor, followed: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of followed turns and of all turns of each type, both [K, N]."""
-        of_type = types[..., None] == torch.arange(len(self.edit_types))
+        of_type = types[..., None] == torch.arange(
+            len(self.edit_types), dtype=torch.int64, device="cpu"
+        )
         return (followed[..., None] * of_type).sum(dim=0).T, of_type.sum(dim=0).T
 
     def counts(self, rows: Tensor) -> list[int]:

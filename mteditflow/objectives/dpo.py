@@ -114,9 +114,17 @@ class DPO(ForwardObjective):
     ) -> Output:
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
-        winner, loser = torch.arange(2 * len(units), device=at.current.device).chunk(2)
+        winner, loser = torch.arange(
+            2 * len(units), dtype=torch.int64, device=at.current.device
+        ).chunk(2)
         loss = dpo_loss(
-            at.current, at.reference, states.target, winner, loser, dpo_beta=self.dpo_beta
+            at.current,
+            at.reference,
+            states.target,
+            winner,
+            loser,
+            dpo_beta=self.dpo_beta,
+            valid=units.mask.all(dim=1).to(at.current.device),
         )
         return self.output(units, loss, at, {"preferred": (loss.detach() < math.log(2)).float()})
 

@@ -350,5 +350,5 @@ def test_what_is_no_likert_score_is_refused(bad):
         normalize_likert(torch.tensor([3, bad]))
     with pytest.raises(ValueError, match=r"^normalization: expected one of"):
         normalize_likert(torch.tensor([3]), normalization="mean")
-    with pytest.raises(TypeError, match=r"^likert: expected a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"^likert: expected a torch.Tensor, got str"):
         normalize_likert([3])

@@ -150,7 +150,11 @@ def _finder(detector: Detector, images: Sequence[Image.Image]) -> Callable[[int,
 
     @cache
     def search(picture: int, names: tuple[str, ...]) -> Tensor:
-        return detector([pictures.pixels[picture]], [names])[0] if names else torch.empty(0, 4)
+        return (
+            detector([pictures.pixels[picture]], [names])[0]
+            if names
+            else torch.empty(0, 4, dtype=torch.float32, device="cpu")
+        )
 
     return lambda n, name: search(index[n], clean_names([name]))
 
