@@ -27,6 +27,7 @@ from mteditflow.advantages.group import (
     fuse_advantages,
     fuse_rewards,
     group_advantage,
+    group_ids,
     group_std,
     renormalize_advantage,
 )
@@ -34,11 +35,13 @@ from mteditflow.advantages.history import RewardHistory
 from mteditflow.advantages.pairs import Pairs, group_pairs
 from mteditflow.advantages.selection import GroupSelection, draw_probabilities, select_groups
 from mteditflow.advantages.turns import (
+    PaddedTurns,
     binary_and,
     binary_average,
     broadcast_to_steps,
     likert_average,
     normalize_likert,
+    pad_turns,
     reward_to_go,
     stop_after_failure,
     turn_average,
@@ -117,6 +120,7 @@ __all__ = [
     "GroupSelection",
     "Interval",
     "LagrangeMultiplier",
+    "PaddedTurns",
     "Pairs",
     "RatioCheck",
     "RewardHistory",
@@ -160,6 +164,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantage",
+    "group_ids",
     "group_pairs",
     "group_std",
     "guard_log_ratio",
@@ -176,6 +181,7 @@ __all__ = [
     "old_policy_decay",
     "optimality_probability",
     "overall",
+    "pad_turns",
     "renormalize_advantage",
     "reward_to_go",
     "rollout",

@@ -39,7 +39,7 @@ def as_numbers(name: str, x: object, *, device: torch.device | None = None) -> T
     if isinstance(x, Tensor):
         return x
     if not isinstance(x, (list, tuple, np.ndarray, np.generic, int, float)):
-        check_tensor(name, x)
+        raise TypeError(f"{name}: expected numbers or a torch.Tensor, got {type(x).__name__}")
     try:
         array = np.asarray(x)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors with gradient

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,11 +48,10 @@ def broadcast_rows(name: str, value: float | Numbers, x: Tensor) -> Tensor:
     ``value`` is a number, or numbers whose shape is the leading part of ``x.shape``, such as [M],
     or that with any axes of size one behind, such as [M, 1, ...]. A number gets the dtype of ``x``.
     """
-    if isinstance(value, (np.generic, list, tuple, np.ndarray)):
-        value = as_numbers(name, value, device=x.device)
-    if not isinstance(value, Tensor):
+    if isinstance(value, (int, float)):
         check_number(name, value)
         return torch.full((1,) * x.ndim, value, dtype=x.dtype, device=x.device)
+    value = as_numbers(name, value, device=x.device)
     check_floating(**{name: value})
     ones = all(size == 1 for size in value.shape)
     leading = tuple(value.shape)
@@ -73,14 +71,13 @@ def per_row(name: str, value: float | Numbers, x: Tensor, *, high: float = 1.0) 
 
     ``x`` is at least float32 where this is called.
     """
-    if isinstance(value, (list, tuple, np.ndarray, np.generic)):
-        value = as_numbers(name, value, device=x.device)
-    if not isinstance(value, Tensor):
+    if isinstance(value, (int, float)):
         check_number(name, value, low=0.0, high=high)
+        return broadcast_rows(name, value, x)
+    value = as_numbers(name, value, device=x.device)
     rows = broadcast_rows(name, value, x)
-    if isinstance(value, Tensor):
-        interval = f"values in [0, {high:g}]" if high < math.inf else "values >= 0"
-        check_step_values(name, value, (value >= 0) & (value <= high), interval)
+    interval = f"values in [0, {high:g}]" if high < math.inf else "values >= 0"
+    check_step_values(name, value, (value >= 0) & (value <= high), interval)
     return rows.to(x)
 
 
@@ -93,10 +90,10 @@ def row_values(
     valid: Tensor | None = None,
 ) -> Tensor:
     """One number for each row of ``x``, [M] or [1], in any form of ``per_row``; 0 if invalid."""
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if not isinstance(value, (int, float)):
         value = as_numbers(name, value, device=x.device)
-    if isinstance(value, Tensor) and valid is not None and value.numel() == len(valid):
-        value = torch.where(valid.reshape(value.shape), value, 0)
+        if valid is not None and value.numel() == len(valid):
+            value = torch.where(valid.reshape(value.shape), value, 0)
     rows = per_row(name, value, x, high=high)
     if rows.numel() != len(rows):
         raise ValueError(
@@ -257,7 +254,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 def mean_where(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
     """Mean of the entries in a mask, 0 for none, over an axis or all; in float64 where there is.
 
-    Where a sum overflows, it is formed anew from entries that are divided by their number.
+    Where a sum overflows, it is formed anew in units of 2^64.
     """
     axes = tuple(range(x.ndim)) if dim is None else (dim,)
     kept = x if mask is None else torch.where(mask, x, 0)
@@ -266,5 +263,6 @@ def mean_where(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor
     accumulator = torch.float64 if has_float64(x.device) else torch.float32
     mean = kept.sum(dim=axes, keepdim=True, dtype=accumulator) / count
     if x.dtype == accumulator:
-        mean = torch.where(mean.isfinite(), mean, (kept / count).sum(dim=axes, keepdim=True))
+        again = (kept * 2.0**-64).sum(dim=axes, keepdim=True) / count * 2.0**64
+        mean = torch.where(mean.isfinite(), mean, again)
     return mean.squeeze(axes)

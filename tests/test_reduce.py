@@ -123,7 +123,9 @@ def test_per_row_refuses_what_does_not_fit():
     message = "sigma: expected a floating-point tensor, got torch.int64"
     with pytest.raises(TypeError, match=exactly(message)):
         per_row("sigma", torch.zeros(2, dtype=torch.int64), x)
-    with pytest.raises(TypeError, match=exactly("sigma: expected a number, got str")):
+    with pytest.raises(
+        TypeError, match=exactly("sigma: expected numbers or a torch.Tensor, got str")
+    ):
         per_row("sigma", "half", x)
 
 

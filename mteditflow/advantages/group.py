@@ -298,7 +298,8 @@ def _group_index(group: Tensor) -> Tensor:
     ids = group.long()  # uint64 above int64 wraps around, which keeps distinct ids distinct
     bounds = read(torch.stack(ids.aminmax()))
     if bounds and bounds[1] - bounds[0] < len(ids):  # dense ids need no sorting, the dearest step
-        return ids - bounds[0]
+        dense: Tensor = ids - bounds[0]
+        return dense
     ordered, order = ids.sort()
     is_new = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
     return torch.empty_like(order).scatter(0, order, is_new.cumsum(0))

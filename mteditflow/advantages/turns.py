@@ -7,6 +7,11 @@ entry is never read.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from einops import repeat
 from torch import Tensor
@@ -24,6 +29,94 @@ from mteditflow._checks import (
     check_values,
 )
 from mteditflow._reduce import in_float64, mean_where
+
+
+class PaddedTurns(NamedTuple):
+    """Scores of chains of unequal length, padded to N turns.
+
+    Attributes:
+        score: [B, N], NaN where ``valid`` is false.
+        turn_mask: turns that exist, boolean [B, N].
+        valid: turns that exist and have a score, boolean [B, N].
+        lost: turns whose score was asked for and did not come, boolean [B, N]. What exists and is
+            neither valid nor lost had nothing to measure.
+    """
+
+    score: Tensor
+    turn_mask: Tensor
+    valid: Tensor
+    lost: Tensor
+
+
+def pad_turns(
+    scores: Sequence[Sequence[float | None] | Tensor | np.ndarray[Any, Any]],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> PaddedTurns:
+    """Pad one list of scores per chain to tensors, with what exists, what counts, what was lost.
+
+    Args:
+        scores: per trajectory one score per turn, at least one: numbers, integers and booleans;
+            ``None`` where a score was lost, NaN where there was nothing to measure.
+        dtype: float32 or float64, of the scores.
+
+    Returns:
+        PaddedTurns, on the CPU. Give ``score`` and ``valid`` to an aggregator that averages what
+        was measured, or all to a ``Credit``, which also leaves out chains with lost scores.
+
+    Raises:
+        ValueError: there is no chain, one has no turn, a score is infinite, or an integer is not
+            exact in ``dtype``.
+        TypeError: a score is no number, or ``dtype`` is another one.
+
+    Example:
+        >>> padded = pad_turns([[1, 0, None], [0.5]])
+        >>> padded.score
+        tensor([[1.0000, 0.0000,    nan],
+                [0.5000,    nan,    nan]])
+        >>> padded.turn_mask.sum(dim=1), padded.valid.sum(dim=1), padded.lost.sum(dim=1)
+        (tensor([3, 1]), tensor([2, 1]), tensor([1, 0]))
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if len(scores) == 0:
+        raise ValueError("scores: expected at least one chain, got none")
+    rows = [_chain(f"scores[{b}]", row, dtype) for b, row in enumerate(scores)]
+    turns = max(map(len, rows))
+
+    numbers = [[math.nan if x is None else x for x in row] for row in rows]
+    lost = [[x is None for x in row] for row in rows]
+
+    def padded(rows: list[list[Any]], filling: float, dtype: torch.dtype) -> Tensor:
+        filled = [row + [filling] * (turns - len(row)) for row in rows]
+        return torch.tensor(filled, dtype=dtype, device="cpu")
+
+    score = padded(numbers, math.nan, dtype)
+    exists = padded([[True] * len(row) for row in rows], False, torch.bool)
+    return PaddedTurns(score, exists, ~score.isnan(), padded(lost, False, torch.bool))
+
+
+def _chain(name: str, row: Any, dtype: torch.dtype) -> list[float | None]:
+    """Return the scores of a chain, checked."""
+    row = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row
+    if not isinstance(row, (list, tuple)):
+        raise TypeError(f"{name}: expected one list of scores, got {type(row).__name__}")
+    if not row:
+        raise ValueError(f"{name}: expected at least one turn, got none")
+    return [None if x is None else _score(f"{name}[{n}]", x, dtype) for n, x in enumerate(row)]
+
+
+def _score(name: str, x: Any, dtype: torch.dtype) -> float:
+    """Return a finite number or NaN that ``dtype`` holds; an integer exactly."""
+    x = x.item() if isinstance(x, (Tensor, np.generic)) else x
+    if not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: expected a number, or None if lost, got {type(x).__name__}")
+    largest = torch.finfo(dtype).max
+    if not (math.isnan(x) or -largest <= x <= largest):
+        raise ValueError(f"{name}: expected a finite {dtype} number, or NaN, got {x}")
+    if isinstance(x, int) and abs(x) > 1 / torch.finfo(dtype).eps:
+        raise ValueError(f"{name}: expected an integer that {dtype} holds exactly, got {x}")
+    return float(x)
 
 
 def binary_and(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:

@@ -135,7 +135,7 @@ class _PulledEuler(ABC):
         s, s_next = per_row("sigma", sigma, x), per_row("next_sigma", next_sigma, x)
         check_step_values("next_sigma - sigma", s_next - s, s_next < s, "a step toward data, < 0")
         pull, std = self.coefficients(s, s_next)
-        mean = (x * (1 - pull)).addcmul_(v, s_next - s - pull * (1 - s))
+        mean = torch.addcmul(x * (1 - pull), v, s_next - s - pull * (1 - s))
         return Transition(mean, std)
 
 

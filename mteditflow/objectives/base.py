@@ -213,8 +213,6 @@ class Velocities:
     def _of(self, policy: Policy) -> Tensor:
         """Velocities, 0 for members that do not exist: a NaN there would reach the gradient."""
         velocity = self._velocity(policy, *self._states)
-        if bool(self._units.mask.all()):
-            return velocity
         return valid_rows(member_mask(self._units, velocity), velocity)
 
 

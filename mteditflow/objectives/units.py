@@ -103,8 +103,13 @@ def member_advantages(units: Units, like: Tensor) -> Tensor:
     return units.advantage.T.flatten().to(like)
 
 
-def member_mask(units: Units, like: Tensor) -> Tensor:
-    """Return which members exist, boolean [K * U], in the order of ``member_rows``."""
+def member_mask(units: Units, like: Tensor) -> Tensor | None:
+    """Return which members exist, boolean [K * U], in the order of ``member_rows``.
+
+    ``None`` where all do: a loss then spares its copies.
+    """
+    if bool(units.mask.all()):
+        return None
     return units.mask.T.flatten().to(like.device)
 
 
