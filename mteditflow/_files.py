@@ -12,6 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+# What the library raises for damaged headers, among them sizes that overflow an integer.
+_DAMAGED = (
+    SafetensorError, RuntimeError, ValueError, AttributeError, KeyError, TypeError, OverflowError,
+)  # fmt: skip
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -77,7 +82,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             # Copies: the library maps the file, and a mapping of a file that shrinks kills.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
-    except (SafetensorError, RuntimeError, ValueError, AttributeError, KeyError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
 
 

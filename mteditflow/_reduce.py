@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_numbers,
     check_floating,
     check_full_precision,
     check_mask,
@@ -16,6 +18,7 @@ from mteditflow._checks import (
     check_rank,
     check_same_shape,
     check_step_values,
+    read,
 )
 
 
@@ -27,24 +30,77 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def per_row(name: str, value: float | Tensor, x: Tensor) -> Tensor:
-    """Give a ``value`` in [0, 1] trailing axes of size one, so that it broadcasts over ``x``.
+def has_float64(device: torch.device) -> bool:
+    """Whether a device can compute in float64; Apple's cannot."""
+    return device.type != "mps"
 
-    ``value`` is a number, or a tensor whose shape is the leading part of ``x.shape``. The result
-    has the dtype and device of ``x`` (which is at least float32 where this is called).
+
+def in_float64(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast floats to float64, all tensors to the CPU first if their device has none."""
+    if not has_float64(tensors[0].device):
+        tensors = tuple(x.cpu() for x in tensors)
+    return tuple(x.double() if x.is_floating_point() else x for x in tensors)
+
+
+def broadcast_rows(name: str, value: float | Numbers, x: Tensor) -> Tensor:
+    """Give ``value`` trailing axes of size one, so that it broadcasts over ``x``.
+
+    ``value`` is a number, or numbers whose shape is the leading part of ``x.shape``, such as [M],
+    or that with any axes of size one behind, such as [M, 1, ...]. A number gets the dtype of ``x``.
     """
-    if not isinstance(value, Tensor):
-        check_number(name, value, low=0.0, high=1.0)
+    if isinstance(value, (int, float)):
+        check_number(name, value)
         return torch.full((1,) * x.ndim, value, dtype=x.dtype, device=x.device)
+    value = as_numbers(name, value, device=x.device)
     check_floating(**{name: value})
-    if value.shape != x.shape[: value.ndim]:
+    ones = all(size == 1 for size in value.shape)
+    leading = tuple(value.shape)
+    while leading and leading[-1] == 1:
+        leading = leading[:-1]
+    whole = value.ndim in (0, x.ndim) or x.shape[:1] == (1,)  # one number for all rows
+    if leading != x.shape[: len(leading)] or (ones and not whole):
         raise ValueError(
             f"{name}: expected a number or a tensor whose shape is a leading part of "
             f"{list(x.shape)}, got {list(value.shape)}"
         )
-    check_step_values(name, value, (value >= 0) & (value <= 1), "values in [0, 1]")
-    value = value.to(x)
-    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+    return value.reshape(leading + (1,) * (x.ndim - len(leading)))
+
+
+def per_row(name: str, value: float | Numbers, x: Tensor, *, high: float = 1.0) -> Tensor:
+    """``broadcast_rows`` of a value in [0, high], in the dtype and on the device of ``x``.
+
+    ``x`` is at least float32 where this is called.
+    """
+    if isinstance(value, (int, float)):
+        check_number(name, value, low=0.0, high=high)
+        return broadcast_rows(name, value, x)
+    value = as_numbers(name, value, device=x.device)
+    rows = broadcast_rows(name, value, x)
+    interval = f"values in [0, {high:g}]" if high < math.inf else "values >= 0"
+    check_step_values(name, value, (value >= 0) & (value <= high), interval)
+    return rows.to(x)
+
+
+def row_values(
+    name: str,
+    value: float | Numbers,
+    x: Tensor,
+    *,
+    high: float = 1.0,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """One number for each row of ``x``, [M] or [1], in any form of ``per_row``; 0 if invalid."""
+    if not isinstance(value, (int, float)):
+        value = as_numbers(name, value, device=x.device)
+        if valid is not None and value.numel() == len(valid):
+            value = torch.where(valid.reshape(value.shape), value, 0)
+    rows = per_row(name, value, x, high=high)
+    if rows.numel() != len(rows):
+        raise ValueError(
+            f"{name}: expected one value per row, a number, [M] or [M, 1, ...] against "
+            f"{list(x.shape)}, got {list(rows.shape)}"
+        )
+    return rows.reshape(-1)
 
 
 def elements(x: Tensor) -> int:
@@ -61,10 +117,16 @@ def row_mean_square(x: Tensor) -> Tensor:
 
 
 def row_root_mean_square(x: Tensor) -> Tensor:
-    """Root of ``row_mean_square``; all its derivatives are 0 where a row is 0."""
-    mean_square = row_mean_square(x)
-    positive = mean_square > 0
-    return torch.where(positive, torch.where(positive, mean_square, 1).sqrt(), 0)
+    """Root of the mean square of each row; all its derivatives are 0 where a row is 0.
+
+    Rows are divided by their largest element first: its square may overflow or vanish.
+    """
+    inner = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=-1)
+    peak = inner.reshape(len(x), -1).amax(dim=1)
+    positive = peak > 0
+    peak = torch.where(positive & peak.isfinite(), peak, 1)
+    mean_square = row_mean_square(x / peak.reshape(-1, *(1,) * (x.ndim - 1)))
+    return peak * torch.where(positive, torch.where(positive, mean_square, 1).sqrt(), 0)
 
 
 class _RowMeanSquare(torch.autograd.Function):
@@ -99,14 +161,25 @@ class _RowMeanSquare(torch.autograd.Function):
         return (x * tangent).mean(dim=_element_axes(x)) * 2
 
 
-def row_squared_error(**pair: Tensor) -> Tensor:
-    """Mean squared difference of two named tensors, [M, ...] -> [M]; the second is a constant."""
+def row_squared_error(valid: Tensor | None, /, **pair: Tensor) -> Tensor:
+    """Mean squared difference of two named tensors, [M, ...] -> [M]; the second is a constant.
+
+    Rows that are not ``valid`` give 0 with gradient 0.
+    """
     check_floating(**pair)
     check_same_shape(**pair)
     (name, x), (_, constant) = pair.items()
     check_rank(name, x, 2, "[M, ...]")
     left, right = promote(x, constant.detach())
-    return row_mean_square(left - right)
+    return row_mean_square(valid_rows(valid, left - right))
+
+
+def valid_rows(valid: Tensor | None, x: Tensor) -> Tensor:
+    """Zero the rows [M, ...] that are not valid, so that nothing in them reaches a gradient."""
+    if valid is None:
+        return x
+    check_mask("valid", valid, x.shape[:1], "[M]")
+    return torch.where(valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
 def row_mean_absolute(x: Tensor) -> Tensor:
@@ -121,26 +194,23 @@ def _element_axes(x: Tensor) -> tuple[int, ...]:
     return tuple(range(1, x.ndim))
 
 
-def row_std(std: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of ``x`` [M]: a std that is safe to divide by, and whether the step was random."""
-    check_full_precision(std=std)
-    m = len(x)
-    one_per_row = std.ndim == x.ndim and std.numel() == std.shape[0] and len(std) in (1, m)
-    if not one_per_row:
-        raise ValueError(
-            f"std: expected one value per row, [M, 1, ...] or [1, 1, ...] against "
-            f"{list(x.shape)}, got {list(std.shape)}"
-        )
-    check_step_values("std", std, std >= 0, "values >= 0")
-    rows = std.reshape(-1).to(x.dtype).expand(m)
-    stochastic = rows > 0
+def row_std(std: float | Numbers, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per row of ``x`` [M]: a std that is safe to divide by, and whether the row takes part.
+
+    It does where the step was random and the row is valid.
+    """
+    if isinstance(std, Tensor):
+        check_full_precision(std=std)
+    if valid is not None:
+        check_mask("valid", valid, x.shape[:1], "[M]")
+    rows = row_values("std", std, x, high=math.inf, valid=valid).expand(len(x))
+    stochastic = rows > 0 if valid is None else (rows > 0) & valid
     return torch.where(stochastic, rows, 1), stochastic
 
 
 def stochastic_rows(x: Tensor, stochastic: Tensor) -> Tensor:
-    """Zero the rows that took a deterministic step, so that no NaN in them reaches a gradient."""
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and bool(stochastic.all()):  # spares a copy; elsewhere the test would wait
+    """Zero the rows that take no part, so that no NaN in them reaches a gradient."""
+    if x.device.type == "cpu" and read(stochastic.all()):  # spares a copy; elsewhere it would wait
         return x
     return torch.where(stochastic.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
@@ -176,8 +246,23 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     check_floating(values=values)
     check_rank("values", values, 0, "[...]")
-    if mask is None:
-        return values.mean()
-    check_mask("mask", mask, values.shape, "of values")
-    total: Tensor = torch.where(mask, values, 0).sum()
-    return total / mask.sum().clamp(min=1)
+    if mask is not None:
+        check_mask("mask", mask, values.shape, "of values")
+    return mean_where(values, mask).to(values.dtype)
+
+
+def mean_where(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
+    """Mean of the entries in a mask, 0 for none, over an axis or all; in float64 where there is.
+
+    Where a sum overflows, it is formed anew in units of 2^64.
+    """
+    axes = tuple(range(x.ndim)) if dim is None else (dim,)
+    kept = x if mask is None else torch.where(mask, x, 0)
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    count = mask.sum(dim=axes, keepdim=True).clamp(min=1)
+    accumulator = torch.float64 if has_float64(x.device) else torch.float32
+    mean = kept.sum(dim=axes, keepdim=True, dtype=accumulator) / count
+    if x.dtype == accumulator:
+        again = (kept * 2.0**-64).sum(dim=axes, keepdim=True) / count * 2.0**64
+        mean = torch.where(mean.isfinite(), mean, again)
+    return mean.squeeze(axes)

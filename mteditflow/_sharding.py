@@ -62,7 +62,7 @@ def agreed(verdict: bool, tensors: Iterable[Tensor]) -> bool:
     if sharded is None:
         return verdict
     mesh = sharded.device_mesh
-    flag = torch.tensor(int(verdict), device=mesh.device_type)
+    flag = torch.tensor(int(verdict), dtype=torch.int64, device=mesh.device_type)
     for axis in range(mesh.ndim):
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=mesh.get_group(axis))
     return bool(flag)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_real,
+    as_rewards,
     check_full_precision,
     check_mask,
     check_number,
@@ -16,7 +19,7 @@ from mteditflow._checks import (
     check_rewards,
     check_same_shape,
 )
-from mteditflow._reduce import masked_mean
+from mteditflow._reduce import in_float64, masked_mean
 from mteditflow.advantages.group import group_advantage, group_std
 
 
@@ -134,6 +137,7 @@ def clip_fraction(
     check_number("clip_high", clip_high, low=0.0)
     log_ratio, mask = _log_ratio(log_prob, old_log_prob, valid)
     below, above = log_ratio < math.log1p(-clip_low), log_ratio > math.log1p(clip_high)
+    mask = mask.to(log_prob.device)
     return masked_mean(below.to(log_prob), mask), masked_mean(above.to(log_prob), mask)
 
 
@@ -166,11 +170,11 @@ def approximate_kl(
         tensor(0.3591)
     """
     log_ratio, mask = _log_ratio(log_prob, old_log_prob, valid)
-    return masked_mean(log_ratio.expm1() - log_ratio, mask).to(log_prob.dtype)
+    return masked_mean(log_ratio.expm1() - log_ratio, mask).to(log_prob)
 
 
 @torch.no_grad()
-def zero_variance_share(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def zero_variance_share(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) -> Tensor:
     """Share of valid trajectories whose group teaches nothing, because all its rewards are equal.
 
     Args:
@@ -190,12 +194,15 @@ def zero_variance_share(reward: Tensor, group: Tensor, *, valid: Tensor | None =
         >>> zero_variance_share(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
         tensor(0.5000)
     """
-    return masked_mean((group_std(reward, group, valid=valid) == 0).to(reward), valid)
+    reward, group, valid = as_rewards(reward, group, valid)
+    (exact,) = in_float64(reward)
+    same = group_std(exact, group, valid=valid.to(exact.device)) == 0
+    return masked_mean(same.to(reward), valid)
 
 
 @torch.no_grad()
 def variance_ratio(
-    reward: Tensor, other: Tensor, group: Tensor, *, valid: Tensor | None = None
+    reward: Numbers, other: Numbers, group: Numbers, *, valid: Numbers | None = None
 ) -> Tensor:
     """Within-group variance of one reward over that of another.
 
@@ -222,16 +229,14 @@ def variance_ratio(
         >>> variance_ratio(reward, other, torch.tensor([0, 0]))
         tensor(4.)
     """
-    valid = check_rewards({"reward": reward, "other": other}, group, valid)
-    top, bottom = (
-        masked_mean(group_std(x, group, valid=valid).square(), valid) for x in (reward, other)
-    )
-    return top / bottom
+    a, b = _deviations(reward, other, group, valid)
+    top, bottom = (_root_mean_square(x) for x in (a, b))
+    return (top / bottom).square().to(as_real("reward", reward))
 
 
 @torch.no_grad()
 def advantage_correlation(
-    reward: Tensor, other: Tensor, group: Tensor, *, valid: Tensor | None = None
+    reward: Numbers, other: Numbers, group: Numbers, *, valid: Numbers | None = None
 ) -> Tensor:
     """Correlation of two rewards inside groups: negative where one is bought with the other.
 
@@ -254,10 +259,26 @@ def advantage_correlation(
         >>> advantage_correlation(reward, other, torch.tensor([0, 0]))
         tensor(-1.)
     """
-    valid = check_rewards({"reward": reward, "other": other}, group, valid)
-    a, b = (group_advantage(x.double(), group, valid=valid, std="none") for x in (reward, other))
-    correlation = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
-    return correlation.to(reward.dtype)
+    a, b = (x / _root_mean_square(x) for x in _deviations(reward, other, group, valid))
+    return (a * b).mean().to(as_real("reward", reward))
+
+
+def _deviations(
+    reward: Numbers, other: Numbers, group: Numbers, valid: Numbers | None
+) -> tuple[Tensor, Tensor]:
+    """Deviations of two rewards from their group means, 0 where invalid, in float64."""
+    first, ids, mask = as_rewards(reward, group, valid)
+    pair = {"reward": first, "other": as_real("other", other, device=first.device)}
+    check_rewards(pair, ids, mask)
+    exact = in_float64(ids, mask, *pair.values())
+    a, b = (group_advantage(x, exact[0], valid=exact[1], std="none") for x in exact[2:])
+    return a, b
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    """Root mean square of all entries, by way of the largest, whose square may be no number."""
+    peak = x.abs().max()
+    return peak * (x / torch.where(peak > 0, peak, 1)).square().mean().sqrt()
 
 
 def _log_ratio(
@@ -272,4 +293,5 @@ def _log_ratio(
     if valid is None:
         valid = torch.ones_like(log_prob, dtype=torch.bool)
     check_mask("valid", valid, log_prob.shape, "of log_prob")
-    return log_prob.double() - old_log_prob.double(), valid
+    new, old, valid = in_float64(log_prob, old_log_prob, valid)
+    return new - old, valid

@@ -63,7 +63,7 @@ def gather_ranks(
 def _row_counts(
     rows: int, device: torch.device, process_group: dist.ProcessGroup | None
 ) -> list[int]:
-    local = torch.tensor([rows], device=device)
+    local = torch.tensor([rows], dtype=torch.int64, device=device)
     counts = [torch.empty_like(local) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(counts, local, group=process_group)
     return [int(count) for count in counts]

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    as_numbers,
     check_count,
     check_floating,
     check_mask,
@@ -26,7 +29,7 @@ from mteditflow._checks import (
     check_same_shape,
     check_values,
 )
-from mteditflow._reduce import promote
+from mteditflow._reduce import in_float64, mean_where, promote
 
 FEW_CASES = 10
 """An estimate over fewer cases is marked in tables and figures: its interval is rough."""
@@ -40,7 +43,7 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-def instruction_following(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def instruction_following(success: Numbers, *, valid: Numbers | None = None) -> Tensor:
     """IF(t): share of chains whose turns 1..t ALL succeeded.
 
     Args:
@@ -66,7 +69,7 @@ def instruction_following(success: Tensor, *, valid: Tensor | None = None) -> Te
     return _mean(score.cumprod(dim=1), mask.long().cumprod(dim=1).bool())
 
 
-def marginal_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def marginal_success(success: Numbers, *, valid: Numbers | None = None) -> Tensor:
     """Marginal(t): share of chains whose turn t succeeded, whatever came before.
 
     Its fall from turn 1 to N is the exposure-bias drop. The ratio Marginal(N) / Marginal(1) is not
@@ -92,7 +95,7 @@ def marginal_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
     return _mean(*_success(success, valid))
 
 
-def conditional_success(success: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def conditional_success(success: Numbers, *, valid: Numbers | None = None) -> Tensor:
     """P(success at t | success at 1): share of the chains with success at turn 1, turn by turn.
 
     Chains that failed at turn 1 do not enter it, other than in Marginal(t) / Marginal(1), which a
@@ -122,7 +125,7 @@ def conditional_success(success: Tensor, *, valid: Tensor | None = None) -> Tens
     return _mean(score, mask & mask[:, :1] & (score[:, :1] == 1))
 
 
-def content_consistency(*terms: Tensor) -> Tensor:
+def content_consistency(*terms: Numbers) -> Tensor:
     """CC(t), corpus average: the mean over terms of each term's mean over chains.
 
     For a score per sample give it as the only term; with an object and a background term give
@@ -148,16 +151,20 @@ def content_consistency(*terms: Tensor) -> Tensor:
     """
     if not terms:
         raise ValueError("terms: expected at least one tensor, got none")
-    named = {f"terms[{position}]": term for position, term in enumerate(terms)}
+    named = {
+        name: as_numbers(name, term)
+        for name, term in ((f"terms[{position}]", term) for position, term in enumerate(terms))
+    }
     check_floating(**named)
     check_same_shape(**named)
     for name, term in named.items():
         check_rank(name, term, 2, "[C, N]", maximum=2)
-    means = torch.stack([term.nanmean(dim=0) for term in promote(*terms)])
-    return means.nanmean(dim=0)
+    terms_of_one_dtype = promote(*named.values())
+    means = torch.stack([_nanmean(term) for term in terms_of_one_dtype])
+    return _nanmean(means).to(terms_of_one_dtype[0].dtype)
 
 
-def overall(following: Tensor, consistency: Tensor) -> Tensor:
+def overall(following: Numbers, consistency: Numbers) -> Tensor:
     r"""Overall(t), the geometric mean :math:`\sqrt{IF(t)\,CC(t)}`.
 
     Args:
@@ -177,15 +184,18 @@ def overall(following: Tensor, consistency: Tensor) -> Tensor:
         >>> overall(torch.tensor([59.97]), torch.tensor([95.32]))
         tensor([75.6065])
     """
+    following = as_numbers("following", following)
+    consistency = as_numbers("consistency", consistency, device=following.device)
     check_floating(following=following, consistency=consistency)
     check_same_shape(following=following, consistency=consistency)
     check_values("following", following, ~(following < 0), "values >= 0")
-    return (following * consistency.clamp(min=0)).sqrt()
+    # Two roots: a product of two numbers may overflow or vanish where its root does not.
+    return following.sqrt() * consistency.clamp(min=0).sqrt()
 
 
 def bootstrap_interval(
     statistic: Callable[..., Tensor],
-    *samples: Tensor,
+    *samples: Numbers,
     generator: torch.Generator,
     resamples: int = 2000,
     confidence: float = 0.95,
@@ -223,23 +233,27 @@ def bootstrap_interval(
     """
     if not samples:
         raise ValueError("samples: expected at least one tensor, got none")
-    for position, sample in enumerate(samples):
+    tensors = [as_numbers(f"samples[{i}]", sample) for i, sample in enumerate(samples)]
+    count = len(tensors[0]) if tensors[0].ndim else 0
+    for position, sample in enumerate(tensors):
         check_rank(f"samples[{position}]", sample, 1, "[C, ...]")
-        if len(sample) != len(samples[0]):
+        if len(sample) != count:
             raise ValueError(
-                f"samples[{position}]: expected {len(samples[0])} chains like samples[0], "
-                f"got {len(sample)}"
+                f"samples[{position}]: expected {count} chains like samples[0], got {len(sample)}"
             )
     check_count("resamples", resamples)
     check_number("confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
-    estimate = statistic(*samples)
+    estimate = statistic(*tensors)
     check_floating(statistic=estimate)
-    count = len(samples[0])
-    draws = torch.randint(count, (resamples, count), generator=generator)
-    replicates = torch.stack([statistic(*(s[draw] for s in samples)) for draw in draws])
+    draws = torch.randint(
+        count, (resamples, count), generator=generator, dtype=torch.int64, device="cpu"
+    )
+    (replicates,) = in_float64(
+        torch.stack([statistic(*(s[draw] for s in tensors)) for draw in draws])
+    )
     tail = (1 - confidence) / 2
-    low, high = (replicates.double().nanquantile(q, dim=0) for q in (tail, 1 - tail))
-    return Interval(estimate, low.to(estimate.dtype), high.to(estimate.dtype))
+    low, high = (replicates.nanquantile(q, dim=0).to(estimate) for q in (tail, 1 - tail))
+    return Interval(estimate, low, high)
 
 
 def wilson_interval(
@@ -369,14 +383,20 @@ def interval_difference(
     return Interval(estimate, estimate - low, estimate + high)
 
 
-def _success(success: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _success(success: Numbers, valid: Numbers | None) -> tuple[Tensor, Tensor]:
+    success = as_numbers("success", success)
     check_rank("success", success, 2, "[C, N]", maximum=2)
-    if valid is None:
-        valid = torch.ones_like(success, dtype=torch.bool)
+    valid = as_mask("valid", valid, success)
     check_mask("valid", valid, success.shape, "[C, N]")
     score = success.to(torch.promote_types(success.dtype, torch.float32))
     check_values("success", score, ~valid | (score == 0) | (score == 1), "0 or 1")
     return score, valid
+
+
+def _nanmean(x: Tensor) -> Tensor:
+    """Mean of the numbers along the first axis; NaN where there are none."""
+    number = ~x.isnan()
+    return torch.where(number.any(dim=0), mean_where(x, number, dim=0), torch.nan)
 
 
 def _mean(score: Tensor, mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,10 @@ def exactly(message):
 
 def test_only_tensors_pass():
     checks.check_tensor("x", torch.zeros(1))
-    with pytest.raises(TypeError, match=exactly("x: expected a torch.Tensor, got list")):
+    with pytest.raises(
+        TypeError,
+        match=exactly("x: expected a torch.Tensor, got list; convert it with torch.as_tensor"),
+    ):
         checks.check_tensor("x", [1.0])
 
 
@@ -40,7 +44,7 @@ def test_full_precision_refuses_half_and_integers(dtype):
     checks.check_full_precision(a=torch.zeros(1), b=torch.zeros(1, dtype=torch.float64))
     message = (
         f"b: expected float32 or float64, got {dtype}; half precision and integers would silently "
-        "change the result"
+        "change the result (convert with .float())"
     )
     with pytest.raises(TypeError, match=exactly(message)):
         checks.check_full_precision(a=torch.zeros(1), b=torch.zeros(1, dtype=dtype))
@@ -54,7 +58,10 @@ def test_same_shape_compares_with_the_first():
     with pytest.raises(ValueError, match=exactly(message)):
         checks.check_same_shape(a=torch.zeros(2, 3), b=torch.zeros(2, 3), c=torch.zeros(3, 2))
     for named in ({"a": [1], "b": torch.zeros(1)}, {"b": torch.zeros(1), "a": [1]}):
-        with pytest.raises(TypeError, match=exactly("a: expected a torch.Tensor, got list")):
+        with pytest.raises(
+            TypeError,
+            match=exactly("a: expected a torch.Tensor, got list; convert it with torch.as_tensor"),
+        ):
             checks.check_same_shape(**named)
 
 
@@ -81,7 +88,10 @@ def test_rank():
         message = f"x: expected a non-empty tensor of shape [B, N], got {given}"
         with pytest.raises(ValueError, match=exactly(message)):
             checks.check_rank("x", x, 2, "[B, N]", maximum=2)
-    with pytest.raises(TypeError, match=exactly("x: expected a torch.Tensor, got tuple")):
+    with pytest.raises(
+        TypeError,
+        match=exactly("x: expected a torch.Tensor, got tuple; convert it with torch.as_tensor"),
+    ):
         checks.check_rank("x", (1, 2), 1, "[B]")
 
 
@@ -130,7 +140,13 @@ def test_open_ends_let_the_inside_pass():
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(True, "bool"), ("1", "str"), (None, "NoneType"), (torch.tensor(1.0), "Tensor")],
+    [
+        (True, "bool"),
+        ("1", "str"),
+        (None, "NoneType"),
+        (torch.tensor(1.0), "Tensor; convert it with float()"),
+        (np.float32(1.0), "float32; convert it with float()"),
+    ],
 )
 def test_what_is_no_number_is_refused(value, kind):
     with pytest.raises(TypeError, match=exactly(f"p: expected a number, got {kind}")):
@@ -199,7 +215,10 @@ def test_bad_rewards():
         checks.check_rewards({"r": reward, "q": torch.ones(2)}, group, None)
     with pytest.raises(TypeError, match=r"^q: expected float32 or float64, got torch\.float16; "):
         checks.check_rewards({"r": reward, "q": torch.ones(3).half()}, group, None)
-    with pytest.raises(TypeError, match=exactly("r: expected a torch.Tensor, got list")):
+    with pytest.raises(
+        TypeError,
+        match=exactly("r: expected a torch.Tensor, got list; convert it with torch.as_tensor"),
+    ):
         checks.check_rewards({"r": [1.0, 2.0]}, group, None)
     with pytest.raises(ValueError, match=exactly("valid: expected shape of r = [3], got [2]")):
         checks.check_rewards({"r": reward}, group, torch.ones(2, dtype=torch.bool))

@@ -1,13 +1,19 @@
-"""Results live where the inputs live, whatever the default device: nothing is made elsewhere.
+"""Torch's default dtype and device change no result: nothing is made without naming its own.
 
 The default device is `meta` here, on which nothing can be computed with CPU tensors: a tensor made
 without naming its device fails at once. So no accelerator is needed to see it.
 """
 
+import ast
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
 import mteditflow as mt
+from mteditflow.objectives import training_rows
+from mteditflow.testing.law import other_defaults
 
 B, N, S, SHAPE = 4, 3, 5, (2, 6)
 generator = torch.Generator().manual_seed(0)
@@ -24,6 +30,7 @@ dense_group = torch.tensor([1, 1, 0, 0])
 reward, r = torch.rand(B, generator=generator), torch.rand(B, generator=generator)
 per_turn = torch.rand(B, N, generator=generator)
 success = per_turn > 0.5
+group_of_rows = torch.tensor([0, 1])
 valid = torch.tensor([True, True, True, False])
 turn_mask = torch.tensor([[True, True, True]] * 3 + [[True, True, False]])
 log_prob, old_log_prob, advantage = normal(3, B, N, S)
@@ -31,6 +38,8 @@ step_valid = advantage > 0
 rewards = {"a": reward, "b": r}
 weights = {"a": 1.0, "b": 0.2}
 grid = torch.linspace(1, 0, S + 1)
+every_step = torch.ones(4, 3, 10, dtype=torch.bool)
+signals = {"a": mt.TurnCredit()(per_turn), "b": mt.RewardToGo(0.5)(per_turn)}
 
 
 def roll(solver=mt.FlowSDE(0.7), **options):  # noqa: B008
@@ -85,6 +94,13 @@ CALLS = {
     "group advantage dense": lambda: mt.group_advantage(reward, dense_group, valid=valid),
     "group advantage turns": lambda: mt.group_advantage(per_turn, group, std="batch"),
     "group advantage mean": lambda: mt.group_advantage(reward, group, std="none"),
+    "group ids": lambda: mt.group_ids(2, 3),
+    "group pairs": lambda: mt.group_pairs(reward, group).winner,
+    "select groups": lambda: mt.select_groups(reward, group, top=0.9).keep,
+    "turn advantage": lambda: mt.turn_advantage(signals, weights, group).value,
+    "trajectory credit": lambda: mt.TrajectoryCredit()(per_turn).value,
+    "history": lambda: mt.RewardHistory(2).updated(signals, group).joined(signals, group)[1],
+    "pad turns": lambda: mt.pad_turns([[1, 0], [0.5]]).valid,
     "group std": lambda: mt.group_std(reward, group),
     "fuse advantages": lambda: mt.fuse_advantages(rewards, weights, group),
     "fuse rewards": lambda: mt.fuse_rewards(rewards, weights, group, valid=valid),
@@ -102,6 +118,31 @@ CALLS = {
     "nft": lambda: mt.nft_loss(x, y, z, r, nft_beta=0.5),
     "adaptive nft": lambda: mt.adaptive_nft_loss(x, y, z, r, sigma, nft_beta=0.5),
     "adaptive nft number": lambda: mt.adaptive_nft_loss(x, y, z, r, 0.5, nft_beta=0.5),
+    "awm": lambda: mt.matching_log_prob(x, y),
+    "distillation": lambda: mt.distillation_loss(x, y),
+    "step kl": lambda: mt.step_kl_weight(mt.DanceSDE(0.3), sigma, next_sigma),
+    "step kl of numbers": lambda: mt.step_kl_weight(mt.DanceSDE(0.3), 0.75, 0.5),
+    "guard": lambda: mt.guard_log_ratio(x, y, z, 0.5, reduction="mean"),
+    "guard weight": lambda: mt.guard_step_weight(mt.ODE(), sigma, next_sigma),
+    "dppo": lambda: mt.divergence_gated_loss(
+        log_prob, old_log_prob, advantage, advantage.square(), threshold=0.5, valid=step_valid
+    ),
+    "importance": lambda: mt.truncated_importance_weight(log_prob, old_log_prob, cap=2.0),
+    "dpo": lambda: mt.dpo_loss(
+        x, y, z, group_of_rows, 1 - group_of_rows, dpo_beta=2.0, valid=group_of_rows > 0
+    ),
+    "norm hinge": lambda: mt.velocity_norm_hinge(x, y),
+    "uniform grid": lambda: mt.uniform_sigmas(7),
+    "normalize likert": lambda: mt.normalize_likert(1 + 4 * per_turn),
+    "training rows": lambda: torch.cat(
+        training_rows(
+            every_step,
+            generators=[torch.Generator("cpu").manual_seed(k) for k in range(4)],
+            share=0.3,
+            minibatches=2,
+        )
+    ),
+    "conditional": lambda: mt.conditional_success(success),
     "velocity kl": lambda: mt.velocity_kl(x, y),
     "ratio": lambda: mt.check_ratio(log_prob, old_log_prob, clip=1e-4).deviation,
     "clip fraction": lambda: torch.stack(
@@ -124,13 +165,58 @@ CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_results_live_where_the_inputs_live(name):
-    expected = torch.device("cpu")
-    with torch.device("meta"):
+def test_defaults_change_nothing(name, dtype):
+    expected = CALLS[name]()
+    with other_defaults(dtype):
         result = CALLS[name]()
-    assert result.device == expected
-    assert result.isfinite().all()
+    assert result.device == torch.device("cpu")
+    assert result.dtype == expected.dtype
+    assert torch.equal(result.nan_to_num(-9), expected.nan_to_num(-9))
+
+
+def test_every_public_function_of_tensors_is_here():
+    """A new one is added to ``CALLS``; those of Python's numbers alone, and in place, are named."""
+    no_tensors = {
+        "constrained_weights", "draw_probabilities", "flux2_mu", "flux_mu", "old_policy_decay",
+        "sliding_window", "update_old_policy",
+    }  # fmt: skip
+    source = Path(__file__).read_text(encoding="utf-8")
+    functions = {x for x in mt.__all__ if inspect.isfunction(getattr(mt, x))}
+    assert {x for x in functions if f"mt.{x}(" not in source} == no_tensors - {"update_old_policy"}
+
+
+# Functions that make tensors: those whose default dtype the values fix, and all others.
+OF_INTEGERS = {"arange", "as_tensor", "randint", "randperm"}
+OF_ANY = {
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "ones",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+}
+
+
+def test_every_tensor_made_names_its_dtype_and_device():
+    """By reading the source, so that it holds where running it takes a pipeline or a server."""
+    nameless = []
+    for path in Path(mt.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            module, name = ast.unparse(node.func.value), node.func.attr
+            if module != "torch" or name not in OF_INTEGERS | OF_ANY:
+                continue
+            needed = {"device", "dtype"} if name in OF_ANY else {"device"}
+            if missing := needed - {keyword.arg for keyword in node.keywords}:
+                nameless.append(f"{path.name}:{node.lineno} torch.{name}: {sorted(missing)}")
+    assert not nameless
 
 
 def test_files_are_read_into_memory(tmp_path):

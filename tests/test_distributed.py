@@ -120,5 +120,8 @@ def test_errors():
         gather_ranks(torch.zeros(2), torch.tensor(1.0))
     with pytest.raises(ValueError, match=exactly(f"tensors[0]: {expected}, got []")):
         gather_ranks(torch.tensor(1.0))
-    with pytest.raises(TypeError, match=exactly("tensors[1]: expected a torch.Tensor, got list")):
+    with pytest.raises(
+        TypeError,
+        match=r"^tensors\[1\]: expected a torch.Tensor, got list; convert it with torch.as_tensor$",
+    ):
         gather_ranks(torch.zeros(2), [1, 2])

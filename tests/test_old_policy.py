@@ -119,7 +119,7 @@ def test_update_errors():
             update_old_policy(one, two, decay=decay)
     message = (
         "old[0]: expected float32 or float64, got torch.bfloat16; half precision and integers "
-        "would silently change the result"
+        "would silently change the result (convert with .float())"
     )
     with pytest.raises(TypeError, match=exactly(message)):
         update_old_policy([torch.zeros(2).bfloat16()], two, decay=0.5)

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from mteditflow._reduce import (
     row_mean_absolute,
     row_mean_square,
     row_root_mean_square,
+    row_values,
 )
 
 # Forward-mode derivatives import torch's decompositions, which torch.jit.script still compiles.
@@ -76,9 +78,42 @@ def test_a_tensor_gets_trailing_axes_and_the_dtype_of_x():
     assert per_row("sigma", torch.full((2, 3, 4), 0.5), x).shape == (2, 3, 4)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([0.25, 1.0]),
+        torch.tensor([[0.25], [1.0]]),
+        torch.tensor([0.25, 1.0]).reshape(2, 1, 1, 1, 1),
+        [0.25, 1.0],
+        np.array([0.25, 1.0], dtype=np.float32),
+    ],
+    ids=["[M]", "[M, 1]", "[M, 1, 1, 1, 1]", "list", "numpy"],
+)
+def test_a_number_per_row_in_every_form(value):
+    x = torch.zeros(2, 3, 4)
+    assert torch.equal(per_row("sigma", value, x), torch.tensor([[[0.25]], [[1.0]]]))
+    assert row_values("sigma", value, x).tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.float32(0.5), torch.tensor(0.5), torch.full((1, 1, 1), 0.5)]
+)
+def test_one_number_for_all_rows(value):
+    assert per_row("sigma", value, torch.zeros(2, 3, 4)).shape == (1, 1, 1)
+    assert row_values("sigma", value, torch.zeros(2, 3, 4)).tolist() == [0.5]
+
+
+def test_more_than_one_number_per_row_is_refused_where_rows_have_one():
+    message = (
+        "r: expected one value per row, a number, [M] or [M, 1, ...] against [2, 3], got [2, 3]"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        row_values("r", torch.zeros(2, 3), torch.zeros(2, 3))
+
+
 def test_per_row_refuses_what_does_not_fit():
     x = torch.zeros(2, 3)
-    for value, given_shape in [(torch.zeros(3), "[3]"), (torch.zeros(2, 3, 1), "[2, 3, 1]")]:
+    for value, given_shape in [(torch.zeros(3), "[3]"), (torch.zeros(1), "[1]")]:
         message = (
             "sigma: expected a number or a tensor whose shape is a leading part of [2, 3], "
             f"got {given_shape}"
@@ -88,7 +123,9 @@ def test_per_row_refuses_what_does_not_fit():
     message = "sigma: expected a floating-point tensor, got torch.int64"
     with pytest.raises(TypeError, match=exactly(message)):
         per_row("sigma", torch.zeros(2, dtype=torch.int64), x)
-    with pytest.raises(TypeError, match=exactly("sigma: expected a number, got str")):
+    with pytest.raises(
+        TypeError, match=exactly("sigma: expected numbers or a torch.Tensor, got str")
+    ):
         per_row("sigma", "half", x)
 
 
@@ -226,7 +263,7 @@ def test_a_mask_equals_deletion(entries):
     values = torch.tensor([float(value) for value, _ in entries])
     mask = torch.tensor([kept for _, kept in entries])
     kept = values[mask]
-    expected = kept.sum() / len(kept) if len(kept) else torch.tensor(0.0)
+    expected = (kept.double().sum() / max(len(kept), 1)).float()
     assert torch.equal(masked_mean(values, mask), expected)
     assert torch.equal(masked_mean(values[mask.argsort()], mask[mask.argsort()]), expected)
 

@@ -2,6 +2,7 @@ r"""Weights that follow what they weigh: a floor under a reward, a target for th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -98,8 +99,13 @@ def constrained_weights(
         check_number(f"multipliers[{name!r}]", multiplier, low=0.0)
         if name not in weights:
             raise ValueError(f"multipliers: expected names among {sorted(weights)}, got {name!r}")
-    scale = 1 + sum(multipliers.values())
-    return {name: (w + multipliers.get(name, 0.0)) / scale for name, w in weights.items()}
+    # In units of a power of two, so that a sum of huge numbers does not overflow.
+    largest = max(abs(x) for x in (1.0, *weights.values(), *multipliers.values()))
+    unit = 2.0 ** (math.frexp(largest)[1] - 1)
+    scale = 1 / unit + sum(multiplier / unit for multiplier in multipliers.values())
+    return {
+        name: (w / unit + multipliers.get(name, 0.0) / unit) / scale for name, w in weights.items()
+    }
 
 
 @dataclass(frozen=True)

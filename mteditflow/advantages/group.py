@@ -16,22 +16,31 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    as_numbers,
+    as_real,
+    as_rewards,
     check_choice,
+    check_count,
     check_full_precision,
+    check_group,
     check_mask,
     check_number,
     check_rank,
     check_rewards,
+    read,
 )
+from mteditflow._reduce import in_float64
 
 STDS = ("group", "batch", "none")
 
 
 def group_advantage(
-    reward: Tensor,
-    group: Tensor,
+    reward: Numbers,
+    group: Numbers,
     *,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
     std: str = "group",
     eps: float = 1e-4,
 ) -> Tensor:
@@ -39,11 +48,14 @@ def group_advantage(
 
     Exactly 0 for a group whose valid rewards are all equal, for a group with fewer than two valid
     members, and for every invalid member. The std is that of the population (divides by the count).
+    Ids that are all different make every advantage 0: each trajectory is then its own group.
 
     Args:
-        reward: finite where valid, float32 or float64; [B], or [B, N] to normalise each turn in its
-            group on its own.
-        group: integer group id of each trajectory, [B].
+        reward: finite where valid; [B], or [B, N] to normalise each turn in its group on its own.
+            float32 or float64; integers below 2^24 and booleans count as float32, lists of Python's
+            numbers as float64. Rewards laid out [prompts, samples] are flattened, see
+            ``group_ids``.
+        group: integer group id of each trajectory, [B], of any width, signed or not.
         valid: boolean, shape of ``reward``; ``None`` means all are valid. What stands in an invalid
             entry, NaN included, is never read.
         std: "group" divides by the group's std; "batch" by the std of all valid rewards (per turn),
@@ -54,8 +66,9 @@ def group_advantage(
         Shape and dtype of ``reward``, detached.
 
     Raises:
-        ValueError: shapes do not match, the batch is empty, a valid reward is not finite.
-        TypeError: reward is not float32/float64, group is not integer, valid is not boolean.
+        ValueError: shapes do not match, the batch is empty, a valid reward is not finite, or a
+            reward of two axes comes with an id of its own for every row.
+        TypeError: reward is half precision, group is not integer, valid is not boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 3; batch std as in Flow-GRPO's global std.
 
@@ -64,17 +77,46 @@ def group_advantage(
         >>> group_advantage(reward, torch.tensor([7, 7, 2, 2]), eps=0.0)
         tensor([-1.,  1.,  0.,  0.])
     """
-    valid = check_rewards({"reward": reward}, group, valid)
+    reward, group, valid = as_rewards(reward, group, valid)
+    _check_layout(reward, group)
     return _normalize(reward, _group_index(group), valid, std, eps)
 
 
+def group_ids(groups: int, members: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Group ids of rewards laid out [groups, members], such as one row per prompt, once flattened.
+
+    Args:
+        groups: number of groups: prompts, or chains.
+        members: trajectories of each group, G.
+        device: where the ids are made; that of the rewards.
+
+    Returns:
+        int64 [groups * members]: 0 ``members`` times, then 1, and so on.
+
+    Raises:
+        ValueError: a count is below 1.
+        TypeError: a count is not an integer.
+
+    Example:
+        >>> reward = torch.tensor([[0.0, 1.0], [5.0, 5.0], [3.0, 1.0]])  # [prompts, samples]
+        >>> group_advantage(reward.flatten(), group_ids(3, 2), eps=0.0).view(3, 2)
+        tensor([[-1.,  1.],
+                [ 0.,  0.],
+                [ 1., -1.]])
+    """
+    check_count("groups", groups)
+    check_count("members", members)
+    ids = torch.arange(groups, dtype=torch.int64, device=device)
+    return ids[:, None].expand(-1, members).flatten()
+
+
 def fuse_advantages(
-    rewards: Mapping[str, Tensor],
+    rewards: Mapping[str, Numbers],
     weights: Mapping[str, float],
-    group: Tensor,
+    group: Numbers,
     *,
-    valid: Tensor | None = None,
-    measured: Mapping[str, Tensor] | None = None,
+    valid: Numbers | None = None,
+    measured: Mapping[str, Numbers] | None = None,
     std: str = "group",
     eps: float = 1e-4,
 ) -> Tensor:
@@ -114,21 +156,21 @@ def fuse_advantages(
         >>> fuse_advantages(rewards, weights, group, measured=measured, eps=0.0)
         tensor([-1.,  1.])
     """
-    counted = _check_named(rewards, weights, group, valid, measured)
-    index = _group_index(group)
+    named, ids, counted = _check_named(rewards, weights, group, valid, measured)
+    index = _group_index(ids)
     advantages = {
-        name: _normalize(reward, index, counted[name], std, eps) for name, reward in rewards.items()
+        name: _normalize(reward, index, counted[name], std, eps) for name, reward in named.items()
     }
     return _weighted_sum(advantages, weights)
 
 
 def fuse_rewards(
-    rewards: Mapping[str, Tensor],
+    rewards: Mapping[str, Numbers],
     weights: Mapping[str, float],
-    group: Tensor,
+    group: Numbers,
     *,
-    valid: Tensor | None = None,
-    measured: Mapping[str, Tensor] | None = None,
+    valid: Numbers | None = None,
+    measured: Mapping[str, Numbers] | None = None,
     std: str = "group",
     eps: float = 1e-4,
 ) -> Tensor:
@@ -171,20 +213,20 @@ def fuse_rewards(
         ... )
         tensor([-1.,  1.])
     """
-    counted = _check_named(rewards, weights, group, valid, measured)
-    index = _group_index(group)
+    named, ids, counted = _check_named(rewards, weights, group, valid, measured)
+    index = _group_index(ids)
     used = [name for name in rewards if weights[name] != 0] or list(rewards)
     part = torch.stack([counted[name] for name in used]).any(dim=0)
     filled = {
         name: reward if measured is None else _filled(reward, index, counted[name])
-        for name, reward in rewards.items()
+        for name, reward in named.items()
     }
     for name in used:
-        _check_group_measured(name, group, ~part | _in_group(counted[name], index))
+        _check_group_measured(name, ids, ~part | _in_group(counted[name], index))
     return _normalize(_weighted_sum(filled, weights), index, part, std, eps)
 
 
-def group_measured(measured: Tensor, group: Tensor) -> Tensor:
+def group_measured(measured: Numbers, group: Numbers) -> Tensor:
     """Whether a reward was measured in any member of each trajectory's group.
 
     Args:
@@ -202,13 +244,15 @@ def group_measured(measured: Tensor, group: Tensor) -> Tensor:
         >>> group_measured(torch.tensor([True, False, False]), torch.tensor([4, 4, 7]))
         tensor([ True,  True, False])
     """
-    check_rank("measured", measured, 1, "[B] or [B, N]", maximum=2)
-    check_mask("measured", measured, measured.shape, "[B] or [B, N]")
-    check_rewards({"measured": measured.float()}, group, None)
-    return _in_group(measured, _group_index(group))
+    mask = as_numbers("measured", measured)
+    check_rank("measured", mask, 1, "[B] or [B, N]", maximum=2)
+    check_mask("measured", mask, mask.shape, "[B] or [B, N]")
+    ids = as_numbers("group", group, device=mask.device)
+    check_group(ids, mask.shape[:1])
+    return _in_group(mask, _group_index(ids))
 
 
-def clamp_advantage(advantage: Tensor, *, limit: float = 5.0) -> Tensor:
+def clamp_advantage(advantage: Numbers, *, limit: float = 5.0) -> Tensor:
     """Bound an advantage to [-limit, limit], so that one outlier cannot own an update.
 
     Args:
@@ -228,13 +272,14 @@ def clamp_advantage(advantage: Tensor, *, limit: float = 5.0) -> Tensor:
         >>> clamp_advantage(torch.tensor([-9.0, 0.5]), limit=5.0)
         tensor([-5.0000,  0.5000])
     """
+    advantage = as_numbers("advantage", advantage)
     check_full_precision(advantage=advantage)
     check_number("limit", limit, low=0.0, open_low=True)
     return advantage.clamp(-limit, limit)
 
 
 def renormalize_advantage(
-    advantage: Tensor, *, valid: Tensor | None = None, eps: float = 1e-4
+    advantage: Numbers, *, valid: Numbers | None = None, eps: float = 1e-4
 ) -> Tensor:
     """Bring a fused advantage back to mean 0 and std 1 over the batch, after GDPO.
 
@@ -256,16 +301,17 @@ def renormalize_advantage(
         >>> renormalize_advantage(torch.tensor([0.0, 4.0]), eps=0.0)
         tensor([-1.,  1.])
     """
-    valid = check_rewards({"advantage": advantage}, None, valid)
+    advantage = as_real("advantage", advantage)
+    valid = check_rewards({"advantage": advantage}, None, as_mask("valid", valid, advantage))
     one_group = torch.zeros(len(advantage), dtype=torch.int64, device=advantage.device)
     return _normalize(advantage, one_group, valid, "group", eps)
 
 
-def group_std(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def group_std(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) -> Tensor:
     """Population std of each trajectory's group: what ``group_advantage`` divides by, without eps.
 
     Args:
-        reward: finite where valid, float32 or float64, [B] or [B, N].
+        reward: finite where valid, [B] or [B, N], as in ``group_advantage``.
         group: integer group id of each trajectory, [B].
         valid: boolean, shape of ``reward``.
 
@@ -274,7 +320,7 @@ def group_std(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> 
         exactly 0 for constant groups and for groups with fewer than two valid members.
 
     Raises:
-        ValueError: shapes do not match, the batch is empty, a valid reward is not finite.
+        ValueError: as in ``group_advantage``.
         TypeError: as in ``group_advantage``.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 3.
@@ -283,18 +329,36 @@ def group_std(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> 
         >>> group_std(torch.tensor([0.0, 2.0, 5.0]), torch.tensor([0, 0, 1]))
         tensor([1., 1., 0.])
     """
-    valid = check_rewards({"reward": reward}, group, valid)
-    index = _group_index(group)
-    return _root_mean_square(*_deviation(reward, index, valid), index).to(reward.dtype)
+    reward, group, valid = as_rewards(reward, group, valid)
+    _check_layout(reward, group)
+    value, index, valid = in_float64(reward.detach(), _group_index(group), valid)
+    value, unit = _in_range(value, index, valid)
+    return (_root_mean_square(*_deviation(value, index, valid), index) / unit).to(reward)
+
+
+def _check_layout(reward: Tensor, group: Tensor) -> None:
+    """Raise for rewards laid out [prompts, samples] with one id per prompt."""
+    if reward.ndim < 2 or 1 in reward.shape:
+        return
+    ids = group.long().sort().values
+    if read((ids[1:] == ids[:-1]).any()) is not False:
+        return
+    rows, columns = reward.shape
+    raise ValueError(
+        f"reward: expected [B, N], trajectories by turns, with ids that trajectories share, got "
+        f"[{rows}, {columns}] with {rows} different ids: every group has one member, every "
+        "advantage would be 0; rewards laid out [prompts, samples] take "
+        f"group_advantage(reward.flatten(), group_ids({rows}, {columns})).view({rows}, {columns})"
+    )
 
 
 def _group_index(group: Tensor) -> Tensor:
     """Arbitrary ids -> ids in 0..B-1, without a data-dependent shape (so that it compiles)."""
     ids = group.long()  # uint64 above int64 wraps around, which keeps distinct ids distinct
-    if not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in ids.aminmax())
-        if high - low < len(ids):  # dense ids need no sorting, the most expensive step
-            return ids - low
+    bounds = read(torch.stack(ids.aminmax()))
+    if bounds and bounds[1] - bounds[0] < len(ids):  # dense ids need no sorting, the dearest step
+        dense: Tensor = ids - bounds[0]
+        return dense
     ordered, order = ids.sort()
     is_new = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
     return torch.empty_like(order).scatter(0, order, is_new.cumsum(0))
@@ -304,16 +368,30 @@ def _normalize(reward: Tensor, index: Tensor, valid: Tensor, std: str, eps: floa
     """``group_advantage`` of checked rewards."""
     check_choice("std", std, STDS)
     check_number("eps", eps, low=0.0)
-    deviation, count = _deviation(reward, index, valid)
+    exact, index, valid = in_float64(reward.detach(), index, valid)
+    value, unit = _in_range(exact, index, valid)
+    deviation, count = _deviation(value, index, valid)
     if std == "group":
-        scale = _root_mean_square(deviation, count, index) + eps
+        scale = _root_mean_square(deviation, count, index) + eps * unit
     elif std == "batch":
         one_group = torch.zeros_like(index)
-        scale = _root_mean_square(*_deviation(reward, one_group, valid), one_group) + eps
+        value, whole = _in_range(exact, one_group, valid)
+        spread = _root_mean_square(*_deviation(value, one_group, valid), one_group)
+        scale = (spread + eps * whole) * (unit / whole)
     else:
-        scale = torch.ones_like(deviation)
+        scale = unit
     # 0 / 0 where all is equal and eps is 0; the deviation is exactly 0 there.
-    return torch.where(scale > 0, deviation / scale, 0).to(reward.dtype)
+    return torch.where(scale > 0, deviation / scale, 0).to(reward)
+
+
+def _in_range(value: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply each group by a power of two, 1 but for rewards whose squares overflow or vanish."""
+    size = torch.where(valid, value.abs(), 0)
+    rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
+    peak = torch.zeros_like(size).scatter_reduce(0, rows, size, "amax").index_select(0, index)
+    unit = torch.ones_like(peak).masked_fill(peak > 2.0**500, 2.0**-564)
+    unit = unit.masked_fill(peak < 2.0**-400, 2.0**700)
+    return value * unit, unit
 
 
 def _deviation(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,29 +400,30 @@ def _deviation(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Te
     In float64. The group's minimum is taken off first, which makes a constant group exactly 0.
     """
     floor, mean, count = _group_mean(reward, index, valid)
-    return torch.where(valid, reward.detach().double() - floor - mean, 0), count
+    return torch.where(valid, reward - floor - mean, 0), count
 
 
 def _group_mean(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Minimum of each member's group, mean above it, and its valid members (1 for none)."""
-    value = torch.where(valid, reward.detach().double(), torch.inf)
+    value = torch.where(valid, reward, torch.inf)
     rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
     floor = torch.full_like(value, torch.inf).scatter_reduce(0, rows, value, "amin")
     floor = floor.index_select(0, index)
-    count = _group_sum(valid.double(), index).clamp(min=1)
+    count = _group_sum(valid.to(value.dtype), index).clamp(min=1)
     return floor, _group_sum(torch.where(valid, value - floor, 0), index) / count, count
 
 
 def _filled(reward: Tensor, index: Tensor, counted: Tensor) -> Tensor:
     """Put the mean of the group's counted members into all others, 0 where there are none."""
-    floor, mean, _ = _group_mean(reward, index, counted)
-    mean = torch.where(floor.isfinite(), floor + mean, 0).to(reward.dtype)
+    exact, own, mask = in_float64(reward.detach(), index, counted)
+    floor, mean, _ = _group_mean(exact, own, mask)
+    mean = torch.where(floor.isfinite(), floor + mean, 0).to(reward)
     return torch.where(counted, reward.detach(), mean)
 
 
 def _in_group(mask: Tensor, index: Tensor) -> Tensor:
     """Whether the mask holds for any member of each member's group."""
-    return _group_sum(mask.double(), index) > 0
+    return _group_sum(mask.long(), index) > 0
 
 
 def _root_mean_square(deviation: Tensor, count: Tensor, index: Tensor) -> Tensor:
@@ -357,13 +436,13 @@ def _group_sum(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _check_named(
-    rewards: Mapping[str, Tensor],
+    rewards: Mapping[str, Numbers],
     weights: Mapping[str, float],
-    group: Tensor,
-    valid: Tensor | None,
-    measured: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """Validate; return where each reward counts: valid and measured."""
+    group: Numbers,
+    valid: Numbers | None,
+    measured: Mapping[str, Numbers] | None,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Validate; return rewards, group ids, and where each reward counts: valid and measured."""
     if not rewards:
         raise ValueError("rewards: expected at least one named reward, got none")
     if set(rewards) != set(weights):
@@ -376,18 +455,27 @@ def _check_named(
     measured = measured or {}
     if unknown := set(measured) - set(rewards):
         raise ValueError(f"measured: expected names among {sorted(rewards)}, got {sorted(unknown)}")
-    first = next(iter(rewards))
-    for name, mask in measured.items():
-        check_mask(f"measured[{name!r}]", mask, rewards[first].shape, f"of rewards[{first!r}]")
-    checked = {f"rewards[{name!r}]": reward for name, reward in rewards.items()}
-    masks = {f"rewards[{name!r}]": mask for name, mask in measured.items()}
-    valid = check_rewards(checked, group, valid, masks)
-    return {name: valid & measured[name] if name in measured else valid for name in rewards}
+    named = {name: as_real(f"rewards[{name!r}]", reward) for name, reward in rewards.items()}
+    first = next(iter(named))
+    masks = {
+        name: as_mask(f"measured[{name!r}]", measured.get(name), reward)
+        for name, reward in named.items()
+    }
+    for name in measured:
+        check_mask(f"measured[{name!r}]", masks[name], named[first].shape, f"of rewards[{first!r}]")
+    ids = as_numbers("group", group, device=named[first].device)
+    mask = check_rewards(
+        {f"rewards[{name!r}]": reward for name, reward in named.items()},
+        ids,
+        as_mask("valid", valid, named[first]),
+        {f"rewards[{name!r}]": mask for name, mask in masks.items()},
+    )
+    return named, ids, {name: mask & masks[name] for name in named}
 
 
 def _check_group_measured(name: str, group: Tensor, ok: Tensor) -> None:
     """Raise ``ValueError`` naming the first group in which a reward was not measured at all."""
-    if torch.compiler.is_compiling() or bool(ok.all()):
+    if read(ok.all()) is not False:
         return
     row = int((~ok).nonzero()[0, 0])
     raise ValueError(

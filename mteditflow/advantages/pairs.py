@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_rank, check_rewards
+from mteditflow._checks import Numbers, as_rewards, check_rank
 
 
 class Pairs(NamedTuple):
@@ -23,7 +23,7 @@ class Pairs(NamedTuple):
 
 
 @torch.no_grad()
-def group_pairs(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> Pairs:
+def group_pairs(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) -> Pairs:
     """Best against worst of each group: one pair from every group whose valid rewards differ.
 
     A group of equal rewards, or with fewer than two valid members, gives none. Among members of
@@ -48,11 +48,11 @@ def group_pairs(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -
         >>> group_pairs(reward, torch.tensor([7, 7, 7, 2, 2]))
         Pairs(winner=tensor([1]), loser=tensor([0]))
     """
+    reward, group, valid = as_rewards(reward, group, valid)
     check_rank("reward", reward, 1, "[B]", maximum=1)
-    valid = check_rewards({"reward": reward}, group, valid)
     names, index = torch.unique(group, return_inverse=True)
     value = torch.where(valid, reward, torch.nan)
-    first = torch.arange(len(reward), device=reward.device)
+    first = torch.arange(len(reward), dtype=torch.int64, device=reward.device)
 
     def extreme(reduce: str, start: float) -> tuple[Tensor, Tensor]:
         """Of each group the extreme reward, and the first trajectory that has it."""

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    as_numbers,
+    as_real,
     check_count,
     check_mask,
     check_number,
@@ -40,11 +44,11 @@ class GroupSelection:
 
 @torch.no_grad()
 def select_groups(
-    reward: Tensor,
-    group: Tensor,
+    reward: Numbers,
+    group: Numbers,
     *,
-    valid: Tensor | None = None,
-    measured: Tensor | None = None,
+    valid: Numbers | None = None,
+    measured: Numbers | None = None,
     top: float | None = None,
     bottom: float | None = None,
     spread: float = 0.0,
@@ -88,12 +92,14 @@ def select_groups(
         >>> selection.counts
         {'kept': 1, 'short': 0, 'saturated': 1, 'hopeless': 1, 'flat': 0}
     """
+    reward = as_real("reward", reward)
+    group = as_numbers("group", group, device=reward.device)
+    valid = as_mask("valid", valid, reward)
     check_rank("reward", reward, 1, "[B]", maximum=1)
-    if measured is not None:
-        check_mask("measured", measured, reward.shape, "[B]")
-    masks = None if measured is None else {"reward": measured}
-    valid = check_rewards({"reward": reward}, group, valid, masks)
-    counted = valid if measured is None else valid & measured
+    measured = as_mask("measured", measured, reward)
+    check_mask("measured", measured, reward.shape, "[B]")
+    valid = check_rewards({"reward": reward}, group, valid, {"reward": measured})
+    counted = valid & measured
     check_number("spread", spread, low=0.0)
     check_count("members", members, low=2)
     for name, bound in (("top", top), ("bottom", bottom)):

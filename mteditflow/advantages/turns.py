@@ -7,23 +7,119 @@ entry is never read.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from einops import repeat
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    as_numbers,
     check_choice,
     check_count,
     check_floating,
     check_mask,
     check_number,
     check_rank,
-    check_tensor,
     check_values,
 )
+from mteditflow._reduce import in_float64, mean_where
 
 
-def binary_and(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+class PaddedTurns(NamedTuple):
+    """Scores of chains of unequal length, padded to N turns.
+
+    Attributes:
+        score: [B, N], NaN where ``valid`` is false.
+        turn_mask: turns that exist, boolean [B, N].
+        valid: turns that exist and have a score, boolean [B, N].
+        lost: turns whose score was asked for and did not come, boolean [B, N]. What exists and is
+            neither valid nor lost had nothing to measure.
+    """
+
+    score: Tensor
+    turn_mask: Tensor
+    valid: Tensor
+    lost: Tensor
+
+
+def pad_turns(
+    scores: Sequence[Sequence[float | None] | Tensor | np.ndarray[Any, Any]],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> PaddedTurns:
+    """Pad one list of scores per chain to tensors, with what exists, what counts, what was lost.
+
+    Args:
+        scores: per trajectory one score per turn, at least one: numbers, integers and booleans;
+            ``None`` where a score was lost, NaN where there was nothing to measure.
+        dtype: float32 or float64, of the scores.
+
+    Returns:
+        PaddedTurns, on the CPU. Give ``score`` and ``valid`` to an aggregator that averages what
+        was measured, or all to a ``Credit``, which also leaves out chains with lost scores.
+
+    Raises:
+        ValueError: there is no chain, one has no turn, a score is infinite, or an integer is not
+            exact in ``dtype``.
+        TypeError: a score is no number, or ``dtype`` is another one.
+
+    Example:
+        >>> padded = pad_turns([[1, 0, None], [0.5]])
+        >>> padded.score
+        tensor([[1.0000, 0.0000,    nan],
+                [0.5000,    nan,    nan]])
+        >>> padded.turn_mask.sum(dim=1), padded.valid.sum(dim=1), padded.lost.sum(dim=1)
+        (tensor([3, 1]), tensor([2, 1]), tensor([1, 0]))
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if len(scores) == 0:
+        raise ValueError("scores: expected at least one chain, got none")
+    rows = [_chain(f"scores[{b}]", row, dtype) for b, row in enumerate(scores)]
+    turns = max(map(len, rows))
+
+    numbers = [[math.nan if x is None else x for x in row] for row in rows]
+    lost = [[x is None for x in row] for row in rows]
+
+    def padded(rows: list[list[Any]], filling: float, dtype: torch.dtype) -> Tensor:
+        filled = [row + [filling] * (turns - len(row)) for row in rows]
+        return torch.tensor(filled, dtype=dtype, device="cpu")
+
+    score = padded(numbers, math.nan, dtype)
+    exists = padded([[True] * len(row) for row in rows], False, torch.bool)
+    return PaddedTurns(score, exists, ~score.isnan(), padded(lost, False, torch.bool))
+
+
+def _chain(name: str, row: Any, dtype: torch.dtype) -> list[float | None]:
+    """Return the scores of a chain, checked."""
+    row = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row
+    if not isinstance(row, (list, tuple)):
+        raise TypeError(f"{name}: expected one list of scores, got {type(row).__name__}")
+    if not row:
+        raise ValueError(f"{name}: expected at least one turn, got none")
+    return [None if x is None else _score(f"{name}[{n}]", x, dtype) for n, x in enumerate(row)]
+
+
+def _score(name: str, x: Any, dtype: torch.dtype) -> float:
+    """Return a finite number or NaN that ``dtype`` holds; an integer exactly."""
+    x = x.item() if isinstance(x, (Tensor, np.generic)) else x
+    if not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: expected a number, or None if lost, got {type(x).__name__}")
+    largest = torch.finfo(dtype).max
+    if not (math.isnan(x) or -largest <= x <= largest):
+        raise ValueError(f"{name}: expected a finite {dtype} number, or NaN, got {x}")
+    if isinstance(x, int) and abs(x) > 1 / torch.finfo(dtype).eps:
+        raise ValueError(f"{name}: expected an integer that {dtype} holds exactly, got {x}")
+    return float(x)
+
+
+def binary_and(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     r"""Strict success of a chain: :math:`\prod_n s_n`, 1 where every turn succeeded.
 
     Args:
@@ -47,7 +143,7 @@ def binary_and(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
     return torch.where(mask, scores, 1).prod(dim=1)
 
 
-def binary_average(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+def binary_average(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     r"""Share of turns that succeeded: :math:`\mathrm{mean}_n\, s_n`.
 
     Args:
@@ -72,7 +168,7 @@ def binary_average(success: Tensor, *, turn_mask: Tensor | None = None) -> Tenso
 
 
 def likert_average(
-    likert: Tensor, *, normalization: str = "minmax", turn_mask: Tensor | None = None
+    likert: Numbers, *, normalization: str = "minmax", turn_mask: Numbers | None = None
 ) -> Tensor:
     r"""Mean Likert score of a chain, normalised: :math:`\mathrm{mean}_n (l_n - 1)/4`.
 
@@ -100,7 +196,7 @@ def likert_average(
     return _mean(normalize_likert(known, normalization=normalization), mask)
 
 
-def normalize_likert(likert: Tensor, *, normalization: str = "minmax") -> Tensor:
+def normalize_likert(likert: Numbers, *, normalization: str = "minmax") -> Tensor:
     r"""Map Likert scores to rewards, each on its own: :math:`(l - 1)/4`.
 
     Args:
@@ -121,13 +217,13 @@ def normalize_likert(likert: Tensor, *, normalization: str = "minmax") -> Tensor
         tensor([1.0000, 0.5000, 0.0000])
     """
     check_choice("normalization", normalization, ("minmax", "max"))
-    check_tensor("likert", likert)
+    likert = as_numbers("likert", likert)
     scores = likert.to(torch.promote_types(likert.dtype, torch.float32))
     check_values("likert", scores, (scores >= 1) & (scores <= 5), "scores in 1..5")
     return (scores - 1) / 4 if normalization == "minmax" else scores / 5
 
 
-def turn_average(score: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+def turn_average(score: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     r"""Mean of any score over the turns that have one, such as content consistency.
 
     Args:
@@ -153,7 +249,7 @@ def turn_average(score: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
 
 
 def reward_to_go(
-    reward: Tensor, *, discount: float = 1.0, turn_mask: Tensor | None = None
+    reward: Numbers, *, discount: float = 1.0, turn_mask: Numbers | None = None
 ) -> Tensor:
     r"""Return from each turn on: :math:`G_n = \sum_{m \ge n} \gamma^{m-n} r_m`.
 
@@ -178,14 +274,15 @@ def reward_to_go(
     check_number("discount", discount, low=0.0, high=1.0)
     rewards, mask = _turns("reward", reward, turn_mask)
     check_values("reward", rewards, ~mask | rewards.isfinite(), "finite rewards")
-    rewards = torch.where(mask, rewards, 0)
-    returns = [rewards[:, -1]]
-    for turn in reversed(range(rewards.shape[1] - 1)):
-        returns.insert(0, rewards[:, turn] + discount * returns[0])
-    return torch.where(mask, torch.stack(returns, dim=1), 0)
+    # In float64: a later return may overflow where an earlier one is a float32 number again.
+    exact, exists = in_float64(torch.where(mask, rewards, 0), mask)
+    returns = [exact[:, -1]]
+    for turn in reversed(range(exact.shape[1] - 1)):
+        returns.insert(0, exact[:, turn] + discount * returns[0])
+    return torch.where(exists, torch.stack(returns, dim=1), 0).to(rewards)
 
 
-def stop_after_failure(success: Tensor, *, turn_mask: Tensor | None = None) -> Tensor:
+def stop_after_failure(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     """Weights that stop a chain's training after its first failed turn.
 
     The failed turn itself keeps weight 1 (its advantage says that it failed); later turns, which
@@ -216,7 +313,7 @@ def stop_after_failure(success: Tensor, *, turn_mask: Tensor | None = None) -> T
     return before.cumprod(dim=1) * mask
 
 
-def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
+def broadcast_to_steps(advantage: Numbers, *, turns: int, steps: int) -> Tensor:
     r"""Give every turn and denoising step the advantage of its trajectory: ``A[b, n, s] = A[b]``.
 
     Args:
@@ -238,6 +335,7 @@ def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
         tensor([[[2., 2., 2.],
                  [2., 2., 2.]]])
     """
+    advantage = as_numbers("advantage", advantage)
     check_floating(advantage=advantage)
     check_count("turns", turns)
     check_count("steps", steps)
@@ -250,10 +348,10 @@ def broadcast_to_steps(advantage: Tensor, *, turns: int, steps: int) -> Tensor:
     )
 
 
-def _turns(name: str, score: Tensor, turn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _turns(name: str, score: Numbers, turn_mask: Numbers | None) -> tuple[Tensor, Tensor]:
+    score = as_numbers(name, score)
     check_rank(name, score, 2, "[B, N]", maximum=2)
-    if turn_mask is None:
-        turn_mask = torch.ones_like(score, dtype=torch.bool)
+    turn_mask = as_mask("turn_mask", turn_mask, score)
     check_mask("turn_mask", turn_mask, score.shape, "[B, N]")
     has_turn = turn_mask.any(dim=1)
     check_values("turn_mask", has_turn, has_turn, "at least one turn in each row")
@@ -265,4 +363,4 @@ def _check_binary(scores: Tensor, mask: Tensor) -> None:
 
 
 def _mean(scores: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, scores, 0).sum(dim=1) / mask.sum(dim=1)
+    return mean_where(scores, mask, dim=1).to(scores.dtype)

@@ -88,7 +88,7 @@ def collate_chains(examples: Sequence[Example]) -> Batch:
     chains, images, groups = zip(*examples, strict=True)
     shapes = {image.shape if isinstance(image, Tensor) else None for image in images}
     stacked = torch.stack(images) if len(shapes) == 1 and None not in shapes else list(images)
-    return Batch(chains, stacked, torch.tensor(groups, dtype=torch.int64))
+    return Batch(chains, stacked, torch.tensor(groups, dtype=torch.int64, device="cpu"))
 
 
 def _load_image(chain: Chain) -> Image.Image:

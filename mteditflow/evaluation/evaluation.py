@@ -367,9 +367,9 @@ class TermRecord(BaseModel):
             ValueError: rows differ in length, or the numbers are not such scores.
         """
         rows = [[torch.nan if x is None else x for x in row] for row in self.score]
-        score = torch.tensor(rows, dtype=getattr(torch, self.dtype))
+        score = torch.tensor(rows, dtype=getattr(torch, self.dtype), device="cpu")
         lost = {(x.chain, x.turn): Lost(x.fault, x.detail, x.attempts) for x in self.lost}
-        return TurnScores(score, torch.tensor(self.turn_mask), lost)
+        return TurnScores(score, torch.tensor(self.turn_mask, dtype=torch.bool, device="cpu"), lost)
 
 
 class EvaluationRecord(BaseModel):

@@ -261,7 +261,9 @@ class Numbers:
             *(Place(x, None, turn) for x in evaluation.names for turn in [*steps, DROP]),
             *(Place(x, k, t) for k in self.edit_types for x in BY_TYPE for t in [*steps, ALL]),
         ]
-        self._types = torch.full((len(chains), turns), -1)  # index of each turn's type
+        self._types = torch.full(
+            (len(chains), turns), -1, dtype=torch.int64, device="cpu"
+        )  # index of each turn's type
         for c, chain in enumerate(chains):
             for n, name in enumerate(chain.task_types or ()):
                 self._types[c, n] = self.edit_types.index(name)

@@ -162,8 +162,10 @@ def resampled_means(
     check_count("resamples", resamples)
     first = next(iter(values[0].values()))
     generator, chains = torch.Generator().manual_seed(seed), len(first)
-    draws = torch.randint(chains, (resamples, chains), generator=generator)
-    ones = torch.full(draws.shape, 1 / chains, dtype=torch.float64)
+    draws = torch.randint(
+        chains, (resamples, chains), generator=generator, dtype=torch.int64, device="cpu"
+    )
+    ones = torch.full(draws.shape, 1 / chains, dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(ones).scatter_add(1, draws, ones)
     return {
         name: weights @ torch.stack([own[name].double() for own in values], dim=1)
@@ -178,14 +180,16 @@ def percentile_ends(samples: Tensor) -> tuple[float, float]:
         >>> percentile_ends(torch.arange(41.0))
         (1.0, 39.0)
     """
-    low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    low, high = samples.quantile(
+        torch.tensor([0.025, 0.975], dtype=samples.dtype, device=samples.device)
+    ).tolist()
     return low, high
 
 
 @cache
 def _t_quantile(freedom: int) -> float:
     """The 97.5% quantile of Student's distribution, by its integral, to 0.001."""
-    x = torch.linspace(0, 20, 200_001, dtype=torch.float64)
+    x = torch.linspace(0, 20, 200_001, dtype=torch.float64, device="cpu")
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
     density = scale / math.sqrt(math.pi * freedom) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
     return float(x[1:][torch.cumulative_trapezoid(density, x) >= 0.475][0])

@@ -2,8 +2,9 @@ r"""The straight probability path of flow matching, and grids of flow time on it
 
 One convention everywhere: ``sigma`` is 1 at pure noise and 0 at data, ``velocity`` is
 :math:`dx/d\sigma`. Shapes: ``M`` rows (samples) and any latent axes behind them; ``S`` denoising
-steps. ``sigma`` is a number or a tensor whose shape is a leading part of the latent's, such as
-``[M]``. Half-precision inputs are computed in float32 and returned in their own dtype.
+steps. ``sigma`` is a number, or numbers whose shape is a leading part of the latent's, such as
+``[M]``, with or without axes of size one behind. Half-precision inputs are computed in float32 and
+returned in their own dtype.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
     check_count,
     check_floating,
     check_number,
@@ -22,12 +24,12 @@ from mteditflow._checks import (
     check_step_values,
     check_values,
 )
-from mteditflow._reduce import per_row, promote, row_mean_square
+from mteditflow._reduce import per_row, promote, row_mean_square, valid_rows
 
 _MAX_SHIFT = 1e30  # far beyond any use, and what float32 can still divide by
 
 
-def interpolate(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+def interpolate(clean: Tensor, noise: Tensor, sigma: float | Numbers) -> Tensor:
     r"""Point on the path, :math:`x_t = (1 - \sigma)\,clean + \sigma\,noise`.
 
     Exactly ``clean`` at 0 and exactly ``noise`` at 1.
@@ -81,7 +83,7 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
     return noise - clean
 
 
-def clean_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tensor:
+def clean_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Numbers) -> Tensor:
     r"""Data estimate, :math:`x_t - \sigma\,velocity`.
 
     Args:
@@ -106,7 +108,7 @@ def clean_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Tensor) ->
     return torch.addcmul(x, s, v, value=-1).to(x_t.dtype)
 
 
-def noise_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tensor:
+def noise_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Numbers) -> Tensor:
     r"""Noise estimate, :math:`x_t + (1 - \sigma)\,velocity`.
 
     Args:
@@ -131,7 +133,7 @@ def noise_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Tensor) ->
     return torch.addcmul(x, 1 - s, v).to(x_t.dtype)
 
 
-def score_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tensor:
+def score_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Numbers) -> Tensor:
     r"""Score of the marginal at x_t, :math:`-(x_t + (1-\sigma)\,velocity)/\sigma`.
 
     Args:
@@ -157,13 +159,16 @@ def score_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Tensor) ->
     return torch.addcmul(x, 1 - s, v).div(-s).to(x_t.dtype)
 
 
-def flow_matching_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+def flow_matching_loss(
+    velocity: Tensor, clean: Tensor, noise: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
     r"""Per-sample loss, :math:`\mathrm{mean}\,\lVert velocity - (noise - clean)\rVert^2`.
 
     Args:
         velocity: model output at a point of the path between ``clean`` and ``noise``, [M, ...].
         clean: data latent, shape of ``velocity``.
         noise: standard Gaussian, shape of ``velocity``.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
     Returns:
         [M], float32 at least: the mean over elements, unreduced over samples. Gradient flows to
@@ -171,7 +176,7 @@ def flow_matching_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor
 
     Raises:
         ValueError: shapes differ or there is no latent axis.
-        TypeError: an argument is not floating point.
+        TypeError: an argument is not floating point, or the mask is not boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 1.
 
@@ -183,7 +188,7 @@ def flow_matching_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor
     check_same_shape(velocity=velocity, clean=clean, noise=noise)
     check_rank("velocity", velocity, 2, "[M, ...]")
     v, x, z = promote(velocity, clean, noise)
-    return row_mean_square(v - (z - x))
+    return row_mean_square(valid_rows(valid, v - (z - x)))
 
 
 def uniform_sigmas(steps: int) -> Tensor:
@@ -193,7 +198,7 @@ def uniform_sigmas(steps: int) -> Tensor:
         steps: number of denoising steps S, at least 1.
 
     Returns:
-        [S + 1], float32, from exactly 1 to exactly 0.
+        [S + 1], float32 on the CPU, from exactly 1 to exactly 0.
 
     Raises:
         ValueError: ``steps`` is below 1.
@@ -204,7 +209,7 @@ def uniform_sigmas(steps: int) -> Tensor:
         tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000])
     """
     check_count("steps", steps)
-    return torch.linspace(1, 0, steps + 1)
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
@@ -336,7 +341,7 @@ def flux2_mu(image_tokens: int, steps: int) -> float:
     return at_200_steps + (at_10_steps - at_200_steps) * (200 - steps) / 190
 
 
-def _state(x_t: Tensor, velocity: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _state(x_t: Tensor, velocity: Tensor, sigma: float | Numbers) -> tuple[Tensor, Tensor, Tensor]:
     check_floating(x_t=x_t, velocity=velocity)
     check_same_shape(x_t=x_t, velocity=velocity)
     x, v = promote(x_t, velocity)

@@ -152,7 +152,7 @@ def rollout(
     if len(generators) != b:
         raise ValueError(f"generators: expected one per trajectory, {b}, got {len(generators)}")
     if group is None:
-        group = torch.arange(b, device=noise.device)
+        group = torch.arange(b, dtype=torch.int64, device=noise.device)
     if turn_mask is None:
         turn_mask = torch.ones(b, n, dtype=torch.bool, device=noise.device)
     check_shape("group", group, (b,), "[B]")

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from mteditflow._checks import (
     REDUCTIONS,
+    Numbers,
+    as_numbers,
     check_choice,
     check_count,
     check_floating,
@@ -47,6 +49,7 @@ from mteditflow._reduce import (
     row_mean_square,
     row_std,
     stochastic_rows,
+    valid_rows,
 )
 
 
@@ -88,7 +91,7 @@ class Solver(Protocol):
     """One solver step: maps a state and its velocity to the Gaussian of the next state."""
 
     def __call__(
-        self, x_t: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor
+        self, x_t: Tensor, velocity: Tensor, sigma: float | Numbers, next_sigma: float | Numbers
     ) -> Transition:
         """Gaussian of the sample at ``next_sigma`` given ``x_t`` at ``sigma``."""
         ...
@@ -102,7 +105,7 @@ class _PulledEuler(ABC):
         """``pull`` and ``std`` of a step, in the shape of ``sigma``."""
 
     def __call__(
-        self, x_t: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor
+        self, x_t: Tensor, velocity: Tensor, sigma: float | Numbers, next_sigma: float | Numbers
     ) -> Transition:
         """Gaussian of the sample at ``next_sigma`` given ``x_t`` at ``sigma``.
 
@@ -112,9 +115,9 @@ class _PulledEuler(ABC):
         Args:
             x_t: state, [M, ...].
             velocity: model output, shape of ``x_t``.
-            sigma: flow time of ``x_t`` in (0, 1]; a number or a tensor such as [M], so that rows
-                at different steps batch together.
-            next_sigma: flow time after the step, in [0, sigma).
+            sigma: flow time of ``x_t`` in (0, 1]: a number, [M] or [M, 1, ...], so that rows at
+                different steps batch together.
+            next_sigma: flow time after the step, in [0, sigma), in one of these forms too.
 
         Returns:
             Transition with mean [M, ...] and std of one value per row. Gradient flows to ``x_t``
@@ -132,7 +135,7 @@ class _PulledEuler(ABC):
         s, s_next = per_row("sigma", sigma, x), per_row("next_sigma", next_sigma, x)
         check_step_values("next_sigma - sigma", s_next - s, s_next < s, "a step toward data, < 0")
         pull, std = self.coefficients(s, s_next)
-        mean = (x * (1 - pull)).addcmul_(v, s_next - s - pull * (1 - s))
+        mean = torch.addcmul(x * (1 - pull), v, s_next - s - pull * (1 - s))
         return Transition(mean, std)
 
 
@@ -249,7 +252,14 @@ class CPS(_PulledEuler):
         return next_sigma * (2 * math.sin(angle / 2) ** 2), next_sigma * math.sin(angle)
 
 
-def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -> Tensor:
+def gaussian_log_prob(
+    x: Tensor,
+    mean: Tensor,
+    std: float | Numbers,
+    *,
+    reduction: str,
+    valid: Tensor | None = None,
+) -> Tensor:
     r"""Log-density of a stored step: :math:`-(x-mean)^2/(2 std^2) - \log std - \log(2\pi)/2`.
 
     A row with ``std`` 0 took a deterministic step, which has no density: its log-prob is exactly 0
@@ -259,10 +269,11 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
     Args:
         x: the next sample that was really used (after any rounding), [M, ...].
         mean: transition mean, shape of ``x``.
-        std: >= 0, broadcasts over ``x`` with one value per row: [M, 1, ...] or [1, 1, ...].
+        std: >= 0, one value per row: a number, [M] or [M, 1, ...].
         reduction: over the elements of a row. "mean" is the per-element average that peers' clip
             ranges (1e-4 .. 1e-5) belong to; "sum" is the joint log-density. Use the same one for
             sampling and training.
+        valid: boolean, [M]; false rows give 0 with gradient 0, even if they hold NaN.
 
     Returns:
         [M], float32 at least. Gradient flows to ``mean``, ``x`` and ``std``.
@@ -270,8 +281,9 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
     Raises:
         ValueError: shapes differ, std has more than one value per row or is negative, or the
             reduction is unknown.
-        TypeError: ``x`` is not floating point, or ``mean`` or ``std`` is not float32 or float64:
-            in half precision the rounding of a mean is larger than what a policy update moves it.
+        TypeError: the mask is not boolean, ``x`` is not floating point, or ``mean`` or ``std`` is
+            not float32 or float64: in half precision the rounding of a mean is larger than what a
+            policy update moves it.
 
     Source: Flow-GRPO (arXiv 2505.05470).
 
@@ -282,7 +294,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
     """
     check_choice("reduction", reduction, REDUCTIONS)
     difference = _difference("x", x, "mean", mean)
-    safe_std, stochastic = row_std(std, difference)
+    safe_std, stochastic = row_std(std, difference, valid)
     per_element = (
         -0.5 * _standardised_square(stochastic_rows(difference, stochastic), safe_std)
         - safe_std.log()
@@ -291,7 +303,14 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, reduction: str) -
     return reduce_elements(per_element, stochastic, difference, reduction)
 
 
-def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction: str) -> Tensor:
+def gaussian_kl(
+    mean: Tensor,
+    reference_mean: Tensor,
+    std: float | Numbers,
+    *,
+    reduction: str,
+    valid: Tensor | None = None,
+) -> Tensor:
     r"""KL divergence of two transitions of equal std: :math:`(mean - mean_{ref})^2 / (2 std^2)`.
 
     ``std`` is that of the step, with the step size in it; policy and reference share it because it
@@ -302,6 +321,7 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction:
         reference_mean: transition mean of the reference, shape of ``mean``.
         std: as in ``gaussian_log_prob``.
         reduction: "mean" or "sum" over elements; the one of the log-prob.
+        valid: as in ``gaussian_log_prob``.
 
     Returns:
         [M], >= 0, float32 at least. Gradient flows to all tensors.
@@ -309,7 +329,7 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction:
     Raises:
         ValueError: shapes differ, std has more than one value per row or is negative, or the
             reduction is unknown.
-        TypeError: an argument is not float32 or float64.
+        TypeError: an argument is not float32 or float64, or the mask not boolean.
 
     Source: Flow-GRPO (arXiv 2505.05470).
 
@@ -321,12 +341,14 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, *, reduction:
     check_choice("reduction", reduction, REDUCTIONS)
     check_full_precision(mean=mean)
     difference = _difference("mean", mean, "reference_mean", reference_mean)
-    safe_std, stochastic = row_std(std, difference)
+    safe_std, stochastic = row_std(std, difference, valid)
     per_element = 0.5 * _standardised_square(stochastic_rows(difference, stochastic), safe_std)
     return reduce_elements(per_element, stochastic, difference, reduction)
 
 
-def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
+def cps_surrogate(
+    x: Tensor, mean: Tensor, *, reduction: str, valid: Tensor | None = None
+) -> Tensor:
     r"""Flow-CPS's training signal :math:`-(x - mean)^2`: a surrogate, NOT a log-density.
 
     The density's 1 / (2 std^2) is left out, so that steps with little noise do not dominate; the
@@ -337,13 +359,15 @@ def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
         x: the next sample that was really used, [M, ...].
         mean: transition mean, shape of ``x``.
         reduction: "mean" or "sum" over elements.
+        valid: as in ``gaussian_log_prob``.
 
     Returns:
         [M], <= 0, float32 at least. Gradient flows to both.
 
     Raises:
         ValueError: shapes differ or the reduction is unknown.
-        TypeError: ``x`` is not floating point, or ``mean`` is not float32 or float64.
+        TypeError: ``x`` is not floating point, ``mean`` not float32 or float64, or the mask not
+            boolean.
 
     Source: Flow-CPS (arXiv 2509.05952).
 
@@ -353,20 +377,27 @@ def cps_surrogate(x: Tensor, mean: Tensor, *, reduction: str) -> Tensor:
     """
     check_choice("reduction", reduction, REDUCTIONS)
     difference = _difference("x", x, "mean", mean)
-    surrogate = -row_mean_square(difference)
+    surrogate = -row_mean_square(valid_rows(valid, difference))
     return surrogate if reduction == "mean" else surrogate * elements(difference)
 
 
-def unit_step(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Transition:
+def unit_step(solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers) -> Transition:
     """Step of velocity 1 from state 0: what a step makes of a velocity, mean and std [M, 1].
 
     Means are linear in the velocity, so minus this mean is how far a step moves per unit of it.
     """
-    check_floating(sigma=sigma, next_sigma=next_sigma)
-    check_rank("sigma", sigma, 1, "[M]", maximum=1)
-    check_same_shape(sigma=sigma, next_sigma=next_sigma)
-    (zero,) = promote(torch.zeros_like(sigma)[:, None])
-    return solver(zero, torch.ones_like(zero), sigma.detach(), next_sigma.detach())
+    times = {"sigma": sigma, "next_sigma": next_sigma}
+    start, end = (
+        torch.tensor(x, dtype=torch.float32, device="cpu")
+        if isinstance(x, (int, float))
+        else as_numbers(name, x).detach()
+        for name, x in times.items()
+    )
+    check_floating(sigma=start, next_sigma=end)
+    rows = start if start.numel() >= end.numel() else end
+    check_rank("sigma", rows, 0, "[M]")
+    zero, _ = promote(torch.zeros_like(rows).reshape(-1, 1), end)
+    return solver(zero, torch.ones_like(zero), start, end)
 
 
 def sliding_window(

@@ -16,6 +16,7 @@ from mteditflow._checks import (
     check_choice,
     check_floating,
     check_full_precision,
+    check_group,
     check_mask,
     check_rank,
     check_shape,
@@ -25,7 +26,6 @@ from mteditflow._checks import (
 from mteditflow._files import load_tensors, save_tensors
 
 _FORMAT = "mteditflow.Trajectory/1"
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Steps(NamedTuple):
@@ -94,9 +94,7 @@ class Trajectory:
         check_shape("sigmas", self.sigmas, (n, states), "[N, S + 1]")
         check_shape("log_prob", self.log_prob, (b, n, states - 1), "[B, N, S]")
         check_mask("stochastic", self.stochastic, (n, states - 1), "[N, S]")
-        check_shape("group", self.group, (b,), "[B]")
-        if self.group.dtype not in _INTEGERS:
-            raise TypeError(f"group: expected integer ids, got {self.group.dtype}")
+        check_group(self.group, (b,))
         check_mask("turn_mask", self.turn_mask, (b, n), "[B, N]")
         check_choice("reduction", self.reduction, REDUCTIONS)
         for name, x in self._tensors().items():

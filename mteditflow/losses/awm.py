@@ -7,7 +7,7 @@ from torch import Tensor
 from mteditflow._reduce import row_squared_error
 
 
-def matching_log_prob(velocity: Tensor, target: Tensor) -> Tensor:
+def matching_log_prob(velocity: Tensor, target: Tensor, *, valid: Tensor | None = None) -> Tensor:
     r"""Surrogate for the log-prob of a clean sample, :math:`-\mathrm{mean}(v_\theta - v)^2`.
 
     Advantage weighted matching is the clipped surrogate of it: with the old policy's value at the
@@ -20,13 +20,14 @@ def matching_log_prob(velocity: Tensor, target: Tensor) -> Tensor:
     Args:
         velocity: of a policy at the re-noised latent, [M, ...].
         target: ``velocity_target(clean, noise)``. Treated as a constant.
+        valid: boolean, [M]; false rows give 0 with gradient 0, even if they hold NaN.
 
     Returns:
         [M], <= 0, float32 at least. Gradient flows to ``velocity`` alone.
 
     Raises:
         ValueError: shapes differ or there is no latent axis.
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or the mask is not boolean.
 
     Source: Advantage Weighted Matching (arXiv 2509.25050).
 
@@ -42,4 +43,4 @@ def matching_log_prob(velocity: Tensor, target: Tensor) -> Tensor:
         >>> log_prob.detach(), velocity.grad
         (tensor([-5.]), tensor([[2., 6.]]))
     """
-    return -row_squared_error(velocity=velocity, target=target)
+    return -row_squared_error(valid, velocity=velocity, target=target)

@@ -7,13 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_full_precision, check_mask, check_number, check_same_shape
+from mteditflow._checks import (
+    Numbers,
+    check_full_precision,
+    check_mask,
+    check_number,
+    check_same_shape,
+)
+from mteditflow._reduce import broadcast_rows
 
 
 def clipped_surrogate_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
-    advantage: Tensor,
+    advantage: float | Numbers,
     *,
     clip_low: float,
     clip_high: float,
@@ -32,7 +39,8 @@ def clipped_surrogate_loss(
             [B, N, S] or rows [M]; float32 or float64.
         old_log_prob: of the same steps under the policy that sampled them, same reduction over
             elements ("mean" or "sum"), shape of ``log_prob``. Treated as a constant.
-        advantage: of each step, shape of ``log_prob``. Treated as a constant.
+        advantage: of each step, shape of ``log_prob``; or a number for each row: its leading part,
+            such as [B], with or without axes of size one behind. Treated as a constant.
         clip_low: how far the ratio may fall below 1, in [0, 1). 1e-4 .. 1e-5 goes with mean-reduced
             log-probs, 0.1 .. 0.2 with summed ones.
         clip_high: how far the ratio may rise above 1, >= 0.
@@ -58,8 +66,10 @@ def clipped_surrogate_loss(
         >>> loss.detach(), log_prob.grad
         (tensor([-2.0000, -2.4000]), tensor([-2.,  0.]))
     """
-    check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
-    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
+    check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob)
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    advantage = broadcast_rows("advantage", advantage, log_prob)
+    check_full_precision(advantage=advantage)
     check_number("clip_low", clip_low, low=0.0, high=1.0, open_high=True)
     check_number("clip_high", clip_high, low=0.0)
     old_log_prob, advantage = old_log_prob.detach(), advantage.detach()

@@ -35,11 +35,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mteditflow._checks import Numbers
 from mteditflow._reduce import row_squared_error
 from mteditflow.flow.solvers import Solver, gaussian_kl, unit_step
 
 
-def distillation_loss(velocity: Tensor, teacher_velocity: Tensor) -> Tensor:
+def distillation_loss(
+    velocity: Tensor, teacher_velocity: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
     r"""Distance to the teacher's velocity, :math:`\mathrm{mean}\,\lVert v_\theta - v_T\rVert^2`.
 
     Times ``step_kl_weight`` it is the KL divergence between the steps of student and teacher, which
@@ -50,6 +53,7 @@ def distillation_loss(velocity: Tensor, teacher_velocity: Tensor) -> Tensor:
         velocity: of the student at a state of its own rollout, [M, ...].
         teacher_velocity: of the teacher at the same state and flow time, under its own
             conditioning. Treated as a constant.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
     Returns:
         [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
@@ -57,7 +61,7 @@ def distillation_loss(velocity: Tensor, teacher_velocity: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes differ or there is no latent axis.
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or the mask is not boolean.
 
     Source: DanceOPD (arXiv 2606.27377); MT-OPSD (arXiv 2609.35611), Eq. 5.
 
@@ -65,10 +69,10 @@ def distillation_loss(velocity: Tensor, teacher_velocity: Tensor) -> Tensor:
         >>> distillation_loss(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
         tensor([5.])
     """
-    return row_squared_error(velocity=velocity, teacher_velocity=teacher_velocity)
+    return row_squared_error(valid, velocity=velocity, teacher_velocity=teacher_velocity)
 
 
-def step_kl_weight(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+def step_kl_weight(solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers) -> Tensor:
     r"""Weight that turns a distance of velocities into the KL of a step, :math:`c^2 / (2 std^2)`.
 
     A solver's mean moves by c per unit of velocity, and its std does not depend on it. With the
@@ -77,8 +81,8 @@ def step_kl_weight(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Tensor:
 
     Args:
         solver: the solver of the rollout.
-        sigma: flow time before each step, [M], in (0, 1].
-        next_sigma: flow time after it, [M], in [0, sigma).
+        sigma: flow time before each step, in (0, 1]: a number, [M] or [M, 1, ...].
+        next_sigma: flow time after it, in [0, sigma), in one of these forms too.
 
     Returns:
         [M], float32 at least, detached: the KL per element that a mean squared difference of 1

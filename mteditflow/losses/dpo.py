@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mteditflow._checks import (
+    check_mask,
     check_number,
     check_rank,
     check_same_shape,
@@ -26,6 +27,7 @@ def dpo_loss(
     loser: Tensor,
     *,
     dpo_beta: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Logistic loss of implicit rewards, :math:`-\log\mathrm{sigmoid}(r_w - r_l)`.
 
@@ -47,13 +49,15 @@ def dpo_loss(
         loser: row of the worse one, integer [P].
         dpo_beta: b > 0, strength of the pull to the reference; 2000 and more are usual for means
             over elements.
+        valid: boolean, [P]; false pairs give loss 0 and gradient 0. What only they refer to may
+            hold NaN.
 
     Returns:
         [P], float32 at least, unreduced over pairs. Gradient flows to ``velocity`` alone.
 
     Raises:
         ValueError: shapes differ, an index is no row, ``dpo_beta`` is not positive.
-        TypeError: a tensor is not floating point, or an index not integer.
+        TypeError: a tensor is not floating point, an index not integer, or the mask not boolean.
 
     Source: Diffusion-DPO (arXiv 2311.12908); for flows with one beta for all flow times, Flow-DPO
         (arXiv 2501.13918).
@@ -69,14 +73,25 @@ def dpo_loss(
         (tensor([0.6931]), tensor([ 2., -2.]))
     """
     check_same_shape(velocity=velocity, reference_velocity=reference_velocity, target=target)
-    error = row_squared_error(velocity=velocity, target=target)
-    reference_error = row_squared_error(reference_velocity=reference_velocity, target=target)
+    check_rank("velocity", velocity, 2, "[M, ...]")
     check_number("dpo_beta", dpo_beta, low=0.0, open_low=True)
     for name, index in (("winner", winner), ("loser", loser)):
         _check_rows(name, index, len(velocity))
     check_same_shape(winner=winner, loser=loser)
+    used = None if valid is None else _used_rows(valid, winner, loser, len(velocity))
+    error = row_squared_error(used, velocity=velocity, target=target)
+    reference_error = row_squared_error(used, reference_velocity=reference_velocity, target=target)
     reward = dpo_beta / 2 * (reference_error.detach() - error)
-    return softplus(reward[loser] - reward[winner])
+    margin = reward[winner] - reward[loser]
+    return softplus(-margin) if valid is None else torch.where(valid, softplus(-margin), 0)
+
+
+def _used_rows(valid: Tensor, winner: Tensor, loser: Tensor, rows: int) -> Tensor:
+    """Rows that a valid pair refers to, boolean [M]."""
+    check_mask("valid", valid, winner.shape, "[P]")
+    pairs = torch.cat([winner, loser]).long()
+    used = torch.zeros(rows, dtype=torch.int64, device=valid.device)
+    return used.index_add(0, pairs, valid.long().repeat(2)) > 0
 
 
 def _check_rows(name: str, index: Tensor, rows: int) -> None:

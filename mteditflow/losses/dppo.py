@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_full_precision, check_mask, check_number, check_same_shape
+from mteditflow._checks import (
+    Numbers,
+    check_full_precision,
+    check_mask,
+    check_number,
+    check_same_shape,
+)
+from mteditflow._reduce import broadcast_rows
 
 
 def divergence_gated_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
-    advantage: Tensor,
+    advantage: float | Numbers,
     divergence: Tensor,
     *,
     threshold: float,
@@ -30,7 +37,8 @@ def divergence_gated_loss(
             [B, N, S] or rows [M]; float32 or float64.
         old_log_prob: of the same steps under the policy that sampled them, shape of ``log_prob``.
             Treated as a constant.
-        advantage: of each step, shape of ``log_prob``. Treated as a constant.
+        advantage: of each step, shape of ``log_prob``; or a number for each row: its leading part,
+            such as [B], with or without axes of size one behind. Treated as a constant.
         divergence: ``gaussian_kl(mean, old_mean, std)`` of each step with the reduction of the
             log-prob, shape of ``log_prob``. Treated as a constant.
         threshold: largest divergence of the trust region, >= 0; 1e-7 .. 1e-5 for means over
@@ -60,16 +68,17 @@ def divergence_gated_loss(
         >>> loss.detach(), log_prob.grad
         (tensor([0.0000, 2.2103]), tensor([0.0000, 2.2103]))
     """
-    tensors = {"log_prob": log_prob, "old_log_prob": old_log_prob}
-    tensors |= {"advantage": advantage, "divergence": divergence}
+    tensors = {"log_prob": log_prob, "old_log_prob": old_log_prob, "divergence": divergence}
     check_full_precision(**tensors)
     check_same_shape(**tensors)
     check_number("threshold", threshold, low=0.0)
-    advantage = advantage.detach()
+    advantage = broadcast_rows("advantage", advantage, log_prob).detach()
+    check_full_precision(advantage=advantage)
     log_ratio = log_prob - old_log_prob.detach()
     dropped = (divergence > threshold) & (log_ratio.sign() * advantage > 0)
     if valid is not None:
         check_mask("valid", valid, log_prob.shape, "of log_prob")
         dropped = dropped | ~valid
-    ratio = torch.where(dropped, 0, log_ratio).exp()
+    # An infinite ratio times an advantage of 0 is NaN.
+    ratio = torch.where(dropped | (advantage == 0), 0, log_ratio).exp()
     return torch.where(dropped, 0, -ratio * advantage)

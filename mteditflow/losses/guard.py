@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mteditflow._checks import (
     REDUCTIONS,
+    Numbers,
     check_choice,
     check_floating,
     check_full_precision,
@@ -26,7 +27,13 @@ from mteditflow.flow.solvers import Solver, unit_step
 
 
 def guard_log_ratio(
-    next_x: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, *, reduction: str
+    next_x: Tensor,
+    mean: Tensor,
+    old_mean: Tensor,
+    std: float | Numbers,
+    *,
+    reduction: str,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Normalised log-ratio, :math:`s \log\rho + d^2 / (2 s) = z\,d`.
 
@@ -38,8 +45,9 @@ def guard_log_ratio(
         next_x: the next sample that was really used, [M, ...]. Treated as a constant.
         mean: transition mean of the policy being trained, shape of ``next_x``.
         old_mean: of the policy that sampled, from the same state. Treated as a constant.
-        std: of the step, >= 0: [M, 1, ...] or [1, 1, ...]. Treated as a constant.
+        std: of the step, >= 0: a number, [M] or [M, 1, ...]. Treated as a constant.
         reduction: "mean" or "sum" over elements, as in ``gaussian_log_prob``.
+        valid: boolean, [M]; false rows give 0 with gradient 0, even if they hold NaN.
 
     Returns:
         [M], float32 at least; 0 with gradient 0 where ``std`` is 0. Gradient flows to ``mean``
@@ -48,7 +56,8 @@ def guard_log_ratio(
     Raises:
         ValueError: shapes differ, std has more than one value per row or is negative, or the
             reduction is unknown.
-        TypeError: ``next_x`` is not floating point, or another tensor not float32 or float64.
+        TypeError: ``next_x`` is not floating point, another tensor not float32 or float64, or the
+            mask not boolean.
 
     Source: GRPO-Guard (arXiv 2510.22319), its ratio normalisation.
 
@@ -74,13 +83,16 @@ def guard_log_ratio(
     check_same_shape(next_x=next_x, mean=mean, old_mean=old_mean)
     check_rank("next_x", next_x, 2, "[M, ...]")
     x, new, old = promote(next_x.detach(), mean, old_mean.detach())
-    safe_std, stochastic = row_std(std.detach(), x)
+    std = std.detach() if isinstance(std, Tensor) else std
+    safe_std, stochastic = row_std(std, x, valid)
     noise, moved = (stochastic_rows(y - old, stochastic) for y in (x, new))
     per_element = (noise * moved).flatten(1).sum(dim=1) / elements(x) / safe_std
     return reduce_elements(per_element, stochastic, x, reduction)
 
 
-def guard_step_weight(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+def guard_step_weight(
+    solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers
+) -> Tensor:
     r"""Weight of a step's loss that gives the velocity a gradient of one scale at every step.
 
     The gradient of ``guard_log_ratio`` by the velocity is the noise of the step times how far its
@@ -91,8 +103,8 @@ def guard_step_weight(solver: Solver, sigma: Tensor, next_sigma: Tensor) -> Tens
 
     Args:
         solver: the solver of the rollout.
-        sigma: flow time before each step, [M], in (0, 1].
-        next_sigma: flow time after it, [M], in [0, sigma).
+        sigma: flow time before each step, in (0, 1]: a number, [M] or [M, 1, ...].
+        next_sigma: flow time after it, in [0, sigma), in one of these forms too.
 
     Returns:
         [M], float32 at least, > 0, detached; multiply an unreduced loss by it.

@@ -2,13 +2,14 @@ r"""Truncated importance weights: correct for a sampler that is not the policy i
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from mteditflow._checks import check_full_precision, check_number, check_same_shape
+from mteditflow._checks import check_full_precision, check_mask, check_number, check_same_shape
 
 
 def truncated_importance_weight(
-    old_log_prob: Tensor, sampling_log_prob: Tensor, *, cap: float
+    old_log_prob: Tensor, sampling_log_prob: Tensor, *, cap: float, valid: Tensor | None = None
 ) -> Tensor:
     r"""Importance weight of a sample, :math:`\min(\pi_{old} / \pi_{sampler},\, cap)`.
 
@@ -22,13 +23,15 @@ def truncated_importance_weight(
             shape; float32 or float64.
         sampling_log_prob: of the same steps as recorded by the sampler, same shape and reduction.
         cap: largest weight, >= 1; 2 is usual.
+        valid: boolean, shape of ``old_log_prob``; false entries get weight 0, even if they hold
+            NaN.
 
     Returns:
         Shape of ``old_log_prob``, in [0, cap], detached.
 
     Raises:
         ValueError: shapes differ, or the cap is below 1.
-        TypeError: half precision.
+        TypeError: half precision, or a mask that is not boolean.
 
     Source: truncated importance sampling (Ionides, 2008), as used between rollout engine and
         trainer in reinforcement learning of language models.
@@ -42,4 +45,8 @@ def truncated_importance_weight(
     check_full_precision(old_log_prob=old_log_prob, sampling_log_prob=sampling_log_prob)
     check_same_shape(old_log_prob=old_log_prob, sampling_log_prob=sampling_log_prob)
     check_number("cap", cap, low=1.0)
-    return (old_log_prob.detach() - sampling_log_prob.detach()).exp().clamp(max=cap)
+    weight = (old_log_prob.detach() - sampling_log_prob.detach()).exp().clamp(max=cap)
+    if valid is None:
+        return weight
+    check_mask("valid", valid, old_log_prob.shape, "of old_log_prob")
+    return torch.where(valid, weight, 0)

@@ -14,29 +14,31 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_numbers,
     check_floating,
     check_full_precision,
     check_number,
     check_rank,
     check_same_shape,
-    check_shape,
 )
 from mteditflow._reduce import (
-    per_row,
     promote,
     row_mean_absolute,
     row_mean_square,
     row_squared_error,
+    row_values,
+    valid_rows,
 )
 
 
-def optimality_probability(advantage: Tensor, *, advantage_max: float = 5.0) -> Tensor:
+def optimality_probability(advantage: Numbers, *, advantage_max: float = 5.0) -> Tensor:
     r"""Probability that a sample is optimal.
 
     .. math:: r = 1/2 + 1/2\,\mathrm{clip}(A / A_{max}, -1, 1)
 
     Args:
-        advantage: any shape, float32 or float64. Treated as a constant.
+        advantage: any shape, float32 or float64, or lists of numbers. Treated as a constant.
         advantage_max: A_max > 0, the advantage at which r saturates.
 
     Returns:
@@ -52,13 +54,20 @@ def optimality_probability(advantage: Tensor, *, advantage_max: float = 5.0) -> 
         >>> optimality_probability(torch.tensor([-9.0, 0.0, 2.5]))
         tensor([0.0000, 0.5000, 0.7500])
     """
+    advantage = as_numbers("advantage", advantage)
     check_full_precision(advantage=advantage)
     check_number("advantage_max", advantage_max, low=0.0, open_low=True)
     return 0.5 + 0.5 * (advantage.detach() / advantage_max).clamp(-1, 1)
 
 
 def nft_loss(
-    velocity: Tensor, old_velocity: Tensor, target: Tensor, r: Tensor, *, nft_beta: float
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    r: float | Numbers,
+    *,
+    nft_beta: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Plain NFT loss, :math:`r\,\lVert v_+ - v\rVert^2 + (1 - r)\,\lVert v_- - v\rVert^2`.
 
@@ -76,17 +85,19 @@ def nft_loss(
         old_velocity: of the old policy at the same point; where the policy IS the old one,
             ``velocity.detach()`` saves a forward pass. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        r: optimality probability of each row in [0, 1], [M]. Treated as a constant.
+        r: optimality probability of each row in [0, 1]: a number, [M] or [M, 1, ...]. Treated as a
+            constant.
         nft_beta: b > 0, strength of the guidance between the two policies; 1 makes v_+ the policy.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. A row
+            that must not teach needs it: at r = 1/2 it would still pull to the old policy.
 
     Returns:
         [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
-        ``velocity`` alone. A row that must not teach is left out of the batch, or by
-        ``masked_mean``; r = 1/2 would still pull it to the old policy.
+        ``velocity`` alone.
 
     Raises:
         ValueError: shapes differ, r lies outside [0, 1], ``nft_beta`` is not positive.
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or the mask is not boolean.
 
     Source: DiffusionNFT (arXiv 2509.16117); MT-EditFlow (arXiv 2606.01985), Eq. 5, 23-25.
 
@@ -98,13 +109,13 @@ def nft_loss(
         >>> loss.detach(), velocity.grad
         (tensor([5.]), tensor([[1., 3.]]))
     """
-    v, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta)
+    moved, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta, valid)
     if torch.compiler.is_compiling():
         # Fused, the two branches cost one pass and save nothing; the square would save its root.
-        r, step = weight.flatten(), nft_beta * (v - old_velocity.detach())
+        r, step = weight.flatten(), nft_beta * moved
         return r * row_mean_square(error + step) + (1 - r) * row_mean_square(error - step)
     constant = 4 * (weight * (1 - weight)).flatten() * row_mean_square(error)
-    to_goal = torch.addcmul(v - old_velocity.detach(), (2 * weight - 1) / nft_beta, error)
+    to_goal = torch.addcmul(moved, (2 * weight - 1) / nft_beta, error)
     return nft_beta**2 * row_mean_square(to_goal) + constant
 
 
@@ -112,12 +123,13 @@ def adaptive_nft_loss(
     velocity: Tensor,
     old_velocity: Tensor,
     target: Tensor,
-    r: Tensor,
-    sigma: float | Tensor,
+    r: float | Numbers,
+    sigma: float | Numbers,
     *,
     nft_beta: float,
     advantage_max: float = 5.0,
     floor: float = 1e-5,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""NFT loss in clean space, each branch divided by its own detached mean absolute error.
 
@@ -130,18 +142,20 @@ def adaptive_nft_loss(
         velocity: of the policy being trained at the re-noised latent, [M, ...].
         old_velocity: of the old policy at the same point. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        r: optimality probability of each row in [0, 1], [M]. Treated as a constant.
-        sigma: flow time of each row, number or [M], in [0, 1]. Treated as a constant.
+        r: optimality probability of each row in [0, 1]: a number, [M] or [M, 1, ...]. Treated as a
+            constant.
+        sigma: flow time of each row in [0, 1], in one of these forms too. Treated as a constant.
         nft_beta: b > 0.
         advantage_max: A_max > 0, the one given to ``optimality_probability``.
         floor: smallest mean absolute error divided by, > 0.
+        valid: as in ``nft_loss``.
 
     Returns:
         [M], float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone.
 
     Raises:
         ValueError: shapes differ, r or sigma lies outside [0, 1], a number is not positive.
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or the mask is not boolean.
 
     Source: DiffusionNFT (arXiv 2509.16117), adaptive weighting; MT-EditFlow (arXiv 2606.01985).
 
@@ -152,23 +166,23 @@ def adaptive_nft_loss(
     """
     check_number("advantage_max", advantage_max, low=0.0, open_low=True)
     check_number("floor", floor, low=0.0, open_low=True)
-    v, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta)
-    if isinstance(sigma, Tensor):
-        check_shape("sigma", sigma, v.shape[:1], "[M]")
-        sigma = sigma.detach()
-    s = per_row("sigma", sigma, v).flatten()
-    step = nft_beta * (v - old_velocity.detach())
+    moved, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta, valid)
+    s = row_values("sigma", sigma, moved, valid=valid).detach()
+    step = nft_beta * moved
     toward, away = _scale_free(error + step, s, floor), _scale_free(error - step, s, floor)
     r = weight.flatten()
     return (r * toward + (1 - r) * away) * (advantage_max / nft_beta)
 
 
-def velocity_kl(velocity: Tensor, reference_velocity: Tensor) -> Tensor:
+def velocity_kl(
+    velocity: Tensor, reference_velocity: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
     r"""Distance to the reference policy, :math:`\mathrm{mean}\,\lVert v_\theta - v_{ref}\rVert^2`.
 
     Args:
         velocity: of the policy being trained, [M, ...].
         reference_velocity: of the reference at the same point. Treated as a constant.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
     Returns:
         [M], float32 at least; multiply by ``kl_coef`` and add to a loss. Gradient flows to
@@ -176,7 +190,7 @@ def velocity_kl(velocity: Tensor, reference_velocity: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes differ or there is no latent axis.
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or the mask is not boolean.
 
     Source: DiffusionNFT (arXiv 2509.16117), its KL term; MT-EditFlow (arXiv 2606.01985).
 
@@ -184,21 +198,31 @@ def velocity_kl(velocity: Tensor, reference_velocity: Tensor) -> Tensor:
         >>> velocity_kl(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
         tensor([5.])
     """
-    return row_squared_error(velocity=velocity, reference_velocity=reference_velocity)
+    return row_squared_error(valid, velocity=velocity, reference_velocity=reference_velocity)
 
 
 def _prepare(
-    velocity: Tensor, old_velocity: Tensor, target: Tensor, r: Tensor, nft_beta: float
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    r: float | Numbers,
+    nft_beta: float,
+    valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked and promoted: the velocity, the old policy's error, and r of shape [M, 1, ...]."""
+    """Checked and promoted: velocity minus old velocity, old velocity minus target, r [M, 1, ...].
+
+    The first two are 0 in rows that are not valid.
+    """
     check_floating(velocity=velocity, old_velocity=old_velocity, target=target)
     check_same_shape(velocity=velocity, old_velocity=old_velocity, target=target)
     check_rank("velocity", velocity, 2, "[M, ...]")
-    check_full_precision(r=r)
-    check_shape("r", r, velocity.shape[:1], "[M]")
     check_number("nft_beta", nft_beta, low=0.0, open_low=True)
     v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
-    return v, v_old - v_target, per_row("r", r.detach(), v)
+    moved, error = (valid_rows(valid, x) for x in (v - v_old, v_old - v_target))
+    if isinstance(r, Tensor):
+        check_full_precision(r=r)
+    weight = row_values("r", r, v, valid=valid).detach()
+    return moved, error, weight.reshape(-1, *(1,) * (v.ndim - 1))
 
 
 def _scale_free(error: Tensor, sigma: Tensor, floor: float) -> Tensor:

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import check_floating, check_number, check_rank, check_same_shape
-from mteditflow._reduce import promote, row_root_mean_square
+from mteditflow._reduce import promote, row_root_mean_square, valid_rows
 
 
 def velocity_norm_hinge(
-    velocity: Tensor, reference_velocity: Tensor, *, margin: float = 0.0
+    velocity: Tensor,
+    reference_velocity: Tensor,
+    *,
+    margin: float = 0.0,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Hinge on the norm, :math:`\max(0, \lVert v\rVert - (1 + margin)\,\lVert v_{ref}\rVert)`.
 
@@ -25,6 +29,7 @@ def velocity_norm_hinge(
         velocity: of the policy being trained, [M, ...].
         reference_velocity: of the reference at the same point. Treated as a constant.
         margin: share by which the norm may grow, >= 0.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
     Returns:
         [M], >= 0, float32 at least; multiply by a coefficient and add to a loss. Gradient flows to
@@ -32,7 +37,7 @@ def velocity_norm_hinge(
 
     Raises:
         ValueError: shapes differ, there is no latent axis, the margin is negative.
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or the mask is not boolean.
 
     Source: NormGuard (arXiv 2606.27771), a hinge where the norm exceeds the reference's; the root
         mean square and the margin are this library's.
@@ -46,6 +51,6 @@ def velocity_norm_hinge(
     check_same_shape(velocity=velocity, reference_velocity=reference_velocity)
     check_rank("velocity", velocity, 2, "[M, ...]")
     check_number("margin", margin, low=0.0)
-    v, v_ref = promote(velocity, reference_velocity.detach())
+    v, v_ref = (valid_rows(valid, x) for x in promote(velocity, reference_velocity.detach()))
     excess = row_root_mean_square(v) - (1 + margin) * row_root_mean_square(v_ref)
     return torch.relu(excess)

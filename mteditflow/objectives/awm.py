@@ -14,7 +14,7 @@ from mteditflow.objectives.base import Card, Metrics, Output, Velocity
 from mteditflow.objectives.forward import ForwardObjective
 from mteditflow.objectives.replay import ratio_metrics
 from mteditflow.objectives.samples import Samples
-from mteditflow.objectives.units import Units, member_advantages
+from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +75,19 @@ class AWM(ForwardObjective):
     ) -> Output:
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
-        log_prob = matching_log_prob(at.current, states.target)
-        old_log_prob = matching_log_prob(at.old, states.target)
+        exists = member_mask(units, at.current)
+        log_prob = matching_log_prob(at.current, states.target, valid=exists)
+        old_log_prob = matching_log_prob(at.old, states.target, valid=exists)
         loss = clipped_surrogate_loss(
             log_prob,
             old_log_prob,
             member_advantages(units, log_prob),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
+            valid=exists,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.old_kl_coef > 0):
-            old_kl = velocity_kl(at.current, at.old)
+            old_kl = velocity_kl(at.current, at.old, valid=exists)
         if self.old_kl_coef > 0:
             loss = loss + self.old_kl_coef * old_kl
         metrics: Metrics = ratio_metrics(log_prob - old_log_prob, self.clip_low, self.clip_high)

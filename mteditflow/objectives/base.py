@@ -25,10 +25,11 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mteditflow._reduce import valid_rows
 from mteditflow.flow.solvers import Solver
 from mteditflow.objectives.keys import Key
 from mteditflow.objectives.samples import Samples
-from mteditflow.objectives.units import Units, member_rows
+from mteditflow.objectives.units import Units, member_mask, member_rows
 
 Policy = Literal["current", "old", "reference", "teacher"]
 Metrics = dict[str, Tensor]
@@ -211,11 +212,8 @@ class Velocities:
 
     def _of(self, policy: Policy) -> Tensor:
         """Velocities, 0 for members that do not exist: a NaN there would reach the gradient."""
-        velocity, exists = self._velocity(policy, *self._states), self._units.mask.T.flatten()
-        if bool(exists.all()):
-            return velocity
-        exists = exists.reshape(-1, *[1] * (velocity.ndim - 1)).to(velocity.device)
-        return torch.where(exists, velocity, 0)
+        velocity = self._velocity(policy, *self._states)
+        return valid_rows(member_mask(self._units, velocity), velocity)
 
 
 def masked_output(units: Units, loss: Tensor, metrics: Metrics) -> Output:

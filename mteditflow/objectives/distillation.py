@@ -20,7 +20,7 @@ from mteditflow.objectives.base import (
 )
 from mteditflow.objectives.keys import Key, round_key
 from mteditflow.objectives.samples import Samples, stored_steps
-from mteditflow.objectives.units import Units, check_units, draw_units, member_rows
+from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,5 +100,5 @@ class Distillation(Objective):
         check_units(units, members=1, drawn=False)
         steps = Steps(*(x.detach() for x in samples.steps_at(member_rows(units))))
         at = Velocities(velocity, steps.x_t, steps.sigma, units, old_is_current=old_is_current)
-        loss = distillation_loss(at.current, at.teacher)
+        loss = distillation_loss(at.current, at.teacher, valid=member_mask(units, at.current))
         return masked_output(units, loss, {"policy_loss": loss})

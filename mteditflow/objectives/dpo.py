@@ -15,7 +15,7 @@ from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.forward import ForwardObjective
 from mteditflow.objectives.keys import Key, RoundKey, round_key
 from mteditflow.objectives.samples import Samples, turn_values
-from mteditflow.objectives.units import Units, draw_units
+from mteditflow.objectives.units import Units, draw_units, member_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,18 @@ class DPO(ForwardObjective):
     ) -> Output:
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
-        winner, loser = torch.arange(2 * len(units), device=at.current.device).chunk(2)
+        exists = member_mask(units, at.current)
+        winner, loser = torch.arange(
+            2 * len(units), dtype=torch.int64, device=at.current.device
+        ).chunk(2)
         loss = dpo_loss(
-            at.current, at.reference, states.target, winner, loser, dpo_beta=self.dpo_beta
+            at.current,
+            at.reference,
+            states.target,
+            winner,
+            loser,
+            dpo_beta=self.dpo_beta,
+            valid=None if exists is None else exists.view(2, -1).all(dim=0),
         )
         return self.output(units, loss, at, {"preferred": (loss.detach() < math.log(2)).float()})
 

@@ -9,7 +9,7 @@ from mteditflow.losses.dppo import divergence_gated_loss
 from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.replay import ReplayObjective
 from mteditflow.objectives.samples import Samples
-from mteditflow.objectives.units import Units, member_advantages
+from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ class DPPO(ReplayObjective):
             member_advantages(units, replay.log_prob),
             divergence,
             threshold=self.threshold,
+            valid=member_mask(units, divergence),
         )
         metrics = {"old_kl": divergence, "beyond": (divergence > self.threshold).float()}
         return self.output(units, loss, replay, metrics)

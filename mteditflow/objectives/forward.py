@@ -25,7 +25,7 @@ from mteditflow.objectives.base import (
 )
 from mteditflow.objectives.keys import Key, RoundKey, round_key
 from mteditflow.objectives.samples import Samples, turn_values
-from mteditflow.objectives.units import Units, check_units, draw_units, member_rows
+from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
 from mteditflow.old_policy import old_policy_decay
 
 DISTRIBUTIONS = ("uniform", "logit_normal", "grid")
@@ -255,12 +255,13 @@ class ForwardObjective(Objective):
     ) -> Output:
         """Add the regularizers, averaged over the members of a unit."""
         found: Metrics = {"policy_loss": loss, **metrics}
+        exists = member_mask(units, loss)
         if self.kl_coef > 0:
-            kl = velocity_kl(velocities.current, velocities.reference)
+            kl = velocity_kl(velocities.current, velocities.reference, valid=exists)
             found["kl"] = kl.view(-1, len(units)).mean(dim=0)
             loss = loss + self.kl_coef * found["kl"]
         if self.norm_coef > 0:
-            hinge = velocity_norm_hinge(velocities.current, velocities.reference)
+            hinge = velocity_norm_hinge(velocities.current, velocities.reference, valid=exists)
             found["norm_hinge"] = hinge.view(-1, len(units)).mean(dim=0)
             loss = loss + self.norm_coef * found["norm_hinge"]
         return masked_output(units, loss, found)

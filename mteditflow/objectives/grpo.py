@@ -9,7 +9,7 @@ from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
 from mteditflow.objectives.samples import Samples
-from mteditflow.objectives.units import Units, member_advantages
+from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,7 @@ class GRPO(ReplayObjective):
             member_advantages(units, log_prob),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
+            valid=member_mask(units, log_prob),
         )
         log_ratio = (log_prob - old_log_prob).detach()
         metrics = ratio_metrics(log_ratio, self.clip_low, self.clip_high)

@@ -12,7 +12,7 @@ from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
 from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
 from mteditflow.objectives.samples import Samples
-from mteditflow.objectives.units import Units, member_advantages
+from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,9 @@ class Guard(ReplayObjective):
         """See ``Objective``."""
         replay = self.replay(velocity, samples, units, old_is_current=old_is_current)
         steps, (mean, std) = replay.steps, replay.transition
+        exists = member_mask(units, mean)
         log_ratio = guard_log_ratio(
-            steps.next_x, mean, replay.old_mean, std, reduction=replay.reduction
+            steps.next_x, mean, replay.old_mean, std, reduction=replay.reduction, valid=exists
         )
         loss = clipped_surrogate_loss(
             log_ratio,
@@ -75,6 +76,7 @@ class Guard(ReplayObjective):
             member_advantages(units, log_ratio),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
+            valid=exists,
         )
         weight = guard_step_weight(self.step_solver, steps.sigma, steps.next_sigma)
         loss = loss * weight / samples.step_mask.shape[2]

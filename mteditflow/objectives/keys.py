@@ -81,7 +81,7 @@ def round_key(key: Key) -> RoundKey:
         return key
     if not isinstance(key, torch.Generator):
         raise TypeError(f"key: expected a RoundKey or a torch.Generator, got {type(key).__name__}")
-    seed = torch.randint(2**63 - 1, (), generator=key, device=key.device)
+    seed = torch.randint(2**63 - 1, (), generator=key, dtype=torch.int64, device=key.device)
     return RoundKey(seed=int(seed), round=0)
 
 

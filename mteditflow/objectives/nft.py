@@ -17,7 +17,7 @@ from mteditflow.losses.nft import (
 from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.forward import ForwardObjective
 from mteditflow.objectives.samples import Samples
-from mteditflow.objectives.units import Units, member_advantages
+from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class NFT(ForwardObjective):
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
         current, old, target = at.current, at.old, states.target
-        advantage = member_advantages(units, current)
+        advantage, exists = member_advantages(units, current), member_mask(units, current)
         r = optimality_probability(advantage, advantage_max=self.advantage_max)
         if self.loss == "adaptive":
             loss = adaptive_nft_loss(
@@ -101,9 +101,10 @@ class NFT(ForwardObjective):
                 states.sigma,
                 nft_beta=self.nft_beta,
                 advantage_max=self.advantage_max,
+                valid=exists,
             )
         else:
-            loss = nft_loss(current, old, target, r, nft_beta=self.nft_beta)
+            loss = nft_loss(current, old, target, r, nft_beta=self.nft_beta, valid=exists)
         with torch.no_grad():
-            metrics = {"old_kl": velocity_kl(current, old)}
+            metrics = {"old_kl": velocity_kl(current, old, valid=exists)}
         return self.output(units, loss, at, metrics)

@@ -35,7 +35,7 @@ from mteditflow.objectives.base import (
 )
 from mteditflow.objectives.keys import Key, round_key
 from mteditflow.objectives.samples import Samples, stored_steps, turn_values
-from mteditflow.objectives.units import Units, check_units, draw_units, member_rows
+from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
 
 RATIO_SCALE = 1e-4  # the usual clip range of mean-reduced log-probs
 SOLVERS: dict[str, Callable[[float], Solver]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}
@@ -240,14 +240,23 @@ class ReplayObjective(Objective):
         """Weigh by importance, add the KL to the reference."""
         if self.importance_cap is not None:
             weight = truncated_importance_weight(
-                replay.old_log_prob, replay.steps.log_prob, cap=self.importance_cap
+                replay.old_log_prob,
+                replay.steps.log_prob,
+                cap=self.importance_cap,
+                valid=member_mask(units, loss),
             )
             loss, metrics = weight * loss, {**metrics, "importance_weight": weight}
         found: Metrics = {"policy_loss": loss, **metrics}
         if self.kl_coef > 0:
             mean, std = replay.transition
             reference_mean = replay.under(replay.velocities.reference).mean
-            found["kl"] = gaussian_kl(mean, reference_mean, std, reduction=replay.reduction)
+            found["kl"] = gaussian_kl(
+                mean,
+                reference_mean,
+                std,
+                reduction=replay.reduction,
+                valid=member_mask(units, loss),
+            )
             loss = loss + self.kl_coef * found["kl"]
         return masked_output(units, loss, found)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mteditflow._checks import (
     check_floating,
     check_full_precision,
+    check_group,
     check_mask,
     check_rank,
     check_shape,
@@ -78,9 +79,7 @@ class CleanSamples:
             mask = torch.ones(self.clean.shape[:2], dtype=torch.bool, device=self.clean.device)
             object.__setattr__(self, "turn_mask", mask)
         check_mask("turn_mask", self.turn_mask, self.clean.shape[:2], "[B, N]")
-        check_shape("group", self.group, self.clean.shape[:1], "[B]")
-        if self.group.is_floating_point() or self.group.dtype == torch.bool:
-            raise TypeError(f"group: expected integer ids, got {self.group.dtype}")
+        check_group(self.group, self.clean.shape[:1])
         absent = ~self.turn_mask.reshape(self.turn_mask.shape + (1,) * (self.clean.ndim - 2))
         finite = self.clean.isfinite() | absent
         check_values("clean", self.clean, finite, "finite latents in existing turns")

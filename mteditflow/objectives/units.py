@@ -103,6 +103,16 @@ def member_advantages(units: Units, like: Tensor) -> Tensor:
     return units.advantage.T.flatten().to(like)
 
 
+def member_mask(units: Units, like: Tensor) -> Tensor | None:
+    """Return which members exist, boolean [K * U], in the order of ``member_rows``.
+
+    ``None`` where all do: a loss then spares its copies.
+    """
+    if bool(units.mask.all()):
+        return None
+    return units.mask.T.flatten().to(like.device)
+
+
 def check_units(units: Units, *, members: int, drawn: bool) -> None:
     """Raise unless units fit an objective.
 
@@ -233,7 +243,7 @@ def training_rows(
 
 def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Keep a share of the existing steps of every turn, [N, S]."""
-    count = (exists.sum(dim=1) * share - 1e-4).ceil().clamp(min=1)  # 0.1 of 10 is 1
+    count = (exists.sum(dim=1).float() * share - 1e-4).ceil().clamp(min=1)  # 0.1 of 10 is 1
     score = torch.rand(exists.shape, generator=generator, dtype=torch.float32, device="cpu")
     score = score.masked_fill(~exists, 2.0)
     rank = score.argsort(dim=1).argsort(dim=1)
@@ -245,7 +255,8 @@ def _spread(
 ) -> list[Tensor]:
     """Trajectories of each minibatch: of each stratum of neighbours one."""
     strata = [
-        start + torch.randperm(minibatches, generator=generators[start], device="cpu")
+        start
+        + torch.randperm(minibatches, generator=generators[start], dtype=torch.int64, device="cpu")
         for start in range(0, trajectories, minibatches)
     ]
     return list(torch.stack(strata, dim=1)) if strata else []

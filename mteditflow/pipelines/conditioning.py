@@ -136,7 +136,7 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
         if all(tree is first for tree in trees):
             taken = first.tensor
             if list(rows) != list(range(len(taken))):
-                taken = taken[torch.tensor(rows, device=taken.device)]
+                taken = taken[torch.tensor(rows, dtype=torch.int64, device=taken.device)]
         else:
             taken = torch.stack([t.tensor[row] for t, row in zip(trees, rows, strict=True)])
         return _moved(taken, device)

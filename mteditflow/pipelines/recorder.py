@@ -170,14 +170,14 @@ class Recorder:
         for turn in self._turns:
             Version.check(turn.versions)
         with torch.inference_mode(False), torch.no_grad():
-            return self._joined(torch.as_tensor(group))
+            return self._joined(torch.as_tensor(group, device="cpu"))
 
     def _joined(self, group: Tensor) -> Rollout:
         """All turns as one rollout, of tensors that autograd accepts."""
         latents = torch.stack([turn.latents for turn in self._turns], dim=1)
         device, (batch, turns) = latents.device, latents.shape[:2]
-        numbers = torch.arange(turns).expand(batch, -1)
-        rows = torch.arange(batch)[:, None].expand(-1, turns)
+        numbers = torch.arange(turns, dtype=torch.int64, device="cpu").expand(batch, -1)
+        rows = torch.arange(batch, dtype=torch.int64, device="cpu")[:, None].expand(-1, turns)
         trajectory = Trajectory(
             latents=latents,
             sigmas=torch.stack([turn.sigmas for turn in self._turns]).to(device),

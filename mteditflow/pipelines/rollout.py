@@ -135,13 +135,15 @@ class Rollout:
             return replay_rows(model, records, rows.tolist(), x_t, sigma)
         parts, order = [], []
         for positions in groups.values():
-            at = torch.tensor(positions)
+            at = torch.tensor(positions, dtype=torch.int64, device="cpu")
             here = at.to(x_t.device)
             records = [self.conditioning[call] for call in calls[at].tolist()]
             part = replay_rows(model, records, rows[at].tolist(), x_t[here], sigma[here])
             parts.append(part)
             order += positions
-        return torch.cat(parts)[torch.tensor(order).argsort().to(x_t.device)]
+        return torch.cat(parts)[
+            torch.tensor(order, dtype=torch.int64, device="cpu").argsort().to(x_t.device)
+        ]
 
     @torch.inference_mode(False)
     def select(self, index: Tensor | slice) -> Rollout:
@@ -185,7 +187,7 @@ class Rollout:
             offsets.append(offsets[-1] + len(part.conditioning))
         indices = []
         for part, offset in zip(parts, offsets[:-1], strict=True):
-            shift = torch.tensor([offset, 0])
+            shift = torch.tensor([offset, 0], dtype=torch.int64, device=part.index.device)
             index = torch.where(part.index < 0, -1, part.index + shift)
             indices.append(_pad(index, 1, longest.index.shape[1], -1))
         return cls(
@@ -280,8 +282,10 @@ def _compact(
 ) -> Rollout:
     """A rollout without the records that its index does not name."""
     used = sorted({call for call in index[..., 0].flatten().tolist() if call >= 0})
-    number = torch.full((len(conditioning) + 1,), -1)  # the last entry is where -1 points
-    number[used] = torch.arange(len(used))
+    number = torch.full(
+        (len(conditioning) + 1,), -1, dtype=torch.int64, device=index.device
+    )  # the last entry is where -1 points
+    number[used] = torch.arange(len(used), dtype=torch.int64, device=index.device)
     renumbered = torch.stack([number[index[..., 0]], index[..., 1]], dim=-1)
     return Rollout(trajectory, tuple(conditioning[call] for call in used), renumbered)
 

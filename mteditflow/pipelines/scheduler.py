@@ -217,7 +217,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             self._step_index += 1
         else:
             next_x = super().step(model_output, timestep, sample, return_dict=False)[0]
-            log_prob = torch.zeros(len(sample), device=sample.device)
+            log_prob = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
         step = Step(sample, next_x, sigma, next_sigma, log_prob, self._stochastic[index])
         self.steps = (*self.steps, step)
         if self.observer is not None:
@@ -232,7 +232,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"stochastic_steps: expected indices of the {steps} steps, got {list(allowed)}"
             )
-        nothing = torch.zeros(steps, 1)
+        nothing = torch.zeros(steps, 1, dtype=torch.float32, device=sigmas.device)
         std = self.solver(nothing, nothing, sigmas[:-1], sigmas[1:]).std.flatten()
         return [s in allowed and bool(std[s] > 0) for s in range(steps)]
 

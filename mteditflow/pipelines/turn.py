@@ -250,7 +250,9 @@ class Turn:
             latents=self._keep(torch.stack(samples, dim=1)),
             sigmas=self._sigmas.clone(),
             log_prob=self._keep(torch.stack([step.log_prob for step in self.steps], dim=1)),
-            stochastic=torch.tensor([step.stochastic for step in self.steps]),
+            stochastic=torch.tensor(
+                [step.stochastic for step in self.steps], dtype=torch.bool, device="cpu"
+            ),
             versions=self._constants if self._storage is None else [],
         )
         Version.check([*self._states, *self._constants])

@@ -298,6 +298,20 @@ def compiled_equals_eager(f: Loss, data: DataObject) -> None:
     expect_close(got, f(inputs), inputs, tolerance=f.tolerance)
 
 
+@LOSS.law(
+    why="Per-sample gradients and ensembles run a loss under torch.func.vmap, where a tensor has "
+    "no values: a check that reads them in Python stops the call.",
+)
+def under_vmap(f: Loss, data: DataObject) -> None:
+    """Under ``vmap`` it gives what a loop gives."""
+    problems = [data.draw(f.draw()) for _ in range(2)]
+    stacked = {name: torch.stack([inputs[name] for inputs in problems]) for name in f.inputs}
+    with _torch_own_warnings():
+        got = call(torch.vmap(lambda inputs: f.function(**f.arguments(inputs))), stacked, stacked)
+    expected = torch.stack([f(inputs) for inputs in problems])
+    expect_close(got, expected, stacked, tolerance=f.tolerance)
+
+
 def check_loss(
     function: Callable[..., Any],
     *,

@@ -67,7 +67,7 @@ def flat_groups_dropped(f: Selection, data: DataObject) -> None:
     value, size = data.draw(st.integers(-80, 80)) / 10, data.draw(st.integers(1, 300))
     reward = torch.full((size + 2,), value, dtype=torch.float64, device="cpu")
     reward[-1] = value + 1
-    group = torch.tensor([4] * size + [9] * 2, device="cpu")
+    group = torch.tensor([4] * size + [9] * 2, dtype=torch.int64, device="cpu")
     got = f(reward, group, torch.ones_like(group, dtype=torch.bool))
     if bool(got[:size].any()):
         case = {"reward": f"{size} times {value}", "group": f"{size} times 4"}
@@ -93,7 +93,9 @@ def informative_groups_kept(f: Selection, data: DataObject) -> None:
 def permutation(f: Selection, data: DataObject) -> None:
     """Shuffling the trajectories and renaming the groups changes no verdict."""
     batch = data.draw(reward_batches(number=signs))
-    order = torch.tensor(data.draw(st.permutations(range(len(batch.reward)))), device="cpu")
+    order = torch.tensor(
+        data.draw(st.permutations(range(len(batch.reward)))), dtype=torch.int64, device="cpu"
+    )
     renamed = batch.group * 3 if bool((batch.group.abs() < 2**60).all()) else batch.group
     got = f(batch.reward[order], renamed[order], batch.valid[order])
     expected = f(*batch)[order]

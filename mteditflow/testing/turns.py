@@ -204,7 +204,9 @@ def informative(f: Aggregator, data: DataObject) -> None:
 def turn_order(f: Aggregator, data: DataObject) -> None:
     """The order of turns changes nothing."""
     batch = data.draw(f.batches())
-    order = torch.tensor(data.draw(st.permutations(range(batch.score.shape[1]))), device="cpu")
+    order = torch.tensor(
+        data.draw(st.permutations(range(batch.score.shape[1]))), dtype=torch.int64, device="cpu"
+    )
     got = f(batch.score[:, order], batch.turn_mask[:, order])
     expect_close(got, f(*batch), _case(batch, order=order), tolerance=f.tolerance)
 

@@ -46,5 +46,5 @@ def gather_scores(
         parts = [TermRecord.model_validate_json(part).scores() for part in lines]
         gathered[name] = TurnScores.concatenate(parts)
     local = len(next(iter(terms.values())))
-    (_,), own = gather_ranks(torch.empty(local, device=device))
+    (_,), own = gather_ranks(torch.empty(local, dtype=torch.uint8, device=device))
     return gathered, own

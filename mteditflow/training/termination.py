@@ -57,7 +57,7 @@ class Termination:
             return self.requested
         on_cpu = "gloo" in dist.get_backend()
         device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-        flag = torch.tensor(int(self.requested), device=device)
+        flag = torch.tensor(int(self.requested), dtype=torch.int64, device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 

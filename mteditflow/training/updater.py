@@ -166,7 +166,7 @@ def most_parts(units: Units, size: int, *, device: torch.device | str = "cpu") -
         device: device of the backend: "cpu" for gloo, this rank's device for NCCL.
     """
     check_count("size", size)
-    own = torch.tensor(-(-len(units) // size), device=device)
+    own = torch.tensor(-(-len(units) // size), dtype=torch.int64, device=device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(own, dist.ReduceOp.MAX)
     return int(own)

@@ -4,16 +4,19 @@ import math
 import re
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mteditflow import (
+    _reduce,
     clamp_advantage,
     fuse_advantages,
     fuse_rewards,
     group_advantage,
+    group_ids,
     group_measured,
     group_std,
     renormalize_advantage,
@@ -502,9 +505,9 @@ def test_renormalize_errors():
     with pytest.raises(ValueError, match=exactly(message)):
         renormalize_advantage(torch.zeros(0))
     with pytest.raises(
-        TypeError, match=r"^advantage: expected float32 or float64, got torch\.int64"
+        TypeError, match=r"^advantage: expected float32 or float64, got torch\.float16"
     ):
-        renormalize_advantage(ids(1, 2))
+        renormalize_advantage(torch.zeros(2).half())
 
 
 # what all share
@@ -540,7 +543,7 @@ def test_shape_dtype_and_device_are_kept_and_nothing_carries_a_gradient(name, de
 @pytest.mark.parametrize("function", [group_advantage, group_std])
 def test_errors(function):
     reward, group = torch.tensor([1.0, 2.0, 3.0]), ids(0, 0, 1)
-    for dtype in (torch.float16, torch.bfloat16, torch.int64):
+    for dtype in (torch.float16, torch.bfloat16, torch.complex64):
         pattern = rf"^reward: expected float32 or float64, got {re.escape(str(dtype))}"
         with pytest.raises(TypeError, match=pattern):
             function(reward.to(dtype), group)
@@ -620,3 +623,123 @@ def test_compiled_clamp_equals_eager():
         assert torch.equal(
             compiled(advantage, limit=limit), clamp_advantage(advantage, limit=limit)
         )
+
+
+# layouts and forms of rewards
+
+
+def test_prompts_by_samples_with_an_id_per_prompt_is_refused():
+    """Peers' layout: without a word every advantage would be 0."""
+    reward = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
+    message = (
+        r"^reward: expected \[B, N\], trajectories by turns, .* \[8, 4\] with 8 different ids.*"
+        r"group_advantage\(reward.flatten\(\), group_ids\(8, 4\)\).view\(8, 4\)$"
+    )
+    for function in (group_advantage, group_std):
+        with pytest.raises(ValueError, match=message):
+            function(reward, torch.arange(8))
+    advantage = group_advantage(reward.flatten(), group_ids(8, 4)).view(8, 4)
+    for row, own in zip(advantage, reward, strict=True):
+        assert torch.equal(row, group_advantage(own, torch.zeros(4, dtype=torch.int64)))
+    assert advantage.all()
+
+
+@pytest.mark.parametrize(
+    ("reward", "group"),
+    [
+        (torch.rand(8), torch.arange(8)),  # groups of one: documented to be 0
+        (torch.rand(8, 1), torch.arange(8)),  # chains of one turn
+        (torch.rand(1, 4), torch.arange(1)),
+        (torch.rand(3, 4), torch.tensor([5, 9, 5])),  # turns, in groups
+    ],
+    ids=["one axis", "one turn", "one trajectory", "a shared id"],
+)
+def test_other_layouts_are_taken(reward, group):
+    advantage = group_advantage(reward, group)
+    shared = len(set(group.tolist())) < len(group)
+    assert bool((advantage != 0).any()) == shared
+
+
+def test_group_ids():
+    assert group_ids(2, 3).tolist() == [0, 0, 0, 1, 1, 1]
+    assert group_ids(2, 3).dtype == torch.int64
+    assert group_ids(1, 2, device="meta").device.type == "meta"
+    with pytest.raises(ValueError, match=exactly("groups: expected an integer >= 1, got 0")):
+        group_ids(0, 2)
+    message = "members: expected an integer, got int64; convert it with int()"
+    with pytest.raises(TypeError, match=exactly(message)):
+        group_ids(2, np.int64(2))
+
+
+@pytest.mark.parametrize(
+    ("reward", "dtype"),
+    [
+        ([True, False, True], torch.float32),
+        ([3, 1, 2], torch.float32),
+        (np.array([3, 1, 2], dtype=np.uint8), torch.float32),
+        (torch.tensor([3, 1, 2]), torch.float32),
+        (torch.tensor([True, False, True]), torch.float32),
+        ([0.3, 0.1, 0.2], torch.float64),
+        (np.array([0.3, 0.1, 0.2], dtype=np.float32), torch.float32),
+        (np.array([0.3, 0.1, 0.2], dtype=">f8"), torch.float64),
+    ],
+    ids=str,
+)
+def test_rewards_in_every_form(reward, dtype):
+    group, valid = [4, 4, 4], [True, True, False]
+    exact = torch.as_tensor(np.asarray(reward).astype(float))
+    expected = group_advantage(exact, torch.tensor(group), valid=torch.tensor(valid))
+    got = group_advantage(reward, np.array(group), valid=valid)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected.to(dtype))
+    assert got[0] > 0 > got[1]
+    spread = group_std(reward, group, valid=valid)
+    torch.testing.assert_close(
+        spread, group_std(exact, torch.tensor(group), valid=torch.tensor(valid)).to(dtype)
+    )
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        ([2**24, 0], ValueError, r"^reward: expected integers below 16777216.*\(convert with .dou"),
+        (
+            [0.5, None],
+            TypeError,
+            r"^reward: expected numbers or booleans, got list of object; mark",
+        ),
+        ([[0.5], [1.0, 2.0]], ValueError, r"^reward: expected .* of one length.*pad_turns"),
+        (["a", "b"], TypeError, r"^reward: expected numbers or booleans, got list of <U1"),
+        ({0.5}, TypeError, r"^reward: expected numbers or a torch.Tensor, got set$"),
+        (
+            torch.tensor([1j, 0]),
+            TypeError,
+            r"^reward: expected float32 or float64, got torch.comple",
+        ),
+    ],
+    ids=["large", "None", "ragged", "text", "set", "complex"],
+)
+def test_what_is_not_exact_is_refused_with_the_fix(reward, error, message):
+    with pytest.raises(error, match=message):
+        group_advantage(reward, [0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_ids(dtype):
+    group = torch.tensor([0, 0, 9, 9]).to(dtype)
+    reward = torch.tensor([0.0, 1.0, 1.0, 3.0])
+    assert group_advantage(reward, group, eps=0.0).tolist() == [-1.0, 1.0, -1.0, 1.0]
+
+
+def test_statistics_on_the_cpu_where_a_device_has_no_float64(monkeypatch):
+    """Apple's devices have none; here the CPU is said to be such a device."""
+    casts, reward, has_float64 = [], torch.rand(6), _reduce.has_float64
+    expected = group_advantage(reward, ids(0, 0, 0, 1, 1, 1), std="batch")
+    monkeypatch.setattr(_reduce, "has_float64", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: casts.append(x) or x.clone())
+    got = group_advantage(reward, ids(0, 0, 0, 1, 1, 1), std="batch")
+    assert torch.equal(got, expected)
+    assert (got.dtype, got.device) == (reward.dtype, reward.device)
+    assert casts
+    assert not has_float64(torch.device("mps"))
+    assert has_float64(torch.device("cuda"))

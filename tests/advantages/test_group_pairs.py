@@ -98,7 +98,7 @@ def test_dtypes_of_rewards_and_groups():
 def test_errors():
     reward, group = torch.tensor([0.0, 1.0]), torch.tensor([0, 0])
     with pytest.raises(ValueError, match=re.escape("reward: expected a non-empty tensor of shap")):
-        group_pairs(reward[None], group)
+        group_pairs(reward[None], group[:1])
     with pytest.raises(TypeError, match=r"^reward: expected float32 or float64, got torch\.float1"):
         group_pairs(reward.half(), group)
     with pytest.raises(ValueError, match=r"^group: expected shape \[B\] = \[2\], got \[1\]"):

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from mteditflow import (
     broadcast_to_steps,
     likert_average,
     normalize_likert,
+    pad_turns,
     reward_to_go,
     stop_after_failure,
     turn_average,
@@ -350,5 +352,64 @@ def test_what_is_no_likert_score_is_refused(bad):
         normalize_likert(torch.tensor([3, bad]))
     with pytest.raises(ValueError, match=r"^normalization: expected one of"):
         normalize_likert(torch.tensor([3]), normalization="mean")
-    with pytest.raises(TypeError, match=r"^likert: expected a torch.Tensor, got list"):
-        normalize_likert([3])
+    with pytest.raises(TypeError, match=r"^likert: expected numbers or a torch.Tensor, got str"):
+        normalize_likert("3")
+
+
+# pad_turns
+
+
+def test_padding_tells_lost_from_unmeasured_from_absent():
+    padded = pad_turns([[1, None, 0.5], [math.nan, True], np.array([3], dtype=np.int32)])
+    assert padded.score.dtype == torch.float32
+    assert padded.score.nan_to_num(-9).tolist() == [[1, -9, 0.5], [-9, 1, -9], [3, -9, -9]]
+    assert padded.turn_mask.tolist() == [[True] * 3, [True, True, False], [True, False, False]]
+    assert padded.valid.tolist() == [
+        [True, False, True],
+        [False, True, False],
+        [True, False, False],
+    ]
+    assert padded.lost.tolist() == [[False, True, False], [False] * 3, [False] * 3]
+    assert turn_average(padded.score, turn_mask=padded.valid).tolist() == [0.75, 1.0, 3.0]
+
+
+def test_numbers_of_every_kind_are_padded_exactly():
+    rows = [
+        [0.1],
+        (torch.tensor(0.1, dtype=torch.float64),),
+        torch.tensor([0.1]).double(),
+        [np.float64(0.1)],
+    ]
+    padded = pad_turns(rows, dtype=torch.float64)
+    assert padded.score.flatten().tolist() == [0.1, 0.1, float(torch.tensor(0.1)), 0.1]
+    assert pad_turns([[2**40]], dtype=torch.float64).score.item() == 2**40
+    assert pad_turns([[0.1]]).score.item() == torch.tensor(0.1).item()
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "message"),
+    [
+        ([], ValueError, r"^scores: expected at least one chain, got none$"),
+        ([[1.0], []], ValueError, r"^scores\[1\]: expected at least one turn, got none$"),
+        ([[1.0], 2.0], TypeError, r"^scores\[1\]: expected one list of scores, got float$"),
+        ([["1"]], TypeError, r"^scores\[0\]\[0\]: expected a number, or None if lost, got str$"),
+        ([[0.0, math.inf]], ValueError, r"^scores\[0\]\[1\]: expected a finite .*, got inf$"),
+        ([[1e39]], ValueError, r"^scores\[0\]\[0\]: expected a finite torch.float32 number"),
+        ([[2**24 + 1]], ValueError, r"^scores\[0\]\[0\]: expected an integer that torch.float32"),
+    ],
+)
+def test_what_cannot_be_padded(scores, error, message):
+    with pytest.raises(error, match=message):
+        pad_turns(scores)
+    with pytest.raises(TypeError, match=r"^dtype: expected torch.float32 or torch.float64, got"):
+        pad_turns([[1.0]], dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "function", [binary_and, binary_average, turn_average, reward_to_go, stop_after_failure]
+)
+def test_turns_in_every_form(function):
+    success, mask = [[1, 0, 1], [0, 1, 1]], [[True, True, False], [True, True, True]]
+    expected = function(torch.tensor(success), turn_mask=torch.tensor(mask))
+    assert torch.equal(function(success, turn_mask=mask), expected)
+    assert torch.equal(function(np.array(success), turn_mask=np.array(mask)), expected)

@@ -229,7 +229,7 @@ def test_errors(function, first, second):
         function(x, x, torch.full((3,), 0.5))
     with pytest.raises(TypeError, match=r"^sigma: .*got torch.int64$"):
         function(x, x, torch.ones(2, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"^sigma: expected a number, got str$"):
+    with pytest.raises(TypeError, match=r"^sigma: expected numbers or a torch.Tensor, got str$"):
         function(x, x, "0.5")
 
 

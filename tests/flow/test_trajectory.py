@@ -1,8 +1,10 @@
 """Trajectories: what is validated, how they are cut, joined, moved and stored."""
 
 import dataclasses
+import json
 import math
 import pathlib
+import re
 
 import pytest
 import safetensors.torch
@@ -215,7 +217,10 @@ def test_steps_errors(position, name, size):
             ValueError, match=r"^trajectory: expected shape \[M\] = \[2\], got \[2, "
         ):
             trajectory.steps(*(torch.zeros(2, 1, dtype=torch.int64),) * 3)
-    with pytest.raises(TypeError, match=rf"^{name}: expected a torch.Tensor, got list$"):
+    with pytest.raises(
+        TypeError,
+        match=rf"^{name}: expected a torch.Tensor, got list; convert it with torch.as_tensor$",
+    ):
         call([0, 0])
 
 
@@ -464,3 +469,50 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
         make(1).save(path)
     assert_same(Trajectory.load(path), trajectory)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def rewritten(path, shape):
+    """Give the file's first tensor, emptied, another shape in the header."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    start, end = header["latents"]["data_offsets"]
+    stored = body[start:end] if 0 not in shape else b""
+    kept = body[:start] + body[end:]
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [place - (end - start) for place in entry["data_offsets"]]
+    header["latents"] |= {"shape": shape, "data_offsets": [len(kept), len(kept) + len(stored)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + kept + stored)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [0], [0, 1, 2, 3], [0] * 70, [0, 2**40, 2, 3], [0, 2**62, 2**62, 3], [2**63 - 1, 0, 3, 3],
+        [0, 2**63, 1, 1], [2**64 - 1, 0, 1, 1], [2**40, 2**40, 2**40], [2**64], [-1, 2, 3, 4],
+        [1], [7, 7], [], ["4", 3], [1e9], None,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_of_absurd_shapes(tmp_path, shape):
+    path = tmp_path / "t.safetensors"
+    make().save(path)
+    if shape is None or any(not isinstance(size, int) for size in shape):
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        header["latents"]["shape"] = shape
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    else:
+        rewritten(path, shape)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Trajectory.load(path)
+
+
+def test_unsigned_group_ids_of_any_width():
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+        trajectory = make(group=torch.tensor([0, 0, 9, 9]).to(dtype))
+        assert trajectory.select(slice(1, 3)).group.tolist() == [0, 9]

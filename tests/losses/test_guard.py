@@ -232,12 +232,14 @@ def test_errors():
         guard_log_ratio(next_x[0], mean[0], old[0], std[0], **ok)
     with pytest.raises(ValueError, match=r"^next_sigma - sigma: expected a step toward data, < 0"):
         guard_step_weight(ODE(), SIGMA, SIGMA)
-    with pytest.raises(ValueError, match=r"^next_sigma: expected the shape of sigma, \[5\], got"):
+    with pytest.raises(
+        ValueError, match=r"^next_sigma: expected a number or .* \[5, 1\], got \[1\]"
+    ):
         guard_step_weight(ODE(), SIGMA, NEXT_SIGMA[:1])
     with pytest.raises(TypeError, match=r"^sigma: expected a floating-point tensor, got torch\.in"):
         guard_step_weight(ODE(), torch.ones(2, dtype=torch.int64), torch.zeros(2))
     with pytest.raises(ValueError, match=r"^sigma: expected a non-empty tensor of shape \[M\], "):
-        guard_step_weight(ODE(), SIGMA[0], NEXT_SIGMA[0])
+        guard_step_weight(ODE(), SIGMA[:0], NEXT_SIGMA[:0])
 
 
 @pytest.mark.parametrize("device", DEVICES)

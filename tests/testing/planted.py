@@ -611,7 +611,18 @@ def root_of_squares(velocity, target):
     return (velocity - target.detach()).double().square().flatten(1).sum(1).sqrt()
 
 
+def with_a_check_of_values(velocity, target):
+    if not bool(velocity.isfinite().all()):
+        raise ValueError("velocity: expected finite values")
+    return (velocity.float() - target.float().detach()).square().flatten(1).mean(1)
+
+
 LOSS = [
+    (
+        "a check that reads values",
+        Loss(with_a_check_of_values, MATCHING, ("velocity",)),
+        "under-vmap",
+    ),
     ("a root at error 0", Loss(root_of_squares, MATCHING, ("velocity",)), "finite"),
     ("the square of a norm", Loss(by_norm, MATCHING, ("velocity",)), "second-derivatives"),
     ("squares in half precision", Loss(squares_in_half, MATCHING, ("velocity",)), "half-precision"),

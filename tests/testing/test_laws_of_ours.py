@@ -44,6 +44,7 @@ EXACT = {"zero": 0.0, "tolerance": 1e-9, "eps": 1e-4}
 WEIGHTED = ("gradient-of-value", "second-derivatives")
 VELOCITIES = {"velocity": "latent", "reference_velocity": "latent"}
 MATCHING = {"velocity": "latent", "target": "latent"}
+DISTILLATION = {"velocity": "latent", "teacher_velocity": "latent"}
 NFT = {**MATCHING, "old_velocity": "latent", "r": "share", "sigma": "sigma"}
 STEPS = {"log_prob": "log-ratio", "old_log_prob": "number", "advantage": "number"}
 GUARD = {"next_x": "latent", "mean": "latent", "old_mean": "latent", "std": "positive"}
@@ -84,9 +85,8 @@ def gated(log_prob, old_log_prob, advantage, divergence, valid=None):
     )
 
 
-def guarded(next_x, mean, old_mean, std):
-    std = std.reshape(-1, *(1,) * (mean.ndim - 1))
-    return mt.guard_log_ratio(next_x, mean, old_mean, std, reduction="mean")
+def guarded(next_x, mean, old_mean, std, valid=None):
+    return mt.guard_log_ratio(next_x, mean, old_mean, std, reduction="mean", valid=valid)
 
 
 def loss(function, roles, trained=("velocity",), **options):
@@ -160,27 +160,27 @@ OURS = [
         DEAR,
         (),
     ),
-    ("nft_loss", NFT_LOSS, NFTLoss(mt.nft_loss, detaches=True), DEAR, ()),
+    ("nft_loss", NFT_LOSS, NFTLoss(mt.nft_loss, "valid", detaches=True), DEAR, ()),
     (
         "adaptive_nft_loss",
         LOSS,
-        loss(partial(mt.adaptive_nft_loss, nft_beta=0.5), NFT),
+        loss(partial(mt.adaptive_nft_loss, nft_beta=0.5), NFT, valid="valid"),
         DEAR,
         WEIGHTED,
     ),
-    ("velocity_kl", LOSS, loss(mt.velocity_kl, VELOCITIES), DEAR, ()),
-    ("matching_log_prob", LOSS, loss(mt.matching_log_prob, MATCHING), DEAR, ()),
+    ("velocity_kl", LOSS, loss(mt.velocity_kl, VELOCITIES, valid="valid"), DEAR, ()),
+    ("matching_log_prob", LOSS, loss(mt.matching_log_prob, MATCHING, valid="valid"), DEAR, ()),
     (
         "distillation_loss",
         LOSS,
-        loss(mt.distillation_loss, {"velocity": "latent", "teacher_velocity": "latent"}),
+        loss(mt.distillation_loss, DISTILLATION, valid="valid"),
         DEAR,
         (),
     ),
     (
         "velocity_norm_hinge",
         LOSS,
-        loss(mt.velocity_norm_hinge, VELOCITIES),
+        loss(mt.velocity_norm_hinge, VELOCITIES, valid="valid"),
         DEAR,
         ("second-derivatives",),
     ),
@@ -191,7 +191,7 @@ OURS = [
         DEAR,
         (),
     ),
-    ("guard_log_ratio", LOSS, loss(guarded, GUARD, ("mean",)), DEAR, ()),
+    ("guard_log_ratio", LOSS, loss(guarded, GUARD, ("mean",), valid="valid"), DEAR, ()),
     ("Flow-SDE", SOLVER, SolverStep(partial(step, mt.FlowSDE)), DEAR, ()),
     ("Dance-SDE", SOLVER, SolverStep(partial(step, mt.DanceSDE)), DEAR, ()),
     ("CPS", SOLVER, SolverStep(partial(step, mt.CPS), marginals=False), DEAR, ()),

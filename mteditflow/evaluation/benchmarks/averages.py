@@ -83,8 +83,10 @@ def summarise(
     scored = [item for item in found.items if item.key in found.scores]
     rows = [metrics(found.scores[item.key]) for item in scored]
     columns = list(rows[0]) if rows else []
-    values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
-    of_group = torch.tensor([names.index(item.group) for item in scored])
+    values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64, device="cpu")
+    of_group = torch.tensor(
+        [names.index(item.group) for item in scored], dtype=torch.int64, device="cpu"
+    )
     table = _intervals(values, of_group, len(names)) if rows else None
 
     def group(row: int, *own: str) -> Group:
@@ -111,7 +113,9 @@ def _intervals(values: Tensor, of_group: Tensor, groups: int) -> Interval:
     """Means [groups + 1, metrics] of values [items, metrics]; the last row is over the groups."""
 
     def means(values: Tensor, of_group: Tensor) -> Tensor:
-        member = (of_group == torch.arange(groups)[:, None]).to(values.dtype)
+        member = (
+            of_group == torch.arange(groups, dtype=torch.int64, device=of_group.device)[:, None]
+        ).to(values.dtype)
         own = member @ values / member.sum(dim=1, keepdim=True)
         return torch.cat([own, own.mean(dim=0, keepdim=True)])
 

@@ -217,7 +217,10 @@ def _finder(detector: ScoredDetector, images: Sequence[Image.Image]) -> Callable
     @cache
     def search(picture: int, names: tuple[str, ...]) -> Boxes:
         if not names:
-            return Boxes(torch.empty(0, 4), torch.empty(0))
+            return Boxes(
+                torch.empty(0, 4, dtype=torch.float32, device="cpu"),
+                torch.empty(0, dtype=torch.float32, device="cpu"),
+            )
         ((boxes, scores),) = detector.detect([pictures.pixels[picture]], [names], threshold=LEAST)
         return Boxes(boxes.float().cpu() / SIZE, scores.float().cpu())
 

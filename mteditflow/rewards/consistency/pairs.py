@@ -234,8 +234,13 @@ class ConsistencyScores:
                 f"answers for {len(turns)} chains"
             )
         shape = (len(turns), max(turns))
-        mask = torch.arange(shape[1]) < torch.tensor(turns)[:, None]
-        terms = {name: torch.full(shape, torch.nan) for name in TERMS}
+        mask = (
+            torch.arange(shape[1], dtype=torch.int64, device="cpu")
+            < torch.tensor(turns, dtype=torch.int64, device="cpu")[:, None]
+        )
+        terms = {
+            name: torch.full(shape, torch.nan, dtype=torch.float32, device="cpu") for name in TERMS
+        }
         lost: dict[tuple[int, int], Lost] = {}
         for b, (answer, n) in enumerate(zip(answers, turns, strict=True)):
             if isinstance(answer, Lost):
@@ -246,5 +251,5 @@ class ConsistencyScores:
             for name in TERMS:
                 values = [getattr(scores, name) for scores in answer]
                 row = [torch.nan if value is None else value for value in values]
-                terms[name][b, :n] = torch.tensor(row)
+                terms[name][b, :n] = torch.tensor(row, dtype=torch.float32, device="cpu")
         return cls(**terms, turn_mask=mask, lost=lost)

@@ -197,7 +197,7 @@ def background_mask(boxes: Tensor, size: tuple[int, int], *, border: int = 0) ->
         tensor([[False, False,  True],
                 [ True,  True,  True]])
     """
-    mask = torch.ones(size, dtype=torch.bool)
+    mask = torch.ones(size, dtype=torch.bool, device="cpu")
     for left, top, right, bottom in boxes.tolist():
         mask[top : bottom + border, left : right + border] = False
     return mask

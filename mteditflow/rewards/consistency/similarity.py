@@ -122,8 +122,8 @@ def soft(share: Tensor) -> Tensor:
 
 def _overlap(pixels: int, cells: int) -> Tensor:
     """Return the overlap of cells and pixels on an axis, in 1/cells of a pixel: [cells, pixels]."""
-    cell = torch.arange(cells, dtype=torch.float64)[:, None] * pixels
-    pixel = torch.arange(pixels, dtype=torch.float64) * cells
+    cell = torch.arange(cells, dtype=torch.float64, device="cpu")[:, None] * pixels
+    pixel = torch.arange(pixels, dtype=torch.float64, device="cpu") * cells
     end = torch.minimum(cell + pixels, pixel + cells)
     return (end - torch.maximum(cell, pixel)).clamp(min=0)
 

@@ -172,14 +172,16 @@ def turn_scores(
         chains: B of them, at least one.
         marks: per chain, spans of turns, counted from 0, with their scores or why there are none.
     """
-    turns = torch.tensor([chain.turns for chain in chains])
-    turn_mask = torch.arange(int(turns.max())) < turns[:, None]
-    score = torch.full(turn_mask.shape, torch.nan)
+    turns = torch.tensor([chain.turns for chain in chains], dtype=torch.int64, device="cpu")
+    turn_mask = torch.arange(int(turns.max()), dtype=torch.int64, device="cpu") < turns[:, None]
+    score = torch.full(turn_mask.shape, torch.nan, dtype=torch.float32, device="cpu")
     lost: dict[tuple[int, int], Lost] = {}
     for b, own in enumerate(marks):
         for span, result in own:
             if isinstance(result, Lost):
                 lost |= {(b, n): result for n in span}
             else:
-                score[b, span.start : span.stop] = torch.tensor(result)
+                score[b, span.start : span.stop] = torch.tensor(
+                    result, dtype=torch.float32, device="cpu"
+                )
     return TurnScores(score, turn_mask, lost)
