@@ -306,8 +306,12 @@ def under_vmap(f: Loss, data: DataObject) -> None:
     """Under ``vmap`` it gives what a loop gives."""
     problems = [data.draw(f.draw()) for _ in range(2)]
     stacked = {name: torch.stack([inputs[name] for inputs in problems]) for name in f.inputs}
+
+    def one(inputs: dict[str, Tensor]) -> Any:
+        return f.function(**f.arguments(inputs))
+
     with _torch_own_warnings():
-        got = call(torch.vmap(lambda inputs: f.function(**f.arguments(inputs))), stacked, stacked)
+        got = call(torch.vmap(one), stacked, stacked)
     expected = torch.stack([f(inputs) for inputs in problems])
     expect_close(got, expected, stacked, tolerance=f.tolerance)
 
