@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from mteditflow.rewards.judge.judge import Judge
     from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
     from mteditflow.rewards.judge.prompts import ExpectationPrompt, JudgePrompt
+    from mteditflow.rewards.request_options import RequestOptions
     from mteditflow.rewards.scores import InvalidRewardsError, TurnScores
     from mteditflow.rewards.transport.cache import AnswerCache
-    from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
+    from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient, Usage
     from mteditflow.rewards.transport.concurrency import Background
     from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
 else:
@@ -57,8 +58,10 @@ else:
             "Lost": ".faults",
             "Pair": ".consistency.pairs",
             "PairScores": ".consistency.pairs",
+            "RequestOptions": ".request_options",
             "Statistics": ".transport.dispatch",
             "TurnScores": ".scores",
+            "Usage": ".transport.chat",
             "inspect_endpoints": ".judge.preflight",
             "pairs_of": ".consistency.pairs",
         },
@@ -90,8 +93,10 @@ __all__ = [
     "Lost",
     "Pair",
     "PairScores",
+    "RequestOptions",
     "Statistics",
     "TurnScores",
+    "Usage",
     "inspect_endpoints",
     "pairs_of",
 ]
