@@ -38,6 +38,12 @@ from mteditflow.evaluation import most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
 from mteditflow.evaluation.tables import checks_in_short
 from mteditflow.rewards import Detector
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
+)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -71,6 +77,10 @@ def run(
         Literal["binary", "likert"], typer.Option(help="What the judge answers.")
     ] = "binary",
     thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     checks: Annotated[
         Literal["question", "edival"], typer.Option(help="edival: by edit type.")
     ] = "question",
@@ -103,6 +113,10 @@ def run(
         scope="turn",
         scale=scale,
         thinking=thinking,
+        answer_tokens=answer_tokens,
+        reasoning_tokens=reasoning_tokens,
+        chat_template_kwargs=chat_template_kwargs or {},
+        extra_body=extra_body or {},
         consistency=tuple(consistency or ()),
         terms=terms,
         concurrency=concurrency,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mteditflow._files import write_atomically
+from mteditflow._text import escape_controls, escape_markup
 from mteditflow.evaluation.benchmarks import (
     BenchmarkReport,
     ItemReading,
@@ -37,7 +38,13 @@ from mteditflow.evaluation.benchmarks import (
 )
 from mteditflow.evaluation.benchmarks.averages import Estimate, Group
 from mteditflow.evaluation.benchmarks.gedit import LANGUAGES
-from mteditflow.rewards import AnswerCache, ChatClient
+from mteditflow.rewards import AnswerCache, ChatClient, RequestOptions
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
+)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -81,15 +88,20 @@ def imgedit(
     model: Model,
     images: Annotated[Path | None, typer.Option(help="Folder of the images before.")] = None,
     output: Output = DEFAULT_OUTPUT,
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
     """ImgEdit-Bench: basic_edit.json, and <key>.png in the folder."""
     with _ending(file):
         reading = imgedit_items(file, edited, images=images)
-    with _client(judge, model, output, patience) as client:
+    request = _request(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
+    with _client(judge, model, output, patience, request) as client:
         run = _run("imgedit", reading, client, score_imgedit, report_imgedit)
-    _finish([run], output, model, max_invalid)
+    _finish([run], output, client.settings, max_invalid)
 
 
 @app.command()
@@ -99,6 +111,10 @@ def gedit(
     judge: Judges,
     model: Model,
     output: Output = DEFAULT_OUTPUT,
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
@@ -106,12 +122,13 @@ def gedit(
     with _ending(file):
         readings = {x: gedit_items(file, edited, language=x) for x in LANGUAGES}
     present = {x: reading for x, reading in readings.items() if reading.items}
-    with _client(judge, model, output, patience) as client:
+    request = _request(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
+    with _client(judge, model, output, patience, request) as client:
         runs = [
             _run(f"gedit_{language}", reading, client, score_gedit, report_gedit)
             for language, reading in (present or readings).items()
         ]
-    _finish(runs, output, model, max_invalid)
+    _finish(runs, output, client.settings, max_invalid)
 
 
 def _run(
@@ -133,7 +150,7 @@ def _run(
     return Run(name, reading, found, report(found))
 
 
-def _finish(runs: list[Run], output: Path, model: str, max_invalid: float) -> None:
+def _finish(runs: list[Run], output: Path, judge: Mapping[str, Any], max_invalid: float) -> None:
     """Print and write the reports; end with 1 if too much is invalid."""
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     for line in dict.fromkeys(line for run in runs for line in left_out(run)):
@@ -148,9 +165,9 @@ def _finish(runs: list[Run], output: Path, model: str, max_invalid: float) -> No
             f"{len(run.reading.skipped)} bad entries in the file"
         )
         path = output / f"{run.name}.json"
-        write_atomically(path, json.dumps(details(run, model), indent=1, allow_nan=False).encode())
-        write_atomically(path.with_suffix(".md"), markdown(run, model).encode())
-        console.print(f"Every score is in [bold]{path}[/bold].")
+        write_atomically(path, json.dumps(details(run, judge), indent=1, allow_nan=False).encode())
+        write_atomically(path.with_suffix(".md"), markdown(run, judge).encode())
+        console.print(f"Every score is in [bold]{escape_markup(str(path))}[/bold].")
     worst = max(run.invalid_share for run in runs)
     if worst > max_invalid:
         console.print(
@@ -162,7 +179,8 @@ def _finish(runs: list[Run], output: Path, model: str, max_invalid: float) -> No
 def left_out(run: Run) -> list[str]:
     """Name everything that has no score, with its reason."""
     missing = [f"{key}: {why}" for key, why in run.found.missing.items()]
-    return [*run.reading.skipped, *missing, *(f"{k}: {why}" for k, why in run.found.lost.items())]
+    lost = [f"{key}: {why}" for key, why in run.found.lost.items()]
+    return [escape_controls(line) for line in (*run.reading.skipped, *missing, *lost)]
 
 
 def rows(run: Run) -> tuple[list[str], list[list[str]]]:
@@ -192,22 +210,26 @@ def cell(value: Estimate) -> str:
 def table(run: Run) -> Table:
     """For the terminal."""
     head, body = rows(run)
-    shown = Table(title=f"{run.report.benchmark} ({run.name}) [95% interval over items]")
+    title = f"{run.report.benchmark} ({run.name}) [95% interval over items]"
+    shown = Table(title=escape_markup(title))
     for column in head:
         shown.add_column(column, justify="right" if column else "left")
     for row in body:
-        shown.add_row(*row)
+        shown.add_row(*map(escape_markup, row))
     return shown
 
 
-def markdown(run: Run, model: str) -> str:
+def markdown(run: Run, judge: Mapping[str, Any]) -> str:
     """Write the table with what it leaves out."""
     head, body = rows(run)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     missing = run.report.absent_groups
+    options = ", ".join(f"{name} {value}" for name, value in judge.items() if name != "model")
+    also = f" ({options})" if options else ""
     parts = [
         f"# {run.report.benchmark} ({run.name})",
-        f"Judge: `{model}`; prompts of mteditflow. 95% bootstrap intervals over items.",
+        f"Judge: `{judge['model']}`{also}; prompts of mteditflow. "
+        "95% bootstrap intervals over items.",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         f"Groups without an item: {', '.join(missing)}." if missing else "",
         "\n".join(f"- left out: {line}" for line in left_out(run)),
@@ -215,10 +237,10 @@ def markdown(run: Run, model: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def details(run: Run, model: str) -> dict[str, Any]:
+def details(run: Run, judge: Mapping[str, Any]) -> dict[str, Any]:
     """The report, and every item's scores or why there are none."""
     return {
-        "judge": model,
+        "judge": judge,
         "report": run.report.model_dump(),
         "skipped": run.reading.skipped,
         "scores": run.found.scores,
@@ -228,11 +250,29 @@ def details(run: Run, model: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _client(judges: list[str], model: str, output: Path, patience: float) -> Iterator[ChatClient]:
+def _client(
+    judges: list[str], model: str, output: Path, patience: float, request: RequestOptions
+) -> Iterator[ChatClient]:
     """A client whose accepted answers stay in the output folder; its key is OPENAI_API_KEY."""
     key = os.environ.get("OPENAI_API_KEY")
     with _ending(output), AnswerCache(output / "answers.sqlite") as cache:
-        yield ChatClient(judges, model, api_key=key, cache=cache, patience=patience)
+        yield ChatClient(
+            judges, model, api_key=key, cache=cache, request=request, patience=patience
+        )
+
+
+def _request(
+    answer_tokens: int | None,
+    reasoning_tokens: int,
+    chat_template_kwargs: dict[str, Any] | None,
+    extra_body: dict[str, Any] | None,
+) -> RequestOptions:
+    try:
+        return RequestOptions(
+            answer_tokens, reasoning_tokens, chat_template_kwargs or {}, extra_body or {}
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from mteditflow import (
     marginal_success,
     overall,
 )
+from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import Chain, ChainDataset, ChainError, read_chains
 from mteditflow.rewards import (
     AnswerCache,
@@ -43,7 +44,14 @@ from mteditflow.rewards import (
     InvalidRewardsError,
     Judge,
     JudgePrompt,
+    RequestOptions,
     TurnScores,
+)
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
 )
 
 BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
@@ -244,6 +252,10 @@ def main(
     answer_format: Annotated[
         Literal["json", "text"], typer.Option(help="text: for a server without structured output.")
     ] = "json",
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     pairing: Annotated[
         Literal["reference", "consecutive"],
         typer.Option(help="What the image of a turn is compared with."),
@@ -273,7 +285,11 @@ def main(
         with AnswerCache(output / "answers.sqlite") as cache:
             if judge:
                 key = os.environ.get("OPENAI_API_KEY")
-                asks = Judge(ChatClient(judge, model, api_key=key, cache=cache), prompt)
+                request = RequestOptions(
+                    answer_tokens, reasoning_tokens, chat_template_kwargs or {}, extra_body or {}
+                )
+                client = ChatClient(judge, model, api_key=key, cache=cache, request=request)
+                asks = Judge(client, prompt)
             if consistency:
                 token = os.environ.get("MTEDITFLOW_TOKEN")
                 looks = ConsistencyClient(consistency, pairing=pairing, token=token, cache=cache)
@@ -283,7 +299,7 @@ def main(
     shown, skipped, following, kept = found
     left_out = [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())]
     for reason in left_out:
-        console.print(f"left out: {reason}", markup=False)
+        console.print(f"left out: {escape_controls(reason)}", markup=False)
     console.print(f"{len(shown)} chains, {len(left_out)} left out")
     if not shown:
         raise typer.Exit(1)
@@ -298,14 +314,14 @@ def main(
             if scores is not None
         },
         "left_out": left_out,
-        "judge": asdict(prompt) | {"model": model} if judge else None,
+        "judge": asks and asdict(prompt) | asks.client.settings,
         "pairing": pairing if consistency else None,
         "chains": details(shown, following, kept),
     }
     path = output / "scores.json"
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     show(table, console)
-    console.print(f"Every score is in [bold]{path}[/bold].")
+    console.print(f"Every score is in [bold]{escape_markup(str(path))}[/bold].")
     for what, scores in scored.items():
         if scores is not None and scores.reasons:
             reasons = ", ".join(f"{count} {reason}" for reason, count in scores.reasons.items())
@@ -315,7 +331,7 @@ def main(
             if scores is not None:
                 scores.require(max_invalid_share=max_invalid)
     except InvalidRewardsError as error:
-        console.print(f"[red]error:[/red] {error}")
+        console.print(f"[red]error:[/red] {escape_markup(str(error))}")
         raise typer.Exit(1) from error
 
 

@@ -17,6 +17,14 @@ FILES = sorted(
 ALLOWED: dict[str, set[str]] = {
     # The one atomic write of the repository; it is no part of reinforcement learning.
     "mteditflow._files": {"write_atomically"},
+    # Foreign text on a terminal, and the options of every command with a judge.
+    "mteditflow._text": {"escape_controls", "escape_markup"},
+    "mteditflow.rewards.command_line": {
+        "AnswerTokens",
+        "ChatTemplateKwargs",
+        "ExtraBody",
+        "ReasoningTokens",
+    },
     # Modules that are imported as a whole: the forms of one report, and statistics over seeds.
     "mteditflow.evaluation.gallery": {"Series", "gallery"},
     "mteditflow.evaluation.seeds": {

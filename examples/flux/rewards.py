@@ -61,6 +61,7 @@ class Services:
             config.judge_model,
             api_key=os.environ.get("OPENAI_API_KEY"),
             cache=cache,
+            request=config.request,
             concurrency=config.concurrency,
             timeout=config.timeout,
         )

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from mteditflow._text import escape_controls
 from mteditflow.chains import FORMATS, Chain, ChainError, iter_chains, recognise, write_chains
 
 SHOWN = 20  # bad lines that are printed one by one
@@ -114,13 +115,13 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        err.print(f"error: {error}")
+        err.print(f"error: {escape_controls(str(error))}")
         raise typer.Exit(1) from error
 
 
 def _print_left_out(reasons: list[str]) -> None:
     for reason in reasons[:SHOWN]:
-        err.print(reason)
+        err.print(escape_controls(reason))
     if len(reasons) > SHOWN:
         err.print(f"... and {len(reasons) - SHOWN} more")
 

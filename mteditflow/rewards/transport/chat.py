@@ -164,8 +164,8 @@ class ChatClient:
             content: text and image_url parts of one user message.
             read: parses the answer, or raises ``AnswerError``. Any other exception is a bug and
                 propagates.
-            max_tokens: tokens that the answer needs; the limit is ``request.limit`` of it. An answer
-                cut off there is a fault, unless log-probabilities are asked for.
+            max_tokens: tokens that the answer needs; the limit is ``request.limit`` of it. An
+                answer cut off there is a fault, unless log-probabilities are asked for.
             schema: JSON schema of the answer, for servers that support structured output. ``read``
                 must check that the answer follows it: some servers ignore it silently.
             top_logprobs: number of likeliest tokens to return at each position, 1..20.
@@ -279,21 +279,34 @@ class _Completion(BaseModel):
     @property
     def tokens(self) -> int | None:
         """Tokens of the answer and its reasoning, if the server counts them."""
-        count = self.usage.get("completion_tokens") if isinstance(self.usage, dict) else None
-        return count if isinstance(count, int) and not isinstance(count, bool) else None
+        return _count_in(self.usage, "completion_tokens")
+
+    @property
+    def reasoned(self) -> bool:
+        """Whether reasoning came with the answer, or was counted."""
+        message = self.choices[0].message
+        details = (
+            self.usage.get("completion_tokens_details") if isinstance(self.usage, dict) else None
+        )
+        counted = _count_in(details, "reasoning_tokens")
+        return bool(message.thoughts or has_reasoning(message.content or "") or counted)
 
     def counted(self, usage: Usage, limit: int) -> Usage:
         """Add this answer to the others'."""
-        choice = self.choices[0]
-        message = choice.message
+        cut_off = self.choices[0].finish_reason == "length"
         counts = [x for x in (usage.most_tokens, self.tokens) if x is not None]
         return Usage(
             usage.answers + 1,
-            usage.reasoned + bool(message.thoughts or has_reasoning(message.content or "")),
-            usage.cut_off + (choice.finish_reason == "length"),
+            usage.reasoned + self.reasoned,
+            usage.cut_off + cut_off,
             max(counts, default=None),
             max(usage.limit, limit),
         )
+
+
+def _count_in(usage: object, name: str) -> int | None:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) else None
 
 
 def _read_completion(body: bytes) -> _Completion:
