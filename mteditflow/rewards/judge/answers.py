@@ -35,8 +35,8 @@ SCALES: Mapping[str, Mapping[str, int]] = {
     "binary": {"yes": 1, "no": 0},
 }
 STATEMENT = re.compile(
-    r"(?:[-*+\u2022>]\s+)?[*_`]*turn\s*([1-9][0-9]{0,3})[*_`]*\s*[:\uff1a]"
-    r"\s*[*_`]*([^\s*_`]+)[*_`]*",
+    r"(?:[-*+\u2022>]\s+)?[*_`]*turn\s*([1-9][0-9]{0,3})[\s*_`]*[:\uff1a]"
+    r"[\s*_`]*([^\s*_`]+)[\s*_`]*",
     re.IGNORECASE,
 )
 # Any line that states a score of a turn, in any decoration: **turn 1** - 4
