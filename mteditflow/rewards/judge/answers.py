@@ -164,10 +164,12 @@ def after_reasoning(text: str) -> str:
         '4'
     """
     _, end, answer = text.partition(THINK_END)
-    unfinished = not end and text.lstrip().startswith(THINK)
-    if unfinished or (end and not unwrap(answer)):
+    if THINK_END in answer:
+        return text
+    rest = answer if end else text
+    if rest.lstrip().startswith(THINK) or (end and not unwrap(rest)):
         raise reasoning_alone(text)
-    return text if THINK_END in answer or not end else answer
+    return rest
 
 
 def unwrap(text: str) -> str:

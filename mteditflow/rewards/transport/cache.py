@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import anyio.to_thread
 from pydantic import ValidationError
 
+from mteditflow._text import escape_controls
 from mteditflow.rewards.faults import AnswerError, Lost
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class AnswerCache:
             raise self._unusable(error) from error
         try:
             self._prepare()
-        except sqlite3.DatabaseError as error:
+        except FAILURES as error:
             if not _is_ours(self.path):
                 self._connection.close()
                 raise self._unusable(error) from error
@@ -172,7 +173,8 @@ class AnswerCache:
         if "locked" in str(error):
             self._rests_until[how] = time.monotonic() + REST
         if self._failures[how] == 1:
-            LOG.warning("%s: answers cannot be %s, going on without: %s", self.path, how, error)
+            came = escape_controls(str(error))
+            LOG.warning("%s: answers cannot be %s, going on without: %s", self.path, how, came)
 
     def _prepare(self) -> None:
         if not self._prepared:
