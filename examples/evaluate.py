@@ -123,6 +123,8 @@ def run(
         scorer=scorer,
         success=SUCCESS[scale],
     )
+    with _ending():  # before anything is loaded
+        _ = rewards.request
     state = PartialState()
     with _ending():
         finder = _detector(detector, state.device) if detector and state.is_main_process else None

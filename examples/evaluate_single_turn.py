@@ -44,6 +44,7 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    request_options,
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -98,7 +99,7 @@ def imgedit(
     """ImgEdit-Bench: basic_edit.json, and <key>.png in the folder."""
     with _ending(file):
         reading = imgedit_items(file, edited, images=images)
-    request = _request(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     with _client(judge, model, output, patience, request) as client:
         run = _run("imgedit", reading, client, score_imgedit, report_imgedit)
     _finish([run], output, client.settings, max_invalid)
@@ -122,7 +123,7 @@ def gedit(
     with _ending(file):
         readings = {x: gedit_items(file, edited, language=x) for x in LANGUAGES}
     present = {x: reading for x, reading in readings.items() if reading.items}
-    request = _request(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     with _client(judge, model, output, patience, request) as client:
         runs = [
             _run(f"gedit_{language}", reading, client, score_gedit, report_gedit)
@@ -259,20 +260,6 @@ def _client(
         yield ChatClient(
             judges, model, api_key=key, cache=cache, request=request, patience=patience
         )
-
-
-def _request(
-    answer_tokens: int | None,
-    reasoning_tokens: int,
-    chat_template_kwargs: dict[str, Any] | None,
-    extra_body: dict[str, Any] | None,
-) -> RequestOptions:
-    try:
-        return RequestOptions(
-            answer_tokens, reasoning_tokens, chat_template_kwargs or {}, extra_body or {}
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager

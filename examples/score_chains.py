@@ -44,7 +44,6 @@ from mteditflow.rewards import (
     InvalidRewardsError,
     Judge,
     JudgePrompt,
-    RequestOptions,
     TurnScores,
 )
 from mteditflow.rewards.command_line import (
@@ -52,6 +51,7 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    request_options,
 )
 
 BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
@@ -279,15 +279,13 @@ def main(
         reading = read_chains(chains, strict=False)
     except (ChainError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     prompt = JudgePrompt(scope, scale, thinking, answer_format)
     asks = looks = None
     try:
         with AnswerCache(output / "answers.sqlite") as cache:
             if judge:
                 key = os.environ.get("OPENAI_API_KEY")
-                request = RequestOptions(
-                    answer_tokens, reasoning_tokens, chat_template_kwargs or {}, extra_body or {}
-                )
                 client = ChatClient(judge, model, api_key=key, cache=cache, request=request)
                 asks = Judge(client, prompt)
             if consistency:

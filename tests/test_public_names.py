@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
         "ChatTemplateKwargs",
         "ExtraBody",
         "ReasoningTokens",
+        "request_options",
     },
     # Modules that are imported as a whole: the forms of one report, and statistics over seeds.
     "mteditflow.evaluation.gallery": {"Series", "gallery"},

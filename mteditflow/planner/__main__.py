@@ -24,8 +24,8 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    request_options,
 )
-from mteditflow.rewards.request_options import RequestOptions
 from mteditflow.rewards.transport.cache import AnswerCache
 from mteditflow.rewards.transport.chat import ChatClient
 
@@ -72,6 +72,7 @@ def plan(
         GroundingDino,  # slow to import, and stats need it not
     )
 
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     with _one_line_errors():
         client = ChatClient(
             endpoint,
@@ -79,9 +80,7 @@ def plan(
             api_key=os.environ.get("OPENAI_API_KEY"),
             cache=None if cache is None else AnswerCache(cache),
             temperature=temperature,
-            request=RequestOptions(
-                answer_tokens, reasoning_tokens, chat_template_kwargs or {}, extra_body or {}
-            ),
+            request=request,
             concurrency=concurrency,
             attempts=attempts,
             timeout=timeout,

@@ -17,10 +17,10 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    request_options,
 )
 from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
 from mteditflow.rewards.judge.prompts import JudgePrompt
-from mteditflow.rewards.request_options import RequestOptions
 from mteditflow.rewards.transport.chat import ChatClient
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -53,10 +53,8 @@ def check(
     supported. OPENAI_API_KEY is sent as the key if it is set.
     """
     key = os.environ.get("OPENAI_API_KEY")
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     try:
-        request = RequestOptions(
-            answer_tokens, reasoning_tokens, chat_template_kwargs or {}, extra_body or {}
-        )
         client = ChatClient(
             endpoints, model, api_key=key, request=request, attempts=2, timeout=timeout
         )

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mteditflow.rewards.request_options import RequestOptions
+
 
 def json_object(text: str) -> dict[str, Any]:
     """Parse the value of an option that takes a JSON object.
@@ -49,3 +51,22 @@ ExtraBody = Annotated[
         help='Further parameters of each request, such as {"top_p": 0.8}.',
     ),
 ]
+
+
+def request_options(
+    answer_tokens: int | None,
+    reasoning_tokens: int,
+    chat_template_kwargs: dict[str, Any] | None,
+    extra_body: dict[str, Any] | None,
+) -> RequestOptions:
+    """Combine the four options of a command.
+
+    Raises:
+        typer.BadParameter: one of them cannot be sent.
+    """
+    try:
+        return RequestOptions(
+            answer_tokens, reasoning_tokens, chat_template_kwargs or {}, extra_body or {}
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
