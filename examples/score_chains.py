@@ -275,11 +275,11 @@ def main(
         raise typer.BadParameter("expected --judge, --consistency or both")
     if judge and not model:
         raise typer.BadParameter("expected --model, the name that the judge is known by")
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     try:
         reading = read_chains(chains, strict=False)
     except (ChainError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     prompt = JudgePrompt(scope, scale, thinking, answer_format)
     asks = looks = None
     try:

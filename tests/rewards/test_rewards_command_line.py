@@ -102,6 +102,23 @@ def test_options_that_are_none_end_with_two(words, message):
     assert message in result.output
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("python -m mteditflow.planner", ["plan", "images", "out.jsonl", "--endpoint"]),
+        ("python examples/score_chains.py", ["chains.jsonl", "edited", "--judge"]),
+    ],
+)
+@pytest.mark.parametrize("options", [["--extra-body", '{"n": 2}'], ["--extra-body", "n"]])
+def test_other_commands_refuse_them_alike(name, words, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chains.jsonl").write_text("")
+    given = [*words, "http://127.0.0.1:9/v1", "--model", "m", *options]
+    result = CliRunner().invoke(APPS[name], given)
+    assert result.exit_code == 2, result.output
+    assert "extra" in result.output
+
+
 @pytest.mark.parametrize("words", ["[/]", "[link=http://evil]click[/link]", "[bold", "\x1b[31mred"])
 def test_a_servers_words_are_shown_as_they_stand(words):
     """No markup is obeyed, and no escape character reaches the terminal."""
