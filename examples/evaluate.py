@@ -33,6 +33,7 @@ from mteditflow_examples.evaluating.scoring import score_chains
 from mteditflow_examples.flux.config import Rewards
 from tqdm import tqdm
 
+from mteditflow._text import escape_controls
 from mteditflow.chains import Chain, read_chains
 from mteditflow.evaluation import most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
@@ -222,7 +223,7 @@ def _ending() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(escape_controls(str(error))) from error
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def _ending(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{path}: {error}") from error
+        raise typer.BadParameter(escape_controls(f"{path}: {error}")) from error
 
 
 if __name__ == "__main__":

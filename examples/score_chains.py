@@ -279,7 +279,7 @@ def main(
     try:
         reading = read_chains(chains, strict=False)
     except (ChainError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(escape_controls(str(error))) from error
     prompt = JudgePrompt(scope, scale, thinking, answer_format)
     asks = looks = None
     try:
@@ -293,7 +293,7 @@ def main(
                 looks = ConsistencyClient(consistency, pairing=pairing, token=token, cache=cache)
             found = score(ChainDataset(reading.chains), edited, name, asks, looks)
     except (KeyError, ValueError) as error:  # a URL, a pattern, a chain that names no objects
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(escape_controls(str(error))) from error
     shown, skipped, following, kept = found
     left_out = [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())]
     for reason in left_out:

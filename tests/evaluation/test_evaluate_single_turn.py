@@ -81,6 +81,10 @@ def test_words_of_a_judge_have_no_effect_on_the_terminal(imgedit, tmp_path):
     assert result.exit_code == 1
     assert "[link=http://evil]" in result.output
     assert "\x1b" not in result.output
+    missing = tmp_path / "no \x1b[2J file.json"
+    result = run("imgedit", missing, tmp_path, server, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "\x1b" not in result.output
 
 
 def test_a_judge_that_dies_half_way_is_told_and_a_second_run_finishes(imgedit, tmp_path):

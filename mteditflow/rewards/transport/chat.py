@@ -186,8 +186,8 @@ class ChatClient:
                 answer = _read_answer(completion, request)
                 value = read(answer)
             except AnswerError as error:
-                refused += 1
-                again = top_logprobs is None
+                again = top_logprobs is None  # else another endpoint is asked the same
+                refused += again
                 raise AttemptError(error.fault, error.detail, here_again=again) from error
             return answer.model_dump_json(), value
 

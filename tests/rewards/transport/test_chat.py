@@ -198,6 +198,15 @@ def test_reasoning_is_added_to_the_limit_of_a_question_but_not_of_log_probabilit
     assert limits == [1, 4016]
 
 
+def test_log_probabilities_are_asked_for_alike_at_each_endpoint():
+    with ScriptedServer(five) as one, ScriptedServer(five) as two:
+        lost = ask(ChatClient([one.url, two.url], "judge", **QUICK), top_logprobs=5)
+        bodies = [request.json for server in (one, two) for request in server.requests]
+    assert (lost.fault, lost.attempts) == (Fault.request_ignored, 2)
+    assert bodies[0] == bodies[1]
+    assert bodies[0]["temperature"] == 0
+
+
 def test_log_probabilities_of_reasoning_are_none_of_the_answer():
     answer = with_logprobs([("<think>", -0.1), ("5", -3.0)], text="<think>")
     with ScriptedServer(lambda _: answer) as server:
