@@ -32,11 +32,17 @@ from tqdm import tqdm
 
 from mteditflow._command import OneLineGroup, refusing
 from mteditflow.chains import Chain, Reading, read_chains
-from mteditflow.evaluation import most_changed, report_difference, report_of
+from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
-from mteditflow.evaluation.provenance import MadeBy, require_same_judge
+from mteditflow.evaluation.provenance import require_same_judge
 from mteditflow.evaluation.tables import checks_in_short
 from mteditflow.rewards import pairs_of
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
+)
 
 app = typer.Typer(
     cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
@@ -76,6 +82,10 @@ def run(
         typer.Option(help="Score from which on a turn was followed. Default: that of the scale."),
     ] = None,
     thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     checks: Annotated[
         Literal["question", "edival"], typer.Option(help="edival: by edit type.")
     ] = "question",
@@ -104,6 +114,10 @@ def run(
             scope="turn",
             scale=scale or (None if scorer else "binary"),
             thinking=thinking,
+            answer_tokens=answer_tokens,
+            reasoning_tokens=reasoning_tokens,
+            chat_template_kwargs=chat_template_kwargs or {},
+            extra_body=extra_body or {},
             consistency=tuple(consistency or ()),
             terms=terms,
             concurrency=concurrency,

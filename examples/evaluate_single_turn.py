@@ -26,6 +26,8 @@ from rich.table import Table
 
 from mteditflow._command import OneLineGroup, refusing
 from mteditflow._files import write_atomically
+from mteditflow._text import escape_controls, escape_markup
+from mteditflow.evaluation import JudgedBy
 from mteditflow.evaluation.benchmarks import (
     BenchmarkReport,
     ItemReading,
@@ -41,11 +43,17 @@ from mteditflow.evaluation.benchmarks import (
 from mteditflow.evaluation.benchmarks.averages import Group
 from mteditflow.evaluation.benchmarks.gedit import CONSISTENCY, LANGUAGES, QUALITY
 from mteditflow.evaluation.benchmarks.imgedit import RUBRICS as IMGEDIT_RUBRICS
-from mteditflow.evaluation.provenance import JudgedBy, agreed, same_judge, version_of
+from mteditflow.evaluation.provenance import agreed, same_judge, version_of
 from mteditflow.metrics import FEW_CASES
-from mteditflow.rewards import AnswerCache, ChatClient, Scale
+from mteditflow.rewards import AnswerCache, ChatClient, RequestOptions, Scale, judge_identity
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
+    request_options,
+)
 from mteditflow.rewards.images import BOMBS, UNREADABLE
-from mteditflow.rewards.transport.identity import judge_identity
 
 app = typer.Typer(
     cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
@@ -93,14 +101,19 @@ def imgedit(
     model: Model,
     images: Annotated[Path | None, typer.Option(help="Folder of the images before.")] = None,
     output: Output = DEFAULT_OUTPUT,
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
     """ImgEdit-Bench: basic_edit.json, and <key>.png in the folder."""
     with refusing():
+        request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
         readings = {"imgedit": imgedit_items(file, edited, images=images)}
         bench = Benchmark(score_imgedit, report_imgedit, tuple(IMGEDIT_RUBRICS.values()))
-        runs = _runs(readings, bench, judge, model, output, patience)
+        runs = _runs(readings, bench, judge, model, output, patience, request)
     _finish(runs, output, max_invalid)
 
 
@@ -111,15 +124,20 @@ def gedit(
     judge: Judges,
     model: Model,
     output: Output = DEFAULT_OUTPUT,
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
     """GEdit-Bench: a manifest in JSON Lines, and <language>/<key>.png in the folder."""
     with refusing():
+        request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
         readings = {f"gedit_{x}": gedit_items(file, edited, language=x) for x in LANGUAGES}
         readings = {name: x for name, x in readings.items() if x.items} or readings
         bench = Benchmark(score_gedit, report_gedit, (CONSISTENCY, QUALITY))
-        runs = _runs(readings, bench, judge, model, output, patience)
+        runs = _runs(readings, bench, judge, model, output, patience, request)
     _finish(runs, output, max_invalid)
 
 
@@ -130,7 +148,9 @@ class Benchmark(NamedTuple):
     report: Callable[[ItemScores], BenchmarkReport]
     rubrics: Sequence[Rubric]
 
-    def judged_by(self, judges: Sequence[str], model: str, key: str | None) -> JudgedBy:
+    def judged_by(
+        self, judges: Sequence[str], model: str, key: str | None, request: RequestOptions
+    ) -> JudgedBy:
         """Return who judges, for the record."""
         asked = [x.request("Instruction A", ["image:0", "image:1"]) for x in self.rubrics]
         low, high = self.rubrics[0].low, self.rubrics[0].high
@@ -138,6 +158,7 @@ class Benchmark(NamedTuple):
             judge=model,
             judge_server=anyio.run(partial(judge_identity, judges, model, api_key=key)),
             prompt=version_of(asked),
+            request=request.stated,
             scope="turn",
             scale=Scale(low, high, success=high, whole=True),
             checks="rubric",
@@ -151,6 +172,7 @@ def _runs(
     model: str,
     output: Path,
     patience: float,
+    request: RequestOptions,
 ) -> list[Run]:
     """Score readings by name; accepted answers stay in the output folder.
 
@@ -159,11 +181,12 @@ def _runs(
             another judge.
     """
     key = os.environ.get("OPENAI_API_KEY")
-    options = {"api_key": key, "patience": patience}
+    options = {"api_key": key, "patience": patience, "request": request}
     ChatClient(judges, model, **options)  # refuses a bad URL before anything is written
     for reading in readings.values():
         _require_items(reading)
-    judge, runs = benchmark.judged_by(judges, model, key), []
+    ask = partial(benchmark.judged_by, judges, model, key, request)
+    judge, runs = ask(), []
     for name in readings:
         judge = same_judge(output / f"{name}.json", judge)
     with AnswerCache(output / "answers.sqlite") as cache:
@@ -172,7 +195,7 @@ def _runs(
             score = partial(benchmark.score, progress=Console().is_terminal)
             found = anyio.run(score, client, reading.items)
             runs.append(Run(name, reading, found, benchmark.report(found), judge))
-    now = agreed(judge, benchmark.judged_by(judges, model, key))  # what it could not say before
+    now = agreed(judge, ask())  # what it could not say before
     return [replace(run, judged_by=now) for run in runs]
 
 
@@ -214,8 +237,8 @@ def _finish(runs: list[Run], output: Path, max_invalid: float) -> None:
         path = output / f"{run.name}.json"
         write_atomically(path, json.dumps(details(run), indent=1, allow_nan=False).encode())
         write_atomically(path.with_suffix(".md"), markdown(run).encode())
-        console.print(f"Judged by: {run.judged_by}.", markup=False)
-        console.print(f"Every score is in [bold]{path}[/bold].")
+        console.print(f"Judged by: {escape_controls(str(run.judged_by))}.", markup=False)
+        console.print(f"Every score is in [bold]{escape_markup(str(path))}[/bold].")
     worst = max(run.invalid_share for run in runs)
     if worst > max_invalid:
         console.print(
@@ -227,7 +250,8 @@ def _finish(runs: list[Run], output: Path, max_invalid: float) -> None:
 def left_out(run: Run) -> list[str]:
     """Name everything that has no score, with its reason."""
     missing = [f"{key}: {why}" for key, why in run.found.missing.items()]
-    return [*run.reading.skipped, *missing, *(f"{k}: {why}" for k, why in run.found.lost.items())]
+    lost = [f"{key}: {why}" for key, why in run.found.lost.items()]
+    return [escape_controls(line) for line in (*run.reading.skipped, *missing, *lost)]
 
 
 def rows(run: Run) -> tuple[list[str], list[list[str]]]:
@@ -258,12 +282,12 @@ def cell(group: Group, metric: str) -> str:
 def table(run: Run) -> Table:
     """For the terminal."""
     head, body = rows(run)
-    title = f"{run.report.benchmark} ({run.name}) \\[95% interval over items; {FEW}]"
-    shown = Table(title=title)
+    title = f"{run.report.benchmark} ({run.name}) [95% interval over items; {FEW}]"
+    shown = Table(title=escape_markup(title))
     for column in head:
         shown.add_column(column, justify="right" if column else "left")
     for row in body:
-        shown.add_row(*row)
+        shown.add_row(*map(escape_markup, row))
     return shown
 
 

@@ -40,6 +40,7 @@ from mteditflow import (
 )
 from mteditflow._command import OneLineCommand, refusing
 from mteditflow._files import write_atomically
+from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, read_chains
 from mteditflow.evaluation.provenance import agreed, same_judge
 from mteditflow.metrics import FEW_CASES
@@ -53,6 +54,12 @@ from mteditflow.rewards import (
     Judge,
     TurnScores,
     pairs_of,
+)
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
 )
 
 SCORES = "scores.json"
@@ -165,7 +172,9 @@ def _services(
     asks = looks = None
     if rewards.judge:
         key = os.environ.get("OPENAI_API_KEY")
-        client = ChatClient(rewards.judge, rewards.judge_model, api_key=key, cache=cache)
+        client = ChatClient(
+            rewards.judge, rewards.judge_model, api_key=key, cache=cache, request=rewards.request
+        )
         asks = Judge(client, prompt_of(rewards))
     if rewards.consistency:
         token = os.environ.get("MTEDITFLOW_TOKEN")
@@ -321,6 +330,10 @@ def main(
     answer_format: Annotated[
         Literal["json", "text"], typer.Option(help="text: for a server without structured output.")
     ] = "json",
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     pairing: Annotated[
         Literal["reference", "consecutive"],
         typer.Option(help="What the image of a turn is compared with."),
@@ -349,6 +362,10 @@ def main(
             scale=scale,
             thinking=thinking,
             answer_format=answer_format,
+            answer_tokens=answer_tokens,
+            reasoning_tokens=reasoning_tokens,
+            chat_template_kwargs=chat_template_kwargs or {},
+            extra_body=extra_body or {},
             consistency=tuple(consistency or ()),
             terms="features" if terms == "features" else "l1",
             pairing=pairing,
@@ -366,7 +383,7 @@ def main(
     shown, skipped, following, kept = found
     left_out = [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())]
     for reason in left_out:
-        console.print(f"left out: {reason}", markup=False)
+        console.print(f"left out: {escape_controls(reason)}", markup=False)
     console.print(f"{len(shown)} chains, {len(left_out)} left out")
     table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
     own = kept and (kept.scores if terms == "features" else kept.l1_scores)
@@ -386,8 +403,8 @@ def main(
     path = output / SCORES
     write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     show(table, console)
-    console.print(f"Judged by: {judged}.", markup=False)
-    console.print(f"Every score is in [bold]{path}[/bold].")
+    console.print(f"Judged by: {escape_controls(str(judged))}.", markup=False)
+    console.print(f"Every score is in [bold]{escape_markup(str(path))}[/bold].")
     for what, scores in scored.items():
         if scores is not None and scores.reasons:
             reasons = ", ".join(f"{count} {reason}" for reason, count in scores.reasons.items())
@@ -400,7 +417,7 @@ def main(
             if scores is not None:
                 scores.require(max_invalid_share=max_invalid)
     except InvalidRewardsError as error:
-        console.print(f"[red]error:[/red] {error}")
+        console.print(f"[red]error:[/red] {escape_markup(str(error))}")
         raise typer.Exit(1) from error
 
 

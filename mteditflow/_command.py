@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mteditflow._text import escape_controls
+
 BAD_INPUT = 2  # exit code
 # typer may have a copy of click of its own, of whose exceptions it exports some alone.
 USAGE = next(x for x in typer.BadParameter.__mro__ if x.__name__ == "ClickException")
@@ -28,7 +30,7 @@ def refuse(message: object) -> NoReturn:
         ...     end.code
         2
     """
-    sys.stderr.write(f"error: {_one_line(str(message))}\n")
+    sys.stderr.write(f"error: {escape_controls(' '.join(str(message).split()))}\n")
     raise SystemExit(BAD_INPUT)
 
 
@@ -44,12 +46,6 @@ def refusing(*more: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         refuse(error)
-
-
-def _one_line(text: str) -> str:
-    """Return text on one line, without control characters."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options: Any) -> Any:

@@ -17,11 +17,11 @@ PAGE = ROOT / "docs" / "architecture.md"
 # Import names of what the extras install. tqdm is left out: torch imports it where it is installed.
 EXTRAS = {
     "PIL", "accelerate", "anyio", "diffusers", "fastapi", "httpx2", "hypothesis", "matplotlib",
-    "onnxruntime", "openai", "peft", "pydantic", "rapidocr", "rich", "tenacity", "tensorboard",
+    "onnxruntime", "peft", "pydantic", "rapidocr", "rich", "tenacity", "tensorboard",
     "transformers", "typer", "tyro", "uvicorn",
 }  # fmt: skip
 CHAINS = {"PIL", "pydantic"}
-HTTP = {"anyio", "httpx2", "openai", "pydantic", "tenacity"}
+HTTP = {"anyio", "httpx2", "pydantic", "tenacity"}
 SERVER = CHAINS | HTTP | {"fastapi", "rich", "typer", "uvicorn"}
 DIFFUSERS = {"PIL", "accelerate", "anyio", "diffusers", "httpx2", "peft", "transformers"}
 MODELS = {"PIL", "accelerate", "anyio", "httpx2", "transformers"}
@@ -35,7 +35,7 @@ WALLS: dict[str, set[str]] = {
     "import mteditflow.rewards.faults": set(),
     "import mteditflow.rewards.scores": set(),
     "from mteditflow.rewards import Fault, InvalidRewardsError, Lost, TurnScores": set(),
-    "from mteditflow.rewards import AnswerError, Features": set(),
+    "from mteditflow.rewards import AnswerError, Features, RequestOptions": set(),
     "from mteditflow.rewards import Consistency, ConsistencyScorer, Pair, pairs_of": CHAINS,
     "from mteditflow.rewards import Background": {"anyio"},
     "from mteditflow.rewards import ChatClient, Dispatcher, JudgePrompt": HTTP,
@@ -68,7 +68,7 @@ WALLS: dict[str, set[str]] = {
     "from mteditflow.testing import Law, check_group_advantage, reward_batches": {"hypothesis"},
     "import mteditflow_examples.flux.command_line": {"pydantic", "rich", "tyro"},
 }
-WITHOUT_OPENAI = "import sys; sys.modules['openai'] = None; from mteditflow.rewards import "
+WITHOUT_HTTP = "import sys; sys.modules['httpx2'] = None; from mteditflow.rewards import "
 PROBE = """
 import json, os, sys
 import einops, numpy, safetensors.torch, torch
@@ -95,7 +95,7 @@ for statement in json.loads(sys.stdin.read()):
 @pytest.fixture(scope="module")
 def imported():
     """Statement to the roots of sys.modules after it, and to its error."""
-    statements = [*WALLS, f"{WITHOUT_OPENAI}Judge", f"{WITHOUT_OPENAI}TurnScores"]
+    statements = [*WALLS, f"{WITHOUT_HTTP}Judge", f"{WITHOUT_HTTP}TurnScores"]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
@@ -131,7 +131,7 @@ def test_the_page_lists_what_each_wing_needs():
 
 
 def test_a_missing_package_is_named_with_its_extra_and_scores_do_not_need_it(imported):
-    assert imported[f"{WITHOUT_OPENAI}TurnScores"][1] is None
-    assert imported[f"{WITHOUT_OPENAI}Judge"][1] == (
-        "ImportError: mteditflow.rewards.Judge needs openai: pip install 'mteditflow[rewards]'"
+    assert imported[f"{WITHOUT_HTTP}TurnScores"][1] is None
+    assert imported[f"{WITHOUT_HTTP}Judge"][1] == (
+        "ImportError: mteditflow.rewards.Judge needs httpx2: pip install 'mteditflow[rewards]'"
     )

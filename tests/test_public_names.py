@@ -17,6 +17,25 @@ FILES = sorted(
 ALLOWED: dict[str, set[str]] = {
     # The one atomic write of the repository; it is no part of reinforcement learning.
     "mteditflow._files": {"write_atomically"},
+    # Foreign text on a terminal, and the options of every command with a judge.
+    "mteditflow._command": {"OneLineCommand", "OneLineGroup", "refusing"},
+    "mteditflow._text": {"escape_controls", "escape_markup"},
+    "mteditflow.rewards.command_line": {
+        "AnswerTokens",
+        "ChatTemplateKwargs",
+        "ExtraBody",
+        "ReasoningTokens",
+        "request_options",
+    },
+    # What records of judges and makers are made and compared with.
+    "mteditflow.evaluation.provenance": {
+        "agreed",
+        "content_hash",
+        "prompt_version",
+        "require_same_judge",
+        "same_judge",
+        "version_of",
+    },
     # Modules that are imported as a whole: the forms of one report, and statistics over seeds.
     "mteditflow.evaluation.gallery": {"Series", "gallery"},
     "mteditflow.evaluation.seeds": {
@@ -30,14 +49,20 @@ ALLOWED: dict[str, set[str]] = {
         "as_csv",
         "checks_in_short",
         "denominators",
+        "judges",
         "lost_in_short",
         "markdown",
         "rich_tables",
     },
     # Fields of a public report, and the choices of an option.
-    "mteditflow.evaluation.benchmarks.averages": {"Estimate", "Group"},
-    "mteditflow.evaluation.benchmarks.edival": {"SINGLE_QUESTION"},
-    "mteditflow.evaluation.benchmarks.gedit": {"LANGUAGES"},
+    "mteditflow.evaluation.benchmarks.averages": {"Group"},
+    "mteditflow.evaluation.benchmarks.edival": {"SINGLE_QUESTION", "questions_version"},
+    "mteditflow.evaluation.benchmarks.gedit": {"CONSISTENCY", "LANGUAGES", "QUALITY"},
+    "mteditflow.evaluation.benchmarks.imgedit": {"RUBRICS"},
+    # How few cases are few, what is no image, and the first words of a long error.
+    "mteditflow.metrics": {"FEW_CASES"},
+    "mteditflow.rewards.images": {"BOMBS", "UNREADABLE"},
+    "mteditflow.chains.record": {"first_error"},
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},
     "mteditflow.training.report": {"PACKAGES"},

@@ -15,7 +15,8 @@ from mteditflow_examples.flux.loading import quiet_libraries
 from PIL.Image import Image
 
 from mteditflow.chains import Chain
-from mteditflow.evaluation.provenance import MadeBy, content_hash
+from mteditflow.evaluation import MadeBy
+from mteditflow.evaluation.provenance import content_hash
 from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import FAMILIES, Editor
 

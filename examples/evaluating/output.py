@@ -11,9 +11,8 @@ from rich.console import Console
 from mteditflow._files import write_atomically
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.chains.record import first_error
-from mteditflow.evaluation import Evaluation, Report, draw_report
+from mteditflow.evaluation import Evaluation, Provenance, Report, draw_report
 from mteditflow.evaluation.gallery import Series, gallery
-from mteditflow.evaluation.provenance import Provenance
 from mteditflow.evaluation.tables import (
     as_csv,
     denominators,

@@ -26,10 +26,9 @@ from mteditflow_examples.flux.rewards import (
 from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError
-from mteditflow.evaluation import Evaluation
+from mteditflow.evaluation import Evaluation, MadeBy, Provenance
 from mteditflow.evaluation.benchmarks import EdiValJudge, TextReader
 from mteditflow.evaluation.benchmarks.edival import SINGLE_QUESTION, questions_version
-from mteditflow.evaluation.provenance import MadeBy, Provenance
 from mteditflow.rewards import (
     AnswerCache,
     Background,

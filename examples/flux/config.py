@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mteditflow import LagrangeMultiplier
 from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
-from mteditflow.rewards.scale import SCALES
+from mteditflow.rewards import SCALES, RequestOptions
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -22,6 +23,17 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
+# On the command line one word of JSON; a table in a preset file.
+JsonObject = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: _json_object(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,14 @@ class Rewards:
     """Whether it writes an analysis before its scores."""
     answer_format: Literal["json", "text"] = "json"
     """text: for endpoints without structured output."""
+    answer_tokens: Count | None = None
+    """Token limit of an answer; none: the question's own."""
+    reasoning_tokens: Natural = 0
+    """Tokens that a thinking model's own reasoning may take beyond its answer's."""
+    chat_template_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of the judge's chat template, such as {"enable_thinking": false}."""
+    extra_body: JsonObject = field(default_factory=dict)
+    """Further parameters of each request to the judge, such as {"top_p": 0.8}."""
     concurrency: Count = 64
     """Requests in flight to each service, from each rank."""
     timeout: Positive = 120.0
@@ -171,6 +191,13 @@ class Rewards:
     all, and for credit until_failure. None: that of the scale, 5 of 1 to 5, 1 of yes or no."""
     max_invalid: Share = 0.2
     """Share of a round's trajectories without a reward that stops the run."""
+
+    @property
+    def request(self) -> RequestOptions:
+        """Options of every request to the judge."""
+        return RequestOptions(
+            self.answer_tokens, self.reasoning_tokens, self.chat_template_kwargs, self.extra_body
+        )
 
     @property
     def multiplier(self) -> LagrangeMultiplier | None:
@@ -397,6 +424,21 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
         raise ConfigError("\n".join(lines)) from None
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    """Parse an option that takes a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {text!r}")
+    return value
+
+
 def _unknown_fields(defaults: Any, values: dict[str, Any]) -> Iterator[str]:
     """Yield the dotted names that a dataclass, or one inside it, does not have."""
     for key, value in values.items():
@@ -444,6 +486,10 @@ def _unsound(config: Config) -> Iterator[str]:
             SCALES[rewards.scale or "likert"].with_success(rewards.success)
         except ValueError as error:
             yield f"rewards.{error}, on the scale {rewards.scale or 'likert'}"
+    try:
+        _ = rewards.request
+    except ValueError as error:
+        yield f"rewards.{error}"
     if evaluation.policy == "ema" and training.ema_decay == 0:
         yield "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"
     if data.groups * data.group_size % training.minibatches:
@@ -472,7 +518,9 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             "safety.collapse_drop is below 1",
         ),
     }
-    for name in ("judge_model", "scope", "thinking", "answer_format", "concurrency", "timeout"):
+    for name in ("judge_model", "scope", "thinking", "answer_format", "answer_tokens",
+                 "reasoning_tokens", "chat_template_kwargs", "extra_body", "concurrency",
+                 "timeout"):  # fmt: skip
         unread["rewards", name] = (reads_judge, "there is no rewards.scorer")
     for name in ("terms", "pairing"):
         unread["rewards", name] = (bool(rewards.consistency), "rewards.consistency is given")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from PIL.Image import Image
 
 from mteditflow.chains import Chain
-from mteditflow.evaluation import Evaluation
-from mteditflow.evaluation.provenance import MadeBy, Provenance, content_hash
+from mteditflow.evaluation import Evaluation, MadeBy, Provenance
+from mteditflow.evaluation.provenance import content_hash
 from mteditflow.objectives import keyed_generator
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores

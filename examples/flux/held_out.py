@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mteditflow.chains import ChainDataset, EditedImages
-from mteditflow.evaluation import Evaluation
-from mteditflow.evaluation.provenance import JudgedBy, agreed
+from mteditflow.evaluation import Evaluation, JudgedBy
+from mteditflow.evaluation.provenance import agreed
 
 
 class HeldOut:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 import mteditflow as mt
 from mteditflow.chains import Chain
-from mteditflow.evaluation.provenance import JudgedBy, content_hash, prompt_version
+from mteditflow.evaluation import JudgedBy
+from mteditflow.evaluation.provenance import content_hash, prompt_version
 from mteditflow.rewards import (
+    SCALES,
     AnswerCache,
     Background,
     ChatClient,
@@ -29,9 +31,9 @@ from mteditflow.rewards import (
     JudgePrompt,
     Scale,
     TurnScores,
+    consistency_identity,
+    judge_identity,
 )
-from mteditflow.rewards.scale import SCALES
-from mteditflow.rewards.transport.identity import consistency_identity, judge_identity
 from mteditflow.training import Aggregation, RoundRewards
 
 from .config import ConfigError, Rewards
@@ -73,6 +75,7 @@ class Services:
             config.judge_model,
             api_key=os.environ.get("OPENAI_API_KEY"),
             cache=cache,
+            request=config.request,
             concurrency=config.concurrency,
             timeout=config.timeout,
         )
@@ -249,6 +252,7 @@ def judged_by(config: Rewards) -> JudgedBy:
             judge=config.judge_model,
             judge_server=anyio.run(identity),
             prompt=prompt_version(prompt_of(config)),
+            request=config.request.stated,
             scope=config.scope,
             scale=scale,
             checks="question",

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from mteditflow import AdaptiveKL, LagrangeMultiplier, RewardHistory
 from mteditflow.chains import ChainDataset, GroupSampler
-from mteditflow.evaluation.provenance import JudgedBy
+from mteditflow.evaluation import JudgedBy
 from mteditflow.objectives import Objective, RoundKey
 from mteditflow.pipelines import Editor, LoraPolicies
 from mteditflow.training import Checkpoints, RewardWatch, RunLog, Termination, Update

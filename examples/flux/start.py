@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from mteditflow import AdaptiveKL, RewardHistory
 from mteditflow._command import refusing
 from mteditflow.chains import ChainError, GroupSampler, InformativeSampler
-from mteditflow.evaluation.provenance import JudgedBy
+from mteditflow.evaluation import JudgedBy
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError
 from mteditflow.training import (

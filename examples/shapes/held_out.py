@@ -6,8 +6,7 @@ import asyncio
 from pathlib import Path
 
 from mteditflow.chains import ChainDataset, read_chains
-from mteditflow.evaluation import Evaluation
-from mteditflow.evaluation.provenance import JudgedBy, MadeBy, Provenance
+from mteditflow.evaluation import Evaluation, JudgedBy, MadeBy, Provenance
 from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import Editor
 from mteditflow.rewards import LIKERT

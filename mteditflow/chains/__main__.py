@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mteditflow._command import OneLineGroup, refusing
+from mteditflow._text import escape_controls
 from mteditflow.chains import (
     FORMATS,
     Chain,
@@ -156,7 +157,7 @@ def formats() -> None:
 
 def _print_left_out(reasons: list[str]) -> None:
     for reason in reasons[:SHOWN]:
-        err.print(reason)
+        err.print(escape_controls(reason))
     if len(reasons) > SHOWN:
         err.print(f"... and {len(reasons) - SHOWN} more")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mteditflow.evaluation.figures import draw_report
     from mteditflow.evaluation.ocr import RapidOcr
     from mteditflow.evaluation.preference import PickScore, Preference
+    from mteditflow.evaluation.provenance import JudgedBy, MadeBy, Provenance
     from mteditflow.evaluation.report import Report, report_of
 else:
     __getattr__, __dir__ = lazy(
@@ -29,8 +30,11 @@ else:
             "BeforeAfter": ".comparison",
             "Comparison": ".comparison",
             "Evaluation": ".evaluation",
+            "JudgedBy": ".provenance",
+            "MadeBy": ".provenance",
             "PickScore": ".preference",
             "Preference": ".preference",
+            "Provenance": ".provenance",
             "RapidOcr": ".ocr",
             "Report": ".report",
             "compare": ".comparison",
@@ -46,8 +50,11 @@ __all__ = [
     "BeforeAfter",
     "Comparison",
     "Evaluation",
+    "JudgedBy",
+    "MadeBy",
     "PickScore",
     "Preference",
+    "Provenance",
     "RapidOcr",
     "Report",
     "compare",

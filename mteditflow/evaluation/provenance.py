@@ -37,6 +37,7 @@ class JudgedBy(BaseModel):
         judge: name of the judge's model on its endpoints.
         judge_server: what the server says of itself, as ``judge_identity`` returns it.
         prompt: version of the judge's prompt, a hash of its text, as ``prompt_version`` returns it.
+        request: options of the requests that differ from their defaults, as JSON.
         scope: what one call of the judge is about, "turn" or "trajectory".
         scale: range of the scores and threshold of success.
         checks: what tells success: "question", or "edival" by edit type.
@@ -60,6 +61,7 @@ class JudgedBy(BaseModel):
     judge: str | None = None
     judge_server: str | None = None
     prompt: str | None = None
+    request: str | None = None
     scope: str | None = None
     scale: Scale | None = None
     checks: str | None = None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from mteditflow._text import escape_controls, escape_markup
 from mteditflow.evaluation.evaluation import PER_SAMPLE
 from mteditflow.evaluation.provenance import Provenance
 from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
@@ -138,19 +139,21 @@ def denominators(report: Report) -> str:
 
 
 def reasons(report: Report) -> list[str]:
-    """Name every chain that was left out or lost a score, and why."""
-    return [f"{name}: {why}" for name, why in (report.left_out | report.lost).items()]
+    """Name every chain that was left out or lost a score, and why; controls are escaped."""
+    return [
+        escape_controls(f"{name}: {why}") for name, why in (report.left_out | report.lost).items()
+    ]
 
 
 def rich_tables(report: Report) -> list[Table]:
     """Set the tables for a terminal."""
     tables = []
     for title, head, body in grids(report, digits=1):
-        table = Table(title=f"{report.title}: {title} [95% interval]".replace("[", r"\["))
+        table = Table(title=escape_markup(f"{report.title}: {title} [95% interval]"))
         for column in head:
-            table.add_column(column, justify="right" if column else "left")
+            table.add_column(escape_markup(column), justify="right" if column else "left")
         for row in body:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*map(escape_markup, row))
         tables.append(table)
     return tables
 
@@ -178,7 +181,7 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
+    return escape_controls(" ".join(text.split())).replace("|", r"\|")
 
 
 def as_csv(report: Report) -> str:

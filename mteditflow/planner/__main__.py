@@ -14,10 +14,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import TaskType, read_chains
 from mteditflow.planner.plan import Planner, PlanningStoppedError
 from mteditflow.planner.run import Planned, plan_folder
 from mteditflow.planner.statistics import draw_statistics, statistics, statistics_table
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
+    request_options,
+)
 from mteditflow.rewards.transport.cache import AnswerCache
 from mteditflow.rewards.transport.chat import ChatClient
 
@@ -47,6 +55,10 @@ def plan(
         list[str] | None, typer.Option(help="TYPE=NUMBER; then only these types are drawn.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature of the model.")] = 0.7,
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     concurrency: Annotated[int, typer.Option(help="Most images at one time.")] = 16,
     attempts: Annotated[int, typer.Option(help="Most that one question gets.")] = 4,
     timeout: Annotated[float, typer.Option(help="Timeout of one attempt, in seconds.")] = 120.0,
@@ -60,6 +72,7 @@ def plan(
         GroundingDino,  # slow to import, and stats need it not
     )
 
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     with _one_line_errors():
         client = ChatClient(
             endpoint,
@@ -67,6 +80,7 @@ def plan(
             api_key=os.environ.get("OPENAI_API_KEY"),
             cache=None if cache is None else AnswerCache(cache),
             temperature=temperature,
+            request=request,
             concurrency=concurrency,
             attempts=attempts,
             timeout=timeout,
@@ -99,7 +113,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, PlanningStoppedError) as error:
-        err.print(f"error: {error}")
+        err.print(f"error: {escape_controls(str(error))}")
         raise typer.Exit(1) from error
 
 
@@ -120,7 +134,7 @@ def _summary(planned: Planned) -> Table:
     table.add_column("chains", justify="right")
     table.add_row("planned", str(len(planned.chains)))
     for reason, count in planned.refused.items():
-        table.add_row(f"refused, {reason}", str(count))
+        table.add_row(f"refused, {escape_markup(reason)}", str(count))
     return table
 
 

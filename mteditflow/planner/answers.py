@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from mteditflow.chains.record import first_error
 from mteditflow.rewards import AnswerError, Fault
-from mteditflow.rewards.judge.answers import REFUSAL
+from mteditflow.rewards.judge.answers import REFUSAL, after_reasoning, unwrap
 
 Model = TypeVar("Model", bound=BaseModel)
 SHOWN = 120  # characters of an answer in a message
@@ -17,20 +17,26 @@ SHOWN = 120  # characters of an answer in a message
 def read_json(text: str, model: type[Model]) -> Model:
     """Read an answer that must be one JSON object and nothing else.
 
+    Reasoning before the object, a code fence around it and end tokens after it are left out.
+
     Args:
         text: what the model wrote.
         model: what it must hold.
 
     Raises:
-        AnswerError: it is no JSON (``Fault.request_ignored``, which a server that honours the
-            schema cannot send; ``Fault.refusal``, ``Fault.format`` where JSON has been begun), or
-            another one (``Fault.format``). The message names fault and place.
+        AnswerError: nothing follows the reasoning (``Fault.reasoning``), it is no JSON
+            (``Fault.request_ignored``, which a server that honours the schema cannot send;
+            ``Fault.refusal``, ``Fault.format`` where JSON has been begun), or another one
+            (``Fault.format``). The message names fault and place.
 
     Example:
         >>> from mteditflow.planner import ListedObject
         >>> read_json('{"name": "cat", "count": 2}', ListedObject).count
         2
     """
+    text = unwrap(text)
+    if text[:1] != "{":  # a string in JSON may contain the end of reasoning
+        text = unwrap(after_reasoning(text))
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

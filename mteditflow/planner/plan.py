@@ -137,8 +137,7 @@ class Planner:
         """Options that chains depend on, beside images and answers; written into each chain."""
         weights = None if self.weights is None else dict(self.weights)
         return {
-            "model": self._client.model,
-            "temperature": self._client.temperature,
+            **self._client.settings,
             "turns": self.turns,
             "seed": self.seed,
             "weights": weights,

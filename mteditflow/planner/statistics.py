@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
+from mteditflow._text import escape_markup
 from mteditflow.chains import Chain
 
 UNKNOWN = "unknown"
@@ -120,7 +121,7 @@ def statistics_table(counted: ChainStatistics) -> Table:
         table.add_section()
         table.add_row(f"[bold]{panel}[/bold]", "", "")
         for label, count in counts.items():
-            table.add_row(f"  {label}", str(count), f"{count / total:.1%}")
+            table.add_row(f"  {escape_markup(label)}", str(count), f"{count / total:.1%}")
     return table
 
 

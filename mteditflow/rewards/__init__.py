@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from mteditflow.rewards.judge.judge import Judge
     from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
     from mteditflow.rewards.judge.prompts import ExpectationPrompt, JudgePrompt
-    from mteditflow.rewards.scale import BINARY, LIKERT, Scale
+    from mteditflow.rewards.request_options import RequestOptions
+    from mteditflow.rewards.scale import BINARY, LIKERT, SCALES, Scale
     from mteditflow.rewards.scores import InvalidRewardsError, TurnScores
     from mteditflow.rewards.transport.cache import AnswerCache
-    from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
+    from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient, Usage
     from mteditflow.rewards.transport.concurrency import Background
     from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
+    from mteditflow.rewards.transport.identity import consistency_identity, judge_identity
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -61,11 +63,16 @@ else:
             "Lost": ".faults",
             "Pair": ".consistency.pairs",
             "PairScores": ".consistency.pairs",
+            "RequestOptions": ".request_options",
+            "SCALES": ".scale",
             "Scale": ".scale",
             "ScoredDetector": ".consistency.scorer",
             "Statistics": ".transport.dispatch",
             "TurnScores": ".scores",
+            "Usage": ".transport.chat",
+            "consistency_identity": ".transport.identity",
             "inspect_endpoints": ".judge.preflight",
+            "judge_identity": ".transport.identity",
             "pairs_of": ".consistency.pairs",
         },
         extra="rewards",
@@ -74,6 +81,7 @@ else:
 __all__ = [
     "BINARY",
     "LIKERT",
+    "SCALES",
     "AnswerCache",
     "AnswerError",
     "Background",
@@ -98,10 +106,14 @@ __all__ = [
     "Lost",
     "Pair",
     "PairScores",
+    "RequestOptions",
     "Scale",
     "ScoredDetector",
     "Statistics",
     "TurnScores",
+    "Usage",
+    "consistency_identity",
     "inspect_endpoints",
+    "judge_identity",
     "pairs_of",
 ]

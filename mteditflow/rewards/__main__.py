@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import anyio
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from mteditflow._text import escape_markup
+from mteditflow.rewards.command_line import (
+    AnswerTokens,
+    ChatTemplateKwargs,
+    ExtraBody,
+    ReasoningTokens,
+    request_options,
+)
 from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
+from mteditflow.rewards.judge.prompts import JudgePrompt
 from mteditflow.rewards.transport.chat import ChatClient
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -27,30 +36,47 @@ def check(
     endpoints: Annotated[list[str], typer.Argument(help="URLs ending in /v1.")],
     model: Annotated[str, typer.Option(help="Name of the model on the endpoints.")],
     images: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 4,
+    thinking: Annotated[bool, typer.Option(help="Ask for an analysis before each score.")] = True,
+    answer_format: Annotated[
+        Literal["json", "text"], typer.Option(help="text: for a server without structured output.")
+    ] = "json",
+    answer_tokens: AnswerTokens = None,
+    reasoning_tokens: ReasoningTokens = 0,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    extra_body: ExtraBody = None,
     timeout: Annotated[float, typer.Option(min=0, help="Deadline of one question, s.")] = 120.0,
 ) -> None:
-    """Ask each endpoint three small questions that prove what it supports.
+    """Ask each endpoint four questions that prove what it supports.
 
-    Exits with 1 if anything is not supported. OPENAI_API_KEY is sent as the key if it is set.
+    The last one is a judge's, with the options of a run: it shows whether the model reasons before
+    it answers, and how many tokens an answer takes of its limit. Exits with 1 if anything is not
+    supported. OPENAI_API_KEY is sent as the key if it is set.
     """
     key = os.environ.get("OPENAI_API_KEY")
+    request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     try:
-        client = ChatClient(endpoints, model, api_key=key, attempts=2, timeout=timeout)
+        client = ChatClient(
+            endpoints, model, api_key=key, request=request, attempts=2, timeout=timeout
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    reports = anyio.run(partial(inspect_endpoints, client, images=images))
+    prompt = JudgePrompt(thinking=thinking, answer_format=answer_format)
+    reports = anyio.run(partial(inspect_endpoints, client, images=images, prompt=prompt))
     Console(highlight=False).print(_table(reports))
     if any(report.missing for report in reports):
         raise typer.Exit(1)
 
 
 def _table(reports: list[EndpointReport]) -> Table:
+    """Return a row per part of a request; a server's words are shown as they stand."""
     table = Table(title="What is honoured")
     for title in ("endpoint", "part of a request", "honoured"):
         table.add_column(title, overflow="fold")
     for report in reports:
-        for part, lost in report.honours.items():
-            table.add_row(report.endpoint, part, "yes" if lost is None else f"no: {lost}")
+        rows = {part: "yes" if x is None else f"no: {x}" for part, x in report.honours.items()}
+        rows |= {"reasoning": report.reasoning, "longest answer": str(report.usage)}
+        for part, shown in rows.items():
+            table.add_row(*map(escape_markup, (report.endpoint, part, shown)))
     return table
 
 

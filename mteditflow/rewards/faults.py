@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from mteditflow._text import escape_controls
+
 
 class Fault(Enum):
     """Reason why one attempt failed."""
@@ -21,6 +23,7 @@ class Fault(Enum):
     malformed = "not an answer of this protocol"
     refusal = "refusal"
     cut_off = "cut off at the token limit"
+    reasoning = "reasoning without an answer"
     format = "answer not in the format that was asked for"
     wrong_count = "wrong number of scores"
     out_of_range = "score out of range"
@@ -35,7 +38,8 @@ class AnswerError(Exception):
 
     Args:
         fault: kind of failure.
-        detail: what was expected and what came, for the log.
+        detail: what was expected and what came, for the log; control characters, which a server's
+            words may hold, are escaped.
 
     Example:
         >>> raise AnswerError(Fault.out_of_range, "expected 1..5, got 7")
@@ -44,6 +48,7 @@ class AnswerError(Exception):
     """
 
     def __init__(self, fault: Fault, detail: str) -> None:
+        detail = escape_controls(detail)
         super().__init__(fault, detail)
         self.fault, self.detail = fault, detail
 

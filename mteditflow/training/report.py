@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from mteditflow._files import write_atomically
+from mteditflow._text import escape_markup
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import FEW_CASES, Interval
@@ -149,7 +149,10 @@ def print_summary(
         if path.is_file() and path.name[0] != "." and not path.name.endswith(("-shm", "-wal"))
     )
     there = f": {', '.join(files)}" if files else ""
-    console.print(f"Written to [bold]{escape(str(folder))}[/bold]{escape(there)}.", highlight=False)
+    console.print(
+        f"Written to [bold]{escape_markup(str(folder))}[/bold]{escape_markup(there)}.",
+        highlight=False,
+    )
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -168,7 +171,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         digits = 1 if name in TITLES else 3
         for when in ("before", "after"):
             cells = _cells(report[when], name, digits)
-            title = TITLES.get(name, f"{escape(name)}, mean") if when == "before" else ""
+            title = TITLES.get(name, f"{escape_markup(name)}, mean") if when == "before" else ""
             style = "bold" if when == "after" else "dim"
             table.add_row(title, when, *cells, style=style, end_section=when == "after")
     return table
@@ -188,7 +191,7 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
             )
         nothing = ", ".join(f"{k} {n}" for k, n in report[when]["unmeasured_turns"].items())
         if nothing:
-            what = f"turns with nothing to measure (not lost): {escape(nothing)}"
+            what = f"turns with nothing to measure (not lost): {escape_markup(nothing)}"
             lines.append(f"{when.capitalize()}, {what}.")
     if report["time"]:
         split = ", ".join(f"{name} {share:.0%}" for name, (_, share) in report["time"].items())
@@ -289,7 +292,7 @@ def _since_turn_1(gain: Mapping[str, Any]) -> Iterator[str]:
     """Ratios of the last turn to the first, and success at the last given that at the first."""
     last = gain["turn"]
     for name, ratio in gain["marginal_ratio"].items():
-        label = "Marginal" if name == "marginal" else escape(name)
+        label = "Marginal" if name == "marginal" else escape_markup(name)
         yield f"{label}({last}) / {label}(1) {_before_after(ratio, 2)}."
     given = _before_after(gain["conditional_success"], 1, "%", " points")
     yield f"P(success at turn {last} | success at turn 1) {given}."

@@ -140,7 +140,11 @@ def test_errors_of_selection():
             {"top": 0.5, "bottom": 0.5},
             "bottom: expected a number below top = 0.5, got 0.5",
         ),
-        ((reward, group), {}, "reward: expected finite values (mark lost ones in valid)"),
+        (
+            (reward, group),
+            {},
+            "reward: expected finite values (mark lost ones in valid, unmeasured ones in measured)",
+        ),
         ((reward[None], group), {}, "reward: expected a non-empty tensor of shape [B]"),
         ((reward, group[:1]), {}, "group: expected shape [B] = [2], got [1]"),
     ):

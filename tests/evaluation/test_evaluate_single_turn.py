@@ -54,6 +54,39 @@ def test_a_folder_is_scored_and_the_report_written(imgedit, tmp_path):
     assert "| Overall | 2.78" in page
 
 
+def test_options_of_the_judge_are_sent_and_reported(imgedit, tmp_path):
+    words = ["--chat-template-kwargs", '{"enable_thinking": false}', "--reasoning-tokens", 4000]
+    with judge() as server:
+        result = run("imgedit", *imgedit, server, tmp_path / "out", *words)
+        body = server.requests[0].json
+    assert result.exit_code == 0, result.output
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert body["max_completion_tokens"] > 4500
+    written = json.loads((tmp_path / "out/imgedit.json").read_text())
+    assert written["judge"] == {
+        "model": "m",
+        "temperature": 0.0,
+        "reasoning_tokens": 4000,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert "reasoning_tokens 4000" in (tmp_path / "out/imgedit.md").read_text()
+    result = run("imgedit", *imgedit, server, tmp_path / "out", "--extra-body", '{"n": 2}')
+    assert result.exit_code == 2
+
+
+def test_words_of_a_judge_have_no_effect_on_the_terminal(imgedit, tmp_path):
+    words = error(400, "[link=http://evil]\x1b[2Jred[/]")
+    with judge(itertools.repeat(words)) as server:
+        result = run("imgedit", *imgedit, server, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "[link=http://evil]" in result.output
+    assert "\x1b" not in result.output
+    missing = tmp_path / "no \x1b[2J file.json"
+    result = run("imgedit", missing, tmp_path, server, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "\x1b" not in result.output
+
+
 def test_a_judge_that_dies_half_way_is_told_and_a_second_run_finishes(imgedit, tmp_path):
     script = itertools.chain([good] * 4, itertools.repeat(error(503)))
     with judge(script) as server:

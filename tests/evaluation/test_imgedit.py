@@ -103,13 +103,14 @@ def test_what_has_the_form_is_read(numbers):
     [
         ('{"analysis": "x", "following": 6, "quality": 1}', Fault.out_of_range),
         ('{"analysis": "x", "following": 0, "quality": 1}', Fault.out_of_range),
-        ('{"analysis": "x", "following": 4.0, "quality": 1}', Fault.not_a_number),
+        ('{"analysis": "x", "following": 4.5, "quality": 1}', Fault.not_a_number),
         ('{"analysis": "x", "following": true, "quality": 1}', Fault.not_a_number),
-        ('{"analysis": "x", "following": "4", "quality": 1}', Fault.not_a_number),
+        ('{"analysis": "x", "following": "4/5", "quality": 1}', Fault.not_a_number),
         ('{"analysis": " ", "following": 4, "quality": 1}', Fault.format),
         ('{"following": 4, "quality": 1}', Fault.format),
         ('{"analysis": "x", "following": 4}', Fault.format),
-        ('{"analysis": "x", "following": 4, "quality": 1, "more": 1}', Fault.format),
+        ('{"analysis": "x", "following": 4, "quality": 1, "Quality": 2}', Fault.format),
+        ("<think>x", Fault.reasoning),
         ('{"analysis": "x", "following": 4, "quality": 1, "quality": 2}', Fault.format),
         ("[4, 1]", Fault.format),
         ("Following: 4, quality: 1", Fault.request_ignored),
@@ -121,6 +122,18 @@ def test_everything_else_is_a_fault(text, fault):
     with pytest.raises(AnswerError) as caught:
         RUBRIC.parse(text)
     assert caught.value.fault is fault
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<think>5?</think>```json\n{"analysis": "x", "following": 4, "quality": 1}\n```</s>',
+        '{"more": 9, "analysis": "x", "following": 4.0, "quality": "1"}',
+        2 * '{"analysis": "x", "following": 4, "quality": 1}',
+    ],
+)
+def test_an_answer_with_one_reading_is_read(text):
+    assert RUBRIC.parse(text) == (4, 1)
 
 
 def test_averages_by_hand():

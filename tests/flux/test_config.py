@@ -18,6 +18,7 @@ from mteditflow_examples.flux.config import (
 
 from mteditflow.objectives import OBJECTIVES, Guard, Renoise
 from mteditflow.objectives.replay import ReplayObjective
+from mteditflow.rewards import RequestOptions
 
 SERVICES = ["--rewards.judge", "http://judge/v1", "--rewards.judge-model", "judge"]
 SERVICES += ["--rewards.consistency", "http://scores/v1"]
@@ -37,6 +38,29 @@ def test_fields_go_over_the_preset():
     assert config.training == dataclasses.replace(preset.training, rounds=3)
     assert config.rewards.weights == {"following": 1.0, "consistency": 2.0, "strict": 0.0}
     assert config.model == preset.model
+
+
+def test_options_of_the_judge_in_json_and_in_a_file(tmp_path):
+    words = ["--rewards.chat-template-kwargs", '{"enable_thinking": false}']
+    words += ["--rewards.extra-body", '{"top_p": 0.8}', "--rewards.reasoning-tokens", "4096"]
+    config = parse(["kontext-nft", *SERVICES, *words])
+    assert config.rewards.request == RequestOptions(
+        None, 4096, {"enable_thinking": False}, {"top_p": 0.8}
+    )
+    file = tmp_path / "mine.toml"
+    text = (PRESETS / "kontext-nft.toml").read_text()
+    table = "chat_template_kwargs = {enable_thinking = false}\nextra_body = {top_p = 0.8}\n"
+    file.write_text(text.replace("[rewards]\n", f"[rewards]\nreasoning_tokens = 4096\n{table}"))
+    assert parse([str(file), *SERVICES]).rewards == config.rewards
+    assert typed(dumped(config)) == config
+
+
+@pytest.mark.parametrize("word", ["{", "[1]", "enable_thinking"])
+def test_an_option_in_json_that_is_none(word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["kontext-nft", *SERVICES, "--rewards.extra-body", word])
+    assert ended.value.code == 2
+    assert "JSON object" in re.sub(r"[│\s]+", " ", capsys.readouterr().err)
 
 
 def test_a_file_is_a_preset(tmp_path):
@@ -256,6 +280,10 @@ def test_distillation_leaves_the_objective_of_a_preset():
             },
             "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it",
         ),
+        (
+            {"rewards": {"extra_body": {"seed": 1}}},
+            "rewards.extra_body: expected parameters that the client does not set, got 'seed'",
+        ),
         ({"rewards": {"floor": 1.5}}, "rewards.floor: input should be less than or equal to 1"),
         ({"rewards": {"discount": 1.5}}, "rewards.discount: input should be less than or equal"),
         (
@@ -306,6 +334,10 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.scope": ("turn", None),
     "rewards.thinking": ("", None),
     "rewards.answer-format": ("text", None),
+    "rewards.answer-tokens": ("900", None),
+    "rewards.reasoning-tokens": ("900", None),
+    "rewards.chat-template-kwargs": ('{"enable_thinking": false}', None),
+    "rewards.extra-body": ('{"top_p": 0.8}', None),
     "rewards.concurrency": ("5", None),
     "rewards.timeout": ("5", None),
     "rewards.terms": ("l1", None),
@@ -359,7 +391,8 @@ def test_every_field_that_may_be_ignored_is_tested():
     base = parse(["shapes-nft"], DistillationConfig)
     rewards = dataclasses.replace(
         base.rewards, discount=0.5, trajectory_share=0.1, floor_rate=1.0, floor_maximum=1.0,
-        judge_model="x", scope="turn", thinking=False, answer_format="text", concurrency=1,
+        judge_model="x", scope="turn", thinking=False, answer_format="text", answer_tokens=9,
+        reasoning_tokens=9, chat_template_kwargs={"a": 1}, extra_body={"a": 1}, concurrency=1,
         timeout=1.0, terms="l1", pairing="consecutive", weights={"following": 2.0},
         aggregate="all", credit="turn", groups="informative", fusion="rewards", std="none",
         advantage_limit=1.0, history=1,

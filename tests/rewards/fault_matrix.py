@@ -106,6 +106,13 @@ async def talkative(exchange: scripted.Exchange) -> None:
     await exchange.reply(b"Sure! " + json.dumps(exchange.right()).encode() + b" Anything else?")
 
 
+def moved(body: Any) -> Any:
+    message = body["choices"][0]["message"]
+    message |= {"content": None, "reasoning_content": message["content"]}
+    return body
+
+
+thinks_only = changed(moved)
 ARABIC = {ord(str(digit)): chr(0x660 + digit) for digit in range(10)}
 SORRY = "I'm sorry, but I can't score this picture."
 NO_SCORE = plain({"detail": SORRY})
@@ -165,6 +172,7 @@ MATRIX = [
         (first_pair("0.5".translate(ARABIC)), Fault.not_a_number),
     ),
     each("a refusal", (says(lambda _: SORRY), Fault.refusal), (NO_SCORE, Fault.malformed)),
+    each("reasoning without an answer", (thinks_only, Fault.reasoning), None),
     each(
         "cut off at the token limit",
         (says(lambda text: text[:-3], finish_reason="length"), Fault.cut_off),

@@ -1,5 +1,6 @@
 """`python -m mteditflow.rewards check`, and the page docs/rewards.md: what it shows works."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +14,8 @@ from mteditflow.chains.__main__ import app as chains_app
 from mteditflow.planner.__main__ import app as planner_app
 from mteditflow.rewards.__main__ import app
 from mteditflow.rewards.server.__main__ import app as server_app
-from mteditflow.testing.endpoint import ScriptedServer
-from tests.rewards.judge.test_judge import completion, honest
+from mteditflow.testing.endpoint import ScriptedServer, error
+from tests.rewards.judge.test_judge import completion, honest, of_the_judge
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
 BASH = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -45,7 +46,9 @@ def test_an_endpoint_that_honours_everything():
     with ScriptedServer(honest) as server:
         result = run("check", server.url, "--model", "judge")
     assert result.exit_code == 0, result.output
-    assert result.output.count("yes") == 3
+    assert result.output.count("yes") == 4
+    assert re.search(r"reasoning\s+│ off", result.output)
+    assert re.search(r"longest answer\s+│ 1 of at most 1,616 tokens", result.output)
 
 
 def test_what_is_ignored_is_named_and_ends_with_one():
@@ -53,9 +56,75 @@ def test_what_is_ignored_is_named_and_ends_with_one():
     with ScriptedServer(honest) as good, ignorant:
         result = run("check", good.url, ignorant.url, "--model", "judge", "--images", "2")
     assert result.exit_code == 1
-    assert result.output.count("yes") == 4
+    assert result.output.count("yes") == 5
     assert "no: server ignored part of the request" in result.output
     assert ignorant.url in result.output
+
+
+def test_options_of_the_command_are_those_of_the_request():
+    words = ["--reasoning-tokens", "4000", "--answer-tokens", "90", "--answer-format", "text"]
+    words += [
+        "--chat-template-kwargs",
+        '{"enable_thinking": false}',
+        "--extra-body",
+        '{"top_p": 1}',
+    ]
+    with ScriptedServer(honest) as server:
+        result = run("check", server.url, "--model", "judge", "--no-thinking", *words)
+        asked = next(r.json for r in server.requests if of_the_judge(r.json))
+    assert asked["max_completion_tokens"] == 4090
+    assert asked["chat_template_kwargs"] == {"enable_thinking": False}
+    assert asked["top_p"] == 1
+    assert "response_format" not in asked
+    assert result.exit_code == 1  # "ok" is no line of scores
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--extra-body", "{"], "expected a JSON object, got '{'"),
+        (["--extra-body", "[1]"], "expected a JSON object"),
+        (["--chat-template-kwargs", "enable_thinking=false"], "expected a JSON object"),
+        (["--extra-body", '{"messages": []}'], "that the client does not set, got 'messages'"),
+        (["--extra-body", '{"top_p": NaN}'], "extra_body: expected JSON values"),
+        (["--answer-tokens", "0"], "greater than or equal to"),
+        (["--reasoning-tokens", "-1"], "greater than or equal to"),
+        (["--images", "0"], "greater than or equal to"),
+        (["--answer-format", "xml"], "'xml' is not one of"),
+    ],
+)
+def test_options_that_are_none_end_with_two(words, message):
+    result = run("check", "http://127.0.0.1:9/v1", "--model", "judge", *words)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("python -m mteditflow.planner", ["plan", "images", "out.jsonl", "--endpoint"]),
+        ("python examples/score_chains.py", ["chains.jsonl", "edited", "--judge"]),
+    ],
+)
+@pytest.mark.parametrize("options", [["--extra-body", '{"n": 2}'], ["--extra-body", "n"]])
+def test_other_commands_refuse_them_alike(name, words, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chains.jsonl").write_text("")
+    given = [*words, "http://127.0.0.1:9/v1", "--model", "m", *options]
+    result = CliRunner().invoke(APPS[name], given)
+    assert result.exit_code == 2, result.output
+    assert "extra" in result.output
+
+
+@pytest.mark.parametrize("words", ["[/]", "[link=http://evil]click[/link]", "[bold", "\x1b[31mred"])
+def test_a_servers_words_are_shown_as_they_stand(words):
+    """No markup is obeyed, and no escape character reaches the terminal."""
+    with ScriptedServer(lambda _: completion(words), itertools.repeat(error(400, words))) as server:
+        result = run("check", server.url, "--model", "judge")
+    assert result.exit_code == 1
+    assert "\x1b" not in result.output
+    shown = words.replace("\x1b", "\\u001b")  # of the JSON that the server sends
+    assert shown in "".join(result.output.split("\n"))
 
 
 def test_a_bad_url_is_one_line_of_error():

@@ -7,10 +7,11 @@ library's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mteditflow.rewards import AnswerError, ChatAnswer, Fault
-from mteditflow.rewards.judge.answers import load_json, parse_json, refuse
+from mteditflow.rewards.judge.answers import parse_json, read_json, refuse
 from mteditflow.rewards.judge.prompts import JudgePrompt, object_schema
 from mteditflow.rewards.judge.wording import image_part, json_form, quote, text_part
 
@@ -85,13 +86,12 @@ def _schema(key: str) -> dict[str, Any]:
 
 
 def _text_of(key: str, *, empty: bool = False) -> Callable[[ChatAnswer], str]:
-    def read(answer: ChatAnswer) -> str:
-        value = load_json(answer.text)
+    def one(said: str, value: object) -> str:
         if not isinstance(value, dict) or set(value) != {key} or not isinstance(value[key], str):
-            refuse(Fault.format, f'an object with a text under the key "{key}" alone', answer.text)
+            refuse(Fault.format, f'an object with a text under the key "{key}" alone', said)
         text: str = value[key]
         if not (empty or any(character.isalnum() for character in text)):
             raise AnswerError(Fault.senseless, f"{key}: expected a word, got {text[:40]!r}")
         return text
 
-    return read
+    return lambda answer: read_json(answer.text, partial(one, answer.text))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mteditflow.rewards import ChatClient, Lost
 from mteditflow.rewards.faults import AnswerError, Fault
 from mteditflow.rewards.images import BOMBS, UNREADABLE, png_data_url
-from mteditflow.rewards.judge.answers import clip, load_json, refuse
+from mteditflow.rewards.judge.answers import clip, read_json, refuse, whole_number
 from mteditflow.rewards.judge.prompts import LONGEST_ANALYSIS, Request, object_schema
 from mteditflow.rewards.judge.wording import quote
 from mteditflow.rewards.transport.concurrency import gather
@@ -231,11 +231,15 @@ class Rubric:
         Raises:
             AnswerError: the answer is anything else.
         """
-        answer = load_json(text)
-        if not isinstance(answer, dict) or set(answer) != {"analysis", *self.criteria}:
-            refuse(
-                Fault.format, f"an object with the keys analysis, {', '.join(self.criteria)}", text
-            )
+        return read_json(text, partial(self._numbers, text))
+
+    def _numbers(self, text: str, answer: object) -> tuple[int, ...]:
+        """Parse one JSON document; keys that differ from a criterion in case alone are refused."""
+        asked = ["analysis", *self.criteria]
+        others = set(answer) - set(asked) if isinstance(answer, dict) else set()
+        alike = any(name.lower() in asked for name in others)
+        if not isinstance(answer, dict) or not set(asked) <= set(answer) or alike:
+            refuse(Fault.format, f"an object with the keys {', '.join(asked)}", text)
         analysis = answer["analysis"]
         if not isinstance(analysis, str) or not analysis.strip():
             refuse(Fault.format, "an analysis in words", text)
@@ -243,11 +247,12 @@ class Rubric:
 
     def _score(self, name: str, score: object) -> int:
         expected = f"{name}: expected {self.low}..{self.high}, got {clip(score)}"
-        if isinstance(score, bool) or not isinstance(score, int):
+        number = whole_number(score)
+        if number is None:
             raise AnswerError(Fault.not_a_number, expected)
-        if not self.low <= score <= self.high:
+        if not self.low <= number <= self.high:
             raise AnswerError(Fault.out_of_range, expected)
-        return score
+        return int(number)
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from PIL import Image
 from mteditflow._checks import check_count
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
 from mteditflow.rewards.images import png_data_url
-from mteditflow.rewards.judge.prompts import CANDIDATES, object_schema
+from mteditflow.rewards.judge.prompts import CANDIDATES, JudgePrompt, object_schema
 from mteditflow.rewards.judge.wording import image_part, text_part
-from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient
+from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient, Usage
 from mteditflow.rewards.transport.concurrency import gather
 
 SIDE = 64  # pixels of a test image: vision towers refuse images of less than a few patches
@@ -23,39 +23,55 @@ FEWEST = 5  # log-probabilities that a Likert scale needs
 
 @dataclass(frozen=True)
 class EndpointReport:
-    """Parts of a request that one endpoint supports.
+    """Parts of a request that one endpoint supports, and what an answer of its judge takes.
 
     Attributes:
         endpoint: its URL.
-        honours: part of a request ("images", "structured output", "log-probabilities") to ``None``
-            if the endpoint supports it, or why not.
+        honours: part of a request ("images", "structured output", "log-probabilities", and
+            "judge's answer" for a whole question of a judge) to ``None`` if the endpoint supports
+            it, or why not.
+        usage: tokens and reasoning of the judge's answers, readable or not.
     """
 
     endpoint: str
     honours: Mapping[str, Lost | None]
+    usage: Usage
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Parts of a request that the endpoint does not support."""
         return tuple(part for part, lost in self.honours.items() if lost is not None)
 
+    @property
+    def reasoning(self) -> str:
+        """Whether the model reasons before it answers: "on", "off", "unknown" without an answer."""
+        if not self.usage.answers:
+            return "unknown"
+        return "on" if self.usage.reasoned else "off"
+
     def __str__(self) -> str:
         lines = [
             f"{part}: {'honoured' if lost is None else lost}" for part, lost in self.honours.items()
         ]
+        lines += [f"reasoning: {self.reasoning}", f"longest answer: {self.usage}"]
         return "\n  ".join([self.endpoint, *lines])
 
 
-async def inspect_endpoints(client: ChatClient, *, images: int = 4) -> list[EndpointReport]:
-    """Ask each endpoint of a client three small questions whose answers prove what it supports.
+async def inspect_endpoints(
+    client: ChatClient, *, images: int = 4, prompt: JudgePrompt | None = None
+) -> list[EndpointReport]:
+    """Ask each endpoint of a client three small questions and a judge's whole one.
 
     Structured output is proved by a random word that only the schema contains, log-probabilities by
-    their presence, several images by an answer instead of a rejection.
+    their presence, several images by an answer instead of a rejection. The judge's question shows
+    whether the model reasons first, how many tokens an answer takes of its limit, and why it cannot
+    be read or was cut off.
 
     Args:
         client: client of the endpoints; its cache is not used.
         images: number of images in one request: N + 1 for a call per trajectory, 2 for one per
             turn.
+        prompt: prompt of the judge's question; ``None``: ``JudgePrompt()``.
 
     Returns:
         A report for each endpoint.
@@ -68,25 +84,42 @@ async def inspect_endpoints(client: ChatClient, *, images: int = 4) -> list[Endp
         >>> client = ChatClient(["http://127.0.0.1:9/v1"], "qwen3-vl", attempts=1)
         >>> [report] = anyio.run(inspect_endpoints, client)
         >>> report.missing
-        ('images', 'structured output', 'log-probabilities')
+        ('images', 'structured output', 'log-probabilities', "judge's answer")
+        >>> report.reasoning
+        'unknown'
     """
     check_count("images", images)
-    parts: dict[str, Callable[[ChatClient], Awaitable[Lost | None]]] = {
-        "images": partial(_images, count=images),
-        "structured output": _structured_output,
-        "log-probabilities": _logprobs,
-    }
+    judges = client.per_endpoint()  # apart, so that usage is that of the judge's answers
 
     async def ask(url: str, one: ChatClient) -> EndpointReport:
-        answers = await gather([partial(part, one) for part in parts.values()])
-        return EndpointReport(url, dict(zip(parts, answers, strict=True)))
+        parts: dict[str, Callable[[], Awaitable[Lost | None]]] = {
+            "images": partial(_images, one, count=images),
+            "structured output": partial(_structured_output, one),
+            "log-probabilities": partial(_logprobs, one),
+            "judge's answer": partial(_judged, judges[url], prompt or JudgePrompt(), images),
+        }
+        honours = dict(zip(parts, await gather(list(parts.values())), strict=True))
+        return EndpointReport(url, honours, judges[url].usage)
 
     return await gather([partial(ask, url, one) for url, one in client.per_endpoint().items()])
 
 
+async def _judged(client: ChatClient, prompt: JudgePrompt, images: int) -> Lost | None:
+    """Ask about an edit in which nothing changed; any score will do."""
+    turns = max(1, images - 1) if prompt.scope == "trajectory" else 1
+    request = prompt.request(["Paint the sky green."] * turns, [_picture()] * (turns + 1))
+    answer = await client.ask(
+        request.content, request.read, max_tokens=request.max_tokens, schema=request.schema
+    )
+    return answer if isinstance(answer, Lost) else None
+
+
+def _picture() -> str:
+    return png_data_url(Image.effect_noise((SIDE, SIDE), 64))
+
+
 async def _images(client: ChatClient, *, count: int) -> Lost | None:
-    url = png_data_url(Image.effect_noise((SIDE, SIDE), 64))
-    shown = [image_part(url)] * count
+    shown = [image_part(_picture())] * count
     content = [text_part("Here are some images."), *shown, text_part("Answer with the word ok.")]
     result = await client.ask(content, lambda _: None, max_tokens=8)
     talkative = isinstance(result, Lost) and result.fault is Fault.cut_off

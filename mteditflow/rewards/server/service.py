@@ -127,8 +127,8 @@ class Service:
         try:
             return await self._batcher.submit((images, pairs))
         except ValueError as error:
-            LOG.warning("a chain was refused: %s", error)
             reason = f"the models refuse this chain: {shorten(str(error))}"
+            LOG.warning("%s", reason)
             raise HTTPException(422, reason) from error
         except Exception as error:
             LOG.exception("a chain could not be scored")

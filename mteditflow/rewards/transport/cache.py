@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
 import anyio.to_thread
+from pydantic import ValidationError
 
+from mteditflow._text import escape_controls
 from mteditflow.rewards.faults import AnswerError, Lost
 
 T = TypeVar("T")
 
+LOG = logging.getLogger(__name__)
 APPLICATION = 0x4D544546  # "MTEF", in the file's header
-BUSY_TIMEOUT = 60.0  # s; for other processes' writes
+APPLICATION_PLACE = slice(68, 72)  # bytes of the header, in SQLite's file format
+PAGE = 4096  # bytes; the first page holds the header and the schema
+BUSY_TIMEOUT = 20.0  # s; for other processes' writes
+REST = 60.0  # s without another attempt after the file stayed locked that long
+FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)
 SCHEMA = "CREATE TABLE answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL)"
 
 
@@ -46,15 +57,18 @@ def request_key(request: Mapping[str, Any]) -> str:
 class AnswerCache:
     """Answers by key in one SQLite file, which several processes and threads may share.
 
-    Writes are atomic, also when the process is killed. Every answer is checked against a digest
-    when it is read: one that the disk has changed is an error, not another answer. The file must be
-    on a local disk (SQLite's write-ahead log does not work across a network).
+    A cache that fails is a miss: where the file is damaged, full, locked or read-only, ``get``
+    finds nothing, ``put`` stores nothing, and the log says so once for each of the two. Writes are
+    atomic, also when the process is killed. Every answer is checked against a digest when it is
+    read, so one that the disk has changed is a miss, never another answer; the next ``put`` of its
+    key mends it. The file must be on a local disk (SQLite's write-ahead log does not work across a
+    network).
 
     Args:
         path: the file; created if missing, with its folders.
 
     Raises:
-        ValueError: the file is damaged, is something else, or cannot be written.
+        ValueError: the file cannot be opened, or is something else than a cache; it is not touched.
 
     Example:
         >>> import tempfile
@@ -68,43 +82,69 @@ class AnswerCache:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = Lock()
-        with self._errors():
+        self._failures: Counter[str] = Counter()
+        self._rests_until: dict[str, float] = {}
+        self._prepared = False
+        try:
             self._connection = sqlite3.connect(
                 self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
-            try:
-                _prepare(self._connection)
-            except BaseException:
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(error) from error
+        try:
+            self._prepare()
+        except FAILURES as error:
+            if not _is_ours(self.path):
                 self._connection.close()
-                raise
+                raise self._unusable(error) from error
+            self._failed("written", error)
+
+    @property
+    def failures(self) -> int:
+        """Number of times that the file could not be read or written."""
+        return self._failures.total()
 
     def get(self, key: str) -> str | None:
-        """Return an answer, or ``None`` if there is none."""
-        with self._access() as connection:
+        """Return an answer, or ``None`` if there is none that can be read."""
+
+        def read(connection: sqlite3.Connection) -> str | None:
             query = "SELECT value, digest FROM answers WHERE key = ?"
             row = connection.execute(query, (key,)).fetchone()
             if row is None:
                 return None
             value, digest = row
-            if _digest(key, value) != digest:
+            if not isinstance(value, str) or _digest(key, value) != digest:
                 raise sqlite3.DatabaseError(f"the answer to {key} is not what was written")
-            return str(value)
+            return value
+
+        return self._access("read", read, otherwise=None)
 
     def put(self, key: str, value: str) -> None:
-        """Store an answer; one with the same key is replaced."""
-        with self._access() as connection:
+        """Store an answer, if the file can be written; one with the same key is replaced."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            self._prepare()
             row = (key, value, _digest(key, value))
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
 
+        self._access("written", write, otherwise=None)
+
     def __len__(self) -> int:
-        """Return the number of answers."""
-        with self._access() as connection:
+        """Return the number of answers, damaged ones included; 0 where they cannot be counted."""
+
+        def count(connection: sqlite3.Connection) -> int:
             return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+        return self._access("read", count, otherwise=0)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._connection.close()
+        if self.failures > 1:
+            counts = ", ".join(f"{count} not {how}" for how, count in self._failures.items())
+            LOG.warning("%s: answers that the cache failed on: %s", self.path, counts)
+            self._failures.clear()
 
     def __enter__(self) -> AnswerCache:
         """Return the cache."""
@@ -114,19 +154,35 @@ class AnswerCache:
         """Close the file."""
         self.close()
 
-    @contextmanager
-    def _access(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors():
-            yield self._connection
+    def _access(self, how: str, action: Callable[[sqlite3.Connection], T], *, otherwise: T) -> T:
+        """Return the result of an action on the connection, ``otherwise`` if the file fails."""
+        with self._lock:
+            if time.monotonic() < self._rests_until.get(how, -math.inf):
+                self._failures[how] += 1
+                return otherwise
+            try:
+                return action(self._connection)
+            except sqlite3.ProgrammingError:  # it is closed
+                raise
+            except FAILURES as error:
+                self._failed(how, error)
+                return otherwise
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.ProgrammingError:  # it is closed
-            raise
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.path}: not usable as a cache of answers: {error}") from error
+    def _failed(self, how: str, error: Exception) -> None:
+        self._failures[how] += 1
+        if "locked" in str(error):
+            self._rests_until[how] = time.monotonic() + REST
+        if self._failures[how] == 1:
+            came = escape_controls(str(error))
+            LOG.warning("%s: answers cannot be %s, going on without: %s", self.path, how, came)
+
+    def _prepare(self) -> None:
+        if not self._prepared:
+            _prepare(self._connection)
+            self._prepared = True
+
+    def _unusable(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path}: not usable as a cache of answers: {error}")
 
 
 async def cached(
@@ -141,7 +197,8 @@ async def cached(
     Args:
         cache: ``None`` asks always.
         request: as in ``request_key``.
-        read: parses the text of a cached answer; where it raises ``AnswerError``, ask again.
+        read: parses the text of a cached answer; where it raises ``AnswerError``, or pydantic's
+            ``ValidationError``, ask again.
         ask: returns the text of an answer and its parsed value, or why there is none.
     """
     if cache is None:
@@ -150,7 +207,8 @@ async def cached(
     key = await anyio.to_thread.run_sync(request_key, request)
     stored = await anyio.to_thread.run_sync(cache.get, key)
     if stored is not None:
-        with suppress(AnswerError):  # accepted once, by a parser that was less strict
+        # Accepted once, by a parser that was less strict or had another form.
+        with suppress(AnswerError, ValidationError):
             return read(stored)
     result = await ask()
     if isinstance(result, Lost):
@@ -171,10 +229,26 @@ def _prepare(connection: sqlite3.Connection) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
         elif application != APPLICATION:
             raise sqlite3.DatabaseError("it is another application's database")
-    finally:
         connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file that SQLite fails on is a cache all the same, or empty.
+
+    Its first page still shows it, unless all of that is damaged too.
+    """
+    try:
+        with path.open("rb") as file:
+            page = file.read(PAGE)
+    except OSError:
+        return False
+    mark = page[APPLICATION_PLACE] == APPLICATION.to_bytes(4, "big")
+    return not page or mark or SCHEMA.encode() in page
 
 
 def _digest(key: str, value: str) -> str:

@@ -1,25 +1,31 @@
-"""Client of OpenAI-compatible endpoints: one question with images, repeated until it parses."""
+"""Client of OpenAI-compatible endpoints: one question with images, repeated until it parses.
+
+Requests are built here and sent by the library's own HTTP client, so nothing of the environment
+(organization, project, headers, base URL, key, proxies) reaches a server.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Annotated, Any, TypeVar
 
-import httpx2
-import openai
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mteditflow._checks import check_count, check_number
 from mteditflow.rewards.faults import AnswerError, Fault, Lost
+from mteditflow.rewards.reasoning import FIX, has_reasoning, reasoning_alone
+from mteditflow.rewards.request_options import RequestOptions
 from mteditflow.rewards.transport.cache import AnswerCache, cached
 from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
-from mteditflow.rewards.transport.http_client import open_client, shorten
+from mteditflow.rewards.transport.http_client import AttemptError, open_client, shorten
 
 T = TypeVar("T")
 SEED_STRIDE = 2**20  # between the seeds of one request's attempts; votes count up by 1
-NO_KEY = "EMPTY"  # what servers that need none are given by custom
+# Of a question asked again after an unreadable answer at temperature 0, which would come again.
+RETRY_TEMPERATURE = 0.7
 LogProb = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -38,8 +44,36 @@ class ChatAnswer(BaseModel):
     top_logprobs: tuple[tuple[tuple[str, LogProb], ...], ...] | None = None
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Tokens and reasoning of the answers that came so far, readable or not.
+
+    Attributes:
+        answers: number of answers that came; those from the cache are not counted.
+        reasoned: number of those with reasoning before the answer.
+        cut_off: number of those cut off at the token limit.
+        most_tokens: tokens of the longest, its reasoning included; ``None`` where no server said.
+        limit: largest token limit of a request that was answered.
+    """
+
+    answers: int = 0
+    reasoned: int = 0
+    cut_off: int = 0
+    most_tokens: int | None = None
+    limit: int = 0
+
+    def __str__(self) -> str:
+        tokens = "an unknown number" if self.most_tokens is None else f"{self.most_tokens:,}"
+        return f"{tokens} of at most {self.limit:,} tokens"
+
+
 class ChatClient:
     """Client of OpenAI-compatible chat endpoints; an answer parses, or is lost with a reason.
+
+    An answer that does not parse is drawn again up to ``attempts`` times, each time with another
+    seed; where the temperature is 0, at 0.7, since the same answer would come again. An attempt
+    without an answer (time-out, 5xx) is repeated as it was. Log-probabilities hardly change between
+    draws, and are asked for once at each endpoint.
 
     Args:
         endpoints: URLs that end in /v1, all serving ``model``.
@@ -47,6 +81,7 @@ class ChatClient:
         api_key: sent as a bearer token; never shown. A key in the environment is never sent.
         cache: accepted answers; a request found in it is not sent.
         temperature: sampling temperature; at 0 the model answers the same each time.
+        request: token limits, arguments of the chat template, further parameters.
         **options: passed to the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``,
             ``patience`` and the others.
 
@@ -70,29 +105,44 @@ class ChatClient:
         api_key: str | None = None,
         cache: AnswerCache | None = None,
         temperature: float = 0.0,
+        request: RequestOptions | None = None,
         **options: Any,
     ) -> None:
         check_number("temperature", temperature, low=0.0)
         self.model, self.temperature, self._cache = model, temperature, cache
+        self.request = request or RequestOptions()
         self._dispatcher = Dispatcher(endpoints, secret=api_key, **options)
         self._like_this = partial(
-            ChatClient, model=model, api_key=api_key, temperature=temperature, **options
+            ChatClient,
+            model=model,
+            api_key=api_key,
+            temperature=temperature,
+            request=self.request,
+            **options,
         )
         for url in self._dispatcher.endpoints:
             if not url.endswith("/v1"):
                 raise ValueError(f"endpoints: expected URLs that end in /v1, got {url!r}")
-        http = open_client()
-        self._clients = {
-            url: openai.AsyncOpenAI(
-                base_url=url, api_key=api_key or NO_KEY, max_retries=0, http_client=http
-            )
-            for url in self._dispatcher.endpoints
-        }
+        self._http = open_client()
+        self._http.headers["Content-Type"] = "application/json"
+        if api_key is not None:
+            self._http.headers["Authorization"] = f"Bearer {api_key}"
+        self._usage = Usage()
 
     @property
     def statistics(self) -> Statistics:
         """Counts of requests and faults so far; answers from the cache are not counted."""
         return self._dispatcher.statistics
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens and reasoning of the answers so far."""
+        return self._usage
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that answers depend on beside the question, as JSON values: for a report."""
+        return {"model": self.model, "temperature": self.temperature, **self.request.settings}
 
     def per_endpoint(self) -> dict[str, ChatClient]:
         """Map each endpoint's URL to a client of it alone, without the cache."""
@@ -114,23 +164,31 @@ class ChatClient:
             content: text and image_url parts of one user message.
             read: parses the answer, or raises ``AnswerError``. Any other exception is a bug and
                 propagates.
-            max_tokens: token limit of the answer. An answer cut off there is a fault, unless
-                log-probabilities are asked for.
+            max_tokens: tokens that the answer needs; the limit is ``request.limit`` of it. An
+                answer cut off there is a fault, unless log-probabilities are asked for.
             schema: JSON schema of the answer, for servers that support structured output. ``read``
                 must check that the answer follows it: some servers ignore it silently.
             top_logprobs: number of likeliest tokens to return at each position, 1..20.
-            seed: seed of the first attempt; later attempts use others, for another draw.
+            seed: seed of the first draw; later draws use others.
 
         Returns:
             The result of ``read``, or why there is no answer.
         """
         check_count("seed", seed, low=0)
         request = self._request(content, max_tokens, schema, top_logprobs)
-        seeds = count(seed, SEED_STRIDE)
+        refused = 0  # answers that came and could not be read
 
         async def attempt(endpoint: str) -> tuple[str, T]:
-            answer = await self._exchange(endpoint, {**request, "seed": next(seeds)})
-            value = read(answer)
+            nonlocal refused
+            draw = self._draw(seed, refused)
+            completion = await self._exchange(endpoint, {**request, **draw})
+            try:
+                answer = _read_answer(completion, request)
+                value = read(answer)
+            except AnswerError as error:
+                again = top_logprobs is None  # else another endpoint is asked the same
+                refused += again
+                raise AttemptError(error.fault, error.detail, here_again=again) from error
             return answer.model_dump_json(), value
 
         return await cached(
@@ -139,6 +197,13 @@ class ChatClient:
             read=lambda stored: read(ChatAnswer.model_validate_json(stored)),
             ask=partial(self._dispatcher.run, attempt),
         )
+
+    def _draw(self, seed: int, refused: int) -> dict[str, Any]:
+        """Return what makes a draw another one after so many refused answers."""
+        temperature = self.temperature
+        if refused and temperature == 0:
+            temperature = RETRY_TEMPERATURE
+        return {"seed": seed + refused * SEED_STRIDE, "temperature": temperature}
 
     def _request(
         self,
@@ -149,11 +214,13 @@ class ChatClient:
     ) -> dict[str, Any]:
         """Return the body of the request without the seed."""
         check_count("max_tokens", max_tokens)
+        limit = self.request.limit(max_tokens) if top_logprobs is None else max_tokens
         request: dict[str, Any] = {
+            **self.request.body,
             "model": self.model,
             "messages": [{"role": "user", "content": list(content)}],
             "temperature": self.temperature,
-            "max_completion_tokens": max_tokens,
+            "max_completion_tokens": limit,
         }
         if schema is not None:
             named = {"name": "answer", "schema": schema, "strict": True}
@@ -163,13 +230,12 @@ class ChatClient:
             request |= {"logprobs": True, "top_logprobs": top_logprobs}
         return request
 
-    async def _exchange(self, endpoint: str, request: dict[str, Any]) -> ChatAnswer:
-        # The raw exchange: the typed method takes twice as long for a large request, and lets
-        # invalid answers through.
-        response = await self._clients[endpoint].post(
-            "/chat/completions", body=request, cast_to=httpx2.Response
-        )
-        return _read_completion(response.content, logprobs="logprobs" in request)
+    async def _exchange(self, endpoint: str, request: dict[str, Any]) -> _Completion:
+        body = json.dumps(request, allow_nan=False).encode()
+        response = await self._http.post(f"{endpoint}/chat/completions", content=body)
+        completion = _read_completion(response.raise_for_status().content)
+        self._usage = completion.counted(self._usage, request["max_completion_tokens"])
+        return completion
 
 
 class _TopLogProb(BaseModel):
@@ -188,6 +254,14 @@ class _LogProbs(BaseModel):
 class _Message(BaseModel):
     content: str | None = None
     refusal: str | None = None
+    reasoning: object = None
+    reasoning_content: object = None
+
+    @property
+    def thoughts(self) -> str:
+        """Reasoning that the server separates from the answer; its name differs."""
+        named = (self.reasoning, self.reasoning_content)
+        return next((text for text in named if isinstance(text, str) and text.strip()), "")
 
 
 class _Choice(BaseModel):
@@ -200,25 +274,80 @@ class _Completion(BaseModel):
     """Parsed part of a chat completion; servers differ in the rest."""
 
     choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
+    usage: object = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the answer and its reasoning, if the server counts them."""
+        return _count_in(self.usage, "completion_tokens")
+
+    @property
+    def reasoned(self) -> bool:
+        """Whether reasoning came with the answer, or was counted."""
+        message = self.choices[0].message
+        details = (
+            self.usage.get("completion_tokens_details") if isinstance(self.usage, dict) else None
+        )
+        counted = _count_in(details, "reasoning_tokens")
+        return bool(message.thoughts or has_reasoning(message.content or "") or counted)
+
+    def counted(self, usage: Usage, limit: int) -> Usage:
+        """Add this answer to the others'."""
+        cut_off = self.choices[0].finish_reason == "length"
+        counts = [x for x in (usage.most_tokens, self.tokens) if x is not None]
+        return Usage(
+            usage.answers + 1,
+            usage.reasoned + self.reasoned,
+            usage.cut_off + cut_off,
+            max(counts, default=None),
+            max(usage.limit, limit),
+        )
 
 
-def _read_completion(body: bytes, *, logprobs: bool) -> ChatAnswer:
+def _count_in(usage: object, name: str) -> int | None:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) else None
+
+
+def _read_completion(body: bytes) -> _Completion:
     try:
-        choice = _Completion.model_validate_json(body).choices[0]
+        return _Completion.model_validate_json(body)
     except ValidationError as error:
         came = shorten(body.decode(errors="replace")) or "an empty body"
         message = f"expected a chat completion, got {came}"
         raise AnswerError(Fault.malformed, message) from error
-    if choice.message.refusal or choice.finish_reason == "content_filter":
-        raise AnswerError(Fault.refusal, shorten(choice.message.refusal or "content filter"))
-    if logprobs:
-        tokens = choice.logprobs and choice.logprobs.content
-        if not tokens or not all(token.top_logprobs for token in tokens):
-            raise AnswerError(Fault.request_ignored, "expected top_logprobs, got none")
-        top = tuple(tuple((x.token, x.logprob) for x in token.top_logprobs) for token in tokens)
-        return ChatAnswer(text=choice.message.content or "", top_logprobs=top)
+
+
+def _read_answer(completion: _Completion, request: dict[str, Any]) -> ChatAnswer:
+    """Return the whole answer of a completion, or raise the reason why there is none."""
+    choice = completion.choices[0]
+    message, text = choice.message, choice.message.content or ""
+    if message.refusal or choice.finish_reason == "content_filter":
+        raise AnswerError(Fault.refusal, shorten(message.refusal or "content filter"))
+    if "logprobs" in request:
+        return ChatAnswer(text=text, top_logprobs=_top_logprobs(choice))
     if choice.finish_reason == "length":
-        raise AnswerError(Fault.cut_off, f"got {shorten(choice.message.content or '')!r}")
-    if choice.message.content is None:
+        raise _cut_off(message, request["max_completion_tokens"])
+    if message.thoughts and not text.strip():
+        raise reasoning_alone(message.thoughts)
+    if message.content is None:
         raise AnswerError(Fault.format, "expected text, got a message without any")
-    return ChatAnswer(text=choice.message.content)
+    return ChatAnswer(text=text)
+
+
+def _top_logprobs(choice: _Choice) -> tuple[tuple[tuple[str, float], ...], ...]:
+    if choice.message.thoughts or has_reasoning(choice.message.content or ""):
+        raise reasoning_alone(choice.message.thoughts or choice.message.content or "")
+    tokens = choice.logprobs and choice.logprobs.content
+    if not tokens or not all(token.top_logprobs for token in tokens):
+        raise AnswerError(Fault.request_ignored, "expected top_logprobs, got none")
+    return tuple(tuple((x.token, x.logprob) for x in token.top_logprobs) for token in tokens)
+
+
+def _cut_off(message: _Message, limit: int) -> AnswerError:
+    text = message.content or ""
+    came, fix = f"got {shorten(text)!r}", "raise answer_tokens"
+    if message.thoughts or has_reasoning(text):
+        came += f" after reasoning {shorten(message.thoughts)!r}" if message.thoughts else ""
+        fix = FIX
+    return AnswerError(Fault.cut_off, f"{came} within {limit} tokens; {fix}")

@@ -150,8 +150,8 @@ class Dispatcher:
 
         Args:
             attempt: given an endpoint's URL, does one exchange and returns its answer. It raises
-                ``AnswerError`` or an exception of ``httpx2`` or ``openai``. Any other exception is
-                a bug and propagates.
+                ``AnswerError`` or an exception of ``httpx2``. Any other exception is a bug and
+                propagates.
 
         Returns:
             The result of the attempt, or why there is no answer.

@@ -1,6 +1,6 @@
 """HTTP client: pooled connections, bounded bodies, and the fault that an exception stands for.
 
-Exceptions of ``openai`` and ``httpx2`` are faults of an answer; any other is a bug of the caller.
+Exceptions of ``httpx2`` are faults of an answer; any other is a bug of the caller.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import cast
 
 import anyio
 import httpx2
-import openai
 import pydantic
 from anyio.lowlevel import RunVar
 
+from mteditflow._text import escape_controls
 from mteditflow.rewards.faults import AnswerError, Fault
 
 CONNECT_TIMEOUT = 10.0  # s; the deadline of the whole exchange is the dispatcher's
@@ -27,7 +27,6 @@ MAX_BODY = 2**24  # bytes; an answer has a few thousand
 SHOWN = 300  # characters of a server's message in a detail
 CUT = " ..."  # ends a truncated message
 MALFORMED = (
-    openai.APIResponseValidationError,
     pydantic.ValidationError,
     json.JSONDecodeError,
     UnicodeDecodeError,
@@ -35,7 +34,7 @@ MALFORMED = (
     httpx2.DecodingError,
     httpx2.TooManyRedirects,
 )
-BROKEN = (openai.APIConnectionError, httpx2.TransportError, ssl.SSLError, anyio.EndOfStream)
+BROKEN = (httpx2.TransportError, ssl.SSLError, anyio.EndOfStream)
 # Retryable statuses; any other 4xx is permanent at this endpoint.
 STATUSES = {408: Fault.timeout, 409: Fault.rejected, 425: Fault.rejected, 429: Fault.rate_limited}
 
@@ -157,22 +156,24 @@ def classify(error: Exception) -> AttemptError | None:
         >>> failure.fault, failure.retry_after
         (<Fault.rate_limited: 'too many requests (429)'>, 7.0)
     """
+    if isinstance(error, AttemptError):
+        return error
     if isinstance(error, AnswerError):
         return AttemptError(error.fault, error.detail)
-    if isinstance(error, (openai.APIStatusError, httpx2.HTTPStatusError)):
+    if isinstance(error, httpx2.HTTPStatusError):
         return _status_failure(error.response)
-    if isinstance(error, (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException)):
+    if isinstance(error, (TimeoutError, httpx2.TimeoutException)):
         return AttemptError(Fault.timeout, _message(error))
     if isinstance(error, MALFORMED):
         return AttemptError(Fault.malformed, _message(error))
     if isinstance(error, BROKEN):
-        return AttemptError(Fault.connection, _message(error.__cause__ or error))
+        return AttemptError(Fault.connection, _message(error))
     return None
 
 
 def shorten(text: str) -> str:
-    """Shorten a server's message to one line of bounded length."""
-    line = " ".join(text[: 2 * SHOWN].split())
+    """Shorten a server's message to one line of bounded length, control characters escaped."""
+    line = escape_controls(" ".join(text[: 2 * SHOWN].split()))
     return line if len(line) <= SHOWN else line[:SHOWN] + CUT
 
 

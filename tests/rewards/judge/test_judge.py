@@ -30,6 +30,7 @@ from mteditflow.rewards import (
     InvalidRewardsError,
     Judge,
     JudgePrompt,
+    RequestOptions,
     inspect_endpoints,
 )
 from mteditflow.rewards.judge import judge as module
@@ -431,8 +432,23 @@ def honest(request):
         return with_logprobs({str(n): 0.1 for n in range(9)})
     if "response_format" in request:
         schema = request["response_format"]["json_schema"]["schema"]
-        return completion(json.dumps({"word": schema["properties"]["word"]["enum"][0]}))
+        return completion(json.dumps(least(schema)))
     return completion("ok")
+
+
+def least(schema):
+    """The least value that a JSON schema allows."""
+    if "enum" in schema:
+        return schema["enum"][0]
+    if schema["type"] == "array":
+        return [least(schema["items"])] * schema["minItems"]
+    if schema["type"] == "object":
+        return {name: least(inner) for name, inner in schema["properties"].items()}
+    return "a"
+
+
+def of_the_judge(request):
+    return "You judge how well" in json.dumps(request["messages"])
 
 
 def test_what_an_endpoint_honours_or_ignores_is_reported():
@@ -449,12 +465,13 @@ def test_what_an_endpoint_honours_or_ignores_is_reported():
     assert [report.endpoint for report in reports] == [good.url, ignorant.url, limited.url]
     assert [report.missing for report in reports] == [
         (),
-        ("structured output", "log-probabilities"),
-        ("images", "structured output", "log-probabilities"),
+        ("structured output", "log-probabilities", "judge's answer"),
+        ("images", "structured output", "log-probabilities", "judge's answer"),
     ]
     assert max(shown) == 4
     ignored = reports[1].honours
-    assert {ignored[part].fault for part in reports[1].missing} == {Fault.request_ignored}
+    faults = [ignored[part].fault for part in reports[1].missing]
+    assert faults == [Fault.request_ignored, Fault.request_ignored, Fault.format]
     assert "images: honoured" in str(reports[1])
     assert "structured output: server ignored part of the request after 2 attempts" in str(
         reports[1]
@@ -465,7 +482,11 @@ def test_what_an_endpoint_honours_or_ignores_is_reported():
 def test_the_word_is_in_no_prompt():
     with ScriptedServer(honest) as server:
         anyio.run(inspect_endpoints, client(server))
-        [structured] = [r.json for r in server.requests if "response_format" in r.json]
+        [structured] = [
+            r.json
+            for r in server.requests
+            if "response_format" in r.json and not of_the_judge(r.json)
+        ]
     word = honest(structured)["choices"][0]["message"]["content"].split('"')[3]
     assert word not in json.dumps(structured["messages"])
 
@@ -474,8 +495,57 @@ def test_a_talkative_server_may_still_take_images():
     cut = completion("These images show", finish_reason="length")
     with ScriptedServer(lambda request: cut) as server:
         [report] = anyio.run(inspect_endpoints, client(server))
-    assert report.missing == ("structured output", "log-probabilities")
+    assert report.missing == ("structured output", "log-probabilities", "judge's answer")
     assert report.honours["structured output"].fault is Fault.cut_off
+
+
+def judged(reply, **options):
+    """The report of an endpoint that answers a judge's question in this way, else honestly."""
+
+    def answer(request):
+        return reply(request) if of_the_judge(request) else honest(request)
+
+    with ScriptedServer(answer) as server:
+        [report] = anyio.run(inspect_endpoints, client(server, **options))
+        asked = [request.json for request in server.requests if of_the_judge(request.json)]
+    return report, asked
+
+
+def test_the_report_tells_reasoning_and_tokens_of_a_real_question():
+    usage = {"usage": {"completion_tokens": 143}}
+    plain, asked = judged(lambda request: honest(request) | usage)
+    assert plain.missing == ()
+    assert plain.reasoning == "off"
+    assert "reasoning: off\n  longest answer: 143 of at most 1,616 tokens" in str(plain)
+    assert len(asked) == 1
+
+    def thinks(request):
+        answer = honest(request) | usage
+        answer["choices"][0]["message"]["reasoning_content"] = "Let me see."
+        return answer
+
+    assert judged(thinks)[0].reasoning == "on"
+
+
+def test_a_cut_answer_is_explained_with_the_option_to_raise():
+    cut = completion(None, finish_reason="length", reasoning="Let me see") | {
+        "usage": {"completion_tokens": 1616}
+    }
+    report, _ = judged(lambda _: cut)
+    assert report.missing == ("judge's answer",)
+    assert report.reasoning == "on"
+    assert "cut off at the token limit" in str(report)
+    assert "reasoning_tokens" in str(report)
+    assert "enable_thinking" in str(report)
+    assert "longest answer: 1,616 of at most 1,616 tokens" in str(report)
+
+
+def test_options_reach_every_question_of_the_report():
+    options = RequestOptions(reasoning_tokens=5000, chat_template_kwargs={"enable_thinking": True})
+    report, [asked] = judged(honest, request=options)
+    assert report.missing == ()
+    assert asked["chat_template_kwargs"] == {"enable_thinking": True}
+    assert asked["max_completion_tokens"] == report.usage.limit == 6616
 
 
 def test_one_log_probability_is_too_few_for_five_levels():

@@ -10,12 +10,12 @@ from itertools import repeat
 
 import anyio
 import httpx2
-import openai
 import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mteditflow._text import escape_controls
 from mteditflow.rewards import AnswerError, Fault
 from mteditflow.rewards.transport.http_client import (
     SHOWN,
@@ -93,15 +93,9 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch):
         assert anyio.run(post, open_client(), server.url, 5) == {"answer": 5}
 
 
-def status_errors(status, text="", **headers):
+def status_error(status, text="", **headers):
     response = httpx2.Response(status, text=text, headers=headers, request=REQUEST)
-    yield httpx2.HTTPStatusError("", request=REQUEST, response=response)
-    yield openai.APIStatusError("", response=response, body=None)
-
-
-def caused(error, cause):
-    error.__cause__ = cause
-    return error
+    return httpx2.HTTPStatusError("", request=REQUEST, response=response)
 
 
 def raised(function):
@@ -119,18 +113,11 @@ class Integer(pydantic.BaseModel):
     [
         (AnswerError(Fault.wrong_count, "2 of 3"), Fault.wrong_count, "2 of 3"),
         (TimeoutError(), Fault.timeout, "TimeoutError"),
-        (openai.APITimeoutError(REQUEST), Fault.timeout, "Request timed out"),
         (httpx2.ConnectTimeout("slow"), Fault.timeout, "ConnectTimeout: slow"),
         (httpx2.ReadTimeout("slow"), Fault.timeout, "ReadTimeout: slow"),
         (httpx2.PoolTimeout("slow"), Fault.timeout, "PoolTimeout: slow"),
         (httpx2.ConnectError("refused"), Fault.connection, "ConnectError: refused"),
         (httpx2.RemoteProtocolError("cut"), Fault.connection, "RemoteProtocolError: cut"),
-        (
-            caused(openai.APIConnectionError(request=REQUEST), httpx2.ReadError("reset")),
-            Fault.connection,
-            "ReadError: reset",
-        ),
-        (openai.APIConnectionError(request=REQUEST), Fault.connection, "Connection error."),
         (ssl.SSLError("bad record"), Fault.connection, "bad record"),
         (anyio.EndOfStream(), Fault.connection, "EndOfStream"),
         (httpx2.DecodingError("gzip"), Fault.malformed, "gzip"),
@@ -139,11 +126,6 @@ class Integer(pydantic.BaseModel):
         (raised(lambda: json.loads("[" * 100_000)), Fault.malformed, "RecursionError"),
         (raised(lambda: b"\xff".decode()), Fault.malformed, "UnicodeDecodeError"),
         (raised(lambda: Integer(value="x")), Fault.malformed, "ValidationError"),
-        (
-            openai.APIResponseValidationError(httpx2.Response(200, request=REQUEST), None),
-            Fault.malformed,
-            "APIResponseValidationError",
-        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
@@ -184,19 +166,17 @@ def test_what_is_no_fault_of_an_answer_is_not_classified(error):
     ],
 )
 def test_each_status_has_its_fault(status, fault, here_again):
-    for error in status_errors(status, "no such\n  model"):
-        failure = classify(error)
-        assert (failure.fault, failure.here_again) == (fault, here_again)
-        assert failure.detail == f"HTTP {status}: no such model"
-        assert failure.retry_after is None
+    failure = classify(status_error(status, "no such\n  model"))
+    assert (failure.fault, failure.here_again) == (fault, here_again)
+    assert failure.detail == f"HTTP {status}: no such model"
+    assert failure.retry_after is None
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_wish_to_wait_is_kept_and_said(status):
-    for error in status_errors(status, "busy", **{"Retry-After": "7"}):
-        failure = classify(error)
-        assert failure.retry_after == 7
-        assert failure.detail == f"HTTP {status} (Retry-After: 7): busy"
+    failure = classify(status_error(status, "busy", **{"Retry-After": "7"}))
+    assert failure.retry_after == 7
+    assert failure.detail == f"HTTP {status} (Retry-After: 7): busy"
 
 
 def test_retry_after_as_a_date():
@@ -225,3 +205,4 @@ def test_a_servers_words_become_one_bounded_line(text):
     line = shorten(text)
     assert len(line) <= SHOWN + len(" ...")
     assert line == " ".join(line.split())
+    assert escape_controls(line) == line
