@@ -31,7 +31,8 @@ import typer
 from safetensors.torch import load_file
 
 from mteditflow.training.metrics_file import read_metrics
-from tests.flux.worlds import ENVIRONMENT, ROOT, SCRIPT, make_world, options, run
+from tests.flux.worlds import ENVIRONMENT, SCRIPT, make_world, options, run_as_a_user
+from tests.processes import Process
 
 NOTE, POINT = "KILLING_NOTE", "KILLING_POINT"
 ALIKE = ("before", "after", "difference_at_last_turn")  # of report.json
@@ -139,14 +140,13 @@ def live(
 ) -> Life:
     """Start the trainer; kill it some seconds after its run began, or let a point end it."""
     before = logged(folder)
-    with tempfile.NamedTemporaryFile() as note, tempfile.TemporaryFile("w+") as told:
-        begun, process = start(arguments, note.name, point, told)
+    with tempfile.NamedTemporaryFile() as note, tempfile.NamedTemporaryFile("r") as told:
+        begun, process = start(arguments, note.name, point, told.name)
         try:
             process.wait(None if after is None else after)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        told.seek(0)
         seconds, at = time.monotonic() - begun, note.read().decode().strip()
         words = logged(folder)[len(before) :]
         went_on = re.search(r"going on after round (\d+)", words)
@@ -167,15 +167,12 @@ def logged(folder: Path) -> str:
 
 
 def start(
-    arguments: Sequence[str], note: str, point: str = "", told: object = subprocess.DEVNULL
-) -> tuple[float, subprocess.Popen[bytes]]:
+    arguments: Sequence[str], note: str, point: str = "", told: str | None = None
+) -> tuple[float, Process]:
     """Start the trainer; return when its run has begun, and at what time that was."""
-    environment = ENVIRONMENT | {NOTE: note, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {POINT: point} if point else {}
-    command = [sys.executable, "-m", "tests.flux.killing", "trainer", *arguments]
-    process = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=told
-    )
+    environment = ENVIRONMENT | {NOTE: note} | ({POINT: point} if point else {})
+    program = ["-m", "tests.flux.killing", "trainer", *arguments]
+    process = Process(program, env=environment, errors=told)
     while not Path(note).read_bytes() and process.poll() is None:
         time.sleep(0.02)
     return time.monotonic(), process
@@ -253,7 +250,7 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 def undisturbed_run(world: Path, folder: Path, *, objective: str) -> float:
     """Run to the end as a user does, and keep all checkpoints; seconds that it took."""
     keep = ("--output.keep", 99, "--output.checkpoint-every", 1)
-    run(*options(world, folder, *MORE, *keep, objective=objective))
+    run_as_a_user(*options(world, folder, *MORE, *keep, objective=objective))
     lines = read_metrics(folder / "metrics.jsonl")
     return sum(x for line in lines for name, x in line.items() if name.startswith("seconds/"))
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +23,8 @@ from mteditflow_examples.shapes.vision import RuleDetector
 
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.server import create_app
-from tests.flux.worlds import ENVIRONMENT, ROOT
+from tests.flux.worlds import ENVIRONMENT
+from tests.processes import Process, free_port
 
 ASKED, ANSWERED = "asked", "answered"
 
@@ -78,8 +76,7 @@ class Mortal:
     """
 
     def __init__(self, what: str, folder: Path, *, delay: float) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self._what, self._ledger, self._delay = what, folder / f"{what}.txt", delay
         self.url = f"http://127.0.0.1:{self._port}/v1"
 
@@ -88,11 +85,7 @@ class Mortal:
         self._ledger.touch()
         given = [self._what, str(self._port), str(self._ledger)]
         given += ["--delay", str(self._delay), "--lost", str(lost)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.flux.mortal_services", *given],
-            env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            cwd=ROOT,
-        )
+        self._process = Process(["-m", "tests.flux.mortal_services", *given], env=ENVIRONMENT)
         deadline = time.monotonic() + 120
         while not self._listens():
             assert time.monotonic() < deadline

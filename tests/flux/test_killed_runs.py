@@ -2,7 +2,6 @@
 
 import re
 import signal
-import subprocess
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,7 +11,8 @@ from mteditflow_examples.lost_rewards import settings
 
 from tests.flux.killing import MORE, differences, kill_at_random, live, logged, undisturbed_run
 from tests.flux.mortal_services import ANSWERED, ASKED, Mortal, judged
-from tests.flux.worlds import ENVIRONMENT, command, options
+from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
+from tests.processes import Process
 
 KILLED, STOPPED = -signal.SIGKILL, 0
 
@@ -111,13 +111,9 @@ class Served:
     @contextmanager
     def living(self, *more):
         """Run the trainer; what is left of it in the end is killed."""
-        errors = (self.folder.parent / "errors.txt").open("w+")
-        with (
-            errors,
-            subprocess.Popen(
-                command(*self.arguments, *more), env=ENVIRONMENT, stdout=errors, stderr=errors
-            ) as process,
-        ):
+        errors = self.folder.parent / "errors.txt"
+        program = [SCRIPT, *self.arguments, *more]
+        with Process(program, env=ENVIRONMENT, output=errors, errors=errors) as process:
             self.process = process
             try:
                 yield

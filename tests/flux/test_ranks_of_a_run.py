@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from tests.flux.worlds import options, run, weights
+from tests.flux.worlds import options, run, run_as_a_user, weights
 
 
 def flat(output, name):
@@ -40,7 +40,7 @@ def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, uneven,
 
     def ended(name, ranks, *extra):
         given = options(world, tmp_path / name, *more, *extra, objective=objective)
-        run(*given, ranks=ranks)
+        (run_as_a_user if name == "replicated" else run)(*given, ranks=ranks)
         return tmp_path / name
 
     @functools.cache

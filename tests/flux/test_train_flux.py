@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import subprocess
 import sys
 import time
 
@@ -28,7 +27,8 @@ from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import BINARY, LIKERT, Fault, InvalidRewardsError, Lost, TurnScores
 from mteditflow.training import Updater
 from tests.flux.rounds import first_round, started, turn_values
-from tests.flux.worlds import ENVIRONMENT, command, options, run, weights
+from tests.flux.worlds import ENVIRONMENT, SCRIPT, options, run, weights
+from tests.processes import Process
 from tests.samples_of_scores import evaluation, turn_scores
 
 
@@ -385,15 +385,16 @@ def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):
 @pytest.mark.slow
 def test_stopped_and_changed_runs_go_on(world, tmp_path, refused):
     given = options(world, tmp_path / "run", "--training.rounds", 400, "--evaluation.every", 1000)
-    process = subprocess.Popen(command(*given), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    errors = tmp_path / "errors.txt"
+    process = Process([SCRIPT, *given], env=ENVIRONMENT, errors=errors)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, told
+    code, told = process.wait(timeout=60), errors.read_text()
+    assert code == 0, told
     assert "stopped by SIGTERM after round" in told
     done = len(metrics.read_text().splitlines())
     weights(tmp_path / "run", done=done)  # it saved the round that it had done

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import write_world
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, Process, free_port
+
 SCRIPT = ROOT / "examples" / "train_flux.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -50,28 +52,32 @@ def options(
     return [*arguments, *map(str, more)]
 
 
-def command(*arguments: str, ranks: int = 1, script: Path = SCRIPT) -> list[str]:
-    """What a user types; over several processes with torchrun."""
-    called = [str(script), *arguments]
-    if ranks == 1:
-        return [sys.executable, *called]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    return [sys.executable, *launcher, *called]
-
-
 def run(*arguments: str, ranks: int = 1, code: int = 0, script: Path = SCRIPT) -> str:
-    """Run to the end in processes of its own; standard output and error."""
+    """Run to the end in one forked process per rank; standard output and error."""
+    group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    group["MASTER_PORT"] = str(free_port())
+    with NamedTemporaryFile("r") as said, ExitStack() as stack:
+        processes = []
+        for rank in map(str, range(ranks)):
+            of_rank = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+            program, env = [script, *arguments], ENVIRONMENT | of_rank
+            processes.append(Process(program, env=env, output=said.name, errors=said.name))
+            stack.callback(processes[-1].kill)
+        codes = [process.wait(300) for process in processes]
+        told = said.read()
+    assert codes == [code] * ranks, told[-4000:]
+    return told
+
+
+def run_as_a_user(*arguments: str, ranks: int = 1) -> None:
+    """Run to the end with the command that a user types: a new interpreter, or torchrun."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    launcher += [f"--master-port={free_port()}"]
+    called = [*(launcher if ranks > 1 else ()), str(SCRIPT), *arguments]
     done = subprocess.run(
-        command(*arguments, ranks=ranks, script=script),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, *called], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == code, done.stderr[-4000:]
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def weights(output: Path, name: str = "current", done: int = 5) -> dict[str, Tensor]:

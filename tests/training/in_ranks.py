@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import Process, free_port
 
 
 def in_ranks(function: str, ranks: int, folder: Path) -> list[Any]:
     """Call ``tests.module:function()`` on every rank; what it returns goes through JSON."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     workers = []
     for rank in range(ranks):
         environment = os.environ | {
@@ -26,14 +23,8 @@ def in_ranks(function: str, ranks: int, folder: Path) -> list[Any]:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [
-            sys.executable,
-            "-m",
-            "tests.training.in_ranks",
-            function,
-            str(folder / f"{rank}"),
-        ]
-        workers.append(subprocess.Popen(command, env=environment, cwd=ROOT))
+        program = ["-m", "tests.training.in_ranks", function, str(folder / f"{rank}")]
+        workers.append(Process(program, env=environment))
     codes = [worker.wait(timeout=120) for worker in workers]
     assert codes == [0] * ranks, codes
     return [json.loads((folder / f"{rank}").read_text()) for rank in range(ranks)]
