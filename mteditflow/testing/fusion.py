@@ -226,7 +226,7 @@ def unmeasured(f: Fusion, data: DataObject) -> None:
     """A reward with nothing to measure adds 0, or counts as the mean of its group in a sum."""
     rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
     flags = data.draw(st.lists(st.booleans(), min_size=len(group), max_size=len(group)))
-    has = torch.tensor(flags, device="cpu")
+    has = torch.tensor(flags, dtype=torch.bool, device="cpu")
     same = (group[:, None] == group).double()
     some = (same @ has.double()) > 0
     # A sum has no stand-in for what nobody in the group has.
