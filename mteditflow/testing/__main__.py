@@ -181,7 +181,8 @@ def _load(option: str, target: str) -> Any:
     """Import ``module:name``; the working directory comes first, as for ``python -m``."""
     module, _, name = target.partition(":")
     if not module or not name or "/" in module or module.endswith(".py"):
-        fix = f"; write {module[:-3].replace('/', '.')}:{name}" * module.endswith(".py")
+        path = module.removeprefix("./").removesuffix(".py").replace("/", ".")
+        fix = f"; write {path}:{name}" if module and name else ""
         raise ValueError(f"{option}: expected MODULE:FUNCTION, got {target!r}{fix}")
     if "" not in sys.path:
         sys.path.insert(0, "")

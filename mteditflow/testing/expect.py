@@ -101,15 +101,30 @@ def expect_zero_sums(advantage: Tensor, group: Tensor, case: Case, *, tolerance:
 
 
 def expect_float32_result(
-    function: Callable[[Tensors], Tensor], half: Tensors, case: Case, *, float32: bool
+    function: Callable[[Tensors], Tensor],
+    half: Tensors,
+    case: Case,
+    *,
+    float32: bool,
+    refused: Callable[[], bool],
 ) -> None:
-    """Fail unless half-precision inputs give the float32 result of the same numbers.
+    """Fail unless half-precision inputs are refused, or give the float32 result of their numbers.
 
     Without ``float32`` the result may have any dtype and the rounding of a computation in half
     precision: as much as inputs that move by their own rounding move the result.
+
+    Args:
+        function: returns the result for inputs by name.
+        half: inputs, some of them in half precision.
+        case: arguments of the call.
+        float32: the result must be in float32, of its accuracy.
+        refused: returns whether a call with ``half`` raises.
     """
     full = {name: x.float() for name, x in half.items()}
-    got, expected = function(half), function(full).float()
+    expected = function(full).float()
+    if refused():
+        return
+    got = function(half)
     if float32:
         if got.dtype in (torch.bfloat16, torch.float16):
             fail(case, "a result in float32", f"one in {str(got.dtype).removeprefix('torch.')}")

@@ -26,7 +26,7 @@ from mteditflow.testing.options import check_integer
 S = TypeVar("S")
 T = TypeVar("T")
 EXAMPLES = 200
-LONGEST = 16  # entries of a list that a message shows in full
+LONGEST = 12  # entries of a list that a message shows in full
 #: Options of every search.
 SEARCH = ("only", "without", "examples", "seed")
 
