@@ -138,8 +138,9 @@ def _argument(option: Field[Any]) -> dict[str, Any]:
     if default is MISSING or isinstance(default, tuple):
         kind: Callable[[str], Any] = str if default is MISSING else float
         required = default is MISSING
+        shown = "" if default is MISSING else f" ({' '.join(map(str, default))})"
         return {"nargs": "+", "type": kind, "default": () if required else default,
-                "action": _Tuple, "required": required, "help": text}  # fmt: skip
+                "action": _Tuple, "required": required, "help": text + shown}  # fmt: skip
     if isinstance(default, bool):
         shown = "yes" if default else "no"
         return {

@@ -65,6 +65,8 @@ def described(result: object) -> str:
         result.close()
     if result is None or isinstance(result, (str, bytes)):
         return repr(result)
+    if isinstance(result, (list, tuple)) and result:
+        return f"a {type(result).__name__} of {type(result[0]).__name__}"
     name = type(result).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 

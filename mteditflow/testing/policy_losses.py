@@ -155,10 +155,11 @@ def inside_the_range(f: PolicyLoss, data: DataObject) -> None:
     assert f.clip_low is not None
     assert f.clip_high is not None
     good = data.draw(st.sampled_from([0.5, 1.0, 3.0]))
-    ends = [math.log1p(f.clip_high * x) for x in (0.5, 0.9, 0.99)]
-    ends += [math.log1p(-f.clip_low * x) for x in (0.5, 0.9, 0.99)]
+    ends = [math.log1p(end * x) for end in (f.clip_high, -f.clip_low) for x in (0.5, 0.9, 0.99)]
     log_ratio = torch.tensor(2 * ends, dtype=torch.float64, device="cpu")
-    advantage = torch.tensor([good] * 6 + [-good] * 6, dtype=torch.float64, device="cpu")
+    advantage = torch.tensor(
+        [good] * len(ends) + [-good] * len(ends), dtype=torch.float64, device="cpu"
+    )
     _unclipped(f, log_ratio, advantage)
 
 

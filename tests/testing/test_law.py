@@ -16,6 +16,7 @@ from mteditflow.testing import (
     GaussianPolicy,
     GroupAdvantage,
     LawBroken,
+    LogProb,
     Loss,
     PolicyLoss,
     SolverStep,
@@ -192,6 +193,19 @@ def test_what_a_law_does_with_a_result_ends_in_no_traceback():
         laws_of("solver")["finite"].check(solver, examples=1)
 
 
+def test_a_loss_and_a_density_without_gradient_break_a_law():
+    def detached(pred, target):
+        return (pred.detach() - target).square().mean(1)
+
+    subjects = {
+        "loss": (Loss(detached, ROLES, ("pred",)), "finite"),
+        "log-prob": (LogProb(lambda x, mean, std: (x - mean.detach())[:, 0]), "score"),
+    }
+    for kind, (subject, law) in subjects.items():
+        with pytest.raises(LawBroken, match=r"expected a gradient to \w+\n  got      no gradient"):
+            laws_of(kind)[law].check(subject, examples=1)
+
+
 def test_a_required_mask_is_always_passed_and_an_optional_one_where_it_says_something():
     masks = []
 
@@ -294,6 +308,34 @@ def test_losses_of_other_forms_leave_out_the_laws_that_the_page_names(function):
         if result.broken is not None
     }
     assert found == set(without)
+
+
+def masked_by_product(pred, target, mask):
+    return (pred - target).square().mean(1) * mask
+
+
+ROLES = {"pred": "latent", "target": "latent"}
+OF_THE_CALL = [
+    ("kl", Density(lambda mean, other, std: mean[:, 0]), "divergence", "reference_mean = "),
+    (
+        "credit",
+        TurnCreditFunction(lambda reward, turn_mask: reward),
+        "padding-is-zero",
+        "reward = ",
+    ),
+    (
+        "loss",
+        Loss(masked_by_product, ROLES, ("pred",), valid="mask"),
+        "mask-equals-deletion",
+        "mask =",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "subject", "law", "name"), OF_THE_CALL)
+def test_arguments_are_printed_under_the_names_of_the_call(kind, subject, law, name):
+    with pytest.raises(LawBroken, match=f"\n  {name}"):
+        laws_of(kind)[law].check(subject, examples=20)
 
 
 def test_a_mean_of_torch_has_second_derivatives():
