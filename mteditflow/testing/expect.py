@@ -137,7 +137,13 @@ def expect_float32_result(
     moved = torch.zeros_like(expected)
     for _ in range(4):  # toward 0, which keeps shares and flow times in their range
         nearby = {
-            name: x * (1 - 2 * eps * torch.rand(x.shape, generator=generator, device="cpu"))
+            name: x
+            * (
+                1
+                - 2
+                * eps
+                * torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu")
+            )
             for name, x in full.items()
         }
         moved = torch.maximum(moved, (function(nearby).float() - expected).detach().abs())
