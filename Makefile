@@ -17,9 +17,10 @@ QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/test_ol
 	tests/testing/test_laws_of_ours.py tests/test_diagnostics.py tests/test_metrics.py tests/test_checks.py tests/test_reduce.py
 # The models are tiny: threads beyond the cores only get in each other's way.
 WORKERS ?= 2
+WING ?= rewards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types layers api pytest laws support evidence findings objectives lost-rewards benchmark soak kills mutation clean
+.PHONY: help demo quick test lint types layers api pytest laws support evidence findings objectives lost-rewards benchmark soak kills mutation mutation-of clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
@@ -36,6 +37,7 @@ help:
 	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
 	@echo "make kills         the trainer killed at many random moments, and compared with runs that were not"
 	@echo "make mutation      mutation testing of the core"
+	@echo "make mutation-of   the same of 100 mutants of a wing (WING=rewards, SEED=0)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mteditflow needs Python 3.10 or newer, got " + sys.version.split()[0] + "; choose one with PYTHON=")'
@@ -107,7 +109,10 @@ soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.consistency_server
 
 mutation: $(INSTALLED)
-	$(BIN)/python docs/mutation.py --processes $(WORKERS)
+	$(BIN)/python -m docs.mutation --processes $(WORKERS)
+
+mutation-of: $(INSTALLED)
+	$(BIN)/python -m docs.mutation_wings $(WING) --seed $(SEED) --processes $(WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist runs mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Mutation testing of floors 0 to 3: ``python docs/mutation.py`` runs it and writes mutation.md.
+"""Mutation testing of floors 0 to 3: ``python -m docs.mutation`` runs it, writes mutation.md.
 
 mutmut works on a copy of the core and its tests in ``build/mutation``; a mutant once killed is not
 checked again until its function changes. Survivors' reasons are kept by hand in
@@ -45,13 +45,16 @@ for survivors are in `mutation_reasons.json`.
 """
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, also: tuple[str, ...] = ()) -> None:
     """Copy what mutmut needs, and move decorators to where mutmut accepts them."""
-    for name in ("mteditflow", "tests"):
-        unwanted = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True, ignore=unwanted)
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("mteditflow", "tests", "pyproject.toml", "README.md", *also):
+        source = ROOT / name
+        if source.is_dir():
+            unwanted = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / source.name, dirs_exist_ok=True, ignore=unwanted)
+        else:
+            shutil.copy(source, folder)
     for module in (folder / "mteditflow").rglob("*.py"):
         source = module.read_text()
         names = re.findall(r"^@torch\.no_grad\(\)\ndef (\w+)", source, flags=re.MULTILINE)
@@ -74,6 +77,13 @@ def mutate(folder: Path, processes: int, only: list[str]) -> None:
     environment = os.environ | {"HYPOTHESIS_PROFILE": "mutation", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(processes), *only]
     subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+def stamp() -> str:
+    """Today and the versions that a result depends on."""
+    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("mutmut", "torch", "hypothesis"))
+    return f"{today}; {versions}, python {platform.python_version()}"
 
 
 def verdicts(folder: Path) -> dict[str, dict[str, str]]:
@@ -108,9 +118,7 @@ def render(folder: Path) -> Iterator[str]:
     """The page, line by line."""
     results = verdicts(folder)
     yield HEADER
-    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("mutmut", "torch", "hypothesis"))
-    yield f"{today}; {versions}, python {platform.python_version()}.\n"
+    yield f"{stamp()}.\n"
     yield "| module | mutants | killed | survived | not checked | killed |"
     yield "|---|--:|--:|--:|--:|--:|"
     for module, found in results.items():
@@ -148,7 +156,6 @@ def main() -> bool:
     options = parser.parse_args()
     folder = options.folder.resolve()
     if not options.page_only:
-        folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
         forget_survivors(folder)
         mutate(folder, options.processes, options.only)

@@ -241,8 +241,10 @@ def summarise(measure: Measure) -> dict[str, Any]:
         successes = measure.statistic(*measure.samples).nan_to_num().double() * measure.chains
         interval = wilson_interval(successes.round(), measure.chains)
     else:
-        generator = torch.Generator().manual_seed(0)
-        interval = bootstrap_interval(measure.statistic, *measure.samples, generator=generator)
+        seeded = torch.Generator().manual_seed(0)
+        interval = bootstrap_interval(
+            measure.statistic, *measure.samples, generator=seeded, vectorized=True
+        )
     unit = 100 if measure.percent else 1
     estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
     return {

@@ -1,6 +1,7 @@
 """What each part of the package imports: third-party packages of the extras, by import statement.
 
-One interpreter imports torch, then forks for each statement, so that none sees another's imports.
+One interpreter imports torch, then forks for each set of packages: statements that may import the
+same ones run one after another there, for together they may import no more than each alone.
 """
 
 import json
@@ -72,18 +73,21 @@ WITHOUT_HTTP = "import sys; sys.modules['httpx2'] = None; from mteditflow.reward
 PROBE = """
 import json, os, sys
 import einops, numpy, safetensors.torch, torch
-for statement in json.loads(sys.stdin.read()):
+for statements in json.loads(sys.stdin.read()):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        error = None
-        try:
-            exec(statement)
-        except Exception as exception:
-            error = f"{type(exception).__name__}: {exception}"
-        roots = sorted({name.partition(".")[0] for name, x in sys.modules.items() if x is not None})
+        reports = {}
+        for statement in statements:
+            error = None
+            try:
+                exec(statement)
+            except Exception as exception:
+                error = f"{type(exception).__name__}: {exception}"
+            roots = {name.partition(".")[0] for name, x in sys.modules.items() if x is not None}
+            reports[statement] = sorted(roots), error
         with open(writer, "w") as file:
-            json.dump([roots, error], file)
+            json.dump(reports, file)
         os._exit(0)
     os.close(writer)
     with open(reader) as file:
@@ -95,20 +99,23 @@ for statement in json.loads(sys.stdin.read()):
 @pytest.fixture(scope="module")
 def imported():
     """Statement to the roots of sys.modules after it, and to its error."""
-    statements = [*WALLS, f"{WITHOUT_HTTP}Judge", f"{WITHOUT_HTTP}TurnScores"]
+    together: dict[frozenset[str], list[str]] = {}
+    for statement, packages in WALLS.items():
+        together.setdefault(frozenset(packages), []).append(statement)
+    alone = [[f"{WITHOUT_HTTP}Judge"], [f"{WITHOUT_HTTP}TurnScores"]]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROBE],
-        input=json.dumps(statements),
+        input=json.dumps([*together.values(), *alone]),
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
-    reports = [json.loads(line) for line in finished.stdout.splitlines()]
-    return dict(zip(statements, reports, strict=True))
+    reports = map(json.loads, finished.stdout.splitlines())
+    return {statement: found for report in reports for statement, found in report.items()}
 
 
 @pytest.mark.parametrize("statement", WALLS)

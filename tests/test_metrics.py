@@ -15,6 +15,7 @@ from mteditflow import (
     instruction_following,
     interval_difference,
     marginal_success,
+    metrics,
     overall,
     paired_difference_interval,
     wilson_interval,
@@ -443,6 +444,32 @@ def test_the_defaults_are_2000_resamples_and_95_percent():
     calls = []
     bootstrap_interval(lambda y: calls.append(1) or y.mean(), x, generator=seeded())
     assert len(calls) == 2001  # the samples as they are, too
+
+
+METRICS_OF_BOTH = [
+    lambda s, c: overall(instruction_following(s), content_consistency(c)),
+    lambda s, c: torch.stack([marginal_success(s), content_consistency(c, c**2)]),
+    lambda s, c: (
+        conditional_success(s).nan_to_num() - overall(marginal_success(s), content_consistency(c))
+    ),
+]
+
+
+@pytest.mark.parametrize("statistic", METRICS_OF_BOTH)
+@pytest.mark.parametrize("at_once", [1, 1000, 2**22])
+def test_all_resamples_at_once_give_what_each_alone_gives(statistic, at_once, monkeypatch):
+    success = torch.rand(30, 3, generator=seeded()) < 0.5
+    consistency = torch.rand(30, 3, generator=seeded(1))
+    consistency[torch.rand(30, 3, generator=seeded(2)) < 0.3] = NAN
+    monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
+    alone, together = (
+        bootstrap_interval(
+            statistic, success, consistency, generator=seeded(), resamples=200, vectorized=how
+        )
+        for how in (False, True)
+    )
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_the_seed_decides():

@@ -320,7 +320,8 @@ def outcomes(success: Tensor, judged: Tensor) -> dict[str, tuple[Tensor, Tensor]
 
 def interval_of(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...]) -> Interval:
     """Bootstrap a statistic over chains with a fixed seed; NaN where it is."""
-    return bootstrap_interval(statistic, *samples, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    return bootstrap_interval(statistic, *samples, generator=seeded, vectorized=True)
 
 
 class LostRecord(BaseModel):

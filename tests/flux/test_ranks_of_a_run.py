@@ -7,9 +7,11 @@ import torch
 
 from tests.flux.worlds import options, run, run_as_a_user, weights
 
+ROUNDS = 2  # of two updates each
+
 
 def flat(output, name):
-    tensors = weights(output, name)
+    tensors = weights(output, name, ROUNDS)
     return torch.cat([tensors[key].double().flatten() for key in sorted(tensors)])
 
 
@@ -39,7 +41,8 @@ def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, uneven,
     more = [*uneven, *(("--objective.stochastic-steps", 2) if objective == "grpo" else ())]
 
     def ended(name, ranks, *extra):
-        given = options(world, tmp_path / name, *more, *extra, objective=objective)
+        short = ("--training.rounds", ROUNDS)
+        given = options(world, tmp_path / name, *short, *more, *extra, objective=objective)
         (run_as_a_user if name == "replicated" else run)(*given, ranks=ranks)
         return tmp_path / name
 
@@ -59,7 +62,7 @@ def test_one_process_and_two_ranks_end_alike(world, tmp_path, objective, uneven,
         output = ended(how, 2, *WAYS[how])
         for name in NAMES:
             error = difference(output, name)
-            # Shards sum gradients in another order; ten steps of Adam enlarge what that rounds.
+            # Shards sum gradients in another order; steps of Adam enlarge what that rounds.
             allowed = 1e-5 if how == "sharded" else 1e-6
             # So do other micro-batches on one process, by how much is the processor's kernels'.
             assert error <= allowed or error <= 2 * rounding()[name], f"{how}, {name}: {error:.1e}"

@@ -120,7 +120,7 @@ def _intervals(values: Tensor, of_group: Tensor, groups: int) -> Interval:
         return torch.cat([own, own.mean(dim=0, keepdim=True)])
 
     seeded = torch.Generator().manual_seed(0)
-    return bootstrap_interval(means, values, of_group, generator=seeded)
+    return bootstrap_interval(means, values, of_group, generator=seeded, vectorized=True)
 
 
 def _estimates(columns: Sequence[str], table: Interval, row: int) -> dict[str, Estimate]:

@@ -11,7 +11,7 @@ from benchmarks.consistency_server import Soak, slope
 from mteditflow.rewards import ConsistencyClient, Fault, Lost
 
 CLIENTS = 64
-ROUNDS = 3
+ROUNDS = 2
 
 
 def run(url, seeds, **options):
