@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -210,6 +211,22 @@ def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
     [failure] = ablations.run_all(1)
     assert "expected a run of" in failure
     assert "got another; remove it" in failure
+
+
+def test_models_are_loaded_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    inside, most = [], []
+
+    def evaluate(_, setting, seed, turns):
+        inside.append((setting, seed, turns))
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+
+    monkeypatch.setattr(Ablations, "_train", lambda *_: None)
+    monkeypatch.setattr(Ablations, "_evaluate", evaluate)
+    assert Ablations(tmp_path, Form((0, 1), rounds=1, train=16, held_out=4), PAPER).run_all(4) == []
+    assert len(most) >= 2 * len(PAPER.settings)
+    assert set(most) == {1}
 
 
 @pytest.mark.slow

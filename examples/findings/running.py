@@ -36,6 +36,7 @@ from .study import BASE_RUN, Setting, Study, words_of
 SCRIPTS = Path(__file__).parents[1]
 TURNS, LONG = 3, 8  # of held-out chains
 PARSING = Lock()  # tyro's parser is not for several threads at once
+EVALUATING = Lock()  # while one thread loads a model, libraries change torch.nn.Module for all
 PLACES = {  # fields that say where files are
     "model": ("path",),
     "data": ("chains", "held_out"),
@@ -157,9 +158,10 @@ class Ablations:
         """Train and evaluate what is missing; what went wrong, if anything did."""
         try:
             self._train(setting, seed)
-            self._evaluate(setting, seed, TURNS)
-            if self.study.longer is not None and setting.name == self.study.base.name:
-                self._evaluate(setting, seed, LONG)
+            with EVALUATING:
+                self._evaluate(setting, seed, TURNS)
+                if self.study.longer is not None and setting.name == self.study.base.name:
+                    self._evaluate(setting, seed, LONG)
         except (OSError, RuntimeError, ValueError) as error:
             return f"{setting.name}, seed {seed}: {error}"
         return None
