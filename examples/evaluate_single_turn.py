@@ -20,12 +20,12 @@ from typing import Annotated, Any, NamedTuple
 
 import anyio
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from mteditflow._command import OneLineGroup, refusing
 from mteditflow._files import write_atomically
+from mteditflow._images import BOMBS, UNREADABLE, check_image
 from mteditflow._text import escape_controls, escape_markup
 from mteditflow.evaluation import JudgedBy
 from mteditflow.evaluation.benchmarks import (
@@ -53,7 +53,6 @@ from mteditflow.rewards.command_line import (
     ReasoningTokens,
     request_options,
 )
-from mteditflow.rewards.images import BOMBS, UNREADABLE
 
 app = typer.Typer(
     cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
@@ -214,8 +213,8 @@ def _require_items(reading: ItemReading) -> None:
 def readable(path: Path) -> bool:
     """Whether a file begins like an image."""
     try:
-        with Image.open(path):
-            return True
+        check_image(path)
+        return True
     except (*UNREADABLE, *BOMBS):
         return False
 

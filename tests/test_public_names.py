@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow.evaluation.benchmarks.imgedit": {"RUBRICS"},
     # How few cases are few, what is no image, and the first words of a long error.
     "mteditflow.metrics": {"FEW_CASES"},
-    "mteditflow.rewards.images": {"BOMBS", "UNREADABLE"},
+    "mteditflow._images": {"BOMBS", "UNREADABLE", "check_image", "read_image"},
     "mteditflow.chains.record": {"first_error"},
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from mteditflow._checks import check_choice
 from mteditflow.chains.formats.base import numbered_lines, parse_object
@@ -73,7 +73,9 @@ class _Row(BaseModel):
     task_type: GroupName
     instruction: Text
     image: Text
-    language: Language
+    language: Annotated[
+        Language, Field(validation_alias=AliasChoices("instruction_language", "language"))
+    ]
 
 
 def gedit_items(
@@ -83,11 +85,14 @@ def gedit_items(
 
     The benchmark is published as a table with the images in it; export one line for each row, with
     the keys ``key``, ``task_type`` (one of ``GROUPS``), ``instruction``, ``image`` (path of the
-    image before, relative to the manifest) and ``language`` ("en" or "cn"). Other keys are ignored.
+    image before, relative to the manifest) and ``instruction_language`` ("en" or "cn"; ``language``
+    is read, too). Other keys are ignored.
 
     Args:
         manifest: the file.
-        edited: folder of what the editor made, ``<language>/<key>.png``.
+        edited: folder of what the editor made, in the benchmark's layout:
+            ``fullset/<task_type>/<language>/<key>.png``. As there, an edited image is judged at
+            the size of its source.
         language: which rows to take.
 
     Returns:
@@ -109,9 +114,14 @@ def gedit_items(
             elif row.language == language and row.key in items:
                 skipped.append(f"{file}:{number}: key: expected a new one, got {row.key!r} again")
             elif row.language == language:
-                source, made = file.parent / row.image, Path(edited, language, f"{row.key}.png")
-                items[row.key] = Item(row.key, row.task_type, row.instruction, source, made)
+                items[row.key] = _item(row, file.parent, Path(edited))
     return ItemReading(tuple(items.values()), tuple(skipped))
+
+
+def _item(row: _Row, folder: Path, edited: Path) -> Item:
+    made = edited / "fullset" / row.task_type / row.language / f"{row.key}.png"
+    source = folder / row.image
+    return Item(row.key, row.task_type, row.instruction, source, made, at_source_size=True)
 
 
 def _parse(raw: bytes) -> _Row | str:

@@ -103,7 +103,7 @@ def imgedit_items(
 
     Returns:
         The items, and every bad entry with its reason: a broken one, a key that stands twice, no
-        category of the nine.
+        category of the nine, or no category, as in UGE_edit.json.
 
     Raises:
         OSError: the file cannot be opened.
@@ -122,12 +122,13 @@ def imgedit_items(
     items, skipped = [], [str(each) for each in reading.skipped]
     for chain in reading.chains:
         own = category_of(chain)
-        category = ALIASES.get(own, own)
+        category = None if own is None else ALIASES.get(own, own)
         if category in CRITERIA:
             made = Path(edited, f"{chain.id}.png")
             items.append(Item(chain.id, category, chain.instructions[0], chain.image_path, made))
         else:
-            expected = f"edit_type: expected one of {list(CATEGORIES)}, got {own!r}"
+            got = "none" if own is None else repr(own)
+            expected = f"edit_type: expected one of {list(CATEGORIES)}, got {got}"
             skipped.append(f"{file}: {chain.id}: {expected}")
     return ItemReading(tuple(items), tuple(skipped))
 
