@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 class ChainDataset(Dataset[Example]):
     """Chains with their reference images.
 
-    An image is RGB, turned as its EXIF orientation says; more than 2^24 pixels are refused. Within a
+    An image is RGB, turned as its EXIF orientation says; over 2^24 pixels are refused. Within a
     batch each chain's image is loaded once: the members of a group share it.
 
     Args:

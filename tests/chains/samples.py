@@ -18,7 +18,10 @@ FILES = {
     "edit-r2": DATA / "edit_r2.jsonl",
     "pico-banana": DATA / "pico_banana.jsonl",
     "flow-grpo": DATA / "flow_grpo.jsonl",
+    "seed-data-edit": DATA / "seed_data_edit.jsonl",
     "imgedit": DATA / "imgedit.json",
+    "imgedit-multi-turn": DATA / "imgedit_multi_turn.json",
+    "magicbrush": DATA / "magicbrush.json",
 }
 
 texts = st.text(min_size=1, max_size=12).filter(str.strip)
@@ -32,7 +35,7 @@ unknown_keys = st.text(min_size=1, max_size=8).filter(lambda key: key not in TAK
 TAKEN = {
     *Chain.model_fields,
     *("instruction", "task_type", "formatted_instruction", "bg_consistency", "turns", "prompt"),
-    *("files", "metadata_edit_turn_prompts", "local_input_image", "edit_type"),
+    *("files", "metadata_edit_turn_prompts", "local_input_image", "edit_type", "source_image"),
 }
 
 

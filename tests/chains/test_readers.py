@@ -70,15 +70,34 @@ def test_broken_lines_before_the_first_good_one_do_not_hide_the_format(tmp_path)
     assert [skipped.line for skipped in reading.skipped] == [1, 2]
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "hello", '{"a": 1}', "[]", "a,b\n1,2\n", "\x00"])
-def test_what_cannot_be_told_lists_the_formats(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        *((content, "no record") for content in ("", "\n\n", "hello", "[]", "\x00", "{")),
+        ('{"a": 1}', "the keys ['a']"),
+        ("a,b\n1,2\n", "the keys ['a', 'b']"),
+        (
+            "image_index,turns\n0,1\n",
+            "the keys ['image_index', 'turns']; the nearest is edival, wh",
+        ),
+        (
+            '[{"imag": "a.png", "instruction": ["Add a dog"]}]',
+            "the keys ['imag', 'instruction']; the nearest is edit-r2, which needs ['image']",
+        ),
+        (
+            '{"1": {"id": "a.png", "prompts": "Add a dog"}}',
+            "the keys ['id', 'prompts']; the nearest is imgedit, which needs ['prompt']",
+        ),
+    ],
+)
+def test_what_cannot_be_told_lists_the_formats_what_was_seen_and_what_is_near(
+    content, got, tmp_path
+):
     path = written(tmp_path, content)
-    message = (
-        f"{path}: expected content of one of the formats native, edival, edit-r2, pico-banana, "
-        "flow-grpo, imgedit"
-    )
-    with pytest.raises(ChainError, match=exactly(message)):
+    expected = f"{path}: expected content of one of the formats {', '.join(FORMATS)}, got {got}"
+    with pytest.raises(ChainError) as caught:
         read_chains(path, strict=False)
+    assert str(caught.value)[: len(expected)] == expected
 
 
 def test_unknown_format_and_missing_file(tmp_path):
@@ -138,6 +157,43 @@ def test_images_are_looked_for_only_where_asked(tmp_path):
     elsewhere.mkdir()
     (elsewhere / "x.png").touch()
     assert reasons(path, check_images=True, images=elsewhere).keys() == {1, 3, 4, 5}
+
+
+@pytest.mark.parametrize("name", ["n" * 256 + ".png", "a" * 10**6, "\0.png"])
+def test_a_name_that_the_system_refuses_costs_its_own_chain(name, tmp_path):
+    path = written(tmp_path, "\n".join([line(1, image=name), line(2, image="here.png")]))
+    (tmp_path / "here.png").touch()
+    reading = read_chains(path, strict=False, check_images=True)
+    assert [chain.id for chain in reading.chains] == ["2"]
+    (skipped,) = reading.skipped
+    assert skipped.reason.startswith("image: expected a file, got ")
+    assert len(skipped.reason) < 500
+
+
+def test_a_name_that_is_not_unicode_costs_its_own_chain(tmp_path):
+    path = written(tmp_path, '{"id": "1", "image": "\\udcff.png", "instructions": ["do"]}\n' + GOOD)
+    assert reasons(path) == {1: "image: expected valid Unicode text, got '\\udcff.png'"}
+
+
+@pytest.mark.parametrize("image", ["../x.png", "deep/../../x.png", "/etc/passwd", ".."])
+def test_an_image_outside_of_the_folder_has_to_be_allowed(image, tmp_path):
+    path = written(tmp_path, line(1, image=image))
+    reason = f"image: expected a path within {str(tmp_path)!r}, got {image!r}; --allow-outside"
+    assert reasons(path)[1].startswith(reason)
+    (chain,) = read_chains(path, allow_outside=True).chains
+    assert chain.image == image
+    within = ["deep/../x.png", str(tmp_path / "x.png"), "..x.png", "https://a.example/../b.png"]
+    path = written(tmp_path, "\n".join(line(n, image=x) for n, x in enumerate(within)))
+    assert [chain.image for chain in read_chains(path).chains] == within
+
+
+def test_a_link_within_the_folder_may_lead_anywhere(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").touch()
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "photos").symlink_to(tmp_path / "images")
+    path = written(tmp_path / "lists", line(1, image="photos/x.png"))
+    assert read_chains(path, check_images=True).chains[0].image_path.is_file()
 
 
 def test_images_are_relative_to_the_file_or_to_a_folder(tmp_path):

@@ -168,9 +168,15 @@ def take_turns(record: Record, prefix: str) -> list[Any]:
     return [record.pop(f"{prefix}{number}") for number in numbers]
 
 
-def per_turn(prefix: str, values: Collection[Any]) -> Record:
-    """Return one key for each turn: the inverse of ``take_turns``."""
-    return {f"{prefix}{number}": value for number, value in enumerate(values, start=1)}
+def with_turns(prefix: str, values: Collection[Any], rest: Mapping[str, Any]) -> Record:
+    """Return one key for each turn, and further keys: the inverse of ``take_turns``.
+
+    Raises:
+        ChainError: a further key would be read as a turn.
+    """
+    if others := [key for key in rest if re.fullmatch(re.escape(prefix) + r"[1-9]\d{0,5}", key)]:
+        raise ChainError(f"{others[0]}: expected no key of this name, which is that of a turn")
+    return {f"{prefix}{n}": value for n, value in enumerate(values, start=1)} | dict(rest)
 
 
 def known_types(key: str, types: object) -> bool:

@@ -85,9 +85,10 @@ def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iter
 def _cut_beside(line: int, images: Mapping[str, list[tuple[int, Cells]]]) -> str | None:
     """Of the images before and after a bad row, the one that lacks a turn which others have."""
     longest = max((len(own) for own in images.values()), default=0)
-    before = {own[-1][0]: index for index, own in images.items() if own[-1][0] < line}
-    after = {own[0][0]: index for index, own in images.items() if own[0][0] > line}
-    beside = [rows[pick(rows)] for rows, pick in ((before, max), (after, min)) if rows]
+    rows = {number: index for index, own in images.items() for number, _ in own}
+    before = max((n for n in rows if n < line), default=None)
+    after = min((n for n in rows if n > line), default=None)
+    beside = [rows[n] for n in (before, after) if n is not None]
     return next((index for index in beside if len(images[index]) < longest), None)
 
 

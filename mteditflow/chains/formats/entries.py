@@ -53,11 +53,11 @@ def entries(raw: bytes, bracket: str, keys: Collection[str] = ()) -> Iterator[En
     while not text.startswith(CLOSING[bracket], position):
         line, start = line + text.count("\n", start, position), position
         try:
-            name, value, end = _entry(text, position, bracket)
-            yield Entry(line, name, _of_bytes(text[position:end]) or value)
-            position = end
+            name, value, position = _entry(text, start, bracket)
+            yield Entry(line, name, _of_bytes(text[start:position]) or value)
+            if not text.startswith((",", CLOSING[bracket]), position) and position < len(text):
+                line, start = line + text.count("\n", start, position), position  # of the next one
             if not text.startswith(CLOSING[bracket], position):
-                line, start = line + text.count("\n", start, position), position
                 position = _pass(text, position, ",")
         except ChainError as error:
             yield Entry(line, None, _of_bytes(text[start : start + 80]) or error)
@@ -77,12 +77,18 @@ def keys_of(value: object) -> frozenset[str]:
 
 
 def _entry(text: str, position: int, bracket: str) -> tuple[Any, Any, int]:
-    """Parse an entry; return its name, its value, and where what follows begins."""
+    """Parse an entry; return its name, its value, and where what follows begins.
+
+    That is a comma, the end, or an entry for want of a comma; anything else spoils this one.
+    """
     name = None
     if bracket == "{":
         name, position = _scan(text, position)
         position = _pass(text, position, ":")
     value, end = _scan(text, position)
+    follows = text.startswith((",", CLOSING[bracket]), end) or OPENINGS[bracket].match(text, end)
+    if not follows and end < len(text):
+        raise ChainError(f"expected ',', got {_shown(text, end)}")
     return name, value, end
 
 

@@ -6,10 +6,10 @@ from mteditflow.chains.formats.base import (
     Record,
     as_object,
     join,
-    per_turn,
     single_turn,
     take,
     take_turns,
+    with_turns,
     without,
 )
 from mteditflow.chains.formats.entries import entry_format
@@ -93,8 +93,8 @@ def _decode_turns(name: object, entry: object) -> Record:
 
 
 def _encode_turns(chain: Chain) -> Record:
-    own = {"id": chain.image, **per_turn("turn", chain.instructions)}
-    return join(own, without(chain, "id", "image", "instructions"))
+    rest = without(chain, "id", "image", "instructions")
+    return join({"id": chain.image}, with_turns("turn", chain.instructions, rest))
 
 
 IMGEDIT_MULTI_TURN = entry_format(

@@ -21,11 +21,11 @@ from mteditflow.chains.formats.base import (
     known_types,
     numbered_lines,
     parse_object,
-    per_turn,
     single_turn,
     take,
     take_turns,
     with_id,
+    with_turns,
     without,
 )
 from mteditflow.chains.formats.entries import entries
@@ -223,8 +223,9 @@ def _decode_seed(record: Record, number: int) -> Record:
 
 
 def _encode_seed(chain: Chain) -> Record:
-    own = {"source_image": chain.image, **per_turn("instruction_", chain.instructions)}
-    return join(own, without(chain, "image", "instructions"))
+    rest = without(chain, "image", "instructions")
+    turns = with_turns("instruction_", chain.instructions, rest)
+    return join({"source_image": chain.image}, turns)
 
 
 SEED_DATA_EDIT = json_lines(

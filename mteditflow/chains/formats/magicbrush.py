@@ -39,8 +39,9 @@ def _turn(number: int, turn: object) -> Record:
 
 def _encode(chain: Chain) -> list[Record]:
     extra = chain.model_extra or {}
-    if (folder := f"images/{chain.id}/") + PurePosixPath(chain.image).name != chain.image:
-        raise ChainError(f"image: expected a file in {folder!r}, got {chain.image!r}")
+    if (parts := PurePosixPath(chain.image).parts)[-3:-1] != ("images", chain.id):
+        got = "/".join(parts[-3:])
+        raise ChainError(f"image: expected a file in 'images/{chain.id}/', got {got!r}")
     for key in ("masks", "outputs"):
         if not isinstance(extra.get(key), (list, tuple)) or len(extra[key]) != chain.turns:
             got = shorten(extra.get(key))
@@ -56,6 +57,6 @@ MAGICBRUSH = entry_format(
     keys={"input", "output", "instruction"},
     decode=_decode,
     encode=_encode,
-    loses="all but id, image, instructions, masks and outputs",
+    loses="all but id, instructions, masks, outputs and the name of the image",
     refuses="an image elsewhere; without masks and outputs",
 )

@@ -92,7 +92,8 @@ def _open(path: Path) -> Any:
 def _batches(path: Path) -> Iterator[Any]:
     import pyarrow
 
+    reader = _open(path)
     try:
-        yield from _open(path)
-    except pyarrow.ArrowInvalid as error:
+        yield from reader
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ChainError(f"{path}: expected an Arrow file, got {error}") from error
