@@ -130,7 +130,7 @@ def gedit(
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
-    """GEdit-Bench: a manifest in JSON Lines, and <language>/<key>.png in the folder."""
+    """GEdit-Bench: a manifest in JSON Lines; images are fullset/<group>/<language>/<key>.png."""
     with refusing():
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
         readings = {f"gedit_{x}": gedit_items(file, edited, language=x) for x in LANGUAGES}

@@ -127,6 +127,33 @@ def test_errors_are_one_line_on_stderr(arguments, message):
     assert result.stdout == ""
 
 
+def test_images_outside_of_the_folder_need_an_option_of_every_command(tmp_path):
+    (tmp_path / "lists").mkdir()
+    source = tmp_path / "lists" / "x.jsonl"
+    source.write_text(GOOD % (1, "../1") + GOOD % (2, "../1"), encoding="utf-8")
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    sides = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for command, code in (
+        (["check", source], 1),
+        (["convert", source, sides[0]], 2),
+        (["split", source, *sides, "--by", "chain", "--count", 1], 2),
+    ):
+        refused = run(*command)
+        assert refused.exit_code == code
+        assert "--allow-outside (allow_outside=True) accepts it" in refused.stderr
+        assert run(*command, "--allow-outside").exit_code == 0
+    assert ids(sides[0]) + ids(sides[1]) in (["1", "2"], ["2", "1"])
+
+
+def test_convert_says_that_images_lie_outside_of_the_new_folder(tmp_path):
+    source = tmp_path / "x.jsonl"
+    source.write_text(GOOD % (1, 1), encoding="utf-8")
+    (tmp_path / "lists").mkdir()
+    told = run("convert", source, tmp_path / "lists" / "y.jsonl").stdout.splitlines()[-1]
+    assert told == f"1 images lie outside {tmp_path / 'lists'}: to read them, --allow-outside"
+    assert "outside" not in run("convert", source, tmp_path / "y.jsonl").stdout
+
+
 SPLIT = ["split", FILES["native"], "a.jsonl", "b.jsonl"]
 
 

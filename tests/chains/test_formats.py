@@ -484,7 +484,7 @@ def back(chain_list, name, folder):
     path = folder / f"back-{name}"
     here = [chain.model_copy(update={"root": path.parent}) for chain in chain_list]
     write_chains(here, path, format=name)
-    assert list(read_chains(path, format=name).chains) == here
+    assert list(read_chains(path, format=name, allow_outside=True).chains) == here
     return path
 
 

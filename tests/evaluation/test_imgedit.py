@@ -35,6 +35,15 @@ def entry(category, image="1.jpg", prompt="Do it"):
     return {"id": image, "prompt": prompt, "edit_type": category}
 
 
+def test_entries_without_a_category_are_named_not_an_error(tmp_path):
+    (tmp_path / "UGE_edit.json").write_text('{"1": {"id": "1.jpg", "prompt": "Remove the cup"}}')
+    reading = imgedit_items(tmp_path / "UGE_edit.json", tmp_path)
+    assert not reading.items
+    (skipped,) = reading.skipped
+    assert ": 1: edit_type: expected one of ['add', " in skipped
+    assert skipped.endswith("got none")
+
+
 def item(key, group="add", folder=Path()):
     return Item(key, group, f"Edit {key}", folder / "before.png", folder / f"{key}.png")
 

@@ -70,7 +70,7 @@ def test_an_odd_attribute_costs_the_attribute_alone(odd, reason):
     ((place, told),) = left_out.items()
     assert place == f"black cat: {next(iter(odd))}"
     assert told.startswith(reason)
-    assert cat == ListedObject(**{**{k: x for k, x in CAT.items() if k not in odd}})
+    assert cat == ListedObject(**{k: x for k, x in CAT.items() if k not in odd})
     assert dog.name == "dog"
 
 
