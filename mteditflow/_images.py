@@ -9,7 +9,7 @@ import zlib
 from PIL import Image, ImageOps
 
 #: Formats of image files that are read. PIL knows more, of which EPS starts another program.
-FILE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FILE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 #: Width times height that is decoded at most; the consistency server has the same limit.
 MAX_PIXELS = 2**24
 SIXTEEN_BITS = ("I", "F")  # also I;16 and others: converting them to RGB clips silently

@@ -7,6 +7,7 @@ import csv
 import io
 import re
 import warnings
+from bisect import bisect
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -71,8 +72,9 @@ def _read(file: BinaryIO) -> Iterator[Row]:
 def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iterator[Row]:
     """One row for each image: its chain, or why there is none; and bad rows of no known image."""
     costs: dict[str, Row] = {}
+    beside = _CutBeside(images)
     for row in bad:
-        index = row.index if row.index is not None else _cut_beside(row.line, images)
+        index = row.index if row.index is not None else beside(row.line)
         if index is None:
             yield row.line, row.error
         else:
@@ -82,14 +84,18 @@ def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iter
     yield from _without_cut(made)
 
 
-def _cut_beside(line: int, images: Mapping[str, list[tuple[int, Cells]]]) -> str | None:
-    """Of the images before and after a bad row, the one that lacks a turn which others have."""
-    longest = max((len(own) for own in images.values()), default=0)
-    rows = {number: index for index, own in images.items() for number, _ in own}
-    before = max((n for n in rows if n < line), default=None)
-    after = min((n for n in rows if n > line), default=None)
-    beside = [rows[n] for n in (before, after) if n is not None]
-    return next((index for index in beside if len(images[index]) < longest), None)
+class _CutBeside:
+    """Of the images before and after a bad row, finds the one that lacks a turn others have."""
+
+    def __init__(self, images: Mapping[str, list[tuple[int, Cells]]]) -> None:
+        longest = max((len(own) for own in images.values()), default=0)
+        self._short = {index for index, own in images.items() if len(own) < longest}
+        self._rows = sorted((line, index) for index, own in images.items() for line, _ in own)
+
+    def __call__(self, line: int) -> str | None:
+        place = bisect(self._rows, (line, ""))
+        beside = self._rows[max(place - 1, 0) : place + 1]
+        return next((index for _, index in beside if index in self._short), None)
 
 
 def _without_cut(made: Mapping[str, Row]) -> Iterator[Row]:
