@@ -73,13 +73,13 @@ def convert(
     is written then. With --lenient both are left out, listed and counted.
     """
     left_out: list[str] = []
-    outside = 0
+    outside: set[str] = set()
 
     def chains() -> Iterator[Chain]:
-        nonlocal outside
         for found in iter_chains(source, format=from_, images=images, allow_outside=allow_outside):
             if isinstance(found, Chain):
-                outside += is_outside(found, target.parent)
+                if is_outside(found, target.parent):
+                    outside.add(found.id)
                 yield found
             elif lenient:
                 left_out.append(str(found))
@@ -89,12 +89,16 @@ def convert(
     with refusing():
         writing = write_chains(chains(), target, format=to, strict=not lenient)
     left_out += map(str, writing.refused)
+    outside -= {refused.id for refused in writing.refused}
     _print_left_out(left_out)
     out.print(f"{writing.count} chains written to {target} ({to}), {len(left_out)} left out")
     if FORMATS[to].loses != "nothing":
         out.print(f"{to} leaves out: {FORMATS[to].loses}")
     if outside:
-        out.print(f"{outside} images lie outside {target.parent}: to read them, --allow-outside")
+        out.print(
+            f"images of {len(outside)} chains lie outside {target.parent}: to read them, give "
+            "--allow-outside"
+        )
 
 
 @app.command()
@@ -176,8 +180,9 @@ def split(
 @app.command()
 def formats() -> None:
     """List the formats, what each leaves out, and which chains it refuses."""
-    headers = ("format", "what it is", "leaves out", "refuses chains with")
-    table = Table(*(Column(header, overflow="fold") for header in headers))
+    headers = ("what it is", "leaves out", "refuses chains with")
+    names = Column("format", no_wrap=True)
+    table = Table(names, *(Column(header, overflow="fold") for header in headers))
     for known in FORMATS.values():
         table.add_row(known.name, known.about, known.loses, known.refuses)
     out.print(table)

@@ -61,7 +61,7 @@ DOG = {"name": "dog", "color": None}
         ({"text": "x" * 81}, "expected at most 80 characters, got 'xxxxxx"),
         ({"text": ""}, "expected text that is not empty, got ''"),
         ({"color": 3}, "expected text, got 3"),
-        ({"foreground": "yes"}, "expected a valid boolean, got 'yes'"),
+        ({"foreground": "yes"}, "expected true or false, got 'yes'"),
         ({"size": 3}, "expected no such field, got 3"),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_second_object_of_a_name_and_a_thirteenth_are_left_out():
     ("text", "message"),
     [
         (json.dumps([CAT]), "expected an object"),
-        (json.dumps({"objects": CAT}), "objects: expected a valid list"),
+        (json.dumps({"objects": CAT}), "objects: expected a valid array"),
         (json.dumps({"objects": [CAT], "more": 3}), "more: expected no such field"),
         ('{"objects": [{"name": "cat"', "expected one JSON object and nothing else"),
     ],
