@@ -71,6 +71,9 @@ Patience = Annotated[
 MaxInvalid = Annotated[
     float, typer.Option(min=0, max=1, help="Share of items without a score that is an error.")
 ]
+Outside = Annotated[
+    bool, typer.Option("--allow-outside", help="Images before may lie outside their folder.")
+]
 FEW = f"* over fewer than {FEW_CASES}"
 DEFAULT_OUTPUT = Path("runs/single_turn")
 
@@ -99,6 +102,7 @@ def imgedit(
     judge: Judges,
     model: Model,
     images: Annotated[Path | None, typer.Option(help="Folder of the images before.")] = None,
+    allow_outside: Outside = False,
     output: Output = DEFAULT_OUTPUT,
     answer_tokens: AnswerTokens = None,
     reasoning_tokens: ReasoningTokens = 0,
@@ -110,7 +114,8 @@ def imgedit(
     """ImgEdit-Bench: basic_edit.json, and <key>.png in the folder."""
     with refusing():
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
-        readings = {"imgedit": imgedit_items(file, edited, images=images)}
+        reading = imgedit_items(file, edited, images=images, allow_outside=allow_outside)
+        readings = {"imgedit": reading}
         bench = Benchmark(score_imgedit, report_imgedit, tuple(IMGEDIT_RUBRICS.values()))
         runs = _runs(readings, bench, judge, model, output, patience, request)
     _finish(runs, output, max_invalid)
@@ -122,6 +127,7 @@ def gedit(
     edited: Edited,
     judge: Judges,
     model: Model,
+    allow_outside: Outside = False,
     output: Output = DEFAULT_OUTPUT,
     answer_tokens: AnswerTokens = None,
     reasoning_tokens: ReasoningTokens = 0,
@@ -133,7 +139,8 @@ def gedit(
     """GEdit-Bench: a manifest in JSON Lines; images are fullset/<group>/<language>/<key>.png."""
     with refusing():
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
-        readings = {f"gedit_{x}": gedit_items(file, edited, language=x) for x in LANGUAGES}
+        read = partial(gedit_items, file, edited, allow_outside=allow_outside)
+        readings = {f"gedit_{x}": read(language=x) for x in LANGUAGES}
         readings = {name: x for name, x in readings.items() if x.items} or readings
         bench = Benchmark(score_gedit, report_gedit, (CONSISTENCY, QUALITY))
         runs = _runs(readings, bench, judge, model, output, patience, request)

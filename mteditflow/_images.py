@@ -36,7 +36,7 @@ def check_image(path: str | os.PathLike[str]) -> tuple[int, int]:
         Exception: one of ``UNREADABLE`` or ``BOMBS`` where it is no image of ``FILE_FORMATS``.
     """
     with _open(path) as image:
-        return image.size
+        return image.width, image.height
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -86,8 +86,8 @@ def read_chains(
     Example:
         >>> import tempfile
         >>> from mteditflow.chains import write_chains
-        >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat",))
         >>> with tempfile.TemporaryDirectory() as folder:
+        ...     chain = Chain(id="7", image="7.png", instructions=("Remove it",), root=folder)
         ...     path = Path(folder, "chains.jsonl")
         ...     _ = write_chains([chain], path)
         ...     _ = path.write_text(path.read_text() + '{"id": 8}')
@@ -216,7 +216,7 @@ class _Looks:
         if chain.image_is_remote:
             address = f"got the address {shorten(chain.image)}"
             return ChainError(f"image: expected a file, {address}") if self.check_images else chain
-        if not self.allow_outside and is_outside(chain, self.root):
+        if not self.allow_outside and is_outside(chain.image_path, self.root):
             return ChainError(
                 f"image: expected a path within {shorten(str(self.root), PATH_SHOWN)}, got "
                 f"{shorten(chain.image)}; --allow-outside (allow_outside=True) accepts it"
@@ -237,11 +237,10 @@ class _Looks:
         return chain.model_copy(update={"image": there})
 
 
-def is_outside(chain: Chain, folder: Path) -> bool:
-    """Whether the file of an image lies outside a folder; links are not followed."""
+def is_outside(path: Path, folder: Path) -> bool:
+    """Whether a path leads out of a folder, by ".." or by being absolute; links do not matter."""
     root = os.path.abspath(folder)
-    path = os.path.abspath(chain.image_path)
-    return not chain.image_is_remote and os.path.commonpath((root, path)) != root
+    return os.path.commonpath((root, os.path.abspath(path))) != root
 
 
 def _is_file(path: Path) -> bool:

@@ -212,8 +212,8 @@ class Chain(BaseModel):
         return one_line(self.to_record())
 
 
-def one_line(record: Mapping[str, Any]) -> str:
-    """Write a record as one line of JSON.
+def one_line(record: object) -> str:
+    """Write a record, or a list of them, as one line of JSON.
 
     Raises:
         ChainError: it holds what JSON cannot.

@@ -51,15 +51,21 @@ def test_rows_are_read_by_language_and_bad_ones_are_named(tmp_path):
         row("5", instruction=" "),
         "{",
         "",
+        row("6", image="../6.png"),
     ]
     manifest.write_text("\n".join(lines))
     english = gedit_items(manifest, tmp_path / "made", language="en")
     assert [item.key for item in english.items] == ["1", "2"]
     assert english.items[0].source == tmp_path / "images/1.png"
     assert english.items[0].edited == tmp_path / "made/fullset/color_alter/en/1.png"
-    assert [line.split(": ")[0].rsplit(":")[-1] for line in english.skipped] == list("45678")
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in english.skipped] == [
+        *("4", "5", "6", "7", "8", "10")
+    ]
     for said in ("got '1' again", "task_type: expected", "language: expected", "instruction"):
         assert any(said in line for line in english.skipped)
+    assert "image: expected a path within" in english.skipped[-1]
+    everything = gedit_items(manifest, tmp_path / "made", language="en", allow_outside=True)
+    assert [item.key for item in everything.items] == ["1", "2", "6"]
     chinese = gedit_items(manifest, tmp_path / "made", language="cn")
     assert [item.instruction for item in chinese.items] == ["\u6539\u6210\u7ea2\u8272"]
     with pytest.raises(ValueError, match="language: expected one of"):

@@ -44,7 +44,7 @@ class _Bad(NamedTuple):
 
     line: int
     error: ChainError
-    index: str | None
+    image: str | None
 
 
 def _read(file: BinaryIO) -> Iterator[Row]:
@@ -74,7 +74,7 @@ def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iter
     costs: dict[str, Row] = {}
     beside = _CutBeside(images)
     for row in bad:
-        index = row.index if row.index is not None else beside(row.line)
+        index = row.image if row.image is not None else beside(row.line)
         if index is None:
             yield row.line, row.error
         else:

@@ -61,9 +61,10 @@ def entries(raw: bytes, bracket: str, keys: Collection[str] = ()) -> Iterator[En
                 position = _pass(text, position, ",")
         except ChainError as error:
             yield Entry(line, None, _of_bytes(text[start : start + 80]) or error)
-            position = _next(text, start + 1, bracket, keys, opening)
-            if position is None:
+            following = _next(text, start + 1, bracket, keys, opening)
+            if following is None:
                 return
+            position = following
     if text[position + 1 :].strip():
         line += text.count("\n", start, position)
         yield Entry(line, None, ChainError(f"expected the end, got {_shown(text, position + 1)}"))

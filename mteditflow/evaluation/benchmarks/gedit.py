@@ -15,8 +15,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from mteditflow._checks import check_choice
+from mteditflow.chains.files import is_outside
 from mteditflow.chains.formats.base import numbered_lines, parse_object
-from mteditflow.chains.record import ChainError, first_error
+from mteditflow.chains.record import ChainError, first_error, shorten
 from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
 from mteditflow.evaluation.benchmarks.items import (
     Item,
@@ -79,7 +80,11 @@ class _Row(BaseModel):
 
 
 def gedit_items(
-    manifest: str | os.PathLike[str], edited: str | os.PathLike[str], *, language: str
+    manifest: str | os.PathLike[str],
+    edited: str | os.PathLike[str],
+    *,
+    language: str,
+    allow_outside: bool = False,
 ) -> ItemReading:
     """Read one language of GEdit-Bench from a folder: a manifest in JSON Lines beside its images.
 
@@ -94,6 +99,7 @@ def gedit_items(
             ``fullset/<task_type>/<language>/<key>.png``. As there, an edited image is judged at
             the size of its source.
         language: which rows to take.
+        allow_outside: whether images may lie outside the folder of the manifest.
 
     Returns:
         The items, and every bad line with its reason; a key that stands twice is one.
@@ -108,7 +114,7 @@ def gedit_items(
     skipped = []
     with file.open("rb") as stream:
         for number, raw in numbered_lines(stream):
-            row = _parse(raw)
+            row = _parse(raw, None if allow_outside else file.parent)
             if isinstance(row, str):
                 skipped.append(f"{file}:{number}: {row}")
             elif row.language == language and row.key in items:
@@ -124,10 +130,14 @@ def _item(row: _Row, folder: Path, edited: Path) -> Item:
     return Item(row.key, row.task_type, row.instruction, source, made, at_source_size=True)
 
 
-def _parse(raw: bytes) -> _Row | str:
-    """Read a line, or say what is wrong with it."""
+def _parse(raw: bytes, within: Path | None) -> _Row | str:
+    """Read a line, or say what is wrong with it, such as an image that is not within a folder."""
     try:
-        return _Row.model_validate(parse_object(raw))
+        row = _Row.model_validate(parse_object(raw))
+        if within is not None and is_outside(within / row.image, within):
+            expected = f"image: expected a path within {shorten(str(within))}"
+            return f"{expected}, got {shorten(row.image)}; --allow-outside accepts it"
+        return row
     except ValidationError as error:
         return first_error(error)
     except ChainError as error:

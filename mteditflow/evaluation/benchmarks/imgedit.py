@@ -93,6 +93,7 @@ def imgedit_items(
     edited: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
+    allow_outside: bool = False,
 ) -> ItemReading:
     """Read ``basic_edit.json`` beside what an editor made.
 
@@ -100,6 +101,7 @@ def imgedit_items(
         file: the JSON file, ``{key: {"id": path, "prompt": text, "edit_type": category}}``.
         edited: folder of the images made, ``<key>.png``.
         images: folder that the paths are relative to; ``None`` is that of the file.
+        allow_outside: whether they may lead out of that folder, as in ``read_chains``.
 
     Returns:
         The items, and every bad entry with its reason: a broken one, a key that stands twice, no
@@ -118,12 +120,14 @@ def imgedit_items(
         >>> item.group, item.edited.name
         ('adjust', '1.png')
     """
-    reading = read_chains(file, format="imgedit", strict=False, images=images)
+    reading = read_chains(
+        file, format="imgedit", strict=False, images=images, allow_outside=allow_outside
+    )
     items, skipped = [], [str(each) for each in reading.skipped]
     for chain in reading.chains:
         own = category_of(chain)
-        category = None if own is None else ALIASES.get(own, own)
-        if category in CRITERIA:
+        category = ALIASES.get(own or "", own)
+        if category is not None and category in CRITERIA:
             made = Path(edited, f"{chain.id}.png")
             items.append(Item(chain.id, category, chain.instructions[0], chain.image_path, made))
         else:
