@@ -83,6 +83,16 @@ def test_every_format_of_the_list_is_read(kind, tmp_path):
     assert image.getpixel((1, 1))[0] > 180
 
 
+@pytest.mark.parametrize("letter", ["a", "\u5b66"])
+def test_edits_of_a_chain_with_a_long_id_have_a_folder_of_their_own(letter, tmp_path):
+    edited = EditedImages(tmp_path)
+    chains = [Chain(id=letter * 400 + end, image="7.png", instructions=["Do"]) for end in "xy"]
+    assert not any(edited.complete(chain) for chain in chains)
+    for chain, color in zip(chains, ((1, 2, 3), (4, 5, 6)), strict=True):
+        edited.write(chain, [Image.new("RGB", (1, 1), color)])
+    assert [edited.load(chain)[0].getpixel((0, 0)) for chain in chains] == [(1, 2, 3), (4, 5, 6)]
+
+
 def test_every_opening_of_an_image_names_its_formats():
     files = [
         x for room in ("mteditflow", "examples", "benchmarks") for x in (ROOT / room).rglob("*.py")

@@ -68,10 +68,10 @@ def root(tmp_path_factory):
     row = {"key": "1", "task_type": "subject-add", "instruction": "a", "image": "in.png"}
     (root / "gedit.jsonl").write_text(json.dumps({**row, "language": "en"}))
     (root / "types.jsonl").write_text(json.dumps({**row, "task_type": "x", "language": "en"}))
-    for folder in ("single", "single/en"):
-        (root / folder).mkdir()
+    for folder in ("single", "single/fullset/subject-add/en"):
+        (root / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root / folder / "1.png")
-        (root / f"torn/{folder.removeprefix('single')}").mkdir(exist_ok=True)
+        (root / f"torn/{folder.removeprefix('single')}").mkdir(parents=True, exist_ok=True)
         (root / f"torn/{folder.removeprefix('single')}/1.png").write_bytes(b"no image")
     old = {"imgedit.json": {"judge": "m"}, "gedit_en.json": {"judge": "m"}, "scores.json": {}}
     for name, report in old.items():  # without provenance
