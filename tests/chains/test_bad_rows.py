@@ -80,6 +80,15 @@ def test_every_bad_row_costs_its_own_image_once(tmp_path):
     assert len(reading.chains) + len(reading.skipped) == COUNT
 
 
+def test_bad_lines_of_no_image_count_once_in_a_row(tmp_path):
+    lines = csv_lines()
+    lines[1 + TURNS * 5 : 1 + TURNS * 5] = [b"more, or less\n", b"\xff\n", b"\n", b"1\n"]
+    lines += [b"the end\n"]
+    reading = read(tmp_path, b"".join(lines))
+    assert len(reading.chains) == COUNT
+    assert [skipped.line for skipped in reading.skipped] == [17, 96]
+
+
 def test_cells_with_line_breaks_beside_a_bad_row(tmp_path):
     lines = csv_lines()
     broken = b"\"[\n\n'color_alter'\n]\""
@@ -174,6 +183,17 @@ def test_a_broken_entry_costs_no_other(kind, fault, indent, tmp_path):
     assert len(lost) == 1
     assert reading.skipped[0].reason.isprintable()
     assert len(reading.skipped[0].reason) < 400
+    told = reading.skipped[0].reason == "expected UTF-8 text, got byte 0xe9"
+    assert told is (fault == FAULTS["byte"])
+
+
+def test_an_entry_with_its_keys_in_another_order_is_found_behind_a_broken_one(tmp_path):
+    whole = {str(n): entry(n) for n in range(COUNT)}
+    whole["15"] = dict(reversed(entry(15).items()))
+    content = json.dumps(whole).replace('"14.png",', '"14.png"')
+    reading = read(tmp_path, content.encode())
+    assert [chain.id for chain in reading.chains] == [str(n) for n in range(COUNT) if n != 14]
+    assert len(reading.skipped) == 1
 
 
 def test_broken_entries_in_a_row_are_counted_one_by_one(tmp_path):

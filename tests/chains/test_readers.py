@@ -85,6 +85,10 @@ def test_broken_lines_before_the_first_good_one_do_not_hide_the_format(tmp_path)
             "the keys ['imag', 'instruction']; the nearest is edit-r2, which needs ['image']",
         ),
         (
+            '{"a": 1, "b": 2, "c": 3}\n{"promp": "Add a dog", "image": "a.png"}\n',
+            "the keys ['image', 'promp']; the nearest is flow-grpo, which needs ['prompt']",
+        ),
+        (
             '{"1": {"id": "a.png", "prompts": "Add a dog"}}',
             "the keys ['id', 'prompts']; the nearest is imgedit, which needs ['prompt']",
         ),

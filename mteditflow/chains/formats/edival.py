@@ -31,7 +31,7 @@ PREFIXES = {
 }
 COLUMNS = ("image_index", "turns", *PREFIXES, "bg_consistency", *OBJECTS)
 BOOLEANS = {"true": True, "false": False}
-LINES_MAX = 256  # lines that one row may span
+LINES_MAX = 64  # lines that one row may span
 INDEX_MAX = 4096  # characters of a bad row in which its image is looked for
 ALIKE = 20  # of so many images, one that is shorter than all the others is taken to be cut
 SUFFIXES = (".png", ".jpeg", ".webp")  # of images that are not JPEG by name
@@ -117,7 +117,7 @@ def _without_cut(made: Mapping[str, Row]) -> Iterator[Row]:
 
 def _rows(lines: list[str], start: int, columns: list[str]) -> Iterator[tuple[int, Cells | _Bad]]:
     """Go from row to row; bad lines in a row of which no image is known count once."""
-    place, follows = columns.index("image_index"), False
+    places, follows = [columns.index(x) for x in ("image_index", "turns")], False
     while start < len(lines):
         if not lines[start].strip(", \r\n"):
             start += 1
@@ -127,7 +127,7 @@ def _rows(lines: list[str], start: int, columns: list[str]) -> Iterator[tuple[in
             yield line, dict(zip(columns, found, strict=True))
             follows = False
         else:
-            index = _index(lines[line - 1], place)
+            index = _index(lines[line - 1], places)
             if index is not None or not follows:
                 yield line, _Bad(line, found, index)
             follows = True
@@ -145,8 +145,6 @@ def _row(lines: list[str], start: int, width: int) -> tuple[int, list[str] | Cha
             cells = _cells(text)
         except _OpenQuoteError as open_quote:
             error = open_quote
-            if end < len(lines) and _is_row(lines[end], width):
-                break
             continue
         except ChainError as malformed:
             return start + 1, malformed
@@ -175,21 +173,14 @@ def _cells(text: str) -> list[str]:
     return row
 
 
-def _is_row(text: str, width: int) -> bool:
-    try:
-        return len(_cells(text)) == width
-    except ChainError:
-        return False
-
-
-def _index(text: str, place: int) -> str | None:
-    """The number of the image in a row that is bad, if it stands in its place."""
+def _index(text: str, places: list[int]) -> str | None:
+    """The number of the image in a row that is bad, if it and that of the turn are in place."""
     try:
         cells = next(csv.reader([text[:INDEX_MAX]]), [])
     except csv.Error:
         return None
-    index = cells[place].strip() if place < len(cells) else ""
-    return index if index.isdecimal() else None
+    index, turn = (cells[place].strip() if place < len(cells) else "" for place in places)
+    return index if index.isdecimal() and turn.isdecimal() else None
 
 
 def _header(columns: list[str]) -> list[str]:
