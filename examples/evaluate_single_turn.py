@@ -42,7 +42,7 @@ from mteditflow.evaluation.benchmarks import (
 )
 from mteditflow.evaluation.benchmarks.averages import Group
 from mteditflow.evaluation.benchmarks.gedit import CONSISTENCY, LANGUAGES, QUALITY
-from mteditflow.evaluation.benchmarks.imgedit import RUBRICS as IMGEDIT_RUBRICS
+from mteditflow.evaluation.benchmarks.imgedit import rubrics_of
 from mteditflow.evaluation.provenance import agreed, same_judge, version_of
 from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import AnswerCache, ChatClient, RequestOptions, Scale, judge_identity
@@ -111,12 +111,12 @@ def imgedit(
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
-    """ImgEdit-Bench: basic_edit.json, and <key>.png in the folder."""
+    """ImgEdit-Bench: basic_edit.json or UGE_edit.json, and <key>.png in the folder."""
     with refusing():
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
         reading = imgedit_items(file, edited, images=images, allow_outside=allow_outside)
         readings = {"imgedit": reading}
-        bench = Benchmark(score_imgedit, report_imgedit, tuple(IMGEDIT_RUBRICS.values()))
+        bench = Benchmark(score_imgedit, report_imgedit, rubrics_of(reading.items))
         runs = _runs(readings, bench, judge, model, output, patience, request)
     _finish(runs, output, max_invalid)
 

@@ -43,6 +43,7 @@ from mteditflow._files import write_atomically
 from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, read_chains
+from mteditflow.chains.files import is_outside
 from mteditflow.evaluation.provenance import agreed, same_judge
 from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
@@ -79,11 +80,13 @@ def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> l
     """Load a chain's reference and what each turn made of it.
 
     Raises:
-        ChainError: an image is missing or broken.
+        ChainError: an image is missing or broken, or the id leads out of the folder.
     """
     chain, reference, _ = dataset[index]
     if name is None:
         return [reference, *EditedImages(folder).load(chain)]
+    if "{id" in name and is_outside(folder / chain.id, folder):
+        raise ChainError(f"id: expected a name within {folder}, got {chain.id!r}")
     images = [reference]
     for turn in range(1, chain.turns + 1):
         file = folder / name.format(id=chain.id, image=Path(chain.image).stem, turn=turn)

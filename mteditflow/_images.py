@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 FILE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 #: Width times height that is decoded at most; the consistency server has the same limit.
 MAX_PIXELS = 2**24
+ANIMATED = ("GIF", "PNG", "WEBP")  # further pictures of a JPEG or TIFF are previews, as a rule
 SIXTEEN_BITS = ("I", "F")  # also I;16 and others: converting them to RGB clips silently
 # Exceptions of PIL on broken files, and on files that are far too large (or warnings made errors).
 UNREADABLE = (
@@ -32,7 +33,7 @@ def check_image(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return width and height of an image file, from its header alone.
 
     Raises:
-        ValueError: it has more than ``MAX_PIXELS``.
+        ValueError: it has more than ``MAX_PIXELS``, or is animated.
         Exception: one of ``UNREADABLE`` or ``BOMBS`` where it is no image of ``FILE_FORMATS``.
     """
     with _open(path) as image:
@@ -45,7 +46,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Transparency is dropped; the colors below it show.
 
     Raises:
-        ValueError: it has more than ``MAX_PIXELS``, or more than 8 bits a channel.
+        ValueError: it has more than ``MAX_PIXELS`` or more than 8 bits a channel, or is animated.
         Exception: one of ``UNREADABLE`` or ``BOMBS`` where it is no image of ``FILE_FORMATS``, or
             is broken.
 
@@ -72,4 +73,7 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
             f"expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}; make the "
             "image smaller"
         )
+    if image.format in ANIMATED and (frames := getattr(image, "n_frames", 1)) > 1:
+        image.close()
+        raise ValueError(f"expected one still image, got {frames} frames; save the one to edit")
     return image

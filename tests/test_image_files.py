@@ -1,31 +1,31 @@
 """Image files of others: a list of formats, a bound on pixels, and no other way to open one."""
 
 import ast
-import struct
-import zlib
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import EpsImagePlugin, Image
+from PIL.ExifTags import Base
 
-from mteditflow._images import FILE_FORMATS, MAX_PIXELS, check_image, read_image
+from mteditflow._images import (
+    BOMBS,
+    FILE_FORMATS,
+    MAX_PIXELS,
+    UNREADABLE,
+    check_image,
+    read_image,
+)
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages
 from mteditflow.evaluation.benchmarks import Item
 from mteditflow.evaluation.benchmarks.items import _load
 from mteditflow.planner.run import open_image
 from mteditflow.rewards.consistency.wire import Limits
+from tests.chains.samples import png_header
 
 ROOT = Path(__file__).parents[1]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-
-
-def png_header(width, height):
-    """A PNG of that size with no pixels in it: 45 bytes that ask for up to gigabytes."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = (header, b"IDAT" + zlib.compress(b""), b"IEND")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(x) - 4) + x + struct.pack(">I", zlib.crc32(x)) for x in chunks
-    )
 
 
 def of_dataset(path):
@@ -81,6 +81,58 @@ def test_every_format_of_the_list_is_read(kind, tmp_path):
     image = read_image(tmp_path / "x")
     assert (image.mode, image.size) == ("RGB", (3, 2))
     assert image.getpixel((1, 1))[0] > 180
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+@pytest.mark.parametrize("read", READERS)
+def test_one_frame_of_several_is_not_taken_in_silence(read, kind, tmp_path):
+    frames = [Image.new("RGB", (3, 2), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "x.png", kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="expected one still image, got 3 frames"):
+        read(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ["MPO", "TIFF"])
+def test_previews_behind_a_picture_do_not_matter(kind, tmp_path):
+    first, second = Image.new("RGB", (16, 8), "red"), Image.new("RGB", (8, 4), "blue")
+    first.save(tmp_path / "x", kind, save_all=True, append_images=[second])
+    image = read_image(tmp_path / "x")
+    assert image.size == (16, 8)
+    assert image.getpixel((4, 4))[0] > 180
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "turned", "size"),
+    [
+        *[("CMYK", "JPEG", 1, (4, 2)), ("L", "PNG", 1, (4, 2)), ("1", "PNG", 1, (4, 2))],
+        *[("P", "PNG", 1, (4, 2)), ("LA", "PNG", 1, (4, 2)), ("RGB", "JPEG", 6, (2, 4))],
+        *[("RGB", "PNG", 8, (2, 4)), ("RGB", "JPEG", 99, (4, 2))],
+    ],
+)
+def test_every_kind_of_pixel_becomes_upright_rgb(mode, kind, turned, size, tmp_path):
+    exif = Image.Exif()
+    exif[Base.Orientation] = turned
+    Image.new("RGB", (4, 2), "white").convert(mode).save(tmp_path / "x", kind, exif=exif)
+    image = read_image(tmp_path / "x")
+    assert (image.mode, image.size) == ("RGB", size)
+    assert image.getpixel((1, 1)) == (255, 255, 255)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PIL, about a TIFF's directory
+@pytest.mark.parametrize("kind", FILE_FORMATS)
+def test_a_file_cut_or_changed_anywhere_raises_what_readers_expect(kind, tmp_path):
+    random, path = Random(0), tmp_path / "x"
+    Image.effect_noise((16, 12), 90).convert("RGB").save(path, kind)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(40):
+        part = bytearray(whole[: random.randrange(1, len(whole))])
+        part[random.randrange(len(part))] = random.randrange(256)
+        path.write_bytes(part)
+        with suppress(*UNREADABLE, *BOMBS):
+            read_image(path)
+            refused -= 1
+        refused += 1
+    assert refused > 20
 
 
 @pytest.mark.parametrize("letter", ["a", "\u5b66"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from mteditflow._checks import check_choice
+from mteditflow._images import BOMBS, UNREADABLE, check_image
 from mteditflow.chains.formats import FORMATS, Format, Row
 from mteditflow.chains.formats.base import Record
 from mteditflow.chains.formats.stored import is_stored, stored_columns, stored_rows
@@ -69,8 +70,8 @@ def read_chains(
         strict: stop at the first bad line; else skip bad lines and list them. A bad line costs its
             own chain and no other.
         images: folder that the images' paths are relative to; ``None`` is that of the file.
-        check_images: whether a chain whose image is no file counts as bad. Costs a look at the
-            disk for each chain.
+        check_images: whether a chain counts as bad whose image is no file, or begins unlike a still
+            image of up to 2^24 pixels. Costs the reading of its header for each chain.
         allow_outside: whether images may lie outside that folder, by ".." or by an absolute path;
             else such a chain counts as bad. Links within the folder may lead anywhere.
 
@@ -216,16 +217,12 @@ class _Looks:
         if chain.image_is_remote:
             address = f"got the address {shorten(chain.image)}"
             return ChainError(f"image: expected a file, {address}") if self.check_images else chain
-        if not self.allow_outside and is_outside(chain.image_path, self.root):
-            return ChainError(
-                f"image: expected a path within {shorten(str(self.root), PATH_SHOWN)}, got "
-                f"{shorten(chain.image)}; --allow-outside (allow_outside=True) accepts it"
-            )
+        fault = None if self.allow_outside else why_outside(chain.image, self.root)
+        if fault is not None:
+            return ChainError(f"image: {fault}")
         chain = self._with_suffix(chain) if self.suffixes else chain
-        if self.check_images and not _is_file(chain.image_path):
-            path = shorten(str(chain.image_path), PATH_SHOWN)
-            return ChainError(f"image: expected a file, got {path}")
-        return chain
+        fault = _image_fault(chain.image_path) if self.check_images else None
+        return chain if fault is None else ChainError(f"image: {fault}")
 
     def _with_suffix(self, chain: Chain) -> Chain:
         """Let the image be the one that is there, of those that differ in the suffix alone."""
@@ -241,6 +238,28 @@ def is_outside(path: Path, folder: Path) -> bool:
     """Whether a path leads out of a folder, by ".." or by being absolute; links do not matter."""
     root = os.path.abspath(folder)
     return os.path.commonpath((root, os.path.abspath(path))) != root
+
+
+def why_outside(name: str, folder: Path) -> str | None:
+    """Say that a name relative to a folder leads out of it, ``None`` if it does not."""
+    if not is_outside(folder / name, folder):
+        return None
+    return (
+        f"expected a path within {shorten(str(folder), PATH_SHOWN)}, got {shorten(name)}; "
+        "--allow-outside (allow_outside=True) accepts it"
+    )
+
+
+def _image_fault(path: Path) -> str | None:
+    """Say what is wrong with an image, as far as its header shows; ``None`` if nothing is."""
+    shown = shorten(str(path), PATH_SHOWN)
+    if not _is_file(path):
+        return f"expected a file, got {shown}"
+    try:
+        check_image(path)
+    except (*UNREADABLE, *BOMBS) as error:
+        return f"expected a readable image, got {shown} ({type(error).__name__}: {error})"
+    return None
 
 
 def _is_file(path: Path) -> bool:

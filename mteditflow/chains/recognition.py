@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from mteditflow.chains.formats.lines import is_array
 from mteditflow.chains.record import ChainError, shorten
 
 RECORDS = 100  # that may be broken before the one that shows the format
+PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 KEYS_SHOWN = 12
 NEAR = 0.75  # of a key, that it is taken for another one's misspelling
 
@@ -29,13 +31,26 @@ def format_of_content(stream: BinaryIO) -> Format:
     Raises:
         UnknownFormatError: it is of none; the message names the keys and the nearest format.
     """
+    start = stream.tell()
     seen: list[frozenset[str]] = []
     for lines, keys in _records(stream):
         known = _match(keys, lines=lines)
         if known is not None:
             return known
         seen.append(keys)
+    stream.seek(start)
+    if (found := _not_text(stream.read(4096))) is not None:
+        raise UnknownFormatError(f"expected UTF-8 text, got {found}")
     raise UnknownFormatError(_unknown(max(seen, key=_nearness, default=frozenset())))
+
+
+def _not_text(raw: bytes) -> str | None:
+    """Say what a file is that begins with bytes of no UTF-8 text, ``None`` for text."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16 or UTF-32; save it as UTF-8"
+    if raw.startswith(PACKED):
+        return "a compressed file; unpack it first"
+    return "a file with NUL bytes" if b"\0" in raw else None
 
 
 def format_of_keys(keys: frozenset[str]) -> Format:

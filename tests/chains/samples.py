@@ -5,6 +5,8 @@ stray double quotes, an apostrophe within a text, a full stop at the end; in Edi
 one turn without lists over turns; in Pico-Banana's, a chain with a local image and one without.
 """
 
+import struct
+import zlib
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -67,3 +69,12 @@ def chains(draw, most_turns=3, types=TASK_TYPES, text=texts, complete=False, ext
 def files_of_chains(**options):
     """Lists of chains whose ids differ."""
     return st.lists(chains(**options), min_size=1, max_size=3, unique_by=lambda chain: chain.id)
+
+
+def png_header(width, height):
+    """A PNG of that size with no pixels in it: 45 bytes that ask for up to gigabytes."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(b""), b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x) - 4) + x + struct.pack(">I", zlib.crc32(x)) for x in chunks
+    )

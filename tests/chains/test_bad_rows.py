@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -212,6 +213,41 @@ def test_a_document_that_is_cut_keeps_what_is_whole(tmp_path):
     assert len(reading.skipped) == 1
 
 
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_what_follows_a_closing_bracket_too_many_is_read(kind, tmp_path):
+    content = json.dumps(DOCUMENTS[kind])
+    parts = content.split("}], " if kind == "lists" else "}, ")
+    joint = "}]" if kind == "lists" else "}"
+    head, tail = (f"{joint}, ".join(x) for x in (parts[:15], parts[15:]))
+    end = "]" if kind == "array" else "}"
+    reading = read(tmp_path, f"{head}{joint}{end}, {tail}".encode())
+    assert len(reading.chains) == COUNT
+    (skipped,) = reading.skipped
+    assert skipped.reason.startswith("expected the end, got ', ")
+    reading = read(tmp_path, (content + content).encode())
+    assert len(reading.chains) == COUNT
+    assert len(reading.skipped) == 1 + COUNT  # the end is none; then every id again
+
+
+def test_a_document_without_its_first_bracket_is_read_by_its_format(tmp_path):
+    content = "// entries\n" + json.dumps(DOCUMENTS["object"])
+    reading = read(tmp_path, content.encode(), format="imgedit")
+    assert len(reading.chains) == COUNT
+    (skipped,) = reading.skipped
+    assert skipped.reason.startswith("expected '{', got '// entries")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e400", "NaN", "-Infinity", "1" * 5000])
+@pytest.mark.parametrize("kind", ["lines", "array"])
+def test_a_number_that_no_float_can_hold_costs_its_own_record(kind, number, tmp_path):
+    parts = [json.dumps(x) for x in records(3)]
+    parts[1] = parts[1].replace('"a": 1', f'"a": {number}')
+    content = "\n".join(parts) if kind == "lines" else f"[{', '.join(parts)}]"
+    reading = read(tmp_path, content.encode())
+    assert [chain.id for chain in reading.chains] == ["0", "2"]
+    assert len(reading.skipped) == 1
+
+
 # JSON arrays of what else stands in lines
 
 
@@ -272,10 +308,52 @@ def test_rows_with_the_image_itself_say_what_to_do(tmp_path):
     )
 
 
+def test_a_row_that_no_line_could_hold_costs_itself_alone(tmp_path):
+    odd = [(1.0, None), (float("nan"), None), (2.0, b"pixels"), (3.0, None)]
+    rows = [{**x, "n": n, "raw": raw} for x, (n, raw) in zip(records(4), odd, strict=True)]
+    reading = read_chains(stored(tmp_path / "x", rows), strict=False)
+    assert [chain.id for chain in reading.chains] == ["0", "3"]
+    assert [skipped.line for skipped in reading.skipped] == [2, 3]
+    assert all("expected values that JSON can hold" in x.reason for x in reading.skipped)
+
+
+def test_a_damaged_arrow_file_is_one_error_and_ends_no_process(tmp_path):
+    folder, random, refused = stored(tmp_path / "x", records(4)), Random(0), 0
+    path = folder / "data-1.arrow"
+    whole = path.read_bytes()
+    for _ in range(60):  # without validation of the batches, some of these end the process
+        part = bytearray(whole)
+        part[random.randrange(len(part))] = random.randrange(256)
+        path.write_bytes(part)
+        try:
+            reading = read_chains(folder, strict=False)
+        except ChainError as error:
+            assert "expected an Arrow file, got " in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert len(reading.chains) + len(reading.skipped) <= 4
+    assert refused > 10
+
+
 def test_a_folder_of_several_splits_names_them(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(ChainError, match=r"the folder of one split, one of \['train', 'test'\]"):
         read_chains(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *[b"", b"{", b"[]", b"7", b"\xff\xfe", b"{}", b'{"_data_files": 7}', b"null"],
+        *[b'{"_data_files": [7]}', b'{"_data_files": [{"filename": 7}]}', b"[" * 100_000],
+    ],
+)
+def test_a_damaged_folder_of_datasets_is_one_error(state, tmp_path):
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / name).write_bytes(state)
+        with pytest.raises(ChainError, match="expected a folder that datasets saved"):
+            read_chains(tmp_path, strict=False)
+        (tmp_path / name).unlink()
 
 
 def test_a_folder_of_datasets_without_the_extra_says_what_to_install(tmp_path, monkeypatch):

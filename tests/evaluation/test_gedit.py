@@ -52,6 +52,7 @@ def test_rows_are_read_by_language_and_bad_ones_are_named(tmp_path):
         "{",
         "",
         row("6", image="../6.png"),
+        row("../../../../7", image="7.png"),
     ]
     manifest.write_text("\n".join(lines))
     english = gedit_items(manifest, tmp_path / "made", language="en")
@@ -59,13 +60,14 @@ def test_rows_are_read_by_language_and_bad_ones_are_named(tmp_path):
     assert english.items[0].source == tmp_path / "images/1.png"
     assert english.items[0].edited == tmp_path / "made/fullset/color_alter/en/1.png"
     assert [line.split(": ")[0].rsplit(":")[-1] for line in english.skipped] == [
-        *("4", "5", "6", "7", "8", "10")
+        *("4", "5", "6", "7", "8", "10", "11")
     ]
     for said in ("got '1' again", "task_type: expected", "language: expected", "instruction"):
         assert any(said in line for line in english.skipped)
-    assert "image: expected a path within" in english.skipped[-1]
+    assert "image: expected a path within" in english.skipped[-2]
+    assert "key: expected a path within" in english.skipped[-1]
     everything = gedit_items(manifest, tmp_path / "made", language="en", allow_outside=True)
-    assert [item.key for item in everything.items] == ["1", "2", "6"]
+    assert [item.key for item in everything.items] == ["1", "2", "6", "../../../../7"]
     chinese = gedit_items(manifest, tmp_path / "made", language="cn")
     assert [item.instruction for item in chinese.items] == ["\u6539\u6210\u7ea2\u8272"]
     with pytest.raises(ValueError, match="language: expected one of"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -224,4 +225,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
     return record
 
 
-STRICT: dict[str, Any] = {"parse_constant": _refuse_constant, "object_pairs_hook": _unique}
+def _finite(text: str) -> float:
+    """Parse a number; JSON can hold 1e999, a float cannot."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+STRICT: dict[str, Any] = {
+    "parse_constant": _refuse_constant,
+    "parse_float": _finite,
+    "object_pairs_hook": _unique,
+}

@@ -44,30 +44,38 @@ def entries(raw: bytes, bracket: str, keys: Collection[str] = ()) -> Iterator[En
     """
     text = raw.decode("utf-8", errors="surrogateescape")  # a bad byte stays in its entry
     opening = _opening(text, bracket, keys)
-    line, start = 1, 0
-    try:
-        position = _pass(text, 0, bracket)
-    except ChainError as error:
-        yield Entry(1, None, _of_bytes(text[:80]) or error)
-        return
-    while not text.startswith(CLOSING[bracket], position):
+    line, start, position = 1, 0, 0
+    while True:
         line, start = line + text.count("\n", start, position), position
         try:
-            name, value, position = _entry(text, start, bracket)
-            yield Entry(line, name, _of_bytes(text[start:position]) or value)
-            if not text.startswith((",", CLOSING[bracket]), position) and position < len(text):
-                line, start = line + text.count("\n", start, position), position  # of the next one
-            if not text.startswith(CLOSING[bracket], position):
-                position = _pass(text, position, ",")
+            if not position:
+                position = _pass(text, 0, bracket)
+            elif text.startswith(CLOSING[bracket], position):
+                _pass_end(text, position)
+                return
+            else:
+                name, value, position = _entry(text, start, bracket)
+                yield Entry(line, name, _of_bytes(text[start:position]) or value)
+                line, start = line + text.count("\n", start, position), position
+                position = _pass_comma(text, position, bracket)
         except ChainError as error:
             yield Entry(line, None, _of_bytes(text[start : start + 80]) or error)
             following = _next(text, start + 1, bracket, keys, opening)
             if following is None:
                 return
             position = following
+
+
+def _pass_comma(text: str, position: int, bracket: str) -> int:
+    """Go past the comma behind an entry; the last entry has none."""
+    last = text.startswith(CLOSING[bracket], position)
+    return position if last else _pass(text, position, ",")
+
+
+def _pass_end(text: str, position: int) -> None:
+    """Raise ChainError if anything follows the closing bracket."""
     if text[position + 1 :].strip():
-        line += text.count("\n", start, position)
-        yield Entry(line, None, ChainError(f"expected the end, got {_shown(text, position + 1)}"))
+        raise ChainError(f"expected the end, got {_shown(text, position + 1)}")
 
 
 def keys_of(value: object) -> frozenset[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mteditflow.chains.formats.base import Format, Record, Row, attempt
-from mteditflow.chains.record import ChainError
+from mteditflow.chains.record import ChainError, one_line
 
 STATE = "state.json"  # in the folder of one split; names its files
 SPLITS = "dataset_dict.json"  # in the folder of several
@@ -51,6 +51,7 @@ def _decode(known: Format, row: Record, number: int) -> Record:
     """Read a row; the columns of a table are in each of its rows, empty where there is nothing."""
     assert known.decode is not None
     record = {key: _plain(key, value) for key, value in row.items() if value is not None}
+    one_line(record)  # refuses NaN and bytes, which no line could hold
     return known.decode(record, number)
 
 
@@ -72,7 +73,7 @@ def _files(folder: Path) -> list[Path]:
             raise ChainError(f"{folder}: expected the folder of one split, one of {splits}")
         state = json.loads((folder / STATE).read_bytes())
         return [folder / Path(each["filename"]).name for each in state["_data_files"]]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ChainError(f"{folder}: expected a folder that datasets saved, got {error}") from error
 
 
@@ -83,9 +84,10 @@ def _open(path: Path) -> Any:
         raise ChainError(
             f"{path.parent}: a folder of datasets needs pyarrow: pip install 'mteditflow[arrow]'"
         ) from error
+    file = pyarrow.OSFile(str(path))
     try:
-        return pyarrow.ipc.open_stream(pyarrow.OSFile(str(path)))
-    except pyarrow.ArrowInvalid as error:
+        return pyarrow.ipc.open_stream(file)
+    except (pyarrow.ArrowException, MemoryError, OSError) as error:
         raise ChainError(f"{path}: expected an Arrow file, got {error}") from error
 
 
@@ -94,6 +96,8 @@ def _batches(path: Path) -> Iterator[Any]:
 
     reader = _open(path)
     try:
-        yield from reader
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        for batch in reader:
+            batch.validate(full=True)  # else a damaged one may end the process
+            yield batch
+    except (pyarrow.ArrowException, MemoryError, OSError) as error:
         raise ChainError(f"{path}: expected an Arrow file, got {error}") from error

@@ -15,9 +15,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from mteditflow._checks import check_choice
-from mteditflow.chains.files import is_outside
+from mteditflow.chains.files import why_outside
 from mteditflow.chains.formats.base import numbered_lines, parse_object
-from mteditflow.chains.record import ChainError, first_error, shorten
+from mteditflow.chains.record import ChainError, first_error
 from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
 from mteditflow.evaluation.benchmarks.items import (
     Item,
@@ -114,7 +114,7 @@ def gedit_items(
     skipped = []
     with file.open("rb") as stream:
         for number, raw in numbered_lines(stream):
-            row = _parse(raw, None if allow_outside else file.parent)
+            row = _parse(raw, file.parent, Path(edited), allow_outside)
             if isinstance(row, str):
                 skipped.append(f"{file}:{number}: {row}")
             elif row.language == language and row.key in items:
@@ -125,19 +125,22 @@ def gedit_items(
 
 
 def _item(row: _Row, folder: Path, edited: Path) -> Item:
-    made = edited / "fullset" / row.task_type / row.language / f"{row.key}.png"
-    source = folder / row.image
+    source, made = folder / row.image, edited / _edited_name(row)
     return Item(row.key, row.task_type, row.instruction, source, made, at_source_size=True)
 
 
-def _parse(raw: bytes, within: Path | None) -> _Row | str:
+def _edited_name(row: _Row) -> str:
+    return f"fullset/{row.task_type}/{row.language}/{row.key}.png"
+
+
+def _parse(raw: bytes, folder: Path, edited: Path, allow_outside: bool) -> _Row | str:
     """Read a line, or say what is wrong with it, such as an image that is not within a folder."""
     try:
         row = _Row.model_validate(parse_object(raw))
-        if within is not None and is_outside(within / row.image, within):
-            expected = f"image: expected a path within {shorten(str(within))}"
-            return f"{expected}, got {shorten(row.image)}; --allow-outside accepts it"
-        return row
+        if allow_outside:
+            return row
+        image, key = why_outside(row.image, folder), why_outside(_edited_name(row), edited)
+        return f"image: {image}" if image else f"key: {key}" if key else row
     except ValidationError as error:
         return first_error(error)
     except ChainError as error:
