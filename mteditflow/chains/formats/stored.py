@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def stored_columns(folder: Path) -> frozenset[str]:
         ChainError: the folder holds several splits, or is damaged; or the extra is missing.
         OSError: a file cannot be read.
     """
-    return frozenset(name for path in _files(folder)[:1] for name in _open(path).schema.names)
+    return frozenset(name for path in _files(folder)[:1] for name in _columns(path))
 
 
 def stored_rows(known: Format, folder: Path) -> Iterator[Row]:
@@ -41,10 +42,9 @@ def stored_rows(known: Format, folder: Path) -> Iterator[Row]:
     """
     number = 0
     for path in _files(folder):
-        for batch in _batches(path):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, attempt(_decode, known, row, number)
+        for row in _records(path):
+            number += 1
+            yield number, attempt(_decode, known, row, number)
 
 
 def _decode(known: Format, row: Record, number: int) -> Record:
@@ -77,27 +77,34 @@ def _files(folder: Path) -> list[Path]:
         raise ChainError(f"{folder}: expected a folder that datasets saved, got {error}") from error
 
 
-def _open(path: Path) -> Any:
+def _columns(path: Path) -> list[str]:
+    with _one_error(path), _stream(path) as reader:
+        return list(reader.schema.names)
+
+
+def _records(path: Path) -> Iterator[Record]:
+    with _one_error(path), _stream(path) as reader:
+        for batch in reader:
+            batch.validate(full=True)  # else a damaged one may end the process
+            yield from batch.to_pylist()
+
+
+def _stream(path: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.OSFile(str(path)))
+
+
+@contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    """Raise ChainError for what pyarrow raises on a damaged file, and where there is no pyarrow."""
     try:
         import pyarrow
     except ImportError as error:
         raise ChainError(
             f"{path.parent}: a folder of datasets needs pyarrow: pip install 'mteditflow[arrow]'"
         ) from error
-    file = pyarrow.OSFile(str(path))
     try:
-        return pyarrow.ipc.open_stream(file)
-    except (pyarrow.ArrowException, MemoryError, OSError) as error:
-        raise ChainError(f"{path}: expected an Arrow file, got {error}") from error
-
-
-def _batches(path: Path) -> Iterator[Any]:
-    import pyarrow
-
-    reader = _open(path)
-    try:
-        for batch in reader:
-            batch.validate(full=True)  # else a damaged one may end the process
-            yield batch
-    except (pyarrow.ArrowException, MemoryError, OSError) as error:
+        yield
+    except (pyarrow.ArrowException, MemoryError, OSError, UnicodeDecodeError) as error:
         raise ChainError(f"{path}: expected an Arrow file, got {error}") from error
