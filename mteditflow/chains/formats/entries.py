@@ -56,7 +56,9 @@ def entries(raw: bytes, bracket: str, keys: Collection[str] = ()) -> Iterator[En
             else:
                 name, value, position = _entry(text, start, bracket)
                 yield Entry(line, name, _of_bytes(text[start:position]) or value)
-                line, start = line + text.count("\n", start, position), position
+                if position < len(text):  # a missing end is reported on the last entry
+                    line += text.count("\n", start, position)
+                start = position
                 position = _pass_comma(text, position, bracket)
         except ChainError as error:
             yield Entry(line, None, _of_bytes(text[start : start + 80]) or error)
