@@ -53,7 +53,7 @@ def make_medium(folder: Path, *, scale: int) -> Path:
     """An untrained Kontext of medium size, and chains whose pictures are enlarged for it."""
     make_world(folder, counts=(8, 1))
     for path in (folder / "images").iterdir():
-        picture = Image.open(path)
+        picture = Image.open(path, formats=("PNG",))
         picture.resize((scale * picture.width,) * 2, Image.Resampling.NEAREST).save(path)
     build_kontext(image_size=scale * IMAGE_SIZE, **MEDIUM).save_pretrained(folder / "model")
     return folder

@@ -63,6 +63,9 @@ def run(
         int | None, typer.Option(min=1, help="At most; longer chains are cut.")
     ] = None,
     references: Annotated[Path | None, typer.Option(help="Folder of the references.")] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="References may lie outside their folder.")
+    ] = False,
     lora: Annotated[str | None, typer.Option(help="LoRA in diffusers format.")] = None,
     call: Annotated[list[str] | None, typer.Option(help="key=value of each call.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Square to fit into.")] = None,
@@ -126,7 +129,7 @@ def run(
         )
         asks.check(rewards)
         state = PartialState()
-        reading, asked = _usable(chains, references, turns, rewards)
+        reading, asked = _usable(chains, references, turns, rewards, allow_outside)
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
         edits = editor and Model(editor, lora, dtype, call_options(call or []), resolution, seed)
         maker = MadeBy(images=str(made.folder), resolution=resolution)
@@ -197,7 +200,7 @@ def _rewards(**options: Any) -> Rewards:
 
 
 def _usable(
-    file: Path, references: Path | None, turns: int | None, rewards: Rewards
+    file: Path, references: Path | None, turns: int | None, rewards: Rewards, allow_outside: bool
 ) -> tuple[Reading, list[Chain]]:
     """Read a file of chains, and cut its usable ones to their first turns.
 
@@ -205,7 +208,9 @@ def _usable(
         ValueError: there is none, or one names no objects that consistency needs.
         OSError: the file cannot be read.
     """
-    reading = read_chains(file, strict=False, images=references, check_images=True)
+    reading = read_chains(
+        file, strict=False, images=references, check_images=True, allow_outside=allow_outside
+    )
     if not reading.chains:
         why = "; ".join(x.reason for x in reading.skipped[:3])
         raise ValueError(f"{file}: expected at least one usable chain, got none: {why}")

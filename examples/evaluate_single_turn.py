@@ -20,12 +20,12 @@ from typing import Annotated, Any, NamedTuple
 
 import anyio
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from mteditflow._command import OneLineGroup, refusing
 from mteditflow._files import write_atomically
+from mteditflow._images import BOMBS, UNREADABLE, check_image
 from mteditflow._text import escape_controls, escape_markup
 from mteditflow.evaluation import JudgedBy
 from mteditflow.evaluation.benchmarks import (
@@ -42,7 +42,7 @@ from mteditflow.evaluation.benchmarks import (
 )
 from mteditflow.evaluation.benchmarks.averages import Group
 from mteditflow.evaluation.benchmarks.gedit import CONSISTENCY, LANGUAGES, QUALITY
-from mteditflow.evaluation.benchmarks.imgedit import RUBRICS as IMGEDIT_RUBRICS
+from mteditflow.evaluation.benchmarks.imgedit import rubrics_of
 from mteditflow.evaluation.provenance import agreed, same_judge, version_of
 from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import AnswerCache, ChatClient, RequestOptions, Scale, judge_identity
@@ -53,7 +53,6 @@ from mteditflow.rewards.command_line import (
     ReasoningTokens,
     request_options,
 )
-from mteditflow.rewards.images import BOMBS, UNREADABLE
 
 app = typer.Typer(
     cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
@@ -71,6 +70,9 @@ Patience = Annotated[
 ]
 MaxInvalid = Annotated[
     float, typer.Option(min=0, max=1, help="Share of items without a score that is an error.")
+]
+Outside = Annotated[
+    bool, typer.Option("--allow-outside", help="Images before may lie outside their folder.")
 ]
 FEW = f"* over fewer than {FEW_CASES}"
 DEFAULT_OUTPUT = Path("runs/single_turn")
@@ -100,6 +102,7 @@ def imgedit(
     judge: Judges,
     model: Model,
     images: Annotated[Path | None, typer.Option(help="Folder of the images before.")] = None,
+    allow_outside: Outside = False,
     output: Output = DEFAULT_OUTPUT,
     answer_tokens: AnswerTokens = None,
     reasoning_tokens: ReasoningTokens = 0,
@@ -108,11 +111,12 @@ def imgedit(
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
-    """ImgEdit-Bench: basic_edit.json, and <key>.png in the folder."""
+    """ImgEdit-Bench: basic_edit.json or UGE_edit.json, and <key>.png in the folder."""
     with refusing():
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
-        readings = {"imgedit": imgedit_items(file, edited, images=images)}
-        bench = Benchmark(score_imgedit, report_imgedit, tuple(IMGEDIT_RUBRICS.values()))
+        reading = imgedit_items(file, edited, images=images, allow_outside=allow_outside)
+        readings = {"imgedit": reading}
+        bench = Benchmark(score_imgedit, report_imgedit, rubrics_of(reading.items))
         runs = _runs(readings, bench, judge, model, output, patience, request)
     _finish(runs, output, max_invalid)
 
@@ -123,6 +127,7 @@ def gedit(
     edited: Edited,
     judge: Judges,
     model: Model,
+    allow_outside: Outside = False,
     output: Output = DEFAULT_OUTPUT,
     answer_tokens: AnswerTokens = None,
     reasoning_tokens: ReasoningTokens = 0,
@@ -131,10 +136,11 @@ def gedit(
     patience: Patience = 300.0,
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
-    """GEdit-Bench: a manifest in JSON Lines, and <language>/<key>.png in the folder."""
+    """GEdit-Bench: a manifest in JSON Lines; images are fullset/<group>/<language>/<key>.png."""
     with refusing():
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
-        readings = {f"gedit_{x}": gedit_items(file, edited, language=x) for x in LANGUAGES}
+        read = partial(gedit_items, file, edited, allow_outside=allow_outside)
+        readings = {f"gedit_{x}": read(language=x) for x in LANGUAGES}
         readings = {name: x for name, x in readings.items() if x.items} or readings
         bench = Benchmark(score_gedit, report_gedit, (CONSISTENCY, QUALITY))
         runs = _runs(readings, bench, judge, model, output, patience, request)
@@ -214,8 +220,8 @@ def _require_items(reading: ItemReading) -> None:
 def readable(path: Path) -> bool:
     """Whether a file begins like an image."""
     try:
-        with Image.open(path):
-            return True
+        check_image(path)
+        return True
     except (*UNREADABLE, *BOMBS):
         return False
 

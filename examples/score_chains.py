@@ -24,7 +24,7 @@ import torch
 import typer
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import check_services, judged_by, prompt_of
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -40,8 +40,10 @@ from mteditflow import (
 )
 from mteditflow._command import OneLineCommand, refusing
 from mteditflow._files import write_atomically
+from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, read_chains
+from mteditflow.chains.files import is_outside
 from mteditflow.evaluation.provenance import agreed, same_judge
 from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
@@ -78,18 +80,19 @@ def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> l
     """Load a chain's reference and what each turn made of it.
 
     Raises:
-        ChainError: an image is missing or broken.
+        ChainError: an image is missing or broken, or the id leads out of the folder.
     """
     chain, reference, _ = dataset[index]
     if name is None:
         return [reference, *EditedImages(folder).load(chain)]
+    if "{id" in name and is_outside(folder / chain.id, folder):
+        raise ChainError(f"id: expected a name within {folder}, got {chain.id!r}")
     images = [reference]
     for turn in range(1, chain.turns + 1):
         file = folder / name.format(id=chain.id, image=Path(chain.image).stem, turn=turn)
         try:
-            with Image.open(file) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError) as error:  # no file, or a broken one
+            images.append(read_image(file))
+        except (*UNREADABLE, *BOMBS) as error:  # no file, or a broken one
             raise ChainError(f"turn {turn}: expected an image, got {file}: {error}") from error
     return images
 
@@ -341,6 +344,9 @@ def main(
         typer.Option(help="What the image of a turn is compared with."),
     ] = "reference",
     terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = "features",
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Images may lie outside the file's folder.")
+    ] = False,
     max_invalid: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of chains with a lost score that is an error."),
@@ -375,7 +381,7 @@ def main(
         check_services(rewards)
         if name is not None:
             name.format(id="", image="", turn=1)
-        reading = read_chains(chains, strict=False)
+        reading = read_chains(chains, strict=False, allow_outside=allow_outside)
         for chain in reading.chains if consistency else ():
             pairs_of(chain, pairing=pairing)
         judged = same_judge(output / SCORES, judged_by(rewards))

@@ -58,11 +58,13 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow.evaluation.benchmarks.averages": {"Group"},
     "mteditflow.evaluation.benchmarks.edival": {"SINGLE_QUESTION", "questions_version"},
     "mteditflow.evaluation.benchmarks.gedit": {"CONSISTENCY", "LANGUAGES", "QUALITY"},
-    "mteditflow.evaluation.benchmarks.imgedit": {"RUBRICS"},
+    "mteditflow.evaluation.benchmarks.imgedit": {"rubrics_of"},
     # How few cases are few, what is no image, and the first words of a long error.
     "mteditflow.metrics": {"FEW_CASES"},
-    "mteditflow.rewards.images": {"BOMBS", "UNREADABLE"},
+    "mteditflow._images": {"BOMBS", "UNREADABLE", "check_image", "read_image"},
     "mteditflow.chains.record": {"first_error"},
+    # Whether a name in a file of others leads out of a folder.
+    "mteditflow.chains.files": {"is_outside"},
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},
     "mteditflow.training.report": {"PACKAGES"},

@@ -10,11 +10,12 @@ from mteditflow_examples.shapes.rewards import Truth, score
 from mteditflow_examples.shapes.served import record_of, service
 from mteditflow_examples.shapes.vision import RuleDetector, to_pil
 from mteditflow_examples.shapes.world import draw, make_chains
+from PIL import Image
 from typer.testing import CliRunner
 
 from mteditflow import instruction_following, marginal_success, wilson_interval
 from mteditflow._files import write_atomically
-from mteditflow.chains import EditedImages, write_chains
+from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, write_chains
 from mteditflow.rewards import Consistency, ConsistencyScorer
 from tests.shapes.rolling import edit_chains
 
@@ -162,3 +163,13 @@ def test_bad_options_are_named(world, tmp_path, given, message):
     result = run(folder / "chains.jsonl", folder, *given, "--output", tmp_path)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("\u2502", " ").split())
+
+
+def test_an_id_that_leads_out_of_the_folder_of_edits_loads_nothing(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    chain = Chain(id="../secret", image="secret.png", instructions=("Do",), root=tmp_path)
+    (tmp_path / "made").mkdir()
+    with pytest.raises(ChainError, match=r"id: expected a name within .*got '\.\./secret'"):
+        score_chains.load(ChainDataset([chain]), 0, tmp_path / "made", "{id}.png")
+    images = score_chains.load(ChainDataset([chain]), 0, tmp_path, "{image}.png")
+    assert len(images) == 2

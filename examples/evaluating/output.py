@@ -94,7 +94,7 @@ class Finished:
     def __init__(self, folder: Path) -> None:
         settings = Settings.read(folder)
         self.evaluation = Evaluation.read(folder / EVALUATION)
-        self.chains = read_chains(folder / CHAINS).chains
+        self.chains = read_chains(folder / CHAINS, allow_outside=True).chains
         self.report = _report(folder / "report.json")
         images = folder / settings.images  # absolute, if they were made elsewhere
         self.images = MadeImages(images, settings.resolution)

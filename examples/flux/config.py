@@ -82,6 +82,8 @@ class Data:
     allow_overlap: bool = False
     """Whether held-out chains may share ids or reference images with those to train on; the log
     says so."""
+    allow_outside: bool = False
+    """Whether images may lie outside the folder of their file of chains."""
     turns: Count = 3
     """Turns N of every chain; longer chains are cut, shorter ones left out."""
     groups: Count = 8

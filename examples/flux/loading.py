@@ -91,7 +91,7 @@ def load_chains(data: Data, path: Path, resolution: int, log: RunLog) -> ChainDa
         ChainError: a line is bad.
         OSError: the file cannot be opened.
     """
-    chains = read_chains(path, check_images=True).chains
+    chains = read_chains(path, check_images=True, allow_outside=data.allow_outside).chains
     cut = [chain.first_turns(data.turns) for chain in chains if chain.turns >= data.turns]
     if not cut:
         raise ConfigError(f"data.turns: expected chains of {data.turns} turns in {path}, got none")

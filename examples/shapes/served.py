@@ -139,7 +139,7 @@ def judge(content: Sequence[dict[str, Any]]) -> list[int]:
     text = "\n".join(part["text"] for part in content if part["type"] == "text")
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
     pngs = [base64.b64decode(url.partition(",")[2], validate=True) for url in urls]
-    reference, *edited = [pixels_of(Image.open(io.BytesIO(png))) for png in pngs]
+    reference, *edited = [pixels_of(Image.open(io.BytesIO(png), formats=("PNG",))) for png in pngs]
     chain = chain_of(reference, INSTRUCTION.findall(text))
     scores = score(torch.stack(edited)[None] / 255, Truth.of([chain]))
     return [int(likert) for likert in scores.likert[0]]

@@ -23,6 +23,7 @@ from mteditflow.chains import (
     split_chains,
     write_chains,
 )
+from mteditflow.chains.files import is_outside
 
 SHOWN = 20  # bad lines that are printed one by one
 
@@ -42,6 +43,13 @@ Images = Annotated[
     typer.Option(help="Folder that the images' paths are relative to; else that of the file."),
 ]
 
+Outside = Annotated[
+    bool,
+    typer.Option(
+        "--allow-outside", help="Accept images outside that folder (by .. or an absolute path)."
+    ),
+]
+
 
 @app.command()
 def convert(
@@ -53,6 +61,7 @@ def convert(
     ] = None,
     to: Annotated[str, typer.Option(help=f"Format to write: {NAMES}.")] = "native",
     images: Images = None,
+    allow_outside: Outside = False,
     lenient: Annotated[
         bool,
         typer.Option("--lenient", help="Leave bad lines and chains out, and list them."),
@@ -64,10 +73,13 @@ def convert(
     is written then. With --lenient both are left out, listed and counted.
     """
     left_out: list[str] = []
+    outside: set[str] = set()
 
     def chains() -> Iterator[Chain]:
-        for found in iter_chains(source, format=from_, images=images):
+        for found in iter_chains(source, format=from_, images=images, allow_outside=allow_outside):
             if isinstance(found, Chain):
+                if not found.image_is_remote and is_outside(found.image_path, target.parent):
+                    outside.add(found.id)
                 yield found
             elif lenient:
                 left_out.append(str(found))
@@ -77,10 +89,16 @@ def convert(
     with refusing():
         writing = write_chains(chains(), target, format=to, strict=not lenient)
     left_out += map(str, writing.refused)
+    outside -= {refused.id for refused in writing.refused}
     _print_left_out(left_out)
     out.print(f"{writing.count} chains written to {target} ({to}), {len(left_out)} left out")
     if FORMATS[to].loses != "nothing":
         out.print(f"{to} leaves out: {FORMATS[to].loses}")
+    if outside:
+        out.print(
+            f"images of {len(outside)} chains lie outside {target.parent}: to read them, give "
+            "--allow-outside"
+        )
 
 
 @app.command()
@@ -92,13 +110,20 @@ def check(
     ] = None,
     images: Images = None,
     check_images: Annotated[bool, typer.Option(help="Look whether each image is there.")] = True,
+    allow_outside: Outside = False,
 ) -> None:
     """Read a file of chains and list its bad lines. The exit code is 1 if there are any."""
     turns: Counter[int] = Counter()
     bad: list[str] = []
     with refusing():
         name = format or recognise(file).name
-        for found in iter_chains(file, format=name, images=images, check_images=check_images):
+        for found in iter_chains(
+            file,
+            format=name,
+            images=images,
+            check_images=check_images,
+            allow_outside=allow_outside,
+        ):
             if isinstance(found, Chain):
                 turns[found.turns] += 1
             else:
@@ -121,6 +146,7 @@ def split(
     ] = "image",
     seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
     images: Images = None,
+    allow_outside: Outside = False,
 ) -> None:
     """Split a file of chains into two of the same format: to train on, and held out.
 
@@ -133,7 +159,13 @@ def split(
         if missing := [x.parent for x in (train, held_out) if not x.parent.is_dir()]:
             raise ValueError(f"train, held_out: expected folders that exist, got {missing[0]}")
         name = recognise(source).name
-        chains = read_chains(source, format=name, images=images, check_images=by == "image").chains
+        chains = read_chains(
+            source,
+            format=name,
+            images=images,
+            check_images=by == "image",
+            allow_outside=allow_outside,
+        ).chains
         parts = split_chains(chains, held_out=count, by=by, seed=seed)
         write_chains(parts.train, train, format=name)
         write_chains(parts.held_out, held_out, format=name)
@@ -148,8 +180,9 @@ def split(
 @app.command()
 def formats() -> None:
     """List the formats, what each leaves out, and which chains it refuses."""
-    headers = ("format", "what it is", "leaves out", "refuses chains with")
-    table = Table(*(Column(header, overflow="fold") for header in headers))
+    headers = ("what it is", "leaves out", "refuses chains with")
+    names = Column("format", no_wrap=True)
+    table = Table(names, *(Column(header, overflow="fold") for header in headers))
     for known in FORMATS.values():
         table.add_row(known.name, known.about, known.loses, known.refuses)
     out.print(table)

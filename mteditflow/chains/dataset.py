@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow.chains.record import Chain, ChainError
 
 
@@ -32,8 +33,8 @@ class Batch(NamedTuple):
 class ChainDataset(Dataset[Example]):
     """Chains with their reference images.
 
-    An image is RGB, turned as its EXIF orientation says. Within a batch each chain's image is
-    loaded once: the members of a group share it.
+    An image is RGB, turned as its EXIF orientation says; over 2^24 pixels are refused. Within a
+    batch each chain's image is loaded once: the members of a group share it.
 
     Args:
         chains: such as ``read_chains(path).chains``.
@@ -95,17 +96,9 @@ def _load_image(chain: Chain) -> Image.Image:
     if chain.image_is_remote:
         raise ChainError(f"chain {chain.id!r}: expected an image file, got {chain.image!r}")
     try:
-        with Image.open(chain.image_path) as image:
-            return _rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return read_image(chain.image_path)
+    except (*UNREADABLE, *BOMBS) as error:
         raise ChainError(
             f"chain {chain.id!r}: expected a readable image, got {str(chain.image_path)!r} "
             f"({type(error).__name__}: {error})"
         ) from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; transparency is dropped, the colors below it show."""
-    if image.mode.startswith(("I", "F")):  # PIL would cut the range off
-        raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")

@@ -6,17 +6,19 @@ The image of turn t of a chain is ``<id>/turn_<t>.png``. Official outputs of Edi
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mteditflow._files import write_atomically
+from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow.chains.record import Chain, ChainError
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+NAME_MAX = 200  # bytes of a folder's name; the system has room for 255
 
 
 class EditedImages:
@@ -42,7 +44,7 @@ class EditedImages:
 
     def path(self, chain: Chain, turn: int) -> Path:
         """Where the image of a turn, from 1 on, lies, or will."""
-        name = quote(chain.id, safe=" ").replace(".", "%2E")  # one folder, whatever the id
+        name = _folder_name(chain.id)
         official = self.folder / f"{name}_input_raw_turn_{turn}.png"
         return official if official.exists() else self.folder / name / f"turn_{turn}.png"
 
@@ -76,9 +78,17 @@ class EditedImages:
 
     def _load(self, turn: int, path: Path) -> Image.Image:
         try:
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+            return read_image(path)
         except FileNotFoundError as error:
             raise ChainError(f"turn {turn}: expected the image {path}, got none") from error
-        except UNREADABLE as error:
+        except (*UNREADABLE, *BOMBS) as error:
             raise ChainError(f"turn {turn}: expected an image, got {path}: {error}") from error
+
+
+def _folder_name(name: str) -> str:
+    """Return one name of a folder for any id; a hash ends one that would be too long."""
+    quoted = quote(name, safe=" ").replace(".", "%2E")
+    if len(quoted) <= NAME_MAX:
+        return quoted
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return f"{quoted[: NAME_MAX - len(digest) - 1]}~{digest}"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import codecs
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from mteditflow._checks import check_choice
-from mteditflow.chains.formats import FORMATS, Format
-from mteditflow.chains.formats.base import Record, numbered_lines, parse_object
+from mteditflow._images import BOMBS, UNREADABLE, check_image
+from mteditflow.chains.formats import FORMATS, Format, Row
+from mteditflow.chains.formats.base import Record
+from mteditflow.chains.formats.stored import is_stored, stored_columns, stored_rows
+from mteditflow.chains.recognition import UnknownFormatError, format_of_content, format_of_keys
 from mteditflow.chains.record import Chain, ChainError, shorten
 
-LINES = 100  # that may be broken before the one that shows the format
-OBJECT_OF_OBJECTS = re.compile(rb'\s*\{\s*"[^"]*"\s*:\s*\{')
+PATH_SHOWN = 400  # characters
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,21 @@ def read_chains(
     strict: bool = True,
     images: str | os.PathLike[str] | None = None,
     check_images: bool = False,
+    allow_outside: bool = False,
 ) -> Reading:
     """Read all chains of a file.
 
     Args:
-        path: the file, UTF-8 (a byte-order mark, CRLF and blank lines do not matter).
+        path: the file, UTF-8 (a byte-order mark, CRLF and blank lines do not matter); or a folder
+            that ``datasets`` saved, with the extra ``mteditflow[arrow]``.
         format: a key of ``FORMATS``; ``None`` recognizes it by the content.
-        strict: stop at the first bad line; else skip bad lines and list them.
+        strict: stop at the first bad line; else skip bad lines and list them. A bad line costs its
+            own chain and no other.
         images: folder that the images' paths are relative to; ``None`` is that of the file.
-        check_images: whether a chain whose image is no file counts as bad. Costs a look at the
-            disk for each chain.
+        check_images: whether a chain counts as bad whose image is no file, or begins unlike a still
+            image of up to 2^24 pixels. Costs the reading of its header for each chain.
+        allow_outside: whether images may lie outside that folder, by ".." or by an absolute path;
+            else such a chain counts as bad. Links within the folder may lead anywhere.
 
     Returns:
         The chains, and the lines that were skipped (none where strict).
@@ -82,8 +87,8 @@ def read_chains(
     Example:
         >>> import tempfile
         >>> from mteditflow.chains import write_chains
-        >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat",))
         >>> with tempfile.TemporaryDirectory() as folder:
+        ...     chain = Chain(id="7", image="7.png", instructions=("Remove it",), root=folder)
         ...     path = Path(folder, "chains.jsonl")
         ...     _ = write_chains([chain], path)
         ...     _ = path.write_text(path.read_text() + '{"id": 8}')
@@ -95,7 +100,13 @@ def read_chains(
     """
     chains: list[Chain] = []
     skipped: list[Skipped] = []
-    for found in iter_chains(path, format=format, images=images, check_images=check_images):
+    for found in iter_chains(
+        path,
+        format=format,
+        images=images,
+        check_images=check_images,
+        allow_outside=allow_outside,
+    ):
         if isinstance(found, Chain):
             chains.append(found)
         elif strict:
@@ -111,6 +122,7 @@ def iter_chains(
     format: str | None = None,  # noqa: A002
     images: str | os.PathLike[str] | None = None,
     check_images: bool = False,
+    allow_outside: bool = False,
 ) -> Iterator[Chain | Skipped]:
     """Read a file chain by chain: formats with one chain per line need memory for one line.
 
@@ -119,6 +131,7 @@ def iter_chains(
         format: as in ``read_chains``.
         images: as in ``read_chains``.
         check_images: as in ``read_chains``.
+        allow_outside: as in ``read_chains``.
 
     Yields:
         Each chain, and each line that holds none, in the order of the file.
@@ -133,38 +146,47 @@ def iter_chains(
         check_choice("format", format, list(FORMATS))
     known = recognise(file) if format is None else FORMATS[format]
     root = file.parent if images is None else Path(images)
+    looks = _Looks(root, known.suffixes, check_images, allow_outside)
     lines: dict[str, int] = {}
     line = 0
-    with _open(file) as stream:
-        for line, record in known.read(stream):
-            found = _chain(record, root, check_images)
-            if isinstance(found, Chain) and found.id in lines:
-                again = f"got {found.id!r} again, as on line {lines[found.id]}"
-                found = ChainError(f"id: expected a new one, {again}")
-            elif isinstance(found, Chain):
-                lines[found.id] = line
-            yield found if isinstance(found, Chain) else Skipped(file, line, str(found))
+    for line, record in _rows(file, known):
+        found = looks.chain(record)
+        if isinstance(found, Chain) and found.id in lines:
+            again = f"got {found.id!r} again, as on line {lines[found.id]}"
+            found = ChainError(f"id: expected a new one, {again}")
+        elif isinstance(found, Chain):
+            lines[found.id] = line
+        yield found if isinstance(found, Chain) else Skipped(file, line, str(found))
     if not line:
         yield Skipped(file, 1, "expected at least one chain, got an empty file")
+
+
+def _rows(file: Path, known: Format) -> Iterator[Row]:
+    if not is_stored(file):
+        with _open(file) as stream:
+            yield from known.read(stream)
+    elif known.decode is not None:
+        yield from stored_rows(known, file)
+    else:
+        raise ChainError(f"{file}: expected a file of format {known.name}, got a folder of rows")
 
 
 def recognise(path: str | os.PathLike[str]) -> Format:
     """Recognize the format of a file by its content.
 
     Raises:
-        ChainError: the content shows none; the message lists the formats.
+        ChainError: the content shows none; the message lists the formats, the keys that were seen
+            and the format that is nearest to them.
         OSError: the file cannot be opened.
     """
-    with _open(Path(path)) as stream:
-        start = stream.tell()
-        for _, raw in islice(numbered_lines(stream), LINES):
-            known = _format_of_line(raw)
-            if known is not None:
-                return known
-        stream.seek(start)
-        if OBJECT_OF_OBJECTS.match(stream.read(4096)):
-            return FORMATS["imgedit"]
-    raise ChainError(f"{path}: expected content of one of the formats {', '.join(FORMATS)}")
+    file = Path(path)
+    try:
+        if is_stored(file):
+            return format_of_keys(stored_columns(file))
+        with _open(file) as stream:
+            return format_of_content(stream)
+    except UnknownFormatError as error:
+        raise ChainError(f"{file}: {error}") from error
 
 
 def _open(file: Path) -> BinaryIO:
@@ -175,29 +197,77 @@ def _open(file: Path) -> BinaryIO:
     return stream
 
 
-def _format_of_line(raw: bytes) -> Format | None:
-    if {b"image_index", b"turns"} <= {name.strip(b'" \r\n') for name in raw.split(b",")}:
-        return FORMATS["edival"]
-    try:
-        keys = parse_object(raw).keys()
-    except ChainError:
+@dataclass(frozen=True)
+class _Looks:
+    """How the image of a chain is looked for."""
+
+    root: Path
+    suffixes: tuple[str, ...]
+    check_images: bool
+    allow_outside: bool
+
+    def chain(self, record: Record | ChainError) -> Chain | ChainError:
+        """Build the chain of a record, or return the error."""
+        if isinstance(record, ChainError):
+            return record
+        try:
+            chain = Chain.from_record(record, self.root)
+        except ChainError as error:
+            return error
+        if chain.image_is_remote:
+            address = f"got the address {shorten(chain.image)}"
+            return ChainError(f"image: expected a file, {address}") if self.check_images else chain
+        fault = None if self.allow_outside else why_outside(chain.image, self.root)
+        if fault is not None:
+            return ChainError(f"image: {fault}")
+        chain = self._with_suffix(chain) if self.suffixes else chain
+        fault = _image_fault(chain.image_path) if self.check_images else None
+        return chain if fault is None else ChainError(f"image: {fault}")
+
+    def _with_suffix(self, chain: Chain) -> Chain:
+        """Let the image be the one that is there, of those that differ in the suffix alone."""
+        if _is_file(chain.image_path):
+            return chain
+        image = Path(chain.image)
+        others = [image.with_suffix(suffix).as_posix() for suffix in self.suffixes]
+        there = next((x for x in others if _is_file(self.root / x)), chain.image)
+        return chain.model_copy(update={"image": there})
+
+
+def is_outside(path: Path, folder: Path) -> bool:
+    """Whether a path leads out of a folder, by ".." or by being absolute; links do not matter."""
+    root = os.path.abspath(folder)
+    return os.path.commonpath((root, os.path.abspath(path))) != root
+
+
+def why_outside(name: str, folder: Path) -> str | None:
+    """Say that a name relative to a folder leads out of it, ``None`` if it does not."""
+    if not is_outside(folder / name, folder):
         return None
-    return next((known for known in FORMATS.values() if known.keys and known.keys <= keys), None)
+    return (
+        f"expected a path within {shorten(str(folder), PATH_SHOWN)}, got {shorten(name)}; "
+        "--allow-outside (allow_outside=True) accepts it"
+    )
 
 
-def _chain(record: Record | ChainError, root: Path, check_image: bool) -> Chain | ChainError:
-    """Build the chain of a record, or return the error."""
-    if isinstance(record, ChainError):
-        return record
+def _image_fault(path: Path) -> str | None:
+    """Say what is wrong with an image, as far as its header shows; ``None`` if nothing is."""
+    shown = shorten(str(path), PATH_SHOWN)
+    if not _is_file(path):
+        return f"expected a file, got {shown}"
     try:
-        chain = Chain.from_record(record, root)
-    except ChainError as error:
-        return error
-    if check_image and chain.image_is_remote:
-        return ChainError(f"image: expected a file, got the address {shorten(chain.image)}")
-    if check_image and not chain.image_path.is_file():
-        return ChainError(f"image: expected a file, got {str(chain.image_path)!r}")
-    return chain
+        check_image(path)
+    except (*UNREADABLE, *BOMBS) as error:
+        return f"expected a readable image, got {shown} ({type(error).__name__}: {error})"
+    return None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; no name that the system refuses (too long, not text) is one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)

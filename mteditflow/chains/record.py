@@ -29,10 +29,10 @@ class ChainError(ValueError):
     """A record is no chain, a file cannot be read, or a format cannot hold a chain."""
 
 
-def shorten(value: object) -> str:
-    """Show a value on one line of bounded length."""
+def shorten(value: object, most: int = SHOWN) -> str:
+    """Show a value on one line of bounded length, in characters."""
     shown = repr(value)
-    return shown if len(shown) <= SHOWN else shown[:SHOWN] + " ..."
+    return shown if len(shown) <= most else shown[:most] + " ..."
 
 
 def first_error(error: ValidationError) -> str:
@@ -212,8 +212,8 @@ class Chain(BaseModel):
         return one_line(self.to_record())
 
 
-def one_line(record: Mapping[str, Any]) -> str:
-    """Write a record as one line of JSON.
+def one_line(record: object) -> str:
+    """Write a record, or a list of them, as one line of JSON.
 
     Raises:
         ChainError: it holds what JSON cannot.

@@ -118,7 +118,7 @@ def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step
     """
     takers = [tracker for tracker in trackers if hasattr(tracker, "log_images")]
     images = {
-        name: Image.open(BytesIO(_rendered(figure, "png"))).convert("RGB")
+        name: Image.open(BytesIO(_rendered(figure, "png")), formats=("PNG",)).convert("RGB")
         for name, figure in figures.items()
         if takers
     }

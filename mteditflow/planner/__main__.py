@@ -101,7 +101,7 @@ def stats(
 ) -> None:
     """Count edit types, object categories and turns."""
     with _one_line_errors():
-        counted = statistics(read_chains(chains).chains)
+        counted = statistics(read_chains(chains, allow_outside=True).chains)
         out.print(statistics_table(counted))
         if plot is not None:
             draw_statistics(counted, plot)

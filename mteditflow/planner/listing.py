@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mteditflow.chains.record import first_error, shorten
 from mteditflow.planner.answers import read_json, strict_object
-from mteditflow.planner.pool import ListedObject, Pool
+from mteditflow.planner.pool import ListedObject
 from mteditflow.rewards import AnswerError, Fault
 from mteditflow.rewards.consistency.regions import clean_names
 from mteditflow.rewards.consistency.scorer import Detector
@@ -40,7 +41,19 @@ Answer with JSON alone, of this form:
 
 class _Listing(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    objects: Annotated[list[ListedObject], Field(max_length=OBJECTS_MAX)]
+    objects: list[Any]
+
+
+class Listing(NamedTuple):
+    """Objects as a model listed them.
+
+    Attributes:
+        objects: those with a name of their own; an attribute that is odd is not known.
+        left_out: for the rest, the name of an object, or "<name>: <attribute>", to the reason.
+    """
+
+    objects: tuple[ListedObject, ...]
+    left_out: dict[str, str]
 
 
 def listing_schema() -> dict[str, Any]:
@@ -50,25 +63,58 @@ def listing_schema() -> dict[str, Any]:
     return strict_object({"objects": objects})
 
 
-def read_objects(text: str) -> tuple[ListedObject, ...]:
-    """Read the answer to ``LISTING_PROMPT``.
+def read_objects(text: str) -> Listing:
+    """Read the answer to ``LISTING_PROMPT``; what is odd in it costs no more than itself.
 
     Args:
         text: what the model wrote.
 
     Raises:
-        AnswerError: the answer has another form, or two objects share a name.
+        AnswerError: the answer has another form, or none of its objects can be used.
 
     Example:
-        >>> read_objects('{"objects": [{"name": "cat", "color": null, "count": 1}]}')[0].count
-        1
+        >>> listing = read_objects('{"objects": [{"name": "cat", "color": null, "count": 0}]}')
+        >>> listing.objects[0].name, listing.left_out
+        ('cat', {'cat: count': 'expected greater than or equal to 1, got 0'})
     """
-    objects = tuple(read_json(text, _Listing).objects)
+    listed = read_json(text, _Listing).objects
+    objects: dict[str, ListedObject] = {}
+    left_out: dict[str, str] = {}
+    for number, each in enumerate(listed):
+        found, name, faults = _read_object(each, f"objects[{number}]")
+        if found is None:
+            left_out |= faults
+        elif name.casefold() in objects:
+            left_out[f"{name} (objects[{number}])"] = "expected a name for each alone, got it twice"
+        elif len(objects) == OBJECTS_MAX:
+            left_out[name] = f"expected at most {OBJECTS_MAX} objects, got another one"
+        else:
+            objects[name.casefold()] = found
+            left_out |= faults
+    if listed and not objects:
+        place, reason = next(iter(left_out.items()))
+        raise AnswerError(Fault.format, f"{place}: {reason}")
+    return Listing(tuple(objects.values()), left_out)
+
+
+def _read_object(each: Any, place: str) -> tuple[ListedObject | None, str, dict[str, str]]:
+    """Read one object: without its odd attributes, and ``None`` where it has no usable name."""
+    if not isinstance(each, dict):
+        return None, place, {place: f"expected an object, got {shorten(each)}"}
+    faults = {key: fault for key, x in each.items() if (fault := _fault(key, x)) is not None}
+    if "name" not in each or "name" in faults:
+        return None, place, {place: faults.get("name", "expected a name, got none")}
+    found = ListedObject(**{key: x for key, x in each.items() if key not in faults})
+    return found, found.name, {f"{found.name}: {key}": fault for key, fault in faults.items()}
+
+
+def _fault(key: str, value: Any) -> str | None:
+    """Say what is odd about an attribute, ``None`` if nothing is."""
     try:
-        Pool.of(objects)
-    except ValueError as error:
-        raise AnswerError(Fault.senseless, str(error)) from error
-    return objects
+        ListedObject(**{"name": "any", key: value})
+    except ValidationError as error:
+        return first_error(error).removeprefix(f"{key}: ")
+    return None
 
 
 def find_objects(

@@ -57,7 +57,8 @@ class Scene:
     Attributes:
         picture: the image as part of a message.
         objects: those that were listed and found.
-        left_out: names of those that were listed alone, each with the reason.
+        left_out: names of those that were listed alone, and attributes that are odd, each with the
+            reason.
     """
 
     picture: dict[str, Any]
@@ -164,9 +165,10 @@ class Planner:
         if isinstance(listed, Lost):
             return _refused("objects", listed)
         boxes = await anyio.to_thread.run_sync(
-            find_objects, self._detector, image, listed, limiter=self._detecting
+            find_objects, self._detector, image, listed.objects, limiter=self._detecting
         )
-        objects, left_out = sift(listed, boxes, image.size)
+        objects, unseen = sift(listed.objects, boxes, image.size)
+        left_out = listed.left_out | unseen
         if not objects:
             return Refused("no object was found", f"listed were {left_out or 'none'}")
         return Scene(picture, objects, left_out)
@@ -197,7 +199,11 @@ class Planner:
             pools.append(filled.pool)
             instructions.append(filled.instruction)
         record = {"id": chain_id, "image": image, "instructions": tuple(instructions)}
-        made = {"settings": self.settings, "objects": [x.model_dump() for x in scene.objects]}
+        made = {
+            "settings": self.settings,
+            "objects": [x.model_dump() for x in scene.objects],
+            "left_out": dict(scene.left_out),
+        }
         return Chain.model_validate({**record, **chain_fields(pools), "planner": made})
 
     async def _fill(

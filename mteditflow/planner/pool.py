@@ -32,6 +32,8 @@ from mteditflow.planner.edits import (
     TextChange,
 )
 
+TEXT = "text"  # name of a text that an edit adds to the image, as in EdiVal-Bench
+
 
 class ListedObject(BaseModel):
     """An object as a model lists it; ``None`` where an attribute is not known.
@@ -196,7 +198,8 @@ class Pool:
         Remove deletes; replace renames and keeps the attributes; add inserts; color and material
         put their word into the name, in the place of the old one or before it; count and text set
         the attribute; position changes nothing; after a background change only the foreground's
-        originals remain. What an edit touches counts as edited: of a position both objects, of an
+        originals remain. Added text is no object to edit, but its name is used: where it stands is
+        no background. What an edit touches counts as edited: of a position both objects, of an
         addition none.
 
         Args:
@@ -211,6 +214,8 @@ class Pool:
         if isinstance(edit, SubjectAdd):
             objects.append(SceneObject(name=edit.name, original=False))
             new.append(edit.name)
+        if isinstance(edit, TextChange) and edit.target is None and not _among(TEXT, self.names):
+            new.append(TEXT)
         for name in new:
             if _among(name, self.names) or len(name) > LENGTH_MAX:
                 raise EditError(

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import anyio.to_thread
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from mteditflow._checks import check_count
+from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow.chains import Chain, read_chains
 from mteditflow.chains.record import first_error
 from mteditflow.planner.plan import Planner, Refused, Scene
-from mteditflow.rewards.images import BOMBS, UNREADABLE, to_rgb
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -79,6 +79,7 @@ class Journal:
 
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+UNREADABLE_IMAGE = "image cannot be read"
 SIDE_MAX = 1024  # pixels: larger images are made smaller before they are looked at
 J = TypeVar("J")
 R = TypeVar("R")
@@ -117,6 +118,7 @@ class _Job(NamedTuple):
     """An image and the ids of its chains that are still to be planned."""
 
     path: Path
+    name: str  # as text; bytes that are no UTF-8 are escaped
     ids: tuple[str, ...]
 
 
@@ -134,9 +136,9 @@ async def plan_folder(
     Args:
         planner: plans one chain.
         folder: of PNG, JPEG and WebP images.
-        output: file of chains, one JSON object a line; refused ones go to
-            ``<output without suffix>.refused.jsonl``. A run that was stopped goes on. To try
-            refused chains again, delete that second file; they are then written at the end.
+        output: file of chains, one JSON object a line; refused ones go to ``refused_file`` of it.
+            A run that was stopped goes on. To try refused chains again, delete that second file;
+            they are then written at the end.
         chains_per_image: how many to plan for each image.
         images_in_flight: most images that are worked on at one time.
         progress: show a bar.
@@ -153,7 +155,7 @@ async def plan_folder(
     check_count("images_in_flight", images_in_flight)
     images = _images(folder)
     chains = Journal(output)
-    refused = Journal(output.with_suffix(".refused.jsonl"))
+    refused = Journal(refused_file(output))
     done = _done(planner, chains, refused)
     jobs = _jobs_left(folder, images, done, chains_per_image)
 
@@ -176,6 +178,18 @@ async def plan_folder(
     return Planned(_chains_in(chains.path), dict(reasons.most_common()))
 
 
+def refused_file(output: Path) -> Path:
+    """Return the file of refused chains beside a file of chains; no two of these share one.
+
+    Example:
+        >>> [refused_file(Path(name)).name for name in ("x.jsonl", "x.v1", "x.v2")]
+        ['x.refused.jsonl', 'x.v1.refused', 'x.v2.refused']
+    """
+    if output.suffix == ".jsonl":
+        return output.with_suffix(".refused.jsonl")
+    return output.with_name(f"{output.name}.refused")
+
+
 def _done(planner: Planner, chains: Journal, refused: Journal) -> set[str]:
     """Return the ids of the chains that are planned or refused."""
     done = {x.id for x in refused.read(RefusedChain)}
@@ -196,15 +210,17 @@ def _jobs_left(
     """Return what is still to be done."""
     jobs = []
     for path in images:
-        name = path.relative_to(folder).as_posix()
+        name = _as_text(path.relative_to(folder))
         ids = tuple(f"{name}#{k}" for k in range(chains_per_image))
-        jobs.append(_Job(path, tuple(x for x in ids if x not in done)))
+        jobs.append(_Job(path, name, tuple(x for x in ids if x not in done)))
     return [job for job in jobs if job.ids]
 
 
 def _chains_in(path: Path) -> tuple[Chain, ...]:
     """Read what is planned so far, which may be nothing."""
-    return read_chains(path, format="native").chains if path.stat().st_size else ()
+    if not path.stat().st_size:
+        return ()
+    return read_chains(path, format="native", allow_outside=True).chains  # images are the folder's
 
 
 def _images(folder: Path) -> list[Path]:
@@ -218,33 +234,43 @@ def _images(folder: Path) -> list[Path]:
 
 async def _plan_image(planner: Planner, job: _Job, root: Path) -> list[Chain | RefusedChain]:
     """Plan the chains of one image; ``root`` is what its path is written relative to."""
-    image = Path(os.path.relpath(job.path, root)).as_posix()
+    image = Path(os.path.relpath(job.path, root))
 
     def refuse(chain_id: str, why: Refused) -> RefusedChain:
-        return RefusedChain(id=chain_id, image=image, reason=why.reason, detail=why.detail)
+        return RefusedChain(
+            id=chain_id, image=_as_text(image), reason=why.reason, detail=why.detail
+        )
 
+    if _as_text(image) != image.as_posix():
+        detail = f"expected a name in UTF-8, which a chain can hold, got {_as_text(image)!r}"
+        return [refuse(chain_id, Refused(UNREADABLE_IMAGE, detail)) for chain_id in job.ids]
     scene = await _look(planner, job.path)
     if isinstance(scene, Refused):
         return [refuse(chain_id, scene) for chain_id in job.ids]
     results: list[Chain | RefusedChain] = []
     for chain_id in job.ids:
-        planned = await planner.plan(scene, chain_id=chain_id, image=image)
+        planned = await planner.plan(scene, chain_id=chain_id, image=image.as_posix())
         results.append(refuse(chain_id, planned) if isinstance(planned, Refused) else planned)
     return results
+
+
+def _as_text(name: Path | str) -> str:
+    """Return a name with escapes for its bytes that are not UTF-8."""
+    raw = os.fsencode(name.as_posix() if isinstance(name, Path) else name)
+    return raw.decode("utf-8", errors="backslashreplace")
 
 
 async def _look(planner: Planner, path: Path) -> Scene | Refused:
     try:
         image = await anyio.to_thread.run_sync(open_image, path)
     except (*UNREADABLE, *BOMBS) as error:
-        return Refused("image cannot be read", f"{type(error).__name__}: {error}")
+        return Refused(UNREADABLE_IMAGE, _as_text(f"{type(error).__name__}: {error}"))
     return await planner.look(image)
 
 
 def open_image(path: Path) -> Image.Image:
     """Read an image as a person sees it: RGB, the right way up, no side over 1024 pixels."""
-    with Image.open(path) as image:
-        upright = to_rgb("image", ImageOps.exif_transpose(image))
+    upright = read_image(path)
     upright.thumbnail((SIDE_MAX, SIDE_MAX), Image.Resampling.LANCZOS)
     return upright
 

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import struct
-import zlib
 
 from PIL import Image
 
+from mteditflow._images import BOMBS, SIXTEEN_BITS, UNREADABLE
+
 FORMATS = ("PNG", "WEBP")
-SIXTEEN_BITS = ("I", "F")  # also I;16 and others: converting them to RGB clips silently
-# Exceptions of PIL on broken files.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
-# Exceptions of PIL on files that are far too large, by default or as warnings made errors.
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def to_rgb(name: str, image: Image.Image) -> Image.Image:

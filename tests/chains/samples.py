@@ -5,6 +5,8 @@ stray double quotes, an apostrophe within a text, a full stop at the end; in Edi
 one turn without lists over turns; in Pico-Banana's, a chain with a local image and one without.
 """
 
+import struct
+import zlib
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -18,7 +20,10 @@ FILES = {
     "edit-r2": DATA / "edit_r2.jsonl",
     "pico-banana": DATA / "pico_banana.jsonl",
     "flow-grpo": DATA / "flow_grpo.jsonl",
+    "seed-data-edit": DATA / "seed_data_edit.jsonl",
     "imgedit": DATA / "imgedit.json",
+    "imgedit-multi-turn": DATA / "imgedit_multi_turn.json",
+    "magicbrush": DATA / "magicbrush.json",
 }
 
 texts = st.text(min_size=1, max_size=12).filter(str.strip)
@@ -32,7 +37,7 @@ unknown_keys = st.text(min_size=1, max_size=8).filter(lambda key: key not in TAK
 TAKEN = {
     *Chain.model_fields,
     *("instruction", "task_type", "formatted_instruction", "bg_consistency", "turns", "prompt"),
-    *("files", "metadata_edit_turn_prompts", "local_input_image", "edit_type"),
+    *("files", "metadata_edit_turn_prompts", "local_input_image", "edit_type", "source_image"),
 }
 
 
@@ -64,3 +69,12 @@ def chains(draw, most_turns=3, types=TASK_TYPES, text=texts, complete=False, ext
 def files_of_chains(**options):
     """Lists of chains whose ids differ."""
     return st.lists(chains(**options), min_size=1, max_size=3, unique_by=lambda chain: chain.id)
+
+
+def png_header(width, height):
+    """A PNG of that size with no pixels in it: 45 bytes that ask for up to gigabytes."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(b""), b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x) - 4) + x + struct.pack(">I", zlib.crc32(x)) for x in chunks
+    )

@@ -34,12 +34,14 @@ def test_convert_every_format_to_the_native_one(name, told, tmp_path):
     target = tmp_path / "out.jsonl"
     result = run("convert", FILES[name], target, *["--from", name] * told)
     assert result.exit_code == 0, result.stderr
-    converted, original = read_chains(target).chains, read_chains(FILES[name]).chains
+    converted = read_chains(target, allow_outside=True).chains
+    original = read_chains(FILES[name]).chains
     without_root = [chain.model_copy(update={"root": target.parent}) for chain in original]
     assert [x.model_copy(update={"image": ""}) for x in converted] == [
         x.model_copy(update={"image": ""}) for x in without_root
     ]
-    assert result.stdout == f"{len(original)} chains written to {target} (native), 0 left out\n"
+    written = result.stdout.splitlines()[0]
+    assert written == f"{len(original)} chains written to {target} (native), 0 left out"
     assert result.stderr == ""
 
 
@@ -47,7 +49,7 @@ def test_convert_says_what_the_format_leaves_out_and_rewrites_paths(tmp_path):
     target = tmp_path / "out.csv"
     result = run("convert", FILES["edival"], target, "--to", "edival", "--images", "photos")
     assert result.exit_code == 0
-    assert result.stdout.endswith(f"edival leaves out: {FORMATS['edival'].loses}\n")
+    assert result.stdout.splitlines()[1] == f"edival leaves out: {FORMATS['edival'].loses}"
     native = tmp_path / "out.jsonl"
     run("convert", FILES["edival"], native, "--images", tmp_path / "photos")
     assert json.loads(native.read_text(encoding="utf-8").splitlines()[0])["image"] == (
@@ -84,7 +86,10 @@ def test_lenient_leaves_out_lists_and_counts(mixed, tmp_path):
     assert lines[1].startswith(f"{mixed}:4: expected one JSON object, got '{{'")
     refusing = run("convert", FILES["native"], target, "--to", "flow-grpo", "--lenient")
     assert refusing.stderr == "chain '7': expected a chain of one turn, got 2 turns\n"
-    assert refusing.stdout == f"1 chains written to {target} (flow-grpo), 1 left out\n"
+    assert refusing.stdout.splitlines() == [
+        f"1 chains written to {target} (flow-grpo), 1 left out",
+        f"images of 1 chains lie outside {tmp_path}: to read them, give --allow-outside",
+    ]
 
 
 def test_check(mixed, tmp_path):
@@ -125,6 +130,34 @@ def test_errors_are_one_line_on_stderr(arguments, message):
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_images_outside_of_the_folder_need_an_option_of_every_command(tmp_path):
+    (tmp_path / "lists").mkdir()
+    source = tmp_path / "lists" / "x.jsonl"
+    source.write_text(GOOD % (1, "../1") + GOOD % (2, "../1"), encoding="utf-8")
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    sides = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for command, code in (
+        (["check", source], 1),
+        (["convert", source, sides[0]], 2),
+        (["split", source, *sides, "--by", "chain", "--count", 1], 2),
+    ):
+        refused = run(*command)
+        assert refused.exit_code == code
+        assert "--allow-outside (allow_outside=True) accepts it" in refused.stderr
+        assert run(*command, "--allow-outside").exit_code == 0
+    assert ids(sides[0]) + ids(sides[1]) in (["1", "2"], ["2", "1"])
+
+
+def test_convert_says_that_images_lie_outside_of_the_new_folder(tmp_path):
+    source = tmp_path / "x.jsonl"
+    source.write_text(GOOD % (1, 1), encoding="utf-8")
+    (tmp_path / "lists").mkdir()
+    told = run("convert", source, tmp_path / "lists" / "y.jsonl").stdout.splitlines()[-1]
+    where = tmp_path / "lists"
+    assert told == f"images of 1 chains lie outside {where}: to read them, give --allow-outside"
+    assert "outside" not in run("convert", source, tmp_path / "y.jsonl").stdout
 
 
 SPLIT = ["split", FILES["native"], "a.jsonl", "b.jsonl"]

@@ -202,6 +202,9 @@ def test_lines_of_edival_are_counted_within_cells(tmp_path):
         ('"A" is the text', '"A" is the text'),
         ("Remove the dogs'", "Remove the dogs'"),
         ('12" screen, 14" wide', '12" screen, 14" wide'),
+        ('Replace the TV with a 65"', 'Replace the TV with a 65"'),
+        ('"Replace the TV with a 65"', "Replace the TV with a 65"),
+        ('"Change the count to 3', "Change the count to 3"),
         ('""', ""),
     ],
 )
@@ -377,6 +380,102 @@ def test_imgedit_faults(text, line, reason, tmp_path):
     assert (found, told[: len(reason)]) == (line, reason)
 
 
+@pytest.mark.parametrize("entry", [{"id": "a.png", "prompt": "Add a hat"}])
+def test_an_entry_without_an_edit_type_has_an_unknown_one(entry, tmp_path):
+    path = tmp_path / "UGE_edit.json"
+    path.write_text(json.dumps({"3": entry, "4": {**entry, "edit_type": "add"}}))
+    unknown, known = read_chains(path).chains
+    assert (unknown.task_types, unknown.model_extra) == (None, {})
+    assert known.task_types == ("subject_add",)
+    assert json.loads(back([unknown], "imgedit", tmp_path).read_text()) == {"3": entry}
+
+
+def test_imgedit_multi_turn(tmp_path):
+    three, two = read("imgedit-multi-turn")
+    assert three.to_record() == {
+        "id": "1",
+        "image": "000000007.jpg",
+        "instructions": ("From now on use green; add a hat", "Change the cup", "Undo that"),
+    }
+    assert (two.id, two.turns) == ("2", 2)
+    path = back([three, two], "imgedit-multi-turn", tmp_path)
+    assert json.loads(path.read_text()) == json.loads(FILES["imgedit-multi-turn"].read_text())
+    for turns in ({"turn2": "a"}, {"turn1": "a", "turn3": "b"}, {}):
+        text = json.dumps({"1": {"id": "a.png", **turns}})
+        assert rejected("imgedit-multi-turn", text, tmp_path)[1].startswith("turn1, turn2, ...: ")
+
+
+# MagicBrush
+
+
+def test_magicbrush(tmp_path):
+    kite, rain = read("magicbrush")
+    assert kite.to_record() == {
+        "id": "310",
+        "image": "images/310/310-input.png",
+        "instructions": ("add a kite", "let it be night"),
+        "masks": ["310-mask1.png", "310-mask2.png"],
+        "outputs": ["310-output1.png", "310-output2.png"],
+    }
+    assert (rain.id, rain.turns) == ("77", 1)
+    path = back([kite, rain], "magicbrush", tmp_path)
+    assert json.loads(path.read_text()) == json.loads(FILES["magicbrush"].read_text())
+
+
+STEP = {"input": "a.png", "mask": "m.png", "output": "b.png", "instruction": "add a dog"}
+
+
+@pytest.mark.parametrize(
+    ("session", "reason"),
+    [
+        ([], "expected a list of turns with input, mask, output, instruction, got []"),
+        ({"input": "a"}, "expected a list of turns with input, mask, output, instruction, got {"),
+        ([3], "expected an object with input, mask, output, instruction, got 3"),
+        ([{**STEP, "instruction": 3}], "instruction of turn 1: expected text, got 3"),
+        ([STEP, STEP], "input of turn 2: expected the output of the turn before, 'b.png', got 'a."),
+    ],
+)
+def test_magicbrush_faults(session, reason, tmp_path):
+    told = rejected("magicbrush", json.dumps({"1": session, "2": [STEP]}), tmp_path)[1]
+    assert told[: len(reason)] == reason
+
+
+# SEED-Data-Edit
+
+
+def test_seed_data_edit(tmp_path):
+    kite, bench = read("seed-data-edit")
+    assert kite.to_record() == {
+        "id": "1",
+        "image": "0/source.png",
+        "instructions": ("Add a kite", "Make the kite red"),
+        "inverse_instruction_1": "Remove the kite",
+        "edit_image_1": "0/1.png",
+        "inverse_instruction_2": "Make it blue",
+        "edit_image_2": "0/2.png",
+    }
+    assert (bench.id, bench.turns) == ("2", 1)
+    record = {"source_image": "a.png", "instruction_1": "a", "instruction_3": "b"}
+    reason = "instruction_1, instruction_2, ...: expected one for each turn, got those of turns [1"
+    assert rejected("seed-data-edit", json.dumps(record), tmp_path)[1][: len(reason)] == reason
+
+
+# Images of EdiVal
+
+
+def test_edivals_images_may_have_another_suffix(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(FILES["edival"].read_bytes())
+    (tmp_path / "4_input_raw.png").touch()
+    assert [x.image for x in read_chains(path).chains] == ["4_input_raw.png", "7_input_raw.jpg"]
+    (tmp_path / "4_input_raw.jpg").touch()  # the benchmark's own name comes first
+    assert read_chains(path).chains[0].image == "4_input_raw.jpg"
+    (tmp_path / "4_input_raw.jpg").unlink()
+    chains = read_chains(path).chains
+    write_chains(chains, tmp_path / "y.csv", format="edival")
+    assert read_chains(tmp_path / "y.csv").chains == chains
+
+
 # There and back
 
 
@@ -385,11 +484,13 @@ def back(chain_list, name, folder):
     path = folder / f"back-{name}"
     here = [chain.model_copy(update={"root": path.parent}) for chain in chain_list]
     write_chains(here, path, format=name)
-    assert list(read_chains(path, format=name).chains) == here
+    assert list(read_chains(path, format=name, allow_outside=True).chains) == here
     return path
 
 
-@pytest.mark.parametrize("name", ["native", "edit-r2", "pico-banana"])
+@pytest.mark.parametrize(
+    "name", ["native", "edit-r2", "pico-banana", "seed-data-edit", "imgedit-multi-turn"]
+)
 @given(data=st.data())
 def test_formats_of_several_turns_keep_all(name, data, tmp_path_factory):
     back(data.draw(files_of_chains()), name, tmp_path_factory.getbasetemp())
@@ -470,13 +571,17 @@ PLAIN = Chain(id="7", image="7_input_raw.jpg", instructions=["Remove it"])
     [
         ("flow-grpo", {"instructions": ("a", "b")}, "expected a chain of one turn, got 2 turns"),
         ("imgedit", {"instructions": ("a", "b")}, "expected a chain of one turn, got 2 turns"),
-        ("imgedit", {}, "edit_type: expected this field, or task_types, got none"),
+        ("imgedit", {"task_types": ("text_change",)}, "task_types: expected one that ImgEdit has"),
+        ("magicbrush", {}, "image: expected a file in 'images/7/', got '"),
+        ("magicbrush", {"image": "images/7/a.png"}, "masks: expected one for each of 1 turns, go"),
         ("imgedit", {"task_types": ("count_change",)}, "task_types: expected one that ImgEdit has"),
         ("edival", {}, "task_types: expected this field, which EdiVal needs, got none"),
         ("edival", {"id": "a7"}, "id: expected a number, as EdiVal's image_index, got 'a7'"),
         ("edival", {"image": "7.jpg"}, "image: expected a file '7_input_raw.jpg', got '7.jpg'"),
         ("flow-grpo", {"prompt": "x"}, "prompt: expected this key once, got it beside the format"),
         ("edit-r2", {"turns": 1}, "turns: expected this key once, got it beside the format's own"),
+        ("seed-data-edit", {"instruction_2": "x"}, "instruction_2: expected no key of this name"),
+        ("imgedit-multi-turn", {"turn4": "x"}, "turn4: expected no key of this name, which is"),
         ("pico-banana", {"files": 3}, "files: expected one with id 'original_input_image' and a"),
         ("native", {"further": {1}}, "expected values that JSON can hold: Object of type set"),
     ],

@@ -1,4 +1,5 @@
 import codecs
+import gzip
 import json
 import re
 import tracemalloc
@@ -6,6 +7,7 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mteditflow.chains import (
     FORMATS,
@@ -16,7 +18,7 @@ from mteditflow.chains import (
     read_chains,
     recognise,
 )
-from tests.chains.samples import FILES
+from tests.chains.samples import FILES, png_header
 
 GOOD = '{"id": "1", "image": "1.png", "instructions": ["Remove the cat"]}'
 
@@ -70,15 +72,61 @@ def test_broken_lines_before_the_first_good_one_do_not_hide_the_format(tmp_path)
     assert [skipped.line for skipped in reading.skipped] == [1, 2]
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "hello", '{"a": 1}', "[]", "a,b\n1,2\n", "\x00"])
-def test_what_cannot_be_told_lists_the_formats(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        *((content, "no record") for content in ("", "\n\n", "hello", "[]", "{")),
+        ('{"a": 1}', "the keys ['a']"),
+        ("a,b\n1,2\n", "the keys ['a', 'b']"),
+        (
+            "image_index,turns\n0,1\n",
+            "the keys ['image_index', 'turns']; the nearest is edival, wh",
+        ),
+        (
+            '[{"imag": "a.png", "instruction": ["Add a dog"]}]',
+            "the keys ['imag', 'instruction']; the nearest is edit-r2, which needs ['image']",
+        ),
+        (
+            '{"a": 1, "b": 2, "c": 3}\n{"promp": "Add a dog", "image": "a.png"}\n',
+            "the keys ['image', 'promp']; the nearest is flow-grpo, which needs ['prompt']",
+        ),
+        (
+            '{"1": {"id": "a.png", "prompts": "Add a dog"}}',
+            "the keys ['id', 'prompts']; the nearest is imgedit, which needs ['prompt']",
+        ),
+    ],
+)
+def test_what_cannot_be_told_lists_the_formats_what_was_seen_and_what_is_near(
+    content, got, tmp_path
+):
     path = written(tmp_path, content)
-    message = (
-        f"{path}: expected content of one of the formats native, edival, edit-r2, pico-banana, "
-        "flow-grpo, imgedit"
-    )
-    with pytest.raises(ChainError, match=exactly(message)):
+    expected = f"{path}: expected content of one of the formats {', '.join(FORMATS)}, got {got}"
+    with pytest.raises(ChainError) as caught:
         read_chains(path, strict=False)
+    assert str(caught.value)[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (GOOD.encode("utf-16"), "UTF-16 or UTF-32; save it as UTF-8"),
+        (GOOD.encode("utf-32"), "UTF-16 or UTF-32; save it as UTF-8"),
+        (GOOD.encode("utf-16-le"), "a file with NUL bytes"),
+        (b"\0", "a file with NUL bytes"),
+        (gzip.compress(GOOD.encode()), "a compressed file; unpack it first"),
+        (b"PK\x03\x04 and so on", "a compressed file; unpack it first"),
+    ],
+)
+def test_what_is_no_text_is_named(content, got, tmp_path):
+    path = written(tmp_path, content)
+    with pytest.raises(ChainError, match=exactly(f"{path}: expected UTF-8 text, got {got}")):
+        read_chains(path, strict=False)
+
+
+def test_nul_bytes_beside_good_lines_cost_their_own_line(tmp_path):
+    reading = read_chains(written(tmp_path, "\0\0\n" + GOOD), strict=False)
+    assert [chain.id for chain in reading.chains] == ["1"]
+    assert [skipped.line for skipped in reading.skipped] == [1]
 
 
 def test_unknown_format_and_missing_file(tmp_path):
@@ -127,7 +175,7 @@ def test_an_empty_file_is_bad_whatever_its_format(name, tmp_path):
 def test_images_are_looked_for_only_where_asked(tmp_path):
     lines = [line(1, image="here.png"), line(2), line(3, image="https://a.example/b.png")]
     path = written(tmp_path, "\n".join([*lines, line(4, image="folder"), line(5, image="\0")]))
-    (tmp_path / "here.png").touch()
+    Image.new("RGB", (1, 1)).save(tmp_path / "here.png")
     (tmp_path / "folder").mkdir()
     assert len(read_chains(path).chains) == 5
     found = reasons(path, check_images=True)
@@ -136,8 +184,62 @@ def test_images_are_looked_for_only_where_asked(tmp_path):
     assert found[3] == "image: expected a file, got the address 'https://a.example/b.png'"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "x.png").touch()
+    Image.new("RGB", (1, 1)).save(elsewhere / "x.png")
     assert reasons(path, check_images=True, images=elsewhere).keys() == {1, 3, 4, 5}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_begins_unlike_one_is_bad(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "still.png", "GIF")
+    colors = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
+    colors[0].save(tmp_path / "moving.gif", save_all=True, append_images=colors[1:])
+    (tmp_path / "none.png").touch()
+    (tmp_path / "page.png").write_bytes(b"<html>404</html>")
+    (tmp_path / "huge.png").write_bytes(png_header(13_000, 13_000))
+    images = ["still.png", "moving.gif", "none.png", "page.png", "huge.png"]
+    path = written(tmp_path, "\n".join(line(n, image=x) for n, x in enumerate(images)))
+    found = reasons(path, check_images=True)
+    assert found.keys() == {2, 3, 4, 5}  # a picture's name need not say its format
+    assert all(x.startswith("image: expected a readable image, got ") for x in found.values())
+    assert "expected one still image, got 2 frames" in found[2]
+    assert "got 13000 x 13000" in found[5]
+
+
+@pytest.mark.parametrize("name", ["n" * 256 + ".png", "a" * 10**6, "\0.png"])
+def test_a_name_that_the_system_refuses_costs_its_own_chain(name, tmp_path):
+    path = written(tmp_path, "\n".join([line(1, image=name), line(2, image="here.png")]))
+    Image.new("RGB", (1, 1)).save(tmp_path / "here.png")
+    reading = read_chains(path, strict=False, check_images=True)
+    assert [chain.id for chain in reading.chains] == ["2"]
+    (skipped,) = reading.skipped
+    assert skipped.reason.startswith("image: expected a file, got ")
+    assert len(skipped.reason) < 500
+
+
+def test_a_name_that_is_not_unicode_costs_its_own_chain(tmp_path):
+    path = written(tmp_path, '{"id": "1", "image": "\\udcff.png", "instructions": ["do"]}\n' + GOOD)
+    assert reasons(path) == {1: "image: expected valid Unicode text, got '\\udcff.png'"}
+
+
+@pytest.mark.parametrize("image", ["../x.png", "deep/../../x.png", "/etc/passwd", ".."])
+def test_an_image_outside_of_the_folder_has_to_be_allowed(image, tmp_path):
+    path = written(tmp_path, line(1, image=image))
+    reason = f"image: expected a path within {str(tmp_path)!r}, got {image!r}; --allow-outside"
+    assert reasons(path)[1].startswith(reason)
+    (chain,) = read_chains(path, allow_outside=True).chains
+    assert chain.image == image
+    within = ["deep/../x.png", str(tmp_path / "x.png"), "..x.png", "https://a.example/../b.png"]
+    path = written(tmp_path, "\n".join(line(n, image=x) for n, x in enumerate(within)))
+    assert [chain.image for chain in read_chains(path).chains] == within
+
+
+def test_a_link_within_the_folder_may_lead_anywhere(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (1, 1)).save(tmp_path / "images" / "x.png")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "photos").symlink_to(tmp_path / "images")
+    path = written(tmp_path / "lists", line(1, image="photos/x.png"))
+    assert read_chains(path, check_images=True).chains[0].image_path.is_file()
 
 
 def test_images_are_relative_to_the_file_or_to_a_folder(tmp_path):

@@ -150,7 +150,11 @@ def test_both_languages_are_reported_on_their_own(tmp_path):
     lines.append({"key": "x"})
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("\n".join(map(json.dumps, lines)))
-    made = {f"made/{x}/{i}.png": red for x, red in (("en", 4), ("cn", 9)) for i in range(4)}
+    made = {
+        f"made/fullset/{GROUPS[i % 2]}/{x}/{i}.png": red
+        for x, red in (("en", 4), ("cn", 9))
+        for i in range(4)
+    }
     save(tmp_path, {"in.png": 99} | made)
     with judge() as server:
         result = run("gedit", manifest, tmp_path / "made", server, tmp_path / "out")

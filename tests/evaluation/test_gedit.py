@@ -7,6 +7,7 @@ import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mteditflow.evaluation.benchmarks import (
     Item,
@@ -18,7 +19,7 @@ from mteditflow.evaluation.benchmarks import (
 from mteditflow.evaluation.benchmarks.gedit import GROUPS
 from mteditflow.rewards import ChatClient
 from mteditflow.testing.endpoint import ScriptedServer, error
-from tests.evaluation.judged_items import criteria_of, rating, save, values_of
+from tests.evaluation.judged_items import criteria_of, images_of, rating, save, values_of
 
 
 def row(key, **changes):
@@ -36,7 +37,13 @@ def test_rows_are_read_by_language_and_bad_ones_are_named(tmp_path):
     manifest = tmp_path / "manifest.jsonl"
     lines = [
         row("1"),
-        row("1", language="cn", instruction="\u6539\u6210\u7ea2\u8272", more=7),
+        row(
+            "1",
+            language=None,
+            instruction_language="cn",
+            instruction="\u6539\u6210\u7ea2\u8272",
+            more=7,
+        ),
         row("2"),
         row("1"),
         row("3", task_type="paint"),
@@ -44,19 +51,41 @@ def test_rows_are_read_by_language_and_bad_ones_are_named(tmp_path):
         row("5", instruction=" "),
         "{",
         "",
+        row("6", image="../6.png"),
+        row("../../../../7", image="7.png"),
     ]
     manifest.write_text("\n".join(lines))
     english = gedit_items(manifest, tmp_path / "made", language="en")
     assert [item.key for item in english.items] == ["1", "2"]
     assert english.items[0].source == tmp_path / "images/1.png"
-    assert english.items[0].edited == tmp_path / "made/en/1.png"
-    assert [line.split(": ")[0].rsplit(":")[-1] for line in english.skipped] == list("45678")
+    assert english.items[0].edited == tmp_path / "made/fullset/color_alter/en/1.png"
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in english.skipped] == [
+        *("4", "5", "6", "7", "8", "10", "11")
+    ]
     for said in ("got '1' again", "task_type: expected", "language: expected", "instruction"):
         assert any(said in line for line in english.skipped)
+    assert "image: expected a path within" in english.skipped[-2]
+    assert "key: expected a path within" in english.skipped[-1]
+    everything = gedit_items(manifest, tmp_path / "made", language="en", allow_outside=True)
+    assert [item.key for item in everything.items] == ["1", "2", "6", "../../../../7"]
     chinese = gedit_items(manifest, tmp_path / "made", language="cn")
     assert [item.instruction for item in chinese.items] == ["\u6539\u6210\u7ea2\u8272"]
     with pytest.raises(ValueError, match="language: expected one of"):
         gedit_items(manifest, tmp_path, language="fr")
+
+
+def test_an_edited_image_is_judged_at_the_size_of_its_source(tmp_path):
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(row("1", image="before.png"))
+    Image.new("RGB", (40, 20), (99, 0, 0)).save(tmp_path / "before.png")
+    path = tmp_path / "made/fullset/color_alter/en/1.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 32), (7, 0, 0)).save(path)
+    (item,) = gedit_items(manifest, tmp_path / "made", language="en").items
+    with ScriptedServer(rating(lambda made, name: 5)) as server:
+        ask(server, [item])
+        shown = [image.size for x in server.requests for image in images_of(x.json)]
+    assert shown == [(40, 20)] * 3
 
 
 def found_of(*rows):

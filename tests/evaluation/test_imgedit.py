@@ -20,7 +20,13 @@ from mteditflow.evaluation.benchmarks import (
     score_imgedit,
     score_items,
 )
-from mteditflow.evaluation.benchmarks.imgedit import CATEGORIES, RUBRICS
+from mteditflow.evaluation.benchmarks.imgedit import (
+    CATEGORIES,
+    RUBRIC_OF_ANY,
+    RUBRICS,
+    UNKNOWN,
+    rubrics_of,
+)
 from mteditflow.rewards import AnswerCache, AnswerError, ChatClient, Fault, Lost
 from mteditflow.testing.endpoint import ScriptedServer, completion, error
 from tests.evaluation.judged_items import criteria_of, picture, rating, save, text_of, values_of
@@ -33,6 +39,40 @@ RUBRIC = Rubric({"following": "a", "quality": "b"}, low=1, high=5)
 
 def entry(category, image="1.jpg", prompt="Do it"):
     return {"id": image, "prompt": prompt, "edit_type": category}
+
+
+def test_a_file_without_categories_is_scored_as_one_group(tmp_path):
+    entries = {key: {"id": "before.png", "prompt": f"Edit {key}"} for key in ("1", "2")}
+    (tmp_path / "UGE_edit.json").write_text(json.dumps(entries))
+    save(tmp_path, {"before.png": 99, "1.png": 7, "2.png": 8})
+    items = imgedit_items(tmp_path / "UGE_edit.json", tmp_path).items
+    assert [item.group for item in items] == [UNKNOWN] * 2
+    with ScriptedServer(rating(lambda made, name: 4 if made == 7 else 2)) as server:
+        found = anyio.run(score_imgedit, ChatClient([server.url], "m"), items)
+    assert rubrics_of(items) == (RUBRIC_OF_ANY,)
+    report = report_imgedit(found)
+    assert list(report.groups) == [UNKNOWN]
+    assert report.overall.metrics["score"].estimate == 3
+    assert not report.absent_groups
+
+
+def test_an_entry_without_a_category_among_others_is_named(tmp_path):
+    entries = {"1": {"id": "1.jpg", "prompt": "Do it"}, "2": entry("add")}
+    (tmp_path / "file.json").write_text(json.dumps(entries))
+    reading = imgedit_items(tmp_path / "file.json", tmp_path)
+    assert [item.key for item in reading.items] == ["2"]
+    assert rubrics_of(reading.items) == tuple(RUBRICS.values())
+    (skipped,) = reading.skipped
+    assert ": 1: edit_type: expected one of ['add', " in skipped
+    assert skipped.endswith("got none")
+
+
+def test_a_key_that_leads_out_of_the_folder_of_edits_is_bad(tmp_path):
+    (tmp_path / "file.json").write_text(json.dumps({"../../1": entry("add"), "a/2": entry("add")}))
+    (skipped,) = imgedit_items(tmp_path / "file.json", tmp_path / "made").skipped
+    assert "../../1: expected a path within" in skipped
+    reading = imgedit_items(tmp_path / "file.json", tmp_path / "made", allow_outside=True)
+    assert [item.key for item in reading.items] == ["../../1", "a/2"]
 
 
 def item(key, group="add", folder=Path()):

@@ -68,10 +68,10 @@ def root(tmp_path_factory):
     row = {"key": "1", "task_type": "subject-add", "instruction": "a", "image": "in.png"}
     (root / "gedit.jsonl").write_text(json.dumps({**row, "language": "en"}))
     (root / "types.jsonl").write_text(json.dumps({**row, "task_type": "x", "language": "en"}))
-    for folder in ("single", "single/en"):
-        (root / folder).mkdir()
+    for folder in ("single", "single/fullset/subject-add/en"):
+        (root / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root / folder / "1.png")
-        (root / f"torn/{folder.removeprefix('single')}").mkdir(exist_ok=True)
+        (root / f"torn/{folder.removeprefix('single')}").mkdir(parents=True, exist_ok=True)
         (root / f"torn/{folder.removeprefix('single')}/1.png").write_bytes(b"no image")
     old = {"imgedit.json": {"judge": "m"}, "gedit_en.json": {"judge": "m"}, "scores.json": {}}
     for name, report in old.items():  # without provenance
@@ -158,7 +158,7 @@ RUN = {
     "no such file": (["none.jsonl", *SCORED[1:]], "No such file"),
     "a folder for a file": (["ROOT", *SCORED[1:]], "Is a directory"),
     "an empty file": (["ROOT/empty", *SCORED[1:]], "expected content of one of the formats"),
-    "a binary file": (["ROOT/binary", *SCORED[1:]], "expected content of one of the formats"),
+    "a binary file": (["ROOT/binary", *SCORED[1:]], "got a file with NUL bytes"),
     "NaN in the file": (["ROOT/nan.jsonl", *SCORED[1:]], "expected"),
     "no reference": (["ROOT/gone.jsonl", *SCORED[1:]], "no.png"),
     "no such scorer": ([*MADE, "--scorer", "nowhere:Thing"], "rewards.scorer: expected module:na"),
@@ -274,7 +274,7 @@ CHAINS = {
     "no such file": (["none.jsonl", *SCORES[1:]], "No such file"),
     "a folder for a file": (["ROOT", *SCORES[1:]], "Is a directory"),
     "an empty file": (["ROOT/empty", *SCORES[1:]], "expected content of one of the formats"),
-    "a binary file": (["ROOT/binary", *SCORES[1:]], "expected content of one of the formats"),
+    "a binary file": (["ROOT/binary", *SCORES[1:]], "got a file with NUL bytes"),
     "NaN in the file": (["ROOT/nan.jsonl", *SCORES[1:]], "expected content of one of"),
     "no reference": (["ROOT/gone.jsonl", *SCORES[1:]], "no.png"),
     "no folder of images": (["ROOT/chains.jsonl", "nowhere", *SCORES[2:]], "turn 1: expected the"),

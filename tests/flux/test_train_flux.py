@@ -318,7 +318,7 @@ def overlapping(world, tmp_path):
     copy.write_bytes(train[3].image_path.read_bytes())
     again = train[3].model_copy(update={"id": "again", "image": str(copy)})
     write_chains([*held_out, again], tmp_path / "held_out.jsonl")
-    return "--data.held-out", tmp_path / "held_out.jsonl"
+    return "--data.held-out", tmp_path / "held_out.jsonl", "--data.allow-outside"
 
 
 def test_held_out_chains_that_are_trained_on_are_refused(world, tmp_path, refused):

@@ -19,7 +19,7 @@ def simulate(listed, texts):
         number = {thing["name"]: i for i, thing in alive.items()}
         before, hit = set(alive), set()
         if text.startswith("Add text"):
-            pass
+            names += ["text"] * ("text" not in names)
         elif text.startswith("Add"):
             things.append({"name": slots[0], "born": "edit", "color": None, "material": None})
             alive[len(things) - 1] = things[-1]

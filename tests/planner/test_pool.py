@@ -5,8 +5,10 @@ from contextlib import suppress
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mteditflow.chains import TASK_TYPES, Chain
 from mteditflow.planner import (
@@ -24,6 +26,7 @@ from mteditflow.planner import (
     TextChange,
     chain_fields,
 )
+from mteditflow.rewards import ConsistencyScorer, pairs_of
 from tests.planner.simulator import check_record
 
 CAR = ListedObject(name="red car", color="red", count=1)
@@ -48,6 +51,54 @@ def pools(start, *edits):
 
 
 # golden
+
+
+def test_added_text_is_among_all_objects_and_nothing_else():
+    """As in EdiVal-Bench: the name "text", once, from that turn on; no object of the pool."""
+    start = Pool.of([DOG, CAR])
+    adds = (TextChange(new="SALE"), SubjectRemove(target="dog"), TextChange(new="NOW"))
+    fields = chain_fields(pools(start, *adds))
+    assert fields["all_objects"] == (("dog", "red car", "text"),) * 3
+    assert fields["available_objects"] == (("dog", "red car"), ("red car",), ("red car",))
+    assert fields["unchanged_objects"] == fields["available_objects"]
+    assert fields["turn_unchanged_objects"] == fields["available_objects"]
+    of_its_own = Pool.of([ListedObject(name="Text"), DOG]).apply(TextChange(new="SALE"))
+    assert of_its_own.names == ("Text", "dog")
+    with pytest.raises(EditError, match="that the chain has not used, got 'text'"):
+        start.apply(adds[0]).apply(SubjectAdd(name="text"))
+    replaced = Pool.of([SIGN]).apply(TextChange(new="Shut", old="Open", target="wooden sign"))
+    assert replaced.names == ("wooden sign",)
+
+
+def test_consistency_of_a_right_added_text_is_that_of_doing_nothing():
+    before = Image.new("RGB", (512, 512), (128, 128, 128))
+    before.paste((200, 30, 30), (32, 32, 96, 96))
+    after = before.copy()
+    after.paste((255, 255, 255), (320, 320, 480, 384))
+
+    def finds(images, names):  # a red car, and white text
+        colors = {"red car": (200, 30, 30), "text": (255, 255, 255)}
+        return [
+            torch.cat([boxes_of(x, colors[name]) for name in own])
+            for x, own in zip(images, names, strict=True)
+        ]
+
+    fields = chain_fields(pools(Pool.of([CAR]), TextChange(new="SALE")))
+    chain = Chain(id="7", image="7.png", instructions=("Write SALE",), **fields)
+    scores = [
+        ConsistencyScorer(finds).score_pairs([before, made], pairs_of(chain))[0]
+        for made in (after, before)
+    ]
+    assert [x.background_l1 for x in scores] == [1.0, 1.0]
+    assert [x.object_l1 for x in scores] == [1.0, 1.0]
+
+
+def boxes_of(pixels, color):
+    """The box around all pixels of a color, if there are any."""
+    same = (pixels == torch.tensor(color, dtype=torch.uint8)[:, None, None]).all(0)
+    rows, columns = same.nonzero(as_tuple=True)
+    corners = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]] if len(rows) else []
+    return torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
 
 
 def test_golden_chain():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from itertools import repeat
+from pathlib import Path
 
 import anyio
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from mteditflow.chains import Chain
 from mteditflow.planner import parse_formatted
 from mteditflow.planner.plan import PlanningStoppedError
-from mteditflow.planner.run import Journal, RefusedChain, in_order, open_image
+from mteditflow.planner.run import Journal, RefusedChain, in_order, open_image, refused_file
 from mteditflow.testing.endpoint import ScriptedServer, closed_port, late
 from tests.planner.scripted_model import ScriptedModel, picture, plan_all, write_pictures
 from tests.planner.simulator import check_record
@@ -64,6 +65,10 @@ def test_every_chain_makes_sense(undisturbed):
         assert chain.image.startswith("images/")
         assert chain.image_path.is_file()
         check_record(objects, chain.to_record())
+        assert chain.planner["left_out"] == {
+            "wall": "fills the image",
+            "unicorn": "not found by the detector",
+        }
         # the detector found neither the unicorn nor, as a thing, the wall
         assert all(set(x["name"].split()) - {"wall", "unicorn"} for x in objects)
         assert all(x["name"].endswith(" box") for x in objects)
@@ -212,6 +217,29 @@ def test_a_dead_endpoint_stops_the_run_and_refuses_nothing(images, undisturbed):
     with ScriptedServer(ScriptedModel(nonsense=0.25), port=port) as server:
         plan_all(server.url, images, output)
     assert both(output) == both(undisturbed[1])
+
+
+def test_two_outputs_share_no_file(tmp_path, images, model):
+    for version in ("v1", "v2"):
+        plan_all(model.url, images, tmp_path / f"x.{version}")
+        refused = list(Journal(tmp_path / f"x.{version}.refused").read(RefusedChain))
+        assert len(refused) == 4
+    names = [Path(x) for x in ("x", "x.v1", "x.v2", "x.jsonl", "x.v1.jsonl", "y/x.jsonl")]
+    assert len({*names, *map(refused_file, names)}) == 2 * len(names)
+
+
+def test_a_name_that_is_not_utf_8_costs_its_own_image(tmp_path):
+    folder, output = tmp_path / "images", tmp_path / "chains.jsonl"
+    write_pictures(folder, 1)
+    data = (folder / "00.png").read_bytes()
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(data)
+    with ScriptedServer(ScriptedModel()) as server:
+        for _ in range(2):  # the second time nothing is left to do
+            planned = plan_all(server.url, folder, output)
+            assert [chain.id for chain in planned.chains] == ["00.png#0", "00.png#1"]
+            assert planned.refused == {"image cannot be read": 2}
+    refused = Journal(refused_file(output)).read(RefusedChain)
+    assert [x.id for x in refused] == ["caf\\xe9.png#0", "caf\\xe9.png#1"]
 
 
 # what cannot go on

@@ -2,13 +2,24 @@
 
 from mteditflow.chains.formats.base import Format, Row
 from mteditflow.chains.formats.edival import EDIVAL
-from mteditflow.chains.formats.imgedit import IMGEDIT
-from mteditflow.chains.formats.lines import EDIT_R2, FLOW_GRPO, NATIVE, PICO_BANANA
+from mteditflow.chains.formats.imgedit import IMGEDIT, IMGEDIT_MULTI_TURN
+from mteditflow.chains.formats.lines import (
+    EDIT_R2,
+    FLOW_GRPO,
+    NATIVE,
+    PICO_BANANA,
+    SEED_DATA_EDIT,
+)
+from mteditflow.chains.formats.magicbrush import MAGICBRUSH
 
-#: Every format by name. In this order a line of JSON is recognized: what several could read is of
-#: the first.
+#: Every format by name. In this order a record is recognized: what several could read is of the
+#: first.
 FORMATS: dict[str, Format] = {
-    known.name: known for known in (NATIVE, EDIVAL, EDIT_R2, PICO_BANANA, FLOW_GRPO, IMGEDIT)
+    known.name: known
+    for known in (
+        *(NATIVE, EDIVAL, EDIT_R2, PICO_BANANA, FLOW_GRPO, SEED_DATA_EDIT),
+        *(IMGEDIT, IMGEDIT_MULTI_TURN, MAGICBRUSH),
+    )
 }
 
 __all__ = ["FORMATS", "Format", "Row"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, one_line, shorten
+from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, shorten
 
 #: Fields of the native record with a list of object names per turn that formats share.
 OBJECTS = ("unchanged_objects", "available_objects", "all_objects")
@@ -29,7 +31,10 @@ class Format:
         read: yields the rows of an open file (after its byte-order mark), and goes on after a bad
             one.
         encode: writes one chain; raises ``ChainError`` where the format cannot hold it.
-        keys: those that show a line of JSON to be of this format.
+        keys: those that show a record to be of this format: columns of a table, keys of a line, of
+            an entry of a JSON object, or of the records in the list that is an entry.
+        decode: parsed line and its number to the native record, where a record is a line.
+        suffixes: others that the images' names may end in, where a record does not name the image.
         head: what the file begins with.
         between: what stands between two chains.
         tail: what the file ends with.
@@ -41,43 +46,12 @@ class Format:
     refuses: str
     read: Callable[[BinaryIO], Iterator[Row]]
     encode: Callable[[Chain], str]
-    keys: frozenset[str] = frozenset()
+    keys: frozenset[str]
+    decode: Callable[[Record, int], Record] | None = None
+    suffixes: tuple[str, ...] = ()
     head: str = ""
     between: str = ""
     tail: str = ""
-
-
-def json_lines(
-    name: str,
-    *,
-    about: str,
-    keys: Collection[str],
-    decode: Callable[[Record, int], Record],
-    encode: Callable[[Chain], Record],
-    refuses: str = "none",
-) -> Format:
-    """Make a format with one JSON object per line, which loses nothing: there is room for any key.
-
-    Args:
-        name: as the command line takes it.
-        about: what the format is.
-        keys: those that show a line to be of this format.
-        decode: parsed line and its number to the native record.
-        encode: chain to the object of its line; either raises ``ChainError`` where it cannot.
-        refuses: which chains it cannot hold.
-    """
-
-    def record(number: int, raw: bytes) -> Record:
-        return decode(parse_object(raw), number)
-
-    def read(file: BinaryIO) -> Iterator[Row]:
-        for number, raw in numbered_lines(file):
-            yield number, attempt(record, number, raw)
-
-    def encode_line(chain: Chain) -> str:
-        return one_line(encode(chain)) + "\n"
-
-    return Format(name, about, "nothing", refuses, read, encode_line, frozenset(keys))
 
 
 def attempt(make: Callable[..., Record], *arguments: object) -> Record | ChainError:
@@ -123,6 +97,17 @@ def decode_text(raw: bytes) -> str:
         raise ChainError(f"expected UTF-8 text, got byte {raw[error.start]:#04x}") from error
 
 
+def bad_byte(text: str) -> str | None:
+    r"""Say which byte of a text, decoded with its bad bytes as surrogates, is not UTF-8.
+
+    Example:
+        >>> bad_byte(b"caf\xe9".decode("utf-8", errors="surrogateescape"))
+        'expected UTF-8 text, got byte 0xe9'
+    """
+    match = re.search("[\udc80-\udcff]", text)
+    return None if match is None else f"expected UTF-8 text, got byte {ord(match[0]) - 0xDC00:#04x}"
+
+
 def shorten_line(raw: bytes) -> str:
     """Show a line, or its beginning."""
     return shorten(raw.decode("utf-8", errors="replace").strip())
@@ -139,6 +124,17 @@ def single_turn(chain: Chain) -> str:
     return chain.instructions[0]
 
 
+def as_object(value: object, keys: str) -> Record:
+    """Return a parsed value that must be an object.
+
+    Raises:
+        ChainError: it is none; the message names the keys.
+    """
+    if not isinstance(value, dict):
+        raise ChainError(f"expected an object with {keys}, got {shorten(value)}")
+    return value
+
+
 def take(record: Record, key: str, kind: type, expected: str) -> Any:
     """Take a key out of a record.
 
@@ -151,6 +147,37 @@ def take(record: Record, key: str, kind: type, expected: str) -> Any:
     if not isinstance(value, kind):
         raise ChainError(f"{key}: expected {expected}, got {shorten(value)}")
     return value
+
+
+def take_turns(record: Record, prefix: str) -> list[Any]:
+    """Take what stands under one key for each turn: prefix and number, from 1 on.
+
+    Raises:
+        ChainError: there is none, or a number is left out.
+
+    Example:
+        >>> record = {"turn2": "Add a dog", "turn1": "Remove the cat", "id": "7.png"}
+        >>> take_turns(record, "turn"), record
+        (['Remove the cat', 'Add a dog'], {'id': '7.png'})
+    """
+    pattern = re.compile(re.escape(prefix) + r"([1-9]\d{0,5})")
+    numbers = sorted(int(match[1]) for key in record if (match := pattern.fullmatch(key)))
+    if not numbers or numbers[-1] != len(numbers):
+        raise ChainError(
+            f"{prefix}1, {prefix}2, ...: expected one for each turn, got those of turns {numbers}"
+        )
+    return [record.pop(f"{prefix}{number}") for number in numbers]
+
+
+def with_turns(prefix: str, values: Collection[Any], rest: Mapping[str, Any]) -> Record:
+    """Return one key for each turn, and further keys: the inverse of ``take_turns``.
+
+    Raises:
+        ChainError: a further key would be read as a turn.
+    """
+    if others := [key for key in rest if re.fullmatch(re.escape(prefix) + r"[1-9]\d{0,5}", key)]:
+        raise ChainError(f"{others[0]}: expected no key of this name, which is that of a turn")
+    return {f"{prefix}{n}": value for n, value in enumerate(values, start=1)} | dict(rest)
 
 
 def known_types(key: str, types: object) -> bool:
@@ -198,4 +225,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
     return record
 
 
-STRICT: dict[str, Any] = {"parse_constant": _refuse_constant, "object_pairs_hook": _unique}
+def _finite(text: str) -> float:
+    """Parse a number; JSON can hold 1e999, a float cannot."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+STRICT: dict[str, Any] = {
+    "parse_constant": _refuse_constant,
+    "parse_float": _finite,
+    "object_pairs_hook": _unique,
+}

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import ast
-import codecs
 import csv
 import io
+import re
 import warnings
+from bisect import bisect
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from mteditflow.chains.formats.base import OBJECTS, Format, Record, Row, join, known_types
+from mteditflow.chains.formats.base import (
+    OBJECTS,
+    Format,
+    Record,
+    Row,
+    bad_byte,
+    join,
+    known_types,
+)
 from mteditflow.chains.record import Chain, ChainError, shorten
 
 # Columns with one entry for each turn so far, and what the native record calls them.
@@ -22,30 +31,156 @@ PREFIXES = {
 }
 COLUMNS = ("image_index", "turns", *PREFIXES, "bg_consistency", *OBJECTS)
 BOOLEANS = {"true": True, "false": False}
+LINES_MAX = 64  # lines that one row may span
+INDEX_MAX = 4096  # characters of a bad row in which its image is looked for
+ALIKE = 20  # of so many images, one that is shorter than all the others is taken to be cut
+SUFFIXES = (".png", ".jpeg", ".webp")  # of images that are not JPEG by name
 
 Cells = Mapping[str, str]
 
 
+class _Bad(NamedTuple):
+    """A row that cannot be read, and the image that it is of where that can be told."""
+
+    line: int
+    error: ChainError
+    image: str | None
+
+
 def _read(file: BinaryIO) -> Iterator[Row]:
-    """Gather the rows of each image, in whatever order they come, then make its chain."""
-    images: dict[str, list[tuple[int, Cells]]] = {}
-    reader = csv.reader(codecs.iterdecode(file, "utf-8"), strict=True)
-    rows = (row for row in reader if "".join(row).strip())
-    line = 1
+    """Gather the rows of each image, in whatever order they come, then make its chain.
+
+    A bad row costs its own image, and is what is said of that image.
+    """
+    lines = [raw.decode("utf-8", errors="surrogateescape") for raw in file]
+    start = next((n for n, text in enumerate(lines) if text.strip()), len(lines))
     try:
-        columns = _header(next(rows, []))
-        line = reader.line_num + 1
-        for row in rows:
-            if len(row) == len(columns):
-                cells = dict(zip(columns, row, strict=True))
-                images.setdefault(cells["image_index"], []).append((line, cells))
-            else:
-                yield line, ChainError(f"expected {len(columns)} cells, got {len(row)}")
-            line = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError, ChainError) as error:
-        yield line, ChainError(str(error))
-    for index, own in images.items():
-        yield _chain(index, own)
+        columns = _header(_cells(lines[start]) if start < len(lines) else [])
+    except ChainError as error:
+        yield min(start, len(lines) - 1) + 1 if lines else 1, error
+        return
+    images: dict[str, list[tuple[int, Cells]]] = {}
+    bad: list[_Bad] = []
+    for line, cells in _rows(lines, start + 1, columns):
+        if isinstance(cells, _Bad):
+            bad.append(cells)
+        else:
+            images.setdefault(cells["image_index"], []).append((line, cells))
+    yield from sorted(_chains(images, bad), key=lambda row: row[0])
+
+
+def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iterator[Row]:
+    """One row for each image: its chain, or why there is none; and bad rows of no known image."""
+    costs: dict[str, Row] = {}
+    beside = _CutBeside(images)
+    for row in bad:
+        index = row.image if row.image is not None else beside(row.line)
+        if index is None:
+            yield row.line, row.error
+        else:
+            costs.setdefault(index, (row.line, row.error))
+    yield from costs.values()
+    made = {index: _chain(index, own) for index, own in images.items() if index not in costs}
+    yield from _without_cut(made)
+
+
+class _CutBeside:
+    """Of the images before and after a bad row, finds the one that lacks a turn others have."""
+
+    def __init__(self, images: Mapping[str, list[tuple[int, Cells]]]) -> None:
+        longest = max((len(own) for own in images.values()), default=0)
+        self._short = {index for index, own in images.items() if len(own) < longest}
+        self._rows = sorted((line, index) for index, own in images.items() for line, _ in own)
+
+    def __call__(self, line: int) -> str | None:
+        place = bisect(self._rows, (line, ""))
+        beside = self._rows[max(place - 1, 0) : place + 1]
+        return next((index for _, index in beside if index in self._short), None)
+
+
+def _without_cut(made: Mapping[str, Row]) -> Iterator[Row]:
+    """Refuse the few chains that are shorter than all the others: rows are missing at the end."""
+    turns = {
+        index: len(record["instructions"])
+        for index, (_, record) in made.items()
+        if not isinstance(record, ChainError)
+    }
+    longest = max(turns.values(), default=0)
+    short = {index for index, count in turns.items() if count < longest}
+    for index, (line, record) in made.items():
+        if index in short and len(short) * ALIKE <= len(turns):
+            expected = f"expected rows of turns 1..{longest}, as of the other images"
+            yield line, ChainError(f"turns: {expected}, got 1..{turns[index]}: the file is cut")
+        else:
+            yield line, record
+
+
+def _rows(lines: list[str], start: int, columns: list[str]) -> Iterator[tuple[int, Cells | _Bad]]:
+    """Go from row to row; bad lines in a row of which no image is known count once."""
+    places, follows = [columns.index(x) for x in ("image_index", "turns")], False
+    while start < len(lines):
+        if not lines[start].strip(", \r\n"):
+            start += 1
+            continue
+        line, (start, found) = start + 1, _row(lines, start, len(columns))
+        if isinstance(found, list):
+            yield line, dict(zip(columns, found, strict=True))
+            follows = False
+        else:
+            index = _index(lines[line - 1], places)
+            if index is not None or not follows:
+                yield line, _Bad(line, found, index)
+            follows = True
+
+
+def _row(lines: list[str], start: int, width: int) -> tuple[int, list[str] | ChainError]:
+    """Read the row that begins with a line; return where the next one begins, too.
+
+    A quoted cell may span lines. If the row is bad, the next line is tried as a row of its own.
+    """
+    error = ChainError("expected a closing quote")
+    for end in range(start + 1, min(start + LINES_MAX, len(lines)) + 1):
+        text = "".join(lines[start:end])
+        try:
+            cells = _cells(text)
+        except _OpenQuoteError as open_quote:
+            error = open_quote
+            continue
+        except ChainError as malformed:
+            return start + 1, malformed
+        if len(cells) != width:
+            return start + 1, ChainError(f"expected {width} cells, got {len(cells)}")
+        bad = bad_byte(text)
+        return end, cells if bad is None else ChainError(bad)
+    return start + 1, error
+
+
+class _OpenQuoteError(ChainError):
+    """The text ends within a quoted cell."""
+
+
+def _cells(text: str) -> list[str]:
+    """Split the text of one row.
+
+    Raises:
+        ChainError: it is none.
+    """
+    try:
+        (row,) = csv.reader([text], strict=True)
+    except csv.Error as error:
+        kind = _OpenQuoteError if "unexpected end of data" in str(error) else ChainError
+        raise kind(f"expected a row of CSV, got {shorten(text.strip())} ({error})") from error
+    return row
+
+
+def _index(text: str, places: list[int]) -> str | None:
+    """The number of the image in a row that is bad, if it and that of the turn are in place."""
+    try:
+        cells = next(csv.reader([text[:INDEX_MAX]]), [])
+    except csv.Error:
+        return None
+    index, turn = (cells[place].strip() if place < len(cells) else "" for place in places)
+    return index if index.isdecimal() and turn.isdecimal() else None
 
 
 def _header(columns: list[str]) -> list[str]:
@@ -122,13 +257,15 @@ def _boolean(cell: str) -> bool:
 def unquoted(text: str) -> str:
     """Remove one stray double quote at an end, or a pair of quotes around the whole.
 
+    The only double quote, at the end and behind a digit, is an inch mark and stays.
+
     Example:
         >>> unquoted('"Change the count of cup to 3"'), unquoted("Add text 'A' on the image")
         ('Change the count of cup to 3', "Add text 'A' on the image")
     """
     line = text.strip()
     if line.count('"') == 1:
-        return line.strip('"').strip()
+        return line if re.search(r'\d"$', line) else line.strip('"').strip()
     for quote in "\"'":
         if line.count(quote) == 2 and line.startswith(quote) and line.endswith(quote):
             return line[1:-1].strip()
@@ -155,8 +292,9 @@ def _complete(chain: Chain) -> Record:
     """Return the chain's record if EdiVal can hold it."""
     if not chain.id.isdecimal():
         raise ChainError(f"id: expected a number, as EdiVal's image_index, got {chain.id!r}")
-    if (name := PurePosixPath(chain.image).name) != _image(chain.id):
-        raise ChainError(f"image: expected a file {_image(chain.id)!r}, got {name!r}")
+    name, expected = PurePosixPath(chain.image).name, PurePosixPath(_image(chain.id))
+    if name not in (expected.name, *(expected.with_suffix(x).name for x in SUFFIXES)):
+        raise ChainError(f"image: expected a file {expected.name!r}, got {name!r}")
     record = chain.to_record()
     unknown = record.get("task_type")  # where an edit type is none of the nine
     if "task_types" not in record and isinstance(unknown, list) and len(unknown) == chain.turns:
@@ -172,10 +310,12 @@ def _complete(chain: Chain) -> Record:
 
 EDIVAL = Format(
     "edival",
-    about="EdiVal-Bench's CSV, one row per image and turn; images are <id>_input_raw.jpg",
+    about="EdiVal-Bench's CSV, one row per image and turn; images are <id>_input_raw.jpg, or .png",
     loses="turn_unchanged_objects, unknown keys, the folder of the images",
     refuses="a missing field; an id that is no number; an image of another name",
     read=_read,
     encode=_encode,
+    keys=frozenset(COLUMNS),
+    suffixes=SUFFIXES,
     head=",".join(COLUMNS) + "\n",
 )

@@ -1,21 +1,108 @@
-"""Formats with one JSON object per line: native, Edit-R2, flow_grpo, Pico-Banana."""
+"""Formats with one JSON object per line: native, Edit-R2, flow_grpo, Pico-Banana, SEED-Data-Edit.
+
+Each is read from a JSON array of the same objects, too.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any, BinaryIO
 
 from mteditflow.chains.formats.base import (
     OBJECTS,
+    Format,
     Record,
+    Row,
+    attempt,
     join,
-    json_lines,
     known_types,
+    numbered_lines,
+    parse_object,
     single_turn,
     take,
+    take_turns,
     with_id,
+    with_turns,
     without,
 )
-from mteditflow.chains.record import Chain, ChainError
+from mteditflow.chains.formats.entries import entries
+from mteditflow.chains.record import Chain, ChainError, one_line, shorten
+
+ARRAY = re.compile(rb"\s*\[\s*\{")
+
+
+def is_array(file: BinaryIO) -> bool:
+    """Whether an open file is one JSON array of objects, not lines of which the first is one."""
+    start = file.tell()
+    try:
+        if not ARRAY.match(file.read(4096)):
+            return False
+        file.seek(start)
+        return not _is_json(file.readline()) or not any(line.strip() for line in file)
+    finally:
+        file.seek(start)
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def json_lines(
+    name: str,
+    *,
+    about: str,
+    keys: Collection[str],
+    decode: Callable[[Record, int], Record],
+    encode: Callable[[Chain], Record],
+    refuses: str = "none",
+) -> Format:
+    """Make a format with one JSON object per line, which loses nothing: there is room for any key.
+
+    Args:
+        name: as the command line takes it.
+        about: what the format is.
+        keys: those that show a line to be of this format.
+        decode: parsed line and its number to the native record.
+        encode: chain to the object of its line; either raises ``ChainError`` where it cannot.
+        refuses: which chains it cannot hold.
+    """
+
+    def encode_line(chain: Chain) -> str:
+        return one_line(encode(chain)) + "\n"
+
+    read = partial(_read, decode, keys)
+    return Format(name, about, "nothing", refuses, read, encode_line, frozenset(keys), decode)
+
+
+def _read(
+    decode: Callable[[Record, int], Record], keys: Collection[str], file: BinaryIO
+) -> Iterator[Row]:
+    """Read line by line, or entry by entry; an entry's number is its place in the array."""
+
+    def of_line(raw: bytes, number: int) -> Record:
+        return decode(parse_object(raw), number)
+
+    def of_entry(value: object, number: int) -> Record:
+        if isinstance(value, ChainError):
+            raise value
+        if not isinstance(value, dict):
+            raise ChainError(f"expected one JSON object, got {shorten(value)}")
+        return decode(value, number)
+
+    if is_array(file):
+        for number, entry in enumerate(entries(file.read(), "[", keys), start=1):
+            yield entry.line, attempt(of_entry, entry.value, number)
+    else:
+        for number, raw in numbered_lines(file):
+            yield number, attempt(of_line, raw, number)
+
 
 NATIVE = json_lines(
     "native",
@@ -126,4 +213,25 @@ PICO_BANANA = json_lines(
     keys={PICO_PROMPTS},
     decode=_decode_pico_banana,
     encode=_encode_pico_banana,
+)
+
+
+def _decode_seed(record: Record, number: int) -> Record:
+    record = with_id(record, number)
+    image = take(record, "source_image", str, "the path of an image")
+    return join({"image": image, "instructions": take_turns(record, "instruction_")}, record)
+
+
+def _encode_seed(chain: Chain) -> Record:
+    rest = without(chain, "image", "instructions")
+    turns = with_turns("instruction_", chain.instructions, rest)
+    return join({"source_image": chain.image}, turns)
+
+
+SEED_DATA_EDIT = json_lines(
+    "seed-data-edit",
+    about="SEED-Data-Edit's part 3, multi-turn JSON Lines",
+    keys={"source_image", "instruction_1"},
+    decode=_decode_seed,
+    encode=_encode_seed,
 )

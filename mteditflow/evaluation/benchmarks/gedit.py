@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from mteditflow._checks import check_choice
+from mteditflow.chains.files import why_outside
 from mteditflow.chains.formats.base import numbered_lines, parse_object
 from mteditflow.chains.record import ChainError, first_error
 from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
@@ -73,22 +74,32 @@ class _Row(BaseModel):
     task_type: GroupName
     instruction: Text
     image: Text
-    language: Language
+    language: Annotated[
+        Language, Field(validation_alias=AliasChoices("instruction_language", "language"))
+    ]
 
 
 def gedit_items(
-    manifest: str | os.PathLike[str], edited: str | os.PathLike[str], *, language: str
+    manifest: str | os.PathLike[str],
+    edited: str | os.PathLike[str],
+    *,
+    language: str,
+    allow_outside: bool = False,
 ) -> ItemReading:
     """Read one language of GEdit-Bench from a folder: a manifest in JSON Lines beside its images.
 
     The benchmark is published as a table with the images in it; export one line for each row, with
     the keys ``key``, ``task_type`` (one of ``GROUPS``), ``instruction``, ``image`` (path of the
-    image before, relative to the manifest) and ``language`` ("en" or "cn"). Other keys are ignored.
+    image before, relative to the manifest) and ``instruction_language`` ("en" or "cn"; ``language``
+    is read, too). Other keys are ignored.
 
     Args:
         manifest: the file.
-        edited: folder of what the editor made, ``<language>/<key>.png``.
+        edited: folder of what the editor made, in the benchmark's layout:
+            ``fullset/<task_type>/<language>/<key>.png``. As there, an edited image is judged at
+            the size of its source.
         language: which rows to take.
+        allow_outside: whether images may lie outside the folder of the manifest.
 
     Returns:
         The items, and every bad line with its reason; a key that stands twice is one.
@@ -103,21 +114,33 @@ def gedit_items(
     skipped = []
     with file.open("rb") as stream:
         for number, raw in numbered_lines(stream):
-            row = _parse(raw)
+            row = _parse(raw, file.parent, Path(edited), allow_outside)
             if isinstance(row, str):
                 skipped.append(f"{file}:{number}: {row}")
             elif row.language == language and row.key in items:
                 skipped.append(f"{file}:{number}: key: expected a new one, got {row.key!r} again")
             elif row.language == language:
-                source, made = file.parent / row.image, Path(edited, language, f"{row.key}.png")
-                items[row.key] = Item(row.key, row.task_type, row.instruction, source, made)
+                items[row.key] = _item(row, file.parent, Path(edited))
     return ItemReading(tuple(items.values()), tuple(skipped))
 
 
-def _parse(raw: bytes) -> _Row | str:
-    """Read a line, or say what is wrong with it."""
+def _item(row: _Row, folder: Path, edited: Path) -> Item:
+    source, made = folder / row.image, edited / _edited_name(row)
+    return Item(row.key, row.task_type, row.instruction, source, made, at_source_size=True)
+
+
+def _edited_name(row: _Row) -> str:
+    return f"fullset/{row.task_type}/{row.language}/{row.key}.png"
+
+
+def _parse(raw: bytes, folder: Path, edited: Path, allow_outside: bool) -> _Row | str:
+    """Read a line, or say what is wrong with it, such as an image that is not within a folder."""
     try:
-        return _Row.model_validate(parse_object(raw))
+        row = _Row.model_validate(parse_object(raw))
+        if allow_outside:
+            return row
+        image, key = why_outside(row.image, folder), why_outside(_edited_name(row), edited)
+        return f"image: {image}" if image else f"key: {key}" if key else row
     except ValidationError as error:
         return first_error(error)
     except ChainError as error:

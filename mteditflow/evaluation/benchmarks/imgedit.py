@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mteditflow.chains import read_chains
+from mteditflow.chains.files import why_outside
 from mteditflow.chains.formats.imgedit import category_of
 from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
 from mteditflow.evaluation.benchmarks.items import (
@@ -77,6 +78,12 @@ CRITERIA: Mapping[str, Mapping[str, str]] = {
     },
 }
 CATEGORIES = tuple(CRITERIA)
+UNKNOWN = "unknown"  # category of every entry of UGE_edit.json
+OF_ANY = {
+    "following": "whether just what the instruction asks for was done, all of it",
+    "realism": CLEAN,
+    "preservation": KEPT,
+}
 BOUND = "; at most the number of following"
 
 
@@ -86,6 +93,7 @@ def _rubric(criteria: Mapping[str, str]) -> Rubric:
 
 
 RUBRICS = {category: _rubric(criteria) for category, criteria in CRITERIA.items()}
+RUBRIC_OF_ANY = _rubric(OF_ANY)
 
 
 def imgedit_items(
@@ -93,17 +101,21 @@ def imgedit_items(
     edited: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
+    allow_outside: bool = False,
 ) -> ItemReading:
-    """Read ``basic_edit.json`` beside what an editor made.
+    """Read ``basic_edit.json`` or ``UGE_edit.json`` beside what an editor made.
 
     Args:
-        file: the JSON file, ``{key: {"id": path, "prompt": text, "edit_type": category}}``.
+        file: the JSON file, ``{key: {"id": path, "prompt": text, "edit_type": category}}``. Where
+            no entry has a category, as in ``UGE_edit.json``, that of all is "unknown".
         edited: folder of the images made, ``<key>.png``.
         images: folder that the paths are relative to; ``None`` is that of the file.
+        allow_outside: whether they may lead out of that folder, as in ``read_chains``; and keys
+            out of ``edited``.
 
     Returns:
-        The items, and every bad entry with its reason: a broken one, a key that stands twice, no
-        category of the nine.
+        The items, and every bad entry with its reason: a broken one, a key that stands twice, a
+        category that is none of the nine, or none where other entries have one.
 
     Raises:
         OSError: the file cannot be opened.
@@ -118,33 +130,52 @@ def imgedit_items(
         >>> item.group, item.edited.name
         ('adjust', '1.png')
     """
-    reading = read_chains(file, format="imgedit", strict=False, images=images)
+    reading = read_chains(
+        file, format="imgedit", strict=False, images=images, allow_outside=allow_outside
+    )
+    own = [category_of(chain) for chain in reading.chains]
+    known = [ALIASES.get(x or "", x) for x in own] if any(own) else [UNKNOWN] * len(own)
     items, skipped = [], [str(each) for each in reading.skipped]
-    for chain in reading.chains:
-        own = category_of(chain)
-        category = ALIASES.get(own, own)
-        if category in CRITERIA:
+    for chain, category in zip(reading.chains, known, strict=True):
+        fault = None if allow_outside else why_outside(f"{chain.id}.png", Path(edited))
+        if any(own) and category not in CRITERIA:
+            got = "none" if category is None else repr(category)
+            fault = f"edit_type: expected one of {list(CATEGORIES)}, got {got}"
+        if fault is None and category is not None:
             made = Path(edited, f"{chain.id}.png")
             items.append(Item(chain.id, category, chain.instructions[0], chain.image_path, made))
         else:
-            expected = f"edit_type: expected one of {list(CATEGORIES)}, got {own!r}"
-            skipped.append(f"{file}: {chain.id}: {expected}")
+            skipped.append(f"{file}: {chain.id}: {fault}")
     return ItemReading(tuple(items), tuple(skipped))
+
+
+def rubrics_of(items: Sequence[Item]) -> tuple[Rubric, ...]:
+    """Return the rubrics that ``score_imgedit`` asks by: those of all categories, or the one."""
+    return (RUBRIC_OF_ANY,) if _of_no_category(items) else tuple(RUBRICS.values())
+
+
+def _of_no_category(items: Sequence[Item]) -> bool:
+    return {item.group for item in items} == {UNKNOWN}
 
 
 async def score_imgedit(
     client: ChatClient, items: Sequence[Item], *, progress: bool = False
 ) -> ItemScores:
     """Ask a judge for the three criteria of each item; see ``score_items``."""
-    return await score_items(client, items, lambda x: [RUBRICS[x.group]], progress=progress)
+    return await score_items(
+        client, items, lambda x: [RUBRICS.get(x.group, RUBRIC_OF_ANY)], progress=progress
+    )
 
 
 def report_imgedit(found: ItemScores) -> BenchmarkReport:
     """Average over items in each category, then over categories; see ``summarise``.
 
+    Items of ``UGE_edit.json``, whose category is unknown, are averaged as one group.
+
     Source: ImgEdit (arXiv 2505.20275).
     """
-    return summarise("ImgEdit-Bench", found, _metrics, CATEGORIES)
+    groups = (UNKNOWN,) if _of_no_category(found.items) else CATEGORIES
+    return summarise("ImgEdit-Bench", found, _metrics, groups)
 
 
 def _metrics(criteria: Scores) -> dict[str, float]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow.rewards import ChatClient, Lost
 from mteditflow.rewards.faults import AnswerError, Fault
-from mteditflow.rewards.images import BOMBS, UNREADABLE, png_data_url
+from mteditflow.rewards.images import png_data_url
 from mteditflow.rewards.judge.answers import clip, read_json, refuse, whole_number
 from mteditflow.rewards.judge.prompts import LONGEST_ANALYSIS, Request, object_schema
 from mteditflow.rewards.judge.wording import quote
@@ -49,6 +50,7 @@ class Item:
         instruction: instruction given to the editor.
         source: file of the image before.
         edited: file of the edited image.
+        at_source_size: whether the edited image is shown at the size of the source.
     """
 
     key: str
@@ -56,6 +58,7 @@ class Item:
     instruction: str
     source: Path
     edited: Path
+    at_source_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,10 @@ async def _score(client: ChatClient, item: Item, rubrics: Sequence[Rubric]) -> S
 
 def _load(item: Item) -> list[str]:
     """Both images as URLs, upright."""
-    urls = []
-    for path in (item.source, item.edited):
-        with Image.open(path) as image:
-            urls.append(png_data_url(ImageOps.exif_transpose(image)))
-    return urls
+    source, edited = read_image(item.source), read_image(item.edited)
+    if item.at_source_size:
+        edited = edited.resize(source.size, Image.Resampling.BICUBIC)
+    return [png_data_url(source), png_data_url(edited)]
 
 
 @dataclass(frozen=True)
