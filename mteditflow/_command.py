@@ -1,7 +1,11 @@
-"""Commands that end bad input with one line on standard error and exit code 2."""
+"""Commands that end with one line on standard error: exit code 2 for bad input, 1 for a failure.
+
+Standard output may be closed by its reader, as ``| head -1`` does, without ending a command.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from mteditflow._text import escape_controls
 
-BAD_INPUT = 2  # exit code
+BAD_INPUT, FAILED = 2, 1  # exit codes
 # typer may have a copy of click of its own, of whose exceptions it exports some alone.
 USAGE = next(x for x in typer.BadParameter.__mro__ if x.__name__ == "ClickException")
 
@@ -30,8 +34,12 @@ def refuse(message: object) -> NoReturn:
         ...     end.code
         2
     """
+    _end_with(BAD_INPUT, message)
+
+
+def _end_with(code: int, message: object) -> NoReturn:
     sys.stderr.write(f"error: {escape_controls(' '.join(str(message).split()))}\n")
-    raise SystemExit(BAD_INPUT)
+    raise SystemExit(code)
 
 
 @contextmanager
@@ -48,12 +56,53 @@ def refusing(*more: type[Exception]) -> Iterator[None]:
         refuse(error)
 
 
+@contextmanager
+def failing(*more: type[Exception]) -> Iterator[None]:
+    """End with one line and exit code 1 where what was accepted fails while it runs.
+
+    Args:
+        *more: exceptions that are failures, too, beside ``OSError``.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *more)
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, BrokenPipeError):
+            raise  # of standard output, which is no failure
+        _end_with(FAILED, error)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Let the reader of standard output close it early; what is left to print is dropped."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as error:
+        broken = isinstance(error, BrokenPipeError)
+        if not broken and not isinstance(error.__context__, BrokenPipeError):  # as rich ends it
+            raise
+        _drop_output()
+        if isinstance(error.__context__, SystemExit):
+            raise error.__context__ from None
+
+
+def _drop_output() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options: Any) -> Any:
     """Run a command; usage errors take one line, help for a bare command stays as it is."""
     if not standalone:
         return run(*arguments, standalone_mode=False, **options)
+    code = 0
     try:
-        code = run(*arguments, standalone_mode=False, **options)
+        with reader_may_leave():
+            code = run(*arguments, standalone_mode=False, **options)
     except typer.Abort:
         sys.stderr.write("stopped\n")
         raise SystemExit(1) from None

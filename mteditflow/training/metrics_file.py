@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from mteditflow._checks import check_count
-from mteditflow._files import write_atomically
+from mteditflow._files import append_line, cut_half_line, write_atomically
 
 ROUND = "round"  # a column
 SECONDS, LOST, UNMEASURED = "seconds/", "lost/", "unmeasured/"  # prefixes of columns
@@ -47,11 +46,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        whole = path.read_bytes().rfind(b"\n") + 1
-        if whole < path.stat().st_size:
-            os.truncate(path, whole)
+        cut_half_line(path)
         self._last = max((line[ROUND] for line in read_metrics(path)), default=-1)
 
     def append(self, round_number: int, numbers: Mapping[str, float]) -> None:
@@ -63,6 +58,7 @@ class MetricsFile:
 
         Raises:
             ValueError: there is a line of this round or a later one.
+            OSError: it cannot be written; the file is as it was.
         """
         check_count("round_number", round_number, low=0)
         if round_number <= self._last:
@@ -70,9 +66,7 @@ class MetricsFile:
                 f"round_number: expected one after {int(self._last)}, the last in {self.path}, got "
                 f"{round_number}; rewind first"
             )
-        with self.path.open("ab", buffering=0) as file:
-            file.write(_line(round_number, numbers))
-            os.fsync(file.fileno())
+        append_line(self.path, _line(round_number, numbers), sync=True)
         self._last = round_number
 
     def rewind(self, round_number: int) -> None:

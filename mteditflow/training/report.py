@@ -47,7 +47,8 @@ def run_report(
     """Collect the results and the circumstances of a run as JSON values.
 
     Args:
-        before: evaluation of the base model.
+        before: evaluation of the base model; where there is none, the first one, whose round the
+            summary names.
         after: evaluation of the same chains after training.
         metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
         config: settings of the run, JSON values (paths and enumerations become text).
@@ -180,7 +181,9 @@ def summary_table(report: Mapping[str, Any]) -> Table:
 def summary_lines(report: Mapping[str, Any]) -> list[str]:
     """Return the sentences below the table: differences, chains left out, time, lost answers."""
     gain = report["difference_at_last_turn"]
-    lines = [_difference(gain), *(_since_turn_1(gain) if gain["turn"] > 1 else ())]
+    first = report["before"]["round"]
+    since = [f"Before is round {first}: there is no evaluation of round 0."] if first else []
+    lines = [*since, _difference(gain), *(_since_turn_1(gain) if gain["turn"] > 1 else ())]
     for when in ("before", "after"):
         lost = report[when]["chains_with_lost_scores"]
         if lost:
