@@ -5,7 +5,6 @@ Standard output may be closed by its reader, as ``| head -1`` does, without endi
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mteditflow._pipes import reader_may_leave
 from mteditflow._text import escape_controls
 
 BAD_INPUT, FAILED = 2, 1  # exit codes
@@ -70,29 +70,6 @@ def failing(*more: type[Exception]) -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             raise  # of standard output, which is no failure
         _end_with(FAILED, error)
-
-
-@contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Let the reader of standard output close it early; what is left to print is dropped."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except (BrokenPipeError, SystemExit) as error:
-        broken = isinstance(error, BrokenPipeError)
-        if not broken and not isinstance(error.__context__, BrokenPipeError):  # as rich ends it
-            raise
-        _drop_output()
-        if isinstance(error.__context__, SystemExit):
-            raise error.__context__ from None
-
-
-def _drop_output() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options: Any) -> Any:

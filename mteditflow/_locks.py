@@ -13,8 +13,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mteditflow._files import write_atomically
-
 UNKNOWN = "a process that is not known"
 
 
@@ -58,7 +56,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
         ) from error
     try:
         stale = _holder(record)
-        write_atomically(record, json.dumps(_this_process()).encode())
+        record.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield stale
     finally:
         record.unlink(missing_ok=True)

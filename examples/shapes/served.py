@@ -121,6 +121,8 @@ def judge_app(*, lost_answers: float, invent: bool = False) -> FastAPI:
     @app.post("/v1/chat/completions")
     def complete(body: dict[str, Any]) -> dict[str, Any]:
         content = body["messages"][-1]["content"]
+        if "response_format" not in body:  # of a client that asks whether there is a judge
+            return _completion("stop", "ok")
         fate = int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big")
         lost = fate / 2**64 < lost_answers
         if lost and not invent:

@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_secret(variable: str) -> str | None:
-    """Return a key or a token of the environment, without the line break at its end; else None.
+    r"""Return a key or a token of the environment, without the line break at its end; else None.
 
     Example:
         >>> os.environ["SOME_KEY"] = "secret\\n"

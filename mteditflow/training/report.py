@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mteditflow._files import write_atomically
+from mteditflow._pipes import reader_may_leave
 from mteditflow._text import escape_markup
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
@@ -141,9 +142,15 @@ def print_summary(
     """
     if console is None:
         console = Console(width=None if Console().is_terminal else WIDTH)
-    console.print(summary_table(report))
-    for line in summary_lines(report):
-        console.print(line, highlight=False)
+    with reader_may_leave():
+        console.print(summary_table(report))
+        for line in summary_lines(report):
+            console.print(line, highlight=False)
+        _print_files(folder, console)
+
+
+def _print_files(folder: Path, console: Console) -> None:
+    """Print the folder of a run and the names of its files."""
     files = sorted(
         path.name
         for path in folder.glob("*")

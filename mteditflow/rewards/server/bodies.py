@@ -95,7 +95,8 @@ class Reader:
 
         Raises:
             HTTPException: 422, the body is not a request or an image is refused; 413, an image or
-                all of them together are too large. The message gives place and reason, and nothing of the body.
+                all of them together are too large. The message gives place and reason, and nothing
+                of the body.
         """
         return await anyio.to_thread.run_sync(self._read, body, limiter=self._threads)
 

@@ -574,5 +574,5 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "token").write_text(" of-the-file\n")
     assert read_token(tmp_path / "token") == "of-the-file"
     (tmp_path / "token").write_text("\n")
-    with pytest.raises(ValueError, match="token: expected one in .*token, got nothing"):
+    with pytest.raises(ValueError, match=r"token: expected one in .*token, got nothing"):
         read_token(tmp_path / "token")
