@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mteditflow.chains import EditedImages, read_chains, write_chains
+from tests.refusals import refusal
 from tests.samples_of_scores import few_resamples
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -130,26 +131,8 @@ def call(*arguments):
     assert done.exit_code == 0, done.output
 
 
-def files(root):
-    return {x: x.stat().st_mtime_ns for x in root.rglob("*")}
-
-
 def refused(app, root, tmp_path, arguments):
-    """The line of a refusal, of a command that wrote nothing."""
-    places = {"ROOT": root, "OUT": tmp_path / "out"}
-    words = [str(x) for x in arguments]
-    for name, place in places.items():
-        words = [word.replace(name, str(place)) for word in words]
-    before = files(root)
-    done = CliRunner().invoke(app, words)
-    assert isinstance(done.exception, SystemExit), done.exc_info
-    assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert not done.stdout
-    assert files(root) == before
-    assert not list(tmp_path.iterdir())
-    return done.stderr
+    return refusal(app, arguments, root=root, scratch=tmp_path)
 
 
 MADE = ["ROOT/chains.jsonl", "--images", "ROOT/made", "--output", "OUT"]

@@ -12,6 +12,7 @@ import typer
 import uvicorn
 from fastapi import FastAPI
 
+from mteditflow._checks import check_number
 from mteditflow.rewards.server import batching, service
 from mteditflow.rewards.server.guarding import (
     BACKLOG,
@@ -59,10 +60,11 @@ def serve(
         Where the models are still running after ``grace``, this ends the process instead.
 
     Raises:
-        ValueError: the address is not a loopback address, and there is no token; or the limit of
-            open files leaves no connection.
+        ValueError: the address is not a loopback address, and there is no token; the limit of open
+            files leaves no connection; or ``grace`` is out of range.
         OSError: the address cannot be listened on, such as where the port is in use.
     """
+    check_number("grace", grace, low=0.0)
     service: Service = app.state.service
     check_host(host, secured=app.state.secured)
     most = most_connections()
