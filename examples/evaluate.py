@@ -26,7 +26,11 @@ from mteditflow_examples.evaluating.output import (
     write_all,
     write_scores,
 )
-from mteditflow_examples.evaluating.scoring import Asks, score_chains
+from mteditflow_examples.evaluating.scoring import (
+    Asks,
+    require_services_or_answers,
+    score_chains,
+)
 from mteditflow_examples.flux.config import Rewards
 from tqdm import tqdm
 
@@ -140,6 +144,9 @@ def run(
                 provenance=asks.provenance(rewards, edits.made_by if edits else maker),
             ).agreed(output)
 
+        cache = output / "answers.sqlite"
+        if state.is_main_process and (alone := require_services_or_answers(rewards, cache)):
+            typer.echo(f"warning: {alone}", err=True)
         first = settings()
         if edits:
             missing = made.missing(asked, state)
@@ -155,7 +162,7 @@ def run(
                 asked,
                 made,
                 asks,
-                cache=output / "answers.sqlite",
+                cache=cache,
                 device=state.device,
                 done=bar.update,
             )

@@ -11,7 +11,6 @@ asked for again, alone, by the same command.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +50,7 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    read_secret,
     request_options,
 )
 from mteditflow.rewards.images import BOMBS, UNREADABLE
@@ -180,7 +180,7 @@ def _runs(
         ValueError: one has no item or no image, a URL is not usable, or the folder holds scores of
             another judge.
     """
-    key = os.environ.get("OPENAI_API_KEY")
+    key = read_secret("OPENAI_API_KEY")
     options = {"api_key": key, "patience": patience, "request": request}
     ChatClient(judges, model, **options)  # refuses a bad URL before anything is written
     for reading in readings.values():

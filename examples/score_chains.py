@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain as joined
 from pathlib import Path
@@ -60,6 +59,7 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    read_secret,
 )
 
 SCORES = "scores.json"
@@ -171,13 +171,13 @@ def _services(
     """Return the clients that are asked for."""
     asks = looks = None
     if rewards.judge:
-        key = os.environ.get("OPENAI_API_KEY")
+        key = read_secret("OPENAI_API_KEY")
         client = ChatClient(
             rewards.judge, rewards.judge_model, api_key=key, cache=cache, request=rewards.request
         )
         asks = Judge(client, prompt_of(rewards))
     if rewards.consistency:
-        token = os.environ.get("MTEDITFLOW_TOKEN")
+        token = read_secret("MTEDITFLOW_TOKEN")
         looks = ConsistencyClient(
             rewards.consistency, pairing=rewards.pairing, token=token, cache=cache
         )

@@ -21,6 +21,7 @@ from mteditflow_examples.flux.rewards import (
     check_services,
     judged_by,
     named_scorer,
+    require_services,
     scale_of,
 )
 from PIL.Image import Image
@@ -137,6 +138,28 @@ class Asks(NamedTuple):
 
             reader = RapidOcr()
         return Checks(detector, reader)
+
+
+def require_services_or_answers(config: Rewards, answers: Path) -> str | None:
+    """Ask every service whether it is there, before a model is loaded.
+
+    Args:
+        config: who scores, one turn in a call.
+        answers: file of the answers so far; they may be all that is needed.
+
+    Returns:
+        A warning where there are answers and a service does not answer; None otherwise.
+
+    Raises:
+        ValueError: a service does not answer, and there are no answers of before.
+    """
+    try:
+        require_services(config, images=2)
+    except ValueError as error:
+        if not answers.exists():
+            raise
+        return f"{error}; going on with the answers in {answers}"
+    return None
 
 
 class Scored(NamedTuple):

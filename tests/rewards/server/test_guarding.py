@@ -7,6 +7,7 @@ import logging
 import resource
 import socket
 import time
+from contextlib import suppress
 
 import httpx2
 import pytest
@@ -58,8 +59,11 @@ async def connections(most, timeout, script):
     server = await asyncio.get_running_loop().create_server(kind, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
 
+    opened = []
+
     async def connect(said=b""):
         reader, writer = await asyncio.open_connection(host, port)
+        opened.append(writer)
         writer.write(said)
         await asyncio.sleep(0.02)
         return reader, writer
@@ -67,6 +71,11 @@ async def connections(most, timeout, script):
     try:
         await script(connect)
     finally:
+        for writer in opened:
+            writer.close()
+            with suppress(ConnectionResetError):
+                await writer.wait_closed()
+        await asyncio.sleep(0.05)  # until the other ends have seen it
         server.close()
 
 
