@@ -136,7 +136,8 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         if strays := ", ".join(held_out.strays()):
             notes.warning(f"{held_out.folder}: left alone, as not of this run: {strays}")
     if accelerator.is_main_process:
-        require_services(config.rewards, images=data.turns + 1)
+        whole = config.rewards.scope == "trajectory"
+        require_services(config.rewards, images=data.turns + 1 if whole else 2)
     judge = judged_by(config.rewards)
     if held_out is not None and found is not None:
         judge = _comparable(config, held_out, judge, found.round)

@@ -168,6 +168,7 @@ def test_bars_are_drawn_on_a_terminal(tmp_path, screen):
 def test_a_narrow_terminal_shows_the_counts(tmp_path, screen, monkeypatch, columns):
     seen = screen(terminal=True)
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "24")
     log = RunLog(tmp_path, console=True, main=True)
     with log.bar("round", 700, unit="rounds", done=349) as bar:
         bar.note("following 0.53, consistency 0.98, strict 0.12, preference 21.37")
@@ -192,7 +193,8 @@ def test_no_time_is_left_where_nothing_is_done(tmp_path, clock):
 def test_words_of_libraries_and_warnings_are_stamped_and_logged(tmp_path, screen):
     seen = screen(terminal=False)
     log = RunLog(tmp_path, console=True, main=True)
-    with log.capture():
+    with warnings.catch_warnings(), log.capture():
+        warnings.simplefilter("always")
         logging.getLogger("mteditflow.some.where").warning("answers cannot be %s", "written")
         logging.getLogger("mteditflow.some.where").info("no warning")
         warnings.warn("checkpoint skipped", stacklevel=1)

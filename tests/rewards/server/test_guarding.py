@@ -44,13 +44,14 @@ class Answering(asyncio.Protocol):
 
     def data_received(self, data):
         class Cycle:
-            response_complete = data == b"whole"
+            response_complete = False
             more_body = data == b"body"
 
         if data != b"half":
             self.cycle = Cycle
         if data == b"whole":
             self.transport.write(b"yes")
+            self.loop.call_soon(setattr, Cycle, "response_complete", True)
 
 
 async def connections(most, timeout, script):
