@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from mteditflow._command import OneLineCommand, refusing
+from mteditflow._files import require_folder
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -27,7 +28,6 @@ def main(
 ) -> None:
     """Train a tiny FLUX.1-Kontext to make three edits in a row: three minutes on two cores."""
     from mteditflow_examples.flux.command_line import parse_or_exit
-    from mteditflow_examples.flux.inputs import check_folder
     from mteditflow_examples.flux.start import main as run_to_the_end
     from mteditflow_examples.shapes.files import main as write_world
     from mteditflow_examples.train_flux import train
@@ -43,8 +43,8 @@ def main(
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     config = parse_or_exit([f"shapes-{objective}", *words])
     with refusing():
-        check_folder(config.output.folder)
-        check_folder(world)
+        require_folder("output.folder", config.output.folder)
+        require_folder("runs", world)
         write_world(world, seed=seed)
     run_to_the_end(train, config)
 

@@ -72,6 +72,21 @@ def append_line(path: Path, line: bytes, *, sync: bool) -> None:
             raise
 
 
+def require_folder(name: str, folder: Path) -> None:
+    """Raise unless a folder is there, or can be made where folders end.
+
+    Args:
+        name: of the option that gives it.
+        folder: which need not be there.
+
+    Raises:
+        ValueError: a file is in its place, or in that of a folder above it.
+    """
+    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}: expected a folder, got the file {there}")
+
+
 def cut_half_line(path: Path) -> None:
     """Cut off the half line that a kill has left at the end; the file is made if missing.
 

@@ -46,7 +46,7 @@ class HeldOut:
     def write(self, evaluation: Evaluation) -> None:
         """Write the scores; of images keep those of the first evaluation and of this one."""
         evaluation.write(self._file(evaluation.round))
-        kept = (self._images(0).name, self._images(evaluation.round).name)
+        kept = [self._images(done).name for done in (min(self.rounds()), evaluation.round)]
         for folder in self.folder.iterdir():
             if ROUND.fullmatch(folder.name) and folder.is_dir() and folder.name not in kept:
                 shutil.rmtree(folder)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from mteditflow import gather_ranks
 from mteditflow._command import BAD_INPUT, refuse
+from mteditflow._files import require_folder
 from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
 from mteditflow.evaluation import JudgedBy
 from mteditflow.pipelines.families import find_family
@@ -59,27 +60,20 @@ def check(config: Config) -> None:
 
     Raises:
         ConfigError: something is not there, or is not what it must be.
-        ValueError: a URL does not end in /v1.
+        ValueError: a URL does not end in /v1, or a file is in the place of the output folder.
     """
     check_services(config.rewards)
     known = sorted(map(str, get_available_trackers()))
     for name in config.output.trackers:
         if name not in known:
             raise ConfigError(f"output.trackers: expected names among {known}, got {name!r}")
-    check_folder(config.output.folder)
+    require_folder("output.folder", config.output.folder)
     _check_model(config.model.path)
     for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
         if path is not None and not path.exists():
             raise ConfigError(f"data.{name}: expected a file of chains, got none at {path}")
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
         _check_teacher(config.teacher.path, config.model.lora_rank)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise unless a folder is there or can be made."""
-    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
-    if not there.is_dir():
-        raise ConfigError(f"output.folder: expected a folder, got the file {there}")
 
 
 def _check_model(source: str) -> None:

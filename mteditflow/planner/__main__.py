@@ -105,8 +105,8 @@ def plan(
             check_source("detector", detector, "config.json")
             check_device("device", device)
             require_reachable("endpoint", anyio.run(reach_endpoints, connect()))
-            stack.enter_context(writing(output))
             client = connect(cache=None if cache is None else AnswerCache(cache))
+            stack.enter_context(writing(output))
             from mteditflow.rewards.consistency.models import GroundingDino  # slow to import
 
             finder = GroundingDino.from_pretrained(detector, device=device)
@@ -131,9 +131,9 @@ def stats(
     """Count edit types, object categories and turns."""
     with refusing():
         counted = statistics(read_chains(chains).chains)
-        out.print(statistics_table(counted))
         if plot is not None:
             draw_statistics(counted, plot)
+    out.print(statistics_table(counted))
 
 
 def _weights(given: list[str] | None) -> Mapping[TaskType, float] | None:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from mteditflow._checks import check_count
-from mteditflow._files import append_line, cut_half_line
+from mteditflow._files import append_line, cut_half_line, require_folder
 from mteditflow._locks import sole_writer
 from mteditflow.chains import Chain, read_chains
 from mteditflow.chains.record import first_error
@@ -255,9 +255,11 @@ def planned_ids(settings: Mapping[str, Any], output: Path) -> set[str]:
         output: file of chains.
 
     Raises:
-        ValueError: a line is no chain, or a chain was planned with other settings.
+        ValueError: a line is no chain, a chain was planned with other settings, or a file is in the
+            place of the folder.
         OSError: a file cannot be read.
     """
+    require_folder("output", output.parent)
     refused = refused_path(output)
     lines = enumerate(_whole_lines(refused).splitlines(), start=1)
     done = {_parsed(refused, RefusedChain, line, number).id for number, line in lines}

@@ -167,8 +167,7 @@ def test_bars_are_drawn_on_a_terminal(tmp_path, screen):
 @pytest.mark.parametrize("columns", [40, 80, 110])
 def test_a_narrow_terminal_shows_the_counts(tmp_path, screen, monkeypatch, columns):
     seen = screen(terminal=True)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (columns, 24))
     log = RunLog(tmp_path, console=True, main=True)
     with log.bar("round", 700, unit="rounds", done=349) as bar:
         bar.note("following 0.53, consistency 0.98, strict 0.12, preference 21.37")
