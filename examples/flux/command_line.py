@@ -28,6 +28,8 @@ else:
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
 BAD_INPUT = 2  # exit code
+# Of the boxes that tyro draws around errors, in ASCII where a terminal has nothing better.
+FRAME, RULE = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯|+]"), re.compile(r"[-─]{4}")
 
 
 def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
@@ -91,11 +93,21 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
                 add_help=False,
             )
     except SystemExit as error:
-        # A box: a title, what is wrong, and below a rule hints of several lines.
-        frame = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯]")
-        _, *lines = [frame.sub("", line).strip() for line in said.getvalue().splitlines()]
-        rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-        raise ConfigError(" ".join(" ".join(lines[:rule]).split())) from error
+        raise ConfigError(_in_a_line(said.getvalue())) from error
+
+
+def _in_a_line(box: str) -> str:
+    """Return what a box says: its title and rules left out, of hints below the names of options."""
+    lines = [FRAME.sub("", line).strip() for line in box.splitlines()]
+    parts = [[]]
+    for line in lines[1:]:
+        if RULE.match(line):
+            parts.append([])
+        elif line:
+            parts[-1].append(line)
+    wrong, *hints = (" ".join(part) for part in parts if part)
+    options = re.findall(r"--[\w.-]+", hints[0]) if hints and "you meant" in hints[0] else []
+    return "; perhaps ".join([" ".join(wrong.split()), *dict.fromkeys(options[:1])])
 
 
 def overview(kind: type[Config]) -> str:

@@ -174,7 +174,8 @@ async def plan_folder(
         InUseError: another process plans into this file; the message names it.
         OSError: a file cannot be read or written.
     """
-    planned_ids(planner.settings, output)  # before a lock is written beside a file of others
+    folder_images(folder)  # before a lock is written beside what is no folder or file of a run
+    planned_ids(planner.settings, output)
     with writing(output):
         return await plan_images(
             planner,

@@ -170,6 +170,7 @@ RUN = {
     "a bad URL": ([*MADE, "--judge", "127.0.0.1", "--model", "m"], "expected http"),
     "a URL without /v1": ([*MADE, "--judge", "http://x", "--model", "m"], "end in /v1"),
     "no model": ([*MADE, "--judge", NOBODY], "expected --judge and --model"),
+    "a dead judge": ([*MADE, *JUDGE], f"rewards.judge: expected an answer from {NOBODY}, got no c"),
     "no objects for consistency": (
         ["ROOT/bare.jsonl", *MADE[1:], *JUDGE, "--consistency", NOBODY],
         "expected unchanged_objects or all_objects",

@@ -195,7 +195,7 @@ def test_an_objective_of_another_kind_is_refused(words, message):
     ],
 )
 def test_a_field_of_another_objective_is_refused(words):
-    with pytest.raises(ConfigError, match=f"^Unrecognized options: {words[-2]}, {words[-1]}$"):
+    with pytest.raises(ConfigError, match=f"^Unrecognized options: {words[-2]}, {words[-1]}(; |$)"):
         parse(words)
     section, name = words[-2].removeprefix("--").split(".")
     name = name.replace("-", "_")
@@ -429,11 +429,10 @@ def test_a_broken_file_is_named(tmp_path):
         parse([str(file)])
 
 
-def test_an_unknown_option_is_an_error(capsys):
-    with pytest.raises(SystemExit) as done:
+def test_an_unknown_option_is_an_error_that_names_the_nearest():
+    message = "Unrecognized options: --training.roundz, 3; perhaps --training.rounds"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         parse(["shapes-nft", "--training.roundz", "3"])
-    assert done.value.code == 2
-    assert "--training.rounds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
