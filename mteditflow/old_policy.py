@@ -109,4 +109,8 @@ def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay
         check_floating(**{f"current[{position}]": ours})
         check_shape(f"current[{position}]", ours, theirs.shape, f"of old[{position}]")
     for theirs, ours in zip(old, current, strict=True):
-        theirs.lerp_(ours.to(theirs), 1 - decay)
+        # lerp computes with both ends: a NaN in the one that is left out would stay.
+        if decay == 0:
+            theirs.copy_(ours)
+        elif decay < 1:
+            theirs.lerp_(ours.to(theirs), 1 - decay)

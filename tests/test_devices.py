@@ -156,6 +156,9 @@ CALLS = {
     "marginal": lambda: mt.marginal_success(success, valid=turn_mask),
     "CC": lambda: mt.content_consistency(per_turn),
     "overall": lambda: mt.overall(reward, r),
+    "interval difference": lambda: mt.interval_difference(
+        mt.wilson_interval(2, 3), mt.wilson_interval(1, 3)
+    ).low,
     "wilson": lambda: mt.wilson_interval(2, 3).low,
     "paired difference": lambda: mt.paired_difference_interval(success, success).high,
     "group measured": lambda: mt.group_measured(valid, group),

@@ -1,5 +1,6 @@
 """The old policy's decay schedules, and the step that moves it."""
 
+import math
 import re
 
 import pytest
@@ -155,3 +156,12 @@ def test_update_errors():
     message = "old[0]: expected a floating-point tensor, got torch.int64"
     with pytest.raises(TypeError, match=exactly(message)):
         update_old_policy([torch.zeros(2, dtype=torch.int64)], two, decay=0.0)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_left_out_is_not_read(broken):
+    old = [torch.tensor([broken])]
+    update_old_policy(old, [torch.tensor([1.0])], decay=0)
+    assert old[0].item() == 1
+    update_old_policy(old, [torch.tensor([broken])], decay=1)
+    assert old[0].item() == 1

@@ -12,7 +12,7 @@ import pytest
 from mteditflow.objectives import Objective
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/architecture.md", "docs/trust.md", "CONTRIBUTING.md")
+PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "docs/trust.md")
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)\)")
 NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
 # A path of the worked example that is there only once somebody follows it.

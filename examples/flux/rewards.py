@@ -128,11 +128,11 @@ def check_services(config: Rewards) -> None:
 
     Raises:
         ConfigError: there is no such scorer, or its scale is not the one that is configured.
-        ValueError: a URL does not end in /v1.
+        ValueError: a URL does not end in /v1, or an option of requests cannot be sent.
     """
     scale_of(config)
     if config.judge:
-        ChatClient(config.judge, config.judge_model)
+        ChatClient(config.judge, config.judge_model, request=config.request)
     if config.consistency:
         ConsistencyClient(config.consistency)
 

@@ -22,7 +22,7 @@ from mteditflow._checks import (
     check_rank,
     check_values,
 )
-from mteditflow.advantages.group import fuse_advantages
+from mteditflow.advantages.group import all_alone, fuse_advantages
 from mteditflow.advantages.turns import reward_to_go, turn_average
 
 Mask = Tensor | None  # boolean [B, N]
@@ -256,7 +256,10 @@ def turn_advantage(
     values = {name: signal.value for name, signal in used.items()}
     measured = {name: signal.measured for name, signal in used.items()}
     own = {name: weights[name] for name in used}
-    advantage = fuse(values, own, group, valid=valid, measured=measured, std=std, eps=eps)
+    if all_alone(group):  # nothing to compare with
+        advantage = torch.zeros_like(next(iter(values.values())))
+    else:
+        advantage = fuse(values, own, group, valid=valid, measured=measured, std=std, eps=eps)
     valid = valid & torch.stack(list(measured.values())).any(dim=0)
     if turn_mask is not None:
         check_mask("turn_mask", turn_mask, valid.shape, "[B, N]")

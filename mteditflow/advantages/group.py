@@ -78,7 +78,7 @@ def group_advantage(
         tensor([-1.,  1.,  0.,  0.])
     """
     reward, group, valid = as_rewards(reward, group, valid)
-    _check_layout(reward, group)
+    check_layout(reward, group)
     return _normalize(reward, _group_index(group), valid, std, eps)
 
 
@@ -142,7 +142,8 @@ def fuse_advantages(
 
     Raises:
         ValueError: names differ or are missing, shapes do not match, a measured valid reward is not
-            finite, a weight is not finite.
+            finite, a weight is not finite, or the rewards are laid out [prompts, samples] as in
+            ``group_advantage``.
         TypeError: as in ``group_advantage``; ``measured`` is not boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 7, 18, 19.
@@ -330,18 +331,21 @@ def group_std(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) 
         tensor([1., 1., 0.])
     """
     reward, group, valid = as_rewards(reward, group, valid)
-    _check_layout(reward, group)
+    check_layout(reward, group)
     value, index, valid = in_float64(reward.detach(), _group_index(group), valid)
     value, unit = _in_range(value, index, valid)
     return (_root_mean_square(*_deviation(value, index, valid), index) / unit).to(reward)
 
 
-def _check_layout(reward: Tensor, group: Tensor) -> None:
-    """Raise for rewards laid out [prompts, samples] with one id per prompt."""
-    if reward.ndim < 2 or 1 in reward.shape:
-        return
+def all_alone(group: Tensor) -> bool:
+    """Whether each trajectory is the only one of its group; false where ids cannot be read."""
     ids = group.long().sort().values
-    if read((ids[1:] == ids[:-1]).any()) is not False:
+    return read((ids[1:] == ids[:-1]).any()) is False
+
+
+def check_layout(reward: Tensor, group: Tensor) -> None:
+    """Raise for rewards laid out [prompts, samples] with one id per prompt."""
+    if reward.ndim < 2 or 1 in reward.shape or not all_alone(group):
         return
     rows, columns = reward.shape
     raise ValueError(
@@ -470,6 +474,7 @@ def _check_named(
         as_mask("valid", valid, named[first]),
         {f"rewards[{name!r}]": mask for name, mask in masks.items()},
     )
+    check_layout(named[first], ids)
     return named, ids, {name: mask & masks[name] for name in named}
 
 

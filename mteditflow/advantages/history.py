@@ -29,10 +29,12 @@ class RewardHistory:
 
     Args:
         rounds: visits of a chain that are remembered, >= 1.
-        entries: remembered signals by group id; JSON can hold them. All the state there is.
+        entries: remembered signals by group id. All the state there is: ``state_dict`` returns it
+            as JSON can hold it, ``from_state`` reads that.
 
     Raises:
         ValueError: ``rounds`` is below 1.
+        TypeError: a group id is not an integer.
 
     Source: the per-prompt statistics that implementations of Flow-GRPO (arXiv 2505.05470) keep,
         with a bound on their age.
@@ -55,6 +57,12 @@ class RewardHistory:
 
     def __post_init__(self) -> None:
         check_count("rounds", self.rounds)
+        for name in self.entries:
+            if isinstance(name, bool) or not isinstance(name, int):
+                raise TypeError(
+                    f"entries: expected integer group ids, got {name!r}; from_state reads what "
+                    "state_dict returned, and JSON has held"
+                )
 
     def joined(
         self, signals: Mapping[str, Signal], group: Tensor

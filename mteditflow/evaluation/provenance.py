@@ -12,12 +12,14 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from mteditflow.rewards.judge.prompts import Prompt, Request
 from mteditflow.rewards.scale import Scale
+
+if TYPE_CHECKING:
+    from mteditflow.rewards.judge.prompts import Prompt, Request
 
 WHOLE = 2**28  # bytes of a file that are read whole; of a larger one both ends
 END = 2**24  # bytes of an end

@@ -348,7 +348,7 @@ class Numbers:
         self, types: Tensor, success: Tensor, judged: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """Outcome and counted of the metrics by edit type, each [K, C, N]."""
-        of_type = types == torch.arange(len(self.edit_types))[:, None, None]
+        of_type = types == torch.arange(len(self.edit_types), device=types.device)[:, None, None]
         pairs = outcomes(success, judged).values()
         return [(outcome.expand_as(of_type), of_type & counted) for outcome, counted in pairs]
 

@@ -139,10 +139,8 @@ def denominators(report: Report) -> str:
 
 
 def reasons(report: Report) -> list[str]:
-    """Name every chain that was left out or lost a score, and why; controls are escaped."""
-    return [
-        escape_controls(f"{name}: {why}") for name, why in (report.left_out | report.lost).items()
-    ]
+    """Name every chain that was left out or lost a score, and why, each on one line."""
+    return [_one_line(f"{name}: {why}") for name, why in (report.left_out | report.lost).items()]
 
 
 def rich_tables(report: Report) -> list[Table]:
@@ -180,8 +178,12 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _one_line(text: str) -> str:
+    return escape_controls(" ".join(text.split()))
+
+
 def _escaped(text: str) -> str:
-    return escape_controls(" ".join(text.split())).replace("|", r"\|")
+    return _one_line(text).replace("|", r"\|")
 
 
 def as_csv(report: Report) -> str:

@@ -11,6 +11,7 @@ from mteditflow._checks import (
     check_mask,
     check_number,
     check_same_shape,
+    check_values,
 )
 from mteditflow._reduce import broadcast_rows
 
@@ -50,7 +51,8 @@ def divergence_gated_loss(
         Shape of ``log_prob``, unreduced. Gradient flows to ``log_prob`` alone.
 
     Raises:
-        ValueError: shapes differ, the threshold is negative or not finite.
+        ValueError: shapes differ, the threshold is negative or not finite, a divergence is negative
+            or NaN.
         TypeError: half precision, or a mask that is not boolean.
 
     Source: Flow-DPPO (arXiv 2606.11025), Eq. 17-18.
@@ -76,9 +78,11 @@ def divergence_gated_loss(
     check_full_precision(advantage=advantage)
     log_ratio = log_prob - old_log_prob.detach()
     dropped = (divergence > threshold) & (log_ratio.sign() * advantage > 0)
+    read = divergence >= 0  # NaN is not
     if valid is not None:
         check_mask("valid", valid, log_prob.shape, "of log_prob")
-        dropped = dropped | ~valid
+        dropped, read = dropped | ~valid, read | ~valid
+    check_values("divergence", divergence, read, "values >= 0")
     # An infinite ratio times an advantage of 0 is NaN.
     ratio = torch.where(dropped | (advantage == 0), 0, log_ratio).exp()
     return torch.where(dropped, 0, -ratio * advantage)

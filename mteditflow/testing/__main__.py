@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 from mteditflow.testing.kinds import KINDS
-from mteditflow.testing.law import EXAMPLES, Law, Laws, Raised, Result, check_examples
+from mteditflow.testing.law import EXAMPLES, SEARCH, Laws, Result, report
 from mteditflow.testing.signatures import SIGNATURES
 
 HELP = {
@@ -19,21 +19,22 @@ HELP = {
     "ddof": "0: std of the population; 1: std of the sample",
     "eps": "bound of what your function adds to a std; it is not passed",
     "min_members": "smallest group that it accepts",
-    "detaches": "it detaches its constants itself",
+    "detaches": "it detaches constants or rewards itself",
+    "float32": "half-precision inputs give the result of float32; a loss or density in float32",
     "deterministic": "it is given rows of std 0",
     "zero": "largest absolute advantage that counts as 0 in a group of equal rewards",
     "tolerance": "relative difference that counts as rounding",
-    "values": "the scores that it takes",
+    "values": "the scores that it takes, two or more",
     "any_order": "the order of turns does not matter",
     "reads": "turns that a turn's credit depends on: later, earlier",
     "linear": "the credit of a sum of rewards is the sum of their credits",
-    "level": "advantage: each reward is normalized; reward: their sum is",
+    "level": "what is normalized: advantage: each reward; reward: their weighted sum",
     "inputs": "argument=role for each: latent, number, share, sigma, positive, log-ratio",
     "trained": "arguments that get a gradient",
     "reduction": "losses: none or mean over rows; densities: mean or sum over elements",
-    "valid": "name of the mask argument; 'none' where there is none",
-    "clip_low": "how far the ratio may fall below 1; 'none': nothing is clipped",
-    "clip_high": "how far the ratio may rise above 1",
+    "valid": "name of the mask argument; none where there is none",
+    "clip_low": "how far the ratio may fall below 1; none: nothing is clipped",
+    "clip_high": "how far the ratio may rise above 1; none: nothing is clipped",
     "noise_level": "noise level at which it is checked",
     "marginals": "it keeps the marginals of the ODE as steps become small",
 }
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = vars(_parser().parse_args(arguments))
     laws: Laws[Any] = KINDS[options.pop("kind")]
-    search = {name: options.pop(name) for name in ("only", "without", "examples", "seed")}
+    search = {name: options.pop(name) for name in SEARCH}
     target = options.pop("function")
     try:
         function = _load("function", target)
@@ -66,29 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ":" in signature:
             options["signature"] = _load("--signature", signature)
         subject = laws.subject(function, **options)
-        chosen = laws.chosen(search["only"], search["without"])
-        check_examples(search["examples"])
-        _try(laws, subject, next((law for law in chosen if law.skip(subject) is None), None))
+        results = laws.results(subject, **search)
+        called = getattr(getattr(subject, "convention", None), "shown", laws.called)
+        count = len(laws.chosen(search["only"], search["without"]))
+        sys.stdout.write(f"{count} law{'s' * (count != 1)} of {target}, called as {called}\n")
+        return _table(laws, results, search["examples"])
     except (TypeError, ValueError) as error:
         _refuse(str(error))
-    shown = getattr(getattr(subject, "convention", None), "shown", None)
-    called = f", called as {shown}" if shown else ""
-    sys.stdout.write(f"{len(chosen)} law{'s' * (len(chosen) != 1)} of {target}{called}\n")
-    try:
-        return _table(laws, laws.results(subject, **search), search["examples"])
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         return 130
-
-
-def _try(laws: Laws[Any], subject: Any, law: Law[Any] | None) -> None:
-    """Raise ``ValueError`` where the function cannot be called in the way of its kind at all."""
-    if law is None:
-        return
-    broken = next(iter(laws.results(subject, only=law.name, examples=1))).broken
-    error = broken.got.error if broken is not None and isinstance(broken.got, Raised) else None
-    if isinstance(error, (TypeError, ImportError, NameError, SystemExit)):
-        raise ValueError(f"function: a call of the kind {laws.kind} raises {Raised(error)}")
 
 
 def _table(laws: Laws[Any], results: Any, examples: int) -> int:
@@ -103,8 +91,8 @@ def _table(laws: Laws[Any], results: Any, examples: int) -> int:
         sys.stdout.write(f"  {verdict:<7}  {name:<{width}}  {detail}\n")
         sys.stdout.flush()
     broken = [result.broken for result in done if result.broken is not None]
-    for failure in broken:
-        sys.stdout.write(f"\n{failure}\n")
+    if broken:
+        sys.stdout.write(f"\n{report(broken)}\n")
     skipped = sum(result.skipped is not None for result in done)
     held = len(done) - len(broken) - skipped
     sys.stdout.write(
@@ -121,14 +109,17 @@ def _parser() -> _Parser:
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
     for name, laws in KINDS.items():
-        sub = kinds.add_parser(name, help=f"{len(laws)} laws", allow_abbrev=False)
+        words = f"{len(laws)} laws of {laws.called}"
+        sub = kinds.add_parser(name, help=words, description=words, allow_abbrev=False)
         sub.add_argument("function", metavar="MODULE:FUNCTION")
         for option in fields(laws.subject)[1:]:
             sub.add_argument(f"--{option.name.replace('_', '-')}", **_argument(option))
         sub.add_argument("--examples", type=int, default=EXAMPLES, help="cases for each law (200)")
         sub.add_argument("--seed", type=int, default=0, help="another seed draws other cases (0)")
-        sub.add_argument("--only", nargs="+", default=(), metavar="LAW", help="check these alone")
-        sub.add_argument("--without", nargs="+", default=(), metavar="LAW", help="leave these out")
+        for flag, text in (("only", "check these alone"), ("without", "leave these out")):
+            sub.add_argument(
+                f"--{flag}", nargs="+", action="extend", default=[], metavar="LAW", help=text
+            )
     return parser
 
 
@@ -147,13 +138,20 @@ def _argument(option: Field[Any]) -> dict[str, Any]:
     if default is MISSING or isinstance(default, tuple):
         kind: Callable[[str], Any] = str if default is MISSING else float
         required = default is MISSING
+        shown = "" if default is MISSING else f" ({' '.join(map(str, default))})"
         return {"nargs": "+", "type": kind, "default": () if required else default,
-                "action": _Tuple, "required": required, "help": text}  # fmt: skip
+                "action": _Tuple, "required": required, "help": text + shown}  # fmt: skip
     if isinstance(default, bool):
-        return {"action": argparse.BooleanOptionalAction, "default": default, "help": text}
+        shown = "yes" if default else "no"
+        return {
+            "action": argparse.BooleanOptionalAction,
+            "default": default,
+            "help": f"{text} ({shown})",
+        }
     if option.name in ("valid", "clip_low", "clip_high"):
         kind = str if option.name == "valid" else float
-        return {"type": _optional(kind), "default": default, "help": f"{text} ({default})"}
+        shown = "none" if default is None else default
+        return {"type": _optional(kind), "default": default, "help": f"{text} ({shown})"}
     return {"type": type(default), "default": default, "help": f"{text} ({default})"}
 
 
@@ -167,6 +165,8 @@ class _Roles(argparse.Action):
         pairs = [value.partition("=") for value in values]
         if not all(name and role for name, _, role in pairs):
             parser.error(f"--inputs: expected NAME=ROLE, got {' '.join(values)}")
+        if len({name for name, _, _ in pairs}) < len(pairs) or getattr(namespace, self.dest):
+            parser.error(f"--inputs: expected each name once, got {' '.join(values)}")
         setattr(namespace, self.dest, {name: role for name, _, role in pairs})
 
 
@@ -182,13 +182,16 @@ def _load(option: str, target: str) -> Any:
     """Import ``module:name``; the working directory comes first, as for ``python -m``."""
     module, _, name = target.partition(":")
     if not module or not name or "/" in module or module.endswith(".py"):
-        raise ValueError(f"{option}: expected MODULE:FUNCTION, got {target!r}")
+        path = module.removeprefix("./").removesuffix(".py").replace("/", ".")
+        fix = f"; write {path}:{name}" if module and name else ""
+        raise ValueError(f"{option}: expected MODULE:FUNCTION, got {target!r}{fix}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         value: Any = importlib.import_module(module)
-    except Exception as error:
-        raise ValueError(f"{option}: {module} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{option}: {module} cannot be imported: {words}") from error
     for part in name.split("."):
         if not hasattr(value, part):
             raise ValueError(f"{option}: {module} has no {name}")

@@ -8,44 +8,58 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
+from mteditflow.testing.expect import Tensors, expect_float32_result, expect_tensor, gradients
 from mteditflow.testing.law import Laws, call, expect_close, fail, refuses
+from mteditflow.testing.options import Subject, check_choice
 from mteditflow.testing.solvers import LATENT, ROWS
 from mteditflow.testing.strategies import tensors
 
 
 @dataclass(frozen=True)
-class Density:
+class Density(Subject):
     """A log-density or divergence of Gaussian steps under test.
 
     Attributes:
-        function: called as ``function(x, mean, std)`` with latents [M, ...] and std [M, 1, ...];
-            returns [M]. For a divergence ``x`` is the other mean.
+        function: called as ``function(mean, reference_mean, std)`` with latents [M, ...] and std
+            [M, 1, ...]; returns [M].
         reduction: "mean" or "sum" over the elements of a row.
         tolerance: relative difference that counts as rounding.
+        float32: half-precision inputs give the result of float32, in float32.
     """
 
-    function: Callable[..., Any]
     reduction: str = "mean"
     tolerance: float = 1e-5
+    float32: bool = False
+    names: ClassVar[tuple[str, str, str]] = ("mean", "reference_mean", "std")
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: expected 'mean' or 'sum', got {self.reduction!r}")
+        super().__post_init__()
+        check_choice("reduction", self.reduction, ("mean", "sum"))
 
-    def __call__(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def __call__(self, *arguments: Tensor) -> Tensor:
         """Return [M]; a failure of the function breaks the law that called it."""
-        case = {"x": x, "mean": mean, "std": std}
-        result: Tensor = call(self.function, case, x, mean, std)
-        if result.shape != x.shape[:1]:
-            fail(case, f"shape {list(x.shape[:1])}", f"shape {list(result.shape)}")
-        return result
+        case = self.case(*arguments)
+        result = call(self.function, case, *arguments)
+        return expect_tensor(result, arguments[0].shape[:1], case)
+
+    def case(self, *arguments: Tensor) -> dict[str, Tensor]:
+        """Return the arguments by name."""
+        return dict(zip(self.names, arguments, strict=True))
+
+    def gradient(self, at: int, *arguments: Tensor) -> Tensor:
+        """Return the gradient of the summed result by one of the arguments."""
+        held = list(arguments)
+        held[at] = held[at].clone().requires_grad_()
+        name = self.names[at]
+        return gradients(self(*held).sum(), {name: held[at]}, self.case(*arguments))[name]
 
     def reduced(self, per_element: Tensor) -> Tensor:
         """Reduce the elements of each row."""
@@ -55,13 +69,14 @@ class Density:
 
 @dataclass(frozen=True)
 class LogProb(Density):
-    """A log-density of steps under test, called as ``function(x, mean, std)``.
+    """A log-density of steps under test, called as ``function(x, mean, std)``; returns [M].
 
     Attributes:
         deterministic: it is given rows of std 0, as the last step of a solver has.
     """
 
     deterministic: bool = False
+    names: ClassVar[tuple[str, str, str]] = ("x", "mean", "std")
 
 
 DENSITY: Laws[Density] = Laws("density", Density)
@@ -77,28 +92,28 @@ def _draw(data: DataObject) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @DENSITY.law(
-    why="The rounding of a bfloat16 mean is larger than what an update moves it.",
+    why="The rounding of a mean in half precision is larger than what an update moves it.",
 )
 def half_precision(f: Density, data: DataObject) -> None:
-    """Half-precision means are refused, or give the float32 result of the same numbers."""
-    x, mean, std = _draw(data)
+    """Half-precision means are refused, or give the float32 result within their rounding."""
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
-    half = x.to(dtype), mean.to(dtype), std.to(dtype)
-    if refuses(f.function, *half):
-        return
-    case = dict(zip(("x", "mean", "std"), half, strict=True))
-    got, expected = f(*half), f(*(t.float() for t in half))
-    if got.dtype in (torch.bfloat16, torch.float16):
-        fail(case, "a result in float32", f"one in {str(got.dtype).removeprefix('torch.')}")
-    expect_close(got.float(), expected, case, tolerance=1e-3)
+    half = f.case(*(x.to(dtype) for x in _draw(data)))
+
+    def by_name(inputs: Tensors) -> Tensor:
+        return f(*(inputs[name] for name in f.names))
+
+    refused = partial(refuses, f.function, *half.values())
+    expect_float32_result(by_name, half, half, float32=f.float32, refused=refused)
 
 
 #: Laws of log-densities of steps, for ``LogProb``.
-LOG_PROB: Laws[LogProb] = Laws("log-prob", LogProb, DENSITY.through(lambda f: f))
+LOG_PROB: Laws[LogProb] = Laws(
+    "log-prob", LogProb, DENSITY.through(lambda f: f), called="fn(x, mean, std), to [M]"
+)
 
 
 #: Laws of KL divergences of steps, for ``Density``.
-KL: Laws[Density] = Laws("kl", Density, DENSITY)
+KL: Laws[Density] = Laws("kl", Density, DENSITY, called="fn(mean, reference_mean, std), to [M]")
 
 
 @LOG_PROB.law(
@@ -109,9 +124,7 @@ def log_density(f: LogProb, data: DataObject) -> None:
     """It is the log-density of torch.distributions.Normal."""
     x, mean, std = _draw(data)
     expected = f.reduced(_log_density(x, mean, std))
-    expect_close(
-        f(x, mean, std), expected, {"x": x, "mean": mean, "std": std}, tolerance=f.tolerance
-    )
+    expect_close(f(x, mean, std), expected, f.case(x, mean, std), tolerance=f.tolerance)
 
 
 @LOG_PROB.law(
@@ -120,11 +133,10 @@ def log_density(f: LogProb, data: DataObject) -> None:
 def score(f: LogProb, data: DataObject) -> None:
     """Its gradient by the mean is (x - mean) / std^2."""
     x, mean, std = _draw(data)
-    leaf = mean.clone().requires_grad_()
-    (got,) = torch.autograd.grad(f(x, leaf, std).sum(), leaf)
     count = mean[0].numel() if f.reduction == "mean" else 1
     expected = (x - mean) / std**2 / count
-    expect_close(got, expected, {"x": x, "mean": mean, "std": std}, tolerance=f.tolerance)
+    got, case = f.gradient(1, x, mean, std), f.case(x, mean, std)
+    expect_close(got, expected, case, tolerance=f.tolerance)
 
 
 @LOG_PROB.law(
@@ -139,9 +151,8 @@ def deterministic_rows(f: LogProb, data: DataObject) -> None:
     garbage = data.draw(st.sampled_from([None, math.nan, math.inf]))
     if garbage is not None:
         x[row], mean[row] = garbage, garbage
-    leaf, case = mean.clone().requires_grad_(), {"x": x, "mean": mean, "std": std}
-    value = f(x, leaf, std)
-    (got,) = torch.autograd.grad(value.sum(), leaf)
+    case = f.case(x, mean, std)
+    value, got = f(x, mean, std), f.gradient(1, x, mean, std)
     if not bool(value.isfinite().all()) or bool((got[row] != 0).any()):
         fail(
             case, f"a finite value and gradient 0 in row {row}", f"{value.tolist()}, {got.tolist()}"
@@ -159,9 +170,7 @@ def divergence(f: Density, data: DataObject) -> None:
     normal = torch.distributions.Normal
     ours, theirs = normal(x, std.expand_as(x)), normal(mean, std.expand_as(mean))
     expected = f.reduced(torch.distributions.kl_divergence(ours, theirs))
-    expect_close(
-        f(x, mean, std), expected, {"x": x, "mean": mean, "std": std}, tolerance=f.tolerance
-    )
+    expect_close(f(x, mean, std), expected, f.case(x, mean, std), tolerance=f.tolerance)
 
 
 @KL.law(
@@ -169,16 +178,11 @@ def divergence(f: Density, data: DataObject) -> None:
 )
 def pulls_to_the_reference(f: Density, data: DataObject) -> None:
     """It has a gradient to the policy, and is 0 with gradient 0 at the reference."""
-    x, mean, std = _draw(data)
-    case = {"x": x, "mean": mean, "std": std}
-    for at in (x, mean):
-        leaf = at.clone().requires_grad_()
-        value = f(leaf, mean, std).sum()
-        if not value.requires_grad:
-            fail(case, "a gradient to the policy's mean", "a result without gradient")
-        (got,) = torch.autograd.grad(value, leaf)
-        count = mean[0].numel() if f.reduction == "mean" else 1
-        expect_close(got, (at - mean) / std**2 / count, case, tolerance=f.tolerance)
+    other, reference, std = _draw(data)
+    count = reference[0].numel() if f.reduction == "mean" else 1
+    for mean in (other, reference):
+        got, case = f.gradient(0, mean, reference, std), f.case(mean, reference, std)
+        expect_close(got, (mean - reference) / std**2 / count, case, tolerance=f.tolerance)
 
 
 def check_log_prob(
@@ -187,6 +191,7 @@ def check_log_prob(
     reduction: str = "mean",
     deterministic: bool = False,
     tolerance: float = 1e-5,
+    float32: bool = False,
     **search: Any,
 ) -> None:
     """Check the log-density of a step, called as ``function(x, mean, std)``.
@@ -196,6 +201,7 @@ def check_log_prob(
         reduction: "mean" or "sum" over the elements of a row.
         deterministic: it is given rows of std 0, as the last step of a solver has.
         tolerance: relative difference that counts as rounding.
+        float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:
@@ -209,7 +215,7 @@ def check_log_prob(
         >>> from mteditflow import gaussian_log_prob
         >>> check_log_prob(partial(gaussian_log_prob, reduction="mean"), examples=2)
     """
-    LOG_PROB.check(LogProb(function, reduction, tolerance, deterministic), **search)
+    LOG_PROB.check(LogProb(function, reduction, tolerance, float32, deterministic), **search)
 
 
 def check_kl(
@@ -217,6 +223,7 @@ def check_kl(
     *,
     reduction: str = "mean",
     tolerance: float = 1e-5,
+    float32: bool = False,
     **search: Any,
 ) -> None:
     """Check the KL divergence of two steps, called as ``function(mean, reference_mean, std)``.
@@ -225,6 +232,7 @@ def check_kl(
         function: maps latents [M, ...] and std [M, 1, ...] to [M].
         reduction: "mean" or "sum" over the elements of a row.
         tolerance: relative difference that counts as rounding.
+        float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:
@@ -238,7 +246,7 @@ def check_kl(
         >>> from mteditflow import gaussian_kl
         >>> check_kl(partial(gaussian_kl, reduction="mean"), examples=2)
     """
-    KL.check(Density(function, reduction, tolerance), **search)
+    KL.check(Density(function, reduction, tolerance, float32), **search)
 
 
 def _log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
+from mteditflow.testing.expect import expect_array, expect_zero_sums
 from mteditflow.testing.law import Laws, call, expect_close, fail
-from mteditflow.testing.signatures import vector
+from mteditflow.testing.options import Subject, check_choice
+from mteditflow.testing.signatures import parameters
 from mteditflow.testing.strategies import (
     LOST,
     named_rewards,
@@ -28,7 +31,7 @@ NAMES = ("a", "b", "c")
 
 
 @dataclass(frozen=True)
-class Fusion:
+class Fusion(Subject):
     """A fusion under test.
 
     Attributes:
@@ -41,15 +44,14 @@ class Fusion:
         tolerance: relative difference that counts as rounding.
     """
 
-    function: Callable[..., Any]
     level: str = "advantage"
     zero: float = 1e-6
     eps: float = 1e-3
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.level not in ("advantage", "reward"):
-            raise ValueError(f"level: expected 'advantage' or 'reward', got {self.level!r}")
+        super().__post_init__()
+        check_choice("level", self.level, ("advantage", "reward"))
 
     def __call__(
         self,
@@ -60,20 +62,30 @@ class Fusion:
         measured: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return advantages [B]; a failure of the function breaks the law that called it."""
+        if valid is None and self.requires_valid:
+            valid = torch.ones_like(group, dtype=torch.bool)
         case = {**rewards, "weights": weights, "group": group, "valid": valid}
         more = {} if measured is None else {"measured": measured}
         case |= {f"measured {name}": mask for name, mask in (measured or {}).items()}
         result = call(self.function, case, rewards, weights, group, valid=valid, **more)
-        return vector(result)
+        return expect_array(result, group.shape, case)
+
+    @cached_property
+    def requires_valid(self) -> bool:
+        """Whether a call needs a mask where no reward is lost."""
+        mask = parameters(self.function).get("valid")
+        return mask is not None and mask.default is inspect.Parameter.empty
 
     @property
     def takes_measured(self) -> bool:
         """Whether the function has a parameter for rewards with nothing to measure."""
-        return "measured" in inspect.signature(self.function).parameters
+        return "measured" in parameters(self.function)
 
 
 #: Laws of fusion, for ``Fusion``.
-FUSION: Laws[Fusion] = Laws("fusion", Fusion)
+FUSION: Laws[Fusion] = Laws(
+    "fusion", Fusion, called="fn(rewards, weights, group, valid=valid), rewards and weights by name"
+)
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.15, 0.5, 1.0, 2.0]), min_size=3, max_size=3).map(
     lambda w: dict(zip(NAMES, w, strict=True))
 )
@@ -122,11 +134,8 @@ def zero_sum(f: Fusion, data: DataObject) -> None:
     """The fused advantages of a group add up to 0."""
     rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
     weights = data.draw(WEIGHTS)
-    advantage = f(rewards, weights, group).double()
-    same = (group[:, None] == group).double()
-    allowed = f.tolerance * (same @ advantage.abs()).clamp(min=1)
-    if not bool(((same @ advantage).abs() <= allowed).all()):
-        fail(_case(rewards, weights=weights, group=group), "sums of 0 in each group", advantage)
+    case = _case(rewards, weights=weights, group=group)
+    expect_zero_sums(f(rewards, weights, group), group, case, tolerance=f.tolerance)
 
 
 @FUSION.law(
@@ -226,7 +235,7 @@ def unmeasured(f: Fusion, data: DataObject) -> None:
     """A reward with nothing to measure adds 0, or counts as the mean of its group in a sum."""
     rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
     flags = data.draw(st.lists(st.booleans(), min_size=len(group), max_size=len(group)))
-    has = torch.tensor(flags, device="cpu")
+    has = torch.tensor(flags, dtype=torch.bool, device="cpu")
     same = (group[:, None] == group).double()
     some = (same @ has.double()) > 0
     # A sum has no stand-in for what nobody in the group has.

@@ -7,21 +7,28 @@ property fails. Hypothesis shrinks the case, so the message shows the smallest o
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from hypothesis.errors import Flaky
+from hypothesis.errors import Flaky, HypothesisException
 from hypothesis.strategies import DataObject
 from torch import Tensor
+
+from mteditflow.testing.options import check_integer
 
 S = TypeVar("S")
 T = TypeVar("T")
 EXAMPLES = 200
+LONGEST = 12  # entries of a list that a message shows in full
+#: Options of every search.
+SEARCH = ("only", "without", "examples", "seed")
 
 
 class About(NamedTuple):
@@ -51,6 +58,19 @@ class Raised(NamedTuple):
         first = str(self.error).strip().partition("\n")[0]
         return f"the exception {type(self.error).__name__}{': ' * bool(first)}{first}"
 
+    @property
+    def of_the_call(self) -> bool:
+        """Whether the arguments did not fit: a TypeError without a frame of the function's own."""
+        frames = [frame for frame, _ in traceback.walk_tb(self.error.__traceback__)]
+        ours = bool(frames) and Path(frames[-1].f_code.co_filename).parent == Path(__file__).parent
+        return isinstance(self.error, TypeError) and ours
+
+
+class Returned(str):
+    """Words for a result of another type or shape than the kind has."""
+
+    __slots__ = ()
+
 
 class LawBroken(AssertionError):  # noqa: N818  (says what happened, as AssertionError does)
     """A function breaks a law.
@@ -68,10 +88,19 @@ class LawBroken(AssertionError):  # noqa: N818  (says what happened, as Assertio
         self.law = about.name if about else ""
         self.case, self.expected, self.got = dict(case), expected, got
         lines = [f"{about.name}: {about.statement}"] if about else []
-        lines += [f"  {name} = {_text(value)}" for name, value in self.case.items()]
-        lines += [f"  expected {_text(expected)}", f"  got      {_text(got)}"]
+        lines += [f"  {name} = {text(value)}" for name, value in self.case.items()]
+        lines += [f"  expected {text(expected)}", f"  got      {text(got)}"]
         lines += [f"  Why it matters: {about.why}"] if about else []
         super().__init__("\n".join(lines))
+
+    @property
+    def cause(self) -> str:
+        """What laws that break in one way have in common; "" for one that its numbers break."""
+        return (
+            str(self.got)
+            if isinstance(self.got, Raised)
+            else type(self.got).__name__ * (isinstance(self.got, Returned))
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +135,7 @@ class Law(Generic[S]):
             ValueError: ``examples`` is not positive, or the law does not apply.
         """
         __tracebackhide__ = True  # pytest shows the message alone
-        check_examples(examples)
+        check_search(examples, seed)
         reason = self.skip(subject)
         if reason is not None:
             raise ValueError(f"{self.name} does not apply: {reason}")
@@ -137,10 +166,23 @@ class Result:
     skipped: str | None = None
 
 
-def check_examples(examples: int) -> None:
-    """Raise ``ValueError`` unless there is a case to draw."""
-    if examples < 1:
-        raise ValueError(f"examples: expected an integer >= 1, got {examples}")
+def check_search(examples: object, seed: object) -> None:
+    """Raise unless there is a case to draw, from a seed."""
+    check_integer("examples", examples, low=1)
+    check_integer("seed", seed, low=0)
+
+
+def report(broken: Sequence[LawBroken]) -> str:
+    """Return the failures; an exception or a wrong result that several laws met is shown once."""
+    shared: dict[str, list[LawBroken]] = {}
+    for failure in broken:
+        shared.setdefault(failure.cause or failure.law, []).append(failure)
+    texts = []
+    for one, *others in shared.values():
+        laws = ", ".join(failure.law for failure in (one, *others))
+        alone = LawBroken(one.case, one.expected, one.got)
+        texts.append(f"{len(others) + 1} laws break in one way: {laws}\n{alone}" if others else one)
+    return "\n\n".join(map(str, texts))
 
 
 class Laws(Generic[S]):
@@ -150,10 +192,13 @@ class Laws(Generic[S]):
         kind: name of the kind.
         subject: class that wraps a function of this kind, with its options.
         shared: laws of a wider kind that hold too.
+        called: how functions of this kind are called, and what they return.
     """
 
-    def __init__(self, kind: str, subject: type[S], shared: Iterable[Law[S]] = ()) -> None:
-        self.kind, self.subject = kind, subject
+    def __init__(
+        self, kind: str, subject: type[S], shared: Iterable[Law[S]] = (), *, called: str = ""
+    ) -> None:
+        self.kind, self.subject, self.called = kind, subject, called
         self._laws = {law.name: law for law in shared}
 
     def __iter__(self) -> Iterator[Law[S]]:
@@ -216,9 +261,23 @@ class Laws(Generic[S]):
             seed: as in ``Law.check``.
 
         Raises:
-            ValueError: a name is not that of a law.
+            TypeError: an option has another type, or the function does not fit the kind: it
+                refuses the arguments of a call, or returns nothing that a law can read.
+            ValueError: a name is not that of a law, or none of the laws applies.
         """
-        for law in self.chosen(only, without):
+        check_search(examples, seed)
+        chosen = self.chosen(only, without)
+        reasons = [law.skip(subject) for law in chosen]
+        if all(reason is not None for reason in reasons):
+            why = "; ".join(f"{law}: {reason}" for law, reason in zip(chosen, reasons, strict=True))
+            raise ValueError(f"only, without: expected a law that applies, got {why}")
+        self._try(subject)
+        return self._results(chosen, subject, examples, seed)
+
+    def _results(
+        self, chosen: Iterable[Law[S]], subject: S, examples: int, seed: int
+    ) -> Iterator[Result]:
+        for law in chosen:
             reason = law.skip(subject)
             broken = None
             if reason is None:
@@ -228,19 +287,44 @@ class Laws(Generic[S]):
                     broken = error
             yield Result(law.about, broken, reason)
 
+    def _try(self, subject: S) -> None:
+        """Raise where one call shows that the function is not of this kind, or cannot run."""
+        law = next(law for law in self if law.skip(subject) is None)
+        try:
+            law.check(subject, examples=1)
+        except LawBroken as broken:
+            got = broken.got
+            if isinstance(got, Raised) and (
+                got.of_the_call or isinstance(got.error, (ImportError, NameError, SystemExit))
+            ):
+                raise TypeError(f"function: a call of the kind {self.kind} raises {got}") from None
+            if isinstance(got, Returned) and not got.startswith("shape"):
+                raise TypeError(f"function: expected {text(broken.expected)}, got {got}") from None
+
     def check(self, subject: S, **options: Any) -> None:
         """Check all laws that apply; options are those of ``results``.
 
         Raises:
             LawBroken: one law fails.
             AssertionError: several fail; the message has each.
+            TypeError: an option is unknown, or as in ``results``.
+            ValueError: as in ``results``.
         """
         __tracebackhide__ = True
+        self.check_options(options)
         found = [r.broken for r in self.results(subject, **options) if r.broken is not None]
         if len(found) == 1:
             raise found[0]
         if found:
-            raise AssertionError("\n".join([f"{len(found)} laws are broken", *map(str, found)]))
+            raise AssertionError(f"{len(found)} laws are broken\n{report(found)}")
+
+    def check_options(self, given: Iterable[str]) -> None:
+        """Raise ``TypeError`` for a keyword that is no option of this kind or of a search."""
+        known = [option.name for option in fields(self.subject)[1:]]  # type: ignore[arg-type]
+        for name in given:
+            if name not in (*known, *SEARCH):
+                expected = ", ".join([*known, *SEARCH])
+                raise TypeError(f"options: expected some of {expected}, got {name!r}")
 
     def chosen(
         self, only: str | Sequence[str] = (), without: str | Sequence[str] = ()
@@ -254,7 +338,10 @@ class Laws(Generic[S]):
         Raises:
             ValueError: a name is not that of a law, or none is left.
         """
-        only, without = ((x,) if isinstance(x, str) else tuple(x) for x in (only, without))
+        only, without = (
+            (x,) if isinstance(x, str) or not isinstance(x, Iterable) else tuple(x)
+            for x in (only, without)
+        )
         names = {self[name].name for name in only} or set(self._laws)
         names -= {self[name].name for name in without}
         if not names:
@@ -269,6 +356,8 @@ def call(
     __tracebackhide__ = True
     try:
         return function(*args, **kwargs)
+    except LawBroken:
+        raise
     except (Exception, SystemExit) as error:
         fail(case, "a result", Raised(error))
 
@@ -292,13 +381,13 @@ def expect_memory(result: object, case: Mapping[str, object]) -> None:
 
 
 def refuses(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Return whether a call raises ``TypeError`` or ``ValueError``."""
+    """Return whether a call raises, other than for arguments that do not fit its signature."""
     try:
         function(*args, **kwargs)
-    except (TypeError, ValueError):
-        return True
-    except Exception:  # any other failure shows in a call whose result is needed
+    except LawBroken:  # of a signature that reads the result
         return False
+    except (Exception, SystemExit) as error:
+        return not Raised(error).of_the_call
     return False
 
 
@@ -324,7 +413,8 @@ def expect_close(
     """
     __tracebackhide__ = True
     if got.shape != expected.shape:
-        fail(case, f"shape {list(expected.shape)}", f"shape {list(got.shape)}", about)
+        got_shape = Returned(f"shape {list(got.shape)}")
+        fail(case, f"shape {list(expected.shape)}", got_shape, about)
     got_, expected_ = got.detach().double(), expected.detach().double()
     allowed = tolerance * expected_.abs().clamp(min=1)
     same = (got_ == expected_) | ((got_ - expected_).abs() <= allowed)
@@ -346,21 +436,35 @@ def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, s
     )
     @given(st.data())
     def search(data: DataObject) -> None:
-        holds(subject, data)
+        try:
+            holds(subject, data)
+        except (LawBroken, HypothesisException):
+            raise
+        except Exception as error:  # past `call`: in what the law does with a result
+            fail({}, "a result that the law can read", Raised(error))
 
     search()
 
 
-def _text(value: object) -> str:
-    """Return a value as a short literal."""
+def text(value: object) -> str:
+    """Return a value as a short literal; long lists are shortened."""
     if isinstance(value, Tensor):
-        numbers = repr(value.detach().cpu().tolist())
+        numbers = _list(value.detach().cpu().tolist())
         plain = value.dtype in (torch.float64, torch.int64, torch.bool)
         return numbers if plain else f"{numbers} ({str(value.dtype).removeprefix('torch.')})"
     if isinstance(value, (Raised, str)):
         return str(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_text, value))}]"
+        return _list(value)
     if callable(value) and not inspect.isclass(value):
         return getattr(value, "__qualname__", repr(value))
     return repr(value)
+
+
+def _list(values: Any) -> str:
+    if not isinstance(values, (list, tuple)):
+        return text(values)
+    if len(values) <= LONGEST:
+        return f"[{', '.join(map(_list, values))}]"
+    ends = [*map(_list, values[:6]), "...", *map(_list, values[-2:])]
+    return f"[{', '.join(ends)}] ({len(values)} in all)"

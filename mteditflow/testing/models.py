@@ -15,11 +15,12 @@ from hypothesis.strategies import DataObject
 from torch import Tensor, nn
 
 from mteditflow.testing.law import About, Laws, call, expect_close, fail
+from mteditflow.testing.options import Subject
 from mteditflow.testing.strategies import tensors
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(Subject):
     """A running average of parameters under test.
 
     Attributes:
@@ -28,7 +29,6 @@ class Average:
         tolerance: relative difference that counts as rounding.
     """
 
-    function: Callable[..., Any]
     tolerance: float = 1e-6
 
 
@@ -48,7 +48,9 @@ REPLAY = About(
     "A ratio off by more than the clip range clips every row before anything was learned.",
 )
 #: Laws of running averages of parameters, for ``Average``.
-AVERAGE: Laws[Average] = Laws("average", Average)
+AVERAGE: Laws[Average] = Laws(
+    "average", Average, called="fn(old, current, decay), changes the tensors of old"
+)
 
 
 def _moved(
@@ -95,14 +97,19 @@ def ends(f: Average, data: DataObject) -> None:
 
 
 @AVERAGE.law(
-    why="A graph that grows with each update runs out of memory after hours.",
+    why="A graph that grows with each update runs out of memory after hours; a policy that the "
+    "average froze is trained no more.",
 )
 def without_graph(f: Average, data: DataObject) -> None:
-    """Parameters that need a gradient are moved outside the graph."""
+    """Parameters that need a gradient are moved outside the graph, and still need one."""
     old = [nn.Parameter(data.draw(tensors((2,), dtype=torch.float32)))]
     current = [nn.Parameter(data.draw(tensors((2,), dtype=torch.float32)))]
-    case = {"old": old[0], "current": current[0], "decay": 0.5}
+    before = current[0].detach().clone()
+    case = {"old": old[0].detach().clone(), "current": before, "decay": 0.5}
     call(f.function, case, old, current, 0.5)
+    if not current[0].requires_grad or not torch.equal(current[0], before):
+        got = current[0] if current[0].requires_grad else "one that is frozen"
+        fail(case, "current as it was, and trained", got)
     if old[0].grad_fn is not None or not old[0].requires_grad:
         fail(case, "a leaf that needs a gradient", "a tensor inside a graph")
 

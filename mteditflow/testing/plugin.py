@@ -13,7 +13,7 @@ A law that does not apply to the function is a skipped test with the reason. The
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 
 from mteditflow.testing.endpoint import FAULTS, ScriptedServer, completion
 from mteditflow.testing.kinds import laws_of
-from mteditflow.testing.law import EXAMPLES, Law, check_examples
+from mteditflow.testing.law import EXAMPLES, Law, check_search
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,8 @@ def _bound(
     **options: Any,
 ) -> list[BoundLaw]:
     laws = laws_of(kind)
-    check_examples(examples)
-    known = [option.name for option in fields(laws.subject)[1:]]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"expected options of {', '.join(known)}, got {name!r}")
+    check_search(examples, seed)
+    laws.check_options(options)
     subject = laws.subject(function, **options)
     return [BoundLaw(law, subject, examples, seed) for law in laws.chosen(only, without)]
 

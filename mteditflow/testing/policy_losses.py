@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
+from mteditflow.testing.expect import Tensors, expect_tensor, gradients
 from mteditflow.testing.gaussian import GaussianPolicy
 from mteditflow.testing.law import Laws, call, expect_close, fail
-from mteditflow.testing.losses import LOSS, ROLES, ROWS, Loss, Tensors, small
+from mteditflow.testing.losses import LOSS, ROLES, ROWS, Loss, check_mask_name, small
+from mteditflow.testing.options import Subject, check_choice, check_number
 from mteditflow.testing.strategies import eighths, tensors
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(Subject):
     """A policy-gradient surrogate under test, such as the clipped one.
 
     Attributes:
@@ -34,25 +36,25 @@ class PolicyLoss:
         clip_high: how far the ratio may rise above 1.
         detaches: it detaches old log-probs and advantages itself.
         tolerance: relative difference that counts as rounding.
+        float32: half-precision inputs give the result of float32, in float32.
     """
 
-    function: Callable[..., Any]
     reduction: str = "none"
     valid: str | None = None
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
     detaches: bool = False
     tolerance: float = 1e-5
+    float32: bool = False
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("none", "mean"):
-            raise ValueError(f"reduction: expected 'none' or 'mean', got {self.reduction!r}")
-        if self.clip_low is not None and not 0 <= self.clip_low < 1:
-            raise ValueError(f"clip_low: expected a number in [0, 1), or None, got {self.clip_low}")
-        if self.clip_high is not None and not 0 <= self.clip_high < math.inf:
-            raise ValueError(f"clip_high: expected a number >= 0, or None, got {self.clip_high}")
+        super().__post_init__()
+        check_choice("reduction", self.reduction, ("none", "mean"))
+        check_number("clip_low", self.clip_low, high=1, none=True)
+        check_number("clip_high", self.clip_high, none=True)
         if (self.clip_low is None) != (self.clip_high is None):
             raise ValueError("clip_low, clip_high: expected two numbers, or None for both")
+        check_mask_name(self.valid, ())
 
     @cached_property
     def loss(self) -> Loss:
@@ -70,6 +72,7 @@ class PolicyLoss:
             self.valid,
             self.detaches,
             self.tolerance,
+            self.float32,
         )
 
     def gradient(self, log_ratio: Tensor, advantage: Tensor, old: Tensor | None = None) -> Tensor:
@@ -81,7 +84,12 @@ class PolicyLoss:
 
 
 #: Laws of policy-gradient surrogates, for ``PolicyLoss``; those of all losses among them.
-POLICY_LOSS: Laws[PolicyLoss] = Laws("policy-loss", PolicyLoss, LOSS.through(lambda f: f.loss))
+POLICY_LOSS: Laws[PolicyLoss] = Laws(
+    "policy-loss",
+    PolicyLoss,
+    LOSS.through(lambda f: f.loss),
+    called="fn(log_prob, old_log_prob, advantage), rows [M] to [M] or a mean",
+)
 
 
 @POLICY_LOSS.law(
@@ -112,9 +120,9 @@ def policy_gradient(f: PolicyLoss, data: DataObject) -> None:
     advantage = -0.5 * (action - goal) ** 2 * weight
     rows = len(action) if f.reduction == "mean" else 1
     loss = f.loss({"log_prob": log_prob, "old_log_prob": log_prob.detach(), "advantage": advantage})
-    (got,) = torch.autograd.grad(loss.sum() * rows, mean)
-    expected = torch.tensor(-policy.gradient(goal), dtype=torch.float64, device="cpu")
     case = {"mean": policy.mean, "std": policy.std, "goal": goal}
+    got = gradients(loss.sum() * rows, {"log_prob": mean}, case)["log_prob"]
+    expected = torch.tensor(-policy.gradient(goal), dtype=torch.float64, device="cpu")
     expect_close(got, expected, case, tolerance=max(f.tolerance, 1e-6))
 
 
@@ -124,7 +132,7 @@ def policy_gradient(f: PolicyLoss, data: DataObject) -> None:
 )
 def clipped_side(f: PolicyLoss, data: DataObject) -> None:
     """Beyond the clip range, on the side already won, the gradient is exactly 0."""
-    _clipped(f, data, data.draw(st.sampled_from([0.01, 0.1, 1.0, 10.0])))
+    _clipped(f, data, data.draw(st.sampled_from([0.001, 0.1, 1.0, 10.0])))
 
 
 @POLICY_LOSS.law(
@@ -138,18 +146,34 @@ def far_ratios(f: PolicyLoss, data: DataObject) -> None:
 
 
 @POLICY_LOSS.law(
-    why="Clipping both sides leaves a policy that went wrong where it is.",
+    why="A range tighter than the one that a paper states stops updates early, and its results are "
+    "not those of the paper.",
+    skip=lambda f: "nothing is clipped" if f.clip_low is None else None,
+)
+def inside_the_range(f: PolicyLoss, data: DataObject) -> None:
+    """Inside the clip range, up to its ends, the gradient is -ratio * advantage."""
+    assert f.clip_low is not None
+    assert f.clip_high is not None
+    good = data.draw(st.sampled_from([0.5, 1.0, 3.0]))
+    ends = [math.log1p(end * x) for end in (f.clip_high, -f.clip_low) for x in (0.5, 0.9, 0.99)]
+    log_ratio = torch.tensor(2 * ends, dtype=torch.float64, device="cpu")
+    advantage = torch.tensor(
+        [good] * len(ends) + [-good] * len(ends), dtype=torch.float64, device="cpu"
+    )
+    _unclipped(f, log_ratio, advantage)
+
+
+@POLICY_LOSS.law(
+    why="Clipped on both sides, a sample that went wrong stays there; without its ratio it has the "
+    "weight of the policy that drew it.",
 )
 def wrong_side(f: PolicyLoss, data: DataObject) -> None:
     """A sample that drifted to the wrong side is pulled back with gradient -ratio * advantage."""
-    drift = data.draw(st.sampled_from([0.05, 0.25, 0.5]))
+    up = data.draw(st.sampled_from([0.05, 0.25, 0.5, 1.05]))  # a dual clip starts at a ratio of 3
+    down = data.draw(st.sampled_from([0.05, 0.25, 0.5, 3.0]))
     good = data.draw(st.sampled_from([0.5, 1.0, 3.0]))
-    log_ratio = torch.tensor([drift, -drift], dtype=torch.float64, device="cpu")
-    advantage = torch.tensor([-good, good], dtype=torch.float64, device="cpu")
-    got = f.gradient(log_ratio, advantage)
-    expected = -log_ratio.exp() * advantage
-    case = {"log_ratio": log_ratio, "advantage": advantage}
-    expect_close(got, expected, case, tolerance=f.tolerance)
+    log_ratio = torch.tensor([up, -down], dtype=torch.float64, device="cpu")
+    _unclipped(f, log_ratio, torch.tensor([-good, good], dtype=torch.float64, device="cpu"))
 
 
 @POLICY_LOSS.law(
@@ -167,7 +191,7 @@ def difference(f: PolicyLoss, data: DataObject) -> None:
 
 
 @dataclass(frozen=True)
-class NFTLoss:
+class NFTLoss(Subject):
     """A DiffusionNFT loss under test, in velocity space.
 
     Attributes:
@@ -176,12 +200,17 @@ class NFTLoss:
         valid: name of the mask argument, ``None`` where there is none.
         detaches: it detaches old velocity and target itself.
         tolerance: relative difference that counts as rounding.
+        float32: half-precision inputs give the result of float32, in float32.
     """
 
-    function: Callable[..., Any]
     valid: str | None = None
     detaches: bool = False
     tolerance: float = 1e-5
+    float32: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mask_name(self.valid, ())
 
     @cached_property
     def loss(self) -> Loss:
@@ -194,21 +223,32 @@ class NFTLoss:
 
         roles = {"velocity": "latent", "old_velocity": "latent", "target": "latent", "r": "share"}
         return Loss(
-            by_name, roles, ("velocity",), "none", self.valid, self.detaches, self.tolerance
-        )
+            by_name, roles, ("velocity",), "none", self.valid, self.detaches, self.tolerance,
+            self.float32,
+        )  # fmt: skip
+
+    def __call__(self, inputs: Tensors, b: float) -> Tensor:
+        """Return [M]; a failure of the function breaks the law that called it."""
+        case = {**inputs, "nft_beta": b}
+        arguments = [inputs[name] for name in ("velocity", "old_velocity", "target", "r")]
+        mask = {k: x for k, x in self.loss.arguments(inputs).items() if k == self.valid}
+        loss = call(self.function, case, *arguments, nft_beta=b, **mask)
+        return expect_tensor(loss, inputs["r"].shape, case)
 
     def gradient(self, inputs: Tensors, b: float) -> Tensor:
         """Return the gradient by the velocity of the summed loss."""
-        leaf = inputs["velocity"].clone().requires_grad_()
-        case = {**inputs, "nft_beta": b}
-        others = [inputs[name] for name in ("old_velocity", "target", "r")]
-        mask = {k: x for k, x in self.loss.arguments(inputs).items() if k == self.valid}
-        loss = call(self.function, case, leaf, *others, nft_beta=b, **mask)
-        return torch.autograd.grad(loss.sum(), leaf)[0]
+        leaf = {"velocity": inputs["velocity"].clone().requires_grad_()}
+        total = self({**inputs, **leaf}, b).sum()
+        return gradients(total, leaf, {**inputs, "nft_beta": b})["velocity"]
 
 
 #: Laws of DiffusionNFT losses, for ``NFTLoss``; those of all losses among them.
-NFT_LOSS: Laws[NFTLoss] = Laws("nft-loss", NFTLoss, LOSS.through(lambda f: f.loss))
+NFT_LOSS: Laws[NFTLoss] = Laws(
+    "nft-loss",
+    NFTLoss,
+    LOSS.through(lambda f: f.loss),
+    called="fn(velocity, old_velocity, target, r, nft_beta=b), to [M]",
+)
 
 
 _BETAS = st.sampled_from([0.1, 0.5, 1.0, 2.0])
@@ -250,11 +290,8 @@ def flow_matching(f: NFTLoss, data: DataObject) -> None:
     """R = 1, b = 1 is flow matching."""
     inputs = data.draw(f.loss.draw())
     inputs["r"] = torch.ones_like(inputs["r"])
-    arguments = [inputs[name] for name in ("velocity", "old_velocity", "target", "r")]
-    mask = {k: x for k, x in f.loss.arguments(inputs).items() if k == f.valid}
-    got = call(f.function, inputs, *arguments, nft_beta=1.0, **mask)
     expected = (inputs["velocity"] - inputs["target"]).square().flatten(1).mean(1)
-    expect_close(got, expected, inputs, tolerance=f.tolerance)
+    expect_close(f(inputs, 1.0), expected, inputs, tolerance=f.tolerance)
 
 
 def check_policy_loss(
@@ -266,6 +303,7 @@ def check_policy_loss(
     clip_high: float | None = 0.2,
     detaches: bool = False,
     tolerance: float = 1e-5,
+    float32: bool = False,
     **search: Any,
 ) -> None:
     """Check a policy-gradient surrogate, called as ``function(log_prob, old_log_prob, advantage)``.
@@ -278,6 +316,7 @@ def check_policy_loss(
         clip_high: how far the ratio may rise above 1.
         detaches: it detaches its constants itself, so that one with a gradient does no harm.
         tolerance: relative difference that counts as rounding.
+        float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:
@@ -292,7 +331,9 @@ def check_policy_loss(
         >>> loss = partial(clipped_surrogate_loss, clip_low=0.2, clip_high=0.2)
         >>> check_policy_loss(loss, examples=2)
     """
-    subject = PolicyLoss(function, reduction, valid, clip_low, clip_high, detaches, tolerance)
+    subject = PolicyLoss(
+        function, reduction, valid, clip_low, clip_high, detaches, tolerance, float32
+    )
     POLICY_LOSS.check(subject, **search)
 
 
@@ -302,6 +343,7 @@ def check_nft_loss(
     valid: str | None = None,
     detaches: bool = False,
     tolerance: float = 1e-5,
+    float32: bool = False,
     **search: Any,
 ) -> None:
     """Check a DiffusionNFT loss.
@@ -312,6 +354,7 @@ def check_nft_loss(
         valid: name of the mask argument; ``None`` where there is none.
         detaches: it detaches its constants itself, so that one with a gradient does no harm.
         tolerance: relative difference that counts as rounding.
+        float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:
@@ -324,8 +367,14 @@ def check_nft_loss(
         >>> from mteditflow import nft_loss
         >>> check_nft_loss(nft_loss, examples=2)
     """
-    subject = NFTLoss(function, valid, detaches, tolerance)
+    subject = NFTLoss(function, valid, detaches, tolerance, float32)
     NFT_LOSS.check(subject, **search)
+
+
+def _unclipped(f: PolicyLoss, log_ratio: Tensor, advantage: Tensor) -> None:
+    got = f.gradient(log_ratio, advantage)
+    case = {"log_ratio": log_ratio, "advantage": advantage}
+    expect_close(got, -log_ratio.exp() * advantage, case, tolerance=f.tolerance)
 
 
 def _clipped(f: PolicyLoss, data: DataObject, over: float) -> None:

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
+from mteditflow.testing.expect import expect_array
 from mteditflow.testing.law import Laws, call, expect_memory, fail, other_defaults
+from mteditflow.testing.options import Subject
 from mteditflow.testing.strategies import RewardBatch, reward_batches, signs
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Subject):
     """A selection of groups under test.
 
     Attributes:
@@ -27,20 +29,18 @@ class Selection:
             trajectories to train on, boolean [B].
     """
 
-    function: Callable[..., Any]
-
     def __call__(self, reward: Tensor, group: Tensor, valid: Tensor) -> Tensor:
         """Return what is kept; a failure of the function breaks the law that called it."""
         case = {"reward": reward, "group": group, "valid": valid}
         kept = call(self.function, case, reward, group, valid=valid)
         expect_memory(kept, case)
-        if isinstance(kept, Tensor):
-            return kept.detach().bool().cpu()
-        return torch.as_tensor(kept, device="cpu").bool()
+        return expect_array(kept, reward.shape, case, of="booleans").bool()
 
 
 #: Laws of the selection of groups, for ``Selection``.
-SELECTION: Laws[Selection] = Laws("selection", Selection)
+SELECTION: Laws[Selection] = Laws(
+    "selection", Selection, called="fn(reward, group, valid=valid), returns booleans"
+)
 
 
 def _rows(batch: RewardBatch, **more: object) -> Mapping[str, object]:
@@ -70,8 +70,8 @@ def flat_groups_dropped(f: Selection, data: DataObject) -> None:
     group = torch.tensor([4] * size + [9] * 2, dtype=torch.int64, device="cpu")
     got = f(reward, group, torch.ones_like(group, dtype=torch.bool))
     if bool(got[:size].any()):
-        case = {"reward": f"{size} times {value}", "group": f"{size} times 4"}
-        fail(case, "no member kept", f"{int(got[:size].sum())} members kept")
+        case = {"reward": reward, "group": group}
+        fail(case, "no member of group 4 kept", f"{int(got[:size].sum())} members kept")
 
 
 @SELECTION.law(
@@ -117,7 +117,7 @@ def default_dtype_and_device(f: Selection, data: DataObject) -> None:
     with other_defaults():
         got = f(reward, group, valid)
     if not torch.equal(got, expected):
-        case = {"reward": f"{wrong} times 1, {2 * size - wrong} times 0", "group size": size}
+        case = {"reward": reward, "group": group, "members of each": size}
         fail(case, f"{int(expected.sum())} members kept", f"{int(got.sum())} members kept")
 
 

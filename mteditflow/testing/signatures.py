@@ -7,13 +7,16 @@ maps that to the arguments of the function and its result back to [B].
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mteditflow.testing.expect import expect_array, expect_tensor
+from mteditflow.testing.law import fail
 
 Call = Callable[[Callable[..., Any], Tensor, Tensor, "Tensor | None"], Any]
 
@@ -49,6 +52,16 @@ def _numpy(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: A
     return function(*arrays) if valid is None else function(*arrays, valid=valid.numpy())
 
 
+def _always_masked(call: Call) -> Call:
+    """Pass a mask that is true everywhere where no reward is lost."""
+
+    def masked(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
+        everywhere = torch.ones(len(reward), dtype=torch.bool, device="cpu")
+        return call(function, reward, group, everywhere if valid is None else valid)
+
+    return masked
+
+
 def _nan(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
     lost = torch.zeros_like(reward, dtype=torch.bool) if valid is None else ~valid
     floats = reward if reward.is_floating_point() else reward.double()
@@ -71,16 +84,27 @@ def _tracker(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any
 
 
 def _verl(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
-    tokens, mask = reward.new_zeros(len(reward), 3), reward.new_ones(len(reward), 3)
-    tokens[:, -1] = reward
+    """Call with responses of 4, 3, 2, 1, 4, ... tokens; the reward is on the last."""
+    length = 4 - torch.arange(len(reward), device="cpu") % 4
+    token = torch.arange(4, device="cpu")
+    tokens = torch.where(token == length[:, None] - 1, reward[:, None], 0)
+    mask = token < length[:, None]
     index = np.array([str(name) for name in group.tolist()], dtype=object)
-    return function(tokens, mask, index)[0][:, 0]
+    case = {"token_level_rewards": tokens, "response_mask": mask, "index": list(index)}
+    result = function(tokens.clone(), mask.to(reward.dtype), index)
+    first = result[0] if isinstance(result, (tuple, list)) and result else None
+    advantage = expect_tensor(first, tokens.shape, case)
+    row = advantage[:, :1].detach()
+    wrong = (advantage != torch.where(mask, row, 0)) & ~(mask & row.isnan() & advantage.isnan())
+    if bool(wrong.any()):
+        fail(case, "one advantage for all tokens of a response, and 0 in padding", advantage)
+    return advantage[:, 0]
 
 
 def _prompts_samples(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
     order = torch.argsort(dense_ids(group), stable=True)
     table = reward[order].reshape(len(set(group.tolist())), -1)
-    result = vector(function(table)).reshape(-1)
+    result = expect_array(function(table), None, {"reward": table}).reshape(-1)
     return torch.empty_like(result).scatter(0, order, result)
 
 
@@ -118,7 +142,8 @@ SIGNATURES = {
 def signature_of(function: Callable[..., Any], signature: str | Signature | Call) -> Signature:
     """Return a signature by name, or that of an adapter.
 
-    "numpy" and "tensors" take ``valid`` where the function has a parameter of that name.
+    "numpy" and "tensors" take ``valid`` where the function has a parameter of that name. One that
+    it requires is passed in every call, true everywhere where nothing is lost.
 
     Args:
         function: function under test.
@@ -138,29 +163,18 @@ def signature_of(function: Callable[..., Any], signature: str | Signature | Call
             f"signature: expected one of {names}, or a callable adapter, got {signature!r}"
         )
     chosen = SIGNATURES[signature]
-    if signature in ("numpy", "tensors") and "valid" in _parameters(function):
-        shown = chosen.shown.replace("group)", "group, valid=valid)")
-        return Signature(chosen.call, shown, True, chosen.ragged, chosen.tensors, chosen.ids)
-    return chosen
+    mask = parameters(function).get("valid")
+    if signature not in ("mteditflow", "numpy", "tensors") or mask is None:
+        return chosen
+    shown = chosen.shown.replace("group)", "group, valid=valid)")
+    always = mask.default is inspect.Parameter.empty
+    call = _always_masked(chosen.call) if always else chosen.call
+    return replace(chosen, call=call, shown=shown, lost=True)
 
 
-def numbers_of(result: Any) -> Tensor | None:
-    """Return any array or list of numbers as a tensor, ``None`` for anything else."""
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function by name; of a builtin without a signature none."""
     try:
-        return None if result is None else vector(result)
+        return inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return None
-
-
-def vector(result: Any) -> Tensor:
-    """Return any array or list of numbers as a tensor on the CPU."""
-    if isinstance(result, Tensor):
-        return result.detach().to("cpu")
-    return torch.from_numpy(np.asarray(result, dtype=np.float64)).clone()
-
-
-def _parameters(function: Callable[..., Any]) -> set[str]:
-    try:
-        return set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # a builtin without a signature
-        return set()
+        return {}

@@ -5,7 +5,6 @@ Source: MT-EditFlow (arXiv 2606.01985), stochastic sampler; Flow-GRPO (arXiv 250
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,15 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
+from mteditflow.testing.expect import described, expect_tensor, gradients
 from mteditflow.testing.gaussian import GaussianFlow
-from mteditflow.testing.law import Laws, call, expect_close, fail
+from mteditflow.testing.law import Laws, Returned, call, expect_close, fail
+from mteditflow.testing.options import Subject
 from mteditflow.testing.strategies import sigma_grids, tensors
 
 ROWS, LATENT = 2, (2,)
 
 
 @dataclass(frozen=True)
-class SolverStep:
+class SolverStep(Subject):
     """A stochastic solver step under test.
 
     Attributes:
@@ -35,23 +36,19 @@ class SolverStep:
         tolerance: relative difference that counts as rounding.
     """
 
-    function: Callable[..., Any]
     noise_level: float = 0.5
     marginals: bool = True
     tolerance: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.noise_level < math.inf:
-            raise ValueError(f"noise_level: expected a number >= 0, got {self.noise_level!r}")
 
     def __call__(
         self, x_t: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise_level: float
     ) -> tuple[Tensor, Tensor]:
         """Return mean [M, ...] and std [M]; a failure breaks the law that called it."""
         case = _step(x_t, velocity, sigma, next_sigma, noise_level)
-        mean, std = call(self.function, case, x_t, velocity, sigma, next_sigma, noise_level)[:2]
-        if mean.shape != x_t.shape:
-            fail(case, f"a mean of shape {list(x_t.shape)}", f"shape {list(mean.shape)}")
+        result = call(self.function, case, x_t, velocity, sigma, next_sigma, noise_level)
+        if not isinstance(result, (tuple, list)) or len(result) < 2:
+            fail(case, "a mean and a std", Returned(described(result)))
+        mean, std = expect_tensor(result[0], x_t.shape, case), result[1]
         std = torch.as_tensor(std, dtype=mean.dtype, device="cpu")
         return mean, std.expand(len(x_t), *[1] * (x_t.ndim - 1)) if std.ndim == 0 else std
 
@@ -61,7 +58,11 @@ def _step(*values: object) -> dict[str, object]:
 
 
 #: Laws of solver steps, for ``SolverStep``.
-SOLVER: Laws[SolverStep] = Laws("solver", SolverStep)
+SOLVER: Laws[SolverStep] = Laws(
+    "solver",
+    SolverStep,
+    called="fn(x_t, velocity, sigma, next_sigma, noise_level), returns mean and std",
+)
 
 
 @SOLVER.law(
@@ -123,9 +124,7 @@ def gradient_to_velocity(f: SolverStep, data: DataObject) -> None:
     arguments = float(grid[at]), float(grid[at + 1]), f.noise_level
     case, leaf = _step(x_t, velocity, *arguments), velocity.clone().requires_grad_()
     mean, _ = f(x_t, leaf, *arguments)
-    if not mean.requires_grad:
-        fail(case, "a gradient to the velocity", "a mean without gradient")
-    (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+    gradient = gradients(mean.sum(), {"velocity": leaf}, case)["velocity"]
     base, _ = f(x_t, torch.zeros_like(velocity), *arguments)
     expect_close(base + gradient * velocity, mean, case, tolerance=f.tolerance)
     if not bool((gradient < 0).all()):

@@ -743,3 +743,9 @@ def test_statistics_on_the_cpu_where_a_device_has_no_float64(monkeypatch):
     assert casts
     assert not has_float64(torch.device("mps"))
     assert has_float64(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("fuse", [fuse_advantages, fuse_rewards])
+def test_fusions_refuse_prompts_by_samples_with_an_id_per_prompt(fuse):
+    with pytest.raises(ValueError, match=r"group_ids\(2, 3\)"):
+        fuse({"a": [[0.0, 1.0, 2.0], [5.0, 1.0, 0.0]]}, {"a": 1.0}, [0, 1])

@@ -211,3 +211,8 @@ def test_errors():
         for method in (RewardHistory(1).joined, RewardHistory(1).updated):
             with pytest.raises(error, match=f"^{re.escape(message)}"):
                 method(signals, group)
+
+
+def test_ids_of_json_are_refused_by_the_constructor():
+    with pytest.raises(TypeError, match="expected integer group ids, got '7'; from_state reads"):
+        RewardHistory(rounds=2, entries={"7": []})

@@ -63,13 +63,12 @@ def test_options_of_the_judge_are_sent_and_reported(imgedit, tmp_path):
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert body["max_completion_tokens"] > 4500
     written = json.loads((tmp_path / "out/imgedit.json").read_text())
-    assert written["judge"] == {
-        "model": "m",
-        "temperature": 0.0,
+    assert written["judged_by"]["judge"] == "m"
+    assert json.loads(written["judged_by"]["request"]) == {
         "reasoning_tokens": 4000,
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    assert "reasoning_tokens 4000" in (tmp_path / "out/imgedit.md").read_text()
+    assert '"reasoning_tokens": 4000' in (tmp_path / "out/imgedit.md").read_text()
     result = run("imgedit", *imgedit, server, tmp_path / "out", "--extra-body", '{"n": 2}')
     assert result.exit_code == 2
 

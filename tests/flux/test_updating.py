@@ -12,7 +12,7 @@ from mteditflow_examples.flux.updating import check_first_ratios, update
 
 from mteditflow import AdaptiveKL
 from mteditflow.objectives import OBJECTIVES
-from mteditflow.rewards import Fault, Lost, TurnScores
+from mteditflow.rewards import LIKERT, Fault, Lost, TurnScores
 from mteditflow.training import Updater
 from tests.flux.rounds import ForwardRows, first_round, started, turn_values
 from tests.flux.test_train_flux import Recording
@@ -121,7 +121,7 @@ def test_where_a_pull_acts_flat_groups_are_computed(world, tmp_path):
 class Flat:
     """Scores every turn alike."""
 
-    lost = False
+    lost, scale = False, LIKERT
 
     async def score(self, chains, images):
         mask = torch.ones(len(chains), chains[0].turns, dtype=torch.bool)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 
 import numpy as np
@@ -177,6 +178,51 @@ def accumulated_in_half(reward, group, valid=None):
     return in_groups(whitened)(reward, group, valid)
 
 
+def cut_to_int32(reward, group, valid=None):
+    return in_groups(sound)(reward, group.int(), valid)
+
+
+def seeding(seed):
+    def advantage(reward, group, valid=None):
+        seed(0)
+        return in_groups(sound)(reward, group, valid)
+
+    return advantage
+
+
+def eps_inside_the_root(x):
+    return (
+        torch.zeros_like(x) if len(x) < 2 else (x - x.mean()) / (x.var(correction=0) + 1e-4) ** 0.5
+    )
+
+
+def centered_when_half(reward, group, valid=None):
+    """Another formula where rewards are in half precision: the std is left out."""
+    if reward.dtype in (torch.bfloat16, torch.float16):
+        return in_groups(lambda x: x.float() - x.float().mean())(reward, group, valid)
+    return in_groups(sound)(reward, group, valid)
+
+
+def complex_root(reward, group, valid=None):
+    return in_groups(sound)(reward, group, valid).to(torch.complex128) * 1j
+
+
+def token_level(fault):
+    """An advantage per token, [B, L], with a fault at some of the tokens."""
+
+    def advantage(token_level_rewards, response_mask, index):
+        names = torch.from_numpy(np.unique(index, return_inverse=True)[1])
+        row = in_groups(sound)(token_level_rewards.sum(1), names)[:, None]
+        return fault(row.expand(response_mask.shape).clone(), response_mask), None
+
+    return GroupAdvantage(advantage, "verl")
+
+
+def later_tokens_turned_over(advantage, mask):
+    advantage[:, 1:] *= -1
+    return advantage * mask
+
+
 class Remembering:
     """A tracker that keeps rewards of earlier calls under the same prompt."""
 
@@ -237,10 +283,22 @@ ADVANTAGE = [
     ("rewards in bfloat16", advantage(in_half), "float32-accuracy"),
     ("a constant in the default dtype", advantage(default_dtype), "default-dtype-and-device"),
     ("a tensor on the default device", advantage(default_device), "default-dtype-and-device"),
-    ("a gradient to the reward", advantage(with_gradient), "no-gradient"),
+    ("a gradient to the reward", advantage(with_gradient, detaches=True), "no-gradient"),
     ("the argument changed in place", advantage(in_place), "pure"),
     ("a tracker never cleared", advantage(Remembering(), signature="numpy"), "pure"),
-    ("statistics in half precision", advantage(accumulated_in_half), "half-precision"),
+    (
+        "statistics in half precision",
+        advantage(accumulated_in_half, float32=True),
+        "half-precision",
+    ),
+    ("no std in half precision", advantage(centered_when_half), "half-precision"),
+    ("ids cut to int32", advantage(cut_to_int32), "relabeled-groups"),
+    ("numpy's global seed", advantage(seeding(np.random.seed)), "pure"),
+    ("Python's global seed", advantage(seeding(random.seed)), "pure"),
+    ("eps inside the root", grouped(eps_inside_the_root), "size"),
+    ("complex numbers", advantage(complex_root), "monotone"),
+    ("tokens after the first turned over", token_level(later_tokens_turned_over), "monotone"),
+    ("an advantage in padding", token_level(lambda advantage, mask: advantage), "monotone"),
 ]
 
 
@@ -505,6 +563,18 @@ def masked_by_product(log_prob, old_log_prob, advantage, valid=None):
     return loss if valid is None else loss * valid
 
 
+def tighter_below(log_prob, old_log_prob, advantage):
+    return surrogate(log_prob, old_log_prob, advantage, low=0.17)
+
+
+def tighter_above(log_prob, old_log_prob, advantage):
+    return surrogate(log_prob, old_log_prob, advantage, high=0.18)
+
+
+def log_ratio_clamped(log_prob, old_log_prob, advantage):
+    return surrogate((log_prob - old_log_prob).clamp(-1, 1), 0 * old_log_prob, advantage)
+
+
 def branch_on_values(log_prob, old_log_prob, advantage):
     loss = surrogate(log_prob, old_log_prob, advantage)
     return loss if bool((advantage > 0).any()) else loss + 0
@@ -535,6 +605,9 @@ POLICY_LOSS = [
     ("maximum in place of minimum", policy(maximum_in_place_of_minimum), "clipped-side"),
     ("an exponential that overflows", policy(overflowing), "far-ratios"),
     ("both sides clipped", policy(both_sides_clipped), "wrong-side"),
+    ("a range tighter below", policy(tighter_below), "inside-the-range"),
+    ("a range tighter above", policy(tighter_above), "inside-the-range"),
+    ("the log-ratio clamped to 1", policy(log_ratio_clamped), "wrong-side"),
     ("no ratio", policy(no_ratio, clip_low=None, clip_high=None), "wrong-side"),
     (
         "a ratio of exponentials",
@@ -617,7 +690,24 @@ def with_a_check_of_values(velocity, target):
     return (velocity.float() - target.float().detach()).square().flatten(1).mean(1)
 
 
+def one_element_short(velocity, target):
+    return (velocity - target.detach())[:, :-1].square().flatten(1).mean(1)
+
+
+def summed_when_half(velocity, target):
+    total = (velocity - target).float().square().flatten(1).sum(1)
+    half = velocity.dtype in (torch.bfloat16, torch.float16)
+    return total if half else total / velocity[0].numel()
+
+
+def nothing_trained(velocity, target):
+    return (velocity.detach() - target).square().flatten(1).mean(1)
+
+
 LOSS = [
+    ("a latent one element short", Loss(one_element_short, MATCHING, ("velocity",)), "every-entry"),
+    ("a detached prediction", Loss(nothing_trained, MATCHING, ("velocity",)), "second-derivatives"),
+    ("a sum in half precision", Loss(summed_when_half, MATCHING, ("velocity",)), "half-precision"),
     (
         "a check that reads values",
         Loss(with_a_check_of_values, MATCHING, ("velocity",)),
@@ -625,7 +715,11 @@ LOSS = [
     ),
     ("a root at error 0", Loss(root_of_squares, MATCHING, ("velocity",)), "finite"),
     ("the square of a norm", Loss(by_norm, MATCHING, ("velocity",)), "second-derivatives"),
-    ("squares in half precision", Loss(squares_in_half, MATCHING, ("velocity",)), "half-precision"),
+    (
+        "squares in half precision",
+        Loss(squares_in_half, MATCHING, ("velocity",), float32=True),
+        "half-precision",
+    ),
 ]
 
 
@@ -676,6 +770,11 @@ def log_density(x, mean, std, *, log_std=1.0, power=2, half=0.5):
     return torch.where((std > 0).reshape(len(x)), per_element.flatten(1).mean(1), 0)
 
 
+def floor_when_half(x, mean, std):
+    half = mean.dtype in (torch.bfloat16, torch.float16)
+    return log_density(x, mean, std.clamp(min=0.5) if half else std)
+
+
 def nan_leaks(x, mean, std):
     return log_density(x, mean, std)  # `where` on the value alone: its gradient is 0 * NaN
 
@@ -707,7 +806,9 @@ LOG_PROB = [
         "deterministic-rows",
     ),
     ("log 0", LogProb(no_density_of_deterministic_steps, deterministic=True), "deterministic-rows"),
-    ("a log-prob in bfloat16", LogProb(log_density), "half-precision"),
+    ("a log-prob in bfloat16", LogProb(log_density, float32=True), "half-precision"),
+    ("another std in half precision", LogProb(floor_when_half), "half-precision"),
+    ("a detached mean", LogProb(lambda x, mean, std: log_density(x, mean.detach(), std)), "score"),
 ]
 KL = [
     ("no step size", Density(partial(kl, step=0.25)), "divergence"),
@@ -744,7 +845,15 @@ def inside_the_graph(old, current, decay):
         old[i] = a * decay + (1 - decay) * b
 
 
+def freezing(old, current, decay):
+    with torch.no_grad():
+        for a, b in zip(old, current, strict=True):
+            a.lerp_(b, 1 - decay)
+            b.requires_grad_(False)
+
+
 AVERAGE = [
+    ("a policy that the average freezes", Average(freezing), "without-graph"),
     ("the decay on the wrong side", Average(swapped), "exact"),
     ("rounding at decay 0", Average(by_difference, tolerance=1e-5), "ends"),
     ("decay 0 shares memory", Average(sharing), "ends"),

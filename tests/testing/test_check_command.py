@@ -33,6 +33,18 @@ def surrogate(log_prob, old_log_prob, advantage):
 def stops(reward, group):
     raise SystemExit(3)
 
+def raises(reward, group):
+    raise TypeError("inside")
+
+def nothing(reward, group):
+    return None
+
+async def asynchronous(reward, group):
+    return reward
+
+def yields(reward, group):
+    yield from reward
+
 class Methods:
     @staticmethod
     def mean(score, turn_mask):
@@ -43,6 +55,7 @@ class Methods:
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
     (tmp_path / "functions_of_a_user.py").write_text(FUNCTIONS)
+    (tmp_path / "broken_module_of_a_user.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
@@ -55,7 +68,7 @@ def run(capsys, *words):
 
 
 def test_a_right_function(capsys):
-    code, out = run(capsys, "advantage", "USER:right", "--signature", "numpy", "--examples", "20")
+    code, out = run(capsys, "advantage", "USER:right", "--signature", "numpy", "--examples", "5")
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == (
@@ -63,19 +76,29 @@ def test_a_right_function(capsys):
     )
     assert "  holds    pure                      Arguments and global state are left" in lines[1]
     assert "(the function takes no tensors)" in out
-    assert lines[-1] == "14 hold, 0 broken, 5 skipped; 20 examples each"
+    assert lines[-1] == "14 hold, 0 broken, 5 skipped; 5 examples each"
     assert len(lines) == len(ADVANTAGE) + 3
 
 
 def test_a_wrong_function(capsys):
+    only = ("--only", "monotone", "--only", "mask-equals-deletion")
     code, out = run(
-        capsys, "advantage", "USER:lets_lost_in", "--signature", "numpy", "--examples", "50"
+        capsys, "advantage", "USER:lets_lost_in", "--signature", "numpy", "--examples", "50", *only
     )
+    assert out.startswith("2 laws of ")
     assert code == 1
     assert "called as fn(reward, group, valid=valid), numpy arrays" in out
     assert "\n  BROKEN   mask-equals-deletion " in out
     assert "\nmask-equals-deletion: An invalid reward takes no part" in out
     assert "\n  valid = [" in out
+
+
+def test_an_exception_inside_the_function_breaks_the_laws_and_is_shown_once(capsys):
+    code, out = run(capsys, "advantage", "USER:raises", "--signature", "numpy", "--examples", "1")
+    assert code == 1
+    assert "\n14 laws break in one way: pure, permutation, " in out
+    assert out.count("the exception TypeError: inside") == 1
+    assert out.endswith("\n0 hold, 14 broken, 5 skipped; 1 examples each\n")
 
 
 @pytest.mark.parametrize(
@@ -87,10 +110,10 @@ def test_a_wrong_function(capsys):
         ("aggregator", "USER:Methods.mean", "--no-any-order", "--without", "monotone",
          "--examples", "5"),
         ("loss", "USER:velocity_error", "--inputs", "velocity=latent", "target=latent",
-         "--trained", "velocity", "--examples", "5"),
+         "--trained", "velocity", "--examples", "5", "--without", "compiled-equals-eager"),
         ("policy-loss", "USER:surrogate", "--valid", "none", "--clip-low", "none",
          "--clip-high", "none",
-         "--without", "half-precision", "--examples", "5"),
+         "--without", "compiled-equals-eager", "--examples", "5"),
     ],
 )  # fmt: skip
 def test_kinds_and_their_options(capsys, words):
@@ -107,14 +130,54 @@ def test_kinds_and_their_options(capsys, words):
         (("advantage", "USER"), "function: expected MODULE:FUNCTION, got 'functions_of_a_user'"),
         (("advantage", "USER:"), "function: expected MODULE:FUNCTION, got "),
         (("advantage", "no_such_module:f"), "function: no_such_module cannot be imported: "),
-        (("advantage", "./USER.py:right"), "function: expected MODULE:FUNCTION, got "),
+        (
+            ("advantage", "./USER.py:right"),
+            "function: expected MODULE:FUNCTION, got './functions_of_a_user.py:right'; write "
+            "functions_of_a_user:right",
+        ),
         (
             ("advantage", "USER:right", "--signature", "USER:left"),
             "--signature: functions_of_",
         ),
         (
             ("advantage", "USER:Methods"),
-            "function: a call of the kind advantage raises ",
+            "function: expected a function, got the class Methods; pass an instance",
+        ),
+        (
+            ("advantage", "USER:right", "--signature", "verl"),
+            "function: a call of the kind advantage raises the exception TypeError: right() takes",
+        ),
+        (
+            ("advantage", "USER:nothing", "--signature", "numpy"),
+            "function: expected an array of real numbers, got None",
+        ),
+        (
+            ("advantage", "USER:asynchronous", "--signature", "numpy"),
+            "function: expected a result, but asynchronous is async and returns a coroutine",
+        ),
+        (
+            ("advantage", "USER:yields", "--signature", "numpy"),
+            "function: expected a result, but yields yields and returns a generator",
+        ),
+        (
+            ("advantage", "USER:right", "--signature", "numpy", "--only", "no-gradient"),
+            "only, without: expected a law that applies, got no-gradient: the function takes no",
+        ),
+        (
+            ("loss", "USER:right", "--inputs", "x=latent", "x=number", "--trained", "x"),
+            "--inputs: expected each name once, got x=latent x=number",
+        ),
+        (
+            ("loss", "USER:right", "--inputs", "x=latent", "--trained", "x", "--valid", "x"),
+            "valid: expected a name other than those of the inputs, got 'x'",
+        ),
+        (
+            ("credit", "USER:right", "--values", "nan", "1"),
+            "values: expected at least two different finite numbers, got (nan, 1.0)",
+        ),
+        (
+            ("advantage", "broken_module_of_a_user:f"),
+            "function: broken_module_of_a_user cannot be imported: ZeroDivisionError: division by",
         ),
         (
             ("advantage", "USER:stops"),
@@ -170,6 +233,7 @@ def test_help_names_kinds_and_options(capsys):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert "policy-loss" in out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "laws of fn(log_prob, old_log_prob, advantage), rows [M] to [M] or a mean" in out
     assert "flow-grpo" in out
+    assert "it detaches constants or rewards itself (no)" in out

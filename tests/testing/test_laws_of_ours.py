@@ -40,6 +40,8 @@ CHEAP, WHOLE, DEAR = (
     (10_000, 10_000, 500) if THOUSANDS else (8, 4, 4) if NEW_SEEDS else (200, 25, 20)
 )
 EXACT = {"zero": 0.0, "tolerance": 1e-9, "eps": 1e-4}
+# What this library promises beyond what any function must.
+PROMISES = {"detaches": True, "float32": True}
 # The adaptive loss divides by detached errors: its gradient is not that of its value.
 WEIGHTED = ("gradient-of-value", "second-derivatives")
 VELOCITIES = {"velocity": "latent", "reference_velocity": "latent"}
@@ -89,39 +91,47 @@ def guarded(next_x, mean, old_mean, std, valid=None):
     return mt.guard_log_ratio(next_x, mean, old_mean, std, reduction="mean", valid=valid)
 
 
+def advantage(function, **options):
+    return GroupAdvantage(function, **EXACT, **PROMISES, **options)
+
+
 def loss(function, roles, trained=("velocity",), **options):
-    return Loss(function, roles, trained, detaches=True, **options)
+    return Loss(function, roles, trained, **PROMISES, **options)
 
 
-def with_deterministic_rows(function, reduction):
-    return LogProb(function, reduction, deterministic=True)
+def log_prob(function, reduction):
+    return LogProb(function, reduction, deterministic=True, float32=True)
+
+
+def kl(function, reduction):
+    return Density(function, reduction, float32=True)
 
 
 DENSITIES = [
     (name, laws, subject, function, reduction)
     for name, laws, subject, function in (
-        ("gaussian_log_prob", LOG_PROB, with_deterministic_rows, mt.gaussian_log_prob),
-        ("gaussian_kl", KL, Density, mt.gaussian_kl),
+        ("gaussian_log_prob", LOG_PROB, log_prob, mt.gaussian_log_prob),
+        ("gaussian_kl", KL, kl, mt.gaussian_kl),
     )
     for reduction in ("mean", "sum")
 ]
 OURS = [
-    ("group_advantage", ADVANTAGE, GroupAdvantage(mt.group_advantage, **EXACT), CHEAP, ()),
+    ("group_advantage", ADVANTAGE, advantage(mt.group_advantage), CHEAP, ()),
     (
         "group_advantage, std of the batch",
         ADVANTAGE,
-        GroupAdvantage(partial(mt.group_advantage, std="batch"), std="batch", **EXACT),
-        CHEAP,
+        advantage(partial(mt.group_advantage, std="batch"), std="batch"),
+        WHOLE,
         (),
     ),
     (
         "group_advantage, no std",
         ADVANTAGE,
-        GroupAdvantage(partial(mt.group_advantage, std="none"), std="none", **EXACT),
-        CHEAP,
+        advantage(partial(mt.group_advantage, std="none"), std="none"),
+        WHOLE,
         (),
     ),
-    ("turn_advantage", ADVANTAGE, GroupAdvantage(trajectory_advantage, **EXACT), WHOLE, ()),
+    ("turn_advantage", ADVANTAGE, advantage(trajectory_advantage), WHOLE, ()),
     ("binary_and", AGGREGATOR, Aggregator(mt.binary_and), CHEAP, ()),
     ("binary_average", AGGREGATOR, Aggregator(mt.binary_average), CHEAP, ()),
     (
@@ -156,11 +166,11 @@ OURS = [
     (
         "clipped_surrogate_loss",
         POLICY_LOSS,
-        PolicyLoss(surrogate_by_step, "none", "valid", 0.1, 0.3, detaches=True),
+        PolicyLoss(surrogate_by_step, "none", "valid", 0.1, 0.3, **PROMISES),
         DEAR,
         (),
     ),
-    ("nft_loss", NFT_LOSS, NFTLoss(mt.nft_loss, "valid", detaches=True), DEAR, ()),
+    ("nft_loss", NFT_LOSS, NFTLoss(mt.nft_loss, "valid", **PROMISES), DEAR, ()),
     (
         "adaptive_nft_loss",
         LOSS,

@@ -73,7 +73,7 @@ def test_one_test_per_law(project):
         ('"advantage", right, signature="grpo"', "mark `laws`: signature: expected one of "),
         ('"advantage", right, only=["sum"]', "mark `laws`: law: expected one of "),
         ('"advantage", right, std=1, ddof=3', "mark `laws`: std: expected one of "),
-        ('"advantage", right, shape=3', "mark `laws`: expected options of signature, std, "),
+        ('"advantage", right, shape=3', "mark `laws`: options: expected some of signature, std, "),
         (
             '"advantage", right, examples=0',
             "mark `laws`: examples: expected ",

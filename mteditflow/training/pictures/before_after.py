@@ -67,7 +67,8 @@ def random_rows(
     """
     rows = judged_in_both(before, after).nonzero().flatten().tolist()
     left = [row for row in rows if row not in set(without)]
-    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(left), generator=generator, device="cpu")
     return [left[i] for i in order[:count].tolist()]
 
 

@@ -5,6 +5,7 @@ ignores in silence or refuses is noticed and named.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import httpx2
@@ -125,9 +126,18 @@ def test_an_answer_is_cut_off_where_it_may_not_be_longer(served):
     assert lost.fault is Fault.cut_off
 
 
-def test_the_check_before_a_run_names_what_this_server_ignores(served):
-    [report] = anyio.run(inspect_endpoints, served.client())
+@pytest.mark.parametrize(
+    ("prompt", "unsupported"),
+    [
+        (JudgePrompt(), ["structured output", "log-probabilities", "judge's answer"]),
+        (TEXT, ["structured output", "log-probabilities"]),
+    ],
+    ids=["json", "text"],
+)
+def test_the_check_before_a_run_names_what_this_server_ignores(served, prompt, unsupported):
+    """A judge that asks for JSON goes without an answer here; one that asks for text gets it."""
+    check = partial(inspect_endpoints, served.client(), images=len(IMAGES), prompt=prompt)
+    [report] = anyio.run(check)
     assert report.endpoint == served.url
-    assert report.missing == ("structured output", "log-probabilities")
-    ignored = [report.honours[part].fault for part in report.missing]
-    assert ignored == [Fault.request_ignored] * 2
+    assert list(report.missing) == unsupported
+    assert {report.honours[part].fault for part in report.missing} == {Fault.request_ignored}
