@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mteditflow._locks import sole_writer
 from mteditflow._pipes import reader_may_leave
 from mteditflow._text import escape_controls
 
@@ -72,6 +74,20 @@ def failing(*more: type[Exception]) -> Iterator[None]:
         _end_with(FAILED, error)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder while the block lasts; a stale one is a warning.
+
+    Raises:
+        InUseError: another process writes into the folder; the message names it.
+        OSError: the lock cannot be made.
+    """
+    with sole_writer(folder) as stale:
+        if stale is not None:
+            sys.stderr.write(f"warning: {folder}: going on after {stale}, which was killed\n")
+        yield
+
+
 def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options: Any) -> Any:
     """Run a command; usage errors take one line, help for a bare command stays as it is."""
     if not standalone:
@@ -112,3 +128,10 @@ class OneLineCommand(TyperCommand):
     def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run; usage errors take one line and exit with 2."""
         return _ended(super().main, *arguments, standalone=standalone_mode, **options)
+
+
+def program(main: Callable[..., None]) -> typer.Typer:
+    """Return the application of a program of one command."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=OneLineCommand)(main)
+    return app

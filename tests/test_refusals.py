@@ -1,6 +1,7 @@
 """Every program with wrong inputs: one line, exit code 2, nothing loaded, nothing written.
 
-Those of evaluation are in ``tests/evaluation/test_wrong_inputs.py``.
+Those of evaluation are in ``tests/evaluation/test_wrong_inputs.py``, those of ``mteditflow check``
+in ``tests/testing/test_check_command.py``.
 """
 
 import json
@@ -8,10 +9,19 @@ import socket
 
 import pytest
 import torch
-from mteditflow_examples import demo, self_distillation, train_flux
+from mteditflow_examples import (
+    ablations,
+    demo,
+    evidence,
+    lost_rewards,
+    self_distillation,
+    train_flux,
+)
+from mteditflow_examples.shapes import files as shapes_files
 from PIL import Image
 from safetensors.torch import save_file
 
+from mteditflow.chains.__main__ import app as chains_app
 from mteditflow.pipelines import Editor
 from mteditflow.planner.__main__ import app as planner
 from mteditflow.rewards.__main__ import app as judge
@@ -314,5 +324,105 @@ def test_judge(root, tmp_path, case):
     assert message in refused(judge, root, tmp_path, words)
 
 
+CHAINS = {
+    "no such file": (["check", "ROOT/none"], "No such file"),
+    "a folder": (["check", "ROOT/folder"], "Is a directory"),
+    "an empty file": (["check", "ROOT/empty"], "expected content of one of the formats"),
+    "a binary file": (["check", "ROOT/binary"], "expected content of one of the formats"),
+    "an unknown format": (["check", "ROOT/train.jsonl", "--format", "x"], "expected one of "),
+    "no file": (["check"], "Missing argument 'file'"),
+    "nothing to convert": (["convert", "ROOT/none", "OUT"], "No such file"),
+    "from an unknown format": (
+        ["convert", "ROOT/train.jsonl", "OUT", "--from", "x"],
+        "expected one of ",
+    ),
+    "to an unknown format": (["convert", "ROOT/train.jsonl", "OUT", "--to", "x"], "expected one"),
+    "into a folder": (["convert", "ROOT/train.jsonl", "ROOT/folder"], "ROOT/folder"),
+    "into a folder that is none": (["convert", "ROOT/train.jsonl", "ROOT/empty/x"], "ROOT/empty"),
+    "a bad line": (
+        ["convert", "ROOT/no_chains.jsonl", "OUT", "--from", "native"],
+        "no_chains.jsonl:1: ",
+    ),
+    "more held out than there are": (
+        ["split", "ROOT/train.jsonl", "OUT", "OUT.2", "--count", 16],
+        "held_out: expected ",
+    ),
+    "two names of one file": (["split", "ROOT/train.jsonl", "OUT", "OUT"], "three different files"),
+    "no such folder": (["split", "ROOT/train.jsonl", "OUT/x", "OUT/y"], "folders that exist"),
+    "nothing held out": (["split", "ROOT/train.jsonl", "OUT", "OUT.2", "--count", 0], "'--count'"),
+    "no such command": (["draw"], "No such command 'draw'"),
+}
+WORLD = {
+    "no output": ([], "Missing argument 'output'"),
+    "a file for the output": (["ROOT/empty"], "output: expected a folder, got the file"),
+    "output in a file": (["ROOT/empty/x"], "output: expected a folder, got the file"),
+    "output deep in a file": (["ROOT/picture.png/x/y"], "output: expected a folder, got the file"),
+    "no such family": (["OUT", "--family", "sdxl"], "'sdxl' is not one of"),
+    "an empty family": (["OUT", "--family", ""], "'' is not one of"),
+    "a seed that is no number": (["OUT", "--seed", "x"], "Invalid value for '--seed'"),
+    "half a seed": (["OUT", "--seed", 0.5], "Invalid value for '--seed'"),
+    "no chains": (["OUT", "--train-chains", 0], "Invalid value for '--train-chains'"),
+    "chains that are no number": (["OUT", "--train-chains", "x"], "Invalid value for '--train-ch"),
+    "no chains held out": (["OUT", "--held-out", 0], "Invalid value for '--held-out'"),
+    "fewer than none held out": (["OUT", "--held-out", -1], "Invalid value for '--held-out'"),
+    "no turns": (["OUT", "--turns", 0], "Invalid value for '--turns'"),
+    "no number of turns": (["OUT", "--turns"], "'--turns' requires an argument"),
+    "no such option": (["OUT", "--chains", 3], "No such option: --chains"),
+    "a stray word": (["OUT", "kontext"], "unexpected extra argument"),
+}
+STUDY = {
+    "no seed": (["--seeds", ""], "seeds: expected integers separated by commas, got ''"),
+    "a seed that is no number": (["--seeds", "0,x"], "seeds: expected integers separated by"),
+    "half a seed": (["--seeds", "0.5"], "seeds: expected integers separated by commas"),
+    "a negative seed": (["--seeds", "-1"], "seeds: expected an integer >= 0, got -1"),
+    "a seed twice": (["--seeds", "1,0,1"], "seeds: expected each once, got '1,0,1'"),
+    "a comma at the end": (["--seeds", "1,"], "seeds: expected integers separated by commas"),
+    "no value": (["--seeds"], "'--seeds' requires an argument"),
+    "a file for the runs": (["--runs", "ROOT/empty"], "runs: expected a folder, got the file"),
+    "runs in a file": (["--runs", "ROOT/empty/x"], "runs: expected a folder, got the file"),
+    "a file for the pages": (["--docs", "ROOT/empty"], "docs: expected a folder, got the file"),
+    "pages in a file": (["--docs", "ROOT/picture.png/x"], "docs: expected a folder, got the file"),
+    "no workers": (["--workers", 0], "Invalid value for '--workers'"),
+    "workers that are no number": (["--workers", "two"], "Invalid value for '--workers'"),
+    "no such option": (["--short"], "No such option: --short"),
+    "a stray word": (["findings"], "unexpected extra argument"),
+}
+ABLATIONS = {
+    "no study": ([], "Missing argument 'study'"),
+    "no such study": (["losses"], "'losses' is not one of"),
+    "an empty study": ([""], "'' is not one of"),
+    "two studies": (["findings", "objectives"], "unexpected extra argument"),
+    "fewer workers than none": (["findings", "--workers", -1], "Invalid value for '--workers'"),
+    "workers that are no number": (["findings", "--workers", "x"], "Invalid value for '--work"),
+    "half a worker": (["findings", "--workers", 0.5], "Invalid value for '--workers'"),
+    "no number of workers": (["findings", "--workers"], "'--workers' requires an argument"),
+    "a file for the runs": (["findings", "--runs", "ROOT/empty"], "runs: expected a folder"),
+    "runs in a file": (["findings", "--runs", "ROOT/empty/x"], "runs: expected a folder"),
+    "no runs": (["findings", "--runs"], "'--runs' requires an argument"),
+    "a file for the pages": (["findings", "--docs", "ROOT/empty"], "docs: expected a folder"),
+    "pages in a file": (["findings", "--short", "--docs", "ROOT/empty/x"], "docs: expected a"),
+    "no such option": (["findings", "--seeds", 3], "No such option: --seeds"),
+    "a value for a flag": (["findings", "--short=yes"], "--short"),
+}
+ONES = {
+    "chains": (chains_app, CHAINS),
+    "world": (shapes_files.app, WORLD),
+    "evidence": (evidence.app, STUDY),
+    "lost rewards": (lost_rewards.app, STUDY),
+    "ablations": (ablations.app, ABLATIONS),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, (_, cases) in ONES.items() for case in cases]
+)
+def test_other_programs(root, tmp_path, monkeypatch, name, case):
+    monkeypatch.chdir(tmp_path)
+    program, cases = ONES[name]
+    words, message = cases[case]
+    assert message.replace("ROOT", str(root)) in refused(program, root, tmp_path, words)
+
+
 def test_each_program_has_fifteen_wrong_inputs():
-    assert all(len(x) >= 15 for x in (TRAINER, DISTILLATION, DEMO, PLANNER, SERVE, JUDGE))
+    own = (TRAINER, DISTILLATION, DEMO, PLANNER, SERVE, JUDGE, *(x for _, x in ONES.values()))
+    assert all(len(cases) >= 15 for cases in own)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL.Image import Image
 
 from mteditflow.chains import Chain
-from mteditflow.evaluation import Evaluation, MadeBy, Provenance
+from mteditflow.evaluation import Evaluation, Provenance
 from mteditflow.objectives import keyed_generator
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores
@@ -59,7 +59,9 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
             instructions=[chain.instructions for chain in records],
             terms={name: _first(x, len(records)) for name, x in terms.items()},
             success_at=scale_of(run.config.rewards).success,
-            provenance=Provenance(judged_by=run.judged_by, made_by=_lora_of(run)),
+            provenance=Provenance(
+                judged_by=run.judged_by, made_by=made_by(run.config, run.state.done)
+            ),
         )
         held_out.write(evaluation)
         run.accelerator.log(evaluation.numbers, step=run.state.done)
@@ -82,12 +84,6 @@ def _edit(
         call={"num_inference_steps": run.config.evaluation.steps},
     )
     return chains, [[first, *rest] for first, rest in zip(references, edited, strict=True)]
-
-
-def _lora_of(run: Run) -> MadeBy:
-    """Return what edits the held-out chains: the model, with the adapters of the round."""
-    lora = f"{run.config.evaluation.policy} policy of round {run.state.done}"
-    return made_by(run.config).model_copy(update={"lora": lora})
 
 
 def _first(scores: TurnScores, count: int) -> TurnScores:

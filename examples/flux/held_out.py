@@ -14,9 +14,19 @@ from mteditflow.chains import ChainDataset, EditedImages
 from mteditflow.evaluation import Evaluation, JudgedBy, MadeBy
 from mteditflow.evaluation.provenance import agreed
 
+from .config import ConfigError
+
 ROUND = re.compile(r"round-(\d{6,})")  # name of an evaluation, and of the folder of its images
-# Fields of what made the images that two evaluations of a run must have in common.
-SETTINGS = ("dtype", "seed", "steps", "guidance", "resolution", "call", "editor_hash")
+# Fields of what made the images that two evaluations of a run must have in common, by the option.
+SETTINGS = {
+    "model.dtype": "dtype",
+    "model.guidance": "guidance",
+    "model.resolution": "resolution",
+    "model.options": "call",
+    "model.path": "editor_hash",
+    "training.seed": "seed",
+    "evaluation.steps": "steps",
+}
 
 
 class HeldOut:
@@ -55,7 +65,7 @@ class HeldOut:
         """Every evaluation of the run so far, in the order of rounds.
 
         Raises:
-            ValueError: a file is damaged; the message names it.
+            ConfigError: a file is damaged; the message names it.
             OSError: one cannot be read.
         """
         return [self._read(done) for done in self.rounds()]
@@ -73,9 +83,15 @@ class HeldOut:
 
     def _read(self, done: int) -> Evaluation:
         try:
-            return Evaluation.read(self._file(done))
+            evaluation = Evaluation.read(self._file(done))
+            if evaluation.round != done:
+                raise ValueError(
+                    f"{self._file(done)}: expected an evaluation of round {done}, got one of round "
+                    f"{evaluation.round}"
+                )
+            return evaluation
         except ValueError as error:
-            raise ValueError(f"{error}; delete this file to go on without it") from error
+            raise ConfigError(f"{error}; delete this file to go on without it") from error
 
     def complete(self, done: int) -> bool:
         """Whether there is an evaluation of a round, none of whose chains lost a score."""
@@ -99,17 +115,20 @@ class HeldOut:
             made_by: what will make the images.
 
         Raises:
-            ValueError: they are of other chains, another threshold, or images made otherwise.
+            ValueError: they are of other chains, another threshold or policy, or images made
+                otherwise.
         """
         now: dict[str, object] = {"rewards.success": success_at}
         now["data.held_out"] = [(x.id, list(x.instructions)) for x in self._chains.chains]
-        now |= {name: getattr(made_by, name) for name in SETTINGS}
+        now |= _settings(made_by)
         for evaluation in [self._read(x) for x in self.rounds() if x <= done]:
             before = evaluation.provenance.made_by
             words = map(list, evaluation.instructions)
             was: dict[str, object] = {"rewards.success": evaluation.success_at}
             was["data.held_out"] = list(zip(evaluation.chain_ids, words, strict=True))
-            was |= {name: getattr(before, name) for name in SETTINGS}
+            was |= _settings(before)
+            if evaluation.round == 0:  # all policies are the base model
+                was["evaluation.policy"] = None
             known = (x for x in now if None not in (was[x], now[x]))
             if (name := next((x for x in known if was[x] != now[x]), None)) is not None:
                 raise ValueError(
@@ -146,6 +165,15 @@ class HeldOut:
 
     def _images(self, done: int) -> Path:
         return self.folder / f"round-{done:06d}"
+
+
+def _settings(made_by: MadeBy) -> dict[str, object]:
+    """Return what made images by option; None is not known."""
+    policy = made_by.lora and made_by.lora.partition(" ")[0]
+    return {
+        "evaluation.policy": policy,
+        **{option: getattr(made_by, name) for option, name in SETTINGS.items()},
+    }
 
 
 def _short(value: object) -> str:

@@ -20,7 +20,7 @@ from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
 from mteditflow.evaluation import JudgedBy
 from mteditflow.pipelines.families import find_family
 from mteditflow.rewards.command_line import check_source
-from mteditflow.training import Checkpoint
+from mteditflow.training import Checkpoint, read_metrics
 
 from .config import Config, ConfigError, DistillationConfig
 from .held_out import HeldOut
@@ -67,7 +67,8 @@ def check(config: Config) -> None:
     for name in config.output.trackers:
         if name not in known:
             raise ConfigError(f"output.trackers: expected names among {known}, got {name!r}")
-    require_folder("output.folder", config.output.folder)
+    for part in ("", "checkpoints", "evaluations", "pictures"):
+        require_folder("output.folder", config.output.folder / part)
     _check_model(config.model.path)
     for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
         if path is not None and not path.exists():
@@ -122,6 +123,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     if found is not None:
         notes.message(f"going on after round {found.round}, from {found.path}")
         check_unchanged(config, files, found, notes)
+        _warn_of_missing_metrics(config, found, notes)
         _load_order(sampler, found)
     held_out = None
     if data.held_out is not None:
@@ -168,6 +170,21 @@ def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator)
     return sampler
 
 
+def _warn_of_missing_metrics(config: Config, found: Checkpoint, notes: Notes) -> None:
+    """Let the log say where the file of metrics ends before the checkpoint of the same run.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = config.output.folder / "metrics.jsonl"
+    last = max((line["round"] for line in read_metrics(path)), default=0)
+    if last < found.round and config.output.resume in ("auto", "best"):
+        notes.warning(
+            f"{path}: expected lines up to round {found.round}, got them up to {last}; curves and "
+            "report lack the others"
+        )
+
+
 def _load_order(sampler: GroupSampler, found: Checkpoint) -> None:
     """Let the sampler go on from a checkpoint.
 
@@ -189,7 +206,9 @@ def _comparable(config: Config, held_out: HeldOut, judge: JudgedBy, done: int) -
     folder, fix = config.output.folder, "choose another output.folder"
     try:
         success = scale_of(config.rewards).success
-        held_out.require_comparable(done, success, made_by(config))
+        held_out.require_comparable(done, success, made_by(config, done))
+    except ConfigError:  # one is damaged
+        raise
     except ValueError as error:
         raise ConfigError(f"{error}; {fix}") from error
     try:

@@ -78,12 +78,13 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
     return editor, policies
 
 
-def made_by(config: Config) -> MadeBy:
-    """Return what edits held-out chains, without the adapters."""
+def made_by(config: Config, done: int) -> MadeBy:
+    """Return what edits held-out chains after a round: the model, with the adapters of then."""
     model = config.model
     return MadeBy(
         editor=model.path,
         editor_hash=content_hash(model.path),
+        lora=f"{config.evaluation.policy} policy of round {done}",
         dtype=model.dtype,
         seed=config.training.seed,
         steps=config.evaluation.steps,

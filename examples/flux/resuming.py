@@ -25,7 +25,8 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
     """Return the checkpoint to go on from, if there is one; of damaged ones the log is to say so.
 
     Raises:
-        ConfigError: there is one and ``output.resume`` is never, or there is none of that name.
+        ConfigError: there is one and ``output.resume`` is never, there is none of that name, or all
+            are damaged.
     """
     output = config.output
     with warnings.catch_warnings(record=True) as damaged:
@@ -41,8 +42,14 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
             f"output.resume: never, but {output.folder} holds a run; choose another folder, or go "
             "on with auto"
         )
-    for warning in damaged:
-        notes.warning(str(warning.message))
+    reasons = [str(warning.message) for warning in damaged]
+    if found is None and reasons:  # to begin again would drop all that the run has measured
+        raise ConfigError(
+            f"output.resume: expected a whole checkpoint in {output.folder}, got damaged ones "
+            f"alone; choose another folder, or delete them to begin again: {'; '.join(reasons)}"
+        )
+    for reason in reasons:
+        notes.warning(reason)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,6 +84,24 @@ def require_reachable(name: str, found: Mapping[str, Lost | None]) -> None:
     for url, lost in found.items():
         if lost is not None:
             raise ValueError(f"{name}: expected an answer from {url}, got {lost}")
+
+
+def require_or_answers(require: Callable[[], None], answers: Path) -> None:
+    """Check that services answer; where there are answers of before, a dead one is a warning.
+
+    Args:
+        require: raises ``ValueError`` where a service does not answer.
+        answers: file of the answers so far, which may be all that is needed.
+
+    Raises:
+        ValueError: a service does not answer, and there are no answers of before.
+    """
+    try:
+        require()
+    except ValueError as error:
+        if not answers.exists():
+            raise
+        typer.echo(f"warning: {error}; going on with the answers in {answers}", err=True)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from mteditflow._checks import check_count
@@ -21,11 +22,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         One dictionary a round, in order; none if there is no file.
 
     Raises:
-        ValueError: a line is not of this form; the message names file and line.
+        ValueError: a line is not of this form, or its round does not come after that of the line
+            before, as where two processes have written; the message names file and line.
     """
     text = path.read_bytes() if path.exists() else b""
     lines = text[: text.rfind(b"\n") + 1].splitlines()
-    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+    rounds = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+    for number, (before, after) in enumerate(pairwise(rounds), start=2):
+        if after[ROUND] <= before[ROUND]:
+            raise ValueError(
+                f"{path}:{number}: expected a round after {before[ROUND]}, that of the line "
+                f"before, got {after[ROUND]}"
+            )
+    return rounds
 
 
 class MetricsFile:

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mteditflow.chains import EditedImages, read_chains, write_chains
+from mteditflow.testing.endpoint import ScriptedServer
 from tests.refusals import refusal
 from tests.samples_of_scores import few_resamples
 
@@ -69,6 +70,8 @@ def root(tmp_path_factory):
     row = {"key": "1", "task_type": "subject-add", "instruction": "a", "image": "in.png"}
     (root / "gedit.jsonl").write_text(json.dumps({**row, "language": "en"}))
     (root / "types.jsonl").write_text(json.dumps({**row, "task_type": "x", "language": "en"}))
+    (root / "editor").mkdir()
+    (root / "editor" / "model_index.json").write_text('{"_class_name": "Nobody"}')
     for folder in ("single", "single/en"):
         (root / folder).mkdir()
         Image.new("RGB", (8, 8)).save(root / folder / "1.png")
@@ -171,6 +174,23 @@ RUN = {
     "a URL without /v1": ([*MADE, "--judge", "http://x", "--model", "m"], "end in /v1"),
     "no model": ([*MADE, "--judge", NOBODY], "expected --judge and --model"),
     "a dead judge": ([*MADE, *JUDGE], f"rewards.judge: expected an answer from {NOBODY}, got no c"),
+    "a dead consistency server": (
+        [*MADE, "--judge", "LIVE", "--model", "m", "--consistency", NOBODY],
+        f"rewards.consistency: expected an answer from {NOBODY}, got no connection",
+    ),
+    "no detector": (
+        [*MADE, *JUDGE, "--checks", "edival", "--detector", "nowhere/at/all"],
+        "--detector: expected a folder with config.json or a hub id, got 'nowhere/at/all'",
+    ),
+    "no preference model": ([*SCORED, "--preference", "ROOT/made"], "--preference: expected a fo"),
+    "a LoRA that is none": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/editor", "--lora", "no/such/lora", *SCORED[3:]],
+        "--lora: expected a folder with pytorch_lora_weights.safetensors or a hub id",
+    ),
+    "an editor that is none": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/made", *SCORED[3:]],
+        "--editor: expected a folder with model_index.json or a hub id",
+    ),
     "no objects for consistency": (
         ["ROOT/bare.jsonl", *MADE[1:], *JUDGE, "--consistency", NOBODY],
         "expected unchanged_objects or all_objects",
@@ -192,7 +212,9 @@ RUN = {
 @pytest.mark.parametrize("case", RUN)
 def test_evaluate_run(root, tmp_path, case):
     arguments, message = RUN[case]
-    said = refused(evaluate.app, root, tmp_path, ["run", *arguments])
+    with ScriptedServer() as live:
+        words = [live.url if word == "LIVE" else word for word in arguments]
+        said = refused(evaluate.app, root, tmp_path, ["run", *words])
     assert message.replace("ROOT", str(root)) in said
 
 
@@ -269,6 +291,7 @@ CHAINS = {
     "no model": ([*SCORES[:4], "--output", "OUT"], "expected --model"),
     "a bad URL": ([*SCORES, "--judge", "127.0.0.1"], "expected http"),
     "a URL without /v1": ([*SCORES, "--consistency", "http://127.0.0.1:9"], "end in /v1"),
+    "a dead judge": (SCORES, f"rewards.judge: expected an answer from {NOBODY}, got no connection"),
     "no objects for consistency": (
         ["ROOT/bare.jsonl", *SCORES[1:], "--consistency", NOBODY],
         "expected unchanged_objects or all_objects",
@@ -305,6 +328,7 @@ def single(file, types):
         "no model": ([*given[:4], "--output", "OUT"], "Missing option '--model'"),
         "a bad URL": ([*given, "--judge", "127.0.0.1"], "expected http"),
         "a URL without /v1": ([*given, "--judge", "http://127.0.0.1:9"], "end in /v1"),
+        "a dead judge": (given, f"--judge: expected an answer from {NOBODY}, got no connection"),
         "a negative patience": ([*given, "--patience", "-1"], "Invalid value for '--patience'"),
         "a patience of NaN": ([*given, "--patience", "nan"], "patience"),
         "a share above 1": ([*given, "--max-invalid", "1.5"], "Invalid value for '--max-invalid'"),
