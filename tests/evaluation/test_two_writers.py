@@ -11,7 +11,7 @@ from mteditflow_examples.shapes.scoring import ExactRewards
 from PIL import Image
 
 from mteditflow.rewards import Judge
-from mteditflow.testing.endpoint import ScriptedServer
+from mteditflow.testing.endpoint import ScriptedServer, completion
 from tests.evaluation.judged_items import rating
 from tests.evaluation.test_wrong_inputs import EXACT, write_world
 from tests.refusals import call, files
@@ -29,13 +29,6 @@ def root(tmp_path_factory):
     entry = {"id": "in.png", "prompt": "Add a dog", "edit_type": "add"}
     (root / "imgedit.json").write_text(json.dumps({"1": entry}))
     return root
-
-
-@pytest.fixture
-def judge():
-    """Rates single edits; of chains every answer is lost, as not in the format."""
-    with ScriptedServer(rating(lambda made, name: 1)) as server:
-        yield ["--judge", server.url, "--model", "m"]
 
 
 def run_two(monkeypatch, owner, name, program, words, output):
@@ -67,14 +60,18 @@ def test_two_of_evaluate(root, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "report.json").read_text())
 
 
-def test_two_of_score_chains(root, tmp_path, monkeypatch, judge):
-    words = [root / "chains.jsonl", root / "made", *judge, "--output", tmp_path, "--max-invalid", 1]
-    run_two(monkeypatch, Judge, "score", score_chains.app, words, tmp_path)
+def test_two_of_score_chains(root, tmp_path, monkeypatch):
+    given = [root / "chains.jsonl", root / "made", "--output", tmp_path, "--max-invalid", 1]
+    with ScriptedServer(lambda _: completion("ok")) as judge:  # of the chains each answer is lost
+        words = [*given, "--judge", judge.url, "--model", "m"]
+        run_two(monkeypatch, Judge, "score", score_chains.app, words, tmp_path)
     assert len(json.loads((tmp_path / "scores.json").read_text())["chains"]) == 2
 
 
-def test_two_of_evaluate_single_turn(root, tmp_path, monkeypatch, judge):
-    words = ["imgedit", root / "imgedit.json", root / "single", *judge, "--output", tmp_path]
+def test_two_of_evaluate_single_turn(root, tmp_path, monkeypatch):
+    given = ["imgedit", root / "imgedit.json", root / "single", "--output", tmp_path]
     owner = evaluate_single_turn
-    run_two(monkeypatch, owner, "score_imgedit", owner.app, words, tmp_path)
+    with ScriptedServer(rating(lambda made, name: 1)) as judge:
+        words = [*given, "--judge", judge.url, "--model", "m"]
+        run_two(monkeypatch, owner, "score_imgedit", owner.app, words, tmp_path)
     assert json.loads((tmp_path / "imgedit.json").read_text())["scores"]

@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mteditflow.chains import EditedImages, read_chains, write_chains
-from mteditflow.testing.endpoint import ScriptedServer
+from mteditflow.testing.endpoint import ScriptedServer, completion
+from tests.refusals import call as call_of
 from tests.refusals import refusal
 from tests.samples_of_scores import few_resamples
 
@@ -166,10 +167,6 @@ RUN = {
         ["ROOT/chains.jsonl", "--images", "ROOT/other/made", *SCORED[3:]],
         "expected at least one chain with its images",
     ),
-    "images of another size": (
-        ["ROOT/chains.jsonl", "--images", "ROOT/odd", *SCORED[3:]],
-        "got 13 x 13",
-    ),
     "a bad URL": ([*MADE, "--judge", "127.0.0.1", "--model", "m"], "expected http"),
     "a URL without /v1": ([*MADE, "--judge", "http://x", "--model", "m"], "end in /v1"),
     "no model": ([*MADE, "--judge", NOBODY], "expected --judge and --model"),
@@ -209,13 +206,27 @@ RUN = {
 }
 
 
+@pytest.fixture(scope="module")
+def live():
+    with ScriptedServer(lambda _: completion("ok")) as server:
+        yield server.url
+
+
 @pytest.mark.parametrize("case", RUN)
-def test_evaluate_run(root, tmp_path, case):
+def test_evaluate_run(root, live, tmp_path, case):
     arguments, message = RUN[case]
-    with ScriptedServer() as live:
-        words = [live.url if word == "LIVE" else word for word in arguments]
-        said = refused(evaluate.app, root, tmp_path, ["run", *words])
+    words = [live if word == "LIVE" else word for word in arguments]
+    said = refused(evaluate.app, root, tmp_path, ["run", *words])
     assert message.replace("ROOT", str(root)) in said
+
+
+def test_what_a_scorer_refuses_is_a_failure_of_one_line(root, tmp_path):
+    words = ["run", root / "chains.jsonl", "--images", root / "odd", "--output", tmp_path, *EXACT]
+    ended = call_of(evaluate.app, words)
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].startswith("error: images: expected squares whose side is a")
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "report.json").exists()
 
 
 AGAIN = {
