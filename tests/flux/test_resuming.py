@@ -20,7 +20,9 @@ from tests.flux.rounds import started
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
 from tests.processes import Process
 from tests.refusals import call, files
+from tests.samples_of_scores import few_resamples
 
+__all__ = ["few_resamples"]  # a fixture of every test here
 TAKEN = Update("taken", 1.0, {})
 MORE = ("--training.rounds", 2, "--evaluation.every", 1, "--evaluation.policy", "current")
 
@@ -68,8 +70,18 @@ CHANGED = {
     "turns": (["--data.turns", 3], "data.turns: expected 2, with which the run in"),
     "average": (["--training.ema-decay", 0.9], "training.ema_decay: expected 0.0, with which the"),
     "threshold": (["--rewards.success", 4], "rewards.success: expected 5.0, as in the evaluation"),
-    "evaluation": (["--evaluation.steps", 9], "steps: expected 4, as in the evaluation of round 0"),
-    "guidance": (["--model.guidance", 2], "guidance: expected 1.0, as in the evaluation of round"),
+    "evaluation": (
+        ["--evaluation.steps", 9],
+        "evaluation.steps: expected 4, as in the evaluation of round 0",
+    ),
+    "guidance": (
+        ["--model.guidance", 2],
+        "model.guidance: expected 1.0, as in the evaluation of round",
+    ),
+    "policy": (
+        ["--evaluation.policy", "old"],
+        "evaluation.policy: expected 'current', as in the evaluation of round 1, with which",
+    ),
     "seed": (["--training.seed", 5], "output.resume: cannot go on from"),
     "groups": (["--data.groups", 2], "output.resume: cannot go on from"),
     "resume": (["--output.resume", "never"], "output.resume: never, but"),
@@ -108,14 +120,26 @@ def test_another_model_is_refused(again):
     ("name", "data", "message"),
     [
         ("evaluations/round-000000.json", b'{"round": 0, "ch', "delete this file to go on without"),
-        ("evaluations/round-000000.json", b"", "round-000000.json: "),
+        ("evaluations/round-000000.json", b"", "round-000000.json: expected JSON, got b''"),
+        ("evaluations/round-000001.json", "evaluations/round-000000.json", "got one of round 0; d"),
         ("metrics.jsonl", b"no line of numbers\n", "metrics.jsonl:1: expected an object of numb"),
+        ("metrics.jsonl", b'{"round": 1}\n{"round": 1}\n', "metrics.jsonl:2: expected a round aft"),
+        ("checkpoints/round-000001/state.json", b"{", "got damaged ones alone; choose another"),
         ("answers-0.sqlite", b"no cache" * 100, "not usable as a cache of answers"),
     ],
 )
 def test_damaged_files_are_named(again, name, data, message):
-    (again.root / "run" / name).write_bytes(data)
+    content = data if isinstance(data, bytes) else (again.root / "run" / data).read_bytes()
+    (again.root / "run" / name).write_bytes(content)
     assert message in again()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evaluations", "pictures"])
+def test_a_file_in_place_of_a_folder_of_the_run_is_named(again, name):
+    path = again.root / "run" / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.write_text("")
+    assert f"output.folder: expected a folder, got the file {path}" in again()
 
 
 def test_a_cache_of_another_program_is_named_and_left(again):
@@ -141,18 +165,17 @@ def test_strays_and_later_evaluations_are_left_or_made_again(stopped, tmp_path):
     (folder / "round-000002.json").write_text("half of one that a kill has")  # after the checkpoint
     checkpoint = Checkpoints(tmp_path / "all" / "run" / "checkpoints").latest()
     (checkpoint.path.with_name("round-000009")).mkdir()
+    (tmp_path / "all" / "run" / "metrics.jsonl").write_text("")
     words = options(tmp_path / "all" / "world", tmp_path / "all" / "run", *MORE)
     ended = call(train_flux.main, words)
     assert ended.code == 0, ended.err
+    assert "metrics.jsonl: expected lines up to round 1, got them up to 0; " in ended.err
     assert "left alone, as not of this run: round-best, round-final.json" in ended.err
     assert "warning: checkpoint skipped: " in ended.err
     assert {"round-final.json", "round-best", "round-000002.json"} <= {
         x.name for x in folder.iterdir()
     }
-    assert [line["round"] for line in read_metrics(tmp_path / "all" / "run/metrics.jsonl")] == [
-        1,
-        2,
-    ]
+    assert [line["round"] for line in read_metrics(tmp_path / "all" / "run/metrics.jsonl")] == [2]
     log = (tmp_path / "all" / "run" / "log.txt").read_text()
     assert "training.rounds was 1 and is 2 from here on" in log
 
