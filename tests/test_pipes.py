@@ -5,6 +5,7 @@ import sys
 from contextlib import redirect_stdout
 
 import pytest
+from mteditflow_examples.flux.command_line import parse_or_exit
 from rich.console import Console
 
 from mteditflow._pipes import reader_may_leave
@@ -66,6 +67,21 @@ def test_a_finished_run_is_summarized_for_nobody(unread, tmp_path):
     same = evaluation([[1, 0]])
     with unread:
         print_summary(run_report(same, same, [], config={}, seed=0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([], 2),
+        (["--help"], 0),
+        (["kontext-nft", "--help"], 0),
+        (["kontext-nft", "--help", "objective"], 0),
+    ],
+)
+def test_help_of_the_trainer_ends_the_program(unread, words, code):
+    with pytest.raises(SystemExit) as ended, unread:
+        parse_or_exit(words)
+    assert ended.value.code == code
 
 
 def test_a_command_ends_with_0(unread):

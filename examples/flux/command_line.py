@@ -44,6 +44,7 @@ def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Conf
     except ConfigError as error:
         sys.stderr.write(f"error: {escape_controls('; '.join(str(error).splitlines()))}\n")
         sys.exit(BAD_INPUT)
+    sys.exit(0)  # the reader of the help has left, and that ended the printing
 
 
 def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:

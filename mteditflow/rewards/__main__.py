@@ -24,6 +24,8 @@ from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
 from mteditflow.rewards.judge.prompts import JudgePrompt
 from mteditflow.rewards.transport.chat import ChatClient
 
+PATIENCE = 6.0  # s; a question that breaks its connection takes the endpoint out for 5 s
+
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -57,7 +59,13 @@ def check(
     request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     try:
         client = ChatClient(
-            endpoints, model, api_key=key, request=request, attempts=2, timeout=timeout
+            endpoints,
+            model,
+            api_key=key,
+            request=request,
+            attempts=2,
+            timeout=timeout,
+            patience=PATIENCE,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
