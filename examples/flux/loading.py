@@ -65,6 +65,11 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,
     )
+    multiple = 2 * editor.pipeline.vae_scale_factor  # pixels of a token; diffusers would round down
+    if model.resolution % multiple:
+        raise ValueError(
+            f"resolution: expected a multiple of {multiple} pixels, got {model.resolution}"
+        )
     lora = editor.lora(
         rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None
     )

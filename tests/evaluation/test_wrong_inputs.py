@@ -224,7 +224,9 @@ def test_what_a_scorer_refuses_is_a_failure_of_one_line(root, tmp_path):
     words = ["run", root / "chains.jsonl", "--images", root / "odd", "--output", tmp_path, *EXACT]
     ended = call_of(evaluate.app, words)
     assert ended.code == 1
-    assert ended.err.splitlines()[-1].startswith("error: images: expected squares whose side is a")
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "images: expected squares whose side is a multiple of 12 pixels, got 13 x 13" in last
     assert "Traceback" not in ended.err
     assert not (tmp_path / "report.json").exists()
 

@@ -72,6 +72,7 @@ def serve(
     config = uvicorn.Config(
         app if app.state.secured else LoopbackHosts(app),
         http="h11",
+        ws="none",  # an upgraded connection would leave the bounds
         backlog=BACKLOG,
         log_config=None,
         access_log=access_log,
