@@ -41,6 +41,8 @@ from mteditflow.rewards.judge.preflight import reach_endpoints
 from mteditflow.rewards.transport.cache import AnswerCache
 from mteditflow.rewards.transport.chat import ChatClient
 
+QUESTION = 60.0  # s for an answer of an endpoint that is only to be there
+
 app = typer.Typer(
     cls=OneLineGroup,
     no_args_is_help=True,
@@ -83,7 +85,6 @@ def plan(
     The key of the endpoints, if they want one, is read from OPENAI_API_KEY. Folder, file, options
     and endpoints are checked before the detector is loaded or downloaded.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
     request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     with ExitStack() as stack:
         with refusing():
@@ -104,7 +105,9 @@ def plan(
             planned_ids(planner_settings(connect(), turns, seed, weights), output)
             check_source("detector", detector, "config.json")
             check_device("device", device)
-            require_reachable("endpoint", anyio.run(reach_endpoints, connect()))
+            asked = connect(attempts=2, timeout=min(timeout, QUESTION))
+            require_reachable("endpoint", anyio.run(reach_endpoints, asked))
+            logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
             client = connect(cache=None if cache is None else AnswerCache(cache))
             stack.enter_context(writing(output))
             from mteditflow.rewards.consistency.models import GroundingDino  # slow to import
