@@ -25,6 +25,9 @@ from mteditflow_examples.findings.page import write_page
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
 from mteditflow_examples.findings.settings import PAPER
 
+from mteditflow._command import program, refusing
+from mteditflow._files import require_folder
+
 STUDIES = {PAPER.name: PAPER, OBJECTIVES.name: OBJECTIVES}
 
 
@@ -38,17 +41,21 @@ def main(
     docs: Annotated[Path | None, typer.Option(help="Where page and figures go.")] = None,
 ) -> None:
     """Run what is missing, then write the page and its figures."""
+    runs = runs or Path("runs", study + ("-short" if short else ""))
+    docs = docs or (runs if short else Path("docs"))
+    with refusing():
+        require_folder("runs", runs)
+        require_folder("docs", docs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(1)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    runs = runs or Path("runs", study + ("-short" if short else ""))
     ablations = Ablations(runs, SHORT if short else FULL, STUDIES[study])
     failures = ablations.run_all(workers) if workers else []
     if ablations.complete_seeds():
         command = f"python examples/ablations.py {study}" + (" --short" if short else "")
-        page = write_page(ablations, docs or (runs if short else Path("docs")), command=command)
+        page = write_page(ablations, docs, command=command)
         print(f"Written: {page}")
     else:
         failures.append(f"{runs}: no seed is complete, so there is no page")
@@ -57,5 +64,7 @@ def main(
         sys.exit("\n".join(f"error: {failure}" for failure in failures))
 
 
+app = program(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

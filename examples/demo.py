@@ -10,10 +10,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from mteditflow._command import OneLineCommand, refusing
+from mteditflow._files import require_folder
+
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def main(
     objective: Annotated[
         Literal["nft", "grpo"], typer.Option(help="DiffusionNFT or Flow-GRPO.")
@@ -24,13 +27,12 @@ def main(
     ] = None,
 ) -> None:
     """Train a tiny FLUX.1-Kontext to make three edits in a row: three minutes on two cores."""
-    from mteditflow_examples.flux.command_line import parse
+    from mteditflow_examples.flux.command_line import parse_or_exit
     from mteditflow_examples.flux.start import main as run_to_the_end
     from mteditflow_examples.shapes.files import main as write_world
     from mteditflow_examples.train_flux import train
 
     world = Path("runs", f"shapes-{seed}")
-    write_world(world, seed=seed)
     given = {
         "model.path": world / "model",
         "data.chains": world / "train.jsonl",
@@ -39,7 +41,12 @@ def main(
         "output.folder": output or Path("runs", f"demo-{objective}-{seed}"),
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    run_to_the_end(train, parse([f"shapes-{objective}", *words]))
+    config = parse_or_exit([f"shapes-{objective}", *words])
+    with refusing():
+        require_folder("output.folder", config.output.folder)
+        require_folder("runs", world)
+        write_world(world, seed=seed)
+    run_to_the_end(train, config)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ that came are not asked for again. ``accelerate launch`` spreads the chains over
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,9 +30,10 @@ from mteditflow_examples.evaluating.output import (
 )
 from mteditflow_examples.evaluating.scoring import Asks, score_chains
 from mteditflow_examples.flux.config import Rewards
+from mteditflow_examples.flux.rewards import require_services
 from tqdm import tqdm
 
-from mteditflow._command import OneLineGroup, refusing
+from mteditflow._command import OneLineGroup, failing, refusing, writing
 from mteditflow.chains import Chain, Reading, read_chains
 from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
@@ -42,6 +45,7 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    require_or_answers,
 )
 
 app = typer.Typer(
@@ -107,7 +111,7 @@ def run(
     shown: Gallery = 200,
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
-    with refusing():
+    with refusing(), ExitStack() as stack:
         asks = Asks(checks == "edival", detector, ocr, preference)
         if (editor is None) == (images is None):
             raise ValueError("expected either --editor or --images")
@@ -143,9 +147,19 @@ def run(
                 provenance=asks.provenance(rewards, edits.made_by if edits else maker),
             ).agreed(output)
 
+        cache = output / "answers.sqlite"
+        if state.is_main_process:
+            require_or_answers(partial(require_services, rewards, images=2), cache)
         first = settings()
+        missing = made.missing(asked, state) if edits else []
+        if edits and missing:
+            edits.check()
+        if not edits:
+            made.require_any(asked)
+        if state.is_main_process:
+            stack.enter_context(writing(output))
+        stack.enter_context(failing(ValueError))
         if edits:
-            missing = made.missing(asked, state)
             loaded = edits.load(state.device) if missing else None
             with state.main_process_first():
                 first.write(output)
@@ -158,7 +172,7 @@ def run(
                 asked,
                 made,
                 asks,
-                cache=output / "answers.sqlite",
+                cache=cache,
                 device=state.device,
                 done=bar.update,
             )

@@ -11,8 +11,8 @@ asked for again, alone, by the same command.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow._command import OneLineGroup, refusing
+from mteditflow._command import OneLineGroup, failing, refusing, writing
 from mteditflow._files import write_atomically
 from mteditflow._images import BOMBS, UNREADABLE, check_image
 from mteditflow._text import escape_controls, escape_markup
@@ -45,13 +45,23 @@ from mteditflow.evaluation.benchmarks.gedit import CONSISTENCY, LANGUAGES, QUALI
 from mteditflow.evaluation.benchmarks.imgedit import rubrics_of
 from mteditflow.evaluation.provenance import agreed, same_judge, version_of
 from mteditflow.metrics import FEW_CASES
-from mteditflow.rewards import AnswerCache, ChatClient, RequestOptions, Scale, judge_identity
+from mteditflow.rewards import (
+    AnswerCache,
+    ChatClient,
+    RequestOptions,
+    Scale,
+    judge_identity,
+    reach_endpoints,
+)
 from mteditflow.rewards.command_line import (
     AnswerTokens,
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    read_secret,
     request_options,
+    require_or_answers,
+    require_reachable,
 )
 
 app = typer.Typer(
@@ -74,6 +84,7 @@ MaxInvalid = Annotated[
 Outside = Annotated[
     bool, typer.Option("--allow-outside", help="Images before may lie outside their folder.")
 ]
+QUESTION = 60.0  # s for an answer of a judge that is only to be there
 FEW = f"* over fewer than {FEW_CASES}"
 DEFAULT_OUTPUT = Path("runs/single_turn")
 
@@ -112,13 +123,13 @@ def imgedit(
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
     """ImgEdit-Bench: basic_edit.json or UGE_edit.json, and <key>.png in the folder."""
-    with refusing():
+    with refusing(), ExitStack() as stack:
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
         reading = imgedit_items(file, edited, images=images, allow_outside=allow_outside)
         readings = {"imgedit": reading}
         bench = Benchmark(score_imgedit, report_imgedit, rubrics_of(reading.items))
-        runs = _runs(readings, bench, judge, model, output, patience, request)
-    _finish(runs, output, max_invalid)
+        runs = _runs(readings, bench, judge, model, output, patience, request, stack)
+        _finish(runs, output, max_invalid)
 
 
 @app.command()
@@ -137,14 +148,14 @@ def gedit(
     max_invalid: MaxInvalid = 0.2,
 ) -> None:
     """GEdit-Bench: a manifest in JSON Lines; images are fullset/<group>/<language>/<key>.png."""
-    with refusing():
+    with refusing(), ExitStack() as stack:
         request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
         read = partial(gedit_items, file, edited, allow_outside=allow_outside)
         readings = {f"gedit_{x}": read(language=x) for x in LANGUAGES}
         readings = {name: x for name, x in readings.items() if x.items} or readings
         bench = Benchmark(score_gedit, report_gedit, (CONSISTENCY, QUALITY))
-        runs = _runs(readings, bench, judge, model, output, patience, request)
-    _finish(runs, output, max_invalid)
+        runs = _runs(readings, bench, judge, model, output, patience, request, stack)
+        _finish(runs, output, max_invalid)
 
 
 class Benchmark(NamedTuple):
@@ -179,14 +190,18 @@ def _runs(
     output: Path,
     patience: float,
     request: RequestOptions,
+    stack: ExitStack,
 ) -> list[Run]:
     """Score readings by name; accepted answers stay in the output folder.
 
+    Once all is in order, the folder is locked, and what fails is no refusal, until ``stack`` is
+    closed.
+
     Raises:
         ValueError: one has no item or no image, a URL is not usable, or the folder holds scores of
-            another judge.
+            another judge, or the judge does not answer.
     """
-    key = os.environ.get("OPENAI_API_KEY")
+    key = read_secret("OPENAI_API_KEY")
     options = {"api_key": key, "patience": patience, "request": request}
     ChatClient(judges, model, **options)  # refuses a bad URL before anything is written
     for reading in readings.values():
@@ -195,7 +210,11 @@ def _runs(
     judge, runs = ask(), []
     for name in readings:
         judge = same_judge(output / f"{name}.json", judge)
-    with AnswerCache(output / "answers.sqlite") as cache:
+    answers = output / "answers.sqlite"
+    require_or_answers(partial(_require_judge, judges, model, key, request), answers)
+    stack.enter_context(writing(output))
+    stack.enter_context(failing(ValueError))
+    with AnswerCache(answers) as cache:
         client = ChatClient(judges, model, cache=cache, **options)
         for name, reading in readings.items():
             score = partial(benchmark.score, progress=Console().is_terminal)
@@ -203,6 +222,12 @@ def _runs(
             runs.append(Run(name, reading, found, benchmark.report(found), judge))
     now = agreed(judge, ask())  # what it could not say before
     return [replace(run, judged_by=now) for run in runs]
+
+
+def _require_judge(judges: list[str], model: str, key: str | None, request: RequestOptions) -> None:
+    """Raise ValueError unless every judge answers one small question."""
+    client = ChatClient(judges, model, api_key=key, request=request, timeout=QUESTION, attempts=2)
+    require_reachable("--judge", anyio.run(partial(reach_endpoints, client, images=2)))
 
 
 def _require_items(reading: ItemReading) -> None:
@@ -229,6 +254,10 @@ def readable(path: Path) -> bool:
 def _finish(runs: list[Run], output: Path, max_invalid: float) -> None:
     """Print and write the reports; end with 1 if too much is invalid."""
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    for run in runs:  # before anything is printed, whose reader may leave
+        path = output / f"{run.name}.json"
+        write_atomically(path, json.dumps(details(run), indent=1, allow_nan=False).encode())
+        write_atomically(path.with_suffix(".md"), markdown(run).encode())
     for line in dict.fromkeys(line for run in runs for line in left_out(run)):
         console.print(f"left out: {line}", markup=False)
     for run in runs:
@@ -240,11 +269,10 @@ def _finish(runs: list[Run], output: Path, max_invalid: float) -> None:
             f"{len(run.found.missing)} without an image, "
             f"{len(run.reading.skipped)} bad entries in the file"
         )
-        path = output / f"{run.name}.json"
-        write_atomically(path, json.dumps(details(run), indent=1, allow_nan=False).encode())
-        write_atomically(path.with_suffix(".md"), markdown(run).encode())
         console.print(f"Judged by: {escape_controls(str(run.judged_by))}.", markup=False)
-        console.print(f"Every score is in [bold]{escape_markup(str(path))}[/bold].")
+        console.print(
+            f"Every score is in [bold]{escape_markup(str(output / run.name))}.json[/bold]."
+        )
     worst = max(run.invalid_share for run in runs)
     if worst > max_invalid:
         console.print(

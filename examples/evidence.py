@@ -26,6 +26,10 @@ from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import write_world
 from tqdm import tqdm
 
+from mteditflow._checks import check_count
+from mteditflow._command import program, refusing
+from mteditflow._files import require_folder
+
 HERE = Path(__file__).parent
 
 
@@ -67,10 +71,14 @@ def main(
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
     runs: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/evidence"),
     docs: Annotated[Path, typer.Option(help="Where evidence.md and figures go.")] = Path("docs"),
-    workers: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
 ) -> None:
     """Run what is missing, then write the tables and figures."""
-    reports = run_all(KINDS, [int(seed) for seed in seeds.split(",")], runs, workers)
+    with refusing():
+        numbers = seeds_of(seeds)
+        require_folder("runs", runs)
+        require_folder("docs", docs)
+    reports = run_all(KINDS, numbers, runs, workers)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "evidence.md").write_text(document(reports), encoding="utf-8")
     draw_summary(reports, docs / "evidence.png")
@@ -80,6 +88,23 @@ def main(
             source = folder(runs, kind, first) / f"{picture}.png"
             shutil.copyfile(source, docs / f"demo_{kind}_{picture}.png")
     print(f"Written: {docs / 'evidence.md'}")
+
+
+def seeds_of(text: str) -> list[int]:
+    """Return different seeds, which are separated by commas.
+
+    Raises:
+        ValueError: one is no integer from 0 on, or is given twice.
+    """
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"seeds: expected integers separated by commas, got {text!r}") from error
+    for seed in seeds:
+        check_count("seeds", seed, low=0)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: expected each once, got {text!r}")
+    return seeds
 
 
 def folder(runs: Path, kind: str, seed: int) -> Path:
@@ -303,5 +328,7 @@ def draw_summary(reports: dict[tuple[str, int], dict[str, Any]], path: Path) -> 
     figure.savefig(path, dpi=150)
 
 
+app = program(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

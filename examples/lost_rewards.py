@@ -23,13 +23,15 @@ import diffusers
 import transformers
 import typer
 from matplotlib.figure import Figure
-from mteditflow_examples.evidence import cell, made_with, signed
+from mteditflow_examples.evidence import cell, made_with, seeds_of, signed
 from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import COUNTS, write_world
 from mteditflow_examples.shapes.held_out import evaluate_held_out
 from mteditflow_examples.shapes.served import service
 from tqdm import tqdm
 
+from mteditflow._command import program, refusing
+from mteditflow._files import require_folder
 from mteditflow.evaluation import Evaluation
 from mteditflow.training import Checkpoints, read_metrics, run_report, write_report
 
@@ -58,13 +60,17 @@ def main(
         "runs/lost_rewards"
     ),
     docs: Annotated[Path, typer.Option(help="Where the page and the figure go.")] = Path("docs"),
-    workers: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
 ) -> None:
     """Run what is missing, then write the page and the figure."""
+    with refusing():
+        numbers = seeds_of(seeds)
+        require_folder("runs", runs)
+        require_folder("docs", docs)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    reports = run_all([int(seed) for seed in seeds.split(",")], runs, workers)
+    reports = run_all(numbers, runs, workers)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "lost_rewards.md").write_text(document(reports), encoding="utf-8")
     draw(reports, docs / "lost_rewards.png")
@@ -264,5 +270,7 @@ def draw(reports: Reports, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+app = program(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -14,16 +14,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain as joined
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
+from mteditflow_examples.evaluating.images import no_images
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import check_services, judged_by, prompt_of
+from mteditflow_examples.flux.rewards import (
+    check_services,
+    judged_by,
+    prompt_of,
+    require_services,
+)
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -38,12 +44,20 @@ from mteditflow import (
     overall,
     wilson_interval,
 )
-from mteditflow._command import OneLineCommand, refusing
+from mteditflow._command import OneLineCommand, failing, refusing, writing
 from mteditflow._files import write_atomically
 from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow._text import escape_controls, escape_markup
-from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, read_chains
+from mteditflow.chains import (
+    Chain,
+    ChainDataset,
+    ChainError,
+    EditedImages,
+    Skipped,
+    read_chains,
+)
 from mteditflow.chains.files import is_outside
+from mteditflow.evaluation import JudgedBy
 from mteditflow.evaluation.provenance import agreed, same_judge
 from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
@@ -62,6 +76,8 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    read_secret,
+    require_or_answers,
 )
 
 SCORES = "scores.json"
@@ -130,28 +146,30 @@ def batches(
             yield batch
 
 
+def require_images(dataset: ChainDataset, folder: Path, name: str | None) -> None:
+    """Raise unless a chain has all of its images, before anything is written.
+
+    Raises:
+        ValueError: none has; the message says why.
+    """
+    left_out: dict[str, str] = {}
+    if next(batches(dataset, folder, name, left_out), None) is None:
+        raise no_images(left_out)
+
+
 def score(
     dataset: ChainDataset, folder: Path, name: str | None, rewards: Rewards, cache: Path
 ) -> Answers:
-    """Score batch after batch; the images of one are loaded while the one before is scored.
-
-    Raises:
-        ValueError: no chain has all of its images.
-    """
+    """Score batch after batch; the images of one are loaded while the one before is scored."""
     shown, left_out, results = [], {}, []
     asked: list[Any] = []  # futures of the batch before: the judge's, the consistency server's
-    loaded = batches(dataset, folder, name, left_out)
-    first = next(loaded, None)
-    if first is None:
-        reasons = "; ".join(f"{key}: {why}" for key, why in left_out.items())
-        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
     with (
         AnswerCache(cache) as answers,
         Background() as background,
         tqdm(total=len(dataset), unit="chain") as bar,
     ):
         services = _services(rewards, answers)
-        for batch in joined([first], loaded):
+        for batch in batches(dataset, folder, name, left_out):
             results.append([future and future.result() for future in asked])
             bar.update(len(shown) - bar.n)
             asked = [s and background.submit(s.score, *batch) for s in services]
@@ -174,13 +192,13 @@ def _services(
     """Return the clients that are asked for."""
     asks = looks = None
     if rewards.judge:
-        key = os.environ.get("OPENAI_API_KEY")
+        key = read_secret("OPENAI_API_KEY")
         client = ChatClient(
             rewards.judge, rewards.judge_model, api_key=key, cache=cache, request=rewards.request
         )
         asks = Judge(client, prompt_of(rewards))
     if rewards.consistency:
-        token = os.environ.get("MTEDITFLOW_TOKEN")
+        token = read_secret("MTEDITFLOW_TOKEN")
         looks = ConsistencyClient(
             rewards.consistency, pairing=rewards.pairing, token=token, cache=cache
         )
@@ -307,6 +325,58 @@ def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def finish(
+    found: Answers,
+    skipped_lines: Sequence[Skipped],
+    judged: JudgedBy,
+    rewards: Rewards,
+    path: Path,
+    max_invalid: float,
+) -> None:
+    """Write the report, then print it; end with 1 if too much is invalid."""
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    terms: Terms = "features" if rewards.terms == "features" else "pixels"
+    scale: Scale = "likert" if rewards.scale == "likert" else "binary"
+    shown, skipped, following, kept = found
+    left_out = [*map(str, skipped_lines), *(f"{i}: {why}" for i, why in skipped.items())]
+    table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
+    own = kept and (kept.scores if terms == "features" else kept.l1_scores)
+    scored = {"following": following, "consistency": own}
+    report = {
+        "summary": table,
+        "invalid": {
+            what: {"share": scores.invalid_share, "turns_by_reason": scores.reasons}
+            | {"unmeasured_turns": int(scores.unmeasured.sum())}
+            for what, scores in scored.items()
+            if scores is not None
+        },
+        "left_out": left_out,
+        "judged_by": judged.model_dump(),
+        "chains": details(shown, following, kept),
+    }
+    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    for reason in left_out:
+        console.print(f"left out: {escape_controls(reason)}", markup=False)
+    console.print(f"{len(shown)} chains, {len(left_out)} left out")
+    show(table, console)
+    console.print(f"Judged by: {escape_controls(str(judged))}.", markup=False)
+    console.print(f"Every score is in [bold]{escape_markup(str(path))}[/bold].")
+    for what, scores in scored.items():
+        if scores is not None and scores.reasons:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in scores.reasons.items())
+            console.print(f"{what}: {scores.invalid_share:.1%} of chains invalid; turns: {reasons}")
+        if scores is not None and bool(scores.unmeasured.any()):
+            nothing = int(scores.unmeasured.sum())
+            console.print(f"{what}: nothing to measure in {nothing} turns (not lost)")
+    try:
+        for scores in scored.values():
+            if scores is not None:
+                scores.require(max_invalid_share=max_invalid)
+    except InvalidRewardsError as error:
+        console.print(f"[red]error:[/red] {escape_markup(str(error))}")
+        raise typer.Exit(1) from error
+
+
 def main(
     chains: Annotated[Path, typer.Argument(help="File of chains, of any format.")],
     edited: Annotated[Path, typer.Argument(help="Folder of what an editor made of them.")],
@@ -357,8 +427,7 @@ def main(
     The judge's key, if it wants one, is read from OPENAI_API_KEY, the server's token from
     MTEDITFLOW_TOKEN.
     """
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    with refusing(KeyError, IndexError):  # the two are of a bad --name
+    with refusing(KeyError, IndexError), ExitStack() as stack:  # the two are of a bad --name
         if not judge and not consistency:
             raise ValueError("expected --judge, --consistency or both")
         if judge and not model:
@@ -384,49 +453,16 @@ def main(
         reading = read_chains(chains, strict=False, allow_outside=allow_outside)
         for chain in reading.chains if consistency else ():
             pairs_of(chain, pairing=pairing)
+        dataset, cache = ChainDataset(reading.chains), output / "answers.sqlite"
+        require_images(dataset, edited, name)
         judged = same_judge(output / SCORES, judged_by(rewards))
-        dataset = ChainDataset(reading.chains)
-        found = score(dataset, edited, name, rewards, output / "answers.sqlite")
+        most = 2 if scope == "turn" else 1 + max(chain.turns for chain in dataset.chains)
+        require_or_answers(partial(require_services, rewards, images=most), cache)
+        stack.enter_context(writing(output))
+        stack.enter_context(failing(ValueError))
+        found = score(dataset, edited, name, rewards, cache)
         judged = agreed(judged, judged_by(rewards))  # with what servers could not say before
-    shown, skipped, following, kept = found
-    left_out = [*map(str, reading.skipped), *(f"{i}: {why}" for i, why in skipped.items())]
-    for reason in left_out:
-        console.print(f"left out: {escape_controls(reason)}", markup=False)
-    console.print(f"{len(shown)} chains, {len(left_out)} left out")
-    table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
-    own = kept and (kept.scores if terms == "features" else kept.l1_scores)
-    scored = {"following": following, "consistency": own}
-    report = {
-        "summary": table,
-        "invalid": {
-            what: {"share": scores.invalid_share, "turns_by_reason": scores.reasons}
-            | {"unmeasured_turns": int(scores.unmeasured.sum())}
-            for what, scores in scored.items()
-            if scores is not None
-        },
-        "left_out": left_out,
-        "judged_by": judged.model_dump(),
-        "chains": details(shown, following, kept),
-    }
-    path = output / SCORES
-    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    show(table, console)
-    console.print(f"Judged by: {escape_controls(str(judged))}.", markup=False)
-    console.print(f"Every score is in [bold]{escape_markup(str(path))}[/bold].")
-    for what, scores in scored.items():
-        if scores is not None and scores.reasons:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in scores.reasons.items())
-            console.print(f"{what}: {scores.invalid_share:.1%} of chains invalid; turns: {reasons}")
-        if scores is not None and bool(scores.unmeasured.any()):
-            nothing = int(scores.unmeasured.sum())
-            console.print(f"{what}: nothing to measure in {nothing} turns (not lost)")
-    try:
-        for scores in scored.values():
-            if scores is not None:
-                scores.require(max_invalid_share=max_invalid)
-    except InvalidRewardsError as error:
-        console.print(f"[red]error:[/red] {escape_markup(str(error))}")
-        raise typer.Exit(1) from error
+        finish(found, reading.skipped, judged, rewards, output / SCORES, max_invalid)
 
 
 app.command(cls=OneLineCommand)(main)

@@ -38,7 +38,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.command_line import parse_or_exit
 from mteditflow_examples.flux.config import ConfigError, DistillationConfig
 
 from mteditflow.objectives import Sampling
@@ -164,11 +164,8 @@ def clean_rollout(run: Run, drawn: RoundChains, rollout: Rollout) -> Rollout:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    try:
-        config = parse(sys.argv[1:] if arguments is None else arguments, DistillationConfig)
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    words = sys.argv[1:] if arguments is None else arguments
+    config = parse_or_exit(words, DistillationConfig)
     from mteditflow_examples.flux.start import main as run_to_the_end
 
     run_to_the_end(train, config)

@@ -15,8 +15,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from mteditflow_examples.flux.command_line import parse
-from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.command_line import parse_or_exit
 
 if TYPE_CHECKING:
     from mteditflow_examples.flux.run import Run
@@ -92,11 +91,7 @@ def train(run: Run) -> None:
 
 def main() -> None:
     """Run the command line."""
-    try:
-        config = parse(sys.argv[1:])  # before the heavy imports: help and refusals are quick
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    config = parse_or_exit(sys.argv[1:])  # before the heavy imports: help and refusals are quick
     from mteditflow_examples.flux.start import main as run_to_the_end
 
     run_to_the_end(train, config)

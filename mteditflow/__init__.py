@@ -110,7 +110,7 @@ from mteditflow.metrics import (
     paired_difference_interval,
     wilson_interval,
 )
-from mteditflow.old_policy import old_policy_decay, update_old_policy
+from mteditflow.old_policy import ema_decay, old_policy_decay, update_old_policy
 
 __version__ = "0.1.0"
 
@@ -158,6 +158,7 @@ __all__ = [
     "divergence_gated_loss",
     "dpo_loss",
     "draw_probabilities",
+    "ema_decay",
     "exponential_shift_sigmas",
     "flow_matching_loss",
     "flux2_mu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from torch import Tensor
 _DAMAGED = (
     SafetensorError, RuntimeError, ValueError, AttributeError, KeyError, TypeError, OverflowError,
 )  # fmt: skip
+
+_BLOCK = 2**16  # bytes read at once in search of the last line
 
 
 @contextmanager
@@ -40,6 +43,68 @@ def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
         scratch.write_bytes(data)
+
+
+_appending = threading.Lock()
+
+
+def append_line(path: Path, line: bytes, *, sync: bool) -> None:
+    """Append a whole line, or nothing: what a full disk took of it is cut off again.
+
+    Args:
+        path: made if it is not there; one process writes it.
+        line: with its line break.
+        sync: whether to wait until it lies on the disk.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
+    with _appending, path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(line)
+            while left:  # a disk that fills up takes a part, and fails at the next try
+                left = left[file.write(left) :]
+            if sync:
+                os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def require_folder(name: str, folder: Path) -> None:
+    """Raise unless a folder is there, or can be made where folders end.
+
+    Args:
+        name: of the option that gives it.
+        folder: which need not be there.
+
+    Raises:
+        ValueError: a file is in its place, or in that of a folder above it.
+    """
+    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}: expected a folder, got the file {there}")
+
+
+def cut_half_line(path: Path) -> None:
+    """Cut off the half line that a kill has left at the end; the file is made if missing.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        size = end = file.tell()
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            if (place := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + place + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
 
 
 def save_tensors(

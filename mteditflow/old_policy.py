@@ -48,6 +48,34 @@ def old_policy_decay(update: int, *, slope: float, maximum: float, start: int = 
     return min(slope * max(update - start, 0), maximum)
 
 
+def ema_decay(update: int, *, maximum: float) -> float:
+    r"""Share of an averaged policy kept at optimizer step k: :math:`\min((1 + k)/(10 + k), d)`.
+
+    Early averages forget quickly, so that the base model does not weigh on them for long.
+
+    Args:
+        update: number k of optimizer steps taken, from 0.
+        maximum: d, the decay of later steps, in [0, 1].
+
+    Returns:
+        The decay in [0, maximum], for ``update_old_policy``.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: the count is not an integer, or the maximum is no number.
+
+    Source: the averaged weights of the implementations of DiffusionNFT (arXiv 2509.16117) and
+    Edit-R1.
+
+    Example:
+        >>> [round(ema_decay(k, maximum=0.9), 2) for k in (0, 8, 80, 800)]
+        [0.1, 0.5, 0.9, 0.9]
+    """
+    check_count("update", update, low=0)
+    check_number("maximum", maximum, low=0.0, high=1.0)
+    return min((1 + update) / (10 + update), maximum)
+
+
 @torch.no_grad()
 def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay: float) -> None:
     r"""Move the old policy toward the current one, in place: :math:`old \gets d\,old + (1-d)\,cur`.

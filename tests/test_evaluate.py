@@ -249,7 +249,7 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
     """18 of 36 turns judged, then refusals: the chains are lost by name, and nothing is 0."""
     arguments = ["run", world / "edival.csv", "--images", made / "images", "--no-thinking",
         "--model", "m", "--concurrency", "1", "--output", tmp_path]  # fmt: skip
-    script = joined([good] * 18, repeat(error(400)))
+    script = joined([good] * 19, repeat(error(400)))  # the first asks whether there is a judge
     with ScriptedServer(yes, script) as server:
         run(*arguments, "--judge", server.url, code=1)
     found = report(tmp_path)
@@ -260,7 +260,7 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
     assert found.find("marginal", 1).estimate == 100
     with ScriptedServer(yes) as server:
         run(*arguments, "--judge", server.url)
-        assert len(server.requests) == 18
+        assert len(server.requests) == 1 + 18
     assert report(tmp_path).lost == {}
     assert report(tmp_path).find("marginal", 3).count == CHAINS
 

@@ -8,11 +8,40 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow import old_policy_decay, update_old_policy
+from mteditflow import ema_decay, old_policy_decay, update_old_policy
 
 
 def exactly(message):
     return f"^{re.escape(message)}$"
+
+
+# ema_decay
+
+
+@pytest.mark.parametrize(
+    ("maximum", "expected"),
+    [
+        (0.9, {0: 1 / 10, 1: 2 / 11, 8: 9 / 18, 79: 80 / 89, 80: 81 / 90, 81: 0.9, 10_000: 0.9}),
+        (0.9999, {80: 0.9, 990: 991 / 1000, 10**6: 0.9999}),
+        (0.05, {0: 0.05, 9: 0.05}),
+        (0.0, {0: 0.0, 9: 0.0}),
+    ],
+)
+def test_an_average_warms_up_as_in_the_reference_implementation(maximum, expected):
+    for update, decay in expected.items():
+        assert ema_decay(update, maximum=maximum) == pytest.approx(decay, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((-1, 0.9), "update: expected an integer >= 0, got -1"),
+        ((0, 1.5), "maximum: expected a finite number in [0, 1], got 1.5"),
+    ],
+)
+def test_an_average_out_of_range(given, message):
+    with pytest.raises(ValueError, match=exactly(message)):
+        ema_decay(given[0], maximum=given[1])
 
 
 # old_policy_decay

@@ -16,17 +16,24 @@ FILES = sorted(
 # Module to the names of it that may be imported although no package names them in __all__.
 ALLOWED: dict[str, set[str]] = {
     # The one atomic write of the repository; it is no part of reinforcement learning.
-    "mteditflow._files": {"write_atomically"},
+    "mteditflow._files": {"require_folder", "write_atomically"},
+    "mteditflow._locks": {"sole_writer"},
+    "mteditflow._pipes": {"reader_may_leave"},
     # Foreign text on a terminal, and the options of every command with a judge.
-    "mteditflow._command": {"OneLineCommand", "OneLineGroup", "refusing"},
+    "mteditflow._command": {"BAD_INPUT", "OneLineCommand", "OneLineGroup", "refuse", "refusing"},
     "mteditflow._text": {"escape_controls", "escape_markup"},
     "mteditflow.rewards.command_line": {
         "AnswerTokens",
         "ChatTemplateKwargs",
         "ExtraBody",
         "ReasoningTokens",
+        "check_source",
+        "read_secret",
         "request_options",
+        "require_reachable",
     },
+    # Whether a folder holds a pipeline that can be trained, before it is loaded.
+    "mteditflow.pipelines.families": {"find_family"},
     # What records of judges and makers are made and compared with.
     "mteditflow.evaluation.provenance": {
         "agreed",

@@ -19,6 +19,7 @@ from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import FAMILIES, Editor
+from mteditflow.rewards.command_line import check_source
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # of a hub id, by diffusers' name
 
@@ -67,6 +68,18 @@ class Model:
             resolution=self.resolution,
             call=json.dumps(others, sort_keys=True),
         )
+
+    def check(self) -> None:
+        """Refuse what is no pipeline or no LoRA, before anything is loaded.
+
+        Raises:
+            ValueError: it is neither there nor a hub id.
+            OSError: a hub has none of that id.
+        """
+        check_source("--editor", self.editor, "model_index.json")
+        DiffusionPipeline.load_config(self.editor)  # of a hub id it fetches this file alone
+        if self.lora is not None and not Path(self.lora).exists():
+            check_source("--lora", self.lora, LORA_FILE)
 
     def load(self, device: torch.device) -> Edits:
         """Load it; its class tells how it is called."""

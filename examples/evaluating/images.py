@@ -34,6 +34,28 @@ class MadeImages:
         """
         return [self.reference(chain), *self.edited.load(chain)]
 
+    def require_any(self, chains: Sequence[Chain]) -> None:
+        """Raise unless the images of a chain can be read.
+
+        Raises:
+            ValueError: those of none can; the message says why.
+        """
+        faults: dict[str, str] = {}
+        for chain in chains:
+            fault = self._fault(chain)
+            if fault is None:
+                return
+            faults[chain.id] = fault
+        raise no_images(faults)
+
+    def _fault(self, chain: Chain) -> str | None:
+        """Return why the images of a chain cannot be read, None where they can."""
+        try:
+            self.load(chain)
+        except ChainError as error:
+            return str(error)
+        return None
+
     def reference(self, chain: Chain) -> Image.Image:
         """Read the reference as the editor is given it.
 
@@ -73,6 +95,12 @@ class MadeImages:
                     self.edited.write(chain, own)
                 bar.update(len(chains))
         state.wait_for_everyone()
+
+
+def no_images(faults: Mapping[str, str]) -> ValueError:
+    """Return the error where no chain has its images, for the reason that each chain has."""
+    reasons = "; ".join(f"{name}: {why}" for name, why in faults.items())
+    return ValueError(f"expected at least one chain with its images, got none. {reasons}")
 
 
 class ByRow(Mapping[int, list[Image.Image]]):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from mteditflow._files import write_atomically
+from mteditflow._pipes import reader_may_leave
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.chains.record import first_error
 from mteditflow.evaluation import Evaluation, Provenance, Report, draw_report
@@ -148,9 +149,12 @@ def write_scores(folder: Path, evaluation: Evaluation, chains: Sequence[Chain]) 
 def show(report: Report, folder: Path) -> None:
     """Print the tables, what they leave out, and where all of it is."""
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    for table in rich_tables(report):
-        console.print(table)
-    for line in [*lost_in_short(report), *report.notes, *judges(report)]:
-        console.print(line, markup=False)
-    console.print(f"{denominators(report)}.", markup=False)
-    console.print(f"All of it is in {folder}; look at gallery.html.", markup=False, soft_wrap=True)
+    with reader_may_leave():
+        for table in rich_tables(report):
+            console.print(table)
+        for line in [*lost_in_short(report), *report.notes, *judges(report)]:
+            console.print(line, markup=False)
+        console.print(f"{denominators(report)}.", markup=False)
+        console.print(
+            f"All of it is in {folder}; look at gallery.html.", markup=False, soft_wrap=True
+        )

@@ -36,8 +36,9 @@ from mteditflow.rewards import (
     ScoredDetector,
     TurnScores,
 )
+from mteditflow.rewards.command_line import check_source
 
-from .images import MadeImages
+from .images import MadeImages, no_images
 
 PART = 32  # chains whose images are in memory at once, and as many that wait
 
@@ -102,8 +103,9 @@ class Asks(NamedTuple):
         """Refuse what does not go together, or cannot be used, before anything is loaded.
 
         Raises:
-            ValueError: options exclude each other, there is no such scorer, its scale is not the
-                one that is asked for, the threshold is off it, or a URL does not end in /v1.
+            ValueError: options exclude each other, there is no such scorer or model, its scale is
+                not the one that is asked for, the threshold is off it, or a URL does not end in
+                /v1.
         """
         if self.by_type and (config.scorer is not None or config.scale != "binary"):
             raise ValueError("--checks edival: expected no --scorer and --scale binary")
@@ -113,6 +115,9 @@ class Asks(NamedTuple):
             raise ValueError("--ocr: expected --checks edival with it")
         if self.ocr and find_spec("rapidocr") is None:
             raise ValueError("--ocr: expected rapidocr (pip install 'mteditflow[ocr]'), got none")
+        for name, source in (("--detector", self.detector), ("--preference", self.preference)):
+            if source is not None:
+                check_source(name, source, "config.json")
         check_services(config)
 
     def provenance(self, config: Rewards, made_by: MadeBy) -> Provenance:
@@ -202,8 +207,7 @@ def score_chains(
     readable = (part for part in parts if part)
     first = next(readable, None)
     if first is None:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
+        raise no_images(left_out)
     waiting: deque[Future[Mapping[str, TurnScores]]] = deque()
     found: list[Mapping[str, TurnScores]] = []
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,19 +15,12 @@ from .run import Run
 
 
 def restore(run: Run) -> None:
-    """Go on from a checkpoint, if there is one to go on from; a collective call.
+    """Go on from the checkpoint that was found, if there is one; a collective call.
 
     Raises:
-        ConfigError: there is one and ``output.resume`` is never, it is of another objective or of
-            other chains, or ranks find different ones.
+        ConfigError: ranks have found different ones.
     """
-    output = run.config.output
-    found = run.checkpoints.find("auto" if output.resume == "never" else output.resume)
-    if output.resume == "never" and found is not None:
-        raise ConfigError(
-            f"output.resume: never, but {output.folder} holds a run; choose another folder, or go "
-            "on with auto"
-        )
+    found = run.found
     (rounds,), _ = gather_ranks(torch.tensor([found.round if found else 0], device=run.device))
     if len(rounds.unique()) > 1:
         raise ConfigError(
@@ -80,6 +71,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             "skipped": state.skipped,
             "optimizer": values,
             "config": dumped(run.config),
+            "files": run.files,
         }
         if run.main:
             evaluations = run.held_out.all() if evaluated and run.held_out else []
@@ -103,19 +95,11 @@ def _trained(run: Run) -> tuple[str, ...]:
 
 
 def _load(run: Run, found: Checkpoint) -> None:
-    """Take everything from a checkpoint.
-
-    Raises:
-        ConfigError: it is of another objective, or of other chains.
-    """
+    """Take everything from a checkpoint but the order of chains, which the sampler has."""
     state, kept = run.state, found.state
     for name in _trained(run):
         run.policies.load_state_dict(found.tensors(name), name)
     load_optimizer_state(run.optimizer, found.tensors("optimizer"), kept["optimizer"])
-    try:
-        run.sampler.load_state_dict(kept["sampler"])
-    except ValueError as error:  # other chains, groups or seed
-        raise ConfigError(f"output.resume: cannot go on from {found.path}: {error}") from error
     run.watch.load_state_dict(kept["watch"])
     if state.floor is not None:
         value = kept.get("multipliers", {}).get("consistency", 0.0)
@@ -127,25 +111,3 @@ def _load(run: Run, found: Checkpoint) -> None:
     state.done, state.updates, state.skipped = found.round, kept["updates"], kept["skipped"]
     if run.config.output.resume == "auto":
         run.saved = state.done
-    run.log.message(f"going on after round {state.done}, from {found.path}")
-    _log_changes(run, kept["config"])
-
-
-def _log_changes(run: Run, before: Mapping[str, Any]) -> None:
-    """Log the fields that are not those that the checkpoint was made with.
-
-    Raises:
-        ConfigError: the objective is another one, whose old policy and optimizer are none.
-    """
-    now = dumped(run.config)
-    names = [config["objective"]["name"] for config in (before, now)]
-    if names[0] != names[1]:
-        raise ConfigError(
-            f"objective: expected {names[0]!r}, with which the run in "
-            f"{run.config.output.folder} began, got {names[1]!r}"
-        )
-    for section, fields in now.items():
-        for name, value in fields.items():
-            was = before.get(section, {}).get(name)
-            if was != value:
-                run.log.warning(f"{section}.{name} was {was!r} and is {value!r} from here on")

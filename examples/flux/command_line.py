@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import field, fields, make_dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 
 import tyro
 
+from mteditflow._pipes import reader_may_leave
+from mteditflow._text import escape_controls
 from mteditflow.objectives import OBJECTIVES, Objective
 
 from .config import Config, ConfigError, checked, dumped, name_of, typed
@@ -22,6 +27,24 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
+BAD_INPUT = 2  # exit code
+# Of the boxes that tyro draws around errors, in ASCII where a terminal has nothing better.
+FRAME, RULE = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯|+]"), re.compile(r"[-─]{4}")
+
+
+def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
+    """Read the command line as ``parse`` does; what is wrong ends the program with one line.
+
+    Raises:
+        SystemExit: with 2, the command line is wrong or empty; with 0, it asks for help.
+    """
+    try:
+        with reader_may_leave():
+            return parse(arguments, kind)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {escape_controls('; '.join(str(error).splitlines()))}\n")
+        sys.exit(BAD_INPUT)
+    sys.exit(0)  # the reader of the help has left, and that ended the printing
 
 
 def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
@@ -32,33 +55,60 @@ def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
         kind: class of the configuration.
 
     Raises:
-        ConfigError: a field is out of range, has no effect, or goes with no other.
-        SystemExit: the command line cannot be parsed, or asks for help.
+        ConfigError: the command line cannot be parsed; or a field is out of range, has no effect,
+            or goes with no other.
+        SystemExit: there are no words, or they ask for help.
     """
     words = list(arguments)
     if not words or words[0] in HELP:
         print(overview(kind))
-        sys.exit(0 if words else 2)
+        sys.exit(0 if words else BAD_INPUT)
     base = _preset(words[0], kind)
     chosen = [word for word in words[1:] if word.startswith("objective:")]
     rest = [word for word in words[1:] if word not in chosen]
     if len(chosen) > 1:
         raise ConfigError(f"objective: expected one, got {' and '.join(chosen)}")
     if chosen:
-        base = replace(base, objective=_other_objective(base.objective, chosen[0]))
+        base = replace(base, objective=_other_objective(base.objective, chosen[0], kind))
     asked = next((place for place, word in enumerate(rest) if word in HELP), None)
     if asked is not None:
         sections = (*_plain_words(rest[:asked]), *_plain_words(rest[asked + 1 :]))
         _help(words[0], base, sections)
-    config = tyro.cli(
-        kind,
-        default=base,
-        args=rest,
-        prog=f"{Path(sys.argv[0]).name} {words[0]}",
-        config=(tyro.conf.AvoidSubcommands,),
-        add_help=False,
-    )
-    return checked(typed(dumped(config), kind), base)
+    return checked(typed(dumped(_with_fields(base, rest)), kind), base)
+
+
+def _with_fields(base: Config, words: Sequence[str]) -> Config:
+    """Return a configuration with the fields that words of the command line give.
+
+    Raises:
+        ConfigError: they cannot be parsed.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said), redirect_stdout(said):
+            return tyro.cli(
+                type(base),
+                default=base,
+                args=words,
+                config=(tyro.conf.AvoidSubcommands,),
+                add_help=False,
+            )
+    except SystemExit as error:
+        raise ConfigError(_in_a_line(said.getvalue())) from error
+
+
+def _in_a_line(box: str) -> str:
+    """Return what a box says: its title and rules left out, of hints below the names of options."""
+    lines = [FRAME.sub("", line).strip() for line in box.splitlines()]
+    parts = [[]]
+    for line in lines[1:]:
+        if RULE.match(line):
+            parts.append([])
+        elif line:
+            parts[-1].append(line)
+    wrong, *hints = (" ".join(part) for part in parts if part)
+    options = re.findall(r"--[\w.-]+", hints[0]) if hints and "you meant" in hints[0] else []
+    return "; perhaps ".join([" ".join(wrong.split()), *dict.fromkeys(options[:1])])
 
 
 def overview(kind: type[Config]) -> str:
@@ -148,12 +198,14 @@ def _preset(name: str, kind: type[Config]) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _other_objective(before: Objective, word: str) -> Objective:
+def _other_objective(before: Objective, word: str, program: type[Config]) -> Objective:
     """Return another objective of the same kind, with the fields that both have.
 
     Raises:
         ConfigError: there is none of the name, or it is of another kind.
     """
+    if program is not Config:
+        raise ConfigError(f"objective: expected none beside {name_of(before)!r}, got {word!r}")
     name = word.removeprefix("objective:")
     family = type(before).__mro__[1]
     fitting = [n for n, c in OBJECTIVES.items() if c.card.rewarded and issubclass(c, family)]

@@ -15,6 +15,7 @@ from mteditflow import LagrangeMultiplier
 from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
 from mteditflow.rewards import SCALES, RequestOptions
 
+RESUME = ("auto", "best", "never")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
@@ -237,7 +238,8 @@ class Training:
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     ema_decay: Share = 0.9
-    """Share that the averaged policy keeps of itself; 0: there is none."""
+    """Share d that the averaged policy keeps of itself; less at first, (1 + k)/(10 + k) at
+    optimizer step k. 0: there is none."""
     ema_every: Count = 8
     """Optimizer steps between its updates."""
     seed: Natural = 0
@@ -494,6 +496,11 @@ def _unsound(config: Config) -> Iterator[str]:
         yield f"rewards.{error}"
     if evaluation.policy == "ema" and training.ema_decay == 0:
         yield "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"
+    if config.output.resume not in RESUME and not Path(config.output.resume).is_dir():
+        yield (
+            f"output.resume: expected auto, best, never or the folder of a checkpoint, got "
+            f"{config.output.resume!r}"
+        )
     if data.groups * data.group_size % training.minibatches:
         yield (
             f"training.minibatches: expected a divisor of the {data.groups * data.group_size} "

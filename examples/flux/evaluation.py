@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from PIL.Image import Image
 
 from mteditflow.chains import Chain
-from mteditflow.evaluation import Evaluation, MadeBy, Provenance
-from mteditflow.evaluation.provenance import content_hash
+from mteditflow.evaluation import Evaluation, Provenance
 from mteditflow.objectives import keyed_generator
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores
 
 from .held_out import HeldOut
+from .loading import made_by
 from .rewards import scale_of
 from .run import Run
 from .sampling import collect
@@ -60,7 +59,9 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
             instructions=[chain.instructions for chain in records],
             terms={name: _first(x, len(records)) for name, x in terms.items()},
             success_at=scale_of(run.config.rewards).success,
-            provenance=Provenance(judged_by=run.judged_by, made_by=_made_by(run)),
+            provenance=Provenance(
+                judged_by=run.judged_by, made_by=made_by(run.config, run.state.done)
+            ),
         )
         held_out.write(evaluation)
         run.accelerator.log(evaluation.numbers, step=run.state.done)
@@ -83,22 +84,6 @@ def _edit(
         call={"num_inference_steps": run.config.evaluation.steps},
     )
     return chains, [[first, *rest] for first, rest in zip(references, edited, strict=True)]
-
-
-def _made_by(run: Run) -> MadeBy:
-    """Return what edits the held-out chains: the model, with the adapters of the round."""
-    model, options = run.config.model, run.config.evaluation
-    return MadeBy(
-        editor=model.path,
-        editor_hash=content_hash(model.path),
-        lora=f"{options.policy} policy of round {run.state.done}",
-        dtype=model.dtype,
-        seed=run.config.training.seed,
-        steps=options.steps,
-        guidance=model.guidance,
-        resolution=model.resolution,
-        call=json.dumps(model.options, sort_keys=True),
-    )
 
 
 def _first(scores: TurnScores, count: int) -> TurnScores:

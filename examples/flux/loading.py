@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
@@ -12,6 +14,8 @@ from accelerate import Accelerator, DistributedType
 from PIL import Image, ImageOps
 
 from mteditflow.chains import ChainDataset, read_chains, shared
+from mteditflow.evaluation import MadeBy
+from mteditflow.evaluation.provenance import content_hash
 from mteditflow.pipelines import Editor, LoraPolicies
 from mteditflow.training import RunLog, shard_model
 
@@ -28,8 +32,19 @@ def quiet_libraries() -> None:
 
 
 def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
-    """Load the editor, give it adapters, and shard it if it is to be sharded."""
+    """Load the editor, give it adapters, and shard it if it is to be sharded.
+
+    Raises:
+        ConfigError: it cannot be loaded as it is configured.
+    """
     quiet_libraries()
+    try:
+        return _policies(config, accelerator)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
     model = config.model
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
@@ -50,6 +65,11 @@ def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, Lor
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,
     )
+    multiple = 2 * editor.pipeline.vae_scale_factor  # pixels of a token; diffusers would round down
+    if model.resolution % multiple:
+        raise ValueError(
+            f"resolution: expected a multiple of {multiple} pixels, got {model.resolution}"
+        )
     lora = editor.lora(
         rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None
     )
@@ -63,7 +83,43 @@ def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, Lor
     return editor, policies
 
 
-def load_held_out(data: Data, train: ChainDataset, resolution: int, log: RunLog) -> ChainDataset:
+def made_by(config: Config, done: int) -> MadeBy:
+    """Return what edits held-out chains after a round: the model, with the adapters of then."""
+    model = config.model
+    return MadeBy(
+        editor=model.path,
+        editor_hash=content_hash(model.path),
+        lora=f"{config.evaluation.policy} policy of round {done}",
+        dtype=model.dtype,
+        seed=config.training.seed,
+        steps=config.evaluation.steps,
+        guidance=model.guidance,
+        resolution=model.resolution,
+        call=json.dumps(model.options, sort_keys=True),
+    )
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Words for the log of a run, before there is one."""
+
+    lines: list[tuple[str, bool]] = field(default_factory=list)
+
+    def message(self, text: str) -> None:
+        """Keep a message."""
+        self.lines.append((text, False))
+
+    def warning(self, text: str) -> None:
+        """Keep a warning."""
+        self.lines.append((text, True))
+
+    def write(self, log: RunLog) -> None:
+        """Log them in order."""
+        for text, warns in self.lines:
+            (log.warning if warns else log.message)(text)
+
+
+def load_held_out(data: Data, train: ChainDataset, resolution: int, notes: Notes) -> ChainDataset:
     """Read the held-out chains, which share nothing with those to train on.
 
     Raises:
@@ -71,7 +127,7 @@ def load_held_out(data: Data, train: ChainDataset, resolution: int, log: RunLog)
         ChainError: a line is bad.
         OSError: a file cannot be opened.
     """
-    chains = load_chains(data, data.held_out, resolution, log)
+    chains = load_chains(data, data.held_out, resolution, notes)
     found = shared(train.chains, chains.chains)
     if found.any and not data.allow_overlap:
         raise ConfigError(
@@ -79,11 +135,11 @@ def load_held_out(data: Data, train: ChainDataset, resolution: int, log: RunLog)
             "chains by mteditflow chains split, or give --data.allow-overlap"
         )
     if found.any:
-        log.warning(f"held-out chains are not held out: shared with data.chains are {found}")
+        notes.warning(f"held-out chains are not held out: shared with data.chains are {found}")
     return chains
 
 
-def load_chains(data: Data, path: Path, resolution: int, log: RunLog) -> ChainDataset:
+def load_chains(data: Data, path: Path, resolution: int, notes: Notes) -> ChainDataset:
     """Read chains, cut them to the turns of the run, and fit their images to squares.
 
     Raises:
@@ -97,7 +153,9 @@ def load_chains(data: Data, path: Path, resolution: int, log: RunLog) -> ChainDa
         raise ConfigError(f"data.turns: expected chains of {data.turns} turns in {path}, got none")
     if len(cut) < len(chains):
         short = len(chains) - len(cut)
-        log.message(f"{path}: left out {short} of {len(chains)} chains, shorter than {data.turns}")
+        notes.message(
+            f"{path}: left out {short} of {len(chains)} chains, shorter than {data.turns}"
+        )
 
     def fit(image: Image.Image) -> Image.Image:
         return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)

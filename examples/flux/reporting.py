@@ -153,7 +153,12 @@ def summarize(run: Run) -> None:
     if run.held_out is None:
         run.log.message(f"{run.state.done} rounds done; no held-out chains, so no report")
         return
+    if len(evaluations) < 2:
+        run.log.message(f"{run.state.done} rounds done; evaluated once, so there is no report")
+        return
     before, after = evaluations[0], evaluations[-1]
+    if before.round:
+        run.log.warning(f"no evaluation of round 0: before is round {before.round}")
     images = (run.held_out.images(e.round) for e in (before, after))
     repaired = draw_before_after(before, after, *images)
     if repaired is not None:

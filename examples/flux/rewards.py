@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -33,7 +32,9 @@ from mteditflow.rewards import (
     TurnScores,
     consistency_identity,
     judge_identity,
+    reach_endpoints,
 )
+from mteditflow.rewards.command_line import read_secret, require_reachable
 from mteditflow.training import Aggregation, RoundRewards
 
 from .config import ConfigError, Rewards
@@ -42,6 +43,7 @@ Submit = Callable[[Sequence[Chain], Sequence[Sequence[Image]]], "Future[Mapping[
 
 
 FOLLOWING = "following"
+QUESTION = 60.0  # s for an answer of a service that is only to be there
 
 
 class Scorer(Protocol):
@@ -73,7 +75,7 @@ class Services:
         self.client = ChatClient(
             config.judge,
             config.judge_model,
-            api_key=os.environ.get("OPENAI_API_KEY"),
+            api_key=read_secret("OPENAI_API_KEY"),
             cache=cache,
             request=config.request,
             concurrency=config.concurrency,
@@ -85,7 +87,7 @@ class Services:
             self._looks = ConsistencyClient(
                 config.consistency,
                 pairing=config.pairing,
-                token=os.environ.get("MTEDITFLOW_TOKEN"),
+                token=read_secret("MTEDITFLOW_TOKEN"),
                 cache=cache,
                 concurrency=config.concurrency,
                 timeout=config.timeout,
@@ -135,6 +137,34 @@ def check_services(config: Rewards) -> None:
         ConsistencyClient(config.consistency)
 
 
+def require_services(config: Rewards, *, images: int) -> None:
+    """Ask every judge and consistency server one small question, before a run that needs them.
+
+    Args:
+        config: who scores.
+        images: most images in one request to the judge.
+
+    Raises:
+        ValueError: one does not answer; the message says why.
+    """
+    timeout = min(config.timeout, QUESTION)
+    if config.judge:
+        client = ChatClient(
+            config.judge,
+            config.judge_model,
+            api_key=read_secret("OPENAI_API_KEY"),
+            request=config.request,
+            timeout=timeout,
+            attempts=2,
+        )
+        found = anyio.run(partial(reach_endpoints, client, images=images))
+        require_reachable("rewards.judge", found)
+    if config.consistency:
+        token = read_secret("MTEDITFLOW_TOKEN")
+        looks = ConsistencyClient(config.consistency, token=token, timeout=timeout, attempts=2)
+        require_reachable("rewards.consistency", anyio.run(looks.reach))
+
+
 @contextmanager
 def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
     """Score in the background while the block lasts.
@@ -156,6 +186,10 @@ def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
         yield lambda chains, images: background.submit(scorer.score, chains, images)
 
 
+class ScorerError(ValueError):
+    """A scorer does not return what it has to."""
+
+
 class OnScale:
     """A scorer whose "following" scores are refused off its scale."""
 
@@ -168,16 +202,16 @@ class OnScale:
         """See ``Scorer``.
 
         Raises:
-            ConfigError: "following" is missing, or a score of it is off the scale.
+            ScorerError: "following" is missing, or a score of it is off the scale.
         """
         found = await self._scorer.score(chains, images)
         if FOLLOWING not in found:
-            raise ConfigError(f"rewards.scorer: expected {FOLLOWING!r}, got {sorted(found)}")
+            raise ScorerError(f"rewards.scorer: expected {FOLLOWING!r}, got {sorted(found)}")
         try:
             self._scale.check(FOLLOWING, found[FOLLOWING].score)
         except ValueError as error:
             name = type(self._scorer).__name__
-            raise ConfigError(f"{error}; {name} declares the scale {self._scale}") from error
+            raise ScorerError(f"{error}; {name} declares the scale {self._scale}") from error
         return found
 
 
@@ -246,7 +280,7 @@ def judged_by(config: Rewards) -> JudgedBy:
         return JudgedBy(scorer=f"{config.scorer} {version or ''}".strip(), scale=scale)
     judge, looks, found = config.judge, config.consistency, JudgedBy()
     if judge:
-        key = os.environ.get("OPENAI_API_KEY")
+        key = read_secret("OPENAI_API_KEY")
         identity = partial(judge_identity, judge, config.judge_model, api_key=key)
         found = JudgedBy(
             judge=config.judge_model,
@@ -258,7 +292,7 @@ def judged_by(config: Rewards) -> JudgedBy:
             checks="question",
         )
     if looks:
-        token = os.environ.get("MTEDITFLOW_TOKEN")
+        token = read_secret("MTEDITFLOW_TOKEN")
         server = anyio.run(partial(consistency_identity, looks, token=token))
         own = {"consistency_server": server, "terms": config.terms, "pairing": config.pairing}
         found = found.model_copy(update=own)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from accelerate import Accelerator
 
-from mteditflow import AdaptiveKL, LagrangeMultiplier, RewardHistory
+from mteditflow import AdaptiveKL, LagrangeMultiplier, RewardHistory, ema_decay
 from mteditflow.chains import ChainDataset, GroupSampler
 from mteditflow.evaluation import JudgedBy
 from mteditflow.objectives import Objective, RoundKey
 from mteditflow.pipelines import Editor, LoraPolicies
-from mteditflow.training import Checkpoints, RewardWatch, RunLog, Termination, Update
+from mteditflow.training import Checkpoint, Checkpoints, RewardWatch, RunLog, Termination, Update
 
 from .config import Config
 from .held_out import HeldOut
@@ -58,6 +58,8 @@ class Run:
         submit: takes chains and images, and returns the future of their scores.
         method: name of what trains, in titles.
         judged_by: who scores.
+        found: checkpoint that the run goes on from; None where it begins.
+        files: hashes of the files that the run depends on, as ``resuming.fingerprints`` gives them.
         numbers: metrics of the round in progress.
         means: means of the metrics of each of its updates.
         first_round: first round of this process.
@@ -81,12 +83,19 @@ class Run:
     state: State
     method: str
     judged_by: JudgedBy
+    found: Checkpoint | None = None
+    files: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     means: list[dict[str, float]] = field(default_factory=list)
     batches: Iterator[list[int]] = field(default_factory=lambda: iter(()))
     first_round: int = -1
     saved: int = -1
     between: bool = True
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has gone on from a checkpoint, or begun without one."""
+        return self.first_round >= 0
 
     @property
     def device(self) -> torch.device:
@@ -156,4 +165,5 @@ class Run:
         state.skipped, self.between = 0, False
         state.updates += 1
         if training.ema_decay > 0 and state.updates % training.ema_every == 0:
-            self.policies.update_ema(decay=training.ema_decay)
+            decay = ema_decay(state.updates, maximum=training.ema_decay)
+            self.policies.update_ema(decay=decay)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from accelerate import Accelerator, DistributedType
 
 from mteditflow import AdaptiveKL, RewardHistory
 from mteditflow._command import refusing
-from mteditflow.chains import ChainError, GroupSampler, InformativeSampler
-from mteditflow.evaluation import JudgedBy
+from mteditflow._locks import sole_writer
+from mteditflow.chains import ChainError
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError
 from mteditflow.training import (
@@ -27,10 +28,10 @@ from mteditflow.training import (
 
 from .checkpointing import save_if_new
 from .config import Config, ConfigError, flat, name_of
-from .held_out import HeldOut
-from .loading import load_chains, load_held_out, load_policies
+from .inputs import Inputs, check, read_inputs, refusing_together
+from .loading import load_policies
 from .reporting import summarize
-from .rewards import Submit, judged_by, scale_of, scoring
+from .rewards import ScorerError, Submit, scoring
 from .run import Run, State, Stopped
 
 BAD_INPUT = (ConfigError, ChainError)
@@ -39,39 +40,29 @@ ENDS = (
     ReplayError,
     RewardCollapseError,
     FloatingPointError,
+    ScorerError,
+    OSError,
 )
 
 
 def build(
     config: Config,
     accelerator: Accelerator,
+    inputs: Inputs,
     log: RunLog,
     termination: Termination,
     submit: Submit,
 ) -> Run:
-    """Load everything that a run consists of.
+    """Load the models, and put a run together.
 
     Raises:
-        ConfigError: something of the configuration does not fit what was loaded.
+        ConfigError: the models cannot be loaded as they are configured.
     """
-    data, training, output = config.data, config.training, config.output
+    training, output, safety = config.training, config.output, config.safety
+    inputs.notes.write(log)
     ranks = int(accelerator.num_processes)
-    own = data.groups * data.group_size // ranks
-    if own % training.minibatches:
-        raise ConfigError(
-            f"training.minibatches: expected a divisor of the {own} trajectories of "
-            f"each of {ranks} ranks, got {training.minibatches}"
-        )
-    chains = load_chains(data, data.chains, config.model.resolution, log)
-    held_out, judge = None, judged_by(config.rewards)
-    if data.held_out is not None:
-        held_out_chains = load_held_out(data, chains, config.model.resolution, log)
-        held_out = HeldOut(held_out_chains, output.folder / "evaluations", accelerator)
-        judge = _same_judge(held_out, judge, output.folder)
-    sampler = GroupSampler if data.draw == "epochs" else InformativeSampler
     log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
     editor, policies = load_policies(config, accelerator)
-    safety = config.safety
     return Run(
         config=config,
         log=log,
@@ -83,37 +74,17 @@ def build(
         optimizer=torch.optim.AdamW(
             policies.parameters(), training.learning_rate, weight_decay=training.weight_decay
         ),
-        chains=chains,
-        sampler=sampler(
-            chains,
-            groups=data.groups,
-            group_size=data.group_size,
-            ranks=ranks,
-            rank=accelerator.process_index,
-            split_groups=data.split_groups,
-            seed=training.seed,
-        ),
-        held_out=held_out,
+        chains=inputs.chains,
+        sampler=inputs.sampler,
+        held_out=inputs.held_out,
         checkpoints=Checkpoints(output.folder / "checkpoints", keep_last=output.keep),
         watch=RewardWatch(drop=safety.collapse_drop, window=safety.collapse_window),
         state=initial_state(config),
         method=name_of(config.objective).upper(),
-        judged_by=judge,
+        judged_by=inputs.judged_by,
+        found=inputs.found,
+        files=inputs.files,
     )
-
-
-def _same_judge(held_out: HeldOut, judge: JudgedBy, folder: Path) -> JudgedBy:
-    """Return the judge of the run's evaluations so far, else this one.
-
-    Raises:
-        ConfigError: they were judged by another.
-    """
-    try:
-        return held_out.judge(judge)
-    except ValueError as error:
-        raise ConfigError(
-            f"{folder} holds evaluations by another judge; choose another output.folder: {error}"
-        ) from error
 
 
 def initial_state(config: Config) -> State:
@@ -129,40 +100,78 @@ def initial_state(config: Config) -> State:
 
 
 def main(train: Callable[[Run], None], config: Config) -> None:
-    """Run a trainer; exit with 0 after the last round or a signal, 2 for bad input, else with 1."""
+    """Run a trainer, and end the program where that ends early.
+
+    Raises:
+        SystemExit: with 2 for what is refused before anything is loaded, with 1 for what fails
+            later; after the last round and after a signal it returns.
+    """
     with refusing():
-        scale_of(config.rewards)
+        check(config)
     folder = config.output.folder
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=list(config.output.trackers) or None,
         project_dir=str(folder),
     )
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        sys.exit(
-            "error: DeepSpeed's engine would keep its own copies of the adapters; shard by "
-            "--model.shard (FSDP2, the same as ZeRO-3) under any other launcher"
-        )
-    log = RunLog(folder, console=True, main=accelerator.is_main_process)
-    accelerator.init_trackers("trackers", config=flat(config))
-    cache = folder / f"answers-{accelerator.process_index}.sqlite"
     try:
-        with Termination() as termination, scoring(config.rewards, cache) as submit:
-            run = build(config, accelerator, log, termination, submit)
-            with saved_on_exit(run):
-                train(run)
-                summarize(run)
-    except Stopped:
-        pass  # with 0: the run did what it was asked to
-    except BAD_INPUT as error:
-        log.message(f"error: {error}")
-        sys.exit(2)
-    except ENDS as error:
-        log.message(f"error: {error}")
-        sys.exit(1)
+        with Termination() as termination, ExitStack() as stack:
+            with refusing_together(accelerator):
+                _refuse_deepspeed(accelerator)
+                inputs = read_inputs(config, accelerator)
+                log = _open_log(folder, accelerator, stack)
+                cache = folder / f"answers-{accelerator.process_index}.sqlite"
+                submit = stack.enter_context(scoring(config.rewards, cache))
+            accelerator.init_trackers("trackers", config=flat(config))
+            _run(train, partial(build, config, accelerator, inputs, log, termination, submit), log)
     finally:
         gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
         accelerator.end_training()
+
+
+def _run(train: Callable[[Run], None], load: Callable[[], Run], log: RunLog) -> None:
+    """Load a run and train; what is known to end one ends it with a line of the log.
+
+    Raises:
+        SystemExit: with 2 before the run goes on or begins, with 1 later.
+    """
+    run: Run | None = None
+    try:
+        run = load()
+        with saved_on_exit(run):
+            train(run)
+            summarize(run)
+    except Stopped:
+        pass  # with 0: the run did what it was asked to
+    except (*BAD_INPUT, *ENDS) as error:
+        with suppress(OSError):  # of the log, on a full disk: the words are on the terminal
+            log.message(f"error: {error}")
+        sys.exit(1 if run is not None and run.begun else 2)
+
+
+def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLog:
+    """Open the log; rank 0 locks the folder first.
+
+    Raises:
+        InUseError: another run writes into the folder.
+        OSError: the folder cannot be written.
+        ValueError: its ``metrics.jsonl`` is damaged.
+    """
+    main = bool(accelerator.is_main_process)
+    stale = stack.enter_context(sole_writer(folder)) if main else None
+    log = RunLog(folder, console=True, main=main)
+    stack.enter_context(log.capture())
+    if stale is not None:
+        log.warning(f"{folder}: going on after {stale}, which was killed")
+    return log
+
+
+def _refuse_deepspeed(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "DeepSpeed's engine would keep its own copies of the adapters; shard by --model.shard "
+            "(FSDP2, the same as ZeRO-3) under any other launcher"
+        )
 
 
 @contextmanager

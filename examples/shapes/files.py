@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging
 
+from mteditflow._command import program, refusing
+from mteditflow._files import require_folder
 from mteditflow.chains import Chain as Record
 from mteditflow.chains import write_chains
 
@@ -92,10 +94,14 @@ def main(
     turns: Annotated[int, typer.Option(min=1, help="Instructions in each chain.")] = 3,
 ) -> None:
     """Write a tiny trained editor, chains and their reference pictures."""
+    with refusing():
+        require_folder("output", output)
     logging.disable_progress_bar()  # of transformers, one for each of its parts
     counts = (train_chains, held_out)
     print(*write_world(output, family, seed=seed, counts=counts, turns=turns), sep="\n")
 
 
+app = program(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mteditflow import flow_matching_loss, interpolate, shift_sigmas, update_old_policy
+from mteditflow._command import program
 
 from .conditioning import Conditioner
 from .editor import WEIGHTS, Family, build_klein, build_kontext, load_editor, save_weights
@@ -207,5 +208,7 @@ def main(
     save_weights(pipeline.transformer, out, card)
 
 
+app = program(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -35,6 +35,7 @@ from fastapi import FastAPI
 from PIL import Image
 from torch import Tensor
 
+from mteditflow._command import program
 from mteditflow.chains import Chain as Record
 from mteditflow.rewards import ConsistencyScorer
 from mteditflow.rewards.server import create_app
@@ -121,6 +122,8 @@ def judge_app(*, lost_answers: float, invent: bool = False) -> FastAPI:
     @app.post("/v1/chat/completions")
     def complete(body: dict[str, Any]) -> dict[str, Any]:
         content = body["messages"][-1]["content"]
+        if "response_format" not in body:  # of a client that asks whether there is a judge
+            return _completion("stop", "ok")
         fate = int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big")
         lost = fate / 2**64 < lost_answers
         if lost and not invent:
@@ -179,13 +182,15 @@ def main(
 ) -> None:
     """Serve on a free port of the loopback, whose URL is written first."""
     if what is Service.judge:
-        app = judge_app(lost_answers=lost_answers, invent=invent)
+        served = judge_app(lost_answers=lost_answers, invent=invent)
     else:
-        app = create_app(ConsistencyScorer(RuleDetector()))
+        served = create_app(ConsistencyScorer(RuleDetector()))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(served, log_level="warning")).run(sockets=[listener])
 
+
+app = program(main)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

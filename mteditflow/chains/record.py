@@ -50,6 +50,8 @@ def first_error(error: ValidationError) -> str:
         'instructions[1]: expected text, got 3'
     """
     first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return f"expected JSON, got {shorten(first['input'])} ({first['ctx']['error']})"
     place = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"])[1:]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
@@ -57,7 +59,7 @@ def first_error(error: ValidationError) -> str:
         return f"{place}: expected this field, got none"
     known = EXPECTED.get(first["type"], "").format(**first.get("ctx", {}))
     expected = known or first["msg"].removeprefix("Input should be ")
-    return f"{place}: expected {expected}, got {shorten(first['input'])}"
+    return f"{place}{': ' if place else ''}expected {expected}, got {shorten(first['input'])}"
 
 
 #: A type of edit, by its name in EdiVal-Bench.

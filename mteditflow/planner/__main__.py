@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Annotated, cast
 
 import anyio
@@ -14,28 +15,41 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow._text import escape_controls, escape_markup
+from mteditflow._command import OneLineGroup, failing, refusing
+from mteditflow._text import escape_markup
 from mteditflow.chains import TaskType, read_chains
-from mteditflow.planner.plan import Planner, PlanningStoppedError
-from mteditflow.planner.run import Planned, plan_folder
+from mteditflow.planner.plan import (
+    Planner,
+    PlanningStoppedError,
+    draw_tasks,
+    planner_settings,
+)
+from mteditflow.planner.run import Planned, folder_images, plan_images, planned_ids, writing
 from mteditflow.planner.statistics import draw_statistics, statistics, statistics_table
 from mteditflow.rewards.command_line import (
     AnswerTokens,
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    check_device,
+    check_source,
+    read_secret,
     request_options,
+    require_reachable,
 )
+from mteditflow.rewards.judge.preflight import reach_endpoints
 from mteditflow.rewards.transport.cache import AnswerCache
 from mteditflow.rewards.transport.chat import ChatClient
 
+QUESTION = 60.0  # s for an answer of an endpoint that is only to be there
+
 app = typer.Typer(
+    cls=OneLineGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Plan chains of edits from images alone, and count what chains hold.",
 )
 out = Console(highlight=False)
-err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
 
 
 @app.command()
@@ -49,7 +63,9 @@ def plan(
     ] = "IDEA-Research/grounding-dino-tiny",
     device: Annotated[str, typer.Option(help="Where the detector runs.")] = "cpu",
     turns: Annotated[int, typer.Option(help="Edits in a chain.")] = 3,
-    chains_per_image: Annotated[int, typer.Option(help="Chains planned for each image.")] = 1,
+    chains_per_image: Annotated[
+        int, typer.Option(min=1, help="Chains planned for each image.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the drawn edit types.")] = 0,
     weight: Annotated[
         list[str] | None, typer.Option(help="TYPE=NUMBER; then only these types are drawn.")
@@ -59,37 +75,53 @@ def plan(
     reasoning_tokens: ReasoningTokens = 0,
     chat_template_kwargs: ChatTemplateKwargs = None,
     extra_body: ExtraBody = None,
-    concurrency: Annotated[int, typer.Option(help="Most images at one time.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most images at one time.")] = 16,
     attempts: Annotated[int, typer.Option(help="Most that one question gets.")] = 4,
     timeout: Annotated[float, typer.Option(help="Timeout of one attempt, in seconds.")] = 120.0,
     cache: Annotated[Path | None, typer.Option(help="File of accepted answers.")] = None,
 ) -> None:
     """Plan chains for every image of a folder; a run that was stopped goes on.
 
-    The key of the endpoints, if they want one, is read from OPENAI_API_KEY.
+    The key of the endpoints, if they want one, is read from OPENAI_API_KEY. Folder, file, options
+    and endpoints are checked before the detector is loaded or downloaded.
     """
-    from mteditflow.rewards.consistency.models import (
-        GroundingDino,  # slow to import, and stats need it not
-    )
-
     request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
-    with _one_line_errors():
-        client = ChatClient(
-            endpoint,
-            model,
-            api_key=os.environ.get("OPENAI_API_KEY"),
-            cache=None if cache is None else AnswerCache(cache),
-            temperature=temperature,
-            request=request,
-            concurrency=concurrency,
-            attempts=attempts,
-            timeout=timeout,
-        )
-        finder = GroundingDino.from_pretrained(detector, device=device)
-        weights = _weights(weight)
+    with ExitStack() as stack:
+        with refusing():
+            weights = _weights(weight)
+            draw_tasks(Random(seed), turns, weights)
+            folder_images(images)
+            connect = partial(
+                ChatClient,
+                endpoint,
+                model,
+                api_key=read_secret("OPENAI_API_KEY"),
+                temperature=temperature,
+                request=request,
+                concurrency=concurrency,
+                attempts=attempts,
+                timeout=timeout,
+            )
+            planned_ids(planner_settings(connect(), turns, seed, weights), output)
+            check_source("detector", detector, "config.json")
+            check_device("device", device)
+            asked = connect(attempts=2, timeout=min(timeout, QUESTION))
+            require_reachable("endpoint", anyio.run(reach_endpoints, asked))
+            logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
+            client = connect(cache=None if cache is None else AnswerCache(cache))
+            stack.enter_context(writing(output))
+            from mteditflow.rewards.consistency.models import GroundingDino  # slow to import
+
+            finder = GroundingDino.from_pretrained(detector, device=device)
         planner = Planner(client, finder, turns=turns, seed=seed, weights=weights)
-        run = partial(plan_folder, chains_per_image=chains_per_image, images_in_flight=concurrency)
-        planned = anyio.run(run, planner, images, output)
+        run = partial(
+            plan_images,
+            chains_per_image=chains_per_image,
+            images_in_flight=concurrency,
+            progress=True,
+        )
+        with failing(PlanningStoppedError, ValueError):
+            planned = anyio.run(run, planner, images, output)
     out.print(_summary(planned))
     out.print(statistics_table(statistics(planned.chains)))
 
@@ -100,21 +132,11 @@ def stats(
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png or .pdf.")] = None,
 ) -> None:
     """Count edit types, object categories and turns."""
-    with _one_line_errors():
+    with refusing():
         counted = statistics(read_chains(chains, allow_outside=True).chains)
-        out.print(statistics_table(counted))
         if plot is not None:
             draw_statistics(counted, plot)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Print an error that users can mend, and leave with exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError, PlanningStoppedError) as error:
-        err.print(f"error: {escape_controls(str(error))}")
-        raise typer.Exit(1) from error
+    out.print(statistics_table(counted))
 
 
 def _weights(given: list[str] | None) -> Mapping[TaskType, float] | None:

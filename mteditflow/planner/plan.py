@@ -104,6 +104,14 @@ def draw_tasks(
     return tuple(drawn)
 
 
+def planner_settings(
+    client: ChatClient, turns: int, seed: int, weights: Mapping[TaskType, float] | None
+) -> dict[str, Any]:
+    """Options that chains depend on, beside images, answers and detector; see ``Planner``."""
+    drawn = None if weights is None else dict(weights)
+    return {**client.settings, "turns": turns, "seed": seed, "weights": drawn}
+
+
 class Planner:
     """Plans chains of edits from images alone, the same for the same seed and answers.
 
@@ -136,13 +144,7 @@ class Planner:
     @property
     def settings(self) -> dict[str, Any]:
         """Options that chains depend on, beside images and answers; written into each chain."""
-        weights = None if self.weights is None else dict(self.weights)
-        return {
-            **self._client.settings,
-            "turns": self.turns,
-            "seed": self.seed,
-            "weights": weights,
-        }
+        return planner_settings(self._client, self.turns, self.seed, self.weights)
 
     async def look(self, image: Image.Image) -> Scene | Refused:
         """List the objects of an image and keep those that the detector finds.

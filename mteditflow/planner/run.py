@@ -8,12 +8,14 @@ same call goes on from there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio.to_thread
 from PIL import Image
@@ -21,11 +23,14 @@ from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from mteditflow._checks import check_count
+from mteditflow._files import append_line, cut_half_line, require_folder
 from mteditflow._images import BOMBS, UNREADABLE, read_image
+from mteditflow._locks import sole_writer
 from mteditflow.chains import Chain, read_chains
 from mteditflow.chains.record import first_error
 from mteditflow.planner.plan import Planner, Refused, Scene
 
+LOG = logging.getLogger(__name__)
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -34,6 +39,10 @@ class Journal:
 
     Args:
         path: made with its folder if it is not there.
+
+    Raises:
+        ValueError: the file ends with something else than a whole line or the begin of one.
+        OSError: the file cannot be read or written.
 
     Example:
         >>> import tempfile
@@ -48,18 +57,16 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        whole = path.read_bytes()
-        if not whole.endswith(b"\n"):
-            os.truncate(path, whole.rfind(b"\n") + 1)
+        _whole_lines(path)
+        cut_half_line(path)
 
     def append(self, line: str) -> None:
-        """Write one line and wait until it lies on the disk."""
-        with self.path.open("ab") as file:
-            file.write(f"{line}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        """Write one line and wait until it lies on the disk.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was.
+        """
+        append_line(self.path, f"{line}\n".encode(), sync=True)
 
     def read(self, model: type[Record]) -> Iterator[Record]:
         """Read the lines back.
@@ -69,13 +76,28 @@ class Journal:
         """
         with self.path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
-                yield self._parse(model, line, number)
+                yield _parsed(self.path, model, line, number)
 
-    def _parse(self, model: type[Record], line: str, number: int) -> Record:
-        try:
-            return model.model_validate_json(line)
-        except ValidationError as error:
-            raise ValueError(f"{self.path}:{number}: {first_error(error)}") from error
+
+def _parsed(path: Path, model: type[Record], line: str | bytes, number: int) -> Record:
+    try:
+        return model.model_validate_json(line)
+    except ValidationError as error:
+        raise ValueError(f"{path}:{number}: {first_error(error)}") from error
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Return the whole lines of a file that is a journal, none if there is no file.
+
+    Raises:
+        ValueError: it ends with something else than a line or the begin of one.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    half = content[len(whole) :]
+    if half and not half.startswith(b"{"):
+        raise ValueError(f"{path}: expected lines of JSON objects, got {half[:40]!r}")
+    return whole
 
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -136,9 +158,10 @@ async def plan_folder(
     Args:
         planner: plans one chain.
         folder: of PNG, JPEG and WebP images.
-        output: file of chains, one JSON object a line; refused ones go to ``refused_file`` of it.
-            A run that was stopped goes on. To try refused chains again, delete that second file;
-            they are then written at the end.
+        output: file of chains, one JSON object a line; refused ones go to the file that
+            ``refused_path`` names. A run that was stopped goes on. To try refused chains again,
+            delete that second file; they are then written at the end. One process at a time
+            writes both.
         chains_per_image: how many to plan for each image.
         images_in_flight: most images that are worked on at one time.
         progress: show a bar.
@@ -150,14 +173,51 @@ async def plan_folder(
         ValueError: there is no image, the file holds a line that is no chain, or chains that were
             planned with other settings.
         PlanningStoppedError: no endpoint can be reached.
+        InUseError: another process plans into this file; the message names it.
+        OSError: a file cannot be read or written.
     """
+    folder_images(folder)  # before a lock is written beside what is no folder or file of a run
+    planned_ids(planner.settings, output)
+    with writing(output):
+        return await plan_images(
+            planner,
+            folder,
+            output,
+            chains_per_image=chains_per_image,
+            images_in_flight=images_in_flight,
+            progress=progress,
+        )
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Hold the lock of a file of chains while the block lasts; a stale one is named in the log.
+
+    Raises:
+        InUseError: another process plans into this file; the message names it.
+        OSError: the lock cannot be made.
+    """
+    with sole_writer(output.parent, output.name) as stale:
+        if stale is not None:
+            LOG.warning("%s: going on after %s, which was killed", output, stale)
+        yield
+
+
+async def plan_images(
+    planner: Planner,
+    folder: Path,
+    output: Path,
+    *,
+    chains_per_image: int,
+    images_in_flight: int,
+    progress: bool,
+) -> Planned:
+    """Plan as ``plan_folder`` does, where the caller holds the lock; see there."""
     check_count("chains_per_image", chains_per_image)
     check_count("images_in_flight", images_in_flight)
-    images = _images(folder)
-    chains = Journal(output)
-    refused = Journal(refused_file(output))
-    done = _done(planner, chains, refused)
-    jobs = _jobs_left(folder, images, done, chains_per_image)
+    done = planned_ids(planner.settings, output)
+    jobs = _jobs_left(folder, folder_images(folder), done, chains_per_image)
+    chains, refused = Journal(output), Journal(refused_path(output))
 
     async def work(job: _Job) -> list[Chain | RefusedChain]:
         return await _plan_image(planner, job, output.parent)
@@ -178,11 +238,11 @@ async def plan_folder(
     return Planned(_chains_in(chains.path), dict(reasons.most_common()))
 
 
-def refused_file(output: Path) -> Path:
+def refused_path(output: Path) -> Path:
     """Return the file of refused chains beside a file of chains; no two of these share one.
 
     Example:
-        >>> [refused_file(Path(name)).name for name in ("x.jsonl", "x.v1", "x.v2")]
+        >>> [refused_path(Path(name)).name for name in ("x.jsonl", "x.v1", "x.v2")]
         ['x.refused.jsonl', 'x.v1.refused', 'x.v2.refused']
     """
     if output.suffix == ".jsonl":
@@ -190,14 +250,28 @@ def refused_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.refused")
 
 
-def _done(planner: Planner, chains: Journal, refused: Journal) -> set[str]:
-    """Return the ids of the chains that are planned or refused."""
-    done = {x.id for x in refused.read(RefusedChain)}
-    for chain in _chains_in(chains.path):
+def planned_ids(settings: Mapping[str, Any], output: Path) -> set[str]:
+    """Return the ids of the chains that are planned or refused so far; nothing is written.
+
+    Args:
+        settings: of the planner that goes on.
+        output: file of chains.
+
+    Raises:
+        ValueError: a line is no chain, a chain was planned with other settings, or a file is in the
+            place of the folder.
+        OSError: a file cannot be read.
+    """
+    require_folder("output", output.parent)
+    refused = refused_path(output)
+    lines = enumerate(_whole_lines(refused).splitlines(), start=1)
+    done = {_parsed(refused, RefusedChain, line, number).id for number, line in lines}
+    for number, line in enumerate(_whole_lines(output).splitlines(), start=1):
+        chain = _parsed(output, Chain, line, number)
         made = (chain.model_extra or {}).get("planner") or {}
-        if made.get("settings") != planner.settings:
+        if made.get("settings") != settings:
             raise ValueError(
-                f"{chains.path}: expected chains planned with {planner.settings}, got "
+                f"{output}: expected chains planned with {settings}, got "
                 f"{made.get('settings')} in chain {chain.id!r}"
             )
         done.add(chain.id)
@@ -223,8 +297,14 @@ def _chains_in(path: Path) -> tuple[Chain, ...]:
     return read_chains(path, format="native", allow_outside=True).chains  # images are the folder's
 
 
-def _images(folder: Path) -> list[Path]:
-    """Return the images in and under a folder, in an order that no file system changes."""
+def folder_images(folder: Path) -> list[Path]:
+    """Return the images in and under a folder, in an order that no file system changes.
+
+    Raises:
+        ValueError: there is none.
+        OSError: the folder cannot be read.
+    """
+    next(folder.iterdir(), None)  # raises where it is no folder; ``rglob`` finds nothing there
     found = (x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
     images = sorted(found, key=lambda x: x.relative_to(folder).as_posix())
     if not images:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from mteditflow.rewards.consistency.similarity import Features
     from mteditflow.rewards.faults import AnswerError, Fault, Lost
     from mteditflow.rewards.judge.judge import Judge
-    from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
+    from mteditflow.rewards.judge.preflight import (
+        EndpointReport,
+        inspect_endpoints,
+        reach_endpoints,
+    )
     from mteditflow.rewards.judge.prompts import ExpectationPrompt, JudgePrompt
     from mteditflow.rewards.request_options import RequestOptions
     from mteditflow.rewards.scale import BINARY, LIKERT, SCALES, Scale
@@ -74,6 +78,7 @@ else:
             "inspect_endpoints": ".judge.preflight",
             "judge_identity": ".transport.identity",
             "pairs_of": ".consistency.pairs",
+            "reach_endpoints": ".judge.preflight",
         },
         extra="rewards",
     )
@@ -116,4 +121,5 @@ __all__ = [
     "inspect_endpoints",
     "judge_identity",
     "pairs_of",
+    "reach_endpoints",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Annotated, Literal
 
@@ -11,19 +10,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mteditflow._command import OneLineGroup
 from mteditflow._text import escape_markup
 from mteditflow.rewards.command_line import (
     AnswerTokens,
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
+    read_secret,
     request_options,
 )
 from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
 from mteditflow.rewards.judge.prompts import JudgePrompt
 from mteditflow.rewards.transport.chat import ChatClient
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+PATIENCE = 6.0  # s; a question that breaks its connection takes the endpoint out for 5 s
+
+app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -52,11 +55,17 @@ def check(
     it answers, and how many tokens an answer takes of its limit. Exits with 1 if anything is not
     supported. OPENAI_API_KEY is sent as the key if it is set.
     """
-    key = os.environ.get("OPENAI_API_KEY")
+    key = read_secret("OPENAI_API_KEY")
     request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     try:
         client = ChatClient(
-            endpoints, model, api_key=key, request=request, attempts=2, timeout=timeout
+            endpoints,
+            model,
+            api_key=key,
+            request=request,
+            attempts=2,
+            timeout=timeout,
+            patience=PATIENCE,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -1,13 +1,107 @@
-"""Options that every command with a judge has in common."""
+"""Options and checks that commands with a judge, a server or a detector have in common."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from mteditflow.rewards.faults import Lost
 from mteditflow.rewards.request_options import RequestOptions
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def read_secret(variable: str) -> str | None:
+    r"""Return a key or a token of the environment, without the line break at its end; else None.
+
+    Example:
+        >>> os.environ["SOME_KEY"] = "secret\\n"
+        >>> read_secret("SOME_KEY"), read_secret("ANOTHER_KEY")
+        ('secret', None)
+    """
+    value = os.environ.get(variable)
+    return None if value is None else value.rstrip("\r\n")
+
+
+def check_source(name: str, source: str, file: str) -> None:
+    """Raise unless a model may be there: a folder with its configuration, or a hub id.
+
+    Args:
+        name: of the option.
+        source: path or hub id.
+        file: name of the configuration in the folder.
+
+    Raises:
+        ValueError: there is no such folder, it holds no model, or the text is no hub id.
+
+    Example:
+        >>> check_source("detector", "nowhere/at/all", "config.json")
+        Traceback (most recent call last):
+        ValueError: detector: expected a folder with config.json or a hub id, got 'nowhere/at/all'
+    """
+    folder = Path(source)
+    there = (folder / file).is_file() if folder.exists() else HUB_ID.fullmatch(source) is not None
+    if not there:
+        raise ValueError(f"{name}: expected a folder with {file} or a hub id, got {source!r}")
+
+
+def check_device(name: str, device: str) -> None:
+    """Raise unless this machine has a device.
+
+    Raises:
+        ValueError: it has none of that name.
+
+    Example:
+        >>> check_device("device", "abacus")
+        Traceback (most recent call last):
+        ValueError: device: expected a device of torch that is here, such as cpu, got 'abacus'
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name}: expected a device of torch that is here, such as cpu, got {device!r}"
+        ) from error
+
+
+def require_reachable(name: str, found: Mapping[str, Lost | None]) -> None:
+    """Raise if an endpoint did not answer.
+
+    Args:
+        name: of the option that gives the endpoints.
+        found: result of ``reach_endpoints`` or ``ConsistencyClient.reach``.
+
+    Raises:
+        ValueError: one did not; the message says why.
+    """
+    for url, lost in found.items():
+        if lost is not None:
+            raise ValueError(f"{name}: expected an answer from {url}, got {lost}")
+
+
+def require_or_answers(require: Callable[[], None], answers: Path) -> None:
+    """Check that services answer; where there are answers of before, a dead one is a warning.
+
+    Args:
+        require: raises ``ValueError`` where a service does not answer.
+        answers: file of the answers so far, which may be all that is needed.
+
+    Raises:
+        ValueError: a service does not answer, and there are no answers of before.
+    """
+    try:
+        require()
+    except ValueError as error:
+        if not answers.exists():
+            raise
+        typer.echo(f"warning: {error}; going on with the answers in {answers}", err=True)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from mteditflow._checks import check_count
-from mteditflow._files import write_atomically
+from mteditflow._files import append_line, cut_half_line, write_atomically
 
 ROUND = "round"  # a column
 SECONDS, LOST, UNMEASURED = "seconds/", "lost/", "unmeasured/"  # prefixes of columns
@@ -22,11 +22,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         One dictionary a round, in order; none if there is no file.
 
     Raises:
-        ValueError: a line is not of this form; the message names file and line.
+        ValueError: a line is not of this form, or its round does not come after that of the line
+            before, as where two processes have written; the message names file and line.
     """
     text = path.read_bytes() if path.exists() else b""
     lines = text[: text.rfind(b"\n") + 1].splitlines()
-    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+    rounds = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+    for number, (before, after) in enumerate(pairwise(rounds), start=2):
+        if after[ROUND] <= before[ROUND]:
+            raise ValueError(
+                f"{path}:{number}: expected a round after {before[ROUND]}, that of the line "
+                f"before, got {after[ROUND]}"
+            )
+    return rounds
 
 
 class MetricsFile:
@@ -47,11 +55,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        whole = path.read_bytes().rfind(b"\n") + 1
-        if whole < path.stat().st_size:
-            os.truncate(path, whole)
+        cut_half_line(path)
         self._last = max((line[ROUND] for line in read_metrics(path)), default=-1)
 
     def append(self, round_number: int, numbers: Mapping[str, float]) -> None:
@@ -63,6 +67,7 @@ class MetricsFile:
 
         Raises:
             ValueError: there is a line of this round or a later one.
+            OSError: it cannot be written; the file is as it was.
         """
         check_count("round_number", round_number, low=0)
         if round_number <= self._last:
@@ -70,9 +75,7 @@ class MetricsFile:
                 f"round_number: expected one after {int(self._last)}, the last in {self.path}, got "
                 f"{round_number}; rewind first"
             )
-        with self.path.open("ab", buffering=0) as file:
-            file.write(_line(round_number, numbers))
-            os.fsync(file.fileno())
+        append_line(self.path, _line(round_number, numbers), sync=True)
         self._last = round_number
 
     def rewind(self, round_number: int) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mteditflow._files import write_atomically
+from mteditflow._pipes import reader_may_leave
 from mteditflow._text import escape_markup
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
@@ -47,7 +48,8 @@ def run_report(
     """Collect the results and the circumstances of a run as JSON values.
 
     Args:
-        before: evaluation of the base model.
+        before: evaluation of the base model; where there is none, the first one, whose round the
+            summary names.
         after: evaluation of the same chains after training.
         metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
         config: settings of the run, JSON values (paths and enumerations become text).
@@ -140,9 +142,15 @@ def print_summary(
     """
     if console is None:
         console = Console(width=None if Console().is_terminal else WIDTH)
-    console.print(summary_table(report))
-    for line in summary_lines(report):
-        console.print(line, highlight=False)
+    with reader_may_leave():
+        console.print(summary_table(report))
+        for line in summary_lines(report):
+            console.print(line, highlight=False)
+        _print_files(folder, console)
+
+
+def _print_files(folder: Path, console: Console) -> None:
+    """Print the folder of a run and the names of its files."""
     files = sorted(
         path.name
         for path in folder.glob("*")
@@ -180,7 +188,9 @@ def summary_table(report: Mapping[str, Any]) -> Table:
 def summary_lines(report: Mapping[str, Any]) -> list[str]:
     """Return the sentences below the table: differences, chains left out, time, lost answers."""
     gain = report["difference_at_last_turn"]
-    lines = [_difference(gain), *(_since_turn_1(gain) if gain["turn"] > 1 else ())]
+    first = report["before"]["round"]
+    since = [f"Before is round {first}: there is no evaluation of round 0."] if first else []
+    lines = [*since, _difference(gain), *(_since_turn_1(gain) if gain["turn"] > 1 else ())]
     for when in ("before", "after"):
         lost = report[when]["chains_with_lost_scores"]
         if lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
@@ -12,10 +13,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mteditflow._files import append_line, cut_half_line
 from mteditflow.training.metrics_file import SECONDS, MetricsFile, read_metrics
 from mteditflow.training.stopwatch import Stopwatch
 
 LINE_EVERY = 30.0  # seconds between plain lines of progress, at least
+# Counts before all that a narrow terminal cuts off.
+BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"
 YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 _CONTROL = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a link or a title for the terminal
@@ -27,7 +31,9 @@ _CONTROL = re.compile(
 class RunLog:
     r"""Numbers to ``metrics.jsonl``, words to ``log.txt`` and the terminal, bars to the terminal.
 
-    Trackers such as TensorBoard are the caller's: give them what ``record`` returns.
+    Trackers such as TensorBoard are the caller's: give them what ``record`` returns. Lines are
+    written whole or, where the disk is full, not at all: that raises ``OSError``, and the same
+    folder goes on once there is room.
 
     Args:
         folder: of the run; made if it is not there.
@@ -56,6 +62,8 @@ class RunLog:
         self.stopwatch = Stopwatch()
         self._on_console = console and main
         self._metrics = MetricsFile(folder / "metrics.jsonl") if main else None
+        if main:
+            cut_half_line(folder / "log.txt")
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -92,6 +100,18 @@ class RunLog:
         self._write(f"warning: {text}", aloud=True, color=YELLOW)
 
     @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Log Python's warnings, and what libraries log from WARNING on, while the block lasts."""
+        handler, root = _ToLog(self), logging.getLogger()
+        logging.captureWarnings(True)
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            logging.captureWarnings(False)
+
+    @contextmanager
     def bar(self, name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Bar]:
         """Show progress of what is inside; bars may be nested.
 
@@ -106,7 +126,7 @@ class RunLog:
             shown = tqdm(
                 desc=name,
                 total=total,
-                unit=f" {unit}",
+                bar_format=BAR,
                 initial=done,
                 leave=None,
                 dynamic_ncols=True,
@@ -126,14 +146,25 @@ class RunLog:
             return
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         stamped = "".join(f"{now} {line}\n" for line in _CONTROL.sub("", text).split("\n"))
-        with (self.folder / "log.txt").open("ab", buffering=0) as file:
-            file.write(stamped.encode(errors="replace"))  # at once: lines of threads stay whole
-        if self._on_console and aloud:
+        if self._on_console and aloud:  # first, for the words about a disk that is full
             colored = color if sys.stderr.isatty() else ""
             # A terminal that has gone away must not end a run.
             with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
                 sys.stderr.write(f"{colored}{stamped}{RESET if colored else ''}")
                 sys.stderr.flush()
+        append_line(self.folder / "log.txt", stamped.encode(errors="replace"), sync=False)
+
+
+class _ToLog(logging.Handler):
+    """Passes records of libraries on to the log of a run."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a full disk: the library that logs is not at fault
+            self._log.warning(f"{record.name}: {record.getMessage()}")
 
 
 class Bar:
@@ -164,7 +195,7 @@ class Bar:
         self._started = self._said = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
-        """Count what has been done."""
+        """Count what has been done; 0 only lets a line of progress be written when it is due."""
         self.done += count
         if self._shown is not None:
             self._shown.update(count)
@@ -180,9 +211,8 @@ class Bar:
             self._shown.set_postfix_str(text)
 
     def _text(self, seconds: float) -> str:
-        left = seconds * (self.total - self.done) / max(self.done - self._first, 1)
-        taken, left = (tqdm.format_interval(max(x, 0)) for x in (seconds, left))
+        done, taken = self.done - self._first, tqdm.format_interval(seconds)
+        left = seconds * max(self.total - self.done, 0) / done if done > 0 else None
+        ahead = "" if left is None else f", {tqdm.format_interval(left)} left"
         note = f"; {self._note}" if self._note else ""
-        return (
-            f"{self.name}: {self.done} of {self.total} {self.unit}, {taken} gone, {left} left{note}"
-        )
+        return f"{self.name}: {self.done} of {self.total} {self.unit}, {taken} gone{ahead}{note}"

@@ -20,8 +20,10 @@ class RewardWatch:
     instruction following rises while backgrounds vanish. Both show as a term that falls for long.
 
     Args:
-        drop: largest relative fall allowed, in (0, 1]: 0.3 stops a run whose reward is at 70% of
-            its best; 1 never stops.
+        drop: largest fall allowed below the best mean, in (0, 1], as a share of the largest
+            magnitude that a mean of this reward has had: 0.3 stops a run whose positive reward is
+            at 70% of its best, and one whose reward has come from -0.5 to -0.3 and falls below
+            -0.45; 1 never stops.
         window: rounds in a mean.
 
     Raises:
@@ -42,6 +44,7 @@ class RewardWatch:
         self._drop, self._window = drop, window
         self._recent: dict[str, list[float]] = {}
         self._best: dict[str, float] = {}
+        self._size: dict[str, float] = {}  # largest magnitude of a mean
 
     def check(self, rewards: Mapping[str, float]) -> None:
         """Take in the mean of each reward of a round; one that is not finite is left out.
@@ -57,21 +60,24 @@ class RewardWatch:
             if len(recent) < self._window:
                 continue
             mean = sum(recent) / len(recent)
-            best = self._best.get(name, mean)
-            self._best[name] = max(best, mean)
-            if self._drop < 1 and mean < (1 - self._drop) * best:
+            best, size = self._best.get(name, mean), self._size.get(name, abs(mean))
+            self._best[name], self._size[name] = max(best, mean), max(size, abs(mean))
+            if self._drop < 1 and mean < best - self._drop * size:
                 raise RewardCollapseError(
                     f"{name}: mean {mean:.3f} of the last {self._window} rounds, best "
-                    f"{best:.3f}; a fall of more than {self._drop:.0%}. Look at the strips of "
-                    "chains; then lower the learning rate, raise kl_coef or this term's weight, "
-                    "and go on from the best checkpoint"
+                    f"{best:.3f}; a fall of more than {self._drop:.0%} of {size:.3f}. Look at the "
+                    "strips of chains; then lower the learning rate, raise kl_coef or this term's "
+                    "weight, and go on from the best checkpoint"
                 )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed watch needs; JSON can hold it."""
-        return {"recent": {k: list(v) for k, v in self._recent.items()}, "best": dict(self._best)}
+        recent = {name: list(values) for name, values in self._recent.items()}
+        return {"recent": recent, "best": dict(self._best), "size": dict(self._size)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another watch was."""
         self._recent = {name: list(values) for name, values in state["recent"].items()}
         self._best = dict(state["best"])
+        # Of a checkpoint without sizes: those of rewards that never were below zero.
+        self._size = dict(state.get("size", {k: abs(best) for k, best in self._best.items()}))

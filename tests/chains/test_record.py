@@ -163,3 +163,17 @@ def test_the_first_turns_of_a_chain_are_a_chain():
     for wrong in (0, 4):
         with pytest.raises(ValueError, match=rf"turns: expected one of 1..3, got {wrong}"):
             chain.first_turns(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "expected an object, got []"),
+        ("", "expected JSON, got '' (EOF while parsing a value at line 1 column 0)"),
+        ('{"id": 7', "expected JSON, got '{\"id\": 7' (EOF while parsing an object at line 1"),
+    ],
+)
+def test_a_fault_of_the_whole_text_names_no_place(text, message):
+    with pytest.raises(ValidationError) as caught:
+        Chain.model_validate_json(text)
+    assert first_error(caught.value).startswith(message)

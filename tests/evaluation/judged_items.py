@@ -37,9 +37,14 @@ def criteria_of(request):
 
 
 def rating(rate):
-    """A judge: ``rate`` maps the red of the edited image and a criterion's name to a number."""
+    """A judge: ``rate`` maps the red of the edited image and a criterion's name to a number.
+
+    It says ok to what is no question of a rubric, as to whether it is there.
+    """
 
     def answer(request):
+        if "response_format" not in request:
+            return completion("ok")
         made = values_of(request)[-1]
         scores = {name: rate(made, name) for name in criteria_of(request)}
         return completion(json.dumps({"analysis": "As seen.", **scores}))

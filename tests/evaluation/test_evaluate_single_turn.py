@@ -58,7 +58,7 @@ def test_options_of_the_judge_are_sent_and_reported(imgedit, tmp_path):
     words = ["--chat-template-kwargs", '{"enable_thinking": false}', "--reasoning-tokens", 4000]
     with judge() as server:
         result = run("imgedit", *imgedit, server, tmp_path / "out", *words)
-        body = server.requests[0].json
+        body = server.requests[-1].json
     assert result.exit_code == 0, result.output
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert body["max_completion_tokens"] > 4500
@@ -75,7 +75,7 @@ def test_options_of_the_judge_are_sent_and_reported(imgedit, tmp_path):
 
 def test_words_of_a_judge_have_no_effect_on_the_terminal(imgedit, tmp_path):
     words = error(400, "[link=http://evil]\x1b[2Jred[/]")
-    with judge(itertools.repeat(words)) as server:
+    with judge(itertools.chain([good], itertools.repeat(words))) as server:
         result = run("imgedit", *imgedit, server, tmp_path / "out")
     assert result.exit_code == 1
     assert "[link=http://evil]" in result.output
@@ -87,12 +87,12 @@ def test_words_of_a_judge_have_no_effect_on_the_terminal(imgedit, tmp_path):
 
 
 def test_a_judge_that_dies_half_way_is_told_and_a_second_run_finishes(imgedit, tmp_path):
-    script = itertools.chain([good] * 4, itertools.repeat(error(503)))
+    script = itertools.chain([good] * 5, itertools.repeat(error(503)))  # the first: is it there
     with judge(script) as server:
         result = run("imgedit", *imgedit, server, tmp_path / "out", "--patience", 0)
         asked = len(server.requests)
     assert result.exit_code == 1
-    assert asked > 4
+    assert asked > 5
     said = lines_of(result.output)
     assert "4 of 9 items scored, 5 lost" in said
     assert "error: 56% without a score, allowed are 20%" in said
@@ -102,7 +102,7 @@ def test_a_judge_that_dies_half_way_is_told_and_a_second_run_finishes(imgedit, t
     assert written["report"]["overall"]["metrics"]["score"]["estimate"] is None
     with judge() as server:
         again = run("imgedit", *imgedit, server, tmp_path / "out")
-        assert len(server.requests) == 5
+        assert len(server.requests) == 1 + 5
     assert again.exit_code == 0, again.output
     assert "9 of 9 items scored" in lines_of(again.output)
     with judge() as server:
@@ -132,6 +132,7 @@ def test_bad_input_is_named_and_counted(imgedit, tmp_path):
     assert "error: 36% without a score" in lines_of(stricter.output)  # 4 of 11 entries
     strict = run("imgedit", file, made, "http://127.0.0.1:9/v1", tmp_path / "out")
     assert strict.exit_code == 1  # all that could be scored is in the cache
+    assert f"; going on with the answers in {tmp_path / 'out'}" in lines_of(strict.stderr)
     assert "36% without a score, allowed are 20%" in lines_of(strict.output)
 
 

@@ -12,6 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mteditflow.chains import EditedImages, read_chains, write_chains
+from mteditflow.testing.endpoint import ScriptedServer, completion
+from tests.refusals import call as call_of
+from tests.refusals import refusal
 from tests.samples_of_scores import few_resamples
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -68,6 +71,8 @@ def root(tmp_path_factory):
     row = {"key": "1", "task_type": "subject-add", "instruction": "a", "image": "in.png"}
     (root / "gedit.jsonl").write_text(json.dumps({**row, "language": "en"}))
     (root / "types.jsonl").write_text(json.dumps({**row, "task_type": "x", "language": "en"}))
+    (root / "editor").mkdir()
+    (root / "editor" / "model_index.json").write_text('{"_class_name": "Nobody"}')
     for folder in ("single", "single/fullset/subject-add/en"):
         (root / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root / folder / "1.png")
@@ -130,26 +135,8 @@ def call(*arguments):
     assert done.exit_code == 0, done.output
 
 
-def files(root):
-    return {x: x.stat().st_mtime_ns for x in root.rglob("*")}
-
-
 def refused(app, root, tmp_path, arguments):
-    """The line of a refusal, of a command that wrote nothing."""
-    places = {"ROOT": root, "OUT": tmp_path / "out"}
-    words = [str(x) for x in arguments]
-    for name, place in places.items():
-        words = [word.replace(name, str(place)) for word in words]
-    before = files(root)
-    done = CliRunner().invoke(app, words)
-    assert isinstance(done.exception, SystemExit), done.exc_info
-    assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert not done.stdout
-    assert files(root) == before
-    assert not list(tmp_path.iterdir())
-    return done.stderr
+    return refusal(app, arguments, root=root, scratch=tmp_path)
 
 
 MADE = ["ROOT/chains.jsonl", "--images", "ROOT/made", "--output", "OUT"]
@@ -180,13 +167,27 @@ RUN = {
         ["ROOT/chains.jsonl", "--images", "ROOT/other/made", *SCORED[3:]],
         "expected at least one chain with its images",
     ),
-    "images of another size": (
-        ["ROOT/chains.jsonl", "--images", "ROOT/odd", *SCORED[3:]],
-        "got 13 x 13",
-    ),
     "a bad URL": ([*MADE, "--judge", "127.0.0.1", "--model", "m"], "expected http"),
     "a URL without /v1": ([*MADE, "--judge", "http://x", "--model", "m"], "end in /v1"),
     "no model": ([*MADE, "--judge", NOBODY], "expected --judge and --model"),
+    "a dead judge": ([*MADE, *JUDGE], f"rewards.judge: expected an answer from {NOBODY}, got no c"),
+    "a dead consistency server": (
+        [*MADE, "--judge", "LIVE", "--model", "m", "--consistency", NOBODY],
+        f"rewards.consistency: expected an answer from {NOBODY}, got no connection",
+    ),
+    "no detector": (
+        [*MADE, *JUDGE, "--checks", "edival", "--detector", "nowhere/at/all"],
+        "--detector: expected a folder with config.json or a hub id, got 'nowhere/at/all'",
+    ),
+    "no preference model": ([*SCORED, "--preference", "ROOT/made"], "--preference: expected a fo"),
+    "a LoRA that is none": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/editor", "--lora", "no/such/lora", *SCORED[3:]],
+        "--lora: expected a folder with pytorch_lora_weights.safetensors or a hub id",
+    ),
+    "an editor that is none": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/made", *SCORED[3:]],
+        "--editor: expected a folder with model_index.json or a hub id",
+    ),
     "no objects for consistency": (
         ["ROOT/bare.jsonl", *MADE[1:], *JUDGE, "--consistency", NOBODY],
         "expected unchanged_objects or all_objects",
@@ -205,11 +206,29 @@ RUN = {
 }
 
 
+@pytest.fixture(scope="module")
+def live():
+    with ScriptedServer(lambda _: completion("ok")) as server:
+        yield server.url
+
+
 @pytest.mark.parametrize("case", RUN)
-def test_evaluate_run(root, tmp_path, case):
+def test_evaluate_run(root, live, tmp_path, case):
     arguments, message = RUN[case]
-    said = refused(evaluate.app, root, tmp_path, ["run", *arguments])
+    words = [live if word == "LIVE" else word for word in arguments]
+    said = refused(evaluate.app, root, tmp_path, ["run", *words])
     assert message.replace("ROOT", str(root)) in said
+
+
+def test_what_a_scorer_refuses_is_a_failure_of_one_line(root, tmp_path):
+    words = ["run", root / "chains.jsonl", "--images", root / "odd", "--output", tmp_path, *EXACT]
+    ended = call_of(evaluate.app, words)
+    assert ended.code == 1
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "images: expected squares whose side is a multiple of 12 pixels, got 13 x 13" in last
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "report.json").exists()
 
 
 AGAIN = {
@@ -285,6 +304,7 @@ CHAINS = {
     "no model": ([*SCORES[:4], "--output", "OUT"], "expected --model"),
     "a bad URL": ([*SCORES, "--judge", "127.0.0.1"], "expected http"),
     "a URL without /v1": ([*SCORES, "--consistency", "http://127.0.0.1:9"], "end in /v1"),
+    "a dead judge": (SCORES, f"rewards.judge: expected an answer from {NOBODY}, got no connection"),
     "no objects for consistency": (
         ["ROOT/bare.jsonl", *SCORES[1:], "--consistency", NOBODY],
         "expected unchanged_objects or all_objects",
@@ -321,6 +341,7 @@ def single(file, types):
         "no model": ([*given[:4], "--output", "OUT"], "Missing option '--model'"),
         "a bad URL": ([*given, "--judge", "127.0.0.1"], "expected http"),
         "a URL without /v1": ([*given, "--judge", "http://127.0.0.1:9"], "end in /v1"),
+        "a dead judge": (given, f"--judge: expected an answer from {NOBODY}, got no connection"),
         "a negative patience": ([*given, "--patience", "-1"], "Invalid value for '--patience'"),
         "a patience of NaN": ([*given, "--patience", "nan"], "patience"),
         "a share above 1": ([*given, "--max-invalid", "1.5"], "Invalid value for '--max-invalid'"),

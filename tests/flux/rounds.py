@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import Config
+from mteditflow_examples.flux.inputs import read_inputs
 from mteditflow_examples.flux.rewards import (
     round_rewards,
     scoring,
@@ -41,9 +42,11 @@ def started(
     """A run before its first round, in this process."""
     more = ("--data.held-out", "None", *more)
     config = parse(options(world, output, *more, objective=objective, family=family), kind)
+    accelerator = Accelerator(cpu=True)
+    inputs = read_inputs(config, accelerator)
     log = RunLog(output, console=False, main=True)
     with Termination() as termination, scoring(config.rewards, output / "cache.sqlite") as submit:
-        yield build(config, Accelerator(cpu=True), log, termination, submit)
+        yield build(config, accelerator, inputs, log, termination, submit)
 
 
 def turn_values(run: Run, scores: Mapping[str, TurnScores], group: Tensor) -> tuple[Tensor, Tensor]:

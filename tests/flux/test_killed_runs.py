@@ -98,7 +98,7 @@ class Served:
 
     def __init__(self, world, folder):
         folder.mkdir()
-        self.folder = folder / "run"
+        self.folder, self.errors = folder / "run", folder / "errors.txt"
         self.judge = Mortal("judge", folder, delay=0.2)
         self.consistency = Mortal("consistency", folder, delay=0.1)
         preset = folder / "served.toml"
@@ -111,7 +111,7 @@ class Served:
     @contextmanager
     def living(self, *more):
         """Run the trainer; what is left of it in the end is killed."""
-        errors = self.folder.parent / "errors.txt"
+        errors = self.errors
         program = [SCRIPT, *self.arguments, *more]
         with Process(program, env=ENVIRONMENT, output=errors, errors=errors) as process:
             self.process = process
@@ -177,11 +177,13 @@ def test_services_and_trainer_are_killed(world, undisturbed_served, tmp_path):
         with served.living():
             served.reaches(judge, 2)
             served.kill(judge)
-            served.kill(served.process)  # its judge is away when it starts again
+            served.kill(served.process)
+        with served.living():  # its judge is away when it starts again
+            assert served.end() == 2
+        judge.start()
         with served.living():
-            served.wait(lambda: "going on after" in logged(served.folder))
-            judge.start()
             assert served.end() == 0, logged(served.folder)
+    assert "error: rewards.judge: expected an answer from" in served.errors.read_text()
     assert differences(served.folder, undisturbed_served.folder) == []
     assert served.asked_again <= undisturbed_served.asked_again + served.unkept
 

@@ -286,10 +286,16 @@ def test_scales_and_thresholds_are_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_side_that_the_pipeline_would_round_is_refused(world, tmp_path, refused):
+    told = refused(*options(world, tmp_path / "run", "--model.resolution", 13))
+    assert told.startswith("2 ")
+    assert told.endswith("error: model: resolution: expected a multiple of 2 pixels, got 13\n")
+
+
 def test_scores_off_the_declared_scale_end_the_run(world, tmp_path, refused):
     scorer = ("--rewards.scorer", f"{__name__}:OnZeroToOne", "--rewards.weights.consistency", 0)
     told = refused(*options(world, tmp_path, *scorer))
-    assert told.startswith("2 ")
+    assert told.startswith("1 ")  # it had begun
     assert "following: expected whole scores in 1..5, got 0; OnZeroToOne declares" in told
 
 
@@ -338,15 +344,16 @@ def test_held_out_chains_that_are_trained_on_are_refused(world, tmp_path, refuse
 def test_another_judge_than_that_of_the_runs_evaluations_is_refused(world, tmp_path):
     held_out = HeldOut(ChainDataset([]), tmp_path, Accelerator(cpu=True))
     judge = JudgedBy(judge="m", judge_server="m, server 1")
-    assert held_out.judge(judge) is judge
+    assert held_out.judge(judge, 1) is judge
     held_out.write(evaluation([[1]], provenance=Provenance(judged_by=judge)))
-    assert held_out.judge(JudgedBy(judge="m")) == judge  # a server that does not answer yet
+    assert held_out.judge(JudgedBy(judge="m"), 1) == judge  # a server that does not answer yet
     for other in ({"judge": "n"}, {"judge_server": "m, server 2"}):
         with pytest.raises(ValueError, match=f"{next(iter(other))} = "):
-            held_out.judge(judge.model_copy(update=other))
+            held_out.judge(judge.model_copy(update=other), 1)
     held_out.write(evaluation([[1]], after=1))
+    assert held_out.judge(judge, 0) == judge  # that of round 1 will be made again
     with pytest.raises(ValueError, match="an evaluation without provenance"):
-        held_out.judge(judge)
+        held_out.judge(judge, 1)
 
 
 def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):

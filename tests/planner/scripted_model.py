@@ -76,7 +76,10 @@ class ScriptedModel:
     nonsense: float = 0.0
 
     def __call__(self, request):
-        image, text = request["messages"][0]["content"]
+        *images, text = request["messages"][0]["content"]
+        if "response_format" not in request:  # of a client that asks whether there is a model
+            return completion("ok")
+        (image,) = images
         data = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
         pixels = np.array(Image.open(io.BytesIO(data)))
         chance = random.Random(f"{request['seed']} {data} {text['text']}")

@@ -19,7 +19,7 @@ from PIL import Image
 from mteditflow.chains import Chain
 from mteditflow.planner import parse_formatted
 from mteditflow.planner.plan import PlanningStoppedError
-from mteditflow.planner.run import Journal, RefusedChain, in_order, open_image, refused_file
+from mteditflow.planner.run import Journal, RefusedChain, in_order, open_image, refused_path
 from mteditflow.testing.endpoint import ScriptedServer, closed_port, late
 from tests.planner.scripted_model import ScriptedModel, picture, plan_all, write_pictures
 from tests.planner.simulator import check_record
@@ -225,7 +225,7 @@ def test_two_outputs_share_no_file(tmp_path, images, model):
         refused = list(Journal(tmp_path / f"x.{version}.refused").read(RefusedChain))
         assert len(refused) == 4
     names = [Path(x) for x in ("x", "x.v1", "x.v2", "x.jsonl", "x.v1.jsonl", "y/x.jsonl")]
-    assert len({*names, *map(refused_file, names)}) == 2 * len(names)
+    assert len({*names, *map(refused_path, names)}) == 2 * len(names)
 
 
 def test_a_name_that_is_not_utf_8_costs_its_own_image(tmp_path):
@@ -238,7 +238,7 @@ def test_a_name_that_is_not_utf_8_costs_its_own_image(tmp_path):
             planned = plan_all(server.url, folder, output)
             assert [chain.id for chain in planned.chains] == ["00.png#0", "00.png#1"]
             assert planned.refused == {"image cannot be read": 2}
-    refused = Journal(refused_file(output)).read(RefusedChain)
+    refused = Journal(refused_path(output)).read(RefusedChain)
     assert [x.id for x in refused] == ["caf\\xe9.png#0", "caf\\xe9.png#1"]
 
 

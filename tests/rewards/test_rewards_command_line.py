@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_an_endpoint_that_honours_everything():
     assert result.output.count("yes") == 4
     assert re.search(r"reasoning\s+│ off", result.output)
     assert re.search(r"longest answer\s+│ 1 of at most 1,616 tokens", result.output)
+
+
+def test_a_dead_endpoint_is_named_before_long():
+    begun = time.monotonic()
+    result = run("check", "http://127.0.0.1:9/v1", "--model", "judge")
+    assert time.monotonic() - begun < 60  # the client of a run waits for 300
+    assert result.exit_code == 1
+    assert result.output.count("no: no connection") >= 1
+    assert "yes" not in result.output
 
 
 def test_what_is_ignored_is_named_and_ends_with_one():

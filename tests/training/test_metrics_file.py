@@ -93,5 +93,13 @@ def test_a_line_of_something_else_is_named(tmp_path, line):
         read_metrics(path)
 
 
+@pytest.mark.parametrize("rounds", [(1, 2, 2, 3), (1, 3, 2), (1, 1)])
+def test_rounds_of_two_writers_are_named(tmp_path, rounds):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"round": {n}}}\n' for n in rounds))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:[23]: expected a round after [123], "):
+        read_metrics(path)
+
+
 def test_no_file_has_no_rounds(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import io
+import logging
 import os
 import pty
 import random
@@ -14,6 +15,7 @@ import sys
 import termios
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -155,11 +157,65 @@ def test_bars_are_drawn_on_a_terminal(tmp_path, screen):
         log.message("a message between bars")
         rounds.advance()
     text = seen.getvalue()
-    assert "rounds:  44%" in text
-    assert "rollout:  50%" in text
+    assert "rounds:  44% 4/9" in text
+    assert "rollout:  50% 1/2" in text
     assert "following 0.53" in text
     assert "a message between bars" in text
     assert (tmp_path / "log.txt").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [40, 80, 110])
+def test_a_narrow_terminal_shows_the_counts(tmp_path, screen, monkeypatch, columns):
+    seen = screen(terminal=True)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (columns, 24))
+    log = RunLog(tmp_path, console=True, main=True)
+    with log.bar("round", 700, unit="rounds", done=349) as bar:
+        bar.note("following 0.53, consistency 0.98, strict 0.12, preference 21.37")
+        bar.advance()
+    last = re.split(r"[\r\n]", seen.getvalue().strip())[-1]
+    assert "round:  50% 350/700 [" in last
+    assert len(re.sub(r"\x1b\[[A-Z]", "", last)) <= columns
+
+
+def test_no_time_is_left_where_nothing_is_done(tmp_path, clock):
+    log = RunLog(tmp_path, console=False, main=True)
+    with log.bar("rollout", 100, unit="chains", done=10) as bar:
+        clock[0] += 180
+        bar.advance(0)
+        clock[0] += 180
+        bar.advance(45)
+    first, second = (tmp_path / "log.txt").read_text().splitlines()
+    assert re.fullmatch(STAMP + "rollout: 10 of 100 chains, 03:00 gone", first)
+    assert re.fullmatch(STAMP + "rollout: 55 of 100 chains, 06:00 gone, 06:00 left", second)
+
+
+def test_words_of_libraries_and_warnings_are_stamped_and_logged(tmp_path, screen):
+    seen = screen(terminal=False)
+    log = RunLog(tmp_path, console=True, main=True)
+    with warnings.catch_warnings(), log.capture():
+        warnings.simplefilter("always")
+        logging.getLogger("mteditflow.some.where").warning("answers cannot be %s", "written")
+        logging.getLogger("mteditflow.some.where").info("no warning")
+        warnings.warn("checkpoint skipped", stacklevel=1)
+    logging.getLogger("mteditflow.some.where").debug("after it")
+    first, *second = (tmp_path / "log.txt").read_text().splitlines()
+    assert re.fullmatch(STAMP + "warning: mteditflow.some.where: answers cannot be written", first)
+    assert any("checkpoint skipped" in line for line in second)
+    assert all(re.match(STAMP, line) for line in second)
+    assert seen.getvalue() == (tmp_path / "log.txt").read_text()
+
+
+def test_a_half_line_of_a_killed_run_is_cut_off(tmp_path):
+    log = RunLog(tmp_path, console=False, main=True)
+    log.message("one")
+    log.message("two")
+    whole = (tmp_path / "log.txt").read_bytes()
+    for cut in range(len(whole) + 1):
+        (tmp_path / "log.txt").write_bytes(whole[:cut])
+        RunLog(tmp_path, console=False, main=True).message("on")
+        *kept, last = (tmp_path / "log.txt").read_bytes().splitlines(keepends=True)
+        assert b"".join(kept) == whole[: whole[:cut].rfind(b"\n") + 1]
+        assert last.endswith(b" on\n")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -63,6 +63,8 @@ class ConsistencyClient:
         >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
         >>> anyio.run(client.score, [chain], [images]).scores.reasons
         {'no connection': 1}
+        >>> anyio.run(client.reach)["http://127.0.0.1:9/v1"].fault.value
+        'no connection'
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class ConsistencyClient:
         check_choice("pairing", pairing, PAIRINGS)
         check_count("chains_at_once", chains_at_once)
         self.pairing, self._cache, self._chains_at_once = pairing, cache, chains_at_once
-        self._dispatcher = Dispatcher(endpoints, secret=token, **options)
+        self._options = {"secret": token, **options}
+        self._dispatcher = Dispatcher(endpoints, **self._options)
         for url in self._dispatcher.endpoints:
             if not url.endswith("/v1"):
                 raise ValueError(f"endpoints: expected URLs that end in /v1, got {url!r}")
@@ -91,6 +94,22 @@ class ConsistencyClient:
     def statistics(self) -> Statistics:
         """Counts of requests and faults so far; answers from the cache are not counted."""
         return self._dispatcher.statistics
+
+    async def reach(self) -> dict[str, Lost | None]:
+        """Ask each server which models it serves, before a run that needs them all.
+
+        Returns:
+            By endpoint ``None`` if it answered, or why not.
+        """
+
+        async def ask(url: str) -> Lost | None:
+            one = Dispatcher([url], **self._options)
+            info = await one.run(self._ask_info)
+            return info if isinstance(info, Lost) else None
+
+        urls = self._dispatcher.endpoints
+        found = await gather([partial(ask, url) for url in urls])
+        return dict(zip(urls, found, strict=True))
 
     async def score(
         self,

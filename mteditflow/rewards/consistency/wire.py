@@ -121,16 +121,19 @@ class Limits(BaseModel):
     Attributes:
         max_body: bytes of a request; more gets 413.
         max_pixels: of one image, read from its header; more gets 413.
+        max_total_pixels: of all images of a request together, likewise; decoding takes its time by
+            the pixel, however few bytes they compress to.
         max_requests: at once, from the first byte to the answer; more get 503 and Retry-After.
         max_batch: chains that are scored together.
         max_wait: longest that an idle server waits for chains to score together, s.
-        read_timeout: longest that a request may take to arrive, s; then it gets 408.
+        read_timeout: longest that the body of a request may take to arrive, s; then it gets 408.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_body: Count = 2**25
     max_pixels: Count = 2**24
+    max_total_pixels: Count = MAX_IMAGES * 2**20
     max_requests: Count = 256
     max_batch: Count = 8
     max_wait: Seconds = 0.005

@@ -18,6 +18,10 @@ from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient, Usage
 from mteditflow.rewards.transport.concurrency import gather
 
 SIDE = 64  # pixels of a test image: vision towers refuse images of less than a few patches
+DEAD = (  # faults of an endpoint that no other question would fare better with
+    Fault.timeout, Fault.connection, Fault.rate_limited, Fault.server_error, Fault.rejected,
+    Fault.malformed, Fault.unavailable,
+)  # fmt: skip
 FEWEST = 5  # log-probabilities that a Likert scale needs
 
 
@@ -102,6 +106,37 @@ async def inspect_endpoints(
         return EndpointReport(url, honours, judges[url].usage)
 
     return await gather([partial(ask, url, one) for url, one in client.per_endpoint().items()])
+
+
+async def reach_endpoints(client: ChatClient, *, images: int = 1) -> dict[str, Lost | None]:
+    """Ask each endpoint of a client one small question, before a run that needs them all.
+
+    It proves that the endpoint answers, knows the model and the key, and takes so many images in
+    one request. How well it answers is for ``inspect_endpoints`` to say.
+
+    Args:
+        client: client of the endpoints; its cache is not used.
+        images: number of images in one request.
+
+    Returns:
+        By endpoint ``None`` if it answered, or why not.
+
+    Raises:
+        ValueError: the number of images is below 1.
+
+    Example:
+        >>> import anyio
+        >>> client = ChatClient(["http://127.0.0.1:9/v1"], "qwen3-vl", attempts=1)
+        >>> anyio.run(reach_endpoints, client)["http://127.0.0.1:9/v1"].fault
+        <Fault.connection: 'no connection'>
+    """
+    check_count("images", images)
+    clients = client.per_endpoint()
+    found = await gather([partial(_images, one, count=images) for one in clients.values()])
+    return {
+        url: lost if lost is not None and lost.fault in DEAD else None
+        for url, lost in zip(clients, found, strict=True)
+    }
 
 
 async def _judged(client: ChatClient, prompt: JudgePrompt, images: int) -> Lost | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Annotated
 
 import typer
 
+from mteditflow._command import OneLineCommand, refusing
+from mteditflow.rewards.command_line import check_device, check_source, read_secret
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.consistency.wire import Limits
 from mteditflow.rewards.server.app import DEFAULT_LIMITS, create_app
 from mteditflow.rewards.server.serving import serve
 
 TOKEN_VARIABLE = "MTEDITFLOW_TOKEN"
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Tokens(str, Enum):
@@ -42,14 +43,20 @@ def load(
 
 
 def read_token(file: Path | None) -> str | None:
-    """Read the token from a file or the environment; others can see the command line."""
-    token = os.environ.get(TOKEN_VARIABLE) if file is None else file.read_text().strip()
+    """Read the token from a file or the environment; others can see the command line.
+
+    Raises:
+        ValueError: it is empty, or the file is not text.
+        OSError: the file cannot be read.
+    """
+    token = read_secret(TOKEN_VARIABLE) if file is None else file.read_text("utf-8").strip()
     if token == "":
-        raise typer.BadParameter("expected a token, got an empty one")
+        where = TOKEN_VARIABLE if file is None else file
+        raise ValueError(f"token: expected one in {where}, got nothing")
     return token
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def main(
     detector: Annotated[
         str, typer.Option(help="Hub id or folder of a GroundingDINO.")
@@ -78,6 +85,9 @@ def main(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Most pixels of an image.")
     ] = DEFAULT_LIMITS.max_pixels,
+    max_total_pixels: Annotated[
+        int, typer.Option(min=1, help="Most pixels of all images of a request.")
+    ] = DEFAULT_LIMITS.max_total_pixels,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Most requests at once; more get 503.")
     ] = DEFAULT_LIMITS.max_requests,
@@ -96,22 +106,25 @@ def main(
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    token = read_token(token_file)
-    application = create_app(
-        partial(load, detector, features, tokens, threshold, device),
-        limits=Limits(
-            max_body=max_body,
-            max_pixels=max_pixels,
-            max_requests=max_requests,
-            max_batch=max_batch,
-            max_wait=max_wait,
-        ),
-        token=token,
-    )
-    try:
-        status = serve(application, host=host, port=port, grace=grace, access_log=access_log)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}; set {TOKEN_VARIABLE} or --token-file") from error
+    with refusing():
+        token = read_token(token_file)
+        for name, source in (("detector", detector), ("features", features)):
+            check_source(name, source, "config.json")
+        check_device("device", device)
+        application = create_app(
+            partial(load, detector, features, tokens, threshold, device),
+            limits=Limits(
+                max_body=max_body,
+                max_pixels=max_pixels,
+                max_total_pixels=max_total_pixels,
+                max_requests=max_requests,
+                max_batch=max_batch,
+                max_wait=max_wait,
+            ),
+            token=token,
+        )
+        server = partial(serve, application, host=host, port=port, grace=grace)
+        status = server(access_log=access_log)
     raise typer.Exit(status)
 
 

@@ -32,7 +32,7 @@ CLIENT_GONE = 499  # status in the log alone: the client has disconnected
 ERRORS = {
     401: "No token, or a wrong one.",
     408: "The body took too long to arrive.",
-    413: "The body or an image is larger than this server takes.",
+    413: "The body, an image or all images together are larger than this server takes.",
     415: "The body is not JSON.",
     422: "Not such a request, an image not PNG or lossless WebP, or names the models refuse.",
     500: "The models failed on this chain.",

@@ -80,7 +80,7 @@ class Reader:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._max_pixels = limits.max_pixels
+        self._limits = limits
         self._threads = anyio.CapacityLimiter(THREADS)
 
     def check_type(self, request: Request) -> None:
@@ -94,8 +94,9 @@ class Reader:
         """Decode a body.
 
         Raises:
-            HTTPException: 422, the body is not a request or an image is refused; 413, an image is
-                too large. The message gives place and reason, and nothing of the body.
+            HTTPException: 422, the body is not a request or an image is refused; 413, an image or
+                all of them together are too large. The message gives place and reason, and nothing
+                of the body.
         """
         return await anyio.to_thread.run_sync(self._read, body, limiter=self._threads)
 
@@ -104,16 +105,24 @@ class Reader:
             request = ConsistencyRequest.model_validate_json(body)
         except ValidationError as error:
             raise HTTPException(422, _explain(error)) from error
-        images = [self._image(f"images[{i}]", text) for i, text in enumerate(request.images)]
+        left, images = self._limits.max_total_pixels, []
+        for i, text in enumerate(request.images):
+            image, pixels = self._image(f"images[{i}]", text, left)
+            images.append(image)
+            left -= pixels
         return images, list(request.pairs)
 
-    def _image(self, name: str, text: str) -> Image.Image:
+    def _image(self, name: str, text: str, left: int) -> tuple[Image.Image, int]:
+        """Decode an image of at most ``left`` pixels; return it and how many it had."""
+        limits = self._limits
         try:
             data = _base64(text)
-            check_file(data, max_pixels=self._max_pixels)
-            return to_send(name, decode_image(data, max_pixels=self._max_pixels))
+            check_file(data, max_pixels=min(limits.max_pixels, left))
+            image = decode_image(data, max_pixels=limits.max_pixels)
+            return to_send(name, image), image.width * image.height
         except TooManyPixels as error:
-            raise HTTPException(413, f"{name}: {error}") from error
+            total = "" if left >= limits.max_pixels else f" left of {limits.max_total_pixels}"
+            raise HTTPException(413, f"{name}: {error}{total}") from error
         except ValueError as error:
             raise HTTPException(422, f"{name}: {error}") from error
 

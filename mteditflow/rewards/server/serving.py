@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
+import socket
 from typing import Any
 
 import anyio
@@ -12,9 +12,21 @@ import typer
 import uvicorn
 from fastapi import FastAPI
 
+from mteditflow._checks import check_number
+from mteditflow.rewards.server import batching, service
+from mteditflow.rewards.server.guarding import (
+    BACKLOG,
+    LoopbackHosts,
+    RateLimit,
+    bounded,
+    is_loopback,
+    most_connections,
+)
 from mteditflow.rewards.server.service import Service
 
 LOG = logging.getLogger(__name__)
+# Anybody who can connect makes them write lines.
+LOUD = ("asyncio", "uvicorn.error", service.LOG.name, batching.LOG.name)
 KEEP_ALIVE = 75  # s that an unused connection stays open for its client's next request
 CLOSING = 1  # s for connections to close once their requests are done
 
@@ -32,6 +44,10 @@ def serve(
     The URL is written to standard output as soon as the server listens. On a signal it refuses new
     requests (503) and finishes those in progress; a second signal ends that wait.
 
+    Connections are bounded by the limit of open files, headers by 20 s, and repeated lines of the
+    log to 20 a minute. Without a token only requests to a loopback address or localhost by name are
+    answered; others get 421.
+
     Args:
         app: the application.
         host: address to listen on; other machines are served only if the application has a token.
@@ -44,22 +60,37 @@ def serve(
         Where the models are still running after ``grace``, this ends the process instead.
 
     Raises:
-        ValueError: the address is not a loopback address, and there is no token.
+        ValueError: the address is not a loopback address, and there is no token; the limit of open
+            files leaves no connection; or ``grace`` is out of range.
+        OSError: the address cannot be listened on, such as where the port is in use.
     """
+    check_number("grace", grace, low=0.0)
     service: Service = app.state.service
     check_host(host, secured=app.state.secured)
+    most = most_connections()
+    listener = listen(host, port)
     config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
+        app if app.state.secured else LoopbackHosts(app),
+        http="h11",
+        ws="none",  # an upgraded connection would leave the bounds
+        backlog=BACKLOG,
         log_config=None,
         access_log=access_log,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=CLOSING,
     )
+    config.load()
+    config.http_protocol_class = bounded(config.http_protocol_class, most)
+    limit = RateLimit()
+    for name in LOUD:
+        logging.getLogger(name).addFilter(limit)
     server = _Server(config, service, grace)
-    server.run()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for name in LOUD:
+            logging.getLogger(name).removeFilter(limit)
     status = int(server.cut_off or service.broken)
     if service.working:  # in a thread that cannot be stopped, and Python would wait for it
         LOG.warning("the models were still at work")
@@ -72,20 +103,31 @@ def check_host(host: str, *, secured: bool) -> None:
     """Raise unless only this machine can reach an address, or a token is required.
 
     Example:
-        >>> check_host("0.0.0.0", secured=False)
+        >>> check_host("0.0.0.0", secured=False)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: host: expected the loopback, or a token, as other machines can reach 0.0.0.0
+        ValueError: host: expected the loopback, or a token, as other machines can reach 0...
     """
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
+    loopback = is_loopback(host)
     if not loopback and not secured:
         raise ValueError(
-            f"host: expected the loopback, or a token, as other machines can reach {host}"
+            f"host: expected the loopback, or a token, as other machines can reach {host}; give "
+            "one by MTEDITFLOW_TOKEN or --token-file"
         )
     if not loopback:
         LOG.warning("other machines can reach %s, and HTTP hides neither token nor images", host)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        OSError: the address cannot be listened on; the message names it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise OSError(f"{host}:{port}: cannot be listened on: {error.strerror or error}") from error
 
 
 class _Server(uvicorn.Server):

@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-import typer
 from consistency_world import (
     ColorDetector,
     color_scorer,
@@ -575,5 +574,5 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "token").write_text(" of-the-file\n")
     assert read_token(tmp_path / "token") == "of-the-file"
     (tmp_path / "token").write_text("\n")
-    with pytest.raises(typer.BadParameter, match="expected a token, got an empty one"):
+    with pytest.raises(ValueError, match=r"token: expected one in .*token, got nothing"):
         read_token(tmp_path / "token")

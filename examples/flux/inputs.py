@@ -1,0 +1,236 @@
+"""What a run reads before anything is loaded, and what it refuses by then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from safetensors import safe_open
+
+from mteditflow import gather_ranks
+from mteditflow._command import BAD_INPUT, refuse
+from mteditflow._files import require_folder
+from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
+from mteditflow.evaluation import JudgedBy
+from mteditflow.pipelines.families import find_family
+from mteditflow.rewards.command_line import check_source
+from mteditflow.training import Checkpoint, read_metrics
+
+from .config import Config, ConfigError, DistillationConfig
+from .held_out import HeldOut
+from .loading import Notes, load_chains, load_held_out, made_by
+from .resuming import check_unchanged, find_checkpoint, fingerprints
+from .rewards import check_services, judged_by, require_services, scale_of
+
+INDEX = "model_index.json"  # of a pipeline's folder
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a run is made of beside its models.
+
+    Attributes:
+        chains: to train on.
+        sampler: draws them.
+        held_out: evaluations so far, and the chains to evaluate on; None: no evaluation.
+        found: checkpoint to go on from; None: the run begins.
+        judged_by: who scores.
+        files: hashes of the files that the run depends on.
+        notes: what the log is to say first.
+    """
+
+    chains: ChainDataset
+    sampler: GroupSampler
+    held_out: HeldOut | None
+    found: Checkpoint | None
+    judged_by: JudgedBy
+    files: dict[str, str]
+    notes: Notes
+
+
+def check(config: Config) -> None:
+    """Refuse what can be seen without reading chains: places, services, trackers.
+
+    Raises:
+        ConfigError: something is not there, or is not what it must be.
+        ValueError: a URL does not end in /v1, or a file is in the place of the output folder.
+    """
+    check_services(config.rewards)
+    known = sorted(map(str, get_available_trackers()))
+    for name in config.output.trackers:
+        if name not in known:
+            raise ConfigError(f"output.trackers: expected names among {known}, got {name!r}")
+    for part in ("", "checkpoints", "evaluations", "pictures"):
+        require_folder("output.folder", config.output.folder / part)
+    _check_model(config.model.path)
+    for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
+        if path is not None and not path.exists():
+            raise ConfigError(f"data.{name}: expected a file of chains, got none at {path}")
+    if isinstance(config, DistillationConfig) and config.teacher.path is not None:
+        _check_teacher(config.teacher.path, config.model.lora_rank)
+
+
+def _check_model(source: str) -> None:
+    """Raise unless there may be a pipeline of a known family."""
+    try:
+        check_source("model.path", source, INDEX)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if Path(source).exists():
+        try:
+            find_family(json.loads((Path(source) / INDEX).read_bytes())["_class_name"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"model.path: {source}: {error}") from error
+
+
+def _check_teacher(folder: Path, rank: int) -> None:
+    """Raise unless a folder holds a LoRA of a rank."""
+    try:
+        with safe_open(folder / LORA, framework="pt") as file:
+            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+            ranks = {file.get_slice(name).get_shape()[0] for name in names}
+    except Exception as error:  # the library has many for files that are none
+        wanted = f"teacher.path: expected a folder with {LORA}"
+        raise ConfigError(f"{wanted}, got {folder}: {error}") from error
+    if ranks != {rank}:
+        raise ConfigError(f"teacher.path: expected a LoRA of rank {rank}, got {sorted(ranks)}")
+
+
+def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
+    """Read chains and the checkpoint, and refuse what does not fit together; not collective.
+
+    Rank 0 asks the services whether they are there, once all else is in order.
+
+    Raises:
+        ConfigError: something does not fit, or is another than that of the run so far.
+        ChainError: a chain is bad.
+        OSError: a file cannot be read.
+        ValueError: a service does not answer.
+    """
+    data = config.data
+    notes, size = Notes(), config.model.resolution
+    chains = load_chains(data, data.chains, size, notes)
+    sampler = make_sampler(config, chains, accelerator)
+    files = fingerprints(config)
+    found = find_checkpoint(config, notes)
+    if found is not None:
+        notes.message(f"going on after round {found.round}, from {found.path}")
+        check_unchanged(config, files, found, notes)
+        _warn_of_missing_metrics(config, found, notes)
+        _load_order(sampler, found)
+    held_out = None
+    if data.held_out is not None:
+        unseen = load_held_out(data, chains, size, notes)
+        held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
+        if strays := ", ".join(held_out.strays()):
+            notes.warning(f"{held_out.folder}: left alone, as not of this run: {strays}")
+    if accelerator.is_main_process:
+        whole = config.rewards.scope == "trajectory"
+        require_services(config.rewards, images=data.turns + 1 if whole else 2)
+    judge = judged_by(config.rewards)
+    if held_out is not None and found is not None:
+        judge = _comparable(config, held_out, judge, found.round)
+    return Inputs(chains, sampler, held_out, found, judge, files, notes)
+
+
+def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator) -> GroupSampler:
+    """Return the sampler of this rank.
+
+    Raises:
+        ConfigError: rounds do not divide over the ranks, or need more chains than there are.
+    """
+    data, training = config.data, config.training
+    ranks = int(accelerator.num_processes)
+    kind = GroupSampler if data.draw == "epochs" else InformativeSampler
+    try:
+        sampler = kind(
+            chains,
+            groups=data.groups,
+            group_size=data.group_size,
+            ranks=ranks,
+            rank=accelerator.process_index,
+            split_groups=data.split_groups,
+            seed=training.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from error
+    own = data.groups * data.group_size // ranks
+    if own % training.minibatches:
+        raise ConfigError(
+            f"training.minibatches: expected a divisor of the {own} trajectories of "
+            f"each of {ranks} ranks, got {training.minibatches}"
+        )
+    return sampler
+
+
+def _warn_of_missing_metrics(config: Config, found: Checkpoint, notes: Notes) -> None:
+    """Let the log say where the file of metrics ends before the checkpoint of the same run.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = config.output.folder / "metrics.jsonl"
+    last = max((line["round"] for line in read_metrics(path)), default=0)
+    if last < found.round and config.output.resume in ("auto", "best"):
+        notes.warning(
+            f"{path}: expected lines up to round {found.round}, got them up to {last}; curves and "
+            "report lack the others"
+        )
+
+
+def _load_order(sampler: GroupSampler, found: Checkpoint) -> None:
+    """Let the sampler go on from a checkpoint.
+
+    Raises:
+        ConfigError: that is of other chains, groups or seed.
+    """
+    try:
+        sampler.load_state_dict(found.state["sampler"])
+    except ValueError as error:
+        raise ConfigError(f"output.resume: cannot go on from {found.path}: {error}") from error
+
+
+def _comparable(config: Config, held_out: HeldOut, judge: JudgedBy, done: int) -> JudgedBy:
+    """Return the judge of the run's evaluations so far, else this one.
+
+    Raises:
+        ConfigError: evaluations so far are damaged, or not comparable with those to come.
+    """
+    folder, fix = config.output.folder, "choose another output.folder"
+    try:
+        success = scale_of(config.rewards).success
+        held_out.require_comparable(done, success, made_by(config, done))
+    except ConfigError:  # one is damaged
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{error}; {fix}") from error
+    try:
+        return held_out.judge(judge, done)
+    except ValueError as error:
+        raise ConfigError(f"{folder} holds evaluations by another judge; {fix}: {error}") from error
+
+
+@contextmanager
+def refusing_together(accelerator: Accelerator) -> Iterator[None]:
+    """Refuse on every rank what one of them refuses: a collective call at the end of the block.
+
+    Raises:
+        SystemExit: with 2, on every rank; those that are at fault say why.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        fault = error
+    (faulty,), _ = gather_ranks(torch.tensor([fault is not None], device=accelerator.device))
+    if fault is not None:
+        refuse("; ".join(str(fault).splitlines()))
+    if bool(faulty.any()):
+        raise SystemExit(BAD_INPUT)

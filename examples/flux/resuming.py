@@ -1,0 +1,116 @@
+"""What may change between the processes of one run, found before anything is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mteditflow.evaluation.provenance import content_hash
+from mteditflow.training import Checkpoint, Checkpoints
+
+from .config import Config, ConfigError, dumped
+from .loading import Notes
+
+# Weights, optimizer and sampler are of these fields; another value is another run.
+FIXED = (
+    ("objective", "name"),
+    *(("model", name) for name in ("lora_rank", "lora_alpha", "lora_targets")),
+    ("data", "turns"),
+)
+HASHED = (("model", "path"), ("data", "chains"), ("data", "held_out"))
+
+
+def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
+    """Return the checkpoint to go on from, if there is one; of damaged ones the log is to say so.
+
+    Raises:
+        ConfigError: there is one and ``output.resume`` is never, there is none of that name, or all
+            are damaged.
+    """
+    output = config.output
+    with warnings.catch_warnings(record=True) as damaged:
+        warnings.simplefilter("always")
+        try:
+            found = Checkpoints(output.folder / "checkpoints").find(
+                "auto" if output.resume == "never" else output.resume
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"output.resume: {error}") from error
+    if output.resume == "never" and found is not None:
+        raise ConfigError(
+            f"output.resume: never, but {output.folder} holds a run; choose another folder, or go "
+            "on with auto"
+        )
+    reasons = [str(warning.message) for warning in damaged]
+    if found is None and reasons:  # to begin again would drop all that the run has measured
+        raise ConfigError(
+            f"output.resume: expected a whole checkpoint in {output.folder}, got damaged ones "
+            f"alone; choose another folder, or delete them to begin again: {'; '.join(reasons)}"
+        )
+    for reason in reasons:
+        notes.warning(reason)
+    return found
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Return hashes of the files that a run depends on by field; hub ids have none."""
+    paths = {(section, name): getattr(getattr(config, section), name) for section, name in HASHED}
+    given = {".".join(field): path for field, path in paths.items() if path is not None}
+    hashes = {field: content_hash(path) for field, path in given.items()}
+    return {field: found for field, found in hashes.items() if found is not None}
+
+
+def check_unchanged(
+    config: Config, files: Mapping[str, str], found: Checkpoint, notes: Notes
+) -> None:
+    """Refuse what differs from the run so far, or let the log say so where a run can go on with it.
+
+    Args:
+        config: of this process.
+        files: ``fingerprints`` of it.
+        found: checkpoint to go on from.
+        notes: get what has changed.
+
+    Raises:
+        ConfigError: a field or a file differs that the state of the run depends on.
+    """
+    before, now = found.state["config"], dumped(config)
+    folder = config.output.folder
+    for section, name in FIXED:
+        was, value = before.get(section, {}).get(name, now[section][name]), now[section][name]
+        if was != value:
+            field = section if name == "name" else f"{section}.{name}"
+            raise ConfigError(_refusal(field, f"{was!r}", folder, f"{value!r}"))
+    if config.training.ema_decay > 0 and before["training"]["ema_decay"] == 0:
+        got = f"{config.training.ema_decay} and no average to go on from"
+        raise ConfigError(_refusal("training.ema_decay", "0.0", folder, got))
+    old = found.state.get("files", {})
+    for field in (x for x in files if x in old and old[x] != files[x]):
+        section, _, name = field.partition(".")
+        path = getattr(getattr(config, section), name)
+        content = f"a file or folder of content {old[field]}"
+        raise ConfigError(_refusal(field, content, folder, f"{path} of content {files[field]}"))
+    for text in (*_unknown_files(files, old), *_changed_fields(before, now)):
+        notes.warning(text)
+
+
+def _refusal(field: str, was: str, folder: object, got: str) -> str:
+    return (
+        f"{field}: expected {was}, with which the run in {folder} began, got {got}; choose another "
+        "output.folder"
+    )
+
+
+def _unknown_files(files: Mapping[str, str], old: Mapping[str, str]) -> Iterator[str]:
+    for field in files:
+        if field not in old:
+            yield f"{field}: the checkpoint has no hash of it, so a change would not be seen"
+
+
+def _changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for section, fields in now.items():
+        for name, value in fields.items():
+            was = before.get(section, {}).get(name)
+            if was != value:
+                yield f"{section}.{name} was {was!r} and is {value!r} from here on"

@@ -1,0 +1,31 @@
+"""Standard output whose reader may leave early, as ``| head -1`` does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Let the reader of standard output close it early; what is left to print is dropped."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as error:
+        broken = isinstance(error, BrokenPipeError)
+        if not broken and not isinstance(error.__context__, BrokenPipeError):  # as rich ends it
+            raise
+        _drop_output()
+        if isinstance(error.__context__, SystemExit):
+            raise error.__context__ from None
+
+
+def _drop_output() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,254 @@
+"""A run that goes on: what has changed is refused or said before anything is loaded."""
+
+import json
+import shutil
+import sqlite3
+
+import pytest
+from mteditflow_examples import train_flux
+from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.inputs import make_sampler
+from mteditflow_examples.flux.reporting import summarize
+from safetensors.torch import save_file
+
+from mteditflow._locks import sole_writer
+from mteditflow.chains import read_chains, write_chains
+from mteditflow.pipelines import Editor
+from mteditflow.training import Checkpoints, Update, read_metrics
+from tests.flux.rounds import started
+from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
+from tests.processes import Process
+from tests.refusals import call, files
+from tests.samples_of_scores import few_resamples
+
+__all__ = ["few_resamples"]  # a fixture of every test here
+TAKEN = Update("taken", 1.0, {})
+MORE = ("--training.rounds", 2, "--evaluation.every", 1, "--evaluation.policy", "current")
+
+
+@pytest.fixture(scope="module")
+def stopped(world, tmp_path_factory):
+    """A run of one round of two that are wanted, with its evaluations, and a world of its own."""
+    root = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(world, root / "world")
+    words = options(root / "world", root / "run", *MORE, "--training.rounds", 1)
+    assert call(train_flux.main, words).code == 0
+    return root
+
+
+@pytest.fixture
+def again(stopped, tmp_path, monkeypatch):
+    """A copy of the run and its world; the fixture starts it again, and no model is loaded."""
+    shutil.copytree(stopped, tmp_path / "all")
+    monkeypatch.setattr(Editor, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+
+    def start(*more):
+        words = options(tmp_path / "all" / "world", tmp_path / "all" / "run", *MORE, *more)
+        before = contents(tmp_path / "all")
+        ended = call(train_flux.main, words)
+        assert ended.code == 2, ended
+        assert ended.err.startswith("error: ")
+        assert ended.err.count("\n") == 1
+        assert contents(tmp_path / "all") == before
+        return ended.err
+
+    start.root = tmp_path / "all"
+    return start
+
+
+def contents(root):
+    """Files and the times of their changes, without those of the lock."""
+    return {x: t for x, t in files(root).items() if x.is_file() and ".writer." not in x.name}
+
+
+CHANGED = {
+    "objective": (["objective:awm"], "objective: expected 'nft', with which the run in"),
+    "rank": (["--model.lora-rank", 8], "model.lora_rank: expected 16, with which the run in"),
+    "alpha": (["--model.lora-alpha", 8], "model.lora_alpha: expected 16, with which the run in"),
+    "modules": (["--model.lora-targets", "attn.to_q"], "model.lora_targets: expected ['attn.to_q'"),
+    "turns": (["--data.turns", 3], "data.turns: expected 2, with which the run in"),
+    "average": (["--training.ema-decay", 0.9], "training.ema_decay: expected 0.0, with which the"),
+    "threshold": (["--rewards.success", 4], "rewards.success: expected 5.0, as in the evaluation"),
+    "evaluation": (
+        ["--evaluation.steps", 9],
+        "evaluation.steps: expected 4, as in the evaluation of round 0",
+    ),
+    "guidance": (
+        ["--model.guidance", 2],
+        "model.guidance: expected 1.0, as in the evaluation of round",
+    ),
+    "policy": (
+        ["--evaluation.policy", "old"],
+        "evaluation.policy: expected 'current', as in the evaluation of round 1, with which",
+    ),
+    "seed": (["--training.seed", 5], "output.resume: cannot go on from"),
+    "groups": (["--data.groups", 2], "output.resume: cannot go on from"),
+    "resume": (["--output.resume", "never"], "output.resume: never, but"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_has_changed_is_refused(again, case):
+    words, message = CHANGED[case]
+    assert message in again(*words)
+
+
+@pytest.mark.parametrize("name", ["train", "held_out"])
+def test_a_file_of_chains_that_changed_behind_its_path_is_refused(again, name):
+    path = again.root / "world" / f"{name}.jsonl"
+    chains = read_chains(path).chains
+    same = [chains[0].model_copy(update={"all_objects": None, "unchanged_objects": None})]
+    write_chains([*same, *chains[1:]], path)
+    field = {"train": "data.chains", "held_out": "data.held_out"}[name]
+    assert f"error: {field}: expected a file or folder of content " in again()
+
+
+def test_other_held_out_chains_are_refused(again):
+    path = again.root / "world" / "held_out.jsonl"
+    other = path.with_name("fewer.jsonl")
+    write_chains(read_chains(path).chains[1:], other)
+    assert "error: data.held_out: expected a file" in again("--data.held-out", other)
+
+
+def test_another_model_is_refused(again):
+    save_file({}, again.root / "world" / "model" / "more.safetensors")
+    assert "error: model.path: expected a file or folder of content" in again()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("evaluations/round-000000.json", b'{"round": 0, "ch', "delete this file to go on without"),
+        ("evaluations/round-000000.json", b"", "round-000000.json: expected JSON, got b''"),
+        ("evaluations/round-000001.json", "evaluations/round-000000.json", "got one of round 0; d"),
+        ("metrics.jsonl", b"no line of numbers\n", "metrics.jsonl:1: expected an object of numb"),
+        ("metrics.jsonl", b'{"round": 1}\n{"round": 1}\n', "metrics.jsonl:2: expected a round aft"),
+        ("checkpoints/round-000001/state.json", b"{", "got damaged ones alone; choose another"),
+        ("answers-0.sqlite", b"no cache" * 100, "not usable as a cache of answers"),
+    ],
+)
+def test_damaged_files_are_named(again, name, data, message):
+    content = data if isinstance(data, bytes) else (again.root / "run" / data).read_bytes()
+    (again.root / "run" / name).write_bytes(content)
+    assert message in again()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evaluations", "pictures"])
+def test_a_file_in_place_of_a_folder_of_the_run_is_named(again, name):
+    path = again.root / "run" / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.write_text("")
+    assert f"output.folder: expected a folder, got the file {path}" in again()
+
+
+def test_a_cache_of_another_program_is_named_and_left(again):
+    path = again.root / "run" / "answers-0.sqlite"
+    path.unlink(missing_ok=True)
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE own (x)")
+    connection.close()
+    assert "another application's database" in again()
+
+
+def test_a_folder_that_another_process_writes_is_refused(again):
+    with sole_writer(again.root / "run"):
+        said = again()
+    assert f"{again.root / 'run'}: expected no other writer, got process " in said
+
+
+def test_strays_and_later_evaluations_are_left_or_made_again(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "all")
+    folder = tmp_path / "all" / "run" / "evaluations"
+    shutil.copy(folder / "round-000001.json", folder / "round-final.json")
+    (folder / "round-best").mkdir()
+    (folder / "round-000002.json").write_text("half of one that a kill has")  # after the checkpoint
+    checkpoint = Checkpoints(tmp_path / "all" / "run" / "checkpoints").latest()
+    (checkpoint.path.with_name("round-000009")).mkdir()
+    (tmp_path / "all" / "run" / "metrics.jsonl").write_text("")
+    words = options(tmp_path / "all" / "world", tmp_path / "all" / "run", *MORE)
+    ended = call(train_flux.main, words)
+    assert ended.code == 0, ended.err
+    assert "metrics.jsonl: expected lines up to round 1, got them up to 0; " in ended.err
+    assert "left alone, as not of this run: round-best, round-final.json" in ended.err
+    assert "warning: checkpoint skipped: " in ended.err
+    assert {"round-final.json", "round-best", "round-000002.json"} <= {
+        x.name for x in folder.iterdir()
+    }
+    assert [line["round"] for line in read_metrics(tmp_path / "all" / "run/metrics.jsonl")] == [2]
+    log = (tmp_path / "all" / "run" / "log.txt").read_text()
+    assert "training.rounds was 1 and is 2 from here on" in log
+
+
+def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
+    shutil.copytree(stopped, tmp_path / "all")
+    world, run = tmp_path / "all" / "world", tmp_path / "all" / "run"
+    (run / "evaluations" / "round-000000.json").unlink()
+    held_out = ("--data.held-out", world / "held_out.jsonl")
+    with started(world, run, *MORE, "--training.rounds", 1, *held_out) as one:
+        summarize(one)
+    assert "evaluated once, so there is no report" in (run / "log.txt").read_text()
+    assert not capsys.readouterr().out
+    assert call(train_flux.main, options(world, run, *MORE)).code == 0
+    assert "no evaluation of round 0: before is round 1" in (run / "log.txt").read_text()
+    report = json.loads((run / "report.json").read_text())
+    assert (report["before"]["round"], report["after"]["round"]) == (1, 2)
+
+
+def test_a_full_disk_ends_a_run_with_1_and_it_goes_on(stopped, tmp_path, monkeypatch):
+    shutil.copytree(stopped, tmp_path / "all")
+    world, run = tmp_path / "all" / "world", tmp_path / "all" / "run"
+    before = (run / "metrics.jsonl").read_bytes()
+
+    def full(self, done, numbers):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mteditflow.training.metrics_file.MetricsFile.append", full)
+        ended = call(train_flux.main, options(world, run, *MORE))
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].endswith("error: [Errno 28] No space left on device")
+    assert "Traceback" not in ended.err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert call(train_flux.main, options(world, run, *MORE)).code == 0
+
+
+def test_an_average_that_warms_up(world, tmp_path):
+    """Weights of the average after the first steps, by hand."""
+    more = ("--training.ema-decay", 0.9, "--training.ema-every", 1)
+    with started(world, tmp_path, *more) as run:
+        weight = run.policies.parameters()[0]
+        average = weight.detach().clone().double()
+        for step in (1, 2, 3):
+            weight.data.add_(1.0)
+            run.begin_round()
+            run.count(TAKEN)
+            decay = (1 + step) / (10 + step)
+            average = decay * average + (1 - decay) * weight.detach().double()
+        name = next(n for n, x in run.policies.state_dict().items() if x.shape == weight.shape)
+        found = run.policies.state_dict("ema")[name].double()
+        assert float((found - average).abs().max()) < 1e-5
+
+
+def test_two_trainers_in_one_folder_of_which_one_goes_on(world, tmp_path):
+    words = options(world, tmp_path / "run", *MORE, "--training.rounds", 3)
+    errors = [tmp_path / f"errors-{n}.txt" for n in range(2)]
+    both = [Process([SCRIPT, *words], env=ENVIRONMENT, errors=x) for x in errors]
+    codes = [process.wait(300) for process in both]
+    assert sorted(codes) == [0, 2], [x.read_text()[-2000:] for x in errors]
+    refused = errors[codes.index(2)].read_text()
+    winner = both[codes.index(0)].pid
+    assert f"expected no other writer, got process {winner} (train_flux.py) on " in refused
+    assert [x["round"] for x in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert not list((tmp_path / "run").rglob(".partial-*"))
+
+
+def test_ranks_that_do_not_divide_the_groups_are_refused(world, tmp_path):
+    class TwoRanks:
+        num_processes, process_index = 2, 0
+
+    config = parse(options(world, tmp_path, "--data.groups", 3, "--training.minibatches", 1))
+    with pytest.raises(
+        ConfigError, match=r"data.groups: expected a multiple of the 2 ranks, got 3"
+    ):
+        make_sampler(config, range(16), TwoRanks)
