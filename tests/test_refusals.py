@@ -106,7 +106,10 @@ RUNS = {
     "no chains": (["--data.chains", "ROOT/none.jsonl"], "data.chains: expected a file of chains"),
     "a folder for a file": (["--data.chains", "ROOT/folder"], "ROOT/folder"),
     "an empty file": (["--data.chains", "ROOT/empty"], "expected content of one of the formats"),
-    "a binary file": (["--data.chains", "ROOT/binary"], "expected content of one of the formats"),
+    "a binary file": (
+        ["--data.chains", "ROOT/binary"],
+        "expected UTF-8 text, got a file with NUL bytes",
+    ),
     "no held-out chains": (["--data.held-out", "ROOT/none"], "data.held_out: expected a file"),
     "held out and trained on": (["--data.held-out", "ROOT/train.jsonl"], "got 16 chain ids"),
     "longer than any chain": (["--data.turns", 9], "data.turns: expected chains of 9 turns"),
@@ -230,7 +233,10 @@ PLANNER = {
     "no JSON": ([*ASKS, "--extra-body", "{"], "expected a JSON object"),
     "stats of no file": (["stats", "ROOT/none"], "No such file"),
     "stats of a folder": (["stats", "ROOT/folder"], "ROOT/folder"),
-    "stats of a picture": (["stats", "ROOT/picture.png"], "expected content of one of the formats"),
+    "stats of a picture": (
+        ["stats", "ROOT/picture.png"],
+        "expected UTF-8 text, got a file with NUL bytes",
+    ),
     "stats, a plot of no kind": (["stats", "ROOT/train.jsonl", "--plot", "OUT.xyz"], "xyz"),
     "no such command": (["draw"], "No such command 'draw'"),
 }
@@ -328,7 +334,7 @@ CHAINS = {
     "no such file": (["check", "ROOT/none"], "No such file"),
     "a folder": (["check", "ROOT/folder"], "Is a directory"),
     "an empty file": (["check", "ROOT/empty"], "expected content of one of the formats"),
-    "a binary file": (["check", "ROOT/binary"], "expected content of one of the formats"),
+    "a binary file": (["check", "ROOT/binary"], "expected UTF-8 text, got a file with NUL bytes"),
     "an unknown format": (["check", "ROOT/train.jsonl", "--format", "x"], "expected one of "),
     "no file": (["check"], "Missing argument 'file'"),
     "nothing to convert": (["convert", "ROOT/none", "OUT"], "No such file"),
