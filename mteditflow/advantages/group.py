@@ -249,7 +249,7 @@ def group_measured(measured: Numbers, group: Numbers) -> Tensor:
     check_rank("measured", mask, 1, "[B] or [B, N]", maximum=2)
     check_mask("measured", mask, mask.shape, "[B] or [B, N]")
     ids = as_numbers("group", group, device=mask.device)
-    check_group(ids, mask.shape[:1])
+    check_group(ids, mask.shape)
     return _in_group(mask, _group_index(ids))
 
 

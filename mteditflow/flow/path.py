@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
+    as_real,
     check_count,
     check_floating,
     check_number,
@@ -160,7 +161,7 @@ def score_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Numbers) -
 
 
 def flow_matching_loss(
-    velocity: Tensor, clean: Tensor, noise: Tensor, *, valid: Tensor | None = None
+    velocity: Tensor, clean: Tensor, noise: Tensor, *, valid: Numbers | None = None
 ) -> Tensor:
     r"""Per-sample loss, :math:`\mathrm{mean}\,\lVert velocity - (noise - clean)\rVert^2`.
 
@@ -188,7 +189,7 @@ def flow_matching_loss(
     check_same_shape(velocity=velocity, clean=clean, noise=noise)
     check_rank("velocity", velocity, 2, "[M, ...]")
     v, x, z = promote(velocity, clean, noise)
-    return row_mean_square(valid_rows(valid, v - (z - x)))
+    return row_mean_square(valid_rows(valid, v - (z - x))).to(v.dtype)
 
 
 def uniform_sigmas(steps: int) -> Tensor:
@@ -212,7 +213,7 @@ def uniform_sigmas(steps: int) -> Tensor:
     return torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
 
 
-def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+def shift_sigmas(sigmas: Numbers, shift: float) -> Tensor:
     r"""Shift a grid toward noise: :math:`\sigma' = a\sigma / (1 + (a - 1)\sigma)` with shift a.
 
     Computed as :math:`\sigma / (\sigma + (1 - \sigma) / a)`, which keeps exactly 0 and exactly 1
@@ -235,6 +236,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
         >>> shift_sigmas(torch.tensor([1.0, 0.5, 0.0]), 3.0)
         tensor([1.0000, 0.7500, 0.0000])
     """
+    sigmas = as_real("sigmas", sigmas)
     check_floating(sigmas=sigmas)
     check_number("shift", shift, low=1 / _MAX_SHIFT, high=_MAX_SHIFT)
     check_values("sigmas", sigmas, (sigmas >= 0) & (sigmas <= 1), "values in [0, 1]")
@@ -242,7 +244,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     return (s / (s + (1 - s) / shift)).to(sigmas.dtype)
 
 
-def exponential_shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
+def exponential_shift_sigmas(sigmas: Numbers, mu: float) -> Tensor:
     r"""FLUX's dynamic shift, :math:`\sigma' = e^\mu / (e^\mu + 1/\sigma - 1)`.
 
     The same as ``shift_sigmas(sigmas, exp(mu))``, which is how it is computed: finite at 0.
