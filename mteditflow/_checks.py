@@ -29,8 +29,7 @@ _MISSING = "mark what is missing in a mask, as pad_turns does"
 def check_tensor(name: str, x: object) -> None:
     """Raise ``TypeError`` unless ``x`` is a tensor."""
     if not isinstance(x, Tensor):
-        if isinstance(x, np.ma.MaskedArray):
-            raise TypeError(_masked(name))
+        check_unmasked(name, x)
         lists = isinstance(x, (list, tuple, np.ndarray))
         fix = "; convert it with torch.as_tensor" if lists else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{fix}")
@@ -48,8 +47,7 @@ def as_numbers(
         return x
     if not isinstance(x, (list, tuple, np.ndarray, np.generic, int, float)):
         raise TypeError(f"{name}: expected numbers or a torch.Tensor, got {type(x).__name__}")
-    if _holds_masked_array(x):
-        raise TypeError(_masked(name))
+    check_unmasked(name, x)
     try:
         array = np.asarray(x)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors with gradient
@@ -66,18 +64,15 @@ def as_numbers(
     return torch.from_numpy(native).to("cpu" if device is None else device)
 
 
-def _holds_masked_array(x: object) -> bool:
-    """Whether numpy would drop a mask: ``np.asarray`` reads what stands behind it."""
-    if isinstance(x, (list, tuple)):
-        return any(_holds_masked_array(item) for item in x)
-    return isinstance(x, np.ma.MaskedArray)
-
-
-def _masked(name: str) -> str:
-    return (
-        f"{name}: expected numbers or a torch.Tensor, got a numpy masked array, whose mask would "
-        "be lost; give its .data, and ~np.ma.getmaskarray(...) as the mask of this function"
-    )
+def check_unmasked(name: str, x: object) -> None:
+    """Raise ``TypeError`` for masked arrays, in lists too: numpy would drop the mask."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected numbers or a torch.Tensor, got a masked array, whose mask would be "
+            "lost; give its .data, and ~np.ma.getmaskarray(...) as a mask of its own"
+        )
+    for item in x if isinstance(x, (list, tuple)) else ():
+        check_unmasked(name, item)
 
 
 def _content(array: np.ndarray[Any, Any]) -> str:
@@ -88,7 +83,9 @@ def _content(array: np.ndarray[Any, Any]) -> str:
         return str(array.dtype)
     if any(isinstance(item, int) for item in array.flat):
         return "integers that 64 bits do not hold, or other objects"
-    return next((type(item).__name__ for item in array.flat if not isinstance(item, float)), "object")
+    return next(
+        (type(item).__name__ for item in array.flat if not isinstance(item, float)), "object"
+    )
 
 
 def as_real(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
@@ -131,6 +128,13 @@ def as_mask(name: str, mask: Numbers | None, like: Tensor, axes: str) -> Tensor:
     mask = as_numbers(name, mask, device=like.device)
     check_mask(name, mask, like.shape, axes)
     return mask
+
+
+def check_real(**tensors: Tensor) -> None:
+    """Raise ``TypeError`` for complex tensors."""
+    for name, x in tensors.items():
+        if x.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -206,7 +210,7 @@ def check_number(
     finite = abs(value) <= sys.float_info.max  # of integers, too; math.isfinite does not trace
     if not (finite and above and below):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name}: expected a finite number in {interval}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected a finite number in {interval}, got {shown(value)}")
 
 
 def check_count(name: str, value: int, *, low: int = 1, high: int = _LARGEST) -> None:
@@ -214,12 +218,12 @@ def check_count(name: str, value: int, *, low: int = 1, high: int = _LARGEST) ->
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {_kind(value, 'int')}")
     if value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected an integer >= {low}, got {shown(value)}")
     if value > high:
-        raise ValueError(f"{name}: expected an integer <= {high}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected an integer <= {high}, got {shown(value)}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as an error shows it: not a number in its four hundred digits, nor an array."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
@@ -236,7 +240,7 @@ def _kind(value: object, conversion: str) -> str:
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {list(choices)}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {shown(value)}")
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:

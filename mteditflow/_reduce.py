@@ -180,9 +180,9 @@ class _RowMeanSquare(torch.autograd.Function):
 def _row_power_sum(x: Tensor, power: int) -> Tensor:
     """Sum of the absolute elements of each row, or of their squares.
 
-    A float32 accumulator loses bits along a long axis, and overflows or underflows with squares. So
-    only chunks are summed in the dtype of ``x``. On the CPU, where reading costs no wait, rows whose
-    sum leaves the range are summed anew.
+    A float32 accumulator loses bits along a long axis, and squares leave its range. So only chunks
+    are summed in the dtype of ``x``. On the CPU, where reading costs no wait, rows whose sum is out
+    of range are summed anew.
     """
     norms = [torch.linalg.vector_norm(part, ord=power, dim=-1) for part in _chunks(x)]
     total = _wide(torch.cat(norms, dim=1)).pow(power).sum(dim=1)
@@ -241,9 +241,7 @@ def valid_rows(valid: Numbers | None, x: Tensor) -> Tensor:
     return torch.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
-def row_std(
-    std: float | Numbers, x: Tensor, valid: Numbers | None = None
-) -> tuple[Tensor, Tensor]:
+def row_std(std: float | Numbers, x: Tensor, valid: Numbers | None = None) -> tuple[Tensor, Tensor]:
     """Per row of ``x`` [M]: a std that is safe to divide by, and whether the row takes part.
 
     It does where the step was random and the row is valid. In float64 where the device has it.

@@ -32,6 +32,7 @@ from mteditflow._checks import (
     REDUCTIONS,
     Numbers,
     as_real,
+    check_callable,
     check_choice,
     check_count,
     check_floating,
@@ -388,6 +389,7 @@ def unit_step(solver: Solver, sigma: float | Numbers, next_sigma: float | Number
 
     Means are linear in the velocity, so minus this mean is how far a step moves per unit of it.
     """
+    check_callable("solver", solver)
     times = {"sigma": sigma, "next_sigma": next_sigma}
     like = first_tensor(*times.values())
     if like is None:

@@ -10,6 +10,7 @@ from mteditflow._checks import (
     Numbers,
     as_mask,
     as_numbers,
+    check_floating,
     check_integers,
     check_number,
     check_rank,
@@ -72,6 +73,7 @@ def dpo_loss(
         >>> loss.detach(), velocity.grad.flatten()
         (tensor([0.6931]), tensor([ 2., -2.]))
     """
+    check_floating(velocity=velocity, reference_velocity=reference_velocity, target=target)
     check_same_shape(velocity=velocity, reference_velocity=reference_velocity, target=target)
     check_rank("velocity", velocity, 2, "[M, ...]")
     check_number("dpo_beta", dpo_beta, low=0.0, open_low=True)
