@@ -151,8 +151,8 @@ def check_full_precision(**tensors: Tensor) -> None:
         check_tensor(name, x)
         if x.dtype in (torch.float32, torch.float64):
             continue
-        half = x.is_floating_point()
-        fix = ", which would silently change the result; convert it with .float()" if half else ""
+        half = "half precision would silently change the result " if x.is_floating_point() else ""
+        fix = "" if x.is_complex() else f"; {half}(convert with .float())"
         raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}{fix}")
 
 
