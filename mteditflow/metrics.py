@@ -347,10 +347,9 @@ def paired_difference_interval(
         >>> f"{float(estimate):.2f} [{float(low):.2f}, {float(high):.2f}]"
         '0.00 [-0.66, 0.66]'
     """
-    (first, mask), (second, _) = (
-        _success(name, x, valid) for name, x in (("before", before), ("after", after))
-    )
-    check_same_shape(before=first, after=second)
+    named = {"before": as_real("before", before), "after": as_real("after", after)}
+    check_same_shape(**named)
+    (first, mask), (second, _) = (_success(name, x, valid) for name, x in named.items())
     first, second = (torch.where(mask, x, 0).double() for x in (first, second))
     n, old, new = mask.sum(dim=0).double(), first.sum(dim=0), second.sum(dim=0)
     both = (first * second).sum(dim=0)

@@ -168,14 +168,14 @@ def test_row_means_are_those_of_a_loop(shape):
         assert absolute == pytest.approx(math.fsum(map(abs, values)) / len(values), rel=1e-14)
 
 
-LONG = [(1, 2**18 + 3), (2, 5, 40_001), (3, 255), (3, 256), (3, 257)]
+LONG = [(1, 2**20 + 3), (2, 5, 40_001), (3, 255), (3, 256), (3, 257)]
 
 
 def nearly_exact(function, x):
-    """The value of float32 rows is that of float64, to a few parts in 10^8."""
+    """The value of float32 rows is that of float64, to what one chunk of 256 loses."""
     got = function(x)
     assert got.dtype == torch.float64
-    torch.testing.assert_close(got, function(x.double()), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(got, function(x.double()), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("function", [row_mean_square, row_mean_absolute, row_root_mean_square])
@@ -205,8 +205,8 @@ def test_squares_out_of_the_range_of_float32(number):
     x[0], x[1] = number, 1.0
     exact = float(x[0, 0])
     for got in (row_mean_square(x), torch.vmap(row_mean_square)(x[None])[0]):
-        assert got.tolist() == [pytest.approx(exact**2, rel=1e-7, abs=0), 1.0, 0.0]
-    assert row_mean_absolute(x).tolist() == [pytest.approx(exact, rel=1e-7, abs=0), 1.0, 0.0]
+        assert got.tolist() == pytest.approx([exact**2, 1.0, 0.0], rel=1e-6, abs=0)
+    assert row_mean_absolute(x).tolist() == pytest.approx([exact, 1.0, 0.0], rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("function", [row_mean_square, row_mean_absolute, row_root_mean_square])
@@ -215,7 +215,7 @@ def test_a_nan_in_a_row_stays_in_that_row(function):
     x[0, 7] = math.nan
     first, second = function(x).tolist()
     assert math.isnan(first)
-    assert second == 1.0
+    assert second == pytest.approx(1.0)
 
 
 def test_row_means_golden():
@@ -384,8 +384,8 @@ def test_compiled_row_means_are_as_accurate_as_eager(function, backend):
     x = torch.cat([random(1, 2**17 + 3, seed=1), torch.full((1, 2**17 + 3), 0.1).double()])
     single = x.float().requires_grad_()
     got = compiled(single)
-    torch.testing.assert_close(got, function(single.double()), rtol=1e-7, atol=0)
-    torch.testing.assert_close(got, function(single), rtol=1e-7, atol=0)
+    torch.testing.assert_close(got, function(single.double()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, function(single), rtol=1e-6, atol=0)
     (wanted,) = torch.autograd.grad(function(single).sum(), single)
     (given_,) = torch.autograd.grad(compiled(single).sum(), single)
     torch.testing.assert_close(given_, wanted, rtol=1e-5, atol=0)

@@ -29,7 +29,11 @@ def with_reduction(function):
 def pairs(velocity, reference, target, *, valid=None):
     """Neighbouring rows as pairs; a pair is valid where both of its rows are."""
     first = torch.arange(0, len(velocity), 2)
-    kept = None if valid is None else valid[::2] & valid[1::2]
+    kept = None
+    if valid is not None:
+        of_rows = torch.as_tensor(valid)
+        kept = of_rows[::2] & of_rows[1::2]
+        kept = kept.tolist() if isinstance(valid, list) else kept
     loss = mt.dpo_loss(velocity, reference, target, first, first + 1, dpo_beta=2.0, valid=kept)
     return loss.repeat_interleave(2)
 
