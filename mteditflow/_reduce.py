@@ -21,7 +21,6 @@ from mteditflow._checks import (
     read,
 )
 
-_CHUNK = 256  # elements that a float32 accumulator sums without a loss; fast in all layouts
 _SMALLEST_SQUARE = 1e-30  # of a mean: where it is below, float32 squares may have underflowed
 
 
@@ -133,7 +132,9 @@ def row_mean(x: Tensor) -> Tensor:
     """Mean of the elements of each row, as ``row_mean_square``."""
     if torch.compiler.is_compiling():
         return _row_sum(_wide(x)) / elements(x)
-    return _wide(torch.cat([part.sum(dim=-1) for part in _chunks(x)], dim=1)).sum(1) / elements(x)
+    return _wide(torch.cat([part.sum(dim=-1) for part in _chunks(x, 256)], dim=1)).sum(
+        1
+    ) / elements(x)
 
 
 def row_root_mean_square(x: Tensor) -> Tensor:
@@ -184,7 +185,8 @@ def _row_power_sum(x: Tensor, power: int) -> Tensor:
     are summed in the dtype of ``x``. On the CPU, where reading costs no wait, rows whose sum is out
     of range are summed anew.
     """
-    norms = [torch.linalg.vector_norm(part, ord=power, dim=-1) for part in _chunks(x)]
+    parts = _chunks(x, 256 if power == 2 else 64)  # the kernel of |x| sums in fewer lanes
+    norms = [torch.linalg.vector_norm(part, ord=power, dim=-1) for part in parts]
     total = _wide(torch.cat(norms, dim=1)).pow(power).sum(dim=1)
     if x.device.type != "cpu" or x.dtype == total.dtype:
         return total
@@ -198,11 +200,11 @@ def _row_power_sum(x: Tensor, power: int) -> Tensor:
     return total.masked_scatter(~in_range, again)
 
 
-def _chunks(x: Tensor) -> list[Tensor]:
-    """Elements of each row in chunks, [M, K, 256], and what is left, [M, 1, <256]."""
+def _chunks(x: Tensor, size: int) -> list[Tensor]:
+    """Elements of each row in chunks, [M, K, size], and what is left, [M, 1, <size]."""
     flat = x.flatten(1)
-    whole = flat.shape[1] // _CHUNK * _CHUNK
-    parts = flat[:, :whole].unflatten(1, (-1, _CHUNK)), flat[:, None, whole:]
+    whole = flat.shape[1] // size * size
+    parts = flat[:, :whole].unflatten(1, (-1, size)), flat[:, None, whole:]
     return [part for part in parts if part.shape[1] * part.shape[2] > 0]
 
 

@@ -222,9 +222,11 @@ def test_consistency_types_and_errors():
     message = "terms[1]: expected the shape of terms[0], [1, 2], got [2, 1]"
     with pytest.raises(ValueError, match=exactly(message)):
         content_consistency(torch.ones(1, 2), torch.ones(2, 1))
-    message = "terms[1]: expected a floating-point tensor, got torch.int64"
+    message = "terms[1]: expected a floating-point tensor, got torch.complex64"
     with pytest.raises(TypeError, match=exactly(message)):
-        content_consistency(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
+        content_consistency(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.complex64))
+    whole = content_consistency(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
+    assert torch.equal(whole, torch.ones(2))
     for shape in [(2,), (1, 2, 3)]:
         message = f"terms[0]: expected a non-empty tensor of shape [C, N], got {list(shape)}"
         with pytest.raises(ValueError, match=exactly(message)):
@@ -284,7 +286,9 @@ def test_overall_errors():
     for position, name in enumerate(["following", "consistency"]):
         tensors = [torch.ones(2), torch.ones(2)]
         tensors[position] = torch.ones(2, dtype=torch.int64)
-        message = f"{name}: expected a floating-point tensor, got torch.int64"
+        assert torch.equal(overall(*tensors), torch.ones(2))
+        tensors[position] = torch.ones(2, dtype=torch.complex64)
+        message = f"{name}: expected a floating-point tensor, got torch.complex64"
         with pytest.raises(TypeError, match=exactly(message)):
             overall(*tensors)
 

@@ -365,9 +365,8 @@ def test_masked_mean_errors():
         masked_mean(torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=exactly("mask: expected shape of values = [2], got [3]")):
         masked_mean(torch.ones(2), torch.ones(3, dtype=torch.bool))
-    with pytest.raises(
-        TypeError, match=exactly("mask: expected a boolean mask, got torch.float32")
-    ):
+    message = "mask: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
+    with pytest.raises(TypeError, match=exactly(message)):
         masked_mean(torch.ones(2), torch.ones(2))
     message = "values: expected a non-empty tensor of shape [...], got [0]"
     with pytest.raises(ValueError, match=exactly(message)):

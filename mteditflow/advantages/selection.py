@@ -160,6 +160,8 @@ def draw_probabilities(spread: Numbers, *, uniform: float = 0.2) -> list[float]:
     check_number("uniform", uniform, low=0.0, high=1.0, open_low=True)
     values = as_numbers("spread", spread)
     check_real(spread=values)
+    if values.numel() == 0:
+        raise ValueError("spread: expected one for each chain, got none")
     check_rank("spread", values, 1, "[C]", maximum=1)
     numbers = [float(s) for s in values.tolist()]
     for i, s in enumerate(numbers):
