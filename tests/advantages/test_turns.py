@@ -209,9 +209,9 @@ def test_broadcast_errors():
     for counts, name in [((0, 1), "turns"), ((1, 0), "steps")]:
         with pytest.raises(ValueError, match=exactly(f"{name}: expected an integer >= 1, got 0")):
             broadcast_to_steps(torch.zeros(2), turns=counts[0], steps=counts[1])
-    message = "advantage: expected a floating-point tensor, got torch.int64"
+    message = "advantage: expected a floating-point tensor, got torch.complex64"
     with pytest.raises(TypeError, match=exactly(message)):
-        broadcast_to_steps(torch.zeros(2, dtype=torch.int64), turns=1, steps=1)
+        broadcast_to_steps(torch.zeros(2, dtype=torch.complex64), turns=1, steps=1)
 
 
 # what all that read turns share
