@@ -266,11 +266,11 @@ def check_callable(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
 
 
-def as_device(name: str, value: object) -> torch.device:
+def as_device(name: str, value: str | torch.device) -> torch.device:
     """Return a device given as torch's or by its name."""
     check_kind(name, value, (str, torch.device), "a torch.device or its name")
     try:
-        return torch.device(value)  # type: ignore[arg-type]
+        return torch.device(value)
     except RuntimeError as error:
         raise ValueError(f"{name}: expected a device such as 'cpu', got {value!r}") from error
 

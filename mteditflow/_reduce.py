@@ -204,7 +204,7 @@ def _chunks(x: Tensor, size: int) -> list[Tensor]:
     """Elements of each row in chunks, [M, K, size], and what is left, [M, 1, <size]."""
     flat = x.flatten(1)
     whole = flat.shape[1] // size * size
-    parts = flat[:, :whole].unflatten(1, (-1, size)), flat[:, None, whole:]
+    parts = flat[:, :whole].reshape(len(flat), whole // size, size), flat[:, None, whole:]
     return [part for part in parts if part.shape[1] * part.shape[2] > 0]
 
 
@@ -217,7 +217,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.double() if has_float64(x.device) else x
 
 
-def row_squared_error(valid: Tensor | None, /, **pair: Tensor) -> Tensor:
+def row_squared_error(valid: Numbers | None, /, **pair: Tensor) -> Tensor:
     """Mean squared difference of two named tensors, [M, ...] -> [M]; the second is a constant.
 
     Rows that are not ``valid`` give 0 with gradient 0.

@@ -213,7 +213,7 @@ def rollout(
 def _roll_turn(
     policy: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
-    sigmas: Numbers,
+    sigmas: Tensor,
     solvers: Sequence[Solver],
     generators: Sequence[torch.Generator],
     reduction: str,
