@@ -187,14 +187,16 @@ def _row_power_sum(x: Tensor, power: int) -> Tensor:
     """
     parts = _chunks(x, 256 if power == 2 else 64)  # the kernel of |x| sums in fewer lanes
     norms = [torch.linalg.vector_norm(part, ord=power, dim=-1) for part in parts]
-    total = _wide(torch.cat(norms, dim=1)).pow(power).sum(dim=1)
+    joined = _wide(norms[0] if len(norms) == 1 else torch.cat(norms, dim=1))
+    total = (joined.square() if power == 2 else joined).sum(dim=1)
     if x.device.type != "cpu" or x.dtype == total.dtype:
         return total
-    in_range = (total > _SMALLEST_SQUARE * elements(x)) & total.isfinite()
-    known = read(in_range.all())
-    if known:
+    least = _SMALLEST_SQUARE * elements(x)
+    bounds = read(torch.stack(total.aminmax()))
+    if bounds and least < bounds[0] and bounds[1] < math.inf:
         return total
-    if known is None:  # no values to read, as under ``vmap``
+    in_range = (total > least) & total.isfinite()
+    if bounds is None:  # no values to read, as under ``vmap``
         return torch.where(in_range, total, _row_sum(_wide(x).abs().pow(power)))
     again = _row_sum(_wide(x[~in_range]).abs().pow(power))
     return total.masked_scatter(~in_range, again)
