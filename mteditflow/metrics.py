@@ -348,6 +348,7 @@ def paired_difference_interval(
         '0.00 [-0.66, 0.66]'
     """
     named = {"before": as_real("before", before), "after": as_real("after", after)}
+    check_real(**named)
     check_same_shape(**named)
     (first, mask), (second, _) = (_success(name, x, valid) for name, x in named.items())
     first, second = (torch.where(mask, x, 0).double() for x in (first, second))

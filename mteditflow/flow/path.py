@@ -220,7 +220,7 @@ def shift_sigmas(sigmas: Numbers, shift: float) -> Tensor:
     where they are and never leaves [0, 1].
 
     Args:
-        sigmas: values in [0, 1], any shape.
+        sigmas: values in [0, 1], any shape; integers count as float32.
         shift: a in [1e-30, 1e30]; 1 is the identity, above 1 moves values toward noise.
 
     Returns:
@@ -228,7 +228,7 @@ def shift_sigmas(sigmas: Numbers, shift: float) -> Tensor:
 
     Raises:
         ValueError: ``shift`` lies outside its range, or a sigma outside [0, 1].
-        TypeError: ``sigmas`` is not floating point.
+        TypeError: ``sigmas`` holds no real numbers.
 
     Source: Stable Diffusion 3 (arXiv 2403.03206), Eq. 23.
 
@@ -250,7 +250,7 @@ def exponential_shift_sigmas(sigmas: Numbers, mu: float) -> Tensor:
     The same as ``shift_sigmas(sigmas, exp(mu))``, which is how it is computed: finite at 0.
 
     Args:
-        sigmas: values in [0, 1], any shape.
+        sigmas: values in [0, 1], any shape; integers count as float32.
         mu: log of the shift in [-69, 69], from ``flux_mu`` or ``flux2_mu``.
 
     Returns:
@@ -258,7 +258,7 @@ def exponential_shift_sigmas(sigmas: Numbers, mu: float) -> Tensor:
 
     Raises:
         ValueError: ``mu`` lies outside its range, or a sigma outside [0, 1].
-        TypeError: ``sigmas`` is not floating point.
+        TypeError: ``sigmas`` holds no real numbers.
 
     Example:
         >>> exponential_shift_sigmas(torch.tensor([1.0, 0.5, 0.0]), 0.0)

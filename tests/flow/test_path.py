@@ -418,7 +418,8 @@ def test_shift_errors():
         with pytest.raises(ValueError, match=r"^sigmas: .* in \[0, 1\], got -0\.5 at index \[0\]$"):
             shift(torch.tensor([-0.5]), 1.0)
         with pytest.raises(TypeError, match=r"^sigmas: expected a floating-point"):
-            shift(torch.tensor([1, 0]), 1.0)
+            shift(torch.tensor([1j, 0]), 1.0)
+        assert shift([1, 0], 1.0).tolist() == [1.0, 0.0]
     with pytest.raises(TypeError, match=r"^shift: expected a number, got str$"):
         shift_sigmas(sigmas, "3")
     with pytest.raises(TypeError, match=r"^mu: expected a number, got str$"):
