@@ -9,6 +9,7 @@ would wait for the device).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,27 +20,34 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum")
 #: Numbers that functions of rewards and scores accept: a tensor, an array, or (nested) lists.
 Numbers = Tensor | np.ndarray[Any, Any] | Sequence[Any]
-_EXACT = 2**24  # integers below are float32 numbers
+#: Integers below are numbers of the dtype.
+_EXACT = {torch.float32: 2**24, torch.float64: 2**53}
+_LARGEST = 2**63 - 1  # int64's
+_MISSING = "mark what is missing in a mask, as pad_turns does"
 
 
 def check_tensor(name: str, x: object) -> None:
     """Raise ``TypeError`` unless ``x`` is a tensor."""
     if not isinstance(x, Tensor):
+        check_unmasked(name, x)
         lists = isinstance(x, (list, tuple, np.ndarray))
         fix = "; convert it with torch.as_tensor" if lists else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{fix}")
 
 
-def as_numbers(name: str, x: object, *, device: torch.device | None = None) -> Tensor:
+def as_numbers(
+    name: str, x: object, *, device: torch.device | None = None, fix: str = _MISSING
+) -> Tensor:
     """Return a tensor as it is, and a list, array or number as a tensor of the same numbers.
 
     Python's numbers become float64, int64 or booleans, which hold them exactly. ``device`` is that
-    of a tensor made here; ``None`` is the CPU.
+    of a tensor made here; ``None`` is the CPU. ``fix`` says what to do with what is no number.
     """
     if isinstance(x, Tensor):
         return x
     if not isinstance(x, (list, tuple, np.ndarray, np.generic, int, float)):
         raise TypeError(f"{name}: expected numbers or a torch.Tensor, got {type(x).__name__}")
+    check_unmasked(name, x)
     try:
         array = np.asarray(x)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors with gradient
@@ -48,34 +56,85 @@ def as_numbers(name: str, x: object, *, device: torch.device | None = None) -> T
             f"{type(x).__name__}: {error}; pad_turns takes chains of unequal length"
         ) from error
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        content = _content(array)
         raise TypeError(
-            f"{name}: expected numbers or booleans, got {type(x).__name__} of {array.dtype}; mark "
-            "what is missing in a mask, as pad_turns does"
+            f"{name}: expected numbers or booleans, got {type(x).__name__} of {content}; {fix}"
         )
     native = array.astype(array.dtype.newbyteorder("="), copy=True)
     return torch.from_numpy(native).to("cpu" if device is None else device)
 
 
-def as_real(name: str, x: object, *, device: torch.device | None = None) -> Tensor:
-    """``as_numbers``, with integers and booleans as float32 of the same value.
+def check_unmasked(name: str, x: object) -> None:
+    """Raise ``TypeError`` for masked arrays, in lists too: numpy would drop the mask."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected numbers or a torch.Tensor, got a masked array, whose mask would be "
+            "lost; give its .data, and ~np.ma.getmaskarray(...) as a mask of its own"
+        )
+    for item in x if isinstance(x, (list, tuple)) else ():
+        check_unmasked(name, item)
+
+
+def _content(array: np.ndarray[Any, Any]) -> str:
+    """What an array that holds no numbers holds instead."""
+    if array.dtype.kind in "US":
+        return "strings"
+    if array.dtype != object:
+        return str(array.dtype)
+    if any(isinstance(item, int) for item in array.flat):
+        return "integers that 64 bits do not hold, or other objects"
+    return next(
+        (type(item).__name__ for item in array.flat if not isinstance(item, float)), "object"
+    )
+
+
+def as_real(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
+    """``as_numbers``, with integers and booleans as floats of the same value.
+
+    Only a tensor keeps a dtype of its own beside ``like``: everything else gets that of ``like``,
+    float32 at least, and its device. Without ``like`` integers become float32.
 
     Raises:
         ValueError: an integer is too large for that.
     """
-    numbers = as_numbers(name, x, device=device)
+    numbers = as_numbers(name, x, device=None if like is None else like.device)
+    dtype = None if like is None else torch.promote_types(like.dtype, torch.float32)
     if numbers.is_floating_point() or numbers.is_complex():
-        return numbers
-    real = numbers.to(torch.float32)
-    expected = f"integers below {_EXACT}, which float32 holds exactly (convert with .double())"
-    check_values(name, real, real.abs() < _EXACT, expected)
+        follows = not isinstance(x, Tensor) and numbers.dtype in _EXACT and dtype in _EXACT
+        return numbers.to(dtype) if follows else numbers
+    dtype = dtype if dtype in _EXACT else torch.float32
+    real, largest = numbers.to(dtype), _EXACT[dtype]
+    expected = f"integers below {largest}, which {dtype} holds exactly"
+    fix = "" if dtype == torch.float64 else " (give larger ones as float64)"
+    check_values(name, numbers, real.abs() < largest, expected + fix)
     return real
 
 
-def as_mask(name: str, mask: Numbers | None, like: Tensor) -> Tensor:
-    """Return a mask as a tensor, all true if there is none; shape and dtype are not checked."""
+def first_tensor(*values: object) -> Tensor | None:
+    """The tensor that lists and arrays beside it follow in dtype and device, if there is one."""
+    return next((x for x in values if isinstance(x, Tensor)), None)
+
+
+def as_ids(group: Numbers, device: torch.device) -> Tensor:
+    """Return group ids as a tensor; shape and dtype are not checked."""
+    fix = "number such ids with np.unique(ids, return_inverse=True)[1]"
+    return as_numbers("group", group, device=device, fix=fix)
+
+
+def as_mask(name: str, mask: Numbers | None, like: Tensor, axes: str) -> Tensor:
+    """Return a checked mask in the shape of ``like``, all true if there is none."""
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
-    return as_numbers(name, mask, device=like.device)
+    mask = as_numbers(name, mask, device=like.device)
+    check_mask(name, mask, like.shape, axes)
+    return mask
+
+
+def check_real(**tensors: Tensor) -> None:
+    """Raise ``TypeError`` for complex tensors."""
+    for name, x in tensors.items():
+        if x.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -90,11 +149,11 @@ def check_full_precision(**tensors: Tensor) -> None:
     """Raise ``TypeError`` unless every tensor is float32 or float64."""
     for name, x in tensors.items():
         check_tensor(name, x)
-        if x.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name}: expected float32 or float64, got {x.dtype}; half precision and integers "
-                "would silently change the result (convert with .float())"
-            )
+        if x.dtype in (torch.float32, torch.float64):
+            continue
+        half = "half precision would silently change the result " if x.is_floating_point() else ""
+        fix = "" if x.is_complex() else f"; {half}(convert with .float())"
+        raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}{fix}")
 
 
 def check_same_shape(**tensors: Tensor) -> None:
@@ -129,7 +188,9 @@ def check_mask(name: str, mask: Tensor, expected: Sequence[int], axes: str) -> N
     """Raise unless ``mask`` is a boolean tensor of the expected shape."""
     check_shape(name, mask, expected, axes)
     if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected a boolean mask, got {mask.dtype}")
+        raise TypeError(
+            f"{name}: expected a boolean mask, got {mask.dtype}; convert 0 and 1 with .bool()"
+        )
 
 
 def check_number(
@@ -146,18 +207,28 @@ def check_number(
         raise TypeError(f"{name}: expected a number, got {_kind(value, 'float')}")
     above = low < value if open_low else low <= value
     below = value < high if open_high else value <= high
-    finite = -math.inf < value < math.inf  # math.isfinite does not trace
+    finite = abs(value) <= sys.float_info.max  # of integers, too; math.isfinite does not trace
     if not (finite and above and below):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name}: expected a finite number in {interval}, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number in {interval}, got {shown(value)}")
 
 
-def check_count(name: str, value: int, *, low: int = 1) -> None:
+def check_count(name: str, value: int, *, low: int = 1, high: int = _LARGEST) -> None:
     """Raise unless ``value`` is an integer of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {_kind(value, 'int')}")
     if value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value}")
+        raise ValueError(f"{name}: expected an integer >= {low}, got {shown(value)}")
+    if value > high:
+        raise ValueError(f"{name}: expected an integer <= {high}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: not a number in its four hundred digits, nor an array."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    plain = isinstance(value, (str, int, float)) or value is None
+    return repr(value) if plain else type(value).__name__
 
 
 def _kind(value: object, conversion: str) -> str:
@@ -168,8 +239,40 @@ def _kind(value: object, conversion: str) -> str:
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {shown(value)}")
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is an instance; ``expected`` puts that in words."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def check_named(name: str, value: object, content: str) -> None:
+    """Raise ``TypeError`` unless ``value`` maps names to ``content``."""
+    check_kind(name, value, Mapping, f"a mapping of names to {content}")
+
+
+def check_generator(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a generator of torch's."""
+    fix = "torch.Generator().manual_seed(seed)"
+    check_kind(name, value, torch.Generator, f"a torch.Generator, such as {fix}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+
+
+def as_device(name: str, value: str | torch.device) -> torch.device:
+    """Return a device given as torch's or by its name."""
+    check_kind(name, value, (str, torch.device), "a torch.device or its name")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected a device such as 'cpu', got {value!r}") from error
 
 
 def read(x: Tensor) -> Any:
@@ -214,15 +317,30 @@ def as_rewards(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rewards, group ids and mask as checked tensors; see ``as_real``."""
     values = as_real(name, reward)
-    ids = as_numbers("group", group, device=values.device)
-    return values, ids, check_rewards({name: values}, ids, as_mask("valid", valid, values))
+    check_full_precision(**{name: values})
+    check_rank(name, values, 1, "[B] or [B, N]", maximum=2)
+    mask = as_mask("valid", valid, values, f"of {name}")
+    ids = as_ids(group, values.device)
+    return values, ids, check_rewards({name: values}, ids, mask)
 
 
-def check_group(group: Tensor, expected: Sequence[int]) -> None:
-    """Raise unless ``group`` holds integer ids, of any width and sign, [B]."""
-    check_shape("group", group, expected, "[B]")
-    if group.is_floating_point() or group.is_complex() or group.dtype == torch.bool:
-        raise TypeError(f"group: expected integer ids, got {group.dtype}")
+def check_group(group: Tensor, reward: Sequence[int]) -> None:
+    """Raise unless ``group`` holds integer ids, of any width and sign, [B] as the reward's."""
+    check_tensor("group", group)
+    if group.shape != reward[:1] and group.numel() == math.prod(reward):
+        raise ValueError(
+            f"group: expected shape [B] = [{reward[0]}], one id for each trajectory, got "
+            f"{list(group.shape)}; flatten the reward and the ids of rewards laid out "
+            "[prompts, samples]"
+        )
+    check_shape("group", group, reward[:1], "[B]")
+    check_integers("group", group, "ids")
+
+
+def check_integers(name: str, x: Tensor, content: str) -> None:
+    """Raise ``TypeError`` unless a tensor holds integers, of any width and sign."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integer {content}, got {x.dtype}")
 
 
 def check_rewards(
@@ -245,7 +363,7 @@ def check_rewards(
         valid = torch.ones_like(rewards[first], dtype=torch.bool)
     check_mask("valid", valid, shape, f"of {first}")
     if group is not None:
-        check_group(group, shape[:1])
+        check_group(group, shape)
     marks = "mark lost ones in valid"
     if measured is not None:
         marks += ", unmeasured ones in measured"

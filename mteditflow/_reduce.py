@@ -10,16 +10,18 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
-    as_numbers,
+    as_mask,
+    as_real,
     check_floating,
     check_full_precision,
-    check_mask,
     check_number,
     check_rank,
     check_same_shape,
     check_step_values,
     read,
 )
+
+_SMALLEST_SQUARE = 1e-30  # of a mean: where it is below, float32 squares may have underflowed
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -51,7 +53,7 @@ def broadcast_rows(name: str, value: float | Numbers, x: Tensor) -> Tensor:
     if isinstance(value, (int, float)):
         check_number(name, value)
         return torch.full((1,) * x.ndim, value, dtype=x.dtype, device=x.device)
-    value = as_numbers(name, value, device=x.device)
+    value = as_real(name, value, like=x)
     check_floating(**{name: value})
     ones = all(size == 1 for size in value.shape)
     leading = tuple(value.shape)
@@ -74,7 +76,7 @@ def per_row(name: str, value: float | Numbers, x: Tensor, *, high: float = 1.0) 
     if isinstance(value, (int, float)):
         check_number(name, value, low=0.0, high=high)
         return broadcast_rows(name, value, x)
-    value = as_numbers(name, value, device=x.device)
+    value = as_real(name, value, like=x)
     rows = broadcast_rows(name, value, x)
     interval = f"values in [0, {high:g}]" if high < math.inf else "values >= 0"
     check_step_values(name, value, (value >= 0) & (value <= high), interval)
@@ -91,7 +93,7 @@ def row_values(
 ) -> Tensor:
     """One number for each row of ``x``, [M] or [1], in any form of ``per_row``; 0 if invalid."""
     if not isinstance(value, (int, float)):
-        value = as_numbers(name, value, device=x.device)
+        value = as_real(name, value, like=x)
         if valid is not None and value.numel() == len(valid):
             value = torch.where(valid.reshape(value.shape), value, 0)
     rows = per_row(name, value, x, high=high)
@@ -109,24 +111,43 @@ def elements(x: Tensor) -> int:
 
 
 def row_mean_square(x: Tensor) -> Tensor:
-    """Mean of the squared elements of each row, [M, ...] -> [M]; has all derivatives, also at 0."""
+    """Mean of the squared elements of each row, [M, ...] -> [M]; has all derivatives, also at 0.
+
+    In float64 where the device has it: cast what is made of it, when all is done.
+    """
     if torch.compiler.is_compiling():  # the compiler fuses this, and traces no ``Function.jvp``
-        return x.square().mean(dim=_element_axes(x))
+        return _row_sum(_wide(x).square()) / elements(x)
     mean_square: Tensor = _RowMeanSquare.apply(x)  # type: ignore[no-untyped-call]
     return mean_square
+
+
+def row_mean_absolute(x: Tensor) -> Tensor:
+    """Mean of the absolute elements of each row, as ``row_mean_square``, but with no gradient."""
+    if torch.compiler.is_compiling():
+        return _row_sum(_wide(x).abs()) / elements(x)
+    return _row_power_sum(x.detach(), 1) / elements(x)
+
+
+def row_mean(x: Tensor) -> Tensor:
+    """Mean of the elements of each row, as ``row_mean_square``."""
+    if torch.compiler.is_compiling():
+        return _row_sum(_wide(x)) / elements(x)
+    return _wide(torch.cat([part.sum(dim=-1) for part in _chunks(x, 256)], dim=1)).sum(
+        1
+    ) / elements(x)
 
 
 def row_root_mean_square(x: Tensor) -> Tensor:
     """Root of the mean square of each row; all its derivatives are 0 where a row is 0.
 
-    Rows are divided by their largest element first: its square may overflow or vanish.
+    Rows are divided by their largest element first, so that the root is of a number near 1.
     """
     inner = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=-1)
     peak = inner.reshape(len(x), -1).amax(dim=1)
-    positive = peak > 0
-    peak = torch.where(positive & peak.isfinite(), peak, 1)
+    zero = peak == 0  # a NaN is not
+    peak = torch.where(zero | ~peak.isfinite(), 1, peak)
     mean_square = row_mean_square(x / peak.reshape(-1, *(1,) * (x.ndim - 1)))
-    return peak * torch.where(positive, torch.where(positive, mean_square, 1).sqrt(), 0)
+    return peak * torch.where(zero, 0, torch.where(zero, 1, mean_square).sqrt())
 
 
 class _RowMeanSquare(torch.autograd.Function):
@@ -139,10 +160,7 @@ class _RowMeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        # Nested norms: accurate, because no float32 accumulator runs over more than one axis.
-        inner = torch.linalg.vector_norm(x, dim=-1)
-        norm: Tensor = torch.linalg.vector_norm(inner.reshape(len(x), -1), dim=1)
-        return norm.square() / elements(x)
+        return _row_power_sum(x, 2) / elements(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
@@ -152,16 +170,56 @@ class _RowMeanSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         x: Tensor = ctx.saved_tensors[0]
-        scale = gradient * (2 / elements(x))
+        scale = (gradient * (2 / elements(x))).to(x.dtype)
         return x * scale.reshape(-1, *(1,) * (x.ndim - 1))
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        x: Tensor = ctx.saved_tensors[0]
-        return (x * tangent).mean(dim=_element_axes(x)) * 2
+        return row_mean(ctx.saved_tensors[0] * tangent) * 2
 
 
-def row_squared_error(valid: Tensor | None, /, **pair: Tensor) -> Tensor:
+def _row_power_sum(x: Tensor, power: int) -> Tensor:
+    """Sum of the absolute elements of each row, or of their squares.
+
+    A float32 accumulator loses bits along a long axis, and squares leave its range. So only chunks
+    are summed in the dtype of ``x``. On the CPU, where reading costs no wait, rows whose sum is out
+    of range are summed anew.
+    """
+    parts = _chunks(x, 256 if power == 2 else 64)  # the kernel of |x| sums in fewer lanes
+    norms = [torch.linalg.vector_norm(part, ord=power, dim=-1) for part in parts]
+    joined = _wide(norms[0] if len(norms) == 1 else torch.cat(norms, dim=1))
+    total = (joined.square() if power == 2 else joined).sum(dim=1)
+    if x.device.type != "cpu" or x.dtype == total.dtype:
+        return total
+    least = _SMALLEST_SQUARE * elements(x)
+    bounds = read(torch.stack(total.aminmax()))
+    if bounds and least < bounds[0] and bounds[1] < math.inf:
+        return total
+    in_range = (total > least) & total.isfinite()
+    if bounds is None:  # no values to read, as under ``vmap``
+        return torch.where(in_range, total, _row_sum(_wide(x).abs().pow(power)))
+    again = _row_sum(_wide(x[~in_range]).abs().pow(power))
+    return total.masked_scatter(~in_range, again)
+
+
+def _chunks(x: Tensor, size: int) -> list[Tensor]:
+    """Elements of each row in chunks, [M, K, size], and what is left, [M, 1, <size]."""
+    flat = x.flatten(1)
+    whole = flat.shape[1] // size * size
+    parts = flat[:, :whole].reshape(len(flat), whole // size, size), flat[:, None, whole:]
+    return [part for part in parts if part.shape[1] * part.shape[2] > 0]
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(dim=1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float64 where the device has it."""
+    return x.double() if has_float64(x.device) else x
+
+
+def row_squared_error(valid: Numbers | None, /, **pair: Tensor) -> Tensor:
     """Mean squared difference of two named tensors, [M, ...] -> [M]; the second is a constant.
 
     Rows that are not ``valid`` give 0 with gradient 0.
@@ -171,41 +229,41 @@ def row_squared_error(valid: Tensor | None, /, **pair: Tensor) -> Tensor:
     (name, x), (_, constant) = pair.items()
     check_rank(name, x, 2, "[M, ...]")
     left, right = promote(x, constant.detach())
-    return row_mean_square(valid_rows(valid, left - right))
+    return row_mean_square(valid_rows(valid, left - right)).to(left.dtype)
 
 
-def valid_rows(valid: Tensor | None, x: Tensor) -> Tensor:
+def rows_mask(valid: Numbers | None, x: Tensor) -> Tensor | None:
+    """Return the mask of the rows of ``x``, checked."""
+    return None if valid is None else as_mask("valid", valid, x.flatten(1)[:, 0], "[M]")
+
+
+def valid_rows(valid: Numbers | None, x: Tensor) -> Tensor:
     """Zero the rows [M, ...] that are not valid, so that nothing in them reaches a gradient."""
-    if valid is None:
+    mask = rows_mask(valid, x)
+    if mask is None:
         return x
-    check_mask("valid", valid, x.shape[:1], "[M]")
-    return torch.where(valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+    return torch.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
-def row_mean_absolute(x: Tensor) -> Tensor:
-    """Mean of the absolute elements of each row, [M, ...] -> [M], without a temporary as above."""
-    if torch.compiler.is_compiling():
-        return x.abs().mean(dim=_element_axes(x))
-    inner: Tensor = torch.linalg.vector_norm(x, ord=1, dim=-1)
-    return inner.reshape(len(x), -1).sum(dim=1) / elements(x)
-
-
-def _element_axes(x: Tensor) -> tuple[int, ...]:
-    return tuple(range(1, x.ndim))
-
-
-def row_std(std: float | Numbers, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def row_std(std: float | Numbers, x: Tensor, valid: Numbers | None = None) -> tuple[Tensor, Tensor]:
     """Per row of ``x`` [M]: a std that is safe to divide by, and whether the row takes part.
 
-    It does where the step was random and the row is valid.
+    It does where the step was random and the row is valid. In float64 where the device has it.
     """
-    if isinstance(std, Tensor):
-        check_full_precision(std=std)
-    if valid is not None:
-        check_mask("valid", valid, x.shape[:1], "[M]")
-    rows = row_values("std", std, x, high=math.inf, valid=valid).expand(len(x))
-    stochastic = rows > 0 if valid is None else (rows > 0) & valid
+    mask = rows_mask(valid, x)
+    std = full_precision("std", std, x)
+    rows = _wide(row_values("std", std, x, high=math.inf, valid=mask)).expand(len(x))
+    stochastic = rows != 0 if mask is None else (rows != 0) & mask  # a NaN is no 0
     return torch.where(stochastic, rows, 1), stochastic
+
+
+def full_precision(name: str, value: float | Numbers, x: Tensor) -> float | Tensor:
+    """Return a value per row, read, and refused in half precision; a number as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    value = as_real(name, value, like=x)
+    check_full_precision(**{name: value})
+    return value
 
 
 def stochastic_rows(x: Tensor, stochastic: Tensor) -> Tensor:
@@ -216,12 +274,12 @@ def stochastic_rows(x: Tensor, stochastic: Tensor) -> Tensor:
 
 
 def reduce_elements(per_element: Tensor, stochastic: Tensor, x: Tensor, reduction: str) -> Tensor:
-    """A mean over the elements of ``x``, or their sum; 0 where the step was not random."""
+    """A mean over the elements of ``x``, or their sum, in its dtype; 0 where nothing was random."""
     reduced = per_element if reduction == "mean" else per_element * elements(x)
-    return torch.where(stochastic, reduced, 0)
+    return torch.where(stochastic, reduced, 0).to(x.dtype)
 
 
-def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+def masked_mean(values: Tensor, mask: Numbers | None = None) -> Tensor:
     r"""Mean of the entries where ``mask`` is true; the reduction after any unreduced loss.
 
     A masked entry reaches neither the value nor the gradient of ``values``, even if it is NaN.
@@ -247,7 +305,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     check_floating(values=values)
     check_rank("values", values, 0, "[...]")
     if mask is not None:
-        check_mask("mask", mask, values.shape, "of values")
+        mask = as_mask("mask", mask, values, "of values")
     return mean_where(values, mask).to(values.dtype)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
+    as_mask,
     as_real,
     as_rewards,
     check_full_precision,
-    check_mask,
     check_number,
     check_rank,
     check_rewards,
@@ -47,7 +47,7 @@ def check_ratio(
     old_log_prob: Tensor,
     *,
     clip: float,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
     share: float = 0.1,
 ) -> RatioCheck:
     r"""Is the ratio 1 before the first update, as it must be?
@@ -109,7 +109,7 @@ def clip_fraction(
     *,
     clip_low: float,
     clip_high: float,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shares of steps whose ratio lies below and above the clip range.
 
@@ -121,8 +121,8 @@ def clip_fraction(
         valid: boolean, same shape.
 
     Returns:
-        (below, above), scalars in [0, 1]; 0 without a valid entry. Of these the loss clips the ones
-        whose advantage points further out.
+        (below, above), scalars in [0, 1]; 0 without a valid entry, NaN where a valid log-prob is
+        NaN. Of these the loss clips the ones whose advantage points further out.
 
     Raises:
         ValueError: shapes differ, or a clip range is out of bounds.
@@ -136,14 +136,17 @@ def clip_fraction(
     check_number("clip_low", clip_low, low=0.0, high=1.0, open_high=True)
     check_number("clip_high", clip_high, low=0.0)
     log_ratio, mask = _log_ratio(log_prob, old_log_prob, valid)
-    below, above = log_ratio < math.log1p(-clip_low), log_ratio > math.log1p(clip_high)
-    mask = mask.to(log_prob.device)
-    return masked_mean(below.to(log_prob), mask), masked_mean(above.to(log_prob), mask)
+    shares = (
+        masked_mean(torch.where(log_ratio.isnan(), torch.nan, outside.double()), mask).to(log_prob)
+        for outside in (log_ratio < math.log1p(-clip_low), log_ratio > math.log1p(clip_high))
+    )
+    below, above = shares
+    return below, above
 
 
 @torch.no_grad()
 def approximate_kl(
-    log_prob: Tensor, old_log_prob: Tensor, *, valid: Tensor | None = None
+    log_prob: Tensor, old_log_prob: Tensor, *, valid: Numbers | None = None
 ) -> Tensor:
     r"""Estimate of KL(old || current) from the old policy's samples.
 
@@ -196,8 +199,8 @@ def zero_variance_share(reward: Numbers, group: Numbers, *, valid: Numbers | Non
     """
     reward, group, valid = as_rewards(reward, group, valid)
     (exact,) = in_float64(reward)
-    same = group_std(exact, group, valid=valid.to(exact.device)) == 0
-    return masked_mean(same.to(reward), valid)
+    std = group_std(exact, group, valid=valid.to(exact.device)).to(reward.device)
+    return masked_mean(torch.where(std.isnan(), std, (std == 0).to(std)), valid).to(reward)
 
 
 @torch.no_grad()
@@ -268,7 +271,8 @@ def _deviations(
 ) -> tuple[Tensor, Tensor]:
     """Deviations of two rewards from their group means, 0 where invalid, in float64."""
     first, ids, mask = as_rewards(reward, group, valid)
-    pair = {"reward": first, "other": as_real("other", other, device=first.device)}
+    like = first if isinstance(reward, Tensor) else None
+    pair = {"reward": first, "other": as_real("other", other, like=like)}
     check_rewards(pair, ids, mask)
     exact = in_float64(ids, mask, *pair.values())
     a, b = (group_advantage(x, exact[0], valid=exact[1], std="none") for x in exact[2:])
@@ -282,7 +286,7 @@ def _root_mean_square(x: Tensor) -> Tensor:
 
 
 def _log_ratio(
-    log_prob: Tensor, old_log_prob: Tensor, valid: Tensor | None
+    log_prob: Tensor, old_log_prob: Tensor, valid: Numbers | None
 ) -> tuple[Tensor, Tensor]:
     """Checked: the logarithm of the ratio, and the mask.
 
@@ -290,8 +294,6 @@ def _log_ratio(
     """
     check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob)
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
-    if valid is None:
-        valid = torch.ones_like(log_prob, dtype=torch.bool)
-    check_mask("valid", valid, log_prob.shape, "of log_prob")
-    new, old, valid = in_float64(log_prob, old_log_prob, valid)
-    return new - old, valid
+    mask = as_mask("valid", valid, log_prob, "of log_prob")
+    new, old, mask = in_float64(log_prob, old_log_prob, mask)
+    return new - old, mask

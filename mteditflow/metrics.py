@@ -21,13 +21,18 @@ from mteditflow._checks import (
     Numbers,
     as_mask,
     as_numbers,
+    as_real,
+    check_callable,
     check_count,
     check_floating,
-    check_mask,
+    check_generator,
+    check_kind,
     check_number,
     check_rank,
+    check_real,
     check_same_shape,
     check_values,
+    first_tensor,
 )
 from mteditflow._reduce import in_float64, mean_where, promote
 
@@ -66,7 +71,7 @@ def instruction_following(success: Numbers, *, valid: Numbers | None = None) -> 
         >>> instruction_following(torch.tensor([[1, 0, 1], [1, 1, 1]]))
         tensor([1.0000, 0.5000, 0.5000])
     """
-    score, mask = _success(success, valid)
+    score, mask = _success("success", success, valid)
     return _mean(score.cumprod(dim=1), mask.long().cumprod(dim=1).bool())
 
 
@@ -93,7 +98,7 @@ def marginal_success(success: Numbers, *, valid: Numbers | None = None) -> Tenso
         >>> marginal_success(torch.tensor([[1, 0, 1], [1, 1, 1]]))
         tensor([1.0000, 0.5000, 1.0000])
     """
-    return _mean(*_success(success, valid))
+    return _mean(*_success("success", success, valid))
 
 
 def conditional_success(success: Numbers, *, valid: Numbers | None = None) -> Tensor:
@@ -122,8 +127,9 @@ def conditional_success(success: Numbers, *, valid: Numbers | None = None) -> Te
         >>> last / first
         tensor(2.)
     """
-    score, mask = _success(success, valid)
-    return _mean(score, mask & mask[:, :1] & (score[:, :1] == 1))
+    score, mask = _success("success", success, valid)
+    first = score[:, :1]  # a NaN, where values cannot be checked, stays one in the mean
+    return _mean(score * first, mask & mask[:, :1] & (first != 0))
 
 
 def content_consistency(*terms: Numbers) -> Tensor:
@@ -134,7 +140,8 @@ def content_consistency(*terms: Numbers) -> Tensor:
     number wherever a term is missing.
 
     Args:
-        *terms: each [C, N], floating point; NaN where a chain has no such term at that turn.
+        *terms: each [C, N]; NaN where a chain has no such term at that turn. Integers count as
+            float32.
 
     Returns:
         [N], float32 (float64 if given); a term that no chain has is left out, NaN if there is none
@@ -142,7 +149,7 @@ def content_consistency(*terms: Numbers) -> Tensor:
 
     Raises:
         ValueError: no term, or shapes differ.
-        TypeError: a term is not floating point.
+        TypeError: a term holds no real numbers.
 
     Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
@@ -152,10 +159,8 @@ def content_consistency(*terms: Numbers) -> Tensor:
     """
     if not terms:
         raise ValueError("terms: expected at least one tensor, got none")
-    named = {
-        name: as_numbers(name, term)
-        for name, term in ((f"terms[{position}]", term) for position, term in enumerate(terms))
-    }
+    like = first_tensor(*terms)
+    named = {f"terms[{i}]": as_real(f"terms[{i}]", x, like=like) for i, x in enumerate(terms)}
     check_floating(**named)
     check_same_shape(**named)
     for name, term in named.items():
@@ -177,7 +182,7 @@ def overall(following: Numbers, consistency: Numbers) -> Tensor:
 
     Raises:
         ValueError: shapes differ, or IF is negative.
-        TypeError: an argument is not floating point.
+        TypeError: an argument holds no real numbers.
 
     Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
@@ -185,8 +190,9 @@ def overall(following: Numbers, consistency: Numbers) -> Tensor:
         >>> overall(torch.tensor([59.97]), torch.tensor([95.32]))
         tensor([75.6065])
     """
-    following = as_numbers("following", following)
-    consistency = as_numbers("consistency", consistency, device=following.device)
+    like = first_tensor(following, consistency)
+    following = as_real("following", following, like=like)
+    consistency = as_real("consistency", consistency, like=following if like is None else like)
     check_floating(following=following, consistency=consistency)
     check_same_shape(following=following, consistency=consistency)
     check_values("following", following, ~(following < 0), "values >= 0")
@@ -208,7 +214,7 @@ def bootstrap_interval(
     is a paired one.
 
     Args:
-        statistic: maps resampled tensors to a tensor of fixed shape.
+        statistic: maps resampled tensors, copies of its own, to a tensor of fixed shape.
         *samples: each [C, ...] with the same C; row c of each belongs to chain c.
         generator: of the resampling, on the CPU.
         resamples: number of bootstrap resamples.
@@ -242,13 +248,16 @@ def bootstrap_interval(
     count = len(tensors[0]) if tensors[0].ndim else 0
     for position, sample in enumerate(tensors):
         check_rank(f"samples[{position}]", sample, 1, "[C, ...]")
+        check_real(**{f"samples[{position}]": sample})
         if len(sample) != count:
             raise ValueError(
                 f"samples[{position}]: expected {count} chains like samples[0], got {len(sample)}"
             )
+    check_callable("statistic", statistic)
+    check_generator("generator", generator)
     check_count("resamples", resamples)
     check_number("confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
-    estimate = statistic(*tensors)
+    estimate = statistic(*(sample.clone() for sample in tensors))
     check_floating(statistic=estimate)
     draws = torch.randint(
         count, (resamples, count), generator=generator, dtype=torch.int64, device="cpu"
@@ -269,7 +278,7 @@ def bootstrap_interval(
 
 
 def wilson_interval(
-    successes: Tensor | float, count: Tensor | float, *, confidence: float = 0.95
+    successes: Numbers | float, count: Numbers | float, *, confidence: float = 0.95
 ) -> Interval:
     r"""Score interval of a share: one outcome per case, 0 or 1.
 
@@ -297,10 +306,12 @@ def wilson_interval(
         '1.00 [0.34, 1.00]'
     """
     check_number("confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
-    x, n = (
-        v.double() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device="cpu")
-        for v in (successes, count)
-    )
+    like = first_tensor(successes, count)
+    device = None if like is None else like.device
+    named = {"successes": successes, "count": count}
+    x, n = (as_numbers(name, v, device=device) for name, v in named.items())
+    check_real(successes=x, count=n)
+    x, n = x.double(), n.double()
     check_same_shape(count=n, successes=x)
     check_values("count", n, n >= 0, "a number of cases >= 0")
     check_values("successes", x, (x >= 0) & (x <= n), "a number from 0 to count")
@@ -314,7 +325,7 @@ def wilson_interval(
 
 
 def paired_difference_interval(
-    before: Tensor, after: Tensor, *, valid: Tensor | None = None, confidence: float = 0.95
+    before: Numbers, after: Numbers, *, valid: Numbers | None = None, confidence: float = 0.95
 ) -> Interval:
     r"""Interval of the difference of two shares over the same chains: after minus before.
 
@@ -323,7 +334,9 @@ def paired_difference_interval(
     .. math:: d \pm \sqrt{a^2 - 2 \phi a b + b^2},
 
     where a and b are the distances from the shares to the ends that make the difference smallest
-    or largest. It keeps a width where no chain changed.
+    or largest. It keeps a width where no chain changed. A positive phi is corrected for continuity:
+    with the table's counts e (both succeed), f and g (one does) and h (neither), the numerator
+    e h - f g loses n / 2, but no more than it has.
 
     Args:
         before: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
@@ -346,8 +359,10 @@ def paired_difference_interval(
         >>> f"{float(estimate):.2f} [{float(low):.2f}, {float(high):.2f}]"
         '0.00 [-0.66, 0.66]'
     """
-    check_same_shape(before=before, after=after)
-    (first, mask), (second, _) = (_success(x, valid) for x in (before, after))
+    named = {"before": as_real("before", before), "after": as_real("after", after)}
+    check_real(**named)
+    check_same_shape(**named)
+    (first, mask), (second, _) = (_success(name, x, valid) for name, x in named.items())
     first, second = (torch.where(mask, x, 0).double() for x in (first, second))
     n, old, new = mask.sum(dim=0).double(), first.sum(dim=0), second.sum(dim=0)
     both = (first * second).sum(dim=0)
@@ -361,20 +376,22 @@ def paired_difference_interval(
 
 
 def interval_difference(
-    first: Interval, second: Interval, *, correlation: Tensor | float = 0.0
+    first: Interval, second: Interval, *, correlation: Numbers | float = 0.0
 ) -> Interval:
     r"""Interval of first minus second from the intervals of both (the method of variance recovery).
 
     Args:
         first: interval of one estimate.
         second: of the other, same shape.
-        correlation: of the two estimates; 0, the default, is cautious where it is positive.
+        correlation: of the two estimates, in [-1, 1]: a number, or one for each of them; 0, the
+            default, is cautious where it is positive.
 
     Returns:
         Interval of the same shape.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ, or a correlation lies outside [-1, 1].
+        TypeError: an argument is no ``Interval``, or one of no tensors.
 
     Source: Newcombe, Statistics in Medicine 17:2635 (1998); Zou and Donner, Statistics in Medicine
         27:1693 (2008).
@@ -384,10 +401,21 @@ def interval_difference(
         >>> f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
         '0.40 [-0.00, 0.68]'
     """
-    check_same_shape(first=first.estimate, second=second.estimate)
+    for name, interval in (("first", first), ("second", second)):
+        check_kind(name, interval, Interval, "an Interval, such as that of wilson_interval")
+        parts = interval._asdict()
+        check_same_shape(**{f"{name}.{part}": x for part, x in parts.items()})
+        check_floating(**{f"{name}.{part}": x for part, x in parts.items()})
+    check_same_shape(**{"first.estimate": first.estimate, "second.estimate": second.estimate})
+    phi = as_real("correlation", correlation, like=first.estimate)
+    check_floating(correlation=phi)
+    if phi.ndim:
+        check_same_shape(**{"first.estimate": first.estimate, "correlation": phi})
+    # NaN is that of a turn without chains.
+    check_values("correlation", phi, ~(phi.abs() > 1), "values in [-1, 1]")
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return (a.square() - 2 * correlation * a * b + b.square()).clamp(min=0).sqrt()
+        return (a.square() - 2 * phi * a * b + b.square()).clamp(min=0).sqrt()
 
     estimate = first.estimate - second.estimate
     low = distance(first.estimate - first.low, second.high - second.estimate)
@@ -395,14 +423,13 @@ def interval_difference(
     return Interval(estimate, estimate - low, estimate + high)
 
 
-def _success(success: Numbers, valid: Numbers | None) -> tuple[Tensor, Tensor]:
-    success = as_numbers("success", success)
-    check_rank("success", success, 2, "[C, N]", maximum=2)
-    valid = as_mask("valid", valid, success)
-    check_mask("valid", valid, success.shape, "[C, N]")
-    score = success.to(torch.promote_types(success.dtype, torch.float32))
-    check_values("success", score, ~valid | (score == 0) | (score == 1), "0 or 1")
-    return score, valid
+def _success(name: str, success: Numbers, valid: Numbers | None) -> tuple[Tensor, Tensor]:
+    (score,) = promote(as_real(name, success))
+    check_floating(**{name: score})
+    check_rank(name, score, 2, "[C, N]", maximum=2)
+    mask = as_mask("valid", valid, score, "[C, N]")
+    check_values(name, score, ~mask | (score == 0) | (score == 1), "0 or 1")
+    return score, mask
 
 
 def _nanmean(x: Tensor) -> Tensor:

@@ -42,10 +42,8 @@ def test_floating_refuses_the_rest(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_full_precision_refuses_half_and_integers(dtype):
     checks.check_full_precision(a=torch.zeros(1), b=torch.zeros(1, dtype=torch.float64))
-    message = (
-        f"b: expected float32 or float64, got {dtype}; half precision and integers would silently "
-        "change the result (convert with .float())"
-    )
+    why = "half precision would silently change the result " if dtype.is_floating_point else ""
+    message = f"b: expected float32 or float64, got {dtype}; {why}(convert with .float())"
     with pytest.raises(TypeError, match=exactly(message)):
         checks.check_full_precision(a=torch.zeros(1), b=torch.zeros(1, dtype=dtype))
     with pytest.raises(TypeError, match=exactly("b: expected a torch.Tensor, got int")):
@@ -97,7 +95,12 @@ def test_rank():
 
 def test_mask():
     checks.check_mask("valid", torch.ones(2, dtype=torch.bool), (2,), "[B]")
-    with pytest.raises(TypeError, match=exactly("valid: expected a boolean mask, got torch.int64")):
+    with pytest.raises(
+        TypeError,
+        match=exactly(
+            "valid: expected a boolean mask, got torch.int64; convert 0 and 1 with .bool()"
+        ),
+    ):
         checks.check_mask("valid", torch.ones(2, dtype=torch.int64), (2,), "[B]")
     with pytest.raises(ValueError, match=exactly("valid: expected shape [B] = [2], got [3]")):
         checks.check_mask("valid", torch.ones(3, dtype=torch.bool), (2,), "[B]")
@@ -222,7 +225,12 @@ def test_bad_rewards():
         checks.check_rewards({"r": [1.0, 2.0]}, group, None)
     with pytest.raises(ValueError, match=exactly("valid: expected shape of r = [3], got [2]")):
         checks.check_rewards({"r": reward}, group, torch.ones(2, dtype=torch.bool))
-    with pytest.raises(TypeError, match=exactly("valid: expected a boolean mask, got torch.int64")):
+    with pytest.raises(
+        TypeError,
+        match=exactly(
+            "valid: expected a boolean mask, got torch.int64; convert 0 and 1 with .bool()"
+        ),
+    ):
         checks.check_rewards({"r": reward}, group, torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=exactly("group: expected shape [B] = [3], got [2]")):
         checks.check_rewards({"r": reward}, group[:2], None)

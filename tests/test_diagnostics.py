@@ -225,7 +225,10 @@ def test_log_prob_errors(name):
     with pytest.raises(ValueError, match=exactly(message)):
         read(x, x, valid=torch.ones(2, dtype=torch.bool))
     with pytest.raises(
-        TypeError, match=exactly("valid: expected a boolean mask, got torch.float32")
+        TypeError,
+        match=exactly(
+            "valid: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
+        ),
     ):
         read(x, x, valid=x)
 
@@ -346,3 +349,11 @@ def test_ratios_of_one_trajectory_need_no_batch_axis():
     check = check_ratio(torch.zeros(3), torch.zeros(3), clip=1e-4)
     assert check.ok
     assert check.deviation.tolist() == [0, 0, 0]
+
+
+def test_a_nan_log_prob_makes_the_clip_fraction_nan():
+    log_prob, valid = torch.tensor([0.5, torch.nan]), torch.tensor([True, False])
+    for share in clip_fraction(log_prob, torch.zeros(2), clip_low=0.1, clip_high=0.1):
+        assert share.isnan()
+    below, above = clip_fraction(log_prob, torch.zeros(2), clip_low=0.1, clip_high=0.1, valid=valid)
+    assert (below.item(), above.item()) == (0.0, 1.0)

@@ -121,3 +121,63 @@ def test_an_infinite_ratio_times_advantage_0_is_0():
     loss.sum().backward()
     assert loss.tolist() == [0.0, 0.0]
     assert log_prob.grad.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("measured", [None, {"b": torch.tensor([True] * 4)}])
+@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize(
+    ("unit", "weight", "dtype"),
+    [
+        (2e38, 1.0, torch.float32),
+        (1.0, 1e39, torch.float32),
+        (1e308, 1.0, torch.float64),
+        (1.0, 1e308, torch.float64),
+        (1e-300, 1e-20, torch.float64),
+        (1e300, 1e-300, torch.float64),
+    ],
+)
+def test_fused_rewards_have_no_unit(unit, weight, dtype, std, measured):
+    """Their weighted sum may be no number of the dtype; the advantage of it is."""
+    reward = PATTERN.to(dtype)
+    got = mt.fuse_rewards(
+        {"a": reward * unit, "b": reward * unit}, {"a": weight, "b": weight}, GROUP,
+        measured=measured, std=std, eps=0.0,
+    )  # fmt: skip
+    expected = mt.group_advantage(reward, GROUP, std=std, eps=0.0)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+def test_fused_rewards_are_summed_in_float64():
+    """A constant sum of float32 rewards is one, to the last bit of float32."""
+    half = torch.tensor([0.1, 0.7, 0.37])
+    third = torch.tensor([1.0, 3.0, 7.0])
+    rewards, weights = {"a": half, "b": third}, {"a": 0.3, "b": 0.7}
+    total = 0.3 * half.double() + 0.7 * third.double()
+    got = mt.fuse_rewards(rewards, weights, [0, 0, 0], eps=0.0)
+    assert torch.equal(got, mt.group_advantage(total, [0, 0, 0], eps=0.0).float())
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"), [(3e38, torch.float32), (1.7e308, torch.float64), (1e-44, torch.float32)]
+)
+def test_credit_of_extreme_rewards(number, dtype):
+    reward = torch.full((2, 3), number, dtype=dtype)
+    for discount in (1.0, 0.5, 0.0):
+        value = mt.RewardToGo(discount)(reward).value
+        torch.testing.assert_close(value, reward, rtol=1e-6, atol=0)
+
+
+def test_densities_and_losses_of_extreme_numbers():
+    tiny = torch.full((1, 4), 1e-30)
+    zero = torch.zeros(1, 4)
+    assert mt.gaussian_kl(tiny, zero, 1e-30, reduction="mean").item() == pytest.approx(0.5)
+    huge = torch.full((1, 4), 1e19)
+    loss = mt.adaptive_nft_loss(huge, huge, zero, [1.0], 0.5, nft_beta=1.0)
+    assert loss.item() == pytest.approx(5 * 0.5 * 1e19)
+
+
+def test_probabilities_at_a_limit_that_float32_does_not_hold():
+    advantage = torch.tensor([-1e-30, 0.0, 1e-30])
+    assert mt.optimality_probability(advantage, advantage_max=1e-50).tolist() == [0.0, 0.5, 1.0]
+    assert mt.optimality_probability([-9, 0, 5]).tolist() == [0.0, 0.5, 1.0]

@@ -167,7 +167,10 @@ def test_share_errors(metric):
         with pytest.raises(ValueError, match=exactly(message)):
             metric(torch.ones(shape))
     with pytest.raises(
-        TypeError, match=exactly("valid: expected a boolean mask, got torch.float32")
+        TypeError,
+        match=exactly(
+            "valid: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
+        ),
     ):
         metric(torch.ones(1, 2), valid=torch.ones(1, 2))
     with pytest.raises(ValueError, match=exactly("valid: expected shape [C, N] = [1, 2], got [2]")):
@@ -220,9 +223,11 @@ def test_consistency_types_and_errors():
     message = "terms[1]: expected the shape of terms[0], [1, 2], got [2, 1]"
     with pytest.raises(ValueError, match=exactly(message)):
         content_consistency(torch.ones(1, 2), torch.ones(2, 1))
-    message = "terms[1]: expected a floating-point tensor, got torch.int64"
+    message = "terms[1]: expected a floating-point tensor, got torch.complex64"
     with pytest.raises(TypeError, match=exactly(message)):
-        content_consistency(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
+        content_consistency(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.complex64))
+    whole = content_consistency(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
+    assert torch.equal(whole, torch.ones(2))
     for shape in [(2,), (1, 2, 3)]:
         message = f"terms[0]: expected a non-empty tensor of shape [C, N], got {list(shape)}"
         with pytest.raises(ValueError, match=exactly(message)):
@@ -282,7 +287,9 @@ def test_overall_errors():
     for position, name in enumerate(["following", "consistency"]):
         tensors = [torch.ones(2), torch.ones(2)]
         tensors[position] = torch.ones(2, dtype=torch.int64)
-        message = f"{name}: expected a floating-point tensor, got torch.int64"
+        assert torch.equal(overall(*tensors), torch.ones(2))
+        tensors[position] = torch.ones(2, dtype=torch.complex64)
+        message = f"{name}: expected a floating-point tensor, got torch.complex64"
         with pytest.raises(TypeError, match=exactly(message)):
             overall(*tensors)
 
@@ -560,3 +567,41 @@ def test_bootstrap_errors():
     message = "statistic: expected a floating-point tensor, got torch.int64"
     with pytest.raises(TypeError, match=exactly(message)):
         bootstrap_interval(lambda s: s.long().sum(), x, generator=seeded())
+
+
+def test_a_correlation_lies_within_1():
+    interval = wilson_interval([9, 5], [10, 10])
+    one = interval_difference(interval, interval, correlation=1.0)
+    listed = interval_difference(interval, interval, correlation=[1, 1])
+    assert torch.equal(listed.high, one.high)
+    with pytest.raises(ValueError, match=r"^correlation: expected values in \[-1, 1\], got 1\.5"):
+        interval_difference(interval, interval, correlation=1.5)
+    with pytest.raises(TypeError, match=r"^first: expected an Interval, .* got tuple$"):
+        interval_difference((0.5, 0.4, 0.6), interval)
+
+
+def test_a_paired_difference_names_its_arguments():
+    right = [[1, 0], [0, 1]]
+    for name in ("before", "after"):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: expected 0 or 1, got 2\.0 at index \[0, 1\]$"
+        ):
+            paired_difference_interval(**{"before": right, "after": right, name: [[1, 2], [0, 1]]})
+    listed = paired_difference_interval(right, right, valid=[[True, True], [True, False]])
+    assert listed.estimate.tolist() == [0.0, 0.0]
+
+
+def test_a_statistic_may_change_its_samples():
+    sample = torch.arange(8.0).reshape(4, 2)
+    bootstrap_interval(
+        lambda x: x.mul_(0).mean(), sample, generator=torch.Generator().manual_seed(0), resamples=3
+    )
+    assert torch.equal(sample, torch.arange(8.0).reshape(4, 2))
+
+
+def test_lists_beside_tensors_follow_their_dtype():
+    share = torch.tensor([0.5, 1.0])
+    assert overall(share, [0.5, 1.0]).dtype == torch.float32
+    assert overall([50, 100], share).tolist() == pytest.approx([5.0, 10.0])
+    assert content_consistency(share[None], [[0.5, 1.0]]).dtype == torch.float32
+    assert wilson_interval([2, 0], torch.tensor([2, 2])).estimate.tolist() == [1.0, 0.0]

@@ -148,7 +148,7 @@ def test_update_errors():
         with pytest.raises(ValueError, match=exactly(message)):
             update_old_policy(one, two, decay=decay)
     message = (
-        "old[0]: expected float32 or float64, got torch.bfloat16; half precision and integers "
+        "old[0]: expected float32 or float64, got torch.bfloat16; half precision "
         "would silently change the result (convert with .float())"
     )
     with pytest.raises(TypeError, match=exactly(message)):

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from mteditflow import masked_mean
 from mteditflow._reduce import (
+    broadcast_rows,
     elements,
     per_row,
     promote,
+    row_mean,
     row_mean_absolute,
     row_mean_square,
     row_root_mean_square,
@@ -86,13 +88,24 @@ def test_a_tensor_gets_trailing_axes_and_the_dtype_of_x():
         torch.tensor([0.25, 1.0]).reshape(2, 1, 1, 1, 1),
         [0.25, 1.0],
         np.array([0.25, 1.0], dtype=np.float32),
+        np.array([0.25, 1.0]),
     ],
-    ids=["[M]", "[M, 1]", "[M, 1, 1, 1, 1]", "list", "numpy"],
+    ids=["[M]", "[M, 1]", "[M, 1, 1, 1, 1]", "list", "numpy", "numpy64"],
 )
 def test_a_number_per_row_in_every_form(value):
     x = torch.zeros(2, 3, 4)
     assert torch.equal(per_row("sigma", value, x), torch.tensor([[[0.25]], [[1.0]]]))
     assert row_values("sigma", value, x).tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    "value", [[0, 1], [False, True], np.array([0, 1], np.uint8), torch.tensor([0, 1])]
+)
+def test_integers_and_booleans_are_numbers_where_exact(value):
+    for dtype in (torch.float32, torch.float64):
+        rows = broadcast_rows("sigma", value, torch.zeros(2, 3, dtype=dtype))
+        assert rows.dtype == dtype
+        assert rows.flatten().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +133,9 @@ def test_per_row_refuses_what_does_not_fit():
         )
         with pytest.raises(ValueError, match=exactly(message)):
             per_row("sigma", value, x)
-    message = "sigma: expected a floating-point tensor, got torch.int64"
+    message = "sigma: expected a floating-point tensor, got torch.complex64"
     with pytest.raises(TypeError, match=exactly(message)):
-        per_row("sigma", torch.zeros(2, dtype=torch.int64), x)
+        per_row("sigma", torch.zeros(2, dtype=torch.complex64), x)
     with pytest.raises(
         TypeError, match=exactly("sigma: expected numbers or a torch.Tensor, got str")
     ):
@@ -153,6 +166,56 @@ def test_row_means_are_those_of_a_loop(shape):
         values = x[row].flatten().tolist()
         assert square == pytest.approx(math.fsum(v * v for v in values) / len(values), rel=1e-14)
         assert absolute == pytest.approx(math.fsum(map(abs, values)) / len(values), rel=1e-14)
+
+
+LONG = [(1, 2**20 + 3), (2, 5, 40_001), (3, 255), (3, 256), (3, 257)]
+
+
+def nearly_exact(function, x):
+    """The value of float32 rows is that of float64, to what one chunk of 256 loses."""
+    got = function(x)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, function(x.double()), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [row_mean_square, row_mean_absolute, row_root_mean_square])
+@pytest.mark.parametrize("shape", LONG)
+def test_long_rows_lose_no_accuracy(function, shape):
+    """Neither at random nor where every element is the same and rounding errors add up."""
+    nearly_exact(function, random(*shape).float())
+    nearly_exact(function, torch.full(shape, 0.1))
+
+
+def test_the_mean_of_long_rows():
+    nearly_exact(row_mean, torch.full((2, 2**17 + 1), 0.1))
+    x = random(3, 4, 5)
+    torch.testing.assert_close(row_mean(x), x.flatten(1).mean(1))
+
+
+def test_a_row_in_another_layout_has_the_same_mean():
+    """Bit for bit: a replay may hold its latents in another order of strides."""
+    x = random(2, 8, 33, 33).float()
+    swapped = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(row_mean_square(swapped), row_mean_square(x))
+
+
+@pytest.mark.parametrize("number", [1e-30, 1e-22, 1e18, 1e19, 3e38])
+def test_squares_out_of_the_range_of_float32(number):
+    x = torch.zeros(3, 300)
+    x[0], x[1] = number, 1.0
+    exact = float(x[0, 0])
+    for got in (row_mean_square(x), torch.vmap(row_mean_square)(x[None])[0]):
+        assert got.tolist() == pytest.approx([exact**2, 1.0, 0.0], rel=1e-6, abs=0)
+    assert row_mean_absolute(x).tolist() == pytest.approx([exact, 1.0, 0.0], rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("function", [row_mean_square, row_mean_absolute, row_root_mean_square])
+def test_a_nan_in_a_row_stays_in_that_row(function):
+    x = torch.ones(2, 300)
+    x[0, 7] = math.nan
+    first, second = function(x).tolist()
+    assert math.isnan(first)
+    assert second == pytest.approx(1.0)
 
 
 def test_row_means_golden():
@@ -302,9 +365,8 @@ def test_masked_mean_errors():
         masked_mean(torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=exactly("mask: expected shape of values = [2], got [3]")):
         masked_mean(torch.ones(2), torch.ones(3, dtype=torch.bool))
-    with pytest.raises(
-        TypeError, match=exactly("mask: expected a boolean mask, got torch.float32")
-    ):
+    message = "mask: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
+    with pytest.raises(TypeError, match=exactly(message)):
         masked_mean(torch.ones(2), torch.ones(2))
     message = "values: expected a non-empty tensor of shape [...], got [0]"
     with pytest.raises(ValueError, match=exactly(message)):
@@ -318,9 +380,11 @@ def test_masked_mean_errors():
 def test_compiled_row_means_are_as_accurate_as_eager(function, backend):
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend=backend)
-    x = random(2, 16, 128, 128, seed=1)
+    x = torch.cat([random(1, 2**17 + 3, seed=1), torch.full((1, 2**17 + 3), 0.1).double()])
     single = x.float().requires_grad_()
-    torch.testing.assert_close(compiled(single).double(), function(x), rtol=1e-6, atol=0)
+    got = compiled(single)
+    torch.testing.assert_close(got, function(single.double()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, function(single), rtol=1e-6, atol=0)
     (wanted,) = torch.autograd.grad(function(single).sum(), single)
     (given_,) = torch.autograd.grad(compiled(single).sum(), single)
     torch.testing.assert_close(given_, wanted, rtol=1e-5, atol=0)

@@ -130,6 +130,41 @@ def test_fake_tensors_give_the_shape(name):
     assert got.dtype == expected.dtype
 
 
+# In which a NaN stands for a term that is not there.
+NAN_IS_A_VALUE = {"content_consistency"}
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - NAN_IS_A_VALUE))
+def test_a_nan_that_cannot_be_checked_reaches_the_result(name):
+    """In no argument is it taken for a number, such as an advantage of 0 or a std of 0."""
+    function, inputs = CALLS[name]
+    for position, x in enumerate(inputs):
+        if not x.is_floating_point():
+            continue
+        bad = x.clone()
+        bad[0].view(-1)[0] = torch.nan  # row 0 of problem 0; every entry is valid
+        given = [bad if i == position else part for i, part in enumerate(inputs)]
+        given = [torch.ones_like(p) if p.dtype == torch.bool else p for p in given]
+        got = torch.vmap(function)(*given)
+        assert got[0].isnan().any(), f"argument {position}"
+        assert got[1].isfinite().all(), f"argument {position}"
+
+
+def test_a_nan_of_one_group_leaves_the_others():
+    nan = torch.nan
+    bad = torch.tensor([[1.0, nan, 2.0, 4.0], [1.0, 2.0, 2.0, 4.0]])
+    groups = torch.tensor([0, 0, 1, 1])
+    for function in (
+        lambda r: mt.group_advantage(r, groups, eps=0.0),
+        lambda r: mt.fuse_advantages({"a": r}, {"a": 1.0}, groups, eps=0.0),
+        lambda r: mt.fuse_rewards({"a": r}, {"a": 1.0}, groups, eps=0.0),
+    ):
+        got = torch.vmap(function)(bad)
+        assert got[0, :2].isnan().all()
+        assert got[0, 2:].tolist() == [-1.0, 1.0]
+        assert got[1].tolist() == [-1.0, 1.0, -1.0, 1.0]
+
+
 def test_gradients_under_vmap():
     """Per-sample gradients: grad inside vmap, of a loss that checks its values."""
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mteditflow._checks import check_number
+from mteditflow._checks import check_named, check_number
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def constrained_weights(
         >>> constrained_weights({"if": 1.0, "cc": 0.5}, {"cc": 1.0})
         {'if': 0.5, 'cc': 0.75}
     """
+    check_named("weights", weights, "numbers")
+    check_named("multipliers", multipliers, "numbers")
     for name, weight in weights.items():
         check_number(f"weights[{name!r}]", weight)
     for name, multiplier in multipliers.items():

@@ -16,16 +16,27 @@ import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    Numbers,
+    as_ids,
+    as_mask,
+    as_numbers,
+    as_real,
+    check_callable,
     check_full_precision,
+    check_kind,
     check_mask,
+    check_named,
     check_number,
     check_rank,
+    check_rewards,
+    check_shape,
     check_values,
 )
+from mteditflow._reduce import in_float64
 from mteditflow.advantages.group import all_alone, fuse_advantages
 from mteditflow.advantages.turns import reward_to_go, turn_average
 
-Mask = Tensor | None  # boolean [B, N]
+Mask = Numbers | None  # boolean [B, N]
 
 
 class _Signal(NamedTuple):
@@ -55,9 +66,22 @@ class Signal(_Signal):
 
     __slots__ = ()
 
-    def __new__(cls, value: Tensor, valid: Tensor, measured: Tensor | None = None) -> Signal:
-        """Make a signal; without ``measured`` every valid entry is measured."""
-        return super().__new__(cls, value, valid, valid if measured is None else measured)
+    def __new__(cls, value: Numbers, valid: Numbers, measured: Numbers | None = None) -> Signal:
+        """Make a signal; without ``measured`` every valid entry is measured.
+
+        Raises:
+            ValueError: shapes differ, or a measured entry is not valid.
+            TypeError: ``value`` is half precision, or a mask is not boolean.
+        """
+        number = as_real("value", value)
+        check_full_precision(value=number)
+        mask = as_numbers("valid", valid, device=number.device)
+        check_mask("valid", mask, number.shape, "of value")
+        has = (
+            mask.clone() if measured is None else as_mask("measured", measured, number, "of value")
+        )
+        check_values("measured", has, mask | ~has, "no measured entry that is not valid")
+        return super().__new__(cls, number, mask, has)
 
 
 class Credit(Protocol):
@@ -70,13 +94,14 @@ class Credit(Protocol):
     """
 
     def __call__(
-        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+        self, reward: Numbers, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> Signal:
         """Credit turns.
 
         Args:
-            reward: float32 or float64 [B, N]; finite where a turn exists, was measured, and did
-                not lose its reward. What stands elsewhere is never read.
+            reward: float32 or float64 [B, N], or numbers as in ``group_advantage``; finite where a
+                turn exists, was measured, and did not lose its reward. What stands elsewhere is
+                never read.
             turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
             unmeasured: turns in which there was nothing to measure, boolean [B, N]; ``None``: none.
             lost: turns whose reward was asked for and did not come, boolean [B, N]; ``None``: none.
@@ -111,17 +136,18 @@ class TrajectoryCredit:
     aggregate: Callable[..., Tensor] = turn_average
 
     def __call__(
-        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+        self, reward: Numbers, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> Signal:
         """See ``Credit``."""
-        exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
+        reward, exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
         valid = exists.any(dim=1) & ~lost.any(dim=1)
         measured = valid & has.any(dim=1)
         value = torch.full_like(reward[:, 0], torch.nan)
         if bool(measured.any()):
             rows = reward[measured], has[measured]
             value[measured] = self.aggregate(rows[0], turn_mask=rows[1]).to(value.dtype)
-        return Signal(*(x[:, None].expand_as(has) for x in (value, valid, measured)))
+        turns = has.shape[1]
+        return Signal(*(x[:, None].repeat(1, turns) for x in (value, valid, measured)))
 
 
 @dataclass(frozen=True)
@@ -153,19 +179,22 @@ class RewardToGo:
         check_number("discount", self.discount, low=0.0, high=1.0)
 
     def __call__(
-        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+        self, reward: Numbers, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> Signal:
         """See ``Credit``."""
-        exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
+        reward, exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
 
         def to_go(x: Tensor) -> Tensor:
-            return reward_to_go(x.to(reward), discount=self.discount)
+            return reward_to_go(in_float64(x)[0].to(torch.float64), discount=self.discount)
 
-        weight = to_go(has)
-        valid = exists & (to_go(lost) == 0)
-        measured = valid & (weight > 0)
-        value = to_go(torch.where(has, reward, 0)) / torch.where(measured, weight, 1)
-        return Signal(torch.where(measured, value, torch.nan), valid, measured)
+        # In float64, and huge rewards in units of 2^64: a sum may be no number, its mean is one.
+        exact = in_float64(torch.where(has, reward, 0))[0]
+        unit = torch.where(exact.abs().amax(dim=1, keepdim=True) > 2.0**900, 2.0**-64, 1.0)
+        weight, lost_to_go = to_go(has), to_go(lost)
+        mean = to_go(exact * unit) / torch.where(weight > 0, weight, 1) / unit
+        valid = exists & (lost_to_go == 0).to(exists.device)
+        measured = valid & (weight > 0).to(exists.device)
+        return Signal(torch.where(measured, mean.to(reward), torch.nan), valid, measured)
 
 
 @dataclass(frozen=True)
@@ -180,17 +209,17 @@ class TurnCredit:
     """
 
     def __call__(
-        self, reward: Tensor, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
+        self, reward: Numbers, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> Signal:
         """See ``Credit``."""
-        exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
+        reward, exists, has, lost = _parts(reward, turn_mask, unmeasured, lost)
         return Signal(torch.where(has, reward, torch.nan), exists & ~lost, has)
 
 
 def turn_advantage(
     signals: Mapping[str, Signal],
     weights: Mapping[str, float],
-    group: Tensor,
+    group: Numbers,
     *,
     turn_mask: Mask = None,
     keep: Mask = None,
@@ -224,13 +253,14 @@ def turn_advantage(
         eps: as in ``group_advantage``.
 
     Returns:
-        Signal: advantages, detached and finite; valid, and measured, are the kept turns that
-        exist, lost no signal and have one measured. Give the others weight 0 in the loss.
+        Signal: advantages, detached and finite, 0 where not valid; valid, and measured, are the
+        kept turns that exist, lost no signal and have one measured. Give the others weight 0 in
+        the loss.
 
     Raises:
         ValueError: names differ, every weight is 0, shapes do not match, a measured signal is not
             finite, or as ``fuse`` raises it.
-        TypeError: as in ``group_advantage``.
+        TypeError: as in ``group_advantage``, or a signal is no ``Signal``.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 3 and 7, turn by turn.
 
@@ -241,6 +271,12 @@ def turn_advantage(
         tensor([[ 1.,  0.],
                 [-1.,  0.]])
     """
+    check_named("signals", signals, "signals")
+    check_named("weights", weights, "numbers")
+    check_callable("fuse", fuse)
+    for name, signal in signals.items():
+        check_kind(f"signals[{name!r}]", signal, Signal, "a Signal, as a Credit returns it")
+        check_number(f"weights[{name!r}]", weights.get(name, 0.0))
     if set(signals) != set(weights):
         raise ValueError(
             f"weights: expected one weight for each signal in {sorted(signals)}, "
@@ -249,37 +285,42 @@ def turn_advantage(
     used = {name: signal for name, signal in signals.items() if weights[name] != 0}
     if not used:
         raise ValueError(f"weights: expected one other than 0, got {dict(weights)}")
+    first, signal = next(iter(used.items()))
+    for name, other in used.items():
+        check_rank(f"signals[{name!r}]", other.value, 2, "[B, N]", maximum=2)
+        check_shape(f"signals[{name!r}]", other.value, signal.value.shape, f"of {first!r}")
+    ids = as_ids(group, signal.value.device)
+    exists = as_mask("turn_mask", turn_mask, signal.value, "[B, N]")
     valid = torch.stack([signal.valid for signal in used.values()]).all(dim=0)
-    if keep is not None:
-        check_mask("keep", keep, valid.shape, "[B, N]")
-        valid = valid & keep
+    valid = valid & as_mask("keep", keep, signal.value, "[B, N]")
     values = {name: signal.value for name, signal in used.items()}
     measured = {name: signal.measured for name, signal in used.items()}
     own = {name: weights[name] for name in used}
-    if all_alone(group):  # nothing to compare with
-        advantage = torch.zeros_like(next(iter(values.values())))
+    check_rewards(
+        {f"signals[{n!r}]": x for n, x in values.items()},
+        ids,
+        valid,
+        {f"signals[{n!r}]": mask for n, mask in measured.items()},
+    )
+    if all_alone(ids):  # nothing to compare with
+        advantage = torch.zeros_like(signal.value)
     else:
-        advantage = fuse(values, own, group, valid=valid, measured=measured, std=std, eps=eps)
-    valid = valid & torch.stack(list(measured.values())).any(dim=0)
-    if turn_mask is not None:
-        check_mask("turn_mask", turn_mask, valid.shape, "[B, N]")
-        valid = valid & turn_mask
-    return Signal(advantage, valid)
+        advantage = fuse(values, own, ids, valid=valid, measured=measured, std=std, eps=eps)
+    valid = valid & torch.stack(list(measured.values())).any(dim=0) & exists
+    return Signal(torch.where(valid, advantage, 0), valid)
 
 
 def _parts(
-    reward: Tensor, turn_mask: Mask, unmeasured: Mask, lost: Mask
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked: turns that exist, those that have a reward, those that lost it."""
+    reward: Numbers, turn_mask: Mask, unmeasured: Mask, lost: Mask
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checked: rewards; turns that exist, those that have a reward, those that lost it."""
+    reward = as_real("reward", reward)
     check_full_precision(reward=reward)
     check_rank("reward", reward, 2, "[B, N]", maximum=2)
     none = torch.zeros_like(reward, dtype=torch.bool)
-    masks = {"turn_mask": ~none if turn_mask is None else turn_mask}
-    masks |= {"unmeasured": none if unmeasured is None else unmeasured}
-    masks |= {"lost": none if lost is None else lost}
-    for name, mask in masks.items():
-        check_mask(name, mask, reward.shape, "[B, N]")
-    exists, unmeasured, lost = masks.values()
-    has, lost = exists & ~unmeasured & ~lost, exists & lost
+    exists = as_mask("turn_mask", turn_mask, reward, "[B, N]")
+    empty = as_mask("unmeasured", none if unmeasured is None else unmeasured, reward, "[B, N]")
+    gone = as_mask("lost", none if lost is None else lost, reward, "[B, N]")
+    has = exists & ~empty & ~gone
     check_values("reward", reward, ~has | reward.isfinite(), "finite rewards (mark lost ones)")
-    return exists, has, lost
+    return reward, exists, has, exists & gone

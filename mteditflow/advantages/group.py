@@ -17,6 +17,8 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
+    as_device,
+    as_ids,
     as_mask,
     as_numbers,
     as_real,
@@ -26,14 +28,17 @@ from mteditflow._checks import (
     check_full_precision,
     check_group,
     check_mask,
+    check_named,
     check_number,
     check_rank,
     check_rewards,
+    first_tensor,
     read,
 )
 from mteditflow._reduce import in_float64
 
 STDS = ("group", "batch", "none")
+_HUGE, _TINY = 2.0**500, 2.0**-400  # beyond them a square may leave the range of float64
 
 
 def group_advantage(
@@ -52,18 +57,20 @@ def group_advantage(
 
     Args:
         reward: finite where valid; [B], or [B, N] to normalise each turn in its group on its own.
-            float32 or float64; integers below 2^24 and booleans count as float32, lists of Python's
-            numbers as float64. Rewards laid out [prompts, samples] are flattened, see
-            ``group_ids``.
+            float32 or float64; integers below 2^24 and booleans, in lists too, count as float32,
+            lists of Python's floats as float64. Rewards laid out [prompts, samples] are refused
+            with one id for each prompt: flatten them, as ``group_ids`` shows.
         group: integer group id of each trajectory, [B], of any width, signed or not.
         valid: boolean, shape of ``reward``; ``None`` means all are valid. What stands in an invalid
             entry, NaN included, is never read.
         std: "group" divides by the group's std; "batch" by the std of all valid rewards (per turn),
-            "none" only subtracts the group's mean (and ignores ``eps``).
+            "none" only subtracts the group's mean (and ignores ``eps``); a difference that the
+            dtype does not hold is then infinite.
         eps: added to the std, >= 0; keeps rounding noise in a nearly constant group small.
 
     Returns:
-        Shape and dtype of ``reward``, detached.
+        Shape and dtype of ``reward``, detached. A valid NaN makes its group NaN where values cannot
+        be checked, as under compilation and ``vmap``.
 
     Raises:
         ValueError: shapes do not match, the batch is empty, a valid reward is not finite, or a
@@ -79,7 +86,7 @@ def group_advantage(
     """
     reward, group, valid = as_rewards(reward, group, valid)
     check_layout(reward, group)
-    return _normalize(reward, _group_index(group), valid, std, eps)
+    return _normalize(reward, _group_index(group), valid, std, eps).to(reward)
 
 
 def group_ids(groups: int, members: int, *, device: torch.device | str = "cpu") -> Tensor:
@@ -106,7 +113,7 @@ def group_ids(groups: int, members: int, *, device: torch.device | str = "cpu") 
     """
     check_count("groups", groups)
     check_count("members", members)
-    ids = torch.arange(groups, dtype=torch.int64, device=device)
+    ids = torch.arange(groups, dtype=torch.int64, device=as_device("device", device))
     return ids[:, None].expand(-1, members).flatten()
 
 
@@ -162,7 +169,7 @@ def fuse_advantages(
     advantages = {
         name: _normalize(reward, index, counted[name], std, eps) for name, reward in named.items()
     }
-    return _weighted_sum(advantages, weights)
+    return _weighted_sum(advantages, weights).to(_result_like(named))
 
 
 def fuse_rewards(
@@ -218,13 +225,18 @@ def fuse_rewards(
     index = _group_index(ids)
     used = [name for name in rewards if weights[name] != 0] or list(rewards)
     part = torch.stack([counted[name] for name in used]).any(dim=0)
-    filled = {
-        name: reward if measured is None else _filled(reward, index, counted[name])
-        for name, reward in named.items()
-    }
     for name in used:
         _check_group_measured(name, ids, ~part | _in_group(counted[name], index))
-    return _normalize(_weighted_sum(filled, weights), index, part, std, eps)
+    own, takes_part = in_float64(index, part)
+    exact = {name: in_float64(reward.detach(), counted[name]) for name, reward in named.items()}
+    # In units in which no product and no sum of large numbers overflows.
+    sizes = [torch.where(mask, reward.abs(), 0) for reward, mask in exact.values()]
+    unit = _in_range(torch.stack(sizes).amax(dim=0), own, takes_part)[1]
+    weight_unit = _weight_unit(weights)
+    terms = {name: _filled(reward * unit, own, mask) for name, (reward, mask) in exact.items()}
+    total = _weighted_sum(terms, {name: w * weight_unit for name, w in weights.items()})
+    advantage = _normalize(total, own, takes_part, std, eps, unit=unit * weight_unit)
+    return advantage.to(_result_like(named))
 
 
 def group_measured(measured: Numbers, group: Numbers) -> Tensor:
@@ -248,8 +260,8 @@ def group_measured(measured: Numbers, group: Numbers) -> Tensor:
     mask = as_numbers("measured", measured)
     check_rank("measured", mask, 1, "[B] or [B, N]", maximum=2)
     check_mask("measured", mask, mask.shape, "[B] or [B, N]")
-    ids = as_numbers("group", group, device=mask.device)
-    check_group(ids, mask.shape[:1])
+    ids = as_ids(group, mask.device)
+    check_group(ids, mask.shape)
     return _in_group(mask, _group_index(ids))
 
 
@@ -257,7 +269,7 @@ def clamp_advantage(advantage: Numbers, *, limit: float = 5.0) -> Tensor:
     """Bound an advantage to [-limit, limit], so that one outlier cannot own an update.
 
     Args:
-        advantage: any shape.
+        advantage: any shape; integers count as float32.
         limit: positive; peers use 5.
 
     Returns:
@@ -265,7 +277,7 @@ def clamp_advantage(advantage: Numbers, *, limit: float = 5.0) -> Tensor:
 
     Raises:
         ValueError: ``limit`` is not positive.
-        TypeError: ``advantage`` is not float32 or float64.
+        TypeError: ``advantage`` is half precision.
 
     Source: Flow-GRPO (arXiv 2505.05470), its implementation's clip of advantages.
 
@@ -273,7 +285,7 @@ def clamp_advantage(advantage: Numbers, *, limit: float = 5.0) -> Tensor:
         >>> clamp_advantage(torch.tensor([-9.0, 0.5]), limit=5.0)
         tensor([-5.0000,  0.5000])
     """
-    advantage = as_numbers("advantage", advantage)
+    advantage = as_real("advantage", advantage)
     check_full_precision(advantage=advantage)
     check_number("limit", limit, low=0.0, open_low=True)
     return advantage.clamp(-limit, limit)
@@ -303,9 +315,12 @@ def renormalize_advantage(
         tensor([-1.,  1.])
     """
     advantage = as_real("advantage", advantage)
-    valid = check_rewards({"advantage": advantage}, None, as_mask("valid", valid, advantage))
+    check_full_precision(advantage=advantage)
+    check_rank("advantage", advantage, 1, "[B] or [B, N]", maximum=2)
+    mask = as_mask("valid", valid, advantage, "of advantage")
+    check_rewards({"advantage": advantage}, None, mask)
     one_group = torch.zeros(len(advantage), dtype=torch.int64, device=advantage.device)
-    return _normalize(advantage, one_group, valid, "group", eps)
+    return _normalize(advantage, one_group, mask, "group", eps).to(advantage)
 
 
 def group_std(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) -> Tensor:
@@ -368,24 +383,33 @@ def _group_index(group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(0, order, is_new.cumsum(0))
 
 
-def _normalize(reward: Tensor, index: Tensor, valid: Tensor, std: str, eps: float) -> Tensor:
-    """``group_advantage`` of checked rewards."""
+def _normalize(
+    reward: Tensor,
+    index: Tensor,
+    valid: Tensor,
+    std: str,
+    eps: float,
+    *,
+    unit: Tensor | None = None,
+) -> Tensor:
+    """``group_advantage`` of checked rewards, in float64; each was multiplied by its ``unit``."""
     check_choice("std", std, STDS)
     check_number("eps", eps, low=0.0)
     exact, index, valid = in_float64(reward.detach(), index, valid)
-    value, unit = _in_range(exact, index, valid)
+    given = torch.ones_like(exact) if unit is None else unit
+    value, own = _in_range(exact, index, valid)
     deviation, count = _deviation(value, index, valid)
     if std == "group":
-        scale = _root_mean_square(deviation, count, index) + eps * unit
+        scale = _root_mean_square(deviation, count, index) + eps * given * own
     elif std == "batch":
-        one_group = torch.zeros_like(index)
-        value, whole = _in_range(exact, one_group, valid)
+        one_group, common = torch.zeros_like(index), given.amin(dim=0)
+        value, whole = _in_range(exact * (common / given), one_group, valid)
         spread = _root_mean_square(*_deviation(value, one_group, valid), one_group)
-        scale = (spread + eps * whole) * (unit / whole)
+        scale = (spread + eps * common * whole) * (own / whole) * (given / common)
     else:
-        scale = unit
-    # 0 / 0 where all is equal and eps is 0; the deviation is exactly 0 there.
-    return torch.where(scale > 0, deviation / scale, 0).to(reward)
+        deviation, scale = deviation / own, given
+    # 0 / 0 where all is equal and eps is 0; the deviation is exactly 0 there. A NaN stays.
+    return torch.where(scale == 0, 0, deviation / scale)
 
 
 def _in_range(value: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,9 +417,15 @@ def _in_range(value: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tens
     size = torch.where(valid, value.abs(), 0)
     rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
     peak = torch.zeros_like(size).scatter_reduce(0, rows, size, "amax").index_select(0, index)
-    unit = torch.ones_like(peak).masked_fill(peak > 2.0**500, 2.0**-564)
-    unit = unit.masked_fill(peak < 2.0**-400, 2.0**700)
+    unit = torch.ones_like(peak).masked_fill(peak > _HUGE, 2.0**-564)
+    unit = unit.masked_fill(peak < _TINY, 2.0**700)
     return value * unit, unit
+
+
+def _weight_unit(weights: Mapping[str, float]) -> float:
+    """As the unit of ``_in_range``, which times this one is a number, too."""
+    peak = max(map(abs, weights.values()))
+    return 2.0**-450 if peak > _HUGE else 2.0**320 if peak < _TINY else 1.0
 
 
 def _deviation(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,10 +449,9 @@ def _group_mean(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, T
 
 def _filled(reward: Tensor, index: Tensor, counted: Tensor) -> Tensor:
     """Put the mean of the group's counted members into all others, 0 where there are none."""
-    exact, own, mask = in_float64(reward.detach(), index, counted)
-    floor, mean, _ = _group_mean(exact, own, mask)
-    mean = torch.where(floor.isfinite(), floor + mean, 0).to(reward)
-    return torch.where(counted, reward.detach(), mean)
+    floor, mean, _ = _group_mean(reward, index, counted)
+    mean = torch.where(floor.isinf(), 0, floor + mean)
+    return torch.where(counted, reward, mean)
 
 
 def _in_group(mask: Tensor, index: Tensor) -> Tensor:
@@ -447,6 +476,8 @@ def _check_named(
     measured: Mapping[str, Numbers] | None,
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Validate; return rewards, group ids, and where each reward counts: valid and measured."""
+    check_named("rewards", rewards, "rewards")
+    check_named("weights", weights, "numbers")
     if not rewards:
         raise ValueError("rewards: expected at least one named reward, got none")
     if set(rewards) != set(weights):
@@ -456,22 +487,23 @@ def _check_named(
         )
     for name, weight in weights.items():
         check_number(f"weights[{name!r}]", weight)
-    measured = measured or {}
+    measured = {} if measured is None else measured
+    check_named("measured", measured, "masks")
     if unknown := set(measured) - set(rewards):
         raise ValueError(f"measured: expected names among {sorted(rewards)}, got {sorted(unknown)}")
-    named = {name: as_real(f"rewards[{name!r}]", reward) for name, reward in rewards.items()}
-    first = next(iter(named))
+    like = first_tensor(*rewards.values())
+    named = {n: as_real(f"rewards[{n!r}]", reward, like=like) for n, reward in rewards.items()}
+    first, reward = next(iter(named.items()))
+    check_full_precision(**{f"rewards[{n!r}]": x for n, x in named.items()})
     masks = {
-        name: as_mask(f"measured[{name!r}]", measured.get(name), reward)
-        for name, reward in named.items()
+        name: as_mask(f"measured[{name!r}]", measured.get(name), reward, f"of rewards[{first!r}]")
+        for name in named
     }
-    for name in measured:
-        check_mask(f"measured[{name!r}]", masks[name], named[first].shape, f"of rewards[{first!r}]")
-    ids = as_numbers("group", group, device=named[first].device)
+    ids = as_ids(group, reward.device)
     mask = check_rewards(
         {f"rewards[{name!r}]": reward for name, reward in named.items()},
         ids,
-        as_mask("valid", valid, named[first]),
+        as_mask("valid", valid, reward, f"of rewards[{first!r}]"),
         {f"rewards[{name!r}]": mask for name, mask in masks.items()},
     )
     check_layout(named[first], ids)
@@ -488,6 +520,11 @@ def _check_group_measured(name: str, group: Tensor, ok: Tensor) -> None:
         f"{int(group[row])}; leave the group out (group_measured), or use fuse_advantages, where "
         "an unmeasured reward adds 0"
     )
+
+
+def _result_like(named: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the dtype that all rewards promote to, on their device."""
+    return torch.stack([reward[:0] for reward in named.values()])
 
 
 def _weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_count, check_mask, check_rank, check_shape
+from mteditflow._checks import (
+    Numbers,
+    as_ids,
+    check_count,
+    check_integers,
+    check_kind,
+    check_named,
+    check_rank,
+    check_shape,
+)
 from mteditflow.advantages.credit import Signal
 
 UNMEASURED = "unmeasured"  # in an entry, in place of a number; None stands for a lost one
@@ -65,7 +74,7 @@ class RewardHistory:
                 )
 
     def joined(
-        self, signals: Mapping[str, Signal], group: Tensor
+        self, signals: Mapping[str, Signal], group: Numbers
     ) -> tuple[dict[str, Signal], Tensor]:
         """Append the remembered signals of the groups that are there.
 
@@ -82,7 +91,7 @@ class RewardHistory:
             ValueError: shapes do not match.
             TypeError: ``group`` is not integer, or a mask not boolean.
         """
-        self._check(signals, group)
+        group = self._check(signals, group)
         turns = next(iter(signals.values())).value.shape[1]
         past = [
             (name, entry)
@@ -98,7 +107,7 @@ class RewardHistory:
         more = torch.tensor(ids, dtype=group.dtype, device=group.device)
         return found, torch.cat([group, more])
 
-    def updated(self, signals: Mapping[str, Signal], group: Tensor) -> RewardHistory:
+    def updated(self, signals: Mapping[str, Signal], group: Numbers) -> RewardHistory:
         """Return the history after a round.
 
         Args:
@@ -109,7 +118,7 @@ class RewardHistory:
             ValueError: shapes do not match.
             TypeError: ``group`` is not integer, or a mask not boolean.
         """
-        self._check(signals, group)
+        group = self._check(signals, group)
         entries = {name: list(kept) for name, kept in self.entries.items()}
         for name in dict.fromkeys(group.tolist()):
             own = group == name
@@ -126,19 +135,22 @@ class RewardHistory:
         """Return the history that ``state_dict`` was taken from, cut to ``rounds``."""
         return cls(rounds, {int(name): list(kept)[-rounds:] for name, kept in state.items()})
 
-    def _check(self, signals: Mapping[str, Signal], group: Tensor) -> None:
+    def _check(self, signals: Mapping[str, Signal], group: Numbers) -> Tensor:
+        """Return the ids, after checks of all."""
+        check_named("signals", signals, "signals")
         if not signals:
             raise ValueError("signals: expected at least one, got none")
-        check_rank("group", group, 1, "[B]", maximum=1)
-        if group.is_floating_point() or group.dtype == torch.bool:
-            raise TypeError(f"group: expected integer ids, got {group.dtype}")
+        for name, signal in signals.items():
+            check_kind(f"signals[{name!r}]", signal, Signal, "a Signal, as a Credit returns it")
         first, signal = next(iter(signals.items()))
         check_rank(f"signals[{first!r}]", signal.value, 2, "[B, N]", maximum=2)
-        shape = (len(group), signal.value.shape[1])
+        ids = as_ids(group, signal.value.device)
+        check_rank("group", ids, 1, "[B]", maximum=1)
+        check_integers("group", ids, "ids")
+        shape = (len(ids), signal.value.shape[1])
         for name, signal in signals.items():
             check_shape(f"signals[{name!r}]", signal.value, shape, "[B, N]")
-            check_mask(f"signals[{name!r}].valid", signal.valid, shape, "[B, N]")
-            check_mask(f"signals[{name!r}].measured", signal.measured, shape, "[B, N]")
+        return ids
 
 
 def _listed(signal: Signal, own: Tensor) -> list[list[_Number]]:

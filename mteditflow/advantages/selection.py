@@ -6,7 +6,7 @@ same reward, there are none; objectives that pull to the old policy still move t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
+    as_ids,
     as_mask,
     as_numbers,
     as_real,
     check_count,
-    check_mask,
+    check_full_precision,
     check_number,
     check_rank,
+    check_real,
     check_rewards,
 )
 from mteditflow.advantages.group import group_std
@@ -93,13 +95,13 @@ def select_groups(
         {'kept': 1, 'short': 0, 'saturated': 1, 'hopeless': 1, 'flat': 0}
     """
     reward = as_real("reward", reward)
-    group = as_numbers("group", group, device=reward.device)
-    valid = as_mask("valid", valid, reward)
+    check_full_precision(reward=reward)
     check_rank("reward", reward, 1, "[B]", maximum=1)
-    measured = as_mask("measured", measured, reward)
-    check_mask("measured", measured, reward.shape, "[B]")
-    valid = check_rewards({"reward": reward}, group, valid, {"reward": measured})
-    counted = valid & measured
+    group = as_ids(group, reward.device)
+    has = as_mask("measured", measured, reward, "[B]")
+    mask = as_mask("valid", valid, reward, "[B]")
+    check_rewards({"reward": reward}, group, mask, {"reward": has})
+    counted = mask & has
     check_number("spread", spread, low=0.0)
     check_count("members", members, low=2)
     for name, bound in (("top", top), ("bottom", bottom)):
@@ -126,10 +128,10 @@ def select_groups(
     for name, drop in reasons.items():
         counts[name] = int((left & drop).sum())
         left = left & ~drop
-    return GroupSelection(left[index] & valid, {"kept": int(left.sum()), **counts})
+    return GroupSelection(left[index] & mask, {"kept": int(left.sum()), **counts})
 
 
-def draw_probabilities(spread: Sequence[float], *, uniform: float = 0.2) -> list[float]:
+def draw_probabilities(spread: Numbers, *, uniform: float = 0.2) -> list[float]:
     r"""How likely each chain is to be drawn next, given how much its last groups spread.
 
     .. math:: p_i = u / C + (1 - u) \, s_i / \sum_j s_j
@@ -156,13 +158,17 @@ def draw_probabilities(spread: Sequence[float], *, uniform: float = 0.2) -> list
         [0.25, 0.75]
     """
     check_number("uniform", uniform, low=0.0, high=1.0, open_low=True)
-    if not spread:
+    values = as_numbers("spread", spread)
+    check_real(spread=values)
+    if values.numel() == 0:
         raise ValueError("spread: expected one for each chain, got none")
-    for i, s in enumerate(spread):
+    check_rank("spread", values, 1, "[C]", maximum=1)
+    numbers = [float(s) for s in values.tolist()]
+    for i, s in enumerate(numbers):
         check_number(f"spread[{i}]", s, low=0.0)
-    largest, count = max(spread), len(spread)
+    largest, count = max(numbers), len(numbers)
     if largest == 0:
         return [1 / count] * count
-    relative = [s / largest for s in spread]  # so that no product underflows and no sum overflows
+    relative = [s / largest for s in numbers]  # so that no product underflows and no sum overflows
     total = sum(relative)
     return [uniform / count + (1 - uniform) * (s / total) for s in relative]

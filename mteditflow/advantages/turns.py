@@ -19,16 +19,20 @@ from torch import Tensor
 from mteditflow._checks import (
     Numbers,
     as_mask,
-    as_numbers,
+    as_real,
     check_choice,
     check_count,
     check_floating,
-    check_mask,
+    check_kind,
     check_number,
     check_rank,
+    check_unmasked,
     check_values,
+    shown,
 )
-from mteditflow._reduce import in_float64, mean_where
+from mteditflow._reduce import in_float64, mean_where, promote
+
+_DENSE = torch.contiguous_format
 
 
 class PaddedTurns(NamedTuple):
@@ -38,14 +42,29 @@ class PaddedTurns(NamedTuple):
         score: [B, N], NaN where ``valid`` is false.
         turn_mask: turns that exist, boolean [B, N].
         valid: turns that exist and have a score, boolean [B, N].
-        lost: turns whose score was asked for and did not come, boolean [B, N]. What exists and is
-            neither valid nor lost had nothing to measure.
+        lost: turns whose score was asked for and did not come, boolean [B, N].
+
+    Example:
+        >>> from mteditflow import TurnCredit
+        >>> padded = pad_turns([[1.0, None], [float("nan"), 0.5]])
+        >>> padded.unmeasured
+        tensor([[False, False],
+                [ True, False]])
+        >>> masks = {name: getattr(padded, name) for name in ("turn_mask", "unmeasured", "lost")}
+        >>> TurnCredit()(padded.score, **masks).valid
+        tensor([[ True, False],
+                [ True,  True]])
     """
 
     score: Tensor
     turn_mask: Tensor
     valid: Tensor
     lost: Tensor
+
+    @property
+    def unmeasured(self) -> Tensor:
+        """Turns that exist and had nothing to measure, boolean [B, N]: they were not lost."""
+        return self.turn_mask & ~self.valid & ~self.lost
 
 
 def pad_turns(
@@ -62,7 +81,8 @@ def pad_turns(
 
     Returns:
         PaddedTurns, on the CPU. Give ``score`` and ``valid`` to an aggregator that averages what
-        was measured, or all to a ``Credit``, which also leaves out chains with lost scores.
+        was measured, or ``score``, ``turn_mask``, ``unmeasured`` and ``lost`` to a ``Credit``,
+        which also leaves out chains with lost scores.
 
     Raises:
         ValueError: there is no chain, one has no turn, a score is infinite, or an integer is not
@@ -77,8 +97,12 @@ def pad_turns(
         >>> padded.turn_mask.sum(dim=1), padded.valid.sum(dim=1), padded.lost.sum(dim=1)
         (tensor([3, 1]), tensor([2, 1]), tensor([1, 0]))
     """
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if not any(dtype is full for full in (torch.float32, torch.float64)):
+        got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {got}")
+    kinds = (list, tuple, Tensor, np.ndarray)
+    check_kind("scores", scores, kinds, "a list of scores for each chain")
+    check_unmasked("scores", scores)
     if len(scores) == 0:
         raise ValueError("scores: expected at least one chain, got none")
     rows = [_chain(f"scores[{b}]", row, dtype) for b, row in enumerate(scores)]
@@ -98,7 +122,7 @@ def pad_turns(
 
 def _chain(name: str, row: Any, dtype: torch.dtype) -> list[float | None]:
     """Return the scores of a chain, checked."""
-    row = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row
+    row = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row  # no masked array is left
     if not isinstance(row, (list, tuple)):
         raise TypeError(f"{name}: expected one list of scores, got {type(row).__name__}")
     if not row:
@@ -108,12 +132,13 @@ def _chain(name: str, row: Any, dtype: torch.dtype) -> list[float | None]:
 
 def _score(name: str, x: Any, dtype: torch.dtype) -> float:
     """Return a finite number or NaN that ``dtype`` holds; an integer exactly."""
-    x = x.item() if isinstance(x, (Tensor, np.generic)) else x
+    one = isinstance(x, np.generic) or (isinstance(x, Tensor) and x.numel() == 1)
+    x = x.item() if one else x
     if not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a number, or None if lost, got {type(x).__name__}")
     largest = torch.finfo(dtype).max
     if not (math.isnan(x) or -largest <= x <= largest):
-        raise ValueError(f"{name}: expected a finite {dtype} number, or NaN, got {x}")
+        raise ValueError(f"{name}: expected a finite {dtype} number, or NaN, got {shown(x)}")
     if isinstance(x, int) and abs(x) > 1 / torch.finfo(dtype).eps:
         raise ValueError(f"{name}: expected an integer that {dtype} holds exactly, got {x}")
     return float(x)
@@ -208,7 +233,7 @@ def normalize_likert(likert: Numbers, *, normalization: str = "minmax") -> Tenso
 
     Raises:
         ValueError: a score outside 1..5, or an unknown normalization.
-        TypeError: ``likert`` is not a tensor.
+        TypeError: ``likert`` holds no numbers.
 
     Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
 
@@ -217,8 +242,8 @@ def normalize_likert(likert: Numbers, *, normalization: str = "minmax") -> Tenso
         tensor([1.0000, 0.5000, 0.0000])
     """
     check_choice("normalization", normalization, ("minmax", "max"))
-    likert = as_numbers("likert", likert)
-    scores = likert.to(torch.promote_types(likert.dtype, torch.float32))
+    (scores,) = promote(as_real("likert", likert))
+    check_floating(likert=scores)
     check_values("likert", scores, (scores >= 1) & (scores <= 5), "scores in 1..5")
     return (scores - 1) / 4 if normalization == "minmax" else scores / 5
 
@@ -317,16 +342,16 @@ def broadcast_to_steps(advantage: Numbers, *, turns: int, steps: int) -> Tensor:
     r"""Give every turn and denoising step the advantage of its trajectory: ``A[b, n, s] = A[b]``.
 
     Args:
-        advantage: per trajectory [B], or per turn [B, N].
+        advantage: per trajectory [B], or per turn [B, N]; integers count as float32.
         turns: N.
         steps: S.
 
     Returns:
-        [B, N, S]. Gradient flows through.
+        [B, N, S], a copy that may be written to. Gradient flows through.
 
     Raises:
         ValueError: the advantage is neither [B] nor [B, N], or a count is not positive.
-        TypeError: the advantage is not floating point, or a count is not an integer.
+        TypeError: the advantage holds no real numbers, or a count is not an integer.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 8.
 
@@ -335,27 +360,27 @@ def broadcast_to_steps(advantage: Numbers, *, turns: int, steps: int) -> Tensor:
         tensor([[[2., 2., 2.],
                  [2., 2., 2.]]])
     """
-    advantage = as_numbers("advantage", advantage)
+    advantage = as_real("advantage", advantage)
     check_floating(advantage=advantage)
     check_count("turns", turns)
     check_count("steps", steps)
     if advantage.ndim == 1:
-        return repeat(advantage, "b -> b n s", n=turns, s=steps)
+        return repeat(advantage, "b -> b n s", n=turns, s=steps).clone(memory_format=_DENSE)
     if advantage.ndim == 2 and advantage.shape[1] == turns:
-        return repeat(advantage, "b n -> b n s", s=steps)
+        return repeat(advantage, "b n -> b n s", s=steps).clone(memory_format=_DENSE)
     raise ValueError(
         f"advantage: expected shape [B] or [B, N] with N = {turns}, got {list(advantage.shape)}"
     )
 
 
 def _turns(name: str, score: Numbers, turn_mask: Numbers | None) -> tuple[Tensor, Tensor]:
-    score = as_numbers(name, score)
+    (score,) = promote(as_real(name, score))
+    check_floating(**{name: score})
     check_rank(name, score, 2, "[B, N]", maximum=2)
-    turn_mask = as_mask("turn_mask", turn_mask, score)
-    check_mask("turn_mask", turn_mask, score.shape, "[B, N]")
+    turn_mask = as_mask("turn_mask", turn_mask, score, "[B, N]")
     has_turn = turn_mask.any(dim=1)
     check_values("turn_mask", has_turn, has_turn, "at least one turn in each row")
-    return score.to(torch.promote_types(score.dtype, torch.float32)), turn_mask
+    return score, turn_mask
 
 
 def _check_binary(scores: Tensor, mask: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
+    as_real,
     check_count,
     check_floating,
     check_number,
@@ -160,7 +161,7 @@ def score_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Numbers) -
 
 
 def flow_matching_loss(
-    velocity: Tensor, clean: Tensor, noise: Tensor, *, valid: Tensor | None = None
+    velocity: Tensor, clean: Tensor, noise: Tensor, *, valid: Numbers | None = None
 ) -> Tensor:
     r"""Per-sample loss, :math:`\mathrm{mean}\,\lVert velocity - (noise - clean)\rVert^2`.
 
@@ -188,7 +189,7 @@ def flow_matching_loss(
     check_same_shape(velocity=velocity, clean=clean, noise=noise)
     check_rank("velocity", velocity, 2, "[M, ...]")
     v, x, z = promote(velocity, clean, noise)
-    return row_mean_square(valid_rows(valid, v - (z - x)))
+    return row_mean_square(valid_rows(valid, v - (z - x))).to(v.dtype)
 
 
 def uniform_sigmas(steps: int) -> Tensor:
@@ -212,14 +213,14 @@ def uniform_sigmas(steps: int) -> Tensor:
     return torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
 
 
-def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+def shift_sigmas(sigmas: Numbers, shift: float) -> Tensor:
     r"""Shift a grid toward noise: :math:`\sigma' = a\sigma / (1 + (a - 1)\sigma)` with shift a.
 
     Computed as :math:`\sigma / (\sigma + (1 - \sigma) / a)`, which keeps exactly 0 and exactly 1
     where they are and never leaves [0, 1].
 
     Args:
-        sigmas: values in [0, 1], any shape.
+        sigmas: values in [0, 1], any shape; integers count as float32.
         shift: a in [1e-30, 1e30]; 1 is the identity, above 1 moves values toward noise.
 
     Returns:
@@ -227,7 +228,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
 
     Raises:
         ValueError: ``shift`` lies outside its range, or a sigma outside [0, 1].
-        TypeError: ``sigmas`` is not floating point.
+        TypeError: ``sigmas`` holds no real numbers.
 
     Source: Stable Diffusion 3 (arXiv 2403.03206), Eq. 23.
 
@@ -235,6 +236,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
         >>> shift_sigmas(torch.tensor([1.0, 0.5, 0.0]), 3.0)
         tensor([1.0000, 0.7500, 0.0000])
     """
+    sigmas = as_real("sigmas", sigmas)
     check_floating(sigmas=sigmas)
     check_number("shift", shift, low=1 / _MAX_SHIFT, high=_MAX_SHIFT)
     check_values("sigmas", sigmas, (sigmas >= 0) & (sigmas <= 1), "values in [0, 1]")
@@ -242,13 +244,13 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     return (s / (s + (1 - s) / shift)).to(sigmas.dtype)
 
 
-def exponential_shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
+def exponential_shift_sigmas(sigmas: Numbers, mu: float) -> Tensor:
     r"""FLUX's dynamic shift, :math:`\sigma' = e^\mu / (e^\mu + 1/\sigma - 1)`.
 
     The same as ``shift_sigmas(sigmas, exp(mu))``, which is how it is computed: finite at 0.
 
     Args:
-        sigmas: values in [0, 1], any shape.
+        sigmas: values in [0, 1], any shape; integers count as float32.
         mu: log of the shift in [-69, 69], from ``flux_mu`` or ``flux2_mu``.
 
     Returns:
@@ -256,7 +258,7 @@ def exponential_shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
 
     Raises:
         ValueError: ``mu`` lies outside its range, or a sigma outside [0, 1].
-        TypeError: ``sigmas`` is not floating point.
+        TypeError: ``sigmas`` holds no real numbers.
 
     Example:
         >>> exponential_shift_sigmas(torch.tensor([1.0, 0.5, 0.0]), 0.0)

@@ -11,16 +11,26 @@ from torch import Tensor
 
 from mteditflow._checks import (
     REDUCTIONS,
+    Numbers,
+    as_device,
+    as_ids,
+    as_mask,
+    as_real,
+    check_callable,
     check_choice,
     check_count,
     check_floating,
-    check_mask,
+    check_generator,
+    check_group,
+    check_kind,
     check_rank,
     check_shape,
     check_values,
 )
 from mteditflow.flow.solvers import ODE, Solver, gaussian_log_prob
 from mteditflow.flow.trajectory import Trajectory
+
+_LARGEST_SEED = 2**64 - 1  # of a torch.Generator
 
 
 class VelocityFunction(Protocol):
@@ -58,9 +68,10 @@ def trajectory_generators(
         >>> [generator.initial_seed() for generator in trajectory_generators(7, 2)]
         [7, 8]
     """
-    check_count("seed", seed, low=0)
     check_count("count", count)
-    return [torch.Generator(device).manual_seed(seed + k) for k in range(count)]
+    check_count("seed", seed, low=0, high=_LARGEST_SEED - count)
+    place = as_device("device", device)
+    return [torch.Generator(place).manual_seed(seed + k) for k in range(count)]
 
 
 def batched_noise(
@@ -82,31 +93,44 @@ def batched_noise(
         ``[B, *shape]``.
 
     Raises:
-        ValueError: there is no generator.
+        ValueError: there is no generator, or a size is negative.
+        TypeError: an argument is of another kind.
 
     Example:
         >>> batched_noise((2, 3), trajectory_generators(0, 4)).shape
         torch.Size([4, 2, 3])
     """
+    _check_generators(generators)
     if not generators:
         raise ValueError("generators: expected at least one, got none")
+    check_kind("shape", shape, (list, tuple), "the sizes of a row's axes")
     shape = tuple(shape)
+    for axis, size in enumerate(shape):
+        check_count(f"shape[{axis}]", size, low=0)
+    check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
+    place = None if device is None else as_device("device", device)
     rows = [torch.randn(shape, generator=g, dtype=dtype, device=g.device) for g in generators]
-    return torch.stack(rows).to(device=device)
+    return torch.stack(rows).to(device=place)
+
+
+def _check_generators(generators: Sequence[torch.Generator]) -> None:
+    check_kind("generators", generators, (list, tuple), "a list of one torch.Generator per row")
+    for row, generator in enumerate(generators):
+        check_generator(f"generators[{row}]", generator)
 
 
 @torch.no_grad()
 def rollout(
     velocity: VelocityFunction,
     noise: Tensor,
-    sigmas: Tensor,
+    sigmas: Numbers,
     *,
     solver: Solver,
     generators: Sequence[torch.Generator],
     reduction: str,
     reference: Tensor | None = None,
-    group: Tensor | None = None,
-    turn_mask: Tensor | None = None,
+    group: Numbers | None = None,
+    turn_mask: Numbers | None = None,
     stochastic_steps: Collection[int] | None = None,
 ) -> Trajectory:
     r"""Sample N turns of S steps; each turn is given the clean latent of the turn before.
@@ -143,20 +167,27 @@ def rollout(
         ...         generators=trajectory_generators(9, 3), reduction="mean")
         Trajectory(B=3, N=1, S=2, latent=[2], dtype=torch.float32, device=cpu)
     """
-    check_floating(noise=noise, sigmas=sigmas)
+    check_callable("velocity", velocity)
+    check_callable("solver", solver)
+    check_floating(noise=noise)
+    sigmas = as_real("sigmas", sigmas, like=noise)
+    check_floating(sigmas=sigmas)
     check_rank("noise", noise, 3, "[B, N, ...]")
     check_choice("reduction", reduction, REDUCTIONS)
     b, n = noise.shape[:2]
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas: expected shape [S + 1] with S >= 1, got {list(sigmas.shape)}")
+    _check_generators(generators)
     if len(generators) != b:
         raise ValueError(f"generators: expected one per trajectory, {b}, got {len(generators)}")
     if group is None:
         group = torch.arange(b, dtype=torch.int64, device=noise.device)
-    if turn_mask is None:
-        turn_mask = torch.ones(b, n, dtype=torch.bool, device=noise.device)
-    check_shape("group", group, (b,), "[B]")
-    check_mask("turn_mask", turn_mask, (b, n), "[B, N]")
+    group = as_ids(group, noise.device)
+    check_group(group, (b,))
+    turn_mask = as_mask("turn_mask", turn_mask, noise.flatten(2)[..., 0], "[B, N]")
+    if reference is not None:
+        check_floating(reference=reference)
+        check_shape("reference", reference, (b, *noise.shape[2:]), "[B, ...] of noise")
     solvers = _solver_of_each_step(solver, stochastic_steps, len(sigmas) - 1)
     sigmas = sigmas.to(noise.device, torch.promote_types(sigmas.dtype, torch.float32))
     fall = sigmas[:-1] - sigmas[1:]
@@ -212,7 +243,10 @@ def _solver_of_each_step(
 ) -> list[Solver]:
     if stochastic_steps is None:
         return [solver] * steps
+    kinds = (list, tuple, range, set, frozenset)
+    check_kind("stochastic_steps", stochastic_steps, kinds, "a list or range of step indices")
     for step in stochastic_steps:
+        check_count("stochastic_steps", step, low=-steps)
         if not 0 <= step < steps:
             raise ValueError(f"stochastic_steps: expected indices in 0..{steps - 1}, got {step}")
     return [solver if step in stochastic_steps else ODE() for step in range(steps)]

@@ -31,7 +31,8 @@ from torch import Tensor
 from mteditflow._checks import (
     REDUCTIONS,
     Numbers,
-    as_numbers,
+    as_real,
+    check_callable,
     check_choice,
     check_count,
     check_floating,
@@ -40,6 +41,7 @@ from mteditflow._checks import (
     check_rank,
     check_same_shape,
     check_step_values,
+    first_tensor,
 )
 from mteditflow._reduce import (
     elements,
@@ -258,7 +260,7 @@ def gaussian_log_prob(
     std: float | Numbers,
     *,
     reduction: str,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""Log-density of a stored step: :math:`-(x-mean)^2/(2 std^2) - \log std - \log(2\pi)/2`.
 
@@ -309,7 +311,7 @@ def gaussian_kl(
     std: float | Numbers,
     *,
     reduction: str,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""KL divergence of two transitions of equal std: :math:`(mean - mean_{ref})^2 / (2 std^2)`.
 
@@ -347,7 +349,7 @@ def gaussian_kl(
 
 
 def cps_surrogate(
-    x: Tensor, mean: Tensor, *, reduction: str, valid: Tensor | None = None
+    x: Tensor, mean: Tensor, *, reduction: str, valid: Numbers | None = None
 ) -> Tensor:
     r"""Flow-CPS's training signal :math:`-(x - mean)^2`: a surrogate, NOT a log-density.
 
@@ -378,7 +380,8 @@ def cps_surrogate(
     check_choice("reduction", reduction, REDUCTIONS)
     difference = _difference("x", x, "mean", mean)
     surrogate = -row_mean_square(valid_rows(valid, difference))
-    return surrogate if reduction == "mean" else surrogate * elements(difference)
+    reduced = surrogate if reduction == "mean" else surrogate * elements(difference)
+    return reduced.to(difference.dtype)
 
 
 def unit_step(solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers) -> Transition:
@@ -386,13 +389,12 @@ def unit_step(solver: Solver, sigma: float | Numbers, next_sigma: float | Number
 
     Means are linear in the velocity, so minus this mean is how far a step moves per unit of it.
     """
+    check_callable("solver", solver)
     times = {"sigma": sigma, "next_sigma": next_sigma}
-    start, end = (
-        torch.tensor(x, dtype=torch.float32, device="cpu")
-        if isinstance(x, (int, float))
-        else as_numbers(name, x).detach()
-        for name, x in times.items()
-    )
+    like = first_tensor(*times.values())
+    if like is None:
+        like = torch.zeros((), dtype=torch.float32, device="cpu")
+    start, end = (as_real(name, x, like=like).detach() for name, x in times.items())
     check_floating(sigma=start, next_sigma=end)
     rows = start if start.numel() >= end.numel() else end
     check_rank("sigma", rows, 0, "[M]")

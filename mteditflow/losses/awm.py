@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mteditflow._checks import Numbers
 from mteditflow._reduce import row_squared_error
 
 
-def matching_log_prob(velocity: Tensor, target: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def matching_log_prob(velocity: Tensor, target: Tensor, *, valid: Numbers | None = None) -> Tensor:
     r"""Surrogate for the log-prob of a clean sample, :math:`-\mathrm{mean}(v_\theta - v)^2`.
 
     Advantage weighted matching is the clipped surrogate of it: with the old policy's value at the

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
+    as_mask,
     check_full_precision,
-    check_mask,
     check_number,
     check_same_shape,
 )
@@ -24,7 +24,7 @@ def clipped_surrogate_loss(
     *,
     clip_low: float,
     clip_high: float,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""Clipped surrogate, :math:`-\min(\rho A, \mathrm{clip}(\rho, 1 - low, 1 + high)\,A)`.
 
@@ -74,7 +74,7 @@ def clipped_surrogate_loss(
     check_number("clip_high", clip_high, low=0.0)
     old_log_prob, advantage = old_log_prob.detach(), advantage.detach()
     if valid is not None:
-        check_mask("valid", valid, log_prob.shape, "of log_prob")
+        valid = as_mask("valid", valid, log_prob, "of log_prob")
         log_prob, old_log_prob, advantage = (
             torch.where(valid, x, 0) for x in (log_prob, old_log_prob, advantage)
         )

@@ -41,7 +41,7 @@ from mteditflow.flow.solvers import Solver, gaussian_kl, unit_step
 
 
 def distillation_loss(
-    velocity: Tensor, teacher_velocity: Tensor, *, valid: Tensor | None = None
+    velocity: Tensor, teacher_velocity: Tensor, *, valid: Numbers | None = None
 ) -> Tensor:
     r"""Distance to the teacher's velocity, :math:`\mathrm{mean}\,\lVert v_\theta - v_T\rVert^2`.
 

@@ -7,27 +7,28 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mteditflow._checks import (
-    check_mask,
+    Numbers,
+    as_mask,
+    as_numbers,
+    check_floating,
+    check_integers,
     check_number,
     check_rank,
     check_same_shape,
     check_step_values,
-    check_tensor,
 )
 from mteditflow._reduce import row_squared_error
-
-_INTEGERS = (torch.int64, torch.int32)
 
 
 def dpo_loss(
     velocity: Tensor,
     reference_velocity: Tensor,
     target: Tensor,
-    winner: Tensor,
-    loser: Tensor,
+    winner: Numbers,
+    loser: Numbers,
     *,
     dpo_beta: float,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""Logistic loss of implicit rewards, :math:`-\log\mathrm{sigmoid}(r_w - r_l)`.
 
@@ -45,7 +46,7 @@ def dpo_loss(
             any order, each forwarded once however many pairs it is in.
         reference_velocity: of the reference at the same points. Treated as a constant.
         target: ``velocity_target(clean, noise)`` of each row. Treated as a constant.
-        winner: row of the better sample of each pair, integer [P], P >= 1.
+        winner: row of the better sample of each pair, integer [P] of any width, P >= 1.
         loser: row of the worse one, integer [P].
         dpo_beta: b > 0, strength of the pull to the reference; 2000 and more are usual for means
             over elements.
@@ -72,31 +73,33 @@ def dpo_loss(
         >>> loss.detach(), velocity.grad.flatten()
         (tensor([0.6931]), tensor([ 2., -2.]))
     """
+    check_floating(velocity=velocity, reference_velocity=reference_velocity, target=target)
     check_same_shape(velocity=velocity, reference_velocity=reference_velocity, target=target)
     check_rank("velocity", velocity, 2, "[M, ...]")
     check_number("dpo_beta", dpo_beta, low=0.0, open_low=True)
-    for name, index in (("winner", winner), ("loser", loser)):
-        _check_rows(name, index, len(velocity))
+    winner, loser = (_rows(n, x, velocity) for n, x in (("winner", winner), ("loser", loser)))
     check_same_shape(winner=winner, loser=loser)
-    used = None if valid is None else _used_rows(valid, winner, loser, len(velocity))
+    mask = None if valid is None else as_mask("valid", valid, winner, "[P]")
+    used = None if mask is None else _used_rows(mask, winner, loser, len(velocity))
     error = row_squared_error(used, velocity=velocity, target=target)
     reference_error = row_squared_error(used, reference_velocity=reference_velocity, target=target)
     reward = dpo_beta / 2 * (reference_error.detach() - error)
     margin = reward[winner] - reward[loser]
-    return softplus(-margin) if valid is None else torch.where(valid, softplus(-margin), 0)
+    return softplus(-margin) if mask is None else torch.where(mask, softplus(-margin), 0)
 
 
 def _used_rows(valid: Tensor, winner: Tensor, loser: Tensor, rows: int) -> Tensor:
     """Rows that a valid pair refers to, boolean [M]."""
-    check_mask("valid", valid, winner.shape, "[P]")
-    pairs = torch.cat([winner, loser]).long()
+    pairs = torch.cat([winner, loser])
     used = torch.zeros(rows, dtype=torch.int64, device=valid.device)
     return used.index_add(0, pairs, valid.long().repeat(2)) > 0
 
 
-def _check_rows(name: str, index: Tensor, rows: int) -> None:
-    check_tensor(name, index)
-    if index.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected integer row numbers, got {index.dtype}")
+def _rows(name: str, index: Numbers, velocity: Tensor) -> Tensor:
+    """Row numbers, checked, as int64: torch reads uint8 as a mask."""
+    index = as_numbers(name, index, device=velocity.device)
+    check_integers(name, index, "row numbers")
     check_rank(name, index, 1, "[P]", maximum=1)
+    index, rows = index.long(), len(velocity)
     check_step_values(name, index, (index >= 0) & (index < rows), f"rows in 0..{rows - 1}")
+    return index

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
+    as_mask,
     check_full_precision,
-    check_mask,
     check_number,
     check_same_shape,
     check_values,
@@ -23,7 +23,7 @@ def divergence_gated_loss(
     divergence: Tensor,
     *,
     threshold: float,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""Policy gradient :math:`-\rho A`, dropped where it leads further out of the trust region.
 
@@ -77,12 +77,12 @@ def divergence_gated_loss(
     advantage = broadcast_rows("advantage", advantage, log_prob).detach()
     check_full_precision(advantage=advantage)
     log_ratio = log_prob - old_log_prob.detach()
-    dropped = (divergence > threshold) & (log_ratio.sign() * advantage > 0)
-    read = divergence >= 0  # NaN is not
-    if valid is not None:
-        check_mask("valid", valid, log_prob.shape, "of log_prob")
-        dropped, read = dropped | ~valid, read | ~valid
-    check_values("divergence", divergence, read, "values >= 0")
+    out = (divergence > threshold) & (log_ratio.sign() * advantage > 0)
+    mask = as_mask("valid", valid, log_prob, "of log_prob")
+    check_values("divergence", divergence, ~mask | (divergence >= 0), "values >= 0")
+    dropped = out | ~mask
     # An infinite ratio times an advantage of 0 is NaN.
     ratio = torch.where(dropped | (advantage == 0), 0, log_ratio).exp()
-    return torch.where(dropped, 0, -ratio * advantage)
+    loss = torch.where(dropped, 0, -ratio * advantage)
+    # Where values cannot be checked, as under compilation, a NaN divergence must not look inside.
+    return torch.where(mask & divergence.isnan(), torch.nan, loss)

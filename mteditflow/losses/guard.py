@@ -22,7 +22,7 @@ from mteditflow._checks import (
     check_rank,
     check_same_shape,
 )
-from mteditflow._reduce import elements, promote, reduce_elements, row_std, stochastic_rows
+from mteditflow._reduce import promote, reduce_elements, row_mean, row_std, stochastic_rows
 from mteditflow.flow.solvers import Solver, unit_step
 
 
@@ -33,7 +33,7 @@ def guard_log_ratio(
     std: float | Numbers,
     *,
     reduction: str,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""Normalised log-ratio, :math:`s \log\rho + d^2 / (2 s) = z\,d`.
 
@@ -83,10 +83,9 @@ def guard_log_ratio(
     check_same_shape(next_x=next_x, mean=mean, old_mean=old_mean)
     check_rank("next_x", next_x, 2, "[M, ...]")
     x, new, old = promote(next_x.detach(), mean, old_mean.detach())
-    std = std.detach() if isinstance(std, Tensor) else std
     safe_std, stochastic = row_std(std, x, valid)
     noise, moved = (stochastic_rows(y - old, stochastic) for y in (x, new))
-    per_element = (noise * moved).flatten(1).sum(dim=1) / elements(x) / safe_std
+    per_element = row_mean(noise * moved) / safe_std.detach()
     return reduce_elements(per_element, stochastic, x, reduction)
 
 

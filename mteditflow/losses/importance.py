@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_full_precision, check_mask, check_number, check_same_shape
+from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    check_full_precision,
+    check_number,
+    check_same_shape,
+)
 
 
 def truncated_importance_weight(
-    old_log_prob: Tensor, sampling_log_prob: Tensor, *, cap: float, valid: Tensor | None = None
+    old_log_prob: Tensor, sampling_log_prob: Tensor, *, cap: float, valid: Numbers | None = None
 ) -> Tensor:
     r"""Importance weight of a sample, :math:`\min(\pi_{old} / \pi_{sampler},\, cap)`.
 
@@ -48,5 +54,5 @@ def truncated_importance_weight(
     weight = (old_log_prob.detach() - sampling_log_prob.detach()).exp().clamp(max=cap)
     if valid is None:
         return weight
-    check_mask("valid", valid, old_log_prob.shape, "of old_log_prob")
-    return torch.where(valid, weight, 0)
+    mask = as_mask("valid", valid, old_log_prob, "of old_log_prob")
+    return torch.where(mask, weight, 0)

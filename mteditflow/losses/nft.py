@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mteditflow._checks import (
     Numbers,
-    as_numbers,
+    as_real,
     check_floating,
     check_full_precision,
     check_number,
@@ -23,11 +23,14 @@ from mteditflow._checks import (
     check_same_shape,
 )
 from mteditflow._reduce import (
+    full_precision,
+    in_float64,
     promote,
     row_mean_absolute,
     row_mean_square,
     row_squared_error,
     row_values,
+    rows_mask,
     valid_rows,
 )
 
@@ -38,7 +41,8 @@ def optimality_probability(advantage: Numbers, *, advantage_max: float = 5.0) ->
     .. math:: r = 1/2 + 1/2\,\mathrm{clip}(A / A_{max}, -1, 1)
 
     Args:
-        advantage: any shape, float32 or float64, or lists of numbers. Treated as a constant.
+        advantage: any shape, float32 or float64, or lists of numbers; integers count as float32.
+            Treated as a constant.
         advantage_max: A_max > 0, the advantage at which r saturates.
 
     Returns:
@@ -46,7 +50,7 @@ def optimality_probability(advantage: Numbers, *, advantage_max: float = 5.0) ->
 
     Raises:
         ValueError: ``advantage_max`` is not positive.
-        TypeError: half precision or integers.
+        TypeError: half precision.
 
     Source: DiffusionNFT (arXiv 2509.16117); MT-EditFlow (arXiv 2606.01985), Eq. 23.
 
@@ -54,10 +58,11 @@ def optimality_probability(advantage: Numbers, *, advantage_max: float = 5.0) ->
         >>> optimality_probability(torch.tensor([-9.0, 0.0, 2.5]))
         tensor([0.0000, 0.5000, 0.7500])
     """
-    advantage = as_numbers("advantage", advantage)
+    advantage = as_real("advantage", advantage)
     check_full_precision(advantage=advantage)
     check_number("advantage_max", advantage_max, low=0.0, open_low=True)
-    return 0.5 + 0.5 * (advantage.detach() / advantage_max).clamp(-1, 1)
+    (exact,) = in_float64(advantage.detach())  # where an A_max that float32 rounds to 0 is none
+    return (0.5 + 0.5 * (exact / advantage_max).clamp(-1, 1)).to(advantage)
 
 
 def nft_loss(
@@ -67,7 +72,7 @@ def nft_loss(
     r: float | Numbers,
     *,
     nft_beta: float,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""Plain NFT loss, :math:`r\,\lVert v_+ - v\rVert^2 + (1 - r)\,\lVert v_- - v\rVert^2`.
 
@@ -113,10 +118,11 @@ def nft_loss(
     if torch.compiler.is_compiling():
         # Fused, the two branches cost one pass and save nothing; the square would save its root.
         r, step = weight.flatten(), nft_beta * moved
-        return r * row_mean_square(error + step) + (1 - r) * row_mean_square(error - step)
+        loss = r * row_mean_square(error + step) + (1 - r) * row_mean_square(error - step)
+        return loss.to(moved.dtype)
     constant = 4 * (weight * (1 - weight)).flatten() * row_mean_square(error)
     to_goal = torch.addcmul(moved, (2 * weight - 1) / nft_beta, error)
-    return nft_beta**2 * row_mean_square(to_goal) + constant
+    return (nft_beta**2 * row_mean_square(to_goal) + constant).to(moved.dtype)
 
 
 def adaptive_nft_loss(
@@ -129,7 +135,7 @@ def adaptive_nft_loss(
     nft_beta: float,
     advantage_max: float = 5.0,
     floor: float = 1e-5,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""NFT loss in clean space, each branch divided by its own detached mean absolute error.
 
@@ -167,15 +173,15 @@ def adaptive_nft_loss(
     check_number("advantage_max", advantage_max, low=0.0, open_low=True)
     check_number("floor", floor, low=0.0, open_low=True)
     moved, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta, valid)
-    s = row_values("sigma", sigma, moved, valid=valid).detach()
+    s = row_values("sigma", sigma, moved, valid=rows_mask(valid, moved)).detach()
     step = nft_beta * moved
     toward, away = _scale_free(error + step, s, floor), _scale_free(error - step, s, floor)
     r = weight.flatten()
-    return (r * toward + (1 - r) * away) * (advantage_max / nft_beta)
+    return ((r * toward + (1 - r) * away) * (advantage_max / nft_beta)).to(moved.dtype)
 
 
 def velocity_kl(
-    velocity: Tensor, reference_velocity: Tensor, *, valid: Tensor | None = None
+    velocity: Tensor, reference_velocity: Tensor, *, valid: Numbers | None = None
 ) -> Tensor:
     r"""Distance to the reference policy, :math:`\mathrm{mean}\,\lVert v_\theta - v_{ref}\rVert^2`.
 
@@ -207,7 +213,7 @@ def _prepare(
     target: Tensor,
     r: float | Numbers,
     nft_beta: float,
-    valid: Tensor | None,
+    valid: Numbers | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked and promoted: velocity minus old velocity, old velocity minus target, r [M, 1, ...].
 
@@ -219,13 +225,12 @@ def _prepare(
     check_number("nft_beta", nft_beta, low=0.0, open_low=True)
     v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
     moved, error = (valid_rows(valid, x) for x in (v - v_old, v_old - v_target))
-    if isinstance(r, Tensor):
-        check_full_precision(r=r)
-    weight = row_values("r", r, v, valid=valid).detach()
+    r = full_precision("r", r, v)
+    weight = row_values("r", r, v, valid=rows_mask(valid, v)).detach()
     return moved, error, weight.reshape(-1, *(1,) * (v.ndim - 1))
 
 
 def _scale_free(error: Tensor, sigma: Tensor, floor: float) -> Tensor:
     """Mean square of the clean-space error over its detached mean absolute value (floored)."""
-    scale = (sigma * row_mean_absolute(error.detach())).clamp(min=floor)
+    scale = (sigma * row_mean_absolute(error)).clamp(min=floor)
     return sigma.square() * row_mean_square(error) / scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_floating, check_number, check_rank, check_same_shape
+from mteditflow._checks import Numbers, check_floating, check_number, check_rank, check_same_shape
 from mteditflow._reduce import promote, row_root_mean_square, valid_rows
 
 
@@ -14,7 +14,7 @@ def velocity_norm_hinge(
     reference_velocity: Tensor,
     *,
     margin: float = 0.0,
-    valid: Tensor | None = None,
+    valid: Numbers | None = None,
 ) -> Tensor:
     r"""Hinge on the norm, :math:`\max(0, \lVert v\rVert - (1 + margin)\,\lVert v_{ref}\rVert)`.
 
@@ -53,4 +53,4 @@ def velocity_norm_hinge(
     check_number("margin", margin, low=0.0)
     v, v_ref = (valid_rows(valid, x) for x in promote(velocity, reference_velocity.detach()))
     excess = row_root_mean_square(v) - (1 + margin) * row_root_mean_square(v_ref)
-    return torch.relu(excess)
+    return torch.relu(excess).to(v.dtype)

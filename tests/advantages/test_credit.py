@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -430,3 +431,66 @@ def test_rewards_have_two_axes(shape):
 def test_a_discount_is_not_negative():
     with pytest.raises(ValueError, match=r"^discount: "):
         RewardToGo(discount=-0.1)
+
+
+# forms, absent turns, aliases
+
+
+def test_absent_turns_have_advantage_0():
+    """Under ``TrajectoryCredit`` a padded turn has a signal, and must not look trained."""
+    exists = torch.tensor([[True, True], [True, False], [True, False]])
+    reward = torch.tensor([[1.0, 0.0], [1.0, torch.nan], [0.0, torch.nan]])
+    signals = {"a": TrajectoryCredit()(reward, turn_mask=exists)}
+    keep = torch.tensor([[True, True], [False, True], [True, True]])
+    for options in ({}, {"keep": keep}):
+        got = turn_advantage(signals, {"a": 1.0}, [0, 0, 0], turn_mask=exists, **options)
+        assert (got.value[~got.valid] == 0).all()
+        assert torch.equal(got.valid, exists & options.get("keep", exists))
+        assert (got.value != 0).any()
+
+
+def test_the_masks_of_a_signal_are_two():
+    value, valid = torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    for signal in (
+        Signal(value, valid),
+        TurnCredit()(value),
+        TrajectoryCredit()(value),
+        turn_advantage({"a": TurnCredit()(value)}, {"a": 1.0}, torch.tensor([0, 0])),
+    ):
+        signal.measured[0, 0] = False
+        assert signal.valid.all()
+        signal.value[0, 0] = 5.0
+        assert signal.value.flatten().tolist() == [5.0, 0.0, 0.0, 0.0]
+
+
+def test_a_signal_checks_itself():
+    value, valid = torch.zeros(2), torch.tensor([True, False])
+    for arguments, error, message in (
+        ((value, valid[:1]), ValueError, r"^valid: expected shape of value = \[2\], got \[1\]$"),
+        ((value, valid.float()), TypeError, "^valid: expected a boolean mask"),
+        ((value, valid, ~valid), ValueError, "^measured: expected no measured entry that is not"),
+        (
+            (value.half(), valid),
+            TypeError,
+            "^value: expected float32 or float64, got torch.float16",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            Signal(*arguments)
+    listed = Signal([0, 1], [True, False])
+    assert listed.value.dtype == torch.float32
+    assert listed.measured.tolist() == [True, False]
+
+
+def test_credits_take_lists_and_arrays():
+    lost = [[False, True]]
+    for reward in ([[1.0, 7.0]], np.array([[1, 7]]), [[True, True]]):
+        signal = TurnCredit()(reward, lost=lost)
+        assert signal.value[0, 0] == 1.0
+        assert signal.valid.tolist() == [[True, False]]
+
+
+def test_a_nan_signal_is_refused_where_ids_are_all_different():
+    signal = Signal([[1.0], [torch.nan]], [[True], [True]])
+    with pytest.raises(ValueError, match=r"^signals\['a'\]: expected finite values"):
+        turn_advantage({"a": signal}, {"a": 1.0}, [0, 1])

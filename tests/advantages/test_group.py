@@ -409,7 +409,10 @@ def test_golden_group_measured():
     found = group_measured(measured, ids(9, 9, -1))
     assert found.tolist() == [[True, False], [True, False], [False, True]]
     with pytest.raises(
-        TypeError, match=exactly("measured: expected a boolean mask, got torch.float32")
+        TypeError,
+        match=exactly(
+            "measured: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
+        ),
     ):
         group_measured(measured.float(), ids(9, 9, -1))
     with pytest.raises(ValueError, match=r"^group: expected shape \[B\] = \[3\], got \[2\]"):
@@ -554,7 +557,10 @@ def test_errors(function):
     with pytest.raises(ValueError, match=exactly("valid: expected shape of reward = [3], got [1]")):
         function(reward, group, valid=torch.ones(1, dtype=torch.bool))
     with pytest.raises(
-        TypeError, match=exactly("valid: expected a boolean mask, got torch.float32")
+        TypeError,
+        match=exactly(
+            "valid: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
+        ),
     ):
         function(reward, group, valid=torch.ones(3))
     message = "reward: expected a non-empty tensor of shape [B] or [B, N], got [0]"
@@ -702,14 +708,18 @@ def test_rewards_in_every_form(reward, dtype):
 @pytest.mark.parametrize(
     ("reward", "error", "message"),
     [
-        ([2**24, 0], ValueError, r"^reward: expected integers below 16777216.*\(convert with .dou"),
+        (
+            [2**24, 0],
+            ValueError,
+            r"^reward: expected integers below 16777216.*give .* as float64",
+        ),
         (
             [0.5, None],
             TypeError,
-            r"^reward: expected numbers or booleans, got list of object; mark",
+            r"^reward: expected numbers or booleans, got list of NoneType; mark",
         ),
         ([[0.5], [1.0, 2.0]], ValueError, r"^reward: expected .* of one length.*pad_turns"),
-        (["a", "b"], TypeError, r"^reward: expected numbers or booleans, got list of <U1"),
+        (["a", "b"], TypeError, r"^reward: expected numbers or booleans, got list of strings"),
         ({0.5}, TypeError, r"^reward: expected numbers or a torch.Tensor, got set$"),
         (
             torch.tensor([1j, 0]),
@@ -749,3 +759,25 @@ def test_statistics_on_the_cpu_where_a_device_has_no_float64(monkeypatch):
 def test_fusions_refuse_prompts_by_samples_with_an_id_per_prompt(fuse):
     with pytest.raises(ValueError, match=r"group_ids\(2, 3\)"):
         fuse({"a": [[0.0, 1.0, 2.0], [5.0, 1.0, 0.0]]}, {"a": 1.0}, [0, 1])
+
+
+def test_messages_say_how_to_mend_the_call():
+    reward = torch.rand(2, 3)
+    for call, message in (
+        (lambda: group_advantage([1.0, 2.0], ["a", "b"]), r"^group: .*strings; .*np\.unique\("),
+        (lambda: group_advantage(reward, [0, 0, 0, 1, 1, 1]), "^group: .*; flatten the reward and"),
+        (lambda: group_advantage([2**24 + 1, 0], [0, 0]), "^reward: .*larger ones as float64"),
+        (lambda: group_advantage([1.0], [0], valid=[1]), r"^valid: .*; convert .*\.bool\(\)"),
+        (
+            lambda: fuse_rewards({"a": reward}, {"a": 1.0}, [0, 1], measured=reward > 0),
+            "^measured: expected a mapping of names to masks, got Tensor",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_listed_rewards_beside_tensors_follow_their_dtype():
+    rewards, weights = {"a": torch.tensor([0.0, 1.0]), "b": [0.5, 0.25]}, {"a": 1.0, "b": 0.5}
+    for fuse in (fuse_advantages, fuse_rewards):
+        assert fuse(rewards, weights, [0, 0]).dtype == torch.float32

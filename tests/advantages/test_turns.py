@@ -209,9 +209,9 @@ def test_broadcast_errors():
     for counts, name in [((0, 1), "turns"), ((1, 0), "steps")]:
         with pytest.raises(ValueError, match=exactly(f"{name}: expected an integer >= 1, got 0")):
             broadcast_to_steps(torch.zeros(2), turns=counts[0], steps=counts[1])
-    message = "advantage: expected a floating-point tensor, got torch.int64"
+    message = "advantage: expected a floating-point tensor, got torch.complex64"
     with pytest.raises(TypeError, match=exactly(message)):
-        broadcast_to_steps(torch.zeros(2, dtype=torch.int64), turns=1, steps=1)
+        broadcast_to_steps(torch.zeros(2, dtype=torch.complex64), turns=1, steps=1)
 
 
 # what all that read turns share
@@ -246,7 +246,7 @@ def test_a_chain_without_turns_is_refused(name, function):
 
 @readers
 def test_the_mask_is_boolean_and_fits(name, function):
-    message = "turn_mask: expected a boolean mask, got torch.float32"
+    message = "turn_mask: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
     with pytest.raises(TypeError, match=exactly(message)):
         function(torch.ones(2, 2), turn_mask=torch.ones(2, 2))
     message = "turn_mask: expected shape [B, N] = [2, 2], got [2, 1]"
@@ -413,3 +413,33 @@ def test_turns_in_every_form(function):
     expected = function(torch.tensor(success), turn_mask=torch.tensor(mask))
     assert torch.equal(function(success, turn_mask=mask), expected)
     assert torch.equal(function(np.array(success), turn_mask=np.array(mask)), expected)
+
+
+def test_the_steps_of_a_broadcast_are_a_copy():
+    for advantage, sizes in (
+        (torch.ones(2), (2, 3)), (torch.ones(2, 2), (2, 3)), (torch.ones(2, 1), (1, 1))
+    ):  # fmt: skip
+        steps = broadcast_to_steps(advantage, turns=sizes[0], steps=sizes[1])
+        steps[0, 0, 0] = 5.0
+        assert (advantage == 1).all()
+        assert steps.sum() == steps.numel() + 4
+    assert broadcast_to_steps([2, 3], turns=1, steps=1).flatten().tolist() == [2.0, 3.0]
+
+
+def test_padded_turns_name_what_was_unmeasured():
+    padded = pad_turns([[1, None, NAN], [0.5]])
+    assert padded.unmeasured.tolist() == [[False, False, True], [False, False, False]]
+    states = torch.stack([padded.valid, padded.lost, padded.unmeasured]).sum(dim=0)
+    assert torch.equal(states > 0, padded.turn_mask)
+    assert states.max() == 1
+
+
+def test_masked_arrays_are_refused_with_the_fix():
+    row = np.ma.array([1.0, 2.0], mask=[False, True])
+    for call, name in (
+        (lambda: pad_turns([[1.0], row]), "scores"),
+        (lambda: turn_average([row, row]), "score"),
+        (lambda: reward_to_go(row[None]), "reward"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name}: .* masked array, .*np\.ma\.getmaskarray"):
+            call()

@@ -227,8 +227,10 @@ def test_errors(function, first, second):
             function(x, x, wrong)
     with pytest.raises(ValueError, match=r"^sigma: .* leading part of \[2, 3\], got \[3\]$"):
         function(x, x, torch.full((3,), 0.5))
-    with pytest.raises(TypeError, match=r"^sigma: .*got torch.int64$"):
-        function(x, x, torch.ones(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"^sigma: .*got torch.complex64$"):
+        function(x, x, torch.ones(2, dtype=torch.complex64))
+    whole = torch.ones(2, dtype=torch.int64)
+    assert torch.equal(function(x, x, whole), function(x, x, whole.to(x)))
     with pytest.raises(TypeError, match=r"^sigma: expected numbers or a torch.Tensor, got str$"):
         function(x, x, "0.5")
 
@@ -416,7 +418,8 @@ def test_shift_errors():
         with pytest.raises(ValueError, match=r"^sigmas: .* in \[0, 1\], got -0\.5 at index \[0\]$"):
             shift(torch.tensor([-0.5]), 1.0)
         with pytest.raises(TypeError, match=r"^sigmas: expected a floating-point"):
-            shift(torch.tensor([1, 0]), 1.0)
+            shift(torch.tensor([1j, 0]), 1.0)
+        assert shift([1, 0], 1.0).tolist() == [1.0, 0.0]
     with pytest.raises(TypeError, match=r"^shift: expected a number, got str$"):
         shift_sigmas(sigmas, "3")
     with pytest.raises(TypeError, match=r"^mu: expected a number, got str$"):

@@ -235,8 +235,8 @@ def test_step_errors(solver):
             solver(x, x, 0.5, wrong)
     with pytest.raises(ValueError, match=r"^sigma: .* leading part of \[2, 3\], got \[3\]$"):
         solver(x, x, torch.full((3,), 0.5), 0.25)
-    with pytest.raises(TypeError, match=r"^next_sigma: .* got torch.int64$"):
-        solver(x, x, 1.0, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"^next_sigma: .* got torch.complex64$"):
+        solver(x, x, 1.0, torch.zeros(2, dtype=torch.complex64))
 
 
 def test_noise_levels():

@@ -148,7 +148,7 @@ def test_half_precision_is_refused(position, dtype):
     tensors[position] = tensors[position].to(dtype)
     name = ["log_prob", "old_log_prob", "advantage"][position]
     message = (
-        f"{name}: expected float32 or float64, got {dtype}; half precision and integers would "
+        f"{name}: expected float32 or float64, got {dtype}; half precision would "
         "silently change the result (convert with .float())"
     )
     with pytest.raises(TypeError, match=exactly(message)):
@@ -180,7 +180,10 @@ def test_errors():
         with pytest.raises(ValueError, match=exactly(message)):
             clipped_surrogate_loss(x, x, x, **clip)
     with pytest.raises(
-        TypeError, match=exactly("valid: expected a boolean mask, got torch.float32")
+        TypeError,
+        match=exactly(
+            "valid: expected a boolean mask, got torch.float32; convert 0 and 1 with .bool()"
+        ),
     ):
         clipped_surrogate_loss(x, x, x, valid=x, **CLIP)
     with pytest.raises(

@@ -186,8 +186,10 @@ def test_errors():
         loss_of((x, x, x), dpo_beta=0.0)
     with pytest.raises(TypeError, match=r"^winner: expected integer row numbers, got torch\.bool"):
         loss_of((x, x, x), WINNER > 0)
-    with pytest.raises(TypeError, match=r"^loser: expected a torch\.Tensor, got list"):
-        loss_of((x, x, x), WINNER, [0])
+    with pytest.raises(
+        TypeError, match=r"^loser: expected integer row numbers, got torch\.float64"
+    ):
+        loss_of((x, x, x), WINNER, [0.0])
     message = "loser: expected rows in 0..4, got 5 at index [1]"
     with pytest.raises(ValueError, match=exactly(message)):
         loss_of((x, x, x), WINNER, torch.tensor([0, 5, 0]))

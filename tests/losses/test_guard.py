@@ -236,8 +236,8 @@ def test_errors():
         ValueError, match=r"^next_sigma: expected a number or .* \[5, 1\], got \[1\]"
     ):
         guard_step_weight(ODE(), SIGMA, NEXT_SIGMA[:1])
-    with pytest.raises(TypeError, match=r"^sigma: expected a floating-point tensor, got torch\.in"):
-        guard_step_weight(ODE(), torch.ones(2, dtype=torch.int64), torch.zeros(2))
+    with pytest.raises(TypeError, match=r"^sigma: expected a floating-point tensor, got torch\.co"):
+        guard_step_weight(ODE(), torch.ones(2, dtype=torch.complex64), torch.zeros(2))
     with pytest.raises(ValueError, match=r"^sigma: expected a non-empty tensor of shape \[M\], "):
         guard_step_weight(ODE(), SIGMA[:0], NEXT_SIGMA[:0])
 

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,11 @@ def with_reduction(function):
 def pairs(velocity, reference, target, *, valid=None):
     """Neighbouring rows as pairs; a pair is valid where both of its rows are."""
     first = torch.arange(0, len(velocity), 2)
-    kept = None if valid is None else valid[::2] & valid[1::2]
+    kept = None
+    if valid is not None:
+        of_rows = torch.as_tensor(valid)
+        kept = of_rows[::2] & of_rows[1::2]
+        kept = kept.tolist() if isinstance(valid, list) else kept
     loss = mt.dpo_loss(velocity, reference, target, first, first + 1, dpo_beta=2.0, valid=kept)
     return loss.repeat_interleave(2)
 
@@ -123,7 +128,7 @@ def test_a_mask_of_another_shape_or_dtype_is_refused(name):
         return
     with pytest.raises(ValueError, match=r"^valid: expected shape .* = \[4\], got \[3\]$"):
         function(*inputs, valid=VALID[:3])
-    with pytest.raises(TypeError, match=r"^valid: expected a boolean mask, got torch.int64$"):
+    with pytest.raises(TypeError, match=r"^valid: expected a boolean mask, got torch.int64; "):
         function(*inputs, valid=VALID.long())
 
 
@@ -136,3 +141,72 @@ def test_an_nft_row_of_one_half_pulls_unless_it_is_invalid():
     loss = mt.nft_loss(velocity, *inputs, nft_beta=1.0, valid=torch.tensor([False]))
     (nothing,) = torch.autograd.grad(loss.sum(), velocity)
     assert nothing.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_list_is_a_mask(name):
+    function, inputs = LOSSES[name]
+    expected = function(*inputs, valid=VALID)
+    assert torch.equal(function(*inputs, valid=VALID.tolist()), expected)
+    assert torch.equal(function(*inputs, valid=VALID.numpy()), expected)
+
+
+def test_numbers_beside_tensors_follow_them():
+    """Python's floats, and numpy's, make no float64 of a float32 loss; integers are numbers."""
+    x, zero = latent(0).float(), torch.zeros(M, *SHAPE)
+    log_prob = torch.zeros(M)
+    for numbers in ([1.0, 0.0, 1.0, 0.0], np.array([1.0, 0.0, 1.0, 0.0]), [1, 0, 1, 0],
+                    torch.tensor([1, 0, 1, 0]), [True, False, True, False]):  # fmt: skip
+        same = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        for function in (
+            lambda r: mt.nft_loss(x, zero, zero, r, nft_beta=0.5),
+            lambda r: mt.adaptive_nft_loss(x, zero, zero, 0.5, r, nft_beta=0.5),
+            lambda a: mt.clipped_surrogate_loss(log_prob, log_prob, a, clip_low=0.1, clip_high=0.1),
+            lambda a: mt.divergence_gated_loss(log_prob, log_prob, a, log_prob, threshold=0.1),
+            lambda s: mt.gaussian_log_prob(x, zero, s, reduction="sum"),
+            lambda s: mt.guard_log_ratio(x, x, zero, s, reduction="mean"),
+            lambda s: mt.interpolate(x, zero, s),
+        ):
+            assert function(numbers).dtype == torch.float32
+            assert torch.equal(function(numbers), function(same))
+    assert torch.equal(
+        mt.nft_loss(x, zero, zero, np.int64(1), nft_beta=0.5),
+        mt.nft_loss(x, zero, zero, 1.0, nft_beta=0.5),
+    )
+    assert mt.step_kl_weight(mt.DanceSDE(0.5), [1.0, 0.5], [0.5, 0.25]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "half", [np.float16(0.5), np.full(M, 0.5, np.float16), torch.ones(M).half()]
+)
+def test_half_precision_is_refused_in_every_form(half):
+    x = latent(0).float()
+    with pytest.raises(TypeError, match=r"^r: expected float32 or float64, got torch\.float16"):
+        mt.nft_loss(x, x, x, half, nft_beta=0.5)
+
+
+def test_rows_of_pairs_are_integers_of_any_width():
+    x, zero = latent(0), torch.zeros(M, *SHAPE, dtype=torch.float64)
+    expected = mt.dpo_loss(x, zero, zero, [0, 2], [1, 3], dpo_beta=2.0)
+    for dtype in (torch.uint8, torch.int16, torch.int64):
+        rows = (torch.tensor(row, dtype=dtype) for row in ([0, 2], [1, 3]))
+        assert torch.equal(mt.dpo_loss(x, zero, zero, *rows, dpo_beta=2.0), expected)
+
+
+def test_a_joint_log_prob_is_exact_to_the_last_bits_of_float32():
+    """A log-ratio is a difference of two: 3e5 of 2^18 elements is a float32 to 1/64 at best."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2**18, generator=generator)
+    mean = x + 0.1 * torch.randn(1, 2**18, generator=generator)
+    got = mt.gaussian_log_prob(x, mean, 0.1, reduction="sum")
+    std = torch.tensor(0.1).double()
+    exact = torch.distributions.Normal(mean.double(), std).log_prob((x - mean) + mean.double())
+    assert abs(got.double() - exact.sum()).item() < 0.04
+    assert torch.equal(got, mt.gaussian_log_prob(
+        x.view(1, 64, 4096), mean.view(1, 64, 4096), 0.1, reduction="sum"
+    ))  # fmt: skip
+
+
+def test_a_long_constant_difference():
+    full = torch.full((1, 2**20), 0.1)
+    assert mt.velocity_kl(full, torch.zeros_like(full)).item() == pytest.approx(0.01, rel=1e-6)
