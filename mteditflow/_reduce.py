@@ -123,9 +123,10 @@ def row_mean_square(x: Tensor) -> Tensor:
 
 def row_mean_absolute(x: Tensor) -> Tensor:
     """Mean of the absolute elements of each row, as ``row_mean_square``, but with no gradient."""
+    x = x.detach()
     if torch.compiler.is_compiling():
         return _row_sum(_wide(x).abs()) / elements(x)
-    return _row_power_sum(x.detach(), 1) / elements(x)
+    return _row_power_sum(x, 1) / elements(x)
 
 
 def row_mean(x: Tensor) -> Tensor:

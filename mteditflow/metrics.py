@@ -257,6 +257,7 @@ def bootstrap_interval(
     check_generator("generator", generator)
     check_count("resamples", resamples)
     check_number("confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
+    check_kind("vectorized", vectorized, bool, "True or False")
     estimate = statistic(*(sample.clone() for sample in tensors))
     check_floating(statistic=estimate)
     draws = torch.randint(

@@ -182,8 +182,8 @@ def test_defaults_change_nothing(name, dtype):
 def test_every_public_function_of_tensors_is_here():
     """A new one is added to ``CALLS``; those of Python's numbers alone, and in place, are named."""
     no_tensors = {
-        "constrained_weights", "draw_probabilities", "flux2_mu", "flux_mu", "old_policy_decay",
-        "sliding_window", "update_old_policy",
+        "constrained_weights", "draw_probabilities", "ema_decay", "flux2_mu", "flux_mu",
+        "old_policy_decay", "sliding_window", "update_old_policy",
     }  # fmt: skip
     source = Path(__file__).read_text(encoding="utf-8")
     functions = {x for x in mt.__all__ if inspect.isfunction(getattr(mt, x))}

@@ -77,6 +77,7 @@ CALLS = recorded_calls() | {
         mt.constrained_weights, {"weights": table.weights, "multipliers": {"a": 1.0}}
     ),
     "draw_probabilities": (mt.draw_probabilities, {"spread": [0.0, 0.3]}),
+    "ema_decay": (mt.ema_decay, {"update": 3, "maximum": 0.9}),
     "flux_mu": (mt.flux_mu, {"image_tokens": 256}),
     "flux2_mu": (mt.flux2_mu, {"image_tokens": 256, "steps": 4}),
     "old_policy_decay": (mt.old_policy_decay, {"update": 3, "slope": 0.1, "maximum": 0.5}),

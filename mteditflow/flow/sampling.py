@@ -187,7 +187,11 @@ def rollout(
     turn_mask = as_mask("turn_mask", turn_mask, noise.flatten(2)[..., 0], "[B, N]")
     if reference is not None:
         check_floating(reference=reference)
-        check_shape("reference", reference, (b, *noise.shape[2:]), "[B, ...] of noise")
+        check_rank("reference", reference, 1, "[B, ...]")
+        if len(reference) != b:
+            raise ValueError(
+                f"reference: expected one row per trajectory, {b}, got {len(reference)}"
+            )
     solvers = _solver_of_each_step(solver, stochastic_steps, len(sigmas) - 1)
     sigmas = sigmas.to(noise.device, torch.promote_types(sigmas.dtype, torch.float32))
     fall = sigmas[:-1] - sigmas[1:]

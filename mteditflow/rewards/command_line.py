@@ -64,7 +64,7 @@ def check_device(name: str, device: str) -> None:
         ValueError: device: expected a device of torch that is here, such as cpu, got 'abacus'
     """
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"{name}: expected a device of torch that is here, such as cpu, got {device!r}"

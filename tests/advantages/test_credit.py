@@ -111,7 +111,7 @@ def test_golden_states():
         assert found.valid.tolist() == valid
         assert found.measured.tolist() == measured
     plain = Signal(reward, lost)
-    assert plain.measured is lost  # where none is given, everything valid is measured
+    assert torch.equal(plain.measured, lost)  # where none is given, everything valid is measured
 
 
 def test_an_unmeasured_signal_costs_a_turn_none_of_its_others():
@@ -241,7 +241,8 @@ def test_trajectory_credit_is_the_broadcast_of_the_trajectorys_advantage(fuse, b
     expected = fuse({"r": own}, {"r": 0.3}, group, valid=whole, std=std)
     signals, options = {"r": TrajectoryCredit()(reward, **masks)}, {"fuse": fuse, "std": std}
     found = turn_advantage(signals, {"r": 0.3}, group, turn_mask=masks["turn_mask"], **options)
-    assert torch.equal(found.value, expected[:, None].expand_as(reward))
+    there = torch.where(masks["turn_mask"], expected[:, None], 0)
+    assert torch.equal(found.value, there)
     assert torch.equal(found.valid, whole[:, None] & masks["turn_mask"])
 
 
@@ -331,8 +332,9 @@ def test_chains_of_unequal_length_are_compared_turn_by_turn_or_as_wholes():
         turn_advantage({"r": credit(reward, turn_mask=there)}, {"r": 1.0}, group, turn_mask=there)
         for credit in (TrajectoryCredit(), TurnCredit())
     )
-    assert torch.equal(whole.value[:, 0], whole.value[:, 1])  # of (1, 1/4, 1/4), in either turn
+    assert torch.equal(whole.value[1:, 0], whole.value[1:, 1])  # of (1, 1/4, 1/4), in either turn
     assert whole.value[0, 0] > 1
+    assert whole.value[0, 1] == 0  # a turn that is not there
     close(turn.value[1:, 1], torch.tensor([1.0, -1.0]), atol=1e-3, rtol=0)  # of the two alone
 
 
