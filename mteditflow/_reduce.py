@@ -21,6 +21,7 @@ from mteditflow._checks import (
     read,
 )
 
+_CHUNK = 256  # elements whose squares are summed in float32
 _SMALLEST_SQUARE = 1e-30  # of a mean: where it is below, float32 squares may have underflowed
 
 
@@ -126,16 +127,15 @@ def row_mean_absolute(x: Tensor) -> Tensor:
     x = x.detach()
     if torch.compiler.is_compiling():
         return _row_sum(_wide(x).abs()) / elements(x)
-    return _row_power_sum(x, 1) / elements(x)
+    return _in_range(_wide(_row_sum(x.abs())), x, 1) / elements(x)
 
 
 def row_mean(x: Tensor) -> Tensor:
     """Mean of the elements of each row, as ``row_mean_square``."""
     if torch.compiler.is_compiling():
         return _row_sum(_wide(x)) / elements(x)
-    return _wide(torch.cat([part.sum(dim=-1) for part in _chunks(x, 256)], dim=1)).sum(
-        1
-    ) / elements(x)
+    sums = torch.cat([part.sum(dim=-1) for part in _chunks(x)], dim=1)
+    return _wide(sums).sum(dim=1) / elements(x)
 
 
 def row_root_mean_square(x: Tensor) -> Tensor:
@@ -161,7 +161,10 @@ class _RowMeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return _row_power_sum(x, 2) / elements(x)
+        # Norms of chunks: no square of ``x`` in memory, and no accumulator along a whole row.
+        norms = [torch.linalg.vector_norm(part, dim=-1) for part in _chunks(x)]
+        joined = _wide(norms[0] if len(norms) == 1 else torch.cat(norms, dim=1))
+        return _in_range(joined.square().sum(dim=1), x, 2) / elements(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
@@ -179,17 +182,11 @@ class _RowMeanSquare(torch.autograd.Function):
         return row_mean(ctx.saved_tensors[0] * tangent) * 2
 
 
-def _row_power_sum(x: Tensor, power: int) -> Tensor:
-    """Sum of the absolute elements of each row, or of their squares.
+def _in_range(total: Tensor, x: Tensor, power: int) -> Tensor:
+    """Sums of ``|x| ** power`` of each row, where float32 could not hold one summed anew.
 
-    A float32 accumulator loses bits along a long axis, and squares leave its range. So only chunks
-    are summed in the dtype of ``x``. On the CPU, where reading costs no wait, rows whose sum is out
-    of range are summed anew.
+    On the CPU alone, where reading costs no wait.
     """
-    parts = _chunks(x, 256 if power == 2 else 64)  # the kernel of |x| sums in fewer lanes
-    norms = [torch.linalg.vector_norm(part, ord=power, dim=-1) for part in parts]
-    joined = _wide(norms[0] if len(norms) == 1 else torch.cat(norms, dim=1))
-    total = (joined.square() if power == 2 else joined).sum(dim=1)
     if x.device.type != "cpu" or x.dtype == total.dtype:
         return total
     least = _SMALLEST_SQUARE * elements(x)
@@ -203,11 +200,11 @@ def _row_power_sum(x: Tensor, power: int) -> Tensor:
     return total.masked_scatter(~in_range, again)
 
 
-def _chunks(x: Tensor, size: int) -> list[Tensor]:
-    """Elements of each row in chunks, [M, K, size], and what is left, [M, 1, <size]."""
+def _chunks(x: Tensor) -> list[Tensor]:
+    """Elements of each row in chunks, [M, K, 256], and what is left, [M, 1, <256]."""
     flat = x.flatten(1)
-    whole = flat.shape[1] // size * size
-    parts = flat[:, :whole].reshape(len(flat), whole // size, size), flat[:, None, whole:]
+    whole = flat.shape[1] // _CHUNK * _CHUNK
+    parts = flat[:, :whole].reshape(len(flat), whole // _CHUNK, _CHUNK), flat[:, None, whole:]
     return [part for part in parts if part.shape[1] * part.shape[2] > 0]
 
 
