@@ -32,6 +32,7 @@ from .loading import load_chains, load_held_out, load_policies
 from .reporting import summarize
 from .rewards import Submit, judged_by, scale_of, scoring
 from .run import Run, State, Stopped
+from .scorers import ScorerError
 
 BAD_INPUT = (ConfigError, ChainError)
 ENDS = (
@@ -39,6 +40,7 @@ ENDS = (
     ReplayError,
     RewardCollapseError,
     FloatingPointError,
+    ScorerError,
 )
 
 

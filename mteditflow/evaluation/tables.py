@@ -28,7 +28,12 @@ FEW = " *"  # marks an estimate over few cases
 FEW_NOTE = f"*: over fewer than {FEW_CASES} cases, so the interval is rough."
 INTERVALS = (
     "95% intervals over chains: Wilson's for IF and Marginal, Newcombe's for their paired "
-    "differences, bootstrap for the others."
+    "differences, bootstrap for the others. Where all chains are alike, that of CC is of a bounded "
+    "mean, and that of Overall of its parts."
+)
+NO_SPREAD = "none: all {} alike"
+NO_SPREAD_NOTE = (
+    "[none] stands where all chains are alike in scores of an unknown range: that is no certainty."
 )
 
 
@@ -50,28 +55,29 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
     Example:
         >>> from mteditflow.evaluation.report import Estimate
         >>> numbers = [Estimate(metric="marginal", edit_type=None, turn=turn, estimate=50.0,
-        ...     low=40.0, high=60.0, count=9) for turn in (1, "drop")]
-        >>> report = Report(title="x", turns=1, asked=9, scored=9, left_out={}, lost={},
+        ...     low=40.0, high=60.0, count=9) for turn in (1, 2, "drop")]
+        >>> report = Report(title="x", turns=2, asked=9, scored=9, left_out={}, lost={},
         ...     estimates=numbers, notes=())
-        >>> grids(report)[0].body[0]
-        ['Marginal, %', '50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
+        >>> grids(report)[0].body[0][2:]
+        ['50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
     """
     steps: list[int | str] = list(range(1, report.turns + 1))
+    several = report.turns > 1  # else nothing to fall from, and no sum beside the turn
     rows = []
     for metric in report.metrics:
-        found = [report.find(metric, turn) for turn in [*steps, DROP]]
-        rows.append(
-            [TITLES.get(metric, metric), *(_cell(x, digits) for x in found), _counts(found[:-1])]
-        )
+        found = [report.find(metric, turn) for turn in [*steps, *[DROP] * several]]
+        counts = _counts(found[: len(steps)])
+        rows.append([TITLES.get(metric, metric), *(_cell(x, digits) for x in found), counts])
     turns = [f"turn {turn}" for turn in steps]
-    tables = [Grid("All chains", ["", *turns, f"drop 1 to {report.turns}", "chains"], rows)]
+    fall = [f"drop 1 to {report.turns}"] * several
+    tables = [Grid("All chains", ["", *turns, *fall, "chains"], rows)]
     for metric in BY_TYPE if report.edit_types else ():
         rows = []
         for name in report.edit_types:
-            found = [report.find(metric, turn, name) for turn in [*steps, ALL]]
+            found = [report.find(metric, turn, name) for turn in [*steps, *[ALL] * several]]
             rows.append([name, *(_cell(x, digits) for x in found), _counts(found)])
         title = f"{TITLES[metric]} by edit type"
-        tables.append(Grid(title, ["", *turns, "all turns", "turns counted"], rows))
+        tables.append(Grid(title, ["", *turns, *["all turns"] * several, "turns counted"], rows))
     return [*tables, _checks(report)] if report.checks else tables
 
 
@@ -107,12 +113,13 @@ def checks_in_short(report: Report) -> str:
 
 
 def _cell(x: Estimate, digits: int) -> str:
-    if x.estimate is None or x.low is None or x.high is None:
+    if x.estimate is None:
         return "none"
     digits += x.metric not in TITLES  # in its own unit, which is seldom percent
-    values = (round(value, digits) + 0.0 for value in (x.estimate, x.low, x.high))  # no minus 0
-    estimate, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{estimate} [{low}, {high}]{FEW * x.few}"
+    ends = [end for end in (x.low, x.high) if end is not None]
+    values = (round(value, digits) + 0.0 for value in (x.estimate, *ends))  # no minus 0
+    estimate, *shown = (f"{value:.{digits}f}" for value in values)
+    return f"{estimate} [{', '.join(shown) or NO_SPREAD.format(x.count)}]{FEW * x.few}"
 
 
 def _counts(found: Sequence[Estimate]) -> str:
@@ -165,6 +172,7 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
     """
     parts = [f"# {report.title}", f"{denominators(report)}. {INTERVALS}"]
     parts += [FEW_NOTE] * any(x.few for x in report.estimates)
+    parts += [NO_SPREAD_NOTE] * any(x.alike for x in report.estimates)
     parts += report.notes
     sources = [provenance_grid(report.sources)] if report.sources else []
     for title, head, body in [*grids(report), *sources]:
