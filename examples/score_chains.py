@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
+from mteditflow_examples.evaluating.options import few, refusing_options
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import check_services, judged_by, prompt_of
 from PIL import Image, ImageOps
@@ -38,14 +39,15 @@ from mteditflow import (
     overall,
     wilson_interval,
 )
-from mteditflow._command import OneLineCommand, refusing
-from mteditflow._files import write_atomically
+from mteditflow._command import OneLineCommand
+from mteditflow._files import require_folder, write_atomically
 from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, read_chains
 from mteditflow.evaluation.intervals import bounded_interval, overall_interval
 from mteditflow.evaluation.provenance import agreed, same_judge
 from mteditflow.metrics import FEW_CASES, Interval
 from mteditflow.rewards import (
+    LIKERT,
     AnswerCache,
     Background,
     ChatClient,
@@ -142,8 +144,7 @@ def score(
     loaded = batches(dataset, folder, name, left_out)
     first = next(loaded, None)
     if first is None:
-        reasons = "; ".join(f"{key}: {why}" for key, why in left_out.items())
-        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
+        raise ValueError(f"expected at least one chain with its images, got none. {few(left_out)}")
     with (
         AnswerCache(cache) as answers,
         Background() as background,
@@ -208,9 +209,8 @@ def measures(
         success, judged = (following.score,), following.measured.long()
         whole, own = judged.cumprod(dim=1).sum(dim=0), judged.sum(dim=0)
         if scale == "likert":
-            found.append(
-                Measure("Likert, mean", content_consistency, success, own, LIKERT_BOUNDS, False)
-            )
+            title, bounds = "Likert, mean", (LIKERT.low, LIKERT.high)
+            found.append(Measure(title, content_consistency, success, own, bounds, percent=False))
         else:
             metrics = of_valid(instruction_following), of_valid(marginal_success)
             found.append(
@@ -325,6 +325,16 @@ def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def _check_name(name: str) -> None:
+    """Raise ValueError unless this is a pattern of the names of files."""
+    try:
+        name.format(id="", image="", turn=1)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"--name: expected a pattern of {{id}}, {{image}} and {{turn}}, got {name!r} ({error})"
+        ) from error
+
+
 def main(
     chains: Annotated[Path, typer.Argument(help="File of chains, of any format.")],
     edited: Annotated[Path, typer.Argument(help="Folder of what an editor made of them.")],
@@ -373,7 +383,7 @@ def main(
     MTEDITFLOW_TOKEN.
     """
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    with refusing(KeyError, IndexError):  # the two are of a bad --name
+    with refusing_options():
         if not judge and not consistency:
             raise ValueError("expected --judge, --consistency or both")
         if judge and not model:
@@ -394,8 +404,11 @@ def main(
             pairing=pairing,
         )
         check_services(rewards)
+        require_folder("--output", output)
+        if not edited.is_dir():
+            raise ValueError(f"edited: expected a folder of images, got none: {edited}")
         if name is not None:
-            name.format(id="", image="", turn=1)
+            _check_name(name)
         reading = read_chains(chains, strict=False)
         for chain in reading.chains if consistency else ():
             pairs_of(chain, pairing=pairing)

@@ -36,6 +36,21 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def require_folder(name: str, folder: Path) -> None:
+    """Raise unless a folder is there, or can be made where folders end.
+
+    Args:
+        name: of the option that gives it.
+        folder: which need not be there.
+
+    Raises:
+        ValueError: a file is in its place, or in that of a folder above it.
+    """
+    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}: expected a folder, got the file {there}")
+
+
 @contextmanager
 def replacing_all(*paths: Path) -> Iterator[list[Path]]:
     """Yield a scratch path for each file; all take their names once all are written, or none.

@@ -37,6 +37,7 @@ from mteditflow.rewards import (
 )
 
 from .images import MadeImages
+from .options import few
 
 PART = 32  # chains whose images are in memory at once, and as many that wait
 
@@ -201,8 +202,7 @@ def score_chains(
     readable = (part for part in parts if part)
     first = next(readable, None)
     if first is None:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ValueError(f"expected at least one chain with its images, got none. {reasons}")
+        raise ValueError(f"expected at least one chain with its images, got none. {few(left_out)}")
     waiting: deque[Future[Mapping[str, TurnScores]]] = deque()
     found: list[Mapping[str, TurnScores]] = []
 

@@ -302,6 +302,11 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Write everything to a JSON file, atomically; its folder is made."""
+        write_atomically(path, self.encoded)
+
+    @property
+    def encoded(self) -> bytes:
+        """Content of the file that ``write`` writes."""
         record = EvaluationRecord(
             round=self.round,
             success_at=self.success_at,
@@ -310,7 +315,7 @@ class Evaluation:
             terms={name: TermRecord.of(scores) for name, scores in self.terms.items()},
             provenance=self.provenance,
         )
-        write_atomically(path, record.model_dump_json().encode())
+        return record.model_dump_json().encode()
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +37,10 @@ NO_SPREAD = "none: all {} alike"
 NO_SPREAD_NOTE = (
     "[none] stands where all chains are alike in scores of an unknown range: that is no certainty."
 )
+
+
+# Characters and places at which Markdown begins code, emphasis, a link or a column.
+ACTIVE = re.compile(r"[\\`*|~]|(?<!\w)_|_(?!\w)|\](?=[\[(])")
 
 
 class Grid(NamedTuple):
@@ -138,8 +144,9 @@ def denominators(report: Report) -> str:
     """Return one line: the chains of a report, what they lost, and what there was not."""
     missing = len(report.left_out), len(report.lost)
     nothing = ", ".join(f"{name} {count}" for name, count in report.unmeasured.items())
+    chains = "chain" if report.asked == 1 else "chains"
     return (
-        f"{report.asked} chains asked, {report.scored} scored, {missing[0]} left out, "
+        f"{report.asked} {chains} asked, {report.scored} scored, {missing[0]} left out, "
         f"{missing[1]} lost a score"
         + (f"; turns with nothing to measure (not lost): {nothing}" if nothing else "")
     )
@@ -170,15 +177,19 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
         report: what to write.
         pictures: names of files beside it to show.
     """
-    parts = [f"# {report.title}", f"{denominators(report)}. {INTERVALS}"]
+    parts = [f"# {_escaped(report.title)}", f"{denominators(report)}. {INTERVALS}"]
     parts += [FEW_NOTE] * any(x.few for x in report.estimates)
     parts += [NO_SPREAD_NOTE] * any(x.alike for x in report.estimates)
-    parts += report.notes
+    parts += map(_escaped, report.notes)
     sources = [provenance_grid(report.sources)] if report.sources else []
+    sources = [
+        grid._replace(body=[[name, *map(_escaped, cells)] for name, *cells in grid.body])
+        for grid in sources
+    ]
     for title, head, body in [*grids(report), *sources]:
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-        table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-        parts += [f"## {title}", table]
+        named = [[_escaped(name), *cells] for name, *cells in body]
+        lines = [[*map(_escaped, head)], ["---", *["---:"] * (len(head) - 1)], *named]
+        parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     parts += [f"![{name}]({name})" for name in pictures]
     if report.left_out or report.lost:
         lines_out = "\n".join(f"- {_escaped(line)}" for line in reasons(report))
@@ -191,7 +202,14 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return _one_line(text).replace("|", r"\|")
+    r"""Escape what Markdown or HTML would act on: text of others is shown as it stands.
+
+    Example:
+        >>> print(_escaped("<img src=x> [a](http://b) a_b 3*4 | `c`"))
+        &lt;img src=x&gt; [a\](http&#58;//b) a_b 3\*4 \| \`c\`
+    """
+    plain = html.escape(_one_line(text), quote=False).replace("://", "&#58;//")
+    return ACTIVE.sub(r"\\\g<0>", plain)
 
 
 def as_csv(report: Report) -> str:
