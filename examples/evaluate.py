@@ -110,7 +110,7 @@ def run(
     ] = "features",
     scorer: Annotated[
         str | None,
-        typer.Option(help="module:name of your own in place of both; see the top of this help."),
+        typer.Option(help="module:name of your own class in place of both."),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
@@ -259,20 +259,13 @@ def compare(
                 run.report = run.report.model_copy(
                     update={"title": f"{run.report.title} ({run.folder})"}
                 )
+        if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
+            for run in runs:
+                name = f"{run.report.title} ({run.folder})"
+                run.report = run.report.model_copy(update={"title": name})
         series = [run.series(chains) for run in runs]
         old, new = (one.evaluation for one in series)
-        names = [one.name for one in series]
-        if names[0] == names[1]:  # as of two judges of one folder of images
-            names = [
-                f"{name} ({folder})" for name, folder in zip(names, (before, after), strict=True)
-            ]
-            series = [
-                Series(name, one.evaluation, one.images)
-                for name, one in zip(names, series, strict=True)
-            ]
-            for run, name in zip(runs, names, strict=True):
-                run.report = run.report.model_copy(update={"title": name})
-        title = f"{names[1]} minus {names[0]}"
+        title = f"{series[1].name} minus {series[0].name}"
         if not across_judges:
             judges = (one.provenance.judged_by for one in (old, new))
             require_same_judge(*judges, known=True)

@@ -195,11 +195,11 @@ RUN = {
         [*MADE, "--judge", "http://127.0.0.1:99999/v1", "--model", "m"],
         "expected a port of 1..65535",
     ),
-    "an editor's option beside images": ([*SCORED, "--lora", "x"], "--images: expected no --lora"),
-    "an editor's seed beside images": ([*SCORED, "--seed", "0"], "--images: expected no --seed"),
+    "an editor's option beside images": ([*SCORED, "--lora", "x"], "expected no --lora"),
+    "an editor's seed beside images": ([*SCORED, "--seed", "0"], "expected no --seed"),
     "a judge's option beside a scorer": (
         [*SCORED, "--model", "m"],
-        "--scorer: expected no --model",
+        "expected no --model",
     ),
     "no model": ([*MADE, "--judge", NOBODY], "expected --judge and --model"),
     "no objects for consistency": (
@@ -305,7 +305,7 @@ CHAINS = {
     "no reference": (["ROOT/gone.jsonl", *SCORES[1:]], "no.png"),
     "no folder of images": (
         ["ROOT/chains.jsonl", "nowhere", *SCORES[2:]],
-        "edited: expected a folder",
+        "expected a folder of",
     ),
     "a turn is missing": (["ROOT/chains.jsonl", "ROOT/short", *SCORES[2:]], "turn 2: expected the"),
     "unreadable images": (["ROOT/chains.jsonl", "ROOT/torn", *SCORES[2:]], "expected an image"),
@@ -321,7 +321,7 @@ CHAINS = {
     "an unknown scale": ([*SCORES, "--scale", "ternary"], "Invalid value for '--scale'"),
     "an unknown pattern": (
         [*SCORES, "--name", "{chain}.png"],
-        "--name: expected a pattern of {id}",
+        "expected a pattern of {id}",
     ),
     "a pattern that is none": ([*SCORES, "--name", "{id"], "expected '}'"),
     "a share that is no number": ([*SCORES, "--max-invalid", "x"], "Invalid value for '--max-in"),

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import ClassVar
 
 import anyio
 import pytest
@@ -27,35 +28,35 @@ def scores(rows, width=2):
 
 class Good:
     scale = BINARY
-    returned = {"following": scores(2)}
+    returned: ClassVar = {"following": scores(2)}
 
     async def score(self, chains, images):
         return self.returned
 
 
 class OfTwoRowsTooFew(Good):
-    returned = {"following": scores(1)}
+    returned: ClassVar = {"following": scores(1)}
 
 
 class OfTurnsTooMany(Good):
-    returned = {"following": scores(2, 5)}
+    returned: ClassVar = {"following": scores(2, 5)}
 
 
 class OfAList(Good):
-    returned = [1]
+    returned: ClassVar = [1]
 
 
 class OfTensors(Good):
-    returned = {"following": torch.ones(2, 2)}
+    returned: ClassVar = {"following": torch.ones(2, 2)}
 
 
 class OfConsistencyAlone(Good):
-    returned = {"consistency": scores(2)}
+    returned: ClassVar = {"consistency": scores(2)}
 
 
 class OfPercent(Good):
     consistent = TurnScores(torch.full((2, 2), 85.0), torch.ones(2, 2) > 0, {})
-    returned = {"following": scores(2), "consistency": consistent}
+    returned: ClassVar = {"following": scores(2), "consistency": consistent}
 
 
 class Raising(Good):
@@ -130,7 +131,7 @@ def test_what_a_scorer_returns_is_checked(name, message):
 def test_good_scores_pass_and_a_constructor_that_raises_is_named():
     scorer = own_scorer(Rewards(), f"{HERE}:Good")
     assert anyio.run(scorer.score, CHAINS, IMAGES) is Good.returned
-    with pytest.raises(ScorerError, match="BadlyMade to be made without .*got OSError: no weights"):
+    with pytest.raises(ScorerError, match=r"BadlyMade to be made without .*OSError: no weights"):
         own_scorer(Rewards(), f"{HERE}:BadlyMade")
 
 
