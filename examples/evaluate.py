@@ -128,8 +128,6 @@ def run(
             refuse_ignored(context, "--images", EDITOR)
             if not images.is_dir():
                 raise ValueError(f"--images: expected a folder of images, got none: {images}")
-        if scorer is not None:
-            refuse_ignored(context, "--scorer", JUDGE)
         require_folder("--output", output)
         rewards = _rewards(
             judge=tuple(judge or ()),
@@ -147,6 +145,8 @@ def run(
             scorer=scorer,
             success=success,
         )
+        if scorer is not None:
+            refuse_ignored(context, "--scorer", JUDGE)
         asks.check(rewards)
         state = PartialState()
         reading, asked = _usable(chains, references, turns, rewards)

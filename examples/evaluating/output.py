@@ -164,6 +164,7 @@ def score_files(
     folder: Path, settings: Settings, evaluation: Evaluation, chains: Sequence[Chain]
 ) -> dict[str, bytes]:
     """Return settings, scores and the chains that they are of, by the names of their files."""
+    folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f".{uuid.uuid4().hex}.partial"  # there, for paths of images are relative
     try:
         with naming(folder / CHAINS):
