@@ -114,7 +114,8 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
 
     width = len(ratio_names) + 1
     bootstrapped = torch.stack(interval_of(statistic, (*first, *second)))
-    tables, pairs = bootstrapped.split([3 * len(names), 3 * width], dim=1)
+    end = 3 * len(names)
+    tables, pairs = bootstrapped[:, :end], bootstrapped[:, end:]
     changes = _changes(before, tables, first, second)
     columns = ([Interval(*x) for x in part.T] for part in pairs.chunk(3, dim=1))
     *ratios, given = (BeforeAfter(*values) for values in zip(*columns, strict=True))

@@ -128,8 +128,8 @@ class MetricIntervals:
                 edge = edge | flat if i == CC else edge
         self._drop_flat(table, table)
         if METRICS[OVERALL] in self._names:
-            rows = (Interval(*table[:, i]) for i in (OVERALL, IF, CC))
-            table[:, OVERALL] = torch.stack(overall_interval(*rows, edge))
+            own, following, content = (Interval(*table[:, i]) for i in (OVERALL, IF, CC))
+            table[:, OVERALL] = torch.stack(overall_interval(own, following, content, edge))
         return edge
 
     def changes(

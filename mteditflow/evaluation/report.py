@@ -330,8 +330,8 @@ class Numbers:
             falls = interval_difference(_fall(second, counted), _fall(first, counted))
             _widen(table[:, i, -1:], falls)
         counts = self._with_drops(self._evaluation.fewest_of, before)
-        levels = [self._tables(numbers)[0] for numbers in (new, old)]
-        self._evaluation.intervals.changes(table, counts, *levels, edges)
+        after_table, before_table = (self._tables(numbers)[0] for numbers in (new, old))
+        self._evaluation.intervals.changes(table, counts, after_table, before_table, edges)
         self._mend_types(by_type, before, after, (old, new))
         return Interval(*found)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from mteditflow._text import escape_controls, escape_markup
-from mteditflow.evaluation.evaluation import PER_SAMPLE
+from mteditflow.evaluation.intervals import PER_SAMPLE
 from mteditflow.evaluation.provenance import Provenance
 from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
 from mteditflow.metrics import FEW_CASES
