@@ -6,6 +6,9 @@
 
 The same command goes on where it was stopped: images that are there are not made again, answers
 that came are not asked for again. ``accelerate launch`` spreads the chains over ranks.
+
+``--scorer module:name`` names a class of your own, whose module may lie in the current folder:
+docs/evaluation.md, "A scorer of your own", has one of ten lines.
 """
 
 from __future__ import annotations
@@ -21,19 +24,28 @@ import typer
 from accelerate import PartialState
 from mteditflow_examples.evaluating.editors import Model, call_options
 from mteditflow_examples.evaluating.images import ByRow, MadeImages
+from mteditflow_examples.evaluating.options import (
+    EDITOR,
+    JUDGE,
+    refuse_ignored,
+    refusing_options,
+)
 from mteditflow_examples.evaluating.output import (
+    CHAINS,
     Finished,
     Settings,
+    naming_folders,
+    report_files,
+    score_files,
     show,
-    write_all,
-    write_scores,
 )
 from mteditflow_examples.evaluating.scoring import Asks, score_chains
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import require_services
 from tqdm import tqdm
 
-from mteditflow._command import OneLineGroup, failing, refusing, writing
+from mteditflow._command import OneLineGroup, failing, writing
+from mteditflow._files import require_folder, write_all_atomically
 from mteditflow.chains import Chain, Reading, read_chains
 from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
@@ -58,6 +70,7 @@ Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery pa
 
 @app.command()
 def run(
+    context: typer.Context,
     chains: Annotated[Path, typer.Argument(help="File of chains, in any supported format.")],
     editor: Annotated[str | None, typer.Option(help="Edit pipeline, path or hub id.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of images already made.")] = None,
@@ -102,7 +115,10 @@ def run(
     terms: Annotated[
         Literal["features", "l1"], typer.Option(help="What consistency compares.")
     ] = "features",
-    scorer: Annotated[str | None, typer.Option(help="module:name in place of both.")] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="module:name of your own class in place of both."),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
     max_invalid: Annotated[
@@ -111,10 +127,15 @@ def run(
     shown: Gallery = 200,
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
-    with refusing(), ExitStack() as stack:
+    with refusing_options(), ExitStack() as stack:
         asks = Asks(checks == "edival", detector, ocr, preference)
         if (editor is None) == (images is None):
             raise ValueError("expected either --editor or --images")
+        if images is not None:
+            refuse_ignored(context, "--images", EDITOR)
+            if not images.is_dir():
+                raise ValueError(f"--images: expected a folder of images, got none: {images}")
+        require_folder("--output", output)
         rewards = _rewards(
             judge=tuple(judge or ()),
             judge_model=model,
@@ -131,6 +152,8 @@ def run(
             scorer=scorer,
             success=success,
         )
+        if scorer is not None:
+            refuse_ignored(context, "--scorer", JUDGE)
         asks.check(rewards)
         state = PartialState()
         reading, asked = _usable(chains, references, turns, rewards, allow_outside)
@@ -176,18 +199,16 @@ def run(
                 device=state.device,
                 done=bar.update,
             )
-        first.write(output)
         last = settings()
-        last.write(output)
         evaluation = replace(evaluation, provenance=last.provenance)
         sources = [str(source) for source in (editor or images, lora) if source]
         name = title or " + ".join("/".join(Path(source).parts[-2:]) for source in sources)
         scored = [chain for chain in asked if chain.id not in left_out]
         left_out = {f"{x.file.name}:{x.line}": x.reason for x in reading.skipped} | left_out
         report = report_of(evaluation, scored, title=name, left_out=left_out, ways=ways)
-        write_scores(output, evaluation, scored)
         series = [Series(name, evaluation, ByRow(made, scored))]
-        write_all(output, report, [report], series, scored, range(min(shown, len(scored))))
+        files = report_files(report, [report], series, scored, range(min(shown, len(scored))))
+        write_all_atomically(output, files | score_files(output, last, evaluation, scored))
     show(report, output)
     if report.invalid_share > max_invalid:
         lost = len(report.left_out) + len(report.lost)
@@ -246,25 +267,37 @@ def compare(
     shown: Gallery = 50,
 ) -> None:
     """Compare two runs chain by chain: differences with intervals, and who changed most."""
-    with refusing():
+    with refusing_options():
+        require_folder("--output", output)
         if output.resolve() in (before.resolve(), after.resolve()):
             raise ValueError(f"--output: expected another folder than those compared, got {output}")
         runs = [Finished(folder) for folder in (before, after)]
         chains, left_out = _common(*runs)
+        if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
+            for run in runs:
+                run.report = run.report.model_copy(
+                    update={"title": f"{run.report.title} ({run.folder})"}
+                )
+        if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
+            for run in runs:
+                name = f"{run.report.title} ({run.folder})"
+                run.report = run.report.model_copy(update={"title": name})
         series = [run.series(chains) for run in runs]
         old, new = (one.evaluation for one in series)
         title = f"{series[1].name} minus {series[0].name}"
         if not across_judges:
             judges = (one.provenance.judged_by for one in (old, new))
             require_same_judge(*judges, known=True)
-        report = report_difference(
-            old, new, chains, title=title, left_out=left_out, across_judges=across_judges
-        )
+        with naming_folders(before, after):
+            report = report_difference(
+                old, new, chains, title=title, left_out=left_out, across_judges=across_judges
+            )
         told = tuple(checks_in_short(run.report) for run in runs)
         report = report.model_copy(update={"notes": report.notes + told})
         changes = most_changed(old, new, across_judges=across_judges)
         rows = [change.row for change in changes[:shown]]
-        write_all(output, report, [run.report for run in runs], series, chains, rows)
+        drawn = [run.report for run in runs]
+        write_all_atomically(output, report_files(report, drawn, series, chains, rows))
     show(report, output)
 
 
@@ -277,7 +310,15 @@ def _common(before: Finished, after: Finished) -> tuple[list[Chain], dict[str, s
     here, there = ({chain.id for chain in run.chains} for run in (before, after))
     chains = [chain for chain in before.chains if chain.id in there]
     if not chains:
-        raise ValueError("expected chains that both runs scored, got none")
+        raise ValueError(
+            f"expected chains that both runs scored, got none in {before.folder} and {after.folder}"
+        )
+    types = {chain.id: chain.task_types for chain in after.chains}
+    if other := [chain.id for chain in chains if types[chain.id] != chain.task_types]:
+        raise ValueError(
+            f"{after.folder / CHAINS}: expected the edit types of {before.folder / CHAINS}, got "
+            f"others for chain {other[0]!r}"
+        )
     left_out = dict.fromkeys(sorted(here - there), "only the first run scored it")
     return chains, left_out | dict.fromkeys(sorted(there - here), "only the second run scored it")
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 import typer
 from mteditflow_examples.evaluating.images import no_images
+from mteditflow_examples.evaluating.options import refusing_options
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import (
     check_services,
@@ -44,8 +45,8 @@ from mteditflow import (
     overall,
     wilson_interval,
 )
-from mteditflow._command import OneLineCommand, failing, refusing, writing
-from mteditflow._files import write_atomically
+from mteditflow._command import OneLineCommand, failing, writing
+from mteditflow._files import require_folder, write_atomically
 from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import (
@@ -58,9 +59,11 @@ from mteditflow.chains import (
 )
 from mteditflow.chains.files import is_outside
 from mteditflow.evaluation import JudgedBy
+from mteditflow.evaluation.intervals import bounded_interval, overall_interval
 from mteditflow.evaluation.provenance import agreed, same_judge
-from mteditflow.metrics import FEW_CASES
+from mteditflow.metrics import FEW_CASES, Interval
 from mteditflow.rewards import (
+    LIKERT,
     AnswerCache,
     Background,
     ChatClient,
@@ -79,6 +82,7 @@ from mteditflow.rewards.command_line import (
     read_secret,
     require_or_answers,
 )
+from mteditflow.rewards.scale import COSINE, SHARE
 
 SCORES = "scores.json"
 BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
@@ -212,34 +216,43 @@ class Measure(NamedTuple):
     statistic: Callable[..., Tensor]
     samples: tuple[Tensor, ...]  # each [B, N], NaN where there is no score
     chains: Tensor  # how many it is over, [N]; for Overall the fewer of IF's and CC's
+    bounds: tuple[float, float]  # range of the scores
     percent: bool = True
     share: bool = False  # of one outcome per chain
+    parts: tuple[Measure, ...] = ()  # of Overall: IF and CC
 
 
 def measures(
     following: TurnScores | None, kept: ConsistencyScores | None, scale: Scale, terms: Terms
 ) -> list[Measure]:
     """List what can be measured with the scores at hand."""
-    found = []
+    found: list[Measure] = []
     if following is not None:
         success, judged = (following.score,), following.measured.long()
         whole, own = judged.cumprod(dim=1).sum(dim=0), judged.sum(dim=0)
         if scale == "likert":
-            found.append(Measure("Likert, mean", content_consistency, success, own, False))
+            title, bounds = "Likert, mean", (LIKERT.low, LIKERT.high)
+            found.append(Measure(title, content_consistency, success, own, bounds, percent=False))
         else:
             metrics = of_valid(instruction_following), of_valid(marginal_success)
-            found.append(Measure("IF: all turns so far", metrics[0], success, whole, share=True))
-            found.append(Measure("Marginal: this turn", metrics[1], success, own, share=True))
+            found.append(
+                Measure("IF: all turns so far", metrics[0], success, whole, SHARE, share=True)
+            )
+            found.append(
+                Measure("Marginal: this turn", metrics[1], success, own, SHARE, share=True)
+            )
     if kept is not None:
         parts = tuple(getattr(kept, term) for term in TERMS[terms])
         scores = kept.scores if terms == "features" else kept.l1_scores
         some, means = scores.measured.sum(dim=0), (scores.score,)
-        found.append(Measure("CC: mean of each term's mean", content_consistency, parts, some))
-        found.append(Measure("CC: mean of the chains' means", content_consistency, means, some))
+        bounds = COSINE if terms == "features" else SHARE
+        own_of = {"CC: mean of each term's mean": parts, "CC: mean of the chains' means": means}
+        content = [Measure(x, content_consistency, own, some, bounds) for x, own in own_of.items()]
+        both, found = (*found[:1], content[0]), [*found, *content]
         if following is not None and scale == "binary":
             title = "Overall: of IF and the first CC"
             fewer = torch.minimum(whole, some)
-            found.append(Measure(title, overall_of, success + parts, fewer))
+            found.append(Measure(title, overall_of, success + parts, fewer, SHARE, parts=both))
     return found
 
 
@@ -253,20 +266,31 @@ def overall_of(success: Tensor, *terms: Tensor) -> Tensor:
     return overall(of_valid(instruction_following)(success), content_consistency(*terms))
 
 
-def summarise(measure: Measure) -> dict[str, Any]:
-    """Per turn: the estimate, its 95% interval over chains, and how many chains have it.
+def interval_of(measure: Measure) -> tuple[Interval, Tensor]:
+    """Return the interval over chains, and where all chains are alike, boolean [N].
 
-    The interval of a share of chains is Wilson's, that of others a bootstrap.
+    That of a share of chains is Wilson's, that of others a bootstrap. Where this has no width, it
+    is that of a bounded mean, and for Overall of its parts: ``mteditflow.evaluation.intervals``.
     """
     if measure.share:
-        successes = measure.statistic(*measure.samples).nan_to_num().double() * measure.chains
+        share = measure.statistic(*measure.samples)
+        successes = share.nan_to_num().double() * measure.chains
         interval = wilson_interval(successes.round(), measure.chains)
-    else:
-        seeded = torch.Generator().manual_seed(0)
-        interval = bootstrap_interval(
-            measure.statistic, *measure.samples, generator=seeded, vectorized=True
-        )
+        return Interval(*(x.float() for x in interval)), (share == 0) | (share == 1)
+    seeded = torch.Generator().manual_seed(0)
+    found = bootstrap_interval(
+        measure.statistic, *measure.samples, generator=seeded, vectorized=True
+    )
+    if not measure.parts:
+        return bounded_interval(found, measure.chains, measure.bounds)
+    (following, one), (consistency, other) = map(interval_of, measure.parts)
+    return overall_interval(found, following, consistency, one | other), one | other
+
+
+def summarise(measure: Measure) -> dict[str, Any]:
+    """Per turn: the estimate, its 95% interval, and how many chains have it."""
     unit = 100 if measure.percent else 1
+    interval, _ = interval_of(measure)
     estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
     return {
         "estimate": estimate,
@@ -377,6 +401,16 @@ def finish(
         raise typer.Exit(1) from error
 
 
+def _check_name(name: str) -> None:
+    """Raise ValueError unless this is a pattern of the names of files."""
+    try:
+        name.format(id="", image="", turn=1)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"--name: expected a pattern of {{id}}, {{image}} and {{turn}}, got {name!r} ({error})"
+        ) from error
+
+
 def main(
     chains: Annotated[Path, typer.Argument(help="File of chains, of any format.")],
     edited: Annotated[Path, typer.Argument(help="Folder of what an editor made of them.")],
@@ -427,7 +461,7 @@ def main(
     The judge's key, if it wants one, is read from OPENAI_API_KEY, the server's token from
     MTEDITFLOW_TOKEN.
     """
-    with refusing(KeyError, IndexError), ExitStack() as stack:  # the two are of a bad --name
+    with refusing_options(), ExitStack() as stack:
         if not judge and not consistency:
             raise ValueError("expected --judge, --consistency or both")
         if judge and not model:
@@ -448,8 +482,11 @@ def main(
             pairing=pairing,
         )
         check_services(rewards)
+        require_folder("--output", output)
+        if not edited.is_dir():
+            raise ValueError(f"edited: expected a folder of images, got none: {edited}")
         if name is not None:
-            name.format(id="", image="", turn=1)
+            _check_name(name)
         reading = read_chains(chains, strict=False, allow_outside=allow_outside)
         for chain in reading.chains if consistency else ():
             pairs_of(chain, pairing=pairing)

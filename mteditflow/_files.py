@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import uuid
@@ -38,6 +39,76 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def require_folder(name: str, folder: Path) -> None:
+    """Raise unless a folder is there, or can be made where folders end.
+
+    Args:
+        name: of the option that gives it.
+        folder: which need not be there.
+
+    Raises:
+        ValueError: a file is in its place, or in that of a folder above it.
+    """
+    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}: expected a folder, got the file {there}")
+
+
+@contextmanager
+def replacing_all(*paths: Path) -> Iterator[list[Path]]:
+    """Yield a scratch path for each file; all take their names once all are written, or none.
+
+    Only a kill between the renames can leave some of them new and others old.
+
+    Raises:
+        OSError: one cannot be written; the message names the file, not its scratch path.
+    """
+    scratch = [path.with_name(f".{uuid.uuid4().hex}.partial") for path in paths]
+    try:
+        for path, own in zip(paths, scratch, strict=True):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            with naming(path):
+                own.open("xb").close()
+        yield scratch
+        for path, own in zip(paths, scratch, strict=True):
+            with naming(path), own.open("rb+") as file:
+                os.fsync(file.fileno())
+        for path, own in zip(paths, scratch, strict=True):
+            own.replace(path)
+    finally:
+        for own in scratch:
+            own.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name a file, whatever scratch path it came of.
+
+    Raises:
+        OSError: as inside the block, of ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_all_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of a folder by name: all of them, or none; the folder is made if missing.
+
+    Raises:
+        OSError: one cannot be written; those that were there before are as they were.
+    """
+    paths = [folder / name for name in files]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_all(*paths) as scratch:
+        for path, own, data in zip(paths, scratch, files.values(), strict=True):
+            with naming(path):
+                own.write_bytes(data)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file atomically; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,21 +141,6 @@ def append_line(path: Path, line: bytes, *, sync: bool) -> None:
         except BaseException:
             file.truncate(size)
             raise
-
-
-def require_folder(name: str, folder: Path) -> None:
-    """Raise unless a folder is there, or can be made where folders end.
-
-    Args:
-        name: of the option that gives it.
-        folder: which need not be there.
-
-    Raises:
-        ValueError: a file is in its place, or in that of a folder above it.
-    """
-    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
-    if not there.is_dir():
-        raise ValueError(f"{name}: expected a folder, got the file {there}")
 
 
 def cut_half_line(path: Path) -> None:

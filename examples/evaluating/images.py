@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages
 
 from .editors import Edits
+from .options import few
 
 
 class MadeImages:
@@ -99,8 +100,7 @@ class MadeImages:
 
 def no_images(faults: Mapping[str, str]) -> ValueError:
     """Return the error where no chain has its images, for the reason that each chain has."""
-    reasons = "; ".join(f"{name}: {why}" for name, why in faults.items())
-    return ValueError(f"expected at least one chain with its images, got none. {reasons}")
+    return ValueError(f"expected at least one chain with its images, got none. {few(faults)}")
 
 
 class ByRow(Mapping[int, list[Image.Image]]):

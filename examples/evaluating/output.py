@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from mteditflow._files import write_atomically
+from mteditflow._files import naming, write_atomically
 from mteditflow._pipes import reader_may_leave
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.chains.record import first_error
 from mteditflow.evaluation import Evaluation, Provenance, Report, draw_report
+from mteditflow.evaluation.figures import chart_files
 from mteditflow.evaluation.gallery import Series, gallery
 from mteditflow.evaluation.tables import (
     as_csv,
@@ -22,7 +25,6 @@ from mteditflow.evaluation.tables import (
     markdown,
     rich_tables,
 )
-from mteditflow.training.pictures import write_chart
 
 from .images import ByRow, MadeImages
 
@@ -63,10 +65,15 @@ class Settings(BaseModel):
         Raises:
             ValueError: one is another than that of the folder.
         """
+        fix = "choose another --output"
         if not (folder / SETTINGS).exists():
+            if (folder / EVALUATION).exists():
+                raise ValueError(
+                    f"{folder} holds {EVALUATION} without {SETTINGS}, so an evaluation by an "
+                    f"unknown judge: {fix}"
+                )
             return self
         old = Settings.read(folder)
-        fix = "choose another --output"
         for name in ("images", "chains", "resolution"):
             if getattr(old, name) != (value := getattr(self, name)):
                 before = f"{name} = {getattr(old, name)!r}"
@@ -81,7 +88,15 @@ class Settings(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write them."""
-        write_atomically(folder / SETTINGS, self.model_dump_json(indent=1).encode())
+        path = folder / SETTINGS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path):
+            write_atomically(path, self.encoded)
+
+    @property
+    def encoded(self) -> bytes:
+        """The file's content."""
+        return self.model_dump_json(indent=1).encode()
 
 
 class Finished:
@@ -93,7 +108,7 @@ class Finished:
     """
 
     def __init__(self, folder: Path) -> None:
-        settings = Settings.read(folder)
+        self.folder, settings = folder, Settings.read(folder)
         self.evaluation = Evaluation.read(folder / EVALUATION)
         self.chains = read_chains(folder / CHAINS, allow_outside=True).chains
         self.report = _report(folder / "report.json")
@@ -119,31 +134,46 @@ def _report(path: Path) -> Report:
         raise ValueError(f"{path}: {first_error(error)}") from error
 
 
-def write_all(
-    folder: Path,
+@contextmanager
+def naming_folders(before: Path, after: Path) -> Iterator[None]:
+    """Name the folders of two evaluations in an error that calls them before and after."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{before} (before) and {after} (after): {error}") from error
+
+
+def report_files(
     report: Report,
     drawn: Sequence[Report],
     series: Sequence[Series],
     chains: Sequence[Chain],
     rows: Sequence[int],
-) -> None:
-    """Write the report as JSON, CSV, Markdown, chart and gallery."""
+) -> dict[str, bytes]:
+    """Return the report as JSON, CSV, Markdown, chart and gallery, by the names of the files."""
     page = gallery(series, chains, rows, title=report.title)  # may miss an image: first
-    write_chart(draw_report(*drawn), folder / "report.png")
-    files = {
+    return {
+        **chart_files(draw_report(*drawn), "report"),
         "gallery.html": page.encode(),
         "report.csv": as_csv(report).encode(),
         "report.md": markdown(report, pictures=["report.png"]).encode(),
         "report.json": report.model_dump_json(indent=1).encode(),
     }
-    for name, data in files.items():
-        write_atomically(folder / name, data)
 
 
-def write_scores(folder: Path, evaluation: Evaluation, chains: Sequence[Chain]) -> None:
-    """Write the scores and the chains that they are of."""
-    write_chains(chains, folder / CHAINS)
-    evaluation.write(folder / EVALUATION)
+def score_files(
+    folder: Path, settings: Settings, evaluation: Evaluation, chains: Sequence[Chain]
+) -> dict[str, bytes]:
+    """Return settings, scores and the chains that they are of, by the names of their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{uuid.uuid4().hex}.partial"  # there, for paths of images are relative
+    try:
+        with naming(folder / CHAINS):
+            write_chains(chains, scratch)
+            text = scratch.read_bytes()
+    finally:
+        scratch.unlink(missing_ok=True)
+    return {SETTINGS: settings.encoded, EVALUATION: evaluation.encoded, CHAINS: text}
 
 
 def show(report: Report, folder: Path) -> None:

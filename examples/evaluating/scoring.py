@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import (
-    OnScale,
-    Scorer,
     Services,
     check_services,
     judged_by,
-    named_scorer,
+    own_scorer,
     scale_of,
 )
+from mteditflow_examples.flux.scorers import Scorer
 from PIL.Image import Image
 
 from mteditflow.chains import Chain, ChainError
@@ -217,7 +216,7 @@ def score_chains(
 
     with ExitStack() as stack:
         own = _scorer(config, asks, cache, device, stack)
-        scorer: Scorer = OnScale(own, scale_of(config))
+        scorer = own
         if asks.preference is not None:
             scorer = WithPreference(scorer, asks.preference, device)
         background = stack.enter_context(Background())
@@ -239,7 +238,7 @@ def _scorer(
 ) -> Scorer:
     """Make the scorer; services keep their answers in a file that is closed with the stack."""
     if config.scorer is not None:
-        return named_scorer(config.scorer)()
+        return own_scorer(config, config.scorer)
     checks = asks.load_checks(device)
     answers = stack.enter_context(AnswerCache(cache))
     return WithParts(config, answers) if checks is None else ByType(config, answers, checks)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import anyio
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 import mteditflow as mt
 from mteditflow.chains import Chain
 from mteditflow.evaluation import JudgedBy
-from mteditflow.evaluation.provenance import content_hash, prompt_version
+from mteditflow.evaluation.code_version import code_version
+from mteditflow.evaluation.provenance import prompt_version
 from mteditflow.rewards import (
     SCALES,
     AnswerCache,
@@ -38,34 +38,12 @@ from mteditflow.rewards.command_line import read_secret, require_reachable
 from mteditflow.training import Aggregation, RoundRewards
 
 from .config import ConfigError, Rewards
+from .scorers import CheckedScorer, Scorer, consistency_terms, declared_scale, named_scorer
 
 Submit = Callable[[Sequence[Chain], Sequence[Sequence[Image]]], "Future[Mapping[str, TurnScores]]"]
 
 
-FOLLOWING = "following"
 QUESTION = 60.0  # s for an answer of a service that is only to be there
-
-
-class Scorer(Protocol):
-    """Scorer of chains; ``--rewards.scorer module:name`` names a class of it.
-
-    The class declares the scale of its "following" scores as ``scale``, such as
-    ``mteditflow.rewards.LIKERT``, ``BINARY`` or ``Scale(0, 10, success=8)``. It is a class
-    attribute, so that the threshold of success is checked before anything is loaded.
-    """
-
-    async def score(
-        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
-    ) -> Mapping[str, TurnScores]:
-        """Score every turn of B chains.
-
-        Args:
-            chains: their records.
-            images: of each the reference and what each turn made, RGB.
-
-        Returns:
-            Scores by name, each [B, N]; "following" among them.
-        """
 
 
 class Services:
@@ -179,56 +157,21 @@ def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
     Raises:
         ConfigError: there is no such scorer, or its scale is not the one that is configured.
     """
-    scale = scale_of(config)
     with AnswerCache(cache) as answers, Background() as background:
-        own = Services(config, answers) if config.scorer is None else named_scorer(config.scorer)()
-        scorer = OnScale(own, scale)
+        own = None if config.scorer is None else own_scorer(config, config.scorer)
+        scorer: Scorer = own or Services(config, answers)
         yield lambda chains, images: background.submit(scorer.score, chains, images)
 
 
-class ScorerError(ValueError):
-    """A scorer does not return what it has to."""
-
-
-class OnScale:
-    """A scorer whose "following" scores are refused off its scale."""
-
-    def __init__(self, scorer: Scorer, scale: Scale) -> None:
-        self._scorer, self._scale = scorer, scale
-
-    async def score(
-        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
-    ) -> Mapping[str, TurnScores]:
-        """See ``Scorer``.
-
-        Raises:
-            ScorerError: "following" is missing, or a score of it is off the scale.
-        """
-        found = await self._scorer.score(chains, images)
-        if FOLLOWING not in found:
-            raise ScorerError(f"rewards.scorer: expected {FOLLOWING!r}, got {sorted(found)}")
-        try:
-            self._scale.check(FOLLOWING, found[FOLLOWING].score)
-        except ValueError as error:
-            name = type(self._scorer).__name__
-            raise ScorerError(f"{error}; {name} declares the scale {self._scale}") from error
-        return found
-
-
-def named_scorer(path: str) -> Callable[[], Scorer]:
-    """Import the scorer's class that a path names.
+def own_scorer(config: Rewards, path: str) -> CheckedScorer:
+    """Make the scorer of the user's own that a path names; its scores are checked.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such scorer, or its scale is not the one that is configured.
+        ScorerError: it cannot be made.
     """
-    module, _, name = path.partition(":")
-    try:
-        scorer: Callable[[], Scorer] = getattr(importlib.import_module(module), name)
-        return scorer
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"rewards.scorer: expected module:name, got {path!r} ({error})"
-        ) from error
+    judge = JudgedBy(scorer=path, terms=consistency_terms(path))
+    return CheckedScorer(path, scale_of(config), judge.consistency_range)
 
 
 def scale_of(config: Rewards) -> Scale:
@@ -249,8 +192,8 @@ def scale_of(config: Rewards) -> Scale:
 
 def _declared(scorer: str, given: str | None) -> Scale:
     """Return the scale that a scorer's class declares, or the given one where it declares none."""
-    declared = getattr(named_scorer(scorer), "scale", None)
-    if isinstance(declared, Scale):
+    declared = declared_scale(scorer)
+    if declared is not None:
         if given is not None and SCALES[given] != declared:
             raise ConfigError(
                 f"rewards.scale: expected the scale that {scorer} declares, {declared}, got {given}"
@@ -275,9 +218,12 @@ def judged_by(config: Rewards) -> JudgedBy:
     """Return who scores, for the record; servers are asked who they are, for seconds at most."""
     scale = scale_of(config)
     if config.scorer is not None:
-        module = importlib.import_module(config.scorer.partition(":")[0])
-        version = content_hash(module.__file__) if module.__file__ else None
-        return JudgedBy(scorer=f"{config.scorer} {version or ''}".strip(), scale=scale)
+        version = code_version(named_scorer(config.scorer))
+        return JudgedBy(
+            scorer=f"{config.scorer} {version or ''}".strip(),
+            scale=scale,
+            terms=consistency_terms(config.scorer),
+        )
     judge, looks, found = config.judge, config.consistency, JudgedBy()
     if judge:
         key = read_secret("OPENAI_API_KEY")
@@ -436,7 +382,7 @@ def _credits(config: Rewards) -> dict[mt.Credit | None, float]:
 
 def _aggregation(config: Rewards, name: str) -> Aggregation:
     """How a term's scores become rewards."""
-    if name != FOLLOWING:
+    if name != "following":
         return Aggregation(lambda score: score)
     scale = scale_of(config)
     if config.aggregate == "average":

@@ -31,8 +31,9 @@ from .config import Config, ConfigError, flat, name_of
 from .inputs import Inputs, check, read_inputs, refusing_together
 from .loading import load_policies
 from .reporting import summarize
-from .rewards import ScorerError, Submit, scoring
+from .rewards import Submit, scoring
 from .run import Run, State, Stopped
+from .scorers import ScorerError
 
 BAD_INPUT = (ConfigError, ChainError)
 ENDS = (

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mteditflow._command import OneLineGroup, refusing
+from mteditflow._files import naming, replacing_all
 from mteditflow._text import escape_controls
 from mteditflow.chains import (
     FORMATS,
@@ -37,6 +38,7 @@ out = Console(soft_wrap=True, markup=False, highlight=False)
 err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
 
 NAMES = ", ".join(FORMATS)
+CSV = ("edival",)  # formats by the ending of their files
 File = Annotated[Path, typer.Argument(help="File of chains.")]
 Images = Annotated[
     Path | None,
@@ -147,10 +149,14 @@ def split(
     seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
     images: Images = None,
     allow_outside: Outside = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite files that are there already.")
+    ] = False,
 ) -> None:
     """Split a file of chains into two of the same format: to train on, and held out.
 
-    By image all chains of one picture, whatever its file's name, stay on one side.
+    By image all chains of one picture, whatever its file's name, stay on one side. Both files are
+    written, or neither.
     """
     with refusing():
         places = {path.resolve() for path in (source, train, held_out)}
@@ -158,7 +164,14 @@ def split(
             raise ValueError("train, held_out: expected three different files, got one twice")
         if missing := [x.parent for x in (train, held_out) if not x.parent.is_dir()]:
             raise ValueError(f"train, held_out: expected folders that exist, got {missing[0]}")
+        if there := [str(x) for x in (train, held_out) if x.exists() and not replace]:
+            raise ValueError(
+                f"train, held_out: expected new files, got {' and '.join(there)}; --replace "
+                "overwrites both"
+            )
         name = recognise(source).name
+        for path in (train, held_out):
+            _check_suffix(path, name)
         chains = read_chains(
             source,
             format=name,
@@ -167,14 +180,25 @@ def split(
             allow_outside=allow_outside,
         ).chains
         parts = split_chains(chains, held_out=count, by=by, seed=seed)
-        write_chains(parts.train, train, format=name)
-        write_chains(parts.held_out, held_out, format=name)
+        with replacing_all(train, held_out) as scratch:
+            for side, path, own in zip(
+                (parts.train, parts.held_out), (train, held_out), scratch, strict=True
+            ):
+                with naming(path):
+                    write_chains(side, own, format=name)
     out.print(
         f"{len(parts.train)} chains written to {train}, {len(parts.held_out)} to {held_out} "
         f"({name}, by {by}, seed {seed})"
     )
-    if FORMATS[name].loses != "nothing":
-        out.print(f"{name} leaves out: {FORMATS[name].loses}")
+
+
+def _check_suffix(path: Path, name: str) -> None:
+    """Raise ValueError if a file's ending is that of another kind of file than a format's."""
+    if path.suffix in (".csv", ".json", ".jsonl") and (path.suffix == ".csv") != (name in CSV):
+        raise ValueError(
+            f"train, held_out: expected names of the kind of {name}, the format of the source, got "
+            f"{path}; convert changes the format"
+        )
 
 
 @app.command()

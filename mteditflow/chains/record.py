@@ -59,7 +59,8 @@ def first_error(error: ValidationError) -> str:
         return f"{place}: expected this field, got none"
     known = EXPECTED.get(first["type"], "").format(**first.get("ctx", {}))
     expected = known or first["msg"].removeprefix("Input should be ")
-    return f"{place}{': ' if place else ''}expected {expected}, got {shorten(first['input'])}"
+    named = f"{place}: " if place else ""  # none of a file that is no JSON
+    return f"{named}expected {expected}, got {shorten(first['input'])}"
 
 
 #: A type of edit, by its name in EdiVal-Bench.

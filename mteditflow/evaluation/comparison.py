@@ -14,9 +14,9 @@ from mteditflow.evaluation.evaluation import (
     CONSISTENCY,
     FOLLOWING,
     Evaluation,
-    interval_of,
     outcomes,
 )
+from mteditflow.evaluation.intervals import interval_of, without_width
 from mteditflow.evaluation.provenance import require_same_judge
 from mteditflow.evaluation.report import Numbers, Report, at_ends, in_words, lost_chains
 from mteditflow.metrics import (
@@ -68,8 +68,9 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
     """Compare two evaluations, chain by chain, with 95% intervals over chains.
 
     Newcombe's for the paired differences of IF and Marginal, Wilson's for conditional success, a
-    bootstrap for the others. A bootstrapped interval of shares that has no width, since all chains
-    agree, is replaced by one from Wilson's intervals of its parts.
+    bootstrap for the others. A bootstrapped interval that has no width, since all chains agree, is
+    replaced: of shares by one from Wilson's intervals of its parts, of CC and Overall as
+    ``evaluation.intervals`` has it, of other terms by NaN.
 
     Args:
         before: the first evaluation.
@@ -100,7 +101,7 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
     with_ratio = [names.index(name) for name in ratio_names]
 
     def statistic(*samples: Tensor) -> Tensor:
-        """Differences at turn N; then before, after and difference of ratios and conditional."""
+        """Metrics before, after and their difference; the same of ratios and conditional, at N."""
         parts = samples[: len(first)], samples[len(first) :]
         metrics = [before.per_turn(*part) for part in parts]
         ends = [before.per_turn(*at_ends(*part))[with_ratio] for part in parts]
@@ -108,27 +109,57 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
         old, new = (
             torch.cat([_last_over_first(x), share]) for x, share in zip(ends, given, strict=True)
         )
-        return torch.cat([(metrics[1] - metrics[0])[:, -1], old, new, new - old])
+        last = [x[:, -1] for x in (*metrics, metrics[1] - metrics[0])]
+        return torch.cat([*last, old, new, new - old])
 
-    width = len(ratio_names) + 1
-    interval = interval_of(statistic, (*first, *second))
-    scalars = [Interval(*values) for values in zip(*interval, strict=True)]
-    columns = (scalars[len(names) + i * width :][:width] for i in range(3))
+    bootstrapped = torch.stack(interval_of(statistic, (*first, *second)))
+    end = 3 * len(names)
+    tables, pairs = bootstrapped[:, :end], bootstrapped[:, end:]
+    changes = _changes(before, tables, first, second)
+    columns = ([Interval(*x) for x in part.T] for part in pairs.chunk(3, dim=1))
     *ratios, given = (BeforeAfter(*values) for values in zip(*columns, strict=True))
     shares = [outcomes(*samples[:2]) for samples in (first, second)]
     marginals = [own["marginal"] for own in shares]
-    marginal_ratio = dict(zip(ratio_names, ratios, strict=True))
-    widest = [_ratio(*own) for own in marginals]
-    marginal_ratio["marginal"] = _widened(marginal_ratio["marginal"], *widest)
+    marginal, *others = ratios  # in the order of names
+    widest = _widened(marginal, *(_ratio(*own) for own in marginals))
+    marginal_ratio = dict(zip(ratio_names, [widest, *map(_spread, others)], strict=True))
     counts = before.counts_of(*first)[:, -1].tolist()
     return Comparison(
         before.round,
         after.round,
         before.turns,
         dict(zip(names, counts, strict=True)),
-        difference=dict(zip(names, scalars, strict=False)) | _paired(*shares),
+        difference=changes | _paired(*shares),
         marginal_ratio=marginal_ratio,
         conditional_success=_conditional(given, *marginals),
+    )
+
+
+def _changes(
+    evaluation: Evaluation, tables: Tensor, before: tuple[Tensor, ...], after: tuple[Tensor, ...]
+) -> dict[str, Interval]:
+    """Differences at turn N, from the bootstrapped metrics before, after and their difference."""
+    mend, edge = evaluation.intervals, torch.zeros(1, dtype=torch.bool, device="cpu")
+    old, new, change = (x[..., None].contiguous() for x in tables.chunk(3, dim=1))
+    counts = evaluation.fewest_of(*before)[:, -1:]
+    for table, samples in ((old, before), (new, after)):
+        for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
+            success, count = (outcome & counted)[:, -1:].sum(dim=0), counted[:, -1:].sum(dim=0)
+            table[1:, i] = 100 * torch.stack(wilson_interval(success, count)[1:]).float()
+        edge |= mend.levels(table, counts)
+    mend.changes(change, counts, new, old, edge)
+    return {name: Interval(*change[:, i, 0]) for i, name in enumerate(evaluation.names)}
+
+
+def _spread(pair: BeforeAfter) -> BeforeAfter:
+    """Leave ratios whose chains are all alike without an interval: NaN."""
+    size = torch.maximum(pair.before.estimate.abs(), pair.after.estimate.abs())
+    flat = [without_width(x, size) for x in pair]
+    return BeforeAfter(
+        *(
+            Interval(x.estimate, *(end.masked_fill(none, torch.nan) for end in x[1:]))
+            for x, none in zip(pair, flat, strict=True)
+        )
     )
 
 

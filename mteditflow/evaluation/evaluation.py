@@ -10,7 +10,7 @@ was lost.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,10 @@ from torch import Tensor
 from mteditflow._checks import check_count, check_mask, check_number
 from mteditflow._files import write_atomically
 from mteditflow.chains.record import first_error
+from mteditflow.evaluation.intervals import CC, METRICS, PER_SAMPLE, MetricIntervals, interval_of
 from mteditflow.evaluation.provenance import Provenance
 from mteditflow.metrics import (
     Interval,
-    bootstrap_interval,
     content_consistency,
     instruction_following,
     marginal_success,
@@ -34,11 +34,10 @@ from mteditflow.metrics import (
     wilson_interval,
 )
 from mteditflow.rewards import Fault, Lost, TurnScores
+from mteditflow.rewards.scale import ROUNDING, check_range
 
 FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
 PARTS = ("object", "background")  # of the consistency, where they are given apart
-METRICS = ("instruction_following", "marginal", "content_consistency", "overall")  # in percent
-PER_SAMPLE = "content_consistency_per_sample"  # in percent
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +59,12 @@ class Evaluation:
         success_at: a turn is followed if its "following" score is at least this: 5 for Likert,
             1 for yes or no.
         provenance: who judged and who made the images. Where the judge's scale is known,
-            ``success_at`` is its threshold, and the "following" scores lie on it.
+            ``success_at`` is its threshold, and the "following" scores lie on it. "consistency" and
+            its parts lie in its ``consistency_range``.
 
     Raises:
         ValueError: numbers of chains or turns differ, a name occurs twice, "following" is missing,
-            a number is out of range, or scores or threshold are off the judge's scale.
+            a number is out of range, or scores or threshold are off the judge's scales.
         TypeError: a number is of another type.
 
     Example:
@@ -117,6 +117,7 @@ class Evaluation:
 
     def _check_scale(self) -> None:
         """Raise ValueError unless scores and threshold are those of the judge's scale."""
+        check_consistency(self.terms, self.provenance.judged_by.consistency_range)
         scale = self.provenance.judged_by.scale
         if scale is None:
             return
@@ -248,14 +249,30 @@ class Evaluation:
         """Every metric per turn, [N], with its 95% interval over the chains in ``counts``.
 
         Wilson's for IF and Marginal, which have one outcome per chain; a bootstrap for the others,
-        with a fixed seed. NaN where no chain counts.
+        with a fixed seed. Where all chains are alike, so that a bootstrap has no width, that of CC
+        is of a bounded mean, and that of Overall of its parts (see ``evaluation.intervals``); that
+        of another term is NaN. NaN where no chain counts.
         """
-        interval = interval_of(self.per_turn, self.samples)
-        found = {name: Interval(*(x[i] for x in interval)) for i, name in enumerate(self.names)}
-        for name, (outcome, counted) in outcomes(self.success, self.judged).items():
+        table = torch.stack(interval_of(self.per_turn, self.samples))
+        for i, (outcome, counted) in enumerate(outcomes(self.success, self.judged).values()):
             _, *ends = wilson_interval((outcome & counted).sum(dim=0), counted.sum(dim=0))
-            found[name] = Interval(found[name].estimate, *((100 * x).float() for x in ends))
-        return found
+            table[1:, i] = 100 * torch.stack(ends).float()
+        self.intervals.levels(table, self.fewest_of(*self.samples))
+        return {name: Interval(*table[:, i]) for i, name in enumerate(self.names)}
+
+    @property
+    def intervals(self) -> MetricIntervals:
+        """Intervals of tables of these metrics where all chains are alike."""
+        return MetricIntervals(self.names, self.provenance.judged_by.consistency_range)
+
+    def fewest_of(self, *samples: Tensor) -> Tensor:
+        """Count the chains as ``counts_of``, for CC those of its part that has the fewest."""
+        counts = self.counts_of(*samples)
+        if self.parts:
+            parts = torch.stack(samples[3 : 3 + len(self.parts)])
+            there = (~parts.isnan()).sum(dim=1)
+            counts[CC] = torch.where(there > 0, there, len(self)).amin(dim=0)
+        return counts
 
     @cached_property
     def estimates(self) -> dict[str, list[float]]:
@@ -285,6 +302,11 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Write everything to a JSON file, atomically; its folder is made."""
+        write_atomically(path, self.encoded)
+
+    @property
+    def encoded(self) -> bytes:
+        """Content of the file that ``write`` writes."""
         record = EvaluationRecord(
             round=self.round,
             success_at=self.success_at,
@@ -293,7 +315,7 @@ class Evaluation:
             terms={name: TermRecord.of(scores) for name, scores in self.terms.items()},
             provenance=self.provenance,
         )
-        write_atomically(path, record.model_dump_json().encode())
+        return record.model_dump_json().encode()
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
@@ -312,22 +334,27 @@ class Evaluation:
             raise ValueError(f"{path}: {error}") from error
 
 
+def check_consistency(terms: Mapping[str, TurnScores], bounds: tuple[float, float]) -> None:
+    """Raise unless consistency and its parts, where they are given, lie in their range.
+
+    Raises:
+        ValueError: a score lies outside; the message names the term and shows the values seen.
+    """
+    for name in (CONSISTENCY, *PARTS):
+        if name in terms:
+            check_range(name, terms[name].score, *bounds, slack=ROUNDING)
+
+
 def outcomes(success: Tensor, judged: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the metrics that are a share of one outcome per chain: outcome and counted, [C, N]."""
     so_far, all_judged = (x.long().cumprod(dim=1).bool() for x in (success, judged))
     return {METRICS[0]: (so_far, all_judged), METRICS[1]: (success, judged)}
 
 
-def interval_of(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...]) -> Interval:
-    """Bootstrap a statistic over chains with a fixed seed; NaN where it is."""
-    seeded = torch.Generator().manual_seed(0)
-    return bootstrap_interval(statistic, *samples, generator=seeded, vectorized=True)
-
-
 class LostRecord(BaseModel):
     """A lost score and its reason."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     chain: int
     turn: int
@@ -339,7 +366,7 @@ class LostRecord(BaseModel):
 class TermRecord(BaseModel):
     """Scores [C, N]; Python's floats hold float32 and float64 exactly, and so does their JSON."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     dtype: Literal["float32", "float64"]
     score: list[list[float | None]]
@@ -376,7 +403,7 @@ class TermRecord(BaseModel):
 class EvaluationRecord(BaseModel):
     """The file of an evaluation; one without provenance is of an unknown judge."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     round: int
     success_at: float

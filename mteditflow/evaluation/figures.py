@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from mteditflow._checks import check_choice
-from mteditflow._files import write_atomically
+from mteditflow._files import write_all_atomically, write_atomically
 from mteditflow.evaluation.report import ALL, Report
 from mteditflow.metrics import FEW_CASES
 
@@ -104,8 +104,12 @@ def write_chart(figure: Figure, path: Path) -> None:
         figure: curves and bars; a page of photographs is better a PNG alone.
         path: where the PNG goes; the SVG differs in its ending.
     """
-    for suffix in (".png", ".svg"):
-        write_picture(figure, path.with_suffix(suffix))
+    write_all_atomically(path.parent, chart_files(figure, path.stem))
+
+
+def chart_files(figure: Figure, name: str) -> dict[str, bytes]:
+    """Return a chart as PNG and SVG, by the names of the files."""
+    return {f"{name}.{kind}": _rendered(figure, kind) for kind in ("png", "svg")}
 
 
 def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from mteditflow.rewards.scale import Scale
+from mteditflow.rewards.scale import COSINE, SHARE, Scale
 
 if TYPE_CHECKING:
     from mteditflow.rewards.judge.prompts import Prompt, Request
@@ -46,7 +46,8 @@ class JudgedBy(BaseModel):
         detector: what finds objects for these checks.
         text_reader: what reads text for these checks; ``None`` is the judge.
         consistency_server: what the server of content consistency says of itself.
-        terms: what consistency compares.
+        terms: what consistency compares: "features", whose cosine is in [-1, 1], or "l1". Of a
+            scorer what it declares as ``consistency_terms``.
         pairing: which image a turn's image is compared with.
         preference: model of human preference.
 
@@ -78,6 +79,18 @@ class JudgedBy(BaseModel):
     def known(self) -> bool:
         """Whether it is known who judged."""
         return any(x is not None for x in (self.judge, self.scorer, self.terms))
+
+    @property
+    def consistency_range(self) -> tuple[float, float]:
+        """Range of content consistency and its parts, [low, high].
+
+        [-1, 1] of features, whose cosines may be negative, and where nothing is known; else [0, 1].
+
+        Example:
+            >>> JudgedBy(scorer="mine:Scorer").consistency_range
+            (0.0, 1.0)
+        """
+        return COSINE if self.terms == "features" or not self.known else SHARE
 
     def differences(self, other: JudgedBy) -> list[str]:
         """Name the fields that differ, with both values."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mteditflow.chains import TASK_TYPES, Chain
-from mteditflow.evaluation.evaluation import (
-    CONSISTENCY,
-    METRICS,
-    Evaluation,
-    interval_of,
-    outcomes,
-)
+from mteditflow.evaluation.evaluation import CONSISTENCY, Evaluation, outcomes
+from mteditflow.evaluation.intervals import METRICS, OVERALL, interval_of
 from mteditflow.evaluation.provenance import Provenance
 from mteditflow.metrics import (
     FEW_CASES,
@@ -37,7 +32,6 @@ from mteditflow.metrics import (
 
 DROP, ALL = "drop", "all"  # from turn 1 to N; all turns of an edit type
 BY_TYPE = METRICS[:2]  # IF and Marginal
-OVERALL = METRICS.index("overall")
 ENDS = [0, -1]  # the first turn and the last
 
 
@@ -56,10 +50,13 @@ class Estimate(BaseModel):
         metric: its name; the first four and the per-sample average are in percent.
         edit_type: whose turns it is of; None for all.
         turn: from 1 on; "drop" is turn 1 minus turn N over the chains that have both (for Overall
-            the difference of the two numbers); "all" is the mean over all turns of a type.
+            the difference of the two numbers), None where N is 1; "all" is the mean over all turns
+            of a type.
         estimate: the value.
         low: of the 95% interval over chains: Wilson's for a share of one outcome per chain,
-            Newcombe's for a paired difference of two, a bootstrap for the others.
+            Newcombe's for a paired difference of two, a bootstrap for the others, or what
+            ``evaluation.intervals`` puts in its place where all chains are alike. None beside an
+            estimate: all chains are alike, and the range of the scores is not known.
         high: likewise.
         count: chains it is a mean over; for an edit type turns. For Overall the smaller of its two
             denominators.
@@ -79,6 +76,11 @@ class Estimate(BaseModel):
     def few(self) -> bool:
         """Whether it is over so few cases (below ``FEW_CASES``) that its interval is rough."""
         return 0 < self.count < FEW_CASES
+
+    @property
+    def alike(self) -> bool:
+        """Whether it has no interval, since all chains are alike in scores of unknown range."""
+        return self.estimate is not None and self.low is None
 
 
 class Report(BaseModel):
@@ -281,6 +283,15 @@ class Numbers:
     def interval(self, samples: tuple[Tensor, ...]) -> Interval:
         """Compute all numbers with their 95% intervals, in the order of ``places``."""
         found = torch.stack(interval_of(self.values, (self._types, *samples)))
+        self._mend_levels(found, samples)
+        return Interval(*found)
+
+    def _mend_levels(self, found: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
+        """Put in the intervals of shares, and those of numbers without spread.
+
+        Returns:
+            Where Overall is at an edge, and where its fall is one between such: [N + 1].
+        """
         table, by_type = self._tables(found)
         for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
             table[1:, i, :-1] = _ends(_share(outcome, counted))
@@ -289,53 +300,83 @@ class Numbers:
             by_type[1:, :, i, :-1] = _ends(_share(outcome, counted, dim=1))
             pooled = by_type[..., i, -1]
             _widen(pooled, _share_of_chains(pooled[0], counted))
-        return Interval(*found)
+        return self._mend_metrics(table, samples)
+
+    def _mend_metrics(self, table: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
+        """Mend the intervals of CC, Overall and other terms, [3, metrics, N + 1], in place."""
+        counts = self._with_drops(self._evaluation.fewest_of, samples)
+        mend, levels, falls = self._evaluation.intervals, table[..., :-1], table[..., -1:]
+        edge = mend.levels(levels, counts[:, :-1])
+        ends = levels[..., ENDS]
+        edge_of_fall = edge[ENDS].any(dim=0, keepdim=True)
+        mend.changes(falls, counts[:, -1:], ends[..., :1], ends[..., 1:], edge_of_fall)
+        return torch.cat([edge, edge_of_fall])
 
     def difference(self, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> Interval:
         """Compute the differences of all numbers of the same chains, after minus before."""
 
         def statistic(types: Tensor, *samples: Tensor) -> Tensor:
             old, new = samples[: len(before)], samples[len(before) :]
-            return self.values(types, *new) - self.values(types, *old)
+            numbers = self.values(types, *old), self.values(types, *new)
+            return torch.cat([*numbers, numbers[1] - numbers[0]])
 
-        found = torch.stack(interval_of(statistic, (self._types, *before, *after)))
+        bootstrapped = torch.stack(interval_of(statistic, (self._types, *before, *after)))
+        old, new, found = (x.contiguous() for x in bootstrapped.chunk(3, dim=1))
+        edges = self._mend_levels(old, before) | self._mend_levels(new, after)
         table, by_type = self._tables(found)
         pairs = zip(*(outcomes(*run[:2]).values() for run in (before, after)), strict=True)
-        for i, ((old, counted), (new, _)) in enumerate(pairs):
-            table[1:, i, :-1] = _ends(paired_difference_interval(old, new, valid=counted))
-            _widen(table[:, i, -1:], interval_difference(_fall(new, counted), _fall(old, counted)))
-        runs = [(*run[:2], self.values(self._types, *run)) for run in (before, after)]
+        for i, ((first, counted), (second, _)) in enumerate(pairs):
+            table[1:, i, :-1] = _ends(paired_difference_interval(first, second, valid=counted))
+            falls = interval_difference(_fall(second, counted), _fall(first, counted))
+            _widen(table[:, i, -1:], falls)
+        counts = self._with_drops(self._evaluation.fewest_of, before)
+        after_table, before_table = (self._tables(numbers)[0] for numbers in (new, old))
+        self._evaluation.intervals.changes(table, counts, after_table, before_table, edges)
+        self._mend_types(by_type, before, after, (old, new))
+        return Interval(*found)
+
+    def _mend_types(
+        self,
+        by_type: Tensor,
+        before: tuple[Tensor, ...],
+        after: tuple[Tensor, ...],
+        numbers: tuple[Tensor, Tensor],
+    ) -> None:
+        """Put in the intervals of differences of shares by edit type, in place."""
+        shares = [self._tables(x)[1] for x in numbers]
         for i in range(len(BY_TYPE) * bool(self.edit_types)):
-            (old, counted), (new, _) = (self._by_type(self._types, *run[:2])[i] for run in runs)
+            (old, counted), (new, _) = (
+                self._by_type(self._types, *run[:2])[i] for run in (before, after)
+            )
             flat = [x.transpose(0, 1).flatten(1) for x in (old, new, counted)]  # [C, K N]
             ends = _ends(paired_difference_interval(flat[0], flat[1], valid=flat[2]))
             by_type[1:, :, i, :-1] = ends.reshape(2, *old.shape[::2])
-            shares = (
-                _share_of_chains(self._tables(values[None])[1][0, :, i, -1], counted)
-                for *_, values in reversed(runs)
-            )
-            _widen(by_type[..., i, -1], interval_difference(*shares))
-        return Interval(*found)
+            pooled = (_share_of_chains(x[0, :, i, -1], counted) for x in reversed(shares))
+            _widen(by_type[..., i, -1], interval_difference(*pooled))
 
     def counts(self, samples: tuple[Tensor, ...]) -> list[int]:
         """Denominator of each number, in chains; for an edit type in turns."""
-        chains = self._evaluation.counts_of(*samples)
-        drops = self._evaluation.counts_of(*at_ends(*samples))[:, -1:]
+        chains = self._with_drops(self._evaluation.counts_of, samples)
+        pairs = self._by_type(self._types, *samples[:2])
+        turns = torch.stack([_with_sum(counted.sum(dim=1)) for _, counted in pairs], dim=1)
+        found: list[int] = torch.cat([chains.flatten(), turns.flatten()]).tolist()
+        return found
+
+    def _with_drops(self, counts_of: Callable[..., Tensor], samples: tuple[Tensor, ...]) -> Tensor:
+        """Chains behind each metric by turn, and behind its fall: [metrics, N + 1]."""
+        chains, drops = counts_of(*samples), counts_of(*at_ends(*samples))[:, -1:]
         for i, (_, counted) in enumerate(outcomes(*samples[:2]).values()):
             drops[i] = (counted[:, 0] & counted[:, -1]).sum()
         if CONSISTENCY in self._evaluation.terms:  # Overall falls from one number to another
             drops[OVERALL] = chains[OVERALL, ENDS].min()
-        pairs = self._by_type(self._types, *samples[:2])
-        turns = torch.stack([_with_sum(counted.sum(dim=1)) for _, counted in pairs], dim=1)
-        found: list[int] = torch.cat(
-            [torch.cat([chains, drops], dim=1).flatten(), turns.flatten()]
-        ).tolist()
-        return found
+        return torch.cat([chains, drops * (self._evaluation.turns > 1)], dim=1)
 
     def _drops(self, metrics: Tensor, *samples: Tensor) -> Tensor:
         """Turn 1 minus turn N of each metric, over the chains that have both: [metrics]."""
         first, last = self._evaluation.per_turn(*at_ends(*samples)).unbind(dim=1)
         drops = first - last
+        if self._evaluation.turns == 1:  # nothing to fall from
+            return torch.full_like(first, torch.nan)
         for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
             both = counted[:, 0] & counted[:, -1]
             fall = (outcome[:, 0].float() - outcome[:, -1].float()) * both
@@ -384,8 +425,8 @@ def _share_of_chains(percent: Tensor, counted: Tensor) -> Interval:
 
 
 def _fall(outcome: Tensor, counted: Tensor) -> Interval:
-    """Turn 1 minus turn N, paired by chain: [1]."""
-    both = counted[:, :1] & counted[:, -1:]
+    """Turn 1 minus turn N, paired by chain: [1]; NaN where N is 1."""
+    both = counted[:, :1] & counted[:, -1:] & (counted.shape[1] > 1)
     return paired_difference_interval(outcome[:, -1:], outcome[:, :1], valid=both)
 
 

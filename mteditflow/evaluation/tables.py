@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.table import Table
 
 from mteditflow._text import escape_controls, escape_markup
-from mteditflow.evaluation.evaluation import PER_SAMPLE
+from mteditflow.evaluation.intervals import PER_SAMPLE
 from mteditflow.evaluation.provenance import Provenance
 from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
 from mteditflow.metrics import FEW_CASES
@@ -28,8 +30,17 @@ FEW = " *"  # marks an estimate over few cases
 FEW_NOTE = f"*: over fewer than {FEW_CASES} cases, so the interval is rough."
 INTERVALS = (
     "95% intervals over chains: Wilson's for IF and Marginal, Newcombe's for their paired "
-    "differences, bootstrap for the others."
+    "differences, bootstrap for the others. Where all chains are alike, that of CC is of a bounded "
+    "mean, and that of Overall of its parts."
 )
+NO_SPREAD = "none: all {} alike"
+NO_SPREAD_NOTE = (
+    "[none] stands where all chains are alike in scores of an unknown range: that is no certainty."
+)
+
+
+# Characters and places at which Markdown begins code, emphasis, a link or a column.
+ACTIVE = re.compile(r"[\\`*|~]|(?<!\w)_|_(?!\w)|\](?=[\[(])")
 
 
 class Grid(NamedTuple):
@@ -50,28 +61,29 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
     Example:
         >>> from mteditflow.evaluation.report import Estimate
         >>> numbers = [Estimate(metric="marginal", edit_type=None, turn=turn, estimate=50.0,
-        ...     low=40.0, high=60.0, count=9) for turn in (1, "drop")]
-        >>> report = Report(title="x", turns=1, asked=9, scored=9, left_out={}, lost={},
+        ...     low=40.0, high=60.0, count=9) for turn in (1, 2, "drop")]
+        >>> report = Report(title="x", turns=2, asked=9, scored=9, left_out={}, lost={},
         ...     estimates=numbers, notes=())
-        >>> grids(report)[0].body[0]
-        ['Marginal, %', '50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
+        >>> grids(report)[0].body[0][2:]
+        ['50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
     """
     steps: list[int | str] = list(range(1, report.turns + 1))
+    several = report.turns > 1  # else nothing to fall from, and no sum beside the turn
     rows = []
     for metric in report.metrics:
-        found = [report.find(metric, turn) for turn in [*steps, DROP]]
-        rows.append(
-            [TITLES.get(metric, metric), *(_cell(x, digits) for x in found), _counts(found[:-1])]
-        )
+        found = [report.find(metric, turn) for turn in [*steps, *[DROP] * several]]
+        counts = _counts(found[: len(steps)])
+        rows.append([TITLES.get(metric, metric), *(_cell(x, digits) for x in found), counts])
     turns = [f"turn {turn}" for turn in steps]
-    tables = [Grid("All chains", ["", *turns, f"drop 1 to {report.turns}", "chains"], rows)]
+    fall = [f"drop 1 to {report.turns}"] * several
+    tables = [Grid("All chains", ["", *turns, *fall, "chains"], rows)]
     for metric in BY_TYPE if report.edit_types else ():
         rows = []
         for name in report.edit_types:
-            found = [report.find(metric, turn, name) for turn in [*steps, ALL]]
+            found = [report.find(metric, turn, name) for turn in [*steps, *[ALL] * several]]
             rows.append([name, *(_cell(x, digits) for x in found), _counts(found)])
         title = f"{TITLES[metric]} by edit type"
-        tables.append(Grid(title, ["", *turns, "all turns", "turns counted"], rows))
+        tables.append(Grid(title, ["", *turns, *["all turns"] * several, "turns counted"], rows))
     return [*tables, _checks(report)] if report.checks else tables
 
 
@@ -107,12 +119,13 @@ def checks_in_short(report: Report) -> str:
 
 
 def _cell(x: Estimate, digits: int) -> str:
-    if x.estimate is None or x.low is None or x.high is None:
+    if x.estimate is None:
         return "none"
     digits += x.metric not in TITLES  # in its own unit, which is seldom percent
-    values = (round(value, digits) + 0.0 for value in (x.estimate, x.low, x.high))  # no minus 0
-    estimate, low, high = (f"{value:.{digits}f}" for value in values)
-    return f"{estimate} [{low}, {high}]{FEW * x.few}"
+    ends = [end for end in (x.low, x.high) if end is not None]
+    values = (round(value, digits) + 0.0 for value in (x.estimate, *ends))  # no minus 0
+    estimate, *shown = (f"{value:.{digits}f}" for value in values)
+    return f"{estimate} [{', '.join(shown) or NO_SPREAD.format(x.count)}]{FEW * x.few}"
 
 
 def _counts(found: Sequence[Estimate]) -> str:
@@ -131,8 +144,9 @@ def denominators(report: Report) -> str:
     """Return one line: the chains of a report, what they lost, and what there was not."""
     missing = len(report.left_out), len(report.lost)
     nothing = ", ".join(f"{name} {count}" for name, count in report.unmeasured.items())
+    chains = "chain" if report.asked == 1 else "chains"
     return (
-        f"{report.asked} chains asked, {report.scored} scored, {missing[0]} left out, "
+        f"{report.asked} {chains} asked, {report.scored} scored, {missing[0]} left out, "
         f"{missing[1]} lost a score"
         + (f"; turns with nothing to measure (not lost): {nothing}" if nothing else "")
     )
@@ -163,14 +177,19 @@ def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
         report: what to write.
         pictures: names of files beside it to show.
     """
-    parts = [f"# {report.title}", f"{denominators(report)}. {INTERVALS}"]
+    parts = [f"# {_escaped(report.title)}", f"{denominators(report)}. {INTERVALS}"]
     parts += [FEW_NOTE] * any(x.few for x in report.estimates)
-    parts += report.notes
+    parts += [NO_SPREAD_NOTE] * any(x.alike for x in report.estimates)
+    parts += map(_escaped, report.notes)
     sources = [provenance_grid(report.sources)] if report.sources else []
+    sources = [
+        grid._replace(body=[[name, *map(_escaped, cells)] for name, *cells in grid.body])
+        for grid in sources
+    ]
     for title, head, body in [*grids(report), *sources]:
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-        table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-        parts += [f"## {title}", table]
+        named = [[_escaped(name), *cells] for name, *cells in body]
+        lines = [[*map(_escaped, head)], ["---", *["---:"] * (len(head) - 1)], *named]
+        parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     parts += [f"![{name}]({name})" for name in pictures]
     if report.left_out or report.lost:
         lines_out = "\n".join(f"- {_escaped(line)}" for line in reasons(report))
@@ -183,7 +202,14 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return _one_line(text).replace("|", r"\|")
+    r"""Escape what Markdown or HTML would act on: text of others is shown as it stands.
+
+    Example:
+        >>> print(_escaped("<img src=x> [a](http://b) a_b 3*4 | `c`"))
+        &lt;img src=x&gt; [a\](http&#58;//b) a_b 3\*4 \| \`c\`
+    """
+    plain = html.escape(_one_line(text), quote=False).replace("://", "&#58;//")
+    return ACTIVE.sub(r"\\\g<0>", plain)
 
 
 def as_csv(report: Report) -> str:

@@ -15,6 +15,41 @@ from torch import Tensor
 from mteditflow._checks import check_number, check_tensor
 
 SHOWN = 5  # values that a message shows
+ROUNDING = 1e-5  # that a cosine may lie beyond 1; nothing is clamped
+
+
+def check_range(
+    name: str, score: Tensor, low: float, high: float, *, whole: bool = False, slack: float = 0.0
+) -> None:
+    """Raise unless all scores that are there lie in [low, high].
+
+    Args:
+        name: name of the scores, for the message.
+        score: any shape; NaN where there is none.
+        low: worst score.
+        high: best score.
+        whole: whether scores are whole numbers.
+        slack: how far beyond the ends rounding may lead.
+
+    Raises:
+        ValueError: one lies outside; the message shows the values seen.
+        TypeError: ``score`` is not a tensor.
+
+    Example:
+        >>> check_range("consistency", torch.tensor([0.9, torch.nan, 85.0]), 0, 1)
+        Traceback (most recent call last):
+        ValueError: consistency: expected scores in 0..1, got 85
+    """
+    check_tensor(name, score)
+    seen = torch.unique(score[~score.isnan()])
+    off = (seen < low - slack) | (seen > high + slack)
+    if whole:
+        off |= seen != seen.round()
+    if bool(off.any()):
+        kind = "whole scores" if whole else "scores"
+        shown = ", ".join(f"{x:g}" for x in seen[off][:SHOWN].tolist())
+        more = ", ..." if int(off.sum()) > SHOWN else ""
+        raise ValueError(f"{name}: expected {kind} in {low:g}..{high:g}, got {shown}{more}")
 
 
 @dataclass(frozen=True)
@@ -78,17 +113,7 @@ class Scale:
             ValueError: one lies off the scale; the message shows the values seen.
             TypeError: ``score`` is not a tensor.
         """
-        check_tensor(name, score)
-        seen = torch.unique(score[~score.isnan()])
-        off = (seen < self.low) | (seen > self.high)
-        if self.whole:
-            off |= seen != seen.round()
-        if bool(off.any()):
-            kind = "whole scores" if self.whole else "scores"
-            shown = ", ".join(f"{x:g}" for x in seen[off][:SHOWN].tolist())
-            more = ", ..." if int(off.sum()) > SHOWN else ""
-            raise ValueError(f"{name}: expected {kind} in {self.low:g}..{self.high:g}, "
-                             f"got {shown}{more}")  # fmt: skip
+        check_range(name, score, self.low, self.high, whole=self.whole)
 
     def normalize(self, score: Tensor) -> Tensor:
         """Map scores to [0, 1]: (score - low) / (high - low), float32 (float64 if given).
@@ -112,3 +137,5 @@ BINARY = Scale(0, 1, success=1, whole=True)
 LIKERT = Scale(1, 5, success=5, whole=True)
 #: Scales of the library's judge by the name of its prompt's ``scale``.
 SCALES: Mapping[str, Scale] = {"binary": BINARY, "likert": LIKERT}
+#: Ranges of content consistency: a cosine of features, and a share such as 1 - mean difference.
+COSINE, SHARE = (-1.0, 1.0), (0.0, 1.0)

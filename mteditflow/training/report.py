@@ -315,7 +315,7 @@ def _before_after(x: Mapping[str, Any], digits: int, unit: str = "", points: str
     )
     change = ""
     if x["difference"] is not None:
-        ends = _interval(x["difference_interval"], digits)
+        ends = _interval(x["difference_interval"], f"+.{digits}f")
         change = f"; {x['difference']:+.{digits}f} {ends}{points}"
     return f"= {after} (before: {before}{change})"
 
@@ -325,8 +325,8 @@ def _cells(rows: Mapping[str, Any], name: str, digits: int) -> list[str]:
     return [
         "none"
         if value is None
-        else f"{value:.{digits}f} \\[{low:.{digits}f}, {high:.{digits}f}]{_few(count)}"
-        for value, (low, high), count in zip(*columns, strict=True)
+        else f"{value:.{digits}f} {_interval(ends, f'.{digits}f')}{_few(count)}"
+        for value, ends, count in zip(*columns, strict=True)
     ]
 
 
@@ -335,8 +335,10 @@ def _few(count: int) -> str:
     return " *" if count < FEW_CASES else ""
 
 
-def _interval(ends: Sequence[float], digits: int = 1) -> str:
-    return f"\\[{ends[0]:+.{digits}f}, {ends[1]:+.{digits}f}]"
+def _interval(ends: Sequence[float | None], form: str = "+.1f") -> str:
+    """Ends of an interval; there are none where all chains are alike in a term of no range."""
+    known = [format(end, form) for end in ends if end is not None]
+    return f"\\[{', '.join(known) or 'none: all alike'}]"
 
 
 def _many(count: int, what: str) -> str:

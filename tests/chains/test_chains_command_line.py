@@ -184,7 +184,7 @@ def ids(path):
 def parted(source, *options, suffix=".jsonl"):
     """Ids of both sides."""
     sides = [source.with_name(f"{name}{suffix}") for name in ("train", "held_out")]
-    result = run("split", source, *sides, *options)
+    result = run("split", source, *sides, "--replace", *options)
     assert result.exit_code == 0, result.stderr
     return [ids(side) for side in sides]
 
@@ -259,6 +259,8 @@ def test_every_format_is_split_into_its_own(name, tmp_path):
         (["split", FILES["native"], "a.jsonl", "a.jsonl"], "expected three different files"),
         (["split", FILES["native"], "no/a", "b"], "expected folders that exist, got no"),
         (["split", FILES["native"]], "Missing argument"),
+        (["split", FILES["edival"], "a.jsonl", "b.csv"], "expected names of the kind of edival"),
+        (["split", FILES["native"], "a.jsonl", "b.csv"], "expected names of the kind of native"),
     ],
 )
 def test_a_bad_split_is_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch):
@@ -268,6 +270,41 @@ def test_a_bad_split_is_one_line_and_writes_nothing(arguments, message, tmp_path
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_split_that_fails_half_way_leaves_both_files_and_names_one(pictured, monkeypatch):
+    """The disk is full at the second file; the first is the old one, too."""
+    parted(pictured, "--count", 1)
+    sides = [pictured.with_name(f"{x}.jsonl") for x in ("train", "held_out")]
+    old = [side.read_bytes() for side in sides]
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    result = run("split", pictured, *sides, "--replace", "--count", 4, "--seed", 1)
+    assert (result.exit_code, len(calls)) == (2, 2)
+    assert result.stderr == f"error: [Errno 28] No space left on device: '{sides[1]}'\n"
+    assert [side.read_bytes() for side in sides] == old
+    assert not list(pictured.parent.glob(".*"))
+
+
+def test_a_split_does_not_replace_files_in_silence(pictured):
+    parted(pictured, "--count", 1)
+    sides = [pictured.with_name(f"{x}.jsonl") for x in ("train", "held_out")]
+    old = [side.read_bytes() for side in sides]
+    result = run("split", pictured, *sides, "--count", 4, "--seed", 1)
+    assert result.exit_code == 2
+    assert f"expected new files, got {sides[0]} and {sides[1]}; --replace" in result.stderr
+    assert [side.read_bytes() for side in sides] == old
+    folder = pictured.with_name("folder")
+    folder.mkdir()
+    result = run("split", pictured, sides[0], folder, "--replace", "--count", 1)
+    assert result.stderr == f"error: [Errno 21] Is a directory: '{folder}'\n"
+    assert sides[0].read_bytes() == old[0]
 
 
 def test_formats_are_listed():

@@ -29,8 +29,7 @@ def test_equal_evaluations_differ_by_exactly_nothing():
     for interval in (*found.difference.values(), *(x.difference for x in pairs)):
         assert float(interval.estimate) == 0
         assert interval.low <= 0 <= interval.high
-    assert [float(x) for x in found.difference["content_consistency"]] == [0, 0, 0]
-    for name in ("instruction_following", "marginal"):  # no chain changed, of so few
+    for name in found.difference:  # no chain changed, of so few
         assert found.difference[name].low < 0 < found.difference[name].high
     assert all(x.difference.low < 0 < x.difference.high for x in pairs)
     for pair in pairs:

@@ -1,11 +1,14 @@
 """Metrics of held-out chains: by hand, against the demo's, and to a file and back."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 
+from mteditflow.evaluation import JudgedBy, Provenance
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import wilson_interval
 from tests.samples_of_scores import (
@@ -62,15 +65,17 @@ def test_metrics_equal_those_of_a_loop_in_plain_python():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_intervals_contain_the_estimate_and_are_empty_without_spread(seed):
+def test_intervals_contain_the_estimate_and_are_none_without_spread(seed):
     rows = (torch.rand(25, 2, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
     found = evaluation(rows.tolist(), rows.tolist(), always=[[0.5, 0.5]] * 25)
-    for estimate, low, high in found.metrics.values():
+    for name in found.names[:4]:
+        estimate, low, high = found.metrics[name]
         assert (low <= estimate).all()
         assert (estimate <= high).all()
     assert (found.metrics["overall"].low < found.metrics["overall"].high).all()
     always = found.metrics["always"]
-    assert always.low.tolist() == always.high.tolist() == [0.5, 0.5]
+    assert always.estimate.tolist() == [0.5, 0.5]
+    assert bool(always.low.isnan().all() & always.high.isnan().all())
 
 
 def test_a_chain_without_consistency_keeps_its_following():
@@ -127,6 +132,38 @@ def test_few_chains_that_agree_do_not_look_certain():
     assert found.estimate.tolist() == [100, 0]
     assert found.low.tolist() == pytest.approx([34.2380, 0], abs=1e-3)
     assert found.high.tolist() == pytest.approx([100, 65.7620], abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [85.0, -0.2, 1.01])
+@pytest.mark.parametrize("name", ["consistency", "background"])
+def test_consistency_off_its_scale_is_refused_in_memory_and_in_a_file(tmp_path, name, value):
+    judge = Provenance(judged_by=JudgedBy(scorer="mine:Scorer"))
+    good = evaluation([[1]], [[0.5]], background=[[0.5]], provenance=judge)
+    good.write(tmp_path / "e.json")
+    terms = {**good.terms, name: turn_scores([[value]])}
+    refused = f"{name}: expected scores in 0..1, got {value:g}"
+    with pytest.raises(ValueError, match=re.escape(refused)):
+        replace(good, terms=terms)
+    record = json.loads((tmp_path / "e.json").read_text())
+    record["terms"][name]["score"] = [[value]]
+    (tmp_path / "e.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=re.escape(f"e.json: {refused}")):
+        Evaluation.read(tmp_path / "e.json")
+
+
+def test_a_cosine_may_be_negative_and_rounding_may_lead_beyond_1():
+    judge = Provenance(judged_by=JudgedBy(judge="m", terms="features"))
+    assert evaluation([[1, 1]], [[-0.9, 1 + 5e-6]], provenance=judge).terms
+    with pytest.raises(ValueError, match=r"consistency: expected scores in -1..1, got -1.5"):
+        evaluation([[1]], [[-1.5]], provenance=judge)
+
+
+def test_a_score_that_is_text_is_refused(tmp_path):
+    evaluation([[1.0]]).write(tmp_path / "e.json")
+    text = (tmp_path / "e.json").read_text()
+    (tmp_path / "e.json").write_text(text.replace("[[1.0]]", '[["1"]]'))
+    with pytest.raises(ValueError, match=r"score\[0\]\[0\]: expected a valid number, got"):
+        Evaluation.read(tmp_path / "e.json")
 
 
 def test_a_reported_term_that_is_lost_leaves_the_chain_in():

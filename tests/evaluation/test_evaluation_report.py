@@ -2,12 +2,14 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mteditflow.chains import TASK_TYPES, Chain
-from mteditflow.evaluation.comparison import most_changed, report_difference
+from mteditflow.evaluation import JudgedBy, Provenance
+from mteditflow.evaluation.comparison import compare, most_changed, report_difference
 from mteditflow.evaluation.figures import draw_report
 from mteditflow.evaluation.report import ALL, DROP, Report, report_of
 from mteditflow.evaluation.tables import (
@@ -155,6 +157,80 @@ def test_edges_keep_a_width():
     assert all(x.low < 0 < x.high for x in shares)
 
 
+UNLIKE = 1 - 0.757502  # upper end of Wilson's interval of 0 of 12
+
+
+@pytest.fixture(scope="module")
+def alike(few_resamples):
+    """Twelve chains that all fail, or all pass, at the same consistency; and a term of no range."""
+
+    def run(following, consistency):
+        found = evaluation([[following] * 2] * 12, [[consistency] * 2] * 12, looks=[[20, 20]] * 12)
+        judge = JudgedBy(scorer="mine:Scorer")
+        return replace(found, provenance=Provenance(judged_by=judge))
+
+    return {"fail": run(0, 0.9), "pass": run(1, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "following"),
+    [
+        ("fail", (90, 90 - 90 * UNLIKE, 90 + 10 * UNLIKE), (0, 0, 100 * UNLIKE)),
+        ("pass", (100, 100 - 100 * UNLIKE, 100), (100, 100 - 100 * UNLIKE, 100)),
+    ],
+)
+def test_all_chains_alike_are_no_certainty(alike, name, content, following):
+    found = alike[name]
+    report = report_of(found, chains_of(found), title="x", left_out={})
+    both = [(a * b) ** 0.5 for a, b in zip(content, following, strict=True)]
+    for metric, expected in (
+        ("instruction_following", following),
+        ("content_consistency", content),
+        ("overall", both),
+    ):
+        number = report.find(metric, 2)
+        assert [number.estimate, number.low, number.high] == pytest.approx(expected, abs=1e-3)
+        own = [float(x[1]) for x in found.metrics[metric]]
+        assert own == pytest.approx(expected, abs=1e-3)
+    fall = report.find("content_consistency", DROP)
+    ends = [0, -100 * UNLIKE, 100 * UNLIKE]
+    assert [fall.estimate, fall.low, fall.high] == pytest.approx(ends, abs=1e-3)
+    looks = report.find("looks", 2)
+    assert (looks.estimate, looks.low, looks.high) == (20, None, None)
+    assert "20.000 [none: all 12 alike]" in markdown(report)
+    assert "[none] stands" in markdown(report)
+    assert ",20.0,,,12," in as_csv(report)
+    assert report.find("overall", DROP).low < 0 < report.find("overall", DROP).high
+    assert len(draw_report(report).axes) == 2
+
+
+def test_differences_of_chains_that_are_all_alike_are_no_certainty(alike):
+    """CC rises by 0.1 in each of twelve chains, Overall from 0 to 100; looks have no range."""
+    before, after = alike["fail"], alike["pass"]
+    report = report_difference(before, after, chains_of(before), title="x", left_out={})
+    number = report.find("content_consistency", 2)
+    expected = [10, 10 - 110 * UNLIKE, 10 + 90 * UNLIKE]
+    assert [number.estimate, number.low, number.high] == pytest.approx(expected, abs=1e-3)
+    change = compare(before, after).difference
+    assert [float(x) for x in change["content_consistency"]] == pytest.approx(expected, abs=1e-3)
+    overall = report.find("overall", 2)
+    assert overall.estimate == 100
+    assert 0 < overall.low < 100 - 100 * UNLIKE
+    assert [float(x) for x in change["overall"]] == pytest.approx(
+        [overall.estimate, overall.low, overall.high], abs=1e-3
+    )
+    assert (report.find("looks", 1).estimate, report.find("looks", 1).low) == (0, None)
+    assert bool(change["looks"].low.isnan())
+
+
+def test_one_turn_has_no_fall():
+    found = evaluation([[1], [0]], [[0.5], [0.7]])
+    report = report_of(found, chains_of(found, [[ADD], [ADD]]), title="x", left_out={})
+    assert {x.estimate for x in report.estimates if x.turn == DROP} == {None}
+    assert "drop" not in markdown(report)
+    assert "all turns" not in markdown(report)
+
+
 def test_intervals_of_differences_are_newcombes():
     """Four chains: both, lost, gained, gained; by type the same of the chains with that type."""
     before, after = evaluation([[1], [1], [0], [0]]), evaluation([[1], [0], [1], [1]])
@@ -230,7 +306,7 @@ def test_paired_differences_are_of_the_chains_that_count_in_both():
     assert [(x.row, x.turns) for x in changes] == [(1, 2), (3, 0)]
     same = report_difference(before, before, chains_of(before), title="x", left_out={})
     assert {x.estimate for x in same.estimates} == {0.0}
-    assert {(x.low, x.high) for x in same.estimates if x.metric in ("overall",)} == {(0, 0)}
+    assert all(x.low < 0 < x.high for x in same.estimates if x.metric == "overall")
 
 
 def test_others_chains_are_refused():

@@ -108,6 +108,7 @@ def finished(root, few_resamples):
         "bad_chains": ("chains.jsonl", '{"id": 8, "image": "x", "instructions": ["a"]}'),
         "no_report": ("report.json", None),
         "bad_report": ("report.json", "[]"),
+        "cut": ("evaluation.json", "{"),
     }
     for name, (file, text) in damage.items():
         shutil.copytree(root / "one", root / name)
@@ -124,6 +125,10 @@ def finished(root, few_resamples):
         record = json.loads(path.read_text())
         change(record)
         path.write_text(json.dumps(record))
+    shutil.copytree(root / "one", root / "types")
+    path, types = root / "types" / "chains.jsonl", ("subject_add", "color_alter")
+    chains = read_chains(path).chains
+    write_chains([x.model_copy(update={"task_types": types}) for x in chains], path)
     shutil.copytree(root / "one", root / "imageless")
     settings = (root / "imageless" / "settings.json").read_text()
     (root / "imageless" / "settings.json").write_text(settings.replace("world/made", "no"))
@@ -148,7 +153,7 @@ RUN = {
     "a binary file": (["ROOT/binary", *SCORED[1:]], "got a file with NUL bytes"),
     "NaN in the file": (["ROOT/nan.jsonl", *SCORED[1:]], "expected"),
     "no reference": (["ROOT/gone.jsonl", *SCORED[1:]], "no.png"),
-    "no such scorer": ([*MADE, "--scorer", "nowhere:Thing"], "rewards.scorer: expected module:na"),
+    "no such scorer": ([*MADE, "--scorer", "nowhere:Thing"], "error: --scorer: expected module:na"),
     "another scale than declared": ([*SCORED, "--scale", "binary"], "that mteditflow_examples"),
     "an unknown scale": ([*SCORED, "--scale", "ternary"], "Invalid value for '--scale'"),
     "a threshold off the scale": ([*SCORED, "--success", "7"], "in (1, 5], got 7"),
@@ -169,6 +174,16 @@ RUN = {
     ),
     "a bad URL": ([*MADE, "--judge", "127.0.0.1", "--model", "m"], "expected http"),
     "a URL without /v1": ([*MADE, "--judge", "http://x", "--model", "m"], "end in /v1"),
+    "a port that is none": (
+        [*MADE, "--judge", "http://127.0.0.1:99999/v1", "--model", "m"],
+        "expected a port of 1..65535",
+    ),
+    "an editor's option beside images": ([*SCORED, "--lora", "x"], "expected no --lora"),
+    "an editor's seed beside images": ([*SCORED, "--seed", "0"], "expected no --seed"),
+    "a judge's option beside a scorer": (
+        [*SCORED, "--model", "m"],
+        "expected no --model",
+    ),
     "no model": ([*MADE, "--judge", NOBODY], "expected --judge and --model"),
     "a dead judge": ([*MADE, *JUDGE], f"rewards.judge: expected an answer from {NOBODY}, got no c"),
     "a dead consistency server": (
@@ -202,7 +217,10 @@ RUN = {
         "call: expected key=value",
     ),
     "a scorer and a judge": ([*SCORED, *JUDGE], "expected no --judge"),
-    "the output is a file": ([*SCORED[:-4], "--output", "ROOT/empty", *EXACT], "ROOT/empty"),
+    "the output is a file": (
+        [*SCORED[:-4], "--output", "ROOT/empty", *EXACT],
+        "--output: expected a folder, got the file ROOT/empty",
+    ),
 }
 
 
@@ -237,6 +255,7 @@ AGAIN = {
     "another threshold": ([*EXACT, "--success", "4"], "holds an evaluation of scale = "),
     "other chains": (EXACT, "holds an evaluation of chains = "),
     "other images": (EXACT, "holds an evaluation of images = "),
+    "settings that were deleted": (EXACT, "holds evaluation.json without settings.json"),
     "another resolution": ([*EXACT, "--resolution", "12"], "holds an evaluation of resolution"),
 }  # fmt: skip
 
@@ -246,7 +265,8 @@ def test_evaluate_run_into_a_folder_of_something_else(finished, tmp_path, case):
     more, message = AGAIN[case]
     chains = "ROOT/l.jsonl" if case == "other chains" else "ROOT/chains.jsonl"
     images = "ROOT/odd" if case == "other images" else "ROOT/made"
-    where = ["run", chains, "--images", images, "--output", "ROOT/one"]
+    output = "ROOT/no_settings" if case == "settings that were deleted" else "ROOT/one"
+    where = ["run", chains, "--images", images, "--output", output]
     assert message in refused(evaluate.app, finished, tmp_path, [*where, *more])
 
 
@@ -273,8 +293,14 @@ COMPARE = {
         "success_at: expected 5",
     ),
     "scores off the scale": (["ROOT/off", "ROOT/one"], "whole scores in 1..5, got 7"),
-    "other terms": (["ROOT/one", "ROOT/terms"], "expected the names of before"),
+    "other terms": (["ROOT/one", "ROOT/terms"], "terms (after): after: expected the names of befo"),
+    "a cut file": (["ROOT/one", "ROOT/cut"], "evaluation.json: expected Invalid JSON"),
     "no images": (["ROOT/one", "ROOT/imageless"], "expected the image"),
+    "the output is a file": (
+        ["ROOT/one", "ROOT/one", "--output", "ROOT/empty"],
+        "--output: expected a folder, got the file",
+    ),
+    "other edit types": (["ROOT/one", "ROOT/types"], "types/chains.jsonl: expected the edit types"),
     "the output is one of both": (["ROOT/one", "ROOT/one", "--output", "ROOT/one"], "another fold"),
     "a negative number": (["ROOT/one", "ROOT/one", "--shown", "-1"], "Invalid value for '--shown'"),
 }
@@ -296,7 +322,10 @@ CHAINS = {
     "a binary file": (["ROOT/binary", *SCORES[1:]], "got a file with NUL bytes"),
     "NaN in the file": (["ROOT/nan.jsonl", *SCORES[1:]], "expected content of one of"),
     "no reference": (["ROOT/gone.jsonl", *SCORES[1:]], "no.png"),
-    "no folder of images": (["ROOT/chains.jsonl", "nowhere", *SCORES[2:]], "turn 1: expected the"),
+    "no folder of images": (
+        ["ROOT/chains.jsonl", "nowhere", *SCORES[2:]],
+        "expected a folder of",
+    ),
     "a turn is missing": (["ROOT/chains.jsonl", "ROOT/short", *SCORES[2:]], "turn 2: expected the"),
     "unreadable images": (["ROOT/chains.jsonl", "ROOT/torn", *SCORES[2:]], "expected an image"),
     "images of other chains": (["ROOT/chains.jsonl", "ROOT/other/made", *SCORES[2:]], "got none"),
@@ -310,7 +339,10 @@ CHAINS = {
         "expected unchanged_objects or all_objects",
     ),
     "an unknown scale": ([*SCORES, "--scale", "ternary"], "Invalid value for '--scale'"),
-    "an unknown pattern": ([*SCORES, "--name", "{chain}.png"], "chain"),
+    "an unknown pattern": (
+        [*SCORES, "--name", "{chain}.png"],
+        "expected a pattern of {id}",
+    ),
     "a pattern that is none": ([*SCORES, "--name", "{id"], "expected '}'"),
     "a share that is no number": ([*SCORES, "--max-invalid", "x"], "Invalid value for '--max-in"),
     "no such option": ([*SCORES, "--success", "7"], "No such option"),

@@ -86,7 +86,7 @@ class ChatClient:
             ``patience`` and the others.
 
     Raises:
-        ValueError: a URL does not end in /v1, or a number is out of range.
+        ValueError: a URL does not end in /v1, the model has no name, or a number is out of range.
 
     Example:
         >>> import anyio
@@ -108,6 +108,8 @@ class ChatClient:
         request: RequestOptions | None = None,
         **options: Any,
     ) -> None:
+        if not model:
+            raise ValueError("model: expected the name of a model on the endpoints, got ''")
         check_number("temperature", temperature, low=0.0)
         self.model, self.temperature, self._cache = model, temperature, cache
         self.request = request or RequestOptions()

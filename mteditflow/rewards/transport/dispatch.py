@@ -118,7 +118,10 @@ class Dispatcher:
         check_number("max_back_off", max_back_off, low=back_off)
         check_number("patience", patience, low=0.0)
         if secret is not None and not (secret.isascii() and secret.isprintable() and secret):
-            raise ValueError("secret: expected printable ASCII, got something else")
+            raise ValueError(
+                "secret: expected a key or token of printable ASCII (OPENAI_API_KEY, "
+                "MTEDITFLOW_TOKEN), got an empty one or other characters"
+            )
         self._rotation = Rotation(
             endpoints,
             faults_to_rest=faults_to_rest,

@@ -37,6 +37,8 @@ def check_url(name: str, url: str) -> str:
     except httpx2.InvalidURL as error:
         raise ValueError(f"{name}: expected http(s)://host[:port][/path], got {shown!r}") from error
     extra = parts.userinfo or parts.query or parts.fragment
+    if parts.port is not None and not 0 < parts.port < 2**16:
+        raise ValueError(f"{name}: expected a port of 1..65535, got {shown!r}")
     if parts.scheme not in ("http", "https") or not parts.host or extra:
         raise ValueError(f"{name}: expected http(s)://host[:port][/path], got {shown!r}")
     return url.rstrip("/")

@@ -415,7 +415,7 @@ def test_chains_and_images_that_do_not_fit_are_errors_and_nothing_is_sent(change
     [
         ({"endpoints": ["http://127.0.0.1:8200"]}, "endpoints: expected URLs that end in /v1"),
         ({"pairing": "all"}, "pairing: expected one of"),
-        ({"token": "two\nlines"}, "secret: expected printable ASCII"),
+        ({"token": "two\nlines"}, "secret: expected a key or token of printable ASCII"),
         ({"chains_at_once": 0}, "chains_at_once: expected an integer >= 1"),
         ({"attempts": 0}, "attempts: expected an integer >= 1"),
     ],

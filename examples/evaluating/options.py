@@ -1,0 +1,57 @@
+"""Options of the evaluation commands: errors by their names, and what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from typer import Context
+
+from mteditflow._command import refusing
+
+# Fields that the commands share with the trainer, by the names of their options.
+OPTIONS = {"rewards.judge_model": "--model"}
+EDITOR = ("lora", "call", "dtype", "seed", "batch")  # act on an editor alone
+JUDGE = (  # act on a judge or a consistency server alone
+    "model", "thinking", "answer_tokens", "reasoning_tokens", "chat_template_kwargs", "extra_body",
+    "terms", "concurrency",
+)  # fmt: skip
+SHOWN = 3  # chains that a message names
+
+
+@contextmanager
+def refusing_options() -> Iterator[None]:
+    """``refusing``, with ``--scorer`` for ``rewards.scorer`` in the line."""
+    with refusing():
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(_by_option(str(error))) from error
+
+
+def _by_option(message: str) -> str:
+    """Name an option of a command where a message names the field that it sets.
+
+    Example:
+        >>> _by_option("rewards.scorer: expected module:name, got 'x'")
+        "--scorer: expected module:name, got 'x'"
+    """
+    for field, option in OPTIONS.items():
+        message = message.replace(field, option)
+    return message.replace("rewards.", "--") if message.startswith(("rewards.", "--")) else message
+
+
+def refuse_ignored(context: Context, other: str, names: tuple[str, ...]) -> None:
+    """Raise ValueError if an option was given that another one makes meaningless."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{other}: expected no {option} beside it, which would have no effect")
+
+
+def few(reasons: Mapping[str, str]) -> str:
+    """Name a few of what was left out, with the reason, and how many more there are."""
+    shown = [f"{name}: {why}" for name, why in list(reasons.items())[:SHOWN]]
+    more = [f"... and {len(reasons) - SHOWN} more"] * (len(reasons) > SHOWN)
+    return "; ".join([*shown, *more])

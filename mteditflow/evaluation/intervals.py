@@ -1,0 +1,169 @@
+r"""95% intervals of the metrics of an evaluation over its chains, with a width at the edges, too.
+
+A bootstrap has no width where all chains are alike, which is no certainty. Of a mean of bounded
+scores (CC) there is an interval all the same: where all n chains are alike, the share of chains
+unlike them is at most :math:`q = 1 - W_n`, with Wilson's lower end :math:`W_n` for n successes of
+n. They may have any value in [low, high], so the mean lies in
+
+.. math:: [x - q (x - low), \; x + q (high - x)].
+
+At the ends of the range this is Wilson's interval. Overall takes the ends of the intervals of IF
+and CC where one of these is without spread: the widest that it can be. A term whose range is not
+known has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mteditflow.metrics import (
+    Interval,
+    bootstrap_interval,
+    interval_difference,
+    overall,
+    wilson_interval,
+)
+
+METRICS = ("instruction_following", "marginal", "content_consistency", "overall")  # in percent
+PER_SAMPLE = "content_consistency_per_sample"  # in percent
+IF, CC, OVERALL = (METRICS.index(METRICS[i]) for i in (0, 2, 3))
+MEANS = (METRICS[CC], PER_SAMPLE)  # of bounded scores
+ROUNDING = 1e-6  # width of an interval of equal numbers, as a share of their range
+
+
+def interval_of(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...]) -> Interval:
+    """Bootstrap a statistic over chains with a fixed seed; NaN where it is."""
+    seeded = torch.Generator().manual_seed(0)
+    return bootstrap_interval(statistic, *samples, generator=seeded, vectorized=True)
+
+
+def without_width(interval: Interval, unit: Tensor | float) -> Tensor:
+    """Find intervals without width, up to rounding of numbers of a size ``unit``."""
+    return (interval.high - interval.low) <= ROUNDING * unit
+
+
+def alike_interval(value: Tensor, count: Tensor, bounds: tuple[float, float]) -> Interval:
+    """Interval of a mean of bounded scores where all cases are alike; see the module's formula.
+
+    Args:
+        value: the score of each case, any shape, in ``bounds``.
+        count: number n of cases, same shape.
+        bounds: range of the scores, or of the differences of two.
+
+    Returns:
+        Interval of the same shape and dtype; NaN where there is no case.
+
+    Example:
+        >>> low, high = alike_interval(torch.tensor(0.9), torch.tensor(12), (0, 1))[1:]
+        >>> f"[{low:.2f}, {high:.2f}]"
+        '[0.68, 0.92]'
+    """
+    unlike = 1 - wilson_interval(count, count).low
+    low, high = (value - unlike * (value - end) for end in bounds)
+    return Interval(value, low.to(value), high.to(value))
+
+
+def bounded_interval(
+    found: Interval, count: Tensor, bounds: tuple[float, float]
+) -> tuple[Interval, Tensor]:
+    """Give a bootstrapped interval of a mean of bounded scores a width where it has none.
+
+    Returns:
+        The interval, and where it had none, boolean.
+    """
+    flat = without_width(found, bounds[1] - bounds[0])
+    return _replaced(found, alike_interval(found.estimate, count, bounds), flat), flat
+
+
+def overall_interval(
+    found: Interval, following: Interval, consistency: Interval, edge: Tensor
+) -> Interval:
+    """Replace a bootstrapped interval of Overall where a part of it is without spread.
+
+    Args:
+        found: the bootstrapped interval.
+        following: of IF, same shape and unit.
+        consistency: of CC, same shape and unit.
+        edge: where all chains agree in IF or in CC, boolean.
+
+    Returns:
+        There from the lower ends of both to the upper ones.
+    """
+    ends = (overall(*pair) for pair in zip(following[1:], consistency[1:], strict=True))
+    return _replaced(found, Interval(found.estimate, *ends), edge)
+
+
+class MetricIntervals:
+    """Intervals of tables [metrics, T] in the order of an evaluation's ``names``, in percent.
+
+    Args:
+        names: of the metrics.
+        bounds: range of content consistency.
+    """
+
+    def __init__(self, names: Sequence[str], bounds: tuple[float, float]) -> None:
+        self._names = tuple(names)
+        low, high = (100 * end for end in bounds)
+        self._level, self._change = (low, high), (low - high, high - low)
+
+    def levels(self, table: Tensor, counts: Tensor) -> Tensor:
+        """Mend the bootstrapped intervals of metrics.
+
+        Args:
+            table: estimate, low, high, [3, metrics, T], changed in place; IF's interval is its own
+                already.
+            counts: number of chains behind each, [metrics, T].
+
+        Returns:
+            Where Overall had to take the ends of its parts, boolean [T].
+        """
+        edge = (table[0, IF] == 0) | (table[0, IF] == 100)
+        for i, name in enumerate(self._names):
+            if name in MEANS:
+                own = Interval(*table[:, i])
+                found, flat = bounded_interval(own, counts[i], self._level)
+                table[:, i] = torch.stack(found)
+                edge = edge | flat if i == CC else edge
+        self._drop_flat(table, table)
+        if METRICS[OVERALL] in self._names:
+            own, following, content = (Interval(*table[:, i]) for i in (OVERALL, IF, CC))
+            table[:, OVERALL] = torch.stack(overall_interval(own, following, content, edge))
+        return edge
+
+    def changes(
+        self, table: Tensor, counts: Tensor, after: Tensor, before: Tensor, edge: Tensor
+    ) -> None:
+        """Mend the bootstrapped intervals of paired differences of metrics, in place.
+
+        Args:
+            table: of the differences, [3, metrics, T].
+            counts: number of chains behind each, [metrics, T].
+            after: of the first of each pair, [3, metrics, T], mended.
+            before: of the second.
+            edge: where Overall of one of them had to take the ends of its parts, [T].
+        """
+        for i, name in enumerate(self._names):
+            if name in MEANS:
+                own = Interval(*table[:, i])
+                table[:, i] = torch.stack(bounded_interval(own, counts[i], self._change)[0])
+        self._drop_flat(table, torch.maximum(after[0].abs(), before[0].abs())[None])
+        if METRICS[OVERALL] in self._names:
+            own, new, old = (Interval(*x[:, OVERALL]) for x in (table, after, before))
+            flat = edge | without_width(own, 100.0)
+            table[:, OVERALL] = torch.stack(_replaced(own, interval_difference(new, old), flat))
+
+    def _drop_flat(self, table: Tensor, sizes: Tensor) -> None:
+        """Leave terms whose range is not known without an interval where it has no width."""
+        for i, name in enumerate(self._names):
+            if name not in (*METRICS, PER_SAMPLE):
+                unit = sizes[:, i].abs().amax(dim=0)
+                flat = without_width(Interval(*table[:, i]), unit)
+                table[1:, i] = table[1:, i].masked_fill(flat, torch.nan)
+
+
+def _replaced(interval: Interval, other: Interval, where: Tensor) -> Interval:
+    low, high = (torch.where(where, y, x) for x, y in zip(interval[1:], other[1:], strict=True))
+    return Interval(interval.estimate, low, high)
