@@ -81,7 +81,7 @@ laws: $(INSTALLED)
 		--numprocesses $(WORKERS) --dist worksteal tests/testing/test_laws_of_ours.py
 
 kills: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m long tests/flux
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m long
 	$(BIN)/python -m tests.flux.killing --objective nft --kills 20 --seed 0
 	$(BIN)/python -m tests.flux.killing --objective grpo --kills 20 --seed 0
 
