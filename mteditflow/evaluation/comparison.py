@@ -112,7 +112,6 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
         last = [x[:, -1] for x in (*metrics, metrics[1] - metrics[0])]
         return torch.cat([*last, old, new, new - old])
 
-    width = len(ratio_names) + 1
     bootstrapped = torch.stack(interval_of(statistic, (*first, *second)))
     end = 3 * len(names)
     tables, pairs = bootstrapped[:, :end], bootstrapped[:, end:]
