@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mteditflow import (
+    Interval,
     bootstrap_interval,
     content_consistency,
     instruction_following,
@@ -45,7 +46,7 @@ from mteditflow._text import escape_controls, escape_markup
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, read_chains
 from mteditflow.evaluation.intervals import bounded_interval, overall_interval
 from mteditflow.evaluation.provenance import agreed, same_judge
-from mteditflow.metrics import FEW_CASES, Interval
+from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
     LIKERT,
     AnswerCache,

@@ -15,8 +15,8 @@ FILES = sorted(
 )
 # Module to the names of it that may be imported although no package names them in __all__.
 ALLOWED: dict[str, set[str]] = {
-    # The one atomic write of the repository; it is no part of reinforcement learning.
-    "mteditflow._files": {"write_atomically"},
+    # The atomic writes of the repository; they are no part of reinforcement learning.
+    "mteditflow._files": {"naming", "require_folder", "write_all_atomically", "write_atomically"},
     # Foreign text on a terminal, and the options of every command with a judge.
     "mteditflow._command": {"OneLineCommand", "OneLineGroup", "refusing"},
     "mteditflow._text": {"escape_controls", "escape_markup"},
@@ -27,6 +27,12 @@ ALLOWED: dict[str, set[str]] = {
         "ReasoningTokens",
         "request_options",
     },
+    # Intervals where all chains are alike, ranges of scores, and what a scorer is checked with.
+    "mteditflow.evaluation.intervals": {"bounded_interval", "overall_interval"},
+    "mteditflow.rewards.scale": {"COSINE", "SHARE"},
+    "mteditflow.evaluation.evaluation": {"FOLLOWING", "check_consistency"},
+    "mteditflow.evaluation.code_version": {"code_version"},
+    "mteditflow.evaluation.figures": {"chart_files"},
     # What records of judges and makers are made and compared with.
     "mteditflow.evaluation.provenance": {
         "agreed",
