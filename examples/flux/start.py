@@ -35,13 +35,12 @@ from .rewards import Submit, scoring
 from .run import Run, State, Stopped
 from .scorers import ScorerError
 
-BAD_INPUT = (ConfigError, ChainError)
+BAD_INPUT = (ConfigError, ChainError, ScorerError)
 ENDS = (
     InvalidRewardsError,
     ReplayError,
     RewardCollapseError,
     FloatingPointError,
-    ScorerError,
     OSError,
 )
 
