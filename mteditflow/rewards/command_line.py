@@ -22,9 +22,10 @@ def read_secret(variable: str) -> str | None:
     r"""Return a key or a token of the environment, without the line break at its end; else None.
 
     Example:
-        >>> os.environ["SOME_KEY"] = "secret\\n"
+        >>> os.environ["SOME_KEY"] = "secret\n"
         >>> read_secret("SOME_KEY"), read_secret("ANOTHER_KEY")
         ('secret', None)
+        >>> del os.environ["SOME_KEY"]
     """
     value = os.environ.get(variable)
     return None if value is None else value.rstrip("\r\n")
