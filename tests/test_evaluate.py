@@ -363,9 +363,9 @@ def _evaluation(folder):
     ("arguments", "message"),
     [
         (["--judge", "http://127.0.0.1:9/v1", "--model", "m"], "either --editor or --images"),
-        (["--images", "x"], "expected --judge and --model, or --scorer"),
+        (["--images", "."], "expected --judge and --model, or --scorer"),
         (["--editor", "x", *EXACT, "--call", "steps"], "call: expected key=value"),
-        (["--images", ".", "--scorer", "nowhere:Thing"], "rewards.scorer: expected module:name"),
+        (["--images", ".", "--scorer", "nowhere:Thing"], "--scorer: expected module:name"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(world, tmp_path, arguments, message):

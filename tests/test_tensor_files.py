@@ -1,5 +1,6 @@
 """Tensor files and atomic writes: round trips, lazy bits, damage, full disks."""
 
+import errno
 import functools
 import json
 import os
@@ -13,7 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mteditflow._files import load_tensors, save_tensors, write_atomically
+from mteditflow._files import (
+    load_tensors,
+    save_tensors,
+    write_all_atomically,
+    write_atomically,
+)
 from tests.loops import some
 
 DTYPES = [
@@ -302,3 +308,24 @@ def test_bytes_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         save_tensors(tmp_path / "none" / "x", {"x": torch.zeros(3)}, {})
+
+
+def test_files_of_a_report_are_all_new_or_all_old_and_the_one_that_failed_is_named(
+    tmp_path, monkeypatch
+):
+    """The disk is full at the second of three files."""
+    old = dict.fromkeys("abc", b"old")
+    write_all_atomically(tmp_path, old)
+    calls, sync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as found:
+        write_all_atomically(tmp_path, dict.fromkeys("abc", b"new"))
+    assert found.value.filename == str(tmp_path / "b")
+    assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == old

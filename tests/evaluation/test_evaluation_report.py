@@ -329,3 +329,14 @@ def test_some_chains_of_an_evaluation_in_another_order():
     assert part.estimates["marginal"] == [100, 100]
     with pytest.raises(ValueError, match="expected chains of the evaluation, got 'c9'"):
         found.only(["c9"])
+
+
+def test_markdown_shows_text_of_others_as_it_stands():
+    found = evaluation([[1]])
+    text = "<img src=x onerror=y> [a](http://b) ![c](d) **e** `f` | g\n# h"
+    page = markdown(report_of(found, chains_of(found), title=text, left_out={text: text}))
+    assert "<img" not in page
+    assert "](" not in page.replace(r"\](", "")
+    assert "http://" not in page
+    assert "**e**" not in page
+    assert "\n# h" not in page

@@ -144,7 +144,7 @@ def test_the_table_has_a_line_before_and_after_for_each_metric(report, tmp_path)
     ]
     assert table["IF: all turns so far", "after"] == ["100.0 [43.9, 100.0] *"] * 2
     assert table["CC", "after"][1] == "60.0 [-29.8, 82.5] *"
-    assert table["whole, mean", "after"] == ["1.000 [1.000, 1.000] *"] * 2
+    assert table["whole, mean", "after"] == ["1.000 [none: all alike] *"] * 2
     assert len(table) == 10
     assert "3 held-out chains, percent [95% interval]; * over fewer than 10" in text
     assert "curves.png" in text
