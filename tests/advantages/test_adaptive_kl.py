@@ -23,7 +23,7 @@ def test_golden_updates():
 
 
 @given(
-    st.lists(st.floats(0, 10), max_size=30),
+    st.lists(st.floats(0, 10), min_size=1, max_size=30),
     st.floats(1e-4, 1),
     st.floats(1e-3, 10),
     st.floats(0.01, 1),

@@ -58,7 +58,7 @@ def test_the_fusion_is_that_of_the_lagrangian_over_a_number(fuse, multiplier, se
     assert found.abs().max() <= 1.15 * 3**0.5 + 1e-9  # of one in four, whatever the multiplier
 
 
-@given(st.lists(st.floats(-2, 2), max_size=20), st.floats(0.01, 9), st.floats(0.01, 9))
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=20), st.floats(0.01, 9), st.floats(0.01, 9))
 def test_values_stay_in_range_and_a_state_is_a_number(means, rate, maximum):
     multiplier = LagrangeMultiplier(0.5, rate, maximum)
     for mean in some(means):

@@ -53,7 +53,7 @@ def ask(work, numbers, **options):
     return asyncio.run(main())
 
 
-@given(st.lists(st.integers(0, 10**6), max_size=40), st.integers(1, 9))
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=40), st.integers(1, 9))
 def test_every_request_gets_its_own_answer_in_batches_that_are_bounded_and_in_order(numbers, most):
     work = Squares()
     assert ask(work, numbers, max_batch=most) == [n * n for n in numbers]

@@ -208,6 +208,7 @@ EVENTS = st.lists(
             ]
         ),
     ),
+    min_size=1,
     max_size=60,
 )
 
