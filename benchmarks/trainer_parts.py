@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import Training
+from mteditflow_examples.flux.inputs import read_inputs
 from mteditflow_examples.flux.rewards import (
     round_rewards,
     scoring,
@@ -65,9 +66,11 @@ def started(preset: str, world: Path, output: Path, *more: object) -> Iterator[R
     given = ["--model.path", world / "model", "--data.chains", world / "train.jsonl"]
     given += ["--data.held-out", None, "--output.folder", output, "--output.strips-every", 0, *more]
     config = parse([preset, "--output.trackers", *map(str, given)])
+    accelerator = Accelerator(cpu=True)
+    inputs = read_inputs(config, accelerator)
     log = RunLog(output, console=False, main=True)
     with Termination() as termination, scoring(config.rewards, output / "cache") as submit:
-        yield build(config, Accelerator(cpu=True), log, termination, submit)
+        yield build(config, accelerator, inputs, log, termination, submit)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ started again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -277,16 +278,22 @@ def scale(name: str) -> int:
 
 def cell(summary: dict[str, list], name: str) -> str:
     """A metric at the last turn with its interval."""
-    low, high = summary[f"{name}_interval"][-1]
-    return f"{summary[name][-1]:.1f} [{low:.1f}, {high:.1f}]"
+    value, ends = summary[name][-1], summary[f"{name}_interval"][-1]
+    if None in ends:
+        return f"{value:.1f} (no interval)"
+    low, high = ends
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def signed(gain: dict[str, Any], name: str, *, factor: int = 1) -> str:
     """A paired difference with its interval, times ``factor``."""
     if gain[name] is None:
         return "none"
-    value, low, high = (factor * x for x in (gain[name], *gain[f"{name}_interval"]))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    value, ends = gain[name], gain[f"{name}_interval"]
+    if None in ends:
+        return f"{factor * value:+.1f} (no interval)"
+    low, high = ends
+    return f"{factor * value:+.1f} [{factor * low:+.1f}, {factor * high:+.1f}]"
 
 
 def _share(value: float | None) -> str:
@@ -311,7 +318,8 @@ def draw_summary(reports: dict[tuple[str, int], dict[str, Any]], path: Path) -> 
                     turns = range(1, len(values) + 1)
                     ends = report[when][f"{name}_interval"]
                     low, high = (
-                        [scale(name) * x for x in side] for side in zip(*ends, strict=True)
+                        [math.nan if x is None else scale(name) * x for x in side]
+                        for side in zip(*ends, strict=True)
                     )
                     axes.fill_between(turns, low, high, color=color, alpha=0.1, linewidth=0)
                     axes.plot(turns, values, "o-", color=color, markersize=4, label=when)

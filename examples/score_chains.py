@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mteditflow import (
+    Interval,
     bootstrap_interval,
     content_consistency,
     instruction_following,
@@ -61,7 +62,7 @@ from mteditflow.chains.files import is_outside
 from mteditflow.evaluation import JudgedBy
 from mteditflow.evaluation.intervals import bounded_interval, overall_interval
 from mteditflow.evaluation.provenance import agreed, same_judge
-from mteditflow.metrics import FEW_CASES, Interval
+from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
     LIKERT,
     AnswerCache,

@@ -17,12 +17,22 @@ FILES = sorted(
 )
 # Module to the names of it that may be imported although no package names them in __all__.
 ALLOWED: dict[str, set[str]] = {
-    # The one atomic write of the repository; it is no part of reinforcement learning.
-    "mteditflow._files": {"require_folder", "write_atomically"},
+    # The atomic writes of the repository; they are no part of reinforcement learning.
+    "mteditflow._files": {"naming", "require_folder", "write_all_atomically", "write_atomically"},
     "mteditflow._locks": {"sole_writer"},
     "mteditflow._pipes": {"reader_may_leave"},
     # Foreign text on a terminal, and the options of every command with a judge.
-    "mteditflow._command": {"BAD_INPUT", "OneLineCommand", "OneLineGroup", "refuse", "refusing"},
+    "mteditflow._command": {
+        "BAD_INPUT",
+        "OneLineCommand",
+        "OneLineGroup",
+        "failing",
+        "program",
+        "refuse",
+        "refusing",
+        "writing",
+    },
+    "mteditflow._checks": {"check_count"},
     "mteditflow._text": {"escape_controls", "escape_markup"},
     "mteditflow.rewards.command_line": {
         "AnswerTokens",
@@ -32,10 +42,17 @@ ALLOWED: dict[str, set[str]] = {
         "check_source",
         "read_secret",
         "request_options",
+        "require_or_answers",
         "require_reachable",
     },
     # Whether a folder holds a pipeline that can be trained, before it is loaded.
     "mteditflow.pipelines.families": {"find_family"},
+    # Intervals where all chains are alike, ranges of scores, and what a scorer is checked with.
+    "mteditflow.evaluation.intervals": {"bounded_interval", "overall_interval"},
+    "mteditflow.rewards.scale": {"COSINE", "SHARE"},
+    "mteditflow.evaluation.evaluation": {"FOLLOWING", "check_consistency"},
+    "mteditflow.evaluation.code_version": {"code_version"},
+    "mteditflow.evaluation.figures": {"chart_files"},
     # What records of judges and makers are made and compared with.
     "mteditflow.evaluation.provenance": {
         "agreed",

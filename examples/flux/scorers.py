@@ -198,7 +198,11 @@ class CheckedScorer:
                     f"{_short(turns)} of each chain, got {shape} with "
                     f"{_short(scores.turn_mask.sum(dim=1).tolist())}"
                 )
-        self._scale.check(FOLLOWING, found[FOLLOWING].score)
+        try:
+            self._scale.check(FOLLOWING, found[FOLLOWING].score)
+        except ValueError as error:
+            name = self._path.partition(":")[2]
+            raise ValueError(f"{error}; {name} declares the scale {self._scale}") from error
         check_consistency(found, self._bounds)
 
 

@@ -35,13 +35,12 @@ from .rewards import Submit, scoring
 from .run import Run, State, Stopped
 from .scorers import ScorerError
 
-BAD_INPUT = (ConfigError, ChainError)
+BAD_INPUT = (ConfigError, ChainError, ScorerError)
 ENDS = (
     InvalidRewardsError,
     ReplayError,
     RewardCollapseError,
     FloatingPointError,
-    ScorerError,
     OSError,
 )
 
@@ -125,6 +124,8 @@ def main(train: Callable[[Run], None], config: Config) -> None:
                 submit = stack.enter_context(scoring(config.rewards, cache))
             accelerator.init_trackers("trackers", config=flat(config))
             _run(train, partial(build, config, accelerator, inputs, log, termination, submit), log)
+    except Stopped:  # out here, so that what is under way is given up, not waited for
+        pass
     finally:
         gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
         accelerator.end_training()
@@ -134,6 +135,7 @@ def _run(train: Callable[[Run], None], load: Callable[[], Run], log: RunLog) -> 
     """Load a run and train; what is known to end one ends it with a line of the log.
 
     Raises:
+        Stopped: a signal came, and the run is saved.
         SystemExit: with 2 before the run goes on or begins, with 1 later.
     """
     run: Run | None = None
@@ -142,8 +144,6 @@ def _run(train: Callable[[Run], None], load: Callable[[], Run], log: RunLog) -> 
         with saved_on_exit(run):
             train(run)
             summarize(run)
-    except Stopped:
-        pass  # with 0: the run did what it was asked to
     except (*BAD_INPUT, *ENDS) as error:
         with suppress(OSError):  # of the log, on a full disk: the words are on the terminal
             log.message(f"error: {error}")

@@ -142,7 +142,7 @@ def test_images_outside_of_the_folder_need_an_option_of_every_command(tmp_path):
     for command, code in (
         (["check", source], 1),
         (["convert", source, sides[0]], 2),
-        (["split", source, *sides, "--by", "chain", "--count", 1], 2),
+        (["split", source, *sides, "--replace", "--by", "chain", "--count", 1], 2),
     ):
         refused = run(*command)
         assert refused.exit_code == code

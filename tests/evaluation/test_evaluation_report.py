@@ -224,6 +224,15 @@ def test_differences_of_chains_that_are_all_alike_are_no_certainty(alike):
     assert bool(change["looks"].low.isnan())
 
 
+def test_overall_takes_the_width_of_a_consistency_that_is_alike():
+    """IF is 6 of 12, and CC 1 in all: from 25.4% of 75.8% up to 74.6% of 100%."""
+    found = evaluation([[1]] * 6 + [[0]] * 6, [[1.0]] * 12)
+    judge = Provenance(judged_by=JudgedBy(scorer="mine:Scorer"))
+    number = [float(x[0]) for x in replace(found, provenance=judge).metrics["overall"]]
+    ends = [(0.253783 * (1 - UNLIKE)) ** 0.5, 0.746217**0.5]
+    assert number == pytest.approx([100 * 0.5**0.5, *(100 * x for x in ends)], abs=0.01)
+
+
 def test_one_turn_has_no_fall():
     found = evaluation([[1], [0]], [[0.5], [0.7]])
     report = report_of(found, chains_of(found, [[ADD], [ADD]]), title="x", left_out={})

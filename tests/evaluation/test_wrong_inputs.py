@@ -185,10 +185,10 @@ RUN = {
         "expected no --model",
     ),
     "no model": ([*MADE, "--judge", NOBODY], "expected --judge and --model"),
-    "a dead judge": ([*MADE, *JUDGE], f"rewards.judge: expected an answer from {NOBODY}, got no c"),
+    "a dead judge": ([*MADE, *JUDGE], f"--judge: expected an answer from {NOBODY}, got no c"),
     "a dead consistency server": (
         [*MADE, "--judge", "LIVE", "--model", "m", "--consistency", NOBODY],
-        f"rewards.consistency: expected an answer from {NOBODY}, got no connection",
+        f"--consistency: expected an answer from {NOBODY}, got no connection",
     ),
     "no detector": (
         [*MADE, *JUDGE, "--checks", "edival", "--detector", "nowhere/at/all"],
@@ -333,7 +333,7 @@ CHAINS = {
     "no model": ([*SCORES[:4], "--output", "OUT"], "expected --model"),
     "a bad URL": ([*SCORES, "--judge", "127.0.0.1"], "expected http"),
     "a URL without /v1": ([*SCORES, "--consistency", "http://127.0.0.1:9"], "end in /v1"),
-    "a dead judge": (SCORES, f"rewards.judge: expected an answer from {NOBODY}, got no connection"),
+    "a dead judge": (SCORES, f"--judge: expected an answer from {NOBODY}, got no connection"),
     "no objects for consistency": (
         ["ROOT/bare.jsonl", *SCORES[1:], "--consistency", NOBODY],
         "expected unchanged_objects or all_objects",

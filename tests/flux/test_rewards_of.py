@@ -78,7 +78,7 @@ def test_a_binary_scale_refuses_another_score():
 
 def test_a_trajectory_shares_its_advantage_among_the_turns_that_it_has():
     advantage, valid = advantages([[5.0, 1.0], [1.0, None]])
-    close(advantage, torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+    close(advantage, torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
     assert valid.tolist() == [[True, True], [True, False]]
 
 

@@ -305,7 +305,8 @@ def test_a_scale_on_the_command_line_is_taken_where_none_is_declared(world, tmp_
     with started(world, tmp_path, *scorer) as run_:
         assert scale_of(run_.config.rewards) == BINARY
         chains = run_.chains.chains[:3]
-        found = run_.submit(chains, [[]] * 3).result()
+        images = [[None] * (1 + x.turns) for x in chains]
+        found = run_.submit(chains, images).result()
         assert (
             round_rewards(
                 run_.config.rewards,

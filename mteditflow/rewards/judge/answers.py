@@ -40,7 +40,7 @@ STATEMENT = re.compile(
     re.IGNORECASE,
 )
 # Any line that states a score of a turn, in any decoration: **turn 1** - 4
-LIKE_A_STATEMENT = re.compile(r"[\W_]*turn[\W_]*\d+\s*(?:[^\w\s,'\u2019]|\s\d|$)", re.IGNORECASE)
+LIKE_A_STATEMENT = re.compile(r"[\W_]*turn[\W_]*\d+[\s_]*(?:[^\w\s,'\u2019]|\s\d|$)", re.IGNORECASE)
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")  # of JSON
 WHITE = re.compile(r"[ \t\n\r]*")
 # Keys beside those asked for that may state scores too.

@@ -615,12 +615,15 @@ def may_state(line):
 
 
 def breaks_off(rest):
-    after = rest.lstrip()
+    end = 0
+    while end < len(rest) and (rest[end].isspace() or rest[end] == "_"):
+        end += 1
+    after = rest[end:]
     if not after:
         return True
-    if rest[0].isspace() and after[0].isdecimal():
+    if end and rest[end - 1].isspace() and after[0].isdecimal():
         return True
-    return not (after[0].isalnum() or after[0] in "_,'\u2019")
+    return not (after[0].isalnum() or after[0] in ",'\u2019")
 
 
 def stated(text, kind):
@@ -744,10 +747,11 @@ def test_two_readers_agree_on_what_is_read_and_what_is_not():
 def test_mutated_answers_give_no_other_exception_and_no_invented_score(count):
     outcomes = compare_readings(random.Random(2), count)
     assert outcomes["accepted"] > count / 10
-    assert set(outcomes) == {
+    possible = {
         "accepted", Fault.format, Fault.wrong_count, Fault.out_of_range, Fault.not_a_number,
         Fault.request_ignored, Fault.malformed, Fault.refusal, Fault.reasoning,
     }  # fmt: skip
+    assert possible - {Fault.malformed} <= set(outcomes) <= possible  # malformed ones are rare
 
 
 @pytest.mark.slow
