@@ -21,6 +21,7 @@ from mteditflow_examples.flux.config import dumped, name_of
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
 from mteditflow.training import Checkpoints
+from tests.loops import some
 
 
 def evaluation(seed, turns=TURNS, skill=0.5, rounds=0):
@@ -53,7 +54,7 @@ def results(seeds=3, better="", study=PAPER):
 
 def test_values_of_chains_have_the_metrics_for_means():
     own = evaluation(0)
-    for name, values in chain_values(own).items():
+    for name, values in some(chain_values(own).items()):
         scale = 100 if name == "strict" else 1
         assert float(values.mean()) == pytest.approx(scale * own.estimates[name][-1], rel=1e-5)
 
@@ -62,7 +63,7 @@ def test_values_of_chains_have_the_metrics_for_means():
 def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
     for form in (FULL, SHORT):
         ablations = Ablations(tmp_path, form, study)
-        for setting in study.settings.values():
+        for setting in some(study.settings.values()):
             config = ablations._config(setting, 0)
             assert config.data.groups * config.data.group_size == 96
             assert config.evaluation.steps == config.sampling.steps
@@ -70,7 +71,7 @@ def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
             default = "distillation" if "distillation" in setting.script else "nft"
             default = "grpo" if setting.preset == "shapes-grpo" else default
             assert name_of(config.objective) == setting.options.get("objective", default)
-    for finding in study.findings:
+    for finding in some(study.findings):
         labels = [setting.label for setting in finding.settings]
         assert len(set(labels)) == len(labels) >= 3
         assert study.base.name in {setting.name for setting in finding.settings}
@@ -128,9 +129,9 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     row = next(line for line in text.splitlines() if "binary average > binary AND |" in line)
     assert "**seen**" in row
     assert "Seeds 0, 1, 2, 22 settings: 66 runs of 20 rounds" in text
-    for finding in FINDINGS:
+    for finding in some(FINDINGS):
         assert text.count(f"findings_{finding.name}.png") == 1
-        assert all(f"\n| {setting.label} | " in text for setting in finding.settings)
+        assert all(f"\n| {setting.label} | " in text for setting in some(finding.settings))
     assert len(re.findall(r"\| 2\.5 \|\n", text)) == sum(len(f.settings) for f in FINDINGS)
     assert long_claims(results().long)["Marginal(8)"].verdict == "seen"
 

@@ -19,6 +19,7 @@ from mteditflow.planner.run import Journal, RefusedChain
 from mteditflow.rewards import AnswerCache
 from mteditflow.training.metrics_file import MetricsFile, read_metrics
 from mteditflow.training.run_log import RunLog
+from tests.loops import some
 
 LINE = b"a line of 24 characters\n"
 
@@ -79,7 +80,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_file_goes_on(tmp_path, disk, wri
     write()
     before = path.read_bytes()
     assert before.endswith(b"\n")
-    for left in range(len(before)):
+    for left in some(range(len(before))):
         disk(left)
         with pytest.raises(OSError, match="No space left"):
             write()
@@ -133,7 +134,7 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_lines_and_goes_on(tmp_path):
     write()
     write()
     whole = path.read_bytes()
-    for cut in range(len(whole) + 1):
+    for cut in some(range(len(whole) + 1)):
         path.write_bytes(whole[:cut])
         for _ in range(2 - whole[:cut].count(b"\n")):
             write()
@@ -196,5 +197,5 @@ def test_answers_of_a_process_that_is_killed_are_whole_or_missing(tmp_path):
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         with AnswerCache(path) as cache:
             assert len(cache) == sum(range(pages + 1))
-            for n in range(pages):
+            for n in some(range(pages)):
                 assert cache.get(f"{pages} {n}") == f"answer {n} " * 300

@@ -17,6 +17,7 @@ from mteditflow import (
     variance_ratio,
     zero_variance_share,
 )
+from tests.loops import some
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN, INF = math.nan, math.inf
@@ -353,7 +354,7 @@ def test_ratios_of_one_trajectory_need_no_batch_axis():
 
 def test_a_nan_log_prob_makes_the_clip_fraction_nan():
     log_prob, valid = torch.tensor([0.5, torch.nan]), torch.tensor([True, False])
-    for share in clip_fraction(log_prob, torch.zeros(2), clip_low=0.1, clip_high=0.1):
+    for share in some(clip_fraction(log_prob, torch.zeros(2), clip_low=0.1, clip_high=0.1)):
         assert share.isnan()
     below, above = clip_fraction(log_prob, torch.zeros(2), clip_low=0.1, clip_high=0.1, valid=valid)
     assert (below.item(), above.item()) == (0.0, 1.0)

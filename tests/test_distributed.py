@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from mteditflow import fuse_advantages, gather_ranks, group_advantage
+from tests.loops import some
 
 # Rows of each rank: groups are split over ranks, sizes differ, one rank may have nothing.
 SPLITS = {2: [(5, 7), (12, 0), (0, 12)], 3: [(4, 4, 4), (1, 0, 11), (0, 9, 3)]}
@@ -46,13 +47,13 @@ def work(rank, world, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         whole = batch()
-        for number, counts in enumerate(SPLITS[world]):
+        for number, counts in some(enumerate(SPLITS[world])):
             start = sum(counts[:rank])
             local = [x[start : start + counts[rank]] for x in whole]
             local[0] = local[0].requires_grad_()
             gathered, own = gather_ranks(*local)
             assert own == slice(start, start + counts[rank])
-            for x, expected in zip(gathered, whole, strict=True):
+            for x, expected in some(zip(gathered, whole, strict=True)):
                 assert x.dtype == expected.dtype
                 assert not x.requires_grad
                 assert torch.equal(x.nan_to_num(-1.0), expected.nan_to_num(-1.0))
@@ -74,7 +75,7 @@ def test_advantages_do_not_depend_on_the_number_of_ranks(world, tmp_path):
     mp.spawn(work, args=(world, tmp_path / "store", tmp_path), nprocs=world)
     expected = advantages(*batch()[:4])
     assert expected.abs().sum() > 0
-    for number in range(len(SPLITS[world])):
+    for number in some(range(len(SPLITS[world]))):
         files = [f"{world}-{number}-{rank}.safetensors" for rank in range(world)]
         parts = [load_file(tmp_path / file)["own"] for file in files]
         assert torch.equal(torch.cat(parts), expected)
@@ -86,7 +87,7 @@ def test_one_rank_gathers_itself():
         whole = batch()
         gathered, own = gather_ranks(*whole)
         assert own == slice(0, ROWS)
-        for x, expected in zip(gathered, whole, strict=True):
+        for x, expected in some(zip(gathered, whole, strict=True)):
             assert x.dtype == expected.dtype
             assert torch.equal(x.nan_to_num(-1.0), expected.nan_to_num(-1.0))
         with pytest.raises(ValueError, match=r"^tensors\[1\]: expected "):

@@ -33,6 +33,7 @@ from mteditflow.evaluation.provenance import Provenance, content_hash
 from mteditflow.evaluation.report import Report
 from mteditflow.rewards import LIKERT
 from mteditflow.testing.endpoint import ScriptedServer, completion, error, good
+from tests.loops import some
 from tests.samples_of_scores import few_resamples
 from tests.tiny_pick_score import write_pick_score
 
@@ -103,7 +104,7 @@ def _open(path):
 
 
 def assert_exact(found, expected):
-    for metric, values in expected.items():
+    for metric, values in some(expected.items()):
         got = [found.find(metric, turn) for turn in (1, 2, 3)]
         assert [x.estimate for x in got] == pytest.approx(values.tolist(), abs=1e-4), metric
         assert {x.count for x in got} == {CHAINS}
@@ -135,7 +136,7 @@ def test_every_report_says_who_judged_and_who_made_the_images(world, made):
     page = (made / "gallery.html").read_text()
     data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
     markdown = (made / "report.md").read_text()
-    for name, value in kept.stated.items():
+    for name, value in some(kept.stated.items()):
         assert {row[name] for row in table} == {value}
         assert data["sources"][0][name] == value
         assert f"| {name} | {value} |" in markdown
@@ -165,7 +166,7 @@ def test_what_is_there_is_not_made_again_and_ranks_share_the_rest(world, made, t
     for rank in range(2):
         state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: None)
         images.make(model, images.missing(chains, state), state, batch=3)
-    for chain in chains:
+    for chain in some(chains):
         for turn in (1, 2, 3):
             there = [
                 _open(EditedImages(x).path(chain, turn)) for x in (made / "images", images.folder)
@@ -256,7 +257,7 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
     assert (found.asked, found.scored) == (CHAINS, CHAINS)
     assert 0 < len(found.lost) < CHAINS
     assert sum(found.find("marginal", n).count for n in (1, 2, 3)) == 18
-    assert all("rejected" in why for why in found.lost.values())
+    assert all("rejected" in why for why in some(found.lost.values()))
     assert found.find("marginal", 1).estimate == 100
     with ScriptedServer(yes) as server:
         run(*arguments, "--judge", server.url)
@@ -394,5 +395,5 @@ def test_the_page_of_documentation_names_commands_that_parse():
     for command in commands:
         name, *arguments = shlex.split(command)
         typer.main.get_command(app).commands[name].make_context(name, arguments)
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page):
+    for target in some(re.findall(r"\]\((?!https?:)([^)#]+)\)", page)):
         assert (ROOT / "docs" / target).exists(), target

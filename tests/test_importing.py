@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from docs.render_importing import FOLDER, PAGE, TITLES, page, read_printed
+from tests.loops import some
 
 ADDED = "  # +"
 
@@ -78,7 +79,7 @@ def test_numpy_advantages_are_those_of_a_plain_loop(run):
     assert max(numbers(r"off the loop by (\S+)", printed)) < 1e-12
     assert "lost: reward nan, advantage 0.0, valid False" in printed
     assert "all equal: [0.0]" in printed
-    for name, tensor in names["tensors"].items():
+    for name, tensor in some(names["tensors"].items()):
         assert np.shares_memory(tensor.numpy(), names["rewards"][name])
     consistency, valid = names["rewards"]["consistency"], names["valid"].numpy()
     following = np.random.default_rng(0).random(24)  # as it was drawn
@@ -115,9 +116,9 @@ def test_sde_sampling_draws_noise_in_the_window_and_shows_it(run, tmp_path):
     assert spread == sorted(set(spread))
     assert re.findall(r"stochastic steps (\[.*?\])", printed) == ["[]", *["[0, 1, 2, 3]"] * 3]
     steps = names["pipe"].scheduler.steps
-    for before, after in itertools.pairwise(steps):
+    for before, after in some(itertools.pairwise(steps)):
         assert torch.equal(before.next_x, after.x_t)
-    assert all(bool((step.log_prob != 0).all()) == step.stochastic for step in steps)
+    assert all(bool((step.log_prob != 0).all()) == step.stochastic for step in some(steps))
 
     with Image.open(tmp_path / "sde_sampling.png") as picture:
         shown = np.asarray(picture)[:: names["PIXEL"], :: names["PIXEL"]] / 255

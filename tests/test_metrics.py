@@ -20,6 +20,7 @@ from mteditflow import (
     paired_difference_interval,
     wilson_interval,
 )
+from tests.loops import some
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN = math.nan
@@ -335,13 +336,13 @@ def test_wilsons_interval_solves_the_score_equation():
     """Its ends are the shares p with (estimate - p)^2 = z^2 p (1 - p) / n."""
     for confidence, z in ((0.95, 1.959964), (0.8, 1.281552)):
         found = wilson_interval(torch.tensor([3, 9]), torch.tensor([10, 10]), confidence=confidence)
-        for end in found[1:]:
+        for end in some(found[1:]):
             expected = z**2 * end * (1 - end) / 10
             torch.testing.assert_close((found.estimate - end) ** 2, expected, rtol=1e-6, atol=0)
 
 
 def test_wilson_of_no_case_is_nan_and_errors_are_named():
-    assert all(x.isnan() for x in wilson_interval(0, 0))
+    assert all(x.isnan() for x in some(wilson_interval(0, 0)))
     message = "successes: expected a number from 0 to count, got 3.0 at index [0]"
     with pytest.raises(ValueError, match=exactly(message)):
         wilson_interval(torch.tensor([3]), torch.tensor([2]))
@@ -412,7 +413,9 @@ def test_paired_differences_are_of_the_valid_chains():
     found = paired_difference_interval(before, after, valid=valid)
     expected = paired_difference_interval(before[:2], after[:2])
     assert [float(x) for x in found] == [float(x) for x in expected]
-    assert all(x.isnan() for x in paired_difference_interval(before, after, valid=valid & False))
+    assert all(
+        x.isnan() for x in some(paired_difference_interval(before, after, valid=valid & False))
+    )
     with pytest.raises(ValueError, match="after: expected the shape of before"):
         paired_difference_interval(before, after[:2])
 
@@ -475,7 +478,7 @@ def test_all_resamples_at_once_give_what_each_alone_gives(statistic, at_once, mo
         )
         for how in (False, True)
     )
-    for one, other in zip(alone, together, strict=True):
+    for one, other in some(zip(alone, together, strict=True)):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from docs.render_objectives import END, PAGE, START, page, table
 from mteditflow.objectives import OBJECTIVES
+from tests.loops import some
 
 README = PAGE.read_text(encoding="utf-8")
 
@@ -20,7 +21,7 @@ def test_every_objective_has_a_row_and_losses_that_exist(name):
     (row,) = (line for line in table().splitlines() if line.startswith(f"| {card.title} |"))
     assert f"`objectives.{OBJECTIVES[name].__name__}`" in row
     assert (f"`objective:{name}`" in row) == card.rewarded
-    for loss in card.losses:  # a public name, or a path under mteditflow
+    for loss in some(card.losses):  # a public name, or a path under mteditflow
         module, _, function = f"mteditflow.{loss}".rpartition(".")
         assert callable(getattr(importlib.import_module(module), function))
 

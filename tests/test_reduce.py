@@ -21,6 +21,7 @@ from mteditflow._reduce import (
     row_root_mean_square,
     row_values,
 )
+from tests.loops import some
 
 # Forward-mode derivatives import torch's decompositions, which torch.jit.script still compiles.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
@@ -50,7 +51,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 def test_promotion_goes_to_float32_at_least(given_dtypes, expected):
     promoted = promote(*(torch.ones(2, dtype=dtype) for dtype in given_dtypes))
     assert [x.dtype for x in promoted] == [expected] * len(given_dtypes)
-    assert all(x.tolist() == [1.0, 1.0] for x in promoted)
+    assert all(x.tolist() == [1.0, 1.0] for x in some(promoted))
 
 
 def test_promotion_copies_nothing_that_fits():
@@ -160,8 +161,8 @@ def test_per_row_values_lie_between_0_and_1(wrong):
 def test_row_means_are_those_of_a_loop(shape):
     x = random(*shape)
     assert elements(x) == len(x[0].flatten())
-    for row, (square, absolute) in enumerate(
-        zip(row_mean_square(x).tolist(), row_mean_absolute(x).tolist(), strict=True)
+    for row, (square, absolute) in some(
+        enumerate(zip(row_mean_square(x).tolist(), row_mean_absolute(x).tolist(), strict=True))
     ):
         values = x[row].flatten().tolist()
         assert square == pytest.approx(math.fsum(v * v for v in values) / len(values), rel=1e-14)

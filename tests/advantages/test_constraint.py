@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mteditflow import LagrangeMultiplier, constrained_weights, fuse_advantages, fuse_rewards
+from tests.loops import some
 
 weights = st.dictionaries(st.sampled_from("abc"), st.floats(-2, 2), min_size=1)
 
@@ -57,10 +58,10 @@ def test_the_fusion_is_that_of_the_lagrangian_over_a_number(fuse, multiplier, se
     assert found.abs().max() <= 1.15 * 3**0.5 + 1e-9  # of one in four, whatever the multiplier
 
 
-@given(st.lists(st.floats(-2, 2), max_size=20), st.floats(0.01, 9), st.floats(0.01, 9))
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=20), st.floats(0.01, 9), st.floats(0.01, 9))
 def test_values_stay_in_range_and_a_state_is_a_number(means, rate, maximum):
     multiplier = LagrangeMultiplier(0.5, rate, maximum)
-    for mean in means:
+    for mean in some(means):
         before, multiplier = multiplier, multiplier.update(mean)
         assert 0 <= multiplier.value <= maximum
         assert (multiplier.value - before.value) * (0.5 - mean) >= 0

@@ -8,6 +8,7 @@ import pytest
 
 from mteditflow.chains import ChainError, read_chains
 from mteditflow.chains.formats.edival import COLUMNS
+from tests.loops import some
 
 COUNT, TURNS, BAD = 30, 3, 14  # images of a file, rows of each, and the one whose row is bad
 
@@ -314,7 +315,7 @@ def test_a_row_that_no_line_could_hold_costs_itself_alone(tmp_path):
     reading = read_chains(stored(tmp_path / "x", rows), strict=False)
     assert [chain.id for chain in reading.chains] == ["0", "3"]
     assert [skipped.line for skipped in reading.skipped] == [2, 3]
-    assert all("expected values that JSON can hold" in x.reason for x in reading.skipped)
+    assert all("expected values that JSON can hold" in x.reason for x in some(reading.skipped))
 
 
 def test_a_damaged_arrow_file_is_one_error_and_ends_no_process(tmp_path):

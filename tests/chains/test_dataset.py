@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from mteditflow.chains import Chain, ChainDataset, ChainError, GroupSampler, collate_chains
+from tests.loops import some
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (90, 80, 70)]
 
@@ -110,7 +111,7 @@ def test_damage_anywhere_in_an_image_gives_a_picture_or_the_error(tmp_path):
         whole = io.BytesIO()
         Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(whole, kind)
         content = whole.getvalue()
-        for place in range(0, len(content), max(1, len(content) // 40)):
+        for place in some(range(0, len(content), max(1, len(content) // 40))):
             damaged = content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
             for end in (len(content), place):
                 (tmp_path / "x").write_bytes(damaged[:end])
@@ -174,7 +175,7 @@ def test_a_data_loader_gives_the_sampled_groups_and_resumes_in_spite_of_fetching
     sampler = GroupSampler(dataset, **options)
     assert len(loader(sampler)) == 5
     seen, states = [], []
-    for batch in loader(sampler, workers):
+    for batch in some(loader(sampler, workers)):
         assert batch.images.tolist() == [list(COLORS[n]) for n in batch.group.tolist()]
         seen.append(batch.group.tolist())
         sampler.step()

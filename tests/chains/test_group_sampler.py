@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mteditflow.chains import GroupSampler
+from tests.loops import some
 
 
 def exactly(text):
@@ -70,7 +71,7 @@ def test_every_chain_is_in_one_round_of_an_epoch_up_to_the_remainder(plan):
     for _ in range(2):
         rounds = epoch_of(sampler)
         assert len(rounds) == len(sampler)
-        for indices in rounds:
+        for indices in some(rounds):
             repeats = Counter(indices)
             assert len(repeats) == options["groups"]  # no two groups share an id
             assert set(repeats.values()) == {options["group_size"]}
@@ -94,7 +95,7 @@ def test_ranks_joined_in_order_are_the_batch_of_one_rank(plan):
         list(GroupSampler(range(count), **options, **spread, rank=rank))
         for rank in range(spread["ranks"])
     ]
-    for number, indices in enumerate(whole):
+    for number, indices in some(enumerate(whole)):
         parts = [rank[number] for rank in ranks]
         assert [index for part in parts for index in part] == indices
         assert len({len(part) for part in parts}) == 1

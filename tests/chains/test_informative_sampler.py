@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mteditflow.chains import GroupSampler, InformativeSampler
+from tests.loops import some
 
 
 def exactly(text):
@@ -51,7 +52,7 @@ def play(sampler, numbers, drawn=lambda own: own):
 @given(plans())
 def test_a_round_has_distinct_chains_group_after_group(plan):
     count, options, _ = plan
-    for indices in play(InformativeSampler(range(count), **options), range(6)):
+    for indices in some(play(InformativeSampler(range(count), **options), range(6))):
         assert set(Counter(indices).values()) == {options["group_size"]}
         assert len(set(indices)) == options["groups"]
         assert indices == sorted(indices, key=indices.index)
@@ -93,7 +94,7 @@ def test_chains_that_spread_are_drawn_in_proportion_and_no_other_is_left_out():
     for _ in range(3000):
         times[next(rounds)[0]] += 1
         sampler.step({})
-    for chain, p in enumerate(expected):
+    for chain, p in some(enumerate(expected)):
         assert abs(times[chain] / 3000 - p) < 4 * (p * (1 - p) / 3000) ** 0.5
 
 

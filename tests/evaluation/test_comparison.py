@@ -6,6 +6,7 @@ import torch
 
 from mteditflow.evaluation.comparison import compare
 from mteditflow.metrics import paired_difference_interval, wilson_interval
+from tests.loops import some
 from tests.samples_of_scores import evaluation, few_resamples, nan, reference_metrics, resampled
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -26,13 +27,13 @@ def test_equal_evaluations_differ_by_exactly_nothing():
     counts = {"instruction_following": 19, "marginal": 20, "content_consistency": 20, "overall": 19}
     assert found.chains == counts
     pairs = [*found.marginal_ratio.values(), found.conditional_success]
-    for interval in (*found.difference.values(), *(x.difference for x in pairs)):
+    for interval in some((*found.difference.values(), *(x.difference for x in pairs))):
         assert float(interval.estimate) == 0
         assert interval.low <= 0 <= interval.high
-    for name in found.difference:  # no chain changed, of so few
+    for name in some(found.difference):  # no chain changed, of so few
         assert found.difference[name].low < 0 < found.difference[name].high
-    assert all(x.difference.low < 0 < x.difference.high for x in pairs)
-    for pair in pairs:
+    assert all(x.difference.low < 0 < x.difference.high for x in some(pairs))
+    for pair in some(pairs):
         assert list(map(float, pair.before)) == list(map(float, pair.after))
 
 
@@ -79,7 +80,7 @@ def test_the_comparison_equals_that_of_a_loop_in_plain_python():
     expected = list(zip(*resampled(differences, 30), strict=True))
     metrics, pairs = expected[:-6], expected[-6:]
     found = compare(*runs)
-    for (name, interval), expected in zip(found.difference.items(), metrics, strict=True):
+    for (name, interval), expected in some(zip(found.difference.items(), metrics, strict=True)):
         share = name in ("instruction_following", "marginal")  # Newcombe's interval, not this
         number = [float(x) for x in interval][: 1 if share else 3]
         assert number == pytest.approx(list(expected)[: len(number)], abs=1e-3)
@@ -90,7 +91,7 @@ def test_the_comparison_equals_that_of_a_loop_in_plain_python():
     intervals = (*found.marginal_ratio["marginal"], given.difference)
     for interval, expected in zip(intervals, [*pairs[:3], pairs[5]], strict=True):
         assert [float(x) for x in interval] == pytest.approx(list(expected), abs=1e-3)
-    for interval, (success, _) in zip(given, scores, strict=False):
+    for interval, (success, _) in some(zip(given, scores, strict=False)):
         those = [row[-1] for row in success if row[0]]
         wilson = [100 * float(x) for x in wilson_interval(sum(those), len(those))]
         assert [float(x) for x in interval] == pytest.approx(wilson, abs=1e-3)

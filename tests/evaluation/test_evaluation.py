@@ -11,6 +11,7 @@ from hypothesis import given
 from mteditflow.evaluation import JudgedBy, Provenance
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import wilson_interval
+from tests.loops import some
 from tests.samples_of_scores import (
     any_evaluation,
     evaluation,
@@ -53,13 +54,13 @@ def test_metrics_equal_those_of_a_loop_in_plain_python():
     consistency = torch.rand(40, 3, generator=generator).tolist()
     found = evaluation([[1 + 4 * x for x in row] for row in success], consistency, success_at=5)
     expected = resampled(lambda rows: reference_metrics(success, consistency, rows), 40)
-    for i, name in enumerate(found.names):
+    for i, name in some(enumerate(found.names)):
         bootstrapped = found.metrics[name] if name in ("content_consistency", "overall") else ()
         assert found.estimates[name] == pytest.approx(expected[0][i].tolist(), abs=1e-3)
-        for values, reference in zip(bootstrapped, expected, strict=False):
+        for values, reference in some(zip(bootstrapped, expected, strict=False)):
             assert values.tolist() == pytest.approx(reference[i].tolist(), abs=1e-3)
     for name in ("instruction_following", "marginal"):  # one outcome per chain
-        for n, estimate in enumerate(found.estimates[name]):
+        for n, estimate in some(enumerate(found.estimates[name])):
             ends = [float(100 * x) for x in wilson_interval(estimate / 100 * 40, 40)[1:]]
             assert [float(x[n]) for x in found.metrics[name][1:]] == pytest.approx(ends, abs=1e-3)
 
@@ -68,7 +69,7 @@ def test_metrics_equal_those_of_a_loop_in_plain_python():
 def test_intervals_contain_the_estimate_and_are_none_without_spread(seed):
     rows = (torch.rand(25, 2, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
     found = evaluation(rows.tolist(), rows.tolist(), always=[[0.5, 0.5]] * 25)
-    for name in found.names[:4]:
+    for name in some(found.names[:4]):
         estimate, low, high = found.metrics[name]
         assert (low <= estimate).all()
         assert (estimate <= high).all()
@@ -190,7 +191,9 @@ def test_where_no_chain_counts_metrics_are_nan():
     found = evaluation([[nan, nan]], [[nan, nan]])
     assert set(map(tuple, found.counts.values())) == {(0, 0)}
     assert found.score != found.score
-    assert all(bool(x.isnan().all()) for interval in found.metrics.values() for x in interval)
+    assert all(
+        bool(x.isnan().all()) for interval in some(found.metrics.values()) for x in some(interval)
+    )
 
 
 @given(any_evaluation())
@@ -202,7 +205,7 @@ def test_the_file_gives_back_every_score_bit_for_bit(tmp_path_factory, found):
     for name in ("round", "chain_ids", "instructions", "success_at"):
         assert getattr(again, name) == getattr(found, name)
     assert list(again.terms) == list(found.terms)
-    for name, old in found.terms.items():
+    for name, old in some(found.terms.items()):
         new = again.terms[name]
         assert new.score.dtype == old.score.dtype
         assert torch.equal(new.score.isnan(), old.score.isnan())

@@ -17,6 +17,7 @@ from mteditflow.evaluation.seeds import (
     percentile_ends,
     resampled_means,
 )
+from tests.loops import some
 
 
 def test_quantiles_are_those_of_the_tables():
@@ -43,7 +44,7 @@ def test_seeds_and_shifts_do_not_matter_to_differences(seed, settings, seeds):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(settings, seeds, generator=generator, dtype=torch.float64)
     shifted = values + 7 * torch.randn(seeds, generator=generator, dtype=torch.float64)
-    for first in range(settings):
+    for first in some(range(settings)):
         gain = difference_interval(values, first, 0)
         other = difference_interval(shifted, first, 0)
         turned = difference_interval(values, 0, first)
@@ -102,7 +103,7 @@ def followed(seed, skill=0.6, chains=60):
 
 def test_one_settings_intervals_are_those_of_the_librarys_bootstrap():
     own = followed(1)
-    for name, table in resampled_means([own]).items():
+    for name, table in some(resampled_means([own]).items()):
         low, high = percentile_ends(table[:, 0])
         generator = torch.Generator().manual_seed(9)
         known = bootstrap_interval(lambda x: x.mean(), own[name], generator=generator)

@@ -42,6 +42,7 @@ from mteditflow import (
     trajectory_generators,
     velocity_target,
 )
+from tests.loops import some
 
 MEAN, STD = 0.7, 0.5  # of the data
 
@@ -140,7 +141,9 @@ def test_marginals_are_the_odes_at_first_order(solver, start, shift):
     # And on the way, not only at data.
     for steps, bound in ((100, 0.03), (1000, 0.003)):
         sigmas = grid(steps, start=min(start, 0.9), shift=shift)
-        for (_, variance), sigma in zip(propagate(solver, sigmas), sigmas.tolist(), strict=True):
+        for (_, variance), sigma in some(
+            zip(propagate(solver, sigmas), sigmas.tolist(), strict=True)
+        ):
             assert abs(variance - marginal(sigma)[1]) < bound
 
 
@@ -199,7 +202,7 @@ def test_cps_follows_its_own_recursion(noise_level, steps):
     sigmas = grid(steps, shift=1.5)
     ours = propagate(CPS(noise_level), sigmas)
     expected = cps_recursion(noise_level, sigmas.tolist())
-    for one, other in zip(ours, expected, strict=True):
+    for one, other in some(zip(ours, expected, strict=True)):
         assert one == pytest.approx(other, rel=1e-10, abs=1e-13)
 
 
@@ -227,7 +230,7 @@ def test_monte_carlo_agrees_with_the_propagation(solver):
         reduction="mean",
     ).latents  # fmt: skip
     n = b * count
-    for step, (mean, variance) in enumerate(propagate(solver, sigmas)):
+    for step, (mean, variance) in some(enumerate(propagate(solver, sigmas))):
         x = samples[:, 0, step]
         assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / n))
         assert x.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / n))

@@ -20,6 +20,7 @@ from mteditflow import (
     trajectory_generators,
     uniform_sigmas,
 )
+from tests.loops import some
 
 SOLVERS = [ODE(), FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
 solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
@@ -51,7 +52,7 @@ def roll(b=B, n=N, s=S, *, solver=SOLVERS[1], seed=0, dtype=torch.float32, shape
 def test_generators():
     generators = trajectory_generators(7, 3)
     assert [g.initial_seed() for g in generators] == [7, 8, 9]
-    assert all(g.device.type == "cpu" for g in generators)
+    assert all(g.device.type == "cpu" for g in some(generators))
     expected = torch.randn(4, generator=torch.Generator().manual_seed(8))
     assert torch.equal(torch.randn(4, generator=generators[1]), expected)
     assert trajectory_generators(0, 1)[0].initial_seed() == 0
@@ -141,13 +142,13 @@ def test_rollout_is_its_loop(solver, reduction, dtype):
     rolled = roll(solver=solver, reduction=reduction, dtype=dtype, stochastic_steps=steps)
     assert rolled.latents.dtype == dtype
     sigmas = uniform_sigmas(S)
-    for b in range(B):
+    for b in some(range(B)):
         generator = torch.Generator().manual_seed(5000 + b)
         reference = torch.randn(*SHAPE, generator=torch.Generator().manual_seed(9000 + b))[None]
-        for n in range(N):
+        for n in some(range(N)):
             x = torch.randn(*SHAPE, generator=torch.Generator().manual_seed(100 * n + b))
             x = x[None].to(dtype)
-            for s in range(S):
+            for s in some(range(S)):
                 assert torch.equal(rolled.latents[b, n, s], x[0])
                 v = velocity(x, sigmas[s : s + 1], reference=reference, turn=n)
                 used = solver if s in steps else ODE()
@@ -218,7 +219,7 @@ def test_window():
     fresh = trajectory_generators(5000, B)
     for _ in range(4):
         batched_noise(SHAPE, fresh)
-    for used, expected in zip(generators, fresh, strict=True):
+    for used, expected in some(zip(generators, fresh, strict=True)):
         assert torch.equal(used.get_state(), expected.get_state())
     ode = roll(solver=ODE())
     for none in ((), [], set(), range(0)):
@@ -247,9 +248,9 @@ def test_turns_are_given_the_clean_latent_of_the_turn_before():
         )  # fmt: skip
         assert sorted(seen) == [0, 1, 2]
         assert [len(seen[n]) for n in range(3)] == [S, S, S]
-        assert all(r is reference for r in seen[0])
+        assert all(r is reference for r in some(seen[0]))
         for n in (1, 2):
-            assert all(torch.equal(r, rolled.clean[:, n - 1]) for r in seen[n])
+            assert all(torch.equal(r, rolled.clean[:, n - 1]) for r in some(seen[n]))
         assert torch.equal(rolled.latents[:, :, 0], noise)
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mteditflow import Steps, Trajectory
+from tests.loops import some
 
 B, N, S = 4, 3, 2
 seeds = st.integers(0, 2**31)
@@ -70,9 +71,9 @@ def test_clean_and_step_mask():
     trajectory = make()
     assert torch.equal(trajectory.clean, trajectory.latents[:, :, S])
     assert trajectory.clean.shape == (B, N, 2, 3)
-    for b in range(B):
-        for n in range(N):
-            for s in range(S):
+    for b in some(range(B)):
+        for n in some(range(N)):
+            for s in some(range(S)):
                 expected = bool(trajectory.turn_mask[b, n]) and bool(trajectory.stochastic[n, s])
                 assert bool(trajectory.step_mask[b, n, s]) == expected
     assert trajectory.step_mask.shape == (B, N, S)
@@ -171,7 +172,7 @@ def test_steps_is_its_loop(seed, m):
     index = [torch.randint(size, (m,), generator=generator) for size in (B, N, S)]
     rows = trajectory.steps(*index)
     assert isinstance(rows, Steps)
-    for k, (b, n, s) in enumerate(zip(*(i.tolist() for i in index), strict=True)):
+    for k, (b, n, s) in some(enumerate(zip(*(i.tolist() for i in index), strict=True))):
         assert torch.equal(rows.x_t[k], trajectory.latents[b, n, s])
         assert torch.equal(rows.next_x[k], trajectory.latents[b, n, s + 1])
         assert rows.sigma[k] == trajectory.sigmas[n, s]
@@ -179,7 +180,7 @@ def test_steps_is_its_loop(seed, m):
         assert rows.log_prob[k] == trajectory.log_prob[b, n, s]
     assert [x.shape for x in rows] == [(m, 2, 3), (m, 2, 3), (m,), (m,), (m,)]
     narrow = trajectory.steps(*(i.int() for i in index))
-    assert all(torch.equal(x, y) for x, y in zip(narrow, rows, strict=True))
+    assert all(torch.equal(x, y) for x, y in some(zip(narrow, rows, strict=True)))
 
 
 def test_steps_of_the_mask():
@@ -230,7 +231,9 @@ def test_steps_errors(position, name, size):
 def test_rows_of_one_index_tensor_are_those_of_its_columns():
     trajectory = make(3)
     rows = trajectory.step_mask.nonzero()
-    for ours, theirs in zip(trajectory.steps_at(rows), trajectory.steps(*rows.T), strict=True):
+    for ours, theirs in some(
+        zip(trajectory.steps_at(rows), trajectory.steps(*rows.T), strict=True)
+    ):
         assert torch.equal(ours, theirs)
     at = torch.tensor([[3, 2], [0, 0], [3, 2]])
     for dtype in (torch.int64, torch.int32):
@@ -295,7 +298,7 @@ def test_select_and_concatenate_laws(seed, cut):
     assert_same(mixed.select(torch.argsort(order)), trajectory)
     # A gather of the selection is the selection of a gather.
     rows, at = torch.arange(B), torch.zeros(B, dtype=torch.int64)
-    for x, y in zip(mixed.steps(rows, at, at), trajectory.steps(order, at, at), strict=True):
+    for x, y in some(zip(mixed.steps(rows, at, at), trajectory.steps(order, at, at), strict=True)):
         assert torch.equal(x, y)
     other = make(seed + 1)
     joined = Trajectory.concatenate([trajectory, other, trajectory])

@@ -19,6 +19,7 @@ from mteditflow_examples.flux.config import (
 from mteditflow.objectives import OBJECTIVES, Guard, Renoise
 from mteditflow.objectives.replay import ReplayObjective
 from mteditflow.rewards import RequestOptions
+from tests.loops import some
 
 SERVICES = ["--rewards.judge", "http://judge/v1", "--rewards.judge-model", "judge"]
 SERVICES += ["--rewards.consistency", "http://scores/v1"]
@@ -36,7 +37,7 @@ def test_presets_that_cite_a_schedule_of_optimizer_steps_take_one_in_a_round():
     """DiffusionNFT and Edit-R1 count these in the old policy's decay, this library rounds."""
     cited = [x for x in sorted(PRESETS.glob("*nft.toml")) if not x.stem.startswith("shapes")]
     assert len(cited) == 2
-    for path in cited:
+    for path in some(cited):
         training = parse([path.stem, *SERVICES]).training
         assert training.minibatches * training.inner_epochs == 1
         assert "counts optimizer steps" in path.read_text()
@@ -100,16 +101,16 @@ def options_of(prefix, default):
 @pytest.mark.parametrize("kind", [Config, DistillationConfig])
 def test_every_field_says_what_it_is(kind, capsys):
     found, sections = [], [field.name for field in dataclasses.fields(kind)]
-    for section in sections:
+    for section in some(sections):
         told = re.sub(r"[│\s]+", " ", shown(capsys, "kontext-nft", section, kind=kind))
-        for option in options_of(f"--{section}", getattr(kind(), section)):
+        for option in some(options_of(f"--{section}", getattr(kind(), section))):
             assert re.search(rf"{option}\b.{{20}}", told), option
         found += re.findall(r"\(default: ", told)
     assert len(found) > 70
     whole = re.sub(r"[│\s]+", " ", shown(capsys, "kontext-nft", *sections, kind=kind))
     assert len(re.findall(r"\(default: ", whole)) == len(found)
     about = shown(capsys, "kontext-nft", kind=kind)
-    assert all(f"  {section} " in about for section in sections)
+    assert all(f"  {section} " in about for section in some(sections))
     assert len(about.splitlines()) <= len(sections) + 3  # a page that can be read at a glance
 
 
@@ -132,8 +133,8 @@ def test_without_a_preset_they_are_listed(kind, capsys):
             parse(arguments, kind)
         assert done.value.code == code
         told = capsys.readouterr().out
-        assert all(path.stem in told for path in PRESETS.glob("*.toml"))
-        assert all(f"  {field.name} " in told for field in dataclasses.fields(kind))
+        assert all(path.stem in told for path in some(PRESETS.glob("*.toml")))
+        assert all(f"  {field.name} " in told for field in some(dataclasses.fields(kind)))
         rewarded = [f"objective:{n} " in told for n, c in OBJECTIVES.items() if c.card.rewarded]
         assert set(rewarded) == {kind is Config}
     with pytest.raises(ConfigError, match=r"preset: expected one of \['klein-nft', .* got 'nft'"):
@@ -214,7 +215,7 @@ def test_what_is_dumped_is_read_again(name):
     values = flat(config)
     assert values["objective.name"] == name
     assert values["data.held_out"] == "held_out.jsonl"
-    assert all(isinstance(value, (int, float, str)) for value in values.values())
+    assert all(isinstance(value, (int, float, str)) for value in some(values.values()))
 
 
 def test_distillation_leaves_the_objective_of_a_preset():

@@ -17,6 +17,7 @@ from mteditflow.pipelines import RolloutVelocity
 from mteditflow.training import Updater
 from tests.flux.rounds import started
 from tests.flux.worlds import SCRIPT, options, run, weights
+from tests.loops import some
 
 
 def sampled(run_):
@@ -70,7 +71,7 @@ def test_clean_images_are_the_true_ones_from_the_reference_on(world, klein_world
         images = distilling.clean_images(example.chain, example.image)
         assert [image.size for image in images] == [(side, side)] * 3
         assert ImageChops.difference(images[0], example.image).getbbox() is None
-        assert all(ImageChops.difference(images[0], x).getbbox() for x in images[1:])
+        assert all(ImageChops.difference(images[0], x).getbbox() for x in some(images[1:]))
 
 
 @pytest.mark.parametrize("family", ["kontext", "klein"])
@@ -93,9 +94,9 @@ def test_each_turn_is_shown_the_clean_image_of_its_own_chain(world, tmp_path):
     group, calls = rollout.trajectory.group, shown.index.flatten(0, 1)
     assert len(group.unique()) == 3
     assert len(calls.unique(dim=0)) == 3 * 2  # whatever the size of a group
-    for g in group.unique():
+    for g in some(group.unique()):
         assert len(shown.index[group == g].unique(dim=0)) == 1
-    for b in range(len(rollout)):  # the clean image of the first turn is the student's own
+    for b in some(range(len(rollout))):  # the clean image of the first turn is the student's own
         own, clean = rollout.index[b, 0].tolist(), shown.index[b, 0].tolist()
         tensors = [
             record.conditioning[call].branches[0].rest.tensor[row]
@@ -120,7 +121,7 @@ def test_only_the_current_policy_learns_and_comes_nearer(world, tmp_path):
         assert graded == learnt
         with torch.no_grad():
             assert float(now.losses(units).loss.mean()) < 0.9 * before
-        assert all(torch.equal(x, old[k]) for k, x in policies.state_dict("old").items())
+        assert all(torch.equal(x, old[k]) for k, x in some(policies.state_dict("old").items()))
 
 
 def test_a_student_with_the_weights_of_its_teacher_has_nothing_to_learn(world, tmp_path, teacher):
@@ -159,12 +160,14 @@ def test_a_run_goes_on_to_the_same_weights(world, tmp_path, teacher, taught_by, 
         assert run_.first_round == 1
     for name in ("current", "old", "optimizer"):
         whole, resumed = (weights(tmp_path / x, name, done=2) for x in ("whole", "again"))
-        assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+        assert all(torch.equal(whole[k], resumed[k]) for k in some(whole))
     came = weights(tmp_path / "whole", "old", done=1)
-    assert all(torch.equal(came[k], x) for k, x in weights(tmp_path / "whole", "old", 2).items())
+    assert all(
+        torch.equal(came[k], x) for k, x in some(weights(tmp_path / "whole", "old", 2).items())
+    )
     if taught_by == "another":
         saved = load_file(teacher / "pytorch_lora_weights.safetensors")
-        assert all(torch.equal(saved[f"transformer.{k}"], x) for k, x in came.items())
+        assert all(torch.equal(saved[f"transformer.{k}"], x) for k, x in some(came.items()))
 
 
 @pytest.mark.slow
@@ -174,5 +177,5 @@ def test_one_process_and_two_ranks_learn_alike(world, tmp_path):
         given = options(world, tmp_path / str(ranks), "--training.rounds", 3)
         run(*given, ranks=ranks, script=SCRIPT.with_name("self_distillation.py"))
     ours, theirs = (weights(tmp_path / str(ranks), done=3) for ranks in (1, 2))
-    for name, x in ours.items():
+    for name, x in some(ours.items()):
         torch.testing.assert_close(x, theirs[name], rtol=1e-5, atol=1e-6)

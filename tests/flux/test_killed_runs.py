@@ -12,6 +12,7 @@ from mteditflow_examples.lost_rewards import settings
 from tests.flux.killing import MORE, differences, kill_at_random, live, logged, undisturbed_run
 from tests.flux.mortal_services import ANSWERED, ASKED, Mortal, judged
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
+from tests.loops import some
 from tests.processes import Process
 
 KILLED, STOPPED = -signal.SIGKILL, 0
@@ -27,7 +28,7 @@ def undisturbed(world, tmp_path_factory):
 def lives_through(world, folder, undisturbed, points):
     """One life after the other, each to its point, and a last one to the end."""
     arguments = options(world, folder, *MORE, objective="nft")
-    for point in points:
+    for point in some(points):
         life = live(arguments, folder, point=point)
         code = KILLED if point.endswith("KILL") else STOPPED
         assert (life.code, life.ended) == (code, False), (point, life.told[-3000:])

@@ -17,6 +17,7 @@ from mteditflow_examples.flux.sampling import next_chains, sample
 
 from mteditflow import RewardHistory, fuse_advantages, likert_average
 from tests.flux.rounds import first_round, started, turn_values
+from tests.loops import some
 from tests.samples_of_scores import nan, turn_scores
 
 FOLLOWING = {"weights": {"following": 1.0}}
@@ -109,7 +110,7 @@ def test_the_chains_reward_in_a_mixture_is_that_of_credit_trajectory(aggregate):
     rows = [[5.0, 1.0], [1.0, 5.0], [5.0, 5.0]]
     whole = advantages(rows, credit="trajectory", aggregate=aggregate)
     mixed = advantages(rows, credit="mixture", trajectory_share=1.0, aggregate=aggregate)
-    for found, expected in zip(mixed, whole, strict=True):
+    for found, expected in some(zip(mixed, whole, strict=True)):
         assert torch.equal(found, expected)
 
 
@@ -175,8 +176,8 @@ def test_a_term_without_weight_may_be_absent_and_one_with_weight_may_not(credit)
     rows = [[5.0, 1.0], [1.0, 5.0], [5.0, 5.0]]
     alone = advantages(rows, credit=credit)
     weights = {"following": 1.0, "strict": 0.0}
-    for found, expected in zip(
-        advantages(rows, credit=credit, weights=weights), alone, strict=True
+    for found, expected in some(
+        zip(advantages(rows, credit=credit, weights=weights), alone, strict=True)
     ):
         assert torch.equal(found, expected)
     with pytest.raises(ConfigError, match=r"expected names among \['following'\], got 'strict'"):
@@ -212,7 +213,7 @@ def scored(draw, turns=None):
 @given(scored(turns=1))
 def test_of_one_turn_everyone_is_credited_alike(batch):
     whole, *others = (advantages(*batch, credit=credit) for credit in CREDITS)
-    for other in others:
+    for other in some(others):
         close(other[0], whole[0], atol=1e-6)  # a mixture adds up two halves
         assert torch.equal(other[1], whole[1])
 
@@ -243,7 +244,7 @@ def test_later_turns_do_not_matter_to_earlier_ones(batch, credit, data):
     turn = data.draw(st.integers(0, len(rows[0]) - 1))
     whole = advantages(rows, group, credit=credit)
     cut = advantages([row[: turn + 1] for row in rows], group, credit=credit)
-    for found, expected in zip(cut, whole, strict=True):
+    for found, expected in some(zip(cut, whole, strict=True)):
         assert torch.equal(found, expected[:, : turn + 1])
 
 
@@ -254,7 +255,7 @@ def test_the_ends_of_discount_and_share_are_credit_turn(batch):
         {"credit": "to_go", "discount": 0.0},
         {"credit": "mixture", "trajectory_share": 0.0},
     ):
-        for found, value in zip(advantages(*batch, **options), expected, strict=True):
+        for found, value in some(zip(advantages(*batch, **options), expected, strict=True)):
             assert torch.equal(found, value)
 
 
@@ -265,7 +266,9 @@ def test_what_comes_after_a_failure_may_be_anything(batch, data):
     for row in rows:
         failed = next((n for n, x in enumerate(row) if x < 5), len(row))
         row[failed + 1 :] = [data.draw(likert) for _ in row[failed + 1 :]]
-    for found, value in zip(advantages(rows, group, credit="until_failure"), expected, strict=True):
+    for found, value in some(
+        zip(advantages(rows, group, credit="until_failure"), expected, strict=True)
+    ):
         assert torch.equal(found, value)
 
 
@@ -303,7 +306,7 @@ def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, t
         ]
         states.append((saved.tensors("current"), saved.state, rows))
     (one, state, metrics), (two, again, others) = states
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in some(one))
     assert metrics == others
     assert len(metrics) == 3
     for name in ("sampler", "multipliers", "watch"):
@@ -311,7 +314,7 @@ def test_a_run_that_goes_on_keeps_its_multiplier_and_what_chains_showed(world, t
     assert state["sampler"]["round"] == 3
     assert any(spread is not None for spread in state["sampler"]["spreads"])
     value = 0.0
-    for row in metrics:
+    for row in some(metrics):
         assert row["multiplier/consistency"] == value
         value = min(max(value + 20 * (1 - row["reward/consistency"]), 0), 10)
     assert state["multipliers"] == {"consistency": value}
@@ -376,7 +379,7 @@ def test_a_round_that_is_not_done_moves_no_multiplier(world, tmp_path):
         rewards = round_rewards(run_.config.rewards, terms, drawn.group)
         carry_over(run_, rewards, turn_signals(run_.config.rewards, rewards, {})[0])
         after = run_.state.multipliers, run_.sampler.state_dict(), run_.state.history
-        assert all(x != y for x, y in zip(before, after, strict=True))
+        assert all(x != y for x, y in some(zip(before, after, strict=True)))
 
 
 @pytest.mark.parametrize("credit", CREDITS)
@@ -391,7 +394,7 @@ def test_earlier_rounds_of_a_chain_join_its_statistics_and_nothing_else(credit, 
     terms = {"following": turn_scores(now)}
     alone = fused(config, terms, group, history=RewardHistory(2))
     expected = fused(config, terms, group)
-    for found, value in zip(alone, expected, strict=True):
+    for found, value in some(zip(alone, expected, strict=True)):
         assert torch.equal(found, value)
     joined, valid = fused(config, terms, group, history=history)
     both = {"following": turn_scores(now + before)}

@@ -28,6 +28,7 @@ from mteditflow.rewards import BINARY, LIKERT, Fault, InvalidRewardsError, Lost,
 from mteditflow.training import Updater
 from tests.flux.rounds import first_round, started, turn_values
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options, run, weights
+from tests.loops import some
 from tests.processes import Process
 from tests.samples_of_scores import evaluation, turn_scores
 
@@ -83,7 +84,7 @@ def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monke
             assert step.outcome == "taken"
         whole, *others = optimizer.seen
         assert whole.norm() > 0
-        for other in others:
+        for other in some(others):
             assert float((other - whole).norm() / whole.norm()) <= 1e-9
 
 
@@ -119,7 +120,7 @@ def test_pairs_are_of_one_group_and_turn_and_none_at_all_changes_nothing(world, 
         assert run_.numbers["training/empty_updates"] == run_.config.training.minibatches == 2
         assert (run_.state.updates, run_.state.skipped) == (0, 0)
         after = run_.policies.state_dict("current")
-        assert all(torch.equal(x, after[name]) for name, x in before.items())
+        assert all(torch.equal(x, after[name]) for name, x in some(before.items()))
 
 
 def test_sampling_batches_do_not_change_trajectories(world, tmp_path):
@@ -129,7 +130,7 @@ def test_sampling_batches_do_not_change_trajectories(world, tmp_path):
             run_.first_round = 0
             rollout, _, terms = sample(run_, next_chains(run_))
             latents.append((rollout.trajectory.latents[:, 0], terms["following"].score))
-    for other, score in latents[1:]:
+    for other, score in some(latents[1:]):
         assert torch.allclose(other, latents[0][0], atol=1e-5)
         assert torch.equal(score, latents[0][1])
 
@@ -375,15 +376,15 @@ def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):
         "curves.svg",
         "checkpoints/round-000005/lora/pytorch_lora_weights.safetensors",
     } <= left
-    assert not any(name.startswith("evaluations/round-000003/") for name in left)
+    assert not any(name.startswith("evaluations/round-000003/") for name in some(left))
     held_out = [x.first_turns(2) for x in read_chains(world / "held_out.jsonl").chains]
     edited = EditedImages(tmp_path / "evaluations" / "round-000005")
-    assert all(edited.complete(chain) for chain in held_out)
+    assert all(edited.complete(chain) for chain in some(held_out))
     for name in ("before", "after"):
         judge = json.loads((tmp_path / "report.json").read_text())[name]["judged_by"]
         assert judge.startswith("scorer mteditflow_examples.shapes.scoring:ExactRewards ")
     assert any("tfevents" in name for name in left)
-    assert not any(name.endswith((".pt", ".pkl", ".bin", ".pth")) for name in left)
+    assert not any(name.endswith((".pt", ".pkl", ".bin", ".pth")) for name in some(left))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[0]["training/learning_rate"] == pytest.approx(1e-3)
@@ -425,7 +426,7 @@ def test_weights_that_were_loaded_are_those_that_were_saved(world, tmp_path):
         saved = load_file(tmp_path / "checkpoints" / "round-000002" / "current.safetensors")
         loaded = run_.policies.state_dict()
         assert saved.keys() == loaded.keys()
-        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+        assert all(torch.equal(saved[name], loaded[name]) for name in some(saved))
 
 
 def test_a_weight_without_a_term_is_refused(world, tmp_path):

@@ -17,6 +17,7 @@ from mteditflow.training import Updater
 from tests.flux.rounds import ForwardRows, first_round, started, turn_values
 from tests.flux.test_train_flux import Recording
 from tests.flux.worlds import options, weights
+from tests.loops import some
 from tests.samples_of_scores import turn_scores
 
 GRPO = ("--objective.stochastic-steps", 2)
@@ -111,7 +112,7 @@ def test_where_a_pull_acts_flat_groups_are_computed(world, tmp_path):
         first = first.given(advantage=torch.zeros_like(first.advantage))
         seen, rows = taken(first, run_)
         assert (rows.trained, rows.others) == (64, 64)  # current and reference
-        assert all(x.norm() > 0 for x in seen)
+        assert all(x.norm() > 0 for x in some(seen))
         assert run_.numbers["training/empty_updates"] == 0
 
 
@@ -174,12 +175,12 @@ def test_flat_rounds_make_no_update_and_never_end_a_run(
     lines = lines_of(tmp_path)
     assert [line["training/empty_updates"] for line in lines] == [2] * 10
     assert [line["training/skipped_updates"] for line in lines] == [0] * 10
-    assert not any({"training/loss", "training/grad_norm"} & line.keys() for line in lines)
+    assert not any({"training/loss", "training/grad_norm"} & line.keys() for line in some(lines))
     state = json.loads((tmp_path / "checkpoints" / "round-000010" / "state.json").read_text())
     assert (state["updates"], state["skipped"]) == (0, 0)
     moved = [x for name, x in weights(tmp_path, done=10).items() if "lora_B" in name]
     assert moved
-    assert not any(x.any() for x in moved)  # as they began
+    assert not any(x.any() for x in some(moved))  # as they began
 
 
 def test_lost_rewards_end_a_run(world, tmp_path, monkeypatch):
@@ -231,9 +232,9 @@ def test_each_epoch_takes_all_rows_and_draws_anew(world, tmp_path, objective):
 def test_the_first_epoch_is_that_of_a_run_without_others(world, tmp_path):
     with started(world, tmp_path) as run_:
         first = first_round(run_)
-        for one, other in zip(first.units(2), first.units(2, epoch=0), strict=True):
+        for one, other in some(zip(first.units(2), first.units(2, epoch=0), strict=True)):
             assert torch.equal(one.seed, other.seed)
-        for one, other in zip(first.units(2), first.units(2, epoch=1), strict=True):
+        for one, other in some(zip(first.units(2), first.units(2, epoch=1), strict=True)):
             assert not set(one.seed.flatten().tolist()) & set(other.seed.flatten().tolist())
 
 
@@ -243,7 +244,7 @@ def test_beyond_a_kl_the_rest_of_a_round_is_left_out(world, tmp_path):
     with started(world, tmp_path / "bounded", *more) as run_:
         train_flux.train(run_)
         assert run_.state.updates == 2 * 2  # the first update is at KL 0, the second beyond
-    for line in lines_of(tmp_path / "bounded"):
+    for line in some(lines_of(tmp_path / "bounded")):
         assert line["training/stopped_at_kl"] > 1e-12
         assert line["training/old_kl"] == pytest.approx(line["training/stopped_at_kl"] / 2)
     more = (*more[:2], "--training.stop-kl", 1e6, "--training.rounds", 1)
@@ -283,11 +284,11 @@ def test_a_run_goes_on_with_its_kl_weight_and_its_history(world, tmp_path):
     for name in ("current", "old", "optimizer"):
         one, other = (weights(tmp_path / x, name, done=3) for x in ("whole", "again"))
         assert one.keys() == other.keys()
-        assert all(torch.equal(one[k], other[k]) for k in one)
+        assert all(torch.equal(one[k], other[k]) for k in some(one))
     lines = lines_of(tmp_path / "whole")
     assert lines_of(tmp_path / "again") == lines[2:]
     controller = AdaptiveKL(1e-4, 0.1)
-    for line in lines:
+    for line in some(lines):
         assert line["training/kl_coef"] == controller.value
         controller = controller.update(line["training/kl"])
     assert whole.kl == controller
@@ -319,7 +320,7 @@ def test_importance_weights_turn_a_failing_ratio_check_into_a_warning(world, tmp
         train_flux.train(run_)
         assert run_.state.updates == 4
     assert "ratio check passed" in (tmp_path / "run" / "log.txt").read_text()
-    for line in lines_of(tmp_path / "run"):  # sampler and trainer agree here
+    for line in some(lines_of(tmp_path / "run")):  # sampler and trainer agree here
         assert line["training/importance_weight"] == pytest.approx(1, abs=1e-4)
 
 

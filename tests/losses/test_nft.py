@@ -17,6 +17,7 @@ from mteditflow import (
     velocity_kl,
     velocity_target,
 )
+from tests.loops import some
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN = math.nan
@@ -481,7 +482,7 @@ def both(compiled, function, numbers):
 def test_compiled_equals_eager_also_when_beta_moves(name, backend):
     torch.compiler.reset()
     compiled = torch.compile(LOSSES[name], fullgraph=True, backend=backend)
-    for one, other in both(compiled, LOSSES[name], (0.5, 0.25, 1.0)):
+    for one, other in some(both(compiled, LOSSES[name], (0.5, 0.25, 1.0))):
         torch.testing.assert_close(one, other)
 
 
@@ -501,7 +502,7 @@ def test_compiled_adaptive_equals_eager_when_every_number_moves():
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True)
     numbers = [(0.5, 0.6, 5.0, 0.1), (0.25, 0.3, 2.0, 0.2), (1.0, 0.9, 4.0, 0.9)]
-    for one, other in both(compiled, loss, numbers):
+    for one, other in some(both(compiled, loss, numbers)):
         torch.testing.assert_close(one, other)
 
 

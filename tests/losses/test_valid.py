@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mteditflow as mt
+from tests.loops import some
 
 M, SHAPE = 4, (2, 3)
 VALID = torch.tensor([True, False, True, False])
@@ -89,7 +90,7 @@ def test_every_loss_is_here():
     others = {"approximate_kl", "step_kl_weight"}
     names = {x for x in mt.__all__ if any(word in x for word in words)} - others
     assert names == set(LOSSES)
-    for name in names:
+    for name in some(names):
         assert "valid" in inspect.signature(getattr(mt, name)).parameters
 
 

@@ -16,6 +16,7 @@ from objective_worlds import (
 )
 
 from mteditflow.objectives import AWM, DPO, NFT, CleanSamples, Renoise
+from tests.loops import some
 
 MIDDLE = Renoise(distribution="logit_normal", std=0.5, levels=2)  # no flow time near 0
 
@@ -151,13 +152,13 @@ def test_dpo_pairs_are_best_against_worst_at_one_flow_time_and_noise():
     assert len(units) == units.count == len(expected)
     assert torch.equal(units.seed[:, 0], units.seed[:, 1])
     assert len(units.seed[:, 0].unique()) == len(units)
-    for unit, rows in enumerate(units.rows):
+    for unit, rows in some(enumerate(units.rows)):
         (best, s, _), (worst, t, _) = (velocity.at(units, unit, k) for k in range(2))
         assert s == t
         clean = samples.clean[rows[:, 0], rows[:, 1]]
         noises = (best[0] - (1 - s) * clean[0]) / s, (worst[0] - (1 - t) * clean[1]) / t
         torch.testing.assert_close(*noises, rtol=1e-4, atol=1e-4)
-    for u, rows in enumerate(units.rows):
+    for u, rows in some(enumerate(units.rows)):
         for k in range(2):
             assert units.advantage[u, k] == values[rows[k, 0], rows[k, 1]]
 
@@ -308,7 +309,7 @@ def test_the_old_policy_is_not_called_where_it_is_the_current_one(name, coeffici
     assert "old" not in saved.asked()
     assert "old" in asked.asked()
     assert torch.equal(short.loss, long.loss)
-    assert all(torch.equal(x, long.metrics[k]) for k, x in short.metrics.items())
+    assert all(torch.equal(x, long.metrics[k]) for k, x in some(short.metrics.items()))
     assert torch.equal(
         gradients(short.loss.sum(), saved.parameters()),
         gradients(long.loss.sum(), asked.parameters()),
@@ -327,8 +328,8 @@ def test_only_the_current_policy_gets_a_gradient(make):
     velocity, _, _, output = run(make(kl_coef=1.0, norm_coef=1.0))
     others = [p for name in ("old", "reference") for p in velocity.policies[name].parameters()]
     output.loss.sum().backward()
-    assert all(p.grad is None for p in others)
-    assert all(bool(p.grad.any()) for p in velocity.parameters())
+    assert all(p.grad is None for p in some(others))
+    assert all(bool(p.grad.any()) for p in some(velocity.parameters()))
 
 
 def test_old_policy_follows_its_schedule():

@@ -10,6 +10,7 @@ from objective_worlds import Recorded, key, recorded_trajectory
 
 from mteditflow.objectives import NFT, CleanSamples, Renoise, RoundKey
 from mteditflow.objectives.forward import renoise
+from tests.loops import some
 
 MANY = 2000
 GROUPS = torch.arange(MANY) // 4
@@ -169,9 +170,9 @@ def test_noise_is_that_of_the_units_however_often_it_is_asked_for():
     again = renoise(samples, units, Renoise())
     part = renoise(samples, units[3:5], Renoise())
     assert torch.equal(torch.get_rng_state(), before)
-    for one, other, some in zip(states, again, part, strict=True):
+    for one, other, own in some(zip(states, again, part, strict=True)):
         assert torch.equal(one, other)
-        assert torch.equal(one[3:5], some)
+        assert torch.equal(one[3:5], own)
 
 
 # shared

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mteditflow.objectives import keyed_generator, training_rows
+from tests.loops import some
 
 
 def generators(count, first=0):
@@ -39,12 +40,12 @@ def test_a_share_of_each_turn_and_each_trajectory_in_one_minibatch(
     rows = torch.cat(drawn)
     assert len({tuple(row) for row in rows.tolist()}) == len(rows)
     assert bool(exists[rows.unbind(dim=1)].all())
-    for b, own in enumerate(exists):
-        for n, turn in enumerate(own):
+    for b, own in some(enumerate(exists)):
+        for n, turn in some(enumerate(own)):
             count = int(((rows[:, 0] == b) & (rows[:, 1] == n)).sum())
             there = int(turn.sum())
             assert count == min(max(math.ceil(there * share - 1e-4), 1), there)
-    for minibatch in drawn:
+    for minibatch in some(drawn):
         held = minibatch[:, 0].unique()
         assert (held // minibatches).unique().tolist() == (held // minibatches).tolist()
 
@@ -63,7 +64,7 @@ def test_ranks_draw_what_one_process_would(ranks, minibatches, seed):
         )
         for r in range(ranks)
     ]
-    for k, expected in enumerate(alone):
+    for k, expected in some(enumerate(alone)):
         shifted = [part[k] + torch.tensor([r * size, 0, 0]) for r, part in enumerate(parts)]
         assert torch.equal(torch.cat(shifted), expected)
 

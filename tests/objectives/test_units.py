@@ -32,6 +32,7 @@ from mteditflow.objectives import (
     RoundKey,
     Units,
 )
+from tests.loops import some
 
 REPLAYS = {"stochastic_steps": 3, "noise_level": 0.7}
 SAMPLES = recorded_trajectory(Recorded().policies["old"])
@@ -67,7 +68,7 @@ def test_every_objective_of_the_table_is_tried():
 
 @pytest.mark.parametrize("name", ALL)
 def test_invalid_turns_and_absent_ones_are_never_rows(name):
-    for units in draw(ALL[name], minibatches=2):
+    for units in some(draw(ALL[name], minibatches=2)):
         b, n, _ = units.rows.flatten(0, 1).unbind(1)
         assert bool((validity() & TURN_MASK)[b, n].all())
         assert len(units) > 0
@@ -205,7 +206,7 @@ def test_parts_keep_count_order_and_sum(name, size):
     outputs = [objective(velocity, SAMPLES, part) for part in parts]
     tolerance = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(torch.cat([o.loss for o in outputs]), whole.loss, **tolerance)
-    for metric, x in whole.metrics.items():
+    for metric, x in some(whole.metrics.items()):
         pieces = torch.cat([o.metrics[metric] for o in outputs])
         torch.testing.assert_close(pieces, x, **tolerance)
     torch.testing.assert_close(
@@ -240,7 +241,7 @@ def test_idle_units_have_loss_and_gradient_0_even_where_a_velocity_is_nan(name):
     velocity = Broken()
     output = objective(velocity, SAMPLES, last)
     assert output.loss.tolist() == [0.0]
-    assert all(x.tolist() == [0.0] for x in output.metrics.values())
+    assert all(x.tolist() == [0.0] for x in some(output.metrics.values()))
     output.loss.sum().backward()
     assert velocity.shift.grad == 0.0
 
@@ -253,7 +254,7 @@ def test_one_forward_pass_per_part_also_where_nothing_is_valid(name):
     assert units.split(4) == []
     parts = units.split(4, parts=3)
     assert [len(part) for part in parts] == [1, 1, 1]
-    for part in parts:
+    for part in some(parts):
         output = objective(velocity, SAMPLES, part)
         assert output.loss.tolist() == [0.0]
         assert not bool(gradients(output.loss.sum(), velocity.parameters()).any())
@@ -356,7 +357,7 @@ def test_ranks_draw_what_one_process_would(name, minibatches, shared):
     alone = draw(
         objective, values, valid, key=RoundKey(3, 5), minibatches=minibatches, samples=samples
     )
-    for k, expected in enumerate(alone):
+    for k, expected in some(enumerate(alone)):
         found = {}
         count = 0
         for first in (0, 4):
@@ -401,7 +402,7 @@ def test_epochs_draw_other_steps_and_minibatches():
 @pytest.mark.parametrize("name", ALL)
 def test_equal_generators_give_equal_units(name, minibatches):
     first, again, other = (draw(ALL[name], key=key(s), minibatches=minibatches) for s in (1, 1, 2))
-    for a, b, c in zip(first, again, other, strict=True):
+    for a, b, c in some(zip(first, again, other, strict=True)):
         assert torch.equal(a.rows, b.rows)
         if a.seed is not None:
             assert torch.equal(a.seed, b.seed)
@@ -423,7 +424,7 @@ def test_shared_noise_is_one_for_a_group_turn_and_level_in_all_minibatches(sourc
     seed_of = {}
     for (b, n, k), seed in zip(rows[:, 0].tolist(), seeds[:, 0].tolist(), strict=True):
         seed_of.setdefault((int(GROUP[b]), n, k), set()).add(seed)
-    assert all(len(own) == 1 for own in seed_of.values())
+    assert all(len(own) == 1 for own in some(seed_of.values()))
     assert len(set.union(*seed_of.values())) == len(seed_of)
 
 
@@ -452,7 +453,7 @@ def test_default_dtype_and_device_change_nothing(name):
                 objective.check_ratios(velocity, SAMPLES, trajectories=2, size=9)
     finally:
         torch.set_default_dtype(before)
-    for one, other in zip(expected, found, strict=True):
+    for one, other in some(zip(expected, found, strict=True)):
         assert torch.equal(one.rows, other.rows)
         assert one.seed is None or torch.equal(one.seed, other.seed)
     torch.testing.assert_close(torch.cat(again), torch.cat(loss))

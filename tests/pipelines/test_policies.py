@@ -9,6 +9,7 @@ from torch import nn
 from mteditflow import FlowSDE, interpolate, nft_loss, trajectory_generators, velocity_target
 from mteditflow.pipelines import LoraPolicies, RolloutVelocity
 from mteditflow.testing import check_adapter, check_saved
+from tests.loops import some
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -102,7 +103,7 @@ def test_all_policies_start_equal(pipeline):
         torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
     assert policies.old_equals_current
     kept = {k.replace("base_layer.", ""): x for k, x in pipeline.transformer.state_dict().items()}
-    assert all(torch.equal(kept[name], x) for name, x in before.items())
+    assert all(torch.equal(kept[name], x) for name, x in some(before.items()))
 
 
 def test_outside_it_is_the_current_policy_and_trains_it_alone(policies, outputs):
@@ -112,8 +113,8 @@ def test_outside_it_is_the_current_policy_and_trains_it_alone(policies, outputs)
     trained = {id(p) for p in policies.model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in policies.parameters()}
     outputs().square().sum().backward()
-    assert all(p.grad is not None for p in policies.parameters())
-    assert all(p.grad is None for p in policies.old_parameters())
+    assert all(p.grad is not None for p in some(policies.parameters()))
+    assert all(p.grad is None for p in some(policies.old_parameters()))
 
 
 @pytest.mark.parametrize("policy", ["old", "reference"])
@@ -156,7 +157,7 @@ def test_a_graph_made_before_a_switch_still_trains_the_current_policy(policies, 
     with policies.use("reference"):
         outputs()
     loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in policies.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in some(policies.parameters()))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(policies, outputs):
@@ -169,7 +170,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(policies, outputs):
     plain = gradients()
     policies.model.enable_gradient_checkpointing()
     policies.model.train()
-    for ours, theirs in zip(gradients(), plain, strict=True):
+    for ours, theirs in some(zip(gradients(), plain, strict=True)):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -178,7 +179,7 @@ def test_train_and_eval_mode_are_left_alone(policies):
         policies.model.train(mode)
         for policy in ("old", "reference", "current"):
             with policies.use(policy):
-                assert all(module.training == mode for module in policies.model.modules())
+                assert all(module.training == mode for module in some(policies.model.modules()))
 
 
 # The old policy.
@@ -241,7 +242,9 @@ def test_a_change_through_data_is_seen(pipeline):
 def test_update_of_the_old_policy_is_a_moving_average(policies, decay):
     before = [p.detach().clone() for p in policies.old_parameters()]
     policies.update_old(decay=decay)
-    for old, was, now in zip(policies.old_parameters(), before, policies.parameters(), strict=True):
+    for old, was, now in some(
+        zip(policies.old_parameters(), before, policies.parameters(), strict=True)
+    ):
         torch.testing.assert_close(old.detach(), decay * was + (1 - decay) * now.detach())
 
 
@@ -255,13 +258,13 @@ def test_a_slow_old_policy_of_a_half_precision_model_moves(pipeline):
     before = [p.detach().clone() for p in policies.old_parameters()]
     policies.update_old(decay=0.999)
     moved = zip(policies.old_parameters(), before, strict=True)
-    assert all(not torch.equal(old, was) for old, was in moved)
+    assert all(not torch.equal(old, was) for old, was in some(moved))
     image = call(pipeline, [picture(pipeline)], [CHAIN[0][0]], trajectory_generators(0, 1))
     assert len(image) == 1
     rollout = roll_out(pipeline, FlowSDE(0.7), turns=1)
     rows = rollout.trajectory.step_mask.nonzero(as_tuple=True)
     replay(rollout, pipeline.transformer, FlowSDE(0.7), rows).sum().backward()
-    assert all(p.grad is not None for p in policies.parameters())
+    assert all(p.grad is not None for p in some(policies.parameters()))
 
 
 def test_one_round_of_nft_moves_toward_good_and_away_from_bad(kontext):
@@ -335,8 +338,8 @@ def test_training_resumes_from_what_was_saved(pipeline, policies, tmp_path):
     old = [p.detach().clone() for p in policies.old_parameters()]
     disturb(policies.parameters(), seed=3)
     policies.load(pipeline, tmp_path)
-    assert all(torch.equal(p, w) for p, w in zip(policies.parameters(), weights, strict=True))
-    assert all(torch.equal(p, w) for p, w in zip(policies.old_parameters(), old, strict=True))
+    assert all(torch.equal(p, w) for p, w in some(zip(policies.parameters(), weights, strict=True)))
+    assert all(torch.equal(p, w) for p, w in some(zip(policies.old_parameters(), old, strict=True)))
     policies.load(pipeline, tmp_path, policy="old")
     assert policies.old_equals_current
 
@@ -352,15 +355,17 @@ def test_a_saved_average_is_what_a_pipeline_loads(kontext, tmp_path):
     for folder in ("a", "b"):
         disturb(policies.parameters())
         policies.load(kontext, tmp_path / folder)
-        assert all(torch.equal(x, expected[name]) for name, x in policies.state_dict().items())
+        assert all(
+            torch.equal(x, expected[name]) for name, x in some(policies.state_dict().items())
+        )
 
 
 def test_a_state_is_a_copy(policies):
     given = policies.state_dict()
     kept = {name: x.clone() for name, x in given.items()}
     disturb(policies.parameters(), seed=5)
-    assert all(torch.equal(given[name], x) for name, x in kept.items())
-    assert not any(x.requires_grad for x in given.values())
+    assert all(torch.equal(given[name], x) for name, x in some(kept.items()))
+    assert not any(x.requires_grad for x in some(given.values()))
 
 
 def test_loading_another_adapter_is_refused_and_changes_nothing(policies):
@@ -374,7 +379,7 @@ def test_loading_another_adapter_is_refused_and_changes_nothing(policies):
     ):
         with pytest.raises(ValueError, match="names or shapes are not those of the adapter"):
             policies.load_state_dict(wrong)
-    assert all(torch.equal(p, w) for p, w in zip(policies.parameters(), weights, strict=True))
+    assert all(torch.equal(p, w) for p, w in some(zip(policies.parameters(), weights, strict=True)))
 
 
 # Velocities for objectives.
@@ -412,7 +417,7 @@ def test_the_current_velocity_takes_gradients_also_when_blocks_are_recomputed(po
     assert any(g.abs().max() > 0 for g in plain)
     policies.model.enable_gradient_checkpointing()
     policies.model.train()
-    for ours, theirs in zip(gradients(), plain, strict=True):
+    for ours, theirs in some(zip(gradients(), plain, strict=True)):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -488,7 +493,7 @@ def test_the_average_starts_as_the_current_policy_and_follows_it():
     """By hand: 0.75 * 1 + 0.25 * 3 = 1.5, then 0.5 * 1.5 + 0.5 * 3 = 2.25."""
     config = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
     policies = LoraPolicies(nn.Sequential(nn.Linear(2, 2)), config, ema=True)
-    for name, x in policies.state_dict("ema").items():
+    for name, x in some(policies.state_dict("ema").items()):
         assert torch.equal(x, policies.state_dict()[name])
     for value, decay, expected in [(1, 0.0, 1.0), (3, 0.75, 1.5), (3, 0.5, 2.25), (3, 1.0, 2.25)]:
         with torch.no_grad():
@@ -538,7 +543,7 @@ def test_an_average_changes_nothing_for_the_others():
 
     for policy in ("current", "old"):
         (with_it, without) = (made(ema).state_dict(policy) for ema in (True, False))
-        assert all(torch.equal(with_it[name], x) for name, x in without.items())
+        assert all(torch.equal(with_it[name], x) for name, x in some(without.items()))
 
 
 def test_there_is_no_average_unless_asked_for(policies):

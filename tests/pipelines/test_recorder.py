@@ -32,6 +32,7 @@ from mteditflow import (
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
 from mteditflow.pipelines.guidance import Guidance
 from mteditflow.testing import check_replay
+from tests.loops import some
 
 SOLVERS = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
 
@@ -78,7 +79,7 @@ def test_replay_is_bit_for_bit_what_the_scheduler_was_given(pipeline, guidance):
         patch.setattr(Recorder, "stepped", keep)
         rollout = roll_out(pipeline, FlowSDE(0.7), guidance=guidance)
     batches = list(batches_of_rollout(rollout, together=is_kontext(pipeline)))
-    for rows, velocity in zip(batches, given, strict=True):
+    for rows, velocity in some(zip(batches, given, strict=True)):
         steps = rollout.trajectory.steps(*rows)
         again = rollout.velocity(pipeline.transformer, steps.x_t, steps.sigma, *rows[:2])
         torch.testing.assert_close(again, velocity, rtol=0, atol=1e-6)
@@ -126,7 +127,7 @@ def test_gradients_of_a_mixed_batch_are_the_sum_of_single_ones(pipeline, guidanc
     together = gradients(slice(None))
     singles = [gradients(slice(k, k + 1)) for k in range(len(weight))]
     assert sum(float(g.abs().sum()) for g in together) > 0
-    for position, ours in enumerate(together):
+    for position, ours in some(enumerate(together)):
         theirs = sum(single[position] for single in singles)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -142,7 +143,7 @@ def test_on_policy_gradient_of_the_clipped_surrogate_is_minus_the_advantage(kont
     (gradient,) = torch.autograd.grad(loss.sum(), log_prob, retain_graph=True)
     torch.testing.assert_close(gradient, -advantage, rtol=1e-5, atol=1e-5)
     loss.mean().backward()
-    assert all(p.grad is not None for p in kontext.transformer.proj_out.parameters())
+    assert all(p.grad is not None for p in some(kontext.transformer.proj_out.parameters()))
 
 
 def test_renoises_the_clean_latent_at_any_sigma_for_nft(pipeline):
@@ -254,7 +255,7 @@ def test_half_precision_replays_the_value_that_went_on(pipeline, guidance):
     rollout = roll_out(pipeline, solver, guidance=guidance)
     assert rollout.trajectory.latents.dtype == torch.bfloat16
     assert rollout.trajectory.log_prob.dtype == torch.float32
-    for rows in batches_of_rollout(rollout, together=is_kontext(pipeline)):
+    for rows in some(batches_of_rollout(rollout, together=is_kontext(pipeline))):
         replayed = replay(rollout, pipeline.transformer, solver, rows)
         torch.testing.assert_close(
             replayed.detach(), rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6
@@ -354,7 +355,7 @@ def test_recorded_under_any_grad_mode_it_replays_with_gradients(pipeline, mode):
     solver = FlowSDE(0.7)
     with mode():
         rollout = roll_out(pipeline, solver, guidance=2.5)
-    for field in dataclasses.fields(rollout.trajectory):
+    for field in some(dataclasses.fields(rollout.trajectory)):
         value = getattr(rollout.trajectory, field.name)
         assert field.name == "reduction" or not (value.is_inference() or value.requires_grad)
     for rows in (all_rows(rollout), *batches_of_rollout(rollout, is_kontext(pipeline))):

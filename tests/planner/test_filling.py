@@ -22,6 +22,7 @@ from mteditflow.planner import (
 )
 from mteditflow.planner.filling import checked_phrase, edit_prompt, edit_schema, read_edit
 from mteditflow.rewards import AnswerError, Fault
+from tests.loops import some
 
 POOL = Pool.of(
     [
@@ -69,7 +70,7 @@ def test_a_right_answer_follows_the_schema_and_is_read(task):
     filled = read_edit(written(edit, instruction), POOL, task)
     assert filled.instruction == instruction
     assert filled.pool.edits[-1].task == task
-    for slot, value in edit.items():
+    for slot, value in some(edit.items()):
         assert getattr(filled.pool.edits[-1], slot) == value
 
 
@@ -99,11 +100,11 @@ def test_what_a_background_keeps_comes_from_the_pool():
 @pytest.mark.parametrize("task", TASK_TYPES)
 def test_the_prompt_says_what_is_there_and_what_is_asked(task):
     prompt = edit_prompt(POOL, ["Remove the cat."], task)
-    for name in POOL.available:
+    for name in some(POOL.available):
         assert f'"name": "{name}"' in prompt
     assert "1. Remove the cat." in prompt
     assert f"Its type is {task}" in prompt
-    assert all(f'"{slot}": ...' in prompt for slot in RIGHT[task][0])
+    assert all(f'"{slot}": ...' in prompt for slot in some(RIGHT[task][0]))
     assert "none of: red car, shop sign, hill" in prompt
     assert ("stay as they are" in prompt) == (task == "background_change")
     assert "Edits so far, in order:\nnone" in edit_prompt(POOL, [], task)

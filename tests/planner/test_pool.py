@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,6 +27,7 @@ from mteditflow.planner import (
     chain_fields,
 )
 from mteditflow.rewards import ConsistencyScorer, pairs_of
+from tests.loops import some
 from tests.planner.simulator import check_record
 
 CAR = ListedObject(name="red car", color="red", count=1)
@@ -293,7 +294,7 @@ def test_obstacles():
     empty = Pool.of([])
     possible = [task for task in TASK_TYPES if empty.obstacle(task) is None]
     assert possible == ["subject_add", "text_change"]
-    assert all(street().obstacle(task) is None for task in TASK_TYPES)
+    assert all(street().obstacle(task) is None for task in some(TASK_TYPES))
     with pytest.raises(EditError, match=exactly("subject_remove needs 2 objects, there are 1")):
         one.apply(SubjectRemove(target="dog"))
 
@@ -377,7 +378,8 @@ def chains(draw):
 @given(chains())
 def test_a_chain_makes_sense_at_every_turn(chain):
     _, steps = chain
-    for before, after in pairwise(steps):
+    assume(len(steps) > 1)
+    for before, after in some(pairwise(steps)):
         edit = after.edits[-1]
         named = {*edit.touched, getattr(edit, "reference", None)} - {None}
         assert named <= set(before.available)
@@ -394,7 +396,7 @@ def test_a_chain_makes_sense_at_every_turn(chain):
         if edit.task == "subject_remove":
             assert (new, gone) == (set(), {edit.target})
         elif edit.task == "background_change":
-            assert all(x.original and x.foreground for x in after.objects)
+            assert all(x.original and x.foreground for x in some(after.objects))
             assert not new
         elif edit.task == "subject_add":
             assert (new, gone) == ({edit.name}, set())
@@ -410,7 +412,7 @@ def test_a_chain_makes_sense_at_every_turn(chain):
 def test_unchanged_objects_are_originals_that_nothing_touched(chain):
     listed, steps = chain
     originals = {x.name for x in listed}
-    for pool in steps:
+    for pool in some(steps):
         touched = {name for edit in pool.edits for name in edit.touched}
         assert set(pool.unchanged) == (originals - touched) & set(pool.available)
         assert not pool.unchanged or set(pool.unchanged) <= originals
@@ -422,6 +424,7 @@ def test_unchanged_objects_are_originals_that_nothing_touched(chain):
 @given(chains())
 def test_the_records_are_those_of_the_simulator(chain):
     listed, steps = chain
+    assume(len(steps) > 1)
     check_record([x.model_dump() for x in listed], chain_fields(steps))
 
 

@@ -21,6 +21,7 @@ from mteditflow.planner import parse_formatted
 from mteditflow.planner.plan import PlanningStoppedError
 from mteditflow.planner.run import Journal, RefusedChain, in_order, open_image, refused_path
 from mteditflow.testing.endpoint import ScriptedServer, closed_port, late
+from tests.loops import some
 from tests.planner.scripted_model import ScriptedModel, picture, plan_all, write_pictures
 from tests.planner.simulator import check_record
 
@@ -59,7 +60,7 @@ def both(output):
 def test_every_chain_makes_sense(undisturbed):
     planned, _ = undisturbed
     assert len(planned.chains) == 18
-    for chain in planned.chains:
+    for chain in some(planned.chains):
         objects = chain.planner["objects"]
         assert chain.turns == 3
         assert chain.image.startswith("images/")
@@ -70,26 +71,28 @@ def test_every_chain_makes_sense(undisturbed):
             "unicorn": "not found by the detector",
         }
         # the detector found neither the unicorn nor, as a thing, the wall
-        assert all(set(x["name"].split()) - {"wall", "unicorn"} for x in objects)
-        assert all(x["name"].endswith(" box") for x in objects)
+        assert all(set(x["name"].split()) - {"wall", "unicorn"} for x in some(objects))
+        assert all(x["name"].endswith(" box") for x in some(objects))
 
 
 def test_the_words_of_an_instruction_name_every_slot(undisturbed):
     planned, _ = undisturbed
     tasks = set()
-    for chain in planned.chains:
-        for said, formatted in zip(chain.instructions, chain.formatted_instructions, strict=True):
+    for chain in some(planned.chains):
+        for said, formatted in some(
+            zip(chain.instructions, chain.formatted_instructions, strict=True)
+        ):
             tasks.add(parse_formatted(formatted).task)
             assert said == said.strip()
             assert not set('[]\n"') & set(said)
-            for slot in re.findall(r"\[([^\]]+)\]", formatted):
+            for slot in some(re.findall(r"\[([^\]]+)\]", formatted)):
                 assert slot in said
     assert len(tasks) == 9  # all types were drawn in these 54 steps
 
 
 def test_edit_types_are_not_repeated_but_for_an_addition(undisturbed):
     planned, _ = undisturbed
-    for chain in planned.chains:
+    for chain in some(planned.chains):
         others = [task for task in chain.task_types if task != "subject_add"]
         assert len(set(others)) == len(others)
 
@@ -98,7 +101,7 @@ def test_refused_chains_are_counted_with_their_reason(undisturbed):
     planned, output = undisturbed
     assert planned.refused["image cannot be read"] == 2
     assert sum(planned.refused.values()) == 4
-    assert all(x.startswith(("image ", "edit: ")) for x in planned.refused)
+    assert all(x.startswith(("image ", "edit: ")) for x in some(planned.refused))
     refused = list(Journal(output.with_suffix(".refused.jsonl")).read(RefusedChain))
     assert [x.id for x in refused] == ["05.png#0", "05.png#1", "broken.jpg#0", "broken.jpg#1"]
     assert "after 6 attempts" in refused[0].detail
@@ -115,7 +118,7 @@ def test_the_order_is_that_of_the_images(undisturbed):
 
 def test_each_question_has_the_image_and_a_schema(model, undisturbed):
     bodies = [request.json for request in model.requests]
-    for body in bodies:
+    for body in some(bodies):
         image, text = body["messages"][0]["content"]
         assert image["image_url"]["url"].startswith("data:image/png;base64,")
         assert "Answer with JSON alone" in text["text"]

@@ -19,6 +19,7 @@ from mteditflow import (
     turn_average,
 )
 from mteditflow.rewards import AnswerError, Fault, InvalidRewardsError, Lost, TurnScores
+from tests.loops import some
 
 NAN = math.nan
 TIMEOUT = Lost(Fault.timeout, "no answer within 60 s", attempts=4)
@@ -217,7 +218,7 @@ def test_rewards_equal_a_plain_loop(batch):
 @given(batches())
 def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
     reward = batch.turn_reward(normalize_likert)
-    for b, n in batch.turn_mask.nonzero().tolist():
+    for b, n in some(batch.turn_mask.nonzero().tolist()):
         lost = {(0, 0): batch.lost[b, n]} if (b, n) in batch.lost else {}
         alone = TurnScores(batch.score[b : b + 1, n : n + 1], torch.ones(1, 1) > 0, lost)
         expected = alone.reward(likert_average)
@@ -231,7 +232,7 @@ def test_rewards_of_turns_are_rewards_of_chains_of_one_turn(batch):
 def test_credit_knows_what_was_lost_and_what_there_was_nothing_to_measure_in(batch):
     whole, of_turns = batch.reward(likert_average), batch.turn_reward(normalize_likert)
     value, valid, measured = batch.credited(of_turns.value, TrajectoryCredit())
-    for n in range(value.shape[1]):
+    for n in some(range(value.shape[1])):
         torch.testing.assert_close(value[:, n], whole.value, equal_nan=True, rtol=0, atol=0)
         assert torch.equal(valid[:, n], whole.valid)
         assert torch.equal(measured[:, n], whole.measured)

@@ -16,6 +16,7 @@ from examples.shapes.editor import (
     shrink,
 )
 from examples.shapes.world import WORDS, draw, make_chains, possible_edits
+from tests.loops import some
 from tests.shapes import rolling
 from tests.shapes.rolling import evaluate, metrics_of, samples_of
 
@@ -109,9 +110,9 @@ def test_every_word_has_a_token_of_its_own_and_instructions_fit():
     for tokenizer in (kontext.tokenizer_2, klein.tokenizer):
         ids = {tuple(tokenizer(word, add_special_tokens=False).input_ids) for word in WORDS}
         assert len(ids) == len(WORDS)
-        assert all(len(tokens) == 1 for tokens in ids)
-        for chain in make_chains(20, turns=3, seed=0, split="train"):
-            for edit in possible_edits(chain.initial):
+        assert all(len(tokens) == 1 for tokens in some(ids))
+        for chain in some(make_chains(20, turns=3, seed=0, split="train")):
+            for edit in some(possible_edits(chain.initial)):
                 assert len(tokenizer(edit.instruction).input_ids) <= text
 
 

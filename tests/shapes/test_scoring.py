@@ -15,6 +15,8 @@ from mteditflow_examples.shapes.served import record_of
 from mteditflow_examples.shapes.vision import pixels_of, to_pil
 from mteditflow_examples.shapes.world import draw, random_chain
 
+from tests.loops import some
+
 quick = settings(max_examples=15, deadline=None)
 
 
@@ -53,7 +55,7 @@ def test_equal_to_the_rewards_of_the_same_pictures(seed, turns, scale):
     assert torch.equal(terms["following"].score, exact.likert.float())
     assert torch.equal(terms["consistency"].score, exact.consistency)
     assert torch.equal(terms["strict"].score, exact.strict.float())
-    for scores in terms.values():
+    for scores in some(terms.values()):
         assert scores.turn_mask.all()
         assert not scores.lost
 
@@ -75,7 +77,7 @@ def test_fewer_turns_than_instructions_are_scored_as_the_first_ones():
     images = [[to_pil(picture) for picture in edited(chain, 1)] for chain in chains]
     full = ask(ExactRewards(), chains, images)
     some = ask(ExactRewards(), chains, [made[: 2 + b] for b, made in enumerate(images)])
-    for name, scores in some.items():
+    for name, scores in some(some.items()):
         assert scores.turn_mask.tolist() == [
             [True, False, False],
             [True, True, False],

@@ -18,6 +18,7 @@ from examples.shapes.vision import (
     to_pil,
 )
 from examples.shapes.world import draw, draw_index, random_chain
+from tests.loops import some
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(min_value=0, max_value=2**32)
@@ -30,7 +31,7 @@ def states(seed):
 @quick
 @given(seeds, st.sampled_from([(12, 12), (96, 96), (512, 512), (100, 40)]))
 def test_a_picture_reads_back_into_its_state_at_any_size(seed, size):
-    for state in states(seed):
+    for state in some(states(seed)):
         image = to_pil(draw(state)).resize(size, Image.Resampling.LANCZOS)
         assert read_state(to_index(pixels_of(image))) == state
 
@@ -38,7 +39,7 @@ def test_a_picture_reads_back_into_its_state_at_any_size(seed, size):
 @quick
 @given(seeds)
 def test_every_thing_is_found_in_each_of_its_cells_and_nothing_else(seed):
-    for state in states(seed):
+    for state in some(states(seed)):
         found = find_things(draw_index(state))
         where = {(thing.shape, thing.color, thing.material, thing.cells[0]) for thing in found}
         assert len(where) == len(found)
@@ -80,7 +81,7 @@ def test_the_detector_boxes_what_it_is_asked_for(seed):
     names = [f"{thing.color} {thing.shape}"]
     boxes, nothing = RuleDetector()([image, image], [names, ["purple cow"]])
     assert nothing.shape == (0, 4)
-    for box, cell in zip(boxes, thing.cells, strict=True):
+    for box, cell in some(zip(boxes, thing.cells, strict=True)):
         row, column = divmod(cell, 2)
         pixels = torch.tensor([column, row, column, row]) * 6 + torch.tensor([0, 0, 5, 5])
         torch.testing.assert_close(box, pixels * 512 / 12)

@@ -24,6 +24,7 @@ from examples.shapes.world import (
     random_state,
     thing_mask,
 )
+from tests.loops import some
 
 seeds = st.integers(min_value=0, max_value=2**32)
 splits = st.sampled_from(["train", "held_out"])
@@ -39,7 +40,7 @@ def drawn(seed, turns, split):
 def test_every_instruction_makes_sense_when_its_turn_comes(seed, turns, split):
     chain = drawn(seed, turns, split)
     assert len(chain.states) == turns + 1
-    for edit, before, after in zip(chain.edits, chain.states, chain.states[1:], strict=False):
+    for edit, before, after in some(zip(chain.edits, chain.states, chain.states[1:], strict=False)):
         assert edit in possible_edits(before)
         assert (draw_index(before) != draw_index(after)).any()
         if edit.task_type == "subject_add":
@@ -52,7 +53,7 @@ def test_every_instruction_makes_sense_when_its_turn_comes(seed, turns, split):
 @quick
 @given(seeds, st.integers(1, 9), splits)
 def test_states_stay_legal(seed, turns, split):
-    for state in drawn(seed, turns, split).states:
+    for state in some(drawn(seed, turns, split).states):
         cells = [cell for thing in state.things for cell in thing.cells]
         shapes = [thing.shape for thing in state.things]
         assert len(cells) == len(set(cells)) <= 4
@@ -60,7 +61,7 @@ def test_states_stay_legal(seed, turns, split):
         assert len(shapes) == len(set(shapes)) >= 1
         assert len(colors) == len(set(colors))
         assert shapes == sorted(shapes, key=SHAPES.index)
-        assert all(len(thing.cells) in (1, 2) for thing in state.things)
+        assert all(len(thing.cells) in (1, 2) for thing in some(state.things))
 
 
 @quick
@@ -68,7 +69,7 @@ def test_states_stay_legal(seed, turns, split):
 def test_one_thing_is_never_edited(seed, turns, split):
     chain = drawn(seed, turns, split)
     named = {edit.shape for edit in chain.edits}
-    assert any(all(thing in s.things for s in chain.states) for thing in chain.initial.things
+    assert any(all(thing in s.things for s in some(chain.states)) for thing in chain.initial.things
                if thing.shape not in named)  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_task_types_hardly_repeat_in_short_chains():
 @quick
 @given(seeds)
 def test_instructions_use_known_words_and_few(seed):
-    for edit in possible_edits(random_state(random.Random(seed))):
+    for edit in some(possible_edits(random_state(random.Random(seed)))):
         words = edit.instruction.split()
         assert len(words) <= 8
         assert set(words) <= set(WORDS)
@@ -122,7 +123,7 @@ def test_an_edit_that_makes_no_sense_is_refused():
 
 def test_edits_do_what_they_say():
     state = random_state(random.Random(3))
-    for edit in possible_edits(state):
+    for edit in some(possible_edits(state)):
         after = edit.apply(state)
         if edit.task_type == "background_change":
             assert after.background == edit.value
@@ -152,8 +153,10 @@ def test_splits_share_no_picture_and_no_chain(turns):
     """By construction: the split is a hash of the picture, and a chain never leaves its split."""
     held_out = make_chains(200, turns=turns, seed=0, split="held_out")
     train = make_chains(600, turns=turns, seed=0, split="train")
-    assert all(state.split == "held_out" for chain in held_out for state in chain.states)
-    assert all(state.split == "train" for chain in train for state in chain.states)
+    assert all(
+        state.split == "held_out" for chain in some(held_out) for state in some(chain.states)
+    )
+    assert all(state.split == "train" for chain in some(train) for state in some(chain.states))
     pictures = [
         {draw_index(state).tobytes() for chain in chains for state in chain.states}
         for chains in (held_out, train)
@@ -165,8 +168,10 @@ def test_splits_share_no_picture_and_no_chain(turns):
 def test_corrupted_targets_stay_in_the_training_split():
     rng = random.Random(0)
     kinds = set()
-    for chain in make_chains(150, turns=3, seed=1, split="train"):
-        for edit, state, wanted in zip(chain.edits, chain.states, chain.states[1:], strict=False):
+    for chain in some(make_chains(150, turns=3, seed=1, split="train")):
+        for edit, state, wanted in some(
+            zip(chain.edits, chain.states, chain.states[1:], strict=False)
+        ):
             careless = corrupt(rng, state, edit)
             assert careless.split == "train"
             assert careless != wanted

@@ -39,6 +39,7 @@ from mteditflow.testing.losses import LOSS
 from mteditflow.testing.policy_losses import POLICY_LOSS
 from mteditflow.testing.signatures import SIGNATURES, Signature
 from mteditflow.testing.strategies import signs
+from tests.loops import some
 
 PAGE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
 SAME = settings(
@@ -201,7 +202,7 @@ def test_a_loss_and_a_density_without_gradient_break_a_law():
         "loss": (Loss(detached, ROLES, ("pred",)), "finite"),
         "log-prob": (LogProb(lambda x, mean, std: (x - mean.detach())[:, 0]), "score"),
     }
-    for kind, (subject, law) in subjects.items():
+    for kind, (subject, law) in some(subjects.items()):
         with pytest.raises(LawBroken, match=r"expected a gradient to \w+\n  got      no gradient"):
             laws_of(kind)[law].check(subject, examples=1)
 
@@ -215,7 +216,7 @@ def test_a_required_mask_is_always_passed_and_an_optional_one_where_it_says_some
 
     check_group_advantage(required, signature="numpy", only=["shift", "pure"], examples=3)
     assert masks
-    assert all(mask.all() for mask in masks)
+    assert all(mask.all() for mask in some(masks))
 
 
 def test_torch_refusals_count_as_refusals():
@@ -638,7 +639,7 @@ def test_strategies_keep_what_they_promise():
     @given(st.data())
     def kept(data):
         batch = data.draw(reward_batches(constant=False, min_members=2, max_members=3))
-        for name in set(batch.group.tolist()):
+        for name in some(set(batch.group.tolist())):
             members = batch.reward[batch.group == name]
             assert 2 <= len(members) <= 3
             assert members.min() < members.max()

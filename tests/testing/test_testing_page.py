@@ -11,6 +11,7 @@ import pytest
 import mteditflow.testing
 from mteditflow.testing import FAULTS, KINDS, SIGNATURES
 from mteditflow.testing.__main__ import main
+from tests.loops import some
 
 pytest_plugins = ["pytester"]
 
@@ -42,7 +43,7 @@ def test_commands_print_what_the_page_shows(folder, capsys, words, shown):
     more = ["--only", shown.partition(":")[0]] if wrong else ["--examples", "20"]
     assert main([*shlex.split(words), *more]) == int(wrong)
     printed = capsys.readouterr().out.replace("20 examples", "200 examples")
-    for part in shown.split("  ...\n"):
+    for part in some(shown.split("  ...\n")):
         assert part in printed
 
 
@@ -55,7 +56,7 @@ def test_the_tests_of_the_page_pass(folder):
     assert "failed" not in counts
     text = result.stdout.str()
     shown = re.search(r"```text\n(test_advantages.*?)```", PAGE, flags=re.DOTALL)[1]
-    for line in shown.splitlines():
+    for line in some(shown.splitlines()):
         assert line.partition(" SKIPPED")[0] in text
 
 
@@ -76,11 +77,11 @@ def test_the_tables_are_complete():
     assert re.findall(r"^\| `([\w-]+)` \| `(?:fn|Tr)", PAGE, flags=re.MULTILINE) == list(SIGNATURES)
     doors = re.findall(r"^\| `([\w-]+)` \| `(check_\w+)` \|", PAGE, flags=re.MULTILINE)
     assert {kind for kind, _ in doors} == set(KINDS)
-    for _, door in doors:
+    for _, door in some(doors):
         assert door in mteditflow.testing.__all__
     assert int(re.search(r"\[(\d+) ways to lose", PAGE)[1]) == len(FAULTS) + 1
 
 
 def test_every_name_of_the_page_exists():
-    for name in re.findall(r"`((?:check_|[A-Z])\w+)[`(]", PAGE):
+    for name in some(re.findall(r"`((?:check_|[A-Z])\w+)[`(]", PAGE)):
         assert name in {*mteditflow.testing.__all__, "AssertionError", "None", "Tracker"}, name

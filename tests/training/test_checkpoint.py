@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mteditflow.training import Checkpoints, checkpoint
+from tests.loops import some
 
 SAVER = Path(__file__).with_name("saving_until_killed.py")
 FILES = ["manifest.json", "state.json", "model.safetensors", "optimizer.safetensors", "lora/a.bin"]
@@ -194,7 +195,7 @@ def test_no_flipped_bit_of_the_manifest_goes_unseen(checkpoints):
     path = save(checkpoints, 1, score=0.25) / "manifest.json"
     data = path.read_bytes()
     body = checkpoint.read_manifest(path.parent)
-    for position in range(len(data)):
+    for position in some(range(len(data))):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with contextlib.suppress(checkpoint.DamagedError):
             assert checkpoint.read_manifest(path.parent) == body
@@ -257,7 +258,7 @@ def test_a_full_disk_at_any_step_leaves_the_old_ones(tmp_path, monkeypatch, name
         calls = count_calls(patch, name)
         save(checkpoints, 1)
     assert len(calls) > 1
-    for step in range(len(calls)):
+    for step in some(range(len(calls))):
         checkpoints = Checkpoints(tmp_path / str(step), keep_last=2)
         save(checkpoints, 0)
         save(checkpoints, 1)
@@ -352,4 +353,4 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
                 break
     assert step > 40
     save(saver.checkpoints, saver.last + 1)
-    assert all(name.startswith("round-") for name in names(saver.checkpoints))
+    assert all(name.startswith("round-") for name in some(names(saver.checkpoints)))

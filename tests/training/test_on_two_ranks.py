@@ -26,6 +26,7 @@ from mteditflow.training import (
     optimizer_state,
     shard_model,
 )
+from tests.loops import some
 
 WORLD, BATCH, POLICIES = 2, 8, ("current", "old", "ema")
 
@@ -71,7 +72,7 @@ class Learner:
 
     def train(self, first, last):
         """Updates first to last - 1; the old policy lags behind in some and not in others."""
-        for update in range(first, last):
+        for update in some(range(first, last)):
             generator = torch.Generator().manual_seed(update)
             batch = torch.randn(BATCH, 3, generator=generator).to(self.dtype)
             own = batch.chunk(self.world)[self.rank]
@@ -119,7 +120,7 @@ class Learner:
         for epoch in range(2):
             key = RoundKey(0, 0, first=own.start, epoch=epoch)
             given = (samples, advantage[own], valid[own])
-            for units in objective.units(*given, key=key, minibatches=2):
+            for units in some(objective.units(*given, key=key, minibatches=2)):
                 parts = units.split(2, parts=most_parts(units, 2))
                 update = updater.step(parts, losses, count=units.count)
                 assert update.outcome == "taken"
@@ -127,7 +128,7 @@ class Learner:
                 counts.append((kept, len(parts) - kept))
                 means.append(dict(update.means))
         nothing = torch.zeros_like(valid)[own]
-        for units in objective.units(samples, advantage[own], nothing, key=key):
+        for units in some(objective.units(samples, advantage[own], nothing, key=key)):
             assert most_parts(units, 2) == 0
             assert updater.step([], losses, count=0).outcome == "empty"
         return counts, means
@@ -150,7 +151,7 @@ def same(left, right):
     assert left[1] == right[1]
     for name in (*POLICIES, "optimizer"):
         assert left[0][name].keys() == right[0][name].keys()
-        for key, x in left[0][name].items():
+        for key, x in some(left[0][name].items()):
             assert not isinstance(x, DTensor)
             assert torch.equal(x, right[0][name][key]), (name, key)
     return True
@@ -174,7 +175,7 @@ def resume_train_and_save(rank, checkpoints):
     """Load what one process has saved, train on, save for one process; resume to the bit."""
     stored, learner = checkpoints.latest(), Learner(rank, WORLD)
     learner.resume(stored)
-    assert all(isinstance(weight, DTensor) for weight in learner.policies.parameters())
+    assert all(isinstance(weight, DTensor) for weight in some(learner.policies.parameters()))
     loaded = {name: stored.tensors(name) for name in (*POLICIES, "optimizer")}
     assert same(learner.snapshot(), (loaded, stored.state))
     learner.train(3, 5)
@@ -195,7 +196,7 @@ def half_precision_trains(rank):
     learner = Learner(rank, WORLD, torch.bfloat16)
     assert {x.dtype for x in learner.model.parameters()} == {torch.bfloat16, torch.float32}
     learner.train(0, 2)
-    assert all(x.dtype == torch.float32 for x in learner.policies.state_dict("ema").values())
+    assert all(x.dtype == torch.float32 for x in some(learner.policies.state_dict("ema").values()))
 
 
 def one_verdict_for_all_ranks(rank):
@@ -217,9 +218,9 @@ def uneven_rows_are_one_update(rank, alone):
         idle = [x for _, x in counts]
         assert (max(idle) > 0) == (rank == 1)  # it has one trajectory of five
         assert min(kept for kept, _ in counts) == (0 if rank == 1 else 2), counts
-        for name, x in learner.policies.state_dict("current").items():
+        for name, x in some(learner.policies.state_dict("current").items()):
             torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-7)
-        for i, update in enumerate(means):
+        for i, update in some(enumerate(means)):
             loss = torch.tensor(update["loss"])
             torch.testing.assert_close(loss, expected[f"loss {i}"], rtol=1e-5, atol=1e-7)
 
@@ -246,7 +247,7 @@ def test_two_ranks_do_as_one(tmp_path):
     expected, stored = alone.snapshot()[0], checkpoints.latest()
     assert stored.round == 5
     for name in (*POLICIES, "optimizer"):
-        for key, x in stored.tensors(name).items():
+        for key, x in some(stored.tensors(name).items()):
             torch.testing.assert_close(x, expected[name][key], rtol=1e-5, atol=1e-7)
     resumed = Learner()
     resumed.resume(stored)

@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from mteditflow.training import load_optimizer_state, optimizer_state
+from tests.loops import some
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), weight_decay=0.1),
@@ -65,10 +66,10 @@ def test_the_next_steps_are_those_of_the_undisturbed(made, steps, stepped):
     for seed in range(steps, steps + 3):
         step(optimizer, parameters, seed)
         step(resumed, others, seed)
-    assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+    assert all(torch.equal(a, b) for a, b in some(zip(parameters, others, strict=True)))
     (tensors, values), (their_tensors, their_values) = map(optimizer_state, (optimizer, resumed))
     assert values == their_values
-    assert all(torch.equal(tensors[name], their_tensors[name]) for name in tensors)
+    assert all(torch.equal(tensors[name], their_tensors[name]) for name in some(tensors))
 
 
 def test_groups_and_options_are_restored():
@@ -78,7 +79,7 @@ def test_groups_and_options_are_restored():
     stored = through_files(*optimizer_state(optimizer))
     resumed = torch.optim.AdamW([{"params": [first], "extra": 1}, {"params": [second]}], lr=9.0)
     load_optimizer_state(resumed, *stored)
-    for group, expected in zip(resumed.param_groups, optimizer.param_groups, strict=True):
+    for group, expected in some(zip(resumed.param_groups, optimizer.param_groups, strict=True)):
         assert group == expected
         assert isinstance(group["betas"], tuple)
 
@@ -91,7 +92,7 @@ def test_state_is_a_copy_and_so_is_what_is_loaded():
     load_optimizer_state(optimizer, tensors, values)
     kept = {name: x.clone() for name, x in tensors.items()}
     step(optimizer, parameters, 1)
-    assert all(torch.equal(tensors[name], x) for name, x in kept.items())
+    assert all(torch.equal(tensors[name], x) for name, x in some(kept.items()))
 
 
 def test_dtypes_stay_as_stored():
@@ -141,7 +142,7 @@ def unchanged(optimizer, *stored, match):
         load_optimizer_state(optimizer, *stored)
     tensors, values = optimizer_state(optimizer)
     assert values == before[1]
-    assert all(torch.equal(tensors[name], x) for name, x in before[0].items())
+    assert all(torch.equal(tensors[name], x) for name, x in some(before[0].items()))
 
 
 def test_another_optimizers_state_is_refused_and_changes_nothing():

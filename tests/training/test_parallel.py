@@ -11,6 +11,7 @@ from mteditflow._sharding import whole
 from mteditflow.objectives import Output, Units
 from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training import Updater, gather_scores, shard_model, sum_gradients
+from tests.loops import some
 from tests.training.in_ranks import in_ranks
 
 ROWS = 8
@@ -119,16 +120,16 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("how", ["replicated", "sharded"])
 def test_updates_are_those_of_one_process(how, found):
     told, weights = train(build(), torch.arange(ROWS))
-    for rank in found:
+    for rank in some(found):
         other_told, other = rank[how]
         assert torch.allclose(torch.tensor(other), torch.tensor(weights), rtol=1e-6, atol=1e-7)
-        for ours, theirs in zip(told, other_told, strict=True):
+        for ours, theirs in some(zip(told, other_told, strict=True)):
             assert theirs == pytest.approx(ours, rel=1e-6)
 
 
 def test_ranks_skip_together_sum_what_some_lack_and_collect_scores(found):
     third = float(torch.tensor(1 / 3))
-    for rank in found:
+    for rank in some(found):
         assert rank["broken"] == ["skipped", "not finite: loss and gradient", 1.0]
         assert rank["unused"] == [[1.0, 1.0], [2.0, 2.0, 2.0]]
         score, mask, _ = rank["gathered"]

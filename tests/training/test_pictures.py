@@ -27,6 +27,7 @@ from mteditflow.training.pictures import (
 from mteditflow.training.pictures.before_after import random_rows, risen_and_fallen
 from mteditflow.training.pictures.curves import smooth
 from mteditflow.training.pictures.strips import text_width, wrap
+from tests.loops import some
 from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
 
 __all__ = ["few_resamples"]  # a fixture of every test here
@@ -77,10 +78,10 @@ def check_nothing_overlaps(figure):
     renderer = FigureCanvasAgg(figure).get_renderer()
     words = [x for x in figure.texts if x.get_text()]
     drawn = {x: x.get_window_extent(renderer).padded(-1) for x in words}
-    for (a, first), (b, second) in combinations(drawn.items(), 2):
+    for (a, first), (b, second) in some(combinations(drawn.items(), 2)):
         assert not first.overlaps(second), (a, b)
-    for text, box in drawn.items():
-        assert not any(box.overlaps(axes.bbox) for axes in figure.axes), text
+    for text, box in some(drawn.items()):
+        assert not any(box.overlaps(axes.bbox) for axes in some(figure.axes)), text
 
 
 def close_to(figure, size):
@@ -134,7 +135,7 @@ def test_dollars_are_no_formula():
     terms = {"following": turn_scores([[1]])}
     strip = Strip("$a$", ["Write $5 or $6"], images(1), terms, 0, label="$b$")
     figure = draw_strips([strip], success_at=1, title="$c$")
-    assert not any(text.get_parse_math() for text in figure.texts)
+    assert not any(text.get_parse_math() for text in some(figure.texts))
 
 
 def test_a_score_that_was_not_measured_says_so():
@@ -228,7 +229,7 @@ def test_before_and_after_look_at_the_chosen_images_only():
 def test_random_chains_count_are_seeded_and_are_none_of_the_others():
     before = evaluation([[0]] * 9 + [[nan]], lost=[(9, 0)])
     draws = [random_rows(before, before, count=4, seed=seed, without=[2]) for seed in range(30)]
-    assert all(len(set(rows)) == 4 for rows in draws)
+    assert all(len(set(rows)) == 4 for rows in some(draws))
     assert {row for rows in draws for row in rows} == {0, 1, 3, 4, 5, 6, 7, 8}
     assert draws[3] == random_rows(before, before, count=4, seed=3, without=[2])
     assert len(random_rows(before, before, count=99, seed=0)) == 9
@@ -324,11 +325,11 @@ def test_wrapped_lines_keep_all_words_and_the_width():
     with house_style():
         lines = wrap(LONG, 1.7, 9.5)
         assert " ".join(lines) == LONG
-        assert all(text_width(line, 9.5) <= 1.7 for line in lines)
+        assert all(text_width(line, 9.5) <= 1.7 for line in some(lines))
         broken = wrap("x" * 200, 1.0, 9.5, most=3)
         assert len(broken) == 3
         assert broken[-1].endswith(" …")
-        assert all(text_width(line, 9.5) <= 1.0 for line in broken)
+        assert all(text_width(line, 9.5) <= 1.0 for line in some(broken))
         assert wrap("", 1.0, 9.5) == []
 
 

@@ -21,6 +21,7 @@ from mteditflow.rewards import (
     pairs_of,
 )
 from mteditflow.rewards.consistency.regions import clean_names
+from tests.loops import some
 
 BOTH = pytest.mark.parametrize("tokens", ["strict", "compat"])
 LEFT = [0.0, 0.0, 256.0, 512.0]  # 7 of 14 columns of patches
@@ -389,7 +390,7 @@ def test_scale_of_the_features_does_not_matter_and_swapping_the_images_neither(t
     plain = score(BLACK_GRAY, pair, boxes, MapFeatures(a, b), tokens)
     scaled = score(BLACK_GRAY, pair, boxes, MapFeatures(3 * a, 0.01 * b), tokens)
     swapped = score(BLACK_GRAY, pair, boxes, MapFeatures(b, a), tokens)
-    for name, value in plain.model_dump().items():
+    for name, value in some(plain.model_dump().items()):
         assert getattr(scaled, name) == pytest.approx(value, abs=1e-12)
         assert getattr(swapped, name) == pytest.approx(value, abs=1e-12)
 
@@ -461,7 +462,7 @@ def test_alone_and_together_give_the_same(tokens, order, batch_size):
     ]
     scorer = ConsistencyScorer(detector, HashedFeatures(), tokens=tokens, batch_size=batch_size)
     together = scorer.score_many([work[n] for n in order])
-    for n, found in zip(order, together, strict=True):
+    for n, found in some(zip(order, together, strict=True)):
         assert found == scorer.score_pairs(*work[n])
 
 
@@ -473,9 +474,9 @@ def test_real_models_alone_and_together_give_the_same(detector, features, tokens
     work = [([blocks[0], blocks[n]], pairs[n % 2 :]) for n in range(1, 5)]
     scorer = ConsistencyScorer(detector, features, tokens=tokens)
     together = scorer.score_many(work)
-    for each, found in zip(work, together, strict=True):
-        for alone, batched in zip(scorer.score_pairs(*each), found, strict=True):
-            for name, value in alone.model_dump().items():
+    for each, found in some(zip(work, together, strict=True)):
+        for alone, batched in some(zip(scorer.score_pairs(*each), found, strict=True)):
+            for name, value in some(alone.model_dump().items()):
                 assert value is not None
                 assert getattr(batched, name) == pytest.approx(value, abs=1e-5)
 

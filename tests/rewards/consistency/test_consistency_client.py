@@ -50,6 +50,7 @@ from mteditflow.testing.endpoint import (
     silent,
     truncated,
 )
+from tests.loops import some
 
 TERMS = ("object", "background", "object_l1", "background_l1")
 QUICK = {"back_off": 0.001, "cool_down": 0.02, "max_cool_down": 0.05, "patience": 5.0}
@@ -87,7 +88,7 @@ def assert_equal(found, expected, *, atol=0.0):
 def assert_right_or_lost(found, expected, *, atol=0.0):
     """Every turn has its right scores, or is lost; return how many chains are lost."""
     lost = {b for b, _ in found.lost}
-    for b in range(len(found.turn_mask)):
+    for b in some(range(len(found.turn_mask))):
         turns = found.turn_mask[b].nonzero().flatten().tolist()
         assert turns == expected.turn_mask[b].nonzero().flatten().tolist()
         for name in TERMS:
@@ -315,7 +316,7 @@ def test_scores_that_were_not_asked_for_are_not_believed():
         (plain_pair.model_copy(update={"all_objects": ()}), "background_l1"),
         (plain_pair.model_copy(update={"background": False}), "background"),
     ]
-    for asked, term in cases:
+    for asked, term in some(cases):
         body = json.dumps({"scorer": "a", "pairs": [{term: 0.5}]}).encode()
         with pytest.raises(AnswerError, match=rf"pairs\[0\]: expected no {term}, got a score"):
             read_answer(body, [asked], "a")

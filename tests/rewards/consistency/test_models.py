@@ -14,6 +14,7 @@ from transformers import GroundingDinoProcessor
 from mteditflow.rewards.consistency.models import DinoV3, GroundingDino
 from mteditflow.rewards.consistency.pairs import Pair
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
+from tests.loops import some
 
 
 def picture(seed, height=512, width=512, block=64):
@@ -39,7 +40,7 @@ def test_boxes_are_those_of_the_reference_processor(detector):
     strict = GroundingDino(detector.model, detector.tokenizer, detector.processor, threshold=0.999)
     found = strict(images, NAMES)
     kept = 0
-    for image, prompt, boxes in zip(images, prompts, found, strict=True):
+    for image, prompt, boxes in some(zip(images, prompts, found, strict=True)):
         inputs = processor(images=image, text=prompt, return_tensors="pt")
         with torch.no_grad():
             outputs = detector.model(**inputs)
@@ -58,7 +59,7 @@ def test_boxes_are_those_of_the_reference_processor(detector):
 
 def test_boxes_are_absolute_corners_of_any_size_of_image(detector):
     wide = picture(0, 256, 512)
-    for boxes in detector([wide], [["a cat"]]):
+    for boxes in some(detector([wide], [["a cat"]])):
         assert boxes.shape[1] == 4
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -170,8 +171,8 @@ def test_preparation_is_bilinear_with_antialiasing(features):
 def test_features_do_not_depend_on_the_batch(features):
     images = [picture(n, 64 * (n + 1), 300) for n in range(5)]
     together = features(images)
-    for n, image in enumerate(images):
-        for alone, row in zip(features([image])[:3], together[:3], strict=True):
+    for n, image in some(enumerate(images)):
+        for alone, row in some(zip(features([image])[:3], together[:3], strict=True)):
             torch.testing.assert_close(alone[0], row[n], rtol=0, atol=1e-5)
 
 
@@ -202,7 +203,7 @@ def test_scores_of_the_real_classes(detector, features):
             images, pairs
         )
         assert list(same.model_dump().values()) == pytest.approx([1.0] * 4, abs=1e-6)
-        assert all(value < 0.99 for value in other.model_dump().values())
+        assert all(value < 0.99 for value in some(other.model_dump().values()))
 
 
 def test_detections_have_scores_above_the_threshold_and_calling_gives_their_boxes(detector):
@@ -211,8 +212,8 @@ def test_detections_have_scores_above_the_threshold_and_calling_gives_their_boxe
     scores = torch.cat([own for _, own in every]).sort().values
     middle = float(scores[len(scores) // 2])
     for threshold in (middle, detector.threshold):
-        for (boxes, own), (all_boxes, all_scores) in zip(
-            detector.detect(images, names, threshold=threshold), every, strict=True
+        for (boxes, own), (all_boxes, all_scores) in some(
+            zip(detector.detect(images, names, threshold=threshold), every, strict=True)
         ):
             above = all_scores > threshold  # a score at the threshold is not
             assert torch.equal(own, all_scores[above])
@@ -220,7 +221,7 @@ def test_detections_have_scores_above_the_threshold_and_calling_gives_their_boxe
     assert 0 < (scores > middle).sum() < len(scores)
     called = detector(images, names)
     found = detector.detect(images, names, threshold=detector.threshold)
-    assert all(torch.equal(x, boxes) for x, (boxes, _) in zip(called, found, strict=True))
+    assert all(torch.equal(x, boxes) for x, (boxes, _) in some(zip(called, found, strict=True)))
     with pytest.raises(ValueError, match="threshold: expected"):
         detector.detect(images, names, threshold=1.5)
 

@@ -35,6 +35,7 @@ from mteditflow.rewards.server.__main__ import TOKEN_VARIABLE, read_token
 from mteditflow.rewards.server.__main__ import app as command_line
 from mteditflow.rewards.server.bodies import ReadToEnd
 from mteditflow.rewards.server.serving import check_host
+from tests.loops import some
 
 URL = "/v1/consistency"
 TOKEN = "a-secret-token"
@@ -86,7 +87,7 @@ def test_scores_of_real_models_are_those_in_process(detector, features, images):
     names = {"unchanged_objects": ("cat",), "all_objects": ("cat", "dog")}
     pairs = [pair(0, 1, **names), pair(0, 2, **names)]
     expected = scorer.score_pairs(images, pairs)
-    assert all(x.object is not None and x.background is not None for x in expected)
+    assert all(x.object is not None and x.background is not None for x in some(expected))
     with TestClient(create_app(scorer)) as client:
         answer = client.post(URL, json=request_of(images, pairs)).json()
     assert scores_of(answer) == expected  # one chain alone: the same batch as in process
@@ -228,7 +229,7 @@ def test_an_error_does_not_repeat_what_was_sent(client):
         with_pair(**{secret: 1}),
         secret,
     ]
-    for body in bodies:
+    for body in some(bodies):
         assert secret not in detail(client.post(URL, json=body), 422)
     assert secret not in detail(client.post(URL, content=secret, headers=JSON), 422)
 
@@ -241,7 +242,7 @@ def test_at_most_a_few_of_many_errors_are_told(client):
 
 def test_a_body_of_another_type_is_refused(client):
     headers = [{"Content-Type": "text/plain"}, {}, {**JSON, "Content-Encoding": "gzip"}]
-    for each in headers:
+    for each in some(headers):
         response = client.post(URL, content=json.dumps(GOOD).encode(), headers=each)
         assert detail(response, 415) == "expected application/json that is not compressed"
     response = client.post(

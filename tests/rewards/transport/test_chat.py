@@ -22,6 +22,7 @@ from mteditflow.rewards import (
 from mteditflow.rewards.transport.chat import _read_completion
 from mteditflow.testing import endpoint as scripted
 from mteditflow.testing.endpoint import ScriptedServer, completion, plain
+from tests.loops import some
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 CONTENT = [{"type": "text", "text": "Score the edit."}, IMAGE]
@@ -107,7 +108,7 @@ def test_each_attempt_draws_anew_and_votes_do_not_share_draws():
             seeds.append([request.json["seed"] for request in server.requests])
     assert [of_vote[0] for of_vote in seeds] == [0, 1, 2]
     assert len({seed for of_vote in seeds for seed in of_vote}) == 9
-    assert all(0 <= seed < 2**31 for of_vote in seeds for seed in of_vote)
+    assert all(0 <= seed < 2**31 for of_vote in some(seeds) for seed in some(of_vote))
 
 
 def test_a_lost_exchange_is_repeated_as_it_was():
@@ -115,7 +116,7 @@ def test_a_lost_exchange_is_repeated_as_it_was():
         assert ask(client(server, attempts=4), seed=3) == 5
         bodies = [request.json for request in server.requests]
     assert len(bodies) == 4
-    assert all(body == bodies[0] for body in bodies)
+    assert all(body == bodies[0] for body in some(bodies))
 
 
 @pytest.mark.parametrize(("temperature", "drawn"), [(0.0, 0.7), (0.3, 0.3)])
@@ -279,7 +280,7 @@ def test_usage_counts_tokens_and_reasoning_of_all_answers():
 def test_control_characters_of_a_server_are_escaped():
     words = "\x1b]8;;http://evil\x1b\\click\x1b[2J\u202e\nline"
     bodies = (scripted.error(400, words), plain(words.encode()), plain(completion(words)))
-    for body in bodies:
+    for body in some(bodies):
         with ScriptedServer(five, repeat(body)) as server:
             lost = ask(client(server, attempts=1))
         assert str(lost).isprintable()
@@ -485,7 +486,7 @@ def test_all_that_decides_on_an_answer_is_in_its_key(tmp_path):
     ]
     answer = with_logprobs([("5", 0.0)], finish_reason="stop")
     with AnswerCache(tmp_path / "answers") as cache, ScriptedServer(lambda _: answer) as server:
-        for options, question in variations:
+        for options, question in some(variations):
             assert ask(client(server, cache=cache, **options), **question) == 5
         assert ask(ChatClient([server.url], "another", cache=cache, **QUICK)) == 5
         assert len(server.requests) == len(cache) == len(variations) + 1

@@ -8,6 +8,7 @@ import pytest
 
 from mteditflow.rewards import Background, ChatClient
 from mteditflow.testing.endpoint import ScriptedServer, completion
+from tests.loops import some
 
 
 def test_rewards_of_one_batch_are_fetched_while_the_next_is_sampled():
@@ -21,7 +22,7 @@ def test_rewards_of_one_batch_are_fetched_while_the_next_is_sampled():
 
     with Background() as background:
         futures = [background.submit(fetch, batch, scale=10) for batch in range(3)]
-        assert not any(future.done() for future in futures)
+        assert not any(future.done() for future in some(futures))
         sampled.set()
         assert [future.result(timeout=30) for future in futures] == [0, 10, 20]
 

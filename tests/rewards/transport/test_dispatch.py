@@ -16,6 +16,7 @@ from mteditflow.rewards import AnswerError, Dispatcher, Fault, Lost
 from mteditflow.rewards.transport import dispatch
 from mteditflow.rewards.transport.http_client import SHOWN, open_client
 from mteditflow.testing.endpoint import ScriptedServer, closed_port, error, reset, silent
+from tests.loops import some
 
 A, B, C = "http://a/v1", "http://b/v1", "http://c/v1"
 REQUEST = httpx2.Request("POST", A)
@@ -331,7 +332,7 @@ def test_cancellation_comes_through_from_wherever_a_request_is(where):
             return await run_all(dispatcher() if where == "rest" else stuck, [playing(5)[0]] * 1)
 
     assert anyio.run(main) == [5]
-    assert all(endpoint.in_flight == 0 for endpoint in stuck._rotation.endpoints)
+    assert all(endpoint.in_flight == 0 for endpoint in some(stuck._rotation.endpoints))
 
 
 # several event loops
@@ -481,6 +482,6 @@ def test_nothing_hangs_when_every_request_fails(behavior):
         one = dispatcher(server.url, timeout=0.1, attempts=3, patience=1.0)
         results = anyio.run(run_all, one, [asking(client, i) for i in range(20)])
     assert all(
-        isinstance(result, Lost) and re.match("http://", result.detail) for result in results
+        isinstance(result, Lost) and re.match("http://", result.detail) for result in some(results)
     )
     assert one.statistics.lost == 20
