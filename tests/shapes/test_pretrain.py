@@ -39,8 +39,8 @@ def test_pretraining_runs_and_its_weights_load(family, tmp_path):
 
 def test_a_share_of_edits_goes_without_instruction():
     texts = [f"Add {n}" for n in range(1000)]
-    some = without(texts, 0.1, seed=0)
-    assert 70 < some.count("") < 130
-    assert all(new in ("", old) for new, old in some(zip(some, texts, strict=True)))
-    assert some == without(texts, 0.1, seed=0) != without(texts, 0.1, seed=1)
+    given = without(texts, 0.1, seed=0)
+    assert 70 < given.count("") < 130
+    assert all(new in ("", old) for new, old in some(zip(given, texts, strict=True)))
+    assert given == without(texts, 0.1, seed=0) != without(texts, 0.1, seed=1)
     assert without(texts, 0.0, seed=0) == texts

@@ -76,8 +76,8 @@ def test_fewer_turns_than_instructions_are_scored_as_the_first_ones():
     chains = drawn(3)
     images = [[to_pil(picture) for picture in edited(chain, 1)] for chain in chains]
     full = ask(ExactRewards(), chains, images)
-    some = ask(ExactRewards(), chains, [made[: 2 + b] for b, made in enumerate(images)])
-    for name, scores in some(some.items()):
+    cut = ask(ExactRewards(), chains, [made[: 2 + b] for b, made in enumerate(images)])
+    for name, scores in some(cut.items()):
         assert scores.turn_mask.tolist() == [
             [True, False, False],
             [True, True, False],
