@@ -108,6 +108,11 @@ def test_the_prompt_says_what_is_there_and_what_is_asked(task):
     assert "none of: red car, shop sign, hill" in prompt
     assert ("stay as they are" in prompt) == (task == "background_change")
     assert "Edits so far, in order:\nnone" in edit_prompt(POOL, [], task)
+    listed = [json.loads(line) for line in prompt.splitlines() if line.startswith('{"name"')]
+    assert [x["name"] for x in listed] == [x.name for x in POOL.objects]
+    told = set(ListedObject.model_fields)  # what edits did to an object is not the model's business
+    assert all(x.keys() == told for x in some(listed))
+    assert edit_schema(POOL, task)["additionalProperties"] is False
 
 
 def test_names_in_the_schema_are_those_of_the_pool():

@@ -108,6 +108,17 @@ def test_refused_chains_are_counted_with_their_reason(undisturbed):
     assert "UnidentifiedImageError" in refused[2].detail
 
 
+def test_a_bad_line_of_a_journal_is_named_by_file_and_number(tmp_path):
+    good = RefusedChain(id="1", image="1.png", reason="x", detail="y").model_dump_json()
+    (tmp_path / "x.jsonl").write_text(f'{good}\n{{"id": 2}}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: "):
+        list(Journal(tmp_path / "x.jsonl").read(RefusedChain))
+
+
+def test_each_edit_has_a_seed_of_its_own(model, undisturbed):
+    assert len({request.json["seed"] for request in model.requests}) > len(undisturbed[0].chains)
+
+
 def test_the_order_is_that_of_the_images(undisturbed):
     planned, output = undisturbed
     ids = [chain.id for chain in planned.chains]
