@@ -20,6 +20,7 @@ from mteditflow.planner import (
     SubjectRemove,
     TextChange,
 )
+from mteditflow.planner.answers import strict_object
 from mteditflow.planner.filling import checked_phrase, edit_prompt, edit_schema, read_edit
 from mteditflow.rewards import AnswerError, Fault
 from tests.loops import some
@@ -95,6 +96,15 @@ def test_what_a_background_keeps_comes_from_the_pool():
     assert filled.pool.edits[-1].kept == ("red car", "shop sign")
     with pytest.raises(AnswerError, match="expected it to say 'shop sign'"):
         read_edit(written(edit, "A beach behind the red car."), POOL, "background_change")
+
+
+def test_a_strict_object_has_all_its_properties_and_no_others():
+    assert strict_object({"count": {"type": "integer", "default": 1, "title": "Count"}}) == {
+        "type": "object",
+        "properties": {"count": {"type": "integer"}},
+        "required": ["count"],
+        "additionalProperties": False,
+    }
 
 
 @pytest.mark.parametrize("task", TASK_TYPES)
