@@ -76,7 +76,7 @@ def check_unmasked(name: str, x: object) -> None:
 
 
 def _content(array: np.ndarray[Any, Any]) -> str:
-    """What an array that holds no numbers holds instead."""
+    """Name the content of an array that holds no numbers."""
     if array.dtype.kind in "US":
         return "strings"
     if array.dtype != object:
@@ -111,7 +111,7 @@ def as_real(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
 
 
 def first_tensor(*values: object) -> Tensor | None:
-    """The tensor that lists and arrays beside it follow in dtype and device, if there is one."""
+    """Return the first tensor, which lists and arrays beside it follow in dtype and device."""
     return next((x for x in values if isinstance(x, Tensor)), None)
 
 
@@ -224,7 +224,7 @@ def check_count(name: str, value: int, *, low: int = 1, high: int = _LARGEST) ->
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: not a number in its four hundred digits, nor an array."""
+    """Render a value for an error message; long integers and arrays by their size or type."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     plain = isinstance(value, (str, int, float)) or value is None

@@ -1,4 +1,4 @@
-"""What keeps a loop of assertions from going over nothing."""
+"""Checks that no loop of assertions iterates over nothing."""
 
 from __future__ import annotations
 

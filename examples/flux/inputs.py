@@ -1,4 +1,4 @@
-"""What a run reads before anything is loaded, and what it refuses by then."""
+"""Inputs of a run, read and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a run is made of beside its models.
+    """Everything that a run consists of but its models.
 
     Attributes:
         chains: to train on.

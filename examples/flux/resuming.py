@@ -1,4 +1,4 @@
-"""What may change between the processes of one run, found before anything is loaded."""
+"""Compare a run with the checkpoint that it resumes from, before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What laws expect of results: tensors, gradients, sums, precision."""
+"""Expectations of laws: tensors, gradients, sums, precision."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class LawBroken(AssertionError):  # noqa: N818  (says what happened, as Assertio
 
     @property
     def cause(self) -> str:
-        """What laws that break in one way have in common; "" for one that its numbers break."""
+        """Name of the failure that broken laws share; "" where the numbers alone break a law."""
         return (
             str(self.got)
             if isinstance(self.got, Raised)

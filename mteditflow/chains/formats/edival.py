@@ -85,7 +85,7 @@ def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iter
 
 
 class _CutBeside:
-    """Of the images before and after a bad row, finds the one that lacks a turn others have."""
+    """Search for the image beside a bad row that lacks a turn which the others have."""
 
     def __init__(self, images: Mapping[str, list[tuple[int, Cells]]]) -> None:
         longest = max((len(own) for own in images.values()), default=0)
