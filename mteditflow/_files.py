@@ -28,15 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader, or a kill at any moment, meets the old file or the whole new one.
     """
-    scratch = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        scratch.open("xb").close()  # an error of the system as itself
+    with replacing_all(path) as [scratch]:
         yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def require_folder(name: str, folder: Path) -> None:
@@ -111,9 +104,7 @@ def write_all_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file atomically; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch:
-        scratch.write_bytes(data)
+    write_all_atomically(path.parent, {path.name: data})
 
 
 _appending = threading.Lock()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from mteditflow._checks import check_choice
+from mteditflow._files import replacing
 from mteditflow._images import BOMBS, UNREADABLE, check_image
 from mteditflow.chains.formats import FORMATS, Format, Row
 from mteditflow.chains.formats.base import Record
@@ -375,12 +376,8 @@ def _moved(chain: Chain, folder: Path) -> Chain:
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[TextIO]:
-    """Open a file that takes its name at the end, if no exception came before."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
+    """Open a text file that takes its name at the end, if no exception came before."""
+    with replacing(file) as part:
         # Half a surrogate pair is no Unicode text, and stays an escape in JSON.
         with part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
             yield stream
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
