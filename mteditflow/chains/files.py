@@ -377,7 +377,9 @@ def _moved(chain: Chain, folder: Path) -> Chain:
 @contextmanager
 def _replacing(file: Path) -> Iterator[TextIO]:
     """Open a text file that takes its name at the end, if no exception came before."""
-    with replacing(file) as part:
-        # Half a surrogate pair is no Unicode text, and stays an escape in JSON.
-        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-            yield stream
+    # Half a surrogate pair is no Unicode text, and stays an escape in JSON.
+    with (
+        replacing(file) as part,
+        part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+    ):
+        yield stream
