@@ -27,6 +27,8 @@ from mteditflow_examples.evaluating.options import refusing_options
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import (
     check_services,
+    consistency_client,
+    judge_client,
     judged_by,
     prompt_of,
     require_services,
@@ -67,7 +69,6 @@ from mteditflow.rewards import (
     LIKERT,
     AnswerCache,
     Background,
-    ChatClient,
     ConsistencyClient,
     ConsistencyScores,
     InvalidRewardsError,
@@ -80,7 +81,6 @@ from mteditflow.rewards.command_line import (
     ChatTemplateKwargs,
     ExtraBody,
     ReasoningTokens,
-    read_secret,
     require_or_answers,
 )
 from mteditflow.rewards.scale import COSINE, SHARE
@@ -195,19 +195,8 @@ def _services(
     rewards: Rewards, cache: AnswerCache
 ) -> tuple[Judge | None, ConsistencyClient | None]:
     """Return the clients that are asked for."""
-    asks = looks = None
-    if rewards.judge:
-        key = read_secret("OPENAI_API_KEY")
-        client = ChatClient(
-            rewards.judge, rewards.judge_model, api_key=key, cache=cache, request=rewards.request
-        )
-        asks = Judge(client, prompt_of(rewards))
-    if rewards.consistency:
-        token = read_secret("MTEDITFLOW_TOKEN")
-        looks = ConsistencyClient(
-            rewards.consistency, pairing=rewards.pairing, token=token, cache=cache
-        )
-    return asks, looks
+    judge = Judge(judge_client(rewards, cache=cache), prompt_of(rewards)) if rewards.judge else None
+    return judge, consistency_client(rewards, cache=cache) if rewards.consistency else None
 
 
 class Measure(NamedTuple):

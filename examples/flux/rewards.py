@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anyio
 import torch
@@ -46,30 +46,34 @@ Submit = Callable[[Sequence[Chain], Sequence[Sequence[Image]]], "Future[Mapping[
 QUESTION = 60.0  # s for an answer of a service that is only to be there
 
 
+def judge_client(config: Rewards, **options: Any) -> ChatClient:
+    """Return a client of the configured judge, whose key is in the environment."""
+    return ChatClient(
+        config.judge,
+        config.judge_model,
+        api_key=read_secret("OPENAI_API_KEY"),
+        request=config.request,
+        **{"concurrency": config.concurrency, "timeout": config.timeout} | options,
+    )
+
+
+def consistency_client(config: Rewards, **options: Any) -> ConsistencyClient:
+    """Return a client of the configured consistency server, whose token is in the environment."""
+    return ConsistencyClient(
+        config.consistency,
+        pairing=config.pairing,
+        token=read_secret("MTEDITFLOW_TOKEN"),
+        **{"concurrency": config.concurrency, "timeout": config.timeout} | options,
+    )
+
+
 class Services:
     """A judge for "following", and a consistency server for "consistency", asked at once."""
 
     def __init__(self, config: Rewards, cache: AnswerCache) -> None:
-        self.client = ChatClient(
-            config.judge,
-            config.judge_model,
-            api_key=read_secret("OPENAI_API_KEY"),
-            cache=cache,
-            request=config.request,
-            concurrency=config.concurrency,
-            timeout=config.timeout,
-        )
+        self.client = judge_client(config, cache=cache)
         self._judge = Judge(self.client, prompt_of(config))
-        self._looks = None
-        if config.consistency:
-            self._looks = ConsistencyClient(
-                config.consistency,
-                pairing=config.pairing,
-                token=read_secret("MTEDITFLOW_TOKEN"),
-                cache=cache,
-                concurrency=config.concurrency,
-                timeout=config.timeout,
-            )
+        self._looks = consistency_client(config, cache=cache) if config.consistency else None
         self._features = config.terms == "features"
 
     async def score(
@@ -110,9 +114,9 @@ def check_services(config: Rewards) -> None:
     """
     scale_of(config)
     if config.judge:
-        ChatClient(config.judge, config.judge_model, request=config.request)
+        judge_client(config)
     if config.consistency:
-        ConsistencyClient(config.consistency)
+        consistency_client(config)
 
 
 def require_services(config: Rewards, *, images: int) -> None:
@@ -125,22 +129,14 @@ def require_services(config: Rewards, *, images: int) -> None:
     Raises:
         ValueError: one does not answer; the message says why.
     """
-    timeout = min(config.timeout, QUESTION)
+    brief = {"timeout": min(config.timeout, QUESTION), "attempts": 2}
     if config.judge:
-        client = ChatClient(
-            config.judge,
-            config.judge_model,
-            api_key=read_secret("OPENAI_API_KEY"),
-            request=config.request,
-            timeout=timeout,
-            attempts=2,
-        )
+        client = judge_client(config, **brief)
         found = anyio.run(partial(reach_endpoints, client, images=images))
         require_reachable("rewards.judge", found)
     if config.consistency:
-        token = read_secret("MTEDITFLOW_TOKEN")
-        looks = ConsistencyClient(config.consistency, token=token, timeout=timeout, attempts=2)
-        require_reachable("rewards.consistency", anyio.run(looks.reach))
+        found = anyio.run(consistency_client(config, **brief).reach)
+        require_reachable("rewards.consistency", found)
 
 
 @contextmanager
