@@ -275,11 +275,6 @@ def compare(
         chains, left_out = _common(*runs)
         if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
             for run in runs:
-                run.report = run.report.model_copy(
-                    update={"title": f"{run.report.title} ({run.folder})"}
-                )
-        if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
-            for run in runs:
                 name = f"{run.report.title} ({run.folder})"
                 run.report = run.report.model_copy(update={"title": name})
         series = [run.series(chains) for run in runs]

@@ -54,6 +54,7 @@ from mteditflow.rewards import (
     reach_endpoints,
 )
 from mteditflow.rewards.command_line import (
+    QUESTION,
     AnswerTokens,
     ChatTemplateKwargs,
     ExtraBody,
@@ -84,7 +85,6 @@ MaxInvalid = Annotated[
 Outside = Annotated[
     bool, typer.Option("--allow-outside", help="Images before may lie outside their folder.")
 ]
-QUESTION = 60.0  # s for an answer of a judge that is only to be there
 FEW = f"* over fewer than {FEW_CASES}"
 DEFAULT_OUTPUT = Path("runs/single_turn")
 

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "AnswerTokens",
         "ChatTemplateKwargs",
         "ExtraBody",
+        "QUESTION",
         "ReasoningTokens",
         "check_source",
         "read_secret",

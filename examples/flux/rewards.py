@@ -34,16 +34,13 @@ from mteditflow.rewards import (
     judge_identity,
     reach_endpoints,
 )
-from mteditflow.rewards.command_line import read_secret, require_reachable
+from mteditflow.rewards.command_line import QUESTION, read_secret, require_reachable
 from mteditflow.training import Aggregation, RoundRewards
 
 from .config import ConfigError, Rewards
 from .scorers import CheckedScorer, Scorer, consistency_terms, declared_scale, named_scorer
 
 Submit = Callable[[Sequence[Chain], Sequence[Sequence[Image]]], "Future[Mapping[str, TurnScores]]"]
-
-
-QUESTION = 60.0  # s for an answer of a service that is only to be there
 
 
 def judge_client(config: Rewards, **options: Any) -> ChatClient:

@@ -27,6 +27,7 @@ from mteditflow.planner.plan import (
 from mteditflow.planner.run import Planned, folder_images, plan_images, planned_ids, writing
 from mteditflow.planner.statistics import draw_statistics, statistics, statistics_table
 from mteditflow.rewards.command_line import (
+    QUESTION,
     AnswerTokens,
     ChatTemplateKwargs,
     ExtraBody,
@@ -40,8 +41,6 @@ from mteditflow.rewards.command_line import (
 from mteditflow.rewards.judge.preflight import reach_endpoints
 from mteditflow.rewards.transport.cache import AnswerCache
 from mteditflow.rewards.transport.chat import ChatClient
-
-QUESTION = 60.0  # s for an answer of an endpoint that is only to be there
 
 app = typer.Typer(
     cls=OneLineGroup,

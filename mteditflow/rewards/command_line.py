@@ -17,6 +17,8 @@ from mteditflow.rewards.request_options import RequestOptions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+QUESTION = 60.0  # s, longest wait for a service that only has to answer at all
+
 
 def read_secret(variable: str) -> str | None:
     r"""Return a key or a token of the environment, without the line break at its end; else None.
