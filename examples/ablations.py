@@ -25,7 +25,8 @@ from mteditflow_examples.findings.page import write_page
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
 from mteditflow_examples.findings.settings import PAPER
 
-from mteditflow._command import program, refusing
+from mteditflow._command import program
+from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
 STUDIES = {PAPER.name: PAPER, OBJECTIVES.name: OBJECTIVES}

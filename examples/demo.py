@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from mteditflow._command import OneLineCommand, refusing
+from mteditflow._command import OneLineCommand
+from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

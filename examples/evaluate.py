@@ -44,7 +44,8 @@ from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import require_services
 from tqdm import tqdm
 
-from mteditflow._command import OneLineGroup, failing, writing
+from mteditflow._command import OneLineGroup, writing
+from mteditflow._exits import failing
 from mteditflow._files import require_folder, write_all_atomically
 from mteditflow.chains import Chain, Reading, read_chains
 from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of

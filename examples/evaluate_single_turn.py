@@ -23,7 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow._command import OneLineGroup, failing, refusing, writing
+from mteditflow._command import OneLineGroup, writing
+from mteditflow._exits import failing, refusing
 from mteditflow._files import write_atomically
 from mteditflow._images import BOMBS, UNREADABLE, check_image
 from mteditflow._text import escape_controls, escape_markup

@@ -28,7 +28,8 @@ from mteditflow_examples.shapes.files import write_world
 from tqdm import tqdm
 
 from mteditflow._checks import check_count
-from mteditflow._command import program, refusing
+from mteditflow._command import program
+from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
 HERE = Path(__file__).parent

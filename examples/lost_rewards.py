@@ -30,7 +30,8 @@ from mteditflow_examples.shapes.held_out import evaluate_held_out
 from mteditflow_examples.shapes.served import service
 from tqdm import tqdm
 
-from mteditflow._command import program, refusing
+from mteditflow._command import program
+from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 from mteditflow.evaluation import Evaluation
 from mteditflow.training import Checkpoints, read_metrics, run_report, write_report

@@ -48,7 +48,8 @@ from mteditflow import (
     overall,
     wilson_interval,
 )
-from mteditflow._command import OneLineCommand, failing, writing
+from mteditflow._command import OneLineCommand, writing
+from mteditflow._exits import failing
 from mteditflow._files import require_folder, write_atomically
 from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow._text import escape_controls, escape_markup

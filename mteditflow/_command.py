@@ -1,7 +1,4 @@
-"""Commands that end with one line on standard error: exit code 2 for bad input, 1 for a failure.
-
-Standard output may be closed by its reader, as ``| head -1`` does, without ending a command.
-"""
+"""Typer commands whose usage errors take one line, and whose reader may close standard output."""
 
 from __future__ import annotations
 
@@ -14,64 +11,12 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._locks import sole_writer
 from mteditflow._pipes import reader_may_leave
-from mteditflow._text import escape_controls
 
-BAD_INPUT, FAILED = 2, 1  # exit codes
 # typer may have a copy of click of its own, of whose exceptions it exports some alone.
 USAGE = next(x for x in typer.BadParameter.__mro__ if x.__name__ == "ClickException")
-
-
-def refuse(message: object) -> NoReturn:
-    r"""Print one line and exit with 2.
-
-    Raises:
-        SystemExit: always.
-
-    Example:
-        >>> try:
-        ...     refuse("seed: expected a number,\n got 'x'")
-        ... except SystemExit as end:
-        ...     end.code
-        2
-    """
-    _end_with(BAD_INPUT, message)
-
-
-def _end_with(code: int, message: object) -> NoReturn:
-    sys.stderr.write(f"error: {escape_controls(' '.join(str(message).split()))}\n")
-    raise SystemExit(code)
-
-
-@contextmanager
-def refusing(*more: type[Exception]) -> Iterator[None]:
-    """Refuse what a file or an option made impossible, instead of a traceback.
-
-    Args:
-        *more: exceptions that are bad input, too, beside ``OSError`` and ``ValueError``.
-    """
-    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
-    try:
-        yield
-    except kinds as error:
-        refuse(error)
-
-
-@contextmanager
-def failing(*more: type[Exception]) -> Iterator[None]:
-    """End with one line and exit code 1 where what was accepted fails while it runs.
-
-    Args:
-        *more: exceptions that are failures, too, beside ``OSError``.
-    """
-    kinds: tuple[type[Exception], ...] = (OSError, *more)
-    try:
-        yield
-    except kinds as error:
-        if isinstance(error, BrokenPipeError):
-            raise  # of standard output, which is no failure
-        _end_with(FAILED, error)
 
 
 @contextmanager

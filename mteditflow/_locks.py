@@ -46,9 +46,9 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / f".{name or 'folder'}.writer.json"
-    held = FileLock(record.with_suffix(".lock"), timeout=0)
+    lock = FileLock(record.with_suffix(".lock"), timeout=0)
     try:
-        held.acquire()
+        lock.acquire()
     except Timeout as error:
         raise InUseError(
             f"{folder / name}: expected no other writer, got {_holder(record) or UNKNOWN}; wait "
@@ -60,7 +60,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
         yield stale
     finally:
         record.unlink(missing_ok=True)
-        held.release()
+        lock.release()
 
 
 def _this_process() -> dict[str, str | int]:

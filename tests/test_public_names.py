@@ -22,16 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow._locks": {"sole_writer"},
     "mteditflow._pipes": {"reader_may_leave"},
     # Foreign text on a terminal, and the options of every command with a judge.
-    "mteditflow._command": {
-        "BAD_INPUT",
-        "OneLineCommand",
-        "OneLineGroup",
-        "failing",
-        "program",
-        "refuse",
-        "refusing",
-        "writing",
-    },
+    "mteditflow._command": {"OneLineCommand", "OneLineGroup", "program", "writing"},
+    "mteditflow._exits": {"BAD_INPUT", "failing", "refuse", "refusing"},
     "mteditflow._checks": {"check_count"},
     "mteditflow._text": {"escape_controls", "escape_markup"},
     "mteditflow.rewards.command_line": {

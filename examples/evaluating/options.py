@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from typer import Context
 
-from mteditflow._command import refusing
+from mteditflow._exits import refusing
 
 # Fields that the commands share with the trainer, by the names of their options.
 OPTIONS = {"rewards.judge_model": "--model"}

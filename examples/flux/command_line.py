@@ -14,8 +14,8 @@ from typing import Any
 
 import tyro
 
+from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
-from mteditflow._text import escape_controls
 from mteditflow.objectives import OBJECTIVES, Objective
 
 from .config import Config, ConfigError, checked, dumped, name_of, typed
@@ -27,7 +27,6 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
-BAD_INPUT = 2  # exit code
 # Of the boxes that tyro draws around errors, in ASCII where a terminal has nothing better.
 FRAME, RULE = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯|+]"), re.compile(r"[-─]{4}")
 
@@ -42,8 +41,7 @@ def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Conf
         with reader_may_leave():
             return parse(arguments, kind)
     except ConfigError as error:
-        sys.stderr.write(f"error: {escape_controls('; '.join(str(error).splitlines()))}\n")
-        sys.exit(BAD_INPUT)
+        refuse("; ".join(str(error).splitlines()))
     sys.exit(0)  # the reader of the help has left, and that ended the printing
 
 

@@ -14,7 +14,7 @@ from accelerate.tracking import get_available_trackers
 from safetensors import safe_open
 
 from mteditflow import gather_ranks
-from mteditflow._command import BAD_INPUT, refuse
+from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._files import require_folder
 from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
 from mteditflow.evaluation import JudgedBy

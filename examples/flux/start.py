@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from mteditflow import AdaptiveKL, RewardHistory
-from mteditflow._command import refusing
+from mteditflow._exits import refusing
 from mteditflow._locks import sole_writer
 from mteditflow.chains import ChainError
 from mteditflow.pipelines import ReplayError

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging
 
-from mteditflow._command import program, refusing
+from mteditflow._command import program
+from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 from mteditflow.chains import Chain as Record
 from mteditflow.chains import write_chains

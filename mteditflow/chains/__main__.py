@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from mteditflow._command import OneLineGroup, refusing
+from mteditflow._command import OneLineGroup
+from mteditflow._exits import refusing
 from mteditflow._files import naming, replacing_all
 from mteditflow._text import escape_controls
 from mteditflow.chains import (

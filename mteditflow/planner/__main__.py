@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow._command import OneLineGroup, failing, refusing
+from mteditflow._command import OneLineGroup
+from mteditflow._exits import failing, refusing
 from mteditflow._text import escape_markup
 from mteditflow.chains import TaskType, read_chains
 from mteditflow.planner.plan import (

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from mteditflow._command import OneLineCommand, refusing
+from mteditflow._command import OneLineCommand
+from mteditflow._exits import refusing
 from mteditflow.rewards.command_line import check_device, check_source, read_secret
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.consistency.wire import Limits

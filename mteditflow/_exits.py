@@ -1,0 +1,63 @@
+"""Ends of a program in one line on standard error: exit code 2 for bad input, 1 for a failure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from mteditflow._text import escape_controls
+
+BAD_INPUT, FAILED = 2, 1  # exit codes
+
+
+def refuse(message: object) -> NoReturn:
+    r"""Print one line and exit with 2.
+
+    Raises:
+        SystemExit: always.
+
+    Example:
+        >>> try:
+        ...     refuse("seed: expected a number,\n got 'x'")
+        ... except SystemExit as end:
+        ...     end.code
+        2
+    """
+    _end_with(BAD_INPUT, message)
+
+
+def _end_with(code: int, message: object) -> NoReturn:
+    sys.stderr.write(f"error: {escape_controls(' '.join(str(message).split()))}\n")
+    raise SystemExit(code)
+
+
+@contextmanager
+def refusing(*more: type[Exception]) -> Iterator[None]:
+    """Refuse what a file or an option made impossible, instead of a traceback.
+
+    Args:
+        *more: exceptions that are bad input, too, beside ``OSError`` and ``ValueError``.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
+    try:
+        yield
+    except kinds as error:
+        refuse(error)
+
+
+@contextmanager
+def failing(*more: type[Exception]) -> Iterator[None]:
+    """End with one line and exit code 1 where what was accepted fails while it runs.
+
+    Args:
+        *more: exceptions that are failures, too, beside ``OSError``.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *more)
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, BrokenPipeError):
+            raise  # of standard output, which is no failure
+        _end_with(FAILED, error)
