@@ -22,6 +22,7 @@ from mteditflow._checks import (
     as_numbers,
     as_real,
     check_callable,
+    check_choice,
     check_full_precision,
     check_kind,
     check_mask,
@@ -33,7 +34,7 @@ from mteditflow._checks import (
     check_values,
 )
 from mteditflow._reduce import in_float64
-from mteditflow.advantages.group import all_alone, fuse_advantages
+from mteditflow.advantages.group import STDS, all_alone, fuse_advantages
 from mteditflow.advantages.turns import reward_to_go, turn_average
 
 Mask = Numbers | None  # boolean [B, N]
@@ -303,6 +304,8 @@ def turn_advantage(
         {f"signals[{n!r}]": mask for n, mask in measured.items()},
     )
     if all_alone(ids):  # nothing to compare with
+        check_choice("std", std, STDS)
+        check_number("eps", eps, low=0.0)
         advantage = torch.zeros_like(signal.value)
     else:
         advantage = fuse(values, own, ids, valid=valid, measured=measured, std=std, eps=eps)

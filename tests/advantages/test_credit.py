@@ -381,6 +381,15 @@ def test_errors_of_credit(name):
             credit(reward, **{mask: torch.ones(2, 3)})
 
 
+def test_options_are_checked_where_there_is_nothing_to_compare_with():
+    signals, alone = {"r": TurnCredit()(torch.zeros(2, 2))}, torch.arange(2)
+    assert turn_advantage(signals, {"r": 1.0}, alone).value.eq(0).all()
+    with pytest.raises(ValueError, match=r"^std: expected one of"):
+        turn_advantage(signals, {"r": 1.0}, alone, std="none at all")
+    with pytest.raises(ValueError, match=r"^eps: expected a finite number in \[0, inf\]"):
+        turn_advantage(signals, {"r": 1.0}, alone, eps=-1.0)
+
+
 def test_errors_of_advantages():
     signal, group = TurnCredit()(torch.zeros(2, 3)), torch.zeros(2).long()
     for weights, message in (
