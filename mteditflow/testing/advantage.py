@@ -5,7 +5,7 @@ Source: MT-EditFlow (arXiv 2606.01985), Eq. 3, and what implementations in the f
 
 from __future__ import annotations
 
-import pickle
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -504,7 +504,9 @@ def _global_state() -> dict[str, object]:
         "default dtype": torch.get_default_dtype(),
         "gradient mode": torch.is_grad_enabled(),
         "torch random state": torch.get_rng_state().numpy().tobytes(),
-        "numpy random state": pickle.dumps(np.random.get_state(legacy=False)),  # noqa: NPY002
+        "numpy random state": json.dumps(
+            np.random.get_state(legacy=False), default=np.ndarray.tolist
+        ),  # noqa: NPY002
         "state of Python's random": random.getstate(),
     }
 
