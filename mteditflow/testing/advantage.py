@@ -500,13 +500,12 @@ def check_group_advantage(
 
 
 def _global_state() -> dict[str, object]:
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
     return {
         "default dtype": torch.get_default_dtype(),
         "gradient mode": torch.is_grad_enabled(),
         "torch random state": torch.get_rng_state().numpy().tobytes(),
-        "numpy random state": json.dumps(
-            np.random.get_state(legacy=False), default=np.ndarray.tolist
-        ),  # noqa: NPY002
+        "numpy random state": json.dumps(numpy_state, default=np.ndarray.tolist),
         "state of Python's random": random.getstate(),
     }
 
