@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mteditflow._command import OneLineGroup
-from mteditflow._exits import refusing
+from mteditflow._exits import refuse, refusing
 from mteditflow._files import naming, replacing_all
 from mteditflow._text import escape_controls
 from mteditflow.chains import (
@@ -94,6 +94,8 @@ def convert(
     left_out += map(str, writing.refused)
     outside -= {refused.id for refused in writing.refused}
     _print_left_out(left_out)
+    if not writing.count:
+        refuse(f"{source}: expected chains that {to} can hold, got none; nothing is written")
     out.print(f"{writing.count} chains written to {target} ({to}), {len(left_out)} left out")
     if FORMATS[to].loses != "nothing":
         out.print(f"{to} leaves out: {FORMATS[to].loses}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -307,7 +307,7 @@ def write_chains(
     format: str = "native",  # noqa: A002
     strict: bool = True,
 ) -> Writing:
-    """Write chains to a file, which appears whole or not at all.
+    """Write chains to a file, which appears whole or not at all: also where no chain is left.
 
     Paths of images are rewritten, so that they are relative to the new file and lead where they
     led; absolute ones and addresses stay as they are. ``FORMATS[format].loses`` lists what of a
@@ -341,7 +341,7 @@ def write_chains(
     known, file = FORMATS[format], Path(path)
     ids: set[str] = set()
     refused: list[Refused] = []
-    with _replacing(file) as stream:
+    with suppress(_NothingToWriteError), _replacing(file) as stream:
         stream.write(known.head)
         for chain in chains:
             text = _encode(_moved(chain, file.parent), known, ids)
@@ -352,8 +352,14 @@ def write_chains(
                 raise ChainError(f"{format} cannot hold {text}")
             else:
                 refused.append(text)
+        if not ids:
+            raise _NothingToWriteError
         stream.write(known.tail)
     return Writing(len(ids), tuple(refused))
+
+
+class _NothingToWriteError(Exception):
+    """No chain is left; an empty file would be of no format, and cost an old one."""
 
 
 def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:

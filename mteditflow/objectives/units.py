@@ -243,7 +243,7 @@ def training_rows(
 
 def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Keep a share of the existing steps of every turn, [N, S]."""
-    count = (exists.sum(dim=1).float() * share - 1e-4).ceil().clamp(min=1)  # 0.1 of 10 is 1
+    count = (exists.sum(dim=1).double() * share - 1e-9).ceil().clamp(min=1)  # 0.07 of 100 is 7
     score = torch.rand(exists.shape, generator=generator, dtype=torch.float32, device="cpu")
     score = score.masked_fill(~exists, 2.0)
     rank = score.argsort(dim=1).argsort(dim=1)

@@ -19,6 +19,7 @@ class Fault(Enum):
     connection = "no connection"
     rate_limited = "too many requests (429)"
     server_error = "server error (5xx)"
+    redirected = "redirected elsewhere (3xx)"
     rejected = "request rejected (4xx)"
     malformed = "not an answer of this protocol"
     refusal = "refusal"

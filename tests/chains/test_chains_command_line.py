@@ -93,6 +93,18 @@ def test_lenient_leaves_out_lists_and_counts(mixed, tmp_path):
     ]
 
 
+def test_lenient_keeps_the_old_file_where_nothing_is_left(mixed, tmp_path):
+    (target := tmp_path / "out.jsonl").write_text("old")
+    result = run("convert", mixed, target, "--to", "magicbrush", "--lenient")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[0].startswith(f"{mixed}:2: image")
+    assert result.stderr.endswith(
+        f"error: {mixed}: expected chains that magicbrush can hold, got none; nothing is written\n"
+    )
+    assert target.read_text() == "old"
+
+
 def test_check(mixed, tmp_path):
     result = run("check", mixed)
     assert result.exit_code == 1

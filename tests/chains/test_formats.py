@@ -560,7 +560,7 @@ def refusal(chain, name, folder):
     assert not list(folder.iterdir())
     (refused,) = write_chains([chain], path, format=name, strict=False).refused
     assert str(caught.value) == f"{name} cannot hold chain {chain.id!r}: {refused.reason}"
-    path.unlink()
+    assert not path.exists()  # nothing is left to write
     return refused.reason
 
 

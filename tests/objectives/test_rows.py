@@ -21,6 +21,16 @@ def test_every_existing_row_once_in_order():
     assert rows.tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 1]]
 
 
+@pytest.mark.parametrize(
+    ("steps", "share", "kept"),
+    [(10, 0.1, 1), (25, 0.6, 15), (100, 0.07, 7), (3000, 0.007, 21), (3, 0.4, 2), (9, 0.01, 1)],
+)
+def test_rounding_of_a_share_draws_no_step_more(steps, share, kept):
+    exists = torch.ones(1, 2, steps, dtype=torch.bool)
+    (rows,) = training_rows(exists, generators=generators(1), share=share)
+    assert rows[:, 1].bincount().tolist() == [kept, kept]
+
+
 @given(
     strata=st.integers(1, 5),
     minibatches=st.integers(1, 4),

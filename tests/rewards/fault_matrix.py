@@ -131,6 +131,7 @@ MATRIX = [
     both("500", error(500), Fault.server_error),
     both("502", error(502), Fault.server_error),
     both("503 with Retry-After", error(503, Retry_After="0.05"), Fault.server_error),
+    at_once("302: the server is elsewhere", error(302, Location="/login"), Fault.redirected),
     at_once("400: the request is rejected", error(400), Fault.rejected),
     both("truncated body", scripted.truncated, Fault.connection),
     both("HTML", scripted.HTML, Fault.malformed),

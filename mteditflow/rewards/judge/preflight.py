@@ -19,8 +19,8 @@ from mteditflow.rewards.transport.concurrency import gather
 
 SIDE = 64  # pixels of a test image: vision towers refuse images of less than a few patches
 DEAD = (  # faults of an endpoint that no other question would fare better with
-    Fault.timeout, Fault.connection, Fault.rate_limited, Fault.server_error, Fault.rejected,
-    Fault.malformed, Fault.unavailable,
+    Fault.timeout, Fault.connection, Fault.rate_limited, Fault.server_error, Fault.redirected,
+    Fault.rejected, Fault.malformed, Fault.unavailable,
 )  # fmt: skip
 FEWEST = 5  # log-probabilities that a Likert scale needs
 

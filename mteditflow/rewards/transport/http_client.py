@@ -205,15 +205,25 @@ def retry_after(header: str | None) -> float | None:
 
 def _status_failure(response: httpx2.Response) -> AttemptError:
     status = response.status_code
-    fault = Fault.server_error if status >= 500 else STATUSES.get(status, Fault.rejected)
-    header = response.headers.get("retry-after")
-    wait = "" if header is None else f" (Retry-After: {shorten(header)})"
+    said = [
+        f"{name}: {shorten(response.headers[name])}"
+        for name in ("Retry-After", "Location")
+        if name in response.headers
+    ]
+    told = f" ({', '.join(said)})" if said else ""
     return AttemptError(
-        fault,
-        f"HTTP {status}{wait}: {shorten(response.text)}",
-        retry_after=retry_after(header),
+        _fault(status),
+        f"HTTP {status}{told}: {shorten(response.text)}",
+        retry_after=retry_after(response.headers.get("retry-after")),
         here_again=status >= 500 or status in STATUSES,
     )
+
+
+def _fault(status: int) -> Fault:
+    """What a status that is no answer says; a redirect is not followed: it could lose the body."""
+    if status >= 500:
+        return Fault.server_error
+    return Fault.redirected if status < 400 else STATUSES.get(status, Fault.rejected)
 
 
 def _message(error: BaseException) -> str:

@@ -149,7 +149,7 @@ def test_what_is_no_fault_of_an_answer_is_not_classified(error):
 @pytest.mark.parametrize(
     ("status", "fault", "here_again"),
     [
-        (302, Fault.rejected, False),
+        (302, Fault.redirected, False),
         (400, Fault.rejected, False),
         (401, Fault.rejected, False),
         (404, Fault.rejected, False),
@@ -177,6 +177,11 @@ def test_a_wish_to_wait_is_kept_and_said(status):
     failure = classify(status_error(status, "busy", **{"Retry-After": "7"}))
     assert failure.retry_after == 7
     assert failure.detail == f"HTTP {status} (Retry-After: 7): busy"
+
+
+def test_where_a_redirect_leads_is_said():
+    failure = classify(status_error(302, "Found", Location="https://judge.example/v1"))
+    assert failure.detail == "HTTP 302 (Location: https://judge.example/v1): Found"
 
 
 def test_retry_after_as_a_date():
