@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from typing import NoReturn
 from mteditflow._text import escape_controls
 
 BAD_INPUT, FAILED = 2, 1  # exit codes
+# Of the machine, not of what it was given: no space, no memory, too many files, a broken disk.
+MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO,
+)  # fmt: skip
 
 
 def refuse(message: object) -> NoReturn:
@@ -28,6 +33,15 @@ def refuse(message: object) -> NoReturn:
     _end_with(BAD_INPUT, message)
 
 
+def fail(message: object) -> NoReturn:
+    """Print one line and exit with 1.
+
+    Raises:
+        SystemExit: always.
+    """
+    _end_with(FAILED, message)
+
+
 def _end_with(code: int, message: object) -> NoReturn:
     sys.stderr.write(f"error: {escape_controls(' '.join(str(message).split()))}\n")
     raise SystemExit(code)
@@ -37,6 +51,8 @@ def _end_with(code: int, message: object) -> NoReturn:
 def refusing(*more: type[Exception]) -> Iterator[None]:
     """Refuse what a file or an option made impossible, instead of a traceback.
 
+    An error of the machine, such as a full disk, is a failure, and exits with 1.
+
     Args:
         *more: exceptions that are bad input, too, beside ``OSError`` and ``ValueError``.
     """
@@ -44,7 +60,8 @@ def refusing(*more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        refuse(error)
+        of_machine = isinstance(error, OSError) and error.errno in MACHINE
+        _end_with(FAILED if of_machine else BAD_INPUT, error)
 
 
 @contextmanager
@@ -60,4 +77,4 @@ def failing(*more: type[Exception]) -> Iterator[None]:
     except kinds as error:
         if isinstance(error, BrokenPipeError):
             raise  # of standard output, which is no failure
-        _end_with(FAILED, error)
+        fail(error)

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,30 +47,73 @@ def require_folder(name: str, folder: Path) -> None:
         raise ValueError(f"{name}: expected a folder, got the file {there}")
 
 
+def require_no_device(path: Path) -> None:
+    """Raise where a device or a pipe is in the place of a file: it may never end, or be lost.
+
+    Raises:
+        OSError: of ``path``.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "expected a file, got a device or a pipe", str(path))
+
+
+def destination(path: Path) -> Path:
+    """Return the file that is written under a path: where its links lead; they stay links.
+
+    Raises:
+        OSError: a folder, a device, a pipe or a ring of links is in its place.
+    """
+    require_no_device(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
+
+
+def require_other_files(name: str, *paths: Path) -> None:
+    """Raise unless all these paths, once links are followed, are of different files.
+
+    Args:
+        name: of the arguments that give them.
+        *paths: files, which need not be there.
+
+    Raises:
+        ValueError: two are one file.
+    """
+    places = [os.path.realpath(path) for path in paths]
+    for i, path in enumerate(paths):
+        if places[i] in places[:i]:
+            raise ValueError(f"{name}: expected different files, got {path} twice")
+
+
 @contextmanager
 def replacing_all(*paths: Path) -> Iterator[list[Path]]:
     """Yield a scratch path for each file; all take their names once all are written, or none.
 
-    Only a kill between the renames can leave some of them new and others old.
+    Links are followed. Only a kill between the renames can leave some of them new and others old.
 
     Raises:
         OSError: one cannot be written; the message names the file, not its scratch path.
     """
-    scratch = [path.with_name(f".{uuid.uuid4().hex}.partial") for path in paths]
+    targets = [destination(path) for path in paths]
+    scratch = [target.with_name(f".{uuid.uuid4().hex}.partial") for target in targets]
+    made: list[Path] = []
     try:
         for path, own in zip(paths, scratch, strict=True):
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             with naming(path):
                 own.open("xb").close()
-        yield scratch
+            made.append(own)
+        with _naming_scratch(paths, scratch):
+            yield scratch
         for path, own in zip(paths, scratch, strict=True):
             with naming(path), own.open("rb+") as file:
                 os.fsync(file.fileno())
-        for path, own in zip(paths, scratch, strict=True):
-            own.replace(path)
+        for target, own in zip(targets, scratch, strict=True):
+            own.replace(target)
     finally:
-        for own in scratch:
+        for own in made:
             own.unlink(missing_ok=True)
 
 
@@ -84,7 +127,25 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise _named(error, path) from error
+
+
+@contextmanager
+def _naming_scratch(paths: Sequence[Path], scratch: Sequence[Path]) -> Iterator[None]:
+    """As ``naming``, for errors of scratch paths, and for those of no path if there is one file."""
+    try:
+        yield
+    except OSError as error:
+        names: dict[str | None, Path] = dict(zip(map(str, scratch), paths, strict=True))
+        if len(paths) == 1 and error.errno is not None:
+            names[None] = paths[0]
+        if (path := names.get(error.filename)) is None:
+            raise
+        raise _named(error, path) from error
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def write_all_atomically(folder: Path, files: Mapping[str, bytes]) -> None:

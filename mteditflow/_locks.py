@@ -29,7 +29,8 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
 
     Args:
         folder: made if missing; the lock lies in it.
-        name: of the file; "" is the whole folder.
+        name: of the file; "" is the whole folder. Links are followed: the lock lies beside the
+            file that is written, whatever it is called here.
 
     Returns:
         The process that ended without releasing the lock, in words; None if none did.
@@ -45,7 +46,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
         None
     """
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f".{name or 'folder'}.writer.json"
+    record = _record(Path(os.path.realpath(folder / name)), of_file=bool(name))
     lock = FileLock(record.with_suffix(".lock"), timeout=0)
     try:
         lock.acquire()
@@ -61,6 +62,13 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
     finally:
         record.unlink(missing_ok=True)
         lock.release()
+
+
+def _record(place: Path, *, of_file: bool) -> Path:
+    """Where it is written who holds the lock of a file, or of a folder."""
+    if of_file:
+        return place.with_name(f".{place.name}.writer.json")
+    return place / ".folder.writer.json"
 
 
 def _this_process() -> dict[str, str | int]:

@@ -1,16 +1,23 @@
-"""Standard output whose reader may leave early, as ``| head -1`` does."""
+"""Standard output whose reader may leave early, as ``| head -1`` does, or whose disk is full."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mteditflow._exits import fail
+
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Let the reader of standard output close it early; what is left to print is dropped."""
+    """Let the reader of standard output close it early; what is left to print is dropped.
+
+    Raises:
+        SystemExit: with 1, after one line, where what is printed goes to a disk that is full.
+    """
     try:
         try:
             yield
@@ -23,6 +30,11 @@ def reader_may_leave() -> Iterator[None]:
         _drop_output()
         if isinstance(error.__context__, SystemExit):
             raise error.__context__ from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        fail(error)
 
 
 def _drop_output() -> None:

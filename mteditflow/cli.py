@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mteditflow._pipes import reader_may_leave
+
 USAGE = "usage: mteditflow COMMAND [OPTIONS]; mteditflow COMMAND --help lists the options"
 
 
@@ -86,10 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
-        sys.stdout.write("\n".join([USAGE, "", *lines, ""]))
+        with reader_may_leave():
+            sys.stdout.write("\n".join([USAGE, "", *lines, ""]))
         sys.exit(0 if words else 2)
     if words[0] == "--version":
-        sys.stdout.write(f"mteditflow {importlib.import_module('mteditflow').__version__}\n")
+        with reader_may_leave():
+            sys.stdout.write(f"mteditflow {importlib.import_module('mteditflow').__version__}\n")
         sys.exit(0)
     if words[0] not in COMMANDS:
         _refuse(f"command: expected one of {', '.join(COMMANDS)}, got {words[0]!r}")

@@ -30,6 +30,20 @@ def test_a_second_writer_is_refused_by_the_name_of_the_first(tmp_path, name):
         assert stale is None
 
 
+@pytest.mark.parametrize("name", ["", "file"])
+def test_another_name_of_the_same_place_is_the_same_lock(tmp_path, name):
+    (folder := tmp_path / "folder").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(folder / name if name else folder)
+    other = (tmp_path, "link") if name else (link, "")
+    with (
+        sole_writer(folder, name),
+        pytest.raises(InUseError, match=re.escape(str(link))),
+        sole_writer(*other),
+    ):
+        pytest.fail("two writers")
+
+
 def test_a_writer_that_fails_leaves_no_stale_lock(tmp_path):
     with pytest.raises(RuntimeError), sole_writer(tmp_path):
         raise RuntimeError

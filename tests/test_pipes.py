@@ -3,13 +3,15 @@
 import os
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 from mteditflow_examples.flux.command_line import parse_or_exit
 from rich.console import Console
 
+from mteditflow import cli
 from mteditflow._pipes import reader_may_leave
-from mteditflow.chains.__main__ import app
+from mteditflow.chains import __main__ as commands
 from mteditflow.training import print_summary, run_report
 from tests.samples_of_scores import evaluation
 
@@ -58,6 +60,22 @@ def test_a_program_that_ends_itself_ends_as_it_wants_to(unread, code):
     assert ended.value.code == code
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"]])
+def test_help_for_nobody(unread, words):
+    with pytest.raises(SystemExit) as ended, unread:
+        cli.main(words)
+    assert ended.value.code == 0
+
+
+def test_a_full_disk_under_standard_output_takes_one_line(capsys):
+    with Path("/dev/full").open("w") as full:
+        with pytest.raises(SystemExit) as ended, redirect_stdout(full), reader_may_leave():
+            Console().print("a line")
+        full.flush()  # what was left to print is gone
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
 def test_other_errors_are_raised():
     with pytest.raises(OSError, match="disk"), reader_may_leave():
         raise OSError("disk")
@@ -84,7 +102,8 @@ def test_help_of_the_trainer_ends_the_program(unread, words, code):
     assert ended.value.code == code
 
 
-def test_a_command_ends_with_0(unread):
+def test_a_command_ends_with_0(unread, monkeypatch):
+    monkeypatch.setattr(commands, "out", Console())  # which is quiet from then on
     with pytest.raises(SystemExit) as ended, unread:
-        app(["formats"], prog_name="chains")
+        commands.app(["formats"], prog_name="chains")
     assert ended.value.code == 0

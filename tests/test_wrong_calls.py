@@ -354,7 +354,10 @@ CHAINS = {
         ["split", "ROOT/train.jsonl", "OUT", "OUT.2", "--count", 16],
         "held_out: expected ",
     ),
-    "two names of one file": (["split", "ROOT/train.jsonl", "OUT", "OUT"], "three different files"),
+    "two names of one file": (
+        ["split", "ROOT/train.jsonl", "OUT", "OUT"],
+        "expected different files, got",
+    ),
     "no such folder": (["split", "ROOT/train.jsonl", "OUT/x", "OUT/y"], "folders that exist"),
     "nothing held out": (["split", "ROOT/train.jsonl", "OUT", "OUT.2", "--count", 0], "'--count'"),
     "no such command": (["draw"], "No such command 'draw'"),

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from mteditflow._command import OneLineGroup
 from mteditflow._exits import refuse, refusing
-from mteditflow._files import naming, replacing_all
+from mteditflow._files import naming, replacing_all, require_other_files
 from mteditflow._text import escape_controls
 from mteditflow.chains import (
     FORMATS,
@@ -90,6 +90,7 @@ def convert(
                 raise ChainError(str(found))
 
     with refusing():
+        require_other_files("source, target", source, target)
         writing = write_chains(chains(), target, format=to, strict=not lenient)
     left_out += map(str, writing.refused)
     outside -= {refused.id for refused in writing.refused}
@@ -162,9 +163,7 @@ def split(
     written, or neither.
     """
     with refusing():
-        places = {path.resolve() for path in (source, train, held_out)}
-        if len(places) < 3:
-            raise ValueError("train, held_out: expected three different files, got one twice")
+        require_other_files("source, train, held_out", source, train, held_out)
         if missing := [x.parent for x in (train, held_out) if not x.parent.is_dir()]:
             raise ValueError(f"train, held_out: expected folders that exist, got {missing[0]}")
         if there := [str(x) for x in (train, held_out) if x.exists() and not replace]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from mteditflow._checks import check_choice
-from mteditflow._files import replacing
+from mteditflow._files import replacing, require_no_device
 from mteditflow._images import BOMBS, UNREADABLE, check_image
 from mteditflow.chains.formats import FORMATS, Format, Row
 from mteditflow.chains.formats.base import Record
@@ -192,6 +192,7 @@ def recognise(path: str | os.PathLike[str]) -> Format:
 
 def _open(file: Path) -> BinaryIO:
     """Open a file behind its byte-order mark."""
+    require_no_device(file)
     stream = file.open("rb")
     if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
         stream.seek(0)

@@ -1,4 +1,7 @@
+"""The commands of chains of edits."""
+
 import json
+import os
 import subprocess
 import sys
 
@@ -103,6 +106,24 @@ def test_lenient_keeps_the_old_file_where_nothing_is_left(mixed, tmp_path):
         f"error: {mixed}: expected chains that magicbrush can hold, got none; nothing is written\n"
     )
     assert target.read_text() == "old"
+
+
+def test_a_file_is_not_converted_into_itself(mixed, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(mixed)
+    old = mixed.read_bytes()
+    for target in some([mixed, tmp_path / "link.jsonl"]):
+        result = run("convert", mixed, target, "--lenient")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: source, target: expected different files, got ")
+    assert mixed.read_bytes() == old
+
+
+def test_a_pipe_is_no_file_of_chains(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for words in some([["check"], ["check", "--format", "native"], ["convert"]]):
+        result = run(*words, tmp_path / "pipe", *[tmp_path / "out"] * (words[0] == "convert"))
+        assert result.exit_code == 2
+        assert "expected a file, got a device or a pipe" in result.stderr
 
 
 def test_check(mixed, tmp_path):
@@ -269,7 +290,10 @@ def test_every_format_is_split_into_its_own(name, tmp_path):
         ([*SPLIT, "--seed", "x"], "Invalid value for '--seed'"),
         ([*SPLIT, "--by", "chain", "--count", "99"], "held_out: expected fewer chains"),
         (SPLIT, "image: expected a file"),
-        (["split", FILES["native"], "a.jsonl", "a.jsonl"], "expected three different files"),
+        (
+            ["split", FILES["native"], "a.jsonl", "a.jsonl"],
+            "expected different files, got a.jsonl",
+        ),
         (["split", FILES["native"], "no/a", "b"], "expected folders that exist, got no"),
         (["split", FILES["native"]], "Missing argument"),
         (["split", FILES["edival"], "a.jsonl", "b.csv"], "expected names of the kind of edival"),
@@ -299,7 +323,7 @@ def test_a_split_that_fails_half_way_leaves_both_files_and_names_one(pictured, m
 
     monkeypatch.setattr("os.fsync", full)
     result = run("split", pictured, *sides, "--replace", "--count", 4, "--seed", 1)
-    assert (result.exit_code, len(calls)) == (2, 2)
+    assert (result.exit_code, len(calls)) == (1, 2)
     assert result.stderr == f"error: [Errno 28] No space left on device: '{sides[1]}'\n"
     assert [side.read_bytes() for side in sides] == old
     assert not list(pictured.parent.glob(".*"))

@@ -139,6 +139,9 @@ EDIVAL_FAULTS = {
     "types are numbers": (
         lambda t: t[4].__setitem__(2, "[3]"), 5, "task_type: expected a list of text, got [3]"
     ),
+    "turn of 5,000 digits": (
+        lambda t: t[4].__setitem__(1, "9" * 5000), 5, "turns: expected the number of a turn, got '"
+    ),
     "no index": (lambda t: t[4].__setitem__(0, ""), 5, "id: expected text that is not empty"),
 }  # fmt: skip
 

@@ -114,10 +114,11 @@ def test_what_cannot_be_told_lists_the_formats_what_was_seen_and_what_is_near(
         (GOOD.encode("utf-32"), "UTF-16 or UTF-32; save it as UTF-8"),
         (GOOD.encode("utf-16-le"), "a file with NUL bytes"),
         (b"\0", "a file with NUL bytes"),
+        (b"no record\n" * 300 + b"\0", "a file with NUL bytes"),
         (gzip.compress(GOOD.encode(), mtime=0), "a compressed file; unpack it first"),
         (b"PK\x03\x04 and so on", "a compressed file; unpack it first"),
     ],
-    ids=["utf-16", "utf-32", "utf-16-le", "nul", "gzip", "zip"],
+    ids=["utf-16", "utf-32", "utf-16-le", "nul", "nul at 3,000", "gzip", "zip"],
 )
 def test_what_is_no_text_is_named(content, got, tmp_path):
     path = written(tmp_path, content)

@@ -214,8 +214,8 @@ def _chain(index: str, rows: list[tuple[int, Cells]]) -> Row:
 
 
 def _turn(cells: Cells) -> int:
-    if not cells["turns"].strip().isdecimal():
-        raise ChainError(f"turns: expected the number of a turn, got {cells['turns']!r}")
+    if not re.fullmatch(r"\s*\d{1,6}\s*", cells["turns"]):
+        raise ChainError(f"turns: expected the number of a turn, got {shorten(cells['turns'])}")
     return int(cells["turns"])
 
 
