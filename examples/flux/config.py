@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -16,6 +16,7 @@ from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, Repl
 from mteditflow.rewards import SCALES, RequestOptions
 
 RESUME = ("auto", "best", "never")
+_Kind = TypeVar("_Kind")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
@@ -368,12 +369,20 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
     """
     values = dict(values)
     given = values.pop("objective", None)
+    objective = {} if given is None else {"objective": _objective(given, rewarded=kind is Config)}
     try:
-        if given is not None:
-            values["objective"] = _objective(given, rewarded=kind is Config)
-        return TypeAdapter(kind).validate_python(values)
+        return replace(_strictly(kind, values), **objective)
     except ValidationError as error:
         raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
+
+
+def _strictly(kind: type[_Kind], values: dict[str, Any]) -> _Kind:
+    """Build a dataclass from what JSON or TOML can hold: true and "4" are no numbers.
+
+    Raises:
+        ValidationError: a value is of another type, or out of range.
+    """
+    return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
 
 
 def dumped(config: Config) -> dict[str, Any]:
@@ -422,7 +431,7 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
     if unknown:
         raise ConfigError(f"objective.{unknown[0]}: {name} has no such field")
     try:
-        return TypeAdapter(OBJECTIVES[name]).validate_python(values)
+        return _strictly(OBJECTIVES[name], values)
     except ValidationError as error:
         lines = [f"objective.{_in_words(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None

@@ -97,11 +97,11 @@ def convert(
     _print_left_out(left_out)
     if not writing.count:
         refuse(f"{source}: expected chains that {to} can hold, got none; nothing is written")
-    out.print(f"{writing.count} chains written to {target} ({to}), {len(left_out)} left out")
+    _say(f"{writing.count} chains written to {target} ({to}), {len(left_out)} left out")
     if FORMATS[to].loses != "nothing":
-        out.print(f"{to} leaves out: {FORMATS[to].loses}")
+        _say(f"{to} leaves out: {FORMATS[to].loses}")
     if outside:
-        out.print(
+        _say(
             f"images of {len(outside)} chains lie outside {target.parent}: to read them, give "
             "--allow-outside"
         )
@@ -136,7 +136,7 @@ def check(
                 bad.append(str(found))
     _print_left_out(bad)
     spread = ", ".join(f"{count} of {n} turns" for n, count in sorted(turns.items()))
-    out.print(f"{file} ({name}): {turns.total()} chains ({spread or 'none'}), {len(bad)} bad")
+    _say(f"{file} ({name}): {turns.total()} chains ({spread or 'none'}), {len(bad)} bad")
     raise typer.Exit(bool(bad))
 
 
@@ -188,7 +188,7 @@ def split(
             ):
                 with naming(path):
                     write_chains(side, own, format=name)
-    out.print(
+    _say(
         f"{len(parts.train)} chains written to {train}, {len(parts.held_out)} to {held_out} "
         f"({name}, by {by}, seed {seed})"
     )
@@ -212,6 +212,10 @@ def formats() -> None:
     for known in FORMATS.values():
         table.add_row(known.name, known.about, known.loses, known.refuses)
     out.print(table)
+
+
+def _say(line: str) -> None:
+    out.print(escape_controls(line))  # a file may have any name
 
 
 def _print_left_out(reasons: list[str]) -> None:

@@ -108,6 +108,13 @@ def test_lenient_keeps_the_old_file_where_nothing_is_left(mixed, tmp_path):
     assert target.read_text() == "old"
 
 
+def test_control_characters_of_a_name_are_not_printed(mixed, tmp_path):
+    result = run("convert", mixed, tmp_path / "a\n\x1b[31m.jsonl", "--lenient")
+    assert result.exit_code == 0
+    assert result.stdout.count("\n") == 1
+    assert "\\n\\x1b[31m.jsonl (native)" in result.stdout
+
+
 def test_a_file_is_not_converted_into_itself(mixed, tmp_path):
     (tmp_path / "link.jsonl").symlink_to(mixed)
     old = mixed.read_bytes()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from datetime import date
 
 import pytest
 from mteditflow_examples.flux.command_line import PRESETS, parse
@@ -204,6 +205,25 @@ def test_a_field_of_another_objective_is_refused(words):
         values = {"name": name_of(parse(words[:-2]).objective), name: 0.1}
         with pytest.raises(ConfigError, match=rf"^objective\.{name}: \w+ has no such field$"):
             typed(SOUND | {"objective": values})
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"training": {"rounds": True}}, "training.rounds: input should be a valid integer"),
+        ({"training": {"rounds": "4"}}, "training.rounds: input should be a valid integer"),
+        ({"training": {"rounds": 4.0}}, "training.rounds: input should be a valid integer"),
+        ({"training": {"rounds": date(2026, 1, 1)}}, "training.rounds: input should be a valid"),
+        ({"model": {"checkpointing": 1}}, "model.checkpointing: input should be a valid boolean"),
+        ({"data": {"held_out": 1}}, "data.held_out: input should be a valid string"),
+        ({"objective": {"name": "grpo", "clip_low": True}}, "objective.clip_low: input should be"),
+        ({"objective": {"name": "grpo", "clip_low": "0.1"}}, "objective.clip_low: input should be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_value_of_another_type_is_refused(values, line):
+    with pytest.raises(ConfigError, match=f"^{re.escape(line)}.*, got "):
+        typed(SOUND | values)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -84,7 +84,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service, app.state.secured = service, token is not None
-    app.add_middleware(ReadToEnd)
+    app.add_middleware(ReadToEnd, closing=lambda: service.closing)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.include_router(_health(service))
     app.include_router(_scoring(service, limits), prefix="/v1", dependencies=_guards(token))

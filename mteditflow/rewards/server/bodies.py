@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 
 import anyio
 import anyio.to_thread
@@ -46,10 +47,14 @@ class ReadToEnd:
 
     A server that answers and closes while the client still sends resets the connection, and the
     client may never see why it was refused. The rest of the body is discarded, within limits.
+
+    Args:
+        app: application that answers.
+        closing: whether the server ends, and waits for nobody any more.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, closing: Callable[[], bool]) -> None:
+        self._app, self._closing = app, closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -65,7 +70,7 @@ class ReadToEnd:
             if message["type"] == "http.response.start":
                 size = 0
                 with anyio.move_on_after(DISCARDING):
-                    while not ended and size < DISCARDED:
+                    while not (ended or self._closing()) and size < DISCARDED:
                         size += len((await receive_and_watch()).get("body", b""))
             await send(message)
 

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import anyio
 import torch
 from fastapi import HTTPException
 from PIL import Image
@@ -44,8 +45,10 @@ class Service:
     ) -> None:
         self._limits = limits
         self._batcher: MicroBatcher[Chain, Sequence[PairScores]] | None = None
-        self._inside, self._stopping = 0, False
+        self._inside: set[anyio.CancelScope] = set()  # one for each admitted request
+        self._stopping = False
         self.broken = False  # whether loading failed
+        self.closing = False  # whether the requests that were left have been cut off
         self._load = scorer if callable(scorer) else None
         self._loaded = None if callable(scorer) else (scorer, describe(scorer, limits))
 
@@ -87,26 +90,36 @@ class Service:
         """Count a request as admitted for the duration of the block.
 
         Raises:
-            HTTPException: 503 with Retry-After: there are too many, or the server is not ready.
+            HTTPException: 503 with Retry-After: there are too many, the server is not ready, or it
+                was told to stop and has waited long enough.
         """
         if self.state != "ready":
             raise self._unavailable(f"the server is {self.state}")
-        if self._inside >= self._limits.max_requests:
-            raise self._unavailable(f"{self._inside} requests are being served, try later")
-        self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
+        if len(self._inside) >= self._limits.max_requests:
+            raise self._unavailable(f"{len(self._inside)} requests are being served, try later")
+        with anyio.CancelScope() as scope:
+            self._inside.add(scope)
+            try:
+                yield
+            finally:
+                self._inside.discard(scope)
+        if scope.cancelled_caught:
+            raise self._unavailable("the server is stopping")
 
     def stop(self) -> None:
         """Admit no more requests."""
         self._stopping = True
 
+    def cut_off(self) -> None:
+        """Answer all admitted requests with 503, now."""
+        self.closing = True
+        for scope in self._inside:
+            scope.cancel()
+
     @property
     def busy(self) -> bool:
         """Whether there are admitted requests."""
-        return self._inside > 0
+        return bool(self._inside)
 
     @property
     def working(self) -> bool:

@@ -42,7 +42,8 @@ def serve(
     """Serve an application of ``create_app`` until SIGTERM or Ctrl-C.
 
     The URL is written to standard output as soon as the server listens. On a signal it refuses new
-    requests (503) and finishes those in progress; a second signal ends that wait.
+    requests (503) and finishes those in progress; a second signal ends that wait. What is not
+    finished within ``grace`` gets 503, too.
 
     Connections are bounded by the limit of open files, headers by 20 s, and repeated lines of the
     log to 20 a minute. Without a token only requests to a loopback address or localhost by name are
@@ -157,3 +158,4 @@ class _Server(uvicorn.Server):
             while self._service.busy and not self.force_exit:
                 await anyio.sleep(0.05)
         self.cut_off = self._service.busy
+        self._service.cut_off()

@@ -521,7 +521,7 @@ def test_an_early_answer_waits_for_the_end_of_the_request_but_not_for_ever(monke
         await send({"type": "http.response.body", "body": b""})
 
     messages = [body_message(b"x" * 100, more=n < 9) for n in range(10)]
-    sent, left = asyncio.run(exchange(ReadToEnd(early), messages))
+    sent, left = asyncio.run(exchange(ReadToEnd(early, closing=lambda: False), messages))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert left == (0 if discarded > 1000 else 7)
 
