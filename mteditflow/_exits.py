@@ -33,15 +33,6 @@ def refuse(message: object) -> NoReturn:
     _end_with(BAD_INPUT, message)
 
 
-def fail(message: object) -> NoReturn:
-    """Print one line and exit with 1.
-
-    Raises:
-        SystemExit: always.
-    """
-    _end_with(FAILED, message)
-
-
 def _end_with(code: int, message: object) -> NoReturn:
     sys.stderr.write(f"error: {escape_controls(' '.join(str(message).split()))}\n")
     raise SystemExit(code)
@@ -77,4 +68,4 @@ def failing(*more: type[Exception]) -> Iterator[None]:
     except kinds as error:
         if isinstance(error, BrokenPipeError):
             raise  # of standard output, which is no failure
-        fail(error)
+        _end_with(FAILED, error)

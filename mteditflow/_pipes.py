@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mteditflow._exits import fail
-
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
@@ -34,7 +32,8 @@ def reader_may_leave() -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         _drop_output()
-        fail(error)
+        sys.stderr.write(f"error: standard output: {error.strerror}\n")
+        raise SystemExit(1) from None
 
 
 def _drop_output() -> None:

@@ -73,7 +73,7 @@ def test_a_full_disk_under_standard_output_takes_one_line(capsys):
             Console().print("a line")
         full.flush()  # what was left to print is gone
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
 
 
 def test_other_errors_are_raised():
