@@ -35,7 +35,7 @@ from docs.mutation import (
 
 # Wing -> the tests that are to notice its mutants.
 TESTS = {
-    "chains": ["tests/chains"],
+    "chains": ["tests/chains", "tests/test_image_files.py"],
     "evaluation": ["tests/evaluation", "tests/test_evaluate.py"],
     "pipelines": ["tests/pipelines"],
     "planner": ["tests/planner"],

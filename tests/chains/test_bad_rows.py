@@ -71,6 +71,12 @@ def test_a_bad_row_costs_its_own_image(spoil, turn, tmp_path):
         read_chains(tmp_path / "file")
 
 
+def test_a_quote_that_is_never_closed_is_told(tmp_path):
+    for after in some([b"", b"x\n" * 100]):
+        reading = read(tmp_path, b"".join(csv_lines()) + b'9,1,"[\n' + after)
+        assert reading.skipped[0].reason.endswith("(unexpected end of data)")
+
+
 def test_every_bad_row_costs_its_own_image_once(tmp_path):
     lines = csv_lines()
     for number, spoil in zip((2, 3, 30, 59, 60, 88), SPOILS.values(), strict=False):

@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mteditflow.chains import FORMATS, Chain, read_chains, recognise, write_chains
+from mteditflow.chains import (
+    FORMATS,
+    Chain,
+    read_chains,
+    recognise,
+    split_chains,
+    write_chains,
+)
 from mteditflow.chains.__main__ import app
 from tests.chains.samples import FILES
 from tests.loops import some
@@ -314,6 +321,11 @@ def test_a_bad_split_is_one_line_and_writes_nothing(arguments, message, tmp_path
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_function_behind_it_names_its_argument():
+    with pytest.raises(ValueError, match="^held_out: expected"):
+        split_chains([], held_out=0)
 
 
 def test_a_split_that_fails_half_way_leaves_both_files_and_names_one(pictured, monkeypatch):

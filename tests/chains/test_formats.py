@@ -370,6 +370,7 @@ ENTRY = '{"id": "a.png", "prompt": "Add a hat", "edit_type": "add"}'
         ("{}", 1, "expected at least one chain, got an empty file"),
         (f'{{\n"1": {ENTRY},\n"2": 7}}', 3, "expected an object with id, prompt, edit_type, got 7"),
         (f'{{\n"1": {ENTRY},\n"2": {{"id": "b"}}}}', 3, "prompt: expected this field, got none"),
+        (f'{{"1": {ENTRY}, "2": {{"id": "b", "prompt": 7}}}}', 1, "prompt: expected text, got 7"),
         (f'{{\n"1": {ENTRY},\n"1": {ENTRY}}}', 3, "id: expected a new one, got '1' again, as on"),
         (f'{{\n"1": {ENTRY}\n', 2, "expected ',', got ''"),
         (f'{{\n"1": {ENTRY},\n"2" {ENTRY}}}', 3, "expected ':', got '{\"id\": "),

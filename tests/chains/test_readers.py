@@ -204,7 +204,8 @@ def test_an_image_that_begins_unlike_one_is_bad(tmp_path):
     found = reasons(path, check_images=True)
     assert found.keys() == {2, 3, 4, 5}  # a picture's name need not say its format
     assert all(x.startswith("image: expected a readable image, got ") for x in some(found.values()))
-    assert "expected one still image, got 2 frames" in found[2]
+    assert "(ValueError: expected one still image, got 2 frames" in found[2]
+    assert "(UnidentifiedImageError: " in found[4]
     assert "got 13000 x 13000" in found[5]
 
 

@@ -138,21 +138,22 @@ def _row(lines: list[str], start: int, width: int) -> tuple[int, list[str] | Cha
 
     A quoted cell may span lines. If the row is bad, the next line is tried as a row of its own.
     """
-    error = ChainError("expected a closing quote")
-    for end in range(start + 1, min(start + LINES_MAX, len(lines)) + 1):
+    end, last = start, min(start + LINES_MAX, len(lines))
+    while True:
+        end += 1
         text = "".join(lines[start:end])
         try:
             cells = _cells(text)
         except _OpenQuoteError as open_quote:
-            error = open_quote
-            continue
+            if end < last:
+                continue
+            return start + 1, open_quote
         except ChainError as malformed:
             return start + 1, malformed
         if len(cells) != width:
             return start + 1, ChainError(f"expected {width} cells, got {len(cells)}")
         bad = bad_byte(text)
         return end, cells if bad is None else ChainError(bad)
-    return start + 1, error
 
 
 class _OpenQuoteError(ChainError):
