@@ -324,7 +324,7 @@ def test_a_bad_split_is_one_line_and_writes_nothing(arguments, message, tmp_path
 
 
 def test_the_function_behind_it_names_its_argument():
-    with pytest.raises(ValueError, match="^held_out: expected"):
+    with pytest.raises(ValueError, match=r"^held_out: expected"):
         split_chains([], held_out=0)
 
 
