@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 import typer
 from mteditflow_examples.evaluating.images import no_images
+from mteditflow_examples.evaluating.measures import TERMS, Scale, Terms, measures, summarise
 from mteditflow_examples.evaluating.options import refusing_options
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import (
@@ -39,15 +39,6 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from mteditflow import (
-    Interval,
-    bootstrap_interval,
-    content_consistency,
-    instruction_following,
-    marginal_success,
-    overall,
-    wilson_interval,
-)
 from mteditflow._command import OneLineCommand, writing
 from mteditflow._exits import failing
 from mteditflow._files import require_folder, write_atomically
@@ -63,11 +54,9 @@ from mteditflow.chains import (
 )
 from mteditflow.chains.files import is_outside
 from mteditflow.evaluation import JudgedBy
-from mteditflow.evaluation.intervals import bounded_interval, overall_interval
 from mteditflow.evaluation.provenance import agreed, same_judge
 from mteditflow.metrics import FEW_CASES
 from mteditflow.rewards import (
-    LIKERT,
     AnswerCache,
     Background,
     ConsistencyClient,
@@ -84,18 +73,11 @@ from mteditflow.rewards.command_line import (
     ReasoningTokens,
     require_or_answers,
 )
-from mteditflow.rewards.scale import COSINE, SHARE
 
 SCORES = "scores.json"
 BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
 
 app = typer.Typer(pretty_exceptions_enable=False)
-Scale = Literal["binary", "likert"]
-Terms = Literal["features", "pixels"]
-TERMS: dict[Terms, tuple[str, str]] = {
-    "features": ("object", "background"),
-    "pixels": ("object_l1", "background_l1"),
-}
 
 
 def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> list[Image.Image]:
@@ -198,101 +180,6 @@ def _services(
     """Return the clients that are asked for."""
     judge = Judge(judge_client(rewards, cache=cache), prompt_of(rewards)) if rewards.judge else None
     return judge, consistency_client(rewards, cache=cache) if rewards.consistency else None
-
-
-class Measure(NamedTuple):
-    """A number per turn, and what it is made of."""
-
-    name: str
-    statistic: Callable[..., Tensor]
-    samples: tuple[Tensor, ...]  # each [B, N], NaN where there is no score
-    chains: Tensor  # how many it is over, [N]; for Overall the fewer of IF's and CC's
-    bounds: tuple[float, float]  # range of the scores
-    percent: bool = True
-    share: bool = False  # of one outcome per chain
-    parts: tuple[Measure, ...] = ()  # of Overall: IF and CC
-
-
-def measures(
-    following: TurnScores | None, kept: ConsistencyScores | None, scale: Scale, terms: Terms
-) -> list[Measure]:
-    """List what can be measured with the scores at hand."""
-    found: list[Measure] = []
-    if following is not None:
-        success, judged = (following.score,), following.measured.long()
-        whole, own = judged.cumprod(dim=1).sum(dim=0), judged.sum(dim=0)
-        if scale == "likert":
-            title, bounds = "Likert, mean", (LIKERT.low, LIKERT.high)
-            found.append(Measure(title, content_consistency, success, own, bounds, percent=False))
-        else:
-            metrics = of_valid(instruction_following), of_valid(marginal_success)
-            found.append(
-                Measure("IF: all turns so far", metrics[0], success, whole, SHARE, share=True)
-            )
-            found.append(
-                Measure("Marginal: this turn", metrics[1], success, own, SHARE, share=True)
-            )
-    if kept is not None:
-        parts = tuple(getattr(kept, term) for term in TERMS[terms])
-        scores = kept.scores if terms == "features" else kept.l1_scores
-        some, means = scores.measured.sum(dim=0), (scores.score,)
-        bounds = COSINE if terms == "features" else SHARE
-        own_of = {"CC: mean of each term's mean": parts, "CC: mean of the chains' means": means}
-        content = [Measure(x, content_consistency, own, some, bounds) for x, own in own_of.items()]
-        both, found = (*found[:1], content[0]), [*found, *content]
-        if following is not None and scale == "binary":
-            title = "Overall: of IF and the first CC"
-            fewer = torch.minimum(whole, some)
-            found.append(Measure(title, overall_of, success + parts, fewer, SHARE, parts=both))
-    return found
-
-
-def of_valid(metric: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """Let a metric of success and validity take NaN for what is not valid."""
-    return lambda success: metric(success.nan_to_num(), valid=success.isfinite())
-
-
-def overall_of(success: Tensor, *terms: Tensor) -> Tensor:
-    """Overall(t) of instruction following and of consistency."""
-    return overall(of_valid(instruction_following)(success), content_consistency(*terms))
-
-
-def interval_of(measure: Measure) -> tuple[Interval, Tensor]:
-    """Return the interval over chains, and where all chains are alike, boolean [N].
-
-    That of a share of chains is Wilson's, that of others a bootstrap. Where this has no width, it
-    is that of a bounded mean, and for Overall of its parts: ``mteditflow.evaluation.intervals``.
-    """
-    if measure.share:
-        share = measure.statistic(*measure.samples)
-        successes = share.nan_to_num().double() * measure.chains
-        interval = wilson_interval(successes.round(), measure.chains)
-        return Interval(*(x.float() for x in interval)), (share == 0) | (share == 1)
-    seeded = torch.Generator().manual_seed(0)
-    found = bootstrap_interval(
-        measure.statistic, *measure.samples, generator=seeded, vectorized=True
-    )
-    if not measure.parts:
-        return bounded_interval(found, measure.chains, measure.bounds)
-    (following, one), (consistency, other) = map(interval_of, measure.parts)
-    return overall_interval(found, following, consistency, one | other), one | other
-
-
-def summarise(measure: Measure) -> dict[str, Any]:
-    """Per turn: the estimate, its 95% interval, and how many chains have it."""
-    unit = 100 if measure.percent else 1
-    interval, _ = interval_of(measure)
-    estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
-    return {
-        "estimate": estimate,
-        "interval": list(zip(low, high, strict=True)),
-        "chains": measure.chains.tolist(),
-    }
-
-
-def finite(value: float) -> float | None:
-    """Round; None where nothing was measured, since JSON has no NaN."""
-    return round(value, 2) if math.isfinite(value) else None
 
 
 def details(
