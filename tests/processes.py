@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 START_METHOD = "forkserver"
@@ -90,6 +91,21 @@ class Process:
     def __exit__(self, *_: object) -> None:
         """Wait until it ends."""
         self.wait()
+
+
+class Ended(NamedTuple):
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def ended(program: Sequence[str], folder: Path) -> Ended:
+    """Wait for the end of a program; the folder gets the files of its output."""
+    output, errors = folder / "output", folder / "errors"
+    code = Process(program, output=output, errors=errors).wait(300)
+    return Ended(code, output.read_text(), errors.read_text())
 
 
 def free_port() -> int:

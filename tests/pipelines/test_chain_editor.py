@@ -3,8 +3,6 @@
 import functools
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -26,6 +24,7 @@ from mteditflow.pipelines import (
     chain_calls,
 )
 from tests.loops import some
+from tests.processes import Process
 
 SOLVER = FlowSDE(0.7)
 STEPS = 2
@@ -523,7 +522,7 @@ def test_its_lora_gives_the_same_images_in_a_plain_pipeline_of_another_process(s
                 "call": given(plain) | GUIDED[name],
             }
         )
-    subprocess.run([sys.executable, "-c", PLAIN_PROCESS, json.dumps(jobs)], check=True)
+    assert Process(["-c", PLAIN_PROCESS, json.dumps(jobs)]).wait(300) == 0
     for job, images in some(zip(jobs, expected, strict=True)):
         found = [Image.open(f"{job['lora']}/{turn}.png").tobytes() for turn in range(3)]
         assert found == images

@@ -41,11 +41,15 @@ from mteditflow.testing.signatures import SIGNATURES, Signature
 from mteditflow.testing.strategies import signs
 from tests.loops import some
 
-pytestmark = pytest.mark.usefixtures("smallest_cases")
 PAGE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
 # Also where the profile draws anew.
 SAME = settings(max_examples=5000, derandomize=True, database=None)
 FIRST = settings(SAME, phases=[Phase.generate])
+
+
+@pytest.fixture(autouse=True)
+def messages_have_the_smallest_case(smallest_cases):
+    """Whatever the profile of the run."""
 
 
 def exactly(message):
@@ -85,11 +89,15 @@ def test_the_message_has_the_smallest_case_and_why_it_matters():
     )
 
 
-@pytest.mark.usefixtures("first_cases")
-def test_a_profile_that_does_not_shrink_is_honored():
+@pytest.mark.parametrize(("phases", "smallest"), [("smallest_cases", True), ("first_cases", False)])
+def test_a_profile_that_does_not_shrink_is_honored(request, phases, smallest):
+    def wrong_for_five(reward, group, valid=None):
+        return mt.group_advantage(reward, group, valid=valid) + (len(reward) > 4)
+
+    request.getfixturevalue(phases)
     with pytest.raises(LawBroken) as broken:
-        ADVANTAGE["zero-sum"].check(GroupAdvantage(without_mean))
-    assert broken.value.case["reward"].tolist() != [0.125]
+        ADVANTAGE["zero-sum"].check(GroupAdvantage(wrong_for_five))
+    assert (broken.value.case["reward"].tolist() == [0.0] * 5) is smallest
 
 
 def test_the_same_seed_draws_the_same_cases_and_another_one_others():
