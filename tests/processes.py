@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-START_METHOD = "forkserver"
+START_METHOD = "forkserver"  # a fork of this process, with its threads, may hang
 CONTEXT = multiprocessing.get_context(START_METHOD)
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
 

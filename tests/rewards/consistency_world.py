@@ -170,6 +170,12 @@ class ServerProcess:
             assert time.monotonic() < deadline, f"not {status} in time: {self.log}"
             time.sleep(0.02)
 
+    def until_logged(self, words: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not any(words in line for line in tuple(self.log)):
+            assert time.monotonic() < deadline, f"{words!r} not logged in time: {self.log}"
+            time.sleep(0.01)
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
@@ -204,6 +210,7 @@ from consistency_world import ColorDetector, ConsistencyScorer
 from mteditflow.rewards.server import Limits, create_app, serve
 class Slow(ColorDetector):
     def __call__(self, images, names):
+        logging.info("looking")
         time.sleep({seconds})
         return super().__call__(images, names)
 options = {options!r}

@@ -1,7 +1,6 @@
 """The consistency server as its users start it: in a process of its own, on a socket."""
 
 import threading
-import time
 
 import httpx2
 import pytest
@@ -62,7 +61,7 @@ def test_requests_that_are_here_are_finished_when_told_to_stop():
         answers = []
         first = threading.Thread(target=post, args=(server, answers))
         first.start()
-        time.sleep(0.3)
+        server.until_logged("looking")
         server.terminate()
         server.until("stopping")
         refused = httpx2.post(f"{server.url}/consistency", json=GOOD)
@@ -91,7 +90,7 @@ def test_a_stop_is_not_held_up_by_work_without_end():
         answers = []
         first = threading.Thread(target=post, args=(server, answers))
         first.start()
-        time.sleep(0.5)
+        server.until_logged("looking")
         server.terminate()
         assert server.exit_status() == 1  # a request was cut off
         first.join()
