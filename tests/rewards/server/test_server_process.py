@@ -1,6 +1,7 @@
 """The consistency server as its users start it: in a process of its own, on a socket."""
 
 import threading
+from functools import partial
 
 import httpx2
 import pytest
@@ -40,11 +41,10 @@ def test_the_server_of_real_models_starts_with_a_token_scores_and_stops(
     pairs = [pair(0, n, **names) for n in (1, 2)]
     body = request_of(IMAGES, pairs)
     with ServerProcess(models_server(tiny_models, "--token-file", str(file))) as server:
-        url = f"{server.url}/consistency"
-        wrong = {"Authorization": "Bearer wrong-token"}
-        assert httpx2.post(url, json=body).status_code == 401
-        assert httpx2.post(url, json=body, headers=wrong).status_code == 401
-        answer = httpx2.post(url, json=body, headers={"Authorization": f"Bearer {TOKEN}"})
+        ask = partial(httpx2.post, f"{server.url}/consistency", json=body, timeout=60)
+        assert ask().status_code == 401
+        assert ask(headers={"Authorization": "Bearer wrong-token"}).status_code == 401
+        answer = ask(headers={"Authorization": f"Bearer {TOKEN}"})
         found = scores_of(answer.json())
         assert found == ConsistencyScorer(detector, features).score_pairs(IMAGES, pairs)
         assert "server" not in answer.headers
@@ -64,7 +64,7 @@ def test_requests_that_are_here_are_finished_when_told_to_stop():
         server.until_logged("looking")
         server.terminate()
         server.until("stopping")
-        refused = httpx2.post(f"{server.url}/consistency", json=GOOD)
+        refused = httpx2.post(f"{server.url}/consistency", json=GOOD, timeout=60)
         assert refused.status_code == 503
         assert refused.json() == {"detail": "the server is stopping"}
         first.join()
