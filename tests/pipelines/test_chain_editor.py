@@ -354,7 +354,7 @@ def test_instructions_are_embedded_once_and_the_sampler_has_no_text_encoder(
 
 
 def gradients(editor, policies, rollout):
-    rows = tuple(index[:4] for index in rollout.trajectory.step_mask.nonzero(as_tuple=True))
+    rows = tuple(index[:3] for index in rollout.trajectory.step_mask.nonzero(as_tuple=True))
     loss = replay(rollout, editor.transformer, SOLVER, rows).sum()
     return torch.autograd.grad(loss, policies.parameters())
 
@@ -434,8 +434,7 @@ def test_compiled_blocks_give_the_same_rollout_and_gradients(saved, quick_compil
         rollout = joined(record(editor, plain))
         assert worst_ratio(editor, rollout, together=True) <= 1e-5
         found[compiled] = [rollout.trajectory.latents, *gradients(editor, policies, rollout)]
-        # As many as are sampled at once: another number would be compiled anew.
-        rows = tuple(index[:4] for index in rollout.trajectory.step_mask.nonzero(as_tuple=True))
+        rows = tuple(index[:1] for index in rollout.trajectory.step_mask.nonzero(as_tuple=True))
         for policy in ("old", "reference"):
             with torch.no_grad(), policies.use(policy):
                 found[compiled].append(replay(rollout, editor.transformer, SOLVER, rows))
