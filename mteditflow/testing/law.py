@@ -450,7 +450,7 @@ def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, s
 
 def _phases() -> tuple[Phase, ...]:
     """Return the phases of a search; a profile without ``Phase.shrink`` is honored."""
-    shrinks = Phase.shrink in settings.default.phases
+    shrinks = Phase.shrink in settings().phases
     return (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
 
 
