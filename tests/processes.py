@@ -17,17 +17,20 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preloaded"])
+START_METHOD = "forkserver"  # a fork of this process, with its threads, may hang
+CONTEXT = multiprocessing.get_context(START_METHOD)
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class Process:
     """A Python program with the interface of ``subprocess.Popen``.
 
     Args:
-        program: what stands after ``python``: a file, or "-m" and a module, and arguments.
+        program: what stands after ``python``: a file, "-m" and a module, or "-c" and code; then
+            arguments.
         env: its environment; None means that of this process.
         output: file of its standard output; None means that it is thrown away.
         errors: file of its standard error, likewise.
@@ -44,7 +47,7 @@ class Process:
         self.args = [str(word) for word in program]
         files = [str(file or os.devnull) for file in (output, errors)]
         given = (self.args, dict(os.environ if env is None else env), files)
-        self._process = _context.Process(target=_become, args=given, daemon=True)
+        self._process = CONTEXT.Process(target=_become, args=given, daemon=True)
         self._process.start()
 
     @property
@@ -90,6 +93,21 @@ class Process:
         self.wait()
 
 
+class Ended(NamedTuple):
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def ended(program: Sequence[str], folder: Path) -> Ended:
+    """Wait for the end of a program; the folder gets the files of its output."""
+    output, errors = folder / "output", folder / "errors"
+    code = Process(program, output=output, errors=errors).wait(300)
+    return Ended(code, output.read_text(), errors.read_text())
+
+
 def free_port() -> int:
     """A port of the loopback that nobody uses at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -109,6 +127,9 @@ def _become(program: list[str], env: dict[str, str], files: list[str]) -> None:
         if program[0] == "-m":
             sys.argv = program[1:]
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        elif program[0] == "-c":
+            sys.argv = ["-c", *program[2:]]
+            exec(compile(program[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = program
             sys.path.insert(0, str(Path(program[0]).parent))

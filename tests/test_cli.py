@@ -9,6 +9,7 @@ import pytest
 
 import mteditflow
 from mteditflow import cli
+from tests.processes import ended
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["accelerate", "diffusers", "matplotlib", "peft", "transformers"]
@@ -41,13 +42,6 @@ print(json.dumps([
 """
 
 
-def called(*arguments):
-    """A process of the command, and what it printed."""
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-
-
 def exit_code(*words):
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
@@ -55,18 +49,19 @@ def exit_code(*words):
 
 
 def test_help_imports_none_of_the_heavy_libraries():
-    done = called("-c", QUICK % HEAVY)
+    command = [sys.executable, "-c", QUICK % HEAVY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     codes = [0, 2, 0, 0, 2, 0, 0, 0]
     assert json.loads(done.stdout) == [[code, True, []] for code in codes]
 
 
-def test_a_wrong_word_is_one_line():
-    done = called("-m", "mteditflow", "nope")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
+def test_a_wrong_word_is_one_line(tmp_path):
+    done = ended(["-m", "mteditflow", "nope"], tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("\n") == 1
     words = ", ".join(cli.COMMANDS)
-    assert done.stderr == f"error: command: expected one of {words}, got 'nope'\n"
+    assert done.err == f"error: command: expected one of {words}, got 'nope'\n"
 
 
 def test_without_words_the_commands_are_listed(capsys):

@@ -10,6 +10,7 @@ from torch import multiprocessing as mp
 
 from mteditflow import fuse_advantages, gather_ranks, group_advantage
 from tests.loops import some
+from tests.processes import START_METHOD
 
 # Rows of each rank: groups are split over ranks, sizes differ, one rank may have nothing.
 SPLITS = {2: [(5, 7), (12, 0), (0, 12)], 3: [(4, 4, 4), (1, 0, 11), (0, 9, 3)]}
@@ -72,7 +73,8 @@ def work(rank, world, store, out):
 
 @pytest.mark.parametrize("world", SPLITS)
 def test_advantages_do_not_depend_on_the_number_of_ranks(world, tmp_path):
-    mp.spawn(work, args=(world, tmp_path / "store", tmp_path), nprocs=world)
+    args = (world, tmp_path / "store", tmp_path)
+    mp.start_processes(work, args=args, nprocs=world, start_method=START_METHOD)
     expected = advantages(*batch()[:4])
     assert expected.abs().sum() > 0
     for number in some(range(len(SPLITS[world]))):

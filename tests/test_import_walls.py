@@ -1,7 +1,8 @@
 """What each part of the package imports: third-party packages of the extras, by import statement.
 
 One interpreter imports torch, then forks for each set of packages: statements that may import the
-same ones run one after another there, for together they may import no more than each alone.
+same ones run one after another there, for together they may import no more than each alone. A set
+that has another one within it forks from that one's process: what is imported there, it may import.
 """
 
 import json
@@ -73,27 +74,40 @@ WITHOUT_HTTP = "import sys; sys.modules['httpx2'] = None; from mteditflow.reward
 PROBE = """
 import json, os, sys
 import einops, numpy, safetensors.torch, torch
-for statements in json.loads(sys.stdin.read()):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        reports = {}
-        for statement in statements:
-            error = None
-            try:
-                exec(statement)
-            except Exception as exception:
-                error = f"{type(exception).__name__}: {exception}"
-            roots = {name.partition(".")[0] for name, x in sys.modules.items() if x is not None}
-            reports[statement] = sorted(roots), error
-        with open(writer, "w") as file:
-            json.dump(reports, file)
-        os._exit(0)
-    os.close(writer)
-    with open(reader) as file:
-        print(file.read(), flush=True)
-    os.waitpid(child, 0)
+
+def branch(statements, branches):
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return
+    for statement in statements:
+        error = None
+        try:
+            exec(statement, {})
+        except Exception as exception:
+            error = f"{type(exception).__name__}: {exception}"
+        roots = {name.partition(".")[0] for name, x in sys.modules.items() if x is not None}
+        print(json.dumps([statement, [sorted(roots), error]]), flush=True)
+    for each in branches:
+        branch(*each)
+    os._exit(0)
+
+for each in json.loads(sys.stdin.read()):
+    branch(*each)
 """
+
+
+def branches_of(together, root=None):
+    """Sets of packages as a tree, each below the largest set within it; transformers takes long."""
+
+    def below(packages):
+        within = [other for other in together if other < packages]
+        return max(within, key=lambda x: ("transformers" in x, len(x), sorted(x)), default=None)
+
+    return [
+        (statements, branches_of(together, packages))
+        for packages, statements in together.items()
+        if below(packages) == root
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +116,19 @@ def imported():
     together: dict[frozenset[str], list[str]] = {}
     for statement, packages in WALLS.items():
         together.setdefault(frozenset(packages), []).append(statement)
-    alone = [[f"{WITHOUT_HTTP}Judge"], [f"{WITHOUT_HTTP}TurnScores"]]
+    alone = [([f"{WITHOUT_HTTP}{name}"], []) for name in ("Judge", "TurnScores")]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROBE],
-        input=json.dumps([*together.values(), *alone]),
+        input=json.dumps([*branches_of(together), *alone]),
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
-    reports = map(json.loads, finished.stdout.splitlines())
-    return {statement: found for report in reports for statement, found in report.items()}
+    return dict(map(json.loads, finished.stdout.splitlines()))
 
 
 @pytest.mark.parametrize("statement", WALLS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -376,21 +377,26 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
         raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
 
 
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Return what reads and writes the fields of a class; making one takes longer than its use."""
+    return TypeAdapter(kind)
+
+
 def _strictly(kind: type[_Kind], values: dict[str, Any]) -> _Kind:
     """Build a dataclass from what JSON or TOML can hold: true and "4" are no numbers.
 
     Raises:
         ValidationError: a value is of another type, or out of range.
     """
-    return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+    built: _Kind = _adapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+    return built
 
 
 def dumped(config: Config) -> dict[str, Any]:
     """Return the fields as JSON holds them, for ``typed`` to read again."""
     values = {
-        name: TypeAdapter(type(getattr(config, name))).dump_python(
-            getattr(config, name), mode="json"
-        )
+        name: _adapter(type(getattr(config, name))).dump_python(getattr(config, name), mode="json")
         for name in (f.name for f in fields(config))
     }
     values["objective"] = {"name": name_of(config.objective), **values["objective"]}

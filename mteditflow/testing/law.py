@@ -1,7 +1,8 @@
 """Laws: properties that a function must have, searched for a smallest counterexample.
 
 A law draws cases with hypothesis, calls the function under test and raises ``LawBroken`` where the
-property fails. Hypothesis shrinks the case, so the message shows the smallest one it found.
+property fails. Hypothesis shrinks the case, so the message shows the smallest one it found; a
+hypothesis profile without ``Phase.shrink`` is honored, and the message then shows the first one.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class Law(Generic[S]):
             seed: the cases are the same for the same seed, number of examples and hypothesis.
 
         Raises:
-            LawBroken: a case was found; the message has the smallest one.
+            LawBroken: a case was found; the message has the smallest one, or the first one where
+                the active hypothesis profile leaves out ``Phase.shrink``.
             ValueError: ``examples`` is not positive, or the law does not apply.
         """
         __tracebackhide__ = True  # pytest shows the message alone
@@ -431,7 +433,7 @@ def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, s
         database=None,
         print_blob=False,
         report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
+        phases=_phases(),
         suppress_health_check=list(HealthCheck),
     )
     @given(st.data())
@@ -444,6 +446,12 @@ def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, s
             fail({}, "a result that the law can read", Raised(error))
 
     search()
+
+
+def _phases() -> tuple[Phase, ...]:
+    """Return the phases of a search; a profile without ``Phase.shrink`` is honored."""
+    shrinks = Phase.shrink in settings().phases
+    return (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
 
 
 def text(value: object) -> str:

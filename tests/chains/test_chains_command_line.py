@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -20,6 +18,7 @@ from mteditflow.chains import (
 from mteditflow.chains.__main__ import app
 from tests.chains.samples import FILES
 from tests.loops import some
+from tests.processes import ended
 
 GOOD = '{"id": "%s", "image": "%s.png", "instructions": ["Remove the cat"]}\n'
 
@@ -369,11 +368,10 @@ def test_formats_are_listed():
 
 
 def test_as_a_module(mixed, tmp_path):
-    command = [sys.executable, "-m", "mteditflow.chains"]
-    shown = subprocess.run([*command, "check", mixed], capture_output=True, text=True, check=False)
-    assert shown.returncode == 1
-    assert "Traceback" not in shown.stderr
-    assert shown.stdout == f"{mixed} (native): 1 chains (1 of 1 turns), 3 bad\n"
+    shown = ended(["-m", "mteditflow.chains", "check", mixed], tmp_path)
+    assert shown.code == 1
+    assert "Traceback" not in shown.err
+    assert shown.out == f"{mixed} (native): 1 chains (1 of 1 turns), 3 bad\n"
 
 
 def test_markup_in_data_is_printed_as_it_is(tmp_path):

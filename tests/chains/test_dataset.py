@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Subset
 
 from mteditflow.chains import Chain, ChainDataset, ChainError, GroupSampler, collate_chains
 from tests.loops import some
+from tests.processes import START_METHOD
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (90, 80, 70)]
 
@@ -168,7 +169,7 @@ def test_a_data_loader_gives_the_sampled_groups_and_resumes_in_spite_of_fetching
             batch_sampler=sampler,
             collate_fn=collate_chains,
             num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,  # a fork with threads may hang
+            multiprocessing_context=START_METHOD if workers else None,
         )
 
     expected = list(GroupSampler(dataset, **options))

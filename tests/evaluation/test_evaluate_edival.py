@@ -44,10 +44,12 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def rules(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def rules():
     """The rule of the shapes world under the name of a detector."""
-    monkeypatch.setattr(DINO, lambda path, device: {"rules": RuleDetector()}[path])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINO, lambda path, device: {"rules": RuleDetector()}[path])
+        yield
 
 
 def no(request):
@@ -77,10 +79,12 @@ def of_way(checks, way):
     return sum(used.get(way, 0) for used in checks.values())
 
 
-@pytest.fixture
-def checked(folder, tmp_path):
-    said, asked = run(folder, tmp_path / "x", "--checks", "edival", "--detector", "rules")
-    return tmp_path / "x", said, asked
+@pytest.fixture(scope="module")
+def checked(folder, tmp_path_factory):
+    """A run that no test writes into: its folder, output, and how often the judge was asked."""
+    output = tmp_path_factory.mktemp("checked")
+    said, asked = run(folder, output, "--checks", "edival", "--detector", "rules")
+    return output, said, asked
 
 
 def test_the_detector_tells_what_it_can_and_the_judge_the_rest(folder, checked):

@@ -157,12 +157,15 @@ PIPELINE_OBJECTIVES = {
 }
 
 
+# Forward, replay, pairs and a teacher differ in what they ask of the pipeline; the others do not.
+MARKS = dict.fromkeys(("dpo", "distillation"), pytest.mark.slow) | dict.fromkeys(
+    ("awm", "guard", "dppo"), pytest.mark.long
+)
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("nft", "grpo") else pytest.param(name, marks=pytest.mark.slow)
-        for name in PIPELINE_OBJECTIVES
-    ],
+    [pytest.param(name, marks=MARKS.get(name, ())) for name in PIPELINE_OBJECTIVES],
 )
 def test_the_same_loop_trains_a_diffusers_pipeline(name):
     pytest.importorskip("diffusers")

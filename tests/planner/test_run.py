@@ -6,8 +6,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from itertools import repeat
 from pathlib import Path
@@ -24,6 +22,7 @@ from mteditflow.testing.endpoint import ScriptedServer, closed_port, late
 from tests.loops import some
 from tests.planner.scripted_model import ScriptedModel, picture, plan_all, write_pictures
 from tests.planner.simulator import check_record
+from tests.processes import Process
 
 POISONED = 5
 
@@ -180,20 +179,16 @@ def test_cut_anywhere_the_run_ends_with_the_same_files(images, model, undisturbe
 @pytest.mark.slow
 def test_killed_again_and_again_the_run_ends_with_the_same_files(images, undisturbed):
     output = images.parent / "killed.jsonl"
-    command = [sys.executable, "-m", "tests.planner.plan_in_subprocess"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command, errors = ["-m", "tests.planner.plan_in_subprocess"], images.parent / "errors"
     kills = 0
     with ScriptedServer(ScriptedModel(nonsense=0.25), script=repeat(late(0.05))) as server:
         for lines in (2, 7):
-            process = subprocess.Popen(
-                [*command, server.url, images, output], env=environment, stderr=subprocess.PIPE
-            )
+            process = Process([*command, server.url, images, output], errors=errors)
             while process.poll() is None and count_lines(output) < lines:
                 time.sleep(0.005)
-            assert process.poll() is None, process.stderr.read().decode()
-            os.kill(process.pid, signal.SIGKILL)
+            assert process.poll() is None, errors.read_text()
+            process.kill()
             kills += process.wait() == -signal.SIGKILL
-            process.stderr.close()
             whole = both(undisturbed[1])[0].encode()
             assert whole.startswith(output.read_bytes())
         assert count_lines(output) < len(undisturbed[0].chains)

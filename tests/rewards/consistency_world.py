@@ -12,12 +12,12 @@ import os
 import queue
 import random
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx2
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from mteditflow.chains import Chain
 from mteditflow.rewards import Consistency, ConsistencyScorer, Pair, PairScores
 from mteditflow.rewards.images import png_base64
+from tests.processes import Process
 
 COLORS = {"red ball": (230, 20, 20), "blue ball": (20, 20, 230), "green ball": (20, 230, 20)}
 PATIENCE = 120.0  # s; a busy machine is slow, not wrong
@@ -41,11 +42,12 @@ class ColorDetector:
 
 def _boxes(image: Tensor, names: Sequence[str]) -> Tensor:
     boxes = []
-    for name in names:
-        color = torch.tensor(COLORS.get(name, (-1, -1, -1)))
-        rows, columns = (image == color[:, None, None]).all(dim=0).nonzero(as_tuple=True)
+    for color in (COLORS[name] for name in names if name in COLORS):
+        red, green, blue = (channel == value for channel, value in zip(image, color, strict=True))
+        found = red & green & blue
+        rows, columns = (found.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
         if len(rows):
-            ends = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            ends = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
             boxes.append(torch.stack(ends).float())
     return torch.stack(boxes) if boxes else torch.zeros(0, 4)
 
@@ -124,20 +126,20 @@ class ServerProcess:
     def __enter__(self) -> ServerProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.log: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, *self.arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, **self.environment},
-        )
+        self._folder = tempfile.TemporaryDirectory()
+        pipes = [Path(self._folder.name) / name for name in ("output", "errors")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
         first: queue.Queue[str] = queue.Queue()
         self._readers = [
-            threading.Thread(target=lambda: [first.put(line) for line in self.process.stdout]),
-            threading.Thread(target=lambda: self.log.extend(self.process.stderr)),
+            threading.Thread(target=_read, args=(pipe, keep), daemon=True)
+            for pipe, keep in zip(pipes, (first.put, self.log.append), strict=True)
         ]
         for reader in self._readers:
             reader.start()
+        output, errors = pipes
+        given = {**environment, **self.environment}
+        self.process = Process(self.arguments, env=given, output=output, errors=errors)
         try:
             self.url = first.get(timeout=PATIENCE).split()[-1]
             if self.wait_ready:
@@ -153,15 +155,14 @@ class ServerProcess:
         self.process.wait()
         for reader in self._readers:
             reader.join()
-        self.process.stdout.close()
-        self.process.stderr.close()
+        self._folder.cleanup()
 
     @property
     def port(self) -> int:
         return int(self.url.removesuffix("/v1").rsplit(":", 1)[1])
 
     def health(self) -> httpx2.Response:
-        return httpx2.get(self.url.removesuffix("/v1") + "/health")
+        return httpx2.get(self.url.removesuffix("/v1") + "/health", verify=False)  # no TLS here
 
     def until(self, status: str) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -169,11 +170,24 @@ class ServerProcess:
             assert time.monotonic() < deadline, f"not {status} in time: {self.log}"
             time.sleep(0.02)
 
+    def until_logged(self, words: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not any(words in line for line in tuple(self.log)):
+            assert time.monotonic() < deadline, f"{words!r} not logged in time: {self.log}"
+            time.sleep(0.01)
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
     def exit_status(self) -> int:
         return self.process.wait(PATIENCE)
+
+
+def _read(pipe: Path, keep: Callable[[str], object]) -> None:
+    """Pass on each line until the process has ended."""
+    with pipe.open() as lines:
+        for line in lines:
+            keep(line)
 
 
 def models_server(folder, *options: str) -> list[str]:
@@ -196,6 +210,7 @@ from consistency_world import ColorDetector, ConsistencyScorer
 from mteditflow.rewards.server import Limits, create_app, serve
 class Slow(ColorDetector):
     def __call__(self, images, names):
+        logging.info("looking")
         time.sleep({seconds})
         return super().__call__(images, names)
 options = {options!r}

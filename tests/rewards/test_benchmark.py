@@ -9,6 +9,7 @@ import pytest
 from benchmarks import judge_client, report, rewards_page
 from mteditflow.testing.endpoint import ScriptedServer, completion
 from tests.loops import some
+from tests.processes import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +62,8 @@ def test_a_rate_counts_what_was_answered_and_keeps_so_many_in_flight(name):
 def test_a_small_run_makes_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(judge_client, "SIZES", {"1 kB": 1000})
     monkeypatch.setattr(judge_client, "IN_FLIGHT", (1, 4))
-    command = ["judge_client", "--seconds", "0.3", "--rounds", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(judge_client.multiprocessing, "get_context", lambda _: CONTEXT)
+    command = ["judge_client", "--seconds", "0.1", "--rounds", "2", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", command)
     judge_client.main()
     stored = json.loads((tmp_path / "rewards.json").read_text())

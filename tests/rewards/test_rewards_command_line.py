@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mteditflow.chains.__main__ import app as chains_app
 from mteditflow.planner.__main__ import app as planner_app
+from mteditflow.rewards import __main__ as command
 from mteditflow.rewards.__main__ import app
 from mteditflow.rewards.server.__main__ import app as server_app
 from mteditflow.testing.endpoint import ScriptedServer, error
@@ -52,7 +53,9 @@ def test_an_endpoint_that_honours_everything():
     assert re.search(r"longest answer\s+│ 1 of at most 1,616 tokens", result.output)
 
 
-def test_a_dead_endpoint_is_named_before_long():
+def test_a_dead_endpoint_is_named_before_long(monkeypatch):
+    assert command.PATIENCE <= 10
+    monkeypatch.setattr(command, "PATIENCE", 0.2)
     begun = time.monotonic()
     result = run("check", "http://127.0.0.1:9/v1", "--model", "judge")
     assert time.monotonic() - begun < 60  # the client of a run waits for 300

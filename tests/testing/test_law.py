@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 import mteditflow as mt
@@ -42,9 +42,14 @@ from mteditflow.testing.strategies import signs
 from tests.loops import some
 
 PAGE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
-SAME = settings(
-    max_examples=5000, derandomize=True, database=None
-)  # also where the profile draws anew
+# Also where the profile draws anew.
+SAME = settings(max_examples=5000, derandomize=True, database=None)
+FIRST = settings(SAME, phases=[Phase.generate])
+
+
+@pytest.fixture(autouse=True)
+def messages_have_the_smallest_case(smallest_cases):
+    """Whatever the profile of the run."""
 
 
 def exactly(message):
@@ -82,6 +87,17 @@ def test_the_message_has_the_smallest_case_and_why_it_matters():
         "  Why it matters: What is left over pushes every sample of the group up or down, whatever "
         "the policy did."
     )
+
+
+@pytest.mark.parametrize(("phases", "smallest"), [("smallest_cases", True), ("first_cases", False)])
+def test_a_profile_that_does_not_shrink_is_honored(request, phases, smallest):
+    def wrong_for_five(reward, group, valid=None):
+        return mt.group_advantage(reward, group, valid=valid) + (len(reward) > 4)
+
+    request.getfixturevalue(phases)
+    with pytest.raises(LawBroken) as broken:
+        ADVANTAGE["zero-sum"].check(GroupAdvantage(wrong_for_five))
+    assert (broken.value.case["reward"].tolist() == [0.0] * 5) is smallest
 
 
 def test_the_same_seed_draws_the_same_cases_and_another_one_others():
@@ -662,7 +678,7 @@ def test_strategies_keep_what_they_promise():
 @pytest.mark.parametrize("dtype", SIGNATURES["mteditflow"].ids, ids=str)
 def test_ids_reach_the_ends_of_their_dtype(dtype):
     end = torch.iinfo(dtype).max
-    assert find(group_ids(dtype=dtype), lambda ids: end in ids and end - 1 in ids, settings=SAME)
+    assert find(group_ids(dtype=dtype), lambda ids: end in ids and end - 1 in ids, settings=FIRST)
     assert find(group_ids(dtype=dtype), lambda ids: len(ids) > 1, settings=SAME) == [0, 1]
 
 

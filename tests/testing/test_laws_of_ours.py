@@ -37,7 +37,7 @@ THOUSANDS = os.environ.get("MTEDITFLOW_LAWS") == "thousands"
 # Advantages and credit; compositions of them; losses and solvers. New seeds on every run need few
 # cases in each.
 CHEAP, WHOLE, DEAR = (
-    (10_000, 10_000, 500) if THOUSANDS else (8, 4, 4) if NEW_SEEDS else (100, 25, 20)
+    (10_000, 10_000, 500) if THOUSANDS else (8, 4, 4) if NEW_SEEDS else (30, 25, 20)
 )
 EXACT = {"zero": 0.0, "tolerance": 1e-9, "eps": 1e-4}
 # What this library promises beyond what any function must.

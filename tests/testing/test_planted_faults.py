@@ -12,6 +12,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("first_cases")
 @pytest.mark.parametrize(("kind", "subject", "law"), CASES)
 def test_the_law_finds_the_fault_within_200_examples(kind, subject, law):
     with pytest.raises(

@@ -10,8 +10,6 @@ import random
 import re
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import threading
 import time
@@ -26,6 +24,7 @@ from hypothesis import strategies as st
 from mteditflow.training.metrics_file import read_metrics
 from mteditflow.training.run_log import RunLog
 from tests.loops import some
+from tests.processes import Process
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -257,7 +256,7 @@ def test_a_killed_run_leaves_whole_lines_and_goes_on(tmp_path):
     reader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     script = Path(__file__).with_name("logging_run.py")
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=terminal)
+    process = Process([script, tmp_path], errors=os.ttyname(terminal))
     seen = read_until(reader, b"round 5: ")
     rest = threading.Thread(target=read_until, args=(reader, b"never"))
     rest.start()

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import cast
 
 import anyio
@@ -42,7 +43,8 @@ STATUSES = {408: Fault.timeout, 409: Fault.rejected, 425: Fault.rejected, 429: F
 def open_client(*, max_body: int = MAX_BODY) -> httpx2.AsyncClient:
     """Create an HTTP client that several event loops may use, and that need not be closed.
 
-    Proxies of the environment are not used.
+    Proxies of the environment are not used. Certificates, or those of ``SSL_CERT_FILE`` and
+    ``SSL_CERT_DIR``, are read once a process, by the first client that connects.
 
     Args:
         max_body: most bytes of an answer; ``AnswerError`` is raised as soon as more arrive.
@@ -96,8 +98,14 @@ async def _keep_open() -> AsyncGenerator[httpx2.AsyncHTTPTransport, None]:
     limits = httpx2.Limits(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE
     )
-    async with httpx2.AsyncHTTPTransport(limits=limits) as transport:
+    async with httpx2.AsyncHTTPTransport(verify=_tls(), limits=limits) as transport:
         yield transport
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Read the certificates once a process: it takes longer than a quick answer."""
+    return httpx2.create_ssl_context()
 
 
 class _Bounded(httpx2.AsyncByteStream):

@@ -300,7 +300,7 @@ SEEDS = [
 
 
 @given(st.sampled_from(SEEDS), mutations, st.booleans())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_damaged_files_of_every_kind_are_scored_or_refused(client, data, steps, mend):
     damaged = mutate(data, steps)
     response = send(client, with_right_sums(damaged) if mend else damaged)
@@ -326,6 +326,6 @@ LEFT_OUT = [check for check in CHECKS.get_all() if check.__name__ == "positive_d
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_what_the_schema_says_is_what_the_server_does(case):
     case.call_and_validate(excluded_checks=LEFT_OUT)

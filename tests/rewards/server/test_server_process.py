@@ -2,7 +2,7 @@
 
 import socket
 import threading
-import time
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx2
@@ -47,11 +47,10 @@ def test_the_server_of_real_models_starts_with_a_token_scores_and_stops(
     pairs = [pair(0, n, **names) for n in (1, 2)]
     body = request_of(IMAGES, pairs)
     with ServerProcess(models_server(tiny_models, "--token-file", str(file))) as server:
-        url = f"{server.url}/consistency"
-        wrong = {"Authorization": "Bearer wrong-token"}
-        assert httpx2.post(url, json=body).status_code == 401
-        assert httpx2.post(url, json=body, headers=wrong).status_code == 401
-        answer = httpx2.post(url, json=body, headers={"Authorization": f"Bearer {TOKEN}"})
+        ask = partial(httpx2.post, f"{server.url}/consistency", json=body, timeout=60)
+        assert ask().status_code == 401
+        assert ask(headers={"Authorization": "Bearer wrong-token"}).status_code == 401
+        answer = ask(headers={"Authorization": f"Bearer {TOKEN}"})
         found = scores_of(answer.json())
         assert found == ConsistencyScorer(detector, features).score_pairs(IMAGES, pairs)
         assert "server" not in answer.headers
@@ -68,10 +67,10 @@ def test_requests_that_are_here_are_finished_when_told_to_stop():
         answers = []
         first = threading.Thread(target=post, args=(server, answers))
         first.start()
-        time.sleep(0.3)
+        server.until_logged("looking")
         server.terminate()
         server.until("stopping")
-        refused = httpx2.post(f"{server.url}/consistency", json=GOOD)
+        refused = httpx2.post(f"{server.url}/consistency", json=GOOD, timeout=60)
         assert refused.status_code == 503
         assert refused.json() == {"detail": "the server is stopping"}
         first.join()
@@ -98,11 +97,9 @@ def test_a_stop_is_not_held_up_by_work_without_end():
         first = threading.Thread(target=post, args=(server, answers))
         first.start()
         url = urlsplit(server.url)
-        with socket.create_connection(
-            (url.hostname, url.port)
-        ) as half:  # of a body that never comes
-            half.sendall(HALF_A_REQUEST)
-            time.sleep(0.5)
+        with socket.create_connection((url.hostname, url.port)) as half:
+            half.sendall(HALF_A_REQUEST)  # its body never comes
+            server.until_logged("looking")
             server.terminate()
             assert server.exit_status() == 1  # requests were cut off
             assert half.recv(4096).startswith(b"HTTP/1.1 503 ")

@@ -24,8 +24,7 @@ from mteditflow.rewards import AnswerCache
 from mteditflow.rewards.transport import cache as module
 from mteditflow.rewards.transport.cache import cached, request_key
 from tests.loops import some
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import Process
 
 WRITER = """
 import sys
@@ -40,9 +39,8 @@ with AnswerCache(path) as cache:
 """
 
 
-def writer(path, name, number):
-    command = [sys.executable, "-c", WRITER, str(path), name, str(number)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def writer(path, name, number, output=None):
+    return Process(["-c", WRITER, path, name, number], output=output)
 
 
 def test_golden_key():
@@ -140,8 +138,7 @@ def test_processes_write_at_once_and_may_make_the_file_at_once(tmp_path):
     path = tmp_path / "answers"
     processes = [writer(path, name, 60) for name in "abcd"]
     for process in some(processes):
-        process.communicate(timeout=120)
-        assert process.returncode == 0
+        assert process.wait(timeout=120) == 0
     with AnswerCache(path) as cache:
         assert len(cache) == 4 * 60 + 1
         for name in "abcd":
@@ -152,14 +149,17 @@ def test_processes_write_at_once_and_may_make_the_file_at_once(tmp_path):
 def test_a_killed_writer_leaves_whole_answers(tmp_path):
     path = tmp_path / "answers"
     for name in "abc":
-        process = writer(path, name, 100_000)
-        written = [process.stdout.readline() for _ in range(30)][-1]
+        output = tmp_path / f"written by {name}"
+        process = writer(path, name, 100_000, output)
+        while not output.exists() or output.read_text().count("\n") < 30:
+            assert process.poll() is None
+            time.sleep(0.01)
         time.sleep(0.05)  # somewhere in the middle of a write
-        process.send_signal(signal.SIGKILL)
-        written = (process.communicate(timeout=60)[0].splitlines() or [written])[-1]
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        written = output.read_text().count("\n")
         with AnswerCache(path) as cache:
-            for i in some(range(int(written) + 1)):
+            for i in some(range(written)):
                 assert cache.get(f"{name} {i}") == f"answer {i}" * 50
             cache.put("after", name)
             assert cache.get("after") == name

@@ -479,7 +479,7 @@ def test_load_is_shared():
 def test_nothing_hangs_when_every_request_fails(behavior):
     client = open_client()
     with ScriptedServer(double, repeat(behavior)) as server:
-        one = dispatcher(server.url, timeout=0.1, attempts=3, patience=1.0)
+        one = dispatcher(server.url, timeout=0.1, attempts=3, patience=0.3)
         results = anyio.run(run_all, one, [asking(client, i) for i in range(20)])
     assert all(
         isinstance(result, Lost) and re.match("http://", result.detail) for result in some(results)

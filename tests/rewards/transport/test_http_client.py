@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mteditflow._text import escape_controls
 from mteditflow.rewards import AnswerError, Fault
+from mteditflow.rewards.transport import http_client
 from mteditflow.rewards.transport.http_client import (
     SHOWN,
     classify,
@@ -54,6 +55,21 @@ def test_event_loops_one_after_the_other_and_side_by_side():
         for each in threads:
             each.join()
         assert results == {number: {"answer": number} for number in range(4)}
+
+
+def test_certificates_are_read_once_a_process(monkeypatch):
+    read, reads = httpx2.create_ssl_context, []
+
+    def counted():
+        reads.append(None)
+        return read()
+
+    monkeypatch.setattr(httpx2, "create_ssl_context", counted)
+    http_client._tls.cache_clear()
+    with ScriptedServer(answer) as server:
+        for client in (open_client(), open_client()):
+            assert anyio.run(post, client, server.url) == {"answer": 0}
+    assert len(reads) == 1
 
 
 def test_requests_of_one_loop_share_connections():
