@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -371,7 +372,7 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
     try:
         if given is not None:
             values["objective"] = _objective(given, rewarded=kind is Config)
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
 
@@ -379,13 +380,19 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
 def dumped(config: Config) -> dict[str, Any]:
     """Return the fields as JSON holds them, for ``typed`` to read again."""
     values = {
-        name: TypeAdapter(type(getattr(config, name))).dump_python(
-            getattr(config, name), mode="json"
+        f.name: _adapter(type(getattr(config, f.name))).dump_python(
+            getattr(config, f.name), mode="json"
         )
-        for name in (f.name for f in fields(config))
+        for f in fields(config)
     }
     values["objective"] = {"name": name_of(config.objective), **values["objective"]}
     return values
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Return the validator of a class; to build one takes longer than all that it is used for."""
+    return TypeAdapter(kind)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -422,7 +429,7 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
     if unknown:
         raise ConfigError(f"objective.{unknown[0]}: {name} has no such field")
     try:
-        return TypeAdapter(OBJECTIVES[name]).validate_python(values)
+        return _adapter(OBJECTIVES[name]).validate_python(values)
     except ValidationError as error:
         lines = [f"objective.{_in_words(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
