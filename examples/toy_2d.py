@@ -58,7 +58,7 @@ def nft(policy: Policy, old: Policy, trajectory: mt.Trajectory, advantage: Tenso
 
 torch.manual_seed(0)
 start = Policy(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-plan = {"before": (flow_matching, 1, 3000), "GRPO": (grpo, 20, 4), "NFT": (nft, 20, 4)}
+plan = {"before": (flow_matching, 1, 1000), "GRPO": (grpo, 20, 4), "NFT": (nft, 20, 4)}
 figure, axes = plt.subplots(1, 3, figsize=(12, 4.3), layout="constrained")
 for axis, (name, (loss, rounds, updates)) in zip(axes, plan.items(), strict=True):
     policy = start if name == "before" else copy.deepcopy(start)

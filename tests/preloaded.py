@@ -11,6 +11,10 @@ import torch.distributed
 import typer  # noqa: F401
 import uvicorn  # noqa: F401
 from diffusers import Flux2KleinPipeline, FluxKontextPipeline  # noqa: F401
+from mteditflow_examples import train_flux  # noqa: F401
+from mteditflow_examples.shapes import scoring, served  # noqa: F401
 from transformers import AutoModel, AutoTokenizer  # noqa: F401
+
+import tests.undrawn  # noqa: F401
 
 torch.set_num_threads(1)

@@ -34,6 +34,7 @@ class Process:
         env: its environment; None means that of this process.
         output: file of its standard output; None means that it is thrown away.
         errors: file of its standard error, likewise.
+        drawn: whether a run in it draws its pictures.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Process:
         env: Mapping[str, str] | None = None,
         output: Path | str | None = None,
         errors: Path | str | None = None,
+        drawn: bool = True,
     ) -> None:
         self.args = [str(word) for word in program]
         files = [str(file or os.devnull) for file in (output, errors)]
-        given = (self.args, dict(os.environ if env is None else env), files)
+        given = (self.args, dict(os.environ if env is None else env), files, drawn)
         self._process = CONTEXT.Process(target=_become, args=given, daemon=True)
         self._process.start()
 
@@ -114,7 +116,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _become(program: list[str], env: dict[str, str], files: list[str]) -> None:
+def _become(program: list[str], env: dict[str, str], files: list[str], drawn: bool) -> None:
     """Be a program, from its first line to its exit functions."""
     for number, name in zip((1, 2), files, strict=True):
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -123,6 +125,10 @@ def _become(program: list[str], env: dict[str, str], files: list[str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
+    if not drawn:
+        from tests.undrawn import undraw_for_good
+
+        undraw_for_good()
     try:
         if program[0] == "-m":
             sys.argv = program[1:]

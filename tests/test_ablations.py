@@ -1,7 +1,6 @@
 """The paper's findings: the table of settings, the page, what is kept."""
 
 import re
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mteditflow_examples.ablations import main
+from mteditflow_examples.findings import running
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import document, write_page
 from mteditflow_examples.findings.results import Results, chain_values, long_claims
@@ -21,6 +21,7 @@ from mteditflow_examples.flux.config import dumped, name_of
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
 from mteditflow.training import Checkpoints
+from tests.forked import forking
 from tests.loops import some
 
 
@@ -61,16 +62,17 @@ def test_values_of_chains_have_the_metrics_for_means():
 
 @pytest.mark.parametrize("study", [PAPER, OBJECTIVES])
 def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
-    for form in (FULL, SHORT):
-        ablations = Ablations(tmp_path, form, study)
-        for setting in some(study.settings.values()):
-            config = ablations._config(setting, 0)
-            assert config.data.groups * config.data.group_size == 96
-            assert config.evaluation.steps == config.sampling.steps
-            assert config.training.rounds == form.rounds
-            default = "distillation" if "distillation" in setting.script else "nft"
-            default = "grpo" if setting.preset == "shapes-grpo" else default
-            assert name_of(config.objective) == setting.options.get("objective", default)
+    short = Ablations(tmp_path, SHORT, study)
+    assert short._config(study.base, 0).training.rounds == SHORT.rounds
+    ablations = Ablations(tmp_path, FULL, study)
+    for setting in some(study.settings.values()):
+        config = ablations._config(setting, 0)
+        assert config.data.groups * config.data.group_size == 96
+        assert config.evaluation.steps == config.sampling.steps
+        assert config.training.rounds == FULL.rounds
+        default = "distillation" if "distillation" in setting.script else "nft"
+        default = "grpo" if setting.preset == "shapes-grpo" else default
+        assert name_of(config.objective) == setting.options.get("objective", default)
     for finding in some(study.findings):
         labels = [setting.label for setting in finding.settings]
         assert len(set(labels)) == len(labels) >= 3
@@ -189,21 +191,21 @@ def test_page_and_figures_are_written_from_complete_seeds(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
-    judged = Setting(
-        "judged",
-        {"rewards.scorer": f"{JUDGES}:CarefulJudge", "data.turns": 1},
-    )
+    small = {"data.groups": 4, "data.group_size": 4, "data.turns": 1}
+    base = Setting("small", small)
+    judged = Setting("judged", {"rewards.scorer": f"{JUDGES}:CarefulJudge", **small})
     form, finding = Form((3,), rounds=1, train=16, held_out=4), Finding("x", "X", (judged,), ())
-    ablations = Ablations(tmp_path, form, replace(PAPER, findings=(finding,)))
-    assert ablations.run_all(2) == []
+    ablations = Ablations(tmp_path, form, replace(PAPER, base=base, findings=(finding,)))
+    with forking(running):
+        assert ablations.run_all(2) == []
     assert ablations.complete_seeds() == [3]
     run = ablations.result(judged, 3)
     assert (len(run.metrics), run.before.round, run.after.round) == (1, 0, 1)
     assert run.before.turns == run.after.turns == TURNS  # whatever was trained
     assert ablations.long(3).after.turns == LONG
-    assert run.before.chain_ids == run.after.chain_ids == ablations.result(BASE, 3).after.chain_ids
+    assert run.before.chain_ids == run.after.chain_ids == ablations.result(base, 3).after.chain_ids
 
-    monkeypatch.setattr(subprocess, "Popen", None)  # is there, so nothing runs
+    monkeypatch.setattr(running.subprocess, "Popen", None)  # is there, so nothing runs
     assert ablations.run_all(1) == []
     ablations._after(judged, 3).unlink()
     ablations._run(judged, 3).rename(ablations._run(Setting("x", {"data.turns": 2}), 3))
@@ -235,7 +237,8 @@ def test_trainers_that_fail_are_told_one_by_one(tmp_path, monkeypatch):
     bad = tuple(Setting(x, {"training.minibatches": n}) for n, x in ((7, "bad"), (5, "worse")))
     form, finding = Form((0,), rounds=1, train=16, held_out=4), Finding("x", "X", bad[1:], ())
     ablations = Ablations(tmp_path, form, Study("x", "X", bad[0], "bad", (finding,)))
-    first, second = ablations.run_all(2)
+    with forking(running):
+        first, second = ablations.run_all(2)
     assert "training.minibatches: expected a divisor of the 96 trajectories" in first
     assert "got 7" in first
     assert "got 5" in second

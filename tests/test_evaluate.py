@@ -18,6 +18,7 @@ from mteditflow_examples import evaluating
 from mteditflow_examples.evaluate import app
 from mteditflow_examples.evaluating.editors import Model, call_options
 from mteditflow_examples.evaluating.images import MadeImages
+from mteditflow_examples.shapes import served as services
 from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import write_world
 from mteditflow_examples.shapes.rewards import Truth, score
@@ -33,11 +34,14 @@ from mteditflow.evaluation.provenance import Provenance, content_hash
 from mteditflow.evaluation.report import Report
 from mteditflow.rewards import LIKERT
 from mteditflow.testing.endpoint import ScriptedServer, completion, error, good
+from tests.forked import forking
 from tests.loops import some
 from tests.samples_of_scores import few_resamples
 from tests.tiny_pick_score import write_pick_score
+from tests.undrawn import undrawn
 
-__all__ = ["few_resamples"]  # a fixture of every test here
+__all__ = ["few_resamples", "undrawn"]  # fixtures of every test here
+pytestmark = pytest.mark.usefixtures("undrawn")  # but those of the module draw
 ROOT = Path(__file__).parents[1]
 CHAINS = 12
 EDITOR = ["--dtype", "float32", "--resolution", "12", "--batch", "5"]
@@ -307,7 +311,7 @@ def test_judges_are_told_apart_and_not_mixed(world, made, tmp_path):
 def test_live_services_and_a_preference_model(world, made, tmp_path):
     """A judge and the consistency server over HTTP, of the first turn, whose state they can see."""
     chains = ["run", world / "edival.csv", "--images", made / "images", "--turns", "1"]
-    with service("judge") as judge, service("consistency") as consistency:
+    with forking(services), service("judge") as judge, service("consistency") as consistency:
         run(*chains, "--judge", judge, "--model", "scripted", "--scale", "likert", "--no-thinking",
             "--consistency", consistency, "--terms", "l1",
             "--preference", write_pick_score(tmp_path / "pick"), "--output", tmp_path / "out",

@@ -1,10 +1,12 @@
 """The example that scores a folder of edited chains, against real services on the loopback."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
 from mteditflow_examples import score_chains
+from mteditflow_examples.shapes import served
 from mteditflow_examples.shapes.editor import load_editor
 from mteditflow_examples.shapes.rewards import Truth, score
 from mteditflow_examples.shapes.served import record_of, service
@@ -17,6 +19,7 @@ from mteditflow import instruction_following, marginal_success, wilson_interval
 from mteditflow._files import write_atomically
 from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, write_chains
 from mteditflow.rewards import Consistency, ConsistencyScorer
+from tests.forked import forking
 from tests.loops import some
 from tests.shapes.rolling import edit_chains
 
@@ -46,8 +49,10 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def urls():
-    with service("judge") as judge, service("consistency") as consistency:
-        yield judge, consistency
+    with ExitStack() as stack:
+        with forking(served):
+            both = [stack.enter_context(service(name)) for name in ("judge", "consistency")]
+        yield both
 
 
 def options(urls, output, scale="binary"):
@@ -135,7 +140,7 @@ def test_batches_change_nothing_and_a_chain_without_objects_is_refused_first(
 def test_what_is_lost_is_counted_written_and_asked_for_again_alone(world, urls, tmp_path):
     folder = world[0]
     arguments = [folder / "chains.jsonl", folder]
-    with service("judge", "--lost-answers=1") as judge:
+    with service("judge", "--lost-answers=1") as judge:  # in an interpreter of its own
         result = run(*arguments, *options((judge, urls[1]), tmp_path))
     assert result.exit_code == 1
     assert "100% of 6 rewards are invalid" in " ".join(result.output.split())

@@ -1,12 +1,12 @@
 """The example with the core alone: short, and it learns."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "toy_2d.py"
@@ -20,18 +20,14 @@ def test_is_short_and_needs_the_core_alone():
 
 
 @pytest.mark.slow
-def test_both_objectives_learn_and_the_picture_is_drawn(tmp_path):
-    environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        cwd=tmp_path,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    shares = {name: int(share) for name, share in re.findall(r"(\w+): +(\d+)%", finished.stdout)}
+def test_both_objectives_learn_and_the_picture_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    plt.close("all")
+    said = capsys.readouterr().out
+    shares = {name: int(share) for name, share in re.findall(r"(\w+): +(\d+)%", said)}
     assert list(shares) == ["before", "GRPO", "NFT"]
     # Three of eight modes are rewarded.
     assert 20 <= shares["before"] <= 45

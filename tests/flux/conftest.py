@@ -1,9 +1,12 @@
-"""Worlds on disk, once per worker."""
+"""Worlds on disk, once per worker, and runs that draw nothing."""
 
 import pytest
 from mteditflow_examples.shapes.editor import Family
 
 from tests.flux.worlds import make_world
+from tests.undrawn import undrawn
+
+__all__ = ["undrawn"]
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@
     python -m tests.flux.killing served --seed 0
 
 The trainer runs in a process of its own that notes what it is at, and that a point such as "saving
-fsync 3 KILL" ends at the third ``os.fsync`` while it saves. The runs that are compared with are
-started as a user starts them.
+fsync 3 KILL" ends at the third ``os.fsync`` while it saves. Runs killed at random
+are compared with one that is started as a user starts it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tests.processes import Process
 NOTE, POINT = "KILLING_NOTE", "KILLING_POINT"
 ALIKE = ("before", "after", "difference_at_last_turn")  # of report.json
 ROUNDS = 6
+KEEP = ("--output.keep", 99, "--output.checkpoint-every", 1)  # of runs that are compared with
 MORE = (
     *("--training.rounds", ROUNDS, "--training.ema-decay", 0.9, "--training.ema-every", 2),
     *("--evaluation.policy", "ema", "--evaluation.every", 4, "--output.strips-every", 3),
@@ -247,8 +248,7 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 def undisturbed_run(world: Path, folder: Path, *, objective: str) -> float:
     """Run to the end as a user does, and keep all checkpoints; seconds that it took."""
-    keep = ("--output.keep", 99, "--output.checkpoint-every", 1)
-    run_as_a_user(*options(world, folder, *MORE, *keep, objective=objective))
+    run_as_a_user(*options(world, folder, *MORE, *KEEP, objective=objective))
     lines = read_metrics(folder / "metrics.jsonl")
     return sum(x for line in lines for name, x in line.items() if name.startswith("seconds/"))
 

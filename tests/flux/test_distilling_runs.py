@@ -19,6 +19,8 @@ from tests.flux.rounds import started
 from tests.flux.worlds import SCRIPT, options, run, weights
 from tests.loops import some
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def sampled(run_):
     """The first round's rollout, and what the teacher is shown."""

@@ -9,25 +9,26 @@ from types import SimpleNamespace
 import pytest
 from mteditflow_examples.lost_rewards import settings
 
-from tests.flux.killing import MORE, differences, kill_at_random, live, logged, undisturbed_run
+from tests.flux.killing import KEEP, MORE, differences, kill_at_random, live, logged
 from tests.flux.mortal_services import ANSWERED, ASKED, Mortal, judged
-from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
+from tests.flux.worlds import ENVIRONMENT, SCRIPT, options, run
 from tests.loops import some
 from tests.processes import Process
 
 KILLED, STOPPED = -signal.SIGKILL, 0
+SMALL = (*MORE, "--data.groups", 2)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    undisturbed_run(world, folder, objective="nft")
+    run(*options(world, folder, *SMALL, *KEEP), drawn=True)
     return folder
 
 
 def lives_through(world, folder, undisturbed, points):
     """One life after the other, each to its point, and a last one to the end."""
-    arguments = options(world, folder, *MORE, objective="nft")
+    arguments = options(world, folder, *SMALL)
     for point in some(points):
         life = live(arguments, folder, point=point)
         code = KILLED if point.endswith("KILL") else STOPPED
@@ -97,11 +98,11 @@ def test_kills_at_random_moments(world, tmp_path, objective):
 class Served:
     """A run whose judge and consistency server can be killed, and who asks nothing twice."""
 
-    def __init__(self, world, folder):
+    def __init__(self, world, folder, *, delays=(0.2, 0.1)):
         folder.mkdir()
         self.folder, self.errors = folder / "run", folder / "errors.txt"
-        self.judge = Mortal("judge", folder, delay=0.2)
-        self.consistency = Mortal("consistency", folder, delay=0.1)
+        self.judge = Mortal("judge", folder, delay=delays[0])
+        self.consistency = Mortal("consistency", folder, delay=delays[1])
         preset = folder / "served.toml"
         preset.write_text(settings())
         services = ("--rewards.judge", self.judge.url, "--rewards.consistency")
@@ -154,10 +155,18 @@ class Served:
 @pytest.fixture(scope="session")
 def undisturbed_served(world, tmp_path_factory):
     served = Served(world, tmp_path_factory.mktemp("undisturbed_served") / "all")
-    kept = ("--output.keep", "99", "--output.checkpoint-every", "1")
-    with served.judge, served.consistency, served.living(*kept):
+    with served.judge, served.consistency, served.living(*KEEP):
         assert served.end() == 0, logged(served.folder)
     return SimpleNamespace(folder=served.folder, asked_again=served.asked_again)
+
+
+@pytest.fixture(scope="session")
+def begun_served(world, tmp_path_factory):
+    """The checkpoints of the first two rounds of that run."""
+    served = Served(world, tmp_path_factory.mktemp("begun_served") / "all", delays=(0, 0))
+    with served.judge, served.consistency, served.living(*KEEP):
+        served.wait((served.folder / "checkpoints" / "round-000002").exists)
+    return served.folder
 
 
 @pytest.mark.long
@@ -189,7 +198,7 @@ def test_services_and_trainer_are_killed(world, undisturbed_served, tmp_path):
     assert served.asked_again <= undisturbed_served.asked_again + served.unkept
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_resuming has one without servers
 def test_lost_rewards_end_a_run_that_goes_on_later(world, undisturbed_served, tmp_path):
     served = Served(world, tmp_path / "all")
     with served.judge as judge, served.consistency:
@@ -208,13 +217,13 @@ def test_lost_rewards_end_a_run_that_goes_on_later(world, undisturbed_served, tm
 
 
 @pytest.mark.slow
-def test_a_signal_does_not_wait_for_a_judge_that_is_away(world, undisturbed_served, tmp_path):
+def test_a_signal_does_not_wait_for_a_judge_that_is_away(world, begun_served, tmp_path):
     served = Served(world, tmp_path / "all")
     with served.judge as judge, served.consistency, served.living():
         served.reaches(judge, 24)
         served.kill(judge)
-        time.sleep(4)
         served.process.send_signal(signal.SIGTERM)
         assert served.end(timeout=15) == 0
     assert "stopped by SIGTERM after round" in logged(served.folder)
-    assert differences(served.folder, undisturbed_served.folder, ended=False) == []
+    assert (served.folder / "checkpoints" / "round-000001").exists()
+    assert differences(served.folder, begun_served, ended=False) == []

@@ -1,30 +1,40 @@
 """A run that goes on: what has changed is refused or said before anything is loaded."""
 
 import json
+import math
 import shutil
 import sqlite3
 
 import pytest
+import torch
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError
 from mteditflow_examples.flux.inputs import make_sampler
 from mteditflow_examples.flux.reporting import summarize
+from mteditflow_examples.shapes.scoring import ExactRewards
 from safetensors.torch import save_file
 
 from mteditflow._locks import sole_writer
 from mteditflow.chains import read_chains, write_chains
 from mteditflow.pipelines import Editor
+from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training import Checkpoints, Update, read_metrics
+from tests.flux.killing import differences
 from tests.flux.rounds import started
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
 from tests.processes import Process
 from tests.refusals import call, files
 from tests.samples_of_scores import few_resamples
+from tests.undrawn import undraw
 
 __all__ = ["few_resamples"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("undrawn")
 TAKEN = Update("taken", 1.0, {})
-MORE = ("--training.rounds", 2, "--evaluation.every", 1, "--evaluation.policy", "current")
+MORE = (
+    *("--data.groups", 2, "--training.rounds", 2),
+    *("--evaluation.every", 1, "--evaluation.policy", "current"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,9 @@ def stopped(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("stopped")
     shutil.copytree(world, root / "world")
     words = options(root / "world", root / "run", *MORE, "--training.rounds", 1)
-    assert call(train_flux.main, words).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        undraw(patch)
+        assert call(train_flux.main, words).code == 0
     return root
 
 
@@ -83,7 +95,7 @@ CHANGED = {
         "evaluation.policy: expected 'current', as in the evaluation of round 1, with which",
     ),
     "seed": (["--training.seed", 5], "output.resume: cannot go on from"),
-    "groups": (["--data.groups", 2], "output.resume: cannot go on from"),
+    "groups": (["--data.groups", 4], "output.resume: cannot go on from"),
     "resume": (["--output.resume", "never"], "output.resume: never, but"),
 }
 
@@ -213,6 +225,40 @@ def test_a_full_disk_ends_a_run_with_1_and_it_goes_on(stopped, tmp_path, monkeyp
     assert call(train_flux.main, options(world, run, *MORE)).code == 0
 
 
+class Leaving(ExactRewards):
+    """Scores some chains, and loses all scores of others."""
+
+    left = math.inf
+
+    async def score(self, chains, images):
+        terms = await super().score(chains, images)
+        type(self).left -= len(chains)
+        return terms if self.left >= 0 else {name: lost(x) for name, x in terms.items()}
+
+
+def lost(term):
+    gone = {
+        tuple(at): Lost(Fault.timeout, "no answer", 1) for at in term.turn_mask.nonzero().tolist()
+    }
+    return TurnScores(torch.full_like(term.score, math.nan), term.turn_mask, gone)
+
+
+def test_lost_rewards_end_a_run_that_goes_on_as_if_none_were_lost(world, tmp_path, monkeypatch):
+    more = (*MORE, "--training.rounds", 3, "--evaluation.every", 3, "--output.checkpoint-every", 1)
+    more = (*more, "--output.keep", 9, "--rewards.scorer", f"{__name__}:Leaving")
+    assert call(train_flux.main, options(world, tmp_path / "whole", *more)).code == 0
+    monkeypatch.setattr(Leaving, "left", 4 + 8)  # held-out chains, and those of the first round
+    ended = call(train_flux.main, options(world, tmp_path / "run", *more))
+    assert ended.code == 1
+    assert "100% of 8 rewards are invalid" in ended.err
+    assert (tmp_path / "run" / "checkpoints" / "round-000001").exists()
+    assert differences(tmp_path / "run", tmp_path / "whole", ended=False) == []
+    monkeypatch.setattr(Leaving, "left", math.inf)
+    assert call(train_flux.main, options(world, tmp_path / "run", *more)).code == 0
+    assert "going on after round 1" in (tmp_path / "run" / "log.txt").read_text()
+    assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
 def test_an_average_that_warms_up(world, tmp_path):
     """Weights of the average after the first steps, by hand."""
     more = ("--training.ema-decay", 0.9, "--training.ema-every", 1)
@@ -233,7 +279,7 @@ def test_an_average_that_warms_up(world, tmp_path):
 def test_two_trainers_in_one_folder_of_which_one_goes_on(world, tmp_path):
     words = options(world, tmp_path / "run", *MORE, "--training.rounds", 3)
     errors = [tmp_path / f"errors-{n}.txt" for n in range(2)]
-    both = [Process([SCRIPT, *words], env=ENVIRONMENT, errors=x) for x in errors]
+    both = [Process([SCRIPT, *words], env=ENVIRONMENT, errors=x, drawn=False) for x in errors]
     codes = [process.wait(300) for process in both]
     assert sorted(codes) == [0, 2], [x.read_text()[-2000:] for x in errors]
     refused = errors[codes.index(2)].read_text()

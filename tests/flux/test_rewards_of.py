@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux.command_line import parse
@@ -198,6 +198,8 @@ def test_several_terms_are_fused_turn_by_turn(fusion):
 
 # properties
 
+few = settings(max_examples=40)  # tests/advantages has as many laws of the functions themselves
+
 likert = st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
@@ -210,6 +212,7 @@ def scored(draw, turns=None):
     return rows, torch.tensor(group)
 
 
+@few
 @given(scored(turns=1))
 def test_of_one_turn_everyone_is_credited_alike(batch):
     whole, *others = (advantages(*batch, credit=credit) for credit in CREDITS)
@@ -218,6 +221,7 @@ def test_of_one_turn_everyone_is_credited_alike(batch):
         assert torch.equal(other[1], whole[1])
 
 
+@few
 @given(scored())
 def test_a_trajectorys_advantage_is_the_librarys(batch):
     rows, group = batch
@@ -228,6 +232,7 @@ def test_a_trajectorys_advantage_is_the_librarys(batch):
     assert valid.all()
 
 
+@few
 @given(scored(), st.sampled_from(CREDITS), st.randoms())
 def test_the_order_of_trajectories_is_free(batch, credit, rng):
     rows, group = batch
@@ -238,6 +243,7 @@ def test_the_order_of_trajectories_is_free(batch, credit, rng):
     assert torch.equal(mask, valid[order])
 
 
+@few
 @given(scored(), st.sampled_from(["turn", "until_failure"]), st.data())
 def test_later_turns_do_not_matter_to_earlier_ones(batch, credit, data):
     rows, group = batch
@@ -248,6 +254,7 @@ def test_later_turns_do_not_matter_to_earlier_ones(batch, credit, data):
         assert torch.equal(found, expected[:, : turn + 1])
 
 
+@few
 @given(scored())
 def test_the_ends_of_discount_and_share_are_credit_turn(batch):
     expected = advantages(*batch, credit="turn")
@@ -259,6 +266,7 @@ def test_the_ends_of_discount_and_share_are_credit_turn(batch):
             assert torch.equal(found, value)
 
 
+@few
 @given(scored(), st.data())
 def test_what_comes_after_a_failure_may_be_anything(batch, data):
     rows, group = batch

@@ -70,7 +70,7 @@ def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monke
     # shows it (up to 3e-5 where old and current velocity are close).
     monkeypatch.setitem(loading.DTYPES, "float32", torch.float64)
     preset, *more = ALL[objective]
-    more = [f"objective:{objective}", *more, "--data.groups", 2]
+    more = [f"objective:{objective}", *more, "--data.groups", 2, "--data.group-size", 2]
     with started(world, tmp_path, *more, objective=preset) as run_:
         for name in ("current", "old"):
             for weight in run_.policies._parameters(name):
@@ -79,7 +79,7 @@ def test_micro_batches_do_not_change_gradients(world, tmp_path, objective, monke
         (units,) = first.units()
         optimizer = Recording(run_.policies.parameters())
         updater = Updater(optimizer, run_.policies.parameters, max_grad_norm=1e9)
-        for size in (len(units), 8, 2, 1):
+        for size in (len(units), 3, 1):
             step = updater.step(units.split(size), first.losses, count=units.count)
             assert step.outcome == "taken"
         whole, *others = optimizer.seen
@@ -360,7 +360,7 @@ def test_another_judge_than_that_of_the_runs_evaluations_is_refused(world, tmp_p
 
 def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):
     more = ("--output.trackers", "tensorboard", "--output.strips-every", 2)
-    told = run(*options(world, tmp_path, *more))
+    told = run(*options(world, tmp_path, *more), drawn=True)
     assert "paired over 4 chains" in told
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {
@@ -395,7 +395,7 @@ def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):
 def test_stopped_and_changed_runs_go_on(world, tmp_path, refused):
     given = options(world, tmp_path / "run", "--training.rounds", 400, "--evaluation.every", 1000)
     errors = tmp_path / "errors.txt"
-    process = Process([SCRIPT, *given], env=ENVIRONMENT, errors=errors)
+    process = Process([SCRIPT, *given], env=ENVIRONMENT, errors=errors, drawn=False)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):

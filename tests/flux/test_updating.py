@@ -20,6 +20,7 @@ from tests.flux.worlds import options, weights
 from tests.loops import some
 from tests.samples_of_scores import turn_scores
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 GRPO = ("--objective.stochastic-steps", 2)
 NO_KL = (*GRPO, "--objective.kl-coef", 0)
 
@@ -118,6 +119,8 @@ def test_where_a_pull_acts_flat_groups_are_computed(world, tmp_path):
 
 # flat rounds
 
+ROUNDS = 3  # of two updates; more would end a run with max-skipped 1, if they counted as skipped
+
 
 class Flat:
     """Scores every turn alike."""
@@ -169,16 +172,18 @@ def program(world, output, monkeypatch, *more, objective):
 def test_flat_rounds_make_no_update_and_never_end_a_run(
     world, tmp_path, objective, more, monkeypatch
 ):
-    more = (*more, "--training.rounds", 10, "--rewards.scorer", f"{__name__}:Flat")
+    more = (*more, "--training.rounds", ROUNDS, "--rewards.scorer", f"{__name__}:Flat")
     more += ("--safety.max-skipped", 1, "--data.groups", 2, "--data.group-size", 2)
     assert program(world, tmp_path, monkeypatch, *more, objective=objective) == 0
     lines = lines_of(tmp_path)
-    assert [line["training/empty_updates"] for line in lines] == [2] * 10
-    assert [line["training/skipped_updates"] for line in lines] == [0] * 10
+    assert [line["training/empty_updates"] for line in lines] == [2] * ROUNDS
+    assert [line["training/skipped_updates"] for line in lines] == [0] * ROUNDS
     assert not any({"training/loss", "training/grad_norm"} & line.keys() for line in some(lines))
-    state = json.loads((tmp_path / "checkpoints" / "round-000010" / "state.json").read_text())
+    state = json.loads(
+        (tmp_path / "checkpoints" / f"round-{ROUNDS:06d}" / "state.json").read_text()
+    )
     assert (state["updates"], state["skipped"]) == (0, 0)
-    moved = [x for name, x in weights(tmp_path, done=10).items() if "lora_B" in name]
+    moved = [x for name, x in weights(tmp_path, done=ROUNDS).items() if "lora_B" in name]
     assert moved
     assert not any(x.any() for x in some(moved))  # as they began
 
@@ -240,14 +245,19 @@ def test_the_first_epoch_is_that_of_a_run_without_others(world, tmp_path):
 
 def test_beyond_a_kl_the_rest_of_a_round_is_left_out(world, tmp_path):
     more = ("--training.inner-epochs", 3, "--training.stop-kl", 1e-12, "--training.rounds", 2)
-    more += ("--objective.old-slope", 0)  # old is current at the start of every round
+    more += (
+        "--data.groups",
+        2,
+        "--objective.old-slope",
+        0,
+    )  # old is current at the start of every round
     with started(world, tmp_path / "bounded", *more) as run_:
         train_flux.train(run_)
         assert run_.state.updates == 2 * 2  # the first update is at KL 0, the second beyond
     for line in some(lines_of(tmp_path / "bounded")):
         assert line["training/stopped_at_kl"] > 1e-12
         assert line["training/old_kl"] == pytest.approx(line["training/stopped_at_kl"] / 2)
-    more = (*more[:2], "--training.stop-kl", 1e6, "--training.rounds", 1)
+    more = (*more[:2], "--training.stop-kl", 1e6, "--training.rounds", 1, "--data.groups", 2)
     with started(world, tmp_path / "free", *more) as run_:
         train_flux.train(run_)
         assert run_.state.updates == 3 * 2
@@ -311,7 +321,7 @@ def test_the_adapted_weight_is_that_of_the_loss(world, tmp_path):
 
 
 def test_importance_weights_turn_a_failing_ratio_check_into_a_warning(world, tmp_path):
-    more = (*NO_KL, "--objective.importance-cap", 2, "--training.rounds", 2)
+    more = (*NO_KL, "--objective.importance-cap", 2, "--training.rounds", 2, "--data.groups", 2)
     with started(world, tmp_path / "off", *more, objective="grpo") as run_:
         first = first_round(run_, advance=0.05)
         check_first_ratios(run_, first.velocity, first.rollout)

@@ -52,7 +52,9 @@ def options(
     return [*arguments, *map(str, more)]
 
 
-def run(*arguments: str, ranks: int = 1, code: int = 0, script: Path = SCRIPT) -> str:
+def run(
+    *arguments: str, ranks: int = 1, code: int = 0, script: Path = SCRIPT, drawn: bool = False
+) -> str:
     """Run to the end in one forked process per rank; standard output and error."""
     group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     group["MASTER_PORT"] = str(free_port())
@@ -61,7 +63,8 @@ def run(*arguments: str, ranks: int = 1, code: int = 0, script: Path = SCRIPT) -
         for rank in map(str, range(ranks)):
             of_rank = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
             program, env = [script, *arguments], ENVIRONMENT | of_rank
-            processes.append(Process(program, env=env, output=said.name, errors=said.name))
+            given = {"output": said.name, "errors": said.name, "drawn": drawn}
+            processes.append(Process(program, env=env, **given))
             stack.callback(processes[-1].kill)
         codes = [process.wait(300) for process in processes]
         told = said.read()

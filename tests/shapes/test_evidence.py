@@ -3,12 +3,15 @@
 import json
 
 import pytest
+from mteditflow_examples import evidence
 from mteditflow_examples.evidence import KINDS, Kind, document, draw_summary, folder, run, world_of
 from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import LINKED, write_world
 from mteditflow_examples.shapes.pretrain import single_edits
 from mteditflow_examples.shapes.world import draw_index, make_chains
 from PIL import Image
+
+from tests.forked import forking
 
 SHORT = ("--data.groups", "4", "--data.group-size", "2", "--training.batch", "16")
 
@@ -25,8 +28,10 @@ def runs(tmp_path_factory):
 def test_evidence_is_written_from_runs(runs, tmp_path, monkeypatch):
     kind = Kind("shapes-klein-grpo", options=(*SHORT, "--training.rounds", "2"))
     monkeypatch.setattr(Kind, "rounds", 2)
-    report = run(kind, "klein-grpo", 3, runs, workers=2)
+    with forking(evidence):
+        report = run(kind, "klein-grpo", 3, runs, workers=2)
     assert (report["seed"], report["rounds"], report["held_out_chains"]) == (3, 2, 4)
+    monkeypatch.setattr(evidence.subprocess, "run", None)
     assert run(kind, "klein-grpo", 3, runs, workers=2) == report  # is there, so nothing runs
     reports = {(name, seed): report for name in KINDS for seed in (0, 1)}
     text = document(reports)

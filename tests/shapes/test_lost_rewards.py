@@ -7,8 +7,10 @@ from contextlib import nullcontext
 import pytest
 from mteditflow_examples import lost_rewards
 from mteditflow_examples.lost_rewards import KINDS, document, draw, run
+from mteditflow_examples.shapes import served
 from PIL import Image
 
+from tests.forked import forking
 from tests.loops import some
 
 if sys.version_info >= (3, 11):
@@ -29,7 +31,8 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(runs):
-    return run("invalid", SEED, runs, counts=COUNTS, options=SMALL)
+    with forking(lost_rewards, served):
+        return run("invalid", SEED, runs, counts=COUNTS, options=SMALL)
 
 
 def test_lost_answers_are_left_out_of_training_and_told(report):
@@ -58,7 +61,7 @@ def test_a_run_that_is_done_is_kept_and_that_of_another_judge_refused(report, ru
 
 def test_a_trainer_that_fails_is_heard(runs, monkeypatch):
     monkeypatch.setattr(lost_rewards, "service", lambda *_: nullcontext("http://127.0.0.1:9/v1"))
-    with pytest.raises(RuntimeError, match="minibatches: expected a divisor"):
+    with forking(lost_rewards), pytest.raises(RuntimeError, match="minibatches: expected a divi"):
         run("invented", SEED, runs, counts=COUNTS, options=(*SMALL, "--training.minibatches", "7"))
 
 
