@@ -1,7 +1,6 @@
 """The benchmarks measure what they say; memory, which no busy machine disturbs, is asserted."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import measure, report
-from benchmarks.__main__ import measure_compiled, measure_growths, measure_pair
+from benchmarks.__main__ import main, measure_compiled, measure_growths, measure_pair
 from benchmarks.cases import COMPILED_LIMIT, cases, compiled_cases, growths
 from tests.loops import some
 
@@ -165,7 +164,7 @@ def test_the_page_is_made_from_the_stored_results():
 def test_command_explains_itself(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("benchmarks", run_name="__main__")
+        main()
     assert ended.value.code in (0, None)
     said = capsys.readouterr().out
     for option in ("--device", "--threads", "--rounds", "--only", "--no-compile", "--output"):

@@ -308,7 +308,7 @@ def write_chains(
     format: str = "native",  # noqa: A002
     strict: bool = True,
 ) -> Writing:
-    """Write chains to a file, which appears whole or not at all: also where no chain is left.
+    """Write chains to a file, which appears whole or not at all.
 
     Paths of images are rewritten, so that they are relative to the new file and lead where they
     led; absolute ones and addresses stay as they are. ``FORMATS[format].loses`` lists what of a
@@ -321,7 +321,8 @@ def write_chains(
         strict: stop at a chain that the format cannot hold; else leave it out and list it.
 
     Returns:
-        How many were written, and the chains that were refused (none where strict).
+        How many were written, and the chains that were refused (none where strict). Where none is
+        left no file is written, and an old one stays.
 
     Raises:
         ChainError: strict, and the format cannot hold a chain or an id stands twice.
