@@ -50,7 +50,8 @@ class SolverStep(Subject):
             fail(case, "a mean and a std", Returned(described(result)))
         mean, std = expect_tensor(result[0], x_t.shape, case), result[1]
         std = torch.as_tensor(std, dtype=mean.dtype, device="cpu")
-        return mean, std.expand(len(x_t), *[1] * (x_t.ndim - 1)) if std.ndim == 0 else std
+        axes = len(x_t), *[1] * (x_t.ndim - 1)
+        return mean, std.reshape(1).expand(len(x_t)).reshape(axes) if std.numel() == 1 else std
 
 
 def _step(*values: object) -> dict[str, object]:

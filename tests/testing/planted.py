@@ -99,8 +99,10 @@ def mean_of_the_batch(reward, group, valid=None):
 
 def baseline_of_the_batch(reward, group, valid=None):
     """Whitened in groups in scale alone: the mean is that of the whole batch."""
+    if reward.min() == reward.max():
+        return torch.zeros_like(reward)
     spread = in_groups(lambda x: x.std(correction=0).expand(len(x)))(reward, group, valid)
-    return torch.where(reward == reward.mean(), 0, (reward - reward.mean()) / (spread + 1e-4))
+    return (reward - reward.mean()) / (spread + 1e-4)
 
 
 def nan_beside_larger_groups(reward, group, valid=None):
