@@ -27,6 +27,7 @@ from mteditflow_examples.evaluating.images import ByRow, MadeImages
 from mteditflow_examples.evaluating.options import (
     EDITOR,
     JUDGE,
+    few_lines,
     refuse_ignored,
     refusing_options,
 )
@@ -47,7 +48,7 @@ from tqdm import tqdm
 from mteditflow._command import OneLineGroup, writing
 from mteditflow._exits import failing
 from mteditflow._files import require_folder, write_all_atomically
-from mteditflow.chains import Chain, Reading, read_chains
+from mteditflow.chains import Chain, Reading, read_chains, recognise
 from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
 from mteditflow.evaluation.provenance import require_same_judge
@@ -248,8 +249,11 @@ def _usable(
         file, strict=False, images=references, check_images=True, allow_outside=allow_outside
     )
     if not reading.chains:
-        why = "; ".join(x.reason for x in reading.skipped[:3])
-        raise ValueError(f"{file}: expected at least one usable chain, got none: {why}")
+        raise ValueError(
+            f"{file}: expected at least one usable chain, got none, read as the format "
+            f"{recognise(file).name}: {few_lines(reading.skipped)}; `mteditflow chains formats` "
+            "lists the formats"
+        )
     chains = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]
     for chain in chains if rewards.consistency else ():
         pairs_of(chain, pairing=rewards.pairing)

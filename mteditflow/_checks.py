@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -23,45 +25,95 @@ Numbers = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 #: Integers below are numbers of the dtype.
 _EXACT = {torch.float32: 2**24, torch.float64: 2**53}
 _LARGEST = 2**63 - 1  # int64's
+_LONG = np.dtype(np.longdouble)
+_AS_FLOAT = ".astype(float)"
+_CONVERT = f"convert with {_AS_FLOAT}"
 _MISSING = "mark what is missing in a mask, as pad_turns does"
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Raise ``TypeError`` unless ``x`` is a tensor."""
+    """Raise ``TypeError`` unless ``x`` is a dense tensor."""
     if not isinstance(x, Tensor):
         check_unmasked(name, x)
-        lists = isinstance(x, (list, tuple, np.ndarray))
+        lists = is_sequence(x) or isinstance(x, np.ndarray)
         fix = "; convert it with torch.as_tensor" if lists else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{fix}")
+    if x.layout != torch.strided or x.is_nested:
+        nested = "a nested tensor; call .to_padded_tensor()"
+        got = nested if x.is_nested else f"layout {x.layout}; call .to_dense()"
+        raise TypeError(f"{name}: expected a dense tensor, got {got}")
+
+
+def is_sequence(x: object) -> bool:
+    """Whether ``x`` is a list or any other sequence that may hold numbers."""
+    return isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray))
 
 
 def as_numbers(
-    name: str, x: object, *, device: torch.device | None = None, fix: str = _MISSING
+    name: str, x: object, *, device: torch.device | None = None, fix: str | None = None
 ) -> Tensor:
-    """Return a tensor as it is, and a list, array or number as a tensor of the same numbers.
+    """Return a tensor as it is, and a sequence, array or number as a tensor of the same numbers.
 
-    Python's numbers become float64, int64 or booleans, which hold them exactly. ``device`` is that
-    of a tensor made here; ``None`` is the CPU. ``fix`` says what to do with what is no number.
+    Python's numbers become float64, int64 or booleans, which hold them exactly; tensors in a list
+    are stacked, with their gradient. ``device`` is that of a tensor made of numbers here; ``None``
+    is the CPU. ``fix`` says what to do with what is no number; ``None``: it depends on the content.
     """
     if isinstance(x, Tensor):
+        check_tensor(name, x)
         return x
-    if not isinstance(x, (list, tuple, np.ndarray, np.generic, int, float)):
-        raise TypeError(f"{name}: expected numbers or a torch.Tensor, got {type(x).__name__}")
+    if not (is_sequence(x) or isinstance(x, (np.ndarray, np.generic, int, float))):
+        iterable = isinstance(x, Iterable) and not isinstance(x, (str, bytes, bytearray))
+        listed = "; give a list or an array of them" if iterable else ""
+        raise TypeError(
+            f"{name}: expected numbers or a torch.Tensor, got {type(x).__name__}{listed}"
+        )
     check_unmasked(name, x)
+    if isinstance(x, Sequence) and _holds_tensors(x):
+        return _stacked(name, x, device)
     try:
         array = np.asarray(x)
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors with gradient
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists
         raise ValueError(
             f"{name}: expected a tensor, or lists of numbers of one length, got "
             f"{type(x).__name__}: {error}; pad_turns takes chains of unequal length"
         ) from error
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        content = _content(array)
+        content, own = _content(array)
+        listed = f"np.asarray({name}, dtype=float)"
+        own = own.replace(_AS_FLOAT, _AS_FLOAT if isinstance(x, np.ndarray) else listed)
+        advice = own if fix is None else fix
         raise TypeError(
-            f"{name}: expected numbers or booleans, got {type(x).__name__} of {content}; {fix}"
+            f"{name}: expected numbers or booleans, got {type(x).__name__} of {content}"
+            + f"; {advice}" * bool(advice)
         )
     native = array.astype(array.dtype.newbyteorder("="), copy=True)
     return torch.from_numpy(native).to("cpu" if device is None else device)
+
+
+def _holds_tensors(x: Sequence[Any]) -> bool:
+    """Whether a sequence holds tensors, in its sequences too."""
+    return any(
+        isinstance(item, Tensor) or (isinstance(item, (list, tuple)) and _holds_tensors(item))
+        for item in x
+    )
+
+
+def _stacked(name: str, x: Sequence[Any], device: torch.device | None) -> Tensor:
+    """Stack tensors and numbers of one shape; of several dtypes in float64, if any is a float."""
+    first = first_tensor(*x)
+    place = device if first is None else first.device
+    parts = [as_numbers(f"{name}[{i}]", item, device=place) for i, item in enumerate(x)]
+    if any(part.shape != parts[0].shape or part.device != parts[0].device for part in parts):
+        shapes = ", ".join(sorted({f"{list(p.shape)} on {p.device}" for p in parts})[:3])
+        raise ValueError(
+            f"{name}: expected tensors of one shape on one device, got {shapes}; pad_turns takes "
+            "chains of unequal length"
+        )
+    if len({part.dtype for part in parts}) > 1:
+        mixed = any(part.is_floating_point() for part in parts)
+        parts = [part.to(torch.float64 if mixed else torch.int64) for part in parts]
+    stacked = torch.stack(parts)
+    return stacked if device is None else stacked.to(device)
 
 
 def check_unmasked(name: str, x: object) -> None:
@@ -75,17 +127,19 @@ def check_unmasked(name: str, x: object) -> None:
         check_unmasked(name, item)
 
 
-def _content(array: np.ndarray[Any, Any]) -> str:
-    """Name the content of an array that holds no numbers."""
-    if array.dtype.kind in "US":
-        return "strings"
+def _content(array: np.ndarray[Any, Any]) -> tuple[str, str]:
+    """Name the content of an array that holds no numbers of a tensor, and the fix."""
     if array.dtype != object:
-        return str(array.dtype)
-    if any(isinstance(item, int) for item in array.flat):
-        return "integers that 64 bits do not hold, or other objects"
-    return next(
-        (type(item).__name__ for item in array.flat if not isinstance(item, float)), "object"
-    )
+        strings = array.dtype.kind in "US"
+        return "strings" if strings else str(array.dtype), _CONVERT * (
+            strings or array.dtype == _LONG
+        )
+    if any(item is None for item in array.flat):
+        return "None", _MISSING
+    if any(isinstance(item, int) and not -(2**63) <= item < 2**64 for item in array.flat):
+        return "integers that 64 bits do not hold", ""
+    other = next((x for x in array.flat if not isinstance(x, (Real, Decimal, np.bool_))), None)
+    return ("dtype object", _CONVERT) if other is None else (type(other).__name__, "")
 
 
 def as_real(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
@@ -113,6 +167,18 @@ def as_real(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
 def first_tensor(*values: object) -> Tensor | None:
     """Return the first tensor, which lists and arrays beside it follow in dtype and device."""
     return next((x for x in values if isinstance(x, Tensor)), None)
+
+
+def check_no_booleans(name: str, x: object, expected: str) -> None:
+    """Raise ``TypeError`` for booleans, in lists too: on another scale than 0..1 True is no 1."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        boolean = x.dtype == torch.bool if isinstance(x, Tensor) else x.dtype.kind == "b"
+    else:
+        boolean = isinstance(x, (bool, np.bool_))
+    if boolean:
+        raise TypeError(f"{name}: expected {expected}, got booleans, which are 0 and 1")
+    for item in x if isinstance(x, Sequence) and is_sequence(x) else ():
+        check_no_booleans(name, item, expected)
 
 
 def as_ids(group: Numbers, device: torch.device) -> Tensor:
@@ -303,7 +369,8 @@ def check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
     if read(ok.all()) is not False:
         return
     index = (~ok).nonzero()[0].tolist()
-    raise ValueError(f"{name}: expected {expected}, got {x[tuple(index)].item()} at index {index}")
+    place = f" at index {index}" if index else ""  # a number has none
+    raise ValueError(f"{name}: expected {expected}, got {x[tuple(index)].item()}{place}")
 
 
 def check_step_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:

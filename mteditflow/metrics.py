@@ -58,8 +58,8 @@ def instruction_following(success: Numbers, *, valid: Numbers | None = None) -> 
             if it had failed before: to keep only the failures would bias the share down.
 
     Returns:
-        [N], float32 (float64 if given), non-increasing where all turns are valid; NaN for a turn
-        without valid chains.
+        [N], float32 (float64 if given, as lists of floats are), non-increasing where all turns are
+        valid; NaN for a turn without valid chains.
 
     Raises:
         ValueError: wrong shape, or a value other than 0 and 1.
@@ -86,7 +86,8 @@ def marginal_success(success: Numbers, *, valid: Numbers | None = None) -> Tenso
         valid: boolean, [C, N]; an invalid turn leaves the denominator.
 
     Returns:
-        [N], float32 (float64 if given); NaN for a turn without valid chains.
+        [N], float32 (float64 if given, as lists of floats are); NaN for a turn without valid
+        chains.
 
     Raises:
         ValueError: wrong shape, or a value other than 0 and 1.
@@ -112,8 +113,8 @@ def conditional_success(success: Numbers, *, valid: Numbers | None = None) -> Te
         valid: boolean, [C, N]; a chain whose turn 1 or turn t is invalid leaves the denominator.
 
     Returns:
-        [N] in [0, 1], float32 (float64 if given), 1 at turn 1; NaN for a turn without such chains,
-        so at every turn where none succeeded at turn 1.
+        [N] in [0, 1], float32 (float64 if given, as lists of floats are), 1 at turn 1; NaN for a
+        turn without such chains, so at every turn where none succeeded at turn 1.
 
     Raises:
         ValueError: wrong shape, or a value other than 0 and 1.
@@ -144,8 +145,8 @@ def content_consistency(*terms: Numbers) -> Tensor:
             float32.
 
     Returns:
-        [N], float32 (float64 if given); a term that no chain has is left out, NaN if there is none
-        at all.
+        [N], float32 (float64 if given, as lists of floats are); a term that no chain has is left
+        out, NaN if there is none at all.
 
     Raises:
         ValueError: no term, or shapes differ.
@@ -178,7 +179,8 @@ def overall(following: Numbers, consistency: Numbers) -> Tensor:
         consistency: CC, same shape and unit. A negative one (a cosine can be) counts as 0.
 
     Returns:
-        Same shape and unit (shares give a share, percent give percent).
+        Same shape and unit (shares give a share, percent give percent), float32 (float64 if given,
+        as lists of floats are).
 
     Raises:
         ValueError: shapes differ, or IF is negative.
@@ -215,7 +217,8 @@ def bootstrap_interval(
 
     Args:
         statistic: maps resampled tensors, copies of its own, to a tensor of fixed shape.
-        *samples: each [C, ...] with the same C; row c of each belongs to chain c.
+        *samples: each [C, ...] with the same C; row c of each belongs to chain c. Integers and
+            booleans in lists and arrays count as float32; a tensor keeps its dtype.
         generator: of the resampling, on the CPU.
         resamples: number of bootstrap resamples.
         confidence: mass of the interval, between 0 and 1.
@@ -224,11 +227,12 @@ def bootstrap_interval(
             branches on values, ``item`` or boolean indexing.
 
     Returns:
-        Interval of the statistic's shape; ``estimate`` is that of the samples as they are.
-        Resamples on which the statistic is NaN are left out.
+        Interval of the statistic's shape; ``estimate`` is that of the samples as they are. Where
+        it is NaN, so are both ends; elsewhere resamples on which the statistic is NaN are left out.
 
     Raises:
-        ValueError: no sample, different numbers of chains, a number out of range.
+        ValueError: no sample, different numbers of chains, a number out of range, or a statistic
+            that ``torch.vmap`` cannot run with ``vectorized=True``.
         TypeError: the statistic is not floating point.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -244,7 +248,10 @@ def bootstrap_interval(
     """
     if not samples:
         raise ValueError("samples: expected at least one tensor, got none")
-    tensors = [as_numbers(f"samples[{i}]", sample) for i, sample in enumerate(samples)]
+    tensors = [
+        as_numbers(f"samples[{i}]", x) if isinstance(x, Tensor) else as_real(f"samples[{i}]", x)
+        for i, x in enumerate(samples)
+    ]
     count = len(tensors[0]) if tensors[0].ndim else 0
     for position, sample in enumerate(tensors):
         check_rank(f"samples[{position}]", sample, 1, "[C, ...]")
@@ -269,13 +276,25 @@ def bootstrap_interval(
 
     if vectorized:
         size = max(1, _AT_ONCE // max(1, sum(sample.numel() for sample in tensors)))
-        found = torch.vmap(replicate, chunk_size=size)(draws)
+        found = _vectorized(replicate, draws, size)
     else:
         found = torch.stack([replicate(draw) for draw in draws])
     (replicates,) = in_float64(found)
     tail = (1 - confidence) / 2
     low, high = (replicates.nanquantile(q, dim=0).to(estimate) for q in (tail, 1 - tail))
-    return Interval(estimate, low, high)
+    return Interval(estimate, *(torch.where(estimate.isnan(), estimate, x) for x in (low, high)))
+
+
+def _vectorized(replicate: Callable[[Tensor], Tensor], draws: Tensor, size: int) -> Tensor:
+    """Run a statistic over ``size`` resamples at once."""
+    try:
+        return torch.vmap(replicate, chunk_size=size)(draws)
+    except (RuntimeError, TypeError, ValueError) as error:  # it ran on the samples as they are
+        reason = str(error).partition(". ")[0].removeprefix("vmap: ")
+        raise ValueError(
+            "statistic: expected a function that torch.vmap can run, got one that raises "
+            f"{type(error).__name__} ({reason}); use vectorized=False"
+        ) from error
 
 
 def wilson_interval(

@@ -2,6 +2,8 @@
 
 import math
 import re
+from array import array
+from collections import deque
 
 import numpy as np
 import pytest
@@ -184,7 +186,7 @@ def test_values_name_the_first_that_is_wrong(check):
 
 
 def test_values_of_a_scalar():
-    with pytest.raises(ValueError, match=exactly("x: expected finite, got nan at index []")):
+    with pytest.raises(ValueError, match=exactly("x: expected finite, got nan")):
         checks.check_values("x", torch.tensor(NAN), torch.tensor(False), "finite")
 
 
@@ -251,3 +253,84 @@ def test_a_lost_reward_is_named_unless_it_is_masked(lost):
     with pytest.raises(ValueError, match=exactly(message)):
         checks.check_rewards(rewards, group, None)
     checks.check_rewards(rewards, group, torch.tensor([True, False, True]))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: torch.eye(2).to_sparse(), "layout torch.sparse_coo; call .to_dense()"),
+        (lambda: torch.eye(2).to_sparse_csr(), "layout torch.sparse_csr; call .to_dense()"),
+        (
+            lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+            "a nested tensor; call .to_padded_tensor()",
+        ),
+    ],
+    ids=["sparse", "rows", "nested"],
+)
+def test_tensors_are_dense(make, got):
+    message = exactly(f"reward: expected a dense tensor, got {got}")
+    for check in (checks.check_tensor, checks.as_numbers, checks.as_real):
+        with pytest.raises(TypeError, match=message):
+            check("reward", make())
+
+
+NO_NUMBERS = {
+    "strings": (["1.0"], "list of strings; convert with np.asarray(r, dtype=float)"),
+    "strings in an array": (np.array(["1.0"]), "ndarray of strings; convert with .astype(float)"),
+    "objects": (
+        np.array([1.0, 2], dtype=object),
+        "ndarray of dtype object; convert with .astype(float)",
+    ),
+    "long doubles": (
+        np.ones(2, dtype=np.longdouble),
+        f"ndarray of {np.dtype(np.longdouble)}; convert with .astype(float)",
+    ),
+    "None": ([1.0, None], "list of None; mark what is missing in a mask, as pad_turns does"),
+    "large integers": ([2**64], "list of integers that 64 bits do not hold"),
+    "dates": (np.array(["2024"], dtype="datetime64[Y]"), "ndarray of datetime64[Y]"),
+    "dicts": ([{}], "list of dict"),
+}
+
+
+@pytest.mark.parametrize("content", NO_NUMBERS)
+def test_what_is_no_number_comes_with_its_own_fix(content):
+    x, got = NO_NUMBERS[content]
+    with pytest.raises(TypeError, match=exactly(f"r: expected numbers or booleans, got {got}")):
+        checks.as_numbers("r", x)
+
+
+def test_any_sequence_of_numbers_is_read():
+    for x in (range(3), deque([0, 1, 2]), array("q", [0, 1, 2]), (0, 1, 2)):
+        got = checks.as_numbers("group", x)
+        assert got.dtype == torch.int64
+        assert got.tolist() == [0, 1, 2]
+    message = "group: expected numbers or a torch.Tensor, got set; give a list or an array of them"
+    with pytest.raises(TypeError, match=exactly(message)):
+        checks.as_numbers("group", {0, 1})
+
+
+def test_tensors_in_a_list_are_stacked_with_their_gradient():
+    one = torch.tensor(1.0, requires_grad=True)
+    got = checks.as_numbers("r", [[one, torch.tensor(2.0)], (torch.tensor(3.0), one)])
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[1.0, 2.0], [3.0, 1.0]]
+    got.sum().backward()
+    assert one.grad.item() == 2.0
+    assert checks.as_numbers("r", [one, 0.1]).tolist() == [1.0, 0.1]  # exact: float64
+    assert checks.as_numbers("r", [torch.tensor(1), True]).dtype == torch.int64
+    message = (
+        "r: expected tensors of one shape on one device, got [1] on cpu, [] on cpu; "
+        "pad_turns takes chains of unequal length"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        checks.as_numbers("r", [one, torch.ones(1)])
+
+
+def test_booleans_are_no_scores_of_another_scale():
+    message = exactly("l: expected scores in 1..5, got booleans, which are 0 and 1")
+    booleans = (True, np.True_, [[5, True]], np.array([True]), torch.tensor([True]))
+    for x in booleans:
+        with pytest.raises(TypeError, match=message):
+            checks.check_no_booleans("l", x, "scores in 1..5")
+    checks.check_no_booleans("l", [[5, 1.0], (torch.ones(1), np.ones(1))], "scores in 1..5")

@@ -242,8 +242,25 @@ def test_without_any_usable_chain_the_reasons_are_told(made, tmp_path):
     file = tmp_path / "chains.jsonl"
     file.write_text('{"id": "8", "image": "none.jpg", "instructions": ["Remove the cat"]}\n')
     said = run("run", file, "--images", made / "images", *EXACT, "--output", tmp_path / "x", code=2)
-    assert "expected at least one usable chain, got none: " in said
+    assert "expected at least one usable chain, got none, read as the format native: " in said
     assert "image: expected a file" in said
+
+
+def test_lines_of_one_fault_are_counted_under_one_reason(made, tmp_path):
+    file = tmp_path / "chains.jsonl"
+    line = '{"id": "%d", "instructions": ["Remove the cat"]}\n'
+    file.write_text("".join(line % number for number in range(3)))
+    said = run("run", file, "--images", made / "images", *EXACT, "--output", tmp_path / "x", code=2)
+    assert said.count("image: expected this field, got none") == 1
+    assert "line 1 and 2 more: image: expected this field" in said
+    assert "`mteditflow chains formats` lists the formats" in said
+
+
+def test_the_line_of_the_page_is_a_chain(tmp_path):
+    file = tmp_path / "chains.jsonl"
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    file.write_text(re.search(r"```json\n *(.*)\n", page)[1])
+    assert [chain.turns for chain in read_chains(file).chains] == [2]
 
 
 def yes(request):

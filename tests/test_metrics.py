@@ -549,6 +549,47 @@ def test_resamples_without_a_value_are_left_out():
     assert [t.item() for t in interval] == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_an_interval_of_nan_is_nan(vectorized):
+    """The mean of [NaN, 2, 3] is NaN; that of the resamples without the first is not."""
+    x = torch.tensor([[NAN, 1.0], [2.0, 1.0], [3.0, 1.0]])
+    interval = bootstrap_interval(mean, x, generator=seeded(), resamples=50, vectorized=vectorized)
+    for end in interval:
+        assert end.isnan().tolist() == [True, False]
+        assert end[1] == 1.0
+
+
+def test_bootstrapped_lists_of_integers_and_booleans_count_as_float32():
+    exact = bootstrap_interval(mean, torch.tensor([1.0, 2, 3]), generator=seeded(), resamples=20)
+    assert bootstrap_interval(mean, [1, 2, 3], generator=seeded(), resamples=20) == exact
+    shares = bootstrap_interval(mean, [True, False], generator=seeded(), resamples=20)
+    assert shares.estimate == 0.5
+    ids = torch.tensor([0, 1, 1])  # a tensor keeps its dtype: it may index
+    counted = lambda x: x.bincount(minlength=2).double()  # noqa: E731
+    assert bootstrap_interval(counted, ids, generator=seeded()).estimate.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [lambda x: x.mean() if x[0] > 1 else -x.mean(), lambda x: torch.tensor(x.mean().item()),
+     lambda x: x[x > 1].mean(), lambda x: torch.from_numpy(x.numpy()).mean()],
+    ids=["a branch", "item", "boolean indexing", "numpy"],
+)  # fmt: skip
+def test_what_vmap_cannot_run_says_so(statistic):
+    x = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(
+        ValueError, match=r"^statistic: expected a .* torch\.vmap can run.*use vectorized=False$"
+    ):
+        bootstrap_interval(statistic, x, generator=seeded(), resamples=2, vectorized=True)
+    bootstrap_interval(statistic, x, generator=seeded(), resamples=2)
+
+
+def test_a_number_out_of_range_has_no_index():
+    message = "successes: expected a number from 0 to count, got 11.0"
+    with pytest.raises(ValueError, match=exactly(message)):
+        wilson_interval(11, 10)
+
+
 def test_bootstrap_errors():
     x = torch.ones(3, 1)
     with pytest.raises(

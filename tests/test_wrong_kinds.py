@@ -18,6 +18,9 @@ WRONG = {
     "a masked array": np.ma.array([1.0, 2.0], mask=[False, True]),
     "a complex tensor": torch.ones(2, dtype=torch.complex64),
     "strings": ["a", "b"],
+    "a sparse tensor": torch.ones(2).to_sparse(),
+    "an array of objects": np.array([1.0, 2.0], dtype=object),
+    "an array of long doubles": np.ones(2, dtype=np.longdouble),
     "an integer of 1329 bits": 10**400,
     "an object": object(),
 }

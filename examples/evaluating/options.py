@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from typer import Context
 
 from mteditflow._exits import refusing
+from mteditflow.chains import Skipped
 
 # Fields that the commands share with the trainer, by the names of their options.
 OPTIONS = {"rewards.judge_model": "--model"}
@@ -55,3 +56,16 @@ def few(reasons: Mapping[str, str]) -> str:
     shown = [f"{name}: {why}" for name, why in list(reasons.items())[:SHOWN]]
     more = [f"... and {len(reasons) - SHOWN} more"] * (len(reasons) > SHOWN)
     return "; ".join([*shown, *more])
+
+
+def few_lines(skipped: Sequence[Skipped]) -> str:
+    """Name a few reasons of lines that hold no chain, each once: its first line and a count."""
+    lines: dict[str, list[int]] = {}
+    for found in skipped:
+        lines.setdefault(found.reason, []).append(found.line)
+    return few(
+        {
+            f"line {own[0]}" + f" and {len(own) - 1} more" * (len(own) > 1): reason
+            for reason, own in lines.items()
+        }
+    )

@@ -24,10 +24,13 @@ from mteditflow._checks import (
     check_count,
     check_floating,
     check_kind,
+    check_no_booleans,
     check_number,
     check_rank,
+    check_tensor,
     check_unmasked,
     check_values,
+    is_sequence,
     shown,
 )
 from mteditflow._reduce import in_float64, mean_where, promote
@@ -100,8 +103,10 @@ def pad_turns(
     if not any(dtype is full for full in (torch.float32, torch.float64)):
         got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
         raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {got}")
-    kinds = (list, tuple, Tensor, np.ndarray)
-    check_kind("scores", scores, kinds, "a list of scores for each chain")
+    if isinstance(scores, Tensor):
+        check_tensor("scores", scores)
+    elif not is_sequence(scores):
+        check_kind("scores", scores, np.ndarray, "a list of scores for each chain")
     check_unmasked("scores", scores)
     if len(scores) == 0:
         raise ValueError("scores: expected at least one chain, got none")
@@ -122,8 +127,10 @@ def pad_turns(
 
 def _chain(name: str, row: Any, dtype: torch.dtype) -> list[float | None]:
     """Return the scores of a chain, checked."""
+    if isinstance(row, Tensor):
+        check_tensor(name, row)
     row = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row  # no masked array is left
-    if not isinstance(row, (list, tuple)):
+    if not is_sequence(row):
         raise TypeError(f"{name}: expected one list of scores, got {type(row).__name__}")
     if not row:
         raise ValueError(f"{name}: expected at least one turn, got none")
@@ -152,7 +159,7 @@ def binary_and(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B] of 0 or 1, float32 (float64 if given). No gradient is meant.
+        [B] of 0 or 1, float32 (float64 if given, as lists of floats are). No gradient is meant.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
@@ -176,7 +183,7 @@ def binary_average(success: Numbers, *, turn_mask: Numbers | None = None) -> Ten
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B] in [0, 1], float32 (float64 if given). No gradient is meant.
+        [B] in [0, 1], float32 (float64 if given, as lists of floats are). No gradient is meant.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
@@ -203,10 +210,11 @@ def likert_average(
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B], float32 (float64 if given). No gradient is meant.
+        [B], float32 (float64 if given, as lists of floats are). No gradient is meant.
 
     Raises:
         ValueError: wrong shape, a score outside 1..5, or a chain without turns.
+        TypeError: ``likert`` holds booleans, or no numbers.
 
     Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
 
@@ -216,6 +224,7 @@ def likert_average(
         >>> likert_average(torch.tensor([[5, 3, 1]]), normalization="max")
         tensor([0.6000])
     """
+    check_no_booleans("likert", likert, "scores in 1..5")
     scores, mask = _turns("likert", likert, turn_mask)
     known = torch.where(mask, scores, 1)  # what stands in a padded entry is never read
     return _mean(normalize_likert(known, normalization=normalization), mask)
@@ -229,11 +238,12 @@ def normalize_likert(likert: Numbers, *, normalization: str = "minmax") -> Tenso
         normalization: "minmax" is (l - 1)/4, in [0, 1]; "max" is l/5, in [0.2, 1].
 
     Returns:
-        Shape of ``likert``, float32 (float64 if given). No gradient is meant.
+        Shape of ``likert``, float32 (float64 if given, as lists of floats are). No gradient is
+        meant.
 
     Raises:
         ValueError: a score outside 1..5, or an unknown normalization.
-        TypeError: ``likert`` holds no numbers.
+        TypeError: ``likert`` holds booleans, or no numbers.
 
     Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
 
@@ -242,6 +252,7 @@ def normalize_likert(likert: Numbers, *, normalization: str = "minmax") -> Tenso
         tensor([1.0000, 0.5000, 0.0000])
     """
     check_choice("normalization", normalization, ("minmax", "max"))
+    check_no_booleans("likert", likert, "scores in 1..5")
     (scores,) = promote(as_real("likert", likert))
     check_floating(likert=scores)
     check_values("likert", scores, (scores >= 1) & (scores <= 5), "scores in 1..5")
@@ -256,7 +267,7 @@ def turn_average(score: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
         turn_mask: turns that have a score, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B], float32 (float64 if given). No gradient is meant.
+        [B], float32 (float64 if given, as lists of floats are). No gradient is meant.
 
     Raises:
         ValueError: wrong shape, a score that is not finite, or a chain without scores (mark such a
@@ -284,7 +295,7 @@ def reward_to_go(
         turn_mask: turns that exist, boolean [B, N]; padded turns add nothing and return 0.
 
     Returns:
-        [B, N], float32 (float64 if given). No gradient is meant.
+        [B, N], float32 (float64 if given, as lists of floats are). No gradient is meant.
 
     Raises:
         ValueError: wrong shape, a reward that is not finite, a chain without turns, a discount
@@ -318,8 +329,8 @@ def stop_after_failure(success: Numbers, *, turn_mask: Numbers | None = None) ->
         turn_mask: turns that exist, boolean [B, N]; padded turns get weight 0.
 
     Returns:
-        [B, N] of 0 or 1, float32 (float64 if given): multiply a turn advantage by it, or train
-        only where it is 1.
+        [B, N] of 0 or 1, float32 (float64 if given, as lists of floats are): multiply a turn
+        advantage by it, or train only where it is 1.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.

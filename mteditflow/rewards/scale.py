@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_number, check_tensor
+from mteditflow._checks import check_no_booleans, check_number, check_tensor
 
 SHOWN = 5  # values that a message shows
 ROUNDING = 1e-5  # that a cosine may lie beyond 1; nothing is clamped
@@ -33,7 +33,7 @@ def check_range(
 
     Raises:
         ValueError: one lies outside; the message shows the values seen.
-        TypeError: ``score`` is not a tensor.
+        TypeError: ``score`` is not a tensor, or one of booleans on another scale than 0..1.
 
     Example:
         >>> check_range("consistency", torch.tensor([0.9, torch.nan, 85.0]), 0, 1)
@@ -41,6 +41,9 @@ def check_range(
         ValueError: consistency: expected scores in 0..1, got 85
     """
     check_tensor(name, score)
+    if score.dtype == torch.bool and (low, high) == (0, 1):
+        return
+    check_no_booleans(name, score, f"scores in {low:g}..{high:g}")
     seen = torch.unique(score[~score.isnan()])
     off = (seen < low - slack) | (seen > high + slack)
     if whole:
@@ -111,7 +114,7 @@ class Scale:
 
         Raises:
             ValueError: one lies off the scale; the message shows the values seen.
-            TypeError: ``score`` is not a tensor.
+            TypeError: ``score`` is not a tensor, or one of booleans on another scale than 0..1.
         """
         check_range(name, score, self.low, self.high, whole=self.whole)
 

@@ -36,6 +36,7 @@ from mteditflow.testing.strategies import (
     LOST,
     RewardBatch,
     as_ids,
+    beside_others,
     group_ids,
     reward_batches,
     signs,
@@ -288,17 +289,16 @@ def large_groups(f: GroupAdvantage, data: DataObject) -> None:
     "0.9, or NaN. A smaller rest is rounding, and looks like an informative group.",
 )
 def constant_group(f: GroupAdvantage, data: DataObject) -> None:
-    """A group of equal rewards has advantage 0."""
+    """A group of equal rewards between other groups has advantage 0."""
     value = data.draw(st.integers(0, 160).map(tenths) | st.floats(-10, 10, width=32))
     size = data.draw(st.integers(2, 9))
     dtype = data.draw(
         st.sampled_from([torch.float64, torch.float32] if f.convention.tensors else [torch.float64])
     )
-    others = [] if f.std != "batch" else [1.0, -2.0] + [0.5] * (size - 2)
-    reward = torch.tensor([value] * size + others, dtype=dtype, device="cpu")
-    group = torch.tensor([7] * size + [8] * len(others), dtype=torch.int64, device="cpu")
+    batch = beside_others([value] * size, dtype=dtype)
+    reward, group = batch.reward, batch.group
     got = f(reward, group)
-    if not bool((got[:size].abs() <= f.zero).all()):
+    if not bool((got[batch.valid].abs() <= f.zero).all()):
         limit = "0" if f.zero == 0 else f"at most {f.zero:g} (option zero) in absolute value"
         fail({"reward": reward, "group": group}, limit, got)
 
@@ -309,11 +309,14 @@ def constant_group(f: GroupAdvantage, data: DataObject) -> None:
     skip=lambda f: None if f.min_members == 1 else "a group of one is not accepted",
 )
 def one_member(f: GroupAdvantage, data: DataObject) -> None:
-    """A group of one has advantage 0."""
+    """A group of one has advantage 0, beside larger groups too."""
     batch = data.draw(f.batches(max_members=1))
-    got = f(batch.reward, batch.group)
-    if not bool((got.abs() <= f.zero).all()):
-        fail(_case(batch), torch.zeros_like(got), got)
+    if f.convention.ragged and data.draw(st.booleans()):
+        batch = beside_others(batch.reward[:1].tolist(), dtype=batch.reward.dtype)
+    got, alone = f(batch.reward, batch.group), batch.valid
+    if not bool((got[alone].abs() <= f.zero).all()):
+        case = {"reward": batch.reward, "group": batch.group}
+        fail(case, torch.where(alone, 0, got), got)
 
 
 @ADVANTAGE.law(

@@ -23,6 +23,7 @@ from mteditflow.testing.options import Subject, check_choice
 from mteditflow.testing.signatures import parameters
 from mteditflow.testing.strategies import (
     LOST,
+    beside_others,
     named_rewards,
     tenths,
 )
@@ -42,16 +43,19 @@ class Fusion(Subject):
         zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
         eps: upper bound of what it adds to a std.
         tolerance: relative difference that counts as rounding.
+        std: what it divides by: "group", or "batch" (std of all rewards).
     """
 
     level: str = "advantage"
     zero: float = 1e-6
     eps: float = 1e-3
     tolerance: float = 1e-3
+    std: str = "group"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("level", self.level, ("advantage", "reward"))
+        check_choice("std", self.std, ("group", "batch"))
 
     def __call__(
         self,
@@ -142,15 +146,33 @@ def zero_sum(f: Fusion, data: DataObject) -> None:
     why="Samples that do not differ must not move the policy.",
 )
 def constant_group(f: Fusion, data: DataObject) -> None:
-    """A group whose rewards are all equal has advantage 0."""
+    """A group whose rewards are all equal, between other groups, has advantage 0."""
     size = data.draw(st.integers(2, 6))
     values = st.integers(0, 160).map(tenths)
-    one = torch.ones(size, dtype=torch.float64, device="cpu")
-    rewards = {name: data.draw(values) * one for name in NAMES}
-    weights, group = data.draw(WEIGHTS), torch.zeros(size, dtype=torch.int64, device="cpu")
+    batches = {
+        name: beside_others([data.draw(values)] * size, dtype=torch.float64) for name in NAMES
+    }
+    rewards = {name: batch.reward for name, batch in batches.items()}
+    weights, (_, group, flat) = data.draw(WEIGHTS), batches["a"]
     got = f(rewards, weights, group)
-    if not bool((got.abs() <= f.zero).all()):
-        fail(_case(rewards, weights=weights, group=group), torch.zeros_like(got), got)
+    if not bool((got[flat].abs() <= f.zero).all()):
+        fail(_case(rewards, weights=weights, group=group), torch.where(flat, 0, got), got)
+
+
+@FUSION.law(
+    why="The advantage of a sample must not depend on the number of GPUs.",
+    skip=lambda f: "std 'batch' needs all ranks' rewards" if f.std == "batch" else None,
+)
+def split_equals_whole(f: Fusion, data: DataObject) -> None:
+    """Groups do not see each other: a batch split over ranks by whole groups equals the whole."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
+    weights = data.draw(WEIGHTS)
+    whole = f(rewards, weights, group)
+    got = torch.zeros_like(whole)
+    for name in set(group.tolist()):
+        rank = group == name
+        got[rank] = f({k: x[rank] for k, x in rewards.items()}, weights, group[rank])
+    expect_close(got, whole, _case(rewards, weights=weights, group=group), tolerance=f.tolerance)
 
 
 @FUSION.law(
@@ -266,6 +288,7 @@ def check_fusion(
     zero: float = 1e-6,
     eps: float = 1e-3,
     tolerance: float = 1e-3,
+    std: str = "group",
     **search: Any,
 ) -> None:
     """Check a fusion, called as ``function(rewards, weights, group, valid=valid)``.
@@ -278,6 +301,7 @@ def check_fusion(
         zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
         eps: upper bound of what it adds to a std.
         tolerance: relative difference that counts as rounding.
+        std: what it divides by, "group" or "batch".
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:
@@ -290,4 +314,4 @@ def check_fusion(
         >>> from mteditflow import fuse_advantages
         >>> check_fusion(fuse_advantages, examples=5)
     """
-    FUSION.check(Fusion(function, level, zero, eps, tolerance), **search)
+    FUSION.check(Fusion(function, level, zero, eps, tolerance, std), **search)

@@ -215,7 +215,7 @@ def mask_equals_deletion(f: Loss, data: DataObject) -> None:
     why="One NaN in a gradient is NaN in every weight after the step.",
 )
 def finite(f: Loss, data: DataObject) -> None:
-    """Value and gradient are finite on finite inputs, also where all latents are equal."""
+    """Value and gradient are finite on finite inputs, also where latents of a row are equal."""
     inputs = _equal_latents(f, data.draw(f.draw()), data)
     for what, x in {"loss": f(inputs), **f.gradient(inputs)}.items():
         if not bool(x.isfinite().all()):
@@ -243,7 +243,7 @@ def gradient_of_value(f: Loss, data: DataObject) -> None:
     "NaN, or 0 in silence, at an error of exactly 0, which is the first update after a sync.",
 )
 def second_derivatives(f: Loss, data: DataObject) -> None:
-    """Second derivatives are those of the gradient, also where all latents are equal."""
+    """Second derivatives are those of the gradient, also where latents of a row are equal."""
     inputs = _equal_latents(f, _generic(f, data), data)
     for name in f.trained:
         direction = _direction(inputs[name], data)
@@ -406,11 +406,13 @@ def _generic(f: Loss, data: DataObject) -> dict[str, Tensor]:
 
 
 def _equal_latents(f: Loss, inputs: dict[str, Tensor], data: DataObject) -> dict[str, Tensor]:
-    """Make all latents equal in some cases, which is where errors are 0."""
+    """Make the latents of some rows equal, which is where errors are 0: of none, one, or all."""
     latents = [name for name, role in f.inputs.items() if role == "latent"]
-    if not data.draw(st.booleans()):
-        return inputs
-    return inputs | {name: inputs[latents[0]].clone() for name in latents}
+    equal = [row for row in range(ROWS) if data.draw(st.booleans())]
+    made = {name: inputs[name].clone() for name in latents}
+    for name in latents[1:]:
+        made[name][equal] = inputs[latents[0]][equal]
+    return inputs | made
 
 
 def _direction(like: Tensor, data: DataObject) -> Tensor:

@@ -154,6 +154,20 @@ def reward_batches(
     )
 
 
+def beside_others(rewards: Sequence[float], *, dtype: torch.dtype) -> RewardBatch:
+    """Return a group between two others of its size, at least two; ``valid`` marks its members.
+
+    A group alone in its batch cannot show that its neighbors enter its statistics.
+    """
+    size = max(2, len(rewards))
+    before, after = [1.0, -2.0] + [0.5] * (size - 2), [3.0] * (size - 1) + [8.0]
+    sizes = [size, len(rewards), size]
+    names = torch.tensor([9, 7, 8], dtype=torch.int64, device="cpu")
+    group = names.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+    reward = torch.tensor([*before, *rewards, *after], dtype=dtype, device="cpu")
+    return RewardBatch(reward, group, group == 7)
+
+
 @cache
 @st.composite
 def turn_batches(

@@ -183,13 +183,14 @@ CREDIT: Laws[TurnCreditFunction] = Laws(
     why="A sum in place of a mean rewards long chains.",
 )
 def length(f: Aggregator, data: DataObject) -> None:
-    """The reward of a chain of equal scores does not depend on its length."""
+    """Chains of equal scores have one reward, whatever their length and that of their neighbor."""
     score = data.draw(st.sampled_from(list(f.values)))
     turns = data.draw(st.integers(2, 6))
-    one, many = (torch.full((1, n), score, dtype=torch.float64, device="cpu") for n in (1, turns))
-    got = f(many, torch.ones(1, turns, dtype=torch.bool, device="cpu"))
-    expected = f(one, torch.ones(1, 1, dtype=torch.bool, device="cpu"))
-    expect_close(got, expected, {"score": many}, tolerance=f.tolerance)
+    alone = torch.full((1, 1), score, dtype=torch.float64, device="cpu")
+    expected = f(alone, torch.ones_like(alone, dtype=torch.bool))
+    chains, mask = _two_lengths((score, score), (1, turns))
+    case = {"score": chains, "turn_mask": mask}
+    expect_close(f(chains, mask), expected.expand(2), case, tolerance=f.tolerance)
 
 
 @AGGREGATOR.law(
@@ -215,14 +216,13 @@ def monotone(f: Aggregator, data: DataObject) -> None:
     why="A constant reward teaches nothing.",
 )
 def informative(f: Aggregator, data: DataObject) -> None:
-    """A chain of the best scores has a larger reward than one of the worst."""
-    turns = data.draw(st.integers(1, 6))
-    score = torch.tensor(
-        [[max(f.values)] * turns, [min(f.values)] * turns], dtype=torch.float64, device="cpu"
-    )
-    best, worst = f(score, torch.ones_like(score, dtype=torch.bool)).tolist()
+    """A chain of the best scores has a larger reward than one of the worst, of any length."""
+    turns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    score, mask = _two_lengths((max(f.values), min(f.values)), turns)
+    best, worst = f(score, mask).tolist()
     if not best > worst:
-        fail({"score": score}, "a larger reward of the first chain", [best, worst])
+        case = {"score": score, "turn_mask": mask}
+        fail(case, "a larger reward of the first chain", [best, worst])
 
 
 @AGGREGATOR.law(
@@ -308,6 +308,14 @@ def linear(f: TurnCreditFunction, data: DataObject) -> None:
     got = f(other * batch.score + batch.score.flip(0), batch.turn_mask)
     expected = other * f(*batch) + f(batch.score.flip(0), batch.turn_mask)
     expect_close(got, expected, f.case(batch, factor=other), tolerance=f.tolerance)
+
+
+def _two_lengths(scores: tuple[float, float], turns: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return two chains of one score each in one batch, padded with 0, and their mask."""
+    places = torch.arange(max(turns), device="cpu")
+    mask = places < torch.tensor(turns, dtype=torch.int64, device="cpu")[:, None]
+    score = torch.tensor(scores, dtype=torch.float64, device="cpu")[:, None]
+    return torch.where(mask, score, 0), mask
 
 
 def check_aggregator(

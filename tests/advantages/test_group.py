@@ -717,11 +717,11 @@ def test_rewards_in_every_form(reward, dtype):
         (
             [0.5, None],
             TypeError,
-            r"^reward: expected numbers or booleans, got list of NoneType; mark",
+            r"^reward: expected numbers or booleans, got list of None; mark",
         ),
         ([[0.5], [1.0, 2.0]], ValueError, r"^reward: expected .* of one length.*pad_turns"),
         (["a", "b"], TypeError, r"^reward: expected numbers or booleans, got list of strings"),
-        ({0.5}, TypeError, r"^reward: expected numbers or a torch.Tensor, got set$"),
+        ({0.5}, TypeError, r"^reward: expected numbers or a torch.Tensor, got set; give a list"),
         (
             torch.tensor([1j, 0]),
             TypeError,
@@ -782,3 +782,11 @@ def test_listed_rewards_beside_tensors_follow_their_dtype():
     rewards, weights = {"a": torch.tensor([0.0, 1.0]), "b": [0.5, 0.25]}, {"a": 1.0, "b": 0.5}
     for fuse in (fuse_advantages, fuse_rewards):
         assert fuse(rewards, weights, [0, 0]).dtype == torch.float32
+
+
+def test_a_list_of_tensors_with_gradient_and_a_range_of_ids():
+    reward = [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)]
+    got = group_advantage(reward, [0, 0], eps=0.0)
+    assert got.tolist() == [-1.0, 1.0]
+    assert not got.requires_grad
+    assert group_advantage([1.0, 2.0], range(2)).tolist() == [0.0, 0.0]

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import deque
 
 import numpy as np
 import pytest
@@ -13,13 +14,19 @@ from mteditflow import (
     binary_and,
     binary_average,
     broadcast_to_steps,
+    conditional_success,
+    content_consistency,
+    instruction_following,
     likert_average,
+    marginal_success,
     normalize_likert,
+    overall,
     pad_turns,
     reward_to_go,
     stop_after_failure,
     turn_average,
 )
+from mteditflow.rewards.scale import BINARY, LIKERT
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN = math.nan
@@ -303,7 +310,12 @@ def test_discount_lies_between_0_and_1(discount):
     ],
 )
 def test_dtype_is_float32_at_least_and_the_device_stays(name, function, device, dtype, expected):
-    result = function(torch.ones(2, 3, dtype=dtype, device=device))
+    scores = torch.ones(2, 3, dtype=dtype, device=device)
+    if (function, dtype) == (likert_average, torch.bool):
+        with pytest.raises(TypeError, match="got booleans"):
+            function(scores)
+        return
+    result = function(scores)
     assert result.dtype == expected
     assert result.device.type == device
 
@@ -356,7 +368,39 @@ def test_what_is_no_likert_score_is_refused(bad):
         normalize_likert("3")
 
 
+@pytest.mark.parametrize("booleans", [[[True, True]], torch.ones(1, 2) > 0, [[5, True]]])
+def test_booleans_are_no_likert_scores(booleans):
+    for function in (likert_average, normalize_likert):
+        with pytest.raises(TypeError, match=r"^likert: expected scores in 1\.\.5, got booleans"):
+            function(booleans)
+    with pytest.raises(TypeError, match=r"^l: expected scores in 1\.\.5, got booleans"):
+        LIKERT.check("l", torch.ones(1, dtype=torch.bool))
+    BINARY.check("b", torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [binary_and, binary_average, likert_average, normalize_likert, turn_average, reward_to_go,
+     stop_after_failure, instruction_following, marginal_success, conditional_success,
+     content_consistency, lambda x: overall(x, x)],
+)  # fmt: skip
+def test_lists_of_floats_are_float64_and_of_integers_float32(function):
+    dtypes = [function(x).dtype for x in ([[1.0]], [[1]], torch.ones(1, 1), np.ones((1, 1)))]
+    assert dtypes == [torch.float64, torch.float32, torch.float32, torch.float64]
+
+
 # pad_turns
+
+
+def test_chains_are_any_sequences():
+    padded = pad_turns((range(2), deque([5])))
+    assert padded.score.nan_to_num(-9).tolist() == [[0, 1], [5, -9]]
+    for sparse, name in (
+        (torch.ones(1, 1).to_sparse(), "scores"),
+        ([torch.ones(1).to_sparse()], r"scores\[0\]"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name}: expected a dense tensor, got layout "):
+            pad_turns(sparse)
 
 
 def test_padding_tells_lost_from_unmeasured_from_absent():

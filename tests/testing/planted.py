@@ -97,6 +97,21 @@ def mean_of_the_batch(reward, group, valid=None):
     return (reward - reward.mean()) / (reward.std(correction=0) + 1e-4)
 
 
+def baseline_of_the_batch(reward, group, valid=None):
+    """Whitened in groups in scale alone: the mean is that of the whole batch."""
+    if reward.min() == reward.max():
+        return torch.zeros_like(reward)
+    spread = in_groups(lambda x: x.std(correction=0).expand(len(x)))(reward, group, valid)
+    return (reward - reward.mean()) / (spread + 1e-4)
+
+
+def nan_beside_larger_groups(reward, group, valid=None):
+    """Only a batch of nothing but groups of one is tested for."""
+    if len(set(group.tolist())) == len(group):
+        return torch.zeros_like(reward)
+    return in_groups(lambda x: sound(x) if len(x) > 1 else x - torch.nan)(reward, group, valid)
+
+
 def ids_through_float32(reward, group, valid=None):
     return in_groups(sound)(reward, group.float(), valid)
 
@@ -263,6 +278,8 @@ ADVANTAGE = [
     ("half the size", grouped(lambda x: sound(x) / 2), "size"),
     ("no eps and no test for equal rewards", grouped(dividing_by_rounding), "constant-group"),
     ("eps of 1e-8 in float32", grouped(with_small_eps), "constant-group"),
+    ("mean of the whole batch", advantage(baseline_of_the_batch), "constant-group"),
+    ("NaN beside larger groups", advantage(nan_beside_larger_groups), "one-member"),
     ("NaN for one member", grouped(nan_for_one_member), "one-member"),
     ("raw reward for one member", grouped(raw_reward_for_one_member), "one-member"),
     ("variance as E[x^2] - E[x]^2 in float32", grouped(variance_of_squares), "shift"),
@@ -328,13 +345,24 @@ def last_score(score, turn_mask):
     return score.gather(1, turn_mask.sum(1, keepdim=True) - 1)[:, 0]
 
 
+def over_the_mean_length(score, turn_mask):
+    total = torch.where(turn_mask, score, 0).double().sum(1)
+    return total / turn_mask.sum(1).double().mean()
+
+
+def sum_of_turns(score, turn_mask):
+    return torch.where(turn_mask, score, 0).sum(1)
+
+
 def whitened_chains(score, turn_mask):
     mean = mean_of_turns(score, turn_mask)
     return mean - mean.mean()
 
 
 AGGREGATOR = [
-    ("a sum", Aggregator(lambda s, turn_mask: torch.where(turn_mask, s, 0).sum(1)), "length"),
+    ("a sum", Aggregator(sum_of_turns), "length"),
+    ("a sum over the mean length of the batch", Aggregator(over_the_mean_length), "length"),
+    ("a sum of Likert scores", Aggregator(sum_of_turns, values=(1.0, 5.0)), "informative"),
     (
         "padding counts as failed turns",
         Aggregator(lambda s, turn_mask: torch.where(turn_mask, s, 0).mean(1)),
@@ -418,6 +446,14 @@ def scaled_by_all(rewards, weights, group, valid=None):
     return fused(rewards, weights, group, valid) / (1 + spread)
 
 
+def about_the_batch(rewards, weights, group, valid=None):
+    return sum(w * baseline_of_the_batch(rewards[name], group) for name, w in weights.items())
+
+
+def scaled_by_the_batch(rewards, weights, group, valid=None):
+    return sum(w * over_the_batch(rewards[name], group, valid) for name, w in weights.items())
+
+
 def squared_weights(rewards, weights, group, valid=None):
     return fused(rewards, {name: w * w for name, w in weights.items()}, group, valid)
 
@@ -452,6 +488,8 @@ FUSION = [
     ("weights squared", Fusion(squared_weights), "linear-in-weights"),
     ("means not taken off", Fusion(partial(fused, transform=lambda x: x)), "zero-sum"),
     ("no eps", Fusion(partial(fused, transform=dividing_by_rounding)), "constant-group"),
+    ("means of the whole batch", Fusion(about_the_batch), "constant-group"),
+    ("stds of the whole batch", Fusion(scaled_by_the_batch), "split-equals-whole"),
     ("sign turned over", Fusion(partial(fused, transform=lambda x: -sound(x))), "monotone"),
     (
         "a fused reward that is not normalized",
@@ -494,7 +532,18 @@ def neighbors_alone(reward, group, valid):
     return informative(reward, new.cumsum(0), valid)
 
 
+def differing_from_the_row_before(reward, group, valid):
+    """Kept where a member has another reward than the row before it, of whatever group."""
+    other = torch.cat([torch.zeros(1, dtype=torch.bool), reward[1:] != reward[:-1]]) & valid
+    return torch.tensor([bool(other[group == g].any()) for g in group.tolist()]) & valid
+
+
 SELECTION = [
+    (
+        "compared with the row before",
+        Selection(differing_from_the_row_before),
+        "flat-groups-dropped",
+    ),
     ("rows are dropped", Selection(rows_off_the_mean), "whole-groups"),
     (
         "rounding of a mean is a spread",
@@ -684,6 +733,11 @@ def root_of_squares(velocity, target):
     return (velocity - target.detach()).double().square().flatten(1).sum(1).sqrt()
 
 
+def root_guarded_for_all(velocity, target):
+    square = (velocity - target.detach()).double().square().flatten(1).sum(1)
+    return torch.where(square > 0, square, 1).sqrt() if bool((square == 0).all()) else square.sqrt()
+
+
 def with_a_check_of_values(velocity, target):
     if not bool(velocity.isfinite().all()):
         raise ValueError("velocity: expected finite values")
@@ -714,6 +768,11 @@ LOSS = [
         "under-vmap",
     ),
     ("a root at error 0", Loss(root_of_squares, MATCHING, ("velocity",)), "finite"),
+    (
+        "a root guarded where all rows have error 0",
+        Loss(root_guarded_for_all, MATCHING, ("velocity",)),
+        "finite",
+    ),
     ("the square of a norm", Loss(by_norm, MATCHING, ("velocity",)), "second-derivatives"),
     (
         "squares in half precision",
@@ -741,6 +800,11 @@ def row_statistics(x_t, velocity, sigma, next_sigma, level):
     return mean - level * mean.mean(), std
 
 
+def std_of_the_batch(x_t, velocity, sigma, next_sigma, level):
+    mean, std = flow_sde(x_t, velocity, sigma, next_sigma, level)
+    return mean, std * (1 + x_t.std(correction=0))
+
+
 def detached_velocity(x_t, velocity, sigma, next_sigma, level):
     return flow_sde(x_t, velocity.detach(), sigma, next_sigma, level)
 
@@ -757,6 +821,7 @@ SOLVER = [
     ("noise without a drift", SolverStep(partial(flow_sde, pull=0.0)), "marginals"),
     ("half the drift", SolverStep(partial(flow_sde, pull=0.5)), "marginals"),
     ("statistics over the batch", SolverStep(row_statistics), "rows-independent"),
+    ("a std of the batch", SolverStep(std_of_the_batch), "rows-independent"),
     ("a velocity without gradient", SolverStep(detached_velocity), "gradient-to-velocity"),
     ("steps toward noise", SolverStep(toward_noise), "gradient-to-velocity"),
 ]
@@ -777,6 +842,13 @@ def floor_when_half(x, mean, std):
 
 def nan_leaks(x, mean, std):
     return log_density(x, mean, std)  # `where` on the value alone: its gradient is 0 * NaN
+
+
+def one_row_drops_all(x, mean, std):
+    """A step is random in all rows or in none."""
+    if bool((std == 0).any()):
+        return 0 * torch.where(std > 0, mean, 0).flatten(1).sum(1)
+    return log_density(x, mean, std)
 
 
 def no_density_of_deterministic_steps(x, mean, std):
@@ -803,6 +875,11 @@ LOG_PROB = [
     (
         "NaN of a row of std 0 leaks",
         LogProb(nan_leaks, deterministic=True),
+        "deterministic-rows",
+    ),
+    (
+        "one deterministic row drops all",
+        LogProb(one_row_drops_all, deterministic=True),
         "deterministic-rows",
     ),
     ("log 0", LogProb(no_density_of_deterministic_steps, deterministic=True), "deterministic-rows"),
