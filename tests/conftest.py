@@ -11,6 +11,10 @@ import os
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.shrinking import first_cases, smallest_cases
+
+__all__ = ["first_cases", "smallest_cases"]
+
 # Workers share the cores; threads inside them would only wait for each other.
 torch.set_num_threads(1)
 
