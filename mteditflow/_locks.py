@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mteditflow._text import parse_json
+
 UNKNOWN = "a process that is not known"
 
 
@@ -80,7 +82,7 @@ def _this_process() -> dict[str, str | int]:
 def _holder(record: Path) -> str | None:
     """Return who holds a lock, or held it last and did not release it, in words."""
     try:
-        who = json.loads(record.read_bytes())
+        who = parse_json(record.read_bytes())
         return f"process {who['pid']} ({who['program']}) on {who['host']}, since {who['since']}"
     except FileNotFoundError:
         return None

@@ -1,8 +1,10 @@
-"""Text of others (servers, models, data files) made safe to print and log."""
+"""Text of others (servers, models, data files): made safe to print and log, and read as JSON."""
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from typing import Any
 
 SPACES = ("Zs",)  # categories of white space that takes no other effect than its width
 
@@ -34,6 +36,23 @@ def escape_markup(text: str) -> str:
     from rich.markup import escape  # only commands have it
 
     return escape(escape_controls(text))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as Python's parser does, of whose errors one is no ``ValueError``.
+
+    Raises:
+        ValueError: it is no JSON, is nested without end, or holds a number of thousands of digits.
+
+    Example:
+        >>> parse_json(100_000 * "[")
+        Traceback (most recent call last):
+        ValueError: expected JSON, got too many brackets within each other
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("expected JSON, got too many brackets within each other") from None
 
 
 def _escaped(character: str) -> str:

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow._command": {"OneLineCommand", "OneLineGroup", "program", "writing"},
     "mteditflow._exits": {"BAD_INPUT", "failing", "refuse", "refusing"},
     "mteditflow._checks": {"check_count"},
-    "mteditflow._text": {"escape_controls", "escape_markup"},
+    "mteditflow._text": {"escape_controls", "escape_markup", "parse_json"},
     "mteditflow.rewards.command_line": {
         "AnswerTokens",
         "ChatTemplateKwargs",
@@ -84,6 +84,8 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow.chains.record": {"first_error"},
     # Whether a name in a file of others leads out of a folder.
     "mteditflow.chains.files": {"is_outside"},
+    # Whether a folder is a data set.
+    "mteditflow.chains.formats.stored": {"is_stored"},
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},
     "mteditflow.training.report": {"PACKAGES"},

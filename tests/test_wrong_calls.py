@@ -105,7 +105,17 @@ RUNS = {
         "data.groups: input should be greater",
     ),
     "no chains": (["--data.chains", "ROOT/none.jsonl"], "data.chains: expected a file of chains"),
-    "a folder for a file": (["--data.chains", "ROOT/folder"], "ROOT/folder"),
+    "a folder for a file": (
+        ["--data.chains", "ROOT/folder"],
+        "data.chains: expected a file of chains, got the folder ROOT/folder",
+    ),
+    "no path": (["--data.chains", ""], "data.chains: expected a file of chains, got the folder ."),
+    "a seed without bounds": (["--training.seed", 2**64], "training.seed: expected"),
+    "a name that no file can have": (["x" * 5000], "Unrecognized options: xxx"),
+    "JSON without end": (
+        [*JUDGED, NOBODY, "--rewards.extra-body", "[" * 9999],
+        "expected a JSON object",
+    ),
     "an empty file": (["--data.chains", "ROOT/empty"], "expected content of one of the formats"),
     "a binary file": (
         ["--data.chains", "ROOT/binary"],

@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from mteditflow_examples.flux.loading import quiet_libraries
 from PIL.Image import Image
 
+from mteditflow._text import parse_json
 from mteditflow.chains import Chain
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
@@ -163,7 +164,7 @@ def call_options(given: Sequence[str]) -> dict[str, Any]:
         if not (key and equals):
             raise ValueError(f"call: expected key=value, got {text!r}")
         try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
+            options[key] = parse_json(value)
+        except ValueError:
             options[key] = value
     return options

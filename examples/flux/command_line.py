@@ -182,8 +182,8 @@ def _preset(name: str, kind: type[Config]) -> Config:
         ConfigError: there is none, or it cannot be read.
     """
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
-    if not name.endswith(".toml") and not path.exists():
-        names = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
+    names = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
+    if not name.endswith(".toml") and name not in names:
         raise ConfigError(f"preset: expected one of {names} or a .toml file, got {name!r}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -192,7 +192,9 @@ def _preset(name: str, kind: type[Config]) -> Config:
         return typed(values, kind)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: expected fields, got too many tables in each other") from None
+    except ValueError as error:  # of TOML, its encoding or a number of thousands of digits
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -13,6 +13,7 @@ import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mteditflow import LagrangeMultiplier
+from mteditflow._text import parse_json
 from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
 from mteditflow.rewards import SCALES, RequestOptions
 
@@ -450,7 +451,7 @@ def _json_object(text: str) -> dict[str, Any]:
         ValueError: it is none.
     """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):

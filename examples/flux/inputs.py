@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from safetensors import safe_open
 from mteditflow import gather_ranks
 from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._files import require_folder
+from mteditflow._text import parse_json
 from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
+from mteditflow.chains.formats.stored import is_stored
 from mteditflow.evaluation import JudgedBy
 from mteditflow.pipelines.families import find_family
 from mteditflow.rewards.command_line import check_source
@@ -71,8 +72,9 @@ def check(config: Config) -> None:
         require_folder("output.folder", config.output.folder / part)
     _check_model(config.model.path)
     for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
-        if path is not None and not path.exists():
-            raise ConfigError(f"data.{name}: expected a file of chains, got none at {path}")
+        if path is not None and not path.is_file() and not is_stored(path):
+            got = f"none at {path}" if not path.exists() else f"the folder {path}"
+            raise ConfigError(f"data.{name}: expected a file of chains, got {got}")
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
         _check_teacher(config.teacher.path, config.model.lora_rank)
 
@@ -85,7 +87,7 @@ def _check_model(source: str) -> None:
         raise ConfigError(str(error)) from error
     if Path(source).exists():
         try:
-            find_family(json.loads((Path(source) / INDEX).read_bytes())["_class_name"])
+            find_family(parse_json((Path(source) / INDEX).read_bytes())["_class_name"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"model.path: {source}: {error}") from error
 
@@ -160,7 +162,8 @@ def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator)
             seed=training.seed,
         )
     except ValueError as error:
-        raise ConfigError(f"data.{error}") from error
+        section = "training" if str(error).startswith("seed:") else "data"
+        raise ConfigError(f"{section}.{error}") from error
     own = data.groups * data.group_size // ranks
     if own % training.minibatches:
         raise ConfigError(

@@ -20,6 +20,7 @@ loaded, what it returns whenever it is asked:
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 import sys
@@ -168,7 +169,9 @@ class CheckedScorer:
         """
         try:
             found = await self._scorer.score(chains, images)
-        except PROGRAM_ENDS as error:
+        except (*PROGRAM_ENDS, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _told_to_stop():
+                raise
             raise ScorerError(
                 f"rewards.scorer: expected {self._path} to score {len(chains)} chains, got "
                 f"{_described(error)}"
@@ -233,7 +236,13 @@ def _described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = next((x for x in reversed(frames) if not x.filename.startswith("<")), None)
     where = "" if place is None else f" ({Path(place.filename).name}, line {place.lineno})"
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+def _told_to_stop() -> bool:
+    """Whether a cancellation is asked of this task, not raised by the code that runs in it."""
+    task = asyncio.current_task()
+    return not hasattr(task, "cancelling") or bool(task.cancelling())  # Python 3.10: not known
 
 
 def _kind(value: object) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from mteditflow._text import parse_json
 from mteditflow.rewards.scale import COSINE, SHARE, Scale
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def same_judge(path: Path, judge: JudgedBy) -> JudgedBy:
     if not path.exists():
         return judge
     try:
-        old = JudgedBy.model_validate(json.loads(path.read_bytes())["judged_by"])
+        old = JudgedBy.model_validate(parse_json(path.read_bytes())["judged_by"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: by an unknown judge: choose another --output") from error
     try:

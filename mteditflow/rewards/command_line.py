@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from mteditflow._text import parse_json
 from mteditflow.rewards.faults import Lost
 from mteditflow.rewards.request_options import RequestOptions
 
@@ -118,7 +118,7 @@ def json_object(text: str) -> dict[str, Any]:
         {'enable_thinking': False}
     """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -238,7 +238,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # a full disk, most likely
-        raise OSError(f"{path.name}: {error}") from error
+        raise OSError(f"{path.parent.parent}: {path.name} cannot be written, {error}") from error
 
 
 def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mteditflow._checks import check_count
 from mteditflow._files import append_line, cut_half_line, write_atomically
+from mteditflow._text import parse_json
 
 ROUND = "round"  # a column
 SECONDS, LOST, UNMEASURED = "seconds/", "lost/", "unmeasured/"  # prefixes of columns
@@ -94,10 +95,10 @@ def _line(round_number: int, numbers: Mapping[str, float]) -> bytes:
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         numbers = {name: math.nan if x is None else float(x) for name, x in record.items()}
         return numbers | {ROUND: int(record[ROUND])}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{path}:{number}: expected an object of numbers with a round, got {line[:80]!r}"
         ) from error

@@ -448,6 +448,21 @@ def test_a_broken_file_is_named(tmp_path):
     file.write_text("[training]\nrounds = -1")
     with pytest.raises(ConfigError, match=r"mine\.toml: training\.rounds: input should be greater"):
         parse([str(file)])
+    for digits in some(["9" * 5000, "0x" + "f" * 5000]):
+        file.write_text(f"[training]\nseed = {digits}")
+        with pytest.raises(ConfigError, match=r"mine\.toml: "):
+            parse([str(file)])
+    for nested in some(["[" * 9000 + "]" * 9000, "{a=" * 3000 + "1" + "}" * 3000]):
+        file.write_text(f"[model]\noptions = {{ x = {nested} }}")
+        with pytest.raises(ConfigError, match=r"mine\.toml: "):
+            parse([str(file)])
+    file.write_text(".".join("a" * 3000) + " = 1")
+    with pytest.raises(ConfigError, match=r"mine\.toml: "):
+        parse([str(file)])
+    with pytest.raises(ConfigError, match=r"^preset: expected one of "):
+        parse(["x" * 5000])
+    with pytest.raises(ConfigError, match="null byte"):
+        parse(["\0.toml"])
 
 
 def test_an_unknown_option_is_an_error_that_names_the_nearest():

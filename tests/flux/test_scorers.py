@@ -1,5 +1,6 @@
 """Scorers of the user's own: what is wrong with one is a line that names it; its version."""
 
+import asyncio
 import re
 import sys
 from typing import ClassVar
@@ -64,6 +65,21 @@ class Raising(Good):
         raise RuntimeError("boom")
 
 
+class InLines(Good):
+    async def score(self, chains, images):
+        raise RuntimeError("boom\n  and more")
+
+
+class Cancelled(Good):
+    async def score(self, chains, images):
+        raise asyncio.CancelledError
+
+
+class Waiting(Good):
+    async def score(self, chains, images):
+        await anyio.sleep_forever()
+
+
 class Ending(Good):
     async def score(self, chains, images):
         sys.exit(0)
@@ -118,6 +134,8 @@ def test_what_cannot_score_is_refused_before_anything_is_loaded(name, message):
         ("OfConsistencyAlone", "expected 'following' among them, got ['consistency']"),
         ("OfPercent", "consistency: expected scores in 0..1, got 85"),
         ("Raising", "to score 2 chains, got RuntimeError: boom (test_scorers.py, line "),
+        ("InLines", "to score 2 chains, got RuntimeError: boom and more (test_scorers.py, line "),
+        ("Cancelled", "to score 2 chains, got CancelledError:  (test_scorers.py, line "),
         ("Ending", "to score 2 chains, got SystemExit: 0 (test_scorers.py, line "),
     ],
 )
@@ -126,6 +144,15 @@ def test_what_a_scorer_returns_is_checked(name, message):
     with pytest.raises(ScorerError, match=re.escape(message)) as found:
         anyio.run(scorer.score, CHAINS, IMAGES)
     assert f"{HERE}:{name}" in str(found.value)
+
+
+def test_a_scorer_is_cancelled_where_its_caller_is():
+    async def soon():
+        with anyio.move_on_after(0.01) as scope:
+            await own_scorer(Rewards(), f"{HERE}:Waiting").score(CHAINS, IMAGES)
+        return scope.cancelled_caught
+
+    assert anyio.run(soon)
 
 
 def test_good_scores_pass_and_a_constructor_that_raises_is_named():

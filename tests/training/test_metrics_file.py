@@ -86,7 +86,19 @@ def test_a_round_is_not_recorded_twice(tmp_path, later):
         MetricsFile(tmp_path / "metrics.jsonl").append(later, {})
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"kl": 1.0}', '{"round": 2, "kl": {}}', ""])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"kl": 1.0}',
+        '{"round": 2, "kl": {}}',
+        "",
+        '{"round": Infinity}',
+        pytest.param('{"round": 2, "kl": 1' + 400 * "0" + "}", id="beyond a float"),
+        pytest.param('{"round": 2, "kl": ' + 100_000 * "[", id="brackets"),
+    ],
+)
 def test_a_line_of_something_else_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"round": 1}\n' + line + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import anyio
 import httpx2
 
+from mteditflow._text import parse_json
 from mteditflow.rewards.transport.concurrency import gather
 from mteditflow.rewards.transport.http_client import classify, open_client, shorten
 
@@ -78,7 +78,7 @@ async def _ask(http: httpx2.AsyncClient, url: str) -> Any:
     try:
         with anyio.fail_after(PATIENCE):
             response = await http.get(url)
-            return json.loads(response.raise_for_status().content)
+            return parse_json(response.raise_for_status().content)
     except Exception as error:
         if classify(error) is None:
             raise
