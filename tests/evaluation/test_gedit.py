@@ -127,7 +127,7 @@ def ask(server, items, **options):
     return anyio.run(partial(score_gedit, client, items))
 
 
-def test_quality_is_asked_of_the_edited_image_alone(tmp_path):
+def test_quality_is_asked_of_the_edited_image_alone(tmp_path, capsys):
     save(tmp_path, {"before.png": 99, "1.png": 7})
     items = [Item("1", GROUPS[0], "Edit", tmp_path / "before.png", tmp_path / "1.png")]
     marks = {"success": 7, "restraint": 6, "naturalness": 5, "cleanness": 4}
@@ -137,6 +137,7 @@ def test_quality_is_asked_of_the_edited_image_alone(tmp_path):
     shown = {tuple(criteria_of(x.json)): values_of(x.json) for x in server.requests}
     assert shown == {("success", "restraint"): [99, 7], ("naturalness", "cleanness"): [7]}
     assert criteria_of(server.requests[0].json).popitem()[1] == list(range(11))
+    assert capsys.readouterr().err == ""  # no bar that nobody asked for
 
 
 def test_an_item_that_lost_one_of_its_two_answers_has_no_score(tmp_path):

@@ -187,6 +187,7 @@ def test_averages_by_hand():
         missing=[("5", "style")],
     )
     report = report_imgedit(found)
+    assert report.benchmark == "ImgEdit-Bench"
     assert list(report.groups) == ["add", "style"]
     assert report.groups["add"].metrics["score"].estimate == 3
     assert report.overall.metrics["score"].estimate == 4

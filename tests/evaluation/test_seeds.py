@@ -81,7 +81,7 @@ def test_one_seed_gives_no_interval():
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda: mean_interval(torch.ones(2, 2)), ValueError, "values: expected"),
+        (lambda: mean_interval(torch.ones(2, 2)), ValueError, r"of shape \[S\], got"),
         (lambda: mean_interval(torch.ones(3, dtype=torch.int64)), TypeError, "floating-point"),
         (lambda: block_error(torch.ones(3)), ValueError, "values: expected"),
         (lambda: difference_interval(torch.ones(3), 0, 1), ValueError, "values: expected"),
@@ -110,6 +110,13 @@ def test_one_settings_intervals_are_those_of_the_librarys_bootstrap():
         width = float(known.high - known.low)
         assert low == pytest.approx(float(known.low), abs=0.15 * width)
         assert high == pytest.approx(float(known.high), abs=0.15 * width)
+
+
+def test_resampled_means_follow_from_their_seed_alone():
+    known = resampled_means([followed(0)], resamples=20, seed=0)["kept"]
+    for torchs_own in some([1, 2]):
+        torch.manual_seed(torchs_own)
+        assert torch.equal(resampled_means([followed(0)], resamples=20)["kept"], known)
 
 
 def test_settings_are_resampled_alike():

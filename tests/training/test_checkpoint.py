@@ -51,6 +51,17 @@ def latest_without_warning(checkpoints):
         return checkpoints.latest()
 
 
+def test_a_manifest_whose_keys_were_sorted_is_whole(checkpoints):
+    path = save(checkpoints, 1) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert latest_without_warning(checkpoints).round == 1
+
+
+def test_a_count_out_of_range_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^keep_last: expected"):
+        Checkpoints(tmp_path, keep_last=-1)
+
+
 # What is saved comes back.
 
 
