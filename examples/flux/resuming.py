@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mteditflow.evaluation.provenance import content_hash
-from mteditflow.training import Checkpoint, Checkpoints
+from mteditflow.training import Checkpoint, Checkpoints, read_metrics
+from mteditflow.training.metrics_file import ROUND
 
 from .config import Config, ConfigError, dumped
 from .loading import Notes
@@ -25,16 +26,16 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
     """Return the checkpoint to go on from, if there is one; of damaged ones the log is to say so.
 
     Raises:
-        ConfigError: there is one and ``output.resume`` is never, there is none of that name, or all
-            are damaged.
+        ConfigError: there is one and ``output.resume`` is never, there is none of that name, all
+            are damaged, or it is of another folder and this one holds a run.
+        ValueError: ``metrics.jsonl`` is damaged.
     """
     output = config.output
+    checkpoints = Checkpoints(output.folder / "checkpoints")
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
         try:
-            found = Checkpoints(output.folder / "checkpoints").find(
-                "auto" if output.resume == "never" else output.resume
-            )
+            found = checkpoints.find("auto" if output.resume == "never" else output.resume)
         except (OSError, ValueError) as error:
             raise ConfigError(f"output.resume: {error}") from error
     if output.resume == "never" and found is not None:
@@ -48,9 +49,22 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
             f"output.resume: expected a whole checkpoint in {output.folder}, got damaged ones "
             f"alone; choose another folder, or delete them to begin again: {'; '.join(reasons)}"
         )
+    if found is not None and not checkpoints.holds(found):
+        _refuse_two_histories(config, found)
     for reason in reasons:
         notes.warning(reason)
     return found
+
+
+def _refuse_two_histories(config: Config, found: Checkpoint) -> None:
+    """Refuse a checkpoint of elsewhere where the folder has rounds that did not lead to it."""
+    folder = config.output.folder
+    own = any((folder / "checkpoints").glob("round-*"))
+    if own or any(line[ROUND] <= found.round for line in read_metrics(folder / "metrics.jsonl")):
+        raise ConfigError(
+            f"output.resume: expected a checkpoint of the run in {folder}, got {found.path}; go on "
+            "with auto, or choose another output.folder"
+        )
 
 
 def fingerprints(config: Config) -> dict[str, str]:

@@ -2,14 +2,20 @@
 
 import json
 import math
+import os
 import shutil
 import sqlite3
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 from mteditflow_examples import train_flux
+from mteditflow_examples.flux.checkpointing import cut_back
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.held_out import HeldOut
 from mteditflow_examples.flux.inputs import make_sampler
 from mteditflow_examples.flux.reporting import summarize
 from mteditflow_examples.shapes.scoring import ExactRewards
@@ -17,9 +23,10 @@ from safetensors.torch import save_file
 
 from mteditflow._locks import sole_writer
 from mteditflow.chains import read_chains, write_chains
+from mteditflow.evaluation import Evaluation
 from mteditflow.pipelines import Editor
 from mteditflow.rewards import Fault, Lost, TurnScores
-from mteditflow.training import Checkpoints, Update, read_metrics
+from mteditflow.training import Checkpoints, RunLog, Update, read_metrics
 from tests.flux.killing import differences
 from tests.flux.rounds import started
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
@@ -205,6 +212,140 @@ def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
     assert "no evaluation of round 0: before is round 1" in (run / "log.txt").read_text()
     report = json.loads((run / "report.json").read_text())
     assert (report["before"]["round"], report["after"]["round"]) == (1, 2)
+
+
+class Killed(BaseException):
+    """The process ends before the next change on the disk."""
+
+
+@contextmanager
+def killed_before(change):
+    """Let the change of that number, from 0, end the block; renames and removals are changes."""
+    left = [change]
+
+    def doomed(function):
+        def maybe(*given, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return function(*given, **named)
+
+        return maybe
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, doomed(getattr(os, name)))
+        yield
+
+
+class Branches:
+    """The files of a run, whose checkpoints and lines of metrics name the branch they are of."""
+
+    def __init__(self, root, evaluation):
+        self.root, self.evaluation = root, evaluation
+        self.checkpoints = Checkpoints(root / "checkpoints", keep_last=9)
+        self.held_out = HeldOut([], root / "evaluations", None)
+
+    @property
+    def log(self):
+        """The log as a new process opens it."""
+        return RunLog(self.root, console=False, main=True)
+
+    def do(self, branch, rounds, *, saving):
+        log = self.log
+        for done in rounds:
+            log.record(done, {"branch": branch})
+            replace(self.evaluation, round=done).write(
+                self.root / "evaluations" / f"round-{done:06d}.json"
+            )
+            if saving:
+                self.checkpoints.save(done, {}, {"branch": branch})
+
+    def go_on(self, which="auto"):
+        """Go on from a checkpoint, as a start does; return it."""
+        found = self.checkpoints.find(which)
+        cut_back(found, self.checkpoints, self.log, self.held_out)
+        return found
+
+    def of_one_branch(self, found):
+        """Whether all that is left led to a checkpoint: rounds 1 and 2 are of both branches."""
+        lines = read_metrics(self.root / "metrics.jsonl")
+        assert [line["round"] for line in lines] == list(range(1, found.round + 1))
+        assert self.held_out.rounds() == list(range(1, found.round + 1))
+        assert {line["branch"] for line in lines[2:]} <= {found.state["branch"]}
+
+
+@pytest.fixture
+def branches(stopped, tmp_path):
+    """Four rounds, of which the last two are to be given up."""
+    branches = Branches(tmp_path, Evaluation.read(stopped / "run/evaluations/round-000001.json"))
+    branches.do(0, range(1, 5), saving=True)
+    return branches
+
+
+def test_a_kill_while_a_run_goes_back_leaves_one_history(branches, tmp_path_factory):
+    for change in count():
+        copy = tmp_path_factory.mktemp("killed") / "run"
+        shutil.copytree(branches.root, copy)
+        if goes_on_after_a_kill(Branches(copy, branches.evaluation), change):
+            break
+    assert change >= 5  # two checkpoints, the metrics, two evaluations
+
+
+def goes_on_after_a_kill(branches, change):
+    """Go back, killed before a change on the disk, and on; whether it ended before it."""
+    older, ended = branches.root / "checkpoints" / "round-000002", True
+    with killed_before(change):
+        try:
+            branches.go_on(older)
+        except Killed:
+            ended = False
+    branches.of_one_branch(branches.go_on())
+    branches.go_on(older)
+    branches.do(1, (3, 4), saving=False)  # and killed before its first checkpoint
+    found = branches.go_on()
+    assert found.path == older
+    branches.of_one_branch(found)
+    branches.do(2, (3,), saving=True)
+    found = branches.go_on()
+    assert (found.round, found.state) == (3, {"branch": 2})
+    branches.of_one_branch(found)
+    return ended
+
+
+def test_going_back_deletes_no_checkpoint_and_says_where_they_are(branches):
+    (branches.root / "report.json").write_text("{}")
+    for branch in (0, 1):
+        found = branches.go_on(branches.root / "checkpoints" / "round-000002")
+        assert found.state == {"branch": 0}
+        assert read_metrics(branches.root / "metrics.jsonl")[-1]["round"] == 2
+        aside = [branches.root / f"checkpoints/aside-{1 + branch}-round-00000{n}" for n in (4, 3)]
+        for path, done in zip(aside, (4, 3), strict=True):
+            there = branches.checkpoints.find(path)
+            assert (there.round, there.state) == (done, {"branch": branch})
+            assert not branches.checkpoints.holds(there)
+        assert f"going back to round 2: set aside, not deleted, {aside[0]}, {aside[1]}; " in (
+            said := (branches.root / "log.txt").read_text()
+        )
+        branches.do(1, (3, 4), saving=True)
+    assert said.count("and report.json is of them until this run ends\n") == 2
+    branches.go_on()
+    assert (branches.root / "log.txt").read_text() == said
+    names = {x.name for x in (branches.root / "checkpoints").iterdir()}
+    assert {"round-000003", "round-000004"} < names
+
+
+def test_a_checkpoint_of_elsewhere_is_refused_where_there_is_a_run(again, stopped, branches):
+    fix = "; go on with auto, or choose another output.folder"
+    given = stopped / "run" / "checkpoints" / "round-000001"
+    assert f"output.resume: expected a checkpoint of the run in {again.root / 'run'}, got " in (
+        said := again("--output.resume", given)
+    )
+    assert f"{given}{fix}" in said
+    shutil.rmtree(again.root / "run" / "checkpoints")  # its metrics alone are a run, too
+    assert fix in again("--output.resume", given)
+    with pytest.raises(ValueError, match="checkpoint: expected one of .*, not set aside, got "):
+        branches.checkpoints.set_aside_after(Checkpoints(given.parent).latest())
 
 
 def test_a_full_disk_ends_a_run_with_1_and_it_goes_on(stopped, tmp_path, monkeypatch):
