@@ -191,8 +191,8 @@ class Checkpoints:
 
         Those are what was saved after it, and what is of a later round. None is deleted: each is
         whole under its new name, ``aside-1-round-000040``, and no method finds or removes it but
-        ``find`` by its path. A kill at any moment leaves as the last checkpoint this one or one that
-        was saved after it.
+        ``find`` by its path. After a kill at any moment the last one is this or one
+        that was saved after it.
 
         Returns:
             The new paths; none if this is the last checkpoint.

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sqlite3
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -26,6 +28,7 @@ from mteditflow.chains import read_chains, write_chains
 from mteditflow.evaluation import Evaluation
 from mteditflow.pipelines import Editor
 from mteditflow.rewards import Fault, Lost, TurnScores
+from mteditflow.rewards.transport import concurrency
 from mteditflow.training import Checkpoints, RunLog, Update, read_metrics
 from tests.flux.killing import differences
 from tests.flux.rounds import started
@@ -344,7 +347,7 @@ def test_a_checkpoint_of_elsewhere_is_refused_where_there_is_a_run(again, stoppe
     assert f"{given}{fix}" in said
     shutil.rmtree(again.root / "run" / "checkpoints")  # its metrics alone are a run, too
     assert fix in again("--output.resume", given)
-    with pytest.raises(ValueError, match="checkpoint: expected one of .*, not set aside, got "):
+    with pytest.raises(ValueError, match=r"checkpoint: expected one of .*, not set aside, got "):
         branches.checkpoints.set_aside_after(Checkpoints(given.parent).latest())
 
 
@@ -398,6 +401,38 @@ def test_lost_rewards_end_a_run_that_goes_on_as_if_none_were_lost(world, tmp_pat
     assert call(train_flux.main, options(world, tmp_path / "run", *more)).code == 0
     assert "going on after round 1" in (tmp_path / "run" / "log.txt").read_text()
     assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+class Hanging(ExactRewards):
+    """Scores a round, then hangs in one of its calls, after a signal to stop has come."""
+
+    calls, let_go = 0, threading.Event()
+
+    async def score(self, chains, images):
+        type(self).calls += 1
+        if self.calls > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self.let_go.wait(60)
+        return await super().score(chains, images)
+
+
+def test_a_scorer_that_hangs_does_not_keep_a_run_from_stopping(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(concurrency, "GRACE", 0.1)
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    run = tmp_path / "run"
+    more = (*MORE, "--data.held-out", "None", "--rewards.scorer", f"{__name__}:Hanging")
+    more = (*more, "--output.checkpoint-every", 9, "--data.group-size", 2, "--sampling.batch", 4)
+    try:
+        ended = call(train_flux.main, options(world, run, *more))
+        assert (ended.code, ends) == (0, [0])
+        assert "stopped by SIGTERM after round 1; start again to go on" in ended.err
+        assert "a scorer was still at work 0.1 s after it was to stop" in ended.err
+        with sole_writer(run) as stale:
+            assert stale is None
+    finally:
+        Hanging.let_go.set()
+    assert Checkpoints(run / "checkpoints").latest().round == 1
 
 
 def test_an_average_that_warms_up(world, tmp_path):
