@@ -104,6 +104,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             "optimizer": values,
             "config": dumped(run.config),
             "files": run.files,
+            "evaluated": _evaluated_before(run),
         }
         if run.main:
             evaluations = run.held_out.all() if evaluated and run.held_out else []
@@ -119,6 +120,12 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             )
         run.accelerator.wait_for_everyone()
     run.saved = state.done
+
+
+def _evaluated_before(run: Run) -> list[int]:
+    """Return the rounds that were evaluated before this one, which may be saved before it is."""
+    rounds = run.held_out.rounds() if run.held_out is not None else []
+    return [done for done in rounds if done < run.state.done]
 
 
 def _trained(run: Run) -> tuple[str, ...]:

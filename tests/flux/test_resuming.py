@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -29,7 +30,8 @@ from mteditflow.evaluation import Evaluation
 from mteditflow.pipelines import Editor
 from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.rewards.transport import concurrency
-from mteditflow.training import Checkpoints, RunLog, Update, read_metrics
+from mteditflow.training import Checkpoints, RunLog, Update, pictures, read_metrics
+from mteditflow.training.pictures import draw_before_after
 from tests.flux.killing import differences
 from tests.flux.rounds import started
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
@@ -191,7 +193,9 @@ def test_strays_and_later_evaluations_are_left_or_made_again(stopped, tmp_path):
     words = options(tmp_path / "all" / "world", tmp_path / "all" / "run", *MORE)
     ended = call(train_flux.main, words)
     assert ended.code == 0, ended.err
-    assert "metrics.jsonl: expected lines up to round 1, got them up to 0; " in ended.err
+    assert (
+        "metrics.jsonl: expected a line of every round up to 1, got none of round 1; " in ended.err
+    )
     assert "left alone, as not of this run: round-best, round-final.json" in ended.err
     assert "warning: checkpoint skipped: " in ended.err
     assert {"round-final.json", "round-best", "round-000002.json"} <= {
@@ -215,6 +219,77 @@ def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
     assert "no evaluation of round 0: before is round 1" in (run / "log.txt").read_text()
     report = json.loads((run / "report.json").read_text())
     assert (report["before"]["round"], report["after"]["round"]) == (1, 2)
+
+
+@pytest.fixture
+def ended(stopped, tmp_path):
+    """A function that goes on from a copy of the run to the end of round 3, and returns the log."""
+    shutil.copytree(stopped, tmp_path / "all")
+    run = tmp_path / "all" / "run"
+    more = (*MORE, "--training.rounds", 3, "--output.checkpoint-every", 1)
+
+    def go_on(*others):
+        words = options(tmp_path / "all" / "world", run, *more, *others)
+        ended = call(train_flux.main, words)
+        assert ended.code == 0, ended.err
+        return ended.err
+
+    go_on.run = run
+    return go_on
+
+
+def test_what_is_gone_of_a_run_that_ended_is_said(ended, monkeypatch):
+    """A line in the middle and images of an evaluation, then all evaluations."""
+    run = ended.run
+    assert "expected" not in ended()
+    assert (run / "chains.png").exists()
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[2]]))
+    monkeypatch.setattr(pictures, "draw_before_after", draw_before_after)
+    before = (run / "report.json").stat().st_mtime_ns
+    shutil.rmtree(run / "evaluations" / "round-000000")
+    said = ended()
+    assert (
+        f"warning: {path}: expected a line of every round up to 3, got none of round 2; curves and "
+        "report lack them"
+    ) in said
+    chains = [chain.id for chain in read_chains(run.parent / "world/held_out.jsonl").chains]
+    assert re.search(r"warning: chains\.png is not drawn: .*/round-000000/.*/turn_1.png, got", said)
+    assert f"; chains without images: round 0: {', '.join(chains)}\n" in said
+    assert f"warning: {run}: left from an earlier end of the run: chains.png\n" in said
+    assert (run / "report.json").stat().st_mtime_ns > before
+
+    shutil.rmtree(run / "evaluations")
+    said = ended()
+    assert (
+        f"warning: {run / 'evaluations'}: expected those of rounds 0 to 2, got none of rounds 0 to "
+        "2; curves and report lack them"
+    ) in said
+    assert "evaluated once, so there is no report" in said
+    assert "left from an earlier end of the run: chains.png, report.json\n" in said
+
+
+def test_checkpoints_that_are_gone_are_no_reason_to_begin_again(again):
+    shutil.rmtree(again.root / "run" / "checkpoints")
+    path = again.root / "run" / "metrics.jsonl"
+    told = "output.folder: expected checkpoints beside the metrics of "
+    path.write_text('{"round": 1}\n{"round": 2}\n')  # saved after round 1, as it was evaluated
+    said = again()
+    assert (
+        f"{told}rounds 1 to 2, got none in {again.root / 'run' / 'checkpoints'}; put them" in said
+    )
+    assert f"or delete {path} to begin again" in said
+    path.write_text('{"round": 5}\n')  # begun from another folder, and killed before it was saved
+    more = ("--training.rounds", 9, "--evaluation.every", 9, "--output.checkpoint-every", 9)
+    assert f"{told}round 5, got none" in again(*more)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(ended):
+    shutil.rmtree(ended.run / "checkpoints")
+    said = ended("--training.rounds", 1)
+    assert f"no checkpoint yet: round 1 of {ended.run / 'metrics.jsonl'} will be done again" in said
+    assert [line["round"] for line in read_metrics(ended.run / "metrics.jsonl")] == [1]
 
 
 class Killed(BaseException):
