@@ -30,6 +30,7 @@ def log_rewards(run: Run, rewards: RoundRewards) -> None:
     """Add the rewards of all ranks to the metrics of the round, and draw them when it is due."""
     counts = rewards.informative("following").counts
     run.numbers |= rewards.numbers()
+    _warn_of_absent(run, rewards)
     run.numbers |= {f"groups/{reason}": count for reason, count in counts.items()}
     run.numbers |= {f"multiplier/{name}": x for name, x in run.state.multipliers.items()}
     if run.state.kl is not None:
@@ -40,6 +41,17 @@ def log_rewards(run: Run, rewards: RoundRewards) -> None:
         title = f"Rewards of round {run.state.done + 1}"
         shown = {name: rewards.reward(name) for name in rewards.names}
         draw(run, "rewards", draw_histograms(shown, rewards.group, title=title))
+
+
+def _warn_of_absent(run: Run, rewards: RoundRewards) -> None:
+    """Let the log say, once a process, which reward no trajectory of a round has."""
+    for name in [name for name in rewards.absent if name not in run.absent]:
+        run.absent.add(name)
+        share = rewards.terms[name].unmeasured_share
+        run.log.warning(
+            f"round {run.state.done + 1}: no trajectory has the reward {name} ({share:.0%} had "
+            "nothing to measure), so it trains nothing; the report counts such rounds"
+        )
 
 
 def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:

@@ -510,6 +510,29 @@ def test_a_scorer_that_hangs_does_not_keep_a_run_from_stopping(world, tmp_path, 
     assert Checkpoints(run / "checkpoints").latest().round == 1
 
 
+class Blind(ExactRewards):
+    """Finds nothing to measure of consistency."""
+
+    async def score(self, chains, images):
+        terms = await super().score(chains, images)
+        blind = torch.full_like(terms["following"].score, math.nan)
+        return terms | {"consistency": TurnScores(blind, terms["following"].turn_mask, {})}
+
+
+def test_a_reward_that_no_round_has_is_said_once_and_counted(world, tmp_path):
+    more = (*MORE, "--rewards.scorer", f"{__name__}:Blind", "--data.group-size", 2)
+    ended = call(train_flux.main, options(world, tmp_path / "run", *more))
+    assert ended.code == 0, ended.err
+    said = (
+        "warning: round 1: no trajectory has the reward consistency (100% had nothing to measure), "
+        "so it trains nothing; the report counts such rounds\n"
+    )
+    assert ended.err.count("no trajectory has the reward") == ended.err.count(said) == 1
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["rounds_without_reward"] == {"consistency": 2}
+    assert "No trajectory had the reward consistency in 2 of 2 rounds." in ended.out
+
+
 def test_an_average_that_warms_up(world, tmp_path):
     """Weights of the average after the first steps, by hand."""
     more = ("--training.ema-decay", 0.9, "--training.ema-every", 1)
