@@ -8,7 +8,6 @@ from typing import Any
 
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.training import Checkpoint, Checkpoints, read_metrics
-from mteditflow.training.metrics_file import ROUND
 
 from .config import Config, ConfigError, dumped
 from .loading import Notes
@@ -64,7 +63,7 @@ def _refuse_lost_checkpoints(config: Config, notes: Notes) -> None:
     A run that was killed before its first checkpoint begins again; the log says so.
     """
     path = config.output.folder / "metrics.jsonl"
-    rounds = [int(line[ROUND]) for line in read_metrics(path)]
+    rounds = [int(line["round"]) for line in read_metrics(path)]
     if not rounds:
         return
     if rounds[0] > 1 or rounds[-1] > _first_save(config):
@@ -97,7 +96,7 @@ def warn_of_lost_files(config: Config, found: Checkpoint, notes: Notes) -> None:
     if not Checkpoints(folder / "checkpoints").holds(found):
         return
     path = folder / "metrics.jsonl"
-    there = {line[ROUND] for line in read_metrics(path)}
+    there = {line["round"] for line in read_metrics(path)}
     if gone := [done for done in range(1, found.round + 1) if done not in there]:
         notes.warning(
             f"{path}: expected a line of every round up to {found.round}, got none of "
@@ -131,7 +130,7 @@ def _refuse_two_histories(config: Config, found: Checkpoint) -> None:
     """Refuse a checkpoint of elsewhere where the folder has rounds that did not lead to it."""
     folder = config.output.folder
     own = any((folder / "checkpoints").glob("round-*"))
-    if own or any(line[ROUND] <= found.round for line in read_metrics(folder / "metrics.jsonl")):
+    if own or any(line["round"] <= found.round for line in read_metrics(folder / "metrics.jsonl")):
         raise ConfigError(
             f"output.resume: expected a checkpoint of the run in {folder}, got {found.path}; go on "
             "with auto, or choose another output.folder"

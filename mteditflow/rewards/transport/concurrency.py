@@ -151,7 +151,7 @@ class _Calls:
         """Cancel the block, as far as it lets itself be, once its future or all calls are."""
         with anyio.CancelScope() as scope:
             self._scopes.add(scope)
-            future.add_done_callback(lambda own: own.cancelled() and self._soon(scope.cancel))
+            future.add_done_callback(partial(self._cancel_with, scope))
             if self._cancelling:
                 scope.cancel()
             try:
@@ -160,6 +160,10 @@ class _Calls:
                 self._scopes.discard(scope)
         if scope.cancelled_caught:
             _notify_cancelled(future)
+
+    def _cancel_with(self, scope: anyio.CancelScope, future: Future[T]) -> None:
+        if future.cancelled():
+            self._soon(scope.cancel)
 
     def _cancel(self) -> None:
         self._cancelling = True
