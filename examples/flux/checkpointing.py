@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from mteditflow import RewardHistory, gather_ranks
-from mteditflow.training import Checkpoint, load_optimizer_state, optimizer_state
+from mteditflow.training import (
+    Checkpoint,
+    Checkpoints,
+    RunLog,
+    load_optimizer_state,
+    optimizer_state,
+)
 
 from .config import ConfigError, dumped
+from .held_out import HeldOut
 from .run import Run
 
 
@@ -30,10 +38,34 @@ def restore(run: Run) -> None:
     if found is not None:
         _load(run, found)
     run.first_round = run.state.done
-    run.log.rewind(run.state.done + 1)
-    if run.held_out is not None and run.main:
-        run.held_out.rewind(run.state.done if found else -1)
+    if run.main:
+        cut_back(found, run.checkpoints, run.log, run.held_out)
     run.accelerator.wait_for_everyone()
+
+
+def cut_back(
+    found: Checkpoint | None, checkpoints: Checkpoints, log: RunLog, held_out: HeldOut | None
+) -> None:
+    """Let nothing in a run's folder be of rounds after a checkpoint; without one, of any round.
+
+    Later checkpoints step aside before anything is cut. A kill in between then leaves one history:
+    the last checkpoint, and numbers of the rounds that led to it.
+    """
+    if found is not None and checkpoints.holds(found):
+        aside = [str(path) for path in checkpoints.set_aside_after(found)]
+        if aside:
+            log.warning(
+                f"going back to round {found.round}: set aside, not deleted, {', '.join(aside)}; "
+                f"metrics and evaluations since are dropped{_left_report(log.folder)}"
+            )
+    log.rewind(found.round + 1 if found else 1)
+    if held_out is not None:
+        held_out.rewind(found.round if found else -1)
+
+
+def _left_report(folder: Path) -> str:
+    there = (folder / "report.json").exists()
+    return ", and report.json is of them until this run ends" if there else ""
 
 
 def save_if_due(run: Run, *, evaluated: bool) -> None:
@@ -72,6 +104,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             "optimizer": values,
             "config": dumped(run.config),
             "files": run.files,
+            "evaluated": _evaluated_before(run),
         }
         if run.main:
             evaluations = run.held_out.all() if evaluated and run.held_out else []
@@ -87,6 +120,12 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             )
         run.accelerator.wait_for_everyone()
     run.saved = state.done
+
+
+def _evaluated_before(run: Run) -> list[int]:
+    """Return the rounds that were evaluated before this one, which may be saved before it is."""
+    rounds = run.held_out.rounds() if run.held_out is not None else []
+    return [done for done in rounds if done < run.state.done]
 
 
 def _trained(run: Run) -> tuple[str, ...]:
@@ -109,5 +148,5 @@ def _load(run: Run, found: Checkpoint) -> None:
     if state.history is not None and kept.get("history") is not None:
         state.history = RewardHistory.from_state(state.history.rounds, kept["history"])
     state.done, state.updates, state.skipped = found.round, kept["updates"], kept["skipped"]
-    if run.config.output.resume == "auto":
+    if run.checkpoints.holds(found):
         run.saved = state.done

@@ -156,6 +156,11 @@ class HeldOut:
         """Images of an evaluation by row."""
         return Images(self._images(done), self._chains)
 
+    def without_images(self, done: int) -> list[str]:
+        """Return the ids of the chains of whose turns an evaluation has not every image."""
+        edited = EditedImages(self._images(done))
+        return [chain.id for chain in self._chains.chains if not edited.complete(chain)]
+
     def keep(self, done: int, row: int, images: Sequence[Image.Image]) -> None:
         """Write the images [reference, turn 1, ..., turn N] of a chain, without the first."""
         EditedImages(self._images(done)).write(self._chains.chains[row], images[1:])

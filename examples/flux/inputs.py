@@ -21,12 +21,12 @@ from mteditflow.chains.formats.stored import is_stored
 from mteditflow.evaluation import JudgedBy
 from mteditflow.pipelines.families import find_family
 from mteditflow.rewards.command_line import check_source
-from mteditflow.training import Checkpoint, read_metrics
+from mteditflow.training import Checkpoint
 
 from .config import Config, ConfigError, DistillationConfig
 from .held_out import HeldOut
 from .loading import Notes, load_chains, load_held_out, made_by
-from .resuming import check_unchanged, find_checkpoint, fingerprints
+from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
 from .rewards import check_services, judged_by, require_services, scale_of
 
 INDEX = "model_index.json"  # of a pipeline's folder
@@ -125,7 +125,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     if found is not None:
         notes.message(f"going on after round {found.round}, from {found.path}")
         check_unchanged(config, files, found, notes)
-        _warn_of_missing_metrics(config, found, notes)
+        warn_of_lost_files(config, found, notes)
         _load_order(sampler, found)
     held_out = None
     if data.held_out is not None:
@@ -171,21 +171,6 @@ def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator)
             f"each of {ranks} ranks, got {training.minibatches}"
         )
     return sampler
-
-
-def _warn_of_missing_metrics(config: Config, found: Checkpoint, notes: Notes) -> None:
-    """Let the log say where the file of metrics ends before the checkpoint of the same run.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = config.output.folder / "metrics.jsonl"
-    last = max((line["round"] for line in read_metrics(path)), default=0)
-    if last < found.round and config.output.resume in ("auto", "best"):
-        notes.warning(
-            f"{path}: expected lines up to round {found.round}, got them up to {last}; curves and "
-            "report lack the others"
-        )
 
 
 def _load_order(sampler: GroupSampler, found: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 
 from mteditflow import Signal
-from mteditflow.chains import InformativeSampler
+from mteditflow.chains import ChainError, InformativeSampler
 from mteditflow.training import Bar, RewardCollapseError, print_summary, run_report, write_report
 
 from .config import flat
@@ -20,6 +20,7 @@ from .run import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mteditflow.evaluation import Evaluation
     from mteditflow.training import RoundRewards
 
     from .sampling import RoundChains, Scores
@@ -29,6 +30,7 @@ def log_rewards(run: Run, rewards: RoundRewards) -> None:
     """Add the rewards of all ranks to the metrics of the round, and draw them when it is due."""
     counts = rewards.informative("following").counts
     run.numbers |= rewards.numbers()
+    _warn_of_absent(run, rewards)
     run.numbers |= {f"groups/{reason}": count for reason, count in counts.items()}
     run.numbers |= {f"multiplier/{name}": x for name, x in run.state.multipliers.items()}
     if run.state.kl is not None:
@@ -39,6 +41,17 @@ def log_rewards(run: Run, rewards: RoundRewards) -> None:
         title = f"Rewards of round {run.state.done + 1}"
         shown = {name: rewards.reward(name) for name in rewards.names}
         draw(run, "rewards", draw_histograms(shown, rewards.group, title=title))
+
+
+def _warn_of_absent(run: Run, rewards: RoundRewards) -> None:
+    """Let the log say, once a process, which reward no trajectory of a round has."""
+    for name in [name for name in rewards.absent if name not in run.absent]:
+        run.absent.add(name)
+        share = rewards.terms[name].unmeasured_share
+        run.log.warning(
+            f"round {run.state.done + 1}: no trajectory has the reward {name} ({share:.0%} had "
+            "nothing to measure), so it trains nothing; the report counts such rounds"
+        )
 
 
 def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
@@ -138,33 +151,50 @@ def summarize(run: Run) -> None:
     """Write the report of the whole run with its pictures, and print it."""
     if not run.main:
         return
-    from mteditflow.training.pictures import (
-        draw_before_after,
-        draw_curves,
-        write_chart,
-        write_picture,
-    )
+    from mteditflow.training.pictures import draw_curves, write_chart
 
     folder, metrics = run.config.output.folder, run.log.metrics
     evaluations = run.held_out.all() if run.held_out else []
     model = "/".join(Path(run.config.model.path).parts[-2:])
     title = f"{model}, {run.method}"
     write_chart(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
-    if run.held_out is None:
-        run.log.message(f"{run.state.done} rounds done; no held-out chains, so no report")
-        return
     if len(evaluations) < 2:
-        run.log.message(f"{run.state.done} rounds done; evaluated once, so there is no report")
+        why = "evaluated once, so there is" if run.held_out else "no held-out chains, so"
+        run.log.message(f"{run.state.done} rounds done; {why} no report")
+        _warn_of_stale(run, "chains.png", "report.json")
         return
     before, after = evaluations[0], evaluations[-1]
     if before.round:
         run.log.warning(f"no evaluation of round 0: before is round {before.round}")
-    images = (run.held_out.images(e.round) for e in (before, after))
-    repaired = draw_before_after(before, after, *images)
-    if repaired is not None:
-        write_picture(repaired, folder / "chains.png")
+    _draw_chains(run, before, after)
     report = run_report(
         before, after, metrics, config=flat(run.config), seed=run.config.training.seed
     )
     write_report(folder, report)
     print_summary(report, folder)
+
+
+def _draw_chains(run: Run, before: Evaluation, after: Evaluation) -> None:
+    """Draw held-out chains before and after, unless images of them are gone."""
+    from mteditflow.training.pictures import draw_before_after, write_picture
+
+    assert run.held_out is not None
+    figure = None
+    try:
+        images = (run.held_out.images(e.round) for e in (before, after))
+        figure = draw_before_after(before, after, *images)
+    except ChainError as error:
+        gone = {e.round: run.held_out.without_images(e.round) for e in (before, after)}
+        which = "; ".join(f"round {n}: {', '.join(ids)}" for n, ids in gone.items() if ids)
+        run.log.warning(f"chains.png is not drawn: {error}; chains without images: {which}")
+    if figure is None:
+        _warn_of_stale(run, "chains.png")
+    else:
+        write_picture(figure, run.config.output.folder / "chains.png")
+
+
+def _warn_of_stale(run: Run, *names: str) -> None:
+    """Let the log say which files of an earlier end of the run were not written again."""
+    folder = run.config.output.folder
+    if left := [name for name in names if (folder / name).exists()]:
+        run.log.warning(f"{folder}: left from an earlier end of the run: {', '.join(left)}")

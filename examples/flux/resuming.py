@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mteditflow.evaluation.provenance import content_hash
-from mteditflow.training import Checkpoint, Checkpoints
+from mteditflow.training import Checkpoint, Checkpoints, read_metrics
 
 from .config import Config, ConfigError, dumped
 from .loading import Notes
@@ -25,16 +25,16 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
     """Return the checkpoint to go on from, if there is one; of damaged ones the log is to say so.
 
     Raises:
-        ConfigError: there is one and ``output.resume`` is never, there is none of that name, or all
-            are damaged.
+        ConfigError: there is one and ``output.resume`` is never, there is none of that name, all
+            are damaged or gone, or it is of another folder and this one holds a run.
+        ValueError: ``metrics.jsonl`` is damaged.
     """
     output = config.output
+    checkpoints = Checkpoints(output.folder / "checkpoints")
     with warnings.catch_warnings(record=True) as damaged:
         warnings.simplefilter("always")
         try:
-            found = Checkpoints(output.folder / "checkpoints").find(
-                "auto" if output.resume == "never" else output.resume
-            )
+            found = checkpoints.find("auto" if output.resume == "never" else output.resume)
         except (OSError, ValueError) as error:
             raise ConfigError(f"output.resume: {error}") from error
     if output.resume == "never" and found is not None:
@@ -43,14 +43,98 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
             "on with auto"
         )
     reasons = [str(warning.message) for warning in damaged]
+    if found is None and not reasons:
+        _refuse_lost_checkpoints(config, notes)
     if found is None and reasons:  # to begin again would drop all that the run has measured
         raise ConfigError(
             f"output.resume: expected a whole checkpoint in {output.folder}, got damaged ones "
             f"alone; choose another folder, or delete them to begin again: {'; '.join(reasons)}"
         )
+    if found is not None and not checkpoints.holds(found):
+        _refuse_two_histories(config, found)
     for reason in reasons:
         notes.warning(reason)
     return found
+
+
+def _refuse_lost_checkpoints(config: Config, notes: Notes) -> None:
+    """Refuse to begin where the metrics are of a run that has saved, or began, elsewhere.
+
+    A run that was killed before its first checkpoint begins again; the log says so.
+    """
+    path = config.output.folder / "metrics.jsonl"
+    rounds = [int(line["round"]) for line in read_metrics(path)]
+    if not rounds:
+        return
+    if rounds[0] > 1 or rounds[-1] > _first_save(config):
+        raise ConfigError(
+            f"output.folder: expected checkpoints beside the metrics of {_spans(rounds)}, got none "
+            f"in {config.output.folder / 'checkpoints'}; put them back, give output.resume the "
+            f"checkpoint of another folder that the run began from, or delete {path} to begin again"
+        )
+    notes.message(f"no checkpoint yet: {_spans(rounds)} of {path} will be done again")
+
+
+def _first_save(config: Config) -> int:
+    """Return the first round after which a run saves at the latest."""
+    due = [config.output.checkpoint_every, config.training.rounds]
+    return min(due if config.data.held_out is None else [*due, config.evaluation.every])
+
+
+def warn_of_lost_files(config: Config, found: Checkpoint, notes: Notes) -> None:
+    """Let the log say which metrics and evaluations that led to a checkpoint are gone.
+
+    Args:
+        config: of this process.
+        found: checkpoint to go on from; one of another folder has left nothing in this one.
+        notes: get what is gone.
+
+    Raises:
+        ValueError: the metrics are damaged.
+    """
+    folder = config.output.folder
+    if not Checkpoints(folder / "checkpoints").holds(found):
+        return
+    path = folder / "metrics.jsonl"
+    there = {line["round"] for line in read_metrics(path)}
+    if gone := [done for done in range(1, found.round + 1) if done not in there]:
+        notes.warning(
+            f"{path}: expected a line of every round up to {found.round}, got none of "
+            f"{_spans(gone)}; curves and report lack them"
+        )
+    evaluated = found.state.get("evaluated", [])
+    names = {done: folder / "evaluations" / f"round-{done:06d}.json" for done in evaluated}
+    if config.data.held_out is not None and (
+        gone := [done for done, file in names.items() if not file.exists()]
+    ):
+        notes.warning(
+            f"{folder / 'evaluations'}: expected those of {_spans(evaluated)}, got none of "
+            f"{_spans(gone)}; curves and report lack them"
+        )
+
+
+def _spans(rounds: Sequence[int]) -> str:
+    """Return rounds in words.
+
+    Example:
+        >>> _spans([1, 2, 3, 7]), _spans([4])
+        ('rounds 1 to 3, 7', 'round 4')
+    """
+    starts = [n for n in rounds if n - 1 not in rounds]
+    ends = [n for n in rounds if n + 1 not in rounds]
+    parts = [f"{a} to {b}" if b > a else f"{a}" for a, b in zip(starts, ends, strict=True)]
+    return f"round{'s' if len(rounds) > 1 else ''} {', '.join(parts)}"
+
+
+def _refuse_two_histories(config: Config, found: Checkpoint) -> None:
+    """Refuse a checkpoint of elsewhere where the folder has rounds that did not lead to it."""
+    folder = config.output.folder
+    own = any((folder / "checkpoints").glob("round-*"))
+    if own or any(line["round"] <= found.round for line in read_metrics(folder / "metrics.jsonl")):
+        raise ConfigError(
+            f"output.resume: expected a checkpoint of the run in {folder}, got {found.path}; go on "
+            "with auto, or choose another output.folder"
+        )
 
 
 def fingerprints(config: Config) -> dict[str, str]:

@@ -62,6 +62,7 @@ class Run:
         files: hashes of the files that the run depends on, as ``resuming.fingerprints`` gives them.
         numbers: metrics of the round in progress.
         means: means of the metrics of each of its updates.
+        absent: rewards of which the log has said that a round was without them.
         first_round: first round of this process.
         saved: round of the checkpoint that a start would go on from.
         between: whether the weights are those of ``state.done`` rounds, and not of half a round.
@@ -88,6 +89,7 @@ class Run:
     numbers: dict[str, float] = field(default_factory=dict)
     means: list[dict[str, float]] = field(default_factory=list)
     batches: Iterator[list[int]] = field(default_factory=lambda: iter(()))
+    absent: set[str] = field(default_factory=set)
     first_round: int = -1
     saved: int = -1
     between: bool = True

@@ -18,6 +18,7 @@ from mteditflow._locks import sole_writer
 from mteditflow.chains import ChainError
 from mteditflow.pipelines import ReplayError
 from mteditflow.rewards import InvalidRewardsError
+from mteditflow.rewards.transport.concurrency import ending_past_calls
 from mteditflow.training import (
     Checkpoints,
     RewardCollapseError,
@@ -104,10 +105,16 @@ def main(train: Callable[[Run], None], config: Config) -> None:
 
     Raises:
         SystemExit: with 2 for what is refused before anything is loaded, with 1 for what fails
-            later; after the last round and after a signal it returns.
+            later; after the last round and after a signal it returns. Where a scorer blocks then,
+            the process ends here with the same code.
     """
     with refusing():
         check(config)
+    with ending_past_calls():
+        _main(train, config)
+
+
+def _main(train: Callable[[Run], None], config: Config) -> None:
     folder = config.output.folder
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),

@@ -14,6 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +68,8 @@ class Checkpoints:
     before; remains of an interrupted save are removed by the next one.
 
     "The last" is the one saved last, whatever its round: a run that was resumed from an older
-    round goes on from there when it is resumed again.
+    round goes on from there when it is resumed again. Before it cuts its other files back to that
+    round, it sets the checkpoints of the rounds it gives up aside.
 
     Args:
         folder: where they are; made by the first save.
@@ -179,6 +181,54 @@ class Checkpoints:
         if not Path(which).is_dir():
             raise FileNotFoundError(f"{which}: expected 'auto', 'best' or a checkpoint's folder")
         return _load(Path(which))
+
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is one of these: not of another folder, and not set aside."""
+        return any(path.samefile(checkpoint.path) for path, _ in self._listed())
+
+    def set_aside_after(self, checkpoint: Checkpoint) -> list[Path]:
+        """Rename the checkpoints of the history that a run gives up by going back to an older one.
+
+        Those are what was saved after it, and what is of a later round. None is deleted: each is
+        whole under its new name, ``aside-1-round-000040``, and no method finds or removes it but
+        ``find`` by its path. After a kill at any moment the last one is this or one
+        that was saved after it.
+
+        Returns:
+            The new paths; none if this is the last checkpoint.
+
+        Raises:
+            ValueError: it is none of these.
+            OSError: one cannot be renamed.
+
+        Example:
+            >>> import tempfile
+            >>> checkpoints = Checkpoints(tempfile.mkdtemp())
+            >>> for round in (1, 2, 3):
+            ...     path = checkpoints.save(round, {}, {})
+            >>> [path.name for path in checkpoints.set_aside_after(checkpoints.find("auto"))]
+            []
+            >>> older = checkpoints.find(path.with_name("round-000001"))
+            >>> [path.name for path in checkpoints.set_aside_after(older)]
+            ['aside-1-round-000003', 'aside-1-round-000002']
+            >>> checkpoints.find("auto").round
+            1
+        """
+        if not self.holds(checkpoint):
+            raise ValueError(
+                f"checkpoint: expected one of {self.folder}, not set aside, got {checkpoint.path}"
+            )
+        listed = self._listed()
+        number = next(m["number"] for path, m in listed if path.samefile(checkpoint.path))
+        given_up = [p for p, m in listed if m["number"] > number or m["round"] > checkpoint.round]
+        return [self._set_aside(path) for path in given_up]
+
+    def _set_aside(self, path: Path) -> Path:
+        name = path.name.removeprefix(".replaced-")
+        names = (path.with_name(f"aside-{n}-{name}") for n in count(1))
+        aside = path.rename(next(free for free in names if not free.exists()))
+        sync(self.folder)
+        return aside
 
     def _listed(self, *, warn: bool = False) -> list[tuple[Path, dict[str, Any]]]:
         """Folders and manifests, the last saved first, without those damaged at first sight."""

@@ -13,7 +13,8 @@ from mteditflow._files import append_line, cut_half_line, write_atomically
 from mteditflow._text import parse_json
 
 ROUND = "round"  # a column
-SECONDS, LOST, UNMEASURED = "seconds/", "lost/", "unmeasured/"  # prefixes of columns
+# Prefixes of columns.
+REWARD, SECONDS, LOST, UNMEASURED = "reward/", "seconds/", "lost/", "unmeasured/"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

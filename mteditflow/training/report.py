@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from mteditflow._text import escape_markup
 from mteditflow.evaluation.comparison import compare
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import FEW_CASES, Interval
-from mteditflow.training.metrics_file import LOST, SECONDS
+from mteditflow.training.metrics_file import LOST, REWARD, SECONDS
 from mteditflow.training.stopwatch import shares
 
 PACKAGES = ("mteditflow", "torch", "diffusers", "transformers", "peft", "accelerate")
@@ -58,8 +59,9 @@ def run_report(
     Returns:
         "before" and "after": metrics per turn, with the ends of their intervals as
         "<metric>_interval"; "difference_at_last_turn": as ``comparison_report``; "seconds" and
-        "time" by phase; "invalid_reward_share"; "lost_answers" by reason; and date, devices and
-        versions. ``None`` stands for a missing number.
+        "time" by phase; "invalid_reward_share"; "lost_answers" by reason; "rounds_without_reward",
+        by reward the rounds in which no trajectory had it; and date, devices and versions. ``None``
+        stands for a missing number.
     """
     report = {
         "seed": seed,
@@ -216,6 +218,9 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     if report["invalid_reward_share"]:
         share = f"{report['invalid_reward_share']:.1%}"
         lines.append(f"{share} of training rewards were invalid; they trained nothing.")
+    for name, count in report["rounds_without_reward"].items():
+        rounds = f"{count} of {_many(report['rounds'], 'round')}"
+        lines.append(f"No trajectory had the reward {escape_markup(name)} in {rounds}.")
     return lines
 
 
@@ -241,7 +246,16 @@ def _totals(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "time": {name: [seconds[name], share] for name, share in shares(seconds).items()},
         "invalid_reward_share": invalid / max(count, 1),
         "lost_answers": {"share": sum(lost.values()) / max(count, 1), "reasons": lost},
+        "rounds_without_reward": _without_reward(metrics),
     }
+
+
+def _without_reward(metrics: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """Count the rounds in which no trajectory had a reward that was trained on."""
+    absent = [
+        n for line in metrics for n, x in line.items() if n.startswith(REWARD) and math.isnan(x)
+    ]
+    return {name.removeprefix(REWARD): count for name, count in Counter(absent).items()}
 
 
 def _sums(metrics: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:

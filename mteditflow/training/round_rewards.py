@@ -18,7 +18,7 @@ from mteditflow.advantages.selection import GroupSelection, select_groups
 from mteditflow.advantages.turns import turn_average
 from mteditflow.diagnostics import advantage_correlation, variance_ratio, zero_variance_share
 from mteditflow.rewards import TurnScores
-from mteditflow.training.metrics_file import LOST, UNMEASURED
+from mteditflow.training.metrics_file import LOST, REWARD, UNMEASURED
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ class RoundRewards:
         signals = {name: self.reward(name) for name in self.names}
         return {name: float(x.value[x.measured].mean()) for name, x in signals.items()}
 
+    @property
+    def absent(self) -> list[str]:
+        """Names of the rewards that no trajectory of the round has: they train nothing."""
+        return [name for name in self.names if not self.reward(name).measured.any()]
+
     def informative(self, name: str, *, top: float = 1.0, bottom: float = 0.0) -> GroupSelection:
         """Select the groups whose members differ; see ``mteditflow.select_groups``."""
         value, valid, measured = self.reward(name)
@@ -130,7 +135,7 @@ class RoundRewards:
         """
         rewards = {name: self.reward(name) for name in self.names}
         valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
-        numbers = {f"reward/{name}": mean for name, mean in self.means.items()}
+        numbers = {f"{REWARD}{name}": mean for name, mean in self.means.items()}
         for name, reward in rewards.items():
             spread = group_std(reward.value, self.group, valid=reward.measured)
             numbers[f"group/{name}/std"] = float(masked_mean(spread, reward.measured))

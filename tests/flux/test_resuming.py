@@ -2,14 +2,23 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import signal
 import sqlite3
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 from mteditflow_examples import train_flux
+from mteditflow_examples.flux.checkpointing import cut_back
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError
+from mteditflow_examples.flux.held_out import HeldOut
 from mteditflow_examples.flux.inputs import make_sampler
 from mteditflow_examples.flux.reporting import summarize
 from mteditflow_examples.shapes.scoring import ExactRewards
@@ -17,9 +26,12 @@ from safetensors.torch import save_file
 
 from mteditflow._locks import sole_writer
 from mteditflow.chains import read_chains, write_chains
+from mteditflow.evaluation import Evaluation
 from mteditflow.pipelines import Editor
 from mteditflow.rewards import Fault, Lost, TurnScores
-from mteditflow.training import Checkpoints, Update, read_metrics
+from mteditflow.rewards.transport import concurrency
+from mteditflow.training import Checkpoints, RunLog, Update, pictures, read_metrics
+from mteditflow.training.pictures import draw_before_after
 from tests.flux.killing import differences
 from tests.flux.rounds import started
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
@@ -181,7 +193,9 @@ def test_strays_and_later_evaluations_are_left_or_made_again(stopped, tmp_path):
     words = options(tmp_path / "all" / "world", tmp_path / "all" / "run", *MORE)
     ended = call(train_flux.main, words)
     assert ended.code == 0, ended.err
-    assert "metrics.jsonl: expected lines up to round 1, got them up to 0; " in ended.err
+    assert (
+        "metrics.jsonl: expected a line of every round up to 1, got none of round 1; " in ended.err
+    )
     assert "left alone, as not of this run: round-best, round-final.json" in ended.err
     assert "warning: checkpoint skipped: " in ended.err
     assert {"round-final.json", "round-best", "round-000002.json"} <= {
@@ -205,6 +219,211 @@ def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
     assert "no evaluation of round 0: before is round 1" in (run / "log.txt").read_text()
     report = json.loads((run / "report.json").read_text())
     assert (report["before"]["round"], report["after"]["round"]) == (1, 2)
+
+
+@pytest.fixture
+def ended(stopped, tmp_path):
+    """A function that goes on from a copy of the run to the end of round 3, and returns the log."""
+    shutil.copytree(stopped, tmp_path / "all")
+    run = tmp_path / "all" / "run"
+    more = (*MORE, "--training.rounds", 3, "--output.checkpoint-every", 1)
+
+    def go_on(*others):
+        words = options(tmp_path / "all" / "world", run, *more, *others)
+        ended = call(train_flux.main, words)
+        assert ended.code == 0, ended.err
+        return ended.err
+
+    go_on.run = run
+    return go_on
+
+
+def test_what_is_gone_of_a_run_that_ended_is_said(ended, monkeypatch):
+    """A line in the middle and images of an evaluation, then all evaluations."""
+    run = ended.run
+    assert "expected" not in ended()
+    assert (run / "chains.png").exists()
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[2]]))
+    monkeypatch.setattr(pictures, "draw_before_after", draw_before_after)
+    before = (run / "report.json").stat().st_mtime_ns
+    shutil.rmtree(run / "evaluations" / "round-000000")
+    said = ended()
+    assert (
+        f"warning: {path}: expected a line of every round up to 3, got none of round 2; curves and "
+        "report lack them"
+    ) in said
+    chains = [chain.id for chain in read_chains(run.parent / "world/held_out.jsonl").chains]
+    assert re.search(r"warning: chains\.png is not drawn: .*/round-000000/.*/turn_1.png, got", said)
+    assert f"; chains without images: round 0: {', '.join(chains)}\n" in said
+    assert f"warning: {run}: left from an earlier end of the run: chains.png\n" in said
+    assert (run / "report.json").stat().st_mtime_ns > before
+
+    shutil.rmtree(run / "evaluations")
+    said = ended()
+    assert (
+        f"warning: {run / 'evaluations'}: expected those of rounds 0 to 2, got none of rounds 0 to "
+        "2; curves and report lack them"
+    ) in said
+    assert "evaluated once, so there is no report" in said
+    assert "left from an earlier end of the run: chains.png, report.json\n" in said
+
+
+def test_checkpoints_that_are_gone_are_no_reason_to_begin_again(again):
+    shutil.rmtree(again.root / "run" / "checkpoints")
+    path = again.root / "run" / "metrics.jsonl"
+    told = "output.folder: expected checkpoints beside the metrics of "
+    path.write_text('{"round": 1}\n{"round": 2}\n')  # saved after round 1, as it was evaluated
+    said = again()
+    assert (
+        f"{told}rounds 1 to 2, got none in {again.root / 'run' / 'checkpoints'}; put them" in said
+    )
+    assert f"or delete {path} to begin again" in said
+    path.write_text('{"round": 5}\n')  # begun from another folder, and killed before it was saved
+    more = ("--training.rounds", 9, "--evaluation.every", 9, "--output.checkpoint-every", 9)
+    assert f"{told}round 5, got none" in again(*more)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(ended):
+    shutil.rmtree(ended.run / "checkpoints")
+    said = ended("--training.rounds", 1)
+    assert f"no checkpoint yet: round 1 of {ended.run / 'metrics.jsonl'} will be done again" in said
+    assert [line["round"] for line in read_metrics(ended.run / "metrics.jsonl")] == [1]
+
+
+class Killed(BaseException):
+    """The process ends before the next change on the disk."""
+
+
+@contextmanager
+def killed_before(change):
+    """Let the change of that number, from 0, end the block; renames and removals are changes."""
+    left = [change]
+
+    def doomed(function):
+        def maybe(*given, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return function(*given, **named)
+
+        return maybe
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, doomed(getattr(os, name)))
+        yield
+
+
+class Branches:
+    """The files of a run, whose checkpoints and lines of metrics name the branch they are of."""
+
+    def __init__(self, root, evaluation):
+        self.root, self.evaluation = root, evaluation
+        self.checkpoints = Checkpoints(root / "checkpoints", keep_last=9)
+        self.held_out = HeldOut([], root / "evaluations", None)
+
+    @property
+    def log(self):
+        """The log as a new process opens it."""
+        return RunLog(self.root, console=False, main=True)
+
+    def do(self, branch, rounds, *, saving):
+        log = self.log
+        for done in rounds:
+            log.record(done, {"branch": branch})
+            replace(self.evaluation, round=done).write(
+                self.root / "evaluations" / f"round-{done:06d}.json"
+            )
+            if saving:
+                self.checkpoints.save(done, {}, {"branch": branch})
+
+    def go_on(self, which="auto"):
+        """Go on from a checkpoint, as a start does; return it."""
+        found = self.checkpoints.find(which)
+        cut_back(found, self.checkpoints, self.log, self.held_out)
+        return found
+
+    def of_one_branch(self, found):
+        """Whether all that is left led to a checkpoint: rounds 1 and 2 are of both branches."""
+        lines = read_metrics(self.root / "metrics.jsonl")
+        assert [line["round"] for line in lines] == list(range(1, found.round + 1))
+        assert self.held_out.rounds() == list(range(1, found.round + 1))
+        assert {line["branch"] for line in lines[2:]} <= {found.state["branch"]}
+
+
+@pytest.fixture
+def branches(stopped, tmp_path):
+    """Four rounds, of which the last two are to be given up."""
+    branches = Branches(tmp_path, Evaluation.read(stopped / "run/evaluations/round-000001.json"))
+    branches.do(0, range(1, 5), saving=True)
+    return branches
+
+
+def test_a_kill_while_a_run_goes_back_leaves_one_history(branches, tmp_path_factory):
+    for change in count():
+        copy = tmp_path_factory.mktemp("killed") / "run"
+        shutil.copytree(branches.root, copy)
+        if goes_on_after_a_kill(Branches(copy, branches.evaluation), change):
+            break
+    assert change >= 5  # two checkpoints, the metrics, two evaluations
+
+
+def goes_on_after_a_kill(branches, change):
+    """Go back, killed before a change on the disk, and on; whether it ended before it."""
+    older, ended = branches.root / "checkpoints" / "round-000002", True
+    with killed_before(change):
+        try:
+            branches.go_on(older)
+        except Killed:
+            ended = False
+    branches.of_one_branch(branches.go_on())
+    branches.go_on(older)
+    branches.do(1, (3, 4), saving=False)  # and killed before its first checkpoint
+    found = branches.go_on()
+    assert found.path == older
+    branches.of_one_branch(found)
+    branches.do(2, (3,), saving=True)
+    found = branches.go_on()
+    assert (found.round, found.state) == (3, {"branch": 2})
+    branches.of_one_branch(found)
+    return ended
+
+
+def test_going_back_deletes_no_checkpoint_and_says_where_they_are(branches):
+    (branches.root / "report.json").write_text("{}")
+    for branch in (0, 1):
+        found = branches.go_on(branches.root / "checkpoints" / "round-000002")
+        assert found.state == {"branch": 0}
+        assert read_metrics(branches.root / "metrics.jsonl")[-1]["round"] == 2
+        aside = [branches.root / f"checkpoints/aside-{1 + branch}-round-00000{n}" for n in (4, 3)]
+        for path, done in zip(aside, (4, 3), strict=True):
+            there = branches.checkpoints.find(path)
+            assert (there.round, there.state) == (done, {"branch": branch})
+            assert not branches.checkpoints.holds(there)
+        assert f"going back to round 2: set aside, not deleted, {aside[0]}, {aside[1]}; " in (
+            said := (branches.root / "log.txt").read_text()
+        )
+        branches.do(1, (3, 4), saving=True)
+    assert said.count("and report.json is of them until this run ends\n") == 2
+    branches.go_on()
+    assert (branches.root / "log.txt").read_text() == said
+    names = {x.name for x in (branches.root / "checkpoints").iterdir()}
+    assert {"round-000003", "round-000004"} < names
+
+
+def test_a_checkpoint_of_elsewhere_is_refused_where_there_is_a_run(again, stopped, branches):
+    fix = "; go on with auto, or choose another output.folder"
+    given = stopped / "run" / "checkpoints" / "round-000001"
+    assert f"output.resume: expected a checkpoint of the run in {again.root / 'run'}, got " in (
+        said := again("--output.resume", given)
+    )
+    assert f"{given}{fix}" in said
+    shutil.rmtree(again.root / "run" / "checkpoints")  # its metrics alone are a run, too
+    assert fix in again("--output.resume", given)
+    with pytest.raises(ValueError, match=r"checkpoint: expected one of .*, not set aside, got "):
+        branches.checkpoints.set_aside_after(Checkpoints(given.parent).latest())
 
 
 def test_a_full_disk_ends_a_run_with_1_and_it_goes_on(stopped, tmp_path, monkeypatch):
@@ -257,6 +476,61 @@ def test_lost_rewards_end_a_run_that_goes_on_as_if_none_were_lost(world, tmp_pat
     assert call(train_flux.main, options(world, tmp_path / "run", *more)).code == 0
     assert "going on after round 1" in (tmp_path / "run" / "log.txt").read_text()
     assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+class Hanging(ExactRewards):
+    """Scores a round, then hangs in one of its calls, after a signal to stop has come."""
+
+    calls, let_go = 0, threading.Event()
+
+    async def score(self, chains, images):
+        type(self).calls += 1
+        if self.calls > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self.let_go.wait(60)
+        return await super().score(chains, images)
+
+
+def test_a_scorer_that_hangs_does_not_keep_a_run_from_stopping(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(concurrency, "GRACE", 0.1)
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    run = tmp_path / "run"
+    more = (*MORE, "--data.held-out", "None", "--rewards.scorer", f"{__name__}:Hanging")
+    more = (*more, "--output.checkpoint-every", 9, "--data.group-size", 2, "--sampling.batch", 4)
+    try:
+        ended = call(train_flux.main, options(world, run, *more))
+        assert (ended.code, ends) == (0, [0])
+        assert "stopped by SIGTERM after round 1; start again to go on" in ended.err
+        assert "a scorer was still at work 0.1 s after it was to stop" in ended.err
+        with sole_writer(run) as stale:
+            assert stale is None
+    finally:
+        Hanging.let_go.set()
+    assert Checkpoints(run / "checkpoints").latest().round == 1
+
+
+class Blind(ExactRewards):
+    """Finds nothing to measure of consistency."""
+
+    async def score(self, chains, images):
+        terms = await super().score(chains, images)
+        blind = torch.full_like(terms["following"].score, math.nan)
+        return terms | {"consistency": TurnScores(blind, terms["following"].turn_mask, {})}
+
+
+def test_a_reward_that_no_round_has_is_said_once_and_counted(world, tmp_path):
+    more = (*MORE, "--rewards.scorer", f"{__name__}:Blind", "--data.group-size", 2)
+    ended = call(train_flux.main, options(world, tmp_path / "run", *more))
+    assert ended.code == 0, ended.err
+    said = (
+        "warning: round 1: no trajectory has the reward consistency (100% had nothing to measure), "
+        "so it trains nothing; the report counts such rounds\n"
+    )
+    assert ended.err.count("no trajectory has the reward") == ended.err.count(said) == 1
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["rounds_without_reward"] == {"consistency": 2}
+    assert "No trajectory had the reward consistency in 2 of 2 rounds." in ended.out
 
 
 def test_an_average_that_warms_up(world, tmp_path):

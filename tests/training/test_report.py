@@ -107,6 +107,15 @@ def test_lost_and_invalid_shares_are_of_all_trajectories():
     assert report["seconds"] == 8  # a round whose seconds are not known adds none
 
 
+def test_rounds_without_a_reward_are_counted_and_told():
+    """Of a reward that a round did not train on, as its weight was 0, there is no number."""
+    lines = [{"reward/a": 0.5, "reward/[b]": nan}, {"reward/a": 1.0}, {"reward/[b]": nan}]
+    report = run_report(*pair(), lines, config={}, seed=0)
+    assert report["rounds_without_reward"] == {"[b]": 2}
+    assert "No trajectory had the reward \\[b] in 2 of 3 rounds." in summary_lines(report)
+    assert run_report(*pair(), lines[1:2], config={}, seed=0)["rounds_without_reward"] == {}
+
+
 def test_a_run_of_no_rounds_and_no_scores_has_a_report(tmp_path):
     none = evaluation([[nan, nan]])
     report = run_report(none, none, [], config={}, seed=0)

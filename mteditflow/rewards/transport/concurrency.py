@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+import logging
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+LOG = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
+THREAD = "mteditflow-rewards"  # name of the thread of a Background
+GRACE = 5.0  # s that cancelled calls have to end
 
 
 async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
@@ -41,7 +48,9 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
 class Background:
     """Event loop in a thread of its own: a synchronous trainer samples while rewards are fetched.
 
-    Leaving the ``with`` block waits for submitted calls; an exception cancels them.
+    Leaving the ``with`` block waits for submitted calls; an exception cancels them. A call that
+    blocks, such as by ``time.sleep``, cannot be cancelled: 5 s after an exception it is left behind
+    with a warning in the log. Its thread ends with the process, as ``ending_past_calls`` has it.
 
     Raises:
         RuntimeError: ``submit`` was called outside of the block.
@@ -56,27 +65,160 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._portal: BlockingPortal | None = None
+        self._calls: _Calls | None = None
 
     def __enter__(self) -> Background:
         """Start the thread."""
-        self._portal = self._stack.enter_context(start_blocking_portal(name="mteditflow-rewards"))
+        self._calls = _Calls()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Wait for submitted calls, or cancel them after an exception; end the thread."""
-        self._portal = None
-        self._stack.__exit__(*error)
+        calls, self._calls = self._calls, None
+        if calls is not None and not calls.end(cancel=error[0] is not None):
+            LOG.warning("a scorer was still at work %g s after it was to stop", GRACE)
 
     def submit(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
-        """Start an asynchronous function; any thread may call this.
+        """Start an asynchronous function; any thread may call this, and it never waits.
 
         Returns:
             Its future: ``result()`` waits, raises what the function raised, ``cancel()`` cancels.
         """
-        if self._portal is None:
+        if self._calls is None:
             raise RuntimeError("Background: expected submit() inside of its `with` block")
-        return self._portal.start_task_soon(partial(function, *args, **kwargs))
+        return self._calls.start(partial(function, *args, **kwargs))
+
+
+class _Calls:
+    """Calls in an event loop of another thread; no method waits for what runs in the loop.
+
+    The thread is a daemon, so that one in which a call blocks does not outlive the program.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._scopes: set[anyio.CancelScope] = set()
+        self._cancelling = False
+        self._ending = asyncio.Event()
+        started: Future[asyncio.AbstractEventLoop] = Future()
+        serve = partial(asyncio.run, self._serve(started))
+        self._thread = threading.Thread(target=serve, name=THREAD, daemon=True)
+        self._thread.start()
+        self._loop = started.result()
+
+    async def _serve(self, started: Future[asyncio.AbstractEventLoop]) -> None:
+        started.set_result(asyncio.get_running_loop())
+        await self._ending.wait()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def start(self, call: Callable[[], Awaitable[T]]) -> Future[T]:
+        """Start a call soon."""
+        future: Future[T] = Future()
+        self._soon(self._begin, future, call)
+        return future
+
+    def end(self, *, cancel: bool) -> bool:
+        """End the thread once all calls have ended; whether it has, within a while if cancelled."""
+        if cancel:
+            self._soon(self._cancel)
+        self._soon(self._ending.set)
+        self._thread.join(GRACE if cancel else None)
+        return not self._thread.is_alive()
+
+    def _begin(self, future: Future[T], call: Callable[[], Awaitable[T]]) -> None:
+        task = self._loop.create_task(self._settle(future, call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settle(self, future: Future[T], call: Callable[[], Awaitable[T]]) -> None:
+        """Let a future have what comes of a call, an exception of any kind included."""
+        try:
+            with self._cancelled_with(future):
+                result = await call()
+                if future.set_running_or_notify_cancel():
+                    future.set_result(result)
+        except asyncio.CancelledError:  # raised by the call itself
+            _notify_cancelled(future)
+        except BaseException as error:  # such as SystemExit, which is for the program's own thread
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    @contextmanager
+    def _cancelled_with(self, future: Future[T]) -> Iterator[None]:
+        """Cancel the block, as far as it lets itself be, once its future or all calls are."""
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            future.add_done_callback(partial(self._cancel_with, scope))
+            if self._cancelling:
+                scope.cancel()
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
+        if scope.cancelled_caught:
+            _notify_cancelled(future)
+
+    def _cancel_with(self, scope: anyio.CancelScope, future: Future[T]) -> None:
+        if future.cancelled():
+            self._soon(scope.cancel)
+
+    def _cancel(self) -> None:
+        self._cancelling = True
+        for scope in self._scopes:
+            scope.cancel()
+
+    def _soon(self, function: Callable[..., object], *args: object) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and every call with it
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+def _notify_cancelled(future: Future[T]) -> None:
+    future.cancel()
+    future.set_running_or_notify_cancel()
+
+
+@contextmanager
+def ending_past_calls() -> Iterator[None]:
+    """End the process with the block where a ``Background`` has left a call behind.
+
+    Python would wait for threads that such a call has started. Exit code and words are those that
+    the end of the block has without it. Where no call was left behind this does nothing.
+
+    Example:
+        >>> with ending_past_calls(), Background() as background:
+        ...     background.submit(anyio.sleep, 0).result()
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _left_behind():
+            _end(_status(error))
+        raise
+    if _left_behind():
+        _end(0)
+
+
+def _left_behind() -> bool:
+    return any(thread.name == THREAD for thread in threading.enumerate())
+
+
+def _status(error: BaseException) -> int:
+    """Return the exit code that an exception gives a program; print what Python prints."""
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    if isinstance(error, SystemExit):
+        sys.stderr.write(f"{error.code}\n")
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _end(code: int) -> None:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a reader that has gone away, a stream that is closed
+            stream.flush()
+    os._exit(code)

@@ -1,5 +1,8 @@
 """A synchronous trainer and asynchronous rewards, at the same time."""
 
+import asyncio
+import logging
+import os
 import threading
 from concurrent.futures import CancelledError
 
@@ -7,6 +10,8 @@ import anyio
 import pytest
 
 from mteditflow.rewards import Background, ChatClient
+from mteditflow.rewards.transport import concurrency
+from mteditflow.rewards.transport.concurrency import ending_past_calls
 from mteditflow.testing.endpoint import ScriptedServer, completion
 from tests.loops import some
 
@@ -114,3 +119,109 @@ def test_outside_of_its_block_it_says_so():
     with pytest.raises(RuntimeError, match=r"^Background: expected"):
         background.submit(anyio.sleep, 0)
     assert not [t for t in threading.enumerate() if t.name == "mteditflow-rewards"]
+
+
+class Blocking:
+    """Calls that nothing can cancel, until they are let go."""
+
+    def __init__(self):
+        self.begun, self.let_go = threading.Event(), threading.Event()
+
+    def block(self):
+        self.begun.set()
+        assert self.let_go.wait(60)
+
+    async def loop(self):
+        self.block()
+
+    async def asyncio(self):
+        await asyncio.to_thread(self.block)
+
+    async def anyio(self):
+        await anyio.to_thread.run_sync(self.block)
+
+
+@pytest.fixture
+def blocking(monkeypatch):
+    """One whose threads are gone afterwards."""
+    monkeypatch.setattr(concurrency, "GRACE", 0.05)
+    call = Blocking()
+    yield call
+    call.let_go.set()
+    for thread in threading.enumerate():
+        if thread.name == concurrency.THREAD:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("where", ["loop", "asyncio", "anyio"])
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        (SystemExit(), 0, ""),
+        (SystemExit(1), 1, ""),
+        (SystemExit("no"), 1, "no\n"),
+        (KeyboardInterrupt(), 130, "KeyboardInterrupt\n"),
+        (ValueError("bad"), 1, "ValueError: bad\n"),
+        (EOFError(), 0, ""),  # caught: the program ends as after a signal
+    ],
+)
+def test_a_call_that_blocks_is_left_behind(
+    blocking, monkeypatch, caplog, capsys, where, end, code, said
+):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(logging, "shutdown", lambda: codes.append("flushed"))
+
+    def program():
+        with ending_past_calls():
+            try:
+                with Background() as background:
+                    background.submit(getattr(blocking, where))
+                    assert blocking.begun.wait(30)
+                    raise end
+            except EOFError:
+                pass
+
+    if isinstance(end, EOFError):
+        program()
+    else:
+        with pytest.raises(type(end)):
+            program()
+    assert codes == ["flushed", code]
+    assert caplog.messages == ["a scorer was still at work 0.05 s after it was to stop"]
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_call_that_blocks_holds_nobody_up_who_submits_another(blocking):
+    with Background() as background:
+        first = background.submit(blocking.loop)
+        assert blocking.begun.wait(30)
+        second = background.submit(anyio.sleep, 0)  # returns, although nothing runs it yet
+        assert not second.done()
+        blocking.let_go.set()
+        assert (first.result(timeout=30), second.result(timeout=30)) == (None, None)
+
+
+def test_no_process_is_ended_where_no_call_was_left_behind(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+    with ending_past_calls(), Background() as background:
+        background.submit(anyio.sleep, 0)
+
+    def leave():
+        with ending_past_calls(), Background() as background:
+            background.submit(anyio.sleep_forever)
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        leave()
+
+
+def test_an_end_of_the_program_in_a_call_comes_out_of_the_future():
+    async def leave():
+        raise SystemExit(3)
+
+    with Background() as background:
+        with pytest.raises(SystemExit):
+            background.submit(leave).result(timeout=30)
+        assert background.submit(anyio.sleep, 0).result(timeout=30) is None
