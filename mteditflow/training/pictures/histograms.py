@@ -84,11 +84,13 @@ def _draw_histogram(
     value = reward.value[reward.measured].tolist()
     axes.hist(value, range=ends, color=color, **BARS)
     missing = {"lost": ~reward.valid, "not measured": reward.valid & ~reward.measured}
-    mean = math.fsum(value) / max(len(value), 1)
-    words = f"{name}: mean {mean:.3f} of {len(value)}"
+    words = f"{name}: none measured"
+    if value:
+        mean = math.fsum(value) / len(value)
+        axes.axvline(mean, **MEAN)
+        words = f"{name}: mean {mean:.3f} of {len(value)}"
     words += "".join(f", {int(x.sum())} {what}" for what, x in missing.items() if bool(x.any()))
     axes.set_title(words, **PANEL_TITLE)
-    axes.axvline(mean, **MEAN)
     axes.set(xlim=ends, xlabel="reward")
     axes.yaxis.set_major_locator(MaxNLocator(TICKS, integer=True))
 
@@ -109,8 +111,10 @@ def _draw_groups(
     places = range(1, len(members) + 1)
     axes.plot(places, means, markersize=wide, markeredgewidth=thick, **GROUP_MEAN)
     spread = [float(x.std(correction=0)) for x in members]
-    mean, none = math.fsum(spread) / max(len(spread), 1), sum(x == 0 for x in spread)
-    words = f"spread in groups: std {mean:.3f}; none in {none} of {len(spread)}"
+    words = "spread in groups: none measured"
+    if spread:
+        mean, equal = math.fsum(spread) / len(spread), sum(bool((x == x[0]).all()) for x in members)
+        words = f"spread in groups: std {mean:.3f}; none in {equal} of {len(members)}"
     axes.set_title(words, **PANEL_TITLE)
     axes.set(xlabel="groups, by their mean", ylim=_padded(ends))
     axes.set_xlim(1 - SIDE, len(members) + SIDE)
