@@ -144,7 +144,7 @@ def test_each_reward_is_drawn_pale_and_as_its_mean_in_one_color(panels):
     assert legend(panels.rewards) == names
     colors = [BLUE, AMBER, SPARE[2]]
     lines = panels.rewards.lines
-    for i, name in enumerate(names):
+    for i, name in enumerate(some(names)):
         raw, bold = lines[2 * i : 2 * i + 2]
         assert color(raw) == color(bold) == color_of(name, i) == colors[i]
         assert list(raw.get_xdata()) == list(bold.get_xdata()) == list(range(1, 13))
@@ -201,7 +201,7 @@ def test_held_out_metrics_are_of_the_last_turn_with_intervals_in_their_color(pan
         "overall": GOOD,
     }
     artists = panels.held_out.collections
-    for i, (name, hue) in enumerate(expected.items()):
+    for i, (name, hue) in enumerate(some(expected.items())):
         band, spans = artists[2 * i : 2 * i + 2]
         line = panels.held_out.lines[i]
         assert color(band) == color(spans) == color(line) == hue
@@ -256,7 +256,7 @@ def test_turns_compare_the_first_evaluation_with_the_last(panels, evaluations, n
     assert axes.get_ylim()[0] == 0
     assert axes.get_ylim()[1] > 100
     looks = zip((SOFT, BLUE), ("--", "-"), (evaluations[0], evaluations[2]), strict=True)
-    for i, (hue, style, shown) in enumerate(looks):
+    for i, (hue, style, shown) in enumerate(some(looks)):
         line, band = axes.lines[i], axes.collections[i]
         estimate, low, high = (x.tolist() for x in shown.metrics[name])
         assert color(line) == color(band) == hue
@@ -270,7 +270,7 @@ def test_turns_compare_the_first_evaluation_with_the_last(panels, evaluations, n
 def numbers(axes):
     """(turn, words, above or below) of the numbers of each color."""
     found = {SOFT: [], BLUE: []}
-    for text in axes.texts:
+    for text in some(axes.texts):
         assert text.get_ha() == "center"
         turn, value = text.xy
         assert text.get_text() == f"{value:.0f}"
@@ -331,9 +331,9 @@ def test_no_invalid_rewards_are_said_in_words(worst, words):
     (axes,) = draw_curves(lines, [], title="").axes
     assert [text.get_text() for text in axes.texts] == words
     assert axes.get_ylim() == (0, curves.LEAST_SHARE)
-    for text in axes.texts:
-        assert (text.get_position(), text.get_transform()) == ((0.5, 0.5), axes.transAxes)
-        assert (text.get_ha(), to_hex(text.get_color())) == ("center", SOFT)
+    looks = [(x.get_position(), x.get_ha(), to_hex(x.get_color())) for x in axes.texts]
+    assert looks == [((0.5, 0.5), "center", SOFT)] * len(words)
+    assert [x.get_transform() == axes.transAxes for x in axes.texts] == [True] * len(words)
 
 
 def test_phases_are_stacked_the_longest_below_and_what_belongs_to_none_on_top(panels):

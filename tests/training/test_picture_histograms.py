@@ -88,7 +88,7 @@ def test_bars_count_what_was_measured_in_the_range_of_the_rewards(panels):
 
 def test_a_dotted_line_is_the_mean(panels):
     means = [np.mean(FOLLOWING), np.mean([0.2, 0.31, 0.93, 0.9, 0.5, 0.5]), -2]
-    for axes, mean in zip(panels[0], means, strict=True):
+    for axes, mean in some(zip(panels[0], means, strict=True)):
         (line,) = axes.lines
         assert line.get_xdata() == pytest.approx([mean, mean])
         assert (to_hex(line.get_color()), line.get_linestyle()) == (INK, ":")
@@ -127,7 +127,8 @@ def test_groups_have_room_at_all_four_sides(panels):
 
 
 def test_counts_and_groups_are_whole_numbers(panels):
-    for axis in [axes.yaxis for axes in panels[0]] + [axes.xaxis for axes in panels[1]]:
+    counts = [axes.yaxis for axes in panels[0]]
+    for axis in some(counts + [axes.xaxis for axes in panels[1]]):
         assert all(tick == round(tick) for tick in some(axis.get_major_locator().tick_values(0, 2)))
 
 

@@ -144,7 +144,7 @@ def test_frames_surround_what_a_turn_made_and_are_dashed_without_a_score(figure)
 
 
 def test_pictures_have_no_axes_and_keep_their_pixels(figure):
-    for axes in figure.axes:
+    for axes in some(figure.axes):
         assert (len(axes.get_xticks()), len(axes.get_yticks())) == (0, 0)
         assert axes.images[0].get_interpolation() == "auto"
         assert axes.images[0].get_array().shape == (18, 12, 3)
@@ -185,8 +185,8 @@ def test_instructions_are_centered_above_their_turn(figure):
         first = wrap(WORDS[0], SMALL, TEXT_SIZE)
     assert len(first) == 2
     columns = [["chain 7", "reference"], first, ["Add $5"], ["Remove the boat"]]
-    for i, lines in enumerate(columns):
-        for n, line in enumerate(reversed(lines)):
+    for i, lines in enumerate(some(columns)):
+        for n, line in enumerate(some(reversed(lines))):
             ((x, y, text),) = texts(figure, line)
             assert look(text) == ((INK, "center", TEXT_SIZE) if i else (SOFT, "center", SCORE_SIZE))
             assert x == pytest.approx(left[i] + width[i] / 2)
@@ -210,7 +210,7 @@ def scores_under(figure, picture):
     """(name, value, color of the value) of each line under a picture; "" where there is none."""
     left, top, wide, tall = boxes(figure)[picture]
     (width, height), lines = figure.get_size_inches(), {}
-    for text in figure.texts:
+    for text in some(figure.texts):
         x, y = text.get_position()
         down = (1 - y) * height - BASELINE * SCORE_SIZE / 72 - top - tall - OVER_SCORES
         line = down / line_height(SCORE_SIZE)
