@@ -263,8 +263,9 @@ def test_histograms_tell_mean_and_spread(groups, members):
     check_words_are_on_the_canvas(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[0] == f"following: mean {value.mean():.3f} of {len(group)}"
-    assert titles[1].endswith(f"of {len(group) - 1}, 1 lost")
-    assert titles[2].endswith(f"of {len(group) - 1}, 1 not measured")
+    left = f"of {len(group) - 1}" if len(group) > 1 else "none measured"
+    assert titles[1].endswith(f"{left}, 1 lost")
+    assert titles[2].endswith(f"{left}, 1 not measured")
     spread = value.view(groups, members).std(dim=1, correction=0)
     flat = int((spread == 0).sum())
     assert titles[3] == f"spread in groups: std {spread.mean():.3f}; none in {flat} of {groups}"
