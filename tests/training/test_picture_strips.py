@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -358,17 +359,12 @@ def test_a_strip_without_label_starts_at_the_margin_and_one_label_moves_all():
 def test_text_is_measured_as_it_is_drawn():
     with house_style():
         drawn = Figure(dpi=DPI).text(0, 0, "Make it snow", fontsize=9.5)
-        extent = drawn.get_window_extent(renderer()).width / DPI
+        renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
+        extent = drawn.get_window_extent(renderer).width / DPI
         assert text_width("Make it snow", 9.5) == pytest.approx(extent)
         assert text_width("Make it snow", 9.5, "bold") > extent
         assert text_width("$x$", 9.5) > text_width("$x", 9.5)
     assert line_height(72) == pytest.approx(1.32)
-
-
-def renderer():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    return FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
 
 
 def test_wrapping_fills_lines_and_breaks_only_words_wider_than_a_line():
@@ -392,7 +388,7 @@ def test_wrapping_cuts_what_is_beyond_the_most_lines():
 
 
 def pair():
-    """Rows: gained 2, lost 1, equal, gained 1, lost 2; three turns are enough for a score of 2."""
+    """Rows: gained 2, lost 1, equal, gained 1, lost 2; a turn is followed from a score of 2."""
     before = [[0, 0, 2], [2, 2, 2], [2, 0, 0], [0, 0, 2], [2, 2, 0]]
     after = [[2, 2, 2], [0, 2, 2], [0, 2, 0], [2, 0, 2], [0, 0, 0]]
     return evaluation(before, success_at=2), evaluation(after, success_at=2, after=9)
