@@ -323,8 +323,8 @@ def test_invalid_rewards_are_percent_in_the_color_of_loss(panels):
     assert axes.get_legend() is None
 
 
-@pytest.mark.parametrize(("worst", "words"), [(0.0, ["none"]), (0.002, []), (0.01, [])])
-def test_no_invalid_rewards_are_said_in_words(worst, words):
+@pytest.mark.parametrize(("worst", "words"), [(0.0, ["none"]), (0.002, []), (nan, [])])
+def test_no_invalid_rewards_are_said_in_words_where_a_share_is_known(worst, words):
     lines = [{"round": 1, "invalid_share": worst}, {"round": 2, "invalid_share": nan}]
     (axes,) = draw_curves(lines, [], title="").axes
     assert [text.get_text() for text in axes.texts] == words

@@ -196,12 +196,12 @@ def _annotate(axes: Any, turn: int, value: float, color: str, *, above: bool) ->
 
 def _draw_invalid(axes: Any, *, metrics: Sequence[Mapping[str, float]]) -> None:
     rounds, share = _column(metrics, ROUND), [100 * x for x in _column(metrics, INVALID)]
-    worst = max((x for x in share if math.isfinite(x)), default=0.0)
+    known = [x for x in share if math.isfinite(x)]
     axes.fill_between(rounds, 0, share, color=BAD, **SHARE_AREA)
     axes.plot(rounds, share, color=BAD, **SHARE_LINE)
     _over_rounds(axes, "Invalid rewards, percent of trajectories")
-    axes.set_ylim(0, max(LEAST_SHARE, SHARE_ROOM * worst))
-    if not worst:
+    axes.set_ylim(0, max([LEAST_SHARE, *(SHARE_ROOM * x for x in known)]))
+    if known and not any(known):
         axes.text(s="none", transform=axes.transAxes, **CENTER)
 
 
