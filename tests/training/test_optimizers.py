@@ -7,7 +7,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load, save
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mteditflow.training import load_optimizer_state, optimizer_state
 from tests.loops import some
@@ -170,3 +173,60 @@ def test_refuses_what_it_cannot_store():
         optimizer_state(nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"got deepspeed\.runtime\.ZeroOptimizer"):
         optimizer_state(type("ZeroOptimizer", (), {"__module__": "deepspeed.runtime"})())
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """A mesh of this process alone, over which DTensors are made as on many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(mesh, seed=0):
+    """The weights that have an axis, split over it."""
+    split = [distribute_tensor(x.detach(), mesh, [Shard(0)]) for x in weights(seed) if x.ndim]
+    return [nn.Parameter(x) for x in split]
+
+
+def test_sharded_state_is_stored_whole_and_placed_as_its_parameter(mesh):
+    plain, split = [x for x in weights() if x.ndim], sharded(mesh)
+    optimizers = [OPTIMIZERS["adamw"](parameters) for parameters in (plain, split)]
+    generator = torch.Generator().manual_seed(0)
+    for one, other in zip(plain, split, strict=True):
+        one.grad = torch.randn(one.shape, generator=generator)
+        other.grad = distribute_tensor(one.grad, mesh, [Shard(0)])
+    for optimizer in optimizers:
+        optimizer.step()
+    (whole, same_values), (tensors, values) = map(optimizer_state, optimizers)
+    assert values == same_values
+    assert tensors.keys() == whole.keys()
+    for name, x in some(tensors.items()):
+        assert not isinstance(x, DTensor)
+        torch.testing.assert_close(x, whole[name])
+    fresh = sharded(mesh)
+    resumed = OPTIMIZERS["adamw"](fresh)
+    load_optimizer_state(resumed, *through_files(tensors, values))
+    for weight in some(fresh):
+        held = resumed.state[weight]
+        assert held["exp_avg"].placements == held["exp_avg_sq"].placements == (Shard(0),)
+        assert not isinstance(held["step"], DTensor)
+    again, _ = optimizer_state(resumed)
+    assert all(torch.equal(again[name], x) for name, x in some(tensors.items()))
+
+
+@pytest.mark.parametrize("other", ["placements", "shape", "plain parameter"])
+def test_state_that_is_sharded_otherwise_than_its_parameter_is_refused(mesh, other):
+    split = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+    weight = nn.Parameter(torch.ones(4, 2) if other == "plain parameter" else split)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    average = distribute_tensor(
+        torch.ones(4 if other == "shape" else (4, 2)),
+        mesh,
+        [Replicate() if other == "placements" else Shard(0)],
+    )
+    optimizer.state[weight] = {"average": average}
+    with pytest.raises(TypeError, match=r"^0\.average: expected it to be sharded as its param"):
+        optimizer_state(optimizer)

@@ -25,7 +25,7 @@ from mteditflow.evaluation.figures import (
 )
 from mteditflow.metrics import FEW_CASES
 from mteditflow.training.metrics_file import ROUND, SECONDS
-from mteditflow.training.pictures.histograms import color_of
+from mteditflow.training.pictures.histograms import PANEL_TITLE, color_of
 from mteditflow.training.stopwatch import OTHER, shares
 
 REWARD, INVALID = "reward/", "invalid_share"
@@ -40,6 +40,24 @@ BY_TURN = {
     "marginal": "Marginal: this turn alone, percent",
 }
 PHASES = (BLUE, GOOD, AMBER, PURPLE, BAD, "#0e7490")
+WINDOW, WINDOWS = 8, 12  # rounds of the bold mean: so many at least, and a share of a long run
+
+# Layout: sizes in inches, lines and marks in points.
+COLUMNS, PANEL_WIDTH, LEAST_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT = 3, 4.9, 7.5, 3.7, 0.5
+LINE, ROUND_TICKS = {"linewidth": 2.2}, 7
+RAW = {"alpha": 0.25, "linewidth": 1}
+BAND, TURN_BAND = {"alpha": 0.13, "linewidth": 0}, {"alpha": 0.14, "linewidth": 0}
+SPAN = {"alpha": 0.4, "linewidth": 1.2}
+MARKED = {"marker": "o", "markersize": 4.5} | LINE
+FIRST, LAST = {"color": SOFT, "linestyle": "--"}, {"color": BLUE, "linestyle": "-"}
+SHARE_AREA, SHARE_LINE = {"alpha": 0.2, "linewidth": 0}, {"linewidth": 1.6}
+STACK = {"alpha": 0.8, "linewidth": 0, "step": "mid"}
+UNIT, PERCENT, NUMBERED = (0, 1.04), (0, 104), (0, 108)  # ends of axes, with room for the marks
+LEAST_SHARE, SHARE_ROOM = 5.0, 1.15  # percent at the top of the invalid share; over its largest
+BESIDE_TURNS = {"x": 0.14}
+NUMBER: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 10}
+ABOVE, BELOW, LOW = (0, 7), (0, -16), 10  # of a point, for its number; no room below LOW percent
+CENTER: dict[str, Any] = {"x": 0.5, "y": 0.5, "ha": "center", "color": SOFT}
 
 Panel = Callable[[Any], None]
 
@@ -69,10 +87,11 @@ def draw_curves(
     panels = _panels(metrics, evaluations)
     if not panels:
         raise ValueError("metrics: expected rewards of some round, or an evaluation, got neither")
-    columns = min(len(panels), 3)
+    columns = min(len(panels), COLUMNS)
     rows = math.ceil(len(panels) / columns)
     with house_style():
-        figure = titled_figure(max(4.9 * columns, 7.5), 3.7 * rows + 0.5, title)
+        width = max(PANEL_WIDTH * columns, LEAST_WIDTH)
+        figure = titled_figure(width, PANEL_HEIGHT * rows + TITLE_HEIGHT, title)
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, panel in zip(grid, panels, strict=False):
             panel(axes)
@@ -116,18 +135,18 @@ def _panels(
 def _draw_rewards(
     axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]
 ) -> None:
-    rounds, window = _column(metrics, ROUND), max(8, len(metrics) // 12)
+    rounds, window = _column(metrics, ROUND), max(WINDOW, len(metrics) // WINDOWS)
     every: list[float] = []
     for i, name in enumerate(names):
         values, term = _column(metrics, name), name.removeprefix(REWARD)
         color = color_of(term, i)
         every += [x for x in values if math.isfinite(x)]
-        axes.plot(rounds, values, color=color, alpha=0.25, linewidth=1)
-        axes.plot(rounds, smooth(values, window), color=color, linewidth=2.2, label=term)
+        axes.plot(rounds, values, color=color, **RAW)
+        axes.plot(rounds, smooth(values, window), color=color, label=term, **LINE)
     _over_rounds(axes, "Rewards in training")
     axes.set_xlabel(f"round (bold: mean of the last {window})")
     if every and min(every) >= 0 and max(every) <= 1:
-        axes.set_ylim(0, 1.04)
+        axes.set_ylim(*UNIT)
     legend_below(axes)
 
 
@@ -137,13 +156,13 @@ def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:
         if name in evaluations[0].metrics:
             last = [[float(x[-1]) for x in e.metrics[name]] for e in evaluations]
             estimate, low, high = zip(*last, strict=True)
-            axes.fill_between(rounds, low, high, color=color, alpha=0.13, linewidth=0)
-            axes.vlines(rounds, low, high, color=color, alpha=0.4, linewidth=1.2)
+            axes.fill_between(rounds, low, high, color=color, **BAND)
+            axes.vlines(rounds, low, high, color=color, **SPAN)
             count = evaluations[-1].counts[name][-1]
             label += f" ({count}, few)" if count < FEW_CASES else f" ({count})"
-            axes.plot(rounds, estimate, "o-", color=color, linewidth=2.2, ms=4.5, label=label)
+            axes.plot(rounds, estimate, color=color, label=label, **MARKED)
     _over_rounds(axes, f"Held out, turn {evaluations[-1].turns}, percent (over chains)")
-    axes.set_ylim(0, 104)
+    axes.set_ylim(*PERCENT)
     if len(rounds) == 1:
         axes.set_xlim(rounds[0] - 1, rounds[0] + 1)
     legend_below(axes)
@@ -153,46 +172,37 @@ def _draw_turns(axes: Any, *, evaluations: Sequence[Evaluation], name: str) -> N
     """One metric by turn, at the first and the last evaluation."""
     first, last = evaluations[0], evaluations[-1]
     turns = range(1, first.turns + 1)
-    looks = [(last, BLUE, "o-")]
-    if len(evaluations) > 1:
-        looks = [(first, SOFT, "o--"), (last, BLUE, "o-")]
-    for evaluation, color, line in looks:
+    looks = [(last, LAST)] if len(evaluations) == 1 else [(first, FIRST), (last, LAST)]
+    for evaluation, look in looks:
         estimate, low, high = (x.tolist() for x in evaluation.metrics[name])
         other = (last if evaluation is first else first).metrics[name].estimate.tolist()
-        axes.fill_between(turns, low, high, color=color, alpha=0.14, linewidth=0)
+        axes.fill_between(turns, low, high, color=look["color"], **TURN_BAND)
         label = f"round {evaluation.round}"
-        axes.plot(turns, estimate, line, color=color, linewidth=2.2, label=label)
+        axes.plot(turns, estimate, marker="o", label=label, **look, **LINE)
         for turn, value, there in zip(turns, estimate, other, strict=True):
             if math.isfinite(value):
                 above = value > there or (value == there and evaluation is last)
-                _annotate(axes, turn, value, color, above=above)
-    axes.set(xlabel="turn", ylim=(0, 108), xticks=list(turns))
-    axes.set_title(BY_TURN[name], loc="left", fontsize=11)
-    axes.margins(x=0.14)
+                _annotate(axes, turn, value, look["color"], above=above)
+    axes.set(xlabel="turn", ylim=NUMBERED, xticks=list(turns))
+    axes.set_title(BY_TURN[name], **PANEL_TITLE)
+    axes.margins(**BESIDE_TURNS)
     legend_below(axes)
 
 
 def _annotate(axes: Any, turn: int, value: float, color: str, *, above: bool) -> None:
-    axes.annotate(
-        f"{value:.0f}",
-        (turn, value),
-        xytext=(0, 7) if above or value < 10 else (0, -16),
-        textcoords="offset points",
-        ha="center",
-        color=color,
-        fontsize=10,
-    )
+    offset = ABOVE if above or value < LOW else BELOW
+    axes.annotate(f"{value:.0f}", (turn, value), xytext=offset, color=color, **NUMBER)
 
 
 def _draw_invalid(axes: Any, *, metrics: Sequence[Mapping[str, float]]) -> None:
     rounds, share = _column(metrics, ROUND), [100 * x for x in _column(metrics, INVALID)]
-    worst = max((x for x in share if math.isfinite(x)), default=0.0)
-    axes.fill_between(rounds, 0, share, color=BAD, alpha=0.2, linewidth=0)
-    axes.plot(rounds, share, color=BAD, linewidth=1.6)
+    known = [x for x in share if math.isfinite(x)]
+    axes.fill_between(rounds, 0, share, color=BAD, **SHARE_AREA)
+    axes.plot(rounds, share, color=BAD, **SHARE_LINE)
     _over_rounds(axes, "Invalid rewards, percent of trajectories")
-    axes.set_ylim(0, max(5.0, 1.15 * worst))
-    if not worst:
-        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=SOFT)
+    axes.set_ylim(0, max([LEAST_SHARE, *(SHARE_ROOM * x for x in known)]))
+    if known and not any(known):
+        axes.text(s="none", transform=axes.transAxes, **CENTER)
 
 
 def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
@@ -205,16 +215,16 @@ def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequ
     labels = [f"{name.removeprefix(SECONDS)} {total[name]:.0%}" for name in order]
     values = [columns[name] for name in order]
     rounds = _column(metrics, ROUND)
-    axes.stackplot(rounds, values, labels=labels, colors=colors, alpha=0.8, linewidth=0, step="mid")
+    axes.stackplot(rounds, values, labels=labels, colors=colors, **STACK)
     _over_rounds(axes, "Seconds of a round, by phase")
     axes.set_ylim(bottom=0)
     legend_below(axes)
 
 
 def _over_rounds(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, **PANEL_TITLE)
     axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(ROUND_TICKS, integer=True))
 
 
 def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:

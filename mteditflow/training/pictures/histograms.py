@@ -24,9 +24,21 @@ from mteditflow.evaluation.figures import (
     titled_figure,
 )
 
-BINS = 24
 COLORS = {"following": BLUE, "consistency": AMBER}
 SPARE = (GOOD, PURPLE, SOFT)  # of other terms
+
+# Layout: sizes in inches, lines and marks in points.
+PANEL_TITLE = {"loc": "left", "fontsize": 11}
+WIDTH, LEAST_WIDTH, HEIGHT, HEIGHTS = 6.2, 8.0, 6.6, (1, 1.15)
+BARS = {"bins": 24, "alpha": 0.85, "rwidth": 0.9}
+MEAN = {"color": INK, "linewidth": 1.2, "linestyle": ":"}
+TICKS, GROUP_TICKS = 5, 8
+THIN_FROM = 40  # groups; where there are more, marks shrink: a size is (least, what shrinks)
+SPAN_WIDTH, MEMBER_SIZE, MEAN_SIZE, MEAN_EDGE = (0.6, 3), (1, 5), (3, 9), (0.4, 1.8)
+MEMBER = {"marker": "o", "linestyle": "", "alpha": 0.45, "markeredgewidth": 0}
+GROUP_MEAN = {"marker": "_", "linestyle": "", "color": INK}
+SIDE, ROOM = 0.7, 0.05  # beside the first and the last group; above and below, of the range
+STEPS = 20  # of the reward's axis in 1: it ends at one of them
 
 
 def color_of(name: str, position: int) -> str:
@@ -54,8 +66,8 @@ def draw_histograms(rewards: Mapping[str, Signal], group: Tensor, *, title: str)
         ['following: mean 0.500 of 4', 'spread in groups: std 0.150; none in 0 of 2']
     """
     with house_style():
-        figure = titled_figure(max(6.2 * len(rewards), 8.0), 6.6, title)
-        panels = figure.subplots(2, len(rewards), squeeze=False, height_ratios=(1, 1.15))
+        figure = titled_figure(max(WIDTH * len(rewards), LEAST_WIDTH), HEIGHT, title)
+        panels = figure.subplots(2, len(rewards), squeeze=False, height_ratios=HEIGHTS)
         for i, (name, reward) in enumerate(rewards.items()):
             color, value = color_of(name, i), reward.value[reward.measured].double()
             ends = _range(value)
@@ -70,14 +82,17 @@ def _draw_histogram(
     axes: Any, name: str, reward: Signal, ends: tuple[float, float], color: str
 ) -> None:
     value = reward.value[reward.measured].tolist()
-    axes.hist(value, bins=BINS, range=ends, color=color, alpha=0.85, rwidth=0.9)
+    axes.hist(value, range=ends, color=color, **BARS)
     missing = {"lost": ~reward.valid, "not measured": reward.valid & ~reward.measured}
-    words = f"{name}: mean {math.fsum(value) / max(len(value), 1):.3f} of {len(value)}"
+    words = f"{name}: none measured"
+    if value:
+        mean = math.fsum(value) / len(value)
+        axes.axvline(mean, **MEAN)
+        words = f"{name}: mean {mean:.3f} of {len(value)}"
     words += "".join(f", {int(x.sum())} {what}" for what, x in missing.items() if bool(x.any()))
-    axes.set_title(words, loc="left", fontsize=11)
-    axes.axvline(math.fsum(value) / max(len(value), 1), color=INK, linewidth=1.2, linestyle=":")
+    axes.set_title(words, **PANEL_TITLE)
     axes.set(xlim=ends, xlabel="reward")
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(TICKS, integer=True))
 
 
 def _draw_groups(
@@ -86,34 +101,40 @@ def _draw_groups(
     members = sorted(
         (value[group == g] for g in torch.unique(group)), key=lambda x: float(x.mean())
     )
-    thin = min(1.0, 40 / max(len(members), 1))
-    for i, x in enumerate(members):
-        axes.vlines(i + 1, float(x.min()), float(x.max()), color=FAINT, linewidth=3 * thin + 0.6)
-        axes.plot(
-            [i + 1] * len(x), x.tolist(), "o", color=color, alpha=0.45, ms=5 * thin + 1, mew=0
-        )
+    span, member, wide, thick = (
+        _thinned(size, len(members)) for size in (SPAN_WIDTH, MEMBER_SIZE, MEAN_SIZE, MEAN_EDGE)
+    )
+    for place, x in enumerate(members, start=1):
+        axes.vlines(place, float(x.min()), float(x.max()), color=FAINT, linewidth=span)
+        axes.plot([place] * len(x), x.tolist(), color=color, markersize=member, **MEMBER)
     means = [float(x.mean()) for x in members]
     places = range(1, len(members) + 1)
-    axes.plot(places, means, "_", color=INK, ms=9 * thin + 3, mew=1.8 * thin + 0.4)
+    axes.plot(places, means, markersize=wide, markeredgewidth=thick, **GROUP_MEAN)
     spread = [float(x.std(correction=0)) for x in members]
-    mean, none = math.fsum(spread) / max(len(spread), 1), sum(x == 0 for x in spread)
-    axes.set_title(
-        f"spread in groups: std {mean:.3f}; none in {none} of {len(spread)}",
-        loc="left",
-        fontsize=11,
-    )
-    axes.set(xlabel="groups, by their mean", ylim=_padded(ends), xlim=(0.3, len(members) + 0.7))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    words = "spread in groups: none measured"
+    if spread:
+        mean, equal = math.fsum(spread) / len(spread), sum(bool((x == x[0]).all()) for x in members)
+        words = f"spread in groups: std {mean:.3f}; none in {equal} of {len(members)}"
+    axes.set_title(words, **PANEL_TITLE)
+    axes.set(xlabel="groups, by their mean", ylim=_padded(ends))
+    axes.set_xlim(1 - SIDE, len(members) + SIDE)
+    axes.xaxis.set_major_locator(MaxNLocator(GROUP_TICKS, integer=True))
+
+
+def _thinned(size: tuple[float, float], count: int) -> float:
+    least, rest = size
+    return rest * min(1.0, THIN_FROM / max(count, 1)) + least
 
 
 def _range(value: Tensor) -> tuple[float, float]:
-    """Ends of the axis: the values' own, out to the next twentieth."""
+    """Ends of the axis: the values' own, out to the next step."""
     if not len(value):
         return 0.0, 1.0
-    low, high = math.floor(20 * float(value.min())) / 20, math.ceil(20 * float(value.max())) / 20
-    return (low, high) if high > low else (low - 0.05, high + 0.05)
+    low = math.floor(STEPS * float(value.min())) / STEPS
+    high = math.ceil(STEPS * float(value.max())) / STEPS
+    return (low, high) if high > low else (low - 1 / STEPS, high + 1 / STEPS)
 
 
 def _padded(ends: tuple[float, float]) -> tuple[float, float]:
-    room = 0.05 * (ends[1] - ends[0])
+    room = ROOM * (ends[1] - ends[0])
     return ends[0] - room, ends[1] + room

@@ -18,11 +18,21 @@ from mteditflow.evaluation.evaluation import FOLLOWING
 from mteditflow.evaluation.figures import AMBER, BAD, DPI, FAINT, GOOD, INK, SOFT, house_style
 from mteditflow.rewards import TurnScores
 
+POINTS = 72  # in an inch
 LEADING = 1.32  # from one line to the next, in font sizes
 SMALL, LARGE, LARGE_FROM = 1.75, 2.7, 128  # inches of a picture; pixels that need the large one
 MARGIN, GAP, LABEL, BLOCK_GAP = 0.28, 0.13, 0.3, 0.34  # inches
 TITLE_SIZE, TEXT_SIZE, SCORE_SIZE = 12.5, 9.5, 8.5  # points
-WIDEST = 17.0  # inches: two blocks stand side by side where that is enough
+WIDEST, NARROWEST = 17.0, 4.23  # inches: two blocks stand side by side where WIDEST is enough
+ABOVE_TITLE, UNDER_TITLE, UNDER_LEGEND = 0.8 * MARGIN, 0.03, 0.2  # inches
+UNDER_HEADER, OVER_SCORES, UNDER_STRIP = 0.07, 0.045, 0.16  # inches
+BESIDE_LABEL = 0.17  # inches from the middle of a label to its strip
+TALLEST, CHAIN_LINES = 2.0, 3  # height over width of a picture; lines of a chain's name
+BASELINE = 1.02  # from the top of a line, in font sizes
+FRAME: dict[str, Any] = {"linewidth": 3.2}
+DASHED = FRAME | {"linestyle": (0, (2.4, 1.6)), "capstyle": "butt"}
+REFERENCE_FRAME = {"color": FAINT, "linewidth": 2}
+UPWARDS: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +79,9 @@ class Strip:
         scores = self.terms[FOLLOWING]
         score = float(scores.score[self.row, turn])
         if score != score:
-            return {
-                "color": INK,
-                "linewidth": 3.2,
-                "linestyle": (0, (2.4, 1.6)),
-                "capstyle": "butt",
-            }
+            return {"color": INK, **DASHED}
         color = GOOD if score >= success_at else AMBER if score >= success_at / 2 else BAD
-        return {"color": color, "linewidth": 3.2}
+        return {"color": color, **FRAME}
 
 
 def draw_strips(strips: Sequence[Strip], *, success_at: float, title: str) -> Figure:
@@ -121,11 +126,11 @@ class _Block:
     def __init__(self, strips: list[Strip], cell: float, success_at: float) -> None:
         self.strips, self.cell, self.success_at = strips, cell, success_at
         first = strips[0]
-        self.ratio = min(max(h / w for w, h in (x.images[0].size for x in strips)), 2.0)
+        self.ratio = min(max(h / w for w, h in (x.images[0].size for x in strips)), TALLEST)
         self.label = LABEL if any(strip.label for strip in strips) else 0.0
-        named = [*wrap(first.chain_id, cell, SCORE_SIZE, most=3), "reference"]
+        named = [*wrap(first.chain_id, cell, SCORE_SIZE, most=CHAIN_LINES), "reference"]
         self.headers = [named, *(wrap(x, cell, TEXT_SIZE) for x in first.instructions)]
-        self.header = line_height(TEXT_SIZE) * max(map(len, self.headers)) + 0.07
+        self.header = line_height(TEXT_SIZE) * max(map(len, self.headers)) + UNDER_HEADER
         self.scores = [
             [strip.score_lines(turn, cell) for turn in range(len(first.instructions))]
             for strip in strips
@@ -135,14 +140,15 @@ class _Block:
 
     def _row(self, scores: list[list[tuple[str, str, str]]]) -> float:
         """Height of a strip with its scores."""
-        return self.cell * self.ratio + line_height(SCORE_SIZE) * max(map(len, scores)) + 0.16
+        lines = max(map(len, scores))
+        return self.cell * self.ratio + line_height(SCORE_SIZE) * lines + UNDER_STRIP
 
     def draw(self, page: Page, left: float, top: float) -> None:
         """Draw the block with its top left corner here."""
         columns = [left + self.label + i * (self.cell + GAP) for i in range(len(self.headers))]
         for i, (x, lines) in enumerate(zip(columns, self.headers, strict=True)):
             size, color = (TEXT_SIZE, INK) if i else (SCORE_SIZE, SOFT)
-            y = top + self.header - 0.07 - line_height(size) * len(lines)
+            y = top + self.header - UNDER_HEADER - line_height(size) * len(lines)
             page.text(x + self.cell / 2, y, lines, size=size, color=color, ha="center")
         y = top + self.header
         for strip, scores in zip(self.strips, self.scores, strict=True):
@@ -158,14 +164,15 @@ class _Block:
         scores: list[list[tuple[str, str, str]]],
     ) -> None:
         box = (self.cell, self.cell * self.ratio)
-        page.rotated(columns[0] - 0.17, y + box[1] / 2, strip.label, size=TEXT_SIZE, color=INK)
-        page.picture(columns[0], y, box, strip.images[0], color=FAINT, linewidth=2)
+        beside, middle = columns[0] - BESIDE_LABEL, y + box[1] / 2
+        page.rotated(beside, middle, strip.label, size=TEXT_SIZE, color=INK)
+        page.picture(columns[0], y, box, strip.images[0], **REFERENCE_FRAME)
         for turn, lines in enumerate(scores):
             x = columns[turn + 1]
             frame = strip.frame(turn, self.success_at)
             page.picture(x, y, box, strip.images[turn + 1], **frame)
             for i, (name, value, color) in enumerate(lines):
-                below = y + box[1] + 0.045 + i * line_height(SCORE_SIZE)
+                below = y + box[1] + OVER_SCORES + i * line_height(SCORE_SIZE)
                 page.text(x, below, [name], size=SCORE_SIZE, color=SOFT)
                 right = x + self.cell
                 page.text(right, below, [value], size=SCORE_SIZE, color=color, ha="right")
@@ -175,17 +182,17 @@ def _lay_out(blocks: list[_Block], title: str, legend: str) -> Figure:
     """Put blocks on a page, in two columns where they have room, under a title."""
     widest = max(block.width for block in blocks)
     columns = 2 if len(blocks) > 1 and 2 * widest + BLOCK_GAP + 2 * MARGIN <= WIDEST else 1
-    width = max(columns * (widest + BLOCK_GAP) - BLOCK_GAP, 4.23) + 2 * MARGIN
+    width = max(columns * (widest + BLOCK_GAP) - BLOCK_GAP, NARROWEST) + 2 * MARGIN
     heading = wrap(title, width - 2 * MARGIN, TITLE_SIZE)
     small = wrap(legend, width - 2 * MARGIN, SCORE_SIZE)
     rows = [blocks[i : i + columns] for i in range(0, len(blocks), columns)]
     heights = [max(block.height for block in row) for row in rows]
     top = MARGIN + line_height(TITLE_SIZE) * len(heading) + line_height(SCORE_SIZE) * len(small)
-    top += 0.2
+    top += UNDER_LEGEND
     gaps = BLOCK_GAP * (len(rows) - 1)
     page = Page(width, top + sum(heights) + gaps + MARGIN / 2)
-    page.text(MARGIN, MARGIN * 0.8, heading, size=TITLE_SIZE, color=INK)
-    under = MARGIN * 0.8 + line_height(TITLE_SIZE) * len(heading) + 0.03
+    page.text(MARGIN, ABOVE_TITLE, heading, size=TITLE_SIZE, color=INK)
+    under = ABOVE_TITLE + line_height(TITLE_SIZE) * len(heading) + UNDER_TITLE
     page.text(MARGIN, under, small, size=SCORE_SIZE, color=SOFT)
     for row, height in zip(rows, heights, strict=True):
         for i, block in enumerate(row):
@@ -214,7 +221,7 @@ def _shown(scores: TurnScores, row: int, turn: int) -> tuple[str, str]:
 
 def line_height(size: float) -> float:
     """From one line of text to the next, in inches."""
-    return LEADING * size / 72
+    return LEADING * size / POINTS
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
@@ -262,19 +269,13 @@ class Page:
     def text(self, x: float, y: float, lines: Sequence[str], *, size: float, **style: Any) -> None:
         """Write lines whose top is at y."""
         for i, line in enumerate(lines):
-            base = y + line_height(size) * i + 1.02 * size / 72
+            base = y + line_height(size) * i + BASELINE * size / POINTS
             self.figure.text(x / self.width, 1 - base / self.height, line, fontsize=size, **style)
 
     def rotated(self, x: float, y: float, text: str, *, size: float, color: str) -> None:
         """Write upwards, around a point."""
-        self.figure.text(
-            *(x / self.width, 1 - y / self.height, text),
-            fontsize=size,
-            color=color,
-            rotation=90,
-            ha="center",
-            va="center",
-        )
+        place = x / self.width, 1 - y / self.height
+        self.figure.text(*place, text, fontsize=size, color=color, **UPWARDS)
 
     def picture(
         self, x: float, y: float, size: tuple[float, float], image: Image.Image, **frame: Any
