@@ -28,7 +28,6 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow._text": {"escape_controls", "escape_markup", "parse_json"},
     # The end of a program whose scorer blocks.
     "mteditflow.rewards.transport.concurrency": {"ending_past_calls"},
-    "mteditflow._text": {"escape_controls", "escape_markup"},
     "mteditflow.rewards.command_line": {
         "AnswerTokens",
         "ChatTemplateKwargs",
