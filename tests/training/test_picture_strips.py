@@ -429,6 +429,9 @@ def test_chains_are_named_by_why_they_are_shown(compared):
 def test_the_title_tells_the_choice_and_the_draw(compared):
     (last,) = (i for i, x in enumerate(compared.texts) if x.get_text().startswith("Frames: "))
     title = " ".join(x.get_text() for x in compared.texts[:last])
+    ((_, top, _),) = texts(compared, compared.texts[last].get_text())
+    assert last > 1
+    assert top == pytest.approx(0.8 * MARGIN + line_height(TITLE_SIZE) * last + 0.03)
     drawn = "Then 1 drawn at random (seed 0) of the others."
     assert title == f"{risen_and_fallen(*pair(), count=4).how} {drawn}"
     assert "(a score of 2 or more)" in " ".join(x.get_text() for x in compared.texts)
