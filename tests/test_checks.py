@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mteditflow import _checks as checks
+from tests.loops import some
 
 NAN, INF = math.nan, math.inf
 
@@ -330,7 +331,7 @@ def test_tensors_in_a_list_are_stacked_with_their_gradient():
 def test_booleans_are_no_scores_of_another_scale():
     message = exactly("l: expected scores in 1..5, got booleans, which are 0 and 1")
     booleans = (True, np.True_, [[5, True]], np.array([True]), torch.tensor([True]))
-    for x in booleans:
+    for x in some(booleans):
         with pytest.raises(TypeError, match=message):
             checks.check_no_booleans("l", x, "scores in 1..5")
     checks.check_no_booleans("l", [[5, 1.0], (torch.ones(1), np.ones(1))], "scores in 1..5")

@@ -148,10 +148,10 @@ def blocking(monkeypatch):
     call = Blocking()
     yield call
     call.let_go.set()
-    for thread in threading.enumerate():
-        if thread.name == concurrency.THREAD:
-            thread.join(30)
-            assert not thread.is_alive()
+    left = [thread for thread in threading.enumerate() if thread.name == concurrency.THREAD]
+    for thread in left:
+        thread.join(30)
+    assert not [thread for thread in left if thread.is_alive()]
 
 
 @pytest.mark.parametrize("where", ["loop", "asyncio", "anyio"])
