@@ -549,14 +549,24 @@ def test_options_reach_every_question_of_the_report():
     assert asked["max_completion_tokens"] == report.usage.limit == 6616
 
 
-def test_one_log_probability_is_too_few_for_five_levels():
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"yes": 0.9}, "expected 20 log-probabilities of the first token, got 1"),
+        (None, "expected top_logprobs, got none"),
+    ],
+    ids=["one", "none"],
+)
+def test_one_log_probability_is_too_few_for_five_levels(given, said):
     def reply(request):
-        return with_logprobs({"yes": 0.9}) if request.get("logprobs") else honest(request)
+        if not request.get("logprobs"):
+            return honest(request)
+        return completion("yes") if given is None else with_logprobs(given)
 
     with ScriptedServer(reply) as server:
         [report] = anyio.run(inspect_endpoints, client(server))
     assert report.missing == ("log-probabilities",)
-    assert "expected 20 log-probabilities of the first token, got 1" in str(report)
+    assert said in str(report)
 
 
 def test_some_image_is_needed():

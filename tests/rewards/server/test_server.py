@@ -34,7 +34,7 @@ from mteditflow.rewards.server import Limits, create_app
 from mteditflow.rewards.server.__main__ import TOKEN_VARIABLE, read_token
 from mteditflow.rewards.server.__main__ import app as command_line
 from mteditflow.rewards.server.bodies import ReadToEnd
-from mteditflow.rewards.server.serving import check_host
+from mteditflow.rewards.server.serving import check_host, listen
 from tests.loops import some
 
 URL = "/v1/consistency"
@@ -549,10 +549,20 @@ def test_the_documented_example_is_served(client):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
 def test_other_machines_are_served_only_with_a_token(host, caplog):
-    with pytest.raises(ValueError, match="host: expected the loopback, or a token"):
+    with pytest.raises(ValueError, match=r"^host: expected the loopback, or a token") as refused:
         check_host(host, secured=False)
+    assert str(refused.value).endswith("; give one by MTEDITFLOW_TOKEN or --token-file")
     check_host(host, secured=True)
     assert "HTTP hides neither token nor images" in caplog.text
+
+
+@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", "AF_INET"), ("::1", "AF_INET6")])
+def test_an_address_is_listened_on_by_its_family(host, family):
+    with listen(host, 0) as listener:
+        assert listener.family.name == family
+        assert listener.getsockname()[0] == host
+        with pytest.raises(OSError, match=f"^{host}:{listener.getsockname()[1]}: cannot be "):
+            listen(host, listener.getsockname()[1])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
