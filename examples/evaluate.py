@@ -33,6 +33,7 @@ from mteditflow_examples.evaluating.options import (
 )
 from mteditflow_examples.evaluating.output import (
     CHAINS,
+    EVALUATION,
     Finished,
     Settings,
     naming_folders,
@@ -274,8 +275,8 @@ def compare(
     """Compare two runs chain by chain: differences with intervals, and who changed most."""
     with refusing_options():
         require_folder("--output", output)
-        if output.resolve() in (before.resolve(), after.resolve()):
-            raise ValueError(f"--output: expected another folder than those compared, got {output}")
+        if (output / EVALUATION).exists():
+            raise ValueError(f"--output: expected a folder without an evaluation, got {output}")
         runs = [Finished(folder) for folder in (before, after)]
         chains, left_out = _common(*runs)
         if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
@@ -312,6 +313,12 @@ def _common(before: Finished, after: Finished) -> tuple[list[Chain], dict[str, s
     if not chains:
         raise ValueError(
             f"expected chains that both runs scored, got none in {before.folder} and {after.folder}"
+        )
+    turns = {chain.id: chain.turns for chain in after.chains}
+    if other := [chain for chain in chains if turns[chain.id] != chain.turns]:
+        raise ValueError(
+            f"{after.folder}: expected as many turns as in {before.folder}, got "
+            f"{turns[other[0].id]} and {other[0].turns} for chain {other[0].id!r}"
         )
     types = {chain.id: chain.task_types for chain in after.chains}
     if other := [chain.id for chain in chains if types[chain.id] != chain.task_types]:

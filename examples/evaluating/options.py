@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -36,10 +37,14 @@ def _by_option(message: str) -> str:
     Example:
         >>> _by_option("rewards.scorer: expected module:name, got 'x'")
         "--scorer: expected module:name, got 'x'"
+        >>> _by_option("rewards.scorer: expected a scale, such as mteditflow.rewards.LIKERT")
+        '--scorer: expected a scale, such as mteditflow.rewards.LIKERT'
     """
     for field, option in OPTIONS.items():
         message = message.replace(field, option)
-    return message.replace("rewards.", "--") if message.startswith(("rewards.", "--")) else message
+    if not message.startswith(("rewards.", "--")):
+        return message
+    return re.sub(r"(?<![\w.])rewards\.", "--", message)  # not those of a module
 
 
 def refuse_ignored(context: Context, other: str, names: tuple[str, ...]) -> None:

@@ -29,6 +29,7 @@ from mteditflow.evaluation.tables import (
 from .images import ByRow, MadeImages
 
 SETTINGS, EVALUATION, CHAINS = "settings.json", "evaluation.json", "chains.jsonl"
+REPORT = "report.json"
 
 
 class Settings(BaseModel):
@@ -67,6 +68,8 @@ class Settings(BaseModel):
         """
         fix = "choose another --output"
         if not (folder / SETTINGS).exists():
+            if (folder / REPORT).exists() and not (folder / EVALUATION).exists():
+                raise ValueError(f"{folder} holds the report of a comparison: {fix}")
             if (folder / EVALUATION).exists():
                 raise ValueError(
                     f"{folder} holds {EVALUATION} without {SETTINGS}, so an evaluation by an "
@@ -108,10 +111,12 @@ class Finished:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / SETTINGS).is_file():
+            raise ValueError(f"expected the folder of an evaluation, got {folder}")
         self.folder, settings = folder, Settings.read(folder)
         self.evaluation = Evaluation.read(folder / EVALUATION)
         self.chains = read_chains(folder / CHAINS, allow_outside=True).chains
-        self.report = _report(folder / "report.json")
+        self.report = _report(folder / REPORT)
         images = folder / settings.images  # absolute, if they were made elsewhere
         self.images = MadeImages(images, settings.resolution)
 
@@ -157,7 +162,7 @@ def report_files(
         "gallery.html": page.encode(),
         "report.csv": as_csv(report).encode(),
         "report.md": markdown(report, pictures=["report.png"]).encode(),
-        "report.json": report.model_dump_json(indent=1).encode(),
+        REPORT: report.model_dump_json(indent=1).encode(),
     }
 
 

@@ -234,8 +234,11 @@ def check_comparable(before: Evaluation, after: Evaluation, *, across_judges: bo
     if not across_judges:
         judges = (x.provenance.judged_by for x in (before, after))
         require_same_judge(*judges, known=False)
-    fields = ("chain_ids", "instructions", "names", "success_at")
-    for name in fields[: 3 if across_judges else 4]:  # a threshold is of a judge's scale
+    terms = [sorted(x.terms) for x in (before, after)]
+    if terms[0] != terms[1]:  # whatever the judge: there is nothing to subtract
+        raise ValueError(f"after: expected the terms {terms[0]} of before, got {terms[1]}")
+    fields = ("chain_ids", "instructions", "success_at")
+    for name in fields[: 2 if across_judges else 3]:  # a threshold is of a judge's scale
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             raise ValueError(f"after: expected the {name} of before, got others")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mteditflow.chains import TASK_TYPES, Chain
-from mteditflow.evaluation.evaluation import CONSISTENCY, Evaluation, outcomes
+from mteditflow.evaluation.evaluation import CONSISTENCY, PARTS, Evaluation, outcomes
 from mteditflow.evaluation.intervals import METRICS, OVERALL, interval_of
 from mteditflow.evaluation.provenance import Provenance
 from mteditflow.metrics import (
@@ -204,6 +204,8 @@ def _notes(evaluation: Evaluation, edit_types: Sequence[str]) -> Iterator[str]:
         yield f"Chains behind the parts of CC (corpus average), by turn: {', '.join(counts)}."
     elif CONSISTENCY in evaluation.terms:
         yield "One consistency score per turn: corpus and per-sample average are the same."
+    elif set(PARTS) & set(evaluation.terms):
+        yield "No CC, no Overall: the scorer gives parts of consistency, and no consistency."
     if not edit_types:
         yield "The chains name no edit types."
 

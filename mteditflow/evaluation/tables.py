@@ -30,8 +30,8 @@ FEW = " *"  # marks an estimate over few cases
 FEW_NOTE = f"*: over fewer than {FEW_CASES} cases, so the interval is rough."
 INTERVALS = (
     "95% intervals over chains: Wilson's for IF and Marginal, Newcombe's for their paired "
-    "differences, bootstrap for the others. Where all chains are alike, that of CC is of a bounded "
-    "mean, and that of Overall of its parts."
+    "differences (not for a difference of two of those), bootstrap for the others. Where all "
+    "chains are alike, that of CC is of a bounded mean, and that of Overall of its parts."
 )
 NO_SPREAD = "none: all {} alike"
 NO_SPREAD_NOTE = (

@@ -120,10 +120,17 @@ def test_no_ratio_to_no_success_and_nothing_compared_without_chains():
     [
         (evaluation([[1], [1], [0]]), "chain_ids"),
         (evaluation([[1, 1], [0, 1]]), "instructions"),
-        (evaluation([[1], [0]], [[1], [1]]), "names"),
         (evaluation([[1], [0]], success_at=0.5), "success_at"),
     ],
 )
 def test_evaluations_of_other_chains_are_not_compared(other, name):
     with pytest.raises(ValueError, match=f"after: expected the {name} of before, got others"):
         compare(evaluation([[1], [0]]), other)
+
+
+def test_other_terms_are_named():
+    message = (
+        r"after: expected the terms \['following'\] of before, got \['consistency', 'following'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        compare(evaluation([[1], [0]]), evaluation([[1], [0]], [[1], [1]]))

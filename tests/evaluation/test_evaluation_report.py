@@ -233,6 +233,13 @@ def test_overall_takes_the_width_of_a_consistency_that_is_alike():
     assert number == pytest.approx([100 * 0.5**0.5, *(100 * x for x in ends)], abs=0.01)
 
 
+def test_parts_without_their_mean_give_no_cc_and_the_report_says_so():
+    found = evaluation([[1], [0]], object=[[0.5], [0.7]], background=[[0.5], [0.7]])
+    report = report_of(found, chains_of(found, [[ADD], [ADD]]), title="x", left_out={})
+    assert "content_consistency" not in {x.metric for x in report.estimates}
+    assert report.notes[0].startswith("No CC, no Overall: the scorer gives parts of consistency")
+
+
 def test_one_turn_has_no_fall():
     found = evaluation([[1], [0]], [[0.5], [0.7]])
     report = report_of(found, chains_of(found, [[ADD], [ADD]]), title="x", left_out={})

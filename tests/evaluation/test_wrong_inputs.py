@@ -129,6 +129,10 @@ def finished(root, few_resamples):
     path, types = root / "types" / "chains.jsonl", ("subject_add", "color_alter")
     chains = read_chains(path, allow_outside=True).chains
     write_chains([x.model_copy(update={"task_types": types}) for x in chains], path)
+    shutil.copytree(root / "one", root / "first_turns")
+    write_chains([x.first_turns(1) for x in chains], root / "first_turns" / "chains.jsonl")
+    (root / "compared").mkdir()
+    shutil.copy(root / "one" / "report.json", root / "compared")
     shutil.copytree(root / "one", root / "imageless")
     settings = (root / "imageless" / "settings.json").read_text()
     (root / "imageless" / "settings.json").write_text(settings.replace("world/made", "no"))
@@ -256,6 +260,7 @@ AGAIN = {
     "other chains": (EXACT, "holds an evaluation of chains = "),
     "other images": (EXACT, "holds an evaluation of images = "),
     "settings that were deleted": (EXACT, "holds evaluation.json without settings.json"),
+    "a comparison": (EXACT, "holds the report of a comparison: choose another --output"),
     "another resolution": ([*EXACT, "--resolution", "12"], "holds an evaluation of resolution"),
 }  # fmt: skip
 
@@ -265,16 +270,17 @@ def test_evaluate_run_into_a_folder_of_something_else(finished, tmp_path, case):
     more, message = AGAIN[case]
     chains = "ROOT/l.jsonl" if case == "other chains" else "ROOT/chains.jsonl"
     images = "ROOT/odd" if case == "other images" else "ROOT/made"
-    output = "ROOT/no_settings" if case == "settings that were deleted" else "ROOT/one"
+    others = {"settings that were deleted": "no_settings", "a comparison": "compared"}
+    output = f"ROOT/{others.get(case, 'one')}"
     where = ["run", chains, "--images", images, "--output", output]
     assert message in refused(evaluate.app, finished, tmp_path, [*where, *more])
 
 
 COMPARE = {
-    "no such folder": (["ROOT/nowhere", "ROOT/one"], "No such file"),
-    "a file for a folder": (["ROOT/empty", "ROOT/one"], "Not a directory"),
+    "no such folder": (["ROOT/nowhere", "ROOT/one"], "expected the folder of an evaluation"),
+    "a file for a folder": (["ROOT/empty", "ROOT/one"], "expected the folder of an evaluation"),
     "one folder": (["ROOT/one"], "Missing argument"),
-    "no settings": (["ROOT/one", "ROOT/no_settings"], "settings.json"),
+    "no settings": (["ROOT/one", "ROOT/no_settings"], "expected the folder of an evaluation"),
     "settings that are no JSON": (["ROOT/bad_settings", "ROOT/one"], "settings.json"),
     "settings without images": (["ROOT/one", "ROOT/no_images"], "images: expected this field"),
     "no scores": (["ROOT/one", "ROOT/no_scores"], "evaluation.json"),
@@ -293,7 +299,7 @@ COMPARE = {
         "success_at: expected 5",
     ),
     "scores off the scale": (["ROOT/off", "ROOT/one"], "whole scores in 1..5, got 7"),
-    "other terms": (["ROOT/one", "ROOT/terms"], "terms (after): after: expected the names of befo"),
+    "other terms": (["ROOT/one", "ROOT/terms"], "terms (after): after: expected the terms ["),
     "a cut file": (["ROOT/one", "ROOT/cut"], "evaluation.json: expected JSON, got"),
     "no images": (["ROOT/one", "ROOT/imageless"], "expected the image"),
     "the output is a file": (
@@ -301,7 +307,15 @@ COMPARE = {
         "--output: expected a folder, got the file",
     ),
     "other edit types": (["ROOT/one", "ROOT/types"], "types/chains.jsonl: expected the edit types"),
-    "the output is one of both": (["ROOT/one", "ROOT/one", "--output", "ROOT/one"], "another fold"),
+    "fewer turns": (["ROOT/one", "ROOT/first_turns"], "expected as many turns as in "),
+    "the output is one of both": (
+        ["ROOT/one", "ROOT/one", "--output", "ROOT/one"],
+        "--output: expected a folder without an evaluation",
+    ),
+    "the output is another run": (
+        ["ROOT/one", "ROOT/one", "--output", "ROOT/hasty"],
+        "--output: expected a folder without an evaluation",
+    ),
     "a negative number": (["ROOT/one", "ROOT/one", "--shown", "-1"], "Invalid value for '--shown'"),
 }
 
