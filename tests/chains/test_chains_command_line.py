@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from mteditflow.chains import (
     FORMATS,
     Chain,
+    Shared,
     read_chains,
     recognise,
     split_chains,
@@ -325,6 +326,15 @@ def test_a_bad_split_is_one_line_and_writes_nothing(arguments, message, tmp_path
 def test_the_function_behind_it_names_its_argument():
     with pytest.raises(ValueError, match=r"^held_out: expected"):
         split_chains([], held_out=0)
+    one = Chain(id="1", image="https://a.example/1.png", instructions=("Add a dog",))
+    for by in some(["image", "chain"]):
+        with pytest.raises(ValueError, match=f"of 1 with 1 different {by}s"):
+            split_chains([one], held_out=1, by=by)
+
+
+def test_what_is_shared_is_shown_up_to_three():
+    assert str(Shared(("a", "b", "c"), ())) == "3 chain ids (a, b, c)"
+    assert str(Shared(("a", "b", "c", "d"), ())) == "4 chain ids (a, b, c, ...)"
 
 
 def test_a_split_that_fails_half_way_leaves_both_files_and_names_one(pictured, monkeypatch):
