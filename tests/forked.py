@@ -37,7 +37,7 @@ class Forked(Process):
 
     @property
     def stdout(self) -> Forked:
-        """What its output is read from."""
+        """Stream of its output: itself."""
         return self
 
     def readline(self) -> str:

@@ -48,7 +48,7 @@ def installed(built, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(installed, tmp_path_factory):
-    """What the installed core does where nothing but its dependencies can be imported."""
+    """Output of the installed core where nothing but its dependencies can be imported."""
     folder = tmp_path_factory.mktemp("core")
     finished = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "core_alone.py"), str(folder / "t.safetensors")],

@@ -120,8 +120,9 @@ def _spans(rounds: Sequence[int]) -> str:
         >>> _spans([1, 2, 3, 7]), _spans([4])
         ('rounds 1 to 3, 7', 'round 4')
     """
-    starts = [n for n in rounds if n - 1 not in rounds]
-    ends = [n for n in rounds if n + 1 not in rounds]
+    known = set(rounds)
+    starts = [n for n in rounds if n - 1 not in known]
+    ends = [n for n in rounds if n + 1 not in known]
     parts = [f"{a} to {b}" if b > a else f"{a}" for a, b in zip(starts, ends, strict=True)]
     return f"round{'s' if len(rounds) > 1 else ''} {', '.join(parts)}"
 

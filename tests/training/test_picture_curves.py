@@ -79,7 +79,7 @@ def legend(axes):
 
 
 def color(artist):
-    """Of a line, of bands, or of spans, without its transparency."""
+    """Color of a line, of bands, or of spans, without its transparency."""
     shown = artist.get_color() if hasattr(artist, "get_color") else artist.get_facecolor()
     return to_hex(shown if isinstance(shown, str) else shown[0])
 
@@ -281,7 +281,7 @@ def numbers(axes):
 
 
 def test_of_two_numbers_at_a_turn_the_larger_stands_above(panels):
-    """Of equal ones the later; and none is written below the axis."""
+    """Equal numbers: the later stands above; and none is written below the axis."""
     shown = numbers(panels.marginal)
     assert shown[SOFT] == [(1, "20", "-"), (2, "45", "-"), (3, "82", "+"), (4, "22", "+")]
     assert shown[BLUE] == [(1, "82", "+"), (2, "45", "+"), (3, "64", "-"), (4, "10", "-")]
@@ -336,7 +336,7 @@ def test_no_invalid_rewards_are_said_in_words_where_a_share_is_known(known, word
 
 
 def test_phases_are_stacked_the_longest_below_and_what_belongs_to_none_on_top(panels):
-    """Of 239 s in twelve rounds: 72, 36, 11 and, on top, 120."""
+    """Seconds of twelve rounds, 239 in all: 72, 36, 11 and, on top, 120."""
     axes = panels.time
     assert legend(axes) == ["scoring 30%", "updating 15%", "sampling 5%", "other 50%"]
     # Colors go by the order of the names, which is the same in every picture of a run.

@@ -52,7 +52,7 @@ def strip(chain="c", words=("x",), level=0, size=(12, 12), label="", terms=None,
 
 
 def terms():
-    """Of two trajectories of three turns."""
+    """Two trajectories of three turns."""
     score = torch.tensor([[5.0, 3.0, nan], [2.0, 2.5, nan]])
     lost = {(0, 2): Lost(Fault.format, "no JSON", 1)}
     return {
@@ -114,7 +114,7 @@ def test_pictures_stand_in_rows_of_one_size_with_gaps(figure):
 
 
 def test_strips_are_as_far_apart_as_their_scores_need(figure):
-    """Under the third turn there are most lines: the loss of a score is told in some."""
+    """The third turn has the most lines below it: a lost score takes several."""
     _, top, _, height = boxes(figure).T
     with house_style():
         most = len(wrap(f"lost: {FAULT}", SMALL, SCORE_SIZE)) + 2 + lines_of_long_name()

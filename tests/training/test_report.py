@@ -108,7 +108,7 @@ def test_lost_and_invalid_shares_are_of_all_trajectories():
 
 
 def test_rounds_without_a_reward_are_counted_and_told():
-    """Of a reward that a round did not train on, as its weight was 0, there is no number."""
+    """A reward that a round did not train on, as its weight was 0, has no number."""
     lines = [{"reward/a": 0.5, "reward/[b]": nan}, {"reward/a": 1.0}, {"reward/[b]": nan}]
     report = run_report(*pair(), lines, config={}, seed=0)
     assert report["rounds_without_reward"] == {"[b]": 2}

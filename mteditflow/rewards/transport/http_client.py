@@ -228,7 +228,7 @@ def _status_failure(response: httpx2.Response) -> AttemptError:
 
 
 def _fault(status: int) -> Fault:
-    """What a status that is no answer says; a redirect is not followed: it could lose the body."""
+    """Return the fault of a status; a redirect is not followed, since it could lose the body."""
     if status >= 500:
         return Fault.server_error
     return Fault.redirected if status < 400 else STATUSES.get(status, Fault.rejected)
