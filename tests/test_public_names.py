@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     # Whether a folder holds a pipeline that can be trained, before it is loaded.
     "mteditflow.pipelines.families": {"find_family"},
     # Intervals where all chains are alike, ranges of scores, and what a scorer is checked with.
-    "mteditflow.evaluation.intervals": {"bounded_interval", "overall_interval"},
+    "mteditflow.evaluation.intervals": {"bounded_interval", "interval_of", "overall_interval"},
     "mteditflow.rewards.scale": {"COSINE", "SHARE"},
     "mteditflow.evaluation.evaluation": {"FOLLOWING", "check_consistency"},
     "mteditflow.evaluation.code_version": {"code_version"},

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from mteditflow import (
     Interval,
-    bootstrap_interval,
     content_consistency,
     instruction_following,
     marginal_success,
     overall,
     wilson_interval,
 )
-from mteditflow.evaluation.intervals import bounded_interval, overall_interval
+from mteditflow.evaluation.intervals import bounded_interval, interval_of, overall_interval
 from mteditflow.rewards import LIKERT, ConsistencyScores, TurnScores
 from mteditflow.rewards.scale import COSINE, SHARE
 
@@ -87,7 +86,7 @@ def overall_of(success: Tensor, *terms: Tensor) -> Tensor:
     return overall(of_valid(instruction_following)(success), content_consistency(*terms))
 
 
-def interval_of(measure: Measure) -> tuple[Interval, Tensor]:
+def interval_over_chains(measure: Measure) -> tuple[Interval, Tensor]:
     """Return the interval over chains, and where all chains are alike, boolean [N].
 
     That of a share of chains is Wilson's, that of others a bootstrap. Where this has no width, it
@@ -98,20 +97,17 @@ def interval_of(measure: Measure) -> tuple[Interval, Tensor]:
         successes = share.nan_to_num().double() * measure.chains
         interval = wilson_interval(successes.round(), measure.chains)
         return Interval(*(x.float() for x in interval)), (share == 0) | (share == 1)
-    seeded = torch.Generator().manual_seed(0)
-    found = bootstrap_interval(
-        measure.statistic, *measure.samples, generator=seeded, vectorized=True
-    )
+    found = interval_of(measure.statistic, measure.samples)
     if not measure.parts:
         return bounded_interval(found, measure.chains, measure.bounds)
-    (following, one), (consistency, other) = map(interval_of, measure.parts)
+    (following, one), (consistency, other) = map(interval_over_chains, measure.parts)
     return overall_interval(found, following, consistency, one | other), one | other
 
 
 def summarise(measure: Measure) -> dict[str, Any]:
     """Per turn: the estimate, its 95% interval, and how many chains have it."""
     unit = 100 if measure.percent else 1
-    interval, _ = interval_of(measure)
+    interval, _ = interval_over_chains(measure)
     estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
     return {
         "estimate": estimate,
