@@ -193,6 +193,9 @@ def test_a_scorer_of_the_current_folder_and_its_version(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [x for x in sys.path if x])
+    for name in ("own_scorer", "own_base", "own_helper"):  # forgotten afterward, so that it reruns
+        monkeypatch.setitem(sys.modules, name, sys)
+        monkeypatch.delitem(sys.modules, name)
     scorer = named_scorer("own_scorer:A")
     version = code_version(scorer)
     (tmp_path / "own_other.py").write_text("LEVEL = 2\n")
