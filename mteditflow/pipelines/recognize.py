@@ -227,6 +227,8 @@ def _nearest(arguments: Mapping[str, Any], sample: Tensor) -> str:
                 "scaled input)"
             )
             return f"{where}; its tensors are {held}"
+        if isinstance(x, Tensor) and x.shape[1:] == sample.shape[1:] and len(x) > 2 * len(sample):
+            return f"{name} has {len(x)} rows for {len(sample)}: guidance of more than two branches"
     sizes = {n: x.numel() for n, x in arguments.items() if isinstance(x, Tensor)}
     packed = [n for n, size in sizes.items() if size and size % sample.numel() == 0]
     told = f"{packed} may hold it in another layout" if packed else "none has its size"
@@ -270,24 +272,51 @@ CLOCKS: tuple[Clock, ...] = (
 )
 
 
-def find_time(arguments: Mapping[str, Any], timestep: Tensor) -> str:
-    """Name of the argument that some clock makes of the scheduler's ``timestep`` (0-d)."""
+def find_times(arguments: Mapping[str, Any], timestep: Tensor) -> list[str]:
+    """Names of the arguments that some clock makes of the scheduler's ``timestep`` (0-d).
+
+    A guidance scale of 1 may be among them; it does not change with the steps.
+    """
     found = [
         name
-        for name, argument in arguments.items()
-        if isinstance(argument, Tensor) and (argument.is_floating_point() or name == "timestep")
-        if argument.ndim < (3 if name == "timestep" else 2)  # per token in Wan 2.2 text-to-video
-        if any(bool((clock(timestep, argument.dtype) == argument).all()) for clock in CLOCKS)
+        for name, x in arguments.items()
+        if isinstance(x, Tensor) and x.numel() and (x.is_floating_point() or named_time(name))
+        if x.ndim < 2 or named_time(name)  # a time per token in Wan 2.2, per frame in Cosmos 2.5
+        if any(bool((clock(timestep, x.dtype) == x).all()) for clock in CLOCKS)
     ]
-    if "timestep" in found:
-        return "timestep"
-    if len(found) != 1:
+    if not found:
         raise ReplayError(
             "one argument of the transformer should hold the scheduler's timestep "
-            f"{timestep.item():g}, as it is, over 1000 or as 1 minus that, but "
-            + (f"several do: {found}" if found else f"none of {sorted(arguments)} does")
+            f"{timestep.item():g}, as it is, over 1000 or as 1 minus that, but none of "
+            f"{sorted(arguments)} does"
         )
-    return found[0]
+    return found
+
+
+def named_time(name: str) -> bool:
+    """Whether an argument is named like a flow time."""
+    return "time" in name or name in ("t", "sigma", "sigmas")
+
+
+class Time(NamedTuple):
+    """An argument that holds the flow time of each row.
+
+    Attributes:
+        name: of the argument.
+        dtype: its dtype.
+        axes: its shape behind the batch, such as (tokens,) for one time per token.
+        clock: the function from the scheduler's timestep to it.
+    """
+
+    name: str
+    dtype: torch.dtype
+    axes: tuple[int, ...]
+    clock: Clock
+
+    def argument(self, timestep: Tensor) -> Tensor:
+        """The argument of rows with these timesteps, [M]."""
+        time = self.clock(timestep, self.dtype)
+        return time.reshape(-1, *[1] * len(self.axes)).expand(-1, *self.axes)
 
 
 class Grid(NamedTuple):
@@ -334,13 +363,13 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
     return Grid(most, shift, tuple(zip(sigmas.tolist(), timesteps.tolist(), strict=True)))
 
 
-def find_clock(times: Tensor, timesteps: Tensor) -> Clock:
-    """The clock that makes every recorded time [S, ...] of the timesteps [S], exactly."""
+def find_time(name: str, times: Tensor, timesteps: Tensor) -> Time:
+    """The time whose clock makes what an argument held, [S, ...], of the timesteps [S], exactly."""
     rows = timesteps.reshape(-1, *[1] * (times.ndim - 1))
     for clock in CLOCKS:
         if bool((clock(rows, times.dtype) == times).all()):
-            return clock
+            return Time(name, times.dtype, tuple(times.shape[2:]), clock)
     raise ReplayError(
-        "the transformer's time is not a known function of sigma: at timesteps "
-        f"{timesteps.tolist()} it was given {times.flatten(1)[:, 0].tolist()}"
+        f"{name} is not a known function of sigma: at timesteps {timesteps.tolist()} it was given "
+        f"{times.reshape(len(times), -1)[:, 0].tolist()}"
     )
