@@ -324,24 +324,26 @@ class Grid(NamedTuple):
 
     They are ``sigma * timesteps`` but where a pipeline shifts its sigmas and not its timesteps
     (CogView4): there ``sigma = shift * u / (1 + (shift - 1) * u)`` for
-    ``u = timestep / timesteps``, and the timesteps of the recorded sigmas are kept as they are.
+    ``u = timestep / timesteps``; or where it counts them from data (Mochi):
+    ``(1 - sigma) * timesteps``. Both keep the timesteps of the recorded sigmas as they are.
 
     Attributes:
-        timesteps: the timestep of sigma = 1, 1000 in all known pipelines.
+        timesteps: the timestep of sigma = 1, 1000 in nearly all pipelines.
         shift: of sigmas against timesteps; 1 where they are the same.
+        from_data: whether timesteps rise with the steps.
         known: pairs of sigma and timestep that differ from the formula's, by rounding.
     """
 
     timesteps: int
     shift: float = 1.0
+    from_data: bool = False
     known: tuple[tuple[float, float], ...] = ()
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Timesteps of flow times, float32."""
         sigma = sigma.float()
-        if self.shift == 1:
-            return sigma * self.timesteps
-        timestep = sigma / (self.shift - (self.shift - 1) * sigma) * self.timesteps
+        share = sigma / (self.shift - (self.shift - 1) * sigma)
+        timestep = (1 - share if self.from_data else share) * self.timesteps
         for at, exact in self.known:
             timestep = torch.where(sigma == at, exact, timestep)
         return timestep
@@ -351,7 +353,10 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
     """The grid of a turn's steps, [S] each, on the CPU; ``most`` is the timestep of sigma 1."""
     if torch.equal(sigmas * most, timesteps):
         return Grid(most)
+    known = tuple(zip(sigmas.tolist(), timesteps.tolist(), strict=True))
     sigma, u = sigmas.double(), timesteps.double() / most
+    if (1 - u - sigma).abs().max() <= 1e-6:
+        return Grid(most, from_data=True, known=known)
     inner = int((sigma - 0.5).abs().argmin())
     s, t = sigma[inner].item(), u[inner].item()
     shift = s * (1 - t) / (t * (1 - s)) if 0 < s < 1 and t > 0 else 1.0
@@ -360,7 +365,7 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
             "the scheduler's timesteps are no known function of its sigmas: at sigmas "
             f"{sigmas.tolist()} they are {timesteps.tolist()}"
         )
-    return Grid(most, shift, tuple(zip(sigmas.tolist(), timesteps.tolist(), strict=True)))
+    return Grid(most, shift, known=known)
 
 
 def find_time(name: str, times: Tensor, timesteps: Tensor) -> Time:
