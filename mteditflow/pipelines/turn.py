@@ -69,11 +69,14 @@ class Repeated:
     times: dict[str, list[Tensor]]
 
     @classmethod
-    def of(cls, call: Call, sample: Tensor, timestep: Tensor) -> Repeated:
+    def of(cls, call: Call, sample: Tensor, timestep: Tensor, velocity: Tensor) -> Repeated:
         """Recognise a call of a first step."""
         place = find_sample(call.arguments, sample)
-        parts = place.split(call.arguments[place.name], repeat_rows(sample, place.copies))
+        rows = repeat_rows(sample, place.copies)
+        parts = place.split(call.arguments[place.name], rows)
         assert parts is not None
+        if call.module is None:
+            place = place.with_output(call.output[0], rows, velocity)
         constants = {k: v for k, v in call.arguments.items() if k != place.name}
         times = find_times(call.arguments, timestep)
         return cls(call.module, place, constants, parts[1], {name: [] for name in times})
@@ -123,8 +126,8 @@ class Pattern:
     ends: list[tuple[Step, Tensor]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, first: int, calls: Sequence[Call], sample: Tensor, timestep: Tensor) -> Pattern:
-        """Recognise the calls of a first step."""
+    def of(cls, first: int, calls: Sequence[Call], *step: Tensor) -> Pattern:
+        """Recognise the calls of a first step, by its sample, timestep and velocity."""
         own = [call for call in calls if call.module is None]
         if not own:
             raise ReplayError(
@@ -137,7 +140,7 @@ class Pattern:
                 "expected one call of the transformer per step, or two under classifier-free "
                 f"guidance, got {len(own)}; `model` chooses which module is recorded"
             )
-        pattern = cls(first, [Repeated.of(call, sample, timestep) for call in calls])
+        pattern = cls(first, [Repeated.of(call, *step) for call in calls])
         one, other = pattern.branches[0], pattern.branches[-1]
         if other.place != one.place:
             raise ReplayError(
@@ -281,7 +284,7 @@ class Turn:
         calls = _linked(calls)
         pattern = self.patterns[-1] if self.patterns else None
         if pattern is None or not pattern.fits(calls, step.x_t):
-            pattern = Pattern.of(number, calls, step.x_t, timestep)
+            pattern = Pattern.of(number, calls, step.x_t, timestep, velocity)
             self.patterns.append(pattern)
             self._constants += _versions([call.constants for call in pattern.calls])
         outputs: list[Tensor] = []

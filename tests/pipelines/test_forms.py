@@ -256,8 +256,12 @@ def test_a_sample_is_found_in_any_place_and_put_there_again(argument, told, copi
     again = place.join(rows, rest)
     assert type(again) is type(held)
     assert all(torch.equal(one, other) for one, other in zip(some(again), held, strict=True))
-    assert torch.equal(place.velocity(held, rows), rows)
-    assert torch.equal(place.velocity(torch.cat([rows, rows + 1], dim=1), rows), rows)
+    more = torch.randn_like(rows)
+    for output in (held, rows, torch.cat([more, rows], dim=1), torch.cat([rows, more], dim=3)):
+        seen = place.with_output(output, rows, -sample)  # pipelines may turn the velocity round
+        assert torch.equal(seen.velocity(output, rows), rows)
+    with pytest.raises(ReplayError, match="of which no part has the shape of the sample"):
+        place.with_output(rows[..., :2], rows, sample).velocity(rows[..., :2], rows)
     assert place.split(argument(torch.cat([rows, rows])), rows) is None
 
 
