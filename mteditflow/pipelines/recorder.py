@@ -233,9 +233,10 @@ class Recorder:
 
     def started(self, sigmas: Tensor, timesteps: Tensor) -> None:
         """Called by the scheduler: a pipeline call begins."""
+        begun = self._turn is not None and not self._turn.steps  # a later beginning of one grid
         self._check_finished()
         _check_repeatable(self._model)
-        self._calls = []
+        self._calls = self._calls if begun else []
         self._turn = Turn(
             sigmas,
             timesteps,

@@ -300,7 +300,8 @@ class Turn:
                 changed = (step.x_t != returned.to(step.x_t.dtype)).any()
                 self._changes.append(changed)
         self._states += _versions([{"latents": step.next_x}])
-        pattern.ends = [*pattern.ends[:1], (step, velocity)]
+        # A copy, because pipelines may write what a step returns into what it was given.
+        pattern.ends = [*pattern.ends[:1], (step._replace(x_t=step.x_t.clone()), velocity)]
 
     def _compare(self, one: Repeated, call: Call, rows: Tensor) -> None:
         """Compare a call with the pattern's."""
