@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import cProfile
+import inspect
+import pstats
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -36,7 +39,12 @@ once, plain and recorded. `plain` is the pipeline with its own deterministic sch
 the cost of recording alone. Calls take turns in {rounds} rounds, in an order drawn anew each time;
 a ratio is the median of the ratios within a round with its bootstrap interval, whose upper end is
 held against the limit. With `verify` one row of the first turn is replayed: one more forward pass,
-for which 1 / {steps} is added to the limit."""
+for which 1 / {steps} is added to the limit.
+
+Ratios of whole calls carry the noise of the machine. The last rows do not: profiles of recorded
+calls, over the same calls less the time in frames of the recorder with all that they call, and
+less those of its scheduler too, whose steps draw noise and compute log-probs. A profiler slows
+Python down more than kernels, so that both are upper bounds."""
 Seconds = dict[str, dict[str, list[float]]]
 
 
@@ -138,7 +146,44 @@ def compare(calls: Calls, *, steps: int, rounds: int) -> list[list[Any]]:
         counts = f"{forwards[base]} + {extra}"
         rows.append([base, way == "verified", clock, *cells, report.met(high, limit), counts])
         print(*rows[-1], flush=True)
+    for row in profiled(ways["recorded"], rounds=rounds, steps=steps):
+        rows.append(row)
+        print(*row, flush=True)
     return rows
+
+
+def profiled(recorded: Callable[[], None], *, rounds: int, steps: int) -> list[list[Any]]:
+    """Rows of the table: a recorded call over the same call less some of its frames."""
+    parts = {
+        "less recorder": [inspect.getfile(Recorder)],
+        "less recorder, SDE": [inspect.getfile(Recorder), inspect.getfile(FlowMatchSDEScheduler)],
+    }
+    whole: list[float] = []
+    rest: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(rounds):
+        profile = cProfile.Profile(time.process_time)
+        profile.runcall(recorded)
+        frames = {name: frames_of(profile, files) for name, files in parts.items()}
+        whole.append(next(iter(frames.values()))[0])
+        for name, (total, inside) in frames.items():
+            rest[name].append(total - inside)
+    rows: list[list[Any]] = []
+    for name, without in rest.items():
+        low, ratio, high = measure.median_interval(whole, without)
+        cells = [statistics.median(without), f"{ratio:.4f}", f"{low:.4f}..{high:.4f}", LIMIT]
+        rows.append([name, False, "CPU, profiled", *cells, report.met(high, LIMIT), f"{steps} + 0"])
+    return rows
+
+
+def frames_of(profile: cProfile.Profile, files: Sequence[str]) -> tuple[float, float]:
+    """Seconds of all frames, and of those of some files with all that they call."""
+    total, inside = 0.0, 0.0
+    stats: dict[Any, Any] = vars(pstats.Stats(profile))["stats"]
+    for (path, *_), (_, _, own, _, callers) in stats.items():
+        total += own
+        if path in files:
+            inside += sum(times[3] for (by, *_), times in callers.items() if by not in files)
+    return total, inside
 
 
 def main() -> None:
