@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from bases import gradients_of, policies_on, replayed
+from bases import SOLVER, gradients_of, policies_on, replayed
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
 from tiny import roll_out
@@ -100,7 +100,7 @@ def test_a_rollout_under_offload_to_disk_is_the_plain_one(kontext, tmp_path):
 def test_gradients_under_group_offload_to_disk_are_refused(kontext, tmp_path):
     """diffusers empties weights after the forward pass; the backward pass would read garbage."""
     policies = policies_on(kontext)
-    rollout = roll_out(kontext, turns=1)
+    rollout = roll_out(kontext, SOLVER, turns=1)
     offload(
         kontext,
         offload_type="block_level",
