@@ -13,6 +13,9 @@ INSTALLED := $(VENV)/.installed
 # fails to import, and everything that looks for it would fail with it.
 SERVING := $(VENV)/serving
 TORCHVISION := torchvision==0.28.0
+# What make bases alone needs: diffusers and peft import both where they find them, slowly and with warnings.
+QUANTIZED := $(VENV)/quantized
+QUANTIZERS := bitsandbytes==0.50.2 torchao==0.18.0
 QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/test_old_policy.py \
 	tests/testing/test_laws_of_ours.py tests/test_diagnostics.py tests/test_metrics.py tests/test_checks.py tests/test_reduce.py
 # The models are tiny: threads beyond the cores only get in each other's way.
@@ -20,7 +23,7 @@ WORKERS ?= 2
 WING ?= rewards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types layers api pytest laws support evidence findings objectives lost-rewards benchmark soak kills mutation mutation-of clean
+.PHONY: help demo quick test lint types layers api pytest laws support evidence findings objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
@@ -36,6 +39,7 @@ help:
 	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
 	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
 	@echo "make kills         the trainer killed at many random moments, and compared with runs that were not"
+	@echo "make bases         training on quantized and compiled base models, with packages that it installs"
 	@echo "make mutation      mutation testing of the core"
 	@echo "make mutation-of   the same of 100 mutants of a wing (WING=rewards, SEED=0)"
 
@@ -56,7 +60,7 @@ quick: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly --numprocesses $(WORKERS) \
-		-m "not long and not slow and not compile" $(QUICK)
+		-m "not long and not bases and not slow and not compile" $(QUICK)
 
 test: lint types layers api pytest
 
@@ -74,7 +78,7 @@ api: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -W -n -E -b html docs/api build/api
 
 pytest: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10 -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10 -m "not long and not bases"
 
 laws: $(INSTALLED)
 	MTEDITFLOW_LAWS=thousands HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly \
@@ -84,6 +88,13 @@ kills: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m long
 	$(BIN)/python -m tests.flux.killing --objective nft --kills 20 --seed 0
 	$(BIN)/python -m tests.flux.killing --objective grpo --kills 20 --seed 0
+
+$(QUANTIZED)/.installed: Makefile | $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(QUANTIZED) $(QUANTIZERS)
+	@touch $@
+
+bases: $(INSTALLED) $(QUANTIZED)/.installed
+	PYTHONPATH=$(QUANTIZED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m bases tests/pipelines
 
 evidence: $(INSTALLED)
 	$(BIN)/python examples/evidence.py
@@ -104,6 +115,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.trainer
 	$(BIN)/python -m benchmarks.judge_client
+	$(BIN)/python -m benchmarks.recording
 
 soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.consistency_server
