@@ -360,14 +360,19 @@ class Recorder:
         )
 
 
+_PROBABILITIES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "attention_dropout")
+
+
 def _check_repeatable(model: nn.Module) -> None:
-    """Raise if a module gives other outputs for the same inputs, at whatever precision."""
+    """Raise if a module draws, or looks at the rest of the batch, at whatever precision."""
     for name, module in model.named_modules():
-        drops = isinstance(module, _DropoutNd) and module.p > 0
-        if module.training and (drops or isinstance(module, _BatchNorm)):
+        names = ("p", *_PROBABILITIES) if isinstance(module, _DropoutNd) else _PROBABILITIES
+        held = [vars(module).get(n) for n in names]
+        draws = any(isinstance(p, (int, float)) and p > 0 for p in held)
+        if module.training and (draws or isinstance(module, _BatchNorm)):
             raise ReplayError(
-                f"model: {name} is a {type(module).__name__} in training mode, whose outputs are "
-                "not those of a replay; call model.eval() before sampling"
+                "model: expected no dropout or batch norm in training mode, got "
+                f"{name} ({type(module).__name__}); call model.eval() before sampling"
             )
 
 

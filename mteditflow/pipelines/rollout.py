@@ -101,7 +101,7 @@ class Rollout:
 
         Raises:
             ValueError: shapes differ, there is no row, sigma lies outside [0, 1], a turn is none of
-                its trajectory, or the model has an enabled cache.
+                its trajectory, or the model has an enabled cache, or group offload under gradients.
             IndexError: an index is out of range.
             TypeError: ``x_t`` or ``sigma`` is not floating point.
 
@@ -131,6 +131,11 @@ class Rollout:
             raise ValueError(
                 "model: expected one without an enabled cache, whose outputs depend on the calls "
                 "before; call disable_cache() after sampling"
+            )
+        if torch.is_grad_enabled() and _group_offloaded(model):
+            raise ValueError(
+                "model: expected weights that stay until the backward pass, but group offload "
+                "takes them away after each forward pass; sample under it, and train without"
             )
         records = [self.conditioning[call] for call in calls.tolist()]
         several = any(len(record.stages) > 1 for record in self.conditioning)
@@ -288,6 +293,19 @@ class RolloutVelocity:
 def caches(model: nn.Module) -> bool:
     """Whether a cache of diffusers is enabled on a model."""
     return bool(getattr(model, "is_cache_enabled", False))
+
+
+def _group_offloaded(model: nn.Module) -> bool:
+    """Whether diffusers moves groups of a model's weights to another device, or to files."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        group = getattr(hook, "group", None)
+        if group is not None and (
+            group.offload_to_disk_path or group.offload_device != group.onload_device
+        ):
+            return True
+    return False
 
 
 def _compact(

@@ -96,7 +96,6 @@ def test_a_rollout_under_offload_to_disk_is_the_plain_one(kontext, tmp_path):
     assert torch.equal(roll_out(kontext, turns=1).trajectory.latents, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="Rollout.velocity does not refuse it yet")
 def test_gradients_under_group_offload_to_disk_are_refused(kontext, tmp_path):
     """diffusers empties weights after the forward pass; the backward pass would read garbage."""
     policies = policies_on(kontext)
