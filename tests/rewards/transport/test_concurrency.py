@@ -1,7 +1,6 @@
 """A synchronous trainer and asynchronous rewards, at the same time."""
 
 import asyncio
-import io
 import logging
 import os
 import sys
@@ -198,8 +197,9 @@ def test_a_call_that_blocks_is_left_behind(
 
 def test_a_closed_stream_changes_no_exit_code(blocking, monkeypatch):
     """As of a program whose output nobody reads any more."""
-    codes, closed = [], io.StringIO()
-    closed.close()
+    codes = []
+    with open(os.devnull, "w") as closed:
+        pass
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(logging, "shutdown", lambda: None)
     with ending_past_calls(), suppress(EOFError), Background() as background:
