@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,9 +110,9 @@ def test_refuses_names_that_are_no_file_names(checkpoints, stem):
 def test_refuses_what_cannot_be_stored_before_writing(checkpoints):
     with pytest.raises(TypeError, match="JSON"):
         checkpoints.save(0, {}, {"x": torch.ones(1)})
-    with pytest.raises(ValueError, match="score"):
+    with pytest.raises(ValueError, match=r"^score: expected"):
         checkpoints.save(0, {}, {}, score=float("nan"))
-    with pytest.raises(ValueError, match="round"):
+    with pytest.raises(ValueError, match=r"^round: expected"):
         checkpoints.save(-1, {}, {})
     assert not checkpoints.folder.exists()
 
@@ -156,6 +157,36 @@ def test_a_run_resumed_from_an_older_round_goes_on_from_there(tmp_path):
     assert checkpoints.latest().round == 11
     save(checkpoints, 12)
     assert names(checkpoints) == ["round-000011", "round-000012"]
+
+
+@pytest.mark.parametrize(("back_to", "given_up"), [(10, [11, 20]), (20, [11]), (11, [20])])
+def test_going_back_sets_aside_what_was_saved_later_and_later_rounds(
+    checkpoints, back_to, given_up
+):
+    """Round 11 was saved last: it is newer than round 20, and of an earlier round."""
+    for number in (10, 20, 11):
+        save(checkpoints, number)
+    found = checkpoints.find(checkpoints.folder / f"round-{back_to:06d}")
+    aside = checkpoints.set_aside_after(found)
+    assert [path.name for path in aside] == [f"aside-1-round-{n:06d}" for n in given_up]
+    assert [checkpoints.find(path).round for path in aside] == given_up  # whole, and still there
+    assert latest_without_warning(checkpoints).round == back_to
+    assert checkpoints.set_aside_after(found) == []
+    with pytest.raises(ValueError, match=r"^checkpoint: expected one of .*, not set aside, got"):
+        checkpoints.set_aside_after(checkpoints.find(aside[0]))
+
+
+def test_of_two_of_one_round_the_one_saved_later_is_set_aside(checkpoints, tmp_path):
+    """A kill between the two renames of a save leaves the replaced one beside the new one."""
+    path = save(checkpoints, 1)
+    shutil.copytree(path, tmp_path / "replaced")
+    save(checkpoints, 1)
+    replaced = path.with_name(".replaced-round-000001")
+    (tmp_path / "replaced").rename(replaced)
+    assert checkpoints.set_aside_after(checkpoints.find(path)) == []
+    (aside,) = checkpoints.set_aside_after(checkpoints.find(replaced))
+    assert aside.name == "aside-1-round-000001"
+    assert latest_without_warning(checkpoints).path == replaced
 
 
 # Damage.

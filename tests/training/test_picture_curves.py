@@ -248,7 +248,6 @@ def test_rounds_are_whole_numbers(panels, single):
 def test_turns_compare_the_first_evaluation_with_the_last(panels, evaluations, name):
     axes = getattr(panels, name)
     assert legend(axes) == ["round 0", "round 12"]
-    assert axes.get_xlabel() == "turn"
     assert list(axes.get_xticks()) == [1, 2, 3, 4]
     beside = 3 * curves.BESIDE_TURNS["x"]  # so that numbers at the ends are whole
     assert axes.get_xlim() == pytest.approx((1 - beside, 4 + beside))
@@ -268,6 +267,7 @@ def test_turns_compare_the_first_evaluation_with_the_last(panels, evaluations, n
 
 def numbers(axes):
     """(turn, words, above or below) of the numbers of each color."""
+    assert axes.get_xlabel() == "turn"
     found = {SOFT: [], BLUE: []}
     for text in some(axes.texts):
         assert text.get_ha() == "center"

@@ -47,9 +47,18 @@ def test_a_column_is_a_reward_with_its_groups_below(figure, panels):
     assert (width, height) == (pytest.approx(3 * histograms.WIDTH), histograms.HEIGHT)
 
 
-def test_one_reward_has_room_for_a_title():
-    figure = draw_histograms({"x": Signal([1.0], [True])}, torch.tensor([0]), title="")
+def test_one_reward_has_room_for_a_title_and_stands_in_its_color_over_its_groups():
+    value = torch.tensor([0.75, 0.25, 0.0, 0.0])
+    reward = {"consistency": Signal(value, value >= 0)}
+    figure = draw_histograms(reward, torch.tensor([0, 0, 1, 1]), title="")
     assert figure.get_size_inches()[0] == histograms.LEAST_WIDTH > histograms.WIDTH
+    above, below = figure.axes
+    assert {to_hex(bar.get_facecolor()) for bar in above.patches} == {AMBER}
+    *members, _ = below.lines
+    drawn = [(list(x.get_xdata()), list(x.get_ydata()), x.get_color()) for x in members]
+    assert drawn == [([1, 1], [0, 0], AMBER), ([2, 2], [0.75, 0.25], AMBER)]
+    spans = [segment.tolist() for bars in below.collections for segment in bars.get_segments()]
+    assert spans == [[[1, 0], [1, 0]], [[2, 0.25], [2, 0.75]]]
 
 
 def test_titles_give_means_and_count_lost_and_unmeasured_apart(panels):

@@ -1,5 +1,7 @@
 """Strips: which picture, word and score stands where, in which color and frame."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -342,8 +344,9 @@ def test_pictures_keep_their_shape_up_to_twice_their_width(size, cell, ratio):
     assert height == pytest.approx(cell * ratio)
 
 
-def test_the_tallest_and_the_largest_picture_make_the_room_of_all():
+def test_the_tallest_and_the_largest_reference_make_the_room_of_all():
     flat, tall = strip("a", size=(128, 64)), strip("a", size=(64, 64))
+    tall = replace(tall, images=[tall.images[0], gray(1, (64, 32))])
     _, _, width, height = boxes(draw_strips([flat, tall], success_at=5, title="t")).T
     assert width == pytest.approx(LARGE)
     assert height == pytest.approx(LARGE)
@@ -352,6 +355,8 @@ def test_the_tallest_and_the_largest_picture_make_the_room_of_all():
 def test_a_strip_without_label_starts_at_the_margin_and_one_label_moves_all():
     figure = draw_strips([strip("a"), strip("a", label="z")], success_at=5, title="t")
     assert boxes(figure)[[0, 2], 0] == pytest.approx(MARGIN + LABEL)
+    ((_, _, label),) = texts(figure, "z")
+    assert look(label) == (INK, "center", TEXT_SIZE)
     figure = draw_strips([strip("a"), strip("a")], success_at=5, title="t")
     assert boxes(figure)[[0, 2], 0] == pytest.approx(MARGIN)
 
@@ -447,14 +452,14 @@ def test_without_others_no_draw_is_told():
 
 def test_of_equal_changes_the_first_are_taken_and_two_at_random_by_default():
     before, after = evaluation([[0]] * 8), evaluation([[1]] * 8, after=3)
-    assert risen_and_fallen(before, after, count=3).rows == [0, 1, 2]
-    before, after = after, before
+    assert risen_and_fallen(after, before, count=3).rows == [0, 1, 2]
     assert risen_and_fallen(before, after, count=3).rows == [0, 1, 2]
     shown = [[gray(0)] * 2] * 8
     figure = draw_before_after(before, after, shown, shown)
     drawn = random_rows(before, after, count=2, seed=0, without=[0, 1, 2, 3])
-    names = [x.get_text() for x in figure.texts if x.get_text().startswith("at random")]
-    assert names == [f"at random: chain c{row}" for row in drawn]
+    names = [x.get_text() for x in figure.texts if ": chain c" in x.get_text()]
+    gained = [f"gained: chain c{row}" for row in range(4)]  # by one turn, the least there is
+    assert names == [*gained, *(f"at random: chain c{row}" for row in drawn)]
 
 
 def test_draws_differ_by_their_seed():

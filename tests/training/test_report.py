@@ -52,7 +52,9 @@ def test_golden_report(tmp_path):
     before, after = pair()
     metrics = [line for line in METRICS if line.get("seconds/a") == 3.0]
     write_report(tmp_path, run_report(before, after, metrics, config=CONFIG, seed=7))
-    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    text = (tmp_path / "report.json").read_text()
+    report = json.loads(text, parse_constant=pytest.fail)
+    assert text == json.dumps(report, indent=2) + "\n"  # a line for each value: people read it
     assert (report["seed"], report["rounds"], report["held_out_chains"]) == (7, 2, 3)
     assert report["config"] == {
         "learning_rate": 1e-5,
@@ -144,6 +146,10 @@ def test_the_table_has_a_line_before_and_after_for_each_metric(report, tmp_path)
         (tmp_path / name).touch()
     text = printed(report, tmp_path)
     rows = [[x.strip() for x in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    (head,) = (
+        [x.strip() for x in line.split("┃")[1:-1]] for line in text.splitlines() if "┃" in line
+    )
+    assert head == ["", "", "turn 1", "turn 2"]
     table, name = {}, ""
     for title, when, *cells in rows:
         name = title or name

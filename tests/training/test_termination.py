@@ -5,6 +5,8 @@ import signal
 import threading
 
 import pytest
+import torch
+from torch import distributed as dist
 
 from mteditflow.training import Termination
 
@@ -36,6 +38,17 @@ def test_other_signals_are_noted_again_and_again():
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.raise_signal(number)
         assert termination.signal == "SIGTERM"
+
+
+def test_one_process_of_a_group_agrees_with_itself_whatever_the_default_device():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"), Termination() as termination:
+            assert not termination.agreed()
+            signal.raise_signal(signal.SIGUSR1)
+            assert termination.agreed()
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("error", [None, ValueError])

@@ -234,6 +234,21 @@ def test_pickled_weights_are_refused(tiny_models, tmp_path):
         DinoV3.from_pretrained(tmp_path)
 
 
+def test_the_default_weights_are_those_of_the_published_names(tiny_models, tmp_path, monkeypatch):
+    """A folder of the same name comes before the hub."""
+    published = {
+        "IDEA-Research/grounding-dino-tiny": "grounding_dino",
+        "facebook/dinov3-vitb16-pretrain-lvd1689m": "dinov3",
+    }
+    for name, tiny in some(published.items()):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(tiny_models / tiny)
+    monkeypatch.chdir(tmp_path)
+    for model in (GroundingDino.from_pretrained().model, DinoV3.from_pretrained().model):
+        assert model.name_or_path in published
+        assert not model.training
+
+
 @pytest.mark.slow
 def test_torchvision_is_not_needed():
     code = (

@@ -142,7 +142,7 @@ def refused(text, *, answer_format, thinking=False, scale="likert", turns=2):
         ('{"scores": [[4], 2]}', Fault.not_a_number, "got list"),
         ('{"scores": [٤, 2]}', Fault.format, "٤"),
         ('{"scores": ["٤", 2]}', Fault.not_a_number, "got '٤'"),
-        ("[" * 100_000, Fault.format, "got '[[["),
+        ("[" * 100_000, Fault.format, "expected JSON of the form that was asked for, got '[[["),
         ('{"scores": ' * 100_000, Fault.format, "scores"),
     ],
 )  # fmt: skip

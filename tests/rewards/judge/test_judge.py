@@ -489,6 +489,8 @@ def test_the_word_is_in_no_prompt():
             if "response_format" in r.json and not of_the_judge(r.json)
         ]
     word = honest(structured)["choices"][0]["message"]["content"].split('"')[3]
+    schema = structured["response_format"]["json_schema"]["schema"]
+    assert schema["properties"] == {"word": {"type": "string", "enum": [word]}}
     assert word not in json.dumps(structured["messages"])
 
 

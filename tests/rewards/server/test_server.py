@@ -4,9 +4,13 @@ import asyncio
 import base64
 import io
 import json
+import os
+import signal
+import socket
 import threading
 import time
 
+import httpx2
 import pytest
 from consistency_world import (
     ColorDetector,
@@ -30,11 +34,12 @@ from mteditflow.rewards.consistency.wire import (
     to_send,
 )
 from mteditflow.rewards.images import png_base64
-from mteditflow.rewards.server import Limits, create_app
+from mteditflow.rewards.server import Limits, create_app, serve
 from mteditflow.rewards.server.__main__ import TOKEN_VARIABLE, read_token
 from mteditflow.rewards.server.__main__ import app as command_line
 from mteditflow.rewards.server.bodies import ReadToEnd
 from mteditflow.rewards.server.serving import check_host, listen
+from mteditflow.testing.endpoint import closed_port
 from tests.loops import some
 
 URL = "/v1/consistency"
@@ -159,6 +164,24 @@ def test_whatever_decides_on_a_score_is_in_the_identity(detector, features):
         assert identity(ConsistencyScorer(detector, features)) != same
     finally:
         weight.data.copy_(with_other_weights)
+
+
+def find_balls(images, names):
+    return ColorDetector()(images, names)
+
+
+def find_nothing(images, names):
+    return ColorDetector()(images, [()] * len(names))
+
+
+def test_a_detector_that_is_a_function_is_known_by_its_name():
+    scorers = set()
+    for find in (find_balls, find_nothing):
+        with TestClient(create_app(ConsistencyScorer(find))) as client:
+            info = client.get("/v1/info").json()
+        assert info["models"]["detector"]["class"] == f"{__name__}.{find.__name__}"
+        scorers.add(info["scorer"])
+    assert len(scorers) == 2
 
 
 # What is refused, and how
@@ -427,6 +450,107 @@ def test_a_server_that_stops_refuses_what_is_new():
         app.state.service.stop()
         assert detail(client.post(URL, json=GOOD), 503) == "the server is stopping"
         assert client.get("/health").json() == {"status": "stopping"}
+
+
+# Until a signal
+
+
+def serve_here(app, visit, **options):
+    """Exit status of a server in this process; it gets SIGTERM once ``visit(port)`` has ended."""
+
+    def early(*_):
+        raise AssertionError("SIGTERM before the server took signals")
+
+    def run():
+        try:
+            visit(port)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    port, before = closed_port(), signal.signal(signal.SIGTERM, early)
+    visitor = threading.Thread(target=run)
+    visitor.start()
+    try:
+        return serve(app, port=port, **options)
+    finally:
+        visitor.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def no_exit(monkeypatch):
+    """A server whose models are at work would end the process of the tests."""
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+
+
+def seconds_to_stop():
+    """From the signal to the end of a server that answers its last request in between."""
+    held, answers, told = Held(), [], []
+    app = create_app(ConsistencyScorer(held))
+
+    def ask(port):
+        answers.append(httpx2.post(f"http://127.0.0.1:{port}{URL}", json=GOOD, timeout=60))
+
+    def let_go():
+        wait_until(lambda: app.state.service.state == "stopping")
+        held.go.set()
+
+    threads = [threading.Thread(target=let_go)]
+
+    def visit(port):
+        wait_until(lambda: app.state.service.state == "ready")
+        threads.append(threading.Thread(target=ask, args=(port,)))
+        for thread in threads:
+            thread.start()
+        assert held.begun.wait(60)
+        told.append(time.monotonic())
+
+    status = serve_here(app, visit)
+    ended = time.monotonic()
+    for thread in threads:
+        thread.join()
+    assert (status, answers[0].status_code) == (0, 200)
+    return ended - told[0]
+
+
+def test_a_server_that_is_stopped_ends_soon_after_its_last_answer(no_exit):
+    """The best of a few times: a busy machine is slow, not wrong."""
+    assert any(seconds_to_stop() < 1 for _ in range(5))
+
+
+def test_a_server_that_cuts_requests_off_ends_with_status_1(no_exit):
+    app, halves = create_app(color_scorer()), []
+
+    def send_half_a_request(port):
+        wait_until(lambda: app.state.service.state == "ready")
+        halves.append(socket.create_connection(("127.0.0.1", port)))
+        head = f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        halves[0].sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        wait_until(lambda: app.state.service.busy)
+
+    assert serve_here(app, send_half_a_request, grace=0.05) == 1
+    with halves[0] as half:
+        assert half.recv(4096).startswith(b"HTTP/1.1 503 ")
+
+
+def test_a_server_that_could_not_load_ends_by_itself_with_status_1(caplog):
+    def load():
+        raise OSError("no such weights")
+
+    assert serve(create_app(load)) == 1
+    assert "no such weights" in caplog.text
+
+
+def test_a_grace_below_0_is_refused():
+    with pytest.raises(ValueError, match=r"^grace: expected .*, got -1"):
+        serve(create_app(color_scorer()), grace=-1)
 
 
 def scope(path=URL, **headers):

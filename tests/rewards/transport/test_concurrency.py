@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import os
+import sys
 import threading
 from concurrent.futures import CancelledError
+from contextlib import suppress
 
 import anyio
 import pytest
@@ -191,6 +193,21 @@ def test_a_call_that_blocks_is_left_behind(
     assert codes == ["flushed", code]
     assert caplog.messages == ["a scorer was still at work 0.05 s after it was to stop"]
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_closed_stream_changes_no_exit_code(blocking, monkeypatch):
+    """As of a program whose output nobody reads any more."""
+    codes = []
+    with open(os.devnull, "w") as closed:
+        pass
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    with ending_past_calls(), suppress(EOFError), Background() as background:
+        background.submit(blocking.loop)
+        assert blocking.begun.wait(30)
+        monkeypatch.setattr(sys, "stdout", closed)
+        raise EOFError
+    assert codes == [0]
 
 
 def test_a_call_that_blocks_holds_nobody_up_who_submits_another(blocking):
