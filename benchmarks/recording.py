@@ -91,7 +91,7 @@ class Calls:
         generators = trajectory_generators(0, 2)
         recorder = Recorder(self._pipeline, FlowSDE(0.7), generators=generators, verify=verify)
         self._edit(recorder, turns)
-        recorder.rollout(group=[0, 0])
+        recorder.rollout(group=[0, 1])
 
     def _edit(self, context: Any, turns: int = 1) -> None:
         with context:

@@ -133,6 +133,7 @@ class Recorder:
         self._turns: list[Recorded] = []
         self._choice: Choice = {}
         self._variables: list[str] = []
+        self._attending: list[Any] = []
         self._failed: BaseException | None = None
 
     def __enter__(self) -> Recorder:
@@ -175,6 +176,12 @@ class Recorder:
         self._failed = error
         if error is None:
             self._check_finished()
+            if self._turns and _processors(self._model) != self._attending:
+                self._failed = ReplayError(
+                    "model: its attention processors during the call were not those that it has "
+                    "afterwards (perturbed attention), so that a replay would call another model"
+                )
+                raise self._failed
 
     def rollout(self, *, group: Tensor | Sequence[int]) -> Rollout:
         """The recorded chain of turns.
@@ -254,6 +261,7 @@ class Recorder:
         calls, self._calls = self._calls, []
         self._turn.add(step, velocity, timestep, calls)
         if self._turn.complete:
+            self._attending = _processors(self._model)
             holders = (_names_of(step.x_t, frame) for frame in _frames())
             self._variables = next(filter(None, holders), [])
 
@@ -358,6 +366,11 @@ class Recorder:
         raise ReplayError(
             f"turn {len(self._turns)} ended after {turn}; only whole turns are recorded"
         )
+
+
+def _processors(model: nn.Module) -> list[Any]:
+    """How a model attends: what pipelines may replace during a call, and put back."""
+    return [vars(module).get("processor") for module in model.modules()]
 
 
 _PROBABILITIES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "attention_dropout")

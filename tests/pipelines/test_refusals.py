@@ -1,5 +1,6 @@
 """What the recorder refuses, with faults put into real pipelines; and that it always cleans up."""
 
+import copy
 import importlib
 import sys
 
@@ -86,6 +87,23 @@ def test_refuses_guidance_whose_scale_changes(pipeline):
 
     with pytest.raises(ReplayError, match="velocity was changed"):
         record(pipeline, velocity=scheduled, guidance=3.0)
+
+
+def test_refuses_a_model_that_attends_otherwise_during_the_call(kontext):
+    """As pipelines of perturbed attention guidance do, which put the processors back."""
+    attention = kontext.transformer.transformer_blocks[0].attn
+    own, perturbed = attention.processor, copy.copy(attention.processor)
+
+    def restore(_pipeline, step, _timestep, _given):
+        if step == STEPS - 1:
+            attention.set_processor(own)
+        return {}
+
+    attention.set_processor(perturbed)
+    with Recorder(kontext):
+        edit(kontext)
+    with pytest.raises(ReplayError, match="model: its attention processors during the call"):
+        record(kontext, callback_on_step_end=restore)
 
 
 def test_refuses_a_velocity_of_another_shape(pipeline):
