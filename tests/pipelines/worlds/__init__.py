@@ -1,0 +1,1 @@
+"""Tiny pipelines of the real diffusers classes: what ``make support`` records, replays and trains."""
