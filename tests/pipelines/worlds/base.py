@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import diffusers
 import numpy as np
@@ -123,9 +124,20 @@ def embeddings(*, tokens: int = 5, **widths: int) -> Inputs:
     return given
 
 
+def encoded(prompts: str | list[str], tokens: int, width: int) -> torch.Tensor:
+    """Embeddings of prompts [B, tokens, width], where a pipeline takes none and its encoder is big."""
+    rows = [prompts] if isinstance(prompts, str) else prompts
+    return torch.cat([normal(1, tokens, width, seed=crc32(row.encode())) for row in rows])
+
+
 def plus(inputs: Inputs, **fixed: Any) -> Inputs:
     """Inputs with more that is the same at every turn, such as an image."""
     return lambda turn, batch: inputs(turn, batch) | fixed
+
+
+def listed(inputs: Inputs, **fixed: Any) -> Inputs:
+    """Inputs with lists of the same thing for each trajectory, where one alone is not repeated."""
+    return lambda turn, batch: inputs(turn, batch) | {k: [x] * batch for k, x in fixed.items()}
 
 
 # Parts.
@@ -142,6 +154,13 @@ def make(kind: str, **parts: Any) -> DiffusionPipeline:
         if isinstance(part, torch.nn.Module):
             redraw(part.eval().requires_grad_(False), seed)
     return pipeline
+
+
+class Processor:
+    """Holder for a VLM's processor, which is given where it is not used: it needs torchvision."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__ |= parts
 
 
 def redraw(module: torch.nn.Module, seed: int, std: float = 0.1) -> None:
