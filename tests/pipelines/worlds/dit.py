@@ -24,6 +24,7 @@ from .base import (
 )
 
 SIZE = {"height": 16, "width": 16}
+LARGE = {"height": 32, "width": 32}
 SANA = {"height": 32, "width": 32, "negative_prompt": None}
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
 UNBINNED = {"use_resolution_binning": False}
@@ -66,7 +67,7 @@ def lumina() -> DiffusionPipeline:
         ffn_dim_multiplier=1.0,
         cross_attention_dim=24,
     )
-    return make("LuminaPipeline", scheduler=scheduler(), vae=image_vae(), transformer=transformer)
+    return make("LuminaPipeline", scheduler=scheduler(), vae=image_vae(factor=8), transformer=transformer)
 
 
 def lumina2() -> DiffusionPipeline:
@@ -84,7 +85,7 @@ def lumina2() -> DiffusionPipeline:
         axes_lens=(32, 16, 16),
         cap_feat_dim=24,
     )
-    return make("Lumina2Pipeline", scheduler=scheduler(6.0), vae=image_vae(), transformer=transformer)
+    return make("Lumina2Pipeline", scheduler=scheduler(6.0), vae=image_vae(factor=8), transformer=transformer)
 
 
 def aura_flow() -> DiffusionPipeline:
@@ -198,11 +199,11 @@ FAMILIES = {
     "CogView4ControlPipeline": dense(
         lambda: cogview4("CogView4ControlPipeline", 8), plus(TEXTS, control_image=picture(8))
     ),
-    "LuminaPipeline": dense(lumina, masked),
+    "LuminaPipeline": Family(lumina, masked, LARGE, GUIDED),
     "Lumina2Pipeline": Family(
         lumina2,
         masked,
-        SIZE,
+        LARGE,
         {
             "none": {"guidance_scale": 1.0},
             CFG: {"guidance_scale": 4.0, "cfg_normalization": False},

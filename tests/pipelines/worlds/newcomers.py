@@ -23,12 +23,13 @@ from .base import (
 )
 
 SIZE = {"height": 16, "width": 16}
+LARGE = {"height": 32, "width": 32}
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
 
 
 def masks(names: dict[str, int], batch: int, tokens: int = 5) -> Options:
     """Masks by name of as many tokens, of which those of the last trajectory are shorter."""
-    mask = torch.ones(batch, tokens, dtype=torch.int64)
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
     mask[-1, tokens - 2 :] = 0
     return dict.fromkeys(names, mask)
 
@@ -64,7 +65,7 @@ def hunyuan(guided: bool, *, meanflow: bool = False) -> DiffusionPipeline:
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(4, 4),
+        block_out_channels=(8, 8),
         layers_per_block=1,
         spatial_compression_ratio=2,
         sample_size=16,
@@ -134,8 +135,8 @@ def kandinsky(kind: str, *, edits: bool = False) -> DiffusionPipeline:
         axes_dims=(2, 2, 4),
         visual_cond=edits,
     )
-    pipeline = make(kind, scheduler=scheduler(3.0), vae=image_vae(), transformer=transformer)
-    pipeline.resolutions = [(16, 16)]
+    pipeline = make(kind, scheduler=scheduler(3.0), vae=image_vae(factor=8), transformer=transformer)
+    pipeline.resolutions = [(32, 32)]
     return pipeline
 
 
@@ -289,12 +290,12 @@ FAMILIES = {
     ),
     "HunyuanImageRefinerPipeline": Family(refiner, refined, SIZE, {"embedded": {}}),
     "Kandinsky5T2IPipeline": Family(
-        lambda: kandinsky("Kandinsky5T2IPipeline"), kandinsky_texts, SIZE, GUIDED
+        lambda: kandinsky("Kandinsky5T2IPipeline"), kandinsky_texts, LARGE, GUIDED
     ),
     "Kandinsky5I2IPipeline": Family(
         lambda: kandinsky("Kandinsky5I2IPipeline", edits=True),
-        plus(kandinsky_texts, image=picture(16)),
-        SIZE,
+        plus(kandinsky_texts, image=picture(32)),
+        LARGE,
         GUIDED,
     ),
     "Krea2Pipeline": Family(krea2, krea2_texts, SIZE, GUIDED),
