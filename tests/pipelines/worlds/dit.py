@@ -67,7 +67,9 @@ def lumina() -> DiffusionPipeline:
         ffn_dim_multiplier=1.0,
         cross_attention_dim=24,
     )
-    return make("LuminaPipeline", scheduler=scheduler(), vae=image_vae(factor=8), transformer=transformer)
+    return make(
+        "LuminaPipeline", scheduler=scheduler(), vae=image_vae(factor=8), transformer=transformer
+    )
 
 
 def lumina2() -> DiffusionPipeline:
@@ -85,7 +87,12 @@ def lumina2() -> DiffusionPipeline:
         axes_lens=(32, 16, 16),
         cap_feat_dim=24,
     )
-    return make("Lumina2Pipeline", scheduler=scheduler(6.0), vae=image_vae(factor=8), transformer=transformer)
+    return make(
+        "Lumina2Pipeline",
+        scheduler=scheduler(6.0),
+        vae=image_vae(factor=8),
+        transformer=transformer,
+    )
 
 
 def aura_flow() -> DiffusionPipeline:
@@ -213,9 +220,7 @@ FAMILIES = {
         steps=3,
     ),
     "AuraFlowPipeline": dense(aura_flow, masked),
-    "SanaPipeline": dense(
-        lambda: sana("SanaPipeline"), masked, **SANA | UNBINNED
-    ),
+    "SanaPipeline": dense(lambda: sana("SanaPipeline"), masked, **SANA | UNBINNED),
     "SanaPAGPipeline": dense(
         lambda: sana("SanaPAGPipeline", pag_applied_layers=["transformer_blocks.0"]),
         masked,

@@ -6,6 +6,7 @@ embeddings stand in the place of its ``encode_prompt``.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import diffusers
@@ -19,19 +20,18 @@ from .base import (
     PROMPTS,
     Family,
     Options,
+    Processor,
     dynamic,
     embeddings,
     encoded,
-    half_mask,
     image_vae,
+    listed,
     make,
     picture,
-    plus,
     prompts,
     scheduler,
     with_negative,
 )
-from .flux import visual_cloze, with_text
 from .qwen import vae as qwen_vae
 
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
@@ -53,26 +53,37 @@ def several(inputs: Options) -> Any:
 
 
 def fibo(kind: str) -> DiffusionPipeline:
-    """Bria's Fibo, each of whose blocks reads a layer of the text encoder."""
+    """Bria's Fibo with klein's Qwen3, each of whose blocks reads a layer of it."""
+    text = build_klein(image_size=8)
     transformer = diffusers.BriaFiboTransformer2DModel(
         in_channels=4,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=24,
+        joint_attention_dim=64,
         axes_dims_rope=(4, 6, 6),
-        text_encoder_dim=12,
+        text_encoder_dim=32,
     )
-    pipeline = make(kind, scheduler=dynamic(), vae=qwen_vae(4), transformer=transformer)
+    return make(
+        kind,
+        scheduler=dynamic(),
+        vae=qwen_vae(4),
+        transformer=transformer,
+        text_encoder=text.text_encoder,
+        tokenizer=text.tokenizer,
+    )
 
-    def get_prompt_embeds(prompt: Any, **_: Any) -> tuple[Any, ...]:
-        embeds = encoded(prompt, 5, 24)
-        layers = [embeds[..., :12], embeds[..., 12:]]
-        return embeds, layers, torch.ones(embeds.shape[:2], dtype=torch.int64)
 
-    pipeline.get_prompt_embeds = get_prompt_embeds
-    return pipeline
+def instructions(turn: int, batch: int) -> Options:
+    """Prompts in Fibo's structure, about an image."""
+    given = [json.dumps({"edit_instruction": prompt}) for prompt in PROMPTS[turn][:batch]]
+    return {"prompt": given, "negative_prompt": NEGATIVE[:batch], "image": picture()}
+
+
+def klein_vae() -> torch.nn.Module:
+    """The VAE of FLUX.2 klein's world, of a factor of 8."""
+    return build_klein(image_size=8).vae
 
 
 def fibo2() -> DiffusionPipeline:
@@ -94,7 +105,7 @@ def fibo2() -> DiffusionPipeline:
         axes_dims=(8, 4, 4),
         axes_lens=(64, 16, 16),
     )
-    return make("BriaFibo2Pipeline", scheduler=dynamic(), vae=qwen_vae(4), transformer=transformer)
+    return make("BriaFibo2Pipeline", scheduler=dynamic(), vae=klein_vae(), transformer=transformer)
 
 
 def masked(turn: int, batch: int) -> Options:
@@ -110,7 +121,9 @@ def masked(turn: int, batch: int) -> Options:
 
 def joy(kind: str) -> DiffusionPipeline:
     """JoyImage-Edit, whose sample is preceded by its references as frames."""
-    name = "JoyImageEditPlusTransformer3DModel" if "Plus" in kind else "JoyImageEditTransformer3DModel"
+    name = (
+        "JoyImageEditPlusTransformer3DModel" if "Plus" in kind else "JoyImageEditTransformer3DModel"
+    )
     transformer = getattr(diffusers, name)(
         in_channels=4,
         hidden_size=32,
@@ -130,7 +143,15 @@ def joy(kind: str) -> DiffusionPipeline:
         scale_factor_spatial=64,
         scale_factor_temporal=1,
     )
-    return make(kind, scheduler=scheduler(4.0), vae=vae, transformer=transformer)
+    pipeline = make(kind, scheduler=scheduler(4.0), vae=vae, transformer=transformer)
+    pipeline.vae_image_processor.register_to_config(basesize=256)
+
+    def encode_prompt(prompt: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds = encoded(prompt, 5, 24)
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.int64)
+
+    pipeline.encode_prompt_multiple_images = encode_prompt
+    return pipeline
 
 
 # DreamLite.
@@ -155,7 +176,7 @@ def dreamlite(kind: str) -> DiffusionPipeline:
         scheduler=dynamic(max_shift=1.16),
         vae=image_vae(),
         unet=unet,
-        text_encoder=torch.nn.Identity(),
+        text_encoder=build_klein(image_size=8).text_encoder,
     )
 
     def encode_prompt(prompts: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +208,7 @@ def ideogram() -> DiffusionPipeline:
     pipeline = make(
         "Ideogram4Pipeline",
         scheduler=scheduler(1.0),
-        vae=build_klein(image_size=8).vae,
+        vae=klein_vae(),
         transformer=transformer(),
         unconditional_transformer=transformer(),
     )
@@ -230,7 +251,14 @@ def qwen21() -> DiffusionPipeline:
         latents_mean=[0.1] * 4,
         latents_std=[1.5] * 4,
     )
-    return make("QwenImage21Pipeline", scheduler=dynamic(shift=1.0), vae=vae, transformer=transformer)
+    words = Processor(encode=lambda text: [0])
+    return make(
+        "QwenImage21Pipeline",
+        scheduler=dynamic(shift=1.0),
+        vae=vae,
+        transformer=transformer,
+        processor=Processor(apply_chat_template=lambda *_, **__: [[0]], tokenizer=words),
+    )
 
 
 FAMILIES = {
@@ -239,24 +267,29 @@ FAMILIES = {
         with_negative,
         {"height": 64, "width": 64},
         GUIDED,
-        text=INSTEAD,
+        text="Qwen3",
     ),
     "BriaFiboEditPipeline": Family(
         lambda: fibo("BriaFiboEditPipeline"),
-        plus(with_negative, image=picture()),
+        instructions,
         {"height": 64, "width": 64, "_auto_resize": False},
         GUIDED,
-        text=INSTEAD,
+        text="Qwen3",
     ),
     "BriaFibo2Pipeline": Family(fibo2, masked, {"height": 64, "width": 64}, GUIDED),
     "JoyImageEditPipeline": Family(
-        lambda: joy("JoyImageEditPipeline"), plus(masked, image=picture()), {}, GUIDED
+        lambda: joy("JoyImageEditPipeline"),
+        listed(with_negative, image=picture()),
+        {},
+        GUIDED,
+        text=INSTEAD,
     ),
     "JoyImageEditPlusPipeline": Family(
         lambda: joy("JoyImageEditPlusPipeline"),
-        lambda turn, batch: masked(turn, batch) | {"images": [[picture(), picture(seed=1)]] * batch},
+        listed(with_negative, images=[picture(), picture(seed=1)]),
         {},
         GUIDED,
+        text=INSTEAD,
     ),
     "DreamLitePipeline": Family(
         lambda: dreamlite("DreamLitePipeline"),
@@ -278,7 +311,7 @@ FAMILIES = {
         ideogram,
         prompts,
         {"height": 64, "width": 64, "max_sequence_length": 5},
-        {f"{CFG} of two transformers": {"guidance_scale": 4.0}},
+        {f"{CFG} of two transformers": {"guidance_scale": 4.0, "guidance_schedule": None}},
         text=INSTEAD,
     ),
     "QwenImage21Pipeline": Family(

@@ -75,7 +75,9 @@ def controlnet() -> torch.nn.Module:
 def flux(kind: str, channels: int = 16, **more: Any) -> DiffusionPipeline:
     """A pipeline of the family that is given embeddings."""
     return make(
-        kind, **{"scheduler": dynamic(), "vae": image_vae()} | more, transformer=transformer(channels)
+        kind,
+        **{"scheduler": dynamic(), "vae": image_vae()} | more,
+        transformer=transformer(channels),
     )
 
 

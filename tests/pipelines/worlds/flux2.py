@@ -43,7 +43,9 @@ def transformer(*, embedded: bool) -> torch.nn.Module:
     )
 
 
-def flux2(kind: str, *, embedded: bool = False, text: bool = False, **more: Any) -> DiffusionPipeline:
+def flux2(
+    kind: str, *, embedded: bool = False, text: bool = False, **more: Any
+) -> DiffusionPipeline:
     """A pipeline of the family, with klein's VAE, and with its Qwen3 or given embeddings."""
     whole = build_klein(image_size=8)
     if text:

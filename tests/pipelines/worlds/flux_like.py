@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import diffusers
 import torch
 from diffusers import DiffusionPipeline

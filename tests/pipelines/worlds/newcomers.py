@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
@@ -15,10 +13,10 @@ from .base import (
     dynamic,
     embeddings,
     image_vae,
+    listed,
     make,
     normal,
     picture,
-    plus,
     scheduler,
 )
 
@@ -65,7 +63,7 @@ def hunyuan(guided: bool, *, meanflow: bool = False) -> DiffusionPipeline:
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(8, 8),
+        block_out_channels=(32, 32),
         layers_per_block=1,
         spatial_compression_ratio=2,
         sample_size=16,
@@ -100,7 +98,7 @@ def refiner() -> DiffusionPipeline:
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(4, 4),
+        block_out_channels=(16, 16),
         layers_per_block=1,
         spatial_compression_ratio=2,
         temporal_compression_ratio=1,
@@ -135,7 +133,9 @@ def kandinsky(kind: str, *, edits: bool = False) -> DiffusionPipeline:
         axes_dims=(2, 2, 4),
         visual_cond=edits,
     )
-    pipeline = make(kind, scheduler=scheduler(3.0), vae=image_vae(factor=8), transformer=transformer)
+    pipeline = make(
+        kind, scheduler=scheduler(3.0), vae=image_vae(factor=8), transformer=transformer
+    )
     pipeline.resolutions = [(32, 32)]
     return pipeline
 
@@ -294,7 +294,7 @@ FAMILIES = {
     ),
     "Kandinsky5I2IPipeline": Family(
         lambda: kandinsky("Kandinsky5I2IPipeline", edits=True),
-        plus(kandinsky_texts, image=picture(32)),
+        listed(kandinsky_texts, image=picture(32)),
         LARGE,
         GUIDED,
     ),

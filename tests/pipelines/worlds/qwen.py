@@ -38,11 +38,11 @@ def shipped() -> Any:
     return dynamic(shift=1.0, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
 
 
-def transformer(width: int = 8, **more: Any) -> torch.nn.Module:
-    """Qwen-Image's transformer for packed latents of 4 channels."""
+def transformer(width: int = 8, channels: int = 4, **more: Any) -> torch.nn.Module:
+    """Qwen-Image's transformer for packed latents."""
     return diffusers.QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
+        in_channels=4 * channels,
+        out_channels=channels,
         num_layers=1,
         attention_head_dim=16,
         num_attention_heads=1,
@@ -52,16 +52,16 @@ def transformer(width: int = 8, **more: Any) -> torch.nn.Module:
     )
 
 
-def vae(downsamplings: int, **more: Any) -> torch.nn.Module:
+def vae(downsamplings: int, channels: int = 4, **more: Any) -> torch.nn.Module:
     """Qwen-Image's VAE; editing scales references to a million pixels, which a deep one makes few."""
     return diffusers.AutoencoderKLQwenImage(
         base_dim=2,
-        z_dim=4,
+        z_dim=channels,
         dim_mult=[1] * (downsamplings + 1),
         num_res_blocks=0,
         temperal_downsample=[False] * downsamplings,
-        latents_mean=[0.1] * 4,
-        latents_std=[1.5] * 4,
+        latents_mean=[0.1] * channels,
+        latents_std=[1.5] * channels,
         **more,
     )
 
@@ -111,8 +111,8 @@ def layered() -> DiffusionPipeline:
     """Qwen-Image-Layered, whose transformer also embeds whether a picture is opaque."""
     return qwen(
         "QwenImageLayeredPipeline",
-        transformer=transformer(use_additional_t_cond=True, use_layer3d_rope=True),
-        vae=vae(6, input_channels=4),
+        transformer=transformer(channels=8, use_additional_t_cond=True, use_layer3d_rope=True),
+        vae=vae(6, channels=8, input_channels=4),  # pictures of as many channels are latents
         **text_parts(),
     )
 

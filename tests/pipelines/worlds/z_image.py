@@ -96,7 +96,9 @@ def controlled(kind: str, channels: int, **images: Any) -> Family:
 
 
 FAMILIES = {
-    "ZImagePipeline": Family(lambda: z_image(text=True), prompts, SIZE, WORDS, text="Qwen3", steps=3),
+    "ZImagePipeline": Family(
+        lambda: z_image(text=True), prompts, SIZE, WORDS, text="Qwen3", steps=3
+    ),
     "ZImageImg2ImgPipeline": half("ZImageImg2ImgPipeline", plus(texts, image=picture(8))),
     "ZImageInpaintPipeline": half(
         "ZImageInpaintPipeline", plus(texts, image=picture(8), mask_image=half_mask(8))
