@@ -208,7 +208,7 @@ FAMILIES = {
     "ChronoEditPipeline": Family(
         chrono_edit, plus(text, image=picture(16)), FRAMES, GUIDED, batches=(1, 3)
     ),
-    "LucyEditPipeline": Family(lucy, plus(text, video=video()), FRAMES, GUIDED),
+    "LucyEditPipeline": Family(lucy, plus(text, video=video()), FRAMES, GUIDED, batches=(1,)),
     "SkyReelsV2Pipeline": Family(
         lambda: skyreels("SkyReelsV2Pipeline"), text, FRAMES, GUIDED
     ),
@@ -223,12 +223,14 @@ FAMILIES = {
         plus(text, prompt=None),
         FORCING,
         GUIDED,
+        batches=(1,),
     ),
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": Family(
         lambda: skyreels("SkyReelsV2DiffusionForcingImageToVideoPipeline", 5.0),
         plus(text, image=picture(16)),
         FORCING,
         GUIDED,
+        batches=(1,),
     ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Family(
         lambda: skyreels("SkyReelsV2DiffusionForcingVideoToVideoPipeline"),
