@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mteditflow.pipelines.guidance import Guidance
-from mteditflow.pipelines.recognize import Clock, Place, ReplayError, in_memory, repeat_rows
+from mteditflow.pipelines.recognize import Clock, Grid, Place, repeat_rows
 
 
 class Rows(NamedTuple):
-    """A tensor with one row per trajectory on its first axis; bare tensors are shared by all."""
+    """A tensor with one row per trajectory along an axis; bare tensors are shared by all."""
 
     tensor: Tensor
+    axis: int = 0
 
 
 class Entries(NamedTuple):
@@ -33,20 +34,20 @@ class Recipe(NamedTuple):
         place: where a call holds the sample, of all its branches.
         time_name: the argument that holds the flow time.
         time_dtype: its dtype.
-        clock: the function from the scheduler's timestep to it.
-        timesteps: the timestep of sigma = 1, 1000 in all known pipelines.
         time_axes: its shape behind the batch, such as (tokens,) for one time per token.
+        clock: the function from the scheduler's timestep to it.
+        grid: the scheduler's timestep of a flow time.
         velocity_dtype: dtype of the scheduler's velocity, in which branches combine.
-        guidance: how two branches combine; None for one branch.
+        guidance: how branches combine; None for one branch.
         sign: -1 where the scheduler is given the opposite of that, else 1.
     """
 
     place: Place
     time_name: str
     time_dtype: torch.dtype
-    clock: Clock
-    timesteps: int
     time_axes: tuple[int, ...]
+    clock: Clock
+    grid: Grid
     velocity_dtype: torch.dtype
     guidance: Guidance | None
     sign: int
@@ -75,35 +76,40 @@ def leaves(tree: Any) -> list[Any]:
     return found
 
 
-def by_row(name: str, value: Any, batch: int, shared: Collection[str], listed: bool) -> Any:
-    """An argument with what belongs to single rows of its batch wrapped.
+def readings(name: str, value: Any, batch: int, listed: bool) -> list[Any]:
+    """Ways to tell what in an argument belongs to single rows of its batch, the likeliest first.
 
     Args:
         name: of the argument.
         value: of the argument.
         batch: rows of the call.
-        shared: names of arguments in which nothing is wrapped.
         listed: whether the sample is a list of rows too, so that lists of tensors are.
     """
-    if name in shared:
-        return value
+    found = [map_leaves(partial(_rows, name, batch, axes), value) for axes in ((0, 1), (1, 0))]
+    found.append(value)
     if isinstance(value, (list, tuple)) and len(value) == batch:
-        if all(isinstance(entry, Tensor) for entry in value) and listed:
-            return Entries(tuple(value))
-        if all(isinstance(entry, (list, tuple)) and entry == value[0] for entry in value):
-            return Entries(tuple(value))
-        if not all(isinstance(entry, (int, float, str)) for entry in value):
-            raise ReplayError(
-                f"{name}: a {type(value).__name__} as long as the batch cannot be replayed in "
-                "other batches; name it in `shared` if it is the same for all trajectories"
-            )
+        plain = all(isinstance(entry, (int, float, str)) for entry in value)
+        blocks = all(isinstance(entry, Tensor) and len(entry) == batch for entry in value)
+        likely = not plain and (listed or not blocks)
+        found.insert(0 if likely else len(found), Entries(tuple(value)))
+    distinct: dict[Hashable, Any] = {}
+    for reading in found:
+        distinct.setdefault(map_signature(reading), reading)
+    return list(distinct.values())
 
-    def leaf(x: Any) -> Any:
-        ids = isinstance(x, Tensor) and x.ndim == 2 and name.endswith("_ids")
-        alone = not isinstance(x, Tensor) or ids or x.ndim == 0 or len(x) != batch
-        return x if alone else Rows(x)
 
-    return map_leaves(leaf, value)
+def _rows(name: str, batch: int, axes: Sequence[int], x: Any) -> Any:
+    """A tensor with its rows along the first of these axes that is as long as the batch.
+
+    Position ids of two axes and vectors of numbers are known to be shared, and what has rows along
+    its second axis has more than two.
+    """
+    if not isinstance(x, Tensor) or (x.ndim == 2 and name.endswith("_ids")):
+        return x
+    for axis in axes:
+        if x.ndim > 2 * axis and x.shape[axis] == batch:
+            return Rows(x, axis)
+    return x
 
 
 def branch_of(tree: Any, index: int, copies: int) -> Any:
@@ -111,7 +117,7 @@ def branch_of(tree: Any, index: int, copies: int) -> Any:
 
     def leaf(x: Any) -> Any:
         if isinstance(x, Rows):
-            return Rows(x.tensor.chunk(copies)[index])
+            return x._replace(tensor=x.tensor.chunk(copies, dim=x.axis)[index])
         if isinstance(x, Entries):
             rows = len(x.values) // copies
             return Entries(x.values[rows * index : rows * (index + 1)])
@@ -133,12 +139,13 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
         parts = (select_rows(list(part), rows, device) for part in zip(*trees, strict=True))
         return type(first)(parts)
     if isinstance(first, Rows):
-        if all(tree is first for tree in trees):
-            taken = first.tensor
-            if list(rows) != list(range(len(taken))):
-                taken = taken[torch.tensor(rows, dtype=torch.int64, device=taken.device)]
-        else:
-            taken = torch.stack([t.tensor[row] for t, row in zip(trees, rows, strict=True)])
+        axis, taken = first.axis, first.tensor
+        if any(tree is not first for tree in trees):
+            picked = [t.tensor.select(axis, row) for t, row in zip(trees, rows, strict=True)]
+            taken = torch.stack(picked, dim=axis)
+        elif list(rows) != list(range(taken.shape[axis])):
+            at = torch.tensor(rows, dtype=torch.int64, device=taken.device)
+            taken = taken.index_select(axis, at)
         return _moved(taken, device)
     if isinstance(first, Entries):
         return [_moved(t.values[row], device) for t, row in zip(trees, rows, strict=True)]
@@ -146,12 +153,29 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
 
 
 def _moved(x: Any, device: torch.device) -> Any:
-    """A tensor on ``device``; from the host through pinned memory, so that the host runs on."""
-    if not isinstance(x, Tensor):
-        return x
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    """A tree with its tensors on ``device``; from the host through pinned memory, for speed."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+        return pinned.to(device, non_blocking=True)
+
+    return map_leaves(leaf, x)
+
+
+class Stage(NamedTuple):
+    """Steps of a pipeline call with the same calls of the transformer.
+
+    Attributes:
+        sigma: flow time of the first of them, and of all up to the next stage's.
+        recipe: how to call the transformer.
+        branches: one entry per branch; tensors they share are one object.
+    """
+
+    sigma: float
+    recipe: Recipe
+    branches: tuple[Branch, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,17 +183,22 @@ class Conditioning:
     """The constant part of one pipeline call (one turn of some trajectories).
 
     Attributes:
-        recipe: how to call the transformer.
-        branches: one entry per call of a step; tensors they share are one object.
+        stages: in the order of the steps; more than one where guidance comes and goes.
     """
 
-    recipe: Recipe
-    branches: tuple[Branch, ...]
+    stages: tuple[Stage, ...]
 
     @cached_property
-    def signature(self) -> Hashable:
-        """Equal for two records exactly if rows of both fit into one call."""
-        return self.recipe, map_signature([tuple(branch) for branch in self.branches])
+    def _signatures(self) -> list[Hashable]:
+        return [
+            (stage.recipe, map_signature([tuple(branch) for branch in stage.branches]))
+            for stage in self.stages
+        ]
+
+    def at(self, sigma: float) -> tuple[Stage, Hashable]:
+        """The stage of a flow time, and its signature, equal where rows fit into one call."""
+        number = max([i for i, stage in enumerate(self.stages) if stage.sigma >= sigma], default=0)
+        return self.stages[number], self._signatures[number]
 
 
 def map_tensors(
@@ -185,9 +214,9 @@ def map_tensors(
 
     def leaf(x: Any) -> Any:
         if isinstance(x, Rows):
-            return Rows(once(x.tensor))
+            return x._replace(tensor=once(x.tensor))
         if isinstance(x, Entries):
-            return Entries(tuple(leaf(value) for value in x.values))
+            return Entries(tuple(map_leaves(leaf, value) for value in x.values))
         return once(x) if isinstance(x, Tensor) else x
 
     return _map_branches(records, leaf)
@@ -198,7 +227,8 @@ def map_signature(tree: Any) -> Hashable:
     if isinstance(tree, dict):
         return tuple((key, map_signature(value)) for key, value in tree.items())
     if isinstance(tree, Rows):
-        return "rows", tree.tensor.shape[1:], tree.tensor.dtype, tree.tensor.device
+        shape = (*tree.tensor.shape[: tree.axis], *tree.tensor.shape[tree.axis + 1 :])
+        return "rows", tree.axis, shape, tree.tensor.dtype, tree.tensor.device
     if isinstance(tree, Entries):
         first = tree.values[0]
         ragged = isinstance(first, Tensor)
@@ -231,42 +261,80 @@ def _map_branches(
     records: Sequence[Conditioning], leaf: Callable[[Any], Any]
 ) -> tuple[Conditioning, ...]:
     """The records with ``leaf`` applied to the arguments and rest of every branch."""
-    return tuple(
-        Conditioning(
-            record.recipe,
-            tuple(Branch(map_leaves(leaf, b.arguments), leaf(b.rest)) for b in record.branches),
+
+    def mapped(stage: Stage) -> Stage:
+        branches = (Branch(map_leaves(leaf, b.arguments), leaf(b.rest)) for b in stage.branches)
+        return stage._replace(branches=tuple(branches))
+
+    return tuple(Conditioning(tuple(map(mapped, record.stages))) for record in records)
+
+
+def check_groups(conditioning: Conditioning, group: Tensor) -> None:
+    """Raise ``ValueError`` where rows of one group, integer ids [B], differ."""
+    ids = group.tolist()
+    firsts = [ids.index(i) for i in ids]
+    for stage in conditioning.stages:
+        for branch in stage.branches:
+            held = branch.arguments | {stage.recipe.place.name: branch.rest}
+            for name, value in held.items():
+                for leaf in leaves(value):
+                    row = _differing_row(leaf, firsts)
+                    if row is not None:
+                        raise ValueError(
+                            f"group: expected members with the same instruction and reference, but "
+                            f"trajectories {firsts[row]} and {row} of group {ids[row]} differ in "
+                            f"{name} at the first turn; a pipeline that repeats its inputs "
+                            "(num_images_per_prompt) may order prompts and images differently"
+                        )
+
+
+def _differing_row(leaf: Any, firsts: Sequence[int]) -> int | None:
+    """The first row that differs from the one that it should equal."""
+    if isinstance(leaf, Rows):
+        rows = leaf.tensor.movedim(leaf.axis, 0).double()
+        rows = rows.reshape(len(rows), -1)
+    elif isinstance(leaf, Entries) and all(isinstance(x, Tensor) for x in leaf.values):
+        shapes = [x.shape for x in leaf.values]
+        if any(shapes[row] != shapes[first] for row, first in enumerate(firsts)):
+            return next(row for row, first in enumerate(firsts) if shapes[row] != shapes[first])
+        return next(
+            (
+                row
+                for row, first in enumerate(firsts)
+                if _differing_row(Rows(torch.stack([leaf.values[first], leaf.values[row]])), [0, 0])
+            ),
+            None,
         )
-        for record in records
-    )
+    else:
+        return None
+    wanted = rows[firsts]
+    apart = (rows - wanted).norm(dim=1) > 0.1 * wanted.norm(dim=1)
+    return int(apart.nonzero()[0]) if bool(apart.any()) else None
 
 
 def replay_rows(
-    model: nn.Module,
-    records: Sequence[Conditioning],
-    rows: Sequence[int],
-    x_t: Tensor,
-    sigma: Tensor,
+    model: nn.Module, stages: Sequence[Stage], rows: Sequence[int], x_t: Tensor, sigma: Tensor
 ) -> Tensor:
-    """Velocity [M, ...] where row m has the conditioning of row ``rows[m]`` of ``records[m]``.
+    """Velocity [M, ...] where row m has the conditioning of row ``rows[m]`` of ``stages[m]``.
 
-    The records have equal signatures: their rows fit into one batch.
+    The stages have equal signatures: their rows fit into one batch.
     """
-    recipe = records[0].recipe
+    recipe = stages[0].recipe
     place = recipe.place
-    sample = in_memory(repeat_rows(x_t.to(place.dtype), place.copies), place.axes)
-    time = recipe.clock(sigma.float() * recipe.timesteps, recipe.time_dtype)
+    sample = repeat_rows(x_t.to(place.dtype), place.copies)
+    time = recipe.clock(recipe.grid.timestep(sigma), recipe.time_dtype)
     time = repeat_rows(time, place.copies).reshape(-1, *[1] * len(recipe.time_axes))
     picked = [*rows] * place.copies
     outputs: list[Tensor] = []
-    branches = list(zip(*(record.branches for record in records), strict=True))
+    branches = list(zip(*(stage.branches for stage in stages), strict=True))
     for first in range(0, len(branches), place.copies):
         held = [branch for batch in branches[first : first + place.copies] for branch in batch]
         rests = [branch.rest for branch in held]
         rest = None if rests[0] is None else select_rows(rests, picked, x_t.device)
         arguments = select_rows([branch.arguments for branch in held], picked, x_t.device)
-        arguments[place.name] = place.layout.join(sample, rest)
+        arguments[place.name] = place.join(sample, rest)
         arguments[recipe.time_name] = time.expand(-1, *recipe.time_axes)
-        output = place.layout.velocity(model(**arguments)[0], sample)
+        output = place.velocity(model(**arguments)[0], sample)
         outputs += output.to(recipe.velocity_dtype).chunk(place.copies)
     combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
     turned = combined if recipe.sign > 0 else -combined

@@ -26,11 +26,23 @@ class Rescaling(Protocol):
 
 @dataclass(frozen=True)
 class TokenNorm:
-    """Every token as long as the positive branch's: Qwen-Image."""
+    """Every token as long as the positive branch's: Qwen-Image, Lumina 2."""
 
     def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
         """See ``Rescaling``."""
         return combined * (_token_norms(positive) / _token_norms(combined))
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """No token longer than the positive branch's, none shrunk below ``least`` of it: LongCat."""
+
+    least: float
+
+    def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
+        """See ``Rescaling``."""
+        ratio = _token_norms(positive) / (_token_norms(combined) + 1e-8)
+        return combined * ratio.clamp(min=self.least, max=1.0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class StdMix:
 def rescalings(combined: Tensor, positive: Tensor, velocity: Tensor) -> Iterator[Rescaling]:
     """Rescalings that might make the velocity, with settings of few decimals, as people give."""
     yield TokenNorm()
+    shrunk = (_token_norms(velocity) / _token_norms(combined)).min().item()
+    yield from map(TokenLimit, [0.0, *rounded(shrunk, 4)])
     yield from map(NormLimit, rounded(norm_ratio(velocity, positive).item(), 4))
     mixed = StdMix(1.0)(combined, positive) - combined
     yield from map(StdMix, rounded(share(velocity - combined, mixed), 4))
@@ -195,8 +209,8 @@ def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | 
     if nearest is None or mismatch(velocities, nearest, velocity):
         raise ReplayError(
             "the scheduler's velocity is not negative + scale * (positive - negative) of the "
-            "transformer's two outputs, nor that with a norm rescaled as by Qwen-Image, Z-Image or "
-            "LTX-Video: a rescaled or otherwise modified guidance cannot be replayed"
+            "transformer's two outputs, nor that with a norm rescaled as by Qwen-Image, Z-Image, "
+            "LongCat or LTX-Video: a rescaled or otherwise modified guidance cannot be replayed"
         )
     return nearest
 

@@ -1,100 +1,29 @@
 """How a pipeline calls its transformer, recognized from the tensors of one denoising step.
 
 The pipeline's class does not matter. Three things are recognized by equality: which argument holds
-the noisy sample and where in it (``Layout``), which one holds the flow time and in what unit (a
+the noisy sample and where in it (``Place``), which one holds the flow time and in what unit (a
 clock), and how the outputs of one step's calls become the scheduler's velocity (``Guidance``).
-A new family of pipelines is one more entry in ``LAYOUTS`` or ``CLOCKS``, or one more ``Rescaling``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Layout(Protocol):
-    """Where an argument holds the noisy sample; ``rest`` is the remainder of the argument."""
-
-    def split(self, argument: Any, sample: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The part that should be the sample, and the rest; None if the shapes rule it out."""
-
-    def join(self, sample: Tensor, rest: Tensor | None) -> Any:
-        """The argument that holds this sample and this rest."""
-
-    def velocity(self, output: Any, sample: Tensor) -> Tensor:
-        """The part of the transformer's output that belongs to the sample."""
+class ReplayError(ValueError):
+    """A recorded call that could not be replayed faithfully; the message says why."""
 
 
-@dataclass(frozen=True)
-class Whole:
-    """The argument is the sample: FLUX.1, SD3, Qwen-Image, Wan text-to-video, LTX-Video."""
+class Call(NamedTuple):
+    """One call of the transformer: its arguments by name, and what it returned first."""
 
-    def split(self, argument: Any, sample: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """See ``Layout``."""
-        fits = isinstance(argument, Tensor) and argument.shape == sample.shape
-        return (argument, None) if fits else None
-
-    def join(self, sample: Tensor, rest: Tensor | None) -> Any:
-        """See ``Layout``."""
-        return sample
-
-    def velocity(self, output: Any, sample: Tensor) -> Tensor:
-        """See ``Layout``."""
-        return cast(Tensor, output)
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The sample comes first along axis 1, references follow.
-
-    Reference tokens in Kontext, klein and Qwen-Image-Edit; channels in Wan image-to-video.
-    """
-
-    def split(self, argument: Any, sample: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """See ``Layout``."""
-        if not isinstance(argument, Tensor) or not argument.ndim == sample.ndim >= 2:
-            return None
-        length = sample.shape[1]
-        head = argument[:, :length]
-        longer = argument.shape[1] > length and head.shape == sample.shape
-        return (head, argument[:, length:]) if longer else None
-
-    def join(self, sample: Tensor, rest: Tensor | None) -> Any:
-        """See ``Layout``."""
-        return sample if rest is None else torch.cat([sample, rest], dim=1)
-
-    def velocity(self, output: Any, sample: Tensor) -> Tensor:
-        """See ``Layout``."""
-        return cast(Tensor, output)[:, : sample.shape[1]]
-
-
-@dataclass(frozen=True)
-class Frames:
-    """A list with one tensor per row, each an image [C, 1, H, W] of a single frame: Z-Image."""
-
-    def split(self, argument: Any, sample: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """See ``Layout``."""
-        if not isinstance(argument, list) or len(argument) != len(sample) or sample.ndim != 4:
-            return None
-        frame = sample[:1].transpose(0, 1).shape
-        fits = all(isinstance(row, Tensor) and row.shape == frame for row in argument)
-        return (self.velocity(argument, sample), None) if fits else None
-
-    def join(self, sample: Tensor, rest: Tensor | None) -> Any:
-        """See ``Layout``."""
-        return list(sample.unsqueeze(2))
-
-    def velocity(self, output: Any, sample: Tensor) -> Tensor:
-        """See ``Layout``."""
-        return torch.stack(list(output)).squeeze(2)
-
-
-LAYOUTS: tuple[Layout, ...] = (Whole(), Prefix(), Frames())
+    arguments: dict[str, Any]
+    output: Any
 
 
 def repeat_rows(x: Tensor, copies: int) -> Tensor:
@@ -113,15 +42,95 @@ def in_memory(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x.permute(axes).contiguous().permute([axes.index(axis) for axis in range(x.ndim)])
 
 
-class ReplayError(ValueError):
-    """A recorded call that could not be replayed faithfully; the message says why."""
+class Part(NamedTuple):
+    """A part of a tensor: its slice from ``start`` on along ``axis``, or all of it."""
+
+    axis: int = 0
+    start: int = 0
+    whole: bool = True
+
+    def split(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None] | None:
+        """The part, of this shape, and what is beside it; None where no such part can be."""
+        if self.whole or x.ndim != len(shape):
+            return (x, None) if x.shape == shape else None
+        stop = self.start + shape[self.axis]
+        length = x.shape[self.axis]
+        if length < stop or x.shape != (*shape[: self.axis], length, *shape[self.axis + 1 :]):
+            return None
+        before, part, after = x.tensor_split((self.start, stop), dim=self.axis)
+        beside = after if self.start == 0 else torch.cat([before, after], dim=self.axis)
+        return part, beside
+
+    def join(self, part: Tensor, beside: Tensor | None) -> Tensor:
+        """The tensor of which this is the part, and that the rest."""
+        if beside is None:
+            return part
+        before, after = beside.tensor_split((self.start,), dim=self.axis)
+        return torch.cat([before, part, after], dim=self.axis)
 
 
-class Call(NamedTuple):
-    """One call of the transformer: its arguments by name, and what it returned first."""
+def parts_equal(x: Tensor, sought: Tensor) -> Iterator[Part]:
+    """Every part of ``x`` that equals a tensor of as many rows and axes, in the dtype of ``x``."""
+    differing = [a for a in range(sought.ndim) if x.shape[a] != sought.shape[a]]
+    wanted = sought.to(x.dtype)
+    if not differing and torch.equal(x, wanted):
+        yield Part()
+    axis = differing[0] if len(differing) == 1 else 0  # the first is the batch's
+    if axis == 0 or x.shape[axis] < sought.shape[axis]:
+        return
+    length = sought.shape[axis]
+    candidates = x.narrow(axis, 0, x.shape[axis] - length + 1).movedim(axis, 0)
+    first = (candidates == wanted.select(axis, 0)).flatten(1).all(1)
+    for start in first.nonzero().flatten().tolist():
+        if torch.equal(x.narrow(axis, start, length), wanted):
+            yield Part(axis, start, whole=False)
 
-    arguments: dict[str, Any]
-    output: Any
+
+class Form(NamedTuple):
+    """How an argument is a tensor with the axes of the sample.
+
+    Attributes:
+        listed: whether it is a list with one tensor per row: Z-Image.
+        single: the axis of size 1 that it has besides, such as that of a single frame; or None.
+    """
+
+    listed: bool = False
+    single: int | None = None
+
+    def tensor(self, argument: Any) -> Tensor | None:
+        """The argument as one tensor; None if it has another form."""
+        if self.listed:
+            argument = _stacked(argument)
+        if not isinstance(argument, Tensor) or self.single is None:
+            return argument if isinstance(argument, Tensor) else None
+        fits = argument.ndim > self.single and argument.shape[self.single] == 1
+        return argument.squeeze(self.single) if fits else None
+
+    def argument(self, x: Tensor) -> Any:
+        """The argument that is this tensor."""
+        x = x if self.single is None else x.unsqueeze(self.single)
+        return list(x) if self.listed else x
+
+
+def _stacked(rows: Any) -> Tensor | None:
+    """Rows of one shape as a tensor."""
+    if not isinstance(rows, (list, tuple)) or not rows:
+        return None
+    if not all(isinstance(x, Tensor) and x.shape == rows[0].shape for x in rows):
+        return None
+    return torch.stack(list(rows))
+
+
+def _forms(argument: Any, axes: int) -> Iterator[Form]:
+    """The forms in which an argument has as many axes as the sample."""
+    x = argument if isinstance(argument, Tensor) else _stacked(argument)
+    if x is None:
+        return
+    listed = x is not argument
+    if x.ndim == axes:
+        yield Form(listed)
+    if x.ndim == axes + 1:
+        yield from (Form(listed, single) for single in range(1, x.ndim) if x.shape[single] == 1)
 
 
 class Place(NamedTuple):
@@ -130,37 +139,98 @@ class Place(NamedTuple):
     Attributes:
         name: the argument.
         dtype: its dtype.
-        layout: where in that argument.
         copies: how often, along the batch: 2 where both branches of guidance share one call.
+        form: how that argument is a tensor.
+        part: where in that tensor.
         axes: the sample's axes there from slowest to fastest in memory, which decides on kernels.
     """
 
     name: str
     dtype: torch.dtype
-    layout: Layout
     copies: int
+    form: Form
+    part: Part
     axes: tuple[int, ...]
+
+    def split(self, argument: Any, rows: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """The part of an argument that should be these rows, and the rest; None if it has none."""
+        x = self.form.tensor(argument)
+        return None if x is None else self.part.split(x, rows.shape)
+
+    def join(self, rows: Tensor, rest: Tensor | None) -> Any:
+        """The argument that holds these rows and this rest."""
+        return self.form.argument(self.part.join(in_memory(rows, self.axes), rest))
+
+    def velocity(self, output: Any, rows: Tensor) -> Tensor:
+        """The part of the transformer's output that belongs to the rows.
+
+        An output that is longer along another axis, as by a predicted variance, begins with it.
+        """
+        form = self.form if isinstance(output, (list, tuple)) == self.form.listed else Form()
+        forms = (form, Form(form.listed), Form(not form.listed, form.single))
+        for x in (x for x in (form.tensor(output) for form in forms) if x is not None):
+            begins = (Part(a, 0, whole=False) for a in range(1, rows.ndim))
+            for part in (Part(), self.part, *begins):
+                found = part.split(x, rows.shape)
+                if found is not None:
+                    return found[0]
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ReplayError(
+            f"the transformer returned {shape}, of which no part has the shape of the sample, "
+            f"{list(rows.shape)}, that it was given in {self.name}"
+        )
+
+    def __str__(self) -> str:
+        """Such as ``hidden_states`` begins with it on axis 1."""
+        name = f"`{self.name}`"
+        listed = " as a list of its rows" if self.form.listed else ""
+        if self.part.whole:
+            where = f"{name} is it{listed}"
+        elif self.part.start == 0:
+            where = f"{name} begins with it on axis {self.part.axis}{listed}"
+        else:
+            where = f"{name} holds it behind a prefix on axis {self.part.axis}{listed}"
+        return where + ("" if self.copies == 1 else ", twice along the batch")
 
 
 def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:
     """The one place that holds ``sample``, compared in the argument's dtype."""
     found = []
-    for (name, argument), layout, copies in product(arguments.items(), LAYOUTS, (1, 2)):
+    for (name, argument), copies in product(arguments.items(), (1, 2)):
         rows = repeat_rows(sample, copies)
-        parts = layout.split(argument, rows)
-        if parts is not None and torch.equal(parts[0], rows.to(parts[0].dtype)):
-            found.append(Place(name, parts[0].dtype, layout, copies, memory_axes(parts[0])))
+        for form in _forms(argument, sample.ndim):
+            x = form.tensor(argument)
+            assert x is not None
+            for part in parts_equal(x, rows):
+                split = part.split(x, rows.shape)
+                assert split is not None
+                found.append(Place(name, x.dtype, copies, form, part, memory_axes(split[0])))
     if len(found) != 1:
-        held = {n: list(a.shape) for n, a in arguments.items() if isinstance(a, Tensor)}
-        where = f"several do: {[place.name for place in found]}" if found else "none does"
         raise ReplayError(
             "exactly one argument of the transformer should hold the scheduler's sample "
-            f"{list(sample.shape)}, whole or as a prefix of axis 1, once or twice along the batch, "
-            f"but {where}; its tensors are {held}. A pipeline that puts clean frames in the place "
-            "of noisy ones, as Wan 2.2 with expand_timesteps and LTX-Video from an image, is not "
-            "supported"
+            f"{list(sample.shape)}, whole or as a part of one axis, once or twice along the batch, "
+            f"but {'several do' if found else 'none does'}: "
+            + ("; ".join(map(str, found)) if found else _nearest(arguments, sample))
         )
     return found[0]
+
+
+def _nearest(arguments: Mapping[str, Any], sample: Tensor) -> str:
+    """What of the sample the arguments do hold, for an error."""
+    held = {n: list(x.shape) for n, x in arguments.items() if isinstance(x, Tensor)}
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.shape == sample.shape:
+            equal = (x == sample.to(x.dtype)).double().mean().item()
+            where = (
+                f"{name} has its shape, and equals it in {equal:.0%} of its numbers: the pipeline "
+                "changes the sample before the call (clean frames in the place of noisy ones, a "
+                "scaled input)"
+            )
+            return f"{where}; its tensors are {held}"
+    sizes = {n: x.numel() for n, x in arguments.items() if isinstance(x, Tensor)}
+    packed = [n for n, size in sizes.items() if size and size % sample.numel() == 0]
+    told = f"{packed} may hold it in another layout" if packed else "none has its size"
+    return f"{told}; its tensors are {held}"
 
 
 Clock = Callable[[Tensor, torch.dtype], Tensor]
@@ -186,7 +256,18 @@ def in_units_from_noise(timestep: Tensor, dtype: torch.dtype) -> Tensor:
     return ((1000 - timestep) / 1000).to(dtype)
 
 
-CLOCKS: tuple[Clock, ...] = (in_units, in_steps, in_units_rounded_last, in_units_from_noise)
+def in_units_from_one(timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in another order of operations: Lumina."""
+    return (1 - timestep / 1000).to(dtype)
+
+
+CLOCKS: tuple[Clock, ...] = (
+    in_units,
+    in_steps,
+    in_units_rounded_last,
+    in_units_from_noise,
+    in_units_from_one,
+)
 
 
 def find_time(arguments: Mapping[str, Any], timestep: Tensor) -> str:
@@ -194,7 +275,7 @@ def find_time(arguments: Mapping[str, Any], timestep: Tensor) -> str:
     found = [
         name
         for name, argument in arguments.items()
-        if isinstance(argument, Tensor) and argument.is_floating_point()
+        if isinstance(argument, Tensor) and (argument.is_floating_point() or name == "timestep")
         if argument.ndim < (3 if name == "timestep" else 2)  # per token in Wan 2.2 text-to-video
         if any(bool((clock(timestep, argument.dtype) == argument).all()) for clock in CLOCKS)
     ]
@@ -209,8 +290,52 @@ def find_time(arguments: Mapping[str, Any], timestep: Tensor) -> str:
     return found[0]
 
 
+class Grid(NamedTuple):
+    r"""The scheduler's timesteps of flow times.
+
+    They are ``sigma * timesteps`` but where a pipeline shifts its sigmas and not its timesteps
+    (CogView4): there ``sigma = shift * u / (1 + (shift - 1) * u)`` for
+    ``u = timestep / timesteps``, and the timesteps of the recorded sigmas are kept as they are.
+
+    Attributes:
+        timesteps: the timestep of sigma = 1, 1000 in all known pipelines.
+        shift: of sigmas against timesteps; 1 where they are the same.
+        known: pairs of sigma and timestep that differ from the formula's, by rounding.
+    """
+
+    timesteps: int
+    shift: float = 1.0
+    known: tuple[tuple[float, float], ...] = ()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Timesteps of flow times, float32."""
+        sigma = sigma.float()
+        if self.shift == 1:
+            return sigma * self.timesteps
+        timestep = sigma / (self.shift - (self.shift - 1) * sigma) * self.timesteps
+        for at, exact in self.known:
+            timestep = torch.where(sigma == at, exact, timestep)
+        return timestep
+
+
+def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
+    """The grid of a turn's steps, [S] each, on the CPU; ``most`` is the timestep of sigma 1."""
+    if torch.equal(sigmas * most, timesteps):
+        return Grid(most)
+    sigma, u = sigmas.double(), timesteps.double() / most
+    inner = int((sigma - 0.5).abs().argmin())
+    s, t = sigma[inner].item(), u[inner].item()
+    shift = s * (1 - t) / (t * (1 - s)) if 0 < s < 1 and t > 0 else 1.0
+    if (shift * u / (1 + (shift - 1) * u) - sigma).abs().max() > 1e-5:
+        raise ReplayError(
+            "the scheduler's timesteps are no known function of its sigmas: at sigmas "
+            f"{sigmas.tolist()} they are {timesteps.tolist()}"
+        )
+    return Grid(most, shift, tuple(zip(sigmas.tolist(), timesteps.tolist(), strict=True)))
+
+
 def find_clock(times: Tensor, timesteps: Tensor) -> Clock:
-    """The clock that makes every recorded time [S, ...] of the sigmas' timesteps [S], exactly."""
+    """The clock that makes every recorded time [S, ...] of the timesteps [S], exactly."""
     rows = timesteps.reshape(-1, *[1] * (times.ndim - 1))
     for clock in CLOCKS:
         if bool((clock(rows, times.dtype) == times).all()):

@@ -3,51 +3,69 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
-from types import TracebackType
-from typing import Any
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType, TracebackType
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from mteditflow.flow.solvers import Solver
+from mteditflow.flow.solvers import ODE, Solver
 from mteditflow.flow.trajectory import Trajectory
-from mteditflow.pipelines.conditioning import map_leaves, replay_rows, share_equal_tensors
-from mteditflow.pipelines.recognize import Call, ReplayError
-from mteditflow.pipelines.rollout import Rollout
-from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step, check_pipeline
-from mteditflow.pipelines.turn import Recorded, Turn, Version
+from mteditflow.pipelines.conditioning import (
+    Conditioning,
+    check_groups,
+    map_leaves,
+    replay_rows,
+    share_equal_tensors,
+)
+from mteditflow.pipelines.recognize import Call, ReplayError, parts_equal
+from mteditflow.pipelines.rollout import Rollout, caches
+from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step, check_pipeline, stand_in
+from mteditflow.pipelines.turn import Choice, Recorded, Turn, Version
 
 
 class Recorder:
     """Context in which every call of a pipeline is recorded as one turn of its trajectories.
 
-    Inside, the pipeline has a ``FlowMatchSDEScheduler`` of its own scheduler's configuration, and
-    its transformer a forward hook; on exit, also by an exception, both are as before. Calls in one
-    context are the turns of one chain, in order. While it records, the recorder proves that what it
-    keeps suffices: at every step the transformer's outputs must make exactly the velocity that the
-    scheduler is given, from the sample that it returned before, with arguments that do not change.
-    Anything else raises. Sample in eval mode, and replay under the same autocast.
+    Inside, the pipeline has a scheduler that stands in for its own, of a subclass of its class and
+    with its attributes, and its transformer a forward hook; on exit, also by an exception, both are
+    as before. Calls in one context are the turns of one chain, in order. While it records, the
+    recorder proves that what it keeps suffices: at every step the transformer's outputs must make
+    exactly the velocity that the scheduler is given, from the sample that it returned before, with
+    arguments that do not change; and when the loop over the timesteps ends, the pipeline must still
+    hold what the last step returned. Anything else raises. Sample in eval mode, and replay under
+    the same autocast.
+
+    Any other scheduler that samples a flow (DPMSolver++, UniPC, Heun) and a cache on the
+    transformer may sample too, without a solver: then the rollout has initial noise and clean
+    latents alone, in one step that is not stochastic, which is what NFT and its kin train on.
 
     Args:
-        pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler``; docs/support.md
-            lists those that are tested, and what is refused.
+        pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler`` or a subclass of
+            it, or with another scheduler that samples a flow; docs/support.md lists those that are
+            tested, and what is refused.
         solver: how stochastic steps are taken; None and ``ODE()`` sample like the pipeline's own
             scheduler, bit for bit.
         generators: of the step noise, one per trajectory of a call; their streams go on over turns.
-        stochastic_steps: indices of the steps that may draw noise; None allows all.
+        stochastic_steps: indices of the steps that may draw noise, counted from the first that is
+            taken; None allows all.
         reduction: of log-probs over elements, "mean" or "sum".
         model: the module to record; None is ``pipeline.transformer``.
-        shared: names of transformer arguments that have no row or entry per trajectory. Two-axis
-            ``..._ids``, tensors whose first axis is not the batch and lists of numbers are known to
-            be shared.
+        shared: names of transformer arguments that have no row or entry per trajectory, where
+            ``verify`` is off or does not find it. Two-axis ``..._ids``, lists of numbers and
+            tensors with no axis as long as the batch are known to be shared.
         storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
         verify: after the first turn replay one of its rows in a batch of another size and compare,
-            for one more forward pass.
+            for one more forward pass. Where that fails and an argument may be read in several ways
+            (rows along another axis, an entry per trajectory), the others are tried.
 
     Raises:
-        ValueError: the pipeline is no flow pipeline, or already being recorded.
+        ValueError: the pipeline is no flow pipeline, or already being recorded; a solver is given
+            where steps are not those of ``FlowMatchEulerDiscreteScheduler``, or under a cache.
         ReplayError: (a ValueError) inside the context, when a call could not be replayed.
 
     Example:
@@ -94,34 +112,41 @@ class Recorder:
         self._pipeline, self._model, self._shared = pipeline, model, frozenset(shared)
         self._verify = verify
         self._storage = None if storage is None else torch.device(storage)
-        self._scheduler = FlowMatchSDEScheduler.from_config(
-            scheduler.config,
+        self._ends = not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        self._scheduler = stand_in(
+            scheduler,
             solver=solver,
             generators=generators,
             stochastic_steps=stochastic_steps,
             reduction=reduction,
         )
-        self._scheduler.set_shift(scheduler.shift)
+        self._plain = solver is None or isinstance(solver, ODE)
+        self._reduction = reduction
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._own_scheduler: FlowMatchEulerDiscreteScheduler | None = None
+        self._own_scheduler: Any = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._calls: list[Call] = []
         self._turn: Turn | None = None
         self._turns: list[Recorded] = []
+        self._choice: Choice = {}
+        self._variables: list[str] = []
         self._failed: BaseException | None = None
 
     def __enter__(self) -> Recorder:
         """Swap the scheduler and hook the transformer."""
         current = self._pipeline.scheduler
-        if isinstance(current, FlowMatchSDEScheduler) and current.observer is not None:
+        if getattr(current, "observer", None) is not None:
             raise ValueError("pipeline: it is already being recorded")
         if self._turns or self._failed is not None:
             raise ValueError("recorder: it has recorded already; make a new one for each rollout")
-        if getattr(self._model, "is_cache_enabled", False):
-            raise ValueError(
-                "model: expected one without an enabled cache, whose outputs depend on the calls "
-                "before; call disable_cache() first"
-            )
+        if caches(self._model):
+            if not self._plain:
+                raise ValueError(
+                    "solver: expected None, because the model has an enabled cache, whose outputs "
+                    "depend on the calls before; without a solver final latents are recorded, or "
+                    "call disable_cache() first"
+                )
+            self._ends = True
         self._own_scheduler = current
         self._scheduler.observer = self
         self._pipeline.scheduler = self._scheduler
@@ -139,7 +164,7 @@ class Recorder:
             self._hook.remove()
         self._pipeline.scheduler = self._own_scheduler
         self._scheduler.observer, self._scheduler.steps = None, ()
-        self._calls = []
+        self._calls, self._variables = [], []
         self._failed = error
         if error is None:
             self._check_finished()
@@ -155,8 +180,9 @@ class Recorder:
             Rollout of B trajectories with one turn per pipeline call.
 
         Raises:
-            ValueError: nothing was recorded, recording failed, or turns differ in the shape of
-                their latents or in their number of steps.
+            ValueError: nothing was recorded, recording failed, turns differ in the shape of their
+                latents or in their number of steps, or members of a group differ in what the first
+                turn was conditioned on (by more than a tenth, as the sampling of a VAE may).
             ReplayError: a recorded tensor was changed in place since.
         """
         if self._failed is not None:
@@ -170,7 +196,10 @@ class Recorder:
         for turn in self._turns:
             Version.check(turn.versions)
         with torch.inference_mode(False), torch.no_grad():
-            return self._joined(torch.as_tensor(group, device="cpu"))
+            ids = torch.as_tensor(group, device="cpu")
+            rollout = self._joined(ids)
+            check_groups(self._turns[0].conditioning, ids)
+        return rollout
 
     def _joined(self, group: Tensor) -> Rollout:
         """All turns as one rollout, of tensors that autograd accepts."""
@@ -185,7 +214,7 @@ class Recorder:
             stochastic=torch.stack([turn.stochastic for turn in self._turns]).to(device),
             group=group.to(device),
             turn_mask=torch.ones(batch, turns, dtype=torch.bool, device=device),
-            reduction=self._scheduler.reduction,
+            reduction=self._reduction,
         )
         return Rollout(
             trajectory,
@@ -193,43 +222,95 @@ class Recorder:
             torch.stack([numbers, rows], dim=-1),
         )
 
-    def started(self, sigmas: Tensor) -> None:
+    def started(self, sigmas: Tensor, timesteps: Tensor) -> None:
         """Called by the scheduler: a pipeline call begins."""
-        if self._turn is not None and self._turn.steps:
-            self._check_finished()
+        self._check_finished()
         self._calls = []
-        timesteps = self._scheduler.config.num_train_timesteps
-        self._turn = Turn(sigmas, timesteps, self._shared, self._storage)
+        self._turn = Turn(
+            sigmas,
+            timesteps,
+            most=self._scheduler.config.num_train_timesteps,
+            ends=self._ends,
+            shared=self._shared,
+            storage=self._storage,
+        )
 
     def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
         """Called by the scheduler: a step has been taken."""
-        if self._turn is None:
+        if self._turn is None or self._turn.complete:
             raise ReplayError("the scheduler takes a step before set_timesteps or after the last")
         calls, self._calls = self._calls, []
-        recorded = self._turn.add(step, velocity, timestep, calls)
-        if recorded is not None:
-            self._turn = None
+        self._turn.add(step, velocity, timestep, calls)
+        if self._turn.complete:
+            holders = (_names_of(step.x_t, frame) for frame in _frames())
+            self._variables = next(filter(None, holders), [])
+
+    def ended(self, steps: int) -> None:
+        """Called by the scheduler: the pipeline's loop over its timesteps is over."""
+        turn = self._turn
+        if turn is None or not turn.complete or steps != len(turn.steps):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            turn.check()
+            self._check_held(turn.steps[-1])
             if self._verify and not self._turns:
-                self._prove(recorded, step, velocity)
-            self._turns.append(recorded)
+                self._choice = self._proved(turn)
+            self._turns.append(turn.recorded(self._choice))
+        self._turn = None
 
-    @torch.no_grad()
-    def _prove(self, recorded: Recorded, step: Step, velocity: Tensor) -> None:
-        """Call the transformer again for the last trajectory and step, from the record alone.
+    def _check_held(self, last: Step) -> None:
+        """Raise unless the pipeline goes on with what its last step returned.
 
-        A batch of one is doubled, so that the size always differs from that of the recording.
+        The variables that held the last step's sample hold it then; where it had none, as in
+        modular pipelines, any variable of the loop or attribute of one does.
         """
+        for frame in _frames():
+            named = [frame.f_locals[name] for name in self._variables if name in frame.f_locals]
+            held = named if self._variables else list(_tensors(frame))
+            if any(x is last.next_x for x in held) or any(_holds(x, last.next_x) for x in held):
+                return
+            if named:
+                break
+        raise ReplayError(
+            "cannot replay this pipeline: latents changed after the last step, as by a callback or "
+            "a mask, so that the images are not those of the recorded latents"
+        )
+
+    def _proved(self, turn: Turn) -> Choice:
+        """The likeliest way to read the turn's arguments that is proved."""
+        told: list[str] = []
+        for choice in turn.choices():
+            error = self._error(turn, turn.conditioning(choice))
+            if error is None:
+                return choice
+            told.append(error)
+        raise ReplayError(
+            f"called again with what was recorded, the transformer {told[0]}: look for dropout in "
+            "training mode, a cache, or an argument without a row per trajectory that is not named "
+            "in `shared`"
+        )
+
+    def _error(self, turn: Turn, conditioning: Conditioning) -> str | None:
+        """Call the transformer again for one trajectory and step, from the record alone.
+
+        The step is the last of the longest recipe; under a cache the first, which it computes. A
+        batch of one is doubled, so that the size always differs from that of the recording.
+        """
+        pattern = max(turn.patterns, key=lambda pattern: len(pattern.constants))
+        step, velocity = pattern.ends[0 if caches(self._model) else -1]
         rows = [len(step.x_t) - 1] * (2 if len(step.x_t) == 1 else 1)
-        records = [recorded.conditioning] * len(rows)
-        again = replay_rows(self._model, records, rows, step.x_t[rows], step.sigma[rows])
+        stage, _ = conditioning.at(step.sigma[0].item())
+        try:
+            with _fresh_cache(self._model):
+                again = replay_rows(
+                    self._model, [stage] * len(rows), rows, step.x_t[rows], step.sigma[rows]
+                )
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            return f"raised {type(error).__name__}: {error}"
         given = velocity[rows].to(again.dtype)
-        error = ((again - given).norm() / given.norm()).item()
-        if not error <= (1e-3 if velocity.dtype in (torch.float32, torch.float64) else 0.1):
-            raise ReplayError(
-                f"called again with what was recorded, the transformer gave a velocity {error:.1e} "
-                "away (relative): look for dropout in training mode, a cache, or an argument "
-                "without a row per trajectory that is not named in `shared`"
-            )
+        apart = ((again - given).norm() / given.norm()).item()
+        exact = velocity.dtype in (torch.float32, torch.float64)
+        return None if apart <= (1e-3 if exact else 0.1) else f"gave a velocity {apart:.1e} away"
 
     def _on_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -241,7 +322,50 @@ class Recorder:
             self._calls.append(Call(map_leaves(lambda leaf: leaf, arguments), output[0]))
 
     def _check_finished(self) -> None:
-        if self._turn is not None:
+        """Raise if a turn is under way; a grid of which no step was taken is none."""
+        turn = self._turn
+        if turn is None or not turn.steps:
+            self._turn = None
+            return
+        if turn.complete:
             raise ReplayError(
-                f"turn {len(self._turns)} ended after {self._turn}; only whole turns are recorded"
+                "the pipeline's loop over scheduler.timesteps was not seen to end, so that what it "
+                "does after its last step is unknown; loop over them: for t in scheduler.timesteps"
             )
+        raise ReplayError(
+            f"turn {len(self._turns)} ended after {turn}; only whole turns are recorded"
+        )
+
+
+def _frames() -> Iterator[FrameType]:
+    """The frames of the call stack outside of this wing, from the innermost on."""
+    frame: FrameType | None = sys._getframe(1)
+    here = __name__.rpartition(".")[0]
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith(here):
+            yield frame
+        frame = frame.f_back
+
+
+def _names_of(x: Tensor, frame: FrameType) -> list[str]:
+    """The local variables that are a tensor."""
+    return [name for name, value in frame.f_locals.items() if value is x]
+
+
+def _tensors(frame: FrameType) -> Iterator[Tensor]:
+    """The tensors among a frame's local variables, and among their attributes."""
+    for value in list(frame.f_locals.values()):
+        for x in (value, *getattr(value, "__dict__", {}).values()):
+            if isinstance(x, Tensor):
+                yield x
+
+
+def _holds(x: Any, sought: Tensor) -> bool:
+    """Whether a tensor is another one in any dtype, or has it as a part."""
+    fits = isinstance(x, Tensor) and x.ndim == sought.ndim and x.is_floating_point()
+    return fits and next(parts_equal(x, sought), None) is not None
+
+
+def _fresh_cache(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which a model with a cache starts anew."""
+    return cast(Any, model).cache_context("mteditflow") if caches(model) else nullcontext()

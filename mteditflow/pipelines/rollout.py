@@ -100,8 +100,8 @@ class Rollout:
             to the model's parameters and to ``x_t``.
 
         Raises:
-            ValueError: shapes differ, there is no row, sigma lies outside [0, 1], or a turn is none
-                of its trajectory.
+            ValueError: shapes differ, there is no row, sigma lies outside [0, 1], a turn is none of
+                its trajectory, or the model has an enabled cache.
             IndexError: an index is out of range.
             TypeError: ``x_t`` or ``sigma`` is not floating point.
 
@@ -127,19 +127,27 @@ class Rollout:
         calls, rows = self.index[trajectory.cpu(), turn.cpu()].unbind(-1)
         if bool((calls < 0).any()):
             raise ValueError("turn: expected turns that exist, got some that turn_mask excludes")
+        if caches(model):
+            raise ValueError(
+                "model: expected one without an enabled cache, whose outputs depend on the calls "
+                "before; call disable_cache() after sampling"
+            )
+        records = [self.conditioning[call] for call in calls.tolist()]
+        several = any(len(record.stages) > 1 for record in self.conditioning)
+        times = sigma.tolist() if several else [1.0] * len(records)
+        found = [record.at(time) for record, time in zip(records, times, strict=True)]
         groups: dict[Any, list[int]] = {}
-        for position, call in enumerate(calls.tolist()):
-            groups.setdefault(self.conditioning[call].signature, []).append(position)
+        for position, (_, signature) in enumerate(found):
+            groups.setdefault(signature, []).append(position)
         if len(groups) == 1:
-            records = [self.conditioning[call] for call in calls.tolist()]
-            return replay_rows(model, records, rows.tolist(), x_t, sigma)
+            stages = [stage for stage, _ in found]
+            return replay_rows(model, stages, rows.tolist(), x_t, sigma)
         parts, order = [], []
         for positions in groups.values():
-            at = torch.tensor(positions, dtype=torch.int64, device="cpu")
-            here = at.to(x_t.device)
-            records = [self.conditioning[call] for call in calls[at].tolist()]
-            part = replay_rows(model, records, rows[at].tolist(), x_t[here], sigma[here])
-            parts.append(part)
+            here = torch.tensor(positions, dtype=torch.int64, device=x_t.device)
+            stages = [found[position][0] for position in positions]
+            taken = [int(rows[position]) for position in positions]
+            parts.append(replay_rows(model, stages, taken, x_t[here], sigma[here]))
             order += positions
         return torch.cat(parts)[
             torch.tensor(order, dtype=torch.int64, device="cpu").argsort().to(x_t.device)
@@ -275,6 +283,11 @@ class RolloutVelocity:
             policy, rollout = self._teacher
         with torch.no_grad(), self._policies.use(policy):
             return rollout.velocity(model, x_t, sigma, *at.unbind(1))
+
+
+def caches(model: nn.Module) -> bool:
+    """Whether a cache of diffusers is enabled on a model."""
+    return bool(getattr(model, "is_cache_enabled", False))
 
 
 def _compact(

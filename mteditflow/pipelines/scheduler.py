@@ -1,15 +1,17 @@
-"""A scheduler that pipelines accept in place of their own, and that takes SDE steps.
+"""Schedulers that pipelines accept in place of their own: with SDE steps, or just observed.
 
-The pipeline is not patched: same configuration, same shift, same ``set_timesteps``. What changes is
-how a step is taken (by a ``mteditflow.Solver``), whose noise it uses (one generator per trajectory)
-and that the step is kept for replay. Unsupported options raise with a reason.
+The pipeline is not patched: same class or a subclass, same attributes, same ``set_timesteps``. What
+changes is how a step is taken (by a ``mteditflow.Solver``), whose noise it uses (one generator per
+trajectory) and that an observer is told of it. Unsupported options raise with a reason.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -27,7 +29,6 @@ _UNSUPPORTED: dict[str, tuple[float | None, str]] = {
     "s_tmin": (0.0, "flow-matching steps do not churn"),
     "s_tmax": (float("inf"), "flow-matching steps do not churn"),
     "s_noise": (1.0, "the solver decides how much noise a step adds"),
-    "generator": (None, "noise comes from the scheduler's generators, one per trajectory"),
     "per_token_timesteps": (None, "a transition needs one flow time per sample"),
 }
 
@@ -57,11 +58,43 @@ class Step(NamedTuple):
 class Observer(Protocol):
     """Receives grids and steps of a scheduler; a ``Recorder`` is one."""
 
-    def started(self, sigmas: Tensor) -> None:
-        """Called when a pipeline has set its grid, ``sigmas`` [S + 1], on the CPU."""
+    def started(self, sigmas: Tensor, timesteps: Tensor) -> None:
+        """Called with the grid [S + 1] and its timesteps [S], on the CPU, before the first step."""
 
     def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
         """Called after each step with the pipeline's velocity and the grid's timestep (0-d)."""
+
+    def ended(self, steps: int) -> None:
+        """Called when a loop over this number of the grid's timesteps has come to its end."""
+
+
+class Timesteps(Tensor):
+    """The timesteps that a pipeline loops over; tells when a loop has come to its end.
+
+    What a pipeline does between its last step and that moment is thereby seen.
+    """
+
+    __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
+    ended: Callable[[int], None]
+
+    @classmethod
+    def of(cls, timesteps: Tensor, ended: Callable[[int], None]) -> Timesteps:
+        """The same tensor, watched."""
+        watched = timesteps.as_subclass(cls)
+        watched.ended = ended
+        return watched
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.as_subclass(Tensor)
+        self.ended(len(self))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        part = self.as_subclass(Tensor)[index]
+        return Timesteps.of(part, self.ended) if isinstance(index, slice) else part
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The same on another device or in another dtype, watched as well."""
+        return Timesteps.of(self.as_subclass(Tensor).to(*args, **kwargs), self.ended)
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
@@ -81,13 +114,15 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         generators: one ``torch.Generator`` per trajectory, in batch order. Each keeps its own
             stream over steps and turns, so that a trajectory does not depend on its batch.
         stochastic_steps: indices of the steps that may draw noise, such as the range given by
-            ``sliding_window``; None allows all.
+            ``sliding_window``, counted from the first that is taken; None allows all.
         reduction: "mean" or "sum" over the latent's elements, for the log-prob.
 
     Raises:
         ValueError: the configuration is no flow-matching Euler scheduler's, or asks for
             ``stochastic_sampling`` or ``invert_sigmas``; the number of generators is not the
             batch's; ``step`` gets an option that would be ignored.
+
+    A copy (``copy.deepcopy``) draws from the same generators and tells the same observer.
 
     Source: Flow-GRPO (arXiv 2505.05470) for the SDE; the windows are MixGRPO's (arXiv 2507.21802).
 
@@ -109,7 +144,9 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     stochastic_steps: Collection[int] | None = None
     reduction: str = "mean"
     observer: Observer | None = None
+    timesteps: Tensor
     steps: tuple[Step, ...] = ()
+    _first: int = 0
     _stochastic: Sequence[bool] = ()
 
     @classmethod
@@ -144,30 +181,31 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         self.steps = ()
         return self
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Set the grid as the parent does, and decide which of its steps are stochastic."""
         for option in ("stochastic_sampling", "invert_sigmas"):
             if self.config.get(option, False):
                 raise ValueError(
                     f"config: {option}=True is not supported: its steps are not those of a solver"
                 )
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        super().set_timesteps(*args, **kwargs)
         grid = self.sigmas.cpu()
         if not bool((grid[:-1] > grid[1:]).all()) or grid[0] > 1 or grid[-1] != 0:
             raise ValueError(
                 f"sigmas: expected a grid that falls from at most 1 to 0, got {grid.tolist()}"
             )
-        self._stochastic = self._draws_noise(grid)
-        self.steps = ()
-        if self.observer is not None:
-            self.observer.started(grid)
+        self._begin(0)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin within the grid, as image-to-image and inpainting at a strength below 1 do."""
+        super().set_begin_index(begin_index)
+        if self._stochastic:
+            self._begin(begin_index)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the sample: a flow has no scale. Bria's pipelines ask every other class."""
+        return sample
 
     def step(
         self,
@@ -192,7 +230,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             s_tmin: see ``s_churn``.
             s_tmax: see ``s_churn``.
             s_noise: see ``s_churn``.
-            generator: None; noise comes from ``generators``, one per trajectory.
+            generator: taken and not used, as by the parent; noise comes from ``generators``, one
+                per trajectory.
             per_token_timesteps: None; all tokens of a sample share their flow time.
             return_dict: whether to return the parent's output class or a tuple.
         """
@@ -201,7 +240,6 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             s_tmin=s_tmin,
             s_tmax=s_tmax,
             s_noise=s_noise,
-            generator=generator,
             per_token_timesteps=per_token_timesteps,
         )
         if not self._stochastic:
@@ -209,8 +247,11 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index
+        if not self.steps and index != self._first:
+            self._begin(index)
+        stochastic = self._stochastic[index - self._first]
         sigma, next_sigma = (self.sigmas[i].expand(len(sample)) for i in (index, index + 1))
-        if self._stochastic[index]:
+        if stochastic:
             transition = self.solver(sample, model_output, sigma, next_sigma)
             next_x = transition.sample(self._noise(sample)).to(model_output.dtype)
             log_prob = gaussian_log_prob(next_x, *transition, reduction=self.reduction)
@@ -218,11 +259,23 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         else:
             next_x = super().step(model_output, timestep, sample, return_dict=False)[0]
             log_prob = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
-        step = Step(sample, next_x, sigma, next_sigma, log_prob, self._stochastic[index])
+        step = Step(sample, next_x, sigma, next_sigma, log_prob, stochastic)
         self.steps = (*self.steps, step)
         if self.observer is not None:
             self.observer.stepped(step, model_output, self.timesteps[index])
         return FlowMatchEulerDiscreteSchedulerOutput(next_x) if return_dict else (next_x,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with the same observer and generators, which belong to neither copy."""
+        return _copied(self, memo, self.observer, self.generators, self.timesteps)
+
+    def _begin(self, first: int) -> None:
+        """Decide which of the steps from the index ``first`` on are stochastic."""
+        grid = self.sigmas.cpu()[first:]
+        self._first, self._stochastic, self.steps = first, self._draws_noise(grid), ()
+        if self.observer is not None:
+            self.timesteps = Timesteps.of(self.timesteps, self.observer.ended)
+            self.observer.started(grid, self.timesteps.cpu().as_subclass(Tensor)[first:])
 
     def _draws_noise(self, sigmas: Tensor) -> list[bool]:
         """Whether each step of the grid [S + 1] is stochastic: allowed to be, and of std > 0."""
@@ -247,16 +300,106 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         return batched_noise(sample.shape[1:], self.generators, device=sample.device)
 
 
-def check_pipeline(pipeline: Any) -> FlowMatchEulerDiscreteScheduler:
+def _copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
+    """A deep copy of all but what is shared."""
+    memo |= {id(x): x for x in shared}
+    copied = copy.copy(scheduler)
+    copied.__dict__.update(copy.deepcopy(scheduler.__dict__, memo))
+    return copied
+
+
+def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -> Any:
+    """A scheduler with the class, or a subclass of it, and the attributes of a pipeline's own.
+
+    Args:
+        scheduler: the pipeline's, any subclass of ``FlowMatchEulerDiscreteScheduler``, which gets
+            SDE steps, or another one that samples a flow, whose steps are only told.
+        observer: whom to tell.
+        options: of ``FlowMatchSDEScheduler.sample_with``.
+
+    Raises:
+        ValueError: a solver's steps would take the place of a ``step`` that the user's subclass
+            defines, or of another scheduler's.
+    """
+    kind, solver = type(scheduler), options.get("solver")
+    plain = solver is None or isinstance(solver, ODE)
+    known = (FlowMatchEulerDiscreteScheduler.step, FlowMatchSDEScheduler.step)
+    if kind.step not in known and not plain:
+        raise ValueError(
+            f"solver: expected None, because {kind.__name__} has a `step` of its own, which a "
+            f"solver's steps would replace; its final latents are recorded without one (as NFT "
+            "needs them), or set pipe.scheduler = FlowMatchEulerDiscreteScheduler(...) first"
+        )
+    standing = copy.copy(scheduler)
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        standing.__class__ = _told(cast(Hashable, kind))
+    else:
+        bases = (FlowMatchSDEScheduler, kind)
+        exact = kind in (FlowMatchEulerDiscreteScheduler, FlowMatchSDEScheduler)
+        standing.__class__ = bases[0] if exact else type(kind.__name__, bases, {})
+        standing.sample_with(**options)
+    standing.observer = observer
+    return standing
+
+
+@functools.cache
+def _told(kind: Any) -> Any:
+    """A subclass of any scheduler's class that tells an observer of its steps.
+
+    Flow times are the timesteps over ``num_train_timesteps``, which some schedulers round.
+    """
+
+    class Told(kind):
+        observer: Observer | None = None
+        timesteps: Tensor
+
+        @functools.wraps(kind.set_timesteps)
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self._tell()
+
+        def set_begin_index(self, begin_index: int = 0) -> None:
+            super().set_begin_index(begin_index)
+            self._tell(begin_index)
+
+        @functools.wraps(kind.step)
+        def step(
+            self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            result = super().step(model_output, timestep, sample, *args, **kwargs)
+            zero = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
+            sigma = zero + timestep / self.config.num_train_timesteps
+            step = Step(sample, result[0], sigma, zero, zero, False)
+            if self.observer is not None:
+                self.observer.stepped(step, model_output, torch.as_tensor(timestep))
+            return result
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return _copied(self, memo, self.observer, self.timesteps)
+
+        def _tell(self, first: int = 0) -> None:
+            if self.observer is not None:
+                timesteps = self.timesteps.cpu().as_subclass(Tensor)[first:]
+                self.timesteps = Timesteps.of(self.timesteps, self.observer.ended)
+                sigmas = timesteps.float() / self.config.num_train_timesteps
+                self.observer.started(torch.cat([sigmas, sigmas.new_zeros(1)]), timesteps)
+
+    Told.__name__ = Told.__qualname__ = kind.__name__
+    return Told
+
+
+def check_pipeline(pipeline: Any) -> Any:
     """The scheduler of a pipeline whose steps are those of one transformer along a flow."""
     scheduler = getattr(pipeline, "scheduler", None)
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        shift = getattr(scheduler, "config", {}).get("flow_shift", 1.0)
+    config = getattr(scheduler, "config", {})
+    flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    if not (flow or type(scheduler).__name__.startswith("FlowMatch")) and not isinstance(
+        scheduler, FlowMatchEulerDiscreteScheduler
+    ):
         raise ValueError(
-            "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, got "
-            f"{type(pipeline).__name__} with {type(scheduler).__name__}; if its model is a flow, "
-            "as Wan's is, set pipe.scheduler = FlowMatchEulerDiscreteScheduler("
-            f"shift={shift}) first"
+            "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, or another scheduler "
+            "with use_flow_sigmas=True and prediction_type='flow_prediction', got "
+            f"{type(pipeline).__name__} with {type(scheduler).__name__}"
         )
     boundary = pipeline.config.get("boundary_ratio")
     if boundary is not None:

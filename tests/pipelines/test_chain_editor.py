@@ -190,7 +190,7 @@ def test_a_rollout_equals_recorded_calls_of_the_full_pipeline(load, plain, famil
         [picture(plain, b) for b in range(4)],
         [CHAIN[b % len(CHAIN)][:2] for b in range(4)],
         generators=[trajectory_generators(10 + b, 1)[0] for b in range(4)],
-        group=torch.tensor([0, 0, 1, 1]),
+        group=torch.arange(4),
         batch=4,
         solver=SOLVER,
     )
@@ -285,7 +285,7 @@ def test_parts_are_sampled_when_they_are_asked_for_by_the_policy_of_that_moment(
     parts = editor.roll_out(
         *one_turn,
         generators=trajectory_generators(10, 4),
-        group=torch.zeros(4, dtype=torch.int64),
+        group=torch.tensor([0, 0, 1, 1]),
         batch=2,
     )
     with policies.use("reference"):

@@ -38,7 +38,7 @@ def scope(kontext):
         "model": kontext.transformer,
         "images": [picture(kontext, b) for b in range(2)],
         "chain": [[CHAIN[b][turn] for b in range(2)] for turn in range(2)],
-        "group": [0, 0],
+        "group": [0, 1],
     }
     return vars(mteditflow) | given
 

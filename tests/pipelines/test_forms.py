@@ -7,12 +7,9 @@ from tiny import replay
 
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
-from mteditflow.pipelines.conditioning import Entries, Rows, branch_of, by_row
+from mteditflow.pipelines.conditioning import Entries, Rows, branch_of, readings, select_rows
 from mteditflow.pipelines.recognize import (
-    LAYOUTS,
-    Frames,
-    Prefix,
-    Whole,
+    find_grid,
     find_sample,
     find_time,
     in_memory,
@@ -111,7 +108,7 @@ def test_recorded_in_inference_mode_it_replays_with_gradients(form):
     generators = mt.trajectory_generators(0, 2)
     with torch.inference_mode(), Recorder(pipeline, SOLVER, generators=generators) as recorder:
         call(generators)
-    rollout = recorder.rollout(group=[0, 0])
+    rollout = recorder.rollout(group=[0, 1])
     rows = all_rows(rollout)
     replayed = replay(rollout, pipeline.transformer.requires_grad_(True), SOLVER, rows)
     stored = rollout.trajectory.log_prob[rows]
@@ -128,7 +125,7 @@ def test_half_precision_is_replayed_bit_for_bit(form):
     generators = mt.trajectory_generators(0, 2)
     with Recorder(pipeline, SOLVER, generators=generators) as recorder:
         call(generators)
-    rollout, both = recorder.rollout(group=[0, 0]), torch.arange(2)
+    rollout, both = recorder.rollout(group=[0, 1]), torch.arange(2)
     for step in range(STEPS):
         rows = (both, torch.zeros_like(both), torch.full_like(both, step))
         replayed = replay(rollout, pipeline.transformer, SOLVER, rows).detach()
@@ -157,7 +154,7 @@ def roll_out(pipeline, embeds, *, seed=0, **recording):
     generators = mt.trajectory_generators(seed, len(embeds))
     with Recorder(pipeline, SOLVER, generators=generators, **recording) as recorder:
         call_z_image(pipeline, embeds, generator=generators)
-    return recorder.rollout(group=[0] * len(embeds))
+    return recorder.rollout(group=list(range(len(embeds))))
 
 
 def all_rows(rollout):
@@ -187,7 +184,7 @@ def test_a_list_entry_changed_in_place_is_noticed(z_image):
         call_z_image(z_image, embeds, guidance_scale=0.0)
     embeds[1].zero_()
     with pytest.raises(ReplayError, match="cap_feats: changed in place"):
-        recorder.rollout(group=[0, 0])
+        recorder.rollout(group=[0, 1])
 
 
 def test_storage_owns_the_entries_of_lists(z_image):
@@ -210,7 +207,7 @@ def test_references_of_other_sizes_are_called_apart():
         generators = mt.trajectory_generators(0, 2)
         with Recorder(pipeline, SOLVER, generators=generators) as recorder:
             pipeline(**given, num_inference_steps=1, output_type="latent", generator=generators)
-        parts.append(recorder.rollout(group=[0, 0]))
+        parts.append(recorder.rollout(group=[0, 1]))
     rollout, calls = Rollout.concatenate(parts), []
     rows = all_rows(rollout)
     hook = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -220,23 +217,58 @@ def test_references_of_other_sizes_are_called_apart():
     torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
 
 
-# Layouts and arguments, on tensors alone.
+# Places and arguments, on tensors alone.
 
 
+def beside(axis, start, extra):
+    """An argument of which the sample is a part."""
+
+    def argument(sample):
+        shape = list(sample.shape)
+        shape[axis] = extra
+        before, after = torch.randn(shape).tensor_split((start,), dim=axis)
+        return torch.cat([before, sample, after], dim=axis)
+
+    return argument
+
+
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize(
-    ("layout", "shape", "rest"),
-    [(Whole(), (2, 3, 4), None), (Prefix(), (2, 3, 4), (2, 5, 4)), (Frames(), (2, 3, 4, 5), None)],
+    ("argument", "told"),
+    [
+        (lambda x: x, "`x` is it"),
+        (lambda x: list(x), "`x` is it as a list of its rows"),
+        (lambda x: list(x.unsqueeze(2)), "`x` is it as a list of its rows"),
+        (lambda x: x.unsqueeze(3), "`x` is it"),
+        (beside(1, 0, 2), "`x` begins with it on axis 1"),
+        (beside(3, 0, 9), "`x` begins with it on axis 3"),
+        (beside(1, 4, 4), "`x` holds it behind a prefix on axis 1"),
+        (beside(2, 3, 5), "`x` holds it behind a prefix on axis 2"),
+    ],
 )
-def test_what_is_joined_is_split_again_by_its_own_layout_alone(layout, shape, rest):
-    sample = torch.randn(shape)
-    behind = None if rest is None else torch.randn(rest)
-    argument = layout.join(sample, behind)
-    parts = layout.split(argument, sample)
-    assert torch.equal(parts[0], sample)
-    assert (parts[1] is None) if rest is None else torch.equal(parts[1], behind)
-    assert torch.equal(layout.velocity(argument, sample), sample)
-    assert [type(other) for other in LAYOUTS if other.split(argument, sample)] == [type(layout)]
-    assert layout.split(argument, torch.cat([sample, sample])) is None
+def test_a_sample_is_found_in_any_place_and_put_there_again(argument, told, copies):
+    sample = torch.randn(2, 3, 4, 5)
+    rows = torch.cat([sample] * copies)
+    held = argument(rows)
+    place = find_sample({"y": torch.randn(2, 3), "x": held}, sample)
+    assert str(place) == told + (", twice along the batch" if copies == 2 else "")
+    part, rest = place.split(held, rows)
+    assert torch.equal(part, rows)
+    again = place.join(rows, rest)
+    assert type(again) is type(held)
+    assert all(torch.equal(one, other) for one, other in zip(some(again), held, strict=True))
+    assert torch.equal(place.velocity(held, rows), rows)
+    assert torch.equal(place.velocity(torch.cat([rows, rows + 1], dim=1), rows), rows)
+    assert place.split(argument(torch.cat([rows, rows])), rows) is None
+
+
+def test_a_sample_that_is_not_there_is_told_by_what_is():
+    sample = torch.randn(2, 3, 4)
+    mixed = torch.where(torch.arange(4) < 1, 0.0, sample)
+    with pytest.raises(ReplayError, match="x has its shape, and equals it in 75% of its numbers"):
+        find_sample({"x": mixed}, sample)
+    with pytest.raises(ReplayError, match=r"\['x'\] may hold it in another layout"):
+        find_sample({"x": sample.transpose(1, 2), "y": torch.zeros(5)}, sample)
 
 
 def test_a_sample_is_found_once_or_twice_along_the_batch():
@@ -246,6 +278,22 @@ def test_a_sample_is_found_once_or_twice_along_the_batch():
         assert (place.name, place.dtype, place.copies) == ("x", torch.bfloat16, copies)
     with pytest.raises(ReplayError, match="once or twice along the batch, but none does"):
         find_sample({"x": torch.cat([sample, sample.flip(0)])}, sample)
+
+
+def test_times_of_a_grid_that_shifts_its_sigmas_alone():
+    """As CogView4's, at the recorded flow times exactly and between them by the shift's inverse."""
+    timesteps = torch.tensor([1000.0, 750.0, 500.0, 250.0])
+    u = timesteps / 1000
+    sigmas = 3 * u / (1 + 2 * u)
+    grid = find_grid(sigmas, timesteps, 1000)
+    assert torch.equal(grid.timestep(sigmas), timesteps)
+    between = torch.tensor([0.9, 0.3])
+    inverse = 1000 * between / (3 - 2 * between)
+    torch.testing.assert_close(grid.timestep(between), inverse, rtol=1e-5, atol=0)
+    plain = find_grid(u, timesteps, 1000)
+    assert torch.equal(plain.timestep(between), between * 1000)
+    with pytest.raises(ReplayError, match="no known function of its sigmas"):
+        find_grid(u.square(), timesteps, 1000)
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
@@ -274,24 +322,47 @@ TENSORS = [torch.zeros(3, 4), torch.ones(5, 4)]
 
 
 @pytest.mark.parametrize(
-    ("value", "listed", "shared", "expected"),
+    ("value", "listed", "expected"),
     [
-        (SHAPES, False, (), Entries(tuple(SHAPES))),
-        (TENSORS, True, (), Entries(tuple(TENSORS))),
-        (TENSORS, True, ("x",), TENSORS),
-        ((0.5, 32), False, (), (0.5, 32)),
-        ([1, 2, 3], False, (), [1, 2, 3]),
-        ("ab", False, (), "ab"),
+        (SHAPES, False, Entries(tuple(SHAPES))),
+        (TENSORS, True, Entries(tuple(TENSORS))),
+        (TENSORS, False, Entries(tuple(TENSORS))),
+        ([{"size": 1}, {"size": 2}], False, Entries(({"size": 1}, {"size": 2}))),
+        ((0.5, 32), False, (0.5, 32)),
+        ([1, 2, 3], False, [1, 2, 3]),
+        ("ab", False, "ab"),
     ],
 )
-def test_what_belongs_to_rows_is_wrapped(value, listed, shared, expected):
-    assert by_row("x", value, 2, shared, listed) == expected
+def test_what_belongs_to_rows_is_read_likeliest_first(value, listed, expected):
+    assert readings("x", value, 2, listed)[0] == expected
+    assert value in readings("x", value, 2, listed)
 
 
-@pytest.mark.parametrize("value", [TENSORS, [[1], [2]], [{}, {}], [None, (1,)]])
-def test_lists_as_long_as_the_batch_that_could_be_either_are_refused(value):
-    with pytest.raises(ReplayError, match="x: a list as long as the batch"):
-        by_row("x", value, 2, (), False)
+def test_axes_of_the_batch_are_read_likeliest_first():
+    def axes(*shape, batch=2, name="x"):
+        found = readings(name, torch.zeros(shape), batch, False)
+        return [x.axis if isinstance(x, Rows) else None for x in found]
+
+    assert axes(2, 5) == axes(2) == axes(2, 5, 4) == [0, None]
+    assert axes(7, 2, 5) == [1, None]
+    assert axes(2, 2, 5) == [0, 1, None]
+    assert axes(7, 2) == axes(3) == axes(2, 3, name="img_ids") == [None]
+
+
+def test_blocks_of_a_controlnet_have_rows_each():
+    blocks = [torch.zeros(2, 5), torch.ones(2, 5)]
+    first, *others = readings("x", blocks, 2, False)
+    assert [type(block) for block in first] == [Rows, Rows]
+    assert isinstance(others[-1], Entries)
+
+
+def test_rows_are_picked_along_their_own_axis():
+    x, y = torch.arange(12).reshape(2, 3, 2), -torch.arange(18).reshape(2, 3, 3)[..., :2]
+    one, other = Rows(x, 1), Rows(y, 1)
+    device = torch.device("cpu")
+    assert torch.equal(select_rows([one] * 2, [2, 0], device), x[:, [2, 0]])
+    mixed = torch.stack([x[:, 2], y[:, 1]], dim=1)
+    assert torch.equal(select_rows([one, other], [2, 1], device), mixed)
 
 
 def test_a_branch_has_its_share_of_rows_and_all_of_the_rest():

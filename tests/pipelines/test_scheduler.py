@@ -228,7 +228,6 @@ def test_refuses_configs_whose_steps_are_not_a_solvers(option):
         ("s_tmin", 0.1, "s_tmin: expected its default"),
         ("s_tmax", 1.0, "s_tmax: expected its default inf"),
         ("s_noise", 1.1, "s_noise: expected its default"),
-        ("generator", torch.Generator(), "generator: expected its default None"),
         ("per_token_timesteps", torch.zeros(1, 4), "per_token_timesteps: expected its default"),
     ],
 )

@@ -23,11 +23,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 CASES = [(name, kind) for name, family in FAMILIES.items() for kind in family.guided]
 SOLVER = mt.FlowSDE(0.7)
 STEPS = TURNS = 2
-LIES = {
-    "Whole": "`{}` is it",
-    "Prefix": "`{}` begins with it on axis 1",
-    "Frames": "`{}` lists its rows",
-}
 
 
 @dataclass
@@ -56,7 +51,7 @@ class Case:
                 self.call(turn, generators, "latent")
         hook.remove()
         self.calls = len(calls) // (STEPS * TURNS)  # one more verifies
-        return recorder.rollout(group=[0, 0])
+        return recorder.rollout(group=[0, 1])
 
     @cached_property
     def policies(self):
@@ -91,12 +86,10 @@ class Case:
 
     def facts(self):
         """The table's columns that the rollout alone tells."""
-        recipe = self.rollout.conditioning[0].recipe
-        place = recipe.place
-        lies = LIES[type(place.layout).__name__].format(place.name)
+        place = self.rollout.conditioning[0].stages[0].recipe.place
         return {
             "calls per step": str(self.calls),
-            "how the sample lies": lies + (", twice along the batch" if place.copies == 2 else ""),
+            "how the sample lies": str(place),
             "text": FAMILIES[self.name].text,
         }
 

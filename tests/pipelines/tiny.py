@@ -55,7 +55,7 @@ def roll_out(pipeline, solver=None, *, batch=2, turns=2, guidance=1.0, steps=STE
             for turn in range(turns):
                 prompts = [CHAIN[b % len(CHAIN)][turn] for b in members]
                 images = call(pipeline, images, prompts, generators, guidance, steps)
-        parts.append(recorder.rollout(group=[b // 2 for b in members]))
+        parts.append(recorder.rollout(group=list(members)))
     return parts[0] if together else Rollout.concatenate(parts)
 
 

@@ -1,0 +1,333 @@
+"""Who samples: the pipeline's own scheduler, a user's subclass, another solver, a cache."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.hooks import FirstBlockCacheConfig
+from families import FAMILIES
+from PIL import Image
+from tiny import picture, replay
+
+from mteditflow import FlowSDE, trajectory_generators
+from mteditflow.pipelines import FlowMatchSDEScheduler, Recorder, ReplayError
+from tests.loops import some
+
+STEPS = 4
+
+
+@pytest.fixture
+def flux():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FAMILIES["FluxPipeline"].build()
+
+
+def options(batch=2, steps=STEPS, **more):
+    """Of a call that returns latents."""
+    given = {"prompt": ["Remove the square", "Add a red star"][:batch], "height": 8, "width": 8}
+    given |= {"num_inference_steps": steps, "output_type": "latent", "max_sequence_length": 16}
+    return given | {"generator": trajectory_generators(0, batch)} | more
+
+
+def record(pipeline, solver=None, *, recording=None, **given):
+    """A call's latents, and its rollout."""
+    call = options(**given)
+    with Recorder(pipeline, solver, generators=call["generator"], **(recording or {})) as recorder:
+        latents = pipeline(**call)[0]
+    return latents, recorder.rollout(group=list(range(len(latents))))
+
+
+def largest_deviation(rollout, model, solver):
+    """Of log-probs of all steps, from the stored ones."""
+    rows = rollout.trajectory.step_mask.nonzero(as_tuple=True)
+    with torch.no_grad():
+        replayed = replay(rollout, model, solver, rows)
+    return (replayed - rollout.trajectory.log_prob[rows]).abs().max().item()
+
+
+# What happens after the last step.
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("output", ["latent", "pt"])
+def test_latents_changed_after_the_last_step_are_refused(flux, steps, in_place, output):
+    def halve(_pipeline, step, _timestep, given):
+        x = given["latents"]
+        if step == steps - 1:
+            return {"latents": x.mul_(0.5) if in_place else x * 0.5}
+        return {}
+
+    message = "latents: changed in place" if in_place else "latents changed after the last step"
+    with pytest.raises(ReplayError, match=message):
+        record(flux, steps=steps, output_type=output, callback_on_step_end=halve)
+    assert type(flux.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_a_callback_that_looks_and_copies_is_none_of_our_business(flux, steps):
+    seen = []
+
+    class Keeper:
+        def __call__(self, _pipeline, _step, _timestep, given):
+            self.last = given["latents"]
+            seen.append(self.last.clone())
+            return {"latents": given["latents"].clone()}
+
+    latents, rollout = record(flux, steps=steps, callback_on_step_end=Keeper())
+    assert torch.equal(rollout.trajectory.clean[:, 0], latents)
+    assert torch.equal(rollout.trajectory.latents[:, 0, 1:], torch.stack(seen, dim=1))
+
+
+def test_a_callback_that_keeps_what_it_replaces_is_refused(flux):
+    """What it keeps is the recorded latent; what the pipeline decodes is not."""
+
+    class Halver:
+        def __call__(self, _pipeline, _step, _timestep, given):
+            self.last = given["latents"]
+            return {"latents": given["latents"] * 0.5}
+
+    with pytest.raises(ReplayError, match="changed after the last step"):
+        record(flux, steps=1, callback_on_step_end=Halver())
+
+
+def test_a_mask_over_one_step_is_refused(flux):
+    """Half of what the last step returned is painted over before it is decoded."""
+    pipeline = FluxInpaintPipeline(**flux.components)
+    image, mask = picture(pipeline), Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 4, 8))
+    with pytest.raises(ReplayError, match="changed after the last step"):
+        record(pipeline, steps=1, image=image, mask_image=mask, strength=1.0)
+    whole = Image.new("L", (8, 8), 255)
+    latents, rollout = record(pipeline, steps=1, image=image, mask_image=whole, strength=1.0)
+    assert torch.equal(rollout.trajectory.clean[:, 0], latents)
+
+
+def own_loop(pipeline, times):
+    """A user's own loop over the pipeline's parts; ``times`` gives what it loops over."""
+    seen = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _model, _args, given: seen.append(given), with_kwargs=True
+    )
+    pipeline(**options(steps=1))
+    hook.remove()
+    with Recorder(pipeline) as recorder:
+        pipeline.scheduler.set_timesteps(2, mu=1.0)
+        x = seen[0]["hidden_states"]
+        for t in times(pipeline.scheduler.timesteps):
+            given = seen[0] | {"hidden_states": x, "timestep": t.expand(2) / 1000}
+            x = pipeline.scheduler.step(pipeline.transformer(**given)[0], t, x)[0]
+    return x, recorder.rollout(group=[0, 1])
+
+
+def test_a_loop_of_ones_own_is_recorded(flux):
+    x, rollout = own_loop(flux, lambda timesteps: timesteps)
+    assert torch.equal(rollout.trajectory.clean[:, 0], x)
+
+
+def test_a_loop_whose_end_is_not_seen_is_refused(flux):
+    with pytest.raises(ReplayError, match=r"not seen to end.*for t in scheduler\.timesteps"):
+        own_loop(flux, lambda timesteps: [timesteps[i] for i in range(2)])
+
+
+# The pipeline's own scheduler, as it is.
+
+
+class Stretched(FlowMatchEulerDiscreteScheduler):
+    """A user's subclass with another grid, and an attribute of its own."""
+
+    power = 1.0
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+        super().set_timesteps(num_inference_steps, device, sigmas, mu)
+        self.sigmas = self.sigmas**self.power
+        self.timesteps = self.sigmas[:-1] * 1000
+
+
+class Doubled(FlowMatchEulerDiscreteScheduler):
+    """A user's subclass that steps twice as far."""
+
+    def step(self, model_output, *args, **kwargs):
+        return super().step(2 * model_output, *args, **kwargs)
+
+
+class Empty(FlowMatchEulerDiscreteScheduler):
+    """A user's subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("kind", [Stretched, Doubled, Empty])
+def test_a_users_subclass_samples_as_it_does_without_the_recorder(flux, kind):
+    flux.scheduler = kind.from_config(flux.scheduler.config)
+    flux.scheduler.power = 2.0
+    flux.scheduler.set_shift(2.5)
+    plain = flux(**options())[0]
+    own = flux.scheduler
+    recorded, rollout = record(flux)
+    assert flux.scheduler is own
+    assert torch.equal(recorded, plain)
+    assert torch.equal(rollout.trajectory.clean[:, 0], plain)
+
+
+def test_a_users_grid_takes_sde_steps_and_a_users_step_does_not(flux):
+    solver = FlowSDE(0.7)
+    flux.scheduler = Stretched.from_config(flux.scheduler.config)
+    flux.scheduler.power = 2.0
+    rollout = record(flux, solver)[1]
+    flux(**options())
+    torch.testing.assert_close(rollout.trajectory.sigmas[0], flux.scheduler.sigmas)
+    assert largest_deviation(rollout, flux.transformer, solver) < 1e-6
+    flux.scheduler = Doubled.from_config(flux.scheduler.config)
+    with pytest.raises(ValueError, match=r"solver: expected None, because Doubled has a `step`"):
+        Recorder(flux, solver)
+
+
+def test_it_begins_within_the_grid_at_a_strength_below_one(flux):
+    pipeline, solver = FluxImg2ImgPipeline(**flux.components), FlowSDE(0.7)
+    given = {"image": picture(pipeline), "strength": 0.5}
+    plain = pipeline(**options(**given))[0]
+    recorded, rollout = record(pipeline, **given)
+    assert torch.equal(recorded, plain)
+    assert rollout.trajectory.latents.shape[2] == 3  # two of four steps are taken
+    stochastic = {"stochastic_steps": [1]}
+    rollout = record(pipeline, solver, recording=stochastic, **given)[1]
+    assert rollout.trajectory.stochastic.tolist() == [[False, True]]
+    assert largest_deviation(rollout, pipeline.transformer, solver) < 1e-6
+    with pytest.raises(ValueError, match="stochastic_steps: expected indices of the 2 steps"):
+        record(pipeline, solver, recording={"stochastic_steps": [2]}, **given)
+
+
+def test_a_copy_of_the_scheduler_copies_no_pipeline(flux):
+    generators = trajectory_generators(0, 1)
+    with Recorder(flux, FlowSDE(0.7), generators=generators) as recorder:
+        flux.scheduler.set_timesteps(2, mu=1.0)
+        copied = copy.deepcopy(flux.scheduler)
+        assert copied.observer is recorder
+        assert copied.generators[0] is generators[0]
+        assert copied.sigmas is not flux.scheduler.sigmas
+        assert torch.equal(copied.sigmas, flux.scheduler.sigmas)
+        assert type(copied) is type(flux.scheduler) is FlowMatchSDEScheduler
+
+
+def test_a_second_sample_beside_the_first_is_refused(flux):
+    """As LTX-2's sound: a copy of the scheduler takes its steps."""
+
+    def sound(pipeline, _step, t, _given):
+        other = copy.deepcopy(pipeline.scheduler)
+        other.step(torch.zeros(2, 4), t, torch.zeros(2, 4))
+        return {}
+
+    with pytest.raises(ReplayError, match="without a call of the transformer: a second sample"):
+        record(flux, callback_on_step_end=sound)
+
+
+def test_a_grid_of_which_no_step_is_taken_is_no_turn(flux):
+    with Recorder(flux) as recorder:
+        flux(**options())
+        flux.scheduler.set_timesteps(2, mu=1.0)
+    assert recorder.rollout(group=[0, 1]).turn_mask.shape == (2, 1)
+
+
+# Other samplers, whose final latents are all that NFT needs.
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+DYNAMIC = {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+SAMPLERS = {
+    "DPMSolver++": lambda: DPMSolverMultistepScheduler(**FLOW, **DYNAMIC, solver_order=2),
+    "UniPC": lambda: UniPCMultistepScheduler(**FLOW, **DYNAMIC),
+    "Heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+@pytest.mark.parametrize(
+    ("name", "family", "guided"),
+    [
+        ("DPMSolver++", "FluxPipeline", {}),
+        ("DPMSolver++", "FluxPipeline", {"negative_prompt": ["", ""], "true_cfg_scale": 2.0}),
+        ("UniPC", "FluxPipeline", {}),
+        ("Heun", "StableDiffusion3Pipeline", {"guidance_scale": 2.0}),
+    ],
+)
+def test_any_flow_sampler_gives_clean_latents_and_conditioning(name, family, guided):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        flux = FAMILIES[family].build()
+    flux.scheduler = own = SAMPLERS[name]()
+    plain = flux(**options(**guided))[0]
+    recorded, rollout = record(flux, **guided)
+    assert flux.scheduler is own
+    assert torch.equal(recorded, plain)
+    trajectory = rollout.trajectory
+    assert torch.equal(trajectory.clean[:, 0], plain)
+    assert trajectory.latents.shape[1:3] == (1, 2)
+    assert trajectory.sigmas[0, 1] == 0
+    assert not trajectory.step_mask.any()
+    with pytest.raises(ValueError, match=r"has a `step` of its own"):
+        Recorder(flux, FlowSDE(0.7))
+
+    flux.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    euler = record(flux, **guided)[1]
+    both, turn = torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    at = (trajectory.clean[:, 0], torch.tensor([0.35, 0.8]), both, turn)
+    with torch.no_grad():
+        velocities = [x.velocity(flux.transformer, *at) for x in (rollout, euler)]
+    assert torch.equal(*velocities)
+
+
+def test_a_cache_samples_without_a_solver_alone(flux):
+    """What it samples is trained on without it; its steps have no density."""
+    plain = record(flux)[1]
+    flux.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    recorder = Recorder(flux, FlowSDE(0.7), generators=trajectory_generators(0, 2))
+    with pytest.raises(ValueError, match="solver: expected None, because the model"), recorder:
+        pass
+    cached, rollout = record(flux)
+    trajectory = rollout.trajectory
+    assert not torch.equal(trajectory.clean, plain.trajectory.clean)
+    assert torch.equal(trajectory.clean[:, 0], cached)
+    assert not trajectory.step_mask.any()
+    both, turn = torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    at = (trajectory.clean[:, 0], torch.tensor([0.35, 0.8]), both, turn)
+    with pytest.raises(ValueError, match=r"model: expected one without .* call disable_cache"):
+        rollout.velocity(flux.transformer, *at)
+    flux.transformer.disable_cache()
+    with torch.no_grad():
+        velocities = [x.velocity(flux.transformer, *at) for x in (rollout, plain)]
+    assert torch.equal(*velocities)
+
+
+# Groups.
+
+
+def test_members_of_a_group_share_what_the_first_turn_is_conditioned_on(flux):
+    call = options(prompt=["Remove the square", "Remove the square"])
+    with Recorder(flux) as recorder:
+        flux(**call)
+        flux(**options())
+    assert recorder.rollout(group=[0, 0]).turn_mask.all()
+    with Recorder(flux) as recorder:
+        flux(**options())
+    with pytest.raises(ValueError, match=r"group: .* trajectories 0 and 1 of group 7 differ in"):
+        recorder.rollout(group=[7, 7])
+
+
+def test_prompts_that_meet_other_images_are_found(flux):
+    """Kontext repeats images by turns and prompts one by one."""
+    kontext = FAMILIES["FluxKontextPipeline"].build()
+    family = FAMILIES["FluxKontextPipeline"]
+    images = [picture(kontext, seed) for seed in (0, 1)]
+    given = family.inputs(0) | family.options | {"image": images, "output_type": "latent"}
+    with Recorder(kontext) as recorder:
+        kontext(**given, num_inference_steps=1, num_images_per_prompt=2)
+    assert len(some(recorder.rollout(group=[0, 1, 2, 3]).group)) == 4
+    with pytest.raises(ValueError, match="order prompts and images differently"):
+        recorder.rollout(group=[0, 0, 1, 1])
