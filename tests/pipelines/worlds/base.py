@@ -46,6 +46,7 @@ class Family:
         lora: ends of the names of the layers that get LoRA adapters.
         recorder: options of the Recorder, such as ``{"shared": ("name",)}``.
         output: ``output_type`` of the calls whose outputs are compared.
+        latent: ``output_type`` of the other calls, whose outputs are not looked at.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -59,6 +60,7 @@ class Family:
     lora: tuple[str, ...] = ATTENTION
     recorder: Options = field(default_factory=dict)
     output: str = "pt"
+    latent: str = "latent"
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def embeddings(*, tokens: int = 5, **widths: int) -> Inputs:
 
 
 def encoded(prompts: str | list[str], tokens: int, width: int) -> torch.Tensor:
-    """Embeddings of prompts [B, tokens, width], where a pipeline takes none and its encoder is big."""
+    """Embeddings of prompts [B, tokens, width], in the place of those of a big encoder."""
     rows = [prompts] if isinstance(prompts, str) else prompts
     return torch.cat([normal(1, tokens, width, seed=crc32(row.encode())) for row in rows])
 

@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig
 
 import mteditflow as mt
-from mteditflow.pipelines import LoraPolicies, Recorder, Rollout
+from mteditflow.pipelines import LoraPolicies, Recorder, ReplayError, Rollout
 
 from .base import Family, Options
 
 SOLVER = mt.FlowSDE(0.7)
 TURNS = 2
+UNLINKED = "without a solver the first and the last are recorded"
 
 
 def replay(rollout: Rollout, model: Any, solver: Any, rows: Any) -> torch.Tensor:
@@ -44,6 +45,7 @@ class Case:
             self.pipeline = family.build()
         self.model = getattr(self.pipeline, family.model)
         self.calls = 0
+        self.solver: Any = SOLVER
         self._rollouts: dict[int, Rollout] = {}
 
     def given(self, turn: int, batch: int) -> Options:
@@ -78,10 +80,10 @@ class Case:
         calls: list[int] = []
         hook = self.model.register_forward_hook(lambda *_: calls.append(1))
         try:
-            with Recorder(self.pipeline, SOLVER, **options) as recorder:
+            with Recorder(self.pipeline, self.solver, **options) as recorder:
                 for turn in range(TURNS):
                     calls.clear()  # those of the first turn have proofs among them
-                    self.call(turn, batch, generators, "latent")
+                    self.call(turn, batch, generators, self.family.latent)
                     self.calls = len(calls)
         finally:
             hook.remove()
@@ -89,6 +91,8 @@ class Case:
 
     def ratios(self) -> str:
         """Replayed steps have their recorded likelihood, in all numbers of trajectories."""
+        if self.solver is None:
+            return "none: the pipeline changes latents between steps"
         sampled, mixed = 0.0, 0.0
         for batch in self.family.batches:
             rollout = self.rollout(batch)
@@ -140,6 +144,8 @@ class Case:
 
     def grpo(self) -> str:
         """GRPO's loss on all recorded steps of the largest batch."""
+        if self.solver is None:
+            return "refused: no step leads to the next"
         rollout = self.rollout(max(self.family.batches))
         trajectory = rollout.trajectory
         rows = (trajectory.step_mask & trajectory.stochastic).nonzero(as_tuple=True)
@@ -190,9 +196,19 @@ class Case:
         zero = [n for n, p in self.model.named_parameters() if not bool(p.detach().abs().max() > 0)]
         assert not zero, f"zero parameters: {zero}"
 
+    def _choose_solver(self) -> None:
+        """Record without a solver where masks change latents between steps, as in inpainting."""
+        try:
+            self.rollout(self.family.batches[0])
+        except ReplayError as error:
+            if UNLINKED not in str(error):
+                raise
+            self.solver = None
+
     def facts(self) -> dict[str, str]:
         """The columns that the rollouts alone give; the first check of a case."""
         self.no_zero_weights()
+        self._choose_solver()
         ratio = self.ratios()
         rollout = self.rollout(max(self.family.batches))
         steps = rollout.trajectory.log_prob.shape[-1]

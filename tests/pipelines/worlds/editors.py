@@ -27,6 +27,7 @@ from .base import (
     image_vae,
     listed,
     make,
+    normal,
     picture,
     prompts,
     scheduler,
@@ -35,18 +36,9 @@ from .base import (
 from .qwen import vae as qwen_vae
 
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
-SIZE = {"height": 16, "width": 16}
+LARGE = {"height": 32, "width": 32}
+SQUARE = {"height": 64, "width": 64}
 INSTEAD = "embeddings in the place of encode_prompt"
-
-
-def several(inputs: Options) -> Any:
-    """One prompt, which is all that these pipelines take, for as many images as trajectories."""
-
-    def given(turn: int, batch: int) -> Options:
-        one = {"prompt": PROMPTS[turn][0], "negative_prompt": NEGATIVE[0]} | inputs
-        return one | {"num_images_per_prompt": batch}
-
-    return given
 
 
 # Fibo.
@@ -108,11 +100,12 @@ def fibo2() -> DiffusionPipeline:
     return make("BriaFibo2Pipeline", scheduler=dynamic(), vae=klein_vae(), transformer=transformer)
 
 
-def masked(turn: int, batch: int) -> Options:
-    """Embeddings with masks, of which the last is shorter."""
+def bundles(turn: int, batch: int) -> Options:
+    """Embeddings of the gist and of one layer, with masks, of which the last is shorter."""
     mask = torch.ones(batch, 5, dtype=torch.bool)
     mask[-1, 3:] = 0
-    given = embeddings(prompt_embeds=24, negative_prompt_embeds=24)(turn, batch)
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    given = {name: normal(batch, 2, 5, 24, seed=turn + 10 * k) for k, name in enumerate(names)}
     return given | {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask.flip(0)}
 
 
@@ -135,16 +128,17 @@ def joy(kind: str) -> DiffusionPipeline:
     vae = diffusers.AutoencoderKLWan(
         base_dim=3,
         z_dim=4,
-        dim_mult=[1] * 7,
+        dim_mult=[1, 1],
         num_res_blocks=0,
-        temperal_downsample=[False] * 6,
+        temperal_downsample=[False],
         latents_mean=[0.1] * 4,
         latents_std=[1.5] * 4,
-        scale_factor_spatial=64,
+        scale_factor_spatial=2,
         scale_factor_temporal=1,
     )
     pipeline = make(kind, scheduler=scheduler(4.0), vae=vae, transformer=transformer)
-    pipeline.vae_image_processor.register_to_config(basesize=256)
+    name = "image_processor" if plus else "vae_image_processor"
+    getattr(pipeline, name).get_default_height_width = lambda *_: (16, 16)  # for a million pixels
 
     def encode_prompt(prompt: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         embeds = encoded(prompt, 5, 24)
@@ -167,14 +161,14 @@ def dreamlite(kind: str) -> DiffusionPipeline:
         cross_attention_dim=24,
         attention_head_dim=2,
         norm_num_groups=2,
-        addition_embed_type="text_time",
+        addition_embed_type="time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=8,
     )
     pipeline = make(
         kind,
         scheduler=dynamic(max_shift=1.16),
-        vae=image_vae(),
+        vae=image_vae(factor=8),
         unet=unet,
         text_encoder=build_klein(image_size=8).text_encoder,
     )
@@ -185,6 +179,19 @@ def dreamlite(kind: str) -> DiffusionPipeline:
 
     pipeline.encode_prompt = lambda mode, prompts, **rest: encode_prompt(prompts, **rest)
     return pipeline
+
+
+def dream(kind: str, guided: Options) -> Family:
+    """A DreamLite of one trajectory, which is all that its sizes and references are repeated for."""
+    return Family(
+        lambda: dreamlite(kind),
+        lambda turn, batch: {"prompt": PROMPTS[turn][0]},
+        LARGE,
+        guided,
+        text=INSTEAD,
+        batches=(1,),
+        model="unet",
+    )
 
 
 # Ideogram.
@@ -245,9 +252,9 @@ def qwen21() -> DiffusionPipeline:
         base_dim=4,
         decoder_base_dim=4,
         z_dim=4,
-        dim_mult=[1, 1],
+        dim_mult=[1] * 5,
         num_res_blocks=1,
-        temperal_downsample=[False],
+        temperal_downsample=[False] * 4,
         latents_mean=[0.1] * 4,
         latents_std=[1.5] * 4,
     )
@@ -265,18 +272,18 @@ FAMILIES = {
     "BriaFiboPipeline": Family(
         lambda: fibo("BriaFiboPipeline"),
         with_negative,
-        {"height": 64, "width": 64},
+        SQUARE,
         GUIDED,
         text="Qwen3",
     ),
     "BriaFiboEditPipeline": Family(
         lambda: fibo("BriaFiboEditPipeline"),
         instructions,
-        {"height": 64, "width": 64, "_auto_resize": False},
+        SQUARE | {"_auto_resize": False},
         GUIDED,
         text="Qwen3",
     ),
-    "BriaFibo2Pipeline": Family(fibo2, masked, {"height": 64, "width": 64}, GUIDED),
+    "BriaFibo2Pipeline": Family(fibo2, bundles, SQUARE, GUIDED),
     "JoyImageEditPipeline": Family(
         lambda: joy("JoyImageEditPipeline"),
         listed(with_negative, image=picture()),
@@ -291,39 +298,30 @@ FAMILIES = {
         GUIDED,
         text=INSTEAD,
     ),
-    "DreamLitePipeline": Family(
-        lambda: dreamlite("DreamLitePipeline"),
-        several({}),
-        SIZE,
-        {CFG: {}, f"{CFG} of text and image": {"image": picture(16)}},
-        text=INSTEAD,
-        model="unet",
+    "DreamLitePipeline": dream(
+        "DreamLitePipeline", {CFG: {}, f"{CFG} of text and image": {"image": picture(32)}}
     ),
-    "DreamLiteMobilePipeline": Family(
-        lambda: dreamlite("DreamLiteMobilePipeline"),
-        lambda turn, batch: {"prompt": PROMPTS[turn][0], "num_images_per_prompt": batch},
-        SIZE,
-        {"none": {}, "none, from an image": {"image": picture(16)}},
-        text=INSTEAD,
-        model="unet",
+    "DreamLiteMobilePipeline": dream("DreamLiteMobilePipeline", {"none": {}}),
+    "DreamLiteMobilePipeline, from an image": dream(
+        "DreamLiteMobilePipeline", {"none": {"image": picture(32)}}
     ),
     "Ideogram4Pipeline": Family(
         ideogram,
         prompts,
-        {"height": 64, "width": 64, "max_sequence_length": 5},
+        SQUARE | {"max_sequence_length": 5},
         {f"{CFG} of two transformers": {"guidance_scale": 4.0, "guidance_schedule": None}},
         text=INSTEAD,
     ),
     "QwenImage21Pipeline": Family(
         qwen21,
         embeddings(prompt_embeds=24, negative_prompt_embeds=24),
-        SIZE | {"use_kv_cache": False},
+        SQUARE | {"use_kv_cache": False},
         {"none": {"true_cfg_scale": 1.0}, CFG: {"true_cfg_scale": 4.0}},
     ),
     "QwenImage21Pipeline, with its cache": Family(
         qwen21,
         embeddings(prompt_embeds=24, negative_prompt_embeds=24),
-        SIZE,
+        SQUARE,
         {"none": {"true_cfg_scale": 1.0}, CFG: {"true_cfg_scale": 4.0}},
     ),
 }

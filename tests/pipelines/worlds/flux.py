@@ -12,6 +12,7 @@ from mteditflow_examples.shapes.editor import build_kontext
 from .base import (
     CFG,
     NEGATIVE,
+    PROMPTS,
     Family,
     Options,
     dynamic,
@@ -81,13 +82,13 @@ def flux(kind: str, channels: int = 16, **more: Any) -> DiffusionPipeline:
     )
 
 
-def with_text(kind: str) -> DiffusionPipeline:
+def with_text(kind: str, channels: int = 16, **more: Any) -> DiffusionPipeline:
     """A pipeline of the family with CLIP and T5."""
     whole = build_kontext(image_size=8)
     names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text = {name: getattr(whole, name) for name in names}
-    wide = transformer(text=64, pooled=32)
-    return make(kind, scheduler=dynamic(), vae=image_vae(), transformer=wide, **text)
+    wide = transformer(channels, text=64, pooled=32)
+    return make(kind, scheduler=dynamic(), vae=image_vae(), transformer=wide, **text, **more)
 
 
 def picture_options(*names: str, size: int = 8) -> Options:
@@ -96,9 +97,22 @@ def picture_options(*names: str, size: int = 8) -> Options:
     return {n: half_mask(size) if "mask" in n else image for n, image in given.items()}
 
 
-def visual_cloze() -> DiffusionPipeline:
+def examples(turn: int, batch: int) -> Options:
+    """One example of two images and a query whose second is to be painted, for each trajectory."""
+    images = [[picture(16, seed=1), picture(16, seed=2)], [picture(16, seed=3), None]]
+    task, content = PROMPTS[turn][:batch], PROMPTS[1 - turn][:batch]
+    return {"task_prompt": task, "content_prompt": content, "image": [images] * batch}
+
+
+def visual_cloze(kind: str, **options: Any) -> Family:
     """VisualCloze, which fills the last cell of a grid of images."""
-    return flux("VisualClozeGenerationPipeline", 36, resolution=32)
+    return Family(
+        lambda: with_text(kind, 36, resolution=16),
+        examples,
+        TEXT | options,
+        {"embedded": {}},
+        text="CLIP, T5",
+    )
 
 
 def plain(kind: str, *pictures: str, channels: int = 16, **options: Any) -> Family:
@@ -170,5 +184,9 @@ FAMILIES = {
         SIZE | HALF | {"max_area": 64, "_auto_resize": False},
         GUIDED,
         steps=4,
+    ),
+    "VisualClozeGenerationPipeline": visual_cloze("VisualClozeGenerationPipeline"),
+    "VisualClozePipeline": visual_cloze(
+        "VisualClozePipeline", upsampling_height=16, upsampling_width=16
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from mteditflow_examples.shapes.editor import build_klein
 
 from .base import (
     CFG,
@@ -82,8 +83,8 @@ def hunyuan(guided: bool, *, meanflow: bool = False) -> DiffusionPipeline:
 def refiner() -> DiffusionPipeline:
     """HunyuanImage's refiner, whose sample is followed by the image that it refines."""
     transformer = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=8,
-        out_channels=4,
+        in_channels=16,
+        out_channels=8,
         num_attention_heads=2,
         attention_head_dim=12,
         num_layers=1,
@@ -196,8 +197,6 @@ def krea2_texts(turn: int, batch: int) -> Options:
 
 def ernie() -> DiffusionPipeline:
     """ERNIE-Image, whose latents are FLUX.2's patches as an image."""
-    from mteditflow_examples.shapes.editor import build_klein
-
     transformer = diffusers.ErnieImageTransformer2DModel(
         hidden_size=16,
         num_attention_heads=2,

@@ -53,7 +53,7 @@ def transformer(width: int = 8, channels: int = 4, **more: Any) -> torch.nn.Modu
 
 
 def vae(downsamplings: int, channels: int = 4, **more: Any) -> torch.nn.Module:
-    """Qwen-Image's VAE; editing scales references to a million pixels, which a deep one makes few."""
+    """Qwen-Image's VAE; a deep one makes few latents of references of a million pixels."""
     return diffusers.AutoencoderKLQwenImage(
         base_dim=2,
         z_dim=channels,
@@ -198,5 +198,6 @@ FAMILIES = {
             CFG: {"true_cfg_scale": 4.0},
             f"{CFG}, norm rescaled": {"true_cfg_scale": 4.0, "cfg_normalize": True},
         },
+        latent="pt",  # it fails with "latent"
     ),
 }

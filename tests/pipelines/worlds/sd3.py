@@ -75,7 +75,7 @@ def sd3(kind: str, **more: Any) -> DiffusionPipeline:
 
 
 def perturbed(kind: str) -> DiffusionPipeline:
-    """A pipeline that perturbs the attention of its first block; SD 3.0, which has one attention."""
+    """A pipeline that perturbs the attention of SD 3.0's first block."""
     return sd3(
         kind,
         transformer=transformer(dual_attention_layers=(), qk_norm=None),

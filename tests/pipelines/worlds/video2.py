@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, LTXEulerAncestralRFScheduler
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel, LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from mteditflow_examples.shapes.editor import build_kontext
+
 from worlds.base import (
     CFG,
     Family,
@@ -88,7 +89,9 @@ def ltx(kind: str, **more: Any) -> DiffusionPipeline:
         layers_per_block=(1,) * 5,
         decoder_layers_per_block=(1,) * 5,
     )
-    return make(kind, **{"transformer": transformer, "vae": vae, "scheduler": dynamic(**SHIFT)} | more)
+    return make(
+        kind, **{"transformer": transformer, "vae": vae, "scheduler": dynamic(**SHIFT)} | more
+    )
 
 
 def ltx_condition() -> DiffusionPipeline:
@@ -244,12 +247,8 @@ FAMILIES = {
         LTX2,
         LTX2_GUIDED,
     ),
-    "LTX2ConditionPipeline": Family(
-        lambda: ltx2("LTX2ConditionPipeline"), text, LTX2, LTX2_GUIDED
-    ),
-    "LTX2InContextPipeline": Family(
-        lambda: ltx2("LTX2InContextPipeline"), text, LTX2, LTX2_GUIDED
-    ),
+    "LTX2ConditionPipeline": Family(lambda: ltx2("LTX2ConditionPipeline"), text, LTX2, LTX2_GUIDED),
+    "LTX2InContextPipeline": Family(lambda: ltx2("LTX2InContextPipeline"), text, LTX2, LTX2_GUIDED),
     "LTX2HDRPipeline": Family(lambda: ltx2("LTX2HDRPipeline"), text, LTX2),
     "LTX2DFRPipeline": Family(
         lambda: ltx2("LTX2DFRPipeline"),

@@ -8,6 +8,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+
 from worlds.base import (
     CFG,
     Family,
@@ -19,7 +20,7 @@ from worlds.base import (
     plus,
     scheduler,
 )
-from worlds.video import unipc, video
+from worlds.video import video
 from worlds.video3 import hunyuan_vae, padded, siglip
 
 WIDTH = 16  # of text embeddings
@@ -212,7 +213,12 @@ def motif(kind: str, guider: Any = None) -> DiffusionPipeline:
     guider = guider or AdaptiveProjectedGuidance(guidance_scale=8.0)
     parts = {"feature_extractor": siglip()["feature_extractor"]} if image else {}
     return make(
-        kind, transformer=transformer, vae=wan_vae(), guider=guider, scheduler=scheduler(15.0), **parts
+        kind,
+        transformer=transformer,
+        vae=wan_vae(),
+        guider=guider,
+        scheduler=scheduler(15.0),
+        **parts,
     )
 
 

@@ -8,6 +8,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from mteditflow_examples.shapes.editor import build_klein
+from transformers import Siglip2ImageProcessorPil, Siglip2VisionConfig, Siglip2VisionModel
 
 from .base import (
     CFG,
@@ -27,6 +28,7 @@ from .base import (
 )
 
 SIZE = {"height": 8, "width": 8}
+REFERENCES = [picture(64, seed=1), picture(64, 128, seed=2)]
 HALF = {"strength": 0.5}
 GUIDED = {
     "none": {"guidance_scale": 0.0},
@@ -95,6 +97,25 @@ def controlled(kind: str, channels: int, **images: Any) -> Family:
     )
 
 
+def omni() -> DiffusionPipeline:
+    """Z-Image-Omni, which also reads its references with a SigLIP."""
+    config = Siglip2VisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        patch_size=8,
+        num_patches=16,
+    )
+    return z_image(
+        "ZImageOmniPipeline",
+        text=True,
+        transformer=transformer(siglip_feat_dim=16),
+        siglip=Siglip2VisionModel(config),
+        siglip_processor=Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16),
+    )
+
+
 FAMILIES = {
     "ZImagePipeline": Family(
         lambda: z_image(text=True), prompts, SIZE, WORDS, text="Qwen3", steps=3
@@ -106,5 +127,17 @@ FAMILIES = {
     "ZImageControlNetPipeline": controlled("ZImageControlNetPipeline", 4),
     "ZImageControlNetInpaintPipeline": controlled(
         "ZImageControlNetInpaintPipeline", 9, image=picture(8, seed=1), mask_image=half_mask(8)
+    ),
+    "ZImageOmniPipeline": Family(
+        omni,
+        prompts,
+        SIZE,
+        {
+            "none": {"guidance_scale": 0.0},
+            "none, with two references": {"guidance_scale": 0.0, "image": REFERENCES},
+            f"{CFG}, with two references": {"guidance_scale": 5.0, "image": REFERENCES},
+        },
+        text="Qwen3",
+        batches=(1, 2),
     ),
 }
