@@ -114,9 +114,8 @@ def bundles(turn: int, batch: int) -> Options:
 
 def joy(kind: str) -> DiffusionPipeline:
     """JoyImage-Edit, whose sample is preceded by its references as frames."""
-    name = (
-        "JoyImageEditPlusTransformer3DModel" if "Plus" in kind else "JoyImageEditTransformer3DModel"
-    )
+    many = "Plus" in kind
+    name = f"JoyImageEdit{'Plus' if many else ''}Transformer3DModel"
     transformer = getattr(diffusers, name)(
         in_channels=4,
         hidden_size=32,
@@ -137,7 +136,7 @@ def joy(kind: str) -> DiffusionPipeline:
         scale_factor_temporal=1,
     )
     pipeline = make(kind, scheduler=scheduler(4.0), vae=vae, transformer=transformer)
-    name = "image_processor" if plus else "vae_image_processor"
+    name = "image_processor" if many else "vae_image_processor"
     getattr(pipeline, name).get_default_height_width = lambda *_: (16, 16)  # for a million pixels
 
     def encode_prompt(prompt: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +181,7 @@ def dreamlite(kind: str) -> DiffusionPipeline:
 
 
 def dream(kind: str, guided: Options) -> Family:
-    """A DreamLite of one trajectory, which is all that its sizes and references are repeated for."""
+    """A DreamLite of one trajectory: it repeats neither sizes nor references for more."""
     return Family(
         lambda: dreamlite(kind),
         lambda turn, batch: {"prompt": PROMPTS[turn][0]},
