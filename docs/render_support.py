@@ -89,12 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
         failed += [f"no longer recorded: {name}, {kind}" for name, kind in lost_cases(rows)]
         failed += [f"neither row nor reason: {name}" for name in sorted(unexplained(facts))]
     if failed:
-        print("\n".join([*failed, f"{len(failed)} checks failed; nothing is written"]))
+        say("\n".join([*failed, f"{len(failed)} checks failed; nothing is written"]))
         return 2
     if not only:
         FACTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(facts), encoding="utf-8")
-    print(f"{len(rows)} cases recorded, {len(refused)} refused")
+    say(f"{len(rows)} cases recorded, {len(refused)} refused")
     return 0
 
 
@@ -104,28 +104,39 @@ def measure(only: str) -> tuple[list[Row], list[Row], list[str]]:
     refused: list[Row] = []
     failed: list[str] = []
     for name, kind in cases(only):
-        named = {"pipeline": name, "guidance": kind}
-        try:
-            case = Case(FAMILIES[name], kind)
-            case.plain  # fails without the recorder where the world is at fault
-        except Exception as error:
-            failed.append(f"{name}, {kind}: without the recorder: {one_line(error)}")
-            continue
-        try:
-            rows.append(named | case.row())
-            print(f"recorded: {name}, {kind}", flush=True)
-        except ValueError as error:
-            refused.append(named | {"error": one_line(error)})
-            print(f"refused: {name}, {kind}: {one_line(error)}", flush=True)
-        except Exception as error:
-            failed.append(f"{name}, {kind}: {type(error).__name__}: {one_line(error)}")
-            print(f"failed: {failed[-1]}", flush=True)
-    for what in (what for what in REFUSED if only in what):
-        try:
-            refused.append({"pipeline": what, "guidance": "", "error": refusal(what)})
-        except AssertionError as error:
-            failed.append(f"{what}: {one_line(error)}")
+        kept, row = check(name, kind)
+        told = row.get("error", row.get("ratio", ""))
+        say(f"{kept}: {name}, {kind}: {told}")
+        if kept == "failed":
+            failed.append(f"{name}, {kind}: {told}")
+        else:
+            (rows if kept == "recorded" else refused).append(
+                {"pipeline": name, "guidance": kind} | row
+            )
+    options = [what for what in REFUSED if only in what]
+    refused += [{"pipeline": what, "guidance": "", "error": refusal(what)} for what in options]
     return rows, refused, failed
+
+
+def check(name: str, kind: str) -> tuple[str, Row]:
+    """Whether a case is recorded, refused or failed, with its columns or its error."""
+    try:
+        case = Case(FAMILIES[name], kind)
+        case.plain()
+    except Exception as error:
+        return "failed", {"error": f"without the recorder: {one_line(error)}"}
+    try:
+        return "recorded", case.row()
+    except ValueError as error:  # a ReplayError, or a refusal before the first step
+        return "refused", {"error": one_line(error)}
+    except Exception as error:
+        return "failed", {"error": f"{type(error).__name__}: {one_line(error)}"}
+
+
+def say(line: str) -> None:
+    """Print a line at once, which tells how far the minutes are."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def cases(only: str = "") -> Iterator[tuple[str, str]]:
@@ -140,15 +151,16 @@ def refusal(what: str) -> str:
     case = REFUSED[what]
     pipeline = case.build()
     scheduler, model = pipeline.scheduler, getattr(pipeline, case.model)
+    told = ""
     try:
         with Recorder(pipeline, model=model):
             pipeline(**case.options, num_inference_steps=case.steps)
     except ValueError as error:
-        assert case.reason in str(error), f"another error: {error}"
-        assert pipeline.scheduler is scheduler
-        assert not model._forward_hooks
-        return one_line(error)
-    raise AssertionError("expected a refusal, but it was recorded")
+        told = one_line(error)
+    assert case.reason in told, f"{what}: expected the error {case.reason!r}, got {told!r}"
+    assert pipeline.scheduler is scheduler
+    assert not model._forward_hooks
+    return told
 
 
 def one_line(error: BaseException) -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import FAMILIES, normal
-from tiny import replay
+from worlds import FAMILIES
+from worlds.base import normal
+from worlds.checks import Case, replay
 
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
@@ -35,17 +36,13 @@ FORMS = {
 def form(request):
     """A fresh pipeline, and its call of two trajectories."""
     name, kind = FORMS[request.param]
-    family = FAMILIES[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipeline = family.build()
+    case = Case(FAMILIES[name], kind)
 
     def call(generators=None):
-        given = family.inputs(0) | family.options | family.guided[kind]
-        given |= {"num_inference_steps": STEPS, "output_type": "latent"}
-        pipeline(**given, generator=generators)
+        given = case.given(0, 2) | {"num_inference_steps": STEPS, "output_type": "latent"}
+        case.pipeline(**given, generator=generators)
 
-    return pipeline, call
+    return case.pipeline, call
 
 
 # Proved at every step.
@@ -201,7 +198,7 @@ def test_references_of_other_sizes_are_called_apart():
     pipeline = family.build()
     parts = []
     for size in ((64, 128), (128, 64)):  # as many tokens each
-        given = family.inputs(0) | family.options | {"true_cfg_scale": 1.0}
+        given = family.inputs(0, 2) | family.options | {"true_cfg_scale": 1.0}
         given["image"] = given["image"].resize(size)
         generators = mt.trajectory_generators(0, 2)
         with Recorder(pipeline, SOLVER, generators=generators) as recorder:

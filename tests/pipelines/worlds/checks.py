@@ -46,6 +46,7 @@ class Case:
         self.model = getattr(self.pipeline, family.model)
         self.calls = 0
         self.solver: Any = SOLVER
+        self._plain: Any = None
         self._rollouts: dict[int, Rollout] = {}
 
     def given(self, turn: int, batch: int) -> Options:
@@ -62,11 +63,13 @@ class Case:
         given = self.given(turn, batch) | {"output_type": output}
         return self.pipeline(**given, generator=generators)[0]
 
-    @cached_property
     def plain(self) -> Any:
         """What the pipeline returns for the largest batch without the recorder."""
-        batch = max(self.family.batches)
-        return self.call(0, batch, mt.trajectory_generators(0, batch), self.family.output)
+        if self._plain is None:
+            batch = max(self.family.batches)
+            generators = mt.trajectory_generators(0, batch)
+            self._plain = self.call(0, batch, generators, self.family.output)
+        return self._plain
 
     def rollout(self, batch: int) -> Rollout:
         """Two turns of as many trajectories."""
@@ -182,7 +185,7 @@ class Case:
 
     def same_under_ode(self) -> str:
         """Recorded without noise, the pipeline returns its own bits, and is left as it was."""
-        batch, scheduler, plain = max(self.family.batches), self.pipeline.scheduler, self.plain
+        batch, scheduler, plain = max(self.family.batches), self.pipeline.scheduler, self.plain()
         with Recorder(self.pipeline, model=self.model, **self.family.recorder):
             recorded = self.call(0, batch, mt.trajectory_generators(0, batch), self.family.output)
         pairs = zip(tensors(plain), tensors(recorded), strict=True)
@@ -228,7 +231,7 @@ class Case:
 
     def row(self) -> dict[str, str]:
         """All columns of the case; it is called without the recorder first."""
-        assert tensors(self.plain)
+        assert tensors(self.plain())
         return self.facts() | {
             "output under an ODE": self.same_under_ode(),
             "GRPO": self.grpo(),
