@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mteditflow.pipelines.guidance import Guidance
-from mteditflow.pipelines.recognize import Clock, Grid, Place, repeat_rows
+from mteditflow.pipelines.recognize import Grid, Place, Time, repeat_rows
 
 
 class Rows(NamedTuple):
@@ -32,10 +32,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         place: where a call holds the sample, of all its branches.
-        time_name: the argument that holds the flow time.
-        time_dtype: its dtype.
-        time_axes: its shape behind the batch, such as (tokens,) for one time per token.
-        clock: the function from the scheduler's timestep to it.
+        times: the arguments that hold the flow time.
         grid: the scheduler's timestep of a flow time.
         velocity_dtype: dtype of the scheduler's velocity, in which branches combine.
         guidance: how branches combine; None for one branch.
@@ -43,10 +40,7 @@ class Recipe(NamedTuple):
     """
 
     place: Place
-    time_name: str
-    time_dtype: torch.dtype
-    time_axes: tuple[int, ...]
-    clock: Clock
+    times: tuple[Time, ...]
     grid: Grid
     velocity_dtype: torch.dtype
     guidance: Guidance | None
@@ -322,8 +316,8 @@ def replay_rows(
     recipe = stages[0].recipe
     place = recipe.place
     sample = repeat_rows(x_t.to(place.dtype), place.copies)
-    time = recipe.clock(recipe.grid.timestep(sigma), recipe.time_dtype)
-    time = repeat_rows(time, place.copies).reshape(-1, *[1] * len(recipe.time_axes))
+    timestep = repeat_rows(recipe.grid.timestep(sigma), place.copies)
+    times = {time.name: time.argument(timestep) for time in recipe.times}
     picked = [*rows] * place.copies
     outputs: list[Tensor] = []
     branches = list(zip(*(stage.branches for stage in stages), strict=True))
@@ -332,8 +326,7 @@ def replay_rows(
         rests = [branch.rest for branch in held]
         rest = None if rests[0] is None else select_rows(rests, picked, x_t.device)
         arguments = select_rows([branch.arguments for branch in held], picked, x_t.device)
-        arguments[place.name] = place.join(sample, rest)
-        arguments[recipe.time_name] = time.expand(-1, *recipe.time_axes)
+        arguments |= {place.name: place.join(sample, rest), **times}
         output = place.velocity(model(**arguments)[0], sample)
         outputs += output.to(recipe.velocity_dtype).chunk(place.copies)
     combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)

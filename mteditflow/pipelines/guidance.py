@@ -210,7 +210,8 @@ def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | 
         raise ReplayError(
             "the scheduler's velocity is not negative + scale * (positive - negative) of the "
             "transformer's two outputs, nor that with a norm rescaled as by Qwen-Image, Z-Image, "
-            "LongCat or LTX-Video: a rescaled or otherwise modified guidance cannot be replayed"
+            "LongCat or LTX-Video: a rescaled or otherwise modified guidance, such as one of some "
+            "channels or with a momentum over the steps, cannot be replayed"
         )
     return nearest
 

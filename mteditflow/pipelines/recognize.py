@@ -227,6 +227,8 @@ def _nearest(arguments: Mapping[str, Any], sample: Tensor) -> str:
                 "scaled input)"
             )
             return f"{where}; its tensors are {held}"
+        if isinstance(x, Tensor) and x.shape[1:] == sample.shape[1:] and len(x) > 2 * len(sample):
+            return f"{name} has {len(x)} rows for {len(sample)}: guidance of more than two branches"
     sizes = {n: x.numel() for n, x in arguments.items() if isinstance(x, Tensor)}
     packed = [n for n, size in sizes.items() if size and size % sample.numel() == 0]
     told = f"{packed} may hold it in another layout" if packed else "none has its size"
@@ -270,24 +272,51 @@ CLOCKS: tuple[Clock, ...] = (
 )
 
 
-def find_time(arguments: Mapping[str, Any], timestep: Tensor) -> str:
-    """Name of the argument that some clock makes of the scheduler's ``timestep`` (0-d)."""
+def find_times(arguments: Mapping[str, Any], timestep: Tensor) -> list[str]:
+    """Names of the arguments that some clock makes of the scheduler's ``timestep`` (0-d).
+
+    A guidance scale of 1 may be among them; it does not change with the steps.
+    """
     found = [
         name
-        for name, argument in arguments.items()
-        if isinstance(argument, Tensor) and (argument.is_floating_point() or name == "timestep")
-        if argument.ndim < (3 if name == "timestep" else 2)  # per token in Wan 2.2 text-to-video
-        if any(bool((clock(timestep, argument.dtype) == argument).all()) for clock in CLOCKS)
+        for name, x in arguments.items()
+        if isinstance(x, Tensor) and x.numel() and (x.is_floating_point() or named_time(name))
+        if x.ndim < 2 or named_time(name)  # a time per token in Wan 2.2, per frame in Cosmos 2.5
+        if any(bool((clock(timestep, x.dtype) == x).all()) for clock in CLOCKS)
     ]
-    if "timestep" in found:
-        return "timestep"
-    if len(found) != 1:
+    if not found:
         raise ReplayError(
             "one argument of the transformer should hold the scheduler's timestep "
-            f"{timestep.item():g}, as it is, over 1000 or as 1 minus that, but "
-            + (f"several do: {found}" if found else f"none of {sorted(arguments)} does")
+            f"{timestep.item():g}, as it is, over 1000 or as 1 minus that, but none of "
+            f"{sorted(arguments)} does"
         )
-    return found[0]
+    return found
+
+
+def named_time(name: str) -> bool:
+    """Whether an argument is named like a flow time."""
+    return "time" in name or name in ("t", "sigma", "sigmas")
+
+
+class Time(NamedTuple):
+    """An argument that holds the flow time of each row.
+
+    Attributes:
+        name: of the argument.
+        dtype: its dtype.
+        axes: its shape behind the batch, such as (tokens,) for one time per token.
+        clock: the function from the scheduler's timestep to it.
+    """
+
+    name: str
+    dtype: torch.dtype
+    axes: tuple[int, ...]
+    clock: Clock
+
+    def argument(self, timestep: Tensor) -> Tensor:
+        """The argument of rows with these timesteps, [M]."""
+        time = self.clock(timestep, self.dtype)
+        return time.reshape(-1, *[1] * len(self.axes)).expand(-1, *self.axes)
 
 
 class Grid(NamedTuple):
@@ -295,24 +324,26 @@ class Grid(NamedTuple):
 
     They are ``sigma * timesteps`` but where a pipeline shifts its sigmas and not its timesteps
     (CogView4): there ``sigma = shift * u / (1 + (shift - 1) * u)`` for
-    ``u = timestep / timesteps``, and the timesteps of the recorded sigmas are kept as they are.
+    ``u = timestep / timesteps``; or where it counts them from data (Mochi):
+    ``(1 - sigma) * timesteps``. Both keep the timesteps of the recorded sigmas as they are.
 
     Attributes:
-        timesteps: the timestep of sigma = 1, 1000 in all known pipelines.
+        timesteps: the timestep of sigma = 1, 1000 in nearly all pipelines.
         shift: of sigmas against timesteps; 1 where they are the same.
+        from_data: whether timesteps rise with the steps.
         known: pairs of sigma and timestep that differ from the formula's, by rounding.
     """
 
     timesteps: int
     shift: float = 1.0
+    from_data: bool = False
     known: tuple[tuple[float, float], ...] = ()
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Timesteps of flow times, float32."""
         sigma = sigma.float()
-        if self.shift == 1:
-            return sigma * self.timesteps
-        timestep = sigma / (self.shift - (self.shift - 1) * sigma) * self.timesteps
+        share = sigma / (self.shift - (self.shift - 1) * sigma)
+        timestep = (1 - share if self.from_data else share) * self.timesteps
         for at, exact in self.known:
             timestep = torch.where(sigma == at, exact, timestep)
         return timestep
@@ -322,7 +353,10 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
     """The grid of a turn's steps, [S] each, on the CPU; ``most`` is the timestep of sigma 1."""
     if torch.equal(sigmas * most, timesteps):
         return Grid(most)
+    known = tuple(zip(sigmas.tolist(), timesteps.tolist(), strict=True))
     sigma, u = sigmas.double(), timesteps.double() / most
+    if (1 - u - sigma).abs().max() <= 1e-6:
+        return Grid(most, from_data=True, known=known)
     inner = int((sigma - 0.5).abs().argmin())
     s, t = sigma[inner].item(), u[inner].item()
     shift = s * (1 - t) / (t * (1 - s)) if 0 < s < 1 and t > 0 else 1.0
@@ -331,16 +365,16 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
             "the scheduler's timesteps are no known function of its sigmas: at sigmas "
             f"{sigmas.tolist()} they are {timesteps.tolist()}"
         )
-    return Grid(most, shift, tuple(zip(sigmas.tolist(), timesteps.tolist(), strict=True)))
+    return Grid(most, shift, known=known)
 
 
-def find_clock(times: Tensor, timesteps: Tensor) -> Clock:
-    """The clock that makes every recorded time [S, ...] of the timesteps [S], exactly."""
+def find_time(name: str, times: Tensor, timesteps: Tensor) -> Time:
+    """The time whose clock makes what an argument held, [S, ...], of the timesteps [S], exactly."""
     rows = timesteps.reshape(-1, *[1] * (times.ndim - 1))
     for clock in CLOCKS:
         if bool((clock(rows, times.dtype) == times).all()):
-            return clock
+            return Time(name, times.dtype, tuple(times.shape[2:]), clock)
     raise ReplayError(
-        "the transformer's time is not a known function of sigma: at timesteps "
-        f"{timesteps.tolist()} it was given {times.flatten(1)[:, 0].tolist()}"
+        f"{name} is not a known function of sigma: at timesteps {timesteps.tolist()} it was given "
+        f"{times.reshape(len(times), -1)[:, 0].tolist()}"
     )

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from mteditflow.flow.solvers import ODE, Solver
 from mteditflow.flow.trajectory import Trajectory
@@ -40,9 +42,11 @@ class Recorder:
     hold what the last step returned. Anything else raises. Sample in eval mode, and replay under
     the same autocast.
 
-    Any other scheduler that samples a flow (DPMSolver++, UniPC, Heun) and a cache on the
-    transformer may sample too, without a solver: then the rollout has initial noise and clean
-    latents alone, in one step that is not stochastic, which is what NFT and its kin train on.
+    Without a solver a pipeline may also change its latents between steps or after the last (masks
+    of inpainting, callbacks), sample by another scheduler for flows (DPMSolver++, UniPC, Heun) or
+    with a cache on its transformer. Then the rollout has the first and the last latents alone, in
+    one step per turn that is not stochastic; the last are those that the pipeline goes on with,
+    and they are what NFT and its kin train on.
 
     Args:
         pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler`` or a subclass of
@@ -190,6 +194,8 @@ class Recorder:
         self._check_finished()
         if not self._turns:
             raise ValueError("recorder: expected at least one recorded pipeline call, got none")
+        if any(turn.ends for turn in self._turns):
+            self._turns = [turn.first_and_last() for turn in self._turns]
         shapes = [list(turn.latents.shape) for turn in self._turns]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"turns: expected latents [B, S + 1, ...] of one shape, got {shapes}")
@@ -225,11 +231,13 @@ class Recorder:
     def started(self, sigmas: Tensor, timesteps: Tensor) -> None:
         """Called by the scheduler: a pipeline call begins."""
         self._check_finished()
+        _check_repeatable(self._model)
         self._calls = []
         self._turn = Turn(
             sigmas,
             timesteps,
             most=self._scheduler.config.num_train_timesteps,
+            solved=not self._plain,
             ends=self._ends,
             shared=self._shared,
             storage=self._storage,
@@ -252,28 +260,36 @@ class Recorder:
             return
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
-            self._check_held(turn.steps[-1])
+            turn.hold(self._held(turn.steps[-1]))
             if self._verify and not self._turns:
                 self._choice = self._proved(turn)
             self._turns.append(turn.recorded(self._choice))
         self._turn = None
 
-    def _check_held(self, last: Step) -> None:
-        """Raise unless the pipeline goes on with what its last step returned.
+    def _held(self, last: Step) -> Tensor:
+        """What the pipeline goes on with after its last step.
 
-        The variables that held the last step's sample hold it then; where it had none, as in
-        modular pipelines, any variable of the loop or attribute of one does.
+        It is in the variables that held the last step's sample; where there were none, as in
+        modular pipelines, what the step returned is in any variable of the loop, or attribute or
+        part of one.
         """
         for frame in _frames():
             named = [frame.f_locals[name] for name in self._variables if name in frame.f_locals]
-            held = named if self._variables else list(_tensors(frame))
-            if any(x is last.next_x for x in held) or any(_holds(x, last.next_x) for x in held):
-                return
+            for x in named or ([] if self._variables else _tensors(frame)):
+                if x is last.next_x or _holds(x, last.next_x):
+                    return last.next_x
+            changed = [
+                x
+                for x in named
+                if isinstance(x, Tensor) and x is not last.x_t and x.shape == last.next_x.shape
+            ]
+            if len(changed) == 1:
+                return changed[0]
             if named:
                 break
         raise ReplayError(
-            "cannot replay this pipeline: latents changed after the last step, as by a callback or "
-            "a mask, so that the images are not those of the recorded latents"
+            "cannot replay this pipeline: after its last step it does not hold what that returned, "
+            "so that its images may not be those of the recorded latents"
         )
 
     def _proved(self, turn: Turn) -> Choice:
@@ -285,9 +301,9 @@ class Recorder:
                 return choice
             told.append(error)
         raise ReplayError(
-            f"called again with what was recorded, the transformer {told[0]}: look for dropout in "
-            "training mode, a cache, or an argument without a row per trajectory that is not named "
-            "in `shared`"
+            f"called again with what was recorded, the transformer {told[0]}: look for a state "
+            "that it keeps between calls, random numbers, or an argument without a row per "
+            "trajectory that is not named in `shared`"
         )
 
     def _error(self, turn: Turn, conditioning: Conditioning) -> str | None:
@@ -335,6 +351,17 @@ class Recorder:
         raise ReplayError(
             f"turn {len(self._turns)} ended after {turn}; only whole turns are recorded"
         )
+
+
+def _check_repeatable(model: nn.Module) -> None:
+    """Raise if a module gives other outputs for the same inputs, at whatever precision."""
+    for name, module in model.named_modules():
+        drops = isinstance(module, _DropoutNd) and module.p > 0
+        if module.training and (drops or isinstance(module, _BatchNorm)):
+            raise ReplayError(
+                f"model: {name} is a {type(module).__name__} in training mode, whose outputs are "
+                "not those of a replay; call model.eval() before sampling"
+            )
 
 
 def _frames() -> Iterator[FrameType]:

@@ -29,7 +29,6 @@ _UNSUPPORTED: dict[str, tuple[float | None, str]] = {
     "s_tmin": (0.0, "flow-matching steps do not churn"),
     "s_tmax": (float("inf"), "flow-matching steps do not churn"),
     "s_noise": (1.0, "the solver decides how much noise a step adds"),
-    "per_token_timesteps": (None, "a transition needs one flow time per sample"),
 }
 
 
@@ -62,7 +61,7 @@ class Observer(Protocol):
         """Called with the grid [S + 1] and its timesteps [S], on the CPU, before the first step."""
 
     def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
-        """Called after each step with the pipeline's velocity and the grid's timestep (0-d)."""
+        """Called after each step with the flow's velocity and the grid's timestep (0-d)."""
 
     def ended(self, steps: int) -> None:
         """Called when a loop over this number of the grid's timesteps has come to its end."""
@@ -119,8 +118,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     Raises:
         ValueError: the configuration is no flow-matching Euler scheduler's, or asks for
-            ``stochastic_sampling`` or ``invert_sigmas``; the number of generators is not the
-            batch's; ``step`` gets an option that would be ignored.
+            ``stochastic_sampling``; the number of generators is not the batch's; ``step`` gets an
+            option that would be ignored.
 
     A copy (``copy.deepcopy``) draws from the same generators and tells the same observer.
 
@@ -184,13 +183,13 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Set the grid as the parent does, and decide which of its steps are stochastic."""
-        for option in ("stochastic_sampling", "invert_sigmas"):
-            if self.config.get(option, False):
-                raise ValueError(
-                    f"config: {option}=True is not supported: its steps are not those of a solver"
-                )
+        if self.config.get("stochastic_sampling", False):
+            raise ValueError(
+                "config: expected stochastic_sampling=False, because its steps draw clean samples "
+                "anew, with noise of the pipeline's generator; a solver decides on noise here"
+            )
         super().set_timesteps(*args, **kwargs)
-        grid = self.sigmas.cpu()
+        grid = self._flow_times().cpu()
         if not bool((grid[:-1] > grid[1:]).all()) or grid[0] > 1 or grid[-1] != 0:
             raise ValueError(
                 f"sigmas: expected a grid that falls from at most 1 to 0, got {grid.tolist()}"
@@ -232,7 +231,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             s_noise: see ``s_churn``.
             generator: taken and not used, as by the parent; noise comes from ``generators``, one
                 per trajectory.
-            per_token_timesteps: None; all tokens of a sample share their flow time.
+            per_token_timesteps: None, or all equal to the timestep; the parent then takes
+                ``model_output`` for the opposite of the velocity: LTX-Video with conditions.
             return_dict: whether to return the parent's output class or a tuple.
         """
         _check_step_options(
@@ -240,8 +240,12 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             s_tmin=s_tmin,
             s_tmax=s_tmax,
             s_noise=s_noise,
-            per_token_timesteps=per_token_timesteps,
         )
+        if per_token_timesteps is not None and not bool((per_token_timesteps == timestep).all()):
+            raise ValueError(
+                "per_token_timesteps: expected them to equal the timestep, because a transition "
+                "needs one flow time per sample"
+            )
         if not self._stochastic:
             raise ValueError("step: expected set_timesteps to have been called before")
         if self.step_index is None:
@@ -250,28 +254,38 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         if not self.steps and index != self._first:
             self._begin(index)
         stochastic = self._stochastic[index - self._first]
-        sigma, next_sigma = (self.sigmas[i].expand(len(sample)) for i in (index, index + 1))
+        sigmas = self._flow_times()
+        sigma, next_sigma = (sigmas[i].expand(len(sample)) for i in (index, index + 1))
+        # Counted from data, or per token, the parent steps along the opposite of the velocity.
+        opposite = self.config.get("invert_sigmas", False) or per_token_timesteps is not None
+        velocity = -model_output if opposite else model_output
         if stochastic:
-            transition = self.solver(sample, model_output, sigma, next_sigma)
+            transition = self.solver(sample, velocity, sigma, next_sigma)
             next_x = transition.sample(self._noise(sample)).to(model_output.dtype)
             log_prob = gaussian_log_prob(next_x, *transition, reduction=self.reduction)
             self._step_index += 1
         else:
-            next_x = super().step(model_output, timestep, sample, return_dict=False)[0]
+            options = {"per_token_timesteps": per_token_timesteps, "return_dict": False}
+            next_x = super().step(model_output, timestep, sample, **options)[0]
             log_prob = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
         step = Step(sample, next_x, sigma, next_sigma, log_prob, stochastic)
         self.steps = (*self.steps, step)
         if self.observer is not None:
-            self.observer.stepped(step, model_output, self.timesteps[index])
+            self.observer.stepped(step, velocity, self.timesteps[index])
         return FlowMatchEulerDiscreteSchedulerOutput(next_x) if return_dict else (next_x,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with the same observer and generators, which belong to neither copy."""
         return _copied(self, memo, self.observer, self.generators, self.timesteps)
 
+    def _flow_times(self) -> Tensor:
+        """The grid from noise to data, [S + 1], also where sigmas count from data: Mochi."""
+        sigmas = cast(Tensor, self.sigmas)
+        return 1 - sigmas if self.config.get("invert_sigmas", False) else sigmas
+
     def _begin(self, first: int) -> None:
         """Decide which of the steps from the index ``first`` on are stochastic."""
-        grid = self.sigmas.cpu()[first:]
+        grid = self._flow_times().cpu()[first:]
         self._first, self._stochastic, self.steps = first, self._draws_noise(grid), ()
         if self.observer is not None:
             self.timesteps = Timesteps.of(self.timesteps, self.observer.ended)

@@ -8,10 +8,12 @@ each run of steps with the same calls is a pattern of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,15 +33,21 @@ from mteditflow.pipelines.recognize import (
     Call,
     Place,
     ReplayError,
-    find_clock,
+    Time,
     find_grid,
     find_sample,
     find_time,
+    find_times,
+    named_time,
     repeat_rows,
 )
 from mteditflow.pipelines.scheduler import Step
 
 Choice = Mapping[str, int]  # of an argument's readings, where it is not the first
+_CONSTANT = (
+    *(Tensor, np.ndarray, np.generic, torch.dtype, torch.device),
+    *(int, float, complex, str, bytes, slice, Enum, type(None)),
+)
 
 
 @dataclass
@@ -49,21 +57,19 @@ class Pattern:
     Attributes:
         first: number of that step.
         place: where the calls hold the noisy sample.
-        time_name: the argument that holds the flow time.
         constants: per call, all other arguments.
         rests: per call, what the sample's argument holds besides the sample.
+        times: by name what the arguments that may hold the flow time held, per step and call.
         combination: how the outputs make the scheduler's velocity.
-        times: what the time's argument held, per step.
         ends: the first and the last step with the scheduler's velocity.
     """
 
     first: int
     place: Place
-    time_name: str
     constants: list[dict[str, Any]]
     rests: list[Tensor | None]
+    times: dict[str, list[list[Tensor]]]
     combination: Combination = field(default_factory=Combination)
-    times: list[Tensor] = field(default_factory=list)
     ends: list[tuple[Step, Tensor]] = field(default_factory=list)
 
     @classmethod
@@ -81,8 +87,8 @@ class Pattern:
                 f"guidance, got {len(calls)}; `model` chooses which module is recorded"
             )
         place = find_sample(calls[0].arguments, sample)
-        time_name = find_time(calls[0].arguments, timestep)
-        named = (place.name, time_name)
+        times = find_times(calls[0].arguments, timestep)
+        shapes = [[getattr(call.arguments.get(n), "shape", None) for call in calls] for n in times]
         rows = repeat_rows(sample, place.copies)
         held = [call.arguments.get(place.name, rows) for call in calls]
         parts = {id(argument): place.split(argument, rows) for argument in held}
@@ -96,19 +102,39 @@ class Pattern:
         return cls(
             first,
             place,
-            time_name,
-            [{k: v for k, v in call.arguments.items() if k not in named} for call in calls],
+            [{k: v for k, v in call.arguments.items() if k != place.name} for call in calls],
             [None if parts is None else parts[1] for parts in rests],
+            {n: [] for n, of in zip(times, shapes, strict=True) if of == of[:1] * len(calls)},
         )
 
     def fits(self, calls: Sequence[Call], rows: Tensor) -> bool:
         """Whether a step's calls have the arguments of this pattern, and in its forms."""
-        names = [{*constants, self.place.name, self.time_name} for constants in self.constants]
+        names = [{*constants, self.place.name} for constants in self.constants]
         return [call.arguments.keys() for call in calls] == names and all(
-            getattr(call.arguments[self.time_name], "shape", None) == self.times[0].shape
-            and self.place.split(call.arguments[self.place.name], rows) is not None
-            for call in calls
+            self.place.split(call.arguments[self.place.name], rows) is not None
+            and all(
+                getattr(call.arguments[name], "shape", None) == constants[name].shape
+                for name in self.times
+            )
+            for call, constants in zip(calls, self.constants, strict=True)
         )
+
+    def moving(self) -> list[str]:
+        """Names of the arguments that hold the flow time: those that change with the steps.
+
+        Of a single step, those that are named like a time, or the only one there is.
+        """
+        steps = {name: [torch.stack(calls) for calls in held] for name, held in self.times.items()}
+        moving = [n for n, held in steps.items() if any(not torch.equal(x, held[0]) for x in held)]
+        if any(len(held) == 1 for held in steps.values()):
+            moving = [name for name in steps if named_time(name)] or [*steps]
+            moving = moving if len(moving) == 1 or all(map(named_time, moving)) else []
+        if not moving:
+            raise ReplayError(
+                f"which argument of the transformer holds the flow time is unclear among "
+                f"{[*self.times]}"
+            )
+        return moving
 
 
 class Version(NamedTuple):
@@ -139,6 +165,7 @@ class Recorded:
         sigmas: [S + 1].
         log_prob: [B, S].
         stochastic: boolean [S].
+        ends: whether S is 1 because only the first and the last latents are kept.
         versions: of the tensors that are kept without a copy.
     """
 
@@ -147,7 +174,19 @@ class Recorded:
     sigmas: Tensor
     log_prob: Tensor
     stochastic: Tensor
+    ends: bool
     versions: list[Version]
+
+    def first_and_last(self) -> Recorded:
+        """The turn without the latents between; it has no stochastic steps."""
+        return replace(
+            self,
+            latents=self.latents[:, [0, -1]],
+            sigmas=self.sigmas[[0, -1]],
+            log_prob=self.log_prob[:, -1:],
+            stochastic=self.stochastic[-1:],
+            ends=True,
+        )
 
 
 class Turn:
@@ -157,8 +196,10 @@ class Turn:
         sigmas: the call's grid, [S + 1], on the CPU.
         timesteps: the scheduler's timesteps of its steps, [S], on the CPU.
         most: the timestep of sigma = 1.
+        solved: whether a solver may have taken its steps, so that all latents are kept as they
+            are; without one the pipeline may change them between its steps, as by a mask.
         ends: whether only the first and the last latents are kept, because the steps between are
-            not those of a flow's solver.
+            not those of a flow's solver, or because the pipeline has changed them.
         shared: names of arguments without a row per trajectory, whatever their shape.
         storage: device to keep tensors on; None leaves them where they are.
     """
@@ -169,6 +210,7 @@ class Turn:
         timesteps: Tensor,
         *,
         most: int,
+        solved: bool,
         ends: bool,
         shared: Collection[str],
         storage: torch.device | None,
@@ -176,12 +218,14 @@ class Turn:
         self.steps: list[Step] = []
         self.patterns: list[Pattern] = []
         self._sigmas, self._timesteps, self._most = sigmas, timesteps, most
-        self._ends, self._shared, self._storage = ends, shared, storage
-        self._started: Tensor | None = None
+        self.ends = ends
+        self._solved, self._shared, self._storage = solved, shared, storage
+        self._started, self._clean = torch.empty(0), torch.empty(0)
         self._dtype = torch.float32
         self._constants: list[Version] = []
         self._states: list[Version] = []
         self._doubts: list[tuple[str, Tensor]] = []
+        self._changes: list[Tensor] = []
 
     def __str__(self) -> str:
         return f"{len(self.steps)} of {len(self._timesteps)} steps"
@@ -194,7 +238,7 @@ class Turn:
     def add(self, step: Step, velocity: Tensor, timestep: Tensor, calls: Sequence[Call]) -> None:
         """Check a step and keep what varies."""
         number = len(self.steps)
-        if self._started is None:
+        if number == 0:
             self._started, self._dtype = step.x_t.clone(), velocity.dtype
         try:
             self._add(number, step, velocity, timestep, calls)
@@ -221,26 +265,29 @@ class Turn:
         self._combine(pattern, branches, velocity)
         if self.steps:
             returned = self.steps[-1].next_x
-            same = step.x_t if step.x_t is returned else returned.to(step.x_t.dtype)
-            self._same("latents changed between two steps, as by a callback", step.x_t, same)
+            if step.x_t is not returned:
+                changed = (step.x_t != returned.to(step.x_t.dtype)).any()
+                self._changes.append(changed)
         self._states += _versions([{"latents": step.next_x}])
         pattern.ends = [*pattern.ends[:1], (step, velocity)]
 
     def _compare(self, pattern: Pattern, number: int, call: Call, rows: Tensor) -> Tensor:
         """Compare one call with the pattern's; its velocity."""
         constants, name, place = dict(call.arguments), pattern.place.name, pattern.place
-        held, time = constants.pop(name), constants.pop(pattern.time_name)
-        parts = place.split(held, rows)
+        parts = place.split(constants.pop(name), rows)
         assert parts is not None
         self._same(f"{name} does not hold the sample", parts[0], rows.to(parts[0].dtype))
         self._same(f"{name} changes beside the sample", parts[1], pattern.rests[number])
-        if number == 0:
-            pattern.times.append(time)
-            first = time if time.dtype == pattern.times[0].dtype else pattern.times[0]
-            self._same(f"{pattern.time_name} changes", time, first)
-        self._same(f"{pattern.time_name} differs between branches", time, pattern.times[-1])
         for name, value in constants.items():
-            self._same(f"{name} changes over the steps", value, pattern.constants[number][name])
+            first = pattern.constants[number][name]
+            if name not in pattern.times:
+                self._same(f"{name} changes over the steps", value, first)
+                continue
+            if value.dtype != first.dtype:
+                self._same(f"{name} changes", value, first)
+            if number == 0:
+                pattern.times[name].append([])
+            pattern.times[name][-1].append(value)
         return place.velocity(call.output, rows)
 
     def _combine(self, pattern: Pattern, outputs: Sequence[Tensor], velocity: Tensor) -> None:
@@ -283,7 +330,11 @@ class Turn:
     def check(self) -> None:
         """Read all answers at once, and raise where one is that the call cannot be replayed."""
         device = self.steps[0].x_t.device
-        flags = torch.stack([flag.to(device) for _, flag in self._doubts]).tolist()
+        doubts = [flag.to(device) for _, flag in self._doubts]
+        changes = [flag.to(device) for flag in self._changes]
+        flags = torch.stack(doubts + changes).tolist()
+        self._note_change(any(flags[len(doubts) :]), "latents changed between two steps")
+        flags = flags[: len(doubts)]
         for (otherwise, _), flag in zip(self._doubts, flags, strict=True):
             if flag:
                 raise ReplayError(f"cannot replay this pipeline: {otherwise}")
@@ -294,24 +345,51 @@ class Turn:
                     "both branches gave the same velocity at every step, which hides the guidance "
                     "scale; use different prompts, or no guidance"
                 )
-        Version.check([*self._states, *self._constants])
+        Version.check(self._constants)
+        in_place = any(x.version != x.tensor._version for x in self._states)
+        self._note_change(in_place, "latents changed in place")
+
+    def hold(self, clean: Tensor) -> None:
+        """Keep what the pipeline holds after its last step, at the end of its loop."""
+        last = self.steps[-1].next_x
+        changed = clean is not last and not torch.equal(clean, last.to(clean.dtype))
+        self._note_change(changed, "latents changed after the last step")
+        self._clean = clean.to(last.dtype) if changed else last
+
+    def _note_change(self, changed: bool, what: str) -> None:
+        if changed and self._solved:
+            raise ReplayError(
+                f"cannot replay this pipeline: {what}, as by a callback or a mask, so that no step "
+                "leads from one to the next; without a solver the first and the last are recorded"
+            )
+        self.ends |= changed
 
     def recorded(self, choice: Choice) -> Recorded:
         """The whole turn, its arguments as the choice reads them."""
-        assert self._started is not None
-        states = [step.next_x for step in self.steps]
-        log_prob = torch.stack([step.log_prob for step in self.steps], dim=1)
-        kept = [-1] if self._ends else range(len(states))
-        return Recorded(
+        states = [self._started, *(step.next_x for step in self.steps[:-1]), self._clean]
+        stochastic = [step.stochastic for step in self.steps]
+        whole = Recorded(
             conditioning=self.conditioning(choice),
-            latents=self._keep(torch.stack([self._started, *(states[s] for s in kept)], dim=1)),
-            sigmas=self._sigmas[[0, -1]] if self._ends else self._sigmas.clone(),
-            log_prob=self._keep(log_prob[:, kept]),
-            stochastic=torch.tensor(
-                [self.steps[s].stochastic for s in kept], dtype=torch.bool, device="cpu"
-            ),
+            latents=self._keep(torch.stack(states, dim=1)),
+            sigmas=self._sigmas.clone(),
+            log_prob=self._keep(torch.stack([step.log_prob for step in self.steps], dim=1)),
+            stochastic=torch.tensor(stochastic, dtype=torch.bool, device="cpu"),
+            ends=False,
             versions=self._constants if self._storage is None else [],
         )
+        return whole.first_and_last() if self.ends else whole
+
+    def _moving(self, pattern: Pattern) -> tuple[Time, ...]:
+        """The arguments that hold the flow time, equal in all branches."""
+        found = []
+        for name in pattern.moving():
+            held = pattern.times[name]
+            if any(not torch.equal(time, calls[0]) for calls in held for time in calls[1:]):
+                raise ReplayError(f"cannot replay this pipeline: {name} differs between branches")
+            times = torch.stack([calls[0] for calls in held]).cpu()
+            steps = self._timesteps[pattern.first : pattern.first + len(held)]
+            found.append(find_time(name, times, steps))
+        return tuple(found)
 
     def choices(self) -> Iterator[Choice]:
         """All ways to read the arguments, the likeliest first; few arguments have several."""
@@ -333,6 +411,12 @@ class Turn:
         batch = len(self.steps[0].x_t) * pattern.place.copies
         if name in self._shared:
             return [value]
+        for leaf in leaves(value):
+            if not isinstance(leaf, _CONSTANT):
+                raise ReplayError(
+                    f"cannot replay this pipeline: {name} holds a {type(leaf).__name__}, which may "
+                    "keep a state between calls; name it in `shared` if it does not"
+                )
         return readings(name, value, batch, pattern.place.form.listed)
 
     def conditioning(self, choice: Choice) -> Conditioning:
@@ -341,15 +425,10 @@ class Turn:
         return map_tensors([Conditioning(stages)], self._keep)[0]
 
     def _stage(self, pattern: Pattern, choice: Choice) -> Stage:
-        times, copies = torch.stack(pattern.times).cpu(), pattern.place.copies
-        steps = slice(pattern.first, pattern.first + len(times))
-        sigmas, timesteps = self._sigmas[:-1], self._timesteps
+        sigmas, timesteps, copies = self._sigmas[:-1], self._timesteps, pattern.place.copies
         recipe = Recipe(
             place=pattern.place,
-            time_name=pattern.time_name,
-            time_dtype=times.dtype,
-            time_axes=tuple(times.shape[2:]),
-            clock=find_clock(times, timesteps[steps]),
+            times=self._moving(pattern),
             grid=find_grid(sigmas, timesteps, self._most),
             velocity_dtype=self._dtype,
             guidance=pattern.combination.guidance,
@@ -360,6 +439,7 @@ class Turn:
             arguments = {
                 name: self._readings(pattern, name, value)[choice.get(name, 0)]
                 for name, value in constants.items()
+                if name not in {time.name for time in recipe.times}
             }
             beside = None if rest is None else Rows(rest)
             for index in range(copies):

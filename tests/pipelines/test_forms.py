@@ -11,7 +11,6 @@ from mteditflow.pipelines.conditioning import Entries, Rows, branch_of, readings
 from mteditflow.pipelines.recognize import (
     find_grid,
     find_sample,
-    find_time,
     in_memory,
     memory_axes,
 )
@@ -304,17 +303,6 @@ def test_a_sample_lies_in_memory_as_it_did(axes):
     assert memory_axes(laid) == axes
     assert memory_axes(in_memory(laid, (0, 1, 2))) == (0, 1, 2)
     assert memory_axes(torch.ones(3, 1, 2).transpose(0, 1)) == (0, 1, 2)
-
-
-def test_a_time_per_token_is_read_from_the_argument_of_that_name_alone():
-    timestep = torch.tensor(873.0)
-    tokens = torch.full((2, 5), 873.0)
-    assert find_time({"timestep": tokens, "mask": torch.ones(2, 5)}, timestep) == "timestep"
-    with pytest.raises(ReplayError, match="none of"):
-        find_time({"t": tokens}, timestep)
-    tokens[:, 0] = 0
-    with pytest.raises(ReplayError, match="none of"):
-        find_time({"timestep": tokens}, timestep)
 
 
 SHAPES = [[(1, 2, 2)], [(1, 2, 2)]]

@@ -57,20 +57,53 @@ def largest_deviation(rollout, model, solver):
 # What happens after the last step.
 
 
-@pytest.mark.parametrize("steps", [1, STEPS])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("output", ["latent", "pt"])
-def test_latents_changed_after_the_last_step_are_refused(flux, steps, in_place, output):
+def halving(steps, in_place=False):
+    """A callback that halves the latents after the last step."""
+
     def halve(_pipeline, step, _timestep, given):
         x = given["latents"]
         if step == steps - 1:
             return {"latents": x.mul_(0.5) if in_place else x * 0.5}
         return {}
 
-    message = "latents: changed in place" if in_place else "latents changed after the last step"
+    return halve
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("output", ["latent", "pt"])
+def test_latents_changed_after_the_last_step_are_refused_under_a_solver(
+    flux, steps, in_place, output
+):
+    callback = halving(steps, in_place)
+    message = "latents changed in place" if in_place else "latents changed after the last step"
     with pytest.raises(ReplayError, match=message):
-        record(flux, steps=steps, output_type=output, callback_on_step_end=halve)
+        record(flux, FlowSDE(0.7), steps=steps, output_type=output, callback_on_step_end=callback)
     assert type(flux.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_without_a_solver_the_clean_latents_are_those_that_are_returned(flux, steps, in_place):
+    first = record(flux, steps=steps)[1].trajectory
+    latents, rollout = record(flux, steps=steps, callback_on_step_end=halving(steps, in_place))
+    trajectory = rollout.trajectory
+    assert trajectory.latents.shape[1:3] == (1, 2)
+    assert torch.equal(trajectory.clean[:, 0], latents)
+    assert torch.equal(trajectory.clean, 0.5 * first.clean)
+    assert torch.equal(trajectory.latents[:, :, 0], first.latents[:, :, 0])
+    assert not trajectory.step_mask.any()
+
+
+def test_turns_of_one_chain_have_the_same_steps(flux):
+    """Where one turn has its ends alone, all have."""
+    with Recorder(flux) as recorder:
+        first = flux(**options())[0]
+        second = flux(**options(), callback_on_step_end=halving(STEPS))[0]
+    trajectory = recorder.rollout(group=[0, 1]).trajectory
+    assert torch.equal(trajectory.clean, torch.stack([first, second], dim=1))
+    assert trajectory.latents.shape[1:3] == (2, 2)
+    assert trajectory.sigmas.tolist() == [[1.0, 0.0]] * 2
 
 
 @pytest.mark.parametrize("steps", [1, STEPS])
@@ -88,28 +121,29 @@ def test_a_callback_that_looks_and_copies_is_none_of_our_business(flux, steps):
     assert torch.equal(rollout.trajectory.latents[:, 0, 1:], torch.stack(seen, dim=1))
 
 
-def test_a_callback_that_keeps_what_it_replaces_is_refused(flux):
-    """What it keeps is the recorded latent; what the pipeline decodes is not."""
-
+def test_what_a_callback_keeps_is_not_what_the_pipeline_goes_on_with(flux):
     class Halver:
         def __call__(self, _pipeline, _step, _timestep, given):
             self.last = given["latents"]
             return {"latents": given["latents"] * 0.5}
 
-    with pytest.raises(ReplayError, match="changed after the last step"):
-        record(flux, steps=1, callback_on_step_end=Halver())
-
-
-def test_a_mask_over_one_step_is_refused(flux):
-    """Half of what the last step returned is painted over before it is decoded."""
-    pipeline = FluxInpaintPipeline(**flux.components)
-    image, mask = picture(pipeline), Image.new("L", (8, 8))
-    mask.paste(255, (0, 0, 4, 8))
-    with pytest.raises(ReplayError, match="changed after the last step"):
-        record(pipeline, steps=1, image=image, mask_image=mask, strength=1.0)
-    whole = Image.new("L", (8, 8), 255)
-    latents, rollout = record(pipeline, steps=1, image=image, mask_image=whole, strength=1.0)
+    latents, rollout = record(flux, steps=1, callback_on_step_end=Halver())
     assert torch.equal(rollout.trajectory.clean[:, 0], latents)
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_a_half_mask_is_painted_over_without_a_solver_alone(flux, steps):
+    pipeline = FluxInpaintPipeline(**flux.components)
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 4, 8))
+    given = {"image": picture(pipeline), "mask_image": mask, "strength": 1.0, "steps": steps}
+    with pytest.raises(ReplayError, match=r"changed .* as by a callback or a mask"):
+        record(pipeline, FlowSDE(0.7), **given)
+    latents, rollout = record(pipeline, **given)
+    assert torch.equal(rollout.trajectory.clean[:, 0], latents)
+    at = (torch.rand(2), torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    with torch.no_grad():
+        assert rollout.velocity(pipeline.transformer, latents, *at).isfinite().all()
 
 
 def own_loop(pipeline, times):

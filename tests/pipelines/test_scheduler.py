@@ -215,10 +215,53 @@ def test_refuses_a_nameless_config_with_foreign_keys():
         FlowMatchSDEScheduler.from_config(DDIMScheduler().config)
 
 
-@pytest.mark.parametrize("option", ["stochastic_sampling", "invert_sigmas"])
-def test_refuses_configs_whose_steps_are_not_a_solvers(option):
-    with pytest.raises(ValueError, match=f"{option}=True is not supported"):
-        make({option: True}).set_timesteps(2)
+def test_refuses_a_config_whose_steps_are_not_a_solvers():
+    with pytest.raises(ValueError, match="config: expected stochastic_sampling=False"):
+        make({"stochastic_sampling": True}).set_timesteps(2)
+
+
+def test_sigmas_that_count_from_data_are_the_same_flow():
+    """Mochi's: its velocity points from noise to data."""
+    x, config = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), {"shift": 2.0}
+    stock = FlowMatchEulerDiscreteScheduler(**config, invert_sigmas=True)
+    made = make(config | {"invert_sigmas": True})
+    assert torch.equal(run(made, x), run(stock, x))
+    paths = []
+    for inverted, sign in ((False, 1), (True, -1)):
+        generators = trajectory_generators(0, 2)
+        scheduler = make(
+            config | {"invert_sigmas": inverted}, solver=FlowSDE(0.7), generators=generators
+        )
+        run(scheduler, x, velocity=lambda x, sign=sign: sign * torch.sin(x))
+        paths.append(torch.stack([step.next_x for step in scheduler.steps]))
+        assert round(scheduler.steps[0].sigma[0].item(), 6) == 1.0
+        assert scheduler.steps[-1].next_sigma.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(*paths)
+
+
+def test_times_per_token_are_taken_where_they_are_the_samples():
+    x = torch.randn(1, 4, 3)
+    plain, tokens = make(), make()
+    for scheduler in (plain, tokens):
+        scheduler.set_timesteps(2)
+    first = plain.step(x, plain.timesteps[0], x)
+    timestep = tokens.timesteps[0]
+    same = tokens.step(-x, timestep, x, per_token_timesteps=timestep.expand(1, 4))
+    torch.testing.assert_close(same.prev_sample, first.prev_sample)
+    with pytest.raises(ValueError, match="per_token_timesteps: expected them to equal"):
+        tokens.step(x, timestep, x, per_token_timesteps=torch.zeros(1, 4))
+
+
+def test_the_pipelines_generator_is_taken_and_not_used():
+    x = torch.zeros(1, 4)
+    taken = torch.Generator().manual_seed(3)
+    before, ends = taken.get_state(), []
+    for more in ({}, {"generator": taken}):
+        scheduler = make(solver=FlowSDE(0.7), generators=trajectory_generators(0, 1))
+        scheduler.set_timesteps(2)
+        ends.append(scheduler.step(x, scheduler.timesteps[0], x, **more).prev_sample)
+    assert torch.equal(*ends)
+    assert torch.equal(taken.get_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +271,6 @@ def test_refuses_configs_whose_steps_are_not_a_solvers(option):
         ("s_tmin", 0.1, "s_tmin: expected its default"),
         ("s_tmax", 1.0, "s_tmax: expected its default inf"),
         ("s_noise", 1.1, "s_noise: expected its default"),
-        ("per_token_timesteps", torch.zeros(1, 4), "per_token_timesteps: expected its default"),
     ],
 )
 def test_refuses_options_it_would_ignore(option, value, message):
