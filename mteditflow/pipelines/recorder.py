@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from mteditflow.flow.solvers import ODE, Solver
 from mteditflow.flow.trajectory import Trajectory
@@ -229,6 +231,7 @@ class Recorder:
     def started(self, sigmas: Tensor, timesteps: Tensor) -> None:
         """Called by the scheduler: a pipeline call begins."""
         self._check_finished()
+        _check_repeatable(self._model)
         self._calls = []
         self._turn = Turn(
             sigmas,
@@ -298,9 +301,9 @@ class Recorder:
                 return choice
             told.append(error)
         raise ReplayError(
-            f"called again with what was recorded, the transformer {told[0]}: look for dropout in "
-            "training mode, a cache, or an argument without a row per trajectory that is not named "
-            "in `shared`"
+            f"called again with what was recorded, the transformer {told[0]}: look for a state "
+            "that it keeps between calls, random numbers, or an argument without a row per "
+            "trajectory that is not named in `shared`"
         )
 
     def _error(self, turn: Turn, conditioning: Conditioning) -> str | None:
@@ -348,6 +351,17 @@ class Recorder:
         raise ReplayError(
             f"turn {len(self._turns)} ended after {turn}; only whole turns are recorded"
         )
+
+
+def _check_repeatable(model: nn.Module) -> None:
+    """Raise if a module gives other outputs for the same inputs, at whatever precision."""
+    for name, module in model.named_modules():
+        drops = isinstance(module, _DropoutNd) and module.p > 0
+        if module.training and (drops or isinstance(module, _BatchNorm)):
+            raise ReplayError(
+                f"model: {name} is a {type(module).__name__} in training mode, whose outputs are "
+                "not those of a replay; call model.eval() before sampling"
+            )
 
 
 def _frames() -> Iterator[FrameType]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +44,10 @@ from mteditflow.pipelines.recognize import (
 from mteditflow.pipelines.scheduler import Step
 
 Choice = Mapping[str, int]  # of an argument's readings, where it is not the first
+_CONSTANT = (
+    *(Tensor, np.ndarray, np.generic, torch.dtype, torch.device),
+    *(int, float, complex, str, bytes, slice, Enum, type(None)),
+)
 
 
 @dataclass
@@ -405,6 +411,12 @@ class Turn:
         batch = len(self.steps[0].x_t) * pattern.place.copies
         if name in self._shared:
             return [value]
+        for leaf in leaves(value):
+            if not isinstance(leaf, _CONSTANT):
+                raise ReplayError(
+                    f"cannot replay this pipeline: {name} holds a {type(leaf).__name__}, which may "
+                    "keep a state between calls; name it in `shared` if it does not"
+                )
         return readings(name, value, batch, pattern.place.form.listed)
 
     def conditioning(self, choice: Choice) -> Conditioning:

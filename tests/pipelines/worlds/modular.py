@@ -13,21 +13,23 @@ from worlds import video, video2, video3
 from worlds.base import CFG, Family, image_vae, picture, plus, prompts, scheduler
 
 TEXT = {"max_sequence_length": 10}
-IMAGES, VIDEOS = {"output": "images"}, {"output": "videos"}
+IMAGES, LATENTS = {"output": "images"}, {"output": "latents"}
 
 
-def modular(kind: str, whole: DiffusionPipeline, *, text: bool = True, **parts: Any) -> Any:
+def modular(
+    kind: str, whole: DiffusionPipeline, *, without: tuple[str, ...] = (), **parts: Any
+) -> Any:
     """The default blocks of a class with the parts of a pipeline.
 
     Args:
         kind: the class.
         whole: the pipeline, or anything with ``components``.
-        text: whether prompts are encoded; without the block, calls are given embeddings.
+        without: blocks to leave out; without "text_encoder", calls are given embeddings.
         parts: more parts, such as a guider.
     """
     blocks = getattr(diffusers, kind)()._blocks
-    if not text:
-        del blocks.sub_blocks["text_encoder"]
+    for name in without:
+        del blocks.sub_blocks[name]
     pipeline = getattr(diffusers, kind)(blocks=blocks)
     known = pipeline._component_specs
     given = {name: part for name, part in whole.components.items() if part is not None}
@@ -94,13 +96,6 @@ FAMILIES = {
         {"height": 8, "width": 8} | TEXT | IMAGES,
         text="CLIP, T5",
     ),
-    "FluxKontextModularPipeline": Family(
-        lambda: modular("FluxKontextModularPipeline", build_kontext(image_size=8)),
-        plus(prompts, image=picture(8)),
-        {"height": 8, "width": 8, "_auto_resize": False} | TEXT | IMAGES,
-        text="CLIP, T5",
-        batches=(1,),
-    ),
     "Flux2KleinModularPipeline": Family(
         lambda: modular("Flux2KleinModularPipeline", build_klein(image_size=8)),
         plus(prompts, image=picture()),
@@ -123,7 +118,7 @@ FAMILIES = {
         families(
             lambda **parts: modular("ZImageModularPipeline", z_image(), **parts),
             prompts,
-            {"height": 8, "width": 8} | TEXT | IMAGES,
+            {"height": 16, "width": 16} | TEXT | IMAGES,
             text="Qwen3",
         ),
     ),
@@ -133,21 +128,24 @@ FAMILIES = {
             lambda **parts: modular(
                 "WanModularPipeline",
                 video.build("WanPipeline", video.transformer()),
-                text=False,
+                without=("text_encoder", "decode"),
                 **parts,
             ),
             video.text,
-            video.FRAMES | VIDEOS,
+            video.FRAMES | LATENTS,
         ),
     ),
     **named(
         "LTXModularPipeline",
         families(
             lambda **parts: modular(
-                "LTXModularPipeline", video2.ltx("LTXPipeline"), text=False, **parts
+                "LTXModularPipeline",
+                video2.ltx("LTXPipeline"),
+                without=("text_encoder", "decode"),
+                **parts,
             ),
             video2.text,
-            video2.FRAMES | VIDEOS,
+            video2.FRAMES | LATENTS,
         ),
     ),
     **named(
@@ -156,11 +154,11 @@ FAMILIES = {
             lambda **parts: modular(
                 "HunyuanVideo15ModularPipeline",
                 video3.hunyuan_1_5("HunyuanVideo15Pipeline"),
-                text=False,
+                without=("text_encoder", "decode"),
                 **parts,
             ),
             video3.hunyuan_1_5_text,
-            video3.BIG | VIDEOS,
+            video3.BIG | LATENTS,
             output="latent",
         ),
     ),
