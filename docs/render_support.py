@@ -1,7 +1,8 @@
 """The table of supported pipelines: ``python -m docs.render_support`` writes support.md and .json.
 
 It records, replays and trains every tiny pipeline of tests/pipelines/worlds, which takes minutes.
-Each check asserts; where one fails, or a case that was recorded is now refused, nothing is written.
+Each check asserts. A case whose check fails, or that was recorded and is now refused, keeps the row
+that it has, and the command ends with exit code 2.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,30 +76,33 @@ ABSENT = """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all checks and write both files; 2 where a check failed or support was lost."""
+    """Run the checks and write both files; 2 where a check failed or support was lost."""
     parser = argparse.ArgumentParser(prog="render_support", description=__doc__)
     parser.add_argument(
-        "--only", default="", help="check the cases with this in their name, and write nothing"
+        "--only",
+        nargs="*",
+        default=[""],
+        help="check the cases with one of these in their names; the others keep their rows",
     )
     only = parser.parse_args(arguments).only
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # the libraries warn of tiny models
     rows, refused, failed = measure(only)
-    facts = collect(rows, refused)
-    if not only:
-        failed += [f"no longer recorded: {name}, {kind}" for name, kind in lost_cases(rows)]
+    old = json.loads(FACTS.read_text(encoding="utf-8")) if FACTS.exists() else {}
+    lost = {key(row) for row in refused} & {key(row) for row in old.get("recorded", [])}
+    failed += [f"no longer recorded: {', '.join(case)}" for case in sorted(lost)]
+    facts = collect(rows, [row for row in refused if key(row) not in lost], old)
+    if "" in only:
         failed += [f"neither row nor reason: {name}" for name in sorted(unexplained(facts))]
-    if failed:
-        say("\n".join([*failed, f"{len(failed)} checks failed; nothing is written"]))
-        return 2
-    if not only:
-        FACTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(facts), encoding="utf-8")
-    say(f"{len(rows)} cases recorded, {len(refused)} refused")
-    return 0
+    FACTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(facts), encoding="utf-8")
+    for line in failed:
+        say(line)
+    say(f"{len(rows)} cases recorded, {len(refused)} refused, {len(failed)} failed")
+    return 2 if failed else 0
 
 
-def measure(only: str) -> tuple[list[Row], list[Row], list[str]]:
+def measure(only: list[str]) -> tuple[list[Row], list[Row], list[str]]:
     """Rows of recorded cases, refused cases with their errors, and failed checks."""
     rows: list[Row] = []
     refused: list[Row] = []
@@ -113,7 +117,7 @@ def measure(only: str) -> tuple[list[Row], list[Row], list[str]]:
             (rows if kept == "recorded" else refused).append(
                 {"pipeline": name, "guidance": kind} | row
             )
-    options = [what for what in REFUSED if only in what]
+    options = [what for what in REFUSED if any(part in what for part in only)]
     refused += [{"pipeline": what, "guidance": "", "error": refusal(what)} for what in options]
     return rows, refused, failed
 
@@ -139,11 +143,15 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def cases(only: str = "") -> Iterator[tuple[str, str]]:
-    """Names and kinds of guidance of the families whose names contain ``only``."""
-    for name, family in FAMILIES.items():
-        if only in name:
-            yield from ((name, kind) for kind in family.guided)
+def cases(only: Sequence[str] = ("",)) -> list[tuple[str, str]]:
+    """Names and kinds of guidance of the families with one of these in their names."""
+    names = [name for name in FAMILIES if any(part in name for part in only)]
+    return [(name, kind) for name in names for kind in FAMILIES[name].guided]
+
+
+def key(row: Row) -> tuple[str, str]:
+    """The case of a row."""
+    return row["pipeline"], row["guidance"]
 
 
 def refusal(what: str) -> str:
@@ -185,13 +193,20 @@ def flow_classes() -> set[str]:
     }
 
 
-def collect(rows: list[Row], refused: list[Row]) -> dict[str, Any]:
-    """All facts of the page."""
+def collect(rows: list[Row], refused: list[Row], old: dict[str, Any]) -> dict[str, Any]:
+    """All facts of the page: those of now, and for other cases that still exist the old ones."""
+    order = [*cases(), *((what, "") for what in REFUSED)]
+    now = {key(row) for row in [*rows, *refused]}
+
+    def joined(name: str, new: list[Row]) -> list[Row]:
+        kept = [row for row in old.get(name, []) if key(row) not in now and key(row) in order]
+        return sorted([*kept, *new], key=lambda row: order.index(key(row)))
+
     return {
         "diffusers": diffusers.__version__,
         "flow_classes": sorted(flow_classes()),
-        "recorded": rows,
-        "refused": refused,
+        "recorded": joined("recorded", rows),
+        "refused": joined("refused", refused),
         "not_built": dict(sorted(NOT_BUILT.items())),
     }
 
@@ -200,14 +215,6 @@ def unexplained(facts: dict[str, Any]) -> set[str]:
     """Flow pipeline classes with neither a row nor a reason."""
     told = [class_of(row["pipeline"]) for row in facts["recorded"] + facts["refused"]]
     return set(facts["flow_classes"]) - set(told) - set(facts["not_built"])
-
-
-def lost_cases(rows: list[Row]) -> list[tuple[str, str]]:
-    """Cases that the present file has as recorded, and that still exist, but are no rows now."""
-    before = json.loads(FACTS.read_text(encoding="utf-8"))["recorded"] if FACTS.exists() else []
-    now = {(row["pipeline"], row["guidance"]) for row in rows}
-    old = [(row["pipeline"], row["guidance"]) for row in before]
-    return [case for case in old if case in set(cases()) and case not in now]
 
 
 def page(facts: dict[str, Any]) -> str:

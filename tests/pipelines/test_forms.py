@@ -27,7 +27,7 @@ FORMS = {
     "lists and the opposite sign": ("ZImagePipeline", "none"),
     "lists of both branches": ("ZImagePipeline", "classifier-free"),
     "limit on norms": ("ZImagePipeline", "classifier-free, norm limited"),
-    "a time per token": ("WanPipeline, expand_timesteps", "classifier-free"),
+    "a time per token": ("WanPipeline, Wan 2.2 TI2V-5B", "classifier-free"),
     "channels behind the sample": ("WanImageToVideoPipeline", "classifier-free"),
 }
 

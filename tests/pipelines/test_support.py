@@ -63,13 +63,3 @@ def test_the_page_is_that_of_the_facts_and_has_every_case(facts):
     told = [(row["pipeline"], row["guidance"]) for row in facts["recorded"] + facts["refused"]]
     assert set(told) == {*cases(), *((what, "") for what in REFUSED)}
     assert len(told) == len(set(told))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_tells_what_its_calls_need(name):
-    family = FAMILIES[name]
-    assert family.guided
-    for kind in family.guided:
-        for batch in family.batches:
-            given = family.inputs(0, batch) | family.options | family.guided[kind]
-            assert given.get("strength", 1) == 1 or family.steps >= 4
