@@ -202,7 +202,7 @@ def test_references_of_other_sizes_are_called_apart():
         given["image"] = given["image"].resize(size)
         generators = mt.trajectory_generators(0, 2)
         with Recorder(pipeline, SOLVER, generators=generators) as recorder:
-            pipeline(**given, num_inference_steps=1, output_type="latent", generator=generators)
+            pipeline(**given, num_inference_steps=2, output_type="latent", generator=generators)
         parts.append(recorder.rollout(group=[0, 1]))
     rollout, calls = Rollout.concatenate(parts), []
     rows = all_rows(rollout)

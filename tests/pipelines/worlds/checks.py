@@ -61,7 +61,9 @@ class Case:
     def call(self, turn: int, batch: int, generators: Any, output: str) -> Any:
         """What the pipeline makes of a turn's inputs."""
         given = self.given(turn, batch) | {"output_type": output}
-        return self.pipeline(**given, generator=generators)[0]
+        with torch.random.fork_rng(devices=[]):  # some encode pictures from the global state
+            torch.manual_seed(turn)
+            return self.pipeline(**given, generator=generators)[0]
 
     def plain(self) -> Any:
         """What the pipeline returns for the largest batch without the recorder."""
@@ -107,9 +109,10 @@ class Case:
             order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))
             halves = rows[:, order].tensor_split((max(1, rows.shape[1] * 3 // 5),), dim=1)
             mixed = max(mixed, self._deviation(rollout, [part for part in halves if part.numel()]))
-        assert sampled == 0, f"ratios of the batch as sampled differ from 1 by {sampled:.1e}"
+        assert sampled <= 1e-6, f"ratios of the batch as sampled differ from 1 by {sampled:.1e}"
         assert mixed <= 1e-5, f"ratios of mixed rows differ from 1 by {mixed:.1e}"
-        return "1; mixed: 1 to 1e-6" if mixed <= 1e-6 else "1; mixed: 1 to 1e-5"
+        exact = "1" if sampled == 0 else "1 to 1e-6"
+        return f"{exact}; mixed: 1 to {'1e-6' if mixed <= 1e-6 else '1e-5'}"
 
     @torch.no_grad()
     def _deviation(self, rollout: Rollout, parts: list[torch.Tensor]) -> float:
@@ -229,10 +232,9 @@ class Case:
             "ratio": ratio,
         }
 
-    def row(self) -> dict[str, str]:
-        """All columns of the case; it is called without the recorder first."""
-        assert tensors(self.plain())
-        return self.facts() | {
+    def trained(self) -> dict[str, str]:
+        """The other columns."""
+        return {
             "output under an ODE": self.same_under_ode(),
             "GRPO": self.grpo(),
             "NFT": self.nft(),

@@ -105,7 +105,7 @@ def aura_flow() -> DiffusionPipeline:
         num_attention_heads=2,
         joint_attention_dim=24,
         caption_projection_dim=16,
-        pos_embed_max_size=16,
+        pos_embed_max_size=64,
     )
     return make(
         "AuraFlowPipeline", scheduler=scheduler(1.73), vae=image_vae(), transformer=transformer
@@ -201,6 +201,11 @@ def dense(build: Any, inputs: Inputs, guided: Options | None = None, **options: 
     return Family(build, inputs, SIZE | options, guided or GUIDED)
 
 
+def one_time(build: Any) -> Family:
+    """A PRX, which passes one time per branch, and so guides one trajectory alone."""
+    return Family(build, masked, SIZE | UNBINNED, GUIDED, batches=(1,))
+
+
 FAMILIES = {
     "CogView4Pipeline": dense(lambda: cogview4("CogView4Pipeline"), TEXTS),
     "CogView4ControlPipeline": dense(
@@ -227,7 +232,7 @@ FAMILIES = {
         {"perturbed attention": {"guidance_scale": 1.0}, f"{CFG} and perturbed attention": {}},
         **SANA | UNBINNED,
     ),
-    "PRXPipeline": dense(lambda: prx("PRXPipeline", vae=image_vae()), masked, **UNBINNED),
-    "PRXPixelPipeline": dense(lambda: prx("PRXPixelPipeline"), masked, **UNBINNED),
+    "PRXPipeline": one_time(lambda: prx("PRXPipeline", vae=image_vae())),
+    "PRXPixelPipeline": one_time(lambda: prx("PRXPixelPipeline")),
     "HiDreamImagePipeline": dense(hidream, hidream_texts),
 }

@@ -36,6 +36,7 @@ from .base import (
 from .qwen import vae as qwen_vae
 
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
+JOY = ("img_attn_qkv", "txt_attn_qkv")
 LARGE = {"height": 32, "width": 32}
 SQUARE = {"height": 64, "width": 64}
 INSTEAD = "embeddings in the place of encode_prompt"
@@ -289,6 +290,7 @@ FAMILIES = {
         {},
         GUIDED,
         text=INSTEAD,
+        lora=JOY,
     ),
     "JoyImageEditPlusPipeline": Family(
         lambda: joy("JoyImageEditPlusPipeline"),
@@ -296,6 +298,7 @@ FAMILIES = {
         {},
         GUIDED,
         text=INSTEAD,
+        lora=JOY,
     ),
     "DreamLitePipeline": dream(
         "DreamLitePipeline", {CFG: {}, f"{CFG} of text and image": {"image": picture(32)}}

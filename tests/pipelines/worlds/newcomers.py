@@ -23,6 +23,7 @@ from .base import (
 
 SIZE = {"height": 16, "width": 16}
 LARGE = {"height": 32, "width": 32}
+KANDINSKY = ("to_query", "to_key", "to_value")
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
 
 
@@ -289,13 +290,18 @@ FAMILIES = {
     ),
     "HunyuanImageRefinerPipeline": Family(refiner, refined, SIZE, {"embedded": {}}),
     "Kandinsky5T2IPipeline": Family(
-        lambda: kandinsky("Kandinsky5T2IPipeline"), kandinsky_texts, LARGE, GUIDED
+        lambda: kandinsky("Kandinsky5T2IPipeline"),
+        kandinsky_texts,
+        LARGE,
+        GUIDED,
+        lora=KANDINSKY,
     ),
     "Kandinsky5I2IPipeline": Family(
         lambda: kandinsky("Kandinsky5I2IPipeline", edits=True),
         listed(kandinsky_texts, image=picture(32)),
         LARGE,
         GUIDED,
+        lora=KANDINSKY,
     ),
     "Krea2Pipeline": Family(krea2, krea2_texts, SIZE, GUIDED),
     "ErnieImagePipeline": Family(ernie, ernie_texts, {"height": 64, "width": 64}, GUIDED),
