@@ -39,7 +39,12 @@ def form(request):
     case = Case(FAMILIES[name], kind)
 
     def call(generators=None):
-        given = case.given(0, 2) | {"num_inference_steps": STEPS, "output_type": "latent"}
+        dtype = case.model.dtype
+        given = {
+            name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for name, x in case.given(0, 2).items()
+        }
+        given |= {"num_inference_steps": STEPS, "output_type": "latent"}
         case.pipeline(**given, generator=generators)
 
     return case.pipeline, call
