@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ReplayError(ValueError):
@@ -20,8 +20,9 @@ class ReplayError(ValueError):
 
 
 class Call(NamedTuple):
-    """One call of the transformer: its arguments by name, and what it returned first."""
+    """One call of a step: the module, None for the transformer; arguments by name; outputs."""
 
+    module: nn.Module | None
     arguments: dict[str, Any]
     output: Any
 
@@ -143,6 +144,7 @@ class Place(NamedTuple):
         form: how that argument is a tensor.
         part: where in that tensor.
         axes: the sample's axes there from slowest to fastest in memory, which decides on kernels.
+        output: where in the output its velocity is.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Place(NamedTuple):
     form: Form
     part: Part
     axes: tuple[int, ...]
+    output: Part = Part()
 
     def split(self, argument: Any, rows: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The part of an argument that should be these rows, and the rest; None if it has none."""
@@ -162,23 +165,46 @@ class Place(NamedTuple):
         return self.form.argument(self.part.join(in_memory(rows, self.axes), rest))
 
     def velocity(self, output: Any, rows: Tensor) -> Tensor:
-        """The part of the transformer's output that belongs to the rows.
+        """The part of the transformer's output that belongs to the rows."""
+        x = self._returned(output, rows)
+        found = None if x is None else self.output.split(x, rows.shape)
+        if found is None:
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ReplayError(
+                f"the transformer returned {shape}, of which no part has the shape of the sample, "
+                f"{list(rows.shape)}, that it was given in {self.name}"
+            )
+        return found[0]
 
-        An output that is longer along another axis, as by a predicted variance, begins with it.
+    def with_output(self, output: Any, rows: Tensor, velocity: Tensor) -> Place:
+        """The place with that part of the output which is most like the scheduler's velocity.
+
+        The output may be longer than the rows: by references as the argument is, by text before
+        them, by a predicted variance behind them.
         """
-        form = self.form if isinstance(output, (list, tuple)) == self.form.listed else Form()
-        forms = (form, Form(form.listed), Form(not form.listed, form.single))
-        for x in (x for x in (form.tensor(output) for form in forms) if x is not None):
-            begins = (Part(a, 0, whole=False) for a in range(1, rows.ndim))
-            for part in (Part(), self.part, *begins):
-                found = part.split(x, rows.shape)
-                if found is not None:
-                    return found[0]
-        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ReplayError(
-            f"the transformer returned {shape}, of which no part has the shape of the sample, "
-            f"{list(rows.shape)}, that it was given in {self.name}"
+        x, axis, part = self._returned(output, rows), self.part.axis, self.part
+        if x is None or x.shape == rows.shape:
+            return self
+        differing = [a for a in range(1, x.ndim) if x.shape[a] != rows.shape[a]]
+        axis = differing[0] if len(differing) == 1 else part.axis
+        starts = {0, x.shape[axis] - rows.shape[axis]} | (
+            {part.start} if axis == part.axis else set()
         )
+        wanted, likeness = repeat_rows(velocity, self.copies), {}
+        for start in starts:
+            candidate = Part(axis, start, whole=False)
+            found = candidate.split(x, rows.shape)
+            if found is not None and wanted.shape == found[0].shape:
+                likeness[candidate] = (found[0].double() * wanted).sum().abs().item()
+        return self._replace(output=max(likeness, key=likeness.__getitem__, default=part))
+
+    def _returned(self, output: Any, rows: Tensor) -> Tensor | None:
+        """The output as one tensor with the axes of the rows: in the argument's form, or plain."""
+        for form in (self.form, Form(self.form.listed), Form(), Form(True, self.form.single)):
+            x = form.tensor(output)
+            if x is not None and x.ndim == rows.ndim:
+                return x
+        return None
 
     def __str__(self) -> str:
         """Such as ``hidden_states`` begins with it on axis 1."""
@@ -263,12 +289,18 @@ def in_units_from_one(timestep: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - timestep / 1000).to(dtype)
 
 
+def in_steps_from_zero(timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """The timestep less 1, so that the last of a thousand is 999: GLM-Image."""
+    return (timestep - 1).to(dtype)
+
+
 CLOCKS: tuple[Clock, ...] = (
     in_units,
     in_steps,
     in_units_rounded_last,
     in_units_from_noise,
     in_units_from_one,
+    in_steps_from_zero,
 )
 
 

@@ -268,7 +268,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             options = {"per_token_timesteps": per_token_timesteps, "return_dict": False}
             next_x = super().step(model_output, timestep, sample, **options)[0]
             log_prob = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
-        step = Step(sample, next_x, sigma, next_sigma, log_prob, stochastic)
+        step = Step(_own(sample), next_x, sigma, next_sigma, log_prob, stochastic)
         self.steps = (*self.steps, step)
         if self.observer is not None:
             self.observer.stepped(step, velocity, self.timesteps[index])
@@ -312,6 +312,11 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
                 f"{len(sample)} for this batch, got {given or None}"
             )
         return batched_noise(sample.shape[1:], self.generators, device=sample.device)
+
+
+def _own(x: Tensor) -> Tensor:
+    """A tensor that is no part of a larger one, into which a pipeline may write the next step."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def _copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
@@ -383,7 +388,7 @@ def _told(kind: Any) -> Any:
             result = super().step(model_output, timestep, sample, *args, **kwargs)
             zero = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
             sigma = zero + timestep / self.config.num_train_timesteps
-            step = Step(sample, result[0], sigma, zero, zero, False)
+            step = Step(_own(sample), result[0], sigma, zero, zero, False)
             if self.observer is not None:
                 self.observer.stepped(step, model_output, torch.as_tensor(timestep))
             return result

@@ -8,7 +8,7 @@ from worlds.checks import Case, replay
 
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
-from mteditflow.pipelines.conditioning import Entries, Rows, branch_of, readings, select_rows
+from mteditflow.pipelines.conditioning import Entries, Rows, readings, select_rows
 from mteditflow.pipelines.recognize import (
     find_grid,
     find_sample,
@@ -258,8 +258,12 @@ def test_a_sample_is_found_in_any_place_and_put_there_again(argument, told, copi
     again = place.join(rows, rest)
     assert type(again) is type(held)
     assert all(torch.equal(one, other) for one, other in zip(some(again), held, strict=True))
-    assert torch.equal(place.velocity(held, rows), rows)
-    assert torch.equal(place.velocity(torch.cat([rows, rows + 1], dim=1), rows), rows)
+    more = torch.randn_like(rows)
+    for output in (held, rows, torch.cat([more, rows], dim=1), torch.cat([rows, more], dim=3)):
+        seen = place.with_output(output, rows, -sample)  # pipelines may turn the velocity round
+        assert torch.equal(seen.velocity(output, rows), rows)
+    with pytest.raises(ReplayError, match="of which no part has the shape of the sample"):
+        place.with_output(rows[..., :2], rows, sample).velocity(rows[..., :2], rows)
     assert place.split(argument(torch.cat([rows, rows])), rows) is None
 
 
@@ -353,14 +357,3 @@ def test_rows_are_picked_along_their_own_axis():
     assert torch.equal(select_rows([one] * 2, [2, 0], device), x[:, [2, 0]])
     mixed = torch.stack([x[:, 2], y[:, 1]], dim=1)
     assert torch.equal(select_rows([one, other], [2, 1], device), mixed)
-
-
-def test_a_branch_has_its_share_of_rows_and_all_of_the_rest():
-    shared = torch.zeros(3)
-    tree = {"a": Rows(torch.arange(4)), "b": [Entries((1, 2, 3, 4)), shared], "c": 5}
-    one, other = (branch_of(tree, index, 2) for index in (0, 1))
-    assert one["a"].tensor.tolist() == [0, 1]
-    assert other["a"].tensor.tolist() == [2, 3]
-    assert [branch["b"][0].values for branch in (one, other)] == [(1, 2), (3, 4)]
-    assert one["b"][1] is other["b"][1] is shared
-    assert branch_of(tree, 0, 1) is tree

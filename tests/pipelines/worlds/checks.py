@@ -219,9 +219,10 @@ class Case:
         rollout = self.rollout(max(self.family.batches))
         steps = rollout.trajectory.log_prob.shape[-1]
         places = {
-            str(stage.recipe.place): None
+            str(call.place): None
             for record in rollout.conditioning
             for stage in record.stages
+            for call in stage.calls
         }
         return {
             "batches": ", ".join(map(str, self.family.batches)),
