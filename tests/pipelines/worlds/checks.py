@@ -61,6 +61,7 @@ class Case:
     def call(self, turn: int, batch: int, generators: Any, output: str) -> Any:
         """What the pipeline makes of a turn's inputs."""
         given = self.given(turn, batch) | {"output_type": output}
+        generators = generators[0] if batch == 1 else generators  # some take no list
         with torch.random.fork_rng(devices=[]):  # some encode pictures from the global state
             torch.manual_seed(turn)
             return self.pipeline(**given, generator=generators)[0]

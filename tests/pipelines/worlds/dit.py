@@ -203,7 +203,14 @@ def dense(build: Any, inputs: Inputs, guided: Options | None = None, **options: 
 
 def one_time(build: Any) -> Family:
     """A PRX, which passes one time per branch, and so guides one trajectory alone."""
-    return Family(build, masked, SIZE | UNBINNED, GUIDED, batches=(1,))
+    return Family(
+        build,
+        masked,
+        SIZE | UNBINNED,
+        GUIDED,
+        batches=(1,),
+        lora=("img_qkv_proj", "txt_kv_proj"),
+    )
 
 
 FAMILIES = {

@@ -306,5 +306,11 @@ FAMILIES = {
     "Krea2Pipeline": Family(krea2, krea2_texts, SIZE, GUIDED),
     "ErnieImagePipeline": Family(ernie, ernie_texts, {"height": 64, "width": 64}, GUIDED),
     "NucleusMoEImagePipeline": Family(nucleus, nucleus_texts, SIZE, GUIDED),
-    "GlmImagePipeline": Family(glm, glm_texts, SIZE, GUIDED),
+    "GlmImagePipeline": Family(
+        glm,
+        glm_texts,
+        SIZE,
+        GUIDED,
+        recorder={"shared": ("kv_caches",)},  # empty without an image
+    ),
 }
