@@ -50,7 +50,7 @@ def transformer(**more: Any) -> torch.nn.Module:
         n_layers=2,
         cap_feat_dim=32,
         axes_dims=[8, 4, 4],
-        axes_lens=[256, 16, 16],
+        axes_lens=[1024, 128, 128],
         **MODEL,
         **more,
     )
@@ -58,12 +58,14 @@ def transformer(**more: Any) -> torch.nn.Module:
 
 def controlnet(channels: int) -> torch.nn.Module:
     """A ControlNet of its first block and its refiner."""
-    return diffusers.ZImageControlNetModel(
+    model = diffusers.ZImageControlNetModel(
         control_layers_places=[0],
         control_refiner_layers_places=[0],
         control_in_dim=channels,
         **MODEL,
     )
+    model.gradient_checkpointing = False  # it is read under gradients, and never set
+    return model
 
 
 def z_image(kind: str = "ZImagePipeline", *, text: bool = False, **more: Any) -> DiffusionPipeline:
@@ -111,6 +113,7 @@ def omni() -> DiffusionPipeline:
         "ZImageOmniPipeline",
         text=True,
         transformer=transformer(siglip_feat_dim=16),
+        vae=image_vae().to(torch.bfloat16),  # references are given to it in that
         siglip=Siglip2VisionModel(config),
         siglip_processor=Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16),
     )
