@@ -22,8 +22,10 @@ import diffusers
 TESTS = Path(__file__).parents[1] / "tests" / "pipelines"
 sys.path.insert(0, str(TESTS))  # the worlds import each other as the tests do
 
-from worlds import FAMILIES, NOT_BUILT  # noqa: E402
+from worlds import FAMILIES, NOT_BUILT, REFUSED  # noqa: E402
 from worlds.checks import Case  # noqa: E402
+
+from mteditflow.pipelines import Recorder  # noqa: E402
 
 Row = dict[str, str]
 
@@ -117,6 +119,8 @@ def measure(only: list[str]) -> tuple[list[Row], list[Row], list[str]]:
             (rows if kept == "recorded" else refused).append(
                 {"pipeline": name, "guidance": kind} | row
             )
+    options = [what for what in REFUSED if any(part in what for part in only)]
+    refused += [{"pipeline": what, "guidance": "", "error": refusal(what)} for what in options]
     return rows, refused, failed
 
 
@@ -156,6 +160,23 @@ def key(row: Row) -> tuple[str, str]:
     return row["pipeline"], row["guidance"]
 
 
+def refusal(what: str) -> str:
+    """The error of a case that must be refused, which leaves the pipeline as it was."""
+    case = REFUSED[what]
+    pipeline = case.build()
+    scheduler, model = pipeline.scheduler, getattr(pipeline, case.model)
+    told = ""
+    try:
+        with Recorder(pipeline, model=model):
+            pipeline(**case.options, num_inference_steps=case.steps)
+    except ValueError as error:
+        told = one_line(error)
+    assert case.reason in told, f"{what}: expected the error {case.reason!r}, got {told!r}"
+    assert pipeline.scheduler is scheduler
+    assert not model._forward_hooks
+    return told
+
+
 def one_line(error: BaseException) -> str:
     """The message without line breaks or bars, which would end a cell."""
     return re.sub(r"\s+", " ", str(error)).replace("|", "/")[:600]
@@ -180,7 +201,7 @@ def flow_classes() -> set[str]:
 
 def collect(rows: list[Row], refused: list[Row], old: dict[str, Any]) -> dict[str, Any]:
     """All facts of the page: those of now, and for other cases that still exist the old ones."""
-    order = cases()
+    order = [*cases(), *((what, "") for what in REFUSED)]
     now = {key(row) for row in [*rows, *refused]}
 
     def joined(name: str, new: list[Row]) -> list[Row]:

@@ -7,10 +7,10 @@ the page; these tests run the first check of a pipeline of each form.
 import json
 
 import pytest
-from worlds import FAMILIES, NOT_BUILT
+from worlds import FAMILIES, NOT_BUILT, REFUSED
 from worlds.checks import Case
 
-from docs.render_support import FACTS, PAGE, cases, check, class_of, flow_classes, page
+from docs.render_support import FACTS, PAGE, cases, check, class_of, flow_classes, page, refusal
 
 FORMS = [
     ("FluxImg2ImgPipeline", "embedded"),
@@ -27,7 +27,7 @@ FORMS = [
 ]
 
 
-REFUSED = [
+UNSUPPORTED = [
     ("StableDiffusion3PAGPipeline", "classifier-free and perturbed attention"),
     ("JoyImageEditPipeline", "classifier-free"),
     ("PRXPixelPipeline", "none"),
@@ -47,7 +47,7 @@ def test_recorded_steps_are_replayed_with_ratio_one(facts, name, kind):
     assert seen["ratio"].startswith("1; mixed: 1 to ")
 
 
-@pytest.mark.parametrize(("name", "kind"), REFUSED)
+@pytest.mark.parametrize(("name", "kind"), UNSUPPORTED)
 def test_what_is_refused_says_why_and_leaves_the_pipeline_as_it_was(facts, name, kind):
     (row,) = [r for r in facts["refused"] if (r["pipeline"], r["guidance"]) == (name, kind)]
     assert check(name, kind) == ("refused", {"error": row["error"]})
@@ -57,6 +57,12 @@ def test_what_is_refused_says_why_and_leaves_the_pipeline_as_it_was(facts, name,
         case.facts()
     assert case.pipeline.scheduler is scheduler
     assert not case.model._forward_hooks
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_options_that_are_refused_say_why(facts, what):
+    (row,) = [r for r in facts["refused"] if r["pipeline"] == what]
+    assert refusal(what) == row["error"]
 
 
 def test_every_flow_pipeline_of_diffusers_has_a_row_or_a_reason(facts):
@@ -74,5 +80,5 @@ def test_at_least_forty_classes_are_recorded(facts):
 def test_the_page_is_that_of_the_facts_and_has_every_case(facts):
     assert PAGE.read_text(encoding="utf-8") == page(facts)
     told = [(row["pipeline"], row["guidance"]) for row in facts["recorded"] + facts["refused"]]
-    assert set(told) == set(cases())
+    assert set(told) == {*cases(), *((what, "") for what in REFUSED)}
     assert len(told) == len(set(told))

@@ -1,6 +1,6 @@
 """Tiny pipelines of the real diffusers classes: what ``make support`` records and trains.
 
-Every module here may expose ``FAMILIES`` and ``NOT_BUILT`` (class to reason).
+Every module here may expose ``FAMILIES``, ``REFUSED`` and ``NOT_BUILT`` (class to reason).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from .base import Family
+from .base import Family, Refused
 
 _MODULES = [
     importlib.import_module(f".{module.name}", __name__)
@@ -23,4 +23,5 @@ def _joined(name: str) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Family] = _joined("FAMILIES")
+REFUSED: dict[str, Refused] = _joined("REFUSED")
 NOT_BUILT: dict[str, str] = _joined("NOT_BUILT")

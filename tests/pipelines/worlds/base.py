@@ -1,7 +1,7 @@
 """What every world of tiny pipelines shares: the description of one, its parts, its inputs.
 
-A world is a module of tiny pipelines of the real diffusers classes. It exposes ``FAMILIES``, whose
-keys begin with the class's name; those that the recorder refuses are among them.
+A world is a module of tiny pipelines of the real diffusers classes. It exposes ``FAMILIES`` and,
+where options are refused, ``REFUSED``; keys begin with the class's name.
 """
 
 from __future__ import annotations
@@ -61,6 +61,25 @@ class Family:
     recorder: Options = field(default_factory=dict)
     output: str = "pt"
     latent: str = "latent"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A pipeline or an option that the recorder refuses, and what its error must contain.
+
+    Attributes:
+        build: makes the tiny pipeline, from the global random state.
+        options: of the call, inputs included; the harness adds ``num_inference_steps``.
+        reason: a part of the error.
+        steps: ``num_inference_steps`` of the call.
+        model: name of the pipeline's part that is recorded.
+    """
+
+    build: Callable[[], DiffusionPipeline]
+    options: Options
+    reason: str
+    steps: int = 4
+    model: str = "transformer"
 
 
 # Inputs.
