@@ -42,9 +42,10 @@ def facts():
 @pytest.mark.parametrize(("name", "kind"), FORMS)
 def test_recorded_steps_are_replayed_with_ratio_one(facts, name, kind):
     seen = Case(FAMILIES[name], kind).facts()
+    ratio = seen.pop("ratio")  # its roundings depend on the machine
     (row,) = [r for r in facts["recorded"] if (r["pipeline"], r["guidance"]) == (name, kind)]
     assert row | seen == row
-    assert seen["ratio"].startswith("1; mixed: 1 to ")
+    assert ratio.startswith("1; mixed: 1 to ")
 
 
 @pytest.mark.parametrize(("name", "kind"), UNSUPPORTED)

@@ -1,4 +1,4 @@
-"""Video pipelines with schedulers or samples of their own: Helios, AnyFlow, Kandinsky 6, SANA-WM."""
+"""Video pipelines of other kinds: Helios, AnyFlow, Kandinsky 6, SANA-WM."""
 
 from __future__ import annotations
 
