@@ -31,7 +31,7 @@ help:
 	@echo "make test          lint, types, import layers, API reference, doctests and the whole test suite"
 	@echo "make laws          thousands of cases for each law of mteditflow.testing, from a new seed"
 	@echo "make api           the API reference from docstrings, in build/api"
-	@echo "make support       the table of supported pipelines, from the tests that run them, written to docs/"
+	@echo "make support       every pipeline of the table recorded, replayed and trained, written to docs/"
 	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
 	@echo "make findings      the paper's comparisons on the shapes world over three seeds, written to docs/"
 	@echo "make objectives    all objectives, credits and guards on the shapes world over three seeds, written to docs/"

@@ -11,8 +11,9 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from mteditflow_examples.shapes.editor import build_klein, build_kontext, call_options
 from PIL import Image
-from tiny import CHAIN, batches_of_rollout, picture, replay
+from tiny import CHAIN, batches_of_rollout, picture
 from tiny import roll_out as plain_roll_out
+from worlds.checks import replay
 
 from mteditflow import FlowSDE, trajectory_generators
 from mteditflow.pipelines import (

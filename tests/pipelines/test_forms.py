@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import FAMILIES, normal
-from tiny import replay
+from worlds import FAMILIES
+from worlds.base import normal
+from worlds.checks import Case, replay
 
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
@@ -26,7 +27,7 @@ FORMS = {
     "lists and the opposite sign": ("ZImagePipeline", "none"),
     "lists of both branches": ("ZImagePipeline", "classifier-free"),
     "limit on norms": ("ZImagePipeline", "classifier-free, norm limited"),
-    "a time per token": ("WanPipeline, expand_timesteps", "classifier-free"),
+    "a time per token": ("WanPipeline, Wan 2.2 TI2V-5B", "classifier-free"),
     "channels behind the sample": ("WanImageToVideoPipeline", "classifier-free"),
 }
 
@@ -35,17 +36,18 @@ FORMS = {
 def form(request):
     """A fresh pipeline, and its call of two trajectories."""
     name, kind = FORMS[request.param]
-    family = FAMILIES[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipeline = family.build()
+    case = Case(FAMILIES[name], kind)
 
     def call(generators=None):
-        given = family.inputs(0) | family.options | family.guided[kind]
+        dtype = case.model.dtype
+        given = {
+            name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for name, x in case.given(0, 2).items()
+        }
         given |= {"num_inference_steps": STEPS, "output_type": "latent"}
-        pipeline(**given, generator=generators)
+        case.pipeline(**given, generator=generators)
 
-    return pipeline, call
+    return case.pipeline, call
 
 
 # Proved at every step.
@@ -201,11 +203,11 @@ def test_references_of_other_sizes_are_called_apart():
     pipeline = family.build()
     parts = []
     for size in ((64, 128), (128, 64)):  # as many tokens each
-        given = family.inputs(0) | family.options | {"true_cfg_scale": 1.0}
+        given = family.inputs(0, 2) | family.options | {"true_cfg_scale": 1.0}
         given["image"] = given["image"].resize(size)
         generators = mt.trajectory_generators(0, 2)
         with Recorder(pipeline, SOLVER, generators=generators) as recorder:
-            pipeline(**given, num_inference_steps=1, output_type="latent", generator=generators)
+            pipeline(**given, num_inference_steps=2, output_type="latent", generator=generators)
         parts.append(recorder.rollout(group=[0, 1]))
     rollout, calls = Rollout.concatenate(parts), []
     rows = all_rows(rollout)

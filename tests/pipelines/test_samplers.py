@@ -13,9 +13,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import FirstBlockCacheConfig
-from families import FAMILIES
 from PIL import Image
-from tiny import picture, replay
+from tiny import picture
+from worlds import FAMILIES
+from worlds.checks import replay
 
 from mteditflow import FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, Recorder, ReplayError
@@ -359,7 +360,7 @@ def test_prompts_that_meet_other_images_are_found(flux):
     kontext = FAMILIES["FluxKontextPipeline"].build()
     family = FAMILIES["FluxKontextPipeline"]
     images = [picture(kontext, seed) for seed in (0, 1)]
-    given = family.inputs(0) | family.options | {"image": images, "output_type": "latent"}
+    given = family.inputs(0, 2) | family.options | {"image": images, "output_type": "latent"}
     with Recorder(kontext) as recorder:
         kontext(**given, num_inference_steps=1, num_images_per_prompt=2)
     assert len(some(recorder.rollout(group=[0, 1, 2, 3]).group)) == 4

@@ -7,7 +7,7 @@ from diffusers import FluxKontextPipeline
 from mteditflow_examples.shapes.editor import call_options
 from PIL import Image
 
-from mteditflow import gaussian_log_prob, trajectory_generators
+from mteditflow import trajectory_generators
 from mteditflow.pipelines import Recorder, Rollout
 
 CHAIN = [
@@ -57,15 +57,6 @@ def roll_out(pipeline, solver=None, *, batch=2, turns=2, guidance=1.0, steps=STE
                 images = call(pipeline, images, prompts, generators, guidance, steps)
         parts.append(recorder.rollout(group=list(members)))
     return parts[0] if together else Rollout.concatenate(parts)
-
-
-def replay(rollout, model, solver, rows):
-    """Log-probs of stored steps under the model, as the training loop computes them."""
-    trajectory, turn, _ = rows
-    steps = rollout.trajectory.steps(*rows)
-    velocity = rollout.velocity(model, steps.x_t, steps.sigma, trajectory, turn)
-    transition = solver(steps.x_t, velocity, steps.sigma, steps.next_sigma)
-    return gaussian_log_prob(steps.next_x, *transition, reduction=rollout.trajectory.reduction)
 
 
 def batches_of_rollout(rollout, together):
