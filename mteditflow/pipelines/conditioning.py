@@ -27,31 +27,50 @@ class Entries(NamedTuple):
     values: tuple[Any, ...]
 
 
-class Recipe(NamedTuple):
-    """How a noisy sample and its flow time become calls, and their outputs one velocity.
+class Produced(NamedTuple):
+    """In place of a tensor that an earlier call of the step returned, such as a ControlNet's.
 
     Attributes:
-        place: where a call holds the sample, of all its branches.
-        times: the arguments that hold the flow time.
+        call: number of that call among the step's.
+        leaf: number of the tensor in what it returned.
+    """
+
+    call: int
+    leaf: int
+
+
+class Called(NamedTuple):
+    """One call of each step.
+
+    Attributes:
+        module: what is called; None for the transformer.
+        place: where it holds the sample.
+        times: its arguments that hold the flow time.
+        arguments: all others, which are constant.
+        rest: what the sample's argument held besides.
+    """
+
+    module: nn.Module | None
+    place: Place
+    times: tuple[Time, ...]
+    arguments: dict[str, Any]
+    rest: Rows | None
+
+
+class Recipe(NamedTuple):
+    """How the transformer's outputs become one velocity.
+
+    Attributes:
         grid: the scheduler's timestep of a flow time.
         velocity_dtype: dtype of the scheduler's velocity, in which branches combine.
         guidance: how branches combine; None for one branch.
         sign: -1 where the scheduler is given the opposite of that, else 1.
     """
 
-    place: Place
-    times: tuple[Time, ...]
     grid: Grid
     velocity_dtype: torch.dtype
     guidance: Guidance | None
     sign: int
-
-
-class Branch(NamedTuple):
-    """The constant arguments of one branch, and what the sample's argument held besides."""
-
-    arguments: dict[str, Any]
-    rest: Rows | None
 
 
 def map_leaves(leaf: Callable[[Any], Any], tree: Any) -> Any:
@@ -106,20 +125,6 @@ def _rows(name: str, batch: int, axes: Sequence[int], x: Any) -> Any:
     return x
 
 
-def branch_of(tree: Any, index: int, copies: int) -> Any:
-    """One branch's share of what a call held for ``copies`` branches along its batch."""
-
-    def leaf(x: Any) -> Any:
-        if isinstance(x, Rows):
-            return x._replace(tensor=x.tensor.chunk(copies, dim=x.axis)[index])
-        if isinstance(x, Entries):
-            rows = len(x.values) // copies
-            return Entries(x.values[rows * index : rows * (index + 1)])
-        return x
-
-    return tree if copies == 1 else map_leaves(leaf, tree)
-
-
 def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device) -> Any:
     """One tree of plain tensors on ``device`` whose row m is row ``rows[m]`` of ``trees[m]``.
 
@@ -159,17 +164,19 @@ def _moved(x: Any, device: torch.device) -> Any:
 
 
 class Stage(NamedTuple):
-    """Steps of a pipeline call with the same calls of the transformer.
+    """Steps of a pipeline call with the same calls.
 
     Attributes:
         sigma: flow time of the first of them, and of all up to the next stage's.
-        recipe: how to call the transformer.
-        branches: one entry per branch; tensors they share are one object.
+        batch: number of trajectories.
+        recipe: how outputs become a velocity.
+        calls: of each step; tensors they share are one object.
     """
 
     sigma: float
+    batch: int
     recipe: Recipe
-    branches: tuple[Branch, ...]
+    calls: tuple[Called, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,10 +191,7 @@ class Conditioning:
 
     @cached_property
     def _signatures(self) -> list[Hashable]:
-        return [
-            (stage.recipe, map_signature([tuple(branch) for branch in stage.branches]))
-            for stage in self.stages
-        ]
+        return [(stage.recipe, map_signature([*map(tuple, stage.calls)])) for stage in self.stages]
 
     def at(self, sigma: float) -> tuple[Stage, Hashable]:
         """The stage of a flow time, and its signature, equal where rows fit into one call."""
@@ -213,7 +217,7 @@ def map_tensors(
             return Entries(tuple(map_leaves(leaf, value) for value in x.values))
         return once(x) if isinstance(x, Tensor) else x
 
-    return _map_branches(records, leaf)
+    return _map_calls(records, leaf)
 
 
 def map_signature(tree: Any) -> Hashable:
@@ -248,62 +252,58 @@ def share_equal_tensors(records: Sequence[Conditioning]) -> tuple[Conditioning, 
         kept.append(x)
         return x
 
-    return _map_branches(records, pooled)
+    return _map_calls(records, pooled)
 
 
-def _map_branches(
+def _map_calls(
     records: Sequence[Conditioning], leaf: Callable[[Any], Any]
 ) -> tuple[Conditioning, ...]:
-    """The records with ``leaf`` applied to the arguments and rest of every branch."""
+    """The records with ``leaf`` applied to the arguments and rest of every call."""
 
-    def mapped(stage: Stage) -> Stage:
-        branches = (Branch(map_leaves(leaf, b.arguments), leaf(b.rest)) for b in stage.branches)
-        return stage._replace(branches=tuple(branches))
+    def mapped(call: Called) -> Called:
+        return call._replace(arguments=map_leaves(leaf, call.arguments), rest=leaf(call.rest))
 
-    return tuple(Conditioning(tuple(map(mapped, record.stages))) for record in records)
+    return tuple(
+        Conditioning(
+            tuple(stage._replace(calls=tuple(map(mapped, stage.calls))) for stage in record.stages)
+        )
+        for record in records
+    )
 
 
 def check_groups(conditioning: Conditioning, group: Tensor) -> None:
     """Raise ``ValueError`` where rows of one group, integer ids [B], differ."""
     ids = group.tolist()
     firsts = [ids.index(i) for i in ids]
-    for stage in conditioning.stages:
-        for branch in stage.branches:
-            held = branch.arguments | {stage.recipe.place.name: branch.rest}
-            for name, value in held.items():
-                for leaf in leaves(value):
-                    row = _differing_row(leaf, firsts)
-                    if row is not None:
-                        raise ValueError(
-                            f"group: expected members with the same instruction and reference, but "
-                            f"trajectories {firsts[row]} and {row} of group {ids[row]} differ in "
-                            f"{name} at the first turn; a pipeline that repeats its inputs "
-                            "(num_images_per_prompt) may order prompts and images differently"
-                        )
+    for call in (call for stage in conditioning.stages for call in stage.calls):
+        for name, value in (call.arguments | {call.place.name: call.rest}).items():
+            for leaf in leaves(value):
+                row = _differing_row(leaf, firsts)
+                if row is not None:
+                    raise ValueError(
+                        "group: expected members with the same instruction and reference, but "
+                        f"trajectories {firsts[row]} and {row} of group {ids[row]} differ in "
+                        f"{name} at the first turn; a pipeline that repeats its inputs "
+                        "(num_images_per_prompt) may order prompts and images differently"
+                    )
 
 
 def _differing_row(leaf: Any, firsts: Sequence[int]) -> int | None:
-    """The first row that differs from the one that it should equal."""
+    """The first trajectory that differs from the one that it should equal."""
     if isinstance(leaf, Rows):
-        rows = leaf.tensor.movedim(leaf.axis, 0).double()
-        rows = rows.reshape(len(rows), -1)
+        rows = [*leaf.tensor.movedim(leaf.axis, 0).double()]
     elif isinstance(leaf, Entries) and all(isinstance(x, Tensor) for x in leaf.values):
-        shapes = [x.shape for x in leaf.values]
-        if any(shapes[row] != shapes[first] for row, first in enumerate(firsts)):
-            return next(row for row, first in enumerate(firsts) if shapes[row] != shapes[first])
-        return next(
-            (
-                row
-                for row, first in enumerate(firsts)
-                if _differing_row(Rows(torch.stack([leaf.values[first], leaf.values[row]])), [0, 0])
-            ),
-            None,
-        )
+        rows = [x.double() for x in leaf.values]
     else:
         return None
-    wanted = rows[firsts]
-    apart = (rows - wanted).norm(dim=1) > 0.1 * wanted.norm(dim=1)
-    return int(apart.nonzero()[0]) if bool(apart.any()) else None
+    batch = len(firsts)
+    for number, row in enumerate(rows):
+        wanted = rows[number - number % batch + firsts[number % batch]]
+        if row is not wanted and (
+            row.shape != wanted.shape or (row - wanted).norm() > 0.1 * wanted.norm()
+        ):
+            return number % batch
+    return None
 
 
 def replay_rows(
@@ -314,21 +314,33 @@ def replay_rows(
     The stages have equal signatures: their rows fit into one batch.
     """
     recipe = stages[0].recipe
-    place = recipe.place
-    sample = repeat_rows(x_t.to(place.dtype), place.copies)
-    timestep = repeat_rows(recipe.grid.timestep(sigma), place.copies)
-    times = {time.name: time.argument(timestep) for time in recipe.times}
-    picked = [*rows] * place.copies
-    outputs: list[Tensor] = []
-    branches = list(zip(*(stage.branches for stage in stages), strict=True))
-    for first in range(0, len(branches), place.copies):
-        held = [branch for batch in branches[first : first + place.copies] for branch in batch]
-        rests = [branch.rest for branch in held]
-        rest = None if rests[0] is None else select_rows(rests, picked, x_t.device)
-        arguments = select_rows([branch.arguments for branch in held], picked, x_t.device)
-        arguments |= {place.name: place.join(sample, rest), **times}
-        output = place.velocity(model(**arguments)[0], sample)
-        outputs += output.to(recipe.velocity_dtype).chunk(place.copies)
-    combined = outputs[0] if recipe.guidance is None else recipe.guidance(outputs)
+    returned: list[list[Any]] = []
+    velocities: list[Tensor] = []
+    for number, call in enumerate(stages[0].calls):
+        place, calls = call.place, [stage.calls[number] for stage in stages] * call.place.copies
+        sample = repeat_rows(x_t.to(place.dtype), place.copies)
+        timestep = repeat_rows(recipe.grid.timestep(sigma), place.copies)
+        picked = [
+            row + copy * stage.batch
+            for copy in range(place.copies)
+            for row, stage in zip(rows, stages, strict=True)
+        ]
+        arguments = select_rows([each.arguments for each in calls], picked, x_t.device)
+        arguments = map_leaves(partial(_given, returned), arguments)
+        rests = [each.rest for each in calls]
+        rest = None if call.rest is None else select_rows(rests, picked, x_t.device)
+        arguments[place.name] = place.join(sample, rest)
+        arguments |= {time.name: time.argument(timestep) for time in call.times}
+        output = (model if call.module is None else call.module)(**arguments)
+        returned.append(leaves(output))
+        if call.module is None:
+            velocity = place.velocity(output[0], sample).to(recipe.velocity_dtype)
+            velocities += velocity.chunk(place.copies)
+    combined = velocities[0] if recipe.guidance is None else recipe.guidance(velocities)
     turned = combined if recipe.sign > 0 else -combined
     return turned.to(torch.promote_types(turned.dtype, torch.float32))
+
+
+def _given(returned: Sequence[Sequence[Any]], leaf: Any) -> Any:
+    """An argument's leaf, or what an earlier call returned for it."""
+    return returned[leaf.call][leaf.leaf] if isinstance(leaf, Produced) else leaf

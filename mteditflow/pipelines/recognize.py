@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ReplayError(ValueError):
@@ -20,8 +20,9 @@ class ReplayError(ValueError):
 
 
 class Call(NamedTuple):
-    """One call of the transformer: its arguments by name, and what it returned first."""
+    """One call of a step: the module, None for the transformer; arguments by name; outputs."""
 
+    module: nn.Module | None
     arguments: dict[str, Any]
     output: Any
 

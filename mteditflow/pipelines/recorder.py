@@ -126,9 +126,8 @@ class Recorder:
         )
         self._plain = solver is None or isinstance(solver, ODE)
         self._reduction = reduction
-        self._parameters = list(inspect.signature(model.forward).parameters)
         self._own_scheduler: Any = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._calls: list[Call] = []
         self._turn: Turn | None = None
         self._turns: list[Recorded] = []
@@ -154,7 +153,11 @@ class Recorder:
         self._own_scheduler = current
         self._scheduler.observer = self
         self._pipeline.scheduler = self._scheduler
-        self._hook = self._model.register_forward_hook(self._on_forward, with_kwargs=True)
+        parts = [x for x in vars(self._pipeline).values() if isinstance(x, nn.Module)]
+        self._hooks = [
+            part.register_forward_hook(self._on_forward, with_kwargs=True)
+            for part in dict.fromkeys([self._model, *parts])
+        ]
         return self
 
     def __exit__(
@@ -164,8 +167,8 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         """Restore the pipeline; raise on an unfinished turn unless there is an error already."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._pipeline.scheduler = self._own_scheduler
         self._scheduler.observer, self._scheduler.steps = None, ()
         self._calls, self._variables = [], []
@@ -312,7 +315,7 @@ class Recorder:
         The step is the last of the longest recipe; under a cache the first, which it computes. A
         batch of one is doubled, so that the size always differs from that of the recording.
         """
-        pattern = max(turn.patterns, key=lambda pattern: len(pattern.constants))
+        pattern = max(turn.patterns, key=lambda pattern: len(pattern.branches))
         step, velocity = pattern.ends[0 if caches(self._model) else -1]
         rows = [len(step.x_t) - 1] * (2 if len(step.x_t) == 1 else 1)
         stage, _ = conditioning.at(step.sigma[0].item())
@@ -329,13 +332,16 @@ class Recorder:
         return None if apart <= (1e-3 if exact else 0.1) else f"gave a velocity {apart:.1e} away"
 
     def _on_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Forward hook: keep a call that belongs to a step."""
-        if self._turn is not None:
-            arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        """Forward hook of the transformer and of the pipeline's other parts, as ControlNets."""
+        if self._turn is not None and not self._turn.complete:
+            names = inspect.signature(module.forward).parameters
+            arguments = dict(zip(names, args, strict=False)) | kwargs
             # New containers, same tensors: pipelines change their dicts between branches.
-            self._calls.append(Call(map_leaves(lambda leaf: leaf, arguments), output[0]))
+            arguments = map_leaves(lambda leaf: leaf, arguments)
+            part = None if module is self._model else module
+            self._calls.append(Call(part, arguments, output))
 
     def _check_finished(self) -> None:
         """Raise if a turn is under way; a grid of which no step was taken is none."""

@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import product
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mteditflow.pipelines.conditioning import (
-    Branch,
+    Called,
     Conditioning,
+    Produced,
     Recipe,
     Rows,
     Stage,
-    branch_of,
     leaves,
+    map_leaves,
     map_tensors,
     readings,
 )
@@ -33,7 +34,6 @@ from mteditflow.pipelines.recognize import (
     Call,
     Place,
     ReplayError,
-    Time,
     find_grid,
     find_sample,
     find_time,
@@ -46,8 +46,64 @@ from mteditflow.pipelines.scheduler import Step
 Choice = Mapping[str, int]  # of an argument's readings, where it is not the first
 _CONSTANT = (
     *(Tensor, np.ndarray, np.generic, torch.dtype, torch.device),
-    *(int, float, complex, str, bytes, slice, Enum, type(None)),
+    *(int, float, complex, str, bytes, slice, Enum, Produced, type(None)),
 )
+
+
+@dataclass
+class Repeated:
+    """One call of every step of a pattern, as it was at the first of them.
+
+    Attributes:
+        module: what was called; None for the transformer.
+        place: where it holds the noisy sample.
+        constants: all other arguments.
+        rest: what the sample's argument holds besides the sample.
+        times: by name what the arguments that may hold the flow time held, per step.
+    """
+
+    module: nn.Module | None
+    place: Place
+    constants: dict[str, Any]
+    rest: Tensor | None
+    times: dict[str, list[Tensor]]
+
+    @classmethod
+    def of(cls, call: Call, sample: Tensor, timestep: Tensor) -> Repeated:
+        """Recognise a call of a first step."""
+        place = find_sample(call.arguments, sample)
+        parts = place.split(call.arguments[place.name], repeat_rows(sample, place.copies))
+        assert parts is not None
+        constants = {k: v for k, v in call.arguments.items() if k != place.name}
+        times = find_times(call.arguments, timestep)
+        return cls(call.module, place, constants, parts[1], {name: [] for name in times})
+
+    def fits(self, call: Call, sample: Tensor) -> bool:
+        """Whether a later call has the same arguments, in the same forms."""
+        rows, given = repeat_rows(sample, self.place.copies), call.arguments
+        return (
+            call.module is self.module
+            and given.keys() == {*self.constants, self.place.name}
+            and self.place.split(given[self.place.name], rows) is not None
+            and all(getattr(given[n], "shape", 0) == self.constants[n].shape for n in self.times)
+        )
+
+    def moving(self) -> list[str]:
+        """Names of the arguments that hold the flow time: those that change with the steps.
+
+        Of a single step, those that are named like a time, or the only one there is.
+        """
+        steps = self.times.items()
+        found = [name for name, held in steps if any(not torch.equal(x, held[0]) for x in held)]
+        if any(len(held) == 1 for _, held in steps):
+            named = [name for name in self.times if named_time(name)]
+            found = named or ([*self.times] if len(self.times) == 1 else [])
+        if not found:
+            raise ReplayError(
+                "which argument of the transformer holds the flow time is unclear among "
+                f"{[*self.times]}"
+            )
+        return found
 
 
 @dataclass
@@ -56,85 +112,53 @@ class Pattern:
 
     Attributes:
         first: number of that step.
-        place: where the calls hold the noisy sample.
-        constants: per call, all other arguments.
-        rests: per call, what the sample's argument holds besides the sample.
-        times: by name what the arguments that may hold the flow time held, per step and call.
-        combination: how the outputs make the scheduler's velocity.
+        calls: of the transformer and of modules that give it arguments, in order.
+        combination: how the transformer's outputs make the scheduler's velocity.
         ends: the first and the last step with the scheduler's velocity.
     """
 
     first: int
-    place: Place
-    constants: list[dict[str, Any]]
-    rests: list[Tensor | None]
-    times: dict[str, list[list[Tensor]]]
+    calls: list[Repeated]
     combination: Combination = field(default_factory=Combination)
     ends: list[tuple[Step, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, first: int, calls: Sequence[Call], sample: Tensor, timestep: Tensor) -> Pattern:
         """Recognise the calls of a first step."""
-        if not calls:
+        own = [call for call in calls if call.module is None]
+        if not own:
             raise ReplayError(
                 "the scheduler takes a step without a call of the transformer: a second sample, "
                 "such as sound, is denoised beside the one that is recorded, or another model "
                 "makes its velocity; `model` chooses which module is recorded"
             )
-        if len(calls) > 2:
+        if len(own) > 2:
             raise ReplayError(
                 "expected one call of the transformer per step, or two under classifier-free "
-                f"guidance, got {len(calls)}; `model` chooses which module is recorded"
+                f"guidance, got {len(own)}; `model` chooses which module is recorded"
             )
-        place = find_sample(calls[0].arguments, sample)
-        times = find_times(calls[0].arguments, timestep)
-        shapes = [[getattr(call.arguments.get(n), "shape", None) for call in calls] for n in times]
-        rows = repeat_rows(sample, place.copies)
-        held = [call.arguments.get(place.name, rows) for call in calls]
-        parts = {id(argument): place.split(argument, rows) for argument in held}
-        for number, argument in enumerate(held):
-            if parts[id(argument)] is None:
-                raise ReplayError(
-                    f"call {number} does not hold the sample in {place.name} as call 0 does, so it "
-                    "is no branch of classifier-free guidance (skipped layers, perturbed attention)"
-                )
-        rests = [parts[id(argument)] for argument in held]  # one object where branches share it
-        return cls(
-            first,
-            place,
-            [{k: v for k, v in call.arguments.items() if k != place.name} for call in calls],
-            [None if parts is None else parts[1] for parts in rests],
-            {n: [] for n, of in zip(times, shapes, strict=True) if of == of[:1] * len(calls)},
-        )
-
-    def fits(self, calls: Sequence[Call], rows: Tensor) -> bool:
-        """Whether a step's calls have the arguments of this pattern, and in its forms."""
-        names = [{*constants, self.place.name} for constants in self.constants]
-        return [call.arguments.keys() for call in calls] == names and all(
-            self.place.split(call.arguments[self.place.name], rows) is not None
-            and all(
-                getattr(call.arguments[name], "shape", None) == constants[name].shape
-                for name in self.times
-            )
-            for call, constants in zip(calls, self.constants, strict=True)
-        )
-
-    def moving(self) -> list[str]:
-        """Names of the arguments that hold the flow time: those that change with the steps.
-
-        Of a single step, those that are named like a time, or the only one there is.
-        """
-        steps = {name: [torch.stack(calls) for calls in held] for name, held in self.times.items()}
-        moving = [n for n, held in steps.items() if any(not torch.equal(x, held[0]) for x in held)]
-        if any(len(held) == 1 for held in steps.values()):
-            moving = [name for name in steps if named_time(name)] or [*steps]
-            moving = moving if len(moving) == 1 or all(map(named_time, moving)) else []
-        if not moving:
+        pattern = cls(first, [Repeated.of(call, sample, timestep) for call in calls])
+        one, other = pattern.branches[0], pattern.branches[-1]
+        if other.place != one.place:
             raise ReplayError(
-                f"which argument of the transformer holds the flow time is unclear among "
-                f"{[*self.times]}"
+                f"the transformer's calls hold the sample in different ways ({one.place}; "
+                f"{other.place}), so that they are no branches of classifier-free guidance "
+                "(skipped layers, perturbed attention)"
             )
-        return moving
+        if own[-1].arguments[one.place.name] is own[0].arguments[one.place.name]:
+            other.rest = one.rest  # one object where branches share it
+        return pattern
+
+    @property
+    def branches(self) -> list[Repeated]:
+        """The calls of the transformer."""
+        return [call for call in self.calls if call.module is None]
+
+    def fits(self, calls: Sequence[Call], sample: Tensor) -> bool:
+        """Whether a step's calls have the arguments of this pattern, and in its forms."""
+        return len(calls) == len(self.calls) and all(
+            one.fits(call, sample) for one, call in zip(self.calls, calls, strict=True)
+        )
 
 
 class Version(NamedTuple):
@@ -254,15 +278,19 @@ class Turn:
         timestep: Tensor,
         calls: Sequence[Call],
     ) -> None:
+        calls = _linked(calls)
         pattern = self.patterns[-1] if self.patterns else None
-        if pattern is None or not pattern.fits(calls, repeat_rows(step.x_t, pattern.place.copies)):
+        if pattern is None or not pattern.fits(calls, step.x_t):
             pattern = Pattern.of(number, calls, step.x_t, timestep)
             self.patterns.append(pattern)
-            self._constants += _versions(pattern.constants)
-        rows = repeat_rows(step.x_t, pattern.place.copies)
-        outputs = [self._compare(pattern, i, call, rows) for i, call in enumerate(calls)]
-        branches = [x for out in outputs for x in out.chunk(pattern.place.copies)]
-        self._combine(pattern, branches, velocity)
+            self._constants += _versions([call.constants for call in pattern.calls])
+        outputs: list[Tensor] = []
+        for one, call in zip(pattern.calls, calls, strict=True):
+            rows = repeat_rows(step.x_t, one.place.copies)
+            self._compare(one, call, rows)
+            if one.module is None:
+                outputs += one.place.velocity(call.output[0], rows).chunk(one.place.copies)
+        self._combine(pattern, outputs, velocity)
         if self.steps:
             returned = self.steps[-1].next_x
             if step.x_t is not returned:
@@ -271,24 +299,21 @@ class Turn:
         self._states += _versions([{"latents": step.next_x}])
         pattern.ends = [*pattern.ends[:1], (step, velocity)]
 
-    def _compare(self, pattern: Pattern, number: int, call: Call, rows: Tensor) -> Tensor:
-        """Compare one call with the pattern's; its velocity."""
-        constants, name, place = dict(call.arguments), pattern.place.name, pattern.place
-        parts = place.split(constants.pop(name), rows)
+    def _compare(self, one: Repeated, call: Call, rows: Tensor) -> None:
+        """Compare a call with the pattern's."""
+        constants, name = dict(call.arguments), one.place.name
+        parts = one.place.split(constants.pop(name), rows)
         assert parts is not None
         self._same(f"{name} does not hold the sample", parts[0], rows.to(parts[0].dtype))
-        self._same(f"{name} changes beside the sample", parts[1], pattern.rests[number])
+        self._same(f"{name} changes beside the sample", parts[1], one.rest)
         for name, value in constants.items():
-            first = pattern.constants[number][name]
-            if name not in pattern.times:
+            first = one.constants[name]
+            if name not in one.times:
                 self._same(f"{name} changes over the steps", value, first)
                 continue
             if value.dtype != first.dtype:
                 self._same(f"{name} changes", value, first)
-            if number == 0:
-                pattern.times[name].append([])
-            pattern.times[name][-1].append(value)
-        return place.velocity(call.output, rows)
+            one.times[name].append(value)
 
     def _combine(self, pattern: Pattern, outputs: Sequence[Tensor], velocity: Tensor) -> None:
         """Prove that the branches make the scheduler's velocity."""
@@ -339,7 +364,7 @@ class Turn:
             if flag:
                 raise ReplayError(f"cannot replay this pipeline: {otherwise}")
         for pattern in self.patterns:
-            branches = len(pattern.constants) * pattern.place.copies
+            branches = sum(call.place.copies for call in pattern.branches)
             if branches == 2 and pattern.combination.guidance is None:
                 raise ReplayError(
                     "both branches gave the same velocity at every step, which hides the guidance "
@@ -379,36 +404,20 @@ class Turn:
         )
         return whole.first_and_last() if self.ends else whole
 
-    def _moving(self, pattern: Pattern) -> tuple[Time, ...]:
-        """The arguments that hold the flow time, equal in all branches."""
-        found = []
-        for name in pattern.moving():
-            held = pattern.times[name]
-            if any(not torch.equal(time, calls[0]) for calls in held for time in calls[1:]):
-                raise ReplayError(f"cannot replay this pipeline: {name} differs between branches")
-            times = torch.stack([calls[0] for calls in held]).cpu()
-            steps = self._timesteps[pattern.first : pattern.first + len(held)]
-            found.append(find_time(name, times, steps))
-        return tuple(found)
-
     def choices(self) -> Iterator[Choice]:
         """All ways to read the arguments, the likeliest first; few arguments have several."""
-        counts: dict[str, int] = {}
-        for pattern in self.patterns:
-            for constants in pattern.constants:
-                for name, value in constants.items():
-                    counts[name] = len(self._readings(pattern, name, value))
-        several = {name: count for name, count in counts.items() if count > 1}
+        counts = {
+            name: len(self._readings(call, name, value))
+            for pattern in self.patterns
+            for call in pattern.calls
+            for name, value in call.constants.items()
+        }
+        others = [(name, number) for name, count in counts.items() for number in range(1, count)]
         yield {}
-        for name, count in several.items():
-            yield from ({name: number} for number in range(1, count))
-        for one, other in product(several, several):
-            if one < other:
-                numbers = product(range(1, several[one]), range(1, several[other]))
-                yield from ({one: first, other: second} for first, second in numbers)
+        yield from ({name: number} for name, number in others)
+        yield from (dict(pair) for pair in combinations(others, 2) if pair[0][0] != pair[1][0])
 
-    def _readings(self, pattern: Pattern, name: str, value: Any) -> list[Any]:
-        batch = len(self.steps[0].x_t) * pattern.place.copies
+    def _readings(self, call: Repeated, name: str, value: Any) -> list[Any]:
         if name in self._shared:
             return [value]
         for leaf in leaves(value):
@@ -417,7 +426,8 @@ class Turn:
                     f"cannot replay this pipeline: {name} holds a {type(leaf).__name__}, which may "
                     "keep a state between calls; name it in `shared` if it does not"
                 )
-        return readings(name, value, batch, pattern.place.form.listed)
+        batch = len(self.steps[0].x_t) * call.place.copies
+        return readings(name, value, batch, call.place.form.listed)
 
     def conditioning(self, choice: Choice) -> Conditioning:
         """The turn's constants as a record, each argument as the choice reads it."""
@@ -425,27 +435,31 @@ class Turn:
         return map_tensors([Conditioning(stages)], self._keep)[0]
 
     def _stage(self, pattern: Pattern, choice: Choice) -> Stage:
-        sigmas, timesteps, copies = self._sigmas[:-1], self._timesteps, pattern.place.copies
         recipe = Recipe(
-            place=pattern.place,
-            times=self._moving(pattern),
-            grid=find_grid(sigmas, timesteps, self._most),
+            grid=find_grid(self._sigmas[:-1], self._timesteps, self._most),
             velocity_dtype=self._dtype,
             guidance=pattern.combination.guidance,
             sign=pattern.combination.sign,
         )
-        branches = []
-        for constants, rest in zip(pattern.constants, pattern.rests, strict=True):
-            arguments = {
-                name: self._readings(pattern, name, value)[choice.get(name, 0)]
-                for name, value in constants.items()
-                if name not in {time.name for time in recipe.times}
-            }
-            beside = None if rest is None else Rows(rest)
-            for index in range(copies):
-                parts = (branch_of(tree, index, copies) for tree in (arguments, beside))
-                branches.append(Branch(*parts))
-        return Stage(sigmas[pattern.first].item(), recipe, tuple(branches))
+        calls = tuple(self._called(pattern.first, call, choice) for call in pattern.calls)
+        if len({call.times for call in calls if call.module is None}) > 1:
+            raise ReplayError("cannot replay this pipeline: the time differs between branches")
+        sigma = self._sigmas[pattern.first].item()
+        return Stage(sigma, len(self.steps[0].x_t), recipe, calls)
+
+    def _called(self, first: int, call: Repeated, choice: Choice) -> Called:
+        """A call as a replay makes it."""
+        times = []
+        for name in call.moving():
+            held = torch.stack(call.times[name]).cpu()
+            times.append(find_time(name, held, self._timesteps[first : first + len(held)]))
+        arguments = {
+            name: self._readings(call, name, value)[choice.get(name, 0)]
+            for name, value in call.constants.items()
+            if name not in {time.name for time in times}
+        }
+        rest = None if call.rest is None else Rows(call.rest)
+        return Called(call.module, call.place, tuple(times), arguments, rest)
 
     def _keep(self, x: Tensor) -> Tensor:
         """The tensor as it is stored: on the storage device, no view of a larger one, no graph."""
@@ -464,3 +478,31 @@ def _versions(arguments: Sequence[dict[str, Any]]) -> list[Version]:
         for leaf in leaves(value)
         if isinstance(leaf, Tensor) and not leaf.is_inference()
     ]
+
+
+def _linked(calls: Sequence[Call]) -> list[Call]:
+    """The calls of a step that make its velocity, linked where one is given another's outputs.
+
+    Modules whose outputs the transformer is not given, such as an encoder within the loop, are
+    left out.
+    """
+    made: dict[int, tuple[int, int]] = {}
+    used: list[int] = []
+
+    def leaf(x: Any) -> Any:
+        if id(x) not in made:
+            return x
+        call, number = made[id(x)]
+        if call not in used:
+            used.append(call)
+        return Produced(used.index(call), number)
+
+    found = []
+    for index, call in enumerate(calls):
+        if call.module is None:
+            found.append(call._replace(arguments=map_leaves(leaf, call.arguments)))
+            continue
+        for number, x in enumerate(leaves(call.output)):
+            if isinstance(x, Tensor):
+                made[id(x)] = index, number
+    return [*(calls[index] for index in used), *found]

@@ -467,6 +467,6 @@ REFUSED = {
     "Stable Diffusion 3.5 with `skip_guidance_layers`": Refused(
         stable_diffusion_3,
         prompts(0) | SIZE | TEXT | {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9},
-        "call 1 does not hold the sample in hidden_states as call 0 does",
+        "the transformer's calls hold the sample in different ways",
     ),
 }

@@ -7,7 +7,7 @@ from tiny import replay
 
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
-from mteditflow.pipelines.conditioning import Entries, Rows, branch_of, readings, select_rows
+from mteditflow.pipelines.conditioning import Entries, Rows, readings, select_rows
 from mteditflow.pipelines.recognize import (
     find_grid,
     find_sample,
@@ -351,14 +351,3 @@ def test_rows_are_picked_along_their_own_axis():
     assert torch.equal(select_rows([one] * 2, [2, 0], device), x[:, [2, 0]])
     mixed = torch.stack([x[:, 2], y[:, 1]], dim=1)
     assert torch.equal(select_rows([one, other], [2, 1], device), mixed)
-
-
-def test_a_branch_has_its_share_of_rows_and_all_of_the_rest():
-    shared = torch.zeros(3)
-    tree = {"a": Rows(torch.arange(4)), "b": [Entries((1, 2, 3, 4)), shared], "c": 5}
-    one, other = (branch_of(tree, index, 2) for index in (0, 1))
-    assert one["a"].tensor.tolist() == [0, 1]
-    assert other["a"].tensor.tolist() == [2, 3]
-    assert [branch["b"][0].values for branch in (one, other)] == [(1, 2), (3, 4)]
-    assert one["b"][1] is other["b"][1] is shared
-    assert branch_of(tree, 0, 1) is tree

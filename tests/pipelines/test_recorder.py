@@ -168,7 +168,7 @@ def test_renoises_the_clean_latent_at_any_sigma_for_nft(pipeline):
 def direct_call(rollout, pipeline, x_t, sigma, trajectory, turn):
     """The transformer as the pipeline calls it, written out from the record by hand."""
     call, row = rollout.index[trajectory, turn].tolist()
-    branch = rollout.conditioning[call].stages[0].branches[0]
+    branch = rollout.conditioning[call].stages[0].calls[0]
     known = branch.arguments
     arguments = {
         "hidden_states": torch.cat([x_t[None], branch.rest.tensor[row : row + 1]], dim=1),
@@ -289,7 +289,7 @@ def test_embedded_guidance_is_a_constant(embedded):
 def test_a_batch_as_large_as_the_text_is_long_is_no_ambiguity(kontext):
     length = options(kontext)["max_sequence_length"]
     rollout = roll_out(kontext, FlowSDE(0.7), batch=length, turns=1, steps=2)
-    assert rollout.conditioning[0].stages[0].branches[0].arguments["txt_ids"].shape == (length, 3)
+    assert rollout.conditioning[0].stages[0].calls[0].arguments["txt_ids"].shape == (length, 3)
     rows = [index[:5] for index in all_rows(rollout)]
     replayed = replay(rollout, kontext.transformer, FlowSDE(0.7), rows).detach()
     torch.testing.assert_close(
@@ -327,7 +327,7 @@ def test_a_dict_that_the_pipeline_changes_between_branches(kontext):
     handle = kontext.transformer.register_forward_pre_hook(change, with_kwargs=True)
     rollout = roll_out(kontext, FlowSDE(0.7), turns=1, guidance=2.5, verify=False)
     handle.remove()
-    branches = rollout.conditioning[0].stages[0].branches
+    branches = rollout.conditioning[0].stages[0].calls
     assert [branch.arguments["options"]["gain"] for branch in branches] == [1.0, 2.0]
     rows = all_rows(rollout)
     replayed = replay(rollout, kontext.transformer, FlowSDE(0.7), rows).detach()
@@ -376,7 +376,7 @@ def tensors(rollout):
     """Shapes of the distinct tensors that the conditioning holds, with their storage's bytes."""
     found = {}
     for record in rollout.conditioning:
-        for branch in record.stages[0].branches:
+        for branch in record.stages[0].calls:
             values = [branch.rest, *branch.arguments.values()]
             for value in values:
                 tensor = getattr(value, "tensor", value)
@@ -387,12 +387,12 @@ def tensors(rollout):
 
 def test_branches_share_what_is_the_same(pipeline):
     (record,) = roll_out(pipeline, turns=1, batch=1, guidance=2.5).conditioning
-    one, other = record.stages[0].branches
+    one, other = record.stages[0].calls
     assert one.rest.tensor is other.rest.tensor
     for name in ("img_ids", "txt_ids"):
         first, second = (
             getattr(branch.arguments[name], "tensor", branch.arguments[name])
-            for branch in record.stages[0].branches
+            for branch in record.stages[0].calls
         )
         assert first is second or name == "txt_ids"
     assert one.arguments["encoder_hidden_states"] is not other.arguments["encoder_hidden_states"]
@@ -400,7 +400,7 @@ def test_branches_share_what_is_the_same(pipeline):
 
 def test_reference_tokens_do_not_keep_the_noisy_ones_alive(kontext):
     (record,) = roll_out(kontext, turns=1, batch=1).conditioning
-    rest = record.stages[0].branches[0].rest.tensor
+    rest = record.stages[0].calls[0].rest.tensor
     assert rest.untyped_storage().nbytes() == rest.numel() * rest.element_size()
 
 

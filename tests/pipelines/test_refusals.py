@@ -18,7 +18,7 @@ from mteditflow.pipelines.recognize import (
     find_time,
     find_times,
 )
-from mteditflow.pipelines.turn import Pattern
+from mteditflow.pipelines.turn import Repeated
 
 
 def edit(pipeline, guidance=1.0, **more):
@@ -219,7 +219,7 @@ def test_refuses_branches_at_different_times(pipeline):
         calls.append(1)
         return {"timestep": given["timestep"] * (0.5 if len(calls) == 2 else 1.0)}
 
-    with pytest.raises(ReplayError, match="timestep differs between branches"):
+    with pytest.raises(ReplayError, match=r"hold the scheduler.s timestep 1000, .* none of"):
         record(pipeline, arguments=later, guidance=3.0)
 
 
@@ -275,14 +275,14 @@ def replayed(kontext, rollout, trajectory):
 def test_what_looks_like_rows_and_is_shared_is_found_by_the_proof(kontext, batch):
     rollout = with_table(kontext, batch, {"table": torch.arange(1.0, 1 + batch)[:, None]})
     (stage,) = rollout.conditioning[0].stages
-    assert isinstance(stage.branches[0].arguments["table"], torch.Tensor)
+    assert isinstance(stage.calls[0].arguments["table"], torch.Tensor)
     assert replayed(kontext, rollout, 0).isfinite().all()
 
 
 def test_without_the_proof_what_is_shared_is_named(kontext):
     given = {"table": torch.arange(1.0, 3.0)[:, None]}
     (stage,) = with_table(kontext, 2, given, verify=False).conditioning[0].stages
-    assert isinstance(stage.branches[0].arguments["table"], Rows)
+    assert isinstance(stage.calls[0].arguments["table"], Rows)
     rollout = with_table(kontext, 2, given, verify=False, shared=["table"])
     assert replayed(kontext, rollout, 0).isfinite().all()
 
@@ -303,7 +303,7 @@ def test_a_list_with_an_entry_per_row_is_replayed_by_row(kontext, batch):
     rollout = with_table(kontext, batch, {"img_shapes": entries})
     found = [replayed(kontext, rollout, b) for b in range(batch)]
     kontext.transformer._forward_pre_hooks.clear()
-    apart = rollout.conditioning[0].stages[0].branches[0].arguments.pop("img_shapes")
+    apart = rollout.conditioning[0].stages[0].calls[0].arguments.pop("img_shapes")
     assert [entry["scale"].item() for entry in apart.values] == [1.0 + b for b in range(batch)]
     assert len(found) == batch
 
@@ -526,22 +526,21 @@ def test_time_is_found_by_value():
         find_times(tokens, timestep)
 
 
-def pattern(**held):
-    """A pattern of one call per step, by what its possible times held at each."""
-    times = {name: [[torch.tensor([x])] for x in values] for name, values in held.items()}
-    return Pattern(0, None, [{}], [None], times)
+def held(**times):
+    """A call, by what its possible times held at each step."""
+    return Repeated(None, None, {}, None, {n: [*map(torch.tensor, x)] for n, x in times.items()})
 
 
 def test_the_flow_time_is_what_moves():
-    assert pattern(timestep=[1.0, 0.5], guidance=[1.0, 1.0]).moving() == ["timestep"]
-    assert pattern(timestep_r=[1.0, 0.5], timestep=[1.0, 0.5]).moving() == [
+    assert held(timestep=[1.0, 0.5], guidance=[1.0, 1.0]).moving() == ["timestep"]
+    assert held(timestep_r=[1.0, 0.5], timestep=[1.0, 0.5]).moving() == [
         "timestep_r",
         "timestep",
     ]
-    assert pattern(u=[1.0, 0.5]).moving() == ["u"]
-    assert pattern(timestep=[1.0], guidance=[1.0]).moving() == ["timestep"]
-    assert pattern(u=[1.0]).moving() == ["u"]
-    for unclear in (pattern(u=[1.0, 1.0]), pattern(u=[1.0], v=[1.0])):
+    assert held(u=[1.0, 0.5]).moving() == ["u"]
+    assert held(timestep=[1.0], guidance=[1.0]).moving() == ["timestep"]
+    assert held(u=[1.0]).moving() == ["u"]
+    for unclear in (held(u=[1.0, 1.0]), held(u=[1.0], v=[1.0])):
         with pytest.raises(ReplayError, match="holds the flow time is unclear among"):
             unclear.moving()
 

@@ -86,7 +86,7 @@ class Case:
 
     def facts(self):
         """The table's columns that the rollout alone tells."""
-        place = self.rollout.conditioning[0].stages[0].recipe.place
+        place = self.rollout.conditioning[0].stages[0].calls[0].place
         return {
             "calls per step": str(self.calls),
             "how the sample lies": str(place),
