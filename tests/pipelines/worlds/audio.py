@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
 from transformers import UMT5Config, UMT5EncoderModel
+
 from worlds.base import (
     CFG,
     PROMPTS,

@@ -8,6 +8,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
+
 from worlds import video, video2, video3
 from worlds.base import CFG, Family, image_vae, picture, plus, prompts, scheduler
 
@@ -76,7 +77,9 @@ def z_image() -> Any:
 def families(build: Any, inputs: Any, options: Any, **more: Any) -> dict[str, Family]:
     """A family without guidance, and one with a guider."""
     return {
-        kind: Family(lambda scale=scale: build(guider=guider(scale)), inputs, options, {kind: {}}, **more)
+        kind: Family(
+            lambda scale=scale: build(guider=guider(scale)), inputs, options, {kind: {}}, **more
+        )
         for kind, scale in (("none", 1.0), (CFG, 5.0))
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
 from worlds.base import (
     CFG,
     Family,
@@ -14,7 +15,6 @@ from worlds.base import (
     embeddings,
     half_mask,
     make,
-    normal,
     picture,
     plus,
     scheduler,
@@ -145,7 +145,9 @@ def skyreels(kind: str, shift: float = 8.0, **more: Any) -> DiffusionPipeline:
     parts = image_encoder() if more.get("image") else {}
     if "Forcing" in kind:
         parts["scheduler"] = unipc(shift)
-    return build(kind, transformer("SkyReelsV2Transformer3DModel", **more), **{"shift": shift} | parts)
+    return build(
+        kind, transformer("SkyReelsV2Transformer3DModel", **more), **{"shift": shift} | parts
+    )
 
 
 CONTROL = {"video": video(), "mask": [half_mask(16)] * 5}
@@ -209,9 +211,7 @@ FAMILIES = {
         chrono_edit, plus(text, image=picture(16)), FRAMES, GUIDED, batches=(1, 3)
     ),
     "LucyEditPipeline": Family(lucy, plus(text, video=video()), FRAMES, GUIDED, batches=(1,)),
-    "SkyReelsV2Pipeline": Family(
-        lambda: skyreels("SkyReelsV2Pipeline"), text, FRAMES, GUIDED
-    ),
+    "SkyReelsV2Pipeline": Family(lambda: skyreels("SkyReelsV2Pipeline"), text, FRAMES, GUIDED),
     "SkyReelsV2ImageToVideoPipeline": Family(
         lambda: skyreels("SkyReelsV2ImageToVideoPipeline", 5.0, in_channels=36, image=True),
         plus(text, image=picture(16)),

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, LTXEulerAncestralRFScheduler
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel, LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from mteditflow_examples.shapes.editor import build_kontext
+
 from worlds.base import (
     CFG,
     Family,
@@ -22,6 +23,7 @@ from worlds.base import (
     picture,
     plus,
     prompts,
+    scheduler,
 )
 
 WIDTH = 16  # of text embeddings
@@ -88,7 +90,9 @@ def ltx(kind: str, **more: Any) -> DiffusionPipeline:
         layers_per_block=(1,) * 5,
         decoder_layers_per_block=(1,) * 5,
     )
-    return make(kind, **{"transformer": transformer, "vae": vae, "scheduler": dynamic(**SHIFT)} | more)
+    return make(
+        kind, **{"transformer": transformer, "vae": vae, "scheduler": dynamic(**SHIFT)} | more
+    )
 
 
 def ltx_condition() -> DiffusionPipeline:
@@ -240,19 +244,15 @@ FAMILIES = {
     "LTX2Pipeline": Family(ltx2, text, LTX2, LTX2_GUIDED),
     "LTX2ImageToVideoPipeline": Family(
         lambda: ltx2("LTX2ImageToVideoPipeline"),
-        per_row(text, image=picture(32)),
-        LTX2,
+        plus(text, image=picture(32)),
+        LTX2 | {"image_crf": 0},  # recompression needs a video codec
         LTX2_GUIDED,
     ),
-    "LTX2ConditionPipeline": Family(
-        lambda: ltx2("LTX2ConditionPipeline"), text, LTX2, LTX2_GUIDED
-    ),
-    "LTX2InContextPipeline": Family(
-        lambda: ltx2("LTX2InContextPipeline"), text, LTX2, LTX2_GUIDED
-    ),
+    "LTX2ConditionPipeline": Family(lambda: ltx2("LTX2ConditionPipeline"), text, LTX2, LTX2_GUIDED),
+    "LTX2InContextPipeline": Family(lambda: ltx2("LTX2InContextPipeline"), text, LTX2, LTX2_GUIDED),
     "LTX2HDRPipeline": Family(lambda: ltx2("LTX2HDRPipeline"), text, LTX2),
     "LTX2DFRPipeline": Family(
-        lambda: ltx2("LTX2DFRPipeline"),
+        lambda: ltx2("LTX2DFRPipeline", scheduler=scheduler(1.0)),
         masked(embeddings(prompt_embeds=WIDTH), "prompt_embeds"),
         {"height": 32, "width": 32, "num_frames": 9, "frame_rate": 25.0, "sigmas": [1.0, 0.5]},
     ),
@@ -266,6 +266,8 @@ FAMILIES = {
             masked(embeddings(prompt_embeds=WIDTH), "prompt_embeds"),
             latents=normal(1, 4, 3, 2, 2, seed=2),
             audio_latents=normal(1, 2, 5, 2, seed=4),
+            keyframes_latents=normal(1, 4, 1, 2, 2, seed=3),
+            keyframe_positions=[4],
         ),
         {"height": 32, "width": 32, "num_frames": 5, "frame_rate": 25.0, "sigmas": [0.9, 0.5]},
         batches=(1,),

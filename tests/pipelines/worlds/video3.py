@@ -9,13 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+
 from worlds.base import (
     CFG,
     Family,
     Inputs,
     Options,
     embeddings,
-    half_mask,
     make,
     normal,
     picture,
@@ -100,9 +100,7 @@ def hunyuan(kind: str, **more: Any) -> DiffusionPipeline:
         | more
     )
     parts = siglip() if of else {}
-    return make(
-        kind, transformer=transformer, vae=hunyuan_vae(), scheduler=scheduler(7.0), **parts
-    )
+    return make(kind, transformer=transformer, vae=hunyuan_vae(), scheduler=scheduler(7.0), **parts)
 
 
 def siglip() -> Options:
@@ -221,7 +219,12 @@ def clip(batch: int = 1) -> torch.Tensor:
 easy_text = padded(embeddings(prompt_embeds=WIDTH, negative_prompt_embeds=WIDTH))
 BIG = {"height": 32, "width": 32, "num_frames": 5}
 SKYREELS = {"guidance_embeds": False, "in_channels": 8}
-FRAMEPACK = {"has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True, "patch_size": 2}
+FRAMEPACK = {
+    "has_image_proj": True,
+    "image_proj_dim": 8,
+    "has_clean_x_embedder": True,
+    "patch_size": 2,
+}
 PACKED = {"height": 32, "width": 32, "num_frames": 4, "latent_window_size": 1}
 MASK_VIDEO = torch.ones(1, 1, 5, 16, 16)
 
@@ -296,16 +299,11 @@ FAMILIES = {
         FRAMES,
         GUIDED | {f"{CFG}, std rescaled": {"guidance_scale": 5.0, "guidance_rescale": 0.7}},
     ),
-    "EasyAnimateControlPipeline": Family(
-        lambda: easy_animate("EasyAnimateControlPipeline", 8),
-        plus(easy_text, control_video=clip()),
-        FRAMES,
-        GUIDED,
-    ),
     "EasyAnimateInpaintPipeline": Family(
         lambda: easy_animate("EasyAnimateInpaintPipeline", 9),
         plus(easy_text, video=clip(), mask_video=MASK_VIDEO * 255),
         FRAMES,
         GUIDED,
+        batches=(1,),
     ),
 }

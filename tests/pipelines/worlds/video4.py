@@ -8,6 +8,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+
 from worlds.base import (
     CFG,
     Family,
@@ -19,7 +20,7 @@ from worlds.base import (
     plus,
     scheduler,
 )
-from worlds.video import unipc, video
+from worlds.video import video
 from worlds.video3 import hunyuan_vae, padded, siglip
 
 WIDTH = 16  # of text embeddings
@@ -112,43 +113,6 @@ def cosmos_2(kind: str, channels: int) -> DiffusionPipeline:
     return cosmos(kind, channels, scheduler=steps)
 
 
-def controlled() -> DiffusionPipeline:
-    """Cosmos Transfer 2.5: a control network beside the transformer."""
-    transformer = diffusers.CosmosTransformer3DModel(
-        in_channels=17,
-        out_channels=16,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        mlp_ratio=2,
-        text_embed_dim=WIDTH,
-        adaln_lora_dim=4,
-        max_size=(4, 32, 32),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-        controlnet_block_every_n=1,
-    )
-    controlnet = diffusers.CosmosControlNetModel(
-        n_controlnet_blocks=2,
-        in_channels=18,
-        latent_channels=18,
-        model_channels=32,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        mlp_ratio=2,
-        text_embed_dim=WIDTH,
-        adaln_lora_dim=4,
-        max_size=(4, 32, 32),
-    )
-    return make(
-        "Cosmos2_5_TransferPipeline",
-        transformer=transformer,
-        controlnet=controlnet,
-        safety_checker=Permissive(),
-        vae=wan_vae(),
-    )
-
-
 def kandinsky(kind: str, channels: int = 4, cond: bool = False) -> DiffusionPipeline:
     """Kandinsky 5, whose samples have their channels last."""
     transformer = diffusers.Kandinsky5Transformer3DModel(
@@ -212,10 +176,17 @@ def motif(kind: str, guider: Any = None) -> DiffusionPipeline:
     guider = guider or AdaptiveProjectedGuidance(guidance_scale=8.0)
     parts = {"feature_extractor": siglip()["feature_extractor"]} if image else {}
     return make(
-        kind, transformer=transformer, vae=wan_vae(), guider=guider, scheduler=scheduler(15.0), **parts
+        kind,
+        transformer=transformer,
+        vae=wan_vae(),
+        guider=guider,
+        scheduler=scheduler(15.0),
+        **parts,
     )
 
 
+BIG = {"height": 32, "width": 32, "num_frames": 5}
+POSITIONS = {"shared": ("visual_rope_pos", "text_rope_pos")}  # a list of three, one per axis
 SANA = {"height": 32, "width": 32, "frames": 5, "use_resolution_binning": False}
 
 FAMILIES = {
@@ -224,7 +195,7 @@ FAMILIES = {
     ),
     "CosmosVideoToWorldPipeline": Family(
         lambda: cosmos_1("CosmosVideoToWorldPipeline", 17),
-        plus(text, video=video()),
+        plus(text, image=picture(16)),
         FRAMES,
         GUIDED,
         batches=(1,),
@@ -237,7 +208,7 @@ FAMILIES = {
     ),
     "Cosmos2VideoToWorldPipeline": Family(
         lambda: cosmos_2("Cosmos2VideoToWorldPipeline", 17),
-        plus(text, video=video()),
+        plus(text, image=picture(16)),
         FRAMES,
         GUIDED,
         batches=(1,),
@@ -252,15 +223,12 @@ FAMILIES = {
         GUIDED,
         batches=(1,),
     ),
-    "Cosmos2_5_TransferPipeline": Family(
-        controlled,
-        plus(text, controls=video(), negative_prompt=None),
-        {"height": 16, "width": 16, "num_frames": 5, "num_frames_per_chunk": 5},
-        GUIDED,
-        batches=(1,),
-    ),
     "Kandinsky5T2VPipeline": Family(
-        lambda: kandinsky("Kandinsky5T2VPipeline"), kandinsky_text, FRAMES, GUIDED
+        lambda: kandinsky("Kandinsky5T2VPipeline"),
+        kandinsky_text,
+        BIG,
+        GUIDED,
+        recorder=POSITIONS,
     ),
     "Kandinsky5I2VPipeline": Family(
         lambda: kandinsky("Kandinsky5I2VPipeline", 4, cond=True),
@@ -292,5 +260,6 @@ FAMILIES = {
         plus(masked_text, image=picture(16), prompt=None),
         FRAMES,
         {CFG: {}},
+        batches=(1,),
     ),
 }

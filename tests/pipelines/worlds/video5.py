@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, HeliosScheduler
+
 from worlds.base import (
     CFG,
     Family,
