@@ -20,6 +20,7 @@ from worlds.base import (
     plus,
     scheduler,
 )
+from worlds.refusals import refused
 from worlds.video import video
 from worlds.video3 import hunyuan_vae, padded, siglip
 
@@ -190,38 +191,8 @@ POSITIONS = {"shared": ("visual_rope_pos", "text_rope_pos")}  # a list of three,
 SANA = {"height": 32, "width": 32, "frames": 5, "use_resolution_binning": False}
 
 FAMILIES = {
-    "CosmosTextToWorldPipeline": Family(
-        lambda: cosmos_1("CosmosTextToWorldPipeline", 16), text, FRAMES, GUIDED
-    ),
-    "CosmosVideoToWorldPipeline": Family(
-        lambda: cosmos_1("CosmosVideoToWorldPipeline", 17),
-        plus(text, image=picture(16)),
-        FRAMES,
-        GUIDED,
-        batches=(1,),
-    ),
-    "Cosmos2TextToImagePipeline": Family(
-        lambda: cosmos_2("Cosmos2TextToImagePipeline", 16),
-        text,
-        {"height": 16, "width": 16},
-        GUIDED,
-    ),
-    "Cosmos2VideoToWorldPipeline": Family(
-        lambda: cosmos_2("Cosmos2VideoToWorldPipeline", 17),
-        plus(text, image=picture(16)),
-        FRAMES,
-        GUIDED,
-        batches=(1,),
-    ),
     "Cosmos2_5_PredictBasePipeline": Family(
         lambda: cosmos("Cosmos2_5_PredictBasePipeline", 17), text, FRAMES, GUIDED
-    ),
-    "Cosmos2_5_PredictBasePipeline, from a video": Family(
-        lambda: cosmos("Cosmos2_5_PredictBasePipeline", 17),
-        plus(text, video=video()),
-        FRAMES | {"num_latent_conditional_frames": 1},
-        GUIDED,
-        batches=(1,),
     ),
     "Kandinsky5T2VPipeline": Family(
         lambda: kandinsky("Kandinsky5T2VPipeline"),
@@ -230,21 +201,8 @@ FAMILIES = {
         GUIDED,
         recorder=POSITIONS,
     ),
-    "Kandinsky5I2VPipeline": Family(
-        lambda: kandinsky("Kandinsky5I2VPipeline", 4, cond=True),
-        plus(kandinsky_text, image=picture(16)),
-        FRAMES | {"num_frames": 25},
-        GUIDED,
-        batches=(1,),
-    ),
     "SanaVideoPipeline": Family(
         lambda: sana("SanaVideoPipeline"), masked_text, SANA | {"negative_prompt": None}, GUIDED
-    ),
-    "SanaImageToVideoPipeline": Family(
-        lambda: sana("SanaImageToVideoPipeline"),
-        plus(masked_text, image=picture(16)),
-        SANA | {"negative_prompt": None},
-        GUIDED,
     ),
     "MotifVideoPipeline, adaptive projected guidance": Family(
         lambda: motif("MotifVideoPipeline"), masked_text, FRAMES, {CFG: {}}
@@ -262,4 +220,73 @@ FAMILIES = {
         {CFG: {}},
         batches=(1,),
     ),
+}
+
+REFUSED = {
+    "CosmosTextToWorldPipeline": refused(
+        Family(lambda: cosmos_1("CosmosTextToWorldPipeline", 16), text, FRAMES, GUIDED),
+        "with EDMEulerScheduler",
+    ),
+    "CosmosVideoToWorldPipeline": refused(
+        Family(
+            lambda: cosmos_1("CosmosVideoToWorldPipeline", 17),
+            plus(text, image=picture(16)),
+            FRAMES,
+            GUIDED,
+            batches=(1,),
+        ),
+        "with EDMEulerScheduler",
+    ),
+    "Cosmos2TextToImagePipeline": refused(
+        Family(
+            lambda: cosmos_2("Cosmos2TextToImagePipeline", 16),
+            text,
+            {"height": 16, "width": 16},
+            GUIDED,
+        ),
+        "expected a grid that falls from at most 1 to 0",
+    ),
+    "Cosmos2VideoToWorldPipeline": refused(
+        Family(
+            lambda: cosmos_2("Cosmos2VideoToWorldPipeline", 17),
+            plus(text, image=picture(16)),
+            FRAMES,
+            GUIDED,
+            batches=(1,),
+        ),
+        "expected a grid that falls from at most 1 to 0",
+    ),
+    "Cosmos2_5_PredictBasePipeline, from a video": refused(
+        Family(
+            lambda: cosmos("Cosmos2_5_PredictBasePipeline", 17),
+            plus(text, video=video()),
+            FRAMES | {"num_latent_conditional_frames": 1},
+            GUIDED,
+            batches=(1,),
+        ),
+        "none does",
+    ),
+    "Kandinsky5I2VPipeline": refused(
+        Family(
+            lambda: kandinsky("Kandinsky5I2VPipeline", 4, cond=True),
+            plus(kandinsky_text, image=picture(16)),
+            FRAMES | {"num_frames": 25},
+            GUIDED,
+            batches=(1,),
+        ),
+        "none does",
+    ),
+    "SanaImageToVideoPipeline": refused(
+        Family(
+            lambda: sana("SanaImageToVideoPipeline"),
+            plus(masked_text, image=picture(16)),
+            SANA | {"negative_prompt": None},
+            GUIDED,
+        ),
+        "one argument of the transformer should hold the scheduler's timestep",
+    ),
+}
+
+NOT_BUILT = {
+    "Cosmos2_5_TransferPipeline": "its control network needs torchvision, which is not installed",
 }
