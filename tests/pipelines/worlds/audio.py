@@ -202,7 +202,7 @@ FAMILIES = {
 REFUSED = {
     "AceStepPipeline, guided: each step projects a running mean over the steps": refused(
         Family(ace_step, song, SONG | {"guidance_scale": 7.0}),
-        "a rescaled or otherwise modified guidance cannot be replayed",
+        "the scheduler's velocity is not negative + scale * (positive - negative)",
     ),
     "StableAudio3Pipeline, distilled": refused(
         Family(lambda: stable_audio(stochastic_sampling=True), stable_audio_text, SECOND),

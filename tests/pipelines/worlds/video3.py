@@ -309,6 +309,6 @@ FAMILIES = {
 }
 
 NOT_BUILT = {
-    "EasyAnimateControlPipeline": "in diffusers 0.42.1 every call of it raises a TypeError, because "
+    "EasyAnimateControlPipeline": "in diffusers 0.42.1 every call raises a TypeError, because "
     "its encode_prompt does not take the text_encoder_index that it is given",
 }
