@@ -22,6 +22,7 @@ from worlds.base import (
     scheduler,
     with_negative,
 )
+from worlds.refusals import refused
 
 WIDTH = 16  # of text embeddings
 
@@ -164,6 +165,7 @@ def longcat() -> DiffusionPipeline:
 
 
 SECOND = {"duration": 1.0}
+SONG = {"audio_duration": 4.0, "max_text_length": 128, "max_lyric_length": 64}
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
 
 FAMILIES = {
@@ -172,9 +174,6 @@ FAMILIES = {
         stable_audio_text_negative,
         SECOND,
         GUIDED,
-    ),
-    "StableAudio3Pipeline, distilled": Family(
-        lambda: stable_audio(stochastic_sampling=True), stable_audio_text, SECOND
     ),
     "StableAudio3AudioToAudioPipeline": Family(
         lambda: stable_audio("StableAudio3AudioToAudioPipeline"),
@@ -191,11 +190,22 @@ FAMILIES = {
     "AceStepPipeline": Family(
         ace_step,
         song,
-        {"audio_duration": 4.0, "max_text_length": 128, "max_lyric_length": 64},
-        {"none": {"guidance_scale": 1.0}, f"{CFG}, projected": {"guidance_scale": 7.0}},
+        SONG,
+        {"none": {"guidance_scale": 1.0}},
         text="Qwen3",
     ),
     "LongCatAudioDiTPipeline": Family(
         longcat, with_negative, {"audio_duration_s": 1.0}, GUIDED, text="UMT5"
+    ),
+}
+
+REFUSED = {
+    "AceStepPipeline, guided: each step projects a running mean over the steps": refused(
+        Family(ace_step, song, SONG | {"guidance_scale": 7.0}),
+        "the scheduler's velocity is not negative + scale * (positive - negative)",
+    ),
+    "StableAudio3Pipeline, distilled": refused(
+        Family(lambda: stable_audio(stochastic_sampling=True), stable_audio_text, SECOND),
+        "expected stochastic_sampling=False",
     ),
 }

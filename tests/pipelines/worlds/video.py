@@ -19,6 +19,7 @@ from worlds.base import (
     plus,
     scheduler,
 )
+from worlds.refusals import refused
 
 WIDTH = 16  # of text embeddings
 FRAMES = {"height": 16, "width": 16, "num_frames": 5}
@@ -173,9 +174,6 @@ FAMILIES = {
     "WanImageToVideoPipeline, Wan 2.2 without CLIP": Family(
         wan_2_2_i2v, plus(text, image=picture(16)), FRAMES, GUIDED
     ),
-    "WanImageToVideoPipeline, Wan 2.2 TI2V-5B": Family(
-        lambda: ti2v("WanImageToVideoPipeline"), plus(text, image=picture(16)), FRAMES, GUIDED
-    ),
     "WanVideoToVideoPipeline": Family(
         lambda: build("WanVideoToVideoPipeline", transformer()),
         plus(text, video=video()),
@@ -218,25 +216,43 @@ FAMILIES = {
         FRAMES,
         GUIDED,
     ),
-    "SkyReelsV2DiffusionForcingPipeline": Family(
-        lambda: skyreels("SkyReelsV2DiffusionForcingPipeline", inject_sample_info=True),
-        plus(text, prompt=None),
-        FORCING,
-        GUIDED,
-        batches=(1,),
+}
+
+REFUSED = {
+    "WanImageToVideoPipeline, Wan 2.2 TI2V-5B": refused(
+        Family(
+            lambda: ti2v("WanImageToVideoPipeline"), plus(text, image=picture(16)), FRAMES, GUIDED
+        ),
+        "none does",
     ),
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline": Family(
-        lambda: skyreels("SkyReelsV2DiffusionForcingImageToVideoPipeline", 5.0),
-        plus(text, image=picture(16)),
-        FORCING,
-        GUIDED,
-        batches=(1,),
+    "SkyReelsV2DiffusionForcingPipeline": refused(
+        Family(
+            lambda: skyreels("SkyReelsV2DiffusionForcingPipeline", inject_sample_info=True),
+            plus(text, prompt=None),
+            FORCING,
+            GUIDED,
+            batches=(1,),
+        ),
+        "none does",
     ),
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Family(
-        lambda: skyreels("SkyReelsV2DiffusionForcingVideoToVideoPipeline"),
-        plus(text, video=video()),
-        FORCING | LONG,
-        GUIDED,
-        batches=(1,),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": refused(
+        Family(
+            lambda: skyreels("SkyReelsV2DiffusionForcingImageToVideoPipeline", 5.0),
+            plus(text, image=picture(16)),
+            FORCING,
+            GUIDED,
+            batches=(1,),
+        ),
+        "none does",
+    ),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": refused(
+        Family(
+            lambda: skyreels("SkyReelsV2DiffusionForcingVideoToVideoPipeline"),
+            plus(text, video=video()),
+            FORCING | LONG,
+            GUIDED,
+            batches=(1,),
+        ),
+        "none does",
     ),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, LTXEulerAncestralRFScheduler
-from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel, LTX2TextConnectors
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from mteditflow_examples.shapes.editor import build_kontext
 
@@ -19,11 +19,11 @@ from worlds.base import (
     dynamic,
     embeddings,
     make,
-    normal,
     picture,
     plus,
     prompts,
 )
+from worlds.refusals import refused
 
 WIDTH = 16  # of text embeddings
 FRAMES = {"height": 32, "width": 64, "num_frames": 9}
@@ -130,7 +130,6 @@ def ltx2(kind: str = "LTX2Pipeline", **more: Any) -> DiffusionPipeline:
         rope_type="split",
         vae_scale_factors=(2, 16, 16),
         perturbed_attn=True,
-        use_keyframes_abs_pos_embedding="DFR" in kind,
     )
     side = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
     side |= {"num_learnable_registers": None}
@@ -191,17 +190,6 @@ def ltx2(kind: str = "LTX2Pipeline", **more: Any) -> DiffusionPipeline:
     )
 
 
-def upsampler() -> Any:
-    """LTX-2's upsampler in time."""
-    return LTX2LatentUpsamplerModel(
-        in_channels=4,
-        mid_channels=32,
-        num_blocks_per_stage=1,
-        spatial_upsample=False,
-        temporal_upsample=True,
-    )
-
-
 def sides(**values: Any) -> Options:
     """Options of LTX-2's guidance, for the video and for its sound."""
     return values | {f"audio_{name}": value for name, value in values.items()}
@@ -221,52 +209,64 @@ FIRST = {"image": picture(32, 64)}
 
 FAMILIES = {
     "LTXPipeline": Family(lambda: ltx("LTXPipeline"), text, FRAMES, LTX_GUIDED),
-    "LTXImageToVideoPipeline": Family(
-        lambda: ltx("LTXImageToVideoPipeline"), per_row(text, **FIRST), FRAMES, LTX_GUIDED
-    ),
     "LTXConditionPipeline": Family(ltx_condition, text, FRAMES, LTX_GUIDED),
-    "LTXConditionPipeline, from an image": Family(
-        ltx_condition, plus(text, **FIRST), FRAMES, LTX_GUIDED
+}
+
+REFUSED = {
+    "LTXImageToVideoPipeline": refused(
+        Family(lambda: ltx("LTXImageToVideoPipeline"), per_row(text, **FIRST), FRAMES, LTX_GUIDED),
+        "none does",
     ),
-    "LTXConditionPipeline, from an image without noise": Family(
-        ltx_condition, plus(text, **FIRST), FRAMES | {"image_cond_noise_scale": 0.0}, LTX_GUIDED
+    "LTXConditionPipeline, from an image": refused(
+        Family(ltx_condition, plus(text, **FIRST), FRAMES, LTX_GUIDED),
+        "per_token_timesteps",
     ),
-    "LTXI2VLongMultiPromptPipeline": Family(
-        ltx_long,
-        prompts,
-        FRAMES | {"max_sequence_length": 10, "seed": None, "skip_steps_sigma_threshold": None},
-        LTX_GUIDED,
-        text="T5",
-        batches=(1,),
-        steps=3,
-    ),
-    "LTX2Pipeline": Family(ltx2, text, LTX2, LTX2_GUIDED),
-    "LTX2ImageToVideoPipeline": Family(
-        lambda: ltx2("LTX2ImageToVideoPipeline"),
-        per_row(text, image=picture(32)),
-        LTX2,
-        LTX2_GUIDED,
-    ),
-    "LTX2ConditionPipeline": Family(lambda: ltx2("LTX2ConditionPipeline"), text, LTX2, LTX2_GUIDED),
-    "LTX2InContextPipeline": Family(lambda: ltx2("LTX2InContextPipeline"), text, LTX2, LTX2_GUIDED),
-    "LTX2HDRPipeline": Family(lambda: ltx2("LTX2HDRPipeline"), text, LTX2),
-    "LTX2DFRPipeline": Family(
-        lambda: ltx2("LTX2DFRPipeline"),
-        masked(embeddings(prompt_embeds=WIDTH), "prompt_embeds"),
-        {"height": 32, "width": 32, "num_frames": 9, "frame_rate": 25.0, "sigmas": [1.0, 0.5]},
-    ),
-    "LTX2DFRTemporalRefinePipeline": Family(
-        lambda: ltx2(
-            "LTX2DFRTemporalRefinePipeline",
-            temporal_latent_upsampler=upsampler(),
-            scheduler=LTXEulerAncestralRFScheduler(eta=0.5),
+    "LTXConditionPipeline, from an image without noise": refused(
+        Family(
+            ltx_condition, plus(text, **FIRST), FRAMES | {"image_cond_noise_scale": 0.0}, LTX_GUIDED
         ),
-        plus(
-            masked(embeddings(prompt_embeds=WIDTH), "prompt_embeds"),
-            latents=normal(1, 4, 3, 2, 2, seed=2),
-            audio_latents=normal(1, 2, 5, 2, seed=4),
-        ),
-        {"height": 32, "width": 32, "num_frames": 5, "frame_rate": 25.0, "sigmas": [0.9, 0.5]},
-        batches=(1,),
+        "per_token_timesteps",
     ),
+    "LTXI2VLongMultiPromptPipeline": refused(
+        Family(
+            ltx_long,
+            prompts,
+            FRAMES | {"max_sequence_length": 10, "seed": None, "skip_steps_sigma_threshold": None},
+            LTX_GUIDED,
+            text="T5",
+            batches=(1,),
+            steps=3,
+        ),
+        "got LTXI2VLongMultiPromptPipeline with LTXEulerAncestralRFScheduler",
+    ),
+    "LTX2Pipeline": refused(
+        Family(ltx2, text, LTX2, LTX2_GUIDED),
+        "a second sample",
+    ),
+    "LTX2ImageToVideoPipeline": refused(
+        Family(
+            lambda: ltx2("LTX2ImageToVideoPipeline"),
+            plus(text, image=picture(32)),
+            LTX2 | {"image_crf": 0},  # recompression needs a video codec
+            LTX2_GUIDED,
+        ),
+        "none does",
+    ),
+    "LTX2ConditionPipeline": refused(
+        Family(lambda: ltx2("LTX2ConditionPipeline"), text, LTX2, LTX2_GUIDED),
+        "a second sample",
+    ),
+    "LTX2InContextPipeline": refused(
+        Family(lambda: ltx2("LTX2InContextPipeline"), text, LTX2, LTX2_GUIDED),
+        "a second sample",
+    ),
+    "LTX2HDRPipeline": refused(
+        Family(lambda: ltx2("LTX2HDRPipeline"), text, LTX2),
+        "a second sample",
+    ),
+}
+
+NOT_BUILT = {
+    "LTX2DFRPipeline": "it is given sigmas, no number of steps; as LTX2Pipeline it has two samples",
+    "LTX2DFRTemporalRefinePipeline": "as LTX2DFRPipeline, with LTXEulerAncestralRFScheduler",
 }

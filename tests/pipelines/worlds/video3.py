@@ -299,16 +299,16 @@ FAMILIES = {
         FRAMES,
         GUIDED | {f"{CFG}, std rescaled": {"guidance_scale": 5.0, "guidance_rescale": 0.7}},
     ),
-    "EasyAnimateControlPipeline": Family(
-        lambda: easy_animate("EasyAnimateControlPipeline", 8),
-        plus(easy_text, control_video=clip()),
-        FRAMES,
-        GUIDED,
-    ),
     "EasyAnimateInpaintPipeline": Family(
         lambda: easy_animate("EasyAnimateInpaintPipeline", 9),
         plus(easy_text, video=clip(), mask_video=MASK_VIDEO * 255),
         FRAMES,
         GUIDED,
+        batches=(1,),
     ),
+}
+
+NOT_BUILT = {
+    "EasyAnimateControlPipeline": "in diffusers 0.42.1 every call raises a TypeError, because "
+    "its encode_prompt does not take the text_encoder_index that it is given",
 }

@@ -20,6 +20,7 @@ from worlds.base import (
     plus,
     scheduler,
 )
+from worlds.refusals import refused
 from worlds.video import video
 from worlds.video3 import hunyuan_vae, padded, siglip
 
@@ -113,43 +114,6 @@ def cosmos_2(kind: str, channels: int) -> DiffusionPipeline:
     return cosmos(kind, channels, scheduler=steps)
 
 
-def controlled() -> DiffusionPipeline:
-    """Cosmos Transfer 2.5: a control network beside the transformer."""
-    transformer = diffusers.CosmosTransformer3DModel(
-        in_channels=17,
-        out_channels=16,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        mlp_ratio=2,
-        text_embed_dim=WIDTH,
-        adaln_lora_dim=4,
-        max_size=(4, 32, 32),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-        controlnet_block_every_n=1,
-    )
-    controlnet = diffusers.CosmosControlNetModel(
-        n_controlnet_blocks=2,
-        in_channels=18,
-        latent_channels=18,
-        model_channels=32,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        mlp_ratio=2,
-        text_embed_dim=WIDTH,
-        adaln_lora_dim=4,
-        max_size=(4, 32, 32),
-    )
-    return make(
-        "Cosmos2_5_TransferPipeline",
-        transformer=transformer,
-        controlnet=controlnet,
-        safety_checker=Permissive(),
-        vae=wan_vae(),
-    )
-
-
 def kandinsky(kind: str, channels: int = 4, cond: bool = False) -> DiffusionPipeline:
     """Kandinsky 5, whose samples have their channels last."""
     transformer = diffusers.Kandinsky5Transformer3DModel(
@@ -222,67 +186,23 @@ def motif(kind: str, guider: Any = None) -> DiffusionPipeline:
     )
 
 
+BIG = {"height": 32, "width": 32, "num_frames": 5}
+POSITIONS = {"shared": ("visual_rope_pos", "text_rope_pos")}  # a list of three, one per axis
 SANA = {"height": 32, "width": 32, "frames": 5, "use_resolution_binning": False}
 
 FAMILIES = {
-    "CosmosTextToWorldPipeline": Family(
-        lambda: cosmos_1("CosmosTextToWorldPipeline", 16), text, FRAMES, GUIDED
-    ),
-    "CosmosVideoToWorldPipeline": Family(
-        lambda: cosmos_1("CosmosVideoToWorldPipeline", 17),
-        plus(text, video=video()),
-        FRAMES,
-        GUIDED,
-        batches=(1,),
-    ),
-    "Cosmos2TextToImagePipeline": Family(
-        lambda: cosmos_2("Cosmos2TextToImagePipeline", 16),
-        text,
-        {"height": 16, "width": 16},
-        GUIDED,
-    ),
-    "Cosmos2VideoToWorldPipeline": Family(
-        lambda: cosmos_2("Cosmos2VideoToWorldPipeline", 17),
-        plus(text, video=video()),
-        FRAMES,
-        GUIDED,
-        batches=(1,),
-    ),
     "Cosmos2_5_PredictBasePipeline": Family(
         lambda: cosmos("Cosmos2_5_PredictBasePipeline", 17), text, FRAMES, GUIDED
     ),
-    "Cosmos2_5_PredictBasePipeline, from a video": Family(
-        lambda: cosmos("Cosmos2_5_PredictBasePipeline", 17),
-        plus(text, video=video()),
-        FRAMES | {"num_latent_conditional_frames": 1},
-        GUIDED,
-        batches=(1,),
-    ),
-    "Cosmos2_5_TransferPipeline": Family(
-        controlled,
-        plus(text, controls=video(), negative_prompt=None),
-        {"height": 16, "width": 16, "num_frames": 5, "num_frames_per_chunk": 5},
-        GUIDED,
-        batches=(1,),
-    ),
     "Kandinsky5T2VPipeline": Family(
-        lambda: kandinsky("Kandinsky5T2VPipeline"), kandinsky_text, FRAMES, GUIDED
-    ),
-    "Kandinsky5I2VPipeline": Family(
-        lambda: kandinsky("Kandinsky5I2VPipeline", 4, cond=True),
-        plus(kandinsky_text, image=picture(16)),
-        FRAMES | {"num_frames": 25},
+        lambda: kandinsky("Kandinsky5T2VPipeline"),
+        kandinsky_text,
+        BIG,
         GUIDED,
-        batches=(1,),
+        recorder=POSITIONS,
     ),
     "SanaVideoPipeline": Family(
         lambda: sana("SanaVideoPipeline"), masked_text, SANA | {"negative_prompt": None}, GUIDED
-    ),
-    "SanaImageToVideoPipeline": Family(
-        lambda: sana("SanaImageToVideoPipeline"),
-        plus(masked_text, image=picture(16)),
-        SANA | {"negative_prompt": None},
-        GUIDED,
     ),
     "MotifVideoPipeline, adaptive projected guidance": Family(
         lambda: motif("MotifVideoPipeline"), masked_text, FRAMES, {CFG: {}}
@@ -298,5 +218,75 @@ FAMILIES = {
         plus(masked_text, image=picture(16), prompt=None),
         FRAMES,
         {CFG: {}},
+        batches=(1,),
     ),
+}
+
+REFUSED = {
+    "CosmosTextToWorldPipeline": refused(
+        Family(lambda: cosmos_1("CosmosTextToWorldPipeline", 16), text, FRAMES, GUIDED),
+        "with EDMEulerScheduler",
+    ),
+    "CosmosVideoToWorldPipeline": refused(
+        Family(
+            lambda: cosmos_1("CosmosVideoToWorldPipeline", 17),
+            plus(text, image=picture(16)),
+            FRAMES,
+            GUIDED,
+            batches=(1,),
+        ),
+        "with EDMEulerScheduler",
+    ),
+    "Cosmos2TextToImagePipeline": refused(
+        Family(
+            lambda: cosmos_2("Cosmos2TextToImagePipeline", 16),
+            text,
+            {"height": 16, "width": 16},
+            GUIDED,
+        ),
+        "expected a grid that falls from at most 1 to 0",
+    ),
+    "Cosmos2VideoToWorldPipeline": refused(
+        Family(
+            lambda: cosmos_2("Cosmos2VideoToWorldPipeline", 17),
+            plus(text, image=picture(16)),
+            FRAMES,
+            GUIDED,
+            batches=(1,),
+        ),
+        "expected a grid that falls from at most 1 to 0",
+    ),
+    "Cosmos2_5_PredictBasePipeline, from a video": refused(
+        Family(
+            lambda: cosmos("Cosmos2_5_PredictBasePipeline", 17),
+            plus(text, video=video()),
+            FRAMES | {"num_latent_conditional_frames": 1},
+            GUIDED,
+            batches=(1,),
+        ),
+        "none does",
+    ),
+    "Kandinsky5I2VPipeline": refused(
+        Family(
+            lambda: kandinsky("Kandinsky5I2VPipeline", 4, cond=True),
+            plus(kandinsky_text, image=picture(16)),
+            FRAMES | {"num_frames": 25},
+            GUIDED,
+            batches=(1,),
+        ),
+        "none does",
+    ),
+    "SanaImageToVideoPipeline": refused(
+        Family(
+            lambda: sana("SanaImageToVideoPipeline"),
+            plus(masked_text, image=picture(16)),
+            SANA | {"negative_prompt": None},
+            GUIDED,
+        ),
+        "one argument of the transformer should hold the scheduler's timestep",
+    ),
+}
+
+NOT_BUILT = {
+    "Cosmos2_5_TransferPipeline": "its control network needs torchvision, which is not installed",
 }

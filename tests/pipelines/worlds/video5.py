@@ -1,4 +1,4 @@
-"""Video pipelines of other kinds: Helios, AnyFlow, Kandinsky 6, SANA-WM."""
+"""Videos with schedulers or samples of their own: Helios, AnyFlow, Kandinsky 6, SANA-WM."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from worlds.base import (
     plus,
     scheduler,
 )
+from worlds.refusals import refused
 from worlds.video import GUIDED, text, vae
 from worlds.video3 import hunyuan_vae
 
@@ -156,20 +157,12 @@ FLOW_MAP = {"none": {"guidance_scale": 1.0, "negative_prompt_embeds": None}} | {
 
 FAMILIES = {
     "HeliosPipeline": Family(helios, text, CHUNK, GUIDED),
-    "AnyFlowPipeline": Family(lambda: anyflow("AnyFlowPipeline"), text, SMALL, FLOW_MAP),
     "AnyFlowPipeline, without the mean velocity": Family(
         lambda: anyflow("AnyFlowPipeline", scheduler(5.0)),
         text,
         SMALL | {"use_mean_velocity": False},
         FLOW_MAP,
     ),
-    "AnyFlowFARPipeline": Family(
-        lambda: anyflow("AnyFlowFARPipeline", chunk_partition=(1, 1), full_chunk_limit=2),
-        text,
-        SMALL,
-        FLOW_MAP,
-    ),
-    "Kandinsky6TI2VAPipeline": Family(kandinsky_6, kandinsky_text, SMALL, GUIDED),
     "Kandinsky6TI2VAPipeline, without sound": Family(
         kandinsky_6, kandinsky_text, SMALL | {"sample_audio": False}, GUIDED
     ),
@@ -180,11 +173,34 @@ FAMILIES = {
         GUIDED,
         batches=(1,),
     ),
-    "SanaWMPipeline": Family(
-        sana_wm,
-        plus(camera_text, image=picture(64)),
-        {"height": 64, "width": 64, "num_frames": 9},
-        {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 5.0}},
-        batches=(1,),
+}
+
+REFUSED = {
+    "AnyFlowPipeline": refused(
+        Family(lambda: anyflow("AnyFlowPipeline"), text, SMALL, FLOW_MAP),
+        "with FlowMapEulerDiscreteScheduler",
+    ),
+    "AnyFlowFARPipeline": refused(
+        Family(
+            lambda: anyflow("AnyFlowFARPipeline", chunk_partition=(1, 1), full_chunk_limit=2),
+            text,
+            SMALL,
+            FLOW_MAP,
+        ),
+        "with FlowMapEulerDiscreteScheduler",
+    ),
+    "Kandinsky6TI2VAPipeline": refused(
+        Family(kandinsky_6, kandinsky_text, SMALL, GUIDED),
+        "a second sample",
+    ),
+    "SanaWMPipeline": refused(
+        Family(
+            sana_wm,
+            plus(camera_text, image=picture(64)),
+            {"height": 64, "width": 64, "num_frames": 9},
+            {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 5.0}},
+            batches=(1,),
+        ),
+        "per_token_timesteps",
     ),
 }
