@@ -338,15 +338,19 @@ class Time(NamedTuple):
         dtype: its dtype.
         axes: its shape behind the batch, such as (tokens,) for one time per token.
         clock: the function from the scheduler's timestep to it.
+        single: whether one time served all rows of a call, which it then does in a replay too.
     """
 
     name: str
     dtype: torch.dtype
     axes: tuple[int, ...]
     clock: Clock
+    single: bool = False
 
     def argument(self, timestep: Tensor) -> Tensor:
         """The argument of rows with these timesteps, [M]."""
+        if self.single and bool((timestep == timestep[0]).all()):
+            timestep = timestep[:1]
         time = self.clock(timestep, self.dtype)
         return time.reshape(-1, *[1] * len(self.axes)).expand(-1, *self.axes)
 
@@ -405,7 +409,8 @@ def find_time(name: str, times: Tensor, timesteps: Tensor) -> Time:
     rows = timesteps.reshape(-1, *[1] * (times.ndim - 1))
     for clock in CLOCKS:
         if bool((clock(rows, times.dtype) == times).all()):
-            return Time(name, times.dtype, tuple(times.shape[2:]), clock)
+            single = times.ndim > 1 and times.shape[1] == 1
+            return Time(name, times.dtype, tuple(times.shape[2:]), clock, single)
     raise ReplayError(
         f"{name} is not a known function of sigma: at timesteps {timesteps.tolist()} it was given "
         f"{times.reshape(len(times), -1)[:, 0].tolist()}"
