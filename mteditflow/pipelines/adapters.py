@@ -26,7 +26,7 @@ SUPPORTED = frozenset(
     (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("fan_in_fan_out", "use_dora", "lora_bias"),
+        *("fan_in_fan_out", "lora_bias"),
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     )
 )
@@ -35,6 +35,7 @@ REFUSED = {
     name: reason
     for reason, names in {
         "only True and 'gaussian' are an exact no-op on an unchanged base": "init_lora_weights",
+        "norms of a forward pass equal those it starts with up to rounding alone": "use_dora",
         "the base model, which is the reference, would change": "bias layer_replication",
         "it trains what is no adapter of a layer": "modules_to_save trainable_token_indices "
         "target_parameters",
@@ -142,10 +143,7 @@ def plain(name: str) -> str:
 
 
 def adapter_weights(layers: Iterable[LoraLayer], name: str) -> list[nn.Parameter]:
-    """Weights of one adapter, in the order of the model's modules, each once.
-
-    peft names the magnitude of DoRA twice in ``adapter_layer_names``.
-    """
+    """Weights of one adapter, in the order of the model's modules."""
     found: list[nn.Parameter] = []
     for layer in layers:
         for attribute in layer.adapter_layer_names:
@@ -153,7 +151,7 @@ def adapter_weights(layers: Iterable[LoraLayer], name: str) -> list[nn.Parameter
             if name in held:
                 part = held[name]
                 found += [part] if isinstance(part, nn.Parameter) else part.parameters()
-    return list(dict.fromkeys(found))
+    return found
 
 
 def activate(layers: Iterable[LoraLayer], active: str, disabled: bool) -> None:

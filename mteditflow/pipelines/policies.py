@@ -43,7 +43,7 @@ class LoraPolicies:
     Args:
         model: a diffusers transformer (any module will do) without adapters, compiled or not; its
             own weights are frozen. Fuse or unload other LoRAs first, and load none after.
-        config: rank, scale, dropout and target modules of the adapters; DoRA and biases too.
+        config: rank, scale, dropout and target modules of the adapters, and biases.
         seed: of the initial weights; the global generators are left as they were.
         ema: whether there is an averaged policy.
 
