@@ -123,7 +123,7 @@ def add_adapters(
             )
         layer.train(layer.get_base_layer().training)  # dropout included
     for name in names:
-        for weight in adapter_weights(layers.values(), name):
+        for weight in adapter_weights(layers, name).values():
             weight.data = weight.data.float()
     return layers
 
@@ -138,19 +138,25 @@ def tuned(model: nn.Module) -> dict[str, Any]:
 
 
 def plain(name: str) -> str:
-    """Name of a weight or module without the parts that ``torch.compile`` of modules adds."""
-    return name.replace("_orig_mod.", "")
+    """Name of a module without the parts that wrappers of its parents add."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
-def adapter_weights(layers: Iterable[LoraLayer], name: str) -> list[nn.Parameter]:
-    """Weights of one adapter, in the order of the model's modules."""
-    found: list[nn.Parameter] = []
-    for layer in layers:
+def adapter_weights(layers: Mapping[str, LoraLayer], name: str) -> dict[str, nn.Parameter]:
+    """Weights of one adapter, in the order of the model's modules, named as peft saves them.
+
+    peft's own function finds none inside of torch's ``CheckpointWrapper``.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for module, layer in layers.items():
         for attribute in layer.adapter_layer_names:
-            held = getattr(layer, attribute)
-            if name in held:
-                part = held[name]
-                found += [part] if isinstance(part, nn.Parameter) else part.parameters()
+            part = getattr(layer, attribute)
+            part = part[name] if name in part else None
+            if isinstance(part, nn.Parameter):
+                found[f"{module}.{attribute}"] = part
+            elif part is not None:
+                named = part.named_parameters(prefix=f"{module}.{attribute}")
+                found.update(named)
     return found
 
 

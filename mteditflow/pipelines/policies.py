@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from mteditflow._checks import check_choice
@@ -21,7 +20,6 @@ from mteditflow.pipelines.adapters import (
     adapter_weights,
     add_adapters,
     check_config,
-    plain,
     tuned,
     unwrapped,
     weights_of_file,
@@ -284,22 +282,24 @@ class LoraPolicies:
         activate(self._layers.values(), active, off)
 
     def _parameters(self, policy: str) -> list[nn.Parameter]:
-        """Weights as they are held now: FSDP2 swaps them, so no list is kept."""
+        return list(self._weights(policy).values())
+
+    def _weights(self, policy: str) -> dict[str, nn.Parameter]:
+        """Weights as they are held now, by name: FSDP2 swaps them, so none is kept."""
         self._check_adapter(policy)
         self._check_adapters()
         reshard(self._bare)
-        weights = adapter_weights(self._layers.values(), policy)
-        if any(weight.dtype != torch.float32 for weight in weights):
-            raise _changed("float32 weights", f"{sorted({str(x.dtype) for x in weights})}")
+        weights = adapter_weights(self._layers, policy)
+        dtypes = {weight.dtype for weight in weights.values()}
+        if dtypes != {torch.float32}:
+            raise _changed("float32 weights", f"{sorted(map(str, dtypes))}")
         return weights
 
-    def _named(self, policy: str) -> dict[str, Tensor]:
-        """Weights under peft's names, sharing memory with the model."""
-        refuse_deepspeed(self._parameters(policy))
-        state = get_peft_model_state_dict(
-            self._bare, self._bare.state_dict(), policy, save_embedding_layers=False
-        )
-        return {plain(name): x for name, x in state.items()}
+    def _named(self, policy: str) -> dict[str, nn.Parameter]:
+        """Weights to read or set whole."""
+        weights = self._weights(policy)
+        refuse_deepspeed(weights.values())
+        return weights
 
     def _scale_state(self) -> dict[str, Tensor]:
         return {
@@ -310,7 +310,7 @@ class LoraPolicies:
     def _checked(self, state: Mapping[str, Tensor], policy: str) -> dict[str, Tensor]:
         """Weights of a state without scales, or ``ValueError`` if it is of other adapters."""
         weights, scales = self._named(policy), self._scale_state()
-        expected = {name: list(x.shape) for name, x in (weights | scales).items()}
+        expected = {name: list(x.shape) for name, x in {**weights, **scales}.items()}
         given = {name: list(x.shape) for name, x in state.items()}
         if given != expected:
             wrong = _differing(given, expected)
