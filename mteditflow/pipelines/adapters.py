@@ -150,13 +150,13 @@ def adapter_weights(layers: Mapping[str, LoraLayer], name: str) -> dict[str, nn.
     found: dict[str, nn.Parameter] = {}
     for module, layer in layers.items():
         for attribute in layer.adapter_layer_names:
-            part = getattr(layer, attribute)
-            part = part[name] if name in part else None
-            if isinstance(part, nn.Parameter):
-                found[f"{module}.{attribute}"] = part
-            elif part is not None:
-                named = part.named_parameters(prefix=f"{module}.{attribute}")
-                found.update(named)
+            held = getattr(layer, attribute)
+            if name not in held:
+                continue
+            if isinstance(held[name], nn.Parameter):
+                found[f"{module}.{attribute}"] = held[name]
+            else:
+                found.update(held[name].named_parameters(prefix=f"{module}.{attribute}"))
     return found
 
 
