@@ -357,7 +357,13 @@ def test_promises_hold_in_a_wrapper(name, when, build, velocity, tmp_path):
         assert policies.old_equals_current
 
 
-@pytest.mark.parametrize("wrap", [DataParallel, DistributedDataParallel, fully_shard])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *(DataParallel, DistributedDataParallel, fully_shard),
+        lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
+    ],
+)
 def test_a_wrapper_for_several_processes_is_refused(wrap, tmp_path):
     """It would not synchronize parameters that come after."""
     with one_process(tmp_path):
