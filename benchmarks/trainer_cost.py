@@ -162,11 +162,12 @@ def skipping_row(
     with first_batch("shapes-nft", world, output, "--objective.kl-coef", kl_coef, *more) as batch:
         policies, counter = batch.policies, ForwardCounter(batch.policies.model)
         part = batch.units().split(batch.training.batch)[0]
-        start = policies.state_dict()
 
         def update(equal: bool) -> None:
             if equal != policies.old_equals_current:
-                policies.load_state_dict({k: x + (not equal) for k, x in start.items()}, "old")
+                policies.update_old(decay=0.0)
+                for weight in policies.old_parameters():
+                    weight.data.add_(not equal)
             batch.losses(part).loss.mean().backward()
 
         counts = []

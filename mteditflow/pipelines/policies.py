@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from mteditflow._checks import check_choice
 from mteditflow._sharding import agreed, fill, local, refuse_deepspeed, reshard, whole
 from mteditflow.old_policy import update_old_policy
+from mteditflow.pipelines.adapters import (
+    activate,
+    adapter_weights,
+    add_adapters,
+    check_config,
+    tuned,
+    unwrapped,
+    weights_of_file,
+)
 
 
 class LoraPolicies:
@@ -33,14 +39,17 @@ class LoraPolicies:
     ``prepare``) and go on using it after; there, every rank makes the same calls in the same order.
 
     Args:
-        model: a diffusers transformer (any module will do) without adapters; its own weights are
-            frozen. Fuse or unload other LoRAs first.
-        config: rank, scale, dropout and target modules of the adapters.
+        model: a diffusers transformer (any module will do) without adapters, compiled or not; its
+            own weights are frozen. Fuse or unload other LoRAs first, and load none after.
+        config: rank, scale, dropout and target modules of the adapters, and biases.
         seed: of the initial weights; the global generators are left as they were.
         ema: whether there is an averaged policy.
 
     Raises:
-        ValueError: the model has adapters already, or no module matches the config.
+        TypeError: the config is of another method than LoRA.
+        ValueError: the model has adapters already or is wrapped by DDP or FSDP, no module matches
+            the config, or policies of such a config would not start equal, share the base model or
+            be saved whole; the message has the field and the reason.
 
     Source: DiffusionNFT (arXiv 2509.16117) for the old policy.
 
@@ -63,21 +72,32 @@ class LoraPolicies:
     def __init__(
         self, model: nn.Module, config: LoraConfig, *, seed: int = 0, ema: bool = False
     ) -> None:
+        check_config(config)
+        self.model, self._bare = model, unwrapped(model)
         if tuned(model):
             raise ValueError("model: expected one without adapters; fuse or unload them first")
-        self.model = model
         self._may_be_equal = True
         self._adapters = ("current", "old", "ema") if ema else ("current", "old")
         model.requires_grad_(False)
-        self._layers = add_adapters(model, config, ("old", "current", *self._adapters[2:]), seed)
-        for layer in self._layers:
+        drawn = ("old", "current", *self._adapters[2:])
+        self._layers = add_adapters(self._bare, config, drawn, seed)
+        self._scales = {name: x.scaling["current"] for name, x in self._layers.items()}
+        self._in_use = ("current", False)  # active adapter, and whether it is disabled
+        for layer in self._layers.values():
             layer.set_adapter("current")
         for name in self._adapters[1:]:
             self._follow(name, decay=0.0)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Weights of the current policy, for the optimizer."""
-        return self._parameters("current")
+        """Weights of the current policy, for the optimizer: all that is trained, each once.
+
+        Raises:
+            RuntimeError: adapters were changed from outside, as by loading another LoRA.
+        """
+        weights = self._parameters("current")
+        if not all(weight.requires_grad for weight in weights):
+            raise _changed("weights of the current policy that need gradients", "frozen ones")
+        return weights
 
     def old_parameters(self) -> list[nn.Parameter]:
         """Weights of the old policy, in the order of ``parameters``."""
@@ -95,16 +115,17 @@ class LoraPolicies:
 
         Raises:
             ValueError: there is no such policy.
+            RuntimeError: adapters were changed from outside, as by loading another LoRA.
         """
         if policy != "reference":
             self._check_adapter(policy, "reference")
-        before = [(layer, layer.active_adapters, layer.disable_adapters) for layer in self._layers]
-        active = "current" if policy == "reference" else policy
+        self._check_adapters()
+        before, off = self._in_use, policy == "reference"
         try:
-            activate([(layer, [active], policy == "reference") for layer in self._layers])
+            self._switch("current" if off else policy, off)
             yield
         finally:
-            activate(before)
+            self._switch(*before)
 
     @property
     def old_equals_current(self) -> bool:
@@ -160,11 +181,13 @@ class LoraPolicies:
         self._follow("ema", decay)
 
     def state_dict(self, policy: str = "current") -> dict[str, Tensor]:
-        """Weights of the "current", "old" or "ema" policy, named as peft saves them.
+        """Weights of the "current", "old" or "ema" policy, named as peft saves them, and scales.
 
-        Copies on the CPU, whole even where weights are sharded; every rank calls it then.
+        A layer's scale, alpha / rank, is named ``<layer>.lora_scale``: without it, weights do not
+        say what a policy is. Copies on the CPU, whole even where weights are sharded; every rank
+        calls it then.
         """
-        return {name: whole(x) for name, x in self._named(policy).items()}
+        return {name: whole(x) for name, x in self._named(policy).items()} | self._scale_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor], policy: str = "current") -> None:
         """Set the weights of the "current", "old" or "ema" policy, in place.
@@ -174,16 +197,12 @@ class LoraPolicies:
             policy: whose weights to set.
 
         Raises:
-            ValueError: names or shapes are not those of ``state_dict()``; nothing has changed then.
+            ValueError: names, shapes or scales are not those of ``state_dict()``; nothing has
+                changed then.
         """
-        weights = self._named(policy)
-        expected = {name: list(x.shape) for name, x in weights.items()}
-        given = {name: list(x.shape) for name, x in state.items()}
-        if given != expected:
-            wrong = _differing(given, expected)
-            raise ValueError(f"state: names or shapes are not those of the adapter, as in {wrong}")
-        for name, weight in weights.items():
-            fill(weight, state[name])
+        checked = self._checked(state, policy)
+        for name, weight in self._named(policy).items():
+            fill(weight, checked[name])
         self._may_be_equal = True
 
     def save(
@@ -202,11 +221,17 @@ class LoraPolicies:
             policy: "current", "old" or "ema".
             state: its ``state_dict()``, if at hand. One rank can then call this alone; without,
                 every rank where weights are sharded calls it, each with a directory of its own.
+
+        Raises:
+            ValueError: ``state`` is not of these adapters.
         """
+        state = self.state_dict(policy) if state is None else state
+        known = cast(Any, self._bare).peft_config[policy].to_dict()
         type(pipeline).save_lora_weights(
             directory,
-            transformer_lora_layers=self.state_dict(policy) if state is None else dict(state),
-            transformer_lora_adapter_metadata=cast(Any, self.model).peft_config[policy].to_dict(),
+            transformer_lora_layers=self._checked(state, policy),
+            # diffusers leaves dropout of an adapter that it loads on, in eval mode too.
+            transformer_lora_adapter_metadata=known | {"lora_dropout": 0.0},
         )
 
     def load(
@@ -216,14 +241,20 @@ class LoraPolicies:
         *,
         policy: str = "current",
     ) -> None:
-        """Set a policy, "current", "old" or "ema", to what ``save`` wrote; others stay as they are.
+        """Set a policy, "current", "old" or "ema", to a LoRA file; others stay as they are.
+
+        The policy is then what ``pipeline.load_lora_weights`` would give, exactly where the file
+        has the scale of these adapters, as one of ``save`` has; where its alpha is another, the
+        weights are multiplied, and the velocity is the same up to rounding.
 
         Raises:
-            ValueError: the file is of an adapter of another rank or of other modules.
+            ValueError: the file is of an adapter of another rank, method or of other modules.
         """
-        state = type(pipeline).lora_state_dict(directory)
-        named = {k.removeprefix("transformer."): x for k, x in state.items()}
-        self.load_state_dict(named, policy)
+        loaded = type(pipeline).lora_state_dict(
+            directory, return_alphas=True, return_lora_metadata=True
+        )
+        weights = weights_of_file(loaded, self._scales)
+        self.load_state_dict(weights | self._scale_state(), policy)
 
     def _check_adapter(self, policy: str, *others: str) -> None:
         """Raise ``ValueError`` unless there is such a policy with weights."""
@@ -231,71 +262,86 @@ class LoraPolicies:
             raise ValueError("policy: there is no 'ema'; make LoraPolicies with ema=True")
         check_choice("policy", policy, (*self._adapters, *others))
 
-    def _parameters(self, policy: str) -> list[nn.Parameter]:
-        """Weights as they are held now: FSDP2 swaps them, so no list is kept."""
-        self._check_adapter(policy)
-        reshard(self.model)
-        return adapter_weights(self._layers, policy)
+    def _check_adapters(self) -> None:
+        """Raise ``RuntimeError`` where others have added, dropped, switched or fused adapters."""
+        there = getattr(self._bare, "peft_config", {})
+        if set(there) != set(self._adapters):
+            raise _changed(f"adapters {sorted(self._adapters)}", f"{sorted(there)}")
+        active, off = self._in_use
+        for name, layer in self._layers.items():
+            if layer.active_adapters != [active] or layer.disable_adapters != off:
+                got = f"{layer.active_adapters}{', disabled' * layer.disable_adapters}"
+                raise _changed(f"active adapter {active!r}{', disabled' * off}", got)
+            if layer.merged:
+                raise _changed("adapters beside the weights", "adapters fused into them")
+            if any(layer.scaling[policy] != self._scales[name] for policy in self._adapters):
+                raise _changed(f"scale {self._scales[name]} in {name}", f"{layer.scaling}")
 
-    def _named(self, policy: str) -> dict[str, Tensor]:
-        """Weights under peft's names, sharing memory with the model."""
-        refuse_deepspeed(self._parameters(policy))
-        return dict(get_peft_model_state_dict(self.model, adapter_name=policy))
+    def _switch(self, active: str, off: bool) -> None:
+        self._in_use = active, off
+        activate(self._layers.values(), active, off)
+
+    def _parameters(self, policy: str) -> list[nn.Parameter]:
+        return list(self._weights(policy).values())
+
+    def _weights(self, policy: str) -> dict[str, nn.Parameter]:
+        """Weights as they are held now, by name: FSDP2 swaps them, so none is kept."""
+        self._check_adapter(policy)
+        self._check_adapters()
+        reshard(self._bare)
+        weights = adapter_weights(self._layers, policy)
+        dtypes = {weight.dtype for weight in weights.values()}
+        if dtypes != {torch.float32}:
+            raise _changed("float32 weights", f"{sorted(map(str, dtypes))}")
+        return weights
+
+    def _named(self, policy: str) -> dict[str, nn.Parameter]:
+        """Weights to read or set whole."""
+        weights = self._weights(policy)
+        refuse_deepspeed(weights.values())
+        return weights
+
+    def _scale_state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.lora_scale": torch.tensor(scale, dtype=torch.float32, device="cpu")
+            for name, scale in self._scales.items()
+        }
+
+    def _checked(self, state: Mapping[str, Tensor], policy: str) -> dict[str, Tensor]:
+        """Weights of a state without scales, or ``ValueError`` if it is of other adapters."""
+        weights, scales = self._named(policy), self._scale_state()
+        expected = {name: list(x.shape) for name, x in {**weights, **scales}.items()}
+        given = {name: list(x.shape) for name, x in state.items()}
+        if given != expected:
+            wrong = _differing(given, expected)
+            raise ValueError(
+                "state: names or shapes are not those of the adapter (its weights, and a "
+                f"lora_scale per layer), as in {wrong}"
+            )
+        for name, scale in scales.items():
+            if float(state[name]) != float(scale):
+                raise ValueError(
+                    f"state: expected {name} {float(scale):g}, got {float(state[name]):g}; make "
+                    "LoraPolicies with the rank, alpha and use_rslora of the state"
+                )
+        return {name: state[name] for name in weights}
 
     def _follow(self, policy: str, decay: float) -> None:
-        followers, current = self._parameters(policy), self.parameters()
+        followers, current = self._parameters(policy), self._parameters("current")
         update_old_policy(map(local, followers), map(local, current), decay=decay)
+
+
+def _changed(expected: str, got: str) -> RuntimeError:
+    """Error for adapters that were changed by other means than ``LoraPolicies``."""
+    return RuntimeError(
+        f"model: expected {expected}, got {got}: adapters were changed from outside, as by "
+        "load_lora_weights, set_adapters, fuse_lora, delete_adapters, disable_lora or to(dtype); "
+        "undo that (pipeline.delete_adapters, set_adapters('current'), unfuse_lora, enable_lora), "
+        "or load the pipeline anew and restore state_dict()"
+    )
 
 
 def _differing(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """A few names under which two mappings differ."""
     names = sorted(given.keys() | expected.keys())
     return [name for name in names if given.get(name) != expected.get(name)][:4]
-
-
-def add_adapters(
-    model: nn.Module, config: LoraConfig, names: Sequence[str], seed: int
-) -> list[BaseTunerLayer]:
-    """Give a model float32 adapters, drawn in this order; the global generators are left alone."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        torch.manual_seed(seed)
-        for name in names:
-            if hasattr(model, "add_adapter"):
-                cast(Any, model).add_adapter(config, adapter_name=name)
-            else:
-                inject_adapter_in_model(config, model, adapter_name=name)
-    layers = tuned(model)
-    for name in names:
-        for weight in adapter_weights(layers, name):
-            weight.data = weight.data.float()
-    return layers
-
-
-def tuned(model: nn.Module) -> list[BaseTunerLayer]:
-    """Layers of a model that hold adapters."""
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def adapter_weights(layers: list[BaseTunerLayer], name: str) -> list[nn.Parameter]:
-    """Weights of one adapter, in the order of the model's modules."""
-    found: list[nn.Parameter] = []
-    for layer in layers:
-        for attribute in layer.adapter_layer_names:
-            held = getattr(layer, attribute)
-            if name in held:
-                part = held[name]
-                found += [part] if isinstance(part, nn.Parameter) else part.parameters()
-    return found
-
-
-def activate(states: list[tuple[BaseTunerLayer, list[str], bool]]) -> None:
-    """Set which adapters are active or disabled, and nothing else.
-
-    peft's own ``set_adapter`` and ``enable_adapters`` also turn ``requires_grad`` on and off, which
-    would have to be undone for every weight at every switch; these two fields are what its forward
-    passes read.
-    """
-    for layer, active, disabled in states:
-        layer._active_adapter, layer._disable_adapters = active, disabled

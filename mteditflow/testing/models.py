@@ -5,7 +5,7 @@ They take callables that act on the model, and draw no cases except for averages
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,16 @@ ADAPTER = About(
     "adapter-starts-as-no-op",
     "a fresh adapter changes no velocity, and can be trained",
     "Reference and current policy differ before the first update, or nothing learns.",
+)
+PARAMETERS = About(
+    "parameters-are-the-trained-ones",
+    "the optimizer gets each trained parameter once, and no other",
+    "A parameter that is listed twice is stepped and averaged twice; one left out never learns.",
+)
+REFERENCE = About(
+    "reference-is-the-base-model",
+    "the reference is the model without the adapter, also once the adapter has moved",
+    "The KL term pulls toward a policy that is not the base model, or that drifts with training.",
 )
 SAVED = About(
     "saved-file-loads-to-the-same-velocity",
@@ -142,18 +152,26 @@ def check_adapter(
     velocity: Callable[[], Tensor],
     add: Callable[[], object],
     *,
+    parameters: Callable[[], Iterable[Tensor]] | None = None,
+    reference: Callable[[], Tensor] | None = None,
     tolerance: float = 0.0,
 ) -> None:
     """Check that a fresh adapter is a no-op, is trained alone, and gets a gradient.
+
+    With ``reference``, the adapter's parameters are moved for a moment, to see that the velocity
+    moves and the reference does not.
 
     Args:
         model: the model that the adapter goes into.
         velocity: runs the model on fixed inputs; called before and after.
         add: adds the adapter to the model.
+        parameters: returns what the optimizer gets, after ``add``; checked to be what is trained.
+        reference: runs the model without the adapter on the same inputs, after ``add``.
         tolerance: largest relative difference of the velocity; 0 demands equal bits.
 
     Raises:
-        LawBroken: the velocity changes, no parameter needs a gradient, or none gets one.
+        LawBroken: the velocity changes, no parameter needs a gradient or none gets one, the
+            optimizer gets others than the trained ones, or the reference is not the base model.
 
     Source: LoRA (arXiv 2106.09685), whose second factor starts at 0.
 
@@ -189,6 +207,40 @@ def check_adapter(
     grads = torch.autograd.grad(after.square().sum(), list(trained.values()), allow_unused=True)
     if not any(grad is not None and bool((grad != 0).any()) for grad in grads):
         fail(case, "a gradient other than 0 by an adapter's parameter", "none", ADAPTER)
+    if parameters is not None:
+        _expect_each_once(list(parameters()), trained)
+    if reference is not None:
+        _expect_base(reference, velocity, before, list(trained.values()), tolerance)
+
+
+def _expect_each_once(given: list[Tensor], trained: dict[str, nn.Parameter]) -> None:
+    names = {id(p): name for name, p in trained.items()}
+    listed = sorted(names.get(id(p), "one that is not trained") for p in given)
+    if listed != sorted(trained):
+        wrong = [n for n in {*listed, *trained} if listed.count(n) != (n in trained)]
+        got = {name: f"{listed.count(name)} times" for name in sorted(wrong)[:4]}
+        fail({"trained parameters": len(trained)}, "each trained parameter once", got, PARAMETERS)
+
+
+@torch.no_grad()
+def _expect_base(
+    reference: Callable[[], Tensor],
+    velocity: Callable[[], Tensor],
+    before: Tensor,
+    trained: list[nn.Parameter],
+    tolerance: float,
+) -> None:
+    expect_close(reference(), before, {"adapter": "fresh"}, tolerance=tolerance, about=REFERENCE)
+    start = [p.clone() for p in trained]
+    for p in trained:
+        p.add_(0.1)
+    moved, unmoved = velocity().clone(), reference().clone()
+    for p, value in zip(trained, start, strict=True):
+        p.copy_(value)
+    case = {"adapter": "moved by 0.1"}
+    if torch.equal(moved, before):
+        fail(case, "another velocity", "the same one", ADAPTER)
+    expect_close(unmoved, before, case, tolerance=tolerance, about=REFERENCE)
 
 
 def check_saved(
@@ -197,6 +249,7 @@ def check_saved(
     save: Callable[[], object],
     load: Callable[[], object],
     *,
+    elsewhere: Callable[[], Tensor] | None = None,
     tolerance: float = 0.0,
 ) -> None:
     """Check that a saved file brings the same velocity back.
@@ -206,11 +259,13 @@ def check_saved(
         change: changes the policy, as an update does.
         save: writes the policy.
         load: reads it back.
+        elsewhere: loads the file as others do, such as into a plain pipeline, and returns the
+            velocity of that on the same inputs; a lost scale shows only there.
         tolerance: largest relative difference of the velocity; 0 demands equal bits.
 
     Raises:
         LawBroken: ``change`` changes no velocity, so that the check would prove nothing, or the
-            velocity after ``load`` is not that of ``save``.
+            velocity after ``load``, or ``elsewhere``, is not that of ``save``.
 
     Source: conventions of this library; see docs/testing.md.
 
@@ -231,6 +286,9 @@ def check_saved(
         if torch.equal(untrained, saved):
             fail({}, "another velocity after the change", "the same one", SAVED)
         save()
+        if elsewhere is not None:
+            case = {"after": "load elsewhere"}
+            expect_close(elsewhere(), saved, case, tolerance=tolerance, about=SAVED)
         change()
         if torch.equal(velocity(), saved):
             fail({}, "another velocity after the second change", "the same one", SAVED)

@@ -749,15 +749,27 @@ class Tiny(torch.nn.Module):
         out = self.base(torch.ones(1, 2))
         return out if self.adapter is None else out + self.adapter(torch.ones(1, 2))
 
-    def add(self, *, start=0.0, frozen=True, trained=True):
+    def add(self, *, start=0.0, frozen=True, trained=True, moved=0.0, bias=False):
         self.adapter = torch.nn.Linear(2, 2, bias=False).requires_grad_(trained)
-        torch.nn.init.constant_(self.adapter.weight, start)
+        torch.nn.init.constant_(self.adapter.weight, start - moved)
         self.base.requires_grad_(not frozen)
+        self.base.weight.data += moved
+        self.base.bias.requires_grad_(bias or not frozen)
+
+    def reference(self):
+        return self.base(torch.ones(1, 2))
 
 
 def test_adapters():
     model = Tiny()
-    check_adapter(model, model.velocity, model.add)
+    check_adapter(
+        model,
+        model.velocity,
+        model.add,
+        parameters=lambda: model.adapter.parameters(),
+        reference=model.reference,
+    )
+    assert torch.equal(model.velocity(), model.reference())
     for options, wanted in (
         ({"start": 0.1}, "adapter-starts-as-no-op: "),
         ({"trained": False}, "expected parameters that need a gradient\n  got      none"),
@@ -765,6 +777,59 @@ def test_adapters():
         model = Tiny()
         with pytest.raises(LawBroken, match=wanted):
             check_adapter(model, model.velocity, lambda m=model, o=options: m.add(**o))
+
+
+def test_an_adapter_that_changes_the_base_is_found():
+    """By its initialization as PiSSA's, which velocities show up to rounding alone, or later."""
+    for options in ({"moved": 0.5}, {"bias": True}):
+        model, start = Tiny(), torch.get_rng_state()
+        given = (model, model.velocity, lambda m=model, o=options: m.add(**o))
+        check_adapter(*given, tolerance=1e-5)
+        model.adapter = None
+        torch.set_rng_state(start)
+        with pytest.raises(LawBroken, match=r"^reference-is-the-base-model: "):
+            check_adapter(*given, reference=model.reference, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("listed", "wrong"),
+    [
+        (lambda m: [m.adapter.weight] * 2, "'adapter.weight': '2 times'"),
+        (lambda m: [], "'adapter.weight': '0 times'"),
+        (lambda m: [m.adapter.weight, m.base.bias], "'one that is not trained': '1 times'"),
+    ],
+)
+def test_an_optimizer_that_gets_other_parameters_is_found(listed, wrong):
+    model = Tiny()
+    with pytest.raises(LawBroken, match=rf"(?s)^parameters-are-the-trained-ones: .*{wrong}"):
+        check_adapter(model, model.velocity, model.add, parameters=lambda: listed(model))
+
+
+def test_an_adapter_that_does_nothing_when_moved_is_found():
+    """A gradient where it starts, and none of its effect after: its layer is not called."""
+    model = Tiny()
+    calls = []
+
+    def velocity():
+        calls.append(1)
+        return model.velocity() if len(calls) < 3 else model.reference()
+
+    with pytest.raises(LawBroken, match="expected another velocity\n"):
+        check_adapter(model, velocity, model.add, reference=model.reference)
+
+
+def test_a_scale_lost_elsewhere_is_found():
+    """Adapter of scale 4 in a file that says nothing of it: exact here, a quarter elsewhere."""
+    weight, held = torch.nn.Parameter(torch.zeros(2)), {}
+    given = (
+        lambda: 4 * weight,
+        lambda: torch.nn.init.normal_(weight),
+        lambda: held.update(weight=weight.detach().clone()),
+        lambda: weight.data.copy_(held["weight"]),
+    )
+    check_saved(*given, elsewhere=lambda: 4 * held["weight"])
+    with pytest.raises(LawBroken, match=r"(?s)^saved-file-loads-to-the-same-velocity: .*elsewhere"):
+        check_saved(*given, elsewhere=lambda: held["weight"])
 
 
 def test_saved_files():

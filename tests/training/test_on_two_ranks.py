@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mteditflow._sharding import local
 from mteditflow.objectives import NFT, CleanSamples, RoundKey
@@ -166,6 +167,7 @@ def work(rank, store, folder):
         one_verdict_for_all_ranks(rank)
         uneven_rows_are_one_update(rank, folder.with_name("uneven.safetensors"))
         one_rank_asked_is_all_ranks_told(rank)
+        replicas_of_each_configuration_stay_equal(rank)
     finally:
         gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
         dist.destroy_process_group()
@@ -230,6 +232,37 @@ def one_rank_asked_is_all_ranks_told(rank):
         termination = Termination()
         termination.signal = "SIGTERM" if asked == rank else None
         assert termination.agreed() == (asked is not None)
+
+
+#: Options of adapters that DDP could treat otherwise; see tests/pipelines/test_adapters.py.
+CONFIGURATIONS = (
+    {"lora_bias": True},
+    {"use_rslora": True, "rank_pattern": {"enter": 2}, "alpha_pattern": {"leave": 3}},
+    {"init_lora_weights": "gaussian", "target_modules": "all-linear"},
+    {"layers_to_transform": [1], "layers_pattern": "blocks", "target_modules": ["linear"]},
+    {"target_modules": ["enter", "linear"], "exclude_modules": ["enter"]},
+)
+
+
+def replicas_of_each_configuration_stay_equal(rank):
+    """DDP gets a gradient for all that is trained, and gives each rank that of both halves."""
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for options in CONFIGURATIONS:
+        made = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            config = LoraConfig(**{"r": 3, "target_modules": ["enter", "linear"]} | options)
+            made.append(LoraPolicies(Model(), config))
+            with torch.no_grad():
+                for weight in made[-1].parameters():
+                    weight.add_(0.1)
+        shared, alone = made
+        model = DistributedDataParallel(shared.model)
+        model(rows.chunk(2)[rank]).square().mean().backward()
+        alone.model(rows).square().mean().backward()
+        pairs = zip(shared.parameters(), alone.parameters(), strict=True)
+        for ours, theirs in some(pairs):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

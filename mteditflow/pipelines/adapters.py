@@ -1,0 +1,229 @@
+"""LoRA adapters of policies: configurations, weights, scales of files, and switching."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from diffusers.utils import get_peft_kwargs
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+#: Fields of ``LoraConfig`` that may have any value: promises of ``LoraPolicies`` hold with it.
+SUPPORTED = frozenset(
+    (
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("fan_in_fan_out", "lora_bias"),
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    )
+)
+#: Why a field must keep its default; one of a later peft has no reason yet.
+REFUSED = {
+    name: reason
+    for reason, names in {
+        "only True and 'gaussian' are an exact no-op on an unchanged base": "init_lora_weights",
+        "norms of a forward pass equal those it starts with up to rounding alone": "use_dora",
+        "the base model, which is the reference, would change": "bias layer_replication",
+        "it trains what is no adapter of a layer": "modules_to_save trainable_token_indices "
+        "target_parameters",
+        "weights that adapters share would be averaged twice": "ensure_weight_tying",
+        "the current policy is trained": "inference_mode",
+        "it is another method than LoRA, or a variant not proved to keep the policies": "peft_type "
+        "velora_config use_qalora monteclora_config use_bdlora kasa_config arrow_config "
+        "alora_invocation_tokens megatron_config",
+        "it acts only with other fields that are refused": "loftq_config eva_config corda_config "
+        "lora_ga_config qalora_group_size runtime_config megatron_core",
+    }.items()
+    for name in names.split()
+}
+
+
+def check_config(config: LoraConfig) -> None:
+    """Raise unless policies with these adapters keep what ``LoraPolicies`` promises.
+
+    Raises:
+        TypeError: it is not exactly a ``LoraConfig``.
+        ValueError: a field has a value with which a promise would be broken.
+    """
+    if type(config) is not LoraConfig:
+        raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
+    default = LoraConfig()
+    for name in [field.name for field in fields(config) if field.name not in SUPPORTED]:
+        value, expected = getattr(config, name), [getattr(default, name)]
+        if name == "init_lora_weights":
+            expected.append("gaussian")
+        if value not in expected:
+            reason = REFUSED.get(name, "this version of mteditflow does not know the field")
+            wanted = " or ".join(map(repr, expected))
+            raise ValueError(f"config.{name}: expected {wanted}, got {value!r}: {reason}")
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if not math.isfinite(alpha) or alpha == 0:
+            raise ValueError(f"config.lora_alpha: expected a finite number but 0, got {alpha!r}")
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"config.lora_dropout: expected in [0, 1), got {config.lora_dropout!r}")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``'s wrapper, whose name would be in those of the weights.
+
+    Raises:
+        ValueError: it is wrapped for several processes, which would miss adapters added now.
+    """
+    model = getattr(model, "_orig_mod", model)
+    wrappers = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
+    if isinstance(model, wrappers) or any(isinstance(x, FSDPModule) for x in model.modules()):
+        raise ValueError(
+            f"model: expected one that is not wrapped or sharded yet, got {type(model).__name__}, "
+            "which would not synchronize adapters added now; make LoraPolicies first"
+        )
+    return model
+
+
+def add_adapters(
+    model: nn.Module, config: LoraConfig, names: Sequence[str], seed: int
+) -> dict[str, LoraLayer]:
+    """Give a model float32 adapters, drawn in this order; the global generators are left alone.
+
+    Returns:
+        Layers with adapters, by their names in the model.
+
+    Raises:
+        ValueError: torch would not call an adapted layer.
+    """
+    config = copy.deepcopy(config)  # peft keeps it, and resolves its targets in place
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        torch.manual_seed(seed)
+        for name in names:
+            if hasattr(model, "add_adapter"):
+                cast(Any, model).add_adapter(config, adapter_name=name)
+            else:
+                inject_adapter_in_model(config, model, adapter_name=name)
+    layers = tuned(model)
+    for module, layer in layers.items():
+        inside = isinstance(layer.get_base_layer(), NonDynamicallyQuantizableLinear)
+        if inside or isinstance(layer, MultiheadAttention):
+            raise ValueError(
+                f"config.target_modules: expected layers that the model calls, got {module!r} of "
+                "a torch.nn.MultiheadAttention; exclude it, and load the model anew"
+            )
+        layer.train(layer.get_base_layer().training)  # dropout included
+    for name in names:
+        for weight in adapter_weights(layers, name).values():
+            weight.data = weight.data.float()
+    return layers
+
+
+def tuned(model: nn.Module) -> dict[str, Any]:
+    """Layers of a model that hold adapters, by the names they have in a model not compiled."""
+    return {
+        plain(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+def plain(name: str) -> str:
+    """Name of a module without the parts that wrappers of its parents add."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def adapter_weights(layers: Mapping[str, LoraLayer], name: str) -> dict[str, nn.Parameter]:
+    """Weights of one adapter, in the order of the model's modules, named as peft saves them.
+
+    peft's own function finds none inside of torch's ``CheckpointWrapper``.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for module, layer in layers.items():
+        for attribute in layer.adapter_layer_names:
+            held = getattr(layer, attribute)
+            if name not in held:
+                continue
+            if isinstance(held[name], nn.Parameter):
+                found[f"{module}.{attribute}"] = held[name]
+            else:
+                found.update(held[name].named_parameters(prefix=f"{module}.{attribute}"))
+    return found
+
+
+def activate(layers: Iterable[LoraLayer], active: str, disabled: bool) -> None:
+    """Set which adapter is active or whether all are disabled, and nothing else.
+
+    peft's own ``set_adapter`` and ``enable_adapters`` also turn ``requires_grad`` on and off, which
+    would have to be undone for every weight at every switch; these two fields are what its forward
+    passes read.
+    """
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [active], disabled
+
+
+def weights_of_file(
+    loaded: tuple[Any, ...], scales: Mapping[str, float], prefix: str = "transformer."
+) -> dict[str, Tensor]:
+    """Weights of a LoRA file for adapters of other scales, so that their product is the same.
+
+    Args:
+        loaded: what a pipeline's ``lora_state_dict`` returns with alphas and metadata.
+        scales: of the adapters that get the weights, by layer.
+        prefix: of the model's part of the file.
+
+    Raises:
+        ValueError: the file's metadata is of a method that is refused, or contradicts its weights.
+    """
+    state = {name.removeprefix(prefix): x for name, x in loaded[0].items()}
+    ranks = {f"^{k}": x.shape[1] for k, x in state.items() if _is_b(k) and x.ndim > 1}
+    if not ranks:
+        return state
+    config = _file_config(state, ranks, loaded[1:], prefix)
+    for name, x in state.items():
+        module = name.rpartition(".lora_")[0]
+        if _is_b(name) and module in scales:
+            rank, scale = _rank_and_scale(config, module)
+            if x.ndim > 1 and x.shape[1] != rank:
+                raise ValueError(f"{name}: expected rank {rank} of metadata, got {x.shape[1]}")
+            state[name] = x.float() * (scale / scales[module])
+    return state
+
+
+def _is_b(name: str) -> bool:
+    """Whether a weight is of the second factor, which the scale multiplies."""
+    return ".lora_B." in name or name.endswith(".lora_embedding_B")
+
+
+def _file_config(
+    state: Mapping[str, Tensor], ranks: dict[str, int], known: tuple[Any, ...], prefix: str
+) -> LoraConfig:
+    """Configuration that diffusers would give the adapter of a file, from metadata or without."""
+    *alphas, metadata = known
+    if metadata is None:
+        given = {k.removeprefix(prefix): x for k, x in ((alphas or [{}])[0] or {}).items()}
+        return LoraConfig(**get_peft_kwargs(ranks, given, state))
+    own = {k.removeprefix(prefix): x for k, x in metadata.items() if k.startswith(prefix)}
+    try:
+        config = LoraConfig(**(own | {"inference_mode": False}))
+    except TypeError as error:
+        raise ValueError(f"metadata: expected fields of peft.LoraConfig: {error}") from error
+    check_config(config)
+    return config
+
+
+def _rank_and_scale(config: LoraConfig, module: str) -> tuple[int, float]:
+    """Rank and scale of a layer's adapter, as peft derives them."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module))
+    alpha = float(config.lora_alpha if alpha is None else alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
