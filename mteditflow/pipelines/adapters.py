@@ -92,6 +92,34 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_passes_gradients(model: nn.Module) -> None:
+    """Raise ``ValueError`` where a quantized layer gives its inputs no gradient.
+
+    Its output may need one all the same, as torchao's of dynamic int8 does: adapters before it
+    would silently be trained by what goes around it.
+    """
+    seen = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        weight = layer.weight
+        if not type(weight).__module__.startswith("torchao"):
+            continue
+        kind = type(weight), getattr(weight, "act_quant_kwargs", None) is None
+        if kind in seen:
+            continue
+        seen.add(kind)
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones(1, layer.in_features, dtype=weight.dtype, device=weight.device)
+            y = layer(x.requires_grad_()).sum()
+            passes = y.requires_grad and torch.autograd.grad(y, x, allow_unused=True)[0]
+        if not isinstance(passes, Tensor):
+            raise ValueError(
+                f"model: expected layers that pass gradients, but {name} ({type(weight).__name__}) "
+                "passes none; quantize weights only, as by torchao's Int8WeightOnlyConfig"
+            )
+
+
 def add_adapters(
     model: nn.Module, config: LoraConfig, names: Sequence[str], seed: int
 ) -> dict[str, LoraLayer]:
@@ -114,6 +142,10 @@ def add_adapters(
             else:
                 inject_adapter_in_model(config, model, adapter_name=name)
     layers = tuned(model)
+    if hasattr(model, "_keep_in_fp32_modules"):
+        # diffusers takes the first floating-point weight's dtype for the model's, but for these.
+        kept = cast(Any, model)
+        kept._keep_in_fp32_modules = [*(kept._keep_in_fp32_modules or ()), "lora_"]
     for module, layer in layers.items():
         inside = isinstance(layer.get_base_layer(), NonDynamicallyQuantizableLinear)
         if inside or isinstance(layer, MultiheadAttention):

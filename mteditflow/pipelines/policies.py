@@ -20,6 +20,7 @@ from mteditflow.pipelines.adapters import (
     adapter_weights,
     add_adapters,
     check_config,
+    check_passes_gradients,
     tuned,
     unwrapped,
     weights_of_file,
@@ -76,6 +77,7 @@ class LoraPolicies:
         self.model, self._bare = model, unwrapped(model)
         if tuned(model):
             raise ValueError("model: expected one without adapters; fuse or unload them first")
+        check_passes_gradients(self._bare)
         self._may_be_equal = True
         self._adapters = ("current", "old", "ema") if ema else ("current", "old")
         model.requires_grad_(False)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from peft import LoraConfig
-from tiny import batches_of_rollout, replay, roll_out
+from tiny import batches_of_rollout, roll_out
 from torch import Tensor
+from worlds.checks import replay
 
 from mteditflow import FlowSDE
 from mteditflow.pipelines import LoraPolicies, Rollout

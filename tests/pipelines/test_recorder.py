@@ -7,16 +7,8 @@ import weakref
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
-from tiny import (
-    CHAIN,
-    STEPS,
-    batches_of_rollout,
-    call,
-    options,
-    picture,
-    replay,
-    roll_out,
-)
+from tiny import CHAIN, STEPS, batches_of_rollout, call, options, picture, roll_out
+from worlds.checks import replay
 
 from mteditflow import (
     CPS,
