@@ -283,11 +283,10 @@ def _draw_share(
 ) -> Tensor:
     """Keep a share of the entries of every turn: of each part the same as without the others."""
     starts, masks = [*starts_of(samples), len(exists)], []
-    steps = samples.step_mask.shape[2]
     for part, start, end in zip(named_parts(samples).values(), starts, starts[1:], strict=False):
-        turns, own_steps = part.step_mask.shape[1:]
-        entries = own_steps if exists.shape[2] == steps else exists.shape[2]
-        own = exists[start:end, :turns, :entries]
+        own, (turns, steps) = exists[start:end], part.step_mask.shape[1:]
+        if not bool(own[..., steps:].any()):  # else its entries are no steps
+            own = own[:, :turns, :steps]
         masks.append(_drawn(own, share, generators[start:end]))
     return padded(masks)
 
