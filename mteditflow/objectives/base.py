@@ -250,7 +250,8 @@ def _bucket_by_bucket(call: Callable[..., Output]) -> Callable[..., Output]:
         if not isinstance(samples, Buckets):
             return call(self, velocity, samples, units, **options)
         member_rows(units)  # raises where there are none
-        units, names = replace(units, starts=samples.starts), list[str]()
+        units = replace(units, starts=samples.starts)
+        names: list[str] = []
 
         def read(part: int, here: Tensor, _: Tensor) -> Sequence[Tensor]:
             start = samples.starts[part]

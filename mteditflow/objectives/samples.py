@@ -218,7 +218,7 @@ class Buckets:
         check_values("trajectory", trajectory, inside, f"indices in 0..{len(self) - 1}")
         part_of = bucket_of(trajectory, self.starts)
         places, found = [], []
-        for part in part_of.unique().tolist() or [0]:
+        for part in sorted(set(part_of.tolist())) or [0]:
             here = (part_of == part).nonzero()[:, 0]
             own = rows[here.to(rows.device)].clone()
             own[:, 0] -= self.starts[part]
@@ -242,7 +242,7 @@ def starts_of(samples: Samples) -> tuple[int, ...]:
 def bucket_of(trajectory: Tensor, starts: Sequence[int]) -> Tensor:
     """Return the number of the part that holds each trajectory, int64 of the same shape."""
     first = torch.tensor(starts, dtype=torch.int64, device=trajectory.device)
-    return torch.bucketize(trajectory, first, right=True) - 1
+    return torch.bucketize(trajectory.contiguous(), first, right=True) - 1
 
 
 def _in_order(places: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
@@ -262,7 +262,7 @@ def padded(masks: Sequence[Tensor]) -> Tensor:
     """Join masks [B, ...] along the batch, filled up with False to the longest of each axis."""
     axes = [max(sizes) for sizes in zip(*(mask.shape[1:] for mask in masks), strict=True)]
     full = masks[0].new_zeros(sum(map(len, masks)), *axes)
-    for rows, mask in zip(full.split([len(mask) for mask in masks]), masks, strict=True):
+    for rows, mask in zip(torch.split(full, [len(mask) for mask in masks]), masks, strict=True):
         rows[tuple(map(slice, mask.shape))] = mask
     return full
 

@@ -223,11 +223,12 @@ def test_parts_of_several_shapes_are_separate_calls(objective, minibatches):
         shift = [torch.tensor([start, 0, 0]) for start, _, _ in alone]
         rows = [own[number].rows + by for (_, _, own), by in zip(alone, shift, strict=True)]
         assert torch.equal(units.rows, torch.cat(rows))
-        assert set(units.bucket.tolist()) == {0, 1, 2}
+        assert len(set(units.bucket.tolist())) > 1
         assert units.count == sum(own[number].count for _, _, own in alone)
         outputs = [
             objective(counted_from(velocity, start), part, own[number])
             for start, part, own in alone
+            if len(own[number])  # a flat pair of one minibatch leaves none
         ]
         output = objective(velocity, samples, units)
         expected = torch.cat([x.loss for x in outputs])
