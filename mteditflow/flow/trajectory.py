@@ -261,7 +261,7 @@ class Trajectory:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
-        """Join along the batch.
+        """Join along the batch; what differs in shape or grid trains in ``objectives.Buckets``.
 
         Args:
             parts: at least one; all of the same turns, grid, stochastic steps, reduction, device

@@ -5,7 +5,7 @@ of are importable beside them from ``mteditflow``. See ``mteditflow.objectives.b
 """
 
 from mteditflow.objectives.awm import AWM
-from mteditflow.objectives.base import Card, Objective, Output, Sampling, Velocity
+from mteditflow.objectives.base import BucketVelocity, Card, Objective, Output, Sampling, Velocity
 from mteditflow.objectives.distillation import Distillation
 from mteditflow.objectives.dpo import DPO
 from mteditflow.objectives.dppo import DPPO
@@ -15,7 +15,7 @@ from mteditflow.objectives.guard import Guard
 from mteditflow.objectives.keys import RoundKey, keyed_generator
 from mteditflow.objectives.nft import NFT
 from mteditflow.objectives.replay import ReplayObjective
-from mteditflow.objectives.samples import CleanSamples, Samples
+from mteditflow.objectives.samples import Buckets, CleanSamples, Samples
 from mteditflow.objectives.units import Units, training_rows
 
 #: Objectives by the name that command lines and tables give them.
@@ -36,6 +36,8 @@ __all__ = [
     "GRPO",
     "NFT",
     "OBJECTIVES",
+    "BucketVelocity",
+    "Buckets",
     "Card",
     "CleanSamples",
     "Distillation",

@@ -10,25 +10,28 @@ An objective turns a rollout with advantages into a loss and metrics. The loop i
             (output.loss.sum() / part.count).backward()
         optimizer.step()
 
-``samples`` are a ``Trajectory``, a recorded ``Rollout``, ``CleanSamples`` or anything with the
-members of ``Samples``. ``velocity`` is the only thing that knows the model. All random numbers are
-fixed by ``units``, so a loss can be computed again, and does not depend on micro-batches or ranks.
+``samples`` are a ``Trajectory``, a recorded ``Rollout``, ``CleanSamples``, ``Buckets`` of several
+of them, or anything with the members of ``Samples``. ``velocity`` is the only thing that knows the
+model. All random numbers are fixed by ``units``, so a loss can be computed again, and does not
+depend on micro-batches or ranks.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, wraps
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from mteditflow._checks import check_kind
 from mteditflow._reduce import valid_rows
 from mteditflow.flow.solvers import Solver
 from mteditflow.objectives.keys import Key
-from mteditflow.objectives.samples import Samples
+from mteditflow.objectives.samples import Buckets, Samples
 from mteditflow.objectives.units import Units, member_mask, member_rows
 
 Policy = Literal["current", "old", "reference", "teacher"]
@@ -51,6 +54,59 @@ class Velocity(Protocol):
             at: trajectory and turn of each row, int64 [M, 2] on the CPU: tells the conditioning.
         """
         ...
+
+
+class BucketVelocity:
+    """Velocity of samples in buckets, from one velocity for each part.
+
+    Args:
+        samples: the buckets.
+        velocities: one for each of ``samples.parts``, such as ``RolloutVelocity(policies, part)``;
+            each counts trajectories within its part.
+
+    Raises:
+        ValueError: there is not one velocity for each part.
+        TypeError: ``samples`` are no ``Buckets``, or a velocity cannot be called.
+
+    Example:
+        >>> from mteditflow.objectives import CleanSamples
+        >>> group = torch.tensor([0, 0])
+        >>> square, wide = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 2, 8)
+        >>> samples = Buckets([CleanSamples(square, group), CleanSamples(wide, group + 1)])
+        >>> velocity = BucketVelocity(
+        ...     samples, [lambda policy, x_t, sigma, at: at[:, :1], lambda *given: -given[3][:, :1]]
+        ... )
+        >>> at = torch.tensor([[3, 0], [1, 0]])  # the second trajectory of either part
+        >>> velocity("current", torch.zeros(2, 4, 4), torch.zeros(2), at)
+        tensor([[-1],
+                [ 1]])
+    """
+
+    def __init__(self, samples: Buckets, velocities: Sequence[Velocity]) -> None:
+        check_kind("samples", samples, Buckets, "Buckets")
+        check_kind("velocities", velocities, Sequence, "a sequence of callables")
+        if len(velocities) != len(samples.parts):
+            raise ValueError(
+                f"velocities: expected one for each of the {len(samples.parts)} parts, got "
+                f"{len(velocities)}"
+            )
+        for position, velocity in enumerate(velocities):
+            if not callable(velocity):
+                kind = type(velocity).__name__
+                raise TypeError(f"velocities[{position}]: expected a callable, got {kind}")
+        self._samples, self._velocities = samples, tuple(velocities)
+
+    def __call__(self, policy: Policy, x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
+        """See ``Velocity``; rows of several parts in one call have to be of one latent shape."""
+
+        def read(part: int, here: Tensor, own: Tensor) -> tuple[Tensor]:
+            if len(here) == len(at):
+                return (self._velocities[part](policy, x_t, sigma, own),)
+            states, times = x_t[here.to(x_t.device)], sigma[here.to(sigma.device)]
+            return (self._velocities[part](policy, states, times, own),)
+
+        (velocity,) = self._samples.gather(at, read)
+        return velocity
 
 
 class Sampling(NamedTuple):
@@ -106,11 +162,17 @@ class Objective(ABC):
     """From samples with advantages to loss and metrics; subclasses are frozen dataclasses.
 
     The fields of a subclass are its hyperparameters, under the names of the pure functions'
-    arguments, and nothing else: a command line is built from them.
+    arguments, and nothing else: a command line is built from them. A subclass computes units of
+    samples of one latent shape; of ``Buckets`` it is called with one part at a time.
     """
 
     card: ClassVar[Card]
     samples_with: ClassVar[Policy] = "current"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__call__" in vars(cls):
+            cls.__call__ = _bucket_by_bucket(cls.__call__)  # type: ignore[method-assign]
 
     @abstractmethod
     def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
@@ -163,7 +225,8 @@ class Objective(ABC):
 
         Args:
             velocity: velocities of the policies; see ``Velocity``.
-            samples: the samples that the units were drawn from.
+            samples: the samples that the units were drawn from. Units of several buckets get one
+                forward pass for each of these.
             units: those that ``units`` returned, or a part of them.
             old_is_current: whether the old policy has the current weights, as after a sync: its
                 forward pass is then saved.
@@ -173,8 +236,40 @@ class Objective(ABC):
             policy's velocity alone.
 
         Raises:
-            ValueError: there are no units.
+            ValueError: there are no units, or one has members in several buckets.
         """
+
+
+def _bucket_by_bucket(call: Callable[..., Output]) -> Callable[..., Output]:
+    """Make a method ``__call__`` of one latent shape compute units of any buckets."""
+
+    @wraps(call)
+    def each_bucket(
+        self: Objective, velocity: Velocity, samples: Samples, units: Units, **options: Any
+    ) -> Output:
+        if not isinstance(samples, Buckets):
+            return call(self, velocity, samples, units, **options)
+        member_rows(units)  # raises where there are none
+        units = replace(units, starts=samples.starts)
+        names: list[str] = []
+
+        def read(part: int, here: Tensor, _: Tensor) -> Sequence[Tensor]:
+            start = samples.starts[part]
+            shifted, own = _counted_from(start, velocity), units[here].within(start)
+            output = call(self, shifted, samples.parts[part], own, **options)
+            names.extend([] if names else output.metrics)
+            return output.loss, *(output.metrics[name] for name in names)
+
+        loss, *metrics = samples.gather(units.lead, read)
+        return Output(loss, dict(zip(names, metrics, strict=True)))
+
+    return each_bucket
+
+
+def _counted_from(start: int, velocity: Velocity) -> Velocity:
+    """Return the velocity of a part whose first trajectory is number ``start`` of all."""
+    shift = torch.tensor([start, 0], dtype=torch.int64, device="cpu")
+    return lambda policy, x_t, sigma, at: velocity(policy, x_t, sigma, at + shift.to(at.device))
 
 
 class Velocities:

@@ -19,7 +19,7 @@ from mteditflow.objectives.base import (
     masked_output,
 )
 from mteditflow.objectives.keys import Key, round_key
-from mteditflow.objectives.samples import Samples, stored_steps
+from mteditflow.objectives.samples import Samples, recorded_steps
 from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
 
 
@@ -77,14 +77,14 @@ class Distillation(Objective):
         """See ``Objective``: one row for each step, or a share of them; ``advantage`` is None."""
         if advantage is not None:
             raise TypeError("advantage: expected None for Distillation, which has no reward")
-        exists, steps = samples.turn_mask.cpu(), stored_steps(samples).shape[2]
+        exists, recorded = samples.turn_mask.cpu(), recorded_steps(samples)
         if valid is not None:
             shape = exists.shape[: max(valid.ndim, 1)]
             check_mask("valid", valid, shape, "[B] or [B, N]")
             exists = exists & valid.cpu().view(*shape, *[1] * (2 - valid.ndim))
         return draw_units(
             samples,
-            exists[..., None].expand(-1, -1, steps),
+            recorded & exists[..., None],
             None,
             exists,
             key=round_key(key),

@@ -34,7 +34,13 @@ from mteditflow.objectives.base import (
     masked_output,
 )
 from mteditflow.objectives.keys import Key, round_key
-from mteditflow.objectives.samples import Samples, stored_steps, turn_values
+from mteditflow.objectives.samples import (
+    Samples,
+    named_parts,
+    starts_of,
+    stored_steps,
+    turn_values,
+)
 from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
 
 RATIO_SCALE = 1e-4  # the usual clip range of mean-reduced log-probs
@@ -166,11 +172,12 @@ class ReplayObjective(Objective):
             raise TypeError(f"advantage: expected a tensor for {type(self).__name__}, got None")
         values, own = turn_values(samples, advantage, valid)
         exists = stored_steps(samples)
-        if not bool(exists.any()):
-            raise ValueError(
-                "samples: expected stochastic steps, got none; roll out with the solver and the "
-                "steps of objective.sampling(...)"
-            )
+        for name, part in named_parts(samples).items():
+            if not bool(part.step_mask.any()):
+                raise ValueError(
+                    f"{name}: expected stochastic steps, got none; roll out with the solver and "
+                    "the steps of objective.sampling(...)"
+                )
         return draw_units(
             samples,
             exists,
@@ -218,9 +225,11 @@ class ReplayObjective(Objective):
         check_count("size", size)
         exists = stored_steps(samples)[:trajectories]
         replayed, recorded = torch.zeros(2, *exists.shape, dtype=torch.float32, device="cpu")
-        for part in torch.split(exists.nonzero(), size):
-            every = torch.ones_like(part[:, :1], dtype=torch.bool)
-            units = Units(part[:, None], every, None, None, len(part))
+        rows = exists.nonzero()
+        every = torch.ones_like(rows[:, :1], dtype=torch.bool)
+        all_steps = Units(rows[:, None], every, None, None, len(rows), starts=starts_of(samples))
+        for units in all_steps.split(size):
+            part = units.rows[:, 0]
             replay = self.replay(velocity, samples, units, old_is_current=True)
             replayed[part.unbind(dim=1)] = replay.log_prob.cpu().float()
             recorded[part.unbind(dim=1)] = replay.steps.log_prob.cpu().float()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mteditflow._checks import (
+    check_choice,
     check_floating,
     check_full_precision,
     check_group,
+    check_kind,
     check_mask,
     check_rank,
     check_shape,
@@ -106,15 +111,185 @@ class CleanSamples:
         raise ValueError("samples: expected stored steps, got CleanSamples, which have none")
 
 
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """Samples of several latent shapes, grids or lengths: parts that no one tensor can hold.
+
+    The trajectories of all parts count through, so that groups may span parts, and advantages are
+    computed over all of them. N and S are the largest of the parts; the masks exclude the rest. An
+    objective computes the units of each part apart, with the result of separate calls; a unit of
+    several members (a pair, a group) lies within one part. ``Units.split`` gives each micro-batch
+    units of one part.
+
+    Args:
+        parts: at least one ``Samples`` each, such as rollouts; of one reduction and device. Buckets
+            among them are replaced by their parts. Group ids are kept: give different groups
+            different ids beforehand.
+
+    Raises:
+        ValueError: there is no part, or they differ in reduction or device.
+        TypeError: a part is no ``Samples``.
+
+    Example:
+        >>> square = CleanSamples(torch.randn(2, 1, 4, 4), torch.tensor([0, 0]))
+        >>> wide = CleanSamples(torch.randn(2, 3, 2, 8), torch.tensor([1, 1]))
+        >>> samples = Buckets([square, wide])
+        >>> samples.turn_mask.shape, samples.clean_at(torch.tensor([[3, 2]])).shape
+        (torch.Size([4, 3]), torch.Size([1, 2, 8]))
+    """
+
+    parts: Sequence[Samples]
+
+    def __post_init__(self) -> None:
+        check_kind("parts", self.parts, Sequence, "a sequence of Samples")
+        if not self.parts:
+            raise ValueError("parts: expected at least one Samples, got none")
+        for position, part in enumerate(self.parts):
+            name = f"parts[{position}]"
+            check_kind(name, part, Samples, "Samples")
+            check_choice(f"{name}.reduction", part.reduction, [self.reduction])
+            device = self.parts[0].group.device
+            for mask in ("group", "turn_mask", "step_mask"):
+                own = getattr(part, mask).device
+                if own != device:
+                    raise ValueError(f"{name}.{mask}: expected device {device}, got {own}")
+        flat = [
+            own
+            for part in self.parts
+            for own in (part.parts if isinstance(part, Buckets) else [part])
+        ]
+        object.__setattr__(self, "parts", tuple(flat))
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @cached_property
+    def group(self) -> Tensor:
+        """Integer group id of each trajectory, [B]."""
+        return torch.cat([part.group for part in self.parts])
+
+    @cached_property
+    def turn_mask(self) -> Tensor:
+        """Turns that exist, boolean [B, N]; N of the longest part."""
+        return padded([part.turn_mask for part in self.parts])
+
+    @cached_property
+    def step_mask(self) -> Tensor:
+        """Steps that exist and have a density, boolean [B, N, S]; S of the longest part."""
+        return padded([part.step_mask for part in self.parts])
+
+    @property
+    def reduction(self) -> str:
+        """Reduction of the stored log-probs over elements, "mean" or "sum"."""
+        return self.parts[0].reduction
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First trajectory of each part."""
+        return tuple(accumulate((len(part.group) for part in self.parts[:-1]), initial=0))
+
+    def clean_at(self, at: Tensor) -> Tensor:
+        """Return the final latents of (trajectory, turn) rows, which are of one latent shape."""
+        (clean,) = self.gather(at, lambda part, _, own: (self.parts[part].clean_at(own),))
+        return clean
+
+    def steps_at(self, rows: Tensor) -> Steps:
+        """Return stored steps of (trajectory, turn, step) rows, which are of one latent shape."""
+        return Steps(*self.gather(rows, lambda part, _, own: self.parts[part].steps_at(own)))
+
+    def gather(
+        self, rows: Tensor, read: Callable[[int, Tensor, Tensor], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Read rows from the parts that hold them.
+
+        Args:
+            rows: int64 [M, ...] on the CPU, each beginning with its trajectory.
+            read: called once for each part that has rows, with its number, the places of its m
+                rows among the M, and the rows counted within the part; returns tensors [m, ...].
+
+        Returns:
+            The tensors of all rows, [M, ...], in the order of ``rows``.
+
+        Raises:
+            ValueError: a trajectory is out of range, or the tensors differ in shape.
+        """
+        trajectory = rows[:, 0].cpu()
+        inside = (trajectory >= 0) & (trajectory < len(self))
+        check_values("trajectory", trajectory, inside, f"indices in 0..{len(self) - 1}")
+        part_of = bucket_of(trajectory, self.starts)
+        places, found = [], []
+        for part in sorted(set(part_of.tolist())) or [0]:
+            here = (part_of == part).nonzero()[:, 0]
+            own = rows[here.to(rows.device)].clone()
+            own[:, 0] -= self.starts[part]
+            places.append(here)
+            found.append(read(part, here, own))
+        return [_in_order(places, pieces) for pieces in zip(*found, strict=True)]
+
+
+def named_parts(samples: Samples) -> dict[str, Samples]:
+    """Return the parts of buckets, or samples that are no buckets, by their names in errors."""
+    if not isinstance(samples, Buckets):
+        return {"samples": samples}
+    return {f"samples.parts[{number}]": part for number, part in enumerate(samples.parts)}
+
+
+def starts_of(samples: Samples) -> tuple[int, ...]:
+    """Return the first trajectory of each part; (0,) for samples that are no buckets."""
+    return samples.starts if isinstance(samples, Buckets) else (0,)
+
+
+def bucket_of(trajectory: Tensor, starts: Sequence[int]) -> Tensor:
+    """Return the number of the part that holds each trajectory, int64 of the same shape."""
+    first = torch.tensor(starts, dtype=torch.int64, device=trajectory.device)
+    return torch.bucketize(trajectory.contiguous(), first, right=True) - 1
+
+
+def _in_order(places: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
+    """Join rows of parts, each [m, ...], in the order of their places."""
+    if len(pieces) == 1:
+        return pieces[0]
+    shapes = sorted({tuple(piece.shape[1:]) for piece in pieces})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"rows: expected those of one latent shape in a call, got {shapes}; cut them by "
+            "bucket, as Units.split does"
+        )
+    return torch.cat(list(pieces))[torch.cat(list(places)).argsort().to(pieces[0].device)]
+
+
+def padded(masks: Sequence[Tensor]) -> Tensor:
+    """Join masks [B, ...] along the batch, filled up with False to the longest of each axis."""
+    axes = [max(sizes) for sizes in zip(*(mask.shape[1:] for mask in masks), strict=True)]
+    full = masks[0].new_zeros(sum(map(len, masks)), *axes)
+    for rows, mask in zip(torch.split(full, [len(mask) for mask in masks]), masks, strict=True):
+        rows[tuple(map(slice, mask.shape))] = mask
+    return full
+
+
 def stored_steps(samples: Samples) -> Tensor:
     """Return the steps that exist and have a density, boolean [B, N, S] on the CPU.
 
     Raises:
-        ValueError: there are none in the samples, S is 0.
+        ValueError: there are none in the samples or in one of their parts, S is 0.
     """
-    if samples.step_mask.shape[2] == 0:
-        raise ValueError("samples: expected stored steps, got samples without any")
+    for name, part in named_parts(samples).items():
+        if part.step_mask.shape[2] == 0:
+            raise ValueError(f"{name}: expected stored steps, got samples without any")
     return samples.step_mask.cpu()
+
+
+def recorded_steps(samples: Samples) -> Tensor:
+    """Return the steps of turns that exist, with or without a density: [B, N, S] on the CPU.
+
+    Raises:
+        ValueError: as ``stored_steps``.
+    """
+    stored_steps(samples)
+    turns = [
+        (part.turn_mask.cpu(), part.step_mask.shape[2]) for part in named_parts(samples).values()
+    ]
+    return padded([mask[..., None].expand(-1, -1, steps) for mask, steps in turns])
 
 
 def turn_values(samples: Samples, advantage: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

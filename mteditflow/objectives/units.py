@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mteditflow._checks import check_count, check_number, check_rank, check_tensor
 from mteditflow.objectives.keys import RoundKey
-from mteditflow.objectives.samples import Samples
+from mteditflow.objectives.samples import Samples, bucket_of, named_parts, padded, starts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,10 @@ class Units:
         count: number of valid units of the minibatch, those that were left out because they cannot
             change the gradient included. Divide the summed loss by it.
         spare: trajectory and turn that exist, for idle units.
+        starts: first trajectory of each bucket of the samples; one where they are no ``Buckets``.
+
+    Raises:
+        ValueError: the members of a unit lie in several buckets.
     """
 
     rows: Tensor
@@ -34,12 +38,40 @@ class Units:
     seed: Tensor | None
     count: int
     spare: tuple[int, int] = (0, 0)
+    starts: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if len(self.starts) > 1:
+            self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        """Raise unless all members of every unit are in one bucket."""
+        apart = (bucket_of(self.rows[..., 0], self.starts) != self.bucket[:, None]) & self.mask
+        for unit in apart.any(dim=1).nonzero()[:1, 0]:
+            trajectories = self.rows[unit, :, 0][self.mask[unit]].tolist()
+            raise ValueError(
+                f"units: expected the members of a unit in one bucket, got trajectories "
+                f"{trajectories} in several; give each bucket groups of its own"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lead(self) -> Tensor:
+        """Row of the first member that exists, int64 [U, 3]; of an idle unit the first of all."""
+        first = self.mask.int().argmax(dim=1)
+        return self.rows.take_along_dim(first[:, None, None], dim=1)[:, 0]
+
+    @property
+    def bucket(self) -> Tensor:
+        """Number of each unit's bucket, int64 [U]."""
+        return bucket_of(self.lead[:, 0], self.starts)
+
     def split(self, size: int, *, parts: int | None = None) -> list[Units]:
         """Cut into micro-batches of at most ``size`` units, each with the ``count`` of the whole.
+
+        Each holds units of one bucket, so that a policy computes it in one forward pass.
 
         Args:
             size: most units of a part.
@@ -54,18 +86,16 @@ class Units:
             ValueError: more parts are needed than ``parts``, or ``size`` is below 1.
         """
         check_count("size", size)
-        needed = -(-len(self) // size)
+        buckets = [self[self.bucket == number] for number in range(len(self.starts))]
+        cut = [own[start : start + size] for own in buckets for start in range(0, len(own), size)]
+        needed = len(cut)
         if parts is not None and parts < needed:
             expected = f"{needed} or more for {len(self)} units, {size} in each"
             raise ValueError(f"parts: expected {expected}, got {parts}")
-        cut = [self[start : start + size] for start in range(0, len(self), size)]
         return cut + [self.idle()] * ((needed if parts is None else parts) - needed)
 
     def __getitem__(self, index: slice | Tensor) -> Units:
-        """Return some units with the ``count`` of all: a slice, a mask [U] or indices.
-
-        Samples of several latent shapes are trained so, the units of one shape at a time.
-        """
+        """Return some units with the ``count`` of all: a slice, a mask [U] or indices."""
         if not isinstance(index, slice | Tensor):
             raise TypeError(f"index: expected a slice or a tensor, got {type(index).__name__}")
         advantage, seed = (None if x is None else x[index] for x in (self.advantage, self.seed))
@@ -83,6 +113,17 @@ class Units:
             advantage=None if self.advantage is None else zeros.to(self.advantage),
             seed=None if self.seed is None else zeros.to(self.seed),
         )
+
+    def within(self, start: int) -> Units:
+        """Return units of one bucket, counted from its first trajectory, number ``start``.
+
+        Members that do not exist get the row of one that does: theirs may lie elsewhere.
+        """
+        lead = self.lead
+        rows = torch.where(self.mask[..., None], self.rows, lead[:, None])
+        first = self.rows.new_tensor([start, 0, 0])
+        trajectory, turn, _ = (lead[0] - first).tolist()
+        return replace(self, rows=rows - first, starts=(0,), spare=(trajectory, turn))
 
 
 def member_rows(units: Units) -> Tensor:
@@ -155,12 +196,9 @@ def draw_units(
         minibatches: optimizer steps.
         zero_matters: whether a unit of advantage 0 can change the gradient.
     """
-    drawn = training_rows(
-        exists,
-        generators=[key.generator("rows", b) for b in range(len(exists))],
-        share=share,
-        minibatches=minibatches,
-    )
+    generators = [key.generator("rows", b) for b in range(len(exists))]
+    taken = _draw_share(samples, exists, share, generators)
+    drawn = training_rows(taken, generators=generators, minibatches=minibatches)
     trajectory, turn = (samples.turn_mask.cpu().nonzero().tolist() or [[0, 0]])[0]
     found = []
     for rows in drawn:
@@ -177,6 +215,7 @@ def draw_units(
                 seed=None,
                 count=int(counts.sum()),
                 spare=(trajectory, turn),
+                starts=starts_of(samples),
             )
         )
     return found
@@ -233,12 +272,30 @@ def training_rows(
         raise ValueError(
             f"generators: expected one per trajectory, {len(exists)}, got {len(generators)}"
         )
-    mask = exists.cpu()
-    if share < 1:
-        mask = torch.stack([_draw(own, share, g) for own, g in zip(mask, generators, strict=True)])
+    mask = _drawn(exists.cpu(), share, generators)
     order = _spread(len(mask), minibatches, generators)
     rows = mask.nonzero()
     return [rows[torch.isin(rows[:, 0], chosen)] for chosen in order]
+
+
+def _draw_share(
+    samples: Samples, exists: Tensor, share: float, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Keep a share of the entries of every turn: of each part the same as without the others."""
+    starts, masks = [*starts_of(samples), len(exists)], []
+    for part, start, end in zip(named_parts(samples).values(), starts, starts[1:], strict=False):
+        own, (turns, steps) = exists[start:end], part.step_mask.shape[1:]
+        if not bool(own[..., steps:].any()):  # else its entries are no steps
+            own = own[:, :turns, :steps]
+        masks.append(_drawn(own, share, generators[start:end]))
+    return padded(masks)
+
+
+def _drawn(exists: Tensor, share: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Keep a share of the existing steps of every turn, [B, N, S]."""
+    if share == 1 or not len(exists):
+        return exists
+    return torch.stack([_draw(own, share, g) for own, g in zip(exists, generators, strict=True)])
 
 
 def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:

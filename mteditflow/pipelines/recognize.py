@@ -404,12 +404,12 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
     return Grid(most, shift, known=known)
 
 
-def find_time(name: str, times: Tensor, timesteps: Tensor) -> Time:
+def find_time(name: str, times: Tensor, timesteps: Tensor, rows: int) -> Time:
     """The time whose clock makes what an argument held, [S, ...], of the timesteps [S], exactly."""
-    rows = timesteps.reshape(-1, *[1] * (times.ndim - 1))
+    single = times.ndim > 1 and times.shape[1] == 1 < rows
+    expected = timesteps.reshape(-1, *[1] * (times.ndim - 1))
     for clock in CLOCKS:
-        if bool((clock(rows, times.dtype) == times).all()):
-            single = times.ndim > 1 and times.shape[1] == 1
+        if bool((clock(expected, times.dtype) == times).all()):
             return Time(name, times.dtype, tuple(times.shape[2:]), clock, single)
     raise ReplayError(
         f"{name} is not a known function of sigma: at timesteps {timesteps.tolist()} it was given "

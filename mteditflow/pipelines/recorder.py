@@ -203,7 +203,10 @@ class Recorder:
             raise ValueError(f"recorder: recording failed: {self._failed}") from self._failed
         self._check_finished()
         if not self._turns:
-            raise ValueError("recorder: expected at least one recorded pipeline call, got none")
+            raise ValueError(
+                "recorder: expected at least one recorded pipeline call, got none; a pipeline that "
+                "samples by one of its own (VisualCloze) is recorded by that one"
+            )
         if any(turn.ends for turn in self._turns):
             self._turns = [turn.first_and_last() for turn in self._turns]
         shapes = [list(turn.latents.shape) for turn in self._turns]

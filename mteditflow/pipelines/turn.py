@@ -453,10 +453,11 @@ class Turn:
 
     def _called(self, first: int, call: Repeated, choice: Choice) -> Called:
         """A call as a replay makes it."""
-        times = []
+        times, rows = [], len(self.steps[0].x_t) * call.place.copies
         for name in call.moving():
             held = torch.stack(call.times[name]).cpu()
-            times.append(find_time(name, held, self._timesteps[first : first + len(held)]))
+            steps = self._timesteps[first : first + len(held)]
+            times.append(find_time(name, held, steps, rows))
         arguments = {
             name: self._readings(call, name, value)[choice.get(name, 0)]
             for name, value in call.constants.items()

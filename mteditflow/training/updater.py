@@ -165,8 +165,7 @@ def most_parts(units: Units, size: int, *, device: torch.device | str = "cpu") -
         size: most units of a micro-batch.
         device: device of the backend: "cpu" for gloo, this rank's device for NCCL.
     """
-    check_count("size", size)
-    own = torch.tensor(-(-len(units) // size), dtype=torch.int64, device=device)
+    own = torch.tensor(len(units.split(size)), dtype=torch.int64, device=device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(own, dist.ReduceOp.MAX)
     return int(own)

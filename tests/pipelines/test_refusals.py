@@ -528,7 +528,7 @@ def test_calls_of_the_transformer_outside_the_loop_do_not_matter(pipeline):
 def test_every_clock_is_found_again(clock, dtype):
     timesteps = torch.linspace(1000, 17.7, 40)
     times = clock(timesteps, dtype)[:, None].expand(-1, 3)
-    found = find_time("t", times, timesteps)
+    found = find_time("t", times, timesteps, 3)
     assert torch.equal(found.argument(timesteps), times[:, 0])
 
 
