@@ -46,8 +46,8 @@ holds the noisy sample, how it passes the time, and how the outputs become the s
 (`mteditflow/pipelines/`: `recognize.py`, `guidance.py`). Other pipelines that call their
 transformer in one of these ways work without being listed; all others are refused with a reason.
 
-Each row is a tiny pipeline of the real classes, float32 on a CPU, with the scheduler settings of
-the published model. Weights are random, and none are zero: zero-initialized outputs would hide
+Each row is a tiny pipeline of the real classes, float32 on a CPU, with scheduler settings like
+those of the published model. Weights are random, and none are zero: zero-initialized outputs would hide
 faults. Two turns are recorded, for each number of trajectories. Every kind of place and guidance is
 also recorded in bfloat16 and in inference mode, and must be refused when velocity, sample or
 prompts change at a late step (`tests/pipelines/test_forms.py`).

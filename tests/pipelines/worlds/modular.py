@@ -10,7 +10,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
 
 from worlds import video, video2, video3
-from worlds.base import CFG, Family, image_vae, picture, plus, prompts, scheduler
+from worlds.base import CFG, Family, image_vae, picture, plus, prompts, redraw, scheduler
 
 TEXT = {"max_sequence_length": 10}
 IMAGES, LATENTS = {"output": "images"}, {"output": "latents"}
@@ -67,6 +67,7 @@ def z_image() -> Any:
         axes_dims=[8, 4, 4],
         axes_lens=[256, 16, 16],
     )
+    redraw(transformer, seed=0)
     klein.register_modules(
         transformer=transformer.eval().requires_grad_(False), vae=image_vae().eval()
     )
