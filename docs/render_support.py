@@ -58,8 +58,7 @@ prompts change at a late step (`tests/pipelines/test_forms.py`).
 - **how the sample lies**: the argument of the transformer that holds the noisy sample.
 - **text**: the real encoders that prompts go through, or embeddings given to the call.
 - **ratio**: of the replayed to the recorded likelihood of every step, exactly 1 in the batch in
-  which it was sampled (or up to rounding, where the pipeline passes one time for all rows); then
-  with rows of all trajectories, turns and steps mixed. Inpainting changes latents between steps, so
+  which it was sampled; then with rows of all trajectories, turns and steps mixed. Inpainting changes latents between steps, so
   that it is recorded without stochastic steps.
 - **output under an ODE**: the recorded call's image or video compared with the plain call's.
 - **GRPO, NFT**: three optimizer steps on LoRA adapters, on the rows of one rollout; the gradients

@@ -12,6 +12,11 @@ from worlds.checks import Case
 
 from docs.render_support import FACTS, PAGE, cases, check, class_of, flow_classes, page, refusal
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated"),
+]
+
 FORMS = [
     ("FluxImg2ImgPipeline", "embedded"),
     ("FluxFillPipeline", "embedded"),

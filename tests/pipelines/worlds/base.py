@@ -27,6 +27,7 @@ PROMPTS = [
 NEGATIVE = ["Add a red star", "Remove the triangle", "Change the background to white"]
 CFG = "classifier-free"
 ATTENTION = ("to_q", "to_k", "to_v")
+KANDINSKY = ("to_query", "to_key", "to_value")
 
 
 @dataclass(frozen=True)

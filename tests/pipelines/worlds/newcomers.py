@@ -9,6 +9,7 @@ from mteditflow_examples.shapes.editor import build_klein
 
 from .base import (
     CFG,
+    KANDINSKY,
     Family,
     Options,
     dynamic,
@@ -23,7 +24,6 @@ from .base import (
 
 SIZE = {"height": 16, "width": 16}
 LARGE = {"height": 32, "width": 32}
-KANDINSKY = ("to_query", "to_key", "to_value")
 GUIDED = {"none": {"guidance_scale": 1.0}, CFG: {"guidance_scale": 4.0}}
 
 

@@ -11,6 +11,7 @@ from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 
 from worlds.base import (
     CFG,
+    KANDINSKY,
     Family,
     Options,
     embeddings,
@@ -187,7 +188,6 @@ def motif(kind: str, guider: Any = None) -> DiffusionPipeline:
 
 
 BIG = {"height": 32, "width": 32, "num_frames": 5}
-POSITIONS = {"shared": ("visual_rope_pos", "text_rope_pos")}  # a list of three, one per axis
 SANA = {"height": 32, "width": 32, "frames": 5, "use_resolution_binning": False}
 
 FAMILIES = {
@@ -199,7 +199,7 @@ FAMILIES = {
         kandinsky_text,
         BIG,
         GUIDED,
-        recorder=POSITIONS,
+        lora=KANDINSKY,
     ),
     "SanaVideoPipeline": Family(
         lambda: sana("SanaVideoPipeline"), masked_text, SANA | {"negative_prompt": None}, GUIDED

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, HeliosSc
 
 from worlds.base import (
     CFG,
+    KANDINSKY,
     Family,
     Options,
     embeddings,
@@ -164,7 +165,7 @@ FAMILIES = {
         FLOW_MAP,
     ),
     "Kandinsky6TI2VAPipeline, without sound": Family(
-        kandinsky_6, kandinsky_text, SMALL | {"sample_audio": False}, GUIDED
+        kandinsky_6, kandinsky_text, SMALL | {"sample_audio": False}, GUIDED, lora=KANDINSKY
     ),
     "Kandinsky6TI2VAPipeline, from an image": Family(
         kandinsky_6,
@@ -172,6 +173,7 @@ FAMILIES = {
         SMALL | {"sample_audio": False},
         GUIDED,
         batches=(1,),
+        lora=KANDINSKY,
     ),
 }
 
