@@ -356,10 +356,10 @@ def test_ratios_are_checked_in_every_bucket(objective):
     def halves(policy, x_t, sigma, at):
         return torch.cat([policies[policy](x, sigma, at) for x in x_t.split(2, 1)], dim=1)
 
-    check = objective.check_ratios(halves, samples, trajectories=8, size=3)
+    check = objective.check_ratios(halves, samples, trajectories=8, size=5)
     assert check.ok
     shifted = Buckets([samples.parts[0], replace(taller, log_prob=taller.log_prob + 0.01)])
-    assert not objective.check_ratios(halves, shifted, trajectories=8, size=3).ok
+    assert not objective.check_ratios(halves, shifted, trajectories=8, size=5).ok
 
 
 def test_bucket_velocity_counts_trajectories_within_each_part():
