@@ -11,12 +11,10 @@ from tests.loops import some
 
 
 def roll_out(pipeline, solver, seed, **size):
-    """One turn of two steps of two trajectories."""
+    """One turn of two steps of a group of two trajectories."""
     generators = trajectory_generators(seed, 2)
-    images = [
-        picture(pipeline, number).resize((size["width"], size["height"])) for number in (0, 1)
-    ]
-    prompts = [CHAIN[number][0] for number in (0, 1)]
+    images = [picture(pipeline).resize((size["width"], size["height"]))] * 2
+    prompts = [CHAIN[0][0]] * 2
     with Recorder(pipeline, solver, generators=generators) as recorder:
         call(pipeline, images, prompts, generators, steps=2, **size)
     return recorder.rollout(group=[seed, seed])
