@@ -47,10 +47,10 @@ holds the noisy sample, how it passes the time, and how the outputs become the s
 transformer in one of these ways work without being listed; all others are refused with a reason.
 
 Each row is a tiny pipeline of the real classes, float32 on a CPU, with scheduler settings like
-those of the published model. Weights are random, and none are zero: zero-initialized outputs would hide
-faults. Two turns are recorded, for each number of trajectories. Every kind of place and guidance is
-also recorded in bfloat16 and in inference mode, and must be refused when velocity, sample or
-prompts change at a late step (`tests/pipelines/test_forms.py`).
+those of the published model. Weights are random, and none are zero: zero-initialized outputs would
+hide faults. Two turns are recorded, for each number of trajectories. Every kind of place and
+guidance is also recorded in bfloat16 and in inference mode, and must be refused when velocity,
+sample or prompts change at a late step (`tests/pipelines/test_forms.py`).
 
 - **batches**: numbers of trajectories per call that were recorded.
 - **steps**: recorded steps of those that were asked for; a strength of 0.5 leaves half.
@@ -58,8 +58,8 @@ prompts change at a late step (`tests/pipelines/test_forms.py`).
 - **how the sample lies**: the argument of the transformer that holds the noisy sample.
 - **text**: the real encoders that prompts go through, or embeddings given to the call.
 - **ratio**: of the replayed to the recorded likelihood of every step, exactly 1 in the batch in
-  which it was sampled; then with rows of all trajectories, turns and steps mixed. Inpainting changes latents between steps, so
-  that it is recorded without stochastic steps.
+  which it was sampled; then with rows of all trajectories, turns and steps mixed. Inpainting
+  changes latents between steps, so that it is recorded without stochastic steps.
 - **output under an ODE**: the recorded call's image or video compared with the plain call's.
 - **GRPO, NFT**: three optimizer steps on LoRA adapters, on the rows of one rollout; the gradients
   are finite and not zero.

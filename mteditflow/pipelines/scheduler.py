@@ -382,10 +382,11 @@ def _told(kind: Any) -> Any:
         ) -> Any:
             result = super().step(model_output, timestep, sample, *args, **kwargs)
             zero = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
+            timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
             sigma = zero + timestep / self.config.num_train_timesteps
             step = Step(sample, result[0], sigma, zero, zero, False)
             if self.observer is not None:
-                self.observer.stepped(step, model_output, torch.as_tensor(timestep))
+                self.observer.stepped(step, model_output, timestep)
             return result
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:

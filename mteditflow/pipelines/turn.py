@@ -247,7 +247,7 @@ class Turn:
         self._sigmas, self._timesteps, self._most = sigmas, timesteps, most
         self.ends = ends
         self._solved, self._shared, self._storage = solved, shared, storage
-        self._started, self._clean = torch.empty(0), torch.empty(0)
+        self._started = self._clean = sigmas  # replaced at the first step and at the end
         self._dtype = torch.float32
         self._constants: list[Version] = []
         self._states: list[Version] = []
