@@ -132,7 +132,7 @@ class Recorder:
         self._turn: Turn | None = None
         self._turns: list[Recorded] = []
         self._choice: Choice = {}
-        self._variables: list[str] = []
+        self._holder: tuple[FrameType, list[str]] | None = None
         self._attending: list[Any] = []
         self._failed: BaseException | None = None
 
@@ -172,7 +172,7 @@ class Recorder:
             hook.remove()
         self._pipeline.scheduler = self._own_scheduler
         self._scheduler.observer, self._scheduler.steps = None, ()
-        self._calls, self._variables = [], []
+        self._calls, self._holder = [], None
         self._failed = error
         if error is None:
             self._check_finished()
@@ -265,8 +265,8 @@ class Recorder:
         self._turn.add(step, velocity, timestep, calls)
         if self._turn.complete:
             self._attending = _processors(self._model)
-            holders = (_names_of(step.x_t, frame) for frame in _frames())
-            self._variables = next(filter(None, holders), [])
+            holders = ((frame, _names_of(step.x_t, frame)) for frame in _frames())
+            self._holder = next((found for found in holders if found[1]), None)
 
     def ended(self, steps: int) -> None:
         """Called by the scheduler: the pipeline's loop over its timesteps is over."""
@@ -276,6 +276,7 @@ class Recorder:
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
             turn.hold(self._held(turn.steps[-1]))
+            self._holder = None
             if self._verify and not self._turns:
                 self._choice = self._proved(turn)
             self._turns.append(turn.recorded(self._choice))
@@ -284,24 +285,25 @@ class Recorder:
     def _held(self, last: Step) -> Tensor:
         """What the pipeline goes on with after its last step.
 
-        It is in the variables that held the last step's sample; where there were none, as in
-        modular pipelines, what the step returned is in any variable of the loop, or attribute or
-        part of one.
+        It is in the variables that held the last step's sample, where that was in the frame of a
+        call that still goes on; elsewhere, as in modular pipelines, what the step returned is in
+        any variable of the loop, or attribute or part of one.
         """
-        for frame in _frames():
-            named = [frame.f_locals[name] for name in self._variables if name in frame.f_locals]
-            for x in named or ([] if self._variables else _tensors(frame)):
-                if x is last.next_x or _holds(x, last.next_x):
-                    return last.next_x
-            changed = [
-                x
-                for x in named
-                if isinstance(x, Tensor) and x is not last.x_t and x.shape == last.next_x.shape
-            ]
-            if len(changed) == 1:
-                return changed[0]
-            if named:
-                break
+        frames = list(_frames())
+        frame, names = self._holder or (None, [])
+        named = (
+            [frame.f_locals.get(n) for n in names] if frame is not None and frame in frames else []
+        )
+        for x in named or (x for each in frames for x in _tensors(each)):
+            if x is last.next_x or _holds(x, last.next_x):
+                return last.next_x
+        changed = [
+            x
+            for x in named
+            if isinstance(x, Tensor) and x is not last.x_t and x.shape == last.next_x.shape
+        ]
+        if len(changed) == 1:
+            return changed[0]
         raise ReplayError(
             "cannot replay this pipeline: after its last step it does not hold what that returned, "
             "so that its images may not be those of the recorded latents"

@@ -458,11 +458,10 @@ class Turn:
             held = torch.stack(call.times[name]).cpu()
             steps = self._timesteps[first : first + len(held)]
             times.append(find_time(name, held, steps, rows))
-        arguments = {
-            name: self._readings(call, name, value)[choice.get(name, 0)]
-            for name, value in call.constants.items()
-            if name not in {time.name for time in times}
-        }
+        arguments = {}
+        for name in call.constants.keys() - {time.name for time in times}:
+            read = self._readings(call, name, call.constants[name])
+            arguments[name] = read[min(choice.get(name, 0), len(read) - 1)]
         rest = None if call.rest is None else Rows(call.rest)
         return Called(call.module, call.place, tuple(times), arguments, rest)
 

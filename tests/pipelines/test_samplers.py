@@ -169,6 +169,35 @@ def test_a_loop_of_ones_own_is_recorded(flux):
     assert torch.equal(rollout.trajectory.clean[:, 0], x)
 
 
+def test_a_step_in_a_function_of_its_own_is_not_looked_for_in_other_frames(flux):
+    """Where the function has returned, a variable of the same name elsewhere is another tensor."""
+    seen = []
+    hook = flux.transformer.register_forward_pre_hook(
+        lambda _model, _args, given: seen.append(given), with_kwargs=True
+    )
+    flux(**options(steps=1))
+    hook.remove()
+
+    def advance(x, t, halve):
+        given = seen[0] | {"hidden_states": x, "timestep": t.expand(2) / 1000}
+        step = flux.scheduler.step(flux.transformer(**given)[0], t, x)[0]
+        return step * 0.5 if halve else step
+
+    def loop(start, halve):
+        states = [start]
+        flux.scheduler.set_timesteps(1, mu=1.0)
+        for t in flux.scheduler.timesteps:
+            y = advance(states[-1], t, halve)
+        return y
+
+    x = torch.randn(seen[0]["hidden_states"].shape)
+    with Recorder(flux) as recorder:
+        y = loop(x.clone(), halve=False)
+    assert torch.equal(recorder.rollout(group=[0, 1]).trajectory.clean[:, 0], y)
+    with pytest.raises(ReplayError, match="does not hold what that returned"), Recorder(flux):
+        loop(x + 1, halve=True)
+
+
 def test_a_loop_whose_end_is_not_seen_is_refused(flux):
     with pytest.raises(ReplayError, match=r"not seen to end.*for t in scheduler\.timesteps"):
         own_loop(flux, lambda timesteps: [timesteps[i] for i in range(2)])
