@@ -220,6 +220,17 @@ def map_tensors(
     return _map_calls(records, leaf)
 
 
+def map_kinds(tree: Any) -> Hashable:
+    """What belongs to rows in a tree, and how, whatever the shapes."""
+    if isinstance(tree, dict):
+        return tuple((key, map_kinds(value)) for key, value in tree.items())
+    if isinstance(tree, Rows):
+        return "rows", tree.axis
+    if type(tree) in (list, tuple):
+        return type(tree).__name__, tuple(map_kinds(value) for value in tree)
+    return type(tree).__name__
+
+
 def map_signature(tree: Any) -> Hashable:
     """A hashable stand-in for a tree: shapes of rows, identities of shared tensors, values."""
     if isinstance(tree, dict):

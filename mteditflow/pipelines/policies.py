@@ -110,7 +110,8 @@ class LoraPolicies:
         """Let the model be another policy inside the context; nests, and restores on exceptions.
 
         Which weights take gradients does not change. Under gradient checkpointing the backward
-        pass runs the model again, as the policy of that moment: leave the context before it.
+        pass runs the model again, as the policy of that moment: leave the context before it. It is
+        the model that changes: use it in one thread at a time.
 
         Args:
             policy: "current", "old", "ema" or "reference".
@@ -278,6 +279,16 @@ class LoraPolicies:
                 raise _changed("adapters beside the weights", "adapters fused into them")
             if any(layer.scaling[policy] != self._scales[name] for policy in self._adapters):
                 raise _changed(f"scale {self._scales[name]} in {name}", f"{layer.scaling}")
+
+    def check_current(self) -> None:
+        """Raise ``RuntimeError`` unless the model is the current policy, in ``use`` of no other."""
+        self._check_adapters()
+        if self._in_use != ("current", False):
+            active, off = self._in_use
+            raise RuntimeError(
+                f"policy: expected to be outside of use() for 'current', got it inside "
+                f"use({'reference' if off else active!r})"
+            )
 
     def _switch(self, active: str, off: bool) -> None:
         self._in_use = active, off

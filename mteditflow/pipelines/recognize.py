@@ -393,6 +393,11 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
     sigma, u = sigmas.double(), timesteps.double() / most
     if (1 - u - sigma).abs().max() <= 1e-6:
         return Grid(most, from_data=True, known=known)
+    if int(((sigma > 0) & (sigma < 1)).sum()) < 2:
+        raise ReplayError(
+            "the scheduler's timesteps are not its sigmas times "
+            f"{most}, and {len(sigmas)} steps are too few to tell what they are instead"
+        )
     inner = int((sigma - 0.5).abs().argmin())
     s, t = sigma[inner].item(), u[inner].item()
     shift = s * (1 - t) / (t * (1 - s)) if 0 < s < 1 and t > 0 else 1.0

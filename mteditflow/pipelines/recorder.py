@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -63,9 +64,10 @@ class Recorder:
             ``verify`` is off or does not find it. Two-axis ``..._ids``, lists of numbers and
             tensors with no axis as long as the batch are known to be shared.
         storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
-        verify: after the first turn replay one of its rows in a batch of another size and compare,
-            for one more forward pass. Where that fails and an argument may be read in several ways
-            (rows along another axis, an entry per trajectory), the others are tried.
+        verify: replay a few rows of the first turn, of its first, a middle and its last step, in a
+            batch of another size and compare, for one more forward pass; and of later turns, and of
+            steps with other calls, whose arguments may be read in other ways. Where that fails, the
+            other ways (rows along another axis, an entry per trajectory) are tried.
 
     Raises:
         ValueError: the pipeline is no flow pipeline, or already being recorded; a solver is given
@@ -110,20 +112,21 @@ class Recorder:
                 "solver: expected one, because the pipeline has a FlowMatchSDEScheduler, which the "
                 "recorder replaces by its own; give solver, generators and the rest to the recorder"
             )
+        self._chosen = model
         model = getattr(pipeline, "transformer", None) if model is None else model
         if not isinstance(model, nn.Module):
             raise ValueError("model: expected a module, because the pipeline has no transformer")
         self._pipeline, self._model, self._shared = pipeline, model, frozenset(shared)
         self._verify = verify
         self._storage = None if storage is None else torch.device(storage)
-        self._ends = not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        self._scheduler = stand_in(
-            scheduler,
-            solver=solver,
-            generators=generators,
-            stochastic_steps=stochastic_steps,
-            reduction=reduction,
-        )
+        self._options: dict[str, Any] = {
+            "solver": solver,
+            "generators": generators,
+            "stochastic_steps": stochastic_steps,
+            "reduction": reduction,
+        }
+        self._scheduler = stand_in(scheduler, **self._options)
+        self._ends = False
         self._plain = solver is None or isinstance(solver, ODE)
         self._reduction = reduction
         self._own_scheduler: Any = None
@@ -133,16 +136,21 @@ class Recorder:
         self._turns: list[Recorded] = []
         self._choice: Choice = {}
         self._holder: tuple[FrameType, list[str]] | None = None
+        self._stack: list[FrameType] = []
         self._attending: list[Any] = []
+        self._proved: set[Hashable] = set()
         self._failed: BaseException | None = None
 
     def __enter__(self) -> Recorder:
         """Swap the scheduler and hook the transformer."""
-        current = self._pipeline.scheduler
+        current = check_pipeline(self._pipeline)
         if getattr(current, "observer", None) is not None:
             raise ValueError("pipeline: it is already being recorded")
         if self._turns or self._failed is not None:
             raise ValueError("recorder: it has recorded already; make a new one for each rollout")
+        self._ends = not isinstance(current, FlowMatchEulerDiscreteScheduler)
+        if self._chosen is None:
+            self._model = self._pipeline.transformer
         if caches(self._model):
             if not self._plain:
                 raise ValueError(
@@ -152,7 +160,7 @@ class Recorder:
                 )
             self._ends = True
         self._own_scheduler = current
-        self._scheduler.observer = self
+        self._scheduler = stand_in(current, self, **self._options)
         self._pipeline.scheduler = self._scheduler
         parts = [x for x in vars(self._pipeline).values() if isinstance(x, nn.Module)]
         self._hooks = [
@@ -170,18 +178,30 @@ class Recorder:
         """Restore the pipeline; raise on an unfinished turn unless there is an error already."""
         for hook in self._hooks:
             hook.remove()
+        replaced = self._pipeline.scheduler is not self._scheduler
         self._pipeline.scheduler = self._own_scheduler
         self._scheduler.observer, self._scheduler.steps = None, ()
-        self._calls, self._holder = [], None
+        self._calls, self._holder, self._stack = [], None, []
         self._failed = error
         if error is None:
             self._check_finished()
-            if self._turns and _processors(self._model) != self._attending:
-                self._failed = ReplayError(
-                    "model: its attention processors during the call were not those that it has "
-                    "afterwards (perturbed attention), so that a replay would call another model"
-                )
+            self._failed = self._fault(replaced)
+            if self._failed is not None:
                 raise self._failed
+
+    def _fault(self, replaced: bool) -> ReplayError | None:
+        """What was wrong with the whole of the recording."""
+        if replaced:
+            return ReplayError(
+                "pipeline.scheduler was replaced while the recorder was at work, so that calls may "
+                "be missing; set it before, and make a new recorder"
+            )
+        if self._turns and _processors(self._model) != self._attending:
+            return ReplayError(
+                "model: its attention processors during the call were not those that it has "
+                "afterwards (perturbed attention), so that a replay would call another model"
+            )
+        return None
 
     def rollout(self, *, group: Tensor | Sequence[int]) -> Rollout:
         """The recorded chain of turns.
@@ -265,7 +285,8 @@ class Recorder:
         self._turn.add(step, velocity, timestep, calls)
         if self._turn.complete:
             self._attending = _processors(self._model)
-            holders = ((frame, _names_of(step.x_t, frame)) for frame in _frames())
+            self._stack = list(_frames())
+            holders = ((frame, _names_of(step.x_t, frame)) for frame in self._stack)
             self._holder = next((found for found in holders if found[1]), None)
 
     def ended(self, steps: int) -> None:
@@ -273,12 +294,14 @@ class Recorder:
         turn = self._turn
         if turn is None or not turn.complete or steps != len(turn.steps):
             return
+        loops = (f for f in _frames() if not f.f_code.co_flags & inspect.CO_GENERATOR)
+        if next(loops, None) not in self._stack:
+            return  # another loop over the timesteps, as in a callback
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
             turn.hold(self._held(turn.steps[-1]))
             self._holder = None
-            if self._verify and not self._turns:
-                self._choice = self._proved(turn)
+            self._prove(turn)
             self._turns.append(turn.recorded(self._choice))
         self._turn = None
 
@@ -297,25 +320,29 @@ class Recorder:
         for x in named or (x for each in frames for x in _tensors(each)):
             if x is last.next_x or _holds(x, last.next_x):
                 return last.next_x
-        changed = [
-            x
+        changed = {
+            id(x): x
             for x in named
             if isinstance(x, Tensor) and x is not last.x_t and x.shape == last.next_x.shape
-        ]
+        }
         if len(changed) == 1:
-            return changed[0]
+            return next(iter(changed.values()))
         raise ReplayError(
             "cannot replay this pipeline: after its last step it does not hold what that returned, "
             "so that its images may not be those of the recorded latents"
         )
 
-    def _proved(self, turn: Turn) -> Choice:
-        """The likeliest way to read the turn's arguments that is proved."""
+    def _prove(self, turn: Turn) -> None:
+        """Prove a turn of which none before was alike, and find how to read its arguments."""
+        if not self._verify or turn.kinds() in self._proved:
+            return
+        self._proved.add(turn.kinds())
         told: list[str] = []
-        for choice in turn.choices():
+        for choice in [self._choice, *turn.choices()]:
             error = self._error(turn, turn.conditioning(choice))
             if error is None:
-                return choice
+                self._choice = choice
+                return
             told.append(error)
         raise ReplayError(
             f"called again with what was recorded, the transformer {told[0]}: look for a state "
@@ -324,36 +351,55 @@ class Recorder:
         )
 
     def _error(self, turn: Turn, conditioning: Conditioning) -> str | None:
-        """Call the transformer again for one trajectory and step, from the record alone.
+        """Make the calls of every pattern again, for a few of its rows, from the record alone.
 
-        The step is the last of the longest recipe; under a cache the first, which it computes. A
-        batch of one is doubled, so that the size always differs from that of the recording.
+        The rows are of the first, a middle and the last step, each of another trajectory, and
+        their number is never that of the recording. Under a cache they are of the first step, which
+        it computes.
         """
-        pattern = max(turn.patterns, key=lambda pattern: len(pattern.branches))
-        step, velocity = pattern.ends[0 if caches(self._model) else -1]
-        rows = [len(step.x_t) - 1] * (2 if len(step.x_t) == 1 else 1)
-        stage, _ = conditioning.at(step.sigma[0].item())
-        try:
-            with _fresh_cache(self._model):
-                again = replay_rows(
-                    self._model, [stage] * len(rows), rows, step.x_t[rows], step.sigma[rows]
-                )
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            return f"raised {type(error).__name__}: {error}"
-        given = velocity[rows].to(again.dtype)
-        apart = ((again - given).norm() / given.norm()).item()
-        exact = velocity.dtype in (torch.float32, torch.float64)
-        return None if apart <= (1e-3 if exact else 0.1) else f"gave a velocity {apart:.1e} away"
+        for pattern in turn.patterns:
+            batch = len(pattern.steps[0][0].x_t)
+            count, last = (2 if batch in (1, 3) else 3), len(pattern.steps) - 1
+            numbers = [0, (last + 1) // 2, last][:count]
+            picked = [
+                (pattern.steps[0 if caches(self._model) else number], (batch - 1 - m) % batch)
+                for m, number in enumerate(numbers)
+            ]
+            rows = [row for _, row in picked]
+            x_t, sigma, given = (
+                torch.stack([x[row] for x, row in zip(tensors, rows, strict=True)])
+                for tensors in zip(*((s.x_t, s.sigma, v) for (s, v), _ in picked), strict=True)
+            )
+            stage, _ = conditioning.at(sigma.max().item())
+            try:
+                with _fresh_cache(self._model):
+                    again = replay_rows(self._model, [stage] * count, rows, x_t, sigma)
+            except Exception as error:
+                return f"raised {type(error).__name__}: {error}"
+            exact = given.dtype in (torch.float32, torch.float64)
+            difference = (again - given.to(again.dtype)).flatten(1).norm(dim=1)
+            size = given.to(again.dtype).flatten(1).norm(dim=1).clamp_min(1e-12)
+            apart = (difference / size).max().item()
+            if not apart <= (1e-3 if exact else 0.05):
+                return f"gave a velocity {apart:.1e} away"
+        return None
 
     def _on_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook of the transformer and of the pipeline's other parts, as ControlNets."""
         if self._turn is not None and not self._turn.complete:
-            names = inspect.signature(module.forward).parameters
+            bare = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward has none
+            parameters = inspect.signature(bare.forward).parameters.values()
+            names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            if len(args) > len(names):
+                raise ReplayError(
+                    f"model: expected arguments by name, because {type(bare).__name__}.forward has "
+                    f"no names for {len(args)} positional ones"
+                )
             arguments = dict(zip(names, args, strict=False)) | kwargs
-            # New containers, same tensors: pipelines change their dicts between branches.
-            arguments = map_leaves(lambda leaf: leaf, arguments)
+            # New containers and arrays, same tensors: pipelines change them between branches.
+            arguments = map_leaves(_own, arguments)
             part = None if module is self._model else module
             self._calls.append(Call(part, arguments, output))
 
@@ -404,6 +450,11 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _own(leaf: Any) -> Any:
+    """A copy of an array, which has no count of its changes; all else as it is."""
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
 def _names_of(x: Tensor, frame: FrameType) -> list[str]:
     """The local variables that are a tensor."""
     return [name for name, value in frame.f_locals.items() if value is x]
@@ -412,7 +463,8 @@ def _names_of(x: Tensor, frame: FrameType) -> list[str]:
 def _tensors(frame: FrameType) -> Iterator[Tensor]:
     """The tensors among a frame's local variables, and among their attributes."""
     for value in list(frame.f_locals.values()):
-        for x in (value, *getattr(value, "__dict__", {}).values()):
+        held = value if type(value) is dict else getattr(value, "__dict__", {})
+        for x in (value, *held.values()):
             if isinstance(x, Tensor):
                 yield x
 

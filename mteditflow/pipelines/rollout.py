@@ -270,6 +270,8 @@ class RolloutVelocity:
         Raises:
             ValueError: there is no such policy, shapes differ, sigma lies outside [0, 1], or a turn
                 is none of its trajectory.
+            RuntimeError: "current" is asked for inside ``LoraPolicies.use`` of another policy, or
+                adapters were changed from outside.
             IndexError: an index is out of range.
             TypeError: ``x_t`` or ``sigma`` is not floating point.
         """
@@ -278,6 +280,7 @@ class RolloutVelocity:
         device = next(model.parameters()).device
         x_t, sigma = x_t.to(device), sigma.to(device)
         if policy == "current":
+            self._policies.check_current()
             return rollout.velocity(model, x_t, sigma, *at.unbind(1))
         if policy == "teacher":
             if self._teacher is None:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
@@ -175,7 +176,10 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         check_choice("reduction", reduction, REDUCTIONS)
         self.solver = ODE() if solver is None else solver
         self.generators = None if generators is None else list(generators)
-        self.stochastic_steps = stochastic_steps
+        self.stochastic_steps = None if stochastic_steps is None else list(stochastic_steps)
+        for step in self.stochastic_steps or ():
+            if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
+                raise TypeError(f"stochastic_steps: expected indices of steps, got {step!r}")
         self.reduction = reduction
         self.steps = ()
         return self
@@ -336,6 +340,7 @@ def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -
             defines, or of another scheduler's.
     """
     kind, solver = type(scheduler), options.get("solver")
+    _check_names(scheduler)
     plain = solver is None or isinstance(solver, ODE)
     known = (FlowMatchEulerDiscreteScheduler.step, FlowMatchSDEScheduler.step)
     if kind.step not in known and not plain:
@@ -349,11 +354,34 @@ def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -
         standing.__class__ = _told(cast(Hashable, kind))
     else:
         bases = (FlowMatchSDEScheduler, kind)
-        exact = kind in (FlowMatchEulerDiscreteScheduler, FlowMatchSDEScheduler)
-        standing.__class__ = bases[0] if exact else type(kind.__name__, bases, {})
+        if issubclass(kind, FlowMatchSDEScheduler):
+            standing.__class__ = kind
+        elif kind is FlowMatchEulerDiscreteScheduler:
+            standing.__class__ = FlowMatchSDEScheduler
+        else:
+            standing.__class__ = type(kind.__name__, bases, {})
         standing.sample_with(**options)
     standing.observer = observer
     return standing
+
+
+def _check_names(scheduler: Any) -> None:
+    """Raise where a user's scheduler has a name for itself that the stand-in has for something."""
+    kind = type(scheduler)
+    if issubclass(kind, FlowMatchSDEScheduler):
+        return
+    parent = {name for base in FlowMatchEulerDiscreteScheduler.__mro__ for name in vars(base)}
+    ours = {name for name in vars(FlowMatchSDEScheduler) if name not in parent}
+    own = {n for base in kind.__mro__ if base not in _DIFFUSERS for n in vars(base)}
+    clash = sorted(ours & (own | vars(scheduler).keys()) - {"__annotations__", "__deepcopy__"})
+    if clash and not kind.__module__.startswith("diffusers."):
+        raise ValueError(
+            f"pipeline.scheduler: expected a {kind.__name__} without the names {clash}, which "
+            "FlowMatchSDEScheduler has for its own; rename them"
+        )
+
+
+_DIFFUSERS = FlowMatchEulerDiscreteScheduler.__mro__
 
 
 @functools.cache

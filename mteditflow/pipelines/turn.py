@@ -7,7 +7,7 @@ each run of steps with the same calls is a pattern of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import combinations
@@ -25,6 +25,7 @@ from mteditflow.pipelines.conditioning import (
     Rows,
     Stage,
     leaves,
+    map_kinds,
     map_leaves,
     map_tensors,
     readings,
@@ -46,7 +47,7 @@ from mteditflow.pipelines.scheduler import Step
 Choice = Mapping[str, int]  # of an argument's readings, where it is not the first
 _CONSTANT = (
     *(Tensor, np.ndarray, np.generic, torch.dtype, torch.device),
-    *(int, float, complex, str, bytes, slice, Enum, Produced, type(None)),
+    *(int, float, complex, str, bytes, slice, range, tuple, frozenset, Enum, type(None)),
 )
 
 
@@ -117,13 +118,13 @@ class Pattern:
         first: number of that step.
         calls: of the transformer and of modules that give it arguments, in order.
         combination: how the transformer's outputs make the scheduler's velocity.
-        ends: the first and the last step with the scheduler's velocity.
+        steps: with the scheduler's velocity.
     """
 
     first: int
     calls: list[Repeated]
     combination: Combination = field(default_factory=Combination)
-    ends: list[tuple[Step, Tensor]] = field(default_factory=list)
+    steps: list[tuple[Step, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, first: int, calls: Sequence[Call], *step: Tensor) -> Pattern:
@@ -165,17 +166,31 @@ class Pattern:
 
 
 class Version(NamedTuple):
-    """A tensor by its argument's name, with autograd's count of its changes in place."""
+    """A tensor by its argument's name, with what tells of changes in place.
+
+    Attributes:
+        name: of the argument.
+        tensor: as it was given.
+        version: autograd's count of its changes, or a copy of an inference tensor, which has none.
+    """
 
     name: str
     tensor: Tensor
-    version: int
+    version: int | Tensor
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was changed in place since."""
+        if isinstance(self.version, Tensor):
+            return not torch.equal(self.version, self.tensor)
+        return self.tensor._version != self.version
 
     @staticmethod
     def check(versions: Sequence[Version]) -> None:
         """Raise if one of the tensors was changed in place since."""
-        for name, tensor, version in versions:
-            if tensor._version != version:
+        for each in versions:
+            if each.changed:
+                name = each.name
                 raise ReplayError(
                     f"{name}: changed in place after it was recorded; give the pipeline a copy, or "
                     "record with storage='cpu' if the change comes after the call"
@@ -301,7 +316,7 @@ class Turn:
                 self._changes.append(changed)
         self._states += _versions([{"latents": step.next_x}])
         # A copy, because pipelines may write what a step returns into what it was given.
-        pattern.ends = [*pattern.ends[:1], (step._replace(x_t=step.x_t.clone()), velocity)]
+        pattern.steps.append((step._replace(x_t=step.x_t.clone()), velocity))
 
     def _compare(self, one: Repeated, call: Call, rows: Tensor) -> None:
         """Compare a call with the pattern's."""
@@ -350,7 +365,9 @@ class Turn:
                 for one, other in zip(value, first, strict=True):
                     self._same(otherwise, one, other)
                 return
-            if not isinstance(value, Tensor) and value == first:
+            if isinstance(value, np.ndarray) and np.array_equal(value, first):
+                return
+            if not isinstance(value, (Tensor, np.ndarray)) and value == first:
                 return
             if isinstance(value, Tensor) and value.dtype != first.dtype:
                 otherwise += f" from {first.dtype} to {value.dtype}, as by autocast over float32"
@@ -375,7 +392,7 @@ class Turn:
                     "scale; use different prompts, or no guidance"
                 )
         Version.check(self._constants)
-        in_place = any(x.version != x.tensor._version for x in self._states)
+        in_place = any(state.changed for state in self._states)
         self._note_change(in_place, "latents changed in place")
 
     def hold(self, clean: Tensor) -> None:
@@ -404,7 +421,9 @@ class Turn:
             log_prob=self._keep(torch.stack([step.log_prob for step in self.steps], dim=1)),
             stochastic=torch.tensor(stochastic, dtype=torch.bool, device="cpu"),
             ends=False,
-            versions=self._constants if self._storage is None else [],
+            versions=[
+                x for x in self._constants if self._storage is None and isinstance(x.version, int)
+            ],
         )
         return whole.first_and_last() if self.ends else whole
 
@@ -432,6 +451,15 @@ class Turn:
                 )
         batch = len(self.steps[0].x_t) * call.place.copies
         return readings(name, value, batch, call.place.form.listed)
+
+    def kinds(self) -> Hashable:
+        """How the arguments of every pattern can be read, equal where one proof is enough."""
+        return tuple(
+            tuple((name, map_kinds(self._readings(call, name, value))) for name, value in held)
+            for pattern in self.patterns
+            for call in pattern.calls
+            for held in [call.constants.items()]
+        )
 
     def conditioning(self, choice: Choice) -> Conditioning:
         """The turn's constants as a record, each argument as the choice reads it."""
@@ -474,13 +502,13 @@ class Turn:
 
 
 def _versions(arguments: Sequence[dict[str, Any]]) -> list[Version]:
-    """Every tensor with its argument's name and its version; inference tensors have none."""
+    """Every tensor with its argument's name and its version."""
     return [
-        Version(name, leaf, leaf._version)
+        Version(name, leaf, leaf.clone() if leaf.is_inference() else leaf._version)
         for named in arguments
         for name, value in named.items()
         for leaf in leaves(value)
-        if isinstance(leaf, Tensor) and not leaf.is_inference()
+        if isinstance(leaf, Tensor)
     ]
 
 

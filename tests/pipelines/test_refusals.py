@@ -4,6 +4,7 @@ import copy
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -341,6 +342,82 @@ def test_an_object_that_may_keep_a_state_is_refused_unless_named(kontext):
     with Recorder(kontext, shared=["img_shapes"]) as recorder:
         edit(kontext)
     assert len(recorder.rollout(group=[0])) == 1
+
+
+class Cached(FluxTransformer2DModel):
+    """Computes its first and last call of a turn, and keeps the difference for those between."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        number = getattr(self, "number", 0)
+        self.number = (number + 1) % STEPS
+        if number in (0, STEPS - 1):
+            output = super().forward(hidden_states, *args, **kwargs)[0]
+            self.kept = output - hidden_states
+        return (hidden_states + self.kept,)
+
+
+class Counting(FluxTransformer2DModel):
+    """Is stronger in its first call."""
+
+    def forward(self, *args, **kwargs):
+        self.number = getattr(self, "number", 0) + 1
+        return ((1.1 if self.number == 1 else 1.0) * super().forward(*args, **kwargs)[0],)
+
+
+@pytest.mark.parametrize("kind", [Cached, Counting])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_refuses_a_transformer_that_keeps_a_state(kontext, kind, batch):
+    kontext.transformer.__class__ = kind
+    images, generators = [picture(kontext)] * batch, trajectory_generators(0, batch)
+    with pytest.raises(ReplayError, match="called again with what was recorded"), Recorder(kontext):
+        call(kontext, images, CHAIN[0][:batch], generators)
+
+
+def test_what_can_be_read_in_another_way_in_a_later_turn_is_proved_again(kontext):
+    """A table that is as long as the batch in the second turn alone."""
+    tables = [torch.tensor([[0.3]]), torch.tensor([[0.3], [1.7]])]
+    kontext.transformer.__class__ = Table
+    turn = [0]
+    kontext.transformer.register_forward_pre_hook(
+        lambda _model, args, kwargs: (args, {"table": tables[turn[0]]} | kwargs), with_kwargs=True
+    )
+    images, generators = [picture(kontext)] * 2, trajectory_generators(0, 2)
+    with Recorder(kontext) as recorder:
+        for turn[0] in (0, 1):
+            call(kontext, images, CHAIN[0][:2], generators)
+    rollout = recorder.rollout(group=[0, 1])
+    held = [record.stages[0].calls[0].arguments["table"] for record in rollout.conditioning]
+    assert [type(table) for table in held] == [torch.Tensor, torch.Tensor]
+
+
+def test_arrays_are_copied_and_compared(kontext):
+    kontext.transformer.__class__ = Grids
+    held = np.array([1.0, 2.0, 3.0])
+    kontext.transformer.register_forward_pre_hook(
+        lambda _model, args, kwargs: (args, {"img_shapes": held} | kwargs), with_kwargs=True
+    )
+    with Recorder(kontext) as recorder:
+        edit(kontext)
+    held[0] = 5.0
+    (stage,) = recorder.rollout(group=[0]).conditioning[0].stages
+    assert stage.calls[0].arguments["img_shapes"].tolist() == [1.0, 2.0, 3.0]
+    calls = []
+
+    def change(_model, args, kwargs):
+        calls.append(1)
+        held[0] = len(calls)
+        return args, {"img_shapes": held} | kwargs
+
+    kontext.transformer.register_forward_pre_hook(change, with_kwargs=True)
+    with pytest.raises(ReplayError, match="img_shapes changes over the steps"):
+        record(kontext)
+
+
+def test_a_zero_velocity_is_no_fault(kontext):
+    with torch.no_grad():
+        kontext.transformer.proj_out.weight.zero_()
+        kontext.transformer.proj_out.bias.zero_()
+    record(kontext)
 
 
 def test_a_proof_that_the_transformer_breaks_off_is_told(kontext):

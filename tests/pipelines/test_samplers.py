@@ -203,7 +203,80 @@ def test_a_loop_whose_end_is_not_seen_is_refused(flux):
         own_loop(flux, lambda timesteps: [timesteps[i] for i in range(2)])
 
 
+def test_a_look_at_the_timesteps_in_a_callback_is_not_the_end_of_the_loop(flux):
+    def look_and_halve(pipeline, step, t, given):
+        last = list(pipeline.scheduler.timesteps).index(t) == STEPS - 1
+        return {"latents": given["latents"] * 0.5} if last else {}
+
+    latents, rollout = record(flux, callback_on_step_end=look_and_halve)
+    assert torch.equal(rollout.trajectory.clean[:, 0], latents)
+    with pytest.raises(ReplayError, match="changed after the last step"):
+        record(flux, FlowSDE(0.7), callback_on_step_end=look_and_halve)
+
+
+def test_a_change_in_place_under_inference_mode_is_seen(flux):
+    def shrink(_pipeline, step, _timestep, given):
+        if step == 0:
+            given["latents"].mul_(0.9)
+        return {}
+
+    with torch.inference_mode(), pytest.raises(ReplayError, match="latents changed"):
+        record(flux, FlowSDE(0.7), callback_on_step_end=shrink)
+
+
+def test_a_scheduler_replaced_while_it_records_is_refused(flux):
+    recorder = Recorder(flux)
+
+    def calls():
+        with recorder:
+            flux(**options())
+            flux.scheduler = FlowMatchEulerDiscreteScheduler()
+            flux(**options())
+
+    with pytest.raises(ReplayError, match=r"pipeline\.scheduler was replaced"):
+        calls()
+    with pytest.raises(ValueError, match="recording failed: pipeline"):
+        recorder.rollout(group=[0, 1])
+
+
 # The pipeline's own scheduler, as it is.
+
+
+def test_the_scheduler_is_that_of_the_moment_of_entering(flux):
+    recorder = Recorder(flux)
+    flux.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    plain = flux(**options())[0]
+    with recorder:
+        recorded = flux(**options())[0]
+    assert torch.equal(recorded, plain)
+
+
+class Named(FlowMatchEulerDiscreteScheduler):
+    """A user's subclass with a name that the recorder's scheduler has too."""
+
+    reduction = "none"
+
+
+def test_names_that_would_be_overwritten_are_refused(flux):
+    flux.scheduler = Named()
+    with pytest.raises(ValueError, match=r"a Named without the names \['reduction'\]"):
+        Recorder(flux)
+
+
+class OwnSDE(FlowMatchSDEScheduler):
+    """A user's subclass of the library's scheduler."""
+
+
+def test_a_subclass_of_the_librarys_scheduler_is_taken(flux):
+    flux.scheduler = OwnSDE.from_config(flux.scheduler.config)
+    solver = FlowSDE(0.7)
+    assert largest_deviation(record(flux, solver)[1], flux.transformer, solver) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [[True, False], iter([0.5])])
+def test_stochastic_steps_are_indices(flux, steps):
+    with pytest.raises(TypeError, match="stochastic_steps: expected indices of steps, got"):
+        Recorder(flux, FlowSDE(0.7), stochastic_steps=steps)
 
 
 class Stretched(FlowMatchEulerDiscreteScheduler):

@@ -196,9 +196,11 @@ def hidream_texts(turn: int, batch: int) -> Options:
     }
 
 
-def dense(build: Any, inputs: Inputs, guided: Options | None = None, **options: Any) -> Family:
+def dense(
+    build: Any, inputs: Inputs, guided: Options | None = None, *, steps: int = 2, **options: Any
+) -> Family:
     """A pipeline that is given embeddings."""
-    return Family(build, inputs, SIZE | options, guided or GUIDED)
+    return Family(build, inputs, SIZE | options, guided or GUIDED, steps=steps)
 
 
 def one_time(build: Any) -> Family:
@@ -214,9 +216,12 @@ def one_time(build: Any) -> Family:
 
 
 FAMILIES = {
-    "CogView4Pipeline": dense(lambda: cogview4("CogView4Pipeline"), TEXTS),
+    # Its timesteps are no multiple of its sigmas, which two steps are too few to tell.
+    "CogView4Pipeline": dense(lambda: cogview4("CogView4Pipeline"), TEXTS, steps=4),
     "CogView4ControlPipeline": dense(
-        lambda: cogview4("CogView4ControlPipeline", 8), plus(TEXTS, control_image=picture(8))
+        lambda: cogview4("CogView4ControlPipeline", 8),
+        plus(TEXTS, control_image=picture(8)),
+        steps=4,
     ),
     "LuminaPipeline": Family(lumina, masked, LARGE, GUIDED),
     "Lumina2Pipeline": Family(
