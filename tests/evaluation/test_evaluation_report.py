@@ -3,15 +3,18 @@
 import csv
 import io
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.container import BarContainer
 
 from mteditflow.chains import TASK_TYPES, Chain
 from mteditflow.evaluation import JudgedBy, Provenance
 from mteditflow.evaluation.comparison import compare, most_changed, report_difference
-from mteditflow.evaluation.figures import draw_report
-from mteditflow.evaluation.report import ALL, DROP, Report, report_of
+from mteditflow.evaluation.figures import AMBER, BLUE, GOOD, INK, LINES, PURPLE, draw_report
+from mteditflow.evaluation.report import ALL, DROP, Estimate, Report, report_of
 from mteditflow.evaluation.tables import (
     as_csv,
     checks_in_short,
@@ -26,6 +29,7 @@ from tests.samples_of_scores import evaluation, few_resamples, nan
 __all__ = ["few_resamples"]  # a fixture of every test here
 
 ADD, COLOR = "subject_add", "color_alter"
+SHARES = ("instruction_following", "content_consistency", "marginal")
 
 
 def chains_of(found, types=None):
@@ -299,11 +303,161 @@ def test_forms_of_a_report_hold_its_numbers(tmp_path):
         report.find("marginal", 7)
 
 
+def test_markdown_titles_its_tables_and_ends_with_one_newline():
+    found, ways = evaluation([[1]]), [("asked",)]
+    report = report_of(found, chains_of(found, [[ADD]]), title="x", left_out={}, ways=ways)
+    page = markdown(report)
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "# x",
+        "## All chains",
+        "## IF, % by edit type",
+        "## Marginal, % by edit type",
+        "## Check of success, in turns",
+        "## Judged and made by",
+    ]
+    for text in (page, markdown(report, pictures=["a.png"])):
+        assert text == text.rstrip() + "\n"
+    assert str(rich_tables(report)[0].title).startswith("x: All chains")
+
+
+def by_hand(title="mine", *, shift=0, count=40, metrics=("overall", *SHARES), types=True):
+    """Two turns; the ends of every interval lie 5 below and 10 above; one type has none."""
+
+    def number(metric, kind, turn, value):
+        value += shift
+        ends = (
+            {"low": None, "high": None} if kind == COLOR else {"low": value - 5, "high": value + 10}
+        )
+        return Estimate(
+            metric=metric, edit_type=kind, turn=turn, estimate=value, count=count, **ends
+        )
+
+    whole = {"marginal": 70, "instruction_following": 60, "content_consistency": 50, "overall": 40}
+    places = [(name, None, turn, whole[name] - 10 * turn) for name in metrics for turn in (1, 2)]
+    places += [("marginal", ADD, ALL, 30), ("marginal", COLOR, ALL, 20)] * types
+    return Report(
+        title=title, turns=2, asked=count, scored=count, left_out={}, lost={},
+        estimates=tuple(number(*x) for x in places), notes=(),
+    )  # fmt: skip
+
+
+def error_bars(axes):
+    """Ends of each error bar of an axis, in the order drawn: [[x, y], [x, y]] each."""
+    bars = [x for x in axes.containers if not isinstance(x, BarContainer)]
+    ends = [line.tolist() for bar in bars for lines in bar[2] for line in lines.get_segments()]
+    assert ends, "no error bars"
+    return ends
+
+
+def assert_grid_behind(axes, *directions):
+    """Lines of the grid in these directions alone, behind the bars."""
+    drawn = [
+        name
+        for name in ("x", "y")
+        if any(line.get_visible() for line in getattr(axes, f"get_{name}gridlines")())
+    ]
+    assert drawn == [*directions]
+    assert axes.get_axisbelow() is True
+
+
+@pytest.mark.parametrize(
+    "metrics", [("overall", *SHARES), SHARES, ("instruction_following", "marginal")]
+)
+def test_bars_of_a_turn_stand_side_by_side_around_it(metrics):
+    axes, *_ = draw_report(by_hand(metrics=metrics)).axes
+    drawn = [x for x in axes.containers if isinstance(x, BarContainer)]
+    named = {"IF": (BLUE, 60), "CC": (AMBER, 50), "Overall": (GOOD, 40)}
+    count = len({*metrics} - {"marginal"})
+    assert [bars.get_label() for bars in drawn] == list(named)[:count]
+    for bars in some(drawn):
+        color, value = named[bars.get_label()]
+        assert {to_hex(bar.get_facecolor()) for bar in bars} == {color}
+        assert [bar.get_height() for bar in bars] == [value - 10, value - 20]
+    for turn in (1, 2):
+        sides = [(bars[turn - 1].get_x(), bars[turn - 1].get_width()) for bars in drawn]
+        centers = [left + width / 2 for left, width in sides]
+        assert sum(centers) / count == pytest.approx(turn)
+        apart = [b - a for a, b in pairwise(centers)]
+        assert apart == pytest.approx([0.8 / count] * (count - 1))
+        assert all(0 < width < 0.8 / count for _, width in sides)
+    ends = [[y for _, y in end] for end in error_bars(axes)]
+    heights = [bar.get_height() for bars in drawn for bar in bars]
+    assert ends == [pytest.approx([x - 5, x + 10]) for x in heights]
+    assert_grid_behind(axes, "y")
+    assert axes.get_ylim() == (0, 105)
+    assert [list(axes.get_xticks()), list(axes.get_yticks())] == [[1, 2], [*range(0, 101, 20)]]
+    assert [x.get_text() for x in axes.get_legend().get_texts()] == list(named)[:count]
+
+
+def test_a_line_for_each_report_with_its_intervals():
+    figure = draw_report(by_hand("base"), by_hand("mine", shift=7))
+    axes = figure.axes[1]
+    assert [x.get_label() for x in axes.containers] == ["base", "mine"]
+    points = [bar[0] for bar in axes.containers]
+    assert [list(x.get_ydata()) for x in points] == [[60, 50], [67, 57]]
+    assert [list(x.get_xdata()) for x in points] == [[1, 2]] * 2
+    assert [x.get_color() for x in points] == list(LINES[:2])
+    ends = [[1, 55, 70], [2, 45, 60], [1, 62, 77], [2, 52, 67]]
+    assert [[x, low, high] for (x, low), (_, high) in error_bars(axes)] == ends
+    assert_grid_behind(axes, "y")
+    (own,) = draw_report(by_hand()).axes[1].containers
+    assert own[0].get_color() == PURPLE
+
+
+def test_bars_of_edit_types_have_error_bars_to_the_ends_of_their_intervals():
+    """The second type has no interval, and its bar no error bar."""
+    axes = draw_report(by_hand()).axes[2]
+    assert [bar.get_width() for bar in axes.patches] == [30, 20]
+    assert {to_hex(bar.get_facecolor()) for bar in axes.patches} == {PURPLE}
+    first, second = error_bars(axes)
+    assert first == [[25, 0], [40, 0]]
+    assert second == []
+    bars = [x for x in axes.containers if not isinstance(x, BarContainer)]
+    assert {to_hex(lines.get_color()[0]) for bar in bars for lines in bar[2]} == {INK}
+    assert [x.get_text() for x in axes.get_yticklabels()] == [
+        "subject add (40)",
+        "color alter (40)",
+    ]
+    assert axes.yaxis_inverted()  # the first type on top
+    assert axes.get_xlim() == (0, 100)
+    assert_grid_behind(axes, "x")
+
+
+def test_a_drawn_report_is_titled_by_its_own_name_and_those_it_stands_against():
+    mine, base, other = (by_hand(x, types=False) for x in ("mine", "base", "other"))
+    assert draw_report(mine).get_suptitle() == "mine"
+    found = draw_report(base, other, mine).get_suptitle()
+    assert found == "mine, against other, against base"
+    assert draw_report(mine, mine).get_suptitle() == "mine"
+
+
+def test_a_drawn_report_says_where_chains_are_few():
+    few = draw_report(by_hand(count=9))
+    assert [axes.get_xlabel() for axes in few.axes[:2]] == [
+        "turn (some over fewer than 10 chains)"
+    ] * 2
+    assert few.axes[2].get_yticklabels()[0].get_text() == "subject add (9, few)"
+    many = draw_report(by_hand(count=10))
+    assert [axes.get_xlabel() for axes in many.axes[:2]] == ["turn"] * 2
+
+
 def test_what_does_not_count_is_named_up_to_a_number():
     found = evaluation([[1]])
     left_out = {str(i): "no image" for i in range(25)}
     report = report_of(found, chains_of(found), title="x", left_out=left_out)
     assert lost_in_short(report, most=3)[-1] == "... and 22 more"
+
+
+def test_the_turns_without_a_measure_are_the_most_of_either_report():
+    """Consistency has 1 before and 2 after; a term that only one of them misses stays."""
+    before = evaluation([[1], [1]], [[0.5], [nan]], looks=[[nan], [1]], object=[[1], [1]])
+    after = evaluation([[1], [1]], [[nan], [nan]], looks=[[1], [1]], object=[[nan], [1]])
+    expected = {"consistency": 2, "looks": 1, "object": 1}
+    for pair in ((before, after), (after, before)):
+        report = report_difference(*pair, chains_of(before), title="x", left_out={})
+        assert report.unmeasured == expected
+    same = report_difference(before, before, chains_of(before), title="x", left_out={})
+    assert same.unmeasured == {"consistency": 1, "looks": 1}
 
 
 def test_paired_differences_are_of_the_chains_that_count_in_both():

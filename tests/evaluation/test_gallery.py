@@ -1,10 +1,13 @@
 """The gallery page: what it holds, and in a real browser what it shows and hides."""
 
+import base64
+import io
 import json
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -58,6 +61,24 @@ def test_nothing_to_measure_is_shown_apart_from_what_was_lost_with_the_denominat
         "mine: chains by turn: instruction following 1 / 0, marginal 1 / 0, content consistency "
         "1 / 0, overall 1 / 0; 1 lost a score; turns with nothing to measure: consistency 1"
     ]
+
+
+def amplitude(cycles):
+    """Of 100, what the page keeps of a wave of so many cycles per pixel of the halved image."""
+    wave = 128 + 100 * np.sin(np.pi * cycles * (np.arange(512) + 0.5))
+    image = Image.fromarray(np.tile(wave.round().astype(np.uint8), (512, 1))).convert("RGB")
+    chain = Chain(id="c0", image="x.png", instructions=("a",))
+    page = gallery([Series("x", evaluation([[1]]), {0: [image] * 2})], [chain], [0], title="x")
+    address = held(page)["chains"][0]["reference"]
+    shown = Image.open(io.BytesIO(base64.b64decode(address.partition("base64,")[2])))
+    assert (shown.format, shown.size) == ("WEBP", (256, 256))
+    return 2**0.5 * np.asarray(shown.convert("L"), dtype=float)[:, 20:-20].std()
+
+
+def test_large_images_are_shrunk_sharp_and_without_moire():
+    """Half a cycle per pixel is the finest that fits. Lanczos: 99.8 and 0; bicubic: 88 and 11."""
+    assert amplitude(0.3) > 95
+    assert amplitude(0.7) < 3
 
 
 def test_images_that_are_not_one_more_than_the_turns_are_refused():

@@ -1,6 +1,8 @@
 """ImgEdit-Bench: reading, what is asked, how answers are read, averages and denominators."""
 
+import io
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -292,3 +294,17 @@ def test_keys_that_stand_twice_are_refused():
     client = ChatClient(["http://127.0.0.1:9/v1"], "m")
     with pytest.raises(ValueError, match="items: expected each key once, got '1' again"):
         anyio.run(score_items, client, [item("1"), item("1")], lambda _: [RUBRIC])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_bar_is_shown_when_asked_for_on_a_terminal_or_in_a_log(monkeypatch, terminal):
+    """Items without images ask no judge."""
+    items, client = [item("1"), item("2")], ChatClient(["http://127.0.0.1:9/v1"], "m", attempts=1)
+    for progress in (False, True):
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stderr", stream)
+        call = partial(score_items, client, items, lambda item: [RUBRIC], progress=progress)
+        assert set(anyio.run(call).missing) == {"1", "2"}
+        shown = stream.getvalue()
+        assert ("judge: " in shown, "2/2" in shown) == (progress, progress)

@@ -72,8 +72,14 @@ def test_verdicts_follow_from_intervals(ends, verdict):
 
 
 def test_one_seed_gives_no_interval():
-    assert math.isnan(mean_interval(torch.tensor([3.0])).low)
-    assert math.isnan(difference_interval(torch.ones(4, 1), 0, 1).low)
+    for found, mean in (
+        (mean_interval(torch.tensor([3.0])), 3),
+        (difference_interval(torch.tensor([[5.0], [3.0]]), 0, 1), 2),
+        (difference_interval(torch.tensor([[5.0, 6.0]]), 0, 0), 0),  # one setting has no error
+    ):
+        ends = pytest.approx([math.nan] * 2, nan_ok=True)
+        assert (found.mean, [found.low, found.high]) == (mean, ends)
+        assert found.verdict == "no interval from one seed"
     assert f"{SeedInterval(1.25, math.nan, math.nan):+.1f}" == "+1.2"
     assert f"{SeedInterval(1.0, -2.0, 4.0):+.1f}" == "+1.0 [-2.0, +4.0]"
 
@@ -84,6 +90,12 @@ def test_one_seed_gives_no_interval():
         (lambda: mean_interval(torch.ones(2, 2)), ValueError, r"of shape \[S\], got"),
         (lambda: mean_interval(torch.ones(3, dtype=torch.int64)), TypeError, "floating-point"),
         (lambda: block_error(torch.ones(3)), ValueError, "values: expected"),
+        (
+            lambda: block_error(torch.ones(2, 3, 4)),
+            ValueError,
+            r"of shape \[K, S\], got \[2, 3, 4\]",
+        ),
+        (lambda: block_error(torch.ones(0, 3)), ValueError, r"of shape \[K, S\], got \[0, 3\]"),
         (lambda: difference_interval(torch.ones(3), 0, 1), ValueError, "values: expected"),
         (lambda: resampled_means([{"x": torch.ones(2)}], resamples=0), ValueError, "resamples"),
     ],
