@@ -23,13 +23,14 @@ class PlainLoop:
     ) -> None:
         self.policies, self.size = policies, micro_batch
         self.clean = rollout.trajectory.clean.flatten(0, 1).to(device)
-        self.recipe = rollout.conditioning[0].recipe
-        self.branches = [
+        (stage,) = rollout.conditioning[0].stages
+        self.guidance, self.calls = stage.recipe.guidance, stage.calls
+        self.constants = [
             (
-                select_rows([branch.arguments], [0], torch.device(device)),
-                None if branch.rest is None else branch.rest.tensor[:1].to(device),
+                select_rows([call.arguments], [0], torch.device(device)),
+                None if call.rest is None else call.rest.tensor[:1].to(device),
             )
-            for branch in rollout.conditioning[0].branches
+            for call in stage.calls
         ]
         self.optimizer = optimizer
 
@@ -56,15 +57,15 @@ class PlainLoop:
 
     def forward(self, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Velocity, by one call of the transformer per branch."""
-        recipe, outputs = self.recipe, []
-        for arguments, rest in self.branches:
-            sample = x_t.to(recipe.place.dtype)
+        outputs = []
+        for call, (arguments, rest) in zip(self.calls, self.constants, strict=True):
+            sample = x_t.to(call.place.dtype)
             rests = [] if rest is None else [rest.expand(len(x_t), *rest.shape[1:])]
             given = map_leaves(lambda leaf: expanded(leaf, len(x_t)), arguments)
-            given[recipe.place.name] = torch.cat([sample, *rests], dim=1)
-            given[recipe.time_name] = sigma.to(recipe.time_dtype)
+            given[call.place.name] = torch.cat([sample, *rests], dim=1)
+            given |= {time.name: sigma.to(time.dtype) for time in call.times}
             outputs.append(self.policies.model(**given)[0][:, : x_t.shape[1]])
-        return (outputs[0] if recipe.guidance is None else recipe.guidance(outputs)).float()
+        return (outputs[0] if self.guidance is None else self.guidance(outputs)).float()
 
 
 def expanded(leaf: Any, rows: int) -> Any:

@@ -65,8 +65,9 @@ def updates(batch: Batch) -> Callable[[], object]:
 def held_bytes(batch: Batch) -> int:
     """Bytes of a rollout: states, and conditioning, each storage once."""
     rollout = batch.rollout
-    branches = [tuple(b) for record in rollout.conditioning for b in record.branches]
-    found = [x.tensor if hasattr(x, "tensor") else x for x in leaves(branches)]
+    stages = [stage for record in rollout.conditioning for stage in record.stages]
+    held = [[call.arguments, call.rest] for stage in stages for call in stage.calls]
+    found = [x.tensor if hasattr(x, "tensor") else x for x in leaves(held)]
     tensors = [*rollout.trajectory._tensors().values(), rollout.index, *found]
     storages = [x.untyped_storage() for x in tensors if isinstance(x, torch.Tensor)]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
