@@ -144,7 +144,7 @@ def record(pipeline: Any, batch: int, turns: int, steps: int, *, verify: bool) -
     """The same as a rollout on the host."""
     with Recorder(pipeline, storage="cpu", verify=verify) as recorder:
         edit(pipeline, batch, turns, steps)
-    recorder.rollout(group=[0] * batch)
+    recorder.rollout(group=list(range(batch)))
 
 
 UPDATES = ("kl_coef", "rows", "forwards, old = current", "forwards, old differs", "saved",

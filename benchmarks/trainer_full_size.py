@@ -198,7 +198,7 @@ def chains_of(size: Size, batch: int) -> dict[str, Any]:
 
 def roll_out(editor: Editor, size: Size, batch: int) -> Rollout:
     """Record as the trainer does."""
-    group = torch.zeros(batch, dtype=torch.long)
+    group = torch.arange(batch)
     given = chains_of(size, batch)
     parts = editor.roll_out(**given, group=group, batch=batch, verify=False)
     return Rollout.concatenate([part.rollout for part in parts])
