@@ -1,7 +1,7 @@
 """The table of supported pipelines: ``python -m docs.render_support`` writes support.md and .json.
 
-It records, replays and trains every tiny pipeline of tests/pipelines/worlds, which takes minutes.
-Each check asserts. A case whose check fails, or that was recorded and is now refused, keeps the row
+It records, replays and trains every tiny pipeline of tests/pipelines/tiny_pipelines, which takes
+minutes. Each check asserts. A case whose check fails, or that was recorded and is now refused, keeps the row
 that it has, and the command ends with exit code 2.
 """
 
@@ -22,8 +22,8 @@ import diffusers
 TESTS = Path(__file__).parents[1] / "tests" / "pipelines"
 sys.path.insert(0, str(TESTS))  # the worlds import each other as the tests do
 
-from worlds import FAMILIES, NOT_BUILT, REFUSED  # noqa: E402
-from worlds.checks import Case  # noqa: E402
+from tiny_pipelines import FAMILIES, NOT_BUILT, REFUSED  # noqa: E402
+from tiny_pipelines.checks import Case  # noqa: E402
 
 from mteditflow.pipelines import Recorder  # noqa: E402
 

@@ -304,7 +304,7 @@ class LoraPolicies:
         reshard(self._bare)
         weights = adapter_weights(self._layers, policy)
         dtypes = {weight.dtype for weight in weights.values()}
-        if dtypes != {torch.float32}:
+        if not dtypes <= {torch.float32, torch.float64}:
             raise _changed("float32 weights", f"{sorted(map(str, dtypes))}")
         return weights
 

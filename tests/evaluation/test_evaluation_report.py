@@ -379,7 +379,7 @@ def test_bars_of_a_turn_stand_side_by_side_around_it(metrics):
         assert sum(centers) / count == pytest.approx(turn)
         apart = [b - a for a, b in pairwise(centers)]
         assert apart == pytest.approx([0.8 / count] * (count - 1))
-        assert all(0 < width < 0.8 / count for _, width in sides)
+        assert all(0 < width < 0.8 / count for _, width in some(sides))
     ends = [[y for _, y in end] for end in error_bars(axes)]
     heights = [bar.get_height() for bars in drawn for bar in bars]
     assert ends == [pytest.approx([x - 5, x + 10]) for x in heights]

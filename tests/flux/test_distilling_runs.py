@@ -101,7 +101,7 @@ def test_each_turn_is_shown_the_clean_image_of_its_own_chain(world, tmp_path):
     for b in some(range(len(rollout))):  # the clean image of the first turn is the student's own
         own, clean = rollout.index[b, 0].tolist(), shown.index[b, 0].tolist()
         tensors = [
-            record.conditioning[call].branches[0].rest.tensor[row]
+            record.conditioning[call].stages[0].calls[0].rest.tensor[row]
             for record, (call, row) in ((rollout, own), (shown, clean))
         ]
         assert torch.equal(*tensors)
@@ -169,6 +169,7 @@ def test_a_run_goes_on_to_the_same_weights(world, tmp_path, teacher, taught_by, 
     )
     if taught_by == "another":
         saved = load_file(teacher / "pytorch_lora_weights.safetensors")
+        came = {k: x for k, x in came.items() if not k.endswith(".lora_scale")}
         assert all(torch.equal(saved[f"transformer.{k}"], x) for k, x in some(came.items()))
 
 

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from peft import LoraConfig
 from tiny import batches_of_rollout, roll_out
+from tiny_pipelines.checks import replay
 from torch import Tensor
-from worlds.checks import replay
 
 from mteditflow import FlowSDE
 from mteditflow.pipelines import LoraPolicies, Rollout

@@ -13,7 +13,7 @@ from mteditflow_examples.shapes.editor import build_klein, build_kontext, call_o
 from PIL import Image
 from tiny import CHAIN, batches_of_rollout, picture
 from tiny import roll_out as plain_roll_out
-from worlds.checks import replay
+from tiny_pipelines.checks import replay
 
 from mteditflow import FlowSDE, trajectory_generators
 from mteditflow.pipelines import (

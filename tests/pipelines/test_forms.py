@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from worlds import FAMILIES
-from worlds.base import normal
-from worlds.checks import Case, replay
+from tiny_pipelines import FAMILIES
+from tiny_pipelines.base import normal
+from tiny_pipelines.checks import Case, replay
 
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import CHAIN, call, picture, roll_out
+from tiny_pipelines.checks import replay
 from torch import nn
-from worlds.checks import replay
 
 from mteditflow import FlowSDE, interpolate, nft_loss, trajectory_generators, velocity_target
 from mteditflow.pipelines import LoraPolicies, RolloutVelocity

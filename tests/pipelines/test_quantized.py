@@ -13,7 +13,7 @@ from diffusers import BitsAndBytesConfig, TorchAoConfig
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from peft import LoraConfig
 from tiny import roll_out
-from worlds.checks import replay
+from tiny_pipelines.checks import replay
 
 from mteditflow import clipped_surrogate_loss, interpolate, nft_loss, velocity_target
 from mteditflow.pipelines import LoraPolicies

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from tiny import CHAIN, STEPS, batches_of_rollout, call, options, picture, roll_out
-from worlds.checks import replay
+from tiny_pipelines.checks import replay
 
 from mteditflow import (
     CPS,

@@ -15,8 +15,8 @@ from diffusers import (
 from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
 from tiny import picture
-from worlds import FAMILIES
-from worlds.checks import replay
+from tiny_pipelines import FAMILIES
+from tiny_pipelines.checks import replay
 
 from mteditflow import FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, Recorder, ReplayError

@@ -1,14 +1,14 @@
 """The pipelines of docs/support.md: one recording of each form, and a page that has them all.
 
-``make support`` runs every check of every pipeline (tests/pipelines/worlds/checks.py) and writes
-the page; these tests run the first check of a pipeline of each form.
+``make support`` runs every check of every pipeline (tests/pipelines/tiny_pipelines/checks.py) and
+writes the page; these tests run the first check of a pipeline of each form.
 """
 
 import json
 
 import pytest
-from worlds import FAMILIES, NOT_BUILT, REFUSED
-from worlds.checks import Case
+from tiny_pipelines import FAMILIES, NOT_BUILT, REFUSED
+from tiny_pipelines.checks import Case
 
 from docs.render_support import FACTS, PAGE, cases, check, class_of, flow_classes, page, refusal
 

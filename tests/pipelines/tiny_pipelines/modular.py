@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
 
-from worlds import video, video2, video3
-from worlds.base import CFG, Family, image_vae, picture, plus, prompts, redraw, scheduler
+from tiny_pipelines import video, video2, video3
+from tiny_pipelines.base import CFG, Family, image_vae, picture, plus, prompts, redraw, scheduler
 
 TEXT = {"max_sequence_length": 10}
 IMAGES, LATENTS = {"output": "images"}, {"output": "latents"}

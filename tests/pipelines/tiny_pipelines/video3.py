@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from worlds.base import (
+from tiny_pipelines.base import (
     CFG,
     Family,
     Inputs,

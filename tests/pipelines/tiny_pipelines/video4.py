@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 
-from worlds.base import (
+from tiny_pipelines.base import (
     CFG,
     KANDINSKY,
     Family,
@@ -21,9 +21,9 @@ from worlds.base import (
     plus,
     scheduler,
 )
-from worlds.refusals import refused
-from worlds.video import video
-from worlds.video3 import hunyuan_vae, padded, siglip
+from tiny_pipelines.refusals import refused
+from tiny_pipelines.video import video
+from tiny_pipelines.video3 import hunyuan_vae, padded, siglip
 
 WIDTH = 16  # of text embeddings
 FRAMES = {"height": 16, "width": 16, "num_frames": 5}

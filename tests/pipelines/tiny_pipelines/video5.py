@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, HeliosScheduler
 
-from worlds.base import (
+from tiny_pipelines.base import (
     CFG,
     KANDINSKY,
     Family,
@@ -21,9 +21,9 @@ from worlds.base import (
     plus,
     scheduler,
 )
-from worlds.refusals import refused
-from worlds.video import GUIDED, text, vae
-from worlds.video3 import hunyuan_vae
+from tiny_pipelines.refusals import refused
+from tiny_pipelines.video import GUIDED, text, vae
+from tiny_pipelines.video3 import hunyuan_vae
 
 WIDTH = 16  # of text embeddings
 
