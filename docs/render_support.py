@@ -1,8 +1,8 @@
 """The table of supported pipelines: ``python -m docs.render_support`` writes support.md and .json.
 
 It records, replays and trains every tiny pipeline of tests/pipelines/tiny_pipelines, which takes
-minutes. Each check asserts. A case whose check fails, or that was recorded and is now refused, keeps the row
-that it has, and the command ends with exit code 2.
+minutes. Each check asserts. A case whose check fails, or that was recorded and is now refused,
+keeps the row that it has, and the command ends with exit code 2.
 """
 
 from __future__ import annotations
