@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from types import FrameType, TracebackType
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from mteditflow.pipelines.conditioning import (
 from mteditflow.pipelines.recognize import Call, ReplayError, parts_equal
 from mteditflow.pipelines.rollout import Rollout, caches
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step, check_pipeline, stand_in
-from mteditflow.pipelines.turn import Choice, Recorded, Turn, Version
+from mteditflow.pipelines.turn import PROOF_ROWS, Choice, Recorded, Turn, Version
 
 
 class Recorder:
@@ -300,7 +301,7 @@ class Recorder:
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
             turn.hold(self._held(turn.steps[-1]))
-            self._holder = None
+            self._holder, self._stack = None, []  # frames keep all local variables alive
             self._prove(turn)
             self._turns.append(turn.recorded(self._choice))
         self._turn = None
@@ -334,18 +335,19 @@ class Recorder:
 
     def _prove(self, turn: Turn) -> None:
         """Prove a turn of which none before was alike, and find how to read its arguments."""
-        if not self._verify or turn.kinds() in self._proved:
+        if not self._verify or (kinds := turn.kinds()) in self._proved:
             return
-        self._proved.add(turn.kinds())
-        told: list[str] = []
-        for choice in [self._choice, *turn.choices()]:
+        self._proved.add(kinds)
+        first_error = ""
+        likeliest = [self._choice, {}] if self._choice else [{}]
+        for choice in chain(likeliest, turn.choices()):
             error = self._error(turn, turn.conditioning(choice))
             if error is None:
                 self._choice = choice
                 return
-            told.append(error)
+            first_error = first_error or error
         raise ReplayError(
-            f"called again with what was recorded, the transformer {told[0]}: look for a state "
+            f"called again with what was recorded, the transformer {first_error}: look for a state "
             "that it keeps between calls, random numbers, or an argument without a row per "
             "trajectory that is not named in `shared`"
         )
@@ -353,27 +355,22 @@ class Recorder:
     def _error(self, turn: Turn, conditioning: Conditioning) -> str | None:
         """Make the calls of every pattern again, for a few of its rows, from the record alone.
 
-        The rows are of the first, a middle and the last step, each of another trajectory, and
-        their number is never that of the recording. Under a cache they are of the first step, which
-        it computes.
+        The rows are of the first, a middle and the last step, and their number is never that of the
+        recording. Under a cache they are of the first step, which it computes.
         """
-        for pattern in turn.patterns:
-            batch = len(pattern.steps[0][0].x_t)
-            count, last = (2 if batch in (1, 3) else 3), len(pattern.steps) - 1
-            numbers = [0, (last + 1) // 2, last][:count]
-            picked = [
-                (pattern.steps[0 if caches(self._model) else number], (batch - 1 - m) % batch)
-                for m, number in enumerate(numbers)
-            ]
-            rows = [row for _, row in picked]
-            x_t, sigma, given = (
-                torch.stack([x[row] for x, row in zip(tensors, rows, strict=True)])
-                for tensors in zip(*((s.x_t, s.sigma, v) for (s, v), _ in picked), strict=True)
-            )
-            stage, _ = conditioning.at(sigma.max().item())
+        for pattern, stage in zip(turn.patterns, conditioning.stages, strict=True):
+            rows = pattern.rows[:PROOF_ROWS] if caches(self._model) else pattern.rows
+            steps = len(rows) - PROOF_ROWS + 1
+            middle = 1 if steps == 1 else PROOF_ROWS - 1 + steps // 2
+            rows = [rows[0], rows[middle], rows[-1]]
+            rows = rows[: 2 if stage.batch in (1, 3) else 3]
+            x_t, sigma, given = map(torch.stack, list(zip(*rows, strict=True))[1:])
+            numbers = [row.trajectory for row in rows]
             try:
                 with _fresh_cache(self._model):
-                    again = replay_rows(self._model, [stage] * count, rows, x_t, sigma)
+                    again = replay_rows(self._model, [stage] * len(rows), numbers, x_t, sigma)
+            except torch.OutOfMemoryError:
+                raise  # no fault of the record
             except Exception as error:
                 return f"raised {type(error).__name__}: {error}"
             exact = given.dtype in (torch.float32, torch.float64)

@@ -110,6 +110,18 @@ class Repeated:
         return found
 
 
+class Row(NamedTuple):
+    """One trajectory's share of a step: its number, x_t, sigma (0-d) and the velocity."""
+
+    trajectory: int
+    x_t: Tensor
+    sigma: Tensor
+    velocity: Tensor
+
+
+PROOF_ROWS = 3  # of a pattern at most
+
+
 @dataclass
 class Pattern:
     """Pattern of consecutive steps, taken from the first of them, and what varies over them.
@@ -118,13 +130,13 @@ class Pattern:
         first: number of that step.
         calls: of the transformer and of modules that give it arguments, in order.
         combination: how the transformer's outputs make the scheduler's velocity.
-        steps: with the scheduler's velocity.
+        rows: single rows of its steps to be proved: several of the first step, one of each other.
     """
 
     first: int
     calls: list[Repeated]
     combination: Combination = field(default_factory=Combination)
-    steps: list[tuple[Step, Tensor]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     @classmethod
     def of(cls, first: int, calls: Sequence[Call], *step: Tensor) -> Pattern:
@@ -315,8 +327,11 @@ class Turn:
                 changed = (step.x_t != returned.to(step.x_t.dtype)).any()
                 self._changes.append(changed)
         self._states += _versions([{"latents": step.next_x}])
-        # A copy, because pipelines may write what a step returns into what it was given.
-        pattern.steps.append((step._replace(x_t=step.x_t.clone()), velocity))
+        for _ in range(1 if pattern.rows else PROOF_ROWS):
+            row = -(len(pattern.rows) + 1) % len(velocity)
+            # Copies, because pipelines may write what a step returns into what it was given.
+            own = (step.x_t[row].clone(), step.sigma[row], velocity[row].clone())
+            pattern.rows.append(Row(row, *own))
 
     def _compare(self, one: Repeated, call: Call, rows: Tensor) -> None:
         """Compare a call with the pattern's."""
@@ -428,7 +443,7 @@ class Turn:
         return whole.first_and_last() if self.ends else whole
 
     def choices(self) -> Iterator[Choice]:
-        """All ways to read the arguments, the likeliest first; few arguments have several."""
+        """Other ways to read the arguments than the likeliest; few arguments have several."""
         counts = {
             name: len(self._readings(call, name, value))
             for pattern in self.patterns
@@ -436,7 +451,6 @@ class Turn:
             for name, value in call.constants.items()
         }
         others = [(name, number) for name, count in counts.items() for number in range(1, count)]
-        yield {}
         yield from ({name: number} for name, number in others)
         yield from (dict(pair) for pair in combinations(others, 2) if pair[0][0] != pair[1][0])
 
