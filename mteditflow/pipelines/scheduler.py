@@ -2,7 +2,8 @@
 
 The pipeline is not patched: same class or a subclass, same attributes, same ``set_timesteps``. What
 changes is how a step is taken (by a ``mteditflow.Solver``), whose noise it uses (one generator per
-trajectory) and that an observer is told of it. Unsupported options raise with a reason.
+trajectory) and that it is reported to an observer. Unsupported options raise an error with the
+reason.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class Observer(Protocol):
 
 
 class Timesteps(Tensor):
-    """The timesteps that a pipeline loops over; tells when a loop has come to its end.
+    """The timesteps that a pipeline loops over; reports the end of each loop.
 
-    What a pipeline does between its last step and that moment is thereby seen.
+    At that moment the pipeline has done all that it does within the loop after its last step.
     """
 
     __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
@@ -122,7 +123,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             ``stochastic_sampling``; the number of generators is not the batch's; ``step`` gets an
             option that would be ignored.
 
-    A copy (``copy.deepcopy``) draws from the same generators and tells the same observer.
+    A copy (``copy.deepcopy``) draws from the same generators and reports to the same observer.
 
     Source: Flow-GRPO (arXiv 2505.05470) for the SDE; the windows are MixGRPO's (arXiv 2507.21802).
 
@@ -291,9 +292,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """Decide which of the steps from the index ``first`` on are stochastic."""
         grid = self._flow_times().cpu()[first:]
         self._first, self._stochastic, self.steps = first, self._draws_noise(grid), ()
-        if self.observer is not None:
-            self.timesteps = Timesteps.of(self.timesteps, self.observer.ended)
-            self.observer.started(grid, self.timesteps.cpu().as_subclass(Tensor)[first:])
+        _announce(self, grid, first)
 
     def _draws_noise(self, sigmas: Tensor) -> list[bool]:
         """Whether each step of the grid [S + 1] is stochastic: allowed to be, and of std > 0."""
@@ -318,6 +317,14 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         return batched_noise(sample.shape[1:], self.generators, device=sample.device)
 
 
+def _announce(scheduler: Any, grid: Tensor, first: int) -> None:
+    """Report a grid [S + 1] and its timesteps from an index on, and watch loops over them."""
+    if scheduler.observer is not None:
+        scheduler.timesteps = Timesteps.of(scheduler.timesteps, scheduler.observer.ended)
+        timesteps = scheduler.timesteps.cpu().as_subclass(Tensor)[first:]
+        scheduler.observer.started(grid, timesteps)
+
+
 def _copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
     """A deep copy of all but what is shared."""
     memo |= {id(x): x for x in shared}
@@ -331,8 +338,8 @@ def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -
 
     Args:
         scheduler: the pipeline's, any subclass of ``FlowMatchEulerDiscreteScheduler``, which gets
-            SDE steps, or another one that samples a flow, whose steps are only told.
-        observer: whom to tell.
+            SDE steps, or another one that samples a flow, whose steps are only reported.
+        observer: receives grids and steps.
         options: of ``FlowMatchSDEScheduler.sample_with``.
 
     Raises:
@@ -351,7 +358,7 @@ def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -
         )
     standing = copy.copy(scheduler)
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        standing.__class__ = _told(cast(Hashable, kind))
+        standing.__class__ = _observed(cast(Hashable, kind))
     else:
         bases = (FlowMatchSDEScheduler, kind)
         if issubclass(kind, FlowMatchSDEScheduler):
@@ -385,29 +392,34 @@ _DIFFUSERS = FlowMatchEulerDiscreteScheduler.__mro__
 
 
 @functools.cache
-def _told(kind: Any) -> Any:
-    """A subclass of any scheduler's class that tells an observer of its steps.
+def _observed(kind: Any) -> Any:
+    """A subclass of any scheduler's class that reports its steps to an observer.
 
     Flow times are the timesteps over ``num_train_timesteps``, which some schedulers round.
     """
 
-    class Told(kind):
+    class Observed(kind):
         observer: Observer | None = None
         timesteps: Tensor
+        _first = 0
 
         @functools.wraps(kind.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             super().set_timesteps(*args, **kwargs)
-            self._tell()
+            self._begin(0)
 
         def set_begin_index(self, begin_index: int = 0) -> None:
             super().set_begin_index(begin_index)
-            self._tell(begin_index)
+            self._begin(begin_index)
 
         @functools.wraps(kind.step)
         def step(
             self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
+            if self.step_index is None and self.begin_index is None:
+                first = self.index_for_timestep(timestep)
+                if first != self._first:
+                    self._begin(first)
             result = super().step(model_output, timestep, sample, *args, **kwargs)
             zero = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
             timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
@@ -420,15 +432,14 @@ def _told(kind: Any) -> Any:
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             return _copied(self, memo, self.observer, self.timesteps)
 
-        def _tell(self, first: int = 0) -> None:
-            if self.observer is not None:
-                timesteps = self.timesteps.cpu().as_subclass(Tensor)[first:]
-                self.timesteps = Timesteps.of(self.timesteps, self.observer.ended)
-                sigmas = timesteps.float() / self.config.num_train_timesteps
-                self.observer.started(torch.cat([sigmas, sigmas.new_zeros(1)]), timesteps)
+        def _begin(self, first: int) -> None:
+            self._first = first
+            timesteps = self.timesteps.cpu().as_subclass(Tensor)[first:]
+            sigmas = timesteps.float() / self.config.num_train_timesteps
+            _announce(self, torch.cat([sigmas, sigmas.new_zeros(1)]), first)
 
-    Told.__name__ = Told.__qualname__ = kind.__name__
-    return Told
+    Observed.__name__ = Observed.__qualname__ = kind.__name__
+    return Observed
 
 
 def check_pipeline(pipeline: Any) -> Any:

@@ -16,7 +16,7 @@ from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
 from tiny import picture
 from tiny_pipelines import FAMILIES
-from tiny_pipelines.checks import replay
+from tiny_pipelines.checks import Case, replay
 
 from mteditflow import FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, Recorder, ReplayError
@@ -418,6 +418,26 @@ def test_any_flow_sampler_gives_clean_latents_and_conditioning(name, family, gui
     with torch.no_grad():
         velocities = [x.velocity(flux.transformer, *at) for x in (rollout, euler)]
     assert torch.equal(*velocities)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        # Loops over the rest of the timesteps, and sets no begin index.
+        ("WanVideoToVideoPipeline", lambda: UniPCMultistepScheduler(**FLOW, flow_shift=3.0)),
+        ("StableDiffusion3Img2ImgPipeline", SAMPLERS["Heun"]),
+    ],
+)
+def test_another_sampler_begins_within_the_grid_at_a_strength_below_one(name, scheduler):
+    case = Case(FAMILIES[name], "none")
+    case.pipeline.scheduler = scheduler()
+    plain = case.call(0, 1, trajectory_generators(0, 1), "latent")
+    with Recorder(case.pipeline) as recorder:
+        recorded = case.call(0, 1, trajectory_generators(0, 1), "latent")
+    trajectory = recorder.rollout(group=[0]).trajectory
+    assert torch.equal(recorded, plain)
+    assert torch.equal(trajectory.clean[:, 0], plain)
+    assert 0.4 < trajectory.sigmas[0, 0] < 0.9
 
 
 def test_a_cache_samples_without_a_solver_alone(flux):
