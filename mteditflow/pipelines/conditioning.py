@@ -27,7 +27,7 @@ class Entries(NamedTuple):
     values: tuple[Any, ...]
 
 
-class Produced(NamedTuple):
+class OutputOf(NamedTuple):
     """In place of a tensor that an earlier call of the step returned, such as a ControlNet's.
 
     Attributes:
@@ -39,7 +39,7 @@ class Produced(NamedTuple):
     leaf: int
 
 
-class Called(NamedTuple):
+class CallRecord(NamedTuple):
     """One call of each step.
 
     Attributes:
@@ -176,7 +176,7 @@ class Stage(NamedTuple):
     sigma: float
     batch: int
     recipe: Recipe
-    calls: tuple[Called, ...]
+    calls: tuple[CallRecord, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,7 @@ class Conditioning:
     """The constant part of one pipeline call (one turn of some trajectories).
 
     Attributes:
-        stages: in the order of the steps; more than one where guidance comes and goes.
+        stages: in the order of the steps; several where guidance is active in only some steps.
     """
 
     stages: tuple[Stage, ...]
@@ -221,7 +221,7 @@ def map_tensors(
 
 
 def map_kinds(tree: Any) -> Hashable:
-    """What belongs to rows in a tree, and how, whatever the shapes."""
+    """Kinds of a tree's leaves: rows of an axis, or a type, whatever the shapes."""
     if isinstance(tree, dict):
         return tuple((key, map_kinds(value)) for key, value in tree.items())
     if isinstance(tree, Rows):
@@ -271,7 +271,7 @@ def _map_calls(
 ) -> tuple[Conditioning, ...]:
     """The records with ``leaf`` applied to the arguments and rest of every call."""
 
-    def mapped(call: Called) -> Called:
+    def mapped(call: CallRecord) -> CallRecord:
         return call._replace(arguments=map_leaves(leaf, call.arguments), rest=leaf(call.rest))
 
     return tuple(
@@ -354,4 +354,4 @@ def replay_rows(
 
 def _given(returned: Sequence[Sequence[Any]], leaf: Any) -> Any:
     """An argument's leaf, or what an earlier call returned for it."""
-    return returned[leaf.call][leaf.leaf] if isinstance(leaf, Produced) else leaf
+    return returned[leaf.call][leaf.leaf] if isinstance(leaf, OutputOf) else leaf

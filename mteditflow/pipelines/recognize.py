@@ -242,7 +242,7 @@ def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:
 
 
 def _nearest(arguments: Mapping[str, Any], sample: Tensor) -> str:
-    """What of the sample the arguments do hold, for an error."""
+    """Nearest match of the sample among the arguments, for an error."""
     held = {n: list(x.shape) for n, x in arguments.items() if isinstance(x, Tensor)}
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.shape == sample.shape:

@@ -35,20 +35,21 @@ from mteditflow.pipelines.turn import PROOF_ROWS, Choice, Recorded, Turn, Versio
 class Recorder:
     """Context in which every call of a pipeline is recorded as one turn of its trajectories.
 
-    Inside, the pipeline has a scheduler that stands in for its own, of a subclass of its class and
-    with its attributes, and its transformer a forward hook; on exit, also by an exception, both are
-    as before. Calls in one context are the turns of one chain, in order. While it records, the
-    recorder proves that what it keeps suffices: at every step the transformer's outputs must make
-    exactly the velocity that the scheduler is given, from the sample that it returned before, with
-    arguments that do not change; and when the loop over the timesteps ends, the pipeline must still
-    hold what the last step returned. Anything else raises. Sample in eval mode, and replay under
-    the same autocast.
+    Inside, a copy of the pipeline's scheduler takes its place, of a subclass of its class, and its
+    modules have forward hooks; on exit, also by an exception, both are as before. Calls in one
+    context are the turns of one chain, in order. After an exception make a new recorder.
 
-    Without a solver a pipeline may also change its latents between steps or after the last (masks
-    of inpainting, callbacks), sample by another scheduler for flows (DPMSolver++, UniPC, Heun) or
-    with a cache on its transformer. Then the rollout has the first and the last latents alone, in
-    one step per turn that is not stochastic; the last are those that the pipeline goes on with,
-    and they are what NFT and its kin train on.
+    While it records, the recorder proves that its record suffices. At every step the transformer's
+    outputs must make exactly the velocity that the scheduler is given, from the sample that it
+    returned before, with arguments that do not change. When the loop over the timesteps ends, the
+    pipeline must still hold the result of the last step. Anything else raises. Sample in eval mode,
+    and replay under the same autocast.
+
+    Without a solver, a pipeline may also change its latents between steps or after the last (masks
+    of inpainting, callbacks), use another scheduler for flows (DPMSolver++, UniPC, Heun) or have a
+    cache on its transformer. The rollout then has the first and the last latents alone, in one
+    step per turn that is not stochastic. The last are those that the pipeline goes on with: what
+    NFT and its kin train on.
 
     Args:
         pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler`` or a subclass of
@@ -138,8 +139,8 @@ class Recorder:
         self._choice: Choice = {}
         self._holder: tuple[FrameType, list[str]] | None = None
         self._stack: list[FrameType] = []
-        self._attending: list[Any] = []
-        self._proved: set[Hashable] = set()
+        self._processors: list[Any] = []
+        self._proven: set[Hashable] = set()
         self._failed: BaseException | None = None
 
     def __enter__(self) -> Recorder:
@@ -191,13 +192,13 @@ class Recorder:
                 raise self._failed
 
     def _fault(self, replaced: bool) -> ReplayError | None:
-        """What was wrong with the whole of the recording."""
+        """Return a fault of the recording as a whole; None if there is none."""
         if replaced:
             return ReplayError(
                 "pipeline.scheduler was replaced while the recorder was at work, so that calls may "
                 "be missing; set it before, and make a new recorder"
             )
-        if self._turns and _processors(self._model) != self._attending:
+        if self._turns and _attention_processors(self._model) != self._processors:
             return ReplayError(
                 "model: its attention processors during the call were not those that it has "
                 "afterwards (perturbed attention), so that a replay would call another model"
@@ -272,7 +273,7 @@ class Recorder:
             sigmas,
             timesteps,
             most=self._scheduler.config.num_train_timesteps,
-            solved=not self._plain,
+            has_solver=not self._plain,
             ends=self._ends,
             shared=self._shared,
             storage=self._storage,
@@ -285,7 +286,7 @@ class Recorder:
         calls, self._calls = self._calls, []
         self._turn.add(step, velocity, timestep, calls)
         if self._turn.complete:
-            self._attending = _processors(self._model)
+            self._processors = _attention_processors(self._model)
             self._stack = list(_frames())
             holders = ((frame, _names_of(step.x_t, frame)) for frame in self._stack)
             self._holder = next((found for found in holders if found[1]), None)
@@ -300,18 +301,18 @@ class Recorder:
             return  # another loop over the timesteps, as in a callback
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
-            turn.hold(self._held(turn.steps[-1]))
+            turn.set_clean(self._final_latents(turn.steps[-1]))
             self._holder, self._stack = None, []  # frames keep all local variables alive
             self._prove(turn)
             self._turns.append(turn.recorded(self._choice))
         self._turn = None
 
-    def _held(self, last: Step) -> Tensor:
-        """What the pipeline goes on with after its last step.
+    def _final_latents(self, last: Step) -> Tensor:
+        """Return the latents with which the pipeline goes on after its last step.
 
-        It is in the variables that held the last step's sample, where that was in the frame of a
-        call that still goes on; elsewhere, as in modular pipelines, what the step returned is in
-        any variable of the loop, or attribute or part of one.
+        They are in the variables that held the last step's sample, if that frame is still active.
+        Otherwise, as in modular pipelines, any variable of the loop must hold the step's result:
+        itself, in an attribute or as a part.
         """
         frames = list(_frames())
         frame, names = self._holder or (None, [])
@@ -335,9 +336,9 @@ class Recorder:
 
     def _prove(self, turn: Turn) -> None:
         """Prove a turn of which none before was alike, and find how to read its arguments."""
-        if not self._verify or (kinds := turn.kinds()) in self._proved:
+        if not self._verify or (kinds := turn.kinds()) in self._proven:
             return
-        self._proved.add(kinds)
+        self._proven.add(kinds)
         first_error = ""
         likeliest = [self._choice, {}] if self._choice else [{}]
         for choice in chain(likeliest, turn.choices()):
@@ -396,7 +397,7 @@ class Recorder:
                 )
             arguments = dict(zip(names, args, strict=False)) | kwargs
             # New containers and arrays, same tensors: pipelines change them between branches.
-            arguments = map_leaves(_own, arguments)
+            arguments = map_leaves(_copy_array, arguments)
             part = None if module is self._model else module
             self._calls.append(Call(part, arguments, output))
 
@@ -416,7 +417,7 @@ class Recorder:
         )
 
 
-def _processors(model: nn.Module) -> list[Any]:
+def _attention_processors(model: nn.Module) -> list[Any]:
     """How a model attends: what pipelines may replace during a call, and put back."""
     return [vars(module).get("processor") for module in model.modules()]
 
@@ -447,7 +448,7 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _own(leaf: Any) -> Any:
+def _copy_array(leaf: Any) -> Any:
     """A copy of an array, which has no count of its changes; all else as it is."""
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 

@@ -1,8 +1,8 @@
 """One pipeline call under observation: what it must keep, and the proof that a replay is faithful.
 
 The first step is recognized, which reads values off the device. All others are compared with it on
-the device, and the results are read once, at the end of the turn. Where guidance comes and goes,
-each run of steps with the same calls is a pattern of its own.
+the device, and the results are read once, at the end of the turn. Where guidance is active in
+only some steps, each run of steps with the same calls is a pattern of its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mteditflow.pipelines.conditioning import (
-    Called,
+    CallRecord,
     Conditioning,
-    Produced,
+    OutputOf,
     Recipe,
     Rows,
     Stage,
@@ -52,7 +52,7 @@ _CONSTANT = (
 
 
 @dataclass
-class Repeated:
+class CallPattern:
     """One call of every step of a pattern, as it was at the first of them.
 
     Attributes:
@@ -70,8 +70,8 @@ class Repeated:
     times: dict[str, list[Tensor]]
 
     @classmethod
-    def of(cls, call: Call, sample: Tensor, timestep: Tensor, velocity: Tensor) -> Repeated:
-        """Recognise a call of a first step."""
+    def of(cls, call: Call, sample: Tensor, timestep: Tensor, velocity: Tensor) -> CallPattern:
+        """Recognize a call of a first step."""
         place = find_sample(call.arguments, sample)
         rows = repeat_rows(sample, place.copies)
         parts = place.split(call.arguments[place.name], rows)
@@ -92,7 +92,7 @@ class Repeated:
             and all(getattr(given[n], "shape", 0) == self.constants[n].shape for n in self.times)
         )
 
-    def moving(self) -> list[str]:
+    def time_names(self) -> list[str]:
         """Names of the arguments that hold the flow time: those that change with the steps.
 
         Of a single step, those that are named like a time, or the only one there is.
@@ -134,13 +134,13 @@ class Pattern:
     """
 
     first: int
-    calls: list[Repeated]
+    calls: list[CallPattern]
     combination: Combination = field(default_factory=Combination)
     rows: list[Row] = field(default_factory=list)
 
     @classmethod
     def of(cls, first: int, calls: Sequence[Call], *step: Tensor) -> Pattern:
-        """Recognise the calls of a first step, by its sample, timestep and velocity."""
+        """Recognize the calls of a first step, by its sample, timestep and velocity."""
         own = [call for call in calls if call.module is None]
         if not own:
             raise ReplayError(
@@ -153,7 +153,7 @@ class Pattern:
                 "expected one call of the transformer per step, or two under classifier-free "
                 f"guidance, got {len(own)}; `model` chooses which module is recorded"
             )
-        pattern = cls(first, [Repeated.of(call, *step) for call in calls])
+        pattern = cls(first, [CallPattern.of(call, *step) for call in calls])
         one, other = pattern.branches[0], pattern.branches[-1]
         if other.place != one.place:
             raise ReplayError(
@@ -166,7 +166,7 @@ class Pattern:
         return pattern
 
     @property
-    def branches(self) -> list[Repeated]:
+    def branches(self) -> list[CallPattern]:
         """The calls of the transformer."""
         return [call for call in self.calls if call.module is None]
 
@@ -250,10 +250,10 @@ class Turn:
         sigmas: the call's grid, [S + 1], on the CPU.
         timesteps: the scheduler's timesteps of its steps, [S], on the CPU.
         most: the timestep of sigma = 1.
-        solved: whether a solver may have taken its steps, so that all latents are kept as they
-            are; without one the pipeline may change them between its steps, as by a mask.
-        ends: whether only the first and the last latents are kept, because the steps between are
-            not those of a flow's solver, or because the pipeline has changed them.
+        has_solver: whether a solver takes the steps. Without one, the pipeline may change latents
+            between steps, as by a mask.
+        ends: whether only the first and the last latents are kept, because another sampler or a
+            cache took the steps. Changed latents set it, too.
         shared: names of arguments without a row per trajectory, whatever their shape.
         storage: device to keep tensors on; None leaves them where they are.
     """
@@ -264,7 +264,7 @@ class Turn:
         timesteps: Tensor,
         *,
         most: int,
-        solved: bool,
+        has_solver: bool,
         ends: bool,
         shared: Collection[str],
         storage: torch.device | None,
@@ -273,7 +273,7 @@ class Turn:
         self.patterns: list[Pattern] = []
         self._sigmas, self._timesteps, self._most = sigmas, timesteps, most
         self.ends = ends
-        self._solved, self._shared, self._storage = solved, shared, storage
+        self._has_solver, self._shared, self._storage = has_solver, shared, storage
         self._started = self._clean = sigmas  # replaced at the first step and at the end
         self._dtype = torch.float32
         self._constants: list[Version] = []
@@ -308,7 +308,7 @@ class Turn:
         timestep: Tensor,
         calls: Sequence[Call],
     ) -> None:
-        calls = _linked(calls)
+        calls = _link_outputs(calls)
         pattern = self.patterns[-1] if self.patterns else None
         if pattern is None or not pattern.fits(calls, step.x_t):
             pattern = Pattern.of(number, calls, step.x_t, timestep, velocity)
@@ -333,7 +333,7 @@ class Turn:
             own = (step.x_t[row].clone(), step.sigma[row], velocity[row].clone())
             pattern.rows.append(Row(row, *own))
 
-    def _compare(self, one: Repeated, call: Call, rows: Tensor) -> None:
+    def _compare(self, one: CallPattern, call: Call, rows: Tensor) -> None:
         """Compare a call with the pattern's."""
         constants, name = dict(call.arguments), one.place.name
         parts = one.place.split(constants.pop(name), rows)
@@ -410,7 +410,7 @@ class Turn:
         in_place = any(state.changed for state in self._states)
         self._note_change(in_place, "latents changed in place")
 
-    def hold(self, clean: Tensor) -> None:
+    def set_clean(self, clean: Tensor) -> None:
         """Keep what the pipeline holds after its last step, at the end of its loop."""
         last = self.steps[-1].next_x
         changed = clean is not last and not torch.equal(clean, last.to(clean.dtype))
@@ -418,7 +418,7 @@ class Turn:
         self._clean = clean.to(last.dtype) if changed else last
 
     def _note_change(self, changed: bool, what: str) -> None:
-        if changed and self._solved:
+        if changed and self._has_solver:
             raise ReplayError(
                 f"cannot replay this pipeline: {what}, as by a callback or a mask, so that no step "
                 "leads from one to the next; without a solver the first and the last are recorded"
@@ -454,7 +454,7 @@ class Turn:
         yield from ({name: number} for name, number in others)
         yield from (dict(pair) for pair in combinations(others, 2) if pair[0][0] != pair[1][0])
 
-    def _readings(self, call: Repeated, name: str, value: Any) -> list[Any]:
+    def _readings(self, call: CallPattern, name: str, value: Any) -> list[Any]:
         if name in self._shared:
             return [value]
         for leaf in leaves(value):
@@ -487,16 +487,16 @@ class Turn:
             guidance=pattern.combination.guidance,
             sign=pattern.combination.sign,
         )
-        calls = tuple(self._called(pattern.first, call, choice) for call in pattern.calls)
+        calls = tuple(self._call_record(pattern.first, call, choice) for call in pattern.calls)
         if len({call.times for call in calls if call.module is None}) > 1:
             raise ReplayError("cannot replay this pipeline: the time differs between branches")
         sigma = self._sigmas[pattern.first].item()
         return Stage(sigma, len(self.steps[0].x_t), recipe, calls)
 
-    def _called(self, first: int, call: Repeated, choice: Choice) -> Called:
+    def _call_record(self, first: int, call: CallPattern, choice: Choice) -> CallRecord:
         """A call as a replay makes it."""
         times, rows = [], len(self.steps[0].x_t) * call.place.copies
-        for name in call.moving():
+        for name in call.time_names():
             held = torch.stack(call.times[name]).cpu()
             steps = self._timesteps[first : first + len(held)]
             times.append(find_time(name, held, steps, rows))
@@ -505,7 +505,7 @@ class Turn:
             read = self._readings(call, name, call.constants[name])
             arguments[name] = read[min(choice.get(name, 0), len(read) - 1)]
         rest = None if call.rest is None else Rows(call.rest)
-        return Called(call.module, call.place, tuple(times), arguments, rest)
+        return CallRecord(call.module, call.place, tuple(times), arguments, rest)
 
     def _keep(self, x: Tensor) -> Tensor:
         """The tensor as it is stored: on the storage device, no view of a larger one, no graph."""
@@ -526,7 +526,7 @@ def _versions(arguments: Sequence[dict[str, Any]]) -> list[Version]:
     ]
 
 
-def _linked(calls: Sequence[Call]) -> list[Call]:
+def _link_outputs(calls: Sequence[Call]) -> list[Call]:
     """The calls of a step that make its velocity, linked where one is given another's outputs.
 
     Modules whose outputs the transformer is not given, such as an encoder within the loop, are
@@ -541,7 +541,7 @@ def _linked(calls: Sequence[Call]) -> list[Call]:
         call, number = made[id(x)]
         if call not in used:
             used.append(call)
-        return Produced(used.index(call), number)
+        return OutputOf(used.index(call), number)
 
     found = []
     for index, call in enumerate(calls):

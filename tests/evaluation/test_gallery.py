@@ -64,7 +64,7 @@ def test_nothing_to_measure_is_shown_apart_from_what_was_lost_with_the_denominat
 
 
 def amplitude(cycles):
-    """Of 100, what the page keeps of a wave of so many cycles per pixel of the halved image."""
+    """Amplitude on the page, of 100, of a wave of so many cycles per pixel of the halved image."""
     wave = 128 + 100 * np.sin(np.pi * cycles * (np.arange(512) + 0.5))
     image = Image.fromarray(np.tile(wave.round().astype(np.uint8), (512, 1))).convert("RGB")
     chain = Chain(id="c0", image="x.png", instructions=("a",))

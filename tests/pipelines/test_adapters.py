@@ -124,7 +124,7 @@ def change(policies, seed=0):
 
 
 def velocity_of_file(build, velocity, folder):
-    """What anyone gets who loads the file."""
+    """Velocity of a plain pipeline that loads the file."""
     plain = build()
     plain.load_lora_weights(folder)
     return velocity(plain.transformer).detach()
@@ -454,7 +454,7 @@ def test_frozen_weights_are_not_given_to_an_optimizer(build):
 
 
 def as_kohya(weights):
-    """Of one layer, with an alpha of its own."""
+    """File of one layer, with an alpha of its own."""
     name, layer = "lora_unet_double_blocks_0_img_attn_proj", "transformer_blocks.0.attn.to_out.0"
     return {
         f"{name}.lora_down.weight": weights[f"{layer}.lora_A.weight"],

@@ -1,4 +1,4 @@
-"""What recording costs in forward passes; in time, see ``python -m benchmarks.recording``."""
+"""Cost of recording in forward passes; for time, see ``python -m benchmarks.recording``."""
 
 import pytest
 from mteditflow_examples.shapes.editor import build_kontext

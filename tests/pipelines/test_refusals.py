@@ -20,7 +20,7 @@ from mteditflow.pipelines.recognize import (
     find_time,
     find_times,
 )
-from mteditflow.pipelines.turn import Repeated
+from mteditflow.pipelines.turn import CallPattern
 
 
 def edit(pipeline, guidance=1.0, **more):
@@ -623,21 +623,21 @@ def test_time_is_found_by_value():
 
 def held(**times):
     """A call, by what its possible times held at each step."""
-    return Repeated(None, None, {}, None, {n: [*map(torch.tensor, x)] for n, x in times.items()})
+    return CallPattern(None, None, {}, None, {n: [*map(torch.tensor, x)] for n, x in times.items()})
 
 
 def test_the_flow_time_is_what_moves():
-    assert held(timestep=[1.0, 0.5], guidance=[1.0, 1.0]).moving() == ["timestep"]
-    assert held(timestep_r=[1.0, 0.5], timestep=[1.0, 0.5]).moving() == [
+    assert held(timestep=[1.0, 0.5], guidance=[1.0, 1.0]).time_names() == ["timestep"]
+    assert held(timestep_r=[1.0, 0.5], timestep=[1.0, 0.5]).time_names() == [
         "timestep_r",
         "timestep",
     ]
-    assert held(u=[1.0, 0.5]).moving() == ["u"]
-    assert held(timestep=[1.0], guidance=[1.0]).moving() == ["timestep"]
-    assert held(u=[1.0]).moving() == ["u"]
+    assert held(u=[1.0, 0.5]).time_names() == ["u"]
+    assert held(timestep=[1.0], guidance=[1.0]).time_names() == ["timestep"]
+    assert held(u=[1.0]).time_names() == ["u"]
     for unclear in (held(u=[1.0, 1.0]), held(u=[1.0], v=[1.0])):
         with pytest.raises(ReplayError, match="holds the flow time is unclear among"):
-            unclear.moving()
+            unclear.time_names()
 
 
 def test_sample_must_be_held_once():
