@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from peft import LoraConfig
 from tiny import CHAIN, STEPS, call, picture, roll_out
+from tiny_pipelines.checks import replay
 
 from mteditflow import ODE, FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
@@ -284,7 +285,7 @@ def with_table(kontext, batch, given, **recording):
     return recorder.rollout(group=list(range(batch)))
 
 
-def replayed(kontext, rollout, trajectory):
+def velocity_of(kontext, rollout, trajectory):
     """Velocity of the last step of one trajectory."""
     x_t, one = rollout.trajectory.clean[[trajectory], 0], torch.tensor([trajectory])
     return rollout.velocity(kontext.transformer, x_t, torch.ones(1), one, torch.tensor([0]))
@@ -295,7 +296,7 @@ def test_what_looks_like_rows_and_is_shared_is_found_by_the_proof(kontext, batch
     rollout = with_table(kontext, batch, {"table": torch.arange(1.0, 1 + batch)[:, None]})
     (stage,) = rollout.conditioning[0].stages
     assert isinstance(stage.calls[0].arguments["table"], torch.Tensor)
-    assert replayed(kontext, rollout, 0).isfinite().all()
+    assert velocity_of(kontext, rollout, 0).isfinite().all()
 
 
 def test_without_the_proof_what_is_shared_is_named(kontext):
@@ -303,7 +304,7 @@ def test_without_the_proof_what_is_shared_is_named(kontext):
     (stage,) = with_table(kontext, 2, given, verify=False).conditioning[0].stages
     assert isinstance(stage.calls[0].arguments["table"], Rows)
     rollout = with_table(kontext, 2, given, verify=False, shared=["table"])
-    assert replayed(kontext, rollout, 0).isfinite().all()
+    assert velocity_of(kontext, rollout, 0).isfinite().all()
 
 
 def test_a_list_of_one_block_is_told_from_a_list_of_rows(kontext):
@@ -313,18 +314,23 @@ def test_a_list_of_one_block_is_told_from_a_list_of_rows(kontext):
     both = torch.zeros(2, dtype=torch.int64)
     x_t = rollout.trajectory.clean[both, 0]
     velocity = rollout.velocity(kontext.transformer, x_t, torch.ones(2), both, both)
-    assert torch.allclose(velocity[0], replayed(kontext, rollout, 0)[0], atol=1e-5)
+    assert torch.allclose(velocity[0], velocity_of(kontext, rollout, 0)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 def test_a_list_with_an_entry_per_row_is_replayed_by_row(kontext, batch):
+    """Each trajectory alone has its own likelihood again, whatever its place in the batch."""
     entries = [{"scale": torch.tensor(1.0 + b)} for b in range(batch)]
-    rollout = with_table(kontext, batch, {"img_shapes": entries})
-    found = [replayed(kontext, rollout, b) for b in range(batch)]
-    kontext.transformer._forward_pre_hooks.clear()
-    apart = rollout.conditioning[0].stages[0].calls[0].arguments.pop("img_shapes")
-    assert [entry["scale"].item() for entry in apart.values] == [1.0 + b for b in range(batch)]
-    assert len(found) == batch
+    solver, generators = FlowSDE(0.7), trajectory_generators(0, batch)
+    recording = {"solver": solver, "generators": generators}
+    rollout = with_table(kontext, batch, {"img_shapes": entries}, **recording)
+    kontext.transformer._forward_pre_hooks.clear()  # the record alone gives the entries
+    for b in range(batch):
+        rows = (torch.full((STEPS,), b), torch.zeros(STEPS, dtype=torch.int64), torch.arange(STEPS))
+        with torch.no_grad():
+            replayed = replay(rollout, kontext.transformer, solver, rows)
+        stored = rollout.trajectory.log_prob[rows]
+        torch.testing.assert_close(replayed, stored, rtol=0, atol=1e-5)
 
 
 class Store:
