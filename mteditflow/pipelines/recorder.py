@@ -127,7 +127,7 @@ class Recorder:
             "stochastic_steps": stochastic_steps,
             "reduction": reduction,
         }
-        self._scheduler = stand_in(scheduler, **self._options)
+        self._scheduler = stand_in(scheduler, **self._options)  # anew on entering
         self._ends = False
         self._plain = solver is None or isinstance(solver, ODE)
         self._reduction = reduction

@@ -347,7 +347,6 @@ def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -
             defines, or of another scheduler's.
     """
     kind, solver = type(scheduler), options.get("solver")
-    _check_names(scheduler)
     plain = solver is None or isinstance(solver, ODE)
     known = (FlowMatchEulerDiscreteScheduler.step, FlowMatchSDEScheduler.step)
     if kind.step not in known and not plain:
@@ -360,35 +359,29 @@ def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         standing.__class__ = _observed(cast(Hashable, kind))
     else:
-        bases = (FlowMatchSDEScheduler, kind)
-        if issubclass(kind, FlowMatchSDEScheduler):
-            standing.__class__ = kind
-        elif kind is FlowMatchEulerDiscreteScheduler:
+        if kind is FlowMatchEulerDiscreteScheduler:
             standing.__class__ = FlowMatchSDEScheduler
-        else:
-            standing.__class__ = type(kind.__name__, bases, {})
+        elif not issubclass(kind, FlowMatchSDEScheduler):
+            _check_names(scheduler)
+            standing.__class__ = type(kind.__name__, (FlowMatchSDEScheduler, kind), {})
         standing.sample_with(**options)
     standing.observer = observer
     return standing
 
 
 def _check_names(scheduler: Any) -> None:
-    """Raise where a user's scheduler has a name for itself that the stand-in has for something."""
-    kind = type(scheduler)
-    if issubclass(kind, FlowMatchSDEScheduler):
-        return
-    parent = {name for base in FlowMatchEulerDiscreteScheduler.__mro__ for name in vars(base)}
-    ours = {name for name in vars(FlowMatchSDEScheduler) if name not in parent}
-    own = {n for base in kind.__mro__ if base not in _DIFFUSERS for n in vars(base)}
-    clash = sorted(ours & (own | vars(scheduler).keys()) - {"__annotations__", "__deepcopy__"})
-    if clash and not kind.__module__.startswith("diffusers."):
+    """Raise where a user's subclass has a name of its own that the stand-in would overwrite."""
+    kind, bases = type(scheduler), FlowMatchEulerDiscreteScheduler.__mro__
+    inherited = {name for base in bases for name in vars(base)}
+    defined = vars(FlowMatchSDEScheduler).keys() - inherited
+    ours = {name for name in defined if not name.startswith("__")}
+    own = {name for base in kind.__mro__ if base not in bases for name in vars(base)}
+    clash = sorted(ours & (own | vars(scheduler).keys()))
+    if clash:
         raise ValueError(
             f"pipeline.scheduler: expected a {kind.__name__} without the names {clash}, which "
             "FlowMatchSDEScheduler has for its own; rename them"
         )
-
-
-_DIFFUSERS = FlowMatchEulerDiscreteScheduler.__mro__
 
 
 @functools.cache

@@ -282,7 +282,7 @@ def test_stochastic_steps_are_indices(flux, steps):
 class Stretched(FlowMatchEulerDiscreteScheduler):
     """A user's subclass with another grid, and an attribute of its own."""
 
-    power = 1.0
+    power: float = 1.0
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
         super().set_timesteps(num_inference_steps, device, sigmas, mu)
