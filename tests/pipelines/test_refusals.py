@@ -325,7 +325,7 @@ def test_a_list_with_an_entry_per_row_is_replayed_by_row(kontext, batch):
     recording = {"solver": solver, "generators": generators}
     rollout = with_table(kontext, batch, {"img_shapes": entries}, **recording)
     kontext.transformer._forward_pre_hooks.clear()  # the record alone gives the entries
-    for b in range(batch):
+    for b in some(range(batch)):
         rows = (torch.full((STEPS,), b), torch.zeros(STEPS, dtype=torch.int64), torch.arange(STEPS))
         with torch.no_grad():
             replayed = replay(rollout, kontext.transformer, solver, rows)
