@@ -14,11 +14,12 @@ except ImportError as error:
 from mteditflow.pipelines.chain_calls import Prompts
 from mteditflow.pipelines.editor import Editor, Part
 from mteditflow.pipelines.families import FAMILIES, Family
+from mteditflow.pipelines.loop import Step
 from mteditflow.pipelines.policies import LoraPolicies
 from mteditflow.pipelines.recognize import ReplayError
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
-from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step
+from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler
 
 __all__ = [
     "FAMILIES",

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mteditflow.pipelines.guidance import Guidance
-from mteditflow.pipelines.recognize import Grid, Place, Time, repeat_rows
+from mteditflow.pipelines.flow_times import Grid, Time
+from mteditflow.pipelines.guidance import ByGuider, Guidance
+from mteditflow.pipelines.recognize import Place, repeat_rows
 
 
 class Rows(NamedTuple):
@@ -69,7 +70,7 @@ class Recipe(NamedTuple):
 
     grid: Grid
     velocity_dtype: torch.dtype
-    guidance: Guidance | None
+    guidance: Guidance | ByGuider | None
     sign: int
 
 

@@ -6,10 +6,11 @@ the length of that velocity, never its direction: a ``Rescaling``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -133,17 +134,59 @@ class Guidance(NamedTuple):
         return combined if self.rescaling is None else self.rescaling(combined, positive)
 
 
+@dataclass(frozen=True)
+class ByGuider:
+    """Guidance by a copy of a pipeline's own guider, called again: modular pipelines.
+
+    Attributes:
+        positive: index of the positive branch among the step's.
+        settings: the guider's class and configuration; equal ones are the same guidance.
+        guider: the copy, as it was at the step.
+    """
+
+    positive: int
+    settings: str
+    guider: Any = field(compare=False)
+
+    def __call__(self, velocities: Sequence[Tensor]) -> Tensor:
+        """Combine the two branches."""
+        pair = velocities[self.positive], velocities[1 - self.positive]
+        combined: Tensor = self.guider.forward(*pair).pred
+        return combined
+
+
+def find_guider(
+    guiders: Sequence[Any], velocities: Sequence[Tensor], velocity: Tensor
+) -> ByGuider | None:
+    """The guider that makes exactly the velocity, and again when called again; None without one.
+
+    None, too, where equal branches hide which of them is the positive one.
+    """
+    if torch.equal(*velocities):
+        return None
+    for guider, positive in product(guiders, (0, 1)):
+        settings = f"{type(guider).__name__} {dict(guider.config)}"
+        found = ByGuider(positive, settings, copy.deepcopy(guider))
+        if all(torch.equal(found(velocities), velocity) for _ in range(2)):
+            return found
+    return None
+
+
 class Combination:
     """How outputs make velocities over the steps of a turn: found on the way, proved at each.
+
+    Args:
+        guiders: of the pipeline; one that makes the velocities is called again in a replay.
 
     Attributes:
         sign: -1 where the scheduler is given the opposite of what the branches make, else 1.
         guidance: how two branches combine; None for one, and while equal branches hide it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guiders: Sequence[Any] = ()) -> None:
         self.sign = 0
-        self.guidance: Guidance | None = None
+        self.guidance: Guidance | ByGuider | None = None
+        self._guiders = guiders
         self._longest: Tensor | None = None
 
     def mismatch(self, outputs: Sequence[Tensor], velocity: Tensor) -> Tensor:
@@ -152,9 +195,12 @@ class Combination:
         self.sign = self.sign or find_sign(outputs, velocity)
         velocity = velocity if self.sign > 0 else -velocity
         if len(outputs) == 2 and self.guidance is None:
-            self.guidance = find_guidance(outputs, velocity)
+            by_guider = find_guider(self._guiders, outputs, velocity)
+            self.guidance = by_guider or find_guidance(outputs, velocity)
         if self.guidance is None:  # equal branches: either is the velocity, at any scale
             return mismatch(outputs[:1], None, velocity)
+        if isinstance(self.guidance, ByGuider):
+            return (self.guidance(outputs) != velocity).any()
         if self.guidance.from_positive and self.guidance.rescaling is None:
             return self._unlimited(outputs, velocity, self.guidance)
         return mismatch(outputs, self.guidance, velocity)

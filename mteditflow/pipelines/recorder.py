@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Collection, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Hashable, Sequence
+from functools import partial
 from itertools import chain
-from types import FrameType, TracebackType
-from typing import Any, cast
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.guiders import BaseGuidance
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from mteditflow.flow.solvers import ODE, Solver
 from mteditflow.flow.trajectory import Trajectory
@@ -26,10 +24,19 @@ from mteditflow.pipelines.conditioning import (
     replay_rows,
     share_equal_tensors,
 )
-from mteditflow.pipelines.recognize import Call, ReplayError, parts_equal
-from mteditflow.pipelines.rollout import Rollout, caches
-from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Step, check_pipeline, stand_in
-from mteditflow.pipelines.turn import PROOF_ROWS, Choice, Recorded, Turn, Version
+from mteditflow.pipelines.loop import Loop, Step
+from mteditflow.pipelines.model_state import (
+    attention_processors,
+    caches,
+    check_repeatable,
+    fresh_cache,
+)
+from mteditflow.pipelines.patterns import PROOF_ROWS, Version
+from mteditflow.pipelines.recognize import Call, ReplayError
+from mteditflow.pipelines.rollout import Rollout
+from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler
+from mteditflow.pipelines.stand_in import check_pipeline, stand_in
+from mteditflow.pipelines.turn import Choice, Recorded, Turn
 
 
 class Recorder:
@@ -137,8 +144,7 @@ class Recorder:
         self._turn: Turn | None = None
         self._turns: list[Recorded] = []
         self._choice: Choice = {}
-        self._holder: tuple[FrameType, list[str]] | None = None
-        self._stack: list[FrameType] = []
+        self._loop: Loop | None = None
         self._processors: list[Any] = []
         self._proven: set[Hashable] = set()
         self._failed: BaseException | None = None
@@ -166,7 +172,7 @@ class Recorder:
         self._pipeline.scheduler = self._scheduler
         parts = [x for x in vars(self._pipeline).values() if isinstance(x, nn.Module)]
         self._hooks = [
-            part.register_forward_hook(self._on_forward, with_kwargs=True)
+            part.register_forward_hook(partial(self._on_forward, _names(part)), with_kwargs=True)
             for part in dict.fromkeys([self._model, *parts])
         ]
         return self
@@ -183,7 +189,7 @@ class Recorder:
         replaced = self._pipeline.scheduler is not self._scheduler
         self._pipeline.scheduler = self._own_scheduler
         self._scheduler.observer, self._scheduler.steps = None, ()
-        self._calls, self._holder, self._stack = [], None, []
+        self._calls, self._loop = [], None
         self._failed = error
         if error is None:
             self._check_finished()
@@ -198,7 +204,7 @@ class Recorder:
                 "pipeline.scheduler was replaced while the recorder was at work, so that calls may "
                 "be missing; set it before, and make a new recorder"
             )
-        if self._turns and _attention_processors(self._model) != self._processors:
+        if self._turns and attention_processors(self._model) != self._processors:
             return ReplayError(
                 "model: its attention processors during the call were not those that it has "
                 "afterwards (perturbed attention), so that a replay would call another model"
@@ -267,12 +273,14 @@ class Recorder:
         """Called by the scheduler: a pipeline call begins."""
         begun = self._turn is not None and not self._turn.steps  # a later beginning of one grid
         self._check_finished()
-        _check_repeatable(self._model)
-        self._calls = self._calls if begun else []
+        if not begun:
+            check_repeatable(self._model)
+            self._calls = []
         self._turn = Turn(
             sigmas,
             timesteps,
             most=self._scheduler.config.num_train_timesteps,
+            guiders=[x for x in vars(self._pipeline).values() if isinstance(x, BaseGuidance)],
             has_solver=not self._plain,
             ends=self._ends,
             shared=self._shared,
@@ -286,53 +294,21 @@ class Recorder:
         calls, self._calls = self._calls, []
         self._turn.add(step, velocity, timestep, calls)
         if self._turn.complete:
-            self._processors = _attention_processors(self._model)
-            self._stack = list(_frames())
-            holders = ((frame, _names_of(step.x_t, frame)) for frame in self._stack)
-            self._holder = next((found for found in holders if found[1]), None)
+            self._processors = attention_processors(self._model)
+            self._loop = Loop(step)
 
     def ended(self, steps: int) -> None:
         """Called by the scheduler: the pipeline's loop over its timesteps is over."""
-        turn = self._turn
-        if turn is None or not turn.complete or steps != len(turn.steps):
+        turn, loop = self._turn, self._loop
+        if turn is None or loop is None or steps != len(turn.steps) or not loop.is_innermost():
             return
-        loops = (f for f in _frames() if not f.f_code.co_flags & inspect.CO_GENERATOR)
-        if next(loops, None) not in self._stack:
-            return  # another loop over the timesteps, as in a callback
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
-            turn.set_clean(self._final_latents(turn.steps[-1]))
-            self._holder, self._stack = None, []  # frames keep all local variables alive
+            turn.set_clean(loop.final_latents())
+            loop = self._loop = None
             self._prove(turn)
             self._turns.append(turn.recorded(self._choice))
         self._turn = None
-
-    def _final_latents(self, last: Step) -> Tensor:
-        """Return the latents with which the pipeline goes on after its last step.
-
-        They are in the variables that held the last step's sample, if that frame is still active.
-        Otherwise, as in modular pipelines, any variable of the loop must hold the step's result:
-        itself, in an attribute or as a part.
-        """
-        frames = list(_frames())
-        frame, names = self._holder or (None, [])
-        named = (
-            [frame.f_locals.get(n) for n in names] if frame is not None and frame in frames else []
-        )
-        for x in named or (x for each in frames for x in _tensors(each)):
-            if x is last.next_x or _holds(x, last.next_x):
-                return last.next_x
-        changed = {
-            id(x): x
-            for x in named
-            if isinstance(x, Tensor) and x is not last.x_t and x.shape == last.next_x.shape
-        }
-        if len(changed) == 1:
-            return next(iter(changed.values()))
-        raise ReplayError(
-            "cannot replay this pipeline: after its last step it does not hold what that returned, "
-            "so that its images may not be those of the recorded latents"
-        )
 
     def _prove(self, turn: Turn) -> None:
         """Prove a turn of which none before was alike, and find how to read its arguments."""
@@ -368,7 +344,7 @@ class Recorder:
             x_t, sigma, given = map(torch.stack, list(zip(*rows, strict=True))[1:])
             numbers = [row.trajectory for row in rows]
             try:
-                with _fresh_cache(self._model):
+                with fresh_cache(self._model):
                     again = replay_rows(self._model, [stage] * len(rows), numbers, x_t, sigma)
             except torch.OutOfMemoryError:
                 raise  # no fault of the record
@@ -383,17 +359,19 @@ class Recorder:
         return None
 
     def _on_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self,
+        names: Sequence[str],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
         """Forward hook of the transformer and of the pipeline's other parts, as ControlNets."""
         if self._turn is not None and not self._turn.complete:
-            bare = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward has none
-            parameters = inspect.signature(bare.forward).parameters.values()
-            names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
             if len(args) > len(names):
                 raise ReplayError(
-                    f"model: expected arguments by name, because {type(bare).__name__}.forward has "
-                    f"no names for {len(args)} positional ones"
+                    f"model: expected arguments by name, because {type(module).__name__}.forward "
+                    f"has no names for {len(args)} positional ones"
                 )
             arguments = dict(zip(names, args, strict=False)) | kwargs
             # New containers and arrays, same tensors: pipelines change them between branches.
@@ -417,62 +395,13 @@ class Recorder:
         )
 
 
-def _attention_processors(model: nn.Module) -> list[Any]:
-    """How a model attends: what pipelines may replace during a call, and put back."""
-    return [vars(module).get("processor") for module in model.modules()]
-
-
-_PROBABILITIES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "attention_dropout")
-
-
-def _check_repeatable(model: nn.Module) -> None:
-    """Raise if a module draws, or looks at the rest of the batch, at whatever precision."""
-    for name, module in model.named_modules():
-        names = ("p", *_PROBABILITIES) if isinstance(module, _DropoutNd) else _PROBABILITIES
-        held = [vars(module).get(n) for n in names]
-        draws = any(isinstance(p, (int, float)) and p > 0 for p in held)
-        if module.training and (draws or isinstance(module, _BatchNorm)):
-            raise ReplayError(
-                "model: expected no dropout or batch norm in training mode, got "
-                f"{name} ({type(module).__name__}); call model.eval() before sampling"
-            )
-
-
-def _frames() -> Iterator[FrameType]:
-    """The frames of the call stack outside of this wing, from the innermost on."""
-    frame: FrameType | None = sys._getframe(1)
-    here = __name__.rpartition(".")[0]
-    while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(here):
-            yield frame
-        frame = frame.f_back
+def _names(module: nn.Module) -> list[str]:
+    """Names of the arguments that a module may be given by position."""
+    bare = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward has none
+    parameters = inspect.signature(bare.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _copy_array(leaf: Any) -> Any:
     """A copy of an array, which has no count of its changes; all else as it is."""
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
-
-
-def _names_of(x: Tensor, frame: FrameType) -> list[str]:
-    """The local variables that are a tensor."""
-    return [name for name, value in frame.f_locals.items() if value is x]
-
-
-def _tensors(frame: FrameType) -> Iterator[Tensor]:
-    """The tensors among a frame's local variables, and among their attributes."""
-    for value in list(frame.f_locals.values()):
-        held = value if type(value) is dict else getattr(value, "__dict__", {})
-        for x in (value, *held.values()):
-            if isinstance(x, Tensor):
-                yield x
-
-
-def _holds(x: Any, sought: Tensor) -> bool:
-    """Whether a tensor is another one in any dtype, or has it as a part."""
-    fits = isinstance(x, Tensor) and x.ndim == sought.ndim and x.is_floating_point()
-    return fits and next(parts_equal(x, sought), None) is not None
-
-
-def _fresh_cache(model: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which a model with a cache starts anew."""
-    return cast(Any, model).cache_context("mteditflow") if caches(model) else nullcontext()

@@ -17,6 +17,7 @@ from mteditflow.pipelines.conditioning import (
     replay_rows,
     share_equal_tensors,
 )
+from mteditflow.pipelines.model_state import caches, is_group_offloaded
 from mteditflow.pipelines.policies import LoraPolicies
 
 
@@ -132,7 +133,7 @@ class Rollout:
                 "model: expected one without an enabled cache, whose outputs depend on the calls "
                 "before; call disable_cache() after sampling"
             )
-        if torch.is_grad_enabled() and _group_offloaded(model):
+        if torch.is_grad_enabled() and is_group_offloaded(model):
             raise ValueError(
                 "model: expected weights that stay until the backward pass, but group offload "
                 "takes them away after each forward pass; sample under it, and train without"
@@ -291,24 +292,6 @@ class RolloutVelocity:
             policy, rollout = self._teacher
         with torch.no_grad(), self._policies.use(policy):
             return rollout.velocity(model, x_t, sigma, *at.unbind(1))
-
-
-def caches(model: nn.Module) -> bool:
-    """Whether a cache of diffusers is enabled on a model."""
-    return bool(getattr(model, "is_cache_enabled", False))
-
-
-def _group_offloaded(model: nn.Module) -> bool:
-    """Whether diffusers moves groups of a model's weights to another device, or to files."""
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        group = getattr(hook, "group", None)
-        if group is not None and (
-            group.offload_to_disk_path or group.offload_device != group.onload_device
-        ):
-            return True
-    return False
 
 
 def _compact(

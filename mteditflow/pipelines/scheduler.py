@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from mteditflow._checks import REDUCTIONS, check_choice
 from mteditflow.flow.sampling import batched_noise
 from mteditflow.flow.solvers import ODE, Solver, gaussian_log_prob
+from mteditflow.pipelines.loop import Step, Timesteps
 
 _UNSUPPORTED: dict[str, tuple[float | None, str]] = {
     "s_churn": (0.0, "flow-matching steps do not churn"),
@@ -32,28 +33,6 @@ _UNSUPPORTED: dict[str, tuple[float | None, str]] = {
     "s_tmax": (float("inf"), "flow-matching steps do not churn"),
     "s_noise": (1.0, "the solver decides how much noise a step adds"),
 }
-
-
-class Step(NamedTuple):
-    """One denoising step as it was taken, with all that a replay needs.
-
-    Shapes: ``B`` trajectories of one pipeline call, any latent axes behind.
-
-    Attributes:
-        x_t: the sample that the pipeline gave, [B, ...], in the pipeline's dtype.
-        next_x: the sample that it got back, [B, ...], in the dtype it goes on with.
-        sigma: flow time before the step, float32 [B].
-        next_sigma: flow time after it, float32 [B].
-        log_prob: log-prob of ``next_x`` as rounded to that dtype, float32 [B]; 0 if deterministic.
-        stochastic: whether noise was drawn.
-    """
-
-    x_t: Tensor
-    next_x: Tensor
-    sigma: Tensor
-    next_sigma: Tensor
-    log_prob: Tensor
-    stochastic: bool
 
 
 class Observer(Protocol):
@@ -67,35 +46,6 @@ class Observer(Protocol):
 
     def ended(self, steps: int) -> None:
         """Called when a loop over this number of the grid's timesteps has come to its end."""
-
-
-class Timesteps(Tensor):
-    """The timesteps that a pipeline loops over; reports the end of each loop.
-
-    At that moment the pipeline has done all that it does within the loop after its last step.
-    """
-
-    __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
-    ended: Callable[[int], None]
-
-    @classmethod
-    def of(cls, timesteps: Tensor, ended: Callable[[int], None]) -> Timesteps:
-        """The same tensor, watched."""
-        watched = timesteps.as_subclass(cls)
-        watched.ended = ended
-        return watched
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from self.as_subclass(Tensor)
-        self.ended(len(self))
-
-    def __getitem__(self, index: Any) -> Tensor:
-        part = self.as_subclass(Tensor)[index]
-        return Timesteps.of(part, self.ended) if isinstance(index, slice) else part
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The same on another device or in another dtype, watched as well."""
-        return Timesteps.of(self.as_subclass(Tensor).to(*args, **kwargs), self.ended)
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
@@ -281,7 +231,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with the same observer and generators, which belong to neither copy."""
-        return _copied(self, memo, self.observer, self.generators, self.timesteps)
+        return copied(self, memo, self.observer, self.generators, self.timesteps)
 
     def _flow_times(self) -> Tensor:
         """The grid from noise to data, [S + 1], also where sigmas count from data: Mochi."""
@@ -292,7 +242,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """Decide which of the steps from the index ``first`` on are stochastic."""
         grid = self._flow_times().cpu()[first:]
         self._first, self._stochastic, self.steps = first, self._draws_noise(grid), ()
-        _announce(self, grid, first)
+        announce(self, grid, first)
 
     def _draws_noise(self, sigmas: Tensor) -> list[bool]:
         """Whether each step of the grid [S + 1] is stochastic: allowed to be, and of std > 0."""
@@ -317,7 +267,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         return batched_noise(sample.shape[1:], self.generators, device=sample.device)
 
 
-def _announce(scheduler: Any, grid: Tensor, first: int) -> None:
+def announce(scheduler: Any, grid: Tensor, first: int) -> None:
     """Report a grid [S + 1] and its timesteps from an index on, and watch loops over them."""
     if scheduler.observer is not None:
         scheduler.timesteps = Timesteps.of(scheduler.timesteps, scheduler.observer.ended)
@@ -325,137 +275,12 @@ def _announce(scheduler: Any, grid: Tensor, first: int) -> None:
         scheduler.observer.started(grid, timesteps)
 
 
-def _copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
+def copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
     """A deep copy of all but what is shared."""
     memo |= {id(x): x for x in shared}
     copied = copy.copy(scheduler)
     copied.__dict__.update(copy.deepcopy(scheduler.__dict__, memo))
     return copied
-
-
-def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -> Any:
-    """A scheduler with the class, or a subclass of it, and the attributes of a pipeline's own.
-
-    Args:
-        scheduler: the pipeline's, any subclass of ``FlowMatchEulerDiscreteScheduler``, which gets
-            SDE steps, or another one that samples a flow, whose steps are only reported.
-        observer: receives grids and steps.
-        options: of ``FlowMatchSDEScheduler.sample_with``.
-
-    Raises:
-        ValueError: a solver's steps would take the place of a ``step`` that the user's subclass
-            defines, or of another scheduler's.
-    """
-    kind, solver = type(scheduler), options.get("solver")
-    plain = solver is None or isinstance(solver, ODE)
-    known = (FlowMatchEulerDiscreteScheduler.step, FlowMatchSDEScheduler.step)
-    if kind.step not in known and not plain:
-        raise ValueError(
-            f"solver: expected None, because {kind.__name__} has a `step` of its own, which a "
-            f"solver's steps would replace; its final latents are recorded without one (as NFT "
-            "needs them), or set pipe.scheduler = FlowMatchEulerDiscreteScheduler(...) first"
-        )
-    standing = copy.copy(scheduler)
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        standing.__class__ = _observed(cast(Hashable, kind))
-    else:
-        if kind is FlowMatchEulerDiscreteScheduler:
-            standing.__class__ = FlowMatchSDEScheduler
-        elif not issubclass(kind, FlowMatchSDEScheduler):
-            _check_names(scheduler)
-            standing.__class__ = type(kind.__name__, (FlowMatchSDEScheduler, kind), {})
-        standing.sample_with(**options)
-    standing.observer = observer
-    return standing
-
-
-def _check_names(scheduler: Any) -> None:
-    """Raise where a user's subclass has a name of its own that the stand-in would overwrite."""
-    kind, bases = type(scheduler), FlowMatchEulerDiscreteScheduler.__mro__
-    inherited = {name for base in bases for name in vars(base)}
-    defined = vars(FlowMatchSDEScheduler).keys() - inherited
-    ours = {name for name in defined if not name.startswith("__")}
-    own = {name for base in kind.__mro__ if base not in bases for name in vars(base)}
-    clash = sorted(ours & (own | vars(scheduler).keys()))
-    if clash:
-        raise ValueError(
-            f"pipeline.scheduler: expected a {kind.__name__} without the names {clash}, which "
-            "FlowMatchSDEScheduler has for its own; rename them"
-        )
-
-
-@functools.cache
-def _observed(kind: Any) -> Any:
-    """A subclass of any scheduler's class that reports its steps to an observer.
-
-    Flow times are the timesteps over ``num_train_timesteps``, which some schedulers round.
-    """
-
-    class Observed(kind):
-        observer: Observer | None = None
-        timesteps: Tensor
-        _first = 0
-
-        @functools.wraps(kind.set_timesteps)
-        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-            super().set_timesteps(*args, **kwargs)
-            self._begin(0)
-
-        def set_begin_index(self, begin_index: int = 0) -> None:
-            super().set_begin_index(begin_index)
-            self._begin(begin_index)
-
-        @functools.wraps(kind.step)
-        def step(
-            self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
-            if self.step_index is None and self.begin_index is None:
-                first = self.index_for_timestep(timestep)
-                if first != self._first:
-                    self._begin(first)
-            result = super().step(model_output, timestep, sample, *args, **kwargs)
-            zero = torch.zeros(len(sample), dtype=torch.float32, device=sample.device)
-            timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
-            sigma = zero + timestep / self.config.num_train_timesteps
-            step = Step(sample, result[0], sigma, zero, zero, False)
-            if self.observer is not None:
-                self.observer.stepped(step, model_output, timestep)
-            return result
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            return _copied(self, memo, self.observer, self.timesteps)
-
-        def _begin(self, first: int) -> None:
-            self._first = first
-            timesteps = self.timesteps.cpu().as_subclass(Tensor)[first:]
-            sigmas = timesteps.float() / self.config.num_train_timesteps
-            _announce(self, torch.cat([sigmas, sigmas.new_zeros(1)]), first)
-
-    Observed.__name__ = Observed.__qualname__ = kind.__name__
-    return Observed
-
-
-def check_pipeline(pipeline: Any) -> Any:
-    """The scheduler of a pipeline whose steps are those of one transformer along a flow."""
-    scheduler = getattr(pipeline, "scheduler", None)
-    config = getattr(scheduler, "config", {})
-    flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-    if not (flow or type(scheduler).__name__.startswith("FlowMatch")) and not isinstance(
-        scheduler, FlowMatchEulerDiscreteScheduler
-    ):
-        raise ValueError(
-            "pipeline: expected one with a FlowMatchEulerDiscreteScheduler, or another scheduler "
-            "with use_flow_sigmas=True and prediction_type='flow_prediction', got "
-            f"{type(pipeline).__name__} with {type(scheduler).__name__}"
-        )
-    boundary = pipeline.config.get("boundary_ratio")
-    if boundary is not None:
-        raise ValueError(
-            "pipeline: expected one transformer for all steps, but boundary_ratio="
-            f"{boundary} hands those below sigma {boundary} to transformer_2 (Wan 2.2 A14B); a "
-            "replay calls one model"
-        )
-    return scheduler
 
 
 def _check_config_source(config: Mapping[str, Any]) -> None:

@@ -1,212 +1,51 @@
 """One pipeline call under observation: what it must keep, and the proof that a replay is faithful.
 
 The first step is recognized, which reads values off the device. All others are compared with it on
-the device, and the results are read once, at the end of the turn. Where guidance is active in
-only some steps, each run of steps with the same calls is a pattern of its own.
+the device, and the results are read once, at the end of the turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mteditflow.pipelines.conditioning import (
     CallRecord,
     Conditioning,
-    OutputOf,
     Recipe,
     Rows,
     Stage,
     leaves,
     map_kinds,
-    map_leaves,
     map_tensors,
     readings,
 )
+from mteditflow.pipelines.flow_times import find_grid, find_time
 from mteditflow.pipelines.guidance import Combination
-from mteditflow.pipelines.recognize import (
-    Call,
-    Place,
-    ReplayError,
-    find_grid,
-    find_sample,
-    find_time,
-    find_times,
-    named_time,
-    repeat_rows,
+from mteditflow.pipelines.loop import Step
+from mteditflow.pipelines.patterns import (
+    PROOF_ROWS,
+    CallPattern,
+    Pattern,
+    Row,
+    Version,
+    link_outputs,
+    versions_of,
 )
-from mteditflow.pipelines.scheduler import Step
+from mteditflow.pipelines.recognize import Call, ReplayError, repeat_rows
 
 Choice = Mapping[str, int]  # of an argument's readings, where it is not the first
 _CONSTANT = (
     *(Tensor, np.ndarray, np.generic, torch.dtype, torch.device),
     *(int, float, complex, str, bytes, slice, range, tuple, frozenset, Enum, type(None)),
 )
-
-
-@dataclass
-class CallPattern:
-    """One call of every step of a pattern, as it was at the first of them.
-
-    Attributes:
-        module: what was called; None for the transformer.
-        place: where it holds the noisy sample.
-        constants: all other arguments.
-        rest: what the sample's argument holds besides the sample.
-        times: by name what the arguments that may hold the flow time held, per step.
-    """
-
-    module: nn.Module | None
-    place: Place
-    constants: dict[str, Any]
-    rest: Tensor | None
-    times: dict[str, list[Tensor]]
-
-    @classmethod
-    def of(cls, call: Call, sample: Tensor, timestep: Tensor, velocity: Tensor) -> CallPattern:
-        """Recognize a call of a first step."""
-        place = find_sample(call.arguments, sample)
-        rows = repeat_rows(sample, place.copies)
-        parts = place.split(call.arguments[place.name], rows)
-        assert parts is not None
-        if call.module is None:
-            place = place.with_output(call.output[0], rows, velocity)
-        constants = {k: v for k, v in call.arguments.items() if k != place.name}
-        times = find_times(call.arguments, timestep)
-        return cls(call.module, place, constants, parts[1], {name: [] for name in times})
-
-    def fits(self, call: Call, sample: Tensor) -> bool:
-        """Whether a later call has the same arguments, in the same forms."""
-        rows, given = repeat_rows(sample, self.place.copies), call.arguments
-        return (
-            call.module is self.module
-            and given.keys() == {*self.constants, self.place.name}
-            and self.place.split(given[self.place.name], rows) is not None
-            and all(getattr(given[n], "shape", 0) == self.constants[n].shape for n in self.times)
-        )
-
-    def time_names(self) -> list[str]:
-        """Names of the arguments that hold the flow time: those that change with the steps.
-
-        Of a single step, those that are named like a time, or the only one there is.
-        """
-        steps = self.times.items()
-        found = [name for name, held in steps if any(not torch.equal(x, held[0]) for x in held)]
-        if any(len(held) == 1 for _, held in steps):
-            named = [name for name in self.times if named_time(name)]
-            found = named or ([*self.times] if len(self.times) == 1 else [])
-        if not found:
-            raise ReplayError(
-                "which argument of the transformer holds the flow time is unclear among "
-                f"{[*self.times]}"
-            )
-        return found
-
-
-class Row(NamedTuple):
-    """One trajectory's share of a step: its number, x_t, sigma (0-d) and the velocity."""
-
-    trajectory: int
-    x_t: Tensor
-    sigma: Tensor
-    velocity: Tensor
-
-
-PROOF_ROWS = 3  # of a pattern at most
-
-
-@dataclass
-class Pattern:
-    """Pattern of consecutive steps, taken from the first of them, and what varies over them.
-
-    Attributes:
-        first: number of that step.
-        calls: of the transformer and of modules that give it arguments, in order.
-        combination: how the transformer's outputs make the scheduler's velocity.
-        rows: single rows of its steps to be proved: several of the first step, one of each other.
-    """
-
-    first: int
-    calls: list[CallPattern]
-    combination: Combination = field(default_factory=Combination)
-    rows: list[Row] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, first: int, calls: Sequence[Call], *step: Tensor) -> Pattern:
-        """Recognize the calls of a first step, by its sample, timestep and velocity."""
-        own = [call for call in calls if call.module is None]
-        if not own:
-            raise ReplayError(
-                "the scheduler takes a step without a call of the transformer: a second sample, "
-                "such as sound, is denoised beside the one that is recorded, or another model "
-                "makes its velocity; `model` chooses which module is recorded"
-            )
-        if len(own) > 2:
-            raise ReplayError(
-                "expected one call of the transformer per step, or two under classifier-free "
-                f"guidance, got {len(own)}; `model` chooses which module is recorded"
-            )
-        pattern = cls(first, [CallPattern.of(call, *step) for call in calls])
-        one, other = pattern.branches[0], pattern.branches[-1]
-        if other.place != one.place:
-            raise ReplayError(
-                f"the transformer's calls hold the sample in different ways ({one.place}; "
-                f"{other.place}), so that they are no branches of classifier-free guidance "
-                "(skipped layers, perturbed attention)"
-            )
-        if own[-1].arguments[one.place.name] is own[0].arguments[one.place.name]:
-            other.rest = one.rest  # one object where branches share it
-        return pattern
-
-    @property
-    def branches(self) -> list[CallPattern]:
-        """The calls of the transformer."""
-        return [call for call in self.calls if call.module is None]
-
-    def fits(self, calls: Sequence[Call], sample: Tensor) -> bool:
-        """Whether a step's calls have the arguments of this pattern, and in its forms."""
-        return len(calls) == len(self.calls) and all(
-            one.fits(call, sample) for one, call in zip(self.calls, calls, strict=True)
-        )
-
-
-class Version(NamedTuple):
-    """A tensor by its argument's name, with what tells of changes in place.
-
-    Attributes:
-        name: of the argument.
-        tensor: as it was given.
-        version: autograd's count of its changes, or a copy of an inference tensor, which has none.
-    """
-
-    name: str
-    tensor: Tensor
-    version: int | Tensor
-
-    @property
-    def changed(self) -> bool:
-        """Whether it was changed in place since."""
-        if isinstance(self.version, Tensor):
-            return not torch.equal(self.version, self.tensor)
-        return self.tensor._version != self.version
-
-    @staticmethod
-    def check(versions: Sequence[Version]) -> None:
-        """Raise if one of the tensors was changed in place since."""
-        for each in versions:
-            if each.changed:
-                name = each.name
-                raise ReplayError(
-                    f"{name}: changed in place after it was recorded; give the pipeline a copy, or "
-                    "record with storage='cpu' if the change comes after the call"
-                )
 
 
 @dataclass(frozen=True)
@@ -250,6 +89,7 @@ class Turn:
         sigmas: the call's grid, [S + 1], on the CPU.
         timesteps: the scheduler's timesteps of its steps, [S], on the CPU.
         most: the timestep of sigma = 1.
+        guiders: of the pipeline, which may combine the branches.
         has_solver: whether a solver takes the steps. Without one, the pipeline may change latents
             between steps, as by a mask.
         ends: whether only the first and the last latents are kept, because another sampler or a
@@ -264,6 +104,7 @@ class Turn:
         timesteps: Tensor,
         *,
         most: int,
+        guiders: Sequence[Any],
         has_solver: bool,
         ends: bool,
         shared: Collection[str],
@@ -272,6 +113,7 @@ class Turn:
         self.steps: list[Step] = []
         self.patterns: list[Pattern] = []
         self._sigmas, self._timesteps, self._most = sigmas, timesteps, most
+        self._guiders = guiders
         self.ends = ends
         self._has_solver, self._shared, self._storage = has_solver, shared, storage
         self._started = self._clean = sigmas  # replaced at the first step and at the end
@@ -308,12 +150,14 @@ class Turn:
         timestep: Tensor,
         calls: Sequence[Call],
     ) -> None:
-        calls = _link_outputs(calls)
+        calls = link_outputs(calls)
         pattern = self.patterns[-1] if self.patterns else None
         if pattern is None or not pattern.fits(calls, step.x_t):
-            pattern = Pattern.of(number, calls, step.x_t, timestep, velocity)
+            pattern = Pattern.of(
+                number, calls, Combination(self._guiders), step.x_t, timestep, velocity
+            )
             self.patterns.append(pattern)
-            self._constants += _versions([call.constants for call in pattern.calls])
+            self._constants += versions_of([call.constants for call in pattern.calls])
         outputs: list[Tensor] = []
         for one, call in zip(pattern.calls, calls, strict=True):
             rows = repeat_rows(step.x_t, one.place.copies)
@@ -326,7 +170,7 @@ class Turn:
             if step.x_t is not returned:
                 changed = (step.x_t != returned.to(step.x_t.dtype)).any()
                 self._changes.append(changed)
-        self._states += _versions([{"latents": step.next_x}])
+        self._states += versions_of([{"latents": step.next_x}])
         for _ in range(1 if pattern.rows else PROOF_ROWS):
             row = -(len(pattern.rows) + 1) % len(velocity)
             # Copies, because pipelines may write what a step returns into what it was given.
@@ -356,9 +200,10 @@ class Turn:
                 f"the scheduler was given a velocity {list(velocity.shape)}, the transformer "
                 f"returned {[list(output.shape) for output in outputs]} for the sample"
             )
+        guided = " (by a guider that depends on the step, or on those before)" * bool(self._guiders)
         changed = (
-            f"step {len(self.steps)}: the velocity was changed between transformer and scheduler, "
-            "or is NaN"
+            f"step {len(self.steps)}: the velocity was changed between transformer and scheduler"
+            f"{guided}, or is NaN"
         )
         self._doubts.append((changed, pattern.combination.mismatch(outputs, velocity)))
 
@@ -513,42 +358,3 @@ class Turn:
         moved = x if self._storage is None else x.to(self._storage)
         copied = moved.is_inference() or (moved is x and (view or self._storage is not None))
         return moved.clone() if copied else moved.detach()
-
-
-def _versions(arguments: Sequence[dict[str, Any]]) -> list[Version]:
-    """Every tensor with its argument's name and its version."""
-    return [
-        Version(name, leaf, leaf.clone() if leaf.is_inference() else leaf._version)
-        for named in arguments
-        for name, value in named.items()
-        for leaf in leaves(value)
-        if isinstance(leaf, Tensor)
-    ]
-
-
-def _link_outputs(calls: Sequence[Call]) -> list[Call]:
-    """The calls of a step that make its velocity, linked where one is given another's outputs.
-
-    Modules whose outputs the transformer is not given, such as an encoder within the loop, are
-    left out.
-    """
-    made: dict[int, tuple[int, int]] = {}
-    used: list[int] = []
-
-    def leaf(x: Any) -> Any:
-        if id(x) not in made:
-            return x
-        call, number = made[id(x)]
-        if call not in used:
-            used.append(call)
-        return OutputOf(used.index(call), number)
-
-    found = []
-    for index, call in enumerate(calls):
-        if call.module is None:
-            found.append(call._replace(arguments=map_leaves(leaf, call.arguments)))
-            continue
-        for number, x in enumerate(leaves(call.output)):
-            if isinstance(x, Tensor):
-                made[id(x)] = index, number
-    return [*(calls[index] for index in used), *found]

@@ -9,12 +9,8 @@ from tiny_pipelines.checks import Case, replay
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
 from mteditflow.pipelines.conditioning import Entries, Rows, readings, select_rows
-from mteditflow.pipelines.recognize import (
-    find_grid,
-    find_sample,
-    in_memory,
-    memory_axes,
-)
+from mteditflow.pipelines.flow_times import find_grid
+from mteditflow.pipelines.recognize import find_sample, in_memory, memory_axes
 from tests.loops import some
 
 SOLVER = mt.FlowSDE(0.7)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.guiders import AdaptiveProjectedGuidance, TangentialClassifierFreeGuidance
 from diffusers.pipelines.ltx.pipeline_ltx import rescale_noise_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from mteditflow.pipelines.guidance import (
     StdMix,
     TokenNorm,
     find_guidance,
+    find_guider,
     find_sign,
     mismatch,
 )
@@ -209,6 +211,61 @@ def test_a_limit_that_an_earlier_step_ignored_is_refused():
     first, later = longer(1.4), longer(1.5, seed=1)
     assert not combination.mismatch(first, plain(first))
     assert combination.mismatch(later, plain._replace(rescaling=NormLimit(1.2))(later))
+
+
+# Guiders of a pipeline, which are called again.
+
+
+def tangential(scale):
+    return TangentialClassifierFreeGuidance(guidance_scale=scale)
+
+
+@pytest.mark.parametrize("positive", [0, 1])
+def test_a_guider_is_found_by_what_it_makes_of_the_branches(positive):
+    guider, velocities = tangential(4.0), branches()
+    velocity = guider.forward(velocities[positive], velocities[1 - positive]).pred
+    found = find_guider([tangential(3.0), guider], velocities, velocity)
+    assert found == find_guider([tangential(4.0)], velocities, velocity)
+    assert found.positive == positive
+    guider.guidance_scale = 9.0  # the copy is that of the step
+    assert torch.equal(found(velocities), velocity)
+    assert find_guider([tangential(4.0)], velocities, velocity + 1e-6) is None
+
+
+def test_guiders_with_other_settings_are_other_guidance():
+    velocities = branches()
+    made = [tangential(scale).forward(*velocities).pred for scale in (3.0, 4.0)]
+    three, four = (
+        find_guider([tangential(scale)], velocities, velocity)
+        for scale, velocity in zip((3.0, 4.0), made, strict=True)
+    )
+    assert three != four
+
+
+def test_equal_branches_hide_which_of_them_a_guider_took_for_the_positive_one():
+    one = branches()[0]
+    made = tangential(4.0).forward(one, one.clone()).pred
+    assert find_guider([tangential(4.0)], [one, one.clone()], made) is None
+
+
+def test_a_guider_with_a_momentum_is_not_called_again():
+    guider = AdaptiveProjectedGuidance(
+        guidance_scale=4.0, eta=0.5, adaptive_projected_guidance_momentum=-0.5
+    )
+    guider.set_state(step=0, num_inference_steps=4, timestep=torch.tensor(1000.0))
+    guider.prepare_inputs({"x": (torch.zeros(1), torch.zeros(1))})
+    velocities = branches()
+    velocity = guider.forward(*velocities).pred
+    assert find_guider([guider], velocities, velocity) is None
+
+
+def test_gradients_of_a_guider_are_those_of_its_function():
+    velocities = branches(2, 3, 4, dtype=torch.float64)
+    velocity = AdaptiveProjectedGuidance(guidance_scale=4.0, eta=0.5).forward(*velocities).pred
+    guiders = [AdaptiveProjectedGuidance(guidance_scale=4.0, eta=0.5)]
+    found = find_guider(guiders, velocities, velocity)
+    leaves = [x.requires_grad_() for x in velocities]
+    assert torch.autograd.gradcheck(lambda *both: found(both), leaves)
 
 
 # Gradients.

@@ -15,13 +15,10 @@ from tiny_pipelines.checks import replay
 from mteditflow import ODE, FlowSDE, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, LoraPolicies, Recorder, ReplayError
 from mteditflow.pipelines.conditioning import Rows
-from mteditflow.pipelines.recognize import (
-    CLOCKS,
-    find_sample,
-    find_time,
-    find_times,
-)
-from mteditflow.pipelines.turn import CallPattern
+from mteditflow.pipelines.flow_times import CLOCKS, find_time, find_times
+from mteditflow.pipelines.patterns import CallPattern
+from mteditflow.pipelines.recognize import find_sample
+from tests.loops import some
 
 
 def edit(pipeline, guidance=1.0, **more):

@@ -29,6 +29,7 @@ FORMS = [
     ("LongCatImagePipeline", "classifier-free, norm rescaled"),
     ("LTXPipeline", "classifier-free, std rescaled"),
     ("WanImageToVideoPipeline", "classifier-free"),
+    ("Flux2KleinBaseModularPipeline, tangential", "tangential"),
 ]
 
 

@@ -6,11 +6,18 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
-from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    MagnitudeAwareGuidance,
+    TangentialClassifierFreeGuidance,
+)
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
 
 from tiny_pipelines import video, video2, video3
 from tiny_pipelines.base import CFG, Family, image_vae, picture, plus, prompts, redraw, scheduler
+from tiny_pipelines.refusals import refused
 
 TEXT = {"max_sequence_length": 10}
 IMAGES, LATENTS = {"output": "images"}, {"output": "latents"}
@@ -90,6 +97,32 @@ def named(name: str, made: dict[str, Family]) -> dict[str, Family]:
     return {name if kind == "none" else f"{name}, guided": made[kind] for kind in made}
 
 
+def klein_base(**parts: Any) -> Any:
+    """A modular klein with a guider."""
+    return modular("Flux2KleinBaseModularPipeline", build_klein(image_size=8), **parts)
+
+
+KLEIN = {"height": 64, "width": 64, "text_encoder_out_layers": (1, 2)} | TEXT | IMAGES
+# Guiders whose results depend on the branches alone.
+GUIDERS = {
+    "tangential": lambda: TangentialClassifierFreeGuidance(guidance_scale=4.0),
+    "magnitude-aware": lambda: MagnitudeAwareGuidance(guidance_scale=4.0),
+    "adaptive projected": lambda: AdaptiveProjectedGuidance(guidance_scale=4.0, eta=0.5),
+    "zero-star": lambda: ClassifierFreeZeroStarGuidance(guidance_scale=4.0, zero_init_steps=0),
+}
+STATEFUL = {
+    "zero-star from zero": lambda: ClassifierFreeZeroStarGuidance(guidance_scale=4.0),
+    "adaptive projected with momentum": lambda: AdaptiveProjectedGuidance(
+        guidance_scale=4.0, adaptive_projected_guidance_momentum=-0.5
+    ),
+}
+
+
+def guided(guider: Any, kind: str) -> Family:
+    """A modular klein with the guider that a function makes."""
+    return Family(lambda: klein_base(guider=guider()), prompts, KLEIN, {kind: {}}, text="Qwen3")
+
+
 FAMILIES = {
     "FluxModularPipeline": Family(
         lambda: modular("FluxModularPipeline", build_kontext(image_size=8)),
@@ -100,20 +133,17 @@ FAMILIES = {
     "Flux2KleinModularPipeline": Family(
         lambda: modular("Flux2KleinModularPipeline", build_klein(image_size=8)),
         plus(prompts, image=picture()),
-        {"height": 64, "width": 64, "text_encoder_out_layers": (1, 2)} | TEXT | IMAGES,
+        KLEIN,
         text="Qwen3",
     ),
     **named(
         "Flux2KleinBaseModularPipeline",
-        families(
-            lambda **parts: modular(
-                "Flux2KleinBaseModularPipeline", build_klein(image_size=8), **parts
-            ),
-            prompts,
-            {"height": 64, "width": 64, "text_encoder_out_layers": (1, 2)} | TEXT | IMAGES,
-            text="Qwen3",
-        ),
+        families(klein_base, prompts, KLEIN, text="Qwen3"),
     ),
+    **{
+        f"Flux2KleinBaseModularPipeline, {kind}": guided(guider, kind)
+        for kind, guider in GUIDERS.items()
+    },
     **named(
         "ZImageModularPipeline",
         families(
@@ -163,4 +193,11 @@ FAMILIES = {
             output="latent",
         ),
     ),
+}
+
+REFUSED = {
+    f"Flux2KleinBaseModularPipeline, {kind}": refused(
+        guided(guider, kind), "by a guider that depends on the step, or on those before"
+    )
+    for kind, guider in STATEFUL.items()
 }

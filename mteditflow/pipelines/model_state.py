@@ -1,0 +1,58 @@
+"""State of a model on which its outputs or its gradients depend: dropout, caches, offload."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from mteditflow.pipelines.recognize import ReplayError
+
+
+def attention_processors(model: nn.Module) -> list[Any]:
+    """How a model attends: what pipelines may replace during a call, and put back."""
+    return [vars(module).get("processor") for module in model.modules()]
+
+
+_PROBABILITIES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "attention_dropout")
+
+
+def check_repeatable(model: nn.Module) -> None:
+    """Raise if a module draws, or looks at the rest of the batch, at whatever precision."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        names = ("p", *_PROBABILITIES) if isinstance(module, _DropoutNd) else _PROBABILITIES
+        held = [vars(module).get(n) for n in names]
+        draws = any(isinstance(p, (int, float)) and p > 0 for p in held)
+        if draws or isinstance(module, _BatchNorm):
+            raise ReplayError(
+                "model: expected no dropout or batch norm in training mode, got "
+                f"{name} ({type(module).__name__}); call model.eval() before sampling"
+            )
+
+
+def caches(model: nn.Module) -> bool:
+    """Whether a cache of diffusers is enabled on a model."""
+    return bool(getattr(model, "is_cache_enabled", False))
+
+
+def is_group_offloaded(model: nn.Module) -> bool:
+    """Whether diffusers moves groups of a model's weights to another device, or to files."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        group = getattr(hook, "group", None)
+        if group is not None and (
+            group.offload_to_disk_path or group.offload_device != group.onload_device
+        ):
+            return True
+    return False
+
+
+def fresh_cache(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which a model with a cache starts anew."""
+    return cast(Any, model).cache_context("mteditflow") if caches(model) else nullcontext()
