@@ -43,12 +43,15 @@ the others are listed with the reason; {more} more classes are recorded with it.
 
 `Recorder` patches nothing and knows no pipeline class. It finds by equality of tensors where a call
 holds the noisy sample, how it passes the time, and how the outputs become the scheduler's velocity
-(`mteditflow/pipelines/`: `recognize.py`, `guidance.py`). Other pipelines that call their
-transformer in one of these ways work without being listed; all others are refused with a reason.
+(`mteditflow/pipelines/`: `recognize.py`, `flow_times.py`, `guidance.py`). Other pipelines that call
+their transformer in one of these ways work without being listed; all others are refused with a
+reason.
 
-Each row is a tiny pipeline of the real classes, float32 on a CPU, with scheduler settings like
-those of the published model. Weights are random, and none are zero: zero-initialized outputs would
-hide faults. Two turns are recorded, for each number of trajectories. Every kind of place and
+Each row is a tiny pipeline of the real classes, float32 on a CPU. Scheduler settings are those of
+diffusers' conversion script, where it has one for the model, or like those of the published model.
+Models that ship UniPC or DPMSolver++ (Wan, SkyReels, Sana) have the Euler scheduler at the same
+shift; with their own, only the first and the last latents are recorded. Weights are random, and
+none are zero: zero-initialized outputs would hide faults. Two turns are recorded, for each number of trajectories. Every kind of place and
 guidance is also recorded in bfloat16 and in inference mode, and must be refused when velocity,
 sample or prompts change at a late step (`tests/pipelines/test_forms.py`).
 

@@ -60,7 +60,7 @@ def stable_audio(kind: str = "StableAudio3Pipeline", **scheduled: Any) -> Diffus
         transformer=transformer,
         vae=vae,
         duration_embedder=duration,
-        scheduler=scheduler(1.0, **scheduled),
+        scheduler=scheduler(1.0, num_train_timesteps=1, **scheduled),
     )
 
 

@@ -136,7 +136,7 @@ def joy(kind: str) -> DiffusionPipeline:
         scale_factor_spatial=2,
         scale_factor_temporal=1,
     )
-    pipeline = make(kind, scheduler=scheduler(4.0), vae=vae, transformer=transformer)
+    pipeline = make(kind, scheduler=scheduler(1.5), vae=vae, transformer=transformer)
     name = "image_processor" if many else "vae_image_processor"
     getattr(pipeline, name).get_default_height_width = lambda *_: (16, 16)  # for a million pixels
 
