@@ -43,10 +43,10 @@ class Timesteps(Tensor):
     """
 
     __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
-    ended: Callable[[int], None]
+    ended: Callable[[int, FrameType], None]
 
     @classmethod
-    def of(cls, timesteps: Tensor, ended: Callable[[int], None]) -> Timesteps:
+    def of(cls, timesteps: Tensor, ended: Callable[[int, FrameType], None]) -> Timesteps:
         """The same tensor, watched."""
         watched = timesteps.as_subclass(cls)
         watched.ended = ended
@@ -54,7 +54,7 @@ class Timesteps(Tensor):
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.as_subclass(Tensor)
-        self.ended(len(self))
+        self.ended(len(self), sys._getframe(1))
 
     def __getitem__(self, index: Any) -> Tensor:
         part = self.as_subclass(Tensor)[index]
@@ -79,10 +79,11 @@ class Loop:
         holders = ((frame, _names_of(last.x_t, frame)) for frame in self._stack)
         self._holder = next((found for found in holders if found[1]), None)
 
-    def is_innermost(self) -> bool:
-        """Whether it, and no other such as one of a callback, is the loop that runs now."""
-        loops = (f for f in _frames() if not f.f_code.co_flags & inspect.CO_GENERATOR)
-        return next(loops, None) in self._stack
+    def runs_in(self, frame: FrameType | None) -> bool:
+        """Whether a loop, by the frame that asks for its next item, is this and no callback's."""
+        while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
+            frame = frame.f_back  # a progress bar, or an iterator around the timesteps
+        return frame in self._stack
 
     def final_latents(self) -> Tensor:
         """Return the latents with which the pipeline goes on after its last step.

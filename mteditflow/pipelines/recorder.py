@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Collection, Hashable, Sequence
 from functools import partial
 from itertools import chain
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -297,10 +297,10 @@ class Recorder:
             self._processors = attention_processors(self._model)
             self._loop = Loop(step)
 
-    def ended(self, steps: int) -> None:
-        """Called by the scheduler: the pipeline's loop over its timesteps is over."""
+    def ended(self, steps: int, frame: FrameType) -> None:
+        """Called by the scheduler: a loop over its timesteps is over, in this frame."""
         turn, loop = self._turn, self._loop
-        if turn is None or loop is None or steps != len(turn.steps) or not loop.is_innermost():
+        if turn is None or loop is None or steps != len(turn.steps) or not loop.runs_in(frame):
             return
         with torch.inference_mode(False), torch.no_grad():
             turn.check()

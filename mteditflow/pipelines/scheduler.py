@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Collection, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -44,8 +45,8 @@ class Observer(Protocol):
     def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
         """Called after each step with the flow's velocity and the grid's timestep (0-d)."""
 
-    def ended(self, steps: int) -> None:
-        """Called when a loop over this number of the grid's timesteps has come to its end."""
+    def ended(self, steps: int, frame: FrameType) -> None:
+        """Called when a loop over this number of the grid's timesteps ends, with its frame."""
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):

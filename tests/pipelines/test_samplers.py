@@ -169,6 +169,18 @@ def test_a_loop_of_ones_own_is_recorded(flux):
     assert torch.equal(rollout.trajectory.clean[:, 0], x)
 
 
+def test_methods_of_the_recorder_may_be_wrapped_by_others(flux, monkeypatch):
+    """As by a profiler or a checker of types, whose frames lie between ours."""
+
+    def wrapped(method):
+        return lambda *args, **kwargs: method(*args, **kwargs)
+
+    monkeypatch.setattr(Recorder, "ended", wrapped(Recorder.ended))
+    monkeypatch.setattr(Recorder, "stepped", wrapped(Recorder.stepped))
+    latents, rollout = record(flux, FlowSDE(0.7))
+    assert torch.equal(rollout.trajectory.clean[:, 0], latents)
+
+
 def test_a_step_in_a_function_of_its_own_is_not_looked_for_in_other_frames(flux):
     """Where the function has returned, a variable of the same name elsewhere is another tensor."""
     seen = []
