@@ -51,9 +51,10 @@ Each row is a tiny pipeline of the real classes, float32 on a CPU. Scheduler set
 diffusers' conversion script, where it has one for the model, or like those of the published model.
 Models that ship UniPC or DPMSolver++ (Wan, SkyReels, Sana) have the Euler scheduler at the same
 shift; with their own, only the first and the last latents are recorded. Weights are random, and
-none are zero: zero-initialized outputs would hide faults. Two turns are recorded, for each number of trajectories. Every kind of place and
-guidance is also recorded in bfloat16 and in inference mode, and must be refused when velocity,
-sample or prompts change at a late step (`tests/pipelines/test_forms.py`).
+none are zero: zero-initialized outputs would hide faults. Two turns are recorded, for each number
+of trajectories. Every kind of place and guidance is also recorded in bfloat16 and in inference
+mode, and must be refused when velocity, sample or prompts change at a late step
+(`tests/pipelines/test_forms.py`).
 
 - **batches**: numbers of trajectories per call that were recorded.
 - **steps**: recorded steps of those that were asked for; a strength of 0.5 leaves half.
