@@ -130,8 +130,8 @@ class Recorder:
         self._storage = None if storage is None else torch.device(storage)
         self._options: dict[str, Any] = {
             "solver": solver,
-            "generators": generators,
-            "stochastic_steps": stochastic_steps,
+            "generators": None if generators is None else list(generators),
+            "stochastic_steps": None if stochastic_steps is None else list(stochastic_steps),
             "reduction": reduction,
         }
         self._scheduler = stand_in(scheduler, **self._options)  # anew on entering

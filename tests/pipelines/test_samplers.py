@@ -285,10 +285,21 @@ def test_a_subclass_of_the_librarys_scheduler_is_taken(flux):
     assert largest_deviation(record(flux, solver)[1], flux.transformer, solver) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [[True, False], iter([0.5])])
+@pytest.mark.parametrize("steps", [[True, False], [0.5]])
 def test_stochastic_steps_are_indices(flux, steps):
     with pytest.raises(TypeError, match="stochastic_steps: expected indices of steps, got"):
         Recorder(flux, FlowSDE(0.7), stochastic_steps=steps)
+
+
+def test_stochastic_steps_and_generators_may_be_iterators(flux):
+    expected = record(flux, FlowSDE(0.7), recording={"stochastic_steps": [1]})[1]
+    call = options()
+    iterators = {"stochastic_steps": iter([1]), "generators": iter(call["generator"])}
+    with Recorder(flux, FlowSDE(0.7), **iterators) as recorder:
+        flux(**call)
+    got = recorder.rollout(group=[0, 1])
+    assert got.trajectory.stochastic[0].tolist() == [False, True, False, False]
+    assert torch.equal(got.trajectory.latents, expected.trajectory.latents)
 
 
 class Stretched(FlowMatchEulerDiscreteScheduler):
