@@ -150,6 +150,7 @@ REFUSED = {
     "depth of none": (png(ROWS, END, depth=0), "of color type 2 and 0 bits"),
     "color of none": (png(ROWS, END, color=7), "of color type 7 and 8 bits"),
     "16 bits grey": (saved(Image.new("I;16", (4, 4)), "PNG"), "at most 8 bits a channel, got 16"),
+    "9 bits rgb": (png(ROWS, END, depth=9), "at most 8 bits a channel, got 9"),
     "16 bits rgb": (png(ROWS, END, depth=16), "at most 8 bits a channel, got 16"),
     "palette of none": (png(ROWS, END, color=3), "got one without its palette"),
     "apng": (saved(IMAGE, "PNG", save_all=True, append_images=[picture(2)]), "an animated PNG"),
