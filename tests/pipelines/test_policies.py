@@ -380,12 +380,21 @@ def test_loading_another_adapter_is_refused_and_changes_nothing(policies):
         given | {"other.lora_A.weight": torch.zeros(1)},
         given | {name: torch.zeros(1, 1)},
     ):
-        with pytest.raises(ValueError, match="names or shapes are not those of the adapter"):
+        (differing,) = [k for k in given.keys() | wrong if given.get(k) is not wrong.get(k)]
+        message = rf"names or shapes are not those of the adapter .*, as in \['{differing}'\]$"
+        with pytest.raises(ValueError, match=message):
             policies.load_state_dict(wrong)
     assert all(torch.equal(p, w) for p, w in some(zip(policies.parameters(), weights, strict=True)))
 
 
 # Velocities for objectives.
+
+
+@pytest.mark.parametrize("policy", ["old", "reference"])
+def test_the_current_policy_is_not_asked_for_inside_of_another(policies, policy):
+    policies.check_current()
+    with policies.use(policy), pytest.raises(RuntimeError, match=rf"inside use\('{policy}'\)"):
+        policies.check_current()
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from mteditflow.pipelines import Prompts
+from mteditflow.pipelines import FAMILIES, Prompts
 from mteditflow.pipelines.chain_calls import working_on
 from tests.loops import some
 
@@ -95,3 +97,12 @@ def test_encoders_are_on_the_device_only_while_they_work(encoder):
 def test_a_cache_without_room_is_refused(encoder):
     with pytest.raises(ValueError, match="capacity: expected an integer >= 1, got 0"):
         prompts(encoder, capacity=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "distilled", "negative"), [(4.0, False, ""), (1.0, False, None), (4.0, True, None)]
+)
+def test_klein_embeds_a_negative_prompt_only_where_it_is_guided_by_it(scale, distilled, negative):
+    (klein,) = [family for family in FAMILIES if family.name == "klein"]
+    pipeline = SimpleNamespace(config=SimpleNamespace(is_distilled=distilled))
+    assert klein.negative_prompt(pipeline, {"guidance_scale": scale}) == negative

@@ -441,6 +441,7 @@ def test_select_keeps_rows_and_lets_go_of_the_rest(klein):
     for index in (torch.tensor([2, 0]), torch.tensor([True, False, True]), slice(1, None)):
         some = rollout.select(index)
         assert len(some.conditioning) == 4
+        assert some.index.dtype == torch.int64
         everyone = torch.arange(3)[index]
         assert torch.equal(some.trajectory.latents, rollout.trajectory.latents[everyone])
         rows = all_rows(some)

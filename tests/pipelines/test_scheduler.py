@@ -210,6 +210,12 @@ def test_refuses_the_config_of_another_scheduler(other, tmp_path):
         FlowMatchSDEScheduler.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, FlowMatchSDEScheduler])
+def test_takes_the_saved_config_of_either_scheduler(kind, tmp_path):
+    kind(shift=2.5).save_pretrained(tmp_path)
+    assert FlowMatchSDEScheduler.from_pretrained(tmp_path).config.shift == 2.5
+
+
 def test_refuses_a_nameless_config_with_foreign_keys():
     with pytest.raises(ValueError, match="that of a scheduler with beta_end, beta_schedule"):
         FlowMatchSDEScheduler.from_config(DDIMScheduler().config)
