@@ -330,7 +330,8 @@ def _load_prompts(
     text_options = family.text_options(options)
 
     def encode(text: str) -> Sequence[Tensor]:
-        *embeddings, _ = texts.encode_prompt(prompt=text, device="cpu", **text_options)
+        where = torch.device(device)
+        *embeddings, _ = texts.encode_prompt(prompt=text, device=where, **text_options)
         return list(embeddings)
 
     return Prompts(encode, encoders, device, capacity=capacity)

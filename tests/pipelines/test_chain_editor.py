@@ -351,6 +351,23 @@ def test_instructions_are_embedded_once_and_the_sampler_has_no_text_encoder(
     assert forwards["forward"] == 4
 
 
+def test_instructions_are_encoded_where_the_encoders_are(load, family, plain, monkeypatch):
+    devices = []
+    original = type(plain).encode_prompt
+
+    @functools.wraps(original)
+    def spied(self, *args, **kwargs):
+        if self.text_encoder is not None:
+            devices.append(kwargs["device"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(plain), "encode_prompt", spied)
+    load(device="cpu:0").edit(
+        [picture(plain)], [CHAIN[0][:1]], generators=trajectory_generators(0, 1), batch=1
+    )
+    assert set(devices) == {torch.device("cpu", 0)}
+
+
 # Options of loading.
 
 
