@@ -8,7 +8,7 @@ from tiny_pipelines.checks import Case, replay
 
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
-from mteditflow.pipelines.conditioning import Entries, Rows, readings, select_rows
+from mteditflow.pipelines.conditioning import Entries, Rows, map_kinds, readings, select_rows
 from mteditflow.pipelines.flow_times import find_grid
 from mteditflow.pipelines.recognize import find_sample, in_memory, memory_axes
 from tests.loops import some
@@ -353,3 +353,12 @@ def test_rows_are_picked_along_their_own_axis():
     assert torch.equal(select_rows([one] * 2, [2, 0], device), x[:, [2, 0]])
     mixed = torch.stack([x[:, 2], y[:, 1]], dim=1)
     assert torch.equal(select_rows([one, other], [2, 1], device), mixed)
+
+
+def test_kinds_tell_apart_what_a_proof_does_not_cover():
+    """A later turn is proved again where its arguments can be read in another way."""
+    x = torch.zeros(2)
+    held = [x, None, 1, Rows(x), Rows(x, 1), [x], (x,), [x, x], {"b": x}]
+    kinds = {map_kinds({"a": value}) for value in held} | {map_kinds({"b": x})}
+    assert len(kinds) == len(held) + 1
+    assert map_kinds({"a": [Rows(x), x]}) == map_kinds({"a": [Rows(torch.ones(5)), x + 1]})
