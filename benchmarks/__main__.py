@@ -6,7 +6,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ def main() -> bool:
         "--system-malloc", action="store_true", help="leave the C allocator as it is"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave compiled figures out")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    report.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keeps_memory = not options.system_malloc and measure.keep_freed_memory()

@@ -221,7 +221,7 @@ def main() -> bool:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.consistency_server")
     parser.add_argument("--clients", type=int, default=64, help="at once")
     parser.add_argument("--requests", type=int, default=10_000, help="of all clients together")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    report.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

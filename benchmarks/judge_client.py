@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from itertools import repeat
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -171,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.judge_client", description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each rate")
     parser.add_argument("--rounds", type=int, default=21, help="samples of each candidate")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    report.add_output(parser)
     options = parser.parse_args()
     with server(LATENCY) as url:
         rates = throughput(url, LATENCY, in_flight=IN_FLIGHT, seconds=options.seconds)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,7 +193,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1, help="blocks of each of the two kinds")
     parser.add_argument("--heads", type=int, default=8, help="attention heads of width 64")
     parser.add_argument("--image-size", type=int, default=20, help="pixels; (size / 2)^2 tokens")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    report.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     measure.keep_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 from datetime import datetime, timezone
@@ -24,6 +25,21 @@ as `torch.profiler` records them, on CUDA the allocator's own peak. On Linux mal
 freed memory: by default it hands large blocks back and fetches them again, page by page, whenever
 the order of frees suits it, which makes all times longer and ratios erratic (`--system-malloc`).
 """
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output``: a folder, which is made before anything is measured."""
+    here = Path(__file__).parent
+    parser.add_argument("--output", type=_folder, default=here, help="folder of the page")
+
+
+def _folder(path: str) -> Path:
+    output = Path(path)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected a folder, got {path}: {error}") from error
+    return output
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -17,7 +17,14 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks import measure, rewards_page, trainer_cost, trainer_full_size, trainer_memory
+from benchmarks import (
+    measure,
+    report,
+    rewards_page,
+    trainer_cost,
+    trainer_full_size,
+    trainer_memory,
+)
 from benchmarks.trainer_parts import environment, make_medium, make_world
 
 HEADER = """\
@@ -173,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__)
     made.add_argument("--only", default="", help="only sections whose name contains this")
     made.add_argument("--rounds", type=int, default=9, help="samples of each candidate")
-    made.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    report.add_output(made)
     made.add_argument("--full-size", choices=trainer_full_size.SIZES, help="and only this")
     made.add_argument("--device", default="cuda", help="of full size")
     made.add_argument("--dtype", default="bfloat16", help="of full size")

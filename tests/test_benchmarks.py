@@ -1,5 +1,6 @@
 """The benchmarks measure what they say; memory, which no busy machine disturbs, is asserted."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -169,3 +170,15 @@ def test_command_explains_itself(monkeypatch, capsys):
     said = capsys.readouterr().out
     for option in ("--device", "--threads", "--rounds", "--only", "--no-compile", "--output"):
         assert option in said
+
+
+def test_a_folder_is_made_before_anything_is_measured(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    report.add_output(parser)
+    made = parser.parse_args(["--output", str(tmp_path / "a" / "b")]).output
+    assert made.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--output", str(tmp_path / "file")])
+    assert ended.value.code == 2
+    assert "--output: expected a folder, got" in capsys.readouterr().err
