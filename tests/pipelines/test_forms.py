@@ -9,7 +9,7 @@ from tiny_pipelines.checks import Case, replay
 import mteditflow as mt
 from mteditflow.pipelines import Recorder, ReplayError, Rollout
 from mteditflow.pipelines.conditioning import Entries, Rows, map_kinds, readings, select_rows
-from mteditflow.pipelines.flow_times import find_grid
+from mteditflow.pipelines.flow_times import Time, find_grid, in_units
 from mteditflow.pipelines.recognize import find_sample, in_memory, memory_axes
 from tests.loops import some
 
@@ -362,3 +362,11 @@ def test_kinds_tell_apart_what_a_proof_does_not_cover():
     kinds = {map_kinds({"a": value}) for value in held} | {map_kinds({"b": x})}
     assert len(kinds) == len(held) + 1
     assert map_kinds({"a": [Rows(x), x]}) == map_kinds({"a": [Rows(torch.ones(5)), x + 1]})
+
+
+def test_one_time_of_a_call_stays_one_where_all_rows_have_it():
+    time = Time("timestep", torch.float32, (), in_units, single=True)
+    assert time.argument(torch.tensor([500.0, 500.0])).tolist() == [0.5]
+    assert time.argument(torch.tensor([500.0, 250.0])).tolist() == [0.5, 0.25]
+    each = time._replace(single=False, axes=(3,))
+    assert each.argument(torch.tensor([500.0, 500.0])).tolist() == [[0.5] * 3] * 2
