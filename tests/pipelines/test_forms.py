@@ -370,3 +370,11 @@ def test_one_time_of_a_call_stays_one_where_all_rows_have_it():
     assert time.argument(torch.tensor([500.0, 250.0])).tolist() == [0.5, 0.25]
     each = time._replace(single=False, axes=(3,))
     assert each.argument(torch.tensor([500.0, 500.0])).tolist() == [[0.5] * 3] * 2
+
+
+def test_rows_along_the_second_axis_leave_those_along_the_first():
+    """States per layer may hold a square tensor beside one whose only batch axis is the first."""
+    square, flat = torch.zeros(2, 2, 3), torch.zeros(2, 5)
+    read = readings("states", {"square": square, "flat": flat}, batch=2, listed=False)
+    axes = [(r["square"].axis, r["flat"].axis) for r in read if isinstance(r["flat"], Rows)]
+    assert axes == [(0, 0), (1, 0)]
