@@ -147,7 +147,7 @@ def test_a_half_mask_is_painted_over_without_a_solver_alone(flux, steps):
         assert rollout.velocity(pipeline.transformer, latents, *at).isfinite().all()
 
 
-def own_loop(pipeline, times):
+def own_loop(pipeline, times, steps=2, held=lambda x: x):
     """A user's own loop over the pipeline's parts; ``times`` gives what it loops over."""
     seen = []
     hook = pipeline.transformer.register_forward_pre_hook(
@@ -156,17 +156,26 @@ def own_loop(pipeline, times):
     pipeline(**options(steps=1))
     hook.remove()
     with Recorder(pipeline) as recorder:
-        pipeline.scheduler.set_timesteps(2, mu=1.0)
+        pipeline.scheduler.set_timesteps(steps, mu=1.0)
         x = seen[0]["hidden_states"]
         for t in times(pipeline.scheduler.timesteps):
             given = seen[0] | {"hidden_states": x, "timestep": t.expand(2) / 1000}
-            x = pipeline.scheduler.step(pipeline.transformer(**given)[0], t, x)[0]
+            x = held(pipeline.scheduler.step(pipeline.transformer(**given)[0], t, x)[0])
     return x, recorder.rollout(group=[0, 1])
 
 
 def test_a_loop_of_ones_own_is_recorded(flux):
     x, rollout = own_loop(flux, lambda timesteps: timesteps)
     assert torch.equal(rollout.trajectory.clean[:, 0], x)
+
+
+@pytest.mark.parametrize(
+    "held", [torch.Tensor.double, torch.clone, lambda x: torch.cat([x, x + 1], dim=1)]
+)
+def test_the_last_latents_may_be_held_as_a_copy_or_a_part(flux, held):
+    x, rollout = own_loop(flux, lambda timesteps: timesteps, steps=1, held=held)
+    clean = rollout.trajectory.clean[:, 0]
+    assert torch.equal(clean, x[:, : clean.shape[1]].float())
 
 
 def test_methods_of_the_recorder_may_be_wrapped_by_others(flux, monkeypatch):
