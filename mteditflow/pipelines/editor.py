@@ -329,8 +329,9 @@ def _load_prompts(
         module.eval().requires_grad_(False)
     text_options = family.text_options(options)
 
+    where = torch.device(device)
+
     def encode(text: str) -> Sequence[Tensor]:
-        where = torch.device(device)
         *embeddings, _ = texts.encode_prompt(prompt=text, device=where, **text_options)
         return list(embeddings)
 

@@ -13,7 +13,7 @@ from mteditflow.pipelines.recognize import ReplayError
 
 
 def attention_processors(model: nn.Module) -> list[Any]:
-    """How a model attends: what pipelines may replace during a call, and put back."""
+    """Attention processors of all modules, which pipelines may replace during a call."""
     return [vars(module).get("processor") for module in model.modules()]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Hashable, Sequence
-from functools import partial
 from itertools import chain
 from types import FrameType, TracebackType
 from typing import Any
@@ -172,7 +171,7 @@ class Recorder:
         self._pipeline.scheduler = self._scheduler
         parts = [x for x in vars(self._pipeline).values() if isinstance(x, nn.Module)]
         self._hooks = [
-            part.register_forward_hook(partial(self._on_forward, _names(part)), with_kwargs=True)
+            part.register_forward_hook(self._on_forward, with_kwargs=True)
             for part in dict.fromkeys([self._model, *parts])
         ]
         return self
@@ -359,15 +358,11 @@ class Recorder:
         return None
 
     def _on_forward(
-        self,
-        names: Sequence[str],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook of the transformer and of the pipeline's other parts, as ControlNets."""
         if self._turn is not None and not self._turn.complete:
+            names = _names(module) if args else []
             if len(args) > len(names):
                 raise ReplayError(
                     f"model: expected arguments by name, because {type(module).__name__}.forward "

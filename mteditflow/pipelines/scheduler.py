@@ -279,9 +279,9 @@ def announce(scheduler: Any, grid: Tensor, first: int) -> None:
 def copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
     """A deep copy of all but what is shared."""
     memo |= {id(x): x for x in shared}
-    copied = copy.copy(scheduler)
-    copied.__dict__.update(copy.deepcopy(scheduler.__dict__, memo))
-    return copied
+    made = copy.copy(scheduler)
+    made.__dict__.update(copy.deepcopy(scheduler.__dict__, memo))
+    return made
 
 
 def _check_config_source(config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What takes the place of a pipeline's own scheduler while it is recorded."""
+"""Stand-ins for the scheduler of a pipeline while it is recorded."""
 
 from __future__ import annotations
 
