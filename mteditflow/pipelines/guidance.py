@@ -7,7 +7,8 @@ the length of that velocity, never its direction: a ``Rescaling``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple, Protocol
@@ -140,12 +141,12 @@ class ByGuider:
 
     Attributes:
         positive: index of the positive branch among the step's.
-        settings: the guider's class and configuration; equal ones are the same guidance.
+        settings: the guider's class and attributes; equal ones are the same guidance.
         guider: the copy, as it was at the step.
     """
 
     positive: int
-    settings: str
+    settings: Hashable
     guider: Any = field(compare=False)
 
     def __call__(self, velocities: Sequence[Tensor]) -> Tensor:
@@ -165,11 +166,23 @@ def find_guider(
     if torch.equal(*velocities):
         return None
     for guider, positive in product(guiders, (0, 1)):
-        settings = f"{type(guider).__name__} {dict(guider.config)}"
-        found = ByGuider(positive, settings, copy.deepcopy(guider))
+        found = ByGuider(positive, _settings(guider), copy.deepcopy(guider))
         if all(torch.equal(found(velocities), velocity) for _ in range(2)):
             return found
     return None
+
+
+def _settings(guider: Any) -> Hashable:
+    """Class and attributes of a guider, by which rows of several calls may share one batch.
+
+    Its configuration stays what it was made with where somebody sets an attribute later.
+    """
+    changing = ("_timestep", "_count_prepared", "_internal_dict")
+    own = {name: value for name, value in vars(guider).items() if name not in changing}
+    try:
+        return type(guider), json.dumps(own, sort_keys=True)
+    except TypeError:  # objects, which nobody can compare
+        return type(guider), object()
 
 
 class Combination:

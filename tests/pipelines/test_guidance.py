@@ -6,8 +6,12 @@ from diffusers.guiders import AdaptiveProjectedGuidance, TangentialClassifierFre
 from diffusers.pipelines.ltx.pipeline_ltx import rescale_noise_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_pipelines.base import prompts
+from tiny_pipelines.checks import replay
+from tiny_pipelines.modular import KLEIN, klein_base
 
-from mteditflow.pipelines import ReplayError
+from mteditflow import FlowSDE, trajectory_generators
+from mteditflow.pipelines import Recorder, ReplayError
 from mteditflow.pipelines.guidance import (
     Combination,
     Guidance,
@@ -240,6 +244,44 @@ def test_guiders_with_other_settings_are_other_guidance():
         for scale, velocity in zip((3.0, 4.0), made, strict=True)
     )
     assert three != four
+
+
+def test_an_attribute_that_is_set_later_makes_other_guidance():
+    """The configuration of a guider does not follow its attributes."""
+    velocities, found = branches(), []
+    guider = tangential(4.0)
+    for scale in (4.0, 9.0, 4.0):
+        guider.guidance_scale = scale
+        velocity = guider.forward(*velocities).pred
+        found.append(find_guider([guider], velocities, velocity))
+    first, other, again = found
+    assert first == again != other
+    assert not torch.equal(first(velocities), other(velocities))
+
+
+def test_turns_with_other_settings_of_a_guider_are_replayed_in_one_batch():
+    pipeline = klein_base(guider=tangential(4.0))
+    solver, generators = FlowSDE(0.7), trajectory_generators(0, 2)
+    given = KLEIN | {"num_inference_steps": 2, "output_type": "latent", "generator": generators}
+    with Recorder(pipeline, solver, generators=generators) as recorder:
+        for turn, scale in enumerate((4.0, 9.0)):
+            pipeline.guider.guidance_scale = scale
+            pipeline(**prompts(turn, 2) | given)
+    rollout = recorder.rollout(group=[0, 1])
+    rows = rollout.trajectory.step_mask.nonzero(as_tuple=True)
+    with torch.no_grad():
+        replayed = replay(rollout, pipeline.transformer, solver, rows)
+    stored = rollout.trajectory.log_prob[rows]
+    torch.testing.assert_close(replayed, stored, rtol=0, atol=1e-5)
+
+
+def test_guiders_that_hold_objects_are_like_none_but_themselves():
+    velocities, guider = branches(), tangential(4.0)
+    guider.scales = {1.0, 2.0}
+    velocity = guider.forward(*velocities).pred
+    one, other = (find_guider([guider], velocities, velocity) for _ in range(2))
+    assert one == one
+    assert one != other
 
 
 def test_equal_branches_hide_which_of_them_a_guider_took_for_the_positive_one():
