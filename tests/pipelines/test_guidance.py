@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from diffusers.guiders import AdaptiveProjectedGuidance, TangentialClassifierFreeGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    SkipLayerGuidance,
+    TangentialClassifierFreeGuidance,
+)
 from diffusers.pipelines.ltx.pipeline_ltx import rescale_noise_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -298,6 +302,20 @@ def test_a_guider_with_a_momentum_is_not_called_again():
     guider.prepare_inputs({"x": (torch.zeros(1), torch.zeros(1))})
     velocities = branches()
     velocity = guider.forward(*velocities).pred
+    assert find_guider([guider], velocities, velocity) is None
+
+
+def test_a_guider_of_other_branches_is_none():
+    """It is given a conditional and a skipped branch, which it would take for another pair."""
+    guider = SkipLayerGuidance(
+        guidance_scale=1.0,
+        skip_layer_guidance_layers=[0],
+        skip_layer_guidance_start=0.0,
+        skip_layer_guidance_stop=1.0,
+    )
+    guider.set_state(step=1, num_inference_steps=4, timestep=torch.tensor(900.0))
+    conditional, skipped = velocities = branches()
+    velocity = guider.forward(conditional, pred_cond_skip=skipped).pred
     assert find_guider([guider], velocities, velocity) is None
 
 
