@@ -89,12 +89,7 @@ def count_passes(
         return torch.zeros_like(x_t)
 
     advantage = torch.linspace(1.0, 2.0, trajectories, dtype=torch.float32, device="cpu")
-    advantage = (
-        advantage
-        * torch.tensor([1.0, -1.0], dtype=torch.float32, device="cpu").repeat(trajectories)[
-            :trajectories
-        ]
-    )
+    advantage[::2] *= -1
     old_is_current = objective.old_decay(round) == 0
     members = 1
     for epoch in range(epochs):

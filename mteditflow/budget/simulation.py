@@ -208,8 +208,8 @@ def peak_of(run: Callable[[], object], exists: Sequence[Tensor]) -> int:
 def fill_fake(model: nn.Module) -> None:
     """Replace every meta tensor of a model by a fake one of the CPU, inside ``FakeTensorMode``.
 
-    Weights that are tied stay tied. On the CPU attention takes a flash kernel, which saves what CUDA's saves; on meta tensors it
-    takes the path that saves scores.
+    Weights that are tied stay tied. On the CPU attention takes a flash kernel, which saves what
+    CUDA's saves; on meta tensors it takes the path that saves scores.
     """
 
     def fake(x: Tensor) -> Tensor:

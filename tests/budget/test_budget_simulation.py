@@ -12,7 +12,6 @@ from mteditflow.budget.models import ENCODERS, VAES
 from mteditflow.budget.simulation import DEPTHS, build_model, simulate_at
 from mteditflow.budget.stored import key_of, stored
 from mteditflow.budget.tracking import PeakMemory, count_flops
-from tests.loops import some
 
 TINY = Case(
     "WanTransformer3DModel",
@@ -113,9 +112,8 @@ def test_stored_costs_are_what_is_simulated():
     assert asdict(simulate(case)) == stored()["rows"][key_of(model.name, case)]
     vae = simulate_vae(VAES["flux2"], resolution=512, dtype=torch.bfloat16)
     assert asdict(vae) == stored()["vaes"]["flux2, 512 px"]
-    for name in some(("clip-l", "t5-xxl")):
-        costs = simulate_encoder(ENCODERS[name], dtype=torch.bfloat16)
-        assert asdict(costs) == stored()["encoders"][name]
+    encoder = simulate_encoder(ENCODERS["qwen3-4b"], dtype=torch.bfloat16)
+    assert asdict(encoder) == stored()["encoders"]["qwen3-4b"]
 
 
 def kontext_case():
@@ -141,7 +139,7 @@ def test_what_is_not_stored_is_simulated():
         "pooled_projection_dim": 16, "guidance_embeds": False,
     }  # fmt: skip
     small = replace(MODELS["kontext"], name="mine", config=config)
-    case = case_of(small, small.behavior.shape(64, text=8), rank=2, branches=1)
+    case = case_of(small, small.behavior.shape(512, text=8), rank=2, branches=1)
     costs = costs_of(small, case)
     assert 0 < costs.row.weights < 10**6
     assert costs.encoders == costs_of(MODELS["kontext"], kontext_case()).encoders
