@@ -43,6 +43,11 @@ def _read(folder: Path) -> Model:
     if pipeline not in PIPELINES:
         known = ", ".join(PIPELINES)
         raise ValueError(f"model: expected a pipeline among {known} in {folder}, got {pipeline}")
+    for name in ("transformer", "vae"):
+        if not _is_part(index.get(name)):
+            raise ValueError(
+                f"{folder / 'model_index.json'}: expected an entry for {name}, got none"
+            )
     kind, transformer = _part(folder / "transformer", index["transformer"])
     if kind != PIPELINES[pipeline].transformer:
         raise ValueError(f"model: expected a {PIPELINES[pipeline].transformer}, got {kind}")
@@ -50,7 +55,7 @@ def _read(folder: Path) -> Model:
     encoders = tuple(
         Part(*_part(folder / name, entry))
         for name, entry in index.items()
-        if name.startswith("text_encoder") and isinstance(entry, list) and entry[1]
+        if name.startswith("text_encoder") and _is_part(entry)
     )
     return Model(
         name=str(folder),
@@ -61,6 +66,11 @@ def _read(folder: Path) -> Model:
         distilled=bool(index.get("is_distilled", False)),
         token=2 * pixels_of_latent(vae.config),
     )
+
+
+def _is_part(entry: Any) -> bool:
+    """Whether an entry of the index names a library and a class, not null twice."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry)
 
 
 def _part(folder: Path, entry: list[str]) -> tuple[str, dict[str, Any]]:

@@ -150,7 +150,12 @@ class Pipeline:
             text: text tokens that the call's option gives; None is the pipeline's default.
             references: reference images, where the pipeline takes any.
             token: side of the square of pixels of an image token.
+
+        Raises:
+            ValueError: the resolution is no multiple of it.
         """
+        if resolution % token:
+            raise ValueError(f"resolution: expected a multiple of {token} pixels, got {resolution}")
         side = {"none": 0, "output": resolution, "megapixel": 1024}[self.reference]
         tokens = self.text if text is None else text if self.padded else min(text, self.text)
         return Shape(

@@ -16,6 +16,7 @@ GIB = 2**30
 Quantize = Literal["none", "int8", "nf4"]
 Verdict = Literal["fits", "tight", "no"]
 
+LARGEST = 10_000.0  # GiB of a GPU
 CONTEXT = 0.6  # GiB that the CUDA context and its libraries take
 USABLE = 0.95  # share of the rest that fragmentation leaves
 COMFORTABLE = 0.9  # share of the usable memory up to which a run fits
@@ -158,13 +159,13 @@ def usable(memory: float) -> float:
         memory: GiB of the GPU, as ``nvidia-smi`` reports them; 24 for a 24 GB card.
 
     Raises:
-        ValueError: it is not above 0.6.
+        ValueError: it is not above 0.6, or above 10,000.
 
     Example:
         >>> round(usable(24) / 2**30, 2)
         22.23
     """
-    check_number("memory", memory, low=CONTEXT, open_low=True)
+    check_number("memory", memory, low=CONTEXT, high=LARGEST, open_low=True)
     return (memory - CONTEXT) * USABLE * GIB
 
 

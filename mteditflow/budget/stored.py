@@ -56,13 +56,16 @@ def costs_of(model: Model, case: Case) -> ModelCosts:
         case: its transformer, from ``case_of``.
 
     Raises:
-        ValueError: the model cannot be built.
+        ValueError: a part cannot be built, or cannot be run at these sizes.
     """
-    return ModelCosts(
-        _row_costs(model, case),
-        _vae_costs(model.vae, case.shape.resolution, case.dtype),
-        _encoder_costs(model.encoders, case.dtype),
-    )
+    try:
+        return ModelCosts(
+            _row_costs(model, case),
+            _vae_costs(model.vae, case.shape.resolution, case.dtype),
+            _encoder_costs(model.encoders, case.dtype),
+        )
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"model: {model.name} cannot be run ({error})") from error
 
 
 def _row_costs(model: Model, case: Case) -> Costs:

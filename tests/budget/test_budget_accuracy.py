@@ -17,7 +17,7 @@ SMALL = {
     "flux": Case(
         "FluxTransformer2DModel",
         {
-            "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2,
+            "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2,
             "joint_attention_dim": 512, "guidance_embeds": True,
         },
         Shape(192, 64, 1, 192),
@@ -28,7 +28,7 @@ SMALL = {
     "flux2": Case(
         "Flux2Transformer2DModel",
         {
-            "num_layers": 2, "num_single_layers": 3, "num_attention_heads": 3,
+            "num_layers": 1, "num_single_layers": 2, "num_attention_heads": 3,
             "joint_attention_dim": 768, "guidance_embeds": False,
         },
         Shape(256, 64, 1, 256),
@@ -40,9 +40,9 @@ SMALL = {
     "sd3": Case(
         "SD3Transformer2DModel",
         {
-            "num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64,
+            "num_layers": 3, "num_attention_heads": 8, "attention_head_dim": 64,
             "joint_attention_dim": 512, "caption_projection_dim": 512, "qk_norm": "rms_norm",
-            "pos_embed_max_size": 96, "dual_attention_layers": (0, 1),
+            "pos_embed_max_size": 96, "dual_attention_layers": (0,),
         },
         Shape(320, 128),
         PIPELINES["StableDiffusion3Pipeline"].targets,

@@ -56,7 +56,9 @@ def test_exit_codes(capsys, monkeypatch):
     [
         (["nope"], "preset: expected one of"),
         (["kontext-nft", "--memory", "much"], "argument --memory: invalid float value: 'much'"),
-        (["kontext-nft", "--memory", "0"], "memory: expected a finite number in (0.6, inf]"),
+        (["kontext-nft", "--memory", "0"], "memory: expected a finite number in (0.6, 10000]"),
+        (["kontext-nft", "--memory", "inf"], "memory: expected a finite number in"),
+        (["kontext-nft", "--model.resolution", "500"], "resolution: expected a multiple of 16"),
         (["kontext-nft", "--gpus", "0"], "gpus: expected"),
         (["kontext-nft", "--efficiency", "2"], "efficiency: expected"),
         (["kontext-nft", "--training.batch", "0"], "training.batch: "),
@@ -121,6 +123,34 @@ def test_a_folder_of_kontext_is_read(tmp_path):
     assert (model.pipeline, len(model.encoders)) == ("FluxKontextPipeline", 2)
     vae = json.loads((tmp_path / "model/vae/config.json").read_text())
     assert model.token == 2 ** len(vae["block_out_channels"])  # halved but for the last, and packed
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", r"model_index.json: expected JSON"),
+        ("[]", r"model_index.json: expected a JSON object, got list"),
+        (
+            '{"_class_name": "UnCLIPPipeline"}',
+            r"model: expected a pipeline among FluxKontextPipeline.*got UnCLIPPipeline",
+        ),
+        (
+            '{"_class_name": "ZImagePipeline", "transformer": [null, null]}',
+            r"model_index.json: expected an entry for transformer, got none",
+        ),
+        (
+            '{"_class_name": "ZImagePipeline", "vae": ["diffusers", "AutoencoderKL"], '
+            '"transformer": ["diffusers", "FluxTransformer2DModel"]}',
+            r"model: expected a ZImageTransformer2DModel, got FluxTransformer2DModel",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_pipeline_is_refused(content, expected, tmp_path):
+    (tmp_path / "model_index.json").write_text(content)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=expected):
+        find_model(tmp_path)
 
 
 def test_the_page_shows_every_preset_as_it_is_predicted():
