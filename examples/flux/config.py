@@ -232,10 +232,16 @@ class Training:
     batch: Count = 4
     """Rows (one step of one turn; dpo: pairs of them) in a forward and backward pass; results do
     not depend on it, up to rounding."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: state of 8 bits a number, by bitsandbytes; saves 6 bytes for each trained one."""
     learning_rate: Positive = 3e-4
-    """AdamW learning rate."""
+    """AdamW learning rate, the highest of the schedule."""
+    warmup_rounds: Natural = 0
+    """Rounds in which the learning rate rises in a straight line; 0: none."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after warm-up, down to final_rate of it."""
     final_rate: PositiveShare = 1.0
-    """Share of the learning rate in the last round; it falls in a straight line."""
+    """Share of the learning rate in the last round; 1 under linear: constant."""
     weight_decay: NonNegative = 1e-4
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
@@ -296,6 +302,10 @@ class Output:
     """Rounds between pictures of chains and histograms; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate, such as tensorboard, wandb, trackio."""
+    project: Annotated[str, Field(min_length=1)] = "mteditflow"
+    """Project of the run in the trackers; tensorboard: a folder of that name in trackers/."""
+    run: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the run in wandb, trackio, mlflow, swanlab and clearml; none: that of its folder."""
 
 
 RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarded)]  # noqa: UP007
@@ -490,6 +500,13 @@ def _unsound(config: Config) -> Iterator[str]:
         yield f"objective.{error}"
     if training.stop_kl is not None and not card.old_kl:
         yield f"training.stop_kl: expected None for {name}, which has no old_kl"
+    if training.warmup_rounds >= training.rounds:
+        yield (
+            f"training.warmup_rounds: expected fewer than the {training.rounds} rounds, got "
+            f"{training.warmup_rounds}"
+        )
+    if training.schedule == "cosine" and training.final_rate == 1:
+        yield "training.final_rate: expected below 1 for schedule cosine, such as 0.1, got 1"
     if training.kl_target is not None and getattr(objective, "kl_coef", 0) == 0:
         yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
@@ -537,6 +554,10 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
         ("rewards", "floor_maximum"): (rewards.floor is not None, "rewards.floor is given"),
         ("safety", "ratio"): (config.stochastic, "the objective replays steps"),
         ("safety", "ratio_share"): (config.stochastic, "the objective replays steps"),
+        ("training", "final_rate"): (
+            config.training.schedule != "constant",
+            "training.schedule is not constant",
+        ),
         ("training", "ema_every"): (config.training.ema_decay > 0, "training.ema_decay > 0"),
         ("safety", "collapse_window"): (
             safety.collapse_drop < 1,
