@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,8 @@ from mteditflow import LagrangeMultiplier
 from mteditflow._text import parse_json
 from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
 from mteditflow.rewards import SCALES, RequestOptions
+
+from .spelling import hint
 
 RESUME = ("auto", "best", "never")
 _Kind = TypeVar("_Kind")
@@ -385,7 +387,21 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
     try:
         return replace(_strictly(kind, values), **objective)
     except ValidationError as error:
-        raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
+        known = field_names(kind())
+        raise ConfigError("\n".join(_in_words(x, known) for x in error.errors())) from None
+
+
+def field_names(config: Config) -> list[str]:
+    """Return the dotted names of all fields and sections, those of the objective included."""
+
+    def walk(prefix: str, section: Any) -> Iterator[str]:
+        for entry in fields(section):
+            name, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+            yield name
+            if is_dataclass(value):
+                yield from walk(f"{name}.", value)
+
+    return list(walk("", config))
 
 
 @cache
@@ -444,13 +460,16 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
     names = [key for key, kind in OBJECTIVES.items() if kind.card.rewarded == rewarded]
     if name not in names:
         raise ConfigError(f"objective.name: expected one of {names}, got {name!r}")
-    unknown = list(_unknown_fields(OBJECTIVES[name](), values))
+    default = OBJECTIVES[name]()
+    unknown = list(_unknown_fields(default, values))
+    known = [x for x in field_names(Config(objective=default)) if x.startswith("objective.")]
     if unknown:
-        raise ConfigError(f"objective.{unknown[0]}: {name} has no such field")
+        field = f"objective.{unknown[0]}"
+        raise ConfigError(f"{field}: {name} has no such field{hint(field, known)}")
     try:
         return _strictly(OBJECTIVES[name], values)
     except ValidationError as error:
-        lines = [f"objective.{_in_words(problem)}" for problem in error.errors()]
+        lines = [f"objective.{_in_words(problem, known)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -479,12 +498,13 @@ def _unknown_fields(defaults: Any, values: dict[str, Any]) -> Iterator[str]:
             yield from (f"{key}.{name}" for name in _unknown_fields(inner, value))
 
 
-def _in_words(error: Any) -> str:
-    """Return one of pydantic's errors as a line that names the field and what came."""
+def _in_words(error: Any, known: Sequence[str]) -> str:
+    """Return one of pydantic's errors as a line that names the field, what came, and a near one."""
     name, what = ".".join(map(str, error["loc"])), error["msg"]
     if error["type"] == "value_error":  # of the library's checks: names the field and the value
         return f"{name}.{what.removeprefix('Value error, ')}".removeprefix(".")
-    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}".removeprefix(": ")
+    near = hint(name, known) if error["type"] == "unexpected_keyword_argument" else ""
+    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}{near}".removeprefix(": ")
 
 
 def _unsound(config: Config) -> Iterator[str]:

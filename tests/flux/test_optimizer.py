@@ -110,9 +110,7 @@ def test_a_run_with_another_optimizer_is_refused(tmp_path):
     found = Checkpoint(tmp_path, 1, None, state)
     now = parse(["shapes-nft", "--training.optimizer", "adamw_8bit"])
     for _ in range(2):
-        with pytest.raises(
-            ConfigError, match=r"^training\.optimizer: expected .adamw., with"
-        ):
+        with pytest.raises(ConfigError, match=r"^training\.optimizer: expected .adamw., with"):
             check_unchanged(now, {}, found, Notes())
         state["config"]["training"].pop("optimizer", None)
     check_unchanged(parse(["shapes-nft"]), {}, found, Notes())
