@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from mteditflow import AdaptiveKL, RewardHistory
 from mteditflow._exits import refusing
@@ -35,6 +35,7 @@ from .reporting import summarize
 from .rewards import Submit, scoring
 from .run import Run, State, Stopped
 from .scorers import ScorerError
+from .sharding import sharding, without_engine
 
 BAD_INPUT = (ConfigError, ChainError, ScorerError)
 ENDS = (
@@ -116,15 +117,16 @@ def main(train: Callable[[Run], None], config: Config) -> None:
 
 def _main(train: Callable[[Run], None], config: Config) -> None:
     folder = config.output.folder
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=list(config.output.trackers) or None,
-        project_dir=str(folder),
-    )
+    with without_engine():
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            log_with=list(config.output.trackers) or None,
+            project_dir=str(folder),
+        )
     try:
         with Termination() as termination, ExitStack() as stack:
             with refusing_together(accelerator):
-                _refuse_deepspeed(accelerator)
+                sharding(config.model, int(accelerator.num_processes))
                 inputs = read_inputs(config, accelerator)
                 log = _open_log(folder, accelerator, stack)
                 cache = folder / f"answers-{accelerator.process_index}.sqlite"
@@ -172,14 +174,6 @@ def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLo
     if stale is not None:
         log.warning(f"{folder}: going on after {stale}, which was killed")
     return log
-
-
-def _refuse_deepspeed(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed's engine would keep its own copies of the adapters; shard by --model.shard "
-            "(FSDP2, the same as ZeRO-3) under any other launcher"
-        )
 
 
 @contextmanager
