@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,8 @@ from mteditflow import LagrangeMultiplier
 from mteditflow._text import parse_json
 from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
 from mteditflow.rewards import SCALES, RequestOptions
+
+from .spelling import hint
 
 RESUME = ("auto", "best", "never")
 _Kind = TypeVar("_Kind")
@@ -233,10 +235,16 @@ class Training:
     batch: Count = 4
     """Rows (one step of one turn; dpo: pairs of them) in a forward and backward pass; results do
     not depend on it, up to rounding."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: state of 8 bits a number, by bitsandbytes; saves 6 bytes for each trained one."""
     learning_rate: Positive = 3e-4
-    """AdamW learning rate."""
+    """AdamW learning rate, the highest of the schedule."""
+    warmup_rounds: Natural = 0
+    """Rounds in which the learning rate rises in a straight line; 0: none."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after warm-up, down to final_rate of it."""
     final_rate: PositiveShare = 1.0
-    """Share of the learning rate in the last round; it falls in a straight line."""
+    """Share of the learning rate in the last round; 1 under linear: constant."""
     weight_decay: NonNegative = 1e-4
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
@@ -297,6 +305,10 @@ class Output:
     """Rounds between pictures of chains and histograms; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate, such as tensorboard, wandb, trackio."""
+    project: Annotated[str, Field(min_length=1)] = "mteditflow"
+    """Project of the run in the trackers; tensorboard: a folder of that name in trackers/."""
+    run: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the run in wandb, trackio, mlflow, swanlab and clearml; none: that of its folder."""
 
 
 RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarded)]  # noqa: UP007
@@ -376,7 +388,21 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
     try:
         return replace(_strictly(kind, values), **objective)
     except ValidationError as error:
-        raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
+        known = field_names(kind())
+        raise ConfigError("\n".join(_in_words(x, known) for x in error.errors())) from None
+
+
+def field_names(config: Config) -> list[str]:
+    """Return the dotted names of all fields and sections, those of the objective included."""
+
+    def walk(prefix: str, section: Any) -> Iterator[str]:
+        for entry in fields(section):
+            name, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+            yield name
+            if is_dataclass(value):
+                yield from walk(f"{name}.", value)
+
+    return list(walk("", config))
 
 
 @cache
@@ -435,13 +461,16 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
     names = [key for key, kind in OBJECTIVES.items() if kind.card.rewarded == rewarded]
     if name not in names:
         raise ConfigError(f"objective.name: expected one of {names}, got {name!r}")
-    unknown = list(_unknown_fields(OBJECTIVES[name](), values))
+    default = OBJECTIVES[name]()
+    unknown = list(_unknown_fields(default, values))
+    known = [x for x in field_names(Config(objective=default)) if x.startswith("objective.")]
     if unknown:
-        raise ConfigError(f"objective.{unknown[0]}: {name} has no such field")
+        field = f"objective.{unknown[0]}"
+        raise ConfigError(f"{field}: {name} has no such field{hint(field, known)}")
     try:
         return _strictly(OBJECTIVES[name], values)
     except ValidationError as error:
-        lines = [f"objective.{_in_words(problem)}" for problem in error.errors()]
+        lines = [f"objective.{_in_words(problem, known)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -470,12 +499,13 @@ def _unknown_fields(defaults: Any, values: dict[str, Any]) -> Iterator[str]:
             yield from (f"{key}.{name}" for name in _unknown_fields(inner, value))
 
 
-def _in_words(error: Any) -> str:
-    """Return one of pydantic's errors as a line that names the field and what came."""
+def _in_words(error: Any, known: Sequence[str]) -> str:
+    """Return one of pydantic's errors as a line that names the field, what came, and a near one."""
     name, what = ".".join(map(str, error["loc"])), error["msg"]
     if error["type"] == "value_error":  # of the library's checks: names the field and the value
         return f"{name}.{what.removeprefix('Value error, ')}".removeprefix(".")
-    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}".removeprefix(": ")
+    near = hint(name, known) if error["type"] == "unexpected_keyword_argument" else ""
+    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}{near}".removeprefix(": ")
 
 
 def _unsound(config: Config) -> Iterator[str]:
@@ -491,6 +521,13 @@ def _unsound(config: Config) -> Iterator[str]:
         yield f"objective.{error}"
     if training.stop_kl is not None and not card.old_kl:
         yield f"training.stop_kl: expected None for {name}, which has no old_kl"
+    if training.warmup_rounds >= training.rounds:
+        yield (
+            f"training.warmup_rounds: expected fewer than the {training.rounds} rounds, got "
+            f"{training.warmup_rounds}"
+        )
+    if training.schedule == "cosine" and training.final_rate == 1:
+        yield "training.final_rate: expected below 1 for schedule cosine, such as 0.1, got 1"
     if training.kl_target is not None and getattr(objective, "kl_coef", 0) == 0:
         yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
@@ -538,6 +575,10 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
         ("rewards", "floor_maximum"): (rewards.floor is not None, "rewards.floor is given"),
         ("safety", "ratio"): (config.stochastic, "the objective replays steps"),
         ("safety", "ratio_share"): (config.stochastic, "the objective replays steps"),
+        ("training", "final_rate"): (
+            config.training.schedule != "constant",
+            "training.schedule is not constant",
+        ),
         ("training", "ema_every"): (config.training.ema_decay > 0, "training.ema_decay > 0"),
         ("safety", "collapse_window"): (
             safety.collapse_drop < 1,

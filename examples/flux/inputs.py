@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from safetensors import safe_open
 
 from mteditflow import gather_ranks
@@ -28,6 +27,7 @@ from .held_out import HeldOut
 from .loading import Notes, load_chains, load_held_out, made_by
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
 from .rewards import check_services, judged_by, require_services, scale_of
+from .trackers import check_trackers
 
 INDEX = "model_index.json"  # of a pipeline's folder
 LORA = "pytorch_lora_weights.safetensors"
@@ -64,10 +64,7 @@ def check(config: Config) -> None:
         ValueError: a URL does not end in /v1, or a file is in the place of the output folder.
     """
     check_services(config.rewards)
-    known = sorted(map(str, get_available_trackers()))
-    for name in config.output.trackers:
-        if name not in known:
-            raise ConfigError(f"output.trackers: expected names among {known}, got {name!r}")
+    check_trackers(config.output)
     for part in ("", "checkpoints", "evaluations", "pictures"):
         require_folder("output.folder", config.output.folder / part)
     _check_model(config.model.path)

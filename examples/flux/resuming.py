@@ -17,6 +17,7 @@ FIXED = (
     ("objective", "name"),
     *(("model", name) for name in ("lora_rank", "lora_alpha", "lora_targets")),
     ("data", "turns"),
+    ("training", "optimizer"),
 )
 HASHED = (("model", "path"), ("data", "chains"), ("data", "held_out"))
 
@@ -161,9 +162,10 @@ def check_unchanged(
         ConfigError: a field or a file differs that the state of the run depends on.
     """
     before, now = found.state["config"], dumped(config)
-    folder = config.output.folder
-    for section, name in FIXED:
-        was, value = before.get(section, {}).get(name, now[section][name]), now[section][name]
+    folder, defaults = config.output.folder, dumped(type(config)())
+    for section, name in FIXED:  # a field of later than the checkpoint had its default there
+        was = before.get(section, {}).get(name, defaults[section][name])
+        value = now[section][name]
         if was != value:
             field = section if name == "name" else f"{section}.{name}"
             raise ConfigError(_refusal(field, f"{was!r}", folder, f"{value!r}"))

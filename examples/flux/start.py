@@ -28,14 +28,16 @@ from mteditflow.training import (
 )
 
 from .checkpointing import save_if_new
-from .config import Config, ConfigError, flat, name_of
+from .config import Config, ConfigError, name_of
 from .inputs import Inputs, check, read_inputs, refusing_together
 from .loading import load_policies
+from .optimizer import check_optimizer, make_optimizer
 from .reporting import summarize
 from .rewards import Submit, scoring
 from .run import Run, State, Stopped
 from .scorers import ScorerError
 from .sharding import sharding, without_engine
+from .trackers import places, start_trackers
 
 BAD_INPUT = (ConfigError, ChainError, ScorerError)
 ENDS = (
@@ -73,9 +75,7 @@ def build(
         submit=submit,
         editor=editor,
         policies=policies,
-        optimizer=torch.optim.AdamW(
-            policies.parameters(), training.learning_rate, weight_decay=training.weight_decay
-        ),
+        optimizer=make_optimizer(policies.parameters(), training),
         chains=inputs.chains,
         sampler=inputs.sampler,
         held_out=inputs.held_out,
@@ -121,17 +121,18 @@ def _main(train: Callable[[Run], None], config: Config) -> None:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             log_with=list(config.output.trackers) or None,
-            project_dir=str(folder),
+            project_config=places(config.output),
         )
     try:
         with Termination() as termination, ExitStack() as stack:
             with refusing_together(accelerator):
-                sharding(config.model, int(accelerator.num_processes))
+                shards = sharding(config.model, int(accelerator.num_processes))
+                check_optimizer(config.training, sharded=shards.how == "fsdp2")
                 inputs = read_inputs(config, accelerator)
                 log = _open_log(folder, accelerator, stack)
                 cache = folder / f"answers-{accelerator.process_index}.sqlite"
                 submit = stack.enter_context(scoring(config.rewards, cache))
-            accelerator.init_trackers("trackers", config=flat(config))
+            start_trackers(accelerator, config)
             _run(train, partial(build, config, accelerator, inputs, log, termination, submit), log)
     except Stopped:  # out here, so that what is under way is given up, not waited for
         pass

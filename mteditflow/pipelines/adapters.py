@@ -103,21 +103,33 @@ def check_passes_gradients(model: nn.Module) -> None:
         if not isinstance(layer, nn.Linear):
             continue
         weight = layer.weight
+        if weight.device.type == "cpu" and getattr(layer, "support_avx512bf16_for_cpu", False):
+            raise ValueError(
+                f"model: expected layers that pass gradients, but {name} of bitsandbytes would "
+                "pass none on this CPU once a forward pass without gradients has packed its "
+                "weights; set support_avx512bf16_for_cpu = False on every Linear4bit"
+            )
         if not type(weight).__module__.startswith("torchao"):
             continue
         kind = type(weight), getattr(weight, "act_quant_kwargs", None) is None
         if kind in seen:
             continue
         seen.add(kind)
-        with torch.inference_mode(False), torch.enable_grad():
-            x = torch.ones(1, layer.in_features, dtype=weight.dtype, device=weight.device)
-            y = layer(x.requires_grad_()).sum()
-            passes = y.requires_grad and torch.autograd.grad(y, x, allow_unused=True)[0]
-        if not isinstance(passes, Tensor):
+        if not _passes_gradient(layer):
             raise ValueError(
                 f"model: expected layers that pass gradients, but {name} ({type(weight).__name__}) "
                 "passes none; quantize weights only, as by torchao's Int8WeightOnlyConfig"
             )
+
+
+def _passes_gradient(layer: nn.Linear) -> bool:
+    """Whether the layer's input gets a gradient."""
+    weight = layer.weight
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, layer.in_features, dtype=weight.dtype, device=weight.device)
+        y = layer(x.requires_grad_()).sum()
+        passes = y.requires_grad and torch.autograd.grad(y, x, allow_unused=True)[0]
+    return isinstance(passes, Tensor)
 
 
 def add_adapters(

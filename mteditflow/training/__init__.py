@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mteditflow.training.report import print_summary, run_report, write_report
     from mteditflow.training.round_rewards import Aggregation, RoundRewards
     from mteditflow.training.run_log import Bar, RunLog
+    from mteditflow.training.schedules import learning_rate_share
     from mteditflow.training.stopwatch import Stopwatch
     from mteditflow.training.termination import Termination
     from mteditflow.training.updater import Update, Updater, most_parts
@@ -39,6 +40,7 @@ else:
             "Update": ".updater",
             "Updater": ".updater",
             "gather_scores": ".gathering",
+            "learning_rate_share": ".schedules",
             "load_optimizer_state": ".optimizers",
             "most_parts": ".updater",
             "optimizer_state": ".optimizers",
@@ -67,6 +69,7 @@ __all__ = [
     "Update",
     "Updater",
     "gather_scores",
+    "learning_rate_share",
     "load_optimizer_state",
     "most_parts",
     "optimizer_state",

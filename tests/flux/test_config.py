@@ -356,6 +356,7 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.floor-maximum": ("2", ["--rewards.floor", "0.9"]),
     "safety.ratio": ("warn", None),
     "safety.ratio-share": ("0.5", None),
+    "training.final-rate": ("0.5", []),
     "training.ema-every": ("2", ["--training.ema-decay", "0.5"]),
     "safety.collapse-window": ("5", []),
     "rewards.judge-model": ("name", None),
@@ -371,7 +372,10 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.terms": ("l1", None),
     "rewards.pairing": ("consecutive", None),
 }
-WITHOUT = {"safety.collapse-window": ["--safety.collapse-drop", "1"]}
+WITHOUT = {
+    "safety.collapse-window": ["--safety.collapse-drop", "1"],
+    "training.final-rate": ["--training.schedule", "constant"],
+}
 OF_REWARDS = {
     "rewards.weights.following": "2",
     "rewards.aggregate": "all",
@@ -428,7 +432,7 @@ def test_every_field_that_may_be_ignored_is_tested():
     safety = dataclasses.replace(
         base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3
     )
-    training = dataclasses.replace(base.training, ema_every=3)
+    training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
     changed = dataclasses.replace(base, rewards=rewards, safety=safety, training=training)
     with pytest.raises(ConfigError) as refused:
         checked(changed, base)
