@@ -91,6 +91,8 @@ ALLOWED: dict[str, set[str]] = {
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},
     "mteditflow.training.report": {"PACKAGES"},
+    # Whether a package can do what is asked, before a model is loaded.
+    "mteditflow.training.parallel": {"require_deepspeed"},
     # Responses of a scripted server.
     "mteditflow.testing.endpoint": {"completion", "late"},
     # Benchmarks measure how conditioning is stored and how often blocks are compiled.

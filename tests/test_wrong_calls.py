@@ -98,6 +98,11 @@ RUNS = {
     "no value": (["--training.rounds"], "Missing value for argument '--training.rounds'"),
     "no number": (["--training.rounds", "x"], "Error parsing --training.rounds"),
     "no such choice": (["--model.dtype", "int8"], "invalid choice 'int8'"),
+    "a switch of old": (
+        ["--model.shard"],
+        "Missing value for argument '--model.shard'",
+    ),
+    "shards in one process": (["--model.shard", "zero3"], "model.shard: expected none in one proc"),
     "a stray word": (["nft"], "Unrecognized options: nft"),
     "out of range": (["--training.rounds", 0], "training.rounds: input should be greater than"),
     "two fields at once": (

@@ -72,8 +72,9 @@ class Model:
     """Decode images one by one: less memory."""
     vae_tiling: bool = False
     """Decode images tile by tile: less memory; results change a little."""
-    shard: bool = False
-    """Shard weights over all ranks (FSDP2), where one device cannot hold them; else replicate."""
+    shard: Literal["none", "fsdp2", "zero3"] = "none"
+    """Where one device is short: fsdp2 shards all weights over ranks, zero3 (DeepSpeed) the base
+    model's. none: every rank holds them whole."""
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from PIL import Image, ImageOps
 
 from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.pipelines import Editor, LoraPolicies
-from mteditflow.training import RunLog, shard_model
+from mteditflow.training import RunLog
 
 from .config import Config, ConfigError, Data
+from .sharding import sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -70,16 +70,15 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
         raise ValueError(
             f"resolution: expected a multiple of {multiple} pixels, got {model.resolution}"
         )
+    shards = sharding(model, int(accelerator.num_processes))
+    shards.before_adapters(editor)
     lora = editor.lora(
         rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None
     )
     policies = LoraPolicies(
         editor.transformer, lora, seed=config.training.seed, ema=config.training.ema_decay > 0
     )
-    if model.shard or accelerator.distributed_type is DistributedType.FSDP:
-        # The velocity is a view of the output; nothing here works on it in place.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)
+    shards.after_adapters(editor)
     return editor, policies
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from mteditflow import AdaptiveKL, RewardHistory
 from mteditflow._exits import refusing
@@ -36,6 +36,7 @@ from .reporting import summarize
 from .rewards import Submit, scoring
 from .run import Run, State, Stopped
 from .scorers import ScorerError
+from .sharding import sharding, without_engine
 from .trackers import places, start_trackers
 
 BAD_INPUT = (ConfigError, ChainError, ScorerError)
@@ -116,17 +117,17 @@ def main(train: Callable[[Run], None], config: Config) -> None:
 
 def _main(train: Callable[[Run], None], config: Config) -> None:
     folder = config.output.folder
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=list(config.output.trackers) or None,
-        project_config=places(config.output),
-    )
+    with without_engine():
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            log_with=list(config.output.trackers) or None,
+            project_config=places(config.output),
+        )
     try:
         with Termination() as termination, ExitStack() as stack:
             with refusing_together(accelerator):
-                _refuse_deepspeed(accelerator)
-                fsdp = accelerator.distributed_type is DistributedType.FSDP
-                check_optimizer(config.training, sharded=config.model.shard or fsdp)
+                shards = sharding(config.model, int(accelerator.num_processes))
+                check_optimizer(config.training, sharded=shards.how == "fsdp2")
                 inputs = read_inputs(config, accelerator)
                 log = _open_log(folder, accelerator, stack)
                 cache = folder / f"answers-{accelerator.process_index}.sqlite"
@@ -174,14 +175,6 @@ def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLo
     if stale is not None:
         log.warning(f"{folder}: going on after {stale}, which was killed")
     return log
-
-
-def _refuse_deepspeed(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed's engine would keep its own copies of the adapters; shard by --model.shard "
-            "(FSDP2, the same as ZeRO-3) under any other launcher"
-        )
 
 
 @contextmanager

@@ -215,6 +215,7 @@ def test_a_field_of_another_objective_is_refused(words):
         ({"training": {"rounds": 4.0}}, "training.rounds: input should be a valid integer"),
         ({"training": {"rounds": date(2026, 1, 1)}}, "training.rounds: input should be a valid"),
         ({"model": {"checkpointing": 1}}, "model.checkpointing: input should be a valid boolean"),
+        ({"model": {"shard": True}}, "model.shard: input should be 'none', 'fsdp2' or 'zero3'"),
         ({"data": {"held_out": 1}}, "data.held_out: input should be a valid string"),
         ({"objective": {"name": "grpo", "clip_low": True}}, "objective.clip_low: input should be"),
         ({"objective": {"name": "grpo", "clip_low": "0.1"}}, "objective.clip_low: input should be"),

@@ -64,11 +64,11 @@ def test_8_bits_without_their_package_end_with_one_line(world, tmp_path, monkeyp
     assert ended.err.count("\n") == 1
 
 
-def test_8_bits_of_sharded_weights_are_refused(world, tmp_path):
-    more = ("--training.optimizer", "adamw_8bit", "--model.shard")
-    ended = call(train_flux.main, options(world, tmp_path, *more))
-    assert ended.code == 2
-    assert ended.err.startswith("error: training.optimizer: expected adamw where weights are shard")
+def test_8_bits_of_sharded_weights_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"^training\.optimizer: expected adamw where weights are"
+    ):
+        check_optimizer(Training(optimizer="adamw_8bit"), sharded=True)
 
 
 @pytest.mark.bases

@@ -1,16 +1,26 @@
 """Gradients are sums over ranks, replicated or sharded, and equal those of one process."""
 
 import math
+import re
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import distributed as dist
 from torch import nn
 
 from mteditflow._sharding import whole
 from mteditflow.objectives import Output, Units
 from mteditflow.rewards import Fault, Lost, TurnScores
-from mteditflow.training import Updater, gather_scores, shard_model, sum_gradients
+from mteditflow.training import (
+    Updater,
+    gather_scores,
+    parallel,
+    partition_model,
+    shard_model,
+    sum_gradients,
+)
 from tests.loops import some
 from tests.training.in_ranks import in_ranks
 
@@ -147,3 +157,62 @@ def test_one_process_has_nothing_to_sum_or_shard():
         shard_model(build(), blocks=["Linear"])
     with pytest.raises(ValueError, match="terms: expected at least one, got none"):
         gather_scores({})
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """An installed deepspeed of any version, as far as its metadata say."""
+
+    def install(version):
+        def found(name):
+            if version is None:
+                raise PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(parallel, "version", found)
+
+    install("0.19.8")
+    return install
+
+
+ADAPTED = get_peft_model(build(), LoraConfig(r=1, target_modules=["0.0"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "zero", "message"),
+    [
+        (ADAPTED, {}, "model: expected one without adapters, which would be partitioned too"),
+        (ADAPTED.base_model.model, {}, "model: expected one without adapters"),
+        (build(), {"stage": 2}, r"zero\.stage: expected 3, got 2"),
+        (
+            build(),
+            {"memory_efficient_linear": True},
+            r"zero\.memory_efficient_linear: expected False, got True",
+        ),
+        (
+            build(),
+            {"offload_optimizer": {"device": "cpu"}},
+            r"zero\.offload_optimizer: expected none, since there is no optimizer in it",
+        ),
+    ],
+)
+def test_what_deepspeed_would_do_to_adapters_and_to_the_process_is_refused(
+    deepspeed, model, zero, message
+):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        partition_model(model, zero)
+
+
+@pytest.mark.parametrize("found", [None, "0.16.9", "0.19.0", "0.19.7+cu130"])
+def test_deepspeed_that_is_absent_or_too_old_is_refused(deepspeed, found):
+    deepspeed(found)
+    message = f"deepspeed: expected 0.19.8 or newer, got {found or 'none'}; pip install"
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}"):
+        partition_model(build())
+
+
+@pytest.mark.parametrize("found", ["0.19.8", "0.19.10+cu130", "0.20", "1.0.0"])
+def test_one_process_has_nothing_to_partition(deepspeed, found):
+    deepspeed(found)
+    with pytest.raises(RuntimeError, match=r"^partition_model: expected several processes"):
+        partition_model(build(), {"offload_optimizer": {"device": "none"}})
