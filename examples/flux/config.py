@@ -47,13 +47,15 @@ class Model:
     """The editor, and how it is held and run."""
 
     path: str = "black-forest-labs/FLUX.1-Kontext-dev"
-    """Hub id or folder of a FLUX.1-Kontext or FLUX.2-klein pipeline in diffusers format."""
+    """Hub id or folder of a pipeline in diffusers format that edits an image or makes one of a
+    text."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic; adapters, log-probs and losses are float32 in either."""
     resolution: Count = 512
     """Side of all images, pixels; references are cropped to a square of it."""
-    guidance: Annotated[float, Field(ge=1)] = 2.5
-    """The pipeline's guidance_scale: embedded for Kontext, classifier-free for klein."""
+    guidance: NonNegative = 2.5
+    """Scale of guidance: embedded for Kontext and FLUX.2-dev, else classifier-free, as klein's. The
+    pipeline's guidance_scale, of Qwen-Image-Edit true_cfg_scale."""
     options: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Further arguments of the pipeline call; in preset files alone."""
     lora_rank: Count = 64
@@ -61,7 +63,7 @@ class Model:
     lora_alpha: Count = 128
     """Their scale is alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the modules that get adapters; none: attention and feed-forward of the family."""
+    """Names of the modules that get adapters; none: attention and feed-forward of all blocks."""
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -316,7 +318,7 @@ RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarde
 
 @dataclass(frozen=True)
 class Config:
-    """Reinforcement learning of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
+    """Reinforcement learning of FLUX, Qwen-Image-Edit and other pipelines on chains of edits."""
 
     __pydantic_config__ = STRICT
 
@@ -339,7 +341,7 @@ class Config:
 
 @dataclass(frozen=True)
 class DistillationConfig(Config):
-    """Self-distillation of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
+    """Self-distillation of FLUX, Qwen-Image-Edit and other pipelines on chains of edits."""
 
     objective: Distillation = field(default_factory=Distillation)  # type: ignore[assignment]
     """Loss and its hyperparameters."""

@@ -18,13 +18,14 @@ from mteditflow._text import parse_json
 from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
 from mteditflow.chains.formats.stored import is_stored
 from mteditflow.evaluation import JudgedBy
+from mteditflow.pipelines import Family
 from mteditflow.pipelines.families import find_family
 from mteditflow.rewards.command_line import check_source
 from mteditflow.training import Checkpoint
 
 from .config import Config, ConfigError, DistillationConfig
 from .held_out import HeldOut
-from .loading import Notes, load_chains, load_held_out, made_by
+from .loading import Notes, family_of, load_chains, load_held_out, made_by, require_fitting
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
 from .rewards import check_services, judged_by, require_services, scale_of
 from .trackers import check_trackers
@@ -77,7 +78,7 @@ def check(config: Config) -> None:
 
 
 def _check_model(source: str) -> None:
-    """Raise unless there may be a pipeline of a known family."""
+    """Raise unless there may be a pipeline that edits an image or makes one of a text."""
     try:
         check_source("model.path", source, INDEX)
     except ValueError as error:
@@ -116,6 +117,8 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     data = config.data
     notes, size = Notes(), config.model.resolution
     chains = load_chains(data, data.chains, size, notes)
+    family = _family(config)
+    require_fitting(config, family, chains)
     sampler = make_sampler(config, chains, accelerator)
     files = fingerprints(config)
     found = find_checkpoint(config, notes)
@@ -127,6 +130,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     held_out = None
     if data.held_out is not None:
         unseen = load_held_out(data, chains, size, notes)
+        require_fitting(config, family, unseen)
         held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
         if strays := ", ".join(held_out.strays()):
             notes.warning(f"{held_out.folder}: left alone, as not of this run: {strays}")
@@ -137,6 +141,18 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     if held_out is not None and found is not None:
         judge = _comparable(config, held_out, judge, found.round)
     return Inputs(chains, sampler, held_out, found, judge, files, notes)
+
+
+def _family(config: Config) -> Family:
+    """Return the family of the pipeline to train.
+
+    Raises:
+        ConfigError: it is of none that can be trained, or there is none.
+    """
+    try:
+        return family_of(config.model.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
 
 
 def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator) -> GroupSampler:

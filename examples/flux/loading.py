@@ -16,10 +16,11 @@ from PIL import Image, ImageOps
 from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
-from mteditflow.pipelines import Editor, LoraPolicies
+from mteditflow.pipelines import Editor, Family, LoraPolicies
+from mteditflow.pipelines.families import find_family
 from mteditflow.training import RunLog
 
-from .config import Config, ConfigError, Data
+from .config import Config, ConfigError, Data, DistillationConfig
 from .sharding import sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -51,6 +52,7 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
     model = config.model
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
+    guidance = _guidance(config, family_of(model.path))
     editor = Editor.load(
         model.path,
         dtype=DTYPES[model.dtype],
@@ -59,7 +61,7 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
             "height": model.resolution,
             "width": model.resolution,
             "num_inference_steps": config.sampling.steps,
-            "guidance_scale": model.guidance,
+            **guidance,
             **model.options,
         },
         attention_backend=model.attention,
@@ -83,6 +85,64 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
     )
     shards.after_adapters(editor)
     return editor, policies
+
+
+def family_of(source: str) -> Family:
+    """Read the family of a pipeline off its folder or hub id, of which one file is fetched.
+
+    Raises:
+        ValueError: it is of no family that can be trained.
+        OSError: there is none.
+    """
+    return find_family(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
+
+
+def _guidance(config: Config, family: Family) -> dict[str, float]:
+    """Return the scale of guidance as a call takes it.
+
+    Raises:
+        ValueError: the pipeline has none.
+    """
+    scale = config.model.guidance
+    if family.guidance is None and scale != 1:
+        raise ValueError(
+            f"guidance: expected 1 for a {family.pipeline.__name__}, which has no scale of "
+            f"guidance, got {scale}"
+        )
+    return {} if family.guidance is None else {family.guidance: scale}
+
+
+def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> None:
+    """Raise unless chains have what the pipeline takes: a reference image, or none and one turn.
+
+    Raises:
+        ConfigError: they have not, or something else of the run needs a reference.
+    """
+    makes, kind = family.references == "none", family.pipeline.__name__
+    expected = "no image in any chain" if makes else "an image in every chain"
+    for chain in (chain for dataset in datasets for chain in dataset.chains):
+        if (chain.image is None) != makes:
+            got = "none" if chain.image is None else repr(chain.image)
+            raise ConfigError(
+                f'data: expected {expected} ("image": null is none) for a {kind}, got {got} in '
+                f"chain {chain.id!r}"
+            )
+    if not makes:
+        return
+    if config.data.turns > 1:
+        raise ConfigError(
+            f"data.turns: expected 1 for a {kind}, which edits no image, got {config.data.turns}"
+        )
+    if config.rewards.scorer is None:
+        raise ConfigError(
+            f"rewards.scorer: expected one for a {kind}, since judge and consistency compare with "
+            "a reference image, got none"
+        )
+    if isinstance(config, DistillationConfig) and config.teacher.path is None:
+        raise ConfigError(
+            f"teacher.path: expected a LoRA for a {kind}, whose base model has no clean image to "
+            "be shown, got none"
+        )
 
 
 def made_by(config: Config, done: int) -> MadeBy:

@@ -37,7 +37,7 @@ def test_presets_are_sound(preset):
 def test_presets_that_cite_a_schedule_of_optimizer_steps_take_one_in_a_round():
     """DiffusionNFT and Edit-R1 count these in the old policy's decay, this library rounds."""
     cited = [x for x in sorted(PRESETS.glob("*nft.toml")) if not x.stem.startswith("shapes")]
-    assert len(cited) == 2
+    assert len(cited) == 5
     for path in some(cited):
         training = parse([path.stem, *SERVICES]).training
         assert training.minibatches * training.inner_epochs == 1
@@ -259,8 +259,8 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ({"training": {"round": 3}}, "training.round: unexpected keyword argument, got 3"),
         ({"trainig": {}}, "trainig: unexpected keyword argument"),
         (
-            {"model": {"guidance": 0.5}},
-            "model.guidance: input should be greater than or equal to 1",
+            {"model": {"guidance": -0.5}},
+            "model.guidance: input should be greater than or equal to 0",
         ),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
         (
