@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
-from mteditflow.pipelines import Editor, LoraPolicies
+from mteditflow.pipelines import Editor, LoraPolicies, Start, read_lora
 from mteditflow.training import RunLog, shard_model
 
-from .config import Config, ConfigError, Data
+from .config import Config, ConfigError, Data, Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -74,13 +74,25 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
         rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None
     )
     policies = LoraPolicies(
-        editor.transformer, lora, seed=config.training.seed, ema=config.training.ema_decay > 0
+        editor.transformer,
+        lora,
+        seed=config.training.seed,
+        ema=config.training.ema_decay > 0,
+        start=_start(model, editor),
     )
     if model.shard or accelerator.distributed_type is DistributedType.FSDP:
         # The velocity is a view of the output; nothing here works on it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)
     return editor, policies
+
+
+def _start(model: Model, editor: Editor) -> Start | None:
+    """Return the LoRA that the policies start from."""
+    if model.lora is None:
+        return None
+    weights = read_lora(type(editor.pipeline), model.lora)
+    return Start(weights, frozen=model.lora_start == "freeze", reference=model.lora_reference)
 
 
 def made_by(config: Config, done: int) -> MadeBy:

@@ -15,11 +15,13 @@ from mteditflow.pipelines.chain_calls import Prompts
 from mteditflow.pipelines.editor import Editor, Part
 from mteditflow.pipelines.families import FAMILIES, Family
 from mteditflow.pipelines.loop import Step
+from mteditflow.pipelines.lora_files import read_lora
 from mteditflow.pipelines.policies import LoraPolicies
 from mteditflow.pipelines.recognize import ReplayError
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler
+from mteditflow.pipelines.start import Start
 
 __all__ = [
     "FAMILIES",
@@ -33,5 +35,7 @@ __all__ = [
     "ReplayError",
     "Rollout",
     "RolloutVelocity",
+    "Start",
     "Step",
+    "read_lora",
 ]
