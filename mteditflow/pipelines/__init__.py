@@ -12,6 +12,7 @@ except ImportError as error:
     ) from error
 
 from mteditflow.pipelines.chain_calls import Prompts
+from mteditflow.pipelines.comfyui import comfyui_lora
 from mteditflow.pipelines.editor import Editor, Part
 from mteditflow.pipelines.families import FAMILIES, Family
 from mteditflow.pipelines.loop import Step
@@ -37,5 +38,6 @@ __all__ = [
     "RolloutVelocity",
     "Start",
     "Step",
+    "comfyui_lora",
     "read_lora",
 ]
