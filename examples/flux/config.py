@@ -64,6 +64,13 @@ class Model:
     """Their scale is alpha / rank."""
     lora_targets: tuple[str, ...] = ()
     """Names of the modules that get adapters; none: attention and feed-forward of all blocks."""
+    lora: Path | None = None
+    """LoRA to start from, a folder or file in diffusers' format; none: the base model."""
+    lora_start: Literal["continue", "freeze"] = "continue"
+    """continue: train it, with its modules and rank; freeze: train a new one above it. What a run
+    saves holds both."""
+    lora_reference: Literal["base", "start"] = "base"
+    """What objective.kl_coef draws to: the base model, or it with the LoRA of model.lora."""
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -122,7 +129,7 @@ class Teacher:
 
     path: Path | None = None
     """Folder of a LoRA of the run's rank and modules, such as a checkpoint's lora; it sees what the
-    student sees. None: the base model, which is shown clean images."""
+    student sees. None: the base model (see model.lora_reference), which is shown clean images."""
 
 
 @dataclass(frozen=True)
@@ -569,7 +576,13 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
     rewards, safety = config.rewards, config.safety
     reads_judge = rewards.scorer is None
     learns = config.objective.card.rewarded
+    reads_reference = not learns or getattr(config.objective, "kl_coef", 0) > 0
     unread = {
+        ("model", "lora_start"): (config.model.lora is not None, "model.lora is given"),
+        ("model", "lora_reference"): (
+            config.model.lora is not None and reads_reference,
+            "model.lora is given and objective.kl_coef, or distillation, uses a reference",
+        ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),

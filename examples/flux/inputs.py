@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .trackers import check_trackers
 
 INDEX = "model_index.json"  # of a pipeline's folder
 LORA = "pytorch_lora_weights.safetensors"
+FACTOR_A = re.compile(r"\.(lora_A|lora_down|lora\.down)\.weight$")  # [rank, in]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,10 @@ def check(config: Config) -> None:
             got = f"none at {path}" if not path.exists() else f"the folder {path}"
             raise ConfigError(f"data.{name}: expected a file of chains, got {got}")
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
-        _check_teacher(config.teacher.path, config.model.lora_rank)
+        _check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
+    if config.model.lora is not None:
+        continued = config.model.lora_start == "continue"
+        _check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
 
 
 def _check_model(source: str) -> None:
@@ -90,17 +95,21 @@ def _check_model(source: str) -> None:
             raise ConfigError(f"model.path: {source}: {error}") from error
 
 
-def _check_teacher(folder: Path, rank: int) -> None:
-    """Raise unless a folder holds a LoRA of a rank."""
+def _check_lora(field: str, path: Path, rank: int | None) -> None:
+    """Raise unless there is a LoRA, of a rank where one is given."""
     try:
-        with safe_open(folder / LORA, framework="pt") as file:
-            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+        with safe_open(path / LORA if path.is_dir() else path, framework="pt") as file:
+            names = [name for name in file.keys() if FACTOR_A.search(name)]  # noqa: SIM118
             ranks = {file.get_slice(name).get_shape()[0] for name in names}
     except Exception as error:  # the library has many for files that are none
-        wanted = f"teacher.path: expected a folder with {LORA}"
-        raise ConfigError(f"{wanted}, got {folder}: {error}") from error
-    if ranks != {rank}:
-        raise ConfigError(f"teacher.path: expected a LoRA of rank {rank}, got {sorted(ranks)}")
+        wanted = f"{field}: expected a folder with {LORA}, or such a file"
+        raise ConfigError(f"{wanted}, got {path}: {error}") from error
+    if not ranks:
+        raise ConfigError(f"{field}: expected a LoRA, got none in {path}")
+    if rank is not None and ranks != {rank}:
+        raise ConfigError(
+            f"{field}: expected a LoRA of rank {rank}, as model.lora_rank, got {sorted(ranks)}"
+        )
 
 
 def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:

@@ -16,11 +16,11 @@ from PIL import Image, ImageOps
 from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
-from mteditflow.pipelines import Editor, Family, LoraPolicies
+from mteditflow.pipelines import Editor, Family, LoraPolicies, Start, read_lora
 from mteditflow.pipelines.families import find_family
 from mteditflow.training import RunLog
 
-from .config import Config, ConfigError, Data, DistillationConfig
+from .config import Config, ConfigError, Data, DistillationConfig, Model
 from .sharding import sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -81,10 +81,22 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
         rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None
     )
     policies = LoraPolicies(
-        editor.transformer, lora, seed=config.training.seed, ema=config.training.ema_decay > 0
+        editor.transformer,
+        lora,
+        seed=config.training.seed,
+        ema=config.training.ema_decay > 0,
+        start=_start(model, editor),
     )
     shards.after_adapters(editor)
     return editor, policies
+
+
+def _start(model: Model, editor: Editor) -> Start | None:
+    """Return the LoRA that the policies start from."""
+    if model.lora is None:
+        return None
+    weights = read_lora(type(editor.pipeline), model.lora)
+    return Start(weights, frozen=model.lora_start == "freeze", reference=model.lora_reference)
 
 
 def family_of(source: str) -> Family:

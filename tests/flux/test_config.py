@@ -356,6 +356,8 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.floor-maximum": ("2", ["--rewards.floor", "0.9"]),
     "safety.ratio": ("warn", None),
     "safety.ratio-share": ("0.5", None),
+    "model.lora-start": ("freeze", ["--model.lora", "x"]),
+    "model.lora-reference": ("start", ["--model.lora", "x", "--objective.kl-coef", "1"]),
     "training.final-rate": ("0.5", []),
     "training.ema-every": ("2", ["--training.ema-decay", "0.5"]),
     "safety.collapse-window": ("5", []),
@@ -433,7 +435,10 @@ def test_every_field_that_may_be_ignored_is_tested():
         base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3
     )
     training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
-    changed = dataclasses.replace(base, rewards=rewards, safety=safety, training=training)
+    model = dataclasses.replace(base.model, lora_start="freeze", lora_reference="start")
+    changed = dataclasses.replace(
+        base, model=model, rewards=rewards, safety=safety, training=training
+    )
     with pytest.raises(ConfigError) as refused:
         checked(changed, base)
     named = {line.partition(":")[0] for line in str(refused.value).splitlines()}
