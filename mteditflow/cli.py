@@ -41,6 +41,12 @@ COMMANDS = {
         "main",
         "train",
     ),
+    "budget": Command(
+        "predict memory, FLOPs and least hours of a training run, without a GPU",
+        "mteditflow_examples.budget",
+        "main",
+        "train",
+    ),
     "evaluate": Command(
         "score an edit pipeline or a folder of images on chains; compare two runs",
         "mteditflow_examples.evaluate",
