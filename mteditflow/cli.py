@@ -36,7 +36,7 @@ COMMANDS = {
         "train",
     ),
     "train": Command(
-        "train FLUX.1-Kontext or FLUX.2-klein; --help lists presets and sections",
+        "train FLUX, Qwen-Image-Edit or another pipeline; --help lists presets and sections",
         "mteditflow_examples.train_flux",
         "main",
         "train",

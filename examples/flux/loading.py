@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if not torch.cuda.is_available():  # else DeepSpeed, where it is installed, warns of its choice
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:

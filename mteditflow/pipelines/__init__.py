@@ -11,11 +11,11 @@ except ImportError as error:
         f"mteditflow.pipelines needs {error.name}: pip install 'mteditflow[diffusers]'"
     ) from error
 
-from mteditflow.pipelines.chain_calls import Prompts
 from mteditflow.pipelines.editor import Editor, Part
-from mteditflow.pipelines.families import FAMILIES, Family
+from mteditflow.pipelines.families import FAMILIES, Family, describe
 from mteditflow.pipelines.loop import Step
 from mteditflow.pipelines.policies import LoraPolicies
+from mteditflow.pipelines.prompts import Instruction, Prompts
 from mteditflow.pipelines.recognize import ReplayError
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
@@ -26,6 +26,7 @@ __all__ = [
     "Editor",
     "Family",
     "FlowMatchSDEScheduler",
+    "Instruction",
     "LoraPolicies",
     "Part",
     "Prompts",
@@ -34,4 +35,5 @@ __all__ = [
     "Rollout",
     "RolloutVelocity",
     "Step",
+    "describe",
 ]
