@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -72,7 +73,7 @@ def partition_model(model: nn.Module, zero: Mapping[str, Any] | None = None) -> 
 
     Raises:
         ImportError: deepspeed is absent, or older than 0.19.8.
-        RuntimeError: ``torch.distributed`` is not initialized.
+        RuntimeError: ``torch.distributed`` is not initialized, or ``LOCAL_RANK`` is not set.
         ValueError: the model has adapters, or ``zero`` asks for another stage, for an optimizer of
             DeepSpeed's, or for ``memory_efficient_linear``, which replaces
             ``torch.nn.functional.linear`` in the whole process.
@@ -95,6 +96,8 @@ def partition_model(model: nn.Module, zero: Mapping[str, Any] | None = None) -> 
     if (settings.pop("offload_optimizer", None) or {}).get("device", "none") != "none":
         raise ValueError("zero.offload_optimizer: expected none, since there is no optimizer in it")
     _require_ranks("partition_model")
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError("LOCAL_RANK: expected this process's number on its machine, got none")
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         warnings.warn(
             "partition_model: without gradient checkpointing all gathered weights are kept until "

@@ -2,7 +2,9 @@
 
 import math
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from mteditflow._sharding import whole
 from mteditflow.objectives import Output, Units
+from mteditflow.pipelines import LoraPolicies
 from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training import (
     Updater,
@@ -83,6 +86,29 @@ def sharded():
     return train(model, own_rows())
 
 
+def partitioned():
+    """Weights of the base outside of passes, then as ``train`` with an adapter for each block."""
+    from tests.flux.over_gloo_alone import without_extension
+
+    without_extension()
+    model = build().requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        partition_model(model)
+    said = [str(x.message) for x in caught if x.category is UserWarning]
+    base = list(model.parameters())
+    sizes = [weight.numel() for weight in base]
+    adapted(model)
+    trained = train(model, own_rows())
+    return [said, sizes, [weight.numel() for weight in base], trained]
+
+
+def adapted(model):
+    """The model with one adapter for each block."""
+    LoraPolicies(model, LoraConfig(r=1, target_modules=["0.1", "1.0"]))
+    return model
+
+
 def broken_on_one_rank():
     weight = nn.Parameter(torch.ones(1))
     updater = Updater(torch.optim.SGD([weight], lr=0.1), lambda: [weight], max_grad_norm=1.0)
@@ -115,6 +141,7 @@ def several():
     return {
         "replicated": replicated(),
         "sharded": sharded(),
+        "partitioned": partitioned() if find_spec("deepspeed") else None,
         "broken": broken_on_one_rank(),
         "unused": unused_on_one_rank(),
         "gathered": gathered_scores(),
@@ -135,6 +162,20 @@ def test_updates_are_those_of_one_process(how, found):
         assert torch.allclose(torch.tensor(other), torch.tensor(weights), rtol=1e-6, atol=1e-7)
         for ours, theirs in some(zip(told, other_told, strict=True)):
             assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs mteditflow[zero]")
+def test_a_partitioned_base_model_trains_its_adapters_as_one_process(found):
+    told, weights = train(adapted(build().requires_grad_(False)), torch.arange(ROWS))
+    for rank in some(found):
+        said, before, after, (other_told, other) = rank["partitioned"]
+        assert before == after == [0] * 8
+        assert len(other) == len(weights) == 16  # of two adapters, whole on every rank
+        assert torch.allclose(torch.tensor(other), torch.tensor(weights), rtol=1e-6, atol=1e-7)
+        for ours, theirs in some(zip(told, other_told, strict=True)):
+            assert theirs == pytest.approx(ours, rel=1e-6)
+        (warning,) = (line for line in said if "partition_model" in line)
+        assert "without gradient checkpointing all gathered weights are kept" in warning
 
 
 def test_ranks_skip_together_sum_what_some_lack_and_collect_scores(found):
