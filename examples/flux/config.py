@@ -78,6 +78,16 @@ class Model:
     """Compile the repeated blocks with torch.compile: minutes at the start, faster after."""
     attention: str | None = None
     """Attention backend by diffusers' name, such as flash or sage; none: torch's own."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the blocks' linear layers of transformer and text encoders in 8 bits (torchao) or 4
+    (bitsandbytes): less memory; the policies, reference included, are those of the quantized
+    model."""
+    encoders: Literal["device", "host"] = "device"
+    """Where text encoders work: device, where they are only while they embed new instructions; or
+    host, which takes no memory of the device and minutes for the instructions of a round."""
+    prompt_folder: Path | None = None
+    """Folder for the embeddings of all instructions, made before the transformer is on the device
+    and read by later runs: 4 MB each for Kontext, 13 MB for klein-9B; none: they are made anew."""
     vae_slicing: bool = False
     """Decode images one by one: less memory."""
     vae_tiling: bool = False

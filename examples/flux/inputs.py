@@ -21,10 +21,11 @@ from mteditflow.chains.formats.stored import is_stored
 from mteditflow.evaluation import JudgedBy
 from mteditflow.pipelines import Family
 from mteditflow.pipelines.families import find_family
+from mteditflow.pipelines.quantization import check_quantization
 from mteditflow.rewards.command_line import check_source
 from mteditflow.training import Checkpoint
 
-from .config import Config, ConfigError, DistillationConfig
+from .config import Config, ConfigError, DistillationConfig, Model
 from .held_out import HeldOut
 from .loading import Notes, family_of, load_chains, load_held_out, made_by, require_fitting
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
@@ -71,6 +72,7 @@ def check(config: Config) -> None:
     for part in ("", "checkpoints", "evaluations", "pictures"):
         require_folder("output.folder", config.output.folder / part)
     _check_model(config.model.path)
+    _check_memory_options(config.model)
     for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
         if path is not None and not path.is_file() and not is_stored(path):
             got = f"none at {path}" if not path.exists() else f"the folder {path}"
@@ -93,6 +95,23 @@ def _check_model(source: str) -> None:
             find_family(parse_json((Path(source) / INDEX).read_bytes())["_class_name"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"model.path: {source}: {error}") from error
+
+
+def _check_memory_options(model: Model) -> None:
+    """Raise unless weights can be quantized as they are to be, and embeddings be stored.
+
+    Raises:
+        ConfigError: the package is missing.
+        ValueError: a file is in the place of the folder.
+    """
+    if model.prompt_folder is not None:
+        require_folder("model.prompt_folder", model.prompt_folder)
+    if model.quantize == "none":
+        return
+    try:
+        check_quantization(model.quantize)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
 
 
 def _check_lora(field: str, path: Path, rank: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,21 +36,30 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
-    """Load the editor, give it adapters, and shard it if it is to be sharded.
+def load_policies(
+    config: Config, accelerator: Accelerator, instructions: Sequence[str] = ()
+) -> tuple[Editor, LoraPolicies]:
+    """Load the editor, give it adapters, and shard it if it is to be sharded; a collective call.
+
+    Args:
+        config: the run's.
+        accelerator: of this rank.
+        instructions: of all chains, which ``model.prompt_folder`` stores ahead.
 
     Raises:
         ConfigError: it cannot be loaded as it is configured.
     """
     quiet_libraries()
     try:
-        return _policies(config, accelerator)
+        return _policies(config, accelerator, instructions)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
 
 
-def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
-    model = config.model
+def _policies(
+    config: Config, accelerator: Accelerator, instructions: Sequence[str]
+) -> tuple[Editor, LoraPolicies]:
+    model, ranks = config.model, int(accelerator.num_processes)
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
     guidance = _guidance(config, family_of(model.path))
@@ -69,13 +79,19 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
         compile_blocks=model.compile,
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,
+        quantize=None if model.quantize == "none" else model.quantize,
+        encoder_device="cpu" if model.encoders == "host" else None,
+        prompt_folder=model.prompt_folder,
+        instructions=instructions[int(accelerator.process_index) :: ranks],
     )
+    if instructions:
+        accelerator.wait_for_everyone()  # until every rank has stored its share
     multiple = 2 * editor.pipeline.vae_scale_factor  # pixels of a token; diffusers would round down
     if model.resolution % multiple:
         raise ValueError(
             f"resolution: expected a multiple of {multiple} pixels, got {model.resolution}"
         )
-    shards = sharding(model, int(accelerator.num_processes))
+    shards = sharding(model, ranks)
     shards.before_adapters(editor)
     lora = editor.lora(
         rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None

@@ -66,7 +66,7 @@ def build(
     inputs.notes.write(log)
     ranks = int(accelerator.num_processes)
     log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
-    editor, policies = load_policies(config, accelerator)
+    editor, policies = load_policies(config, accelerator, _ahead(config, inputs))
     _log_assumptions(editor, config.model.resolution, log)
     return Run(
         config=config,
@@ -88,6 +88,15 @@ def build(
         found=inputs.found,
         files=inputs.files,
     )
+
+
+def _ahead(config: Config, inputs: Inputs) -> list[str]:
+    """Return the instructions to embed before the transformer is loaded, each once, in order."""
+    if config.model.prompt_folder is None:
+        return []
+    held_out = [] if inputs.held_out is None else inputs.held_out.chains.chains
+    chains = (*inputs.chains.chains, *held_out)
+    return list(dict.fromkeys(text for chain in chains for text in chain.instructions))
 
 
 def _log_assumptions(editor: Editor, side: int, log: RunLog) -> None:
