@@ -138,7 +138,7 @@ def test_without_a_preset_they_are_listed(kind, capsys):
         assert all(f"  {field.name} " in told for field in some(dataclasses.fields(kind)))
         rewarded = [f"objective:{n} " in told for n, c in OBJECTIVES.items() if c.card.rewarded]
         assert set(rewarded) == {kind is Config}
-    with pytest.raises(ConfigError, match=r"preset: expected one of \['flux2-dev-nft', .* got 'nft'"):
+    with pytest.raises(ConfigError, match=r"preset: expected one of \['flux2-.*, got 'nft'"):
         parse(["nft"], kind)
 
 
