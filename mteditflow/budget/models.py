@@ -121,9 +121,11 @@ class Pipeline:
         transformer: class of its transformer.
         targets: how the names of adapted layers end: attention and feed-forward of all blocks.
         text: text tokens of a call that does not say how many.
+        padded: whether an option for the length sets the tokens; else it only cuts longer texts.
         more_text: text tokens that no option changes.
         reference: "none"; "output", of the output's size; "megapixel", brought to 1024 x 1024.
-        guidance: "embedded", one pass; "branches", a second pass where the scale is above 1.
+        guidance: "embedded", one pass; "branches", a second pass above the scale ``unguided``.
+        unguided: highest scale without a second pass.
         one_by_one: whether a call takes several images for several references of one edit, so that
             trajectories are sampled one at a time.
     """
@@ -131,9 +133,11 @@ class Pipeline:
     transformer: str
     targets: tuple[str, ...]
     text: int
+    padded: bool = True
     more_text: int = 0
     reference: Literal["none", "output", "megapixel"] = "none"
     guidance: Literal["embedded", "branches"] = "branches"
+    unguided: float = 1.0
     one_by_one: bool = False
 
     def shape(
@@ -148,9 +152,10 @@ class Pipeline:
             token: side of the square of pixels of an image token.
         """
         side = {"none": 0, "output": resolution, "megapixel": 1024}[self.reference]
+        tokens = self.text if text is None else text if self.padded else min(text, self.text)
         return Shape(
             resolution,
-            (self.text if text is None else text) + self.more_text,
+            tokens + self.more_text,
             references if side else 0,
             side,
             token,
@@ -186,6 +191,7 @@ PIPELINES = {
         "QwenImageTransformer2DModel",
         (*_ATTENTION, *(f"{x}_mlp.net.{y}" for x in ("img", "txt") for y in ("0.proj", "2"))),
         text=256,
+        padded=False,
         reference="megapixel",
         one_by_one=True,
     ),
@@ -196,6 +202,8 @@ PIPELINES = {
             *(f"feed_forward.w{x}" for x in (1, 2, 3)),
         ),
         text=256,
+        padded=False,
+        unguided=0.0,
     ),
     "StableDiffusion3Pipeline": Pipeline(
         "SD3Transformer2DModel",
@@ -255,7 +263,8 @@ class Model:
         if self.behavior.guidance == "embedded":
             guided = given.get("negative_prompt") is not None
             return 2 if guided and given.get("true_cfg_scale", 1.0) > 1 else 1
-        return 2 if given.get("true_cfg_scale", guidance) > 1 and not self.distilled else 1
+        scale = given.get("true_cfg_scale", guidance)
+        return 2 if scale > self.behavior.unguided and not self.distilled else 1
 
 
 def _known(
