@@ -53,6 +53,12 @@ COMMANDS = {
         "app",
         "train",
     ),
+    "export": Command(
+        "write a run's LoRA for diffusers or ComfyUI, with a model card",
+        "mteditflow_examples.export",
+        "app",
+        "train",
+    ),
     "chains": Command(
         "convert, check, count and cut files of chains",
         "mteditflow.chains.__main__",
