@@ -94,7 +94,7 @@ $(QUANTIZED)/.installed: Makefile | $(INSTALLED)
 	@touch $@
 
 bases: $(INSTALLED) $(QUANTIZED)/.installed
-	PYTHONPATH=$(QUANTIZED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m bases tests/pipelines
+	PYTHONPATH=$(QUANTIZED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m bases tests/pipelines tests/flux
 
 evidence: $(INSTALLED)
 	$(BIN)/python examples/evidence.py

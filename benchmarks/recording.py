@@ -9,8 +9,9 @@ import pstats
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,11 +21,12 @@ from mteditflow_examples.shapes.editor import build_kontext, call_options
 from PIL import Image
 
 from benchmarks import measure, report, rewards_page
-from mteditflow import FlowSDE, trajectory_generators
+from mteditflow import FlowSDE, Solver, trajectory_generators
 from mteditflow.pipelines import FlowMatchSDEScheduler, Recorder
 
-LIMIT = 1.03  # of the recorded call over the plain one; each more forward adds 1 / steps
-COLUMNS = ("over", "verify", "clock", "call, s", "ratio", "95 % interval", "limit", "", "forwards")
+LIMIT = 1.03  # of the recorded call over the plain one; the proof's rows are added
+IMAGES = 2  # edited in one call
+COLUMNS = ("call", "over", "clock", "seconds", "ratio", "95 % interval", "limit", "", "forwards")
 HEADER = """\
 # Benchmarks of recording
 
@@ -33,17 +35,16 @@ Made by `python -m benchmarks.recording`; do not edit.
 ABOUT = """\
 A FLUX.1 Kontext of the real class ({parameters:.0f} million parameters in the transformer, two
 images of {tokens} tokens with their references, {steps} steps, one thread) edits two images at
-once, plain and recorded. `plain` is the pipeline with its own deterministic scheduler,
-`stochastic` the pipeline with the recorder's scheduler and no recorder: over that, the ratio is
-the cost of recording alone. Calls take turns in {rounds} rounds, in an order drawn anew each time;
-a ratio is the median of the ratios within a round with its bootstrap interval, whose upper end is
-held against the limit. With `verify` one row of the first turn is replayed: one more forward pass,
-for which 1 / {steps} is added to the limit.
+once, plain and recorded. `ODE` is the pipeline's own deterministic sampler, `SDE` the stochastic
+one of `FlowSDE`; the same sampler without a recorder is what the cost of recording alone is held
+against. Calls take turns in {rounds} rounds, in an order drawn anew each time; a ratio is the
+median of the ratios within a round with its bootstrap interval, whose upper end is compared with
+the limit. `proven` calls replay three rows of the first turn in one more forward pass; their share
+of the call's rows, 3 / (2 x {steps}), is added to the limit.
 
-Ratios of whole calls carry the noise of the machine. The last rows do not: profiles of recorded
-calls, over the same calls less the time in frames of the recorder with all that they call, and
-less those of its scheduler too, whose steps draw noise and compute log-probs. A profiler slows
-Python down more than kernels, so that both are upper bounds."""
+Ratios of whole calls carry the noise of the machine. The last row does not: a profile of recorded
+calls, over the same calls less the time in frames of the recorder with all that they call. A
+profiler slows Python down more than kernels, so that it is an upper bound."""
 Seconds = dict[str, dict[str, list[float]]]
 
 
@@ -61,17 +62,23 @@ def build(*, layers: int, heads: int, image_size: int) -> FluxKontextPipeline:
 
 
 class Calls:
-    """One edit of two images, plain and recorded; ``forwards`` counts the transformer's calls."""
+    """One edit of two images, plain and recorded.
+
+    Attributes:
+        forwards: calls of the transformer so far.
+        rows: their rows.
+    """
 
     def __init__(self, pipeline: FluxKontextPipeline, *, steps: int) -> None:
         size = pipeline.vae.config.sample_size
-        self._pipeline, self.forwards = pipeline, 0
+        self._pipeline, self.forwards, self.rows = pipeline, 0, 0
         self._options = call_options(pipeline, steps=steps) | {"output_type": "latent"}
         self._image = Image.new("RGB", (size, size), (200, 30, 90))
         pipeline.transformer.register_forward_hook(self._count)
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, _model: Any, _arguments: Any, output: Any) -> None:
         self.forwards += 1
+        self.rows += len(output[0])
 
     def plain(self) -> None:
         self._edit(nullcontext())
@@ -79,16 +86,16 @@ class Calls:
     def stochastic(self) -> None:
         own = self._pipeline.scheduler
         self._pipeline.scheduler = FlowMatchSDEScheduler.from_config(
-            own.config, solver=FlowSDE(0.7), generators=trajectory_generators(0, 2)
+            own.config, solver=FlowSDE(0.7), generators=trajectory_generators(0, IMAGES)
         )
         try:
             self._edit(nullcontext())
         finally:
             self._pipeline.scheduler = own
 
-    def recorded(self, *, verify: bool, turns: int = 1) -> None:
-        generators = trajectory_generators(0, 2)
-        recorder = Recorder(self._pipeline, FlowSDE(0.7), generators=generators, verify=verify)
+    def recorded(self, solver: Solver | None, *, verify: bool = False, turns: int = 1) -> None:
+        generators = trajectory_generators(0, IMAGES)
+        recorder = Recorder(self._pipeline, solver, generators=generators, verify=verify)
         self._edit(recorder, turns)
         recorder.rollout(group=[0, 1])
 
@@ -96,18 +103,18 @@ class Calls:
         with context:
             for _ in range(turns):
                 self._pipeline(
-                    [self._image] * 2,
+                    [self._image] * IMAGES,
                     ["Remove the square", "Remove the circle"],
-                    generator=trajectory_generators(0, 2),
+                    generator=trajectory_generators(0, IMAGES),
                     **self._options,
                 )
 
 
-def forwards_of(calls: Calls, call: Callable[[], None]) -> int:
-    """Forward passes of the transformer in one call."""
-    calls.forwards = 0
+def passes_of(calls: Calls, call: Callable[[], None]) -> tuple[int, int]:
+    """Forward passes of the transformer in one call, and their rows."""
+    calls.forwards = calls.rows = 0
     call()
-    return calls.forwards
+    return calls.forwards, calls.rows
 
 
 def take_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> Seconds:
@@ -128,60 +135,54 @@ def take_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> Seconds:
 def compare(calls: Calls, *, steps: int, rounds: int) -> list[list[Any]]:
     """Rows of the table."""
     ways: dict[str, Callable[[], None]] = {
-        "plain": calls.plain,
-        "stochastic": calls.stochastic,
-        "recorded": lambda: calls.recorded(verify=False),
-        "verified": lambda: calls.recorded(verify=True),
+        "plain ODE": calls.plain,
+        "plain SDE": calls.stochastic,
+        "ODE": partial(calls.recorded, None),
+        "SDE": partial(calls.recorded, FlowSDE(0.7)),
+        "SDE, proven": partial(calls.recorded, FlowSDE(0.7), verify=True),
     }
-    forwards = {name: forwards_of(calls, call) for name, call in ways.items()}  # warms up, too
+    passes = {name: passes_of(calls, call) for name, call in ways.items()}  # warms up, too
     seconds = take_turns(ways, rounds)
     rows: list[list[Any]] = []
-    for clock, base, way in product(seconds, ("plain", "stochastic"), ("recorded", "verified")):
-        plain, extra = seconds[clock][base], forwards[way] - forwards[base]
+    pairs = [("ODE", "plain ODE"), *product(("SDE", "SDE, proven"), ("plain SDE", "plain ODE"))]
+    for clock, (way, base) in product(seconds, pairs):
+        plain, (forwards, sampled) = seconds[clock][base], passes[base]
         low, ratio, high = measure.median_interval(seconds[clock][way], plain)
-        limit = LIMIT + extra / steps
+        limit = LIMIT + (passes[way][1] - sampled) / sampled
         interval = f"{low:.4f}..{high:.4f}"
         cells = [statistics.median(plain), f"{ratio:.4f}", interval, limit]
-        counts = f"{forwards[base]} + {extra}"
-        rows.append([base, way == "verified", clock, *cells, report.met(high, limit), counts])
+        counts = f"{forwards} + {passes[way][0] - forwards}"
+        rows.append([way, base, clock, *cells, report.met(high, limit), counts])
         print(*rows[-1], flush=True)
-    for row in profiled(ways["recorded"], rounds=rounds, steps=steps):
-        rows.append(row)
-        print(*row, flush=True)
+    rows.append(profiled(ways["SDE"], rounds=rounds, steps=steps))
+    print(*rows[-1], flush=True)
     return rows
 
 
-def profiled(recorded: Callable[[], None], *, rounds: int, steps: int) -> list[list[Any]]:
-    """Rows of the table: a recorded call over the same call less some of its frames."""
-    parts = {
-        "less recorder": [inspect.getfile(Recorder)],
-        "less recorder, SDE": [inspect.getfile(Recorder), inspect.getfile(FlowMatchSDEScheduler)],
-    }
+def profiled(recorded: Callable[[], None], *, rounds: int, steps: int) -> list[Any]:
+    """Row of the table: a recorded call over the same call less the recorder's frames."""
     whole: list[float] = []
-    rest: dict[str, list[float]] = {name: [] for name in parts}
+    without: list[float] = []
     for _ in range(rounds):
         profile = cProfile.Profile(time.process_time)
         profile.runcall(recorded)
-        frames = {name: frames_of(profile, files) for name, files in parts.items()}
-        whole.append(next(iter(frames.values()))[0])
-        for name, (total, inside) in frames.items():
-            rest[name].append(total - inside)
-    rows: list[list[Any]] = []
-    for name, without in rest.items():
-        low, ratio, high = measure.median_interval(whole, without)
-        cells = [statistics.median(without), f"{ratio:.4f}", f"{low:.4f}..{high:.4f}", LIMIT]
-        rows.append([name, False, "CPU, profiled", *cells, report.met(high, LIMIT), f"{steps} + 0"])
-    return rows
+        total, inside = frames_of(profile, inspect.getfile(Recorder))
+        whole.append(total)
+        without.append(total - inside)
+    low, ratio, high = measure.median_interval(whole, without)
+    cells = [statistics.median(without), f"{ratio:.4f}", f"{low:.4f}..{high:.4f}", LIMIT]
+    what = ["SDE", "itself less recorder", "CPU, profiled"]
+    return [*what, *cells, report.met(high, LIMIT), f"{steps} + 0"]
 
 
-def frames_of(profile: cProfile.Profile, files: Sequence[str]) -> tuple[float, float]:
-    """Seconds of all frames, and of those of some files with all that they call."""
+def frames_of(profile: cProfile.Profile, file: str) -> tuple[float, float]:
+    """Seconds of all frames, and of those of a file with all that they call."""
     total, inside = 0.0, 0.0
     stats: dict[Any, Any] = vars(pstats.Stats(profile))["stats"]
     for (path, *_), (_, _, own, _, callers) in stats.items():
         total += own
-        if path in files:
-            inside += sum(times[3] for (by, *_), times in callers.items() if by not in files)
+        if path == file:
+            inside += sum(times[3] for (by, *_), times in callers.items() if by != file)
     return total, inside
 
 

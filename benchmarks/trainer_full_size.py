@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.plain_nft import PlainLoop
 from benchmarks.trainer_parts import Batch, ForwardCounter
 from mteditflow.objectives import RoundKey, keyed_generator
-from mteditflow.pipelines import FAMILIES, Editor, LoraPolicies, Prompts, Rollout
+from mteditflow.pipelines import FAMILIES, Editor, Instruction, LoraPolicies, Prompts, Rollout
 from mteditflow.pipelines.conditioning import map_leaves
 from mteditflow.pipelines.editor import COMPILATIONS
 from mteditflow.training import Updater
@@ -165,8 +165,8 @@ def build_editor(size: Size, *, device: str, dtype: torch.dtype, compiled: bool)
         torch._dynamo.config.recompile_limit = COMPILATIONS
         transformer.compile_repeated_blocks(fullgraph=True)
 
-    def encode(text: str) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(len(text))
+    def encode(asked: Instruction) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(len(asked.text))
         return [torch.randn(1, *s, generator=generator).to(dtype) for s in size.embeddings]
 
     side = {"height": size.resolution, "width": size.resolution}

@@ -2,17 +2,19 @@
 
     python examples/ablations.py findings --workers 2      # the paper's, docs/findings.md
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
+    python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
     python examples/ablations.py findings --short
 
-What is compared is in ``findings/settings.py`` and ``findings/objectives.py``. Runs that are there
-already are kept, and one that was cut off goes on, so it can be stopped and started again. The page
-is written from the seeds that are complete.
+Settings are in ``findings/settings.py``, ``findings/objectives.py`` and ``findings/cost.py``. Runs
+that are there already are kept, and one that was cut off goes on, so it can be stopped and started
+again. The page is written from the seeds that are complete.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +22,7 @@ import diffusers
 import torch
 import transformers
 import typer
+from mteditflow_examples.findings.cost import COST
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import write_page
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
@@ -29,11 +32,13 @@ from mteditflow._command import program
 from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
-STUDIES = {PAPER.name: PAPER, OBJECTIVES.name: OBJECTIVES}
+STUDIES = {study.name: study for study in (PAPER, OBJECTIVES, COST)}
 
 
 def main(
-    study: Annotated[Literal["findings", "objectives"], typer.Argument(help="What to compare.")],
+    study: Annotated[
+        Literal["findings", "objectives", "cost"], typer.Argument(help="What to compare.")
+    ],
     short: Annotated[bool, typer.Option("--short", help="Minutes: one seed, few rounds.")] = False,
     workers: Annotated[
         int, typer.Option(min=0, help="Runs at a time, a thread each; 0: only write the page.")
@@ -52,7 +57,8 @@ def main(
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    ablations = Ablations(runs, SHORT if short else FULL, STUDIES[study])
+    form = SHORT if short else replace(FULL, seeds=STUDIES[study].seeds)
+    ablations = Ablations(runs, form, STUDIES[study])
     failures = ablations.run_all(workers) if workers else []
     if ablations.complete_seeds():
         command = f"python examples/ablations.py {study}" + (" --short" if short else "")

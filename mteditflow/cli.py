@@ -36,7 +36,7 @@ COMMANDS = {
         "train",
     ),
     "train": Command(
-        "train FLUX.1-Kontext or FLUX.2-klein; --help lists presets and sections",
+        "train FLUX, Qwen-Image-Edit or another pipeline; --help lists presets and sections",
         "mteditflow_examples.train_flux",
         "main",
         "train",
@@ -50,6 +50,12 @@ COMMANDS = {
     "evaluate": Command(
         "score an edit pipeline or a folder of images on chains; compare two runs",
         "mteditflow_examples.evaluate",
+        "app",
+        "train",
+    ),
+    "export": Command(
+        "write a run's LoRA for diffusers or ComfyUI, with a model card",
+        "mteditflow_examples.export",
         "app",
         "train",
     ),

@@ -18,6 +18,10 @@ __all__ = ["first_cases", "smallest_cases"]
 # Workers share the cores; threads inside them would only wait for each other.
 torch.set_num_threads(1)
 
+# DeepSpeed, which accelerate imports when a model is saved, would say that it has chosen so.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 # A busy machine is slow, not wrong.
 patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", max_examples=40, derandomize=True, **patient)

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 # Import names of what the extras install. tqdm is left out: torch imports it where it is installed.
 EXTRAS = {
-    "PIL", "accelerate", "anyio", "diffusers", "fastapi", "httpx2", "hypothesis", "matplotlib",
-    "onnxruntime", "peft", "pydantic", "rapidocr", "rich", "tenacity", "tensorboard",
+    "PIL", "accelerate", "anyio", "deepspeed", "diffusers", "fastapi", "httpx2", "hypothesis",
+    "matplotlib", "onnxruntime", "peft", "pydantic", "rapidocr", "rich", "tenacity", "tensorboard",
     "transformers", "typer", "tyro", "uvicorn",
 }  # fmt: skip
 CHAINS = {"PIL", "pydantic"}
@@ -61,6 +61,7 @@ WALLS: dict[str, set[str]] = {
     "from mteditflow.training import Checkpoints, RewardWatch, Stopwatch, Updater": set(),
     "from mteditflow.training import Bar, RunLog, Termination, read_metrics": set(),
     "from mteditflow.training import most_parts, shard_model, sum_gradients": set(),
+    "from mteditflow.training import partition_model": set(),
     "from mteditflow.training import load_optimizer_state, optimizer_state": set(),
     "from mteditflow.training import Aggregation, RoundRewards, gather_scores": CHAINS,
     "from mteditflow.training import print_summary, run_report, write_report": CHAINS | {"rich"},

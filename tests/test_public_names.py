@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # Whether a folder holds a pipeline that can be trained, before it is loaded.
     "mteditflow.pipelines.families": {"find_family"},
+    "mteditflow.pipelines.quantization": {"check_quantization"},
     # Intervals where all chains are alike, ranges of scores, and what a scorer is checked with.
     "mteditflow.evaluation.intervals": {"bounded_interval", "interval_of", "overall_interval"},
     "mteditflow.rewards.scale": {"COSINE", "SHARE"},
@@ -91,6 +92,8 @@ ALLOWED: dict[str, set[str]] = {
     # Column prefix of metrics.jsonl, and the packages whose versions a report names.
     "mteditflow.training.metrics_file": {"SECONDS"},
     "mteditflow.training.report": {"PACKAGES"},
+    # Whether a package can do what is asked, before a model is loaded.
+    "mteditflow.training.parallel": {"require_deepspeed"},
     # Responses of a scripted server.
     "mteditflow.testing.endpoint": {"completion", "late"},
     # Benchmarks measure how conditioning is stored and how often blocks are compiled.

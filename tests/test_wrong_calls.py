@@ -98,6 +98,11 @@ RUNS = {
     "no value": (["--training.rounds"], "Missing value for argument '--training.rounds'"),
     "no number": (["--training.rounds", "x"], "Error parsing --training.rounds"),
     "no such choice": (["--model.dtype", "int8"], "invalid choice 'int8'"),
+    "a switch of old": (
+        ["--model.shard"],
+        "Missing value for argument '--model.shard'",
+    ),
+    "shards in one process": (["--model.shard", "zero3"], "model.shard: expected none in one proc"),
     "a stray word": (["nft"], "Unrecognized options: nft"),
     "out of range": (["--training.rounds", 0], "training.rounds: input should be greater than"),
     "two fields at once": (
@@ -158,7 +163,10 @@ DISTILLATION = {k: v for k, v in RUNS.items() if k != "no such scorer"} | {
     "weights of rewards": (["--rewards.weights.following", 2], "rewards.weights: has an effect"),
     "no teacher": (["--teacher.path", "ROOT/none"], "teacher.path: expected a folder with pytorc"),
     "a teacher that is none": (["--teacher.path", "ROOT/no_lora"], "teacher.path: expected a fol"),
-    "a teacher of another rank": (["--teacher.path", "ROOT/lora_of_4"], "LoRA of rank 16, got [4]"),
+    "a teacher of another rank": (
+        ["--teacher.path", "ROOT/lora_of_4"],
+        "LoRA of rank 16, as model.lora_rank, got [4]",
+    ),
 }
 PROGRAMS = {"train": (train_flux.main, TRAINER), "distill": (self_distillation.main, DISTILLATION)}
 OF_RUNS = [(name, case) for name, (_, cases) in PROGRAMS.items() for case in cases]

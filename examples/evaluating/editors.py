@@ -1,4 +1,4 @@
-"""Editors of chains: the two families by the library's own sampler, any other pipeline as it is."""
+"""Editors of chains: named families by the library's own sampler, other pipelines as they are."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Model:
     @property
     def made_by(self) -> MadeBy:
         """Return what makes the images, for the record."""
-        steps, guidance = "num_inference_steps", "guidance_scale"
+        steps, guidance = "num_inference_steps", self._guidance
         others = {name: x for name, x in self.call.items() if name not in (steps, guidance)}
         return MadeBy(
             editor=self.editor,
@@ -69,6 +69,13 @@ class Model:
             resolution=self.resolution,
             call=json.dumps(others, sort_keys=True),
         )
+
+    @property
+    def _guidance(self) -> str:
+        """Name of the scale of guidance: true_cfg_scale where the model has no other."""
+        name = DiffusionPipeline.load_config(self.editor)["_class_name"]
+        named = {family.pipeline.__name__: family.guidance for family in FAMILIES}
+        return named.get(name) or "guidance_scale"
 
     def check(self) -> None:
         """Refuse what is no pipeline or no LoRA, before anything is loaded.
@@ -112,7 +119,7 @@ def _version(source: str, file: str) -> str | None:
 
 
 class OfFamily:
-    """Kontext or klein; chains are edited in one batch where the family can."""
+    """A family that is known by name; chains are edited in one batch where it can."""
 
     def __init__(self, editor: Editor, seed: int) -> None:
         self._editor, self._seed = editor, seed

@@ -80,8 +80,8 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         "- Over chains alone: 95% bootstrap intervals of the same differences over the held-out "
         "chains of these seeds. They say how sure these very runs are, nothing of other seeds, so "
         "they do not decide: a finding must hold for seeds that were not run.",
-        "- Verdict: *seen* if the interval of the claimed difference lies above 0, *reversed* if "
-        "below, else *not separated*.",
+        "- Verdict: *seen* if the interval of the claimed difference lies above 0 (or above minus "
+        "the claim's margin), *reversed* if below, else *not separated*.",
         f"- Var(IF) / Var(CC) inside groups, base runs, median over rounds: "
         f"{results.variance_ratio:.1f}.",
         "- In the figures: dots are seeds, squares their means with intervals, dotted lines the "
@@ -93,7 +93,8 @@ def _overview(results: Results) -> Iterator[str]:
     for finding in results.study.findings:
         for claim in finding.claims:
             gain, topic = results.claim(finding, claim), re.split("[:,;]", finding.title)[0]
-            yield f"| {topic} | {_in_words(claim)} | {gain:+.1f} | **{gain.verdict}** |"
+            verdict = gain.above(-claim.margin)
+            yield f"| {topic} | {_in_words(claim)} | {gain:+.1f} | **{verdict}** |"
     for name, gain in long_claims(results.long).items() if results.long else ():
         yield f"| Longer chains | {name}: after > before | {gain:+.1f} | **{gain.verdict}** |"
 
@@ -102,11 +103,12 @@ def _claims(results: Results, finding: Finding) -> Iterator[str]:
     for claim in finding.claims:
         gain, (low, high) = results.claim(finding, claim), results.over_chains(finding, claim)
         cells = [_in_words(claim), f"{gain:+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
-        yield f"| {' | '.join(cells)} | **{gain.verdict}** |"
+        yield f"| {' | '.join(cells)} | **{gain.above(-claim.margin)}** |"
 
 
 def _in_words(claim: Claim) -> str:
-    return f"{TITLES[claim.metric]}: {claim.higher} > {claim.lower}"
+    less = f" - {claim.margin:g}" if claim.margin else ""
+    return f"{TITLES[claim.metric]}: {claim.higher} > {claim.lower}{less}"
 
 
 def _section(results: Results, finding: Finding) -> list[str]:

@@ -48,11 +48,15 @@ def words_of(options: Mapping[str, object]) -> list[str]:
 
 @dataclass(frozen=True)
 class Claim:
-    """That a metric is higher in one setting than in another, by their labels."""
+    """Claim that a metric is higher in one setting than in another, by their labels.
+
+    With a margin, in points: that it is higher than the other's less the margin (non-inferiority).
+    """
 
     higher: str
     lower: str
     metric: str = "overall"
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Study:
         about: what the base run is, in words.
         findings: with their settings; `UNTRAINED` may be among them.
         longer: what the paper says of longer chains, and why it differs here; None: not looked at.
+        seeds: seeds of a full study.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Study:
     about: str
     findings: tuple[Finding, ...]
     longer: Finding | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
 
     @property
     def settings(self) -> dict[str, Setting]:

@@ -18,7 +18,8 @@ from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
-from .config import Config, ConfigError, checked, dumped, name_of, typed
+from .config import Config, ConfigError, checked, dumped, field_names, name_of, typed
+from .spelling import hint
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,11 +96,11 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
                 add_help=False,
             )
     except SystemExit as error:
-        raise ConfigError(_in_a_line(said.getvalue())) from error
+        raise ConfigError(_in_a_line(said.getvalue(), field_names(base))) from error
 
 
-def _in_a_line(box: str) -> str:
-    """Return what a box says: its title and rules left out, of hints below the names of options."""
+def _in_a_line(box: str, known: Sequence[str]) -> str:
+    """Return what a box says: its title and rules left out; a hint to the field that was meant."""
     lines = [FRAME.sub("", line).strip() for line in box.splitlines()]
     parts = [[]]
     for line in lines[1:]:
@@ -107,9 +108,20 @@ def _in_a_line(box: str) -> str:
             parts.append([])
         elif line:
             parts[-1].append(line)
-    wrong, *hints = (" ".join(part) for part in parts if part)
-    options = re.findall(r"--[\w.-]+", hints[0]) if hints and "you meant" in hints[0] else []
-    return "; perhaps ".join([" ".join(wrong.split()), *dict.fromkeys(options[:1])])
+    wrong = " ".join(" ".join(next(part for part in parts if part)).split())
+    unknown = re.match(r"Unrecognized options: --([\w.-]+)", wrong)
+    return wrong + (_option_hint(unknown[1], known) if unknown else "")
+
+
+def _option_hint(option: str, known: Sequence[str]) -> str:
+    """Return the hint to the options that one may have meant, spelled as options.
+
+    Example:
+        >>> _option_hint("training.lr", ["training.learning_rate"])
+        '; perhaps --training.learning-rate'
+    """
+    plain = hint(option.replace("-", "_"), [name for name in known if "." in name])
+    return re.sub(r"[a-z_]+(?:\.[a-z_]+)+", lambda x: f"--{x[0].replace('_', '-')}", plain)
 
 
 def overview(kind: type[Config]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,8 @@ from mteditflow import LagrangeMultiplier
 from mteditflow._text import parse_json
 from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
 from mteditflow.rewards import SCALES, RequestOptions
+
+from .spelling import hint
 
 RESUME = ("auto", "best", "never")
 _Kind = TypeVar("_Kind")
@@ -45,13 +47,15 @@ class Model:
     """The editor, and how it is held and run."""
 
     path: str = "black-forest-labs/FLUX.1-Kontext-dev"
-    """Hub id or folder of a FLUX.1-Kontext or FLUX.2-klein pipeline in diffusers format."""
+    """Hub id or folder of a pipeline in diffusers format that edits an image or makes one of a
+    text."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic; adapters, log-probs and losses are float32 in either."""
     resolution: Count = 512
     """Side of all images, pixels; references are cropped to a square of it."""
-    guidance: Annotated[float, Field(ge=1)] = 2.5
-    """The pipeline's guidance_scale: embedded for Kontext, classifier-free for klein."""
+    guidance: NonNegative = 2.5
+    """Scale of guidance: embedded for Kontext and FLUX.2-dev, else classifier-free, as klein's. The
+    pipeline's guidance_scale, of Qwen-Image-Edit true_cfg_scale."""
     options: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Further arguments of the pipeline call; in preset files alone."""
     lora_rank: Count = 64
@@ -59,7 +63,14 @@ class Model:
     lora_alpha: Count = 128
     """Their scale is alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the modules that get adapters; none: attention and feed-forward of the family."""
+    """Names of the modules that get adapters; none: attention and feed-forward of all blocks."""
+    lora: Path | None = None
+    """LoRA to start from, a folder or file in diffusers' format; none: the base model."""
+    lora_start: Literal["continue", "freeze"] = "continue"
+    """continue: train it, with its modules and rank; freeze: train a new one above it. What a run
+    saves holds both."""
+    lora_reference: Literal["base", "start"] = "base"
+    """What objective.kl_coef draws to: the base model, or it with the LoRA of model.lora."""
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory; an update takes 24% (NFT) to 45%
     (GRPO) more operations."""
@@ -67,13 +78,24 @@ class Model:
     """Compile the repeated blocks with torch.compile: minutes at the start, faster after."""
     attention: str | None = None
     """Attention backend by diffusers' name, such as flash or sage; none: torch's own."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the blocks' linear layers of transformer and text encoders in 8 bits (torchao) or 4
+    (bitsandbytes): less memory; the policies, reference included, are those of the quantized
+    model."""
+    encoders: Literal["device", "host"] = "device"
+    """Where text encoders work: device, where they are only while they embed new instructions; or
+    host, which takes no memory of the device and minutes for the instructions of a round."""
+    prompt_folder: Path | None = None
+    """Folder for the embeddings of all instructions, made before the transformer is on the device
+    and read by later runs: 4 MB each for Kontext, 13 MB for klein-9B; none: they are made anew."""
     vae_slicing: bool = False
     """Decode images one by one: less memory."""
     vae_tiling: bool = False
     """Decode images tile by tile: less memory where the autoencoder has small tiles; nothing up to
     1024 pixels for FLUX's. Results change a little."""
-    shard: bool = False
-    """Shard weights over all ranks (FSDP2), where one device cannot hold them; else replicate."""
+    shard: Literal["none", "fsdp2", "zero3"] = "none"
+    """Where one device is short: fsdp2 shards all weights over ranks, zero3 (DeepSpeed) the base
+    model's. none: every rank holds them whole."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +141,7 @@ class Teacher:
 
     path: Path | None = None
     """Folder of a LoRA of the run's rank and modules, such as a checkpoint's lora; it sees what the
-    student sees. None: the base model, which is shown clean images."""
+    student sees. None: the base model (see model.lora_reference), which is shown clean images."""
 
 
 @dataclass(frozen=True)
@@ -234,10 +256,16 @@ class Training:
     batch: Count = 4
     """Rows (one step of one turn; dpo: pairs of them) in a forward and backward pass; results do
     not depend on it, up to rounding."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: state of 8 bits a number, by bitsandbytes; saves 6 bytes for each trained one."""
     learning_rate: Positive = 3e-4
-    """AdamW learning rate."""
+    """AdamW learning rate, the highest of the schedule."""
+    warmup_rounds: Natural = 0
+    """Rounds in which the learning rate rises in a straight line; 0: none."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after warm-up, down to final_rate of it."""
     final_rate: PositiveShare = 1.0
-    """Share of the learning rate in the last round; it falls in a straight line."""
+    """Share of the learning rate in the last round; 1 under linear: constant."""
     weight_decay: NonNegative = 1e-4
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
@@ -298,6 +326,10 @@ class Output:
     """Rounds between pictures of chains and histograms; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate, such as tensorboard, wandb, trackio."""
+    project: Annotated[str, Field(min_length=1)] = "mteditflow"
+    """Project of the run in the trackers; tensorboard: a folder of that name in trackers/."""
+    run: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the run in wandb, trackio, mlflow, swanlab and clearml; none: that of its folder."""
 
 
 RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarded)]  # noqa: UP007
@@ -305,7 +337,7 @@ RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarde
 
 @dataclass(frozen=True)
 class Config:
-    """Reinforcement learning of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
+    """Reinforcement learning of FLUX, Qwen-Image-Edit and other pipelines on chains of edits."""
 
     __pydantic_config__ = STRICT
 
@@ -328,7 +360,7 @@ class Config:
 
 @dataclass(frozen=True)
 class DistillationConfig(Config):
-    """Self-distillation of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
+    """Self-distillation of FLUX, Qwen-Image-Edit and other pipelines on chains of edits."""
 
     objective: Distillation = field(default_factory=Distillation)  # type: ignore[assignment]
     """Loss and its hyperparameters."""
@@ -379,7 +411,21 @@ def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
     try:
         return replace(_strictly(kind, values), **objective)
     except ValidationError as error:
-        raise ConfigError("\n".join(map(_in_words, error.errors()))) from None
+        known = field_names(kind())
+        raise ConfigError("\n".join(_in_words(x, known) for x in error.errors())) from None
+
+
+def field_names(config: Config) -> list[str]:
+    """Return the dotted names of all fields and sections, those of the objective included."""
+
+    def walk(prefix: str, section: Any) -> Iterator[str]:
+        for entry in fields(section):
+            name, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+            yield name
+            if is_dataclass(value):
+                yield from walk(f"{name}.", value)
+
+    return list(walk("", config))
 
 
 @cache
@@ -438,13 +484,16 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
     names = [key for key, kind in OBJECTIVES.items() if kind.card.rewarded == rewarded]
     if name not in names:
         raise ConfigError(f"objective.name: expected one of {names}, got {name!r}")
-    unknown = list(_unknown_fields(OBJECTIVES[name](), values))
+    default = OBJECTIVES[name]()
+    unknown = list(_unknown_fields(default, values))
+    known = [x for x in field_names(Config(objective=default)) if x.startswith("objective.")]
     if unknown:
-        raise ConfigError(f"objective.{unknown[0]}: {name} has no such field")
+        field = f"objective.{unknown[0]}"
+        raise ConfigError(f"{field}: {name} has no such field{hint(field, known)}")
     try:
         return _strictly(OBJECTIVES[name], values)
     except ValidationError as error:
-        lines = [f"objective.{_in_words(problem)}" for problem in error.errors()]
+        lines = [f"objective.{_in_words(problem, known)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -473,12 +522,13 @@ def _unknown_fields(defaults: Any, values: dict[str, Any]) -> Iterator[str]:
             yield from (f"{key}.{name}" for name in _unknown_fields(inner, value))
 
 
-def _in_words(error: Any) -> str:
-    """Return one of pydantic's errors as a line that names the field and what came."""
+def _in_words(error: Any, known: Sequence[str]) -> str:
+    """Return one of pydantic's errors as a line that names the field, what came, and a near one."""
     name, what = ".".join(map(str, error["loc"])), error["msg"]
     if error["type"] == "value_error":  # of the library's checks: names the field and the value
         return f"{name}.{what.removeprefix('Value error, ')}".removeprefix(".")
-    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}".removeprefix(": ")
+    near = hint(name, known) if error["type"] == "unexpected_keyword_argument" else ""
+    return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}{near}".removeprefix(": ")
 
 
 def _unsound(config: Config) -> Iterator[str]:
@@ -494,6 +544,13 @@ def _unsound(config: Config) -> Iterator[str]:
         yield f"objective.{error}"
     if training.stop_kl is not None and not card.old_kl:
         yield f"training.stop_kl: expected None for {name}, which has no old_kl"
+    if training.warmup_rounds >= training.rounds:
+        yield (
+            f"training.warmup_rounds: expected fewer than the {training.rounds} rounds, got "
+            f"{training.warmup_rounds}"
+        )
+    if training.schedule == "cosine" and training.final_rate == 1:
+        yield "training.final_rate: expected below 1 for schedule cosine, such as 0.1, got 1"
     if training.kl_target is not None and getattr(objective, "kl_coef", 0) == 0:
         yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
@@ -537,7 +594,13 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
     rewards, safety = config.rewards, config.safety
     reads_judge = rewards.scorer is None
     learns = config.objective.card.rewarded
+    reads_reference = not learns or getattr(config.objective, "kl_coef", 0) > 0
     unread = {
+        ("model", "lora_start"): (config.model.lora is not None, "model.lora is given"),
+        ("model", "lora_reference"): (
+            config.model.lora is not None and reads_reference,
+            "model.lora is given and objective.kl_coef, or distillation, uses a reference",
+        ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),
@@ -545,6 +608,10 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
         ("rewards", "floor_maximum"): (rewards.floor is not None, "rewards.floor is given"),
         ("safety", "ratio"): (config.stochastic, "the objective replays steps"),
         ("safety", "ratio_share"): (config.stochastic, "the objective replays steps"),
+        ("training", "final_rate"): (
+            config.training.schedule != "constant",
+            "training.schedule is not constant",
+        ),
         ("training", "ema_every"): (config.training.ema_decay > 0, "training.ema_decay > 0"),
         ("safety", "collapse_window"): (
             safety.collapse_drop < 1,

@@ -13,7 +13,15 @@ from mteditflow.chains import ChainDataset, GroupSampler
 from mteditflow.evaluation import JudgedBy
 from mteditflow.objectives import Objective, RoundKey
 from mteditflow.pipelines import Editor, LoraPolicies
-from mteditflow.training import Checkpoint, Checkpoints, RewardWatch, RunLog, Termination, Update
+from mteditflow.training import (
+    Checkpoint,
+    Checkpoints,
+    RewardWatch,
+    RunLog,
+    Termination,
+    Update,
+    learning_rate_share,
+)
 
 from .config import Config
 from .held_out import HeldOut
@@ -141,8 +149,13 @@ class Run:
     def begin_round(self) -> None:
         """Set the learning rate of the round, and forget the metrics of the last one."""
         training = self.config.training
-        progress = self.state.done / max(training.rounds - 1, 1)
-        rate = training.learning_rate * (1 - (1 - training.final_rate) * progress)
+        rate = training.learning_rate * learning_rate_share(
+            self.state.done,
+            training.rounds,
+            schedule=training.schedule,
+            warmup=training.warmup_rounds,
+            final=training.final_rate if training.schedule != "constant" else 1.0,
+        )
         for group in self.optimizer.param_groups:
             group.update(lr=rate, weight_decay=training.weight_decay)
         self.means, self.numbers = [], {"training/learning_rate": rate, "training/empty_updates": 0}

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from mteditflow import AdaptiveKL, RewardHistory
 from mteditflow._exits import refusing
 from mteditflow._locks import sole_writer
 from mteditflow.chains import ChainError
-from mteditflow.pipelines import ReplayError
+from mteditflow.pipelines import Editor, ReplayError
 from mteditflow.rewards import InvalidRewardsError
 from mteditflow.rewards.transport.concurrency import ending_past_calls
 from mteditflow.training import (
@@ -28,13 +28,16 @@ from mteditflow.training import (
 )
 
 from .checkpointing import save_if_new
-from .config import Config, ConfigError, flat, name_of
+from .config import Config, ConfigError, name_of
 from .inputs import Inputs, check, read_inputs, refusing_together
 from .loading import load_policies
+from .optimizer import check_optimizer, make_optimizer
 from .reporting import summarize
 from .rewards import Submit, scoring
 from .run import Run, State, Stopped
 from .scorers import ScorerError
+from .sharding import sharding, without_engine
+from .trackers import places, start_trackers
 
 BAD_INPUT = (ConfigError, ChainError, ScorerError)
 ENDS = (
@@ -63,7 +66,8 @@ def build(
     inputs.notes.write(log)
     ranks = int(accelerator.num_processes)
     log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
-    editor, policies = load_policies(config, accelerator)
+    editor, policies = load_policies(config, accelerator, _ahead(config, inputs))
+    _log_assumptions(editor, config.model.resolution, log)
     return Run(
         config=config,
         log=log,
@@ -72,9 +76,7 @@ def build(
         submit=submit,
         editor=editor,
         policies=policies,
-        optimizer=torch.optim.AdamW(
-            policies.parameters(), training.learning_rate, weight_decay=training.weight_decay
-        ),
+        optimizer=make_optimizer(policies.parameters(), training),
         chains=inputs.chains,
         sampler=inputs.sampler,
         held_out=inputs.held_out,
@@ -86,6 +88,25 @@ def build(
         found=inputs.found,
         files=inputs.files,
     )
+
+
+def _ahead(config: Config, inputs: Inputs) -> list[str]:
+    """Return the instructions to embed before the transformer is loaded, each once, in order."""
+    if config.model.prompt_folder is None:
+        return []
+    held_out = [] if inputs.held_out is None else inputs.held_out.chains.chains
+    chains = (*inputs.chains.chains, *held_out)
+    return list(dict.fromkeys(text for chain in chains for text in chain.instructions))
+
+
+def _log_assumptions(editor: Editor, side: int, log: RunLog) -> None:
+    """Let the log say how a class that is not listed is called, and what becomes of references."""
+    for text in editor.assumptions:
+        log.message(f"assumed: {text}")
+    size = editor.reference_size(side, side)
+    if size not in (None, (side, side)):
+        width, height = size
+        log.message(f"references of {side} x {side} pixels are encoded at {width} x {height}")
 
 
 def initial_state(config: Config) -> State:
@@ -116,20 +137,22 @@ def main(train: Callable[[Run], None], config: Config) -> None:
 
 def _main(train: Callable[[Run], None], config: Config) -> None:
     folder = config.output.folder
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=list(config.output.trackers) or None,
-        project_dir=str(folder),
-    )
+    with without_engine():
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            log_with=list(config.output.trackers) or None,
+            project_config=places(config.output),
+        )
     try:
         with Termination() as termination, ExitStack() as stack:
             with refusing_together(accelerator):
-                _refuse_deepspeed(accelerator)
+                shards = sharding(config.model, int(accelerator.num_processes))
+                check_optimizer(config.training, sharded=shards.how == "fsdp2")
                 inputs = read_inputs(config, accelerator)
                 log = _open_log(folder, accelerator, stack)
                 cache = folder / f"answers-{accelerator.process_index}.sqlite"
                 submit = stack.enter_context(scoring(config.rewards, cache))
-            accelerator.init_trackers("trackers", config=flat(config))
+            start_trackers(accelerator, config)
             _run(train, partial(build, config, accelerator, inputs, log, termination, submit), log)
     except Stopped:  # out here, so that what is under way is given up, not waited for
         pass
@@ -172,14 +195,6 @@ def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLo
     if stale is not None:
         log.warning(f"{folder}: going on after {stale}, which was killed")
     return log
-
-
-def _refuse_deepspeed(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed's engine would keep its own copies of the adapters; shard by --model.shard "
-            "(FSDP2, the same as ZeRO-3) under any other launcher"
-        )
 
 
 @contextmanager

@@ -42,11 +42,22 @@ class SeedInterval:
     @property
     def verdict(self) -> str:
         """Verdict on the claim that this difference is above 0."""
+        return self.above(0.0)
+
+    def above(self, bound: float) -> str:
+        """Return the verdict on the claim that this difference is above a bound.
+
+        A negative bound is the margin of a claim of non-inferiority.
+
+        Example:
+            >>> SeedInterval(-0.5, -2.0, 1.0).above(-3.0)
+            'seen'
+        """
         if math.isnan(self.low):
             return "no interval from one seed"
-        if self.low > 0:
+        if self.low > bound:
             return "seen"
-        return "reversed" if self.high < 0 else "not separated"
+        return "reversed" if self.high < bound else "not separated"
 
     def __format__(self, spec: str) -> str:
         """Write mean and ends, each by the format of a number."""

@@ -32,7 +32,7 @@ from mteditflow._reduce import valid_rows
 from mteditflow.flow.solvers import Solver
 from mteditflow.objectives.keys import Key
 from mteditflow.objectives.samples import Buckets, Samples
-from mteditflow.objectives.units import Units, member_mask, member_rows
+from mteditflow.objectives.units import Rows, Units, at_rows, member_mask, member_rows
 
 Policy = Literal["current", "old", "reference", "teacher"]
 Metrics = dict[str, Tensor]
@@ -300,6 +300,16 @@ class Velocities:
     def teacher(self) -> Tensor:
         """Detached."""
         return self._constant("teacher")
+
+    def reference_at(self, rows: Rows) -> Tensor:
+        """Of some of the M rows, detached: int64 [R] on the CPU, or a slice of them all."""
+        if isinstance(rows, slice):
+            return self.reference
+        with torch.no_grad():
+            states = (at_rows(x, rows) for x in self._states)
+            velocity = self._velocity("reference", *states)
+        valid = at_rows(member_mask(self._units, velocity), rows)
+        return valid_rows(valid, velocity).detach()
 
     @torch.no_grad()
     def _constant(self, policy: Policy) -> Tensor:

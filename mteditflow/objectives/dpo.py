@@ -66,6 +66,11 @@ class DPO(ForwardObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("dpo_beta", self.dpo_beta, low=0.0, open_low=True)
+        if self.kl_share < 1:
+            raise ValueError(
+                "kl_share: expected 1 for DPO, whose loss evaluates the reference everywhere, got "
+                f"{self.kl_share}"
+            )
 
     def units(
         self,

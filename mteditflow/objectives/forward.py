@@ -24,8 +24,16 @@ from mteditflow.objectives.base import (
     masked_output,
 )
 from mteditflow.objectives.keys import Key, RoundKey, round_key
+from mteditflow.objectives.kl_share import check_kl_share, share_kl, weighted_kl
 from mteditflow.objectives.samples import Samples, turn_values
-from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
+from mteditflow.objectives.units import (
+    Units,
+    at_rows,
+    check_units,
+    draw_units,
+    member_mask,
+    member_rows,
+)
 from mteditflow.old_policy import old_policy_decay
 
 DISTRIBUTIONS = ("uniform", "logit_normal", "grid")
@@ -175,6 +183,8 @@ class ForwardObjective(Objective):
     """Flow times and noise of the training states."""
     kl_coef: float = 0.0
     """Weight of the velocity KL to the reference; above 0 it costs a forward pass."""
+    kl_share: float = 1.0
+    """Share of the rows whose KL is computed, at weight 1 / share: unbiased, fewer passes."""
     norm_coef: float = 0.0
     """Weight of the hinge on the velocity's norm above the reference's (NormGuard); above 0 it
     costs a forward pass."""
@@ -189,6 +199,12 @@ class ForwardObjective(Objective):
         for name in ("kl_coef", "norm_coef", "old_slope"):
             check_number(name, getattr(self, name), low=0.0)
         check_number("old_maximum", self.old_maximum, low=0.0, high=1.0)
+        check_kl_share(self.kl_share, self.kl_coef)
+        if self.kl_share < 1 and self.norm_coef > 0:
+            raise ValueError(
+                f"kl_share: expected 1 where norm_coef > 0, whose hinge evaluates the reference "
+                f"everywhere, got {self.kl_share}"
+            )
 
     def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
         """See ``Objective``; any sampler will do."""
@@ -228,7 +244,8 @@ class ForwardObjective(Objective):
             minibatches=minibatches,
             zero_matters=self.zero_matters,
         )
-        return [self._seeded(samples, units, units.rows, key) for units in drawn]
+        seeded = [self._seeded(samples, units, units.rows, key) for units in drawn]
+        return [share_kl(units, self.kl_share, key) for units in seeded]
 
     def _seeded(self, samples: Samples, units: Units, noise_rows: Tensor, key: RoundKey) -> Units:
         """Give every member the random numbers of ``noise_rows``, [U, K, 3]."""
@@ -257,8 +274,16 @@ class ForwardObjective(Objective):
         found: Metrics = {"policy_loss": loss, **metrics}
         exists = member_mask(units, loss)
         if self.kl_coef > 0:
-            kl = velocity_kl(velocities.current, velocities.reference, valid=exists)
-            found["kl"] = kl.view(-1, len(units)).mean(dim=0)
+            current = velocities.current
+            found["kl"] = weighted_kl(
+                units,
+                lambda rows: velocity_kl(
+                    at_rows(current, rows),
+                    velocities.reference_at(rows),
+                    valid=at_rows(exists, rows),
+                ),
+                loss.device,
+            )
             loss = loss + self.kl_coef * found["kl"]
         if self.norm_coef > 0:
             hinge = velocity_norm_hinge(velocities.current, velocities.reference, valid=exists)

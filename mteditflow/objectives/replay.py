@@ -34,6 +34,7 @@ from mteditflow.objectives.base import (
     masked_output,
 )
 from mteditflow.objectives.keys import Key, round_key
+from mteditflow.objectives.kl_share import check_kl_share, share_kl, weighted_kl
 from mteditflow.objectives.samples import (
     Samples,
     named_parts,
@@ -41,7 +42,16 @@ from mteditflow.objectives.samples import (
     stored_steps,
     turn_values,
 )
-from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
+from mteditflow.objectives.units import (
+    ALL,
+    Rows,
+    Units,
+    at_rows,
+    check_units,
+    draw_units,
+    member_mask,
+    member_rows,
+)
 
 RATIO_SCALE = 1e-4  # the usual clip range of mean-reduced log-probs
 SOLVERS: dict[str, Callable[[float], Solver]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}
@@ -76,9 +86,16 @@ class Replay:
         self.steps = Steps(*(x.to(self.velocities.current.device) for x in stored))
         self.transition = self.under(self.velocities.current)
 
-    def under(self, velocity: Tensor) -> Transition:
-        """Return the Gaussian of the next states under a velocity."""
-        return self._solver(self.steps.x_t, velocity, self.steps.sigma, self.steps.next_sigma)
+    def under(self, velocity: Tensor, rows: Rows = ALL) -> Transition:
+        """Return the Gaussian of the next states under a velocity of all or some rows."""
+        steps = Steps(*(at_rows(x, rows) for x in self.steps))
+        return self._solver(steps.x_t, velocity, steps.sigma, steps.next_sigma)
+
+    def kl(self, rows: Rows, valid: Tensor | None) -> Tensor:
+        """KL of the current transition to the reference's at all or some rows, with gradient."""
+        mean, std = self.under(at_rows(self.velocities.current, rows), rows)
+        reference = self.under(self.velocities.reference_at(rows), rows).mean
+        return gaussian_kl(mean, reference, std, reduction=self.reduction, valid=valid)
 
     @cached_property
     def old_mean(self) -> Tensor:
@@ -119,6 +136,8 @@ class ReplayObjective(Objective):
     """Share of the stochastic steps that is trained, drawn anew for every turn."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference; above 0 it costs a forward pass."""
+    kl_share: float = 1.0
+    """Share of the steps whose KL is computed, at weight 1 / share: unbiased, fewer passes."""
     importance_cap: float | None = None
     """Largest importance weight between sampler and training where their log-probs differ
     (quantized, cached or stale rollouts); costs a forward pass of the old policy once it differs.
@@ -132,6 +151,7 @@ class ReplayObjective(Objective):
         check_count("window_interval", self.window_interval, low=0)
         check_number("share", self.share, low=0.0, high=1.0, open_low=True)
         check_number("kl_coef", self.kl_coef, low=0.0)
+        check_kl_share(self.kl_share, self.kl_coef)
         if self.importance_cap is not None:
             check_number("importance_cap", self.importance_cap, low=1.0)
 
@@ -178,16 +198,18 @@ class ReplayObjective(Objective):
                     f"{name}: expected stochastic steps, got none; roll out with the solver and "
                     "the steps of objective.sampling(...)"
                 )
-        return draw_units(
+        key = round_key(key)
+        drawn = draw_units(
             samples,
             exists,
             values,
             own,
-            key=round_key(key),
+            key=key,
             share=self.share,
             minibatches=minibatches,
             zero_matters=self.kl_coef > 0,
         )
+        return [share_kl(units, self.kl_share, key) for units in drawn]
 
     def replay(
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool
@@ -257,14 +279,9 @@ class ReplayObjective(Objective):
             loss, metrics = weight * loss, {**metrics, "importance_weight": weight}
         found: Metrics = {"policy_loss": loss, **metrics}
         if self.kl_coef > 0:
-            mean, std = replay.transition
-            reference_mean = replay.under(replay.velocities.reference).mean
-            found["kl"] = gaussian_kl(
-                mean,
-                reference_mean,
-                std,
-                reduction=replay.reduction,
-                valid=member_mask(units, loss),
+            exists = member_mask(units, loss)
+            found["kl"] = weighted_kl(
+                units, lambda rows: replay.kl(rows, at_rows(exists, rows)), loss.device
             )
             loss = loss + self.kl_coef * found["kl"]
         return masked_output(units, loss, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch import Tensor
 from mteditflow._checks import check_count, check_number, check_rank, check_tensor
 from mteditflow.objectives.keys import RoundKey
 from mteditflow.objectives.samples import Samples, bucket_of, named_parts, padded, starts_of
+
+Rows = Tensor | slice  # some of M rows, int64 on the CPU; or all of them
+ALL = slice(None)
+Some = TypeVar("Some", Tensor, "Tensor | None")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +32,8 @@ class Units:
             change the gradient included. Divide the summed loss by it.
         spare: trajectory and turn that exist, for idle units.
         starts: first trajectory of each bucket of the samples; one where they are no ``Buckets``.
+        kl_weight: weight of each unit's KL to the reference, float32 [U], 0 where it is not
+            computed; ``None`` where it is 1 everywhere.
 
     Raises:
         ValueError: the members of a unit lie in several buckets.
@@ -39,6 +46,7 @@ class Units:
     count: int
     spare: tuple[int, int] = (0, 0)
     starts: tuple[int, ...] = (0,)
+    kl_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.starts) > 1:
@@ -98,9 +106,13 @@ class Units:
         """Return some units with the ``count`` of all: a slice, a mask [U] or indices."""
         if not isinstance(index, slice | Tensor):
             raise TypeError(f"index: expected a slice or a tensor, got {type(index).__name__}")
-        advantage, seed = (None if x is None else x[index] for x in (self.advantage, self.seed))
+        advantage, seed, kl_weight = (
+            None if x is None else x[index] for x in (self.advantage, self.seed, self.kl_weight)
+        )
         rows, mask = self.rows[index], self.mask[index]
-        return replace(self, rows=rows, mask=mask, advantage=advantage, seed=seed)
+        return replace(
+            self, rows=rows, mask=mask, advantage=advantage, seed=seed, kl_weight=kl_weight
+        )
 
     def idle(self) -> Units:
         """Return one unit that is masked: a forward pass without effect on any gradient."""
@@ -112,6 +124,7 @@ class Units:
             mask=zeros.bool(),
             advantage=None if self.advantage is None else zeros.to(self.advantage),
             seed=None if self.seed is None else zeros.to(self.seed),
+            kl_weight=None if self.kl_weight is None else self.kl_weight.new_zeros(1),
         )
 
     def within(self, start: int) -> Units:
@@ -124,6 +137,13 @@ class Units:
         first = self.rows.new_tensor([start, 0, 0])
         trajectory, turn, _ = (lead[0] - first).tolist()
         return replace(self, rows=rows - first, starts=(0,), spare=(trajectory, turn))
+
+
+def at_rows(x: Some, rows: Rows) -> Some:
+    """Return some rows of a tensor [M, ...] on any device; it itself where they are all."""
+    if x is None or isinstance(rows, slice):
+        return x
+    return x[rows.to(x.device)]
 
 
 def member_rows(units: Units) -> Tensor:

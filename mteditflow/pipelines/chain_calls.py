@@ -2,109 +2,39 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from mteditflow._checks import check_count
+from mteditflow.pipelines.embedding_store import Embedding
 from mteditflow.pipelines.families import Family
-
-
-class Prompts:
-    """Looks up the embeddings of instructions, and computes those that are new.
-
-    Each instruction is embedded alone: in another batch its embedding could differ in the last
-    bits, and then a trajectory would depend on its neighbours. All new ones of a call share one
-    stay of the encoders on the device.
-
-    Args:
-        encode: the embeddings of one instruction, tensors with one row each.
-        encoders: the modules that ``encode`` uses, on the host.
-        device: where they work.
-        capacity: embeddings of how many instructions are kept on the host, the last used.
-
-    Raises:
-        ValueError: the capacity is below 1.
-
-    Example:
-        >>> prompts = Prompts(lambda p: [torch.full((1, 2), float(len(p)))], [], "cpu", capacity=8)
-        >>> prompts(["Remove it", "Add", "Add"])["Add"]
-        [tensor([[3., 3.]])]
-    """
-
-    def __init__(
-        self,
-        encode: Callable[[str], Sequence[Tensor]],
-        encoders: Iterable[nn.Module],
-        device: torch.device | str,
-        *,
-        capacity: int,
-    ) -> None:
-        check_count("capacity", capacity)
-        self._encode, self._encoders, self._device = encode, list(encoders), torch.device(device)
-        self._capacity = capacity
-        self._kept: OrderedDict[str, list[Tensor]] = OrderedDict()
-
-    @torch.no_grad()
-    def __call__(self, instructions: Iterable[str]) -> dict[str, list[Tensor]]:
-        """Embeddings of each instruction, on the host, however many there are."""
-        wanted = list(dict.fromkeys(instructions))
-        found = {text: self._kept[text] for text in wanted if text in self._kept}
-        new = [text for text in wanted if text not in found]
-        if new:
-            with working_on(self._encoders, self._device):
-                for text in new:
-                    found[text] = [x.cpu() for x in self._encode(text)]
-        for text in wanted:
-            self._kept[text] = found[text]
-            self._kept.move_to_end(text)
-        while len(self._kept) > self._capacity:
-            self._kept.popitem(last=False)
-        return found
-
-
-@contextmanager
-def working_on(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Let modules be on a device inside the context.
-
-    Afterwards their weights are the very tensors that they were before: frozen weights need no copy
-    back, and the device's memory is free.
-    """
-    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    home = [x.data for x in tensors]
-    try:
-        for x in tensors:
-            x.data = x.data.to(device, non_blocking=True)
-        yield
-    finally:
-        for x, data in zip(tensors, home, strict=True):
-            x.data = data
+from mteditflow.pipelines.prompts import Instruction, Prompts
 
 
 class ChainCalls:
     """B chains of edits, ready to be sampled row by row or several rows at a time.
 
-    Instructions are embedded, and for Kontext references encoded, once each at construction.
+    Instructions are embedded, and for Kontext references encoded, once each at construction. Where
+    the text encoder is shown the image too, those of later turns are embedded at their turn.
 
     Args:
-        pipeline: without text encoders.
+        pipeline: without text encoders, unless its calls embed.
         family: its family.
         options: of every call, as ``Family.call_options`` returns them.
-        prompts: embeds instructions.
-        references: RGB images, [B].
+        prompts: embeds instructions; None where the calls do.
+        references: RGB images, [B]; None each for text to image.
         instructions: [B][N]; chains may differ in length.
         generators: [B].
 
     Raises:
-        ValueError: lengths differ, or a chain is empty.
-        TypeError: a reference is no RGB image.
+        ValueError: lengths differ, a chain is empty, or text to image has several turns.
+        TypeError: a reference is no RGB image, or it is one of text to image.
     """
 
     def __init__(
@@ -112,24 +42,29 @@ class ChainCalls:
         pipeline: DiffusionPipeline,
         family: Family,
         options: Mapping[str, Any],
-        prompts: Prompts,
-        references: Sequence[Image],
+        prompts: Prompts[Instruction] | None,
+        references: Sequence[Image | None],
         instructions: Sequence[Sequence[str]],
         generators: Sequence[torch.Generator],
     ) -> None:
-        _check_chains(references, instructions, generators)
-        self._pipeline, self._family = pipeline, family
-        self._options = {k: v for k, v in options.items() if k != "negative_prompt"}
+        _check_chains(family, references, instructions, generators)
+        self._pipeline, self._family, self._prompts = pipeline, family, prompts
+        self._negative = family.negative_prompt(pipeline, options)
+        embedded = {"negative_prompt"} if prompts is not None else set()
+        self._options = {k: v for k, v in options.items() if k not in embedded}
         self._instructions, self._generators = list(instructions), list(generators)
-        negative = family.negative_prompt(pipeline, options)
-        wanted = [text for chain in instructions for text in chain]
-        self._embedded = prompts([*wanted, *([] if negative is None else [negative])])
-        self._negative = None if negative is None else self._embedded[negative]
         self._images: list[Any] = list(references)
-        if family.takes_batch:
-            self._images = _encoded_once(pipeline, references, options)
+        self._embedded: dict[Instruction, list[Embedding]] = {}
+        if prompts is not None:
+            first = zip(references, instructions, strict=True)
+            turns = slice(1 if family.view else None)
+            pairs = [(image, text) for image, chain in first for text in chain[turns]]
+            self._embedded = prompts([x for pair in pairs for x in self._wanted(*pair)])
+        if family.latents is not None:
+            self._images = self._encoded_once(references, options)
         self._kinds = [
-            (image.size, len(chain)) for image, chain in zip(references, instructions, strict=True)
+            (image and image.size, len(chain))
+            for image, chain in zip(references, instructions, strict=True)
         ]
 
     def parts(self, batch: int) -> Iterator[slice]:
@@ -149,59 +84,89 @@ class ChainCalls:
         return [slice(row, row + 1) for row in range(rows.start, rows.stop)]
 
     def sample(self, rows: slice) -> list[list[Image]]:
-        """Edit the chains of one slice of ``calls``: images after each turn, [b][N]."""
+        """Edit the chains of one slice of ``calls``: images after each turn, [b][N].
+
+        Raises:
+            ValueError: a call returns no images.
+        """
         images: Any = self._images[rows]
-        if self._family.takes_batch:
-            images = torch.cat(images)
         turns = []
         with _evaluating(self._pipeline.transformer):
             for texts in zip(*self._instructions[rows], strict=True):
-                images = self._pipeline(
-                    image=images,
-                    generator=self._generators[rows],
-                    **self._embeddings(texts),
+                generators = self._generators[rows]
+                output = self._pipeline(
+                    generator=generators[0] if self._singly else generators,
+                    **self._references(images),
+                    **self._texts(texts, images),
                     **self._options,
-                ).images
+                )
+                images = getattr(output, "images", None)
+                if not isinstance(images, list) or len(images) != len(texts):
+                    raise ValueError(
+                        f"pipeline: expected {len(texts)} images of a call of a "
+                        f"{self._family.pipeline.__name__}, got {type(output).__name__}"
+                    )
                 turns.append(images)
         return [list(chain) for chain in zip(*turns, strict=True)]
 
-    def _embeddings(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of one instruction per row, and of the negative prompt, as a call has them."""
-        found = {"": [self._embedded[text] for text in texts]}
-        if self._negative is not None:
-            found["negative_"] = [self._negative] * len(texts)
-        return {
-            prefix + name: torch.cat(rows).to(self._pipeline.device)
-            for prefix, texts_ in found.items()
-            for name, rows in zip(self._family.embeddings, zip(*texts_, strict=True), strict=True)
-        }
+    @property
+    def _singly(self) -> bool:
+        """Whether a call takes one image, one text and one generator, and no lists of them."""
+        return not self._family.takes_batch and self._family.references != "several"
+
+    def _references(self, images: Sequence[Any]) -> dict[str, Any]:
+        """The images that a call edits, as it takes them."""
+        if self._family.references == "none":
+            return {}
+        if isinstance(images[0], Tensor):
+            return {"image": torch.cat(list(images))}
+        return {"image": images[0] if self._singly else list(images)}
+
+    def _wanted(self, image: Image | None, text: str) -> list[Instruction]:
+        """An instruction, and the negative prompt, as they are read before this image."""
+        texts = [(text, False), *([] if self._negative is None else [(self._negative, True)])]
+        if image is None or self._family.view is None:
+            return [Instruction(words, negative) for words, negative in texts]
+        seen = self._family.view(self._pipeline, image)
+        return [Instruction.about(words, seen, negative=negative) for words, negative in texts]
+
+    def _texts(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
+        """One instruction per row, as a call takes them: embedded, with the negative prompt."""
+        family, prompts = self._family, self._prompts
+        if prompts is None:
+            return {"prompt": texts[0] if self._singly else list(texts)}
+        wanted = [self._wanted(*pair) for pair in zip(images, texts, strict=True)]
+        new = [x for row in wanted for x in row if x not in self._embedded]
+        found = self._embedded if not new else self._embedded | prompts(new)
+        given = {}
+        for prefix, row in zip(("", "negative_"), zip(*wanted, strict=True), strict=False):
+            kinds = zip(*(found[x] for x in row), strict=True)
+            for name, kind in zip(family.embeddings, kinds, strict=True):
+                given[prefix + name] = _joined(kind, self._pipeline.device)
+        return given
+
+    @torch.no_grad()
+    def _encoded_once(
+        self, references: Sequence[Image | None], options: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Latents of each reference; equal images share theirs."""
+        encode = self._family.latents
+        assert encode is not None
+        images = [image for image in references if image is not None]
+        keys = [(image.size, image.tobytes()) for image in images]
+        distinct = dict(zip(keys, images, strict=True))
+        latents = {key: encode(self._pipeline, image, options) for key, image in distinct.items()}
+        return [latents[key] for key in keys]
 
 
-def kontext_latents(
-    pipeline: DiffusionPipeline, image: Image, options: Mapping[str, Any]
-) -> Tensor:
-    """Latents [1, C, h, w] of a reference, exactly as a call of Kontext's pipeline makes them."""
-    processor, multiple = pipeline.image_processor, 2 * pipeline.vae_scale_factor
-    height, width = processor.get_default_height_width(image)
-    if options["_auto_resize"]:
-        ratio = width / height
-        _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-    height, width = (side // multiple * multiple for side in (height, width))
-    pixels = processor.preprocess(processor.resize(image, height, width), height, width)
-    vae = pipeline.vae
-    mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-    return cast(Tensor, (mode - vae.config.shift_factor) * vae.config.scaling_factor)
-
-
-@torch.no_grad()
-def _encoded_once(
-    pipeline: DiffusionPipeline, references: Sequence[Image], options: Mapping[str, Any]
-) -> list[Tensor]:
-    """Latents of each reference; equal images share theirs."""
-    keys = [(image.size, image.tobytes()) for image in references]
-    distinct = dict(zip(keys, references, strict=True))
-    latents = {key: kontext_latents(pipeline, image, options) for key, image in distinct.items()}
-    return [latents[key] for key in keys]
+def _joined(rows: Sequence[Embedding], device: torch.device) -> Embedding:
+    """Embeddings of one kind of all rows: tensors as one, lists of tensors as one list."""
+    first = rows[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat([x for x in rows if isinstance(x, Tensor)]).to(device)
+    return [x.to(device) for row in rows if row is not None for x in row]
 
 
 @contextmanager
@@ -216,7 +181,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _check_chains(
-    references: Sequence[Image],
+    family: Family,
+    references: Sequence[Image | None],
     instructions: Sequence[Sequence[str]],
     generators: Sequence[torch.Generator],
 ) -> None:
@@ -225,12 +191,23 @@ def _check_chains(
             raise ValueError(
                 f"{name}: expected one entry per reference, {len(references)}, got {len(given)}"
             )
+    makes, kind = family.references == "none", family.pipeline.__name__
     for row, (image, chain) in enumerate(zip(references, instructions, strict=True)):
-        if not isinstance(image, Image) or image.mode != "RGB":
-            got = getattr(image, "mode", type(image).__name__)
+        got = getattr(image, "mode", type(image).__name__)
+        if makes and image is not None:
+            raise TypeError(
+                f"references: expected None for a {kind}, which makes images from texts alone, "
+                f"got {got} in row {row}"
+            )
+        if not makes and (not isinstance(image, Image) or image.mode != "RGB"):
             raise TypeError(f"references: expected RGB images of PIL, got {got} in row {row}")
         if not chain or isinstance(chain, str):
             raise ValueError(
                 f"instructions: expected a list of at least one instruction per row, got {chain!r} "
                 f"in row {row}"
+            )
+        if makes and len(chain) > 1:
+            raise ValueError(
+                f"instructions: expected one turn for a {kind}, which edits no image, got "
+                f"{len(chain)} in row {row}"
             )

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 
 from mteditflow._checks import check_count, check_shape
 from mteditflow.flow.solvers import Solver
-from mteditflow.pipelines.chain_calls import ChainCalls, Prompts
-from mteditflow.pipelines.families import Family, find_family
+from mteditflow.pipelines.chain_calls import ChainCalls
+from mteditflow.pipelines.families import Family, endings, find_family
+from mteditflow.pipelines.prompts import (
+    Instruction,
+    Prompts,
+    check_text_options,
+    load_prompts,
+    modules_of,
+)
+from mteditflow.pipelines.quantization import check_quantization
+from mteditflow.pipelines.quantization import quantize as quantize_layers
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout
 
@@ -39,13 +48,17 @@ class Part:
 
 
 class Editor:
-    """FLUX.1-Kontext or FLUX.2-klein for training: chains of edits, recorded or not.
+    """A diffusers pipeline for training: chains of edits or images of texts, recorded or not.
 
-    Made by ``Editor.load``. The pipeline that samples holds no text encoders: instructions are
-    embedded once each, and encoders are on the device only while they work. A trajectory depends on
-    its reference, its instructions, its generator and the weights alone, up to the rounding of
-    kernels in batches of another size (and of 8-bit images). It equals bit for bit the output of
-    the full pipeline for the same reference, prompts and generator.
+    Made by ``Editor.load``, of any class that edits an image by an instruction or makes one from a
+    text; ``FAMILIES`` lists those that are known by name. Their sampling pipeline holds no text
+    encoders: instructions are embedded once each, and encoders are on the device only while they
+    work. Qwen-Image-Edit's encoder is shown the image too, so it works once more in every turn. A
+    class that is not listed is called as its signature says; ``assumptions`` states how.
+
+    A trajectory depends on its reference, its instructions, its generator and the weights alone, up
+    to the rounding of kernels in batches of another size (and of 8-bit images). It equals bit for
+    bit the output of the full pipeline for the same reference, prompts and generator.
 
     Attributes:
         pipeline: the sampling pipeline; for ``LoraPolicies.save`` too.
@@ -74,7 +87,7 @@ class Editor:
         pipeline: DiffusionPipeline,
         family: Family,
         call: Mapping[str, Any],
-        prompts: Prompts,
+        prompts: Prompts[Instruction] | None,
     ) -> None:
         self.pipeline, self.family, self.options = pipeline, family, family.call_options(call)
         self._call, self._prompts = dict(call), prompts
@@ -92,7 +105,11 @@ class Editor:
         compile_blocks: bool = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
+        quantize: str | None = None,
+        encoder_device: torch.device | str | None = None,
         prompt_cache: int = 256,
+        prompt_folder: str | os.PathLike[str] | None = None,
+        instructions: Iterable[str] = (),
     ) -> Editor:
         """Load a pipeline, in eval mode and frozen; its family is read off its class.
 
@@ -100,9 +117,10 @@ class Editor:
             source: a directory or hub id in diffusers format.
             dtype: of all weights.
             device: of transformer and VAE.
-            call: options of every call: height, width, num_inference_steps, guidance_scale,
-                max_sequence_length and whatever else the pipeline's ``__call__`` has. Kontext takes
-                references in the size they have unless ``_auto_resize`` is true.
+            call: options of every call: height, width, num_inference_steps, the scale of
+                guidance (``family.guidance`` is its name), max_sequence_length and whatever else
+                the pipeline's ``__call__`` has. Kontext takes references in the size they have
+                unless ``_auto_resize`` is true.
             attention_backend: a name of diffusers' attention dispatcher, such as "flash" or
                 "native"; diffusers sets it for the whole process.
             gradient_checkpointing: recompute the blocks in the backward pass. It acts wherever
@@ -114,16 +132,52 @@ class Editor:
                 to 64, for the whole process.
             vae_slicing: decode one image at a time.
             vae_tiling: decode in tiles, which changes the image slightly where tiles meet.
+            quantize: "int8" or "nf4": hold the linear layers in the blocks of transformer and text
+                encoders in 8 or 4 bits. Embeddings and velocities differ from the plain model's.
+            encoder_device: where text encoders work; None: on ``device``, only while they embed.
             prompt_cache: embeddings of how many instructions to keep on the host; at 512 tokens in
                 bfloat16 one takes 4 MB (Kontext) or 13 MB (klein 9B).
+            prompt_folder: folder to store embeddings in, for this run and others; a file each. None
+                stores none.
+            instructions: to embed and store before the transformer is moved to the device, so that
+                text encoders never share its memory with it.
 
         Raises:
-            ValueError: the pipeline is of no known family, or an option of ``call`` is unknown.
-            OSError: there is nothing at ``source``.
+            ValueError: the pipeline takes what a chain of edits has not, such as a mask, an option
+                of ``call`` is unknown, the package that quantizes is missing, there are
+                instructions and no ``prompt_folder``, or embeddings cannot be stored ahead, since
+                they depend on images or every call makes them.
+            OSError: there is nothing at ``source``, or ``prompt_folder`` cannot be written.
         """
         family = find_family(DiffusionPipeline.load_config(source)["_class_name"])
         options = family.call_options(call or {})
-        pipeline = _load_pipeline(source, family, dtype, device)
+        if quantize is not None:
+            check_quantization(quantize)
+        ahead = [Instruction(text) for text in instructions]
+        check_text_options(family, encoder_device, prompt_folder, ahead)
+        pipeline = _load_pipeline(source, family, dtype)
+        prompts = None
+        if family.embeddings:
+            where = device if encoder_device is None else encoder_device
+            prompts = load_prompts(
+                source,
+                family,
+                dtype,
+                where,
+                options=options,
+                capacity=prompt_cache,
+                quantize_to=quantize,
+                folder=prompt_folder,
+            )
+            if ahead:
+                negative = family.negative_prompt(pipeline, options)
+                ahead += [] if negative is None else [Instruction(negative, negative=True)]
+                prompts.prepare(ahead)
+        if quantize is not None:
+            for name, part in pipeline.components.items():
+                if name == "transformer" or (part is not None and name.startswith("text_encoder")):
+                    quantize_layers(part, quantize, torch.device(device))
+        pipeline.to(device)
         if attention_backend is not None:
             pipeline.transformer.set_attention_backend(attention_backend)
         if gradient_checkpointing:
@@ -137,15 +191,28 @@ class Editor:
             pipeline.vae.enable_slicing()
         if vae_tiling:
             pipeline.vae.enable_tiling()
-        prompts = _load_prompts(
-            source, family, dtype, device, options=options, capacity=prompt_cache
-        )
         return cls(pipeline, family, call or {}, prompts)
 
     @property
     def transformer(self) -> nn.Module:
         """The model in training."""
         return cast(nn.Module, self.pipeline.transformer)
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What was assumed of a class that is not listed in ``FAMILIES``; () of one that is."""
+        if not self.family.assumptions:
+            return ()
+        targets = ", ".join(endings(self.family.layers(self.transformer, None)))
+        return (*self.family.assumptions, f"LoRA adapters belong to {targets} of every block")
+
+    def reference_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height, pixels, at which calls encode a reference of this size; None: unknown.
+
+        Qwen-Image-Edit-Plus enlarges each to a megapixel, which decides what training costs.
+        """
+        size = self.family.reference_size
+        return None if size is None else size(self.pipeline, (width, height), self.options)
 
     def lora(
         self,
@@ -162,7 +229,7 @@ class Editor:
             alpha: their scale is alpha / rank.
             dropout: in [0, 1); sampling goes without.
             targets: how the names of linear layers end, below the model's top level, such as
-                "attn.to_q"; None is the family's.
+                "attn.to_q"; None is attention and feed-forward of all blocks.
 
         Raises:
             ValueError: a target matches no layer of the model.
@@ -178,7 +245,7 @@ class Editor:
 
     def roll_out(
         self,
-        references: Sequence[Image],
+        references: Sequence[Image | None],
         instructions: Sequence[Sequence[str]],
         *,
         generators: Sequence[torch.Generator],
@@ -192,13 +259,14 @@ class Editor:
         """Edit chains and record them, part by part, so that rewards can begin with the first.
 
         Samples the policy that is active when a part is requested, in eval mode. Kontext edits a
-        part in one call per turn, each distinct reference encoded once. klein is called for one
-        trajectory at a time, because it takes several images for several references of one edit,
-        and no latents.
+        part in one call per turn, each distinct reference encoded once; Z-Image and Stable
+        Diffusion 3.5 make a part in one call. FLUX.2, Qwen-Image-Edit and classes that are not
+        listed are called for one trajectory at a time: the former take several images for several
+        references of one edit.
 
         Args:
-            references: RGB images, [B].
-            instructions: [B][N]; chains may differ in length.
+            references: RGB images, [B]; None each where ``family.references`` is "none".
+            instructions: [B][N]; chains may differ in length. Text to image has one turn.
             generators: of initial and step noise, one per trajectory; its stream goes on over
                 turns.
             group: integer group of each trajectory, [B], on the CPU.
@@ -214,8 +282,9 @@ class Editor:
             their records.
 
         Raises:
-            ValueError: lengths differ, a chain is empty or ``batch`` is below 1.
-            TypeError: a reference is no RGB image.
+            ValueError: lengths differ, a chain is empty, ``batch`` is below 1, or text to image is
+                given several turns.
+            TypeError: a reference is no RGB image, or it is one of text to image.
             ReplayError: while iterating, if a recording could not be replayed.
         """
         check_count("batch", batch)
@@ -240,7 +309,7 @@ class Editor:
 
     def edit(
         self,
-        references: Sequence[Image],
+        references: Sequence[Image | None],
         instructions: Sequence[Sequence[str]],
         *,
         generators: Sequence[torch.Generator],
@@ -250,8 +319,8 @@ class Editor:
         """Edit chains by the pipeline's own deterministic sampler, as for an evaluation.
 
         Args:
-            references: RGB images, [B].
-            instructions: [B][N]; chains may differ in length.
+            references: RGB images, [B]; None each where ``family.references`` is "none".
+            instructions: [B][N]; chains may differ in length. Text to image has one turn.
             generators: of initial noise, one per trajectory.
             batch: trajectories of a call at most, where the family takes several.
             call: call options that replace those given to ``load``, such as more steps.
@@ -274,7 +343,7 @@ class Editor:
 
     def _chains(
         self,
-        references: Sequence[Image],
+        references: Sequence[Image | None],
         instructions: Sequence[Sequence[str]],
         generators: Sequence[torch.Generator],
         options: Mapping[str, Any],
@@ -299,44 +368,12 @@ def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) 
 
 
 def _load_pipeline(
-    source: str | os.PathLike[str], family: Family, dtype: torch.dtype, device: torch.device | str
+    source: str | os.PathLike[str], family: Family, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """The pipeline without its text parts, on the device, frozen, quiet and in eval mode."""
+    """The pipeline without its text parts, on the host, frozen, quiet and in eval mode."""
     without = dict.fromkeys(family.text_parts)
-    pipeline = family.pipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+    pipeline = family.pipeline.from_pretrained(source, dtype=dtype, **without)
     pipeline.set_progress_bar_config(disable=True)
-    for module in _modules(pipeline):
+    for module in modules_of(pipeline):
         module.eval().requires_grad_(False)
     return pipeline
-
-
-def _load_prompts(
-    source: str | os.PathLike[str],
-    family: Family,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    *,
-    options: Mapping[str, Any],
-    capacity: int,
-) -> Prompts:
-    """The text parts alone, on the host, with a cache of ``capacity`` embeddings.
-
-    They encode as a call of the full pipeline with these call options does.
-    """
-    texts = family.pipeline.from_pretrained(source, dtype=dtype, transformer=None, vae=None)
-    encoders = _modules(texts)
-    for module in encoders:
-        module.eval().requires_grad_(False)
-    text_options = family.text_options(options)
-
-    where = torch.device(device)
-
-    def encode(text: str) -> Sequence[Tensor]:
-        *embeddings, _ = texts.encode_prompt(prompt=text, device=where, **text_options)
-        return list(embeddings)
-
-    return Prompts(encode, encoders, device, capacity=capacity)
-
-
-def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]

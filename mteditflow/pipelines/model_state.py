@@ -12,9 +12,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from mteditflow.pipelines.recognize import ReplayError
 
 
-def attention_processors(model: nn.Module) -> list[Any]:
-    """Attention processors of all modules, which pipelines may replace during a call."""
-    return [vars(module).get("processor") for module in model.modules()]
+def attention_modules(model: nn.Module) -> list[Any]:
+    """Modules with an attention processor, which pipelines may replace during a call."""
+    return [module for module in model.modules() if hasattr(module, "processor")]
 
 
 _PROBABILITIES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "attention_dropout")
@@ -22,13 +22,14 @@ _PROBABILITIES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "attentio
 
 def check_repeatable(model: nn.Module) -> None:
     """Raise if a module draws, or looks at the rest of the batch, at whatever precision."""
-    for name, module in model.named_modules():
+    for module in model.modules():
         if not module.training:
             continue
         names = ("p", *_PROBABILITIES) if isinstance(module, _DropoutNd) else _PROBABILITIES
         held = [vars(module).get(n) for n in names]
         draws = any(isinstance(p, (int, float)) and p > 0 for p in held)
         if draws or isinstance(module, _BatchNorm):
+            name = next(name for name, each in model.named_modules() if each is module)
             raise ReplayError(
                 "model: expected no dropout or batch norm in training mode, got "
                 f"{name} ({type(module).__name__}); call model.eval() before sampling"

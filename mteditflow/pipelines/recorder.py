@@ -25,7 +25,7 @@ from mteditflow.pipelines.conditioning import (
 )
 from mteditflow.pipelines.loop import Loop, Step
 from mteditflow.pipelines.model_state import (
-    attention_processors,
+    attention_modules,
     caches,
     check_repeatable,
     fresh_cache,
@@ -144,6 +144,7 @@ class Recorder:
         self._turns: list[Recorded] = []
         self._choice: Choice = {}
         self._loop: Loop | None = None
+        self._attention: list[Any] = []
         self._processors: list[Any] = []
         self._proven: set[Hashable] = set()
         self._failed: BaseException | None = None
@@ -166,6 +167,7 @@ class Recorder:
                     "call disable_cache() first"
                 )
             self._ends = True
+        self._attention = attention_modules(self._model)
         self._own_scheduler = current
         self._scheduler = stand_in(current, self, **self._options)
         self._pipeline.scheduler = self._scheduler
@@ -203,7 +205,7 @@ class Recorder:
                 "pipeline.scheduler was replaced while the recorder was at work, so that calls may "
                 "be missing; set it before, and make a new recorder"
             )
-        if self._turns and attention_processors(self._model) != self._processors:
+        if self._turns and [part.processor for part in self._attention] != self._processors:
             return ReplayError(
                 "model: its attention processors during the call were not those that it has "
                 "afterwards (perturbed attention), so that a replay would call another model"
@@ -293,7 +295,7 @@ class Recorder:
         calls, self._calls = self._calls, []
         self._turn.add(step, velocity, timestep, calls)
         if self._turn.complete:
-            self._processors = attention_processors(self._model)
+            self._processors = [part.processor for part in self._attention]
             self._loop = Loop(step)
 
     def ended(self, steps: int, frame: FrameType) -> None:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from mteditflow.training.gathering import gather_scores
     from mteditflow.training.metrics_file import read_metrics
     from mteditflow.training.optimizers import load_optimizer_state, optimizer_state
-    from mteditflow.training.parallel import shard_model, sum_gradients
+    from mteditflow.training.parallel import partition_model, shard_model, sum_gradients
     from mteditflow.training.report import print_summary, run_report, write_report
     from mteditflow.training.round_rewards import Aggregation, RoundRewards
     from mteditflow.training.run_log import Bar, RunLog
+    from mteditflow.training.schedules import learning_rate_share
     from mteditflow.training.stopwatch import Stopwatch
     from mteditflow.training.termination import Termination
     from mteditflow.training.updater import Update, Updater, most_parts
@@ -39,9 +40,11 @@ else:
             "Update": ".updater",
             "Updater": ".updater",
             "gather_scores": ".gathering",
+            "learning_rate_share": ".schedules",
             "load_optimizer_state": ".optimizers",
             "most_parts": ".updater",
             "optimizer_state": ".optimizers",
+            "partition_model": ".parallel",
             "print_summary": ".report",
             "read_metrics": ".metrics_file",
             "run_report": ".report",
@@ -66,9 +69,11 @@ __all__ = [
     "Update",
     "Updater",
     "gather_scores",
+    "learning_rate_share",
     "load_optimizer_state",
     "most_parts",
     "optimizer_state",
+    "partition_model",
     "print_summary",
     "read_metrics",
     "run_report",

@@ -1,8 +1,13 @@
-"""One policy on many devices: blocks sharded by FSDP2, and gradients summed over ranks."""
+"""One policy on many devices: weights sharded by FSDP2 or DeepSpeed, gradients summed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +15,13 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+DEEPSPEED = (0, 19, 8)  # earlier ones fail in the first forward pass, or were not tested
+PARTITIONED = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "memory_efficient_linear": False,
+}
 
 
 def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
@@ -29,10 +41,7 @@ def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
         RuntimeError: ``torch.distributed`` is not initialized.
         ValueError: the model has no such blocks.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            "shard_model: expected several processes; start them with accelerate launch or torchrun"
-        )
+    _require_ranks("shard_model")
     found = [module for module in model.modules() if type(module).__name__ in blocks]
     if not found:
         raise ValueError(
@@ -46,6 +55,83 @@ def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def partition_model(model: nn.Module, zero: Mapping[str, Any] | None = None) -> None:
+    """Partition a base model over all ranks in place with DeepSpeed (ZeRO-3), and freeze it.
+
+    Weights are gathered for one module at a time, forward and backward. Every rank must then run
+    the same number of forward passes. Adapters are made AFTERWARDS: they are whole on every rank,
+    and are trained, summed over ranks and saved as on a model that is not partitioned. Call the
+    model itself and ``loss.backward()``; there is no DeepSpeed engine to call.
+
+    Args:
+        model: on this rank's device, equal on all ranks, without adapters. Without gradient
+            checkpointing, every gathered weight stays until the backward pass.
+        zero: further entries of DeepSpeed's ``zero_optimization``, such as
+            ``{"offload_param": {"device": "cpu"}}``.
+
+    Raises:
+        ImportError: deepspeed is absent, or older than 0.19.8.
+        RuntimeError: ``torch.distributed`` is not initialized, or ``LOCAL_RANK`` is not set.
+        ValueError: the model has adapters, or ``zero`` asks for another stage, for an optimizer of
+            DeepSpeed's, or for ``memory_efficient_linear``, which replaces
+            ``torch.nn.functional.linear`` in the whole process.
+
+    Warns:
+        UserWarning: no module of the model has gradient checkpointing turned on.
+    """
+    require_deepspeed()
+    if getattr(model, "peft_config", None) or any(
+        type(module).__module__.startswith("peft.") for module in model.modules()
+    ):
+        raise ValueError(
+            "model: expected one without adapters, which would be partitioned too; make them after "
+            "partition_model"
+        )
+    settings = {**PARTITIONED, **(zero or {})}
+    for name in ("stage", "memory_efficient_linear"):
+        if settings[name] != PARTITIONED[name]:
+            raise ValueError(f"zero.{name}: expected {PARTITIONED[name]}, got {settings[name]!r}")
+    if (settings.pop("offload_optimizer", None) or {}).get("device", "none") != "none":
+        raise ValueError("zero.offload_optimizer: expected none, since there is no optimizer in it")
+    _require_ranks("partition_model")
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError("LOCAL_RANK: expected this process's number on its machine, got none")
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        warnings.warn(
+            "partition_model: without gradient checkpointing all gathered weights are kept until "
+            "the backward pass, which saves no memory there",
+            stacklevel=2,
+        )
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    model.requires_grad_(False)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": settings}
+    deepspeed.initialize(model=model, config=config)
+
+
+def require_deepspeed() -> None:
+    """Raise ``ImportError`` unless a deepspeed is installed that ``partition_model`` works with."""
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        found = "none"
+    numbers = tuple(int(x) for x in found.split("+")[0].split(".") if x.isdigit())
+    if numbers < DEEPSPEED:
+        wanted = ".".join(map(str, DEEPSPEED))
+        raise ImportError(
+            f"deepspeed: expected {wanted} or newer, got {found}; pip install 'mteditflow[zero]'",
+            name="deepspeed",
+        )
+
+
+def _require_ranks(function: str) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{function}: expected several processes; start them with accelerate launch or torchrun"
+        )
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def test_presets_are_sound(preset):
 def test_presets_that_cite_a_schedule_of_optimizer_steps_take_one_in_a_round():
     """DiffusionNFT and Edit-R1 count these in the old policy's decay, this library rounds."""
     cited = [x for x in sorted(PRESETS.glob("*nft.toml")) if not x.stem.startswith("shapes")]
-    assert len(cited) == 2
+    assert len(cited) == 5
     for path in some(cited):
         training = parse([path.stem, *SERVICES]).training
         assert training.minibatches * training.inner_epochs == 1
@@ -138,7 +138,7 @@ def test_without_a_preset_they_are_listed(kind, capsys):
         assert all(f"  {field.name} " in told for field in some(dataclasses.fields(kind)))
         rewarded = [f"objective:{n} " in told for n, c in OBJECTIVES.items() if c.card.rewarded]
         assert set(rewarded) == {kind is Config}
-    with pytest.raises(ConfigError, match=r"preset: expected one of \['klein-nft', .* got 'nft'"):
+    with pytest.raises(ConfigError, match=r"preset: expected one of \['flux2-.*, got 'nft'"):
         parse(["nft"], kind)
 
 
@@ -215,6 +215,7 @@ def test_a_field_of_another_objective_is_refused(words):
         ({"training": {"rounds": 4.0}}, "training.rounds: input should be a valid integer"),
         ({"training": {"rounds": date(2026, 1, 1)}}, "training.rounds: input should be a valid"),
         ({"model": {"checkpointing": 1}}, "model.checkpointing: input should be a valid boolean"),
+        ({"model": {"shard": True}}, "model.shard: input should be 'none', 'fsdp2' or 'zero3'"),
         ({"data": {"held_out": 1}}, "data.held_out: input should be a valid string"),
         ({"objective": {"name": "grpo", "clip_low": True}}, "objective.clip_low: input should be"),
         ({"objective": {"name": "grpo", "clip_low": "0.1"}}, "objective.clip_low: input should be"),
@@ -258,8 +259,8 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ({"training": {"round": 3}}, "training.round: unexpected keyword argument, got 3"),
         ({"trainig": {}}, "trainig: unexpected keyword argument"),
         (
-            {"model": {"guidance": 0.5}},
-            "model.guidance: input should be greater than or equal to 1",
+            {"model": {"guidance": -0.5}},
+            "model.guidance: input should be greater than or equal to 0",
         ),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
         (
@@ -355,6 +356,9 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.floor-maximum": ("2", ["--rewards.floor", "0.9"]),
     "safety.ratio": ("warn", None),
     "safety.ratio-share": ("0.5", None),
+    "model.lora-start": ("freeze", ["--model.lora", "x"]),
+    "model.lora-reference": ("start", ["--model.lora", "x", "--objective.kl-coef", "1"]),
+    "training.final-rate": ("0.5", []),
     "training.ema-every": ("2", ["--training.ema-decay", "0.5"]),
     "safety.collapse-window": ("5", []),
     "rewards.judge-model": ("name", None),
@@ -370,7 +374,10 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.terms": ("l1", None),
     "rewards.pairing": ("consecutive", None),
 }
-WITHOUT = {"safety.collapse-window": ["--safety.collapse-drop", "1"]}
+WITHOUT = {
+    "safety.collapse-window": ["--safety.collapse-drop", "1"],
+    "training.final-rate": ["--training.schedule", "constant"],
+}
 OF_REWARDS = {
     "rewards.weights.following": "2",
     "rewards.aggregate": "all",
@@ -427,8 +434,11 @@ def test_every_field_that_may_be_ignored_is_tested():
     safety = dataclasses.replace(
         base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3
     )
-    training = dataclasses.replace(base.training, ema_every=3)
-    changed = dataclasses.replace(base, rewards=rewards, safety=safety, training=training)
+    training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
+    model = dataclasses.replace(base.model, lora_start="freeze", lora_reference="start")
+    changed = dataclasses.replace(
+        base, model=model, rewards=rewards, safety=safety, training=training
+    )
     with pytest.raises(ConfigError) as refused:
         checked(changed, base)
     named = {line.partition(":")[0] for line in str(refused.value).splitlines()}

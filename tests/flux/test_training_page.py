@@ -48,5 +48,5 @@ def test_options_and_presets_exist():
 def test_links_and_launch_files_exist():
     for target in some(re.findall(r"\]\(([^)#]+)\)", PAGE)):
         assert (ROOT / "docs" / target).exists(), target
-    for file in some(re.findall(r"launch/[a-z0-9_]+\.yaml", PAGE)):
+    for file in some(re.findall(r"launch/[a-z0-9_]+\.[a-z]+", PAGE)):
         assert (ROOT / "examples" / "flux" / file).exists(), file

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mteditflow.pipelines import FAMILIES, Prompts
-from mteditflow.pipelines.chain_calls import working_on
+from mteditflow.pipelines.prompts import working_on
 from tests.loops import some
 
 

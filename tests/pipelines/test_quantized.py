@@ -70,6 +70,9 @@ def load(pipeline, tmp_path, on_cpu):
             if isinstance(part, torch.nn.Module) and name != "transformer":
                 part.to(dtype)
         made.set_progress_bar_config(disable=True)
+        for layer in model.modules():  # whatever the processor
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
         return made
 
     return loaded
@@ -150,4 +153,12 @@ def test_refuses_a_base_that_stops_gradients(load):
     """torchao's dynamic int8 returns outputs that need a gradient and give none to the inputs."""
     pipeline = load("torchao dynamic int8", torch.float32)
     with pytest.raises(ValueError, match=r"model: expected layers that pass gradients.*Int8Tensor"):
+        policies_on(pipeline)
+
+
+def test_refuses_weights_that_this_processor_would_pack(load):
+    """bitsandbytes' kernels for AVX512-BF16 change the weights while sampling, and pass nothing."""
+    pipeline = load("bitsandbytes 4 bit", torch.float32)
+    pipeline.transformer.transformer_blocks[0].attn.to_q.support_avx512bf16_for_cpu = True
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn\.to_q .* = False"):
         policies_on(pipeline)

@@ -18,6 +18,7 @@ def in_ranks(function: str, ranks: int, folder: Path) -> list[Any]:
     for rank in range(ranks):
         environment = os.environ | {
             "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),

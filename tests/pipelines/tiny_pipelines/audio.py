@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny_pipelines.base import (
+from .base import (
     CFG,
     PROMPTS,
     Family,
@@ -22,7 +22,7 @@ from tiny_pipelines.base import (
     scheduler,
     with_negative,
 )
-from tiny_pipelines.refusals import refused
+from .refusals import refused
 
 WIDTH = 16  # of text embeddings
 

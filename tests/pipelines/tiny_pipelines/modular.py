@@ -15,9 +15,9 @@ from diffusers.guiders import (
 )
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
 
-from tiny_pipelines import video, video2, video3
-from tiny_pipelines.base import CFG, Family, image_vae, picture, plus, prompts, redraw, scheduler
-from tiny_pipelines.refusals import refused
+from . import video, video2, video3
+from .base import CFG, Family, image_vae, picture, plus, prompts, redraw, scheduler
+from .refusals import refused
 
 TEXT = {"max_sequence_length": 10}
 IMAGES, LATENTS = {"output": "images"}, {"output": "latents"}

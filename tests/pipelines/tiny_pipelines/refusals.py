@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiny_pipelines.base import Family, Refused
+from .base import Family, Refused
 
 
 def refused(family: Family, reason: str, kind: str | None = None) -> Refused:

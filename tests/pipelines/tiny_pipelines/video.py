@@ -8,7 +8,7 @@ import diffusers
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from tiny_pipelines.base import (
+from .base import (
     CFG,
     Family,
     Options,
@@ -19,7 +19,7 @@ from tiny_pipelines.base import (
     plus,
     scheduler,
 )
-from tiny_pipelines.refusals import refused
+from .refusals import refused
 
 WIDTH = 16  # of text embeddings
 FRAMES = {"height": 16, "width": 16, "num_frames": 5}

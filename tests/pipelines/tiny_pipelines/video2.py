@@ -11,7 +11,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from mteditflow_examples.shapes.editor import build_kontext
 
-from tiny_pipelines.base import (
+from .base import (
     CFG,
     Family,
     Inputs,
@@ -23,7 +23,7 @@ from tiny_pipelines.base import (
     plus,
     prompts,
 )
-from tiny_pipelines.refusals import refused
+from .refusals import refused
 
 WIDTH = 16  # of text embeddings
 FRAMES = {"height": 32, "width": 64, "num_frames": 9}

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from tiny_pipelines.base import (
+from .base import (
     CFG,
     Family,
     Inputs,

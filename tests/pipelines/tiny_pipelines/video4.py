@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 
-from tiny_pipelines.base import (
+from .base import (
     CFG,
     KANDINSKY,
     Family,
@@ -21,9 +21,9 @@ from tiny_pipelines.base import (
     plus,
     scheduler,
 )
-from tiny_pipelines.refusals import refused
-from tiny_pipelines.video import video
-from tiny_pipelines.video3 import hunyuan_vae, padded, siglip
+from .refusals import refused
+from .video import video
+from .video3 import hunyuan_vae, padded, siglip
 
 WIDTH = 16  # of text embeddings
 FRAMES = {"height": 16, "width": 16, "num_frames": 5}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, HeliosScheduler
 
-from tiny_pipelines.base import (
+from .base import (
     CFG,
     KANDINSKY,
     Family,
@@ -21,9 +21,9 @@ from tiny_pipelines.base import (
     plus,
     scheduler,
 )
-from tiny_pipelines.refusals import refused
-from tiny_pipelines.video import GUIDED, text, vae
-from tiny_pipelines.video3 import hunyuan_vae
+from .refusals import refused
+from .video import GUIDED, text, vae
+from .video3 import hunyuan_vae
 
 WIDTH = 16  # of text embeddings
 

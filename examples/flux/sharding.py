@@ -1,0 +1,143 @@
+"""How weights lie over ranks: by ``model.shard``, or by what accelerate was launched with."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from accelerate import DeepSpeedPlugin
+
+from mteditflow.pipelines import Editor
+from mteditflow.training import partition_model, shard_model
+from mteditflow.training.parallel import require_deepspeed
+
+from .config import ConfigError, Model
+
+# Variables that accelerate launch sets. On CPUs accelerate ignores them; this program does not.
+LAUNCHED: dict[str, Literal["fsdp2", "zero3"]] = {
+    "ACCELERATE_USE_FSDP": "fsdp2",
+    "ACCELERATE_USE_DEEPSPEED": "zero3",
+}
+# Of DeepSpeed's configuration: what describes its engine alone, which nothing here calls.
+ENGINE = {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print"}
+OFF = (None, False, "auto")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights of the base model lie over ranks.
+
+    Attributes:
+        how: whole on every rank, or sharded.
+        zero: entries of DeepSpeed's ``zero_optimization`` beside those of ``partition_model``.
+    """
+
+    how: Literal["none", "fsdp2", "zero3"]
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    def before_adapters(self, editor: Editor) -> None:
+        """Partition the base model, which must not have adapters yet (ZeRO-3)."""
+        if self.how == "zero3":
+            # DeepSpeed's own call of a function that torch has renamed.
+            warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
+            partition_model(editor.transformer, self.zero)
+
+    def after_adapters(self, editor: Editor) -> None:
+        """Shard the blocks of the model, adapters included (FSDP2)."""
+        if self.how == "fsdp2":
+            # The velocity is a view of the output; nothing here works on it in place.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+            shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)
+
+
+def sharding(model: Model, ranks: int) -> Sharding:
+    """Return how the weights are sharded.
+
+    Args:
+        model: its ``shard`` decides, where accelerate was launched with neither.
+        ranks: number of processes.
+
+    Raises:
+        ConfigError: both decide, and differently; or it cannot be done with what is configured,
+            launched or installed.
+    """
+    launched = [
+        how for name, how in LAUNCHED.items() if os.environ.get(name, "false").lower() == "true"
+    ]
+    if launched and model.shard not in ("none", *launched):
+        raise ConfigError(
+            f"model.shard: expected none or {launched[0]}, which accelerate was launched with, got "
+            f"{model.shard}"
+        )
+    how = launched[0] if launched else model.shard
+    if how != "none" and ranks == 1:
+        raise ConfigError(
+            f"model.shard: expected none in one process, got {how}; start several with accelerate "
+            "launch or torchrun"
+        )
+    if how != "none" and model.quantize != "none":
+        raise ConfigError(
+            f"model.quantize: expected none under {how}, since packed weights and their scales do "
+            f"not follow the shards, got {model.quantize}"
+        )
+    if how != "zero3":
+        return Sharding(how)
+    if model.compile:
+        raise ConfigError(
+            "model.compile: expected False under zero3, which gathers weights inside the blocks"
+        )
+    try:
+        require_deepspeed()
+    except ImportError as error:
+        raise ConfigError(f"model.shard: zero3: {error}") from error
+    return Sharding(how, _launched_zero() if launched else {})
+
+
+def _launched_zero() -> dict[str, Any]:
+    """Return the entries of ``zero_optimization`` that accelerate was launched with.
+
+    Raises:
+        ConfigError: they are of another stage, or DeepSpeed is to do more than partition weights.
+    """
+    config = DeepSpeedPlugin().deepspeed_config
+    zero = {name: x for name, x in config.pop("zero_optimization").items() if x != "auto"}
+    if (stage := zero.get("stage")) != 3:
+        raise ConfigError(
+            f"zero_stage: expected 3, got {stage}; ZeRO-2 needs DeepSpeed's own optimizer, which "
+            "saves at most 3 GB of a LoRA's training and keeps the adapters in private copies"
+        )
+    if (device := (zero.get("offload_optimizer") or {}).get("device", "none")) != "none":
+        raise ConfigError(
+            f"offload_optimizer_device: expected none, since the optimizer is not DeepSpeed's, got "
+            f"{device}"
+        )
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT") == "true":
+        raise ConfigError(
+            "zero3_init_flag: expected false, got true; the model is partitioned once it is loaded"
+        )
+    for name, value in config.items():
+        off = not value.get("enabled", True) if isinstance(value, dict) else value in OFF
+        if name not in ENGINE and not off and (name, value) != ("gradient_accumulation_steps", 1):
+            raise ConfigError(
+                f"{name}: expected none of DeepSpeed's, got {value!r}; the trainer's options decide"
+            )
+    return zero
+
+
+@contextmanager
+def without_engine() -> Iterator[None]:
+    """Hide from accelerate that it was launched with DeepSpeed.
+
+    It would let transformers partition the text encoders as they are loaded, for an engine of
+    DeepSpeed's that nothing here makes.
+    """
+    launched = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if launched is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = launched

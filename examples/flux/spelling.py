@@ -1,0 +1,81 @@
+"""Fields that a misspelled name may have meant: by the same word, a usual name, or a near one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+#: Names of other trainers, such as diffusers' scripts, TRL, kohya's and Flow-GRPO's, by field here.
+USUAL = {
+    name: field
+    for field, names in {
+        "model.path": "pretrained_model_name_or_path model_name_or_path model_name pretrained base",
+        "model.dtype": "mixed_precision precision torch_dtype bf16 fp16",
+        "model.resolution": "height width image_size size",
+        "model.guidance": "guidance_scale cfg cfg_scale",
+        "model.lora_rank": "rank r lora_r network_dim",
+        "model.lora_alpha": "alpha network_alpha",
+        "model.lora_targets": "target_modules lora_layers lora_target_modules",
+        "model.checkpointing": "gradient_checkpointing grad_checkpointing",
+        "model.shard": "fsdp zero3",
+        "data.chains": "dataset dataset_name train_data_dir data_path train_data",
+        "data.held_out": "validation validation_data eval_data test_data",
+        "data.group_size": "num_generations num_images_per_prompt num_image_per_prompt",
+        "sampling.steps": "num_inference_steps num_steps sampling_steps sample_steps",
+        "sampling.batch": "sample_batch_size",
+        "training.rounds": "num_epochs epochs num_train_epochs max_train_steps max_steps",
+        "training.inner_epochs": "num_inner_epochs ppo_epochs",
+        "training.batch": "bs batch_size train_batch_size per_device_train_batch_size micro_batch",
+        "training.minibatches": "num_minibatches num_batches_per_epoch",
+        "training.optimizer": "use_8bit_adam optim optimizer_type",
+        "training.learning_rate": "lr learn_rate base_lr",
+        "training.warmup_rounds": "warmup warmup_steps lr_warmup_steps",
+        "training.schedule": "lr_scheduler lr_scheduler_type lr_schedule",
+        "training.final_rate": "min_lr lr_end lr_min",
+        "training.weight_decay": "wd adam_weight_decay",
+        "training.max_grad_norm": "grad_clip clip_grad clip_grad_norm gradient_clipping",
+        "training.ema_decay": "ema ema_rate use_ema",
+        "objective.kl_coef": "kl kl_weight kl_beta beta",
+        "objective.clip_high": "clip_range cliprange epsilon",
+        "evaluation.every": "eval_freq eval_steps validation_steps eval_every",
+        "output.folder": "output_dir save_dir logging_dir out",
+        "output.resume": "resume_from resume_from_checkpoint",
+        "output.checkpoint_every": "save_steps save_freq checkpointing_steps save_every",
+        "output.keep": "checkpoints_total_limit save_total_limit num_checkpoint_limit",
+        "output.trackers": "report_to log_with logger",
+        "output.project": "project_name tracker_project_name wandb_project",
+        "output.run": "run_name exp_name tracker_run_name",
+    }.items()
+    for name in names.split()
+}
+NEAR = 0.75  # of difflib's ratio; "roundz" and "rounds" have 0.83
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """Return ``"; perhaps FIELD"`` for a name that is no field; "" where none is near.
+
+    Args:
+        name: dotted, such as "training.lr"; a section may be missing or wrong.
+        known: dotted names of the fields and their sections.
+
+    Example:
+        >>> hint("training.lr", ["training.learning_rate", "training.rounds"])
+        '; perhaps training.learning_rate'
+        >>> hint("batch", ["training.batch", "sampling.batch"])
+        '; perhaps sampling.batch or training.batch'
+        >>> hint("training.zzz", ["training.rounds"])
+        ''
+    """
+    found = _meant(name, sorted(set(known)))
+    return f"; perhaps {' or '.join(found)}" if found else ""
+
+
+def _meant(name: str, known: list[str]) -> list[str]:
+    """Return the fields that a name may have meant, the surest kind of guess alone."""
+    section, _, word = name.rpartition(".")
+    words = {field.rpartition(".")[2] for field in known}
+    if word not in words and USUAL.get(word) in known:
+        return [USUAL[word]]
+    near = get_close_matches(word, words, n=1, cutoff=NEAR)  # the word itself, if it is one
+    fields = [field for field in known if field.rpartition(".")[2] in near]
+    return [field for field in fields if field.rpartition(".")[0] == section] or fields

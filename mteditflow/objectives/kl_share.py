@@ -1,0 +1,74 @@
+"""KL to the reference on a random share of the units: fewer forward passes, no bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import check_number
+from mteditflow.objectives.keys import RoundKey
+from mteditflow.objectives.units import ALL, Rows, Units
+
+
+def check_kl_share(share: float, kl_coef: float) -> None:
+    """Raise ``ValueError`` unless a share of the KL is in (0, 1], and 1 where there is no KL."""
+    check_number("kl_share", share, low=0.0, high=1.0, open_low=True)
+    if share < 1 and kl_coef == 0:
+        raise ValueError(f"kl_share: has an effect only where kl_coef > 0, got {share}")
+
+
+def share_kl(units: Units, share: float, key: RoundKey) -> Units:
+    """Draw the units whose KL to the reference is computed, at weight ``1 / share``.
+
+    They are every ``1 / share``-th unit of a trajectory from a random start (systematic sampling):
+    each has probability ``share``, so that the weighted KL is unbiased, and a trajectory has within
+    one as many as its share. The draw is the same on any ranks and in any micro-batches.
+
+    Args:
+        units: units of one member, in the order of trajectories.
+        share: share of the units, in (0, 1]; 1 leaves them as they are.
+        key: source of the random starts.
+    """
+    if share == 1:
+        return units
+    trajectory = units.rows[:, 0, 0].contiguous()
+    starts = {b: key.number("kl", key.first + b) / 2**63 for b in trajectory.tolist()}
+    start = torch.tensor(
+        [starts[b] for b in trajectory.tolist()], dtype=torch.float64, device="cpu"
+    )
+    every = torch.arange(len(units), dtype=torch.float64, device="cpu")
+    passed = share * (every - torch.searchsorted(trajectory, trajectory)) + start
+    taken = (passed + share).floor() > passed.floor()
+    return replace(units, kl_weight=taken.float() / share)
+
+
+def kl_units(units: Units) -> Tensor | None:
+    """Return the units whose KL to the reference is computed, int64 [R]; ``None`` means all.
+
+    At least one, be it of weight 0: with sharded weights every rank makes the same passes.
+    """
+    if units.kl_weight is None:
+        return None
+    found = units.kl_weight.nonzero()[:, 0]
+    return found if len(found) else found.new_zeros(1)
+
+
+def weighted_kl(units: Units, kl: Callable[[Rows], Tensor], device: torch.device) -> Tensor:
+    """Return the KL of each unit to the reference at its weight, [U]; 0 where it is left out.
+
+    Args:
+        units: U units of K members.
+        kl: KL of some of their K * U rows, int64 [R] on the CPU, or of all, a slice.
+        device: device of the KL.
+    """
+    chosen = kl_units(units)
+    if chosen is None:
+        return kl(ALL).view(-1, len(units)).mean(dim=0)
+    assert units.kl_weight is not None
+    members = torch.arange(units.rows.shape[1], dtype=torch.int64, device="cpu")
+    value = kl((chosen + len(units) * members[:, None]).flatten()).view(-1, len(chosen)).mean(dim=0)
+    weighted = value * units.kl_weight[chosen].to(value)
+    return weighted.new_zeros(len(units)).index_copy(0, chosen.to(device), weighted)
