@@ -95,13 +95,18 @@ def _start(model: Model, editor: Editor) -> Start | None:
     return Start(weights, frozen=model.lora_start == "freeze", reference=model.lora_reference)
 
 
+def _started_from(model: Model) -> str:
+    """Return words for the LoRA that the policies started from, if there is one."""
+    return "" if model.lora is None else f", which started from {model.lora} ({model.lora_start})"
+
+
 def made_by(config: Config, done: int) -> MadeBy:
     """Return what edits held-out chains after a round: the model, with the adapters of then."""
     model = config.model
     return MadeBy(
         editor=model.path,
         editor_hash=content_hash(model.path),
-        lora=f"{config.evaluation.policy} policy of round {done}",
+        lora=f"{config.evaluation.policy} policy of round {done}{_started_from(model)}",
         dtype=model.dtype,
         seed=config.training.seed,
         steps=config.evaluation.steps,
