@@ -115,6 +115,11 @@ def _start(model: Model, editor: Editor) -> Start | None:
     return Start(weights, frozen=model.lora_start == "freeze", reference=model.lora_reference)
 
 
+def _started_from(model: Model) -> str:
+    """Return words for the LoRA that the policies started from, if there is one."""
+    return "" if model.lora is None else f", which started from {model.lora} ({model.lora_start})"
+
+
 def family_of(source: str) -> Family:
     """Read the family of a pipeline off its folder or hub id, of which one file is fetched.
 
@@ -179,7 +184,7 @@ def made_by(config: Config, done: int) -> MadeBy:
     return MadeBy(
         editor=model.path,
         editor_hash=content_hash(model.path),
-        lora=f"{config.evaluation.policy} policy of round {done}",
+        lora=f"{config.evaluation.policy} policy of round {done}{_started_from(model)}",
         dtype=model.dtype,
         seed=config.training.seed,
         steps=config.evaluation.steps,

@@ -3,11 +3,22 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapters import as_kohya, average_of, build, change, config, velocity, velocity_of_file
+from test_adapters import (
+    as_kohya,
+    average_of,
+    build,
+    change,
+    config,
+    one_process,
+    velocity,
+    velocity_of_file,
+    wrapped,
+)
 
 from mteditflow.pipelines import LoraPolicies, Start, read_lora
 from mteditflow.pipelines.lora_files import joined, without
 from mteditflow.testing import check_average, check_saved
+from mteditflow.training import shard_model
 from tests.loops import some
 
 __all__ = ["build", "velocity"]  # fixtures
@@ -108,6 +119,34 @@ def test_a_run_resumes_on_the_start(build, velocity, written):
         fresh.load_state_dict(policies.state_dict(policy), policy)
         with policies.use(policy), fresh.use(policy):
             assert torch.equal(velocity(fresh.model), velocity(policies.model))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+@pytest.mark.parametrize("wrap", ["sharded", "ddp"])
+def test_a_start_is_frozen_in_a_wrapper(wrap, build, velocity, written, tmp_path):
+    pipeline = build()
+    model = pipeline.transformer
+    start = Start(read_lora(type(pipeline), written({})), frozen=True, reference="start")
+    policies = LoraPolicies(model, config(r=2), start=start)
+    started = velocity(model).detach()
+    change(policies)
+    with one_process(tmp_path):
+        if wrap == "sharded":
+            shard_model(model, blocks=model._no_split_modules)
+        else:
+            model = wrapped(wrap, model)
+        moved = velocity(model)
+        assert (moved - started).abs().max() > 1e-3
+        moved.square().sum().backward()
+        assert all(x.grad is not None for x in some(policies.parameters()))
+        with policies.use("reference"), torch.no_grad():
+            torch.testing.assert_close(velocity(model), started, rtol=0, atol=1e-6)
+        policies.save(pipeline, tmp_path / "lora")
+        found = velocity_of_file(build, velocity, tmp_path / "lora")
+        torch.testing.assert_close(found, moved.detach(), rtol=0, atol=1e-5)
+        policies.load(pipeline, tmp_path / "lora", policy="old")
+        with policies.use("old"), torch.no_grad():
+            torch.testing.assert_close(velocity(model), found, rtol=0, atol=1e-5)
 
 
 def test_two_adapters_are_written_as_their_sum():
