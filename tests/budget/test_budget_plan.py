@@ -151,6 +151,7 @@ def test_passes_of_objectives():
     assert count(GRPO(stochastic_steps=5), minibatches=2) == Passes(15, 0, 0, 1)
     assert count(GRPO(stochastic_steps=5, share=0.5, kl_coef=0.1)) == Passes(9, 0, 9, 1)
     assert count(NFT(kl_coef=0.0), epochs=2, turns=2) == Passes(4, 4, 0, 1)
+    assert count(NFT(kl_coef=1e-4, kl_share=0.25)) == Passes(3, 3, 0.75, 1)
     assert count(DPO()) == Passes(0.375, 0, 0.375, 2)  # one pair of a group of 16 at each turn
     with pytest.raises(ValueError, match="stochastic_steps: expected at most"):
         count(GRPO(stochastic_steps=5), steps=4)

@@ -87,7 +87,8 @@ def test_every_preset_of_a_known_model_is_planned():
             continue  # their models are written by a command
         plan = budget.plan_of(parse([path.stem], services=False), gpus=1)
         assert plan.costs.row.forward > 1e12, path
-        assert peak(plan).name == "text encoders", path  # as docs/training.md says
+        if (plan.quantize, plan.encoders) == ("none", "device"):  # as docs/training.md says
+            assert peak(plan).name == "text encoders", path
 
 
 def test_options_reach_the_plan():
