@@ -100,13 +100,12 @@ def budget_of(
 
 
 def trainer_options(config: Config) -> frozenset[str]:
-    """Return the options that a configuration has, by dotted name; no switch for sharding."""
-    names = {
+    """Return the options that a configuration has, by dotted name."""
+    return frozenset(
         f"{section.name}.{field.name}"
         for section in fields(config)
         for field in fields(getattr(config, section.name))
-    }
-    return frozenset(names - ({"model.shard"} if isinstance(config.model.shard, bool) else set()))
+    )
 
 
 def plan_of(config: Config, *, gpus: int) -> Plan:
@@ -145,6 +144,9 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         epochs=training.inner_epochs,
         round=training.rounds - 1,
     )
+    ahead = model.prompt_folder is not None and model.encoders == "device"
+    frozen = model.lora is not None and model.lora_start == "freeze"
+    started = model.lora is not None and model.lora_reference == "start"
     return Plan(
         costs_of(known, case),
         passes,
@@ -163,10 +165,12 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         vae_tiling=model.vae_tiling,
         gpus=gpus,
         dtype=dtype,
-        quantize=getattr(model, "quantize", "none"),
-        encoders=getattr(model, "encoders", "device"),
-        optimizer_bytes=2 if getattr(training, "optimizer", "adamw") == "adamw_8bit" else 8,
-        shard={False: "none", True: "fsdp2"}.get(model.shard, model.shard),
+        quantize=model.quantize,
+        encoders="ahead" if ahead else model.encoders,
+        reads_images=known.behavior.reads_images,
+        more_adapters=frozen + started,
+        optimizer_bytes=2 if training.optimizer == "adamw_8bit" else 8,
+        shard=model.shard,
     )
 
 

@@ -45,8 +45,20 @@ def _value(field: str) -> Callable[[Plan], str]:
     return lambda plan: str(getattr(plan, field))
 
 
+def _ahead(plan: Plan) -> Plan | None:
+    free = plan.encoders == "device" and not plan.reads_images
+    return replace(plan, encoders="ahead") if free else None
+
+
 def _sharded(plan: Plan) -> Plan | None:
-    return None if plan.shard != "none" or plan.gpus == 1 else replace(plan, shard="fsdp2")
+    """Shard what can be: neither packed weights nor an optimizer of 8 bits."""
+    plain = (plan.shard, plan.quantize, plan.optimizer_bytes) == ("none", "none", 8)
+    return replace(plan, shard="fsdp2") if plain and plan.gpus > 1 else None
+
+
+def _lean_optimizer(plan: Plan) -> Plan | None:
+    fits = plan.optimizer_bytes == 8 and plan.shard != "fsdp2"
+    return replace(plan, optimizer_bytes=2) if fits else None
 
 
 def _sampling(name: str, field: str) -> Change:
@@ -56,7 +68,18 @@ def _sampling(name: str, field: str) -> Change:
 QUANTIZE = "model.quantize"
 #: Options in the order in which they are tried for a phase; quantization is tried apart.
 CHANGES = (
-    Change("model.encoders", _set("encoders", "host"), _value("encoders"), ("text encoders",)),
+    Change(
+        "model.prompt_folder",
+        _ahead,
+        lambda plan: "DIR" if plan.encoders == "ahead" else "none",
+        ("text encoders",),
+    ),
+    Change(
+        "model.encoders",
+        _set("encoders", "host"),
+        lambda plan: "host" if plan.encoders == "host" else "device",
+        ("text encoders",),
+    ),
     Change(
         "model.vae_slicing",
         _set("vae_slicing", True),
@@ -72,13 +95,13 @@ CHANGES = (
     Change("training.batch", _halved("training_batch"), _value("training_batch"), ("update",)),
     _sampling("sampling", "sampling_batch"),
     _sampling("evaluation", "evaluation_batch"),
+    Change("model.shard", _sharded, _value("shard"), ("",)),
     Change(
         "training.optimizer",
-        _set("optimizer_bytes", 2),
+        _lean_optimizer,
         lambda plan: "adamw_8bit" if plan.optimizer_bytes == 2 else "adamw",
         ("",),
     ),
-    Change("model.shard", _sharded, _value("shard"), ("",)),
 )
 
 
@@ -110,7 +133,7 @@ def alternatives(plan: Plan, memory: float, *, options: Collection[str]) -> list
         nothing fits it is the smallest that the options allow, with the verdict "no".
     """
     values: list[Quantize] = [plan.quantize]
-    if QUANTIZE in options:
+    if QUANTIZE in options and plan.shard == "none":
         values += [x for x in ("none", "int8", "nf4") if x != plan.quantize]
     return [_best(plan, replace(plan, quantize=x), memory, options) for x in values]
 

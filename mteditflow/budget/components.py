@@ -9,13 +9,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mteditflow.budget.costs import EncoderCosts, VaeCosts
 from mteditflow.budget.local import pixels_of_latent
 from mteditflow.budget.models import Part
-from mteditflow.budget.simulation import fill_fake, peak_of
+from mteditflow.budget.simulation import fill_fake, packed_sizes, peak_of
 
 TOKENS = 512  # of an instruction, padded
 
@@ -35,11 +34,7 @@ def simulate_encoder(part: Part, *, dtype: torch.dtype) -> EncoderCosts:
         raise ValueError(f"text encoder: expected a class of transformers, got {part.kind}")
     with _building(f"text encoder: {part.kind}", dtype):
         model = kind(kind.config_class(**part.config)).eval().requires_grad_(False)
-    linear = sum(
-        layer.weight.numel()
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name != "lm_head"
-    )
+    linear = sum(packed_sizes(model))
     limit = getattr(model.config, "max_position_embeddings", None) or TOKENS
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

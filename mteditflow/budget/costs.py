@@ -40,9 +40,9 @@ class Costs:
 
     Attributes:
         weights: parameters of the base model.
-        linear: those in linear layers, which quantization packs.
+        linear: those in linear layers of blocks, which quantization packs.
         buffers: elements of buffers and of plain tensor attributes.
-        largest: parameters of the largest linear layer.
+        largest: parameters of the largest of these layers.
         block: parameters of the largest block; 0 where the whole model was run.
         adapters: weights of one set of adapters.
         forward: FLOPs of a forward pass of one branch (F), without gradient.
@@ -73,7 +73,7 @@ class EncoderCosts:
 
     Attributes:
         weights: parameters.
-        linear: those in linear layers without the head, which quantization packs.
+        linear: those in linear layers of blocks, which quantization packs.
         encode: peak bytes of encoding one instruction.
     """
 

@@ -126,6 +126,7 @@ class Pipeline:
         reference: "none"; "output", of the output's size; "megapixel", brought to 1024 x 1024.
         guidance: "embedded", one pass; "branches", a second pass above the scale ``unguided``.
         unguided: highest scale without a second pass.
+        reads_images: whether the text encoder is shown the references of a turn.
         one_by_one: whether a call takes several images for several references of one edit, so that
             trajectories are sampled one at a time.
     """
@@ -138,6 +139,7 @@ class Pipeline:
     reference: Literal["none", "output", "megapixel"] = "none"
     guidance: Literal["embedded", "branches"] = "branches"
     unguided: float = 1.0
+    reads_images: bool = False
     one_by_one: bool = False
 
     def shape(
@@ -198,6 +200,7 @@ PIPELINES = {
         text=256,
         padded=False,
         reference="megapixel",
+        reads_images=True,
         one_by_one=True,
     ),
     "ZImagePipeline": Pipeline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ def count_passes(
 ) -> Passes:
     """Count the rows of an update by running the objective itself.
 
-    Every turn is valid, and no advantage is 0, so this is an upper bound.
+    Every turn is valid, and no advantage is 0, so this is an upper bound. A share of rows that is
+    drawn at random counts with its expectation.
 
     Args:
         objective: the objective.
@@ -70,6 +71,9 @@ def count_passes(
         >>> count_passes(NFT(kl_coef=1e-4), turns=3, steps=6, group_size=4, round=9)
         Passes(trained=3.0, old=3.0, reference=3.0, members=1)
     """
+    share = getattr(objective, "kl_share", 1.0)
+    if share < 1:  # drawn row by row: all rows are counted, and their expectation is taken
+        objective = replace(objective, kl_share=1.0)  # type: ignore[type-var]
     trajectories = group_size * minibatches
     how = objective.sampling(round, steps=steps)
     samples = rollout(
@@ -100,4 +104,4 @@ def count_passes(
                 members = max(members, units.rows.shape[1])
             old_is_current = False  # an update lies between
     trained, old, reference = (count / trajectories for count in rows.values())
-    return Passes(trained, old, reference, members)
+    return Passes(trained, old, share * reference, members)

@@ -43,7 +43,11 @@ class Plan:
         average: whether there is an averaged policy, a third set of adapters.
         checkpointing: whether activations are recomputed in the backward pass.
         quantize: how linear layers of transformer and text encoders are packed.
-        encoders: where text encoders work.
+        encoders: where text encoders work: on the "device" beside the transformer, on it "ahead" of
+            the transformer, or on the "host".
+        reads_images: whether they are shown the images of every turn, so that they cannot work
+            ahead.
+        more_adapters: sets of frozen adapters beside those of the policies, of the same rank.
         vae_slicing: whether images are decoded one by one.
         vae_tiling: whether they are decoded in tiles.
         optimizer_bytes: optimizer state of an adapter's weight.
@@ -69,7 +73,9 @@ class Plan:
     average: bool = True
     checkpointing: bool = True
     quantize: Quantize = "none"
-    encoders: Literal["device", "host"] = "device"
+    encoders: Literal["device", "ahead", "host"] = "device"
+    reads_images: bool = False
+    more_adapters: int = 0
     vae_slicing: bool = False
     vae_tiling: bool = False
     optimizer_bytes: int = 8
@@ -83,7 +89,7 @@ class Plan:
             check_count(name, getattr(self, name))
         check_choice("quantize", self.quantize, ("none", *BYTES))
         check_choice("shard", self.shard, ("none", "fsdp2", "zero3"))
-        check_choice("encoders", self.encoders, ("device", "host"))
+        check_choice("encoders", self.encoders, ("device", "ahead", "host"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
     temporary = size * row.largest if plan.quantize != "none" else 0
     temporary += 2 * size * row.block if parts > 1 else 0
     # Of float32: the current and the old policy, the average; in an update gradients.
-    resting = row.adapters * (4 + 4 + 4 * plan.average + plan.optimizer_bytes) / copies
+    policies = 2 + plan.average + plan.more_adapters
+    resting = row.adapters * (4 * policies + plan.optimizer_bytes) / copies
     training = resting + 4 * row.adapters / copies
 
     def sampling(name: str, batch: int) -> Iterator[Phase]:
@@ -135,11 +142,16 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
         yield Phase(name, weights, resting, rows * row.sample + temporary)
         yield Phase(f"{name}, VAE", weights, resting, VAE_MARGIN * images * decode)
 
-    visit = _packed(plan, encoders.weights, encoders.linear) if plan.encoders == "device" else 0
+    visit = _packed(plan, encoders.weights, encoders.linear)
+    texts = {
+        "device": Phase("text encoders", weights + visit, resting, encoders.encode),
+        "ahead": Phase("text encoders", visit, 0, encoders.encode),
+        "host": Phase("text encoders", weights, resting, 0),
+    }
     update = row.update if plan.checkpointing else row.update_plain
     rows = plan.training_batch * plan.passes.members
     return (
-        Phase("text encoders", weights + visit, resting, encoders.encode if visit else 0),
+        texts[plan.encoders],
         *sampling("sampling", plan.sampling_batch),
         Phase("update", weights, training, rows * update + temporary),
         *sampling("evaluation", plan.evaluation_batch),

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mteditflow.budget.costs import Case, Costs
 from mteditflow.budget.inputs import make_inputs
 from mteditflow.budget.tracking import PeakMemory, count_flops
+from mteditflow.pipelines.quantization import layers_in_blocks
 
 # Fields that count blocks of one kind, by class: costs are linear in each of them.
 DEPTHS = {
@@ -177,16 +178,12 @@ def simulate_at(case: Case, depth: Mapping[str, int]) -> Costs:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
         checkpointed = count_flops(train), peak_of(update, exists)
     adapters = sum(x.numel() for name, x in model.named_parameters() if "lora_" in name)
-    linear = [
-        part.weight.numel()
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and "lora_" not in name
-    ]
+    linear = packed_sizes(model)
     return Costs(
         weights=sum(x.numel() for x in model.parameters()) - adapters,
         linear=sum(linear),
         buffers=sum(x.numel() for x in _constants(model)),
-        largest=max(linear),
+        largest=max(linear, default=0),
         block=0,
         adapters=adapters,
         forward=forward[0],
@@ -196,6 +193,12 @@ def simulate_at(case: Case, depth: Mapping[str, int]) -> Costs:
         update_plain=plain[1],
         sample=forward[1],
     )
+
+
+def packed_sizes(model: nn.Module) -> list[int]:
+    """Return the parameters of each layer that ``model.quantize`` packs."""
+    layers = [model.get_submodule(name) for name in layers_in_blocks(model) if "lora_" not in name]
+    return [layer.weight.numel() for layer in layers]  # type: ignore[operator]
 
 
 def peak_of(run: Callable[[], object], exists: Sequence[Tensor]) -> int:

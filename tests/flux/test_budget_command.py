@@ -11,7 +11,8 @@ from mteditflow_examples.shapes.files import write_world
 
 from docs import render_budget
 from mteditflow import cli
-from mteditflow.budget import find_model
+from mteditflow.budget import find_model, peak
+from mteditflow.budget.advice import CHANGES, QUANTIZE
 from tests.loops import some
 
 # F per trajectory: 18 steps in each branch, then rows forward, backward and once more forward;
@@ -44,7 +45,7 @@ def test_exit_codes(capsys, monkeypatch):
     code, out, err = run(capsys, monkeypatch, "kontext-nft", "--memory", 80)
     assert (code, err) == (0, "")
     assert out.startswith("kontext-nft on 1 GPU of 80 GiB: fits as configured (predicted")
-    code, out, err = run(capsys, monkeypatch, "kontext-nft", "--memory", 8)
+    code, out, err = run(capsys, monkeypatch, "kontext-nft", "--memory", 6)
     assert (code, err) == (1, "")
     assert "Nothing fits" in out
     assert run(capsys, monkeypatch, "--help")[0] == 0
@@ -86,6 +87,8 @@ def test_every_preset_of_a_known_model_is_planned():
             continue  # their models are written by a command
         plan = budget.plan_of(parse([path.stem], services=False), gpus=1)
         assert plan.costs.row.forward > 1e12, path
+        if (plan.quantize, plan.encoders) == ("none", "device"):  # as docs/training.md says
+            assert peak(plan).name == "text encoders", path
 
 
 def test_options_reach_the_plan():
@@ -101,7 +104,31 @@ def test_options_reach_the_plan():
     assert (plan.training_batch, plan.sampling_batch, plan.turns, plan.gpus) == (2, 3, 2, 2)
     assert (plan.vae_tiling, plan.checkpointing, plan.average) == (True, False, False)
     assert plan.passes.trained == 2
-    assert {"training.batch", "model.checkpointing"} <= budget.trainer_options(config)
+    names = {x.option for x in CHANGES} | {QUANTIZE}
+    assert names <= budget.trainer_options(config)  # each option that is advised exists
+
+
+def test_loading_options_reach_the_plan(tmp_path):
+    def plan(*words):
+        return budget.plan_of(parse(["kontext-nft", *words], services=False), gpus=1)
+
+    assert plan("--model.quantize", "nf4").quantize == "nf4"
+    assert plan("--model.encoders", "host").encoders == "host"
+    assert plan("--model.prompt-folder", str(tmp_path)).encoders == "ahead"
+    assert plan("--model.shard", "zero3").shard == "zero3"
+    assert plan("--training.optimizer", "adamw_8bit").optimizer_bytes == 2
+    start = ("--model.lora", str(tmp_path), "--model.lora-start", "freeze")
+    assert plan(*start).more_adapters == 1
+    assert plan(*start, "--model.lora-reference", "start").more_adapters == 2
+
+
+def test_kontext_trains_on_one_card_of_24(capsys, monkeypatch):
+    words = ("kontext-nft", "--memory", 24, "--model.quantize", "nf4")
+    assert json.loads(run(capsys, monkeypatch, *words, "--json")[1])["verdict"] == "fits"
+    code, out, _ = run(capsys, monkeypatch, "kontext-nft", "--memory", 24)
+    assert code == 0  # with options changed
+    assert "It fits only with changes:" in out
+    assert "model.quantize nf4" in out
 
 
 def test_a_local_folder_is_read_and_simulated(tmp_path, capsys, monkeypatch):
