@@ -87,13 +87,14 @@ def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> l
         ChainError: an image is missing or broken, or the id leads out of the folder.
     """
     chain, reference, _ = dataset[index]
+    _ = chain.reference  # nothing is compared with no image
     if name is None:
         return [reference, *EditedImages(folder).load(chain)]
     if "{id" in name and is_outside(folder / chain.id, folder):
         raise ChainError(f"id: expected a name within {folder}, got {chain.id!r}")
     images = [reference]
     for turn in range(1, chain.turns + 1):
-        file = folder / name.format(id=chain.id, image=Path(chain.image).stem, turn=turn)
+        file = folder / name.format(id=chain.id, image=Path(chain.reference).stem, turn=turn)
         try:
             images.append(read_image(file))
         except (*UNREADABLE, *BOMBS) as error:  # no file, or a broken one

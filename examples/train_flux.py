@@ -1,4 +1,4 @@
-"""Reinforcement learning of FLUX.1-Kontext or FLUX.2-klein on chains of edits.
+"""Reinforcement learning of FLUX, Qwen-Image-Edit and other pipelines on chains of edits.
 
     python examples/train_flux.py shapes-nft
     accelerate launch --config_file examples/flux/launch/ddp.yaml examples/train_flux.py \

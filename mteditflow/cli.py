@@ -41,9 +41,21 @@ COMMANDS = {
         "main",
         "train",
     ),
+    "budget": Command(
+        "predict memory, FLOPs and least hours of a training run, without a GPU",
+        "mteditflow_examples.budget",
+        "main",
+        "train",
+    ),
     "evaluate": Command(
         "score an edit pipeline or a folder of images on chains; compare two runs",
         "mteditflow_examples.evaluate",
+        "app",
+        "train",
+    ),
+    "export": Command(
+        "write a run's LoRA for diffusers or ComfyUI, with a model card",
+        "mteditflow_examples.export",
         "app",
         "train",
     ),

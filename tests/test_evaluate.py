@@ -192,6 +192,15 @@ def test_any_other_pipeline_is_called_one_chain_at_a_time(world, monkeypatch):
     assert [x.tobytes() for x in other[0]] == [x.tobytes() for x in family[0]]
 
 
+def test_the_record_has_the_scale_of_guidance_by_whatever_name_the_pipeline_gives_it(tmp_path):
+    index = tmp_path / "model_index.json"
+    for kind, name in (("QwenImageEditPlusPipeline", "true_cfg_scale"), ("Any", "guidance_scale")):
+        index.write_text(json.dumps({"_class_name": kind}))
+        call = {name: 3.0, "num_inference_steps": 2}
+        made_by = Model(str(tmp_path), None, "float32", call, 12, 0).made_by
+        assert (made_by.guidance, made_by.steps, made_by.call) == (3.0, 2, "{}")
+
+
 def test_images_of_other_settings_are_not_taken_for_these(world, made):
     said = run("run", world / "edival.csv", "--editor", world / "model", *EDITOR, *CALLS, *EXACT,
         "--output", made, "--seed", "1", code=2)  # fmt: skip

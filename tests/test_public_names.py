@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow._pipes": {"reader_may_leave"},
     # Foreign text on a terminal, and the options of every command with a judge.
     "mteditflow._command": {"OneLineCommand", "OneLineGroup", "program", "writing"},
-    "mteditflow._exits": {"BAD_INPUT", "failing", "refuse", "refusing"},
+    "mteditflow._exits": {"BAD_INPUT", "FAILED", "failing", "refuse", "refusing"},
     "mteditflow._checks": {"check_count"},
     "mteditflow._text": {"escape_controls", "escape_markup", "parse_json"},
     # The end of a program whose scorer blocks.
@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # Whether a folder holds a pipeline that can be trained, before it is loaded.
     "mteditflow.pipelines.families": {"find_family"},
+    "mteditflow.pipelines.quantization": {"check_quantization"},
     # Intervals where all chains are alike, ranges of scores, and what a scorer is checked with.
     "mteditflow.evaluation.intervals": {"bounded_interval", "interval_of", "overall_interval"},
     "mteditflow.rewards.scale": {"COSINE", "SHARE"},

@@ -163,7 +163,10 @@ DISTILLATION = {k: v for k, v in RUNS.items() if k != "no such scorer"} | {
     "weights of rewards": (["--rewards.weights.following", 2], "rewards.weights: has an effect"),
     "no teacher": (["--teacher.path", "ROOT/none"], "teacher.path: expected a folder with pytorc"),
     "a teacher that is none": (["--teacher.path", "ROOT/no_lora"], "teacher.path: expected a fol"),
-    "a teacher of another rank": (["--teacher.path", "ROOT/lora_of_4"], "LoRA of rank 16, got [4]"),
+    "a teacher of another rank": (
+        ["--teacher.path", "ROOT/lora_of_4"],
+        "LoRA of rank 16, as model.lora_rank, got [4]",
+    ),
 }
 PROGRAMS = {"train": (train_flux.main, TRAINER), "distill": (self_distillation.main, DISTILLATION)}
 OF_RUNS = [(name, case) for name, (_, cases) in PROGRAMS.items() for case in cases]

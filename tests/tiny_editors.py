@@ -71,7 +71,7 @@ def build_flux2() -> DiffusionPipeline:
 
 
 def build_qwen_edit() -> DiffusionPipeline:
-    """Qwen-Image-Edit-Plus with a Qwen2.5-VL that sees, and a VAE of a factor of 64."""
+    """Qwen-Image-Edit-Plus with a Qwen2.5-VL that sees, and a VAE of a factor of 32."""
     tokenizer = build_klein(image_size=8).tokenizer
     tokenizer.add_tokens(PICTURES, special_tokens=True)
     tokenizer._set_model_specific_special_tokens({"image_token": PICTURES[1]})
@@ -95,7 +95,7 @@ def build_qwen_edit() -> DiffusionPipeline:
     )
     pipeline = qwen.qwen(
         "QwenImageEditPlusPipeline",
-        downsamplings=6,
+        downsamplings=5,
         transformer=qwen.transformer(16),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,

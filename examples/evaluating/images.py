@@ -61,8 +61,9 @@ class MadeImages:
         """Read the reference as the editor is given it.
 
         Raises:
-            ChainError: it is missing or broken.
+            ChainError: it is missing or broken, or the chain has none.
         """
+        _ = chain.reference
         image: Image.Image = ChainDataset([chain])[0].image
         if self.resolution is None:
             return image

@@ -46,12 +46,15 @@ def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Conf
     sys.exit(0)  # the reader of the help has left, and that ended the printing
 
 
-def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
+def parse(
+    arguments: Sequence[str], kind: type[Config] = Config, *, services: bool = True
+) -> Config:
     """Read the command line: a preset's name or a TOML file, then any field over it.
 
     Args:
         arguments: such as ``["kontext-nft", "objective:awm", "--objective.clip-low", "1e-3"]``.
         kind: class of the configuration.
+        services: whether it has to say who scores.
 
     Raises:
         ConfigError: the command line cannot be parsed; or a field is out of range, has no effect,
@@ -73,7 +76,7 @@ def parse(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
     if asked is not None:
         sections = (*_plain_words(rest[:asked]), *_plain_words(rest[asked + 1 :]))
         _help(words[0], base, sections)
-    return checked(typed(dumped(_with_fields(base, rest)), kind), base)
+    return checked(typed(dumped(_with_fields(base, rest)), kind), base, services=services)
 
 
 def _with_fields(base: Config, words: Sequence[str]) -> Config:

@@ -47,13 +47,15 @@ class Model:
     """The editor, and how it is held and run."""
 
     path: str = "black-forest-labs/FLUX.1-Kontext-dev"
-    """Hub id or folder of a FLUX.1-Kontext or FLUX.2-klein pipeline in diffusers format."""
+    """Hub id or folder of a pipeline in diffusers format that edits an image or makes one of a
+    text."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic; adapters, log-probs and losses are float32 in either."""
     resolution: Count = 512
     """Side of all images, pixels; references are cropped to a square of it."""
-    guidance: Annotated[float, Field(ge=1)] = 2.5
-    """The pipeline's guidance_scale: embedded for Kontext, classifier-free for klein."""
+    guidance: NonNegative = 2.5
+    """Scale of guidance: embedded for Kontext and FLUX.2-dev, else classifier-free, as klein's. The
+    pipeline's guidance_scale, of Qwen-Image-Edit true_cfg_scale."""
     options: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Further arguments of the pipeline call; in preset files alone."""
     lora_rank: Count = 64
@@ -61,17 +63,36 @@ class Model:
     lora_alpha: Count = 128
     """Their scale is alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the modules that get adapters; none: attention and feed-forward of the family."""
+    """Names of the modules that get adapters; none: attention and feed-forward of all blocks."""
+    lora: Path | None = None
+    """LoRA to start from, a folder or file in diffusers' format; none: the base model."""
+    lora_start: Literal["continue", "freeze"] = "continue"
+    """continue: train it, with its modules and rank; freeze: train a new one above it. What a run
+    saves holds both."""
+    lora_reference: Literal["base", "start"] = "base"
+    """What objective.kl_coef draws to: the base model, or it with the LoRA of model.lora."""
     checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory; an update takes 24% (NFT) to 45%
+    (GRPO) more operations."""
     compile: bool = False
     """Compile the repeated blocks with torch.compile: minutes at the start, faster after."""
     attention: str | None = None
     """Attention backend by diffusers' name, such as flash or sage; none: torch's own."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the blocks' linear layers of transformer and text encoders in 8 bits (torchao) or 4
+    (bitsandbytes): less memory; the policies, reference included, are those of the quantized
+    model."""
+    encoders: Literal["device", "host"] = "device"
+    """Where text encoders work: device, where they are only while they embed new instructions; or
+    host, which takes no memory of the device and minutes for the instructions of a round."""
+    prompt_folder: Path | None = None
+    """Folder for the embeddings of all instructions, made before the transformer is on the device
+    and read by later runs: 4 MB each for Kontext, 13 MB for klein-9B; none: they are made anew."""
     vae_slicing: bool = False
     """Decode images one by one: less memory."""
     vae_tiling: bool = False
-    """Decode images tile by tile: less memory; results change a little."""
+    """Decode images tile by tile: less memory where the autoencoder has small tiles; nothing up to
+    1024 pixels for FLUX's. Results change a little."""
     shard: Literal["none", "fsdp2", "zero3"] = "none"
     """Where one device is short: fsdp2 shards all weights over ranks, zero3 (DeepSpeed) the base
     model's. none: every rank holds them whole."""
@@ -120,7 +141,7 @@ class Teacher:
 
     path: Path | None = None
     """Folder of a LoRA of the run's rank and modules, such as a checkpoint's lora; it sees what the
-    student sees. None: the base model, which is shown clean images."""
+    student sees. None: the base model (see model.lora_reference), which is shown clean images."""
 
 
 @dataclass(frozen=True)
@@ -316,7 +337,7 @@ RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarde
 
 @dataclass(frozen=True)
 class Config:
-    """Reinforcement learning of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
+    """Reinforcement learning of FLUX, Qwen-Image-Edit and other pipelines on chains of edits."""
 
     __pydantic_config__ = STRICT
 
@@ -339,7 +360,7 @@ class Config:
 
 @dataclass(frozen=True)
 class DistillationConfig(Config):
-    """Self-distillation of FLUX.1-Kontext or FLUX.2-klein on chains of edits."""
+    """Self-distillation of FLUX, Qwen-Image-Edit and other pipelines on chains of edits."""
 
     objective: Distillation = field(default_factory=Distillation)  # type: ignore[assignment]
     """Loss and its hyperparameters."""
@@ -355,17 +376,19 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field."""
 
 
-def checked(config: Config, base: Config | None = None) -> Config:
+def checked(config: Config, base: Config | None = None, *, services: bool = True) -> Config:
     """Return a configuration that can be run.
 
     Args:
         config: fields of the right types.
         base: preset that was changed: a field may differ from it only where it has an effect.
+        services: whether it has to say who scores.
 
     Raises:
         ConfigError: one line per wrong field.
     """
     problems = [*_unsound(config), *_ignored(config, base or type(config)())]
+    problems += _unserved(config.rewards) if services else []
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -532,11 +555,6 @@ def _unsound(config: Config) -> Iterator[str]:
         yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
         yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
-    if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
-        yield "rewards: expected judge and judge_model, or a scorer"
-    wanted = rewards.weights.get("consistency") or rewards.floor is not None
-    if rewards.scorer is None and not rewards.consistency and wanted:
-        yield "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
         yield "rewards.scorer: expected no judge and no consistency beside it"
     if rewards.scorer is None or rewards.scale is not None:
@@ -562,12 +580,27 @@ def _unsound(config: Config) -> Iterator[str]:
         )
 
 
+def _unserved(rewards: Rewards) -> Iterator[str]:
+    """Yield services that a run would need, in words."""
+    if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
+        yield "rewards: expected judge and judge_model, or a scorer"
+    wanted = rewards.weights.get("consistency") or rewards.floor is not None
+    if rewards.scorer is None and not rewards.consistency and wanted:
+        yield "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
+
+
 def _ignored(config: Config, base: Config) -> Iterator[str]:
     """Yield fields that were changed although nothing reads them, in words."""
     rewards, safety = config.rewards, config.safety
     reads_judge = rewards.scorer is None
     learns = config.objective.card.rewarded
+    reads_reference = not learns or getattr(config.objective, "kl_coef", 0) > 0
     unread = {
+        ("model", "lora_start"): (config.model.lora is not None, "model.lora is given"),
+        ("model", "lora_reference"): (
+            config.model.lora is not None and reads_reference,
+            "model.lora is given and objective.kl_coef, or distillation, uses a reference",
+        ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),

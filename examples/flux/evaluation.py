@@ -71,7 +71,7 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
 
 def _edit(
     run: Run, held_out: HeldOut, rows: Sequence[int]
-) -> tuple[list[Chain], list[list[Image]]]:
+) -> tuple[list[Chain], list[list[Image | None]]]:
     """Edit some chains, each from its own noise: images [reference, turn 1, ..., turn N]."""
     examples = held_out.chains.__getitems__(rows)
     references = [example.image for example in examples]

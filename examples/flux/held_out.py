@@ -188,13 +188,13 @@ def _short(value: object) -> str:
     return repr(value)
 
 
-class Images(Mapping[int, list[Image.Image]]):
+class Images(Mapping[int, list[Image.Image | None]]):
     """Images [reference, turn 1, ..., turn N] of held-out chains by row, read when asked for."""
 
     def __init__(self, folder: Path, chains: ChainDataset) -> None:
         self._edited, self._chains = EditedImages(folder), chains
 
-    def __getitem__(self, row: int) -> list[Image.Image]:
+    def __getitem__(self, row: int) -> list[Image.Image | None]:
         return [self._chains[row].image, *self._edited.load(self._chains.chains[row])]
 
     def __iter__(self) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,19 +19,22 @@ from mteditflow._text import parse_json
 from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
 from mteditflow.chains.formats.stored import is_stored
 from mteditflow.evaluation import JudgedBy
+from mteditflow.pipelines import Family
 from mteditflow.pipelines.families import find_family
+from mteditflow.pipelines.quantization import check_quantization
 from mteditflow.rewards.command_line import check_source
 from mteditflow.training import Checkpoint
 
-from .config import Config, ConfigError, DistillationConfig
+from .config import Config, ConfigError, DistillationConfig, Model
 from .held_out import HeldOut
-from .loading import Notes, load_chains, load_held_out, made_by
+from .loading import Notes, family_of, load_chains, load_held_out, made_by, require_fitting
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
 from .rewards import check_services, judged_by, require_services, scale_of
 from .trackers import check_trackers
 
 INDEX = "model_index.json"  # of a pipeline's folder
 LORA = "pytorch_lora_weights.safetensors"
+FACTOR_A = re.compile(r"\.(lora_A|lora_down|lora\.down)\.weight$")  # [rank, in]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +72,20 @@ def check(config: Config) -> None:
     for part in ("", "checkpoints", "evaluations", "pictures"):
         require_folder("output.folder", config.output.folder / part)
     _check_model(config.model.path)
+    _check_memory_options(config.model)
     for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
         if path is not None and not path.is_file() and not is_stored(path):
             got = f"none at {path}" if not path.exists() else f"the folder {path}"
             raise ConfigError(f"data.{name}: expected a file of chains, got {got}")
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
-        _check_teacher(config.teacher.path, config.model.lora_rank)
+        _check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
+    if config.model.lora is not None:
+        continued = config.model.lora_start == "continue"
+        _check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
 
 
 def _check_model(source: str) -> None:
-    """Raise unless there may be a pipeline of a known family."""
+    """Raise unless there may be a pipeline that edits an image or makes one of a text."""
     try:
         check_source("model.path", source, INDEX)
     except ValueError as error:
@@ -89,17 +97,38 @@ def _check_model(source: str) -> None:
             raise ConfigError(f"model.path: {source}: {error}") from error
 
 
-def _check_teacher(folder: Path, rank: int) -> None:
-    """Raise unless a folder holds a LoRA of a rank."""
+def _check_memory_options(model: Model) -> None:
+    """Raise unless weights can be quantized as they are to be, and embeddings be stored.
+
+    Raises:
+        ConfigError: the package is missing.
+        ValueError: a file is in the place of the folder.
+    """
+    if model.prompt_folder is not None:
+        require_folder("model.prompt_folder", model.prompt_folder)
+    if model.quantize == "none":
+        return
     try:
-        with safe_open(folder / LORA, framework="pt") as file:
-            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+        check_quantization(model.quantize)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
+def _check_lora(field: str, path: Path, rank: int | None) -> None:
+    """Raise unless there is a LoRA, of a rank where one is given."""
+    try:
+        with safe_open(path / LORA if path.is_dir() else path, framework="pt") as file:
+            names = [name for name in file.keys() if FACTOR_A.search(name)]  # noqa: SIM118
             ranks = {file.get_slice(name).get_shape()[0] for name in names}
     except Exception as error:  # the library has many for files that are none
-        wanted = f"teacher.path: expected a folder with {LORA}"
-        raise ConfigError(f"{wanted}, got {folder}: {error}") from error
-    if ranks != {rank}:
-        raise ConfigError(f"teacher.path: expected a LoRA of rank {rank}, got {sorted(ranks)}")
+        wanted = f"{field}: expected a folder with {LORA}, or such a file"
+        raise ConfigError(f"{wanted}, got {path}: {error}") from error
+    if not ranks:
+        raise ConfigError(f"{field}: expected a LoRA, got none in {path}")
+    if rank is not None and ranks != {rank}:
+        raise ConfigError(
+            f"{field}: expected a LoRA of rank {rank}, as model.lora_rank, got {sorted(ranks)}"
+        )
 
 
 def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
@@ -116,6 +145,8 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     data = config.data
     notes, size = Notes(), config.model.resolution
     chains = load_chains(data, data.chains, size, notes)
+    family = _family(config)
+    require_fitting(config, family, chains)
     sampler = make_sampler(config, chains, accelerator)
     files = fingerprints(config)
     found = find_checkpoint(config, notes)
@@ -127,6 +158,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     held_out = None
     if data.held_out is not None:
         unseen = load_held_out(data, chains, size, notes)
+        require_fitting(config, family, unseen)
         held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
         if strays := ", ".join(held_out.strays()):
             notes.warning(f"{held_out.folder}: left alone, as not of this run: {strays}")
@@ -137,6 +169,18 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     if held_out is not None and found is not None:
         judge = _comparable(config, held_out, judge, found.round)
     return Inputs(chains, sampler, held_out, found, judge, files, notes)
+
+
+def _family(config: Config) -> Family:
+    """Return the family of the pipeline to train.
+
+    Raises:
+        ConfigError: it is of none that can be trained, or there is none.
+    """
+    try:
+        return family_of(config.model.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
 
 
 def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator) -> GroupSampler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from PIL import Image, ImageOps
 from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
-from mteditflow.pipelines import Editor, LoraPolicies
+from mteditflow.pipelines import Editor, Family, LoraPolicies, Start, read_lora
+from mteditflow.pipelines.families import find_family
 from mteditflow.training import RunLog
 
-from .config import Config, ConfigError, Data
+from .config import Config, ConfigError, Data, DistillationConfig, Model
 from .sharding import sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -34,23 +36,33 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def load_policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
-    """Load the editor, give it adapters, and shard it if it is to be sharded.
+def load_policies(
+    config: Config, accelerator: Accelerator, instructions: Sequence[str] = ()
+) -> tuple[Editor, LoraPolicies]:
+    """Load the editor, give it adapters, and shard it if it is to be sharded; a collective call.
+
+    Args:
+        config: the run's.
+        accelerator: of this rank.
+        instructions: of all chains, which ``model.prompt_folder`` stores ahead.
 
     Raises:
         ConfigError: it cannot be loaded as it is configured.
     """
     quiet_libraries()
     try:
-        return _policies(config, accelerator)
+        return _policies(config, accelerator, instructions)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
 
 
-def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPolicies]:
-    model = config.model
+def _policies(
+    config: Config, accelerator: Accelerator, instructions: Sequence[str]
+) -> tuple[Editor, LoraPolicies]:
+    model, ranks = config.model, int(accelerator.num_processes)
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
+    guidance = _guidance(config, family_of(model.path))
     editor = Editor.load(
         model.path,
         dtype=DTYPES[model.dtype],
@@ -59,7 +71,7 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
             "height": model.resolution,
             "width": model.resolution,
             "num_inference_steps": config.sampling.steps,
-            "guidance_scale": model.guidance,
+            **guidance,
             **model.options,
         },
         attention_backend=model.attention,
@@ -67,22 +79,98 @@ def _policies(config: Config, accelerator: Accelerator) -> tuple[Editor, LoraPol
         compile_blocks=model.compile,
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,
+        quantize=None if model.quantize == "none" else model.quantize,
+        encoder_device="cpu" if model.encoders == "host" else None,
+        prompt_folder=model.prompt_folder,
+        instructions=instructions[int(accelerator.process_index) :: ranks],
     )
+    if instructions:
+        accelerator.wait_for_everyone()  # until every rank has stored its share
     multiple = 2 * editor.pipeline.vae_scale_factor  # pixels of a token; diffusers would round down
     if model.resolution % multiple:
         raise ValueError(
             f"resolution: expected a multiple of {multiple} pixels, got {model.resolution}"
         )
-    shards = sharding(model, int(accelerator.num_processes))
+    shards = sharding(model, ranks)
     shards.before_adapters(editor)
     lora = editor.lora(
         rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets or None
     )
     policies = LoraPolicies(
-        editor.transformer, lora, seed=config.training.seed, ema=config.training.ema_decay > 0
+        editor.transformer,
+        lora,
+        seed=config.training.seed,
+        ema=config.training.ema_decay > 0,
+        start=_start(model, editor),
     )
     shards.after_adapters(editor)
     return editor, policies
+
+
+def _start(model: Model, editor: Editor) -> Start | None:
+    """Return the LoRA that the policies start from."""
+    if model.lora is None:
+        return None
+    weights = read_lora(type(editor.pipeline), model.lora)
+    return Start(weights, frozen=model.lora_start == "freeze", reference=model.lora_reference)
+
+
+def family_of(source: str) -> Family:
+    """Read the family of a pipeline off its folder or hub id, of which one file is fetched.
+
+    Raises:
+        ValueError: it is of no family that can be trained.
+        OSError: there is none.
+    """
+    return find_family(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
+
+
+def _guidance(config: Config, family: Family) -> dict[str, float]:
+    """Return the scale of guidance as a call takes it.
+
+    Raises:
+        ValueError: the pipeline has none.
+    """
+    scale = config.model.guidance
+    if family.guidance is None and scale != 1:
+        raise ValueError(
+            f"guidance: expected 1 for a {family.pipeline.__name__}, which has no scale of "
+            f"guidance, got {scale}"
+        )
+    return {} if family.guidance is None else {family.guidance: scale}
+
+
+def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> None:
+    """Raise unless chains have what the pipeline takes: a reference image, or none and one turn.
+
+    Raises:
+        ConfigError: they have not, or something else of the run needs a reference.
+    """
+    makes, kind = family.references == "none", family.pipeline.__name__
+    expected = "no image in any chain" if makes else "an image in every chain"
+    for chain in (chain for dataset in datasets for chain in dataset.chains):
+        if (chain.image is None) != makes:
+            got = "none" if chain.image is None else repr(chain.image)
+            raise ConfigError(
+                f'data: expected {expected} ("image": null is none) for a {kind}, got {got} in '
+                f"chain {chain.id!r}"
+            )
+    if not makes:
+        return
+    if config.data.turns > 1:
+        raise ConfigError(
+            f"data.turns: expected 1 for a {kind}, which edits no image, got {config.data.turns}"
+        )
+    if config.rewards.scorer is None:
+        raise ConfigError(
+            f"rewards.scorer: expected one for a {kind}, since judge and consistency compare with "
+            "a reference image, got none"
+        )
+    if isinstance(config, DistillationConfig) and config.teacher.path is None:
+        raise ConfigError(
+            f"teacher.path: expected a LoRA for a {kind}, whose base model has no clean image to "
+            "be shown, got none"
+        )
 
 
 def made_by(config: Config, done: int) -> MadeBy:

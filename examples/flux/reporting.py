@@ -103,7 +103,7 @@ def record(run: Run, bar: Bar) -> None:
 
 
 def show_chains(
-    run: Run, drawn: RoundChains, images: Sequence[Sequence[Image]], scores: Scores
+    run: Run, drawn: RoundChains, images: Sequence[Sequence[Image | None]], scores: Scores
 ) -> None:
     """Draw a few members of the round's first groups, when it is due."""
     if not pictures_due(run):

@@ -15,11 +15,11 @@ from .loading import Notes
 # Weights, optimizer and sampler are of these fields; another value is another run.
 FIXED = (
     ("objective", "name"),
-    *(("model", name) for name in ("lora_rank", "lora_alpha", "lora_targets")),
+    *(("model", f"lora_{name}") for name in ("rank", "alpha", "targets", "start", "reference")),
     ("data", "turns"),
     ("training", "optimizer"),
 )
-HASHED = (("model", "path"), ("data", "chains"), ("data", "held_out"))
+HASHED = (("model", "path"), ("model", "lora"), ("data", "chains"), ("data", "held_out"))
 
 
 def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
@@ -169,6 +169,9 @@ def check_unchanged(
         if was != value:
             field = section if name == "name" else f"{section}.{name}"
             raise ConfigError(_refusal(field, f"{was!r}", folder, f"{value!r}"))
+    lora, was = config.model.lora, before["model"].get("lora")
+    if (lora is None) != (was is None):
+        raise ConfigError(_refusal("model.lora", f"{was}", folder, f"{lora}"))
     if config.training.ema_decay > 0 and before["training"]["ema_decay"] == 0:
         got = f"{config.training.ema_decay} and no average to go on from"
         raise ConfigError(_refusal("training.ema_decay", "0.0", folder, got))

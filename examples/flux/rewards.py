@@ -40,7 +40,9 @@ from mteditflow.training import Aggregation, RoundRewards
 from .config import ConfigError, Rewards
 from .scorers import CheckedScorer, Scorer, consistency_terms, declared_scale, named_scorer
 
-Submit = Callable[[Sequence[Chain], Sequence[Sequence[Image]]], "Future[Mapping[str, TurnScores]]"]
+Submit = Callable[
+    [Sequence[Chain], Sequence[Sequence[Image | None]]], "Future[Mapping[str, TurnScores]]"
+]
 
 
 def judge_client(config: Rewards, **options: Any) -> ChatClient:

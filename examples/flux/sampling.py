@@ -30,12 +30,12 @@ class RoundChains:
 
     Attributes:
         chains: records.
-        references: images that turn 1 edits.
+        references: images that turn 1 edits; None each for text to image.
         group: integer group id, [B].
     """
 
     chains: Sequence[Chain]
-    references: Sequence[Image]
+    references: Sequence[Image | None]
     group: Tensor
 
 
@@ -51,7 +51,7 @@ def next_chains(run: Run) -> RoundChains:
 
 def roll_out(
     run: Run,
-    references: Sequence[Image],
+    references: Sequence[Image | None],
     instructions: Sequence[Sequence[str]],
     group: Tensor,
     how: Sampling,
@@ -75,7 +75,7 @@ def roll_out(
             run.stop_if_requested()
 
 
-def sample(run: Run, drawn: RoundChains) -> tuple[Rollout, list[list[Image]], Scores]:
+def sample(run: Run, drawn: RoundChains) -> tuple[Rollout, list[list[Image | None]], Scores]:
     """Roll out this rank's chains; each part is scored while the next one is sampled.
 
     Returns:
@@ -84,12 +84,14 @@ def sample(run: Run, drawn: RoundChains) -> tuple[Rollout, list[list[Image]], Sc
     """
     objective = run.objective
     how = objective.sampling(run.state.done, steps=run.config.sampling.steps)
-    parts, waiting, images = [], [], []
+    parts, waiting = [], []
+    images: list[list[Image | None]] = []
     with run.log.stopwatch.phase("sampling"), run.policies.use(objective.samples_with):
         instructions = [chain.instructions for chain in drawn.chains]
         for part in roll_out(run, drawn.references, instructions, drawn.group, how):
             references = drawn.references[part.rows]
-            edited = [[r, *turns] for r, turns in zip(references, part.images, strict=True)]
+            pairs = zip(references, part.images, strict=True)
+            edited: list[list[Image | None]] = [[r, *turns] for r, turns in pairs]
             waiting.append(run.submit(drawn.chains[part.rows], edited))
             parts.append(part.rollout)
             images += edited

@@ -57,13 +57,14 @@ class Scorer(Protocol):
     """
 
     async def score(
-        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image | None]]
     ) -> Mapping[str, TurnScores]:
         """Score every turn of B chains.
 
         Args:
             chains: their records.
-            images: of each the reference and what each turn made, RGB.
+            images: of each the reference and what each turn made, RGB; the reference is None for
+                text to image.
 
         Returns:
             Scores by name, each [B, N], N turns of the longest; "following" among them. The

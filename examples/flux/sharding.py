@@ -79,6 +79,11 @@ def sharding(model: Model, ranks: int) -> Sharding:
             f"model.shard: expected none in one process, got {how}; start several with accelerate "
             "launch or torchrun"
         )
+    if how != "none" and model.quantize != "none":
+        raise ConfigError(
+            f"model.quantize: expected none under {how}, since packed weights and their scales do "
+            f"not follow the shards, got {model.quantize}"
+        )
     if how != "zero3":
         return Sharding(how)
     if model.compile:

@@ -16,7 +16,7 @@ from mteditflow import AdaptiveKL, RewardHistory
 from mteditflow._exits import refusing
 from mteditflow._locks import sole_writer
 from mteditflow.chains import ChainError
-from mteditflow.pipelines import ReplayError
+from mteditflow.pipelines import Editor, ReplayError
 from mteditflow.rewards import InvalidRewardsError
 from mteditflow.rewards.transport.concurrency import ending_past_calls
 from mteditflow.training import (
@@ -66,7 +66,8 @@ def build(
     inputs.notes.write(log)
     ranks = int(accelerator.num_processes)
     log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
-    editor, policies = load_policies(config, accelerator)
+    editor, policies = load_policies(config, accelerator, _ahead(config, inputs))
+    _log_assumptions(editor, config.model.resolution, log)
     return Run(
         config=config,
         log=log,
@@ -87,6 +88,25 @@ def build(
         found=inputs.found,
         files=inputs.files,
     )
+
+
+def _ahead(config: Config, inputs: Inputs) -> list[str]:
+    """Return the instructions to embed before the transformer is loaded, each once, in order."""
+    if config.model.prompt_folder is None:
+        return []
+    held_out = [] if inputs.held_out is None else inputs.held_out.chains.chains
+    chains = (*inputs.chains.chains, *held_out)
+    return list(dict.fromkeys(text for chain in chains for text in chain.instructions))
+
+
+def _log_assumptions(editor: Editor, side: int, log: RunLog) -> None:
+    """Let the log say how a class that is not listed is called, and what becomes of references."""
+    for text in editor.assumptions:
+        log.message(f"assumed: {text}")
+    size = editor.reference_size(side, side)
+    if size not in (None, (side, side)):
+        width, height = size
+        log.message(f"references of {side} x {side} pixels are encoded at {width} x {height}")
 
 
 def initial_state(config: Config) -> State:

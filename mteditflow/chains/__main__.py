@@ -81,7 +81,8 @@ def convert(
     def chains() -> Iterator[Chain]:
         for found in iter_chains(source, format=from_, images=images, allow_outside=allow_outside):
             if isinstance(found, Chain):
-                if not found.image_is_remote and is_outside(found.image_path, target.parent):
+                file = found.image is not None and not found.image_is_remote
+                if file and is_outside(found.image_path, target.parent):
                     outside.add(found.id)
                 yield found
             elif lenient:

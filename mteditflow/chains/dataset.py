@@ -18,7 +18,7 @@ class Example(NamedTuple):
     """One chain of a data set."""
 
     chain: Chain
-    image: Any  # PIL RGB, or what the transform makes of it
+    image: Any  # PIL RGB, or what the transform makes of it; None if the chain has none
     group: int  # index of the chain in the data set
 
 
@@ -67,9 +67,10 @@ class ChainDataset(Dataset[Example]):
             IndexError: there is no such chain.
         """
         chain = self.chains[index]
-        image = _load_image(chain)
-        transformed = image if self.transform is None else self.transform(image)
-        return Example(chain, transformed, range(len(self))[index])
+        image: Any = None if chain.image is None else _load_image(chain)
+        if image is not None and self.transform is not None:
+            image = self.transform(image)
+        return Example(chain, image, range(len(self))[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """Load a batch; torch's DataLoader calls this."""

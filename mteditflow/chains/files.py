@@ -216,6 +216,8 @@ class _Looks:
             chain = Chain.from_record(record, self.root)
         except ChainError as error:
             return error
+        if chain.image is None:
+            return chain
         if chain.image_is_remote:
             address = f"got the address {shorten(chain.image)}"
             return ChainError(f"image: expected a file, {address}") if self.check_images else chain
@@ -230,7 +232,7 @@ class _Looks:
         """Let the image be the one that is there, of those that differ in the suffix alone."""
         if _is_file(chain.image_path):
             return chain
-        image = Path(chain.image)
+        image = Path(chain.reference)
         others = [image.with_suffix(suffix).as_posix() for suffix in self.suffixes]
         there = next((x for x in others if _is_file(self.root / x)), chain.image)
         return chain.model_copy(update={"image": there})
@@ -367,6 +369,8 @@ class _NothingToWriteError(Exception):
 def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:
     if chain.id in ids:
         return Refused(chain.id, "id: expected a new one, got it again")
+    if chain.image is None and known is not FORMATS["native"]:
+        return Refused(chain.id, "image: expected a reference image, got none")
     try:
         return known.encode(chain)
     except ChainError as error:
@@ -375,7 +379,7 @@ def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:
 
 def _moved(chain: Chain, folder: Path) -> Chain:
     """Let the image's path be relative to another folder."""
-    fixed = chain.image_is_remote or Path(chain.image).is_absolute()
+    fixed = chain.image_is_remote or chain.image is None or Path(chain.image).is_absolute()
     if fixed or os.path.abspath(chain.root) == os.path.abspath(folder):
         return chain
     image = Path(os.path.relpath(chain.image_path, folder)).as_posix()

@@ -123,8 +123,9 @@ class Chain(BaseModel):
 
     id: Text
     """Names the chain; unique in a file."""
-    image: Text
-    """Path of the reference image, relative to the file that the chain stands in."""
+    image: Text | None
+    """Path of the reference image, relative to the file that the chain stands in; null where there
+    is none, as for text to image."""
     instructions: Annotated[tuple[Text, ...], Field(min_length=1)]
     """What to do at each turn, in words."""
     task_types: tuple[TaskType, ...] | None = None
@@ -173,14 +174,29 @@ class Chain(BaseModel):
         return self.model_copy(update={"instructions": self.instructions[:turns], **cut})
 
     @property
+    def reference(self) -> str:
+        """Path or address of the reference image.
+
+        Raises:
+            ChainError: there is none.
+        """
+        if self.image is None:
+            raise ChainError(f"chain {self.id!r}: expected a reference image, got none")
+        return self.image
+
+    @property
     def image_path(self) -> Path:
-        """Where the reference image lies, if it is a file."""
-        return self.root / self.image
+        """Where the reference image lies, if it is a file.
+
+        Raises:
+            ChainError: there is none.
+        """
+        return self.root / self.reference
 
     @property
     def image_is_remote(self) -> bool:
         """Whether the reference image is an address, to be downloaded first."""
-        return "://" in self.image
+        return self.image is not None and "://" in self.image
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], root: Path = Path()) -> Chain:
@@ -203,7 +219,7 @@ class Chain(BaseModel):
     def to_record(self) -> dict[str, Any]:
         """Return what is known of the chain: its fields in their order, then unknown keys."""
         fields = {name: getattr(self, name) for name in type(self).model_fields if name != "root"}
-        known = {name: value for name, value in fields.items() if value is not None}
+        known = {k: value for k, value in fields.items() if value is not None or k == "image"}
         return known | (self.model_extra or {})
 
     def to_json(self) -> str:

@@ -139,6 +139,9 @@ def _named(chains: Sequence[Chain]) -> Iterator[tuple[Chain, str]]:
     """Yield chains with the hash of their image's content, or its address where it is remote."""
     hashes: dict[Path, str] = {}
     for chain in chains:
+        if chain.image is None:  # text to image: the texts stand for it
+            yield chain, "\n".join(chain.instructions)
+            continue
         if chain.image_is_remote:
             yield chain, chain.image
             continue

@@ -11,15 +11,18 @@ except ImportError as error:
         f"mteditflow.pipelines needs {error.name}: pip install 'mteditflow[diffusers]'"
     ) from error
 
+from mteditflow.pipelines.comfyui import comfyui_lora
 from mteditflow.pipelines.editor import Editor, Part
 from mteditflow.pipelines.families import FAMILIES, Family, describe
 from mteditflow.pipelines.loop import Step
+from mteditflow.pipelines.lora_files import read_lora
 from mteditflow.pipelines.policies import LoraPolicies
 from mteditflow.pipelines.prompts import Instruction, Prompts
 from mteditflow.pipelines.recognize import ReplayError
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler
+from mteditflow.pipelines.start import Start
 
 __all__ = [
     "FAMILIES",
@@ -34,6 +37,9 @@ __all__ = [
     "ReplayError",
     "Rollout",
     "RolloutVelocity",
+    "Start",
     "Step",
+    "comfyui_lora",
     "describe",
+    "read_lora",
 ]

@@ -1,4 +1,4 @@
-"""LoRA adapters of policies: configurations, weights, scales of files, and switching."""
+"""LoRA adapters of policies: configurations, weights, and switching."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from dataclasses import fields
 from typing import Any, cast
 
 import torch
-from diffusers.utils import get_peft_kwargs
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -204,70 +202,17 @@ def adapter_weights(layers: Mapping[str, LoraLayer], name: str) -> dict[str, nn.
     return found
 
 
-def activate(layers: Iterable[LoraLayer], active: str, disabled: bool) -> None:
-    """Set which adapter is active or whether all are disabled, and nothing else.
+def activate(layers: Iterable[LoraLayer], stack: Sequence[str]) -> None:
+    """Set which adapters are active, none by an empty stack, and nothing else.
 
     peft's own ``set_adapter`` and ``enable_adapters`` also turn ``requires_grad`` on and off, which
     would have to be undone for every weight at every switch; these two fields are what its forward
     passes read.
     """
     for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [active], disabled
+        layer._active_adapter, layer._disable_adapters = active_names(stack), not stack
 
 
-def weights_of_file(
-    loaded: tuple[Any, ...], scales: Mapping[str, float], prefix: str = "transformer."
-) -> dict[str, Tensor]:
-    """Weights of a LoRA file for adapters of other scales, so that their product is the same.
-
-    Args:
-        loaded: what a pipeline's ``lora_state_dict`` returns with alphas and metadata.
-        scales: of the adapters that get the weights, by layer.
-        prefix: of the model's part of the file.
-
-    Raises:
-        ValueError: the file's metadata is of a method that is refused, or contradicts its weights.
-    """
-    state = {name.removeprefix(prefix): x for name, x in loaded[0].items()}
-    ranks = {f"^{k}": x.shape[1] for k, x in state.items() if _is_b(k) and x.ndim > 1}
-    if not ranks:
-        return state
-    config = _file_config(state, ranks, loaded[1:], prefix)
-    for name, x in state.items():
-        module = name.rpartition(".lora_")[0]
-        if _is_b(name) and module in scales:
-            rank, scale = _rank_and_scale(config, module)
-            if x.ndim > 1 and x.shape[1] != rank:
-                raise ValueError(f"{name}: expected rank {rank} of metadata, got {x.shape[1]}")
-            state[name] = x.float() * (scale / scales[module])
-    return state
-
-
-def _is_b(name: str) -> bool:
-    """Whether a weight is of the second factor, which the scale multiplies."""
-    return ".lora_B." in name or name.endswith(".lora_embedding_B")
-
-
-def _file_config(
-    state: Mapping[str, Tensor], ranks: dict[str, int], known: tuple[Any, ...], prefix: str
-) -> LoraConfig:
-    """Configuration that diffusers would give the adapter of a file, from metadata or without."""
-    *alphas, metadata = known
-    if metadata is None:
-        given = {k.removeprefix(prefix): x for k, x in ((alphas or [{}])[0] or {}).items()}
-        return LoraConfig(**get_peft_kwargs(ranks, given, state))
-    own = {k.removeprefix(prefix): x for k, x in metadata.items() if k.startswith(prefix)}
-    try:
-        config = LoraConfig(**(own | {"inference_mode": False}))
-    except TypeError as error:
-        raise ValueError(f"metadata: expected fields of peft.LoraConfig: {error}") from error
-    check_config(config)
-    return config
-
-
-def _rank_and_scale(config: LoraConfig, module: str) -> tuple[int, float]:
-    """Rank and scale of a layer's adapter, as peft derives them."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module))
-    alpha = float(config.lora_alpha if alpha is None else alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+def active_names(stack: Sequence[str]) -> list[str]:
+    """Adapters that a layer names as active; where all are disabled the current one."""
+    return list(stack) or ["current"]

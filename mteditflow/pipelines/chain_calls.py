@@ -12,8 +12,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from mteditflow._checks import check_count
+from mteditflow.pipelines.embedding_store import Embedding
 from mteditflow.pipelines.families import Family
-from mteditflow.pipelines.prompts import Embedding, Instruction, Prompts
+from mteditflow.pipelines.prompts import Instruction, Prompts
 
 
 class ChainCalls:

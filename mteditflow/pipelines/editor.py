@@ -17,7 +17,15 @@ from mteditflow._checks import check_count, check_shape
 from mteditflow.flow.solvers import Solver
 from mteditflow.pipelines.chain_calls import ChainCalls
 from mteditflow.pipelines.families import Family, endings, find_family
-from mteditflow.pipelines.prompts import Instruction, Prompts, load_prompts, modules_of
+from mteditflow.pipelines.prompts import (
+    Instruction,
+    Prompts,
+    check_text_options,
+    load_prompts,
+    modules_of,
+)
+from mteditflow.pipelines.quantization import check_quantization
+from mteditflow.pipelines.quantization import quantize as quantize_layers
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout
 
@@ -97,7 +105,11 @@ class Editor:
         compile_blocks: bool = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
+        quantize: str | None = None,
+        encoder_device: torch.device | str | None = None,
         prompt_cache: int = 256,
+        prompt_folder: str | os.PathLike[str] | None = None,
+        instructions: Iterable[str] = (),
     ) -> Editor:
         """Load a pipeline, in eval mode and frozen; its family is read off its class.
 
@@ -120,17 +132,52 @@ class Editor:
                 to 64, for the whole process.
             vae_slicing: decode one image at a time.
             vae_tiling: decode in tiles, which changes the image slightly where tiles meet.
+            quantize: "int8" or "nf4": hold the linear layers in the blocks of transformer and text
+                encoders in 8 or 4 bits. Embeddings and velocities differ from the plain model's.
+            encoder_device: where text encoders work; None: on ``device``, only while they embed.
             prompt_cache: embeddings of how many instructions to keep on the host; at 512 tokens in
                 bfloat16 one takes 4 MB (Kontext) or 13 MB (klein 9B).
+            prompt_folder: folder to store embeddings in, for this run and others; a file each. None
+                stores none.
+            instructions: to embed and store before the transformer is moved to the device, so that
+                text encoders never share its memory with it.
 
         Raises:
-            ValueError: the pipeline takes what a chain of edits has not, such as a mask, or an
-                option of ``call`` is unknown.
-            OSError: there is nothing at ``source``.
+            ValueError: the pipeline takes what a chain of edits has not, such as a mask, an option
+                of ``call`` is unknown, the package that quantizes is missing, there are
+                instructions and no ``prompt_folder``, or embeddings cannot be stored ahead, since
+                they depend on images or every call makes them.
+            OSError: there is nothing at ``source``, or ``prompt_folder`` cannot be written.
         """
         family = find_family(DiffusionPipeline.load_config(source)["_class_name"])
         options = family.call_options(call or {})
-        pipeline = _load_pipeline(source, family, dtype, device)
+        if quantize is not None:
+            check_quantization(quantize)
+        ahead = [Instruction(text) for text in instructions]
+        check_text_options(family, encoder_device, prompt_folder, ahead)
+        pipeline = _load_pipeline(source, family, dtype)
+        prompts = None
+        if family.embeddings:
+            where = device if encoder_device is None else encoder_device
+            prompts = load_prompts(
+                source,
+                family,
+                dtype,
+                where,
+                options=options,
+                capacity=prompt_cache,
+                quantize_to=quantize,
+                folder=prompt_folder,
+            )
+            if ahead:
+                negative = family.negative_prompt(pipeline, options)
+                ahead += [] if negative is None else [Instruction(negative, negative=True)]
+                prompts.prepare(ahead)
+        if quantize is not None:
+            for name, part in pipeline.components.items():
+                if name == "transformer" or (part is not None and name.startswith("text_encoder")):
+                    quantize_layers(part, quantize, torch.device(device))
+        pipeline.to(device)
         if attention_backend is not None:
             pipeline.transformer.set_attention_backend(attention_backend)
         if gradient_checkpointing:
@@ -144,11 +191,6 @@ class Editor:
             pipeline.vae.enable_slicing()
         if vae_tiling:
             pipeline.vae.enable_tiling()
-        prompts = (
-            load_prompts(source, family, dtype, device, options=options, capacity=prompt_cache)
-            if family.embeddings
-            else None
-        )
         return cls(pipeline, family, call or {}, prompts)
 
     @property
@@ -326,11 +368,11 @@ def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) 
 
 
 def _load_pipeline(
-    source: str | os.PathLike[str], family: Family, dtype: torch.dtype, device: torch.device | str
+    source: str | os.PathLike[str], family: Family, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """The pipeline without its text parts, on the device, frozen, quiet and in eval mode."""
+    """The pipeline without its text parts, on the host, frozen, quiet and in eval mode."""
     without = dict.fromkeys(family.text_parts)
-    pipeline = family.pipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+    pipeline = family.pipeline.from_pretrained(source, dtype=dtype, **without)
     pipeline.set_progress_bar_config(disable=True)
     for module in modules_of(pipeline):
         module.eval().requires_grad_(False)

@@ -17,14 +17,16 @@ from mteditflow._sharding import agreed, fill, local, refuse_deepspeed, reshard,
 from mteditflow.old_policy import update_old_policy
 from mteditflow.pipelines.adapters import (
     activate,
+    active_names,
     adapter_weights,
     add_adapters,
     check_config,
     check_passes_gradients,
     tuned,
     unwrapped,
-    weights_of_file,
 )
+from mteditflow.pipelines.lora_files import load_file, read_lora, unit_config, weights_of_file
+from mteditflow.pipelines.start import Start
 
 
 class LoraPolicies:
@@ -36,6 +38,8 @@ class LoraPolicies:
     even on a half-precision model, where small updates and a slow average would be rounded away;
     only those of ``current`` take gradients.
 
+    With ``start`` they begin as a LoRA that there is, not as the base model; see ``Start``.
+
     Make it before the model goes to DDP or to FSDP2's ``fully_shard`` (by hand, or by accelerate's
     ``prepare``) and go on using it after; there, every rank makes the same calls in the same order.
 
@@ -45,12 +49,14 @@ class LoraPolicies:
         config: rank, scale, dropout and target modules of the adapters, and biases.
         seed: of the initial weights; the global generators are left as they were.
         ema: whether there is an averaged policy.
+        start: LoRA to begin with, continued or frozen below the adapters; None: the base model.
 
     Raises:
         TypeError: the config is of another method than LoRA.
         ValueError: the model has adapters already or is wrapped by DDP or FSDP, no module matches
-            the config, or policies of such a config would not start equal, share the base model or
-            be saved whole; the message has the field and the reason.
+            the config, the start does not fit the model or the config, or policies of such a config
+            would not start equal, share the base model or be saved whole; the message has the field
+            and the reason.
 
     Source: DiffusionNFT (arXiv 2509.16117) for the old policy.
 
@@ -71,9 +77,17 @@ class LoraPolicies:
     """
 
     def __init__(
-        self, model: nn.Module, config: LoraConfig, *, seed: int = 0, ema: bool = False
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        *,
+        seed: int = 0,
+        ema: bool = False,
+        start: Start | None = None,
     ) -> None:
         check_config(config)
+        self._start = start or Start({})
+        self._start.check(config)
         self.model, self._bare = model, unwrapped(model)
         if tuned(model):
             raise ValueError("model: expected one without adapters; fuse or unload them first")
@@ -84,9 +98,13 @@ class LoraPolicies:
         drawn = ("old", "current", *self._adapters[2:])
         self._layers = add_adapters(self._bare, config, drawn, seed)
         self._scales = {name: x.scaling["current"] for name, x in self._layers.items()}
-        self._in_use = ("current", False)  # active adapter, and whether it is disabled
+        if self._start.held:
+            self._layers = self._start.add_to(self._bare)
         for layer in self._layers.values():
             layer.set_adapter("current")
+        self._switch("current")
+        if start is not None:
+            start.begin(self._weights("current"), self._scales)
         for name in self._adapters[1:]:
             self._follow(name, decay=0.0)
 
@@ -123,12 +141,12 @@ class LoraPolicies:
         if policy != "reference":
             self._check_adapter(policy, "reference")
         self._check_adapters()
-        before, off = self._in_use, policy == "reference"
+        before = self._in_use
         try:
-            self._switch("current" if off else policy, off)
+            self._switch(policy)
             yield
         finally:
-            self._switch(*before)
+            self._switch(before)
 
     @property
     def old_equals_current(self) -> bool:
@@ -229,12 +247,15 @@ class LoraPolicies:
             ValueError: ``state`` is not of these adapters.
         """
         state = self.state_dict(policy) if state is None else state
-        known = cast(Any, self._bare).peft_config[policy].to_dict()
+        weights, config = self._checked(state, policy), cast(Any, self._bare).peft_config[policy]
+        if self._start.frozen:
+            weights = self._start.to_file(weights, self._scales)
+            config = unit_config(weights)
         type(pipeline).save_lora_weights(
             directory,
-            transformer_lora_layers=self._checked(state, policy),
+            transformer_lora_layers=weights,
             # diffusers leaves dropout of an adapter that it loads on, in eval mode too.
-            transformer_lora_adapter_metadata=known | {"lora_dropout": 0.0},
+            transformer_lora_adapter_metadata=config.to_dict() | {"lora_dropout": 0.0},
         )
 
     def load(
@@ -248,15 +269,18 @@ class LoraPolicies:
 
         The policy is then what ``pipeline.load_lora_weights`` would give, exactly where the file
         has the scale of these adapters, as one of ``save`` has; where its alpha is another, the
-        weights are multiplied, and the velocity is the same up to rounding.
+        weights are multiplied, and the velocity is the same up to rounding. So is it where a start
+        is frozen, which the file must begin with.
 
         Raises:
-            ValueError: the file is of an adapter of another rank, method or of other modules.
+            ValueError: the file is of an adapter of another rank, method or of other modules, or
+                does not hold the frozen start.
         """
-        loaded = type(pipeline).lora_state_dict(
-            directory, return_alphas=True, return_lora_metadata=True
-        )
-        weights = weights_of_file(loaded, self._scales)
+        if self._start.frozen:
+            loaded = read_lora(type(pipeline), directory)
+            weights = self._start.from_file(loaded, self._scales)
+        else:
+            weights = weights_of_file(load_file(type(pipeline), directory), self._scales)
         self.load_state_dict(weights | self._scale_state(), policy)
 
     def _check_adapter(self, policy: str, *others: str) -> None:
@@ -268,31 +292,35 @@ class LoraPolicies:
     def _check_adapters(self) -> None:
         """Raise ``RuntimeError`` where others have added, dropped, switched or fused adapters."""
         there = getattr(self._bare, "peft_config", {})
-        if set(there) != set(self._adapters):
-            raise _changed(f"adapters {sorted(self._adapters)}", f"{sorted(there)}")
-        active, off = self._in_use
+        held = {*self._adapters, *self._start.held}
+        if set(there) != held:
+            raise _changed(f"adapters {sorted(held)}", f"{sorted(there)}")
+        stack = self._start.stack(self._in_use)
+        active, off = active_names(stack), not stack
         for name, layer in self._layers.items():
-            if layer.active_adapters != [active] or layer.disable_adapters != off:
+            if layer.active_adapters != active or layer.disable_adapters != off:
                 got = f"{layer.active_adapters}{', disabled' * layer.disable_adapters}"
-                raise _changed(f"active adapter {active!r}{', disabled' * off}", got)
+                wanted = " and ".join(map(repr, active))
+                raise _changed(f"active adapter {wanted}{', disabled' * off}", got)
             if layer.merged:
                 raise _changed("adapters beside the weights", "adapters fused into them")
-            if any(layer.scaling[policy] != self._scales[name] for policy in self._adapters):
-                raise _changed(f"scale {self._scales[name]} in {name}", f"{layer.scaling}")
+            for policy, scale in layer.scaling.items():
+                wanted_scale = 1.0 if policy == "start" else self._scales[name]
+                if scale != wanted_scale:
+                    raise _changed(f"scale {wanted_scale} in {name}", f"{layer.scaling}")
 
     def check_current(self) -> None:
         """Raise ``RuntimeError`` unless the model is the current policy, in ``use`` of no other."""
         self._check_adapters()
-        if self._in_use != ("current", False):
-            active, off = self._in_use
+        if self._in_use != "current":
             raise RuntimeError(
                 f"policy: expected to be outside of use() for 'current', got it inside "
-                f"use({'reference' if off else active!r})"
+                f"use({self._in_use!r})"
             )
 
-    def _switch(self, active: str, off: bool) -> None:
-        self._in_use = active, off
-        activate(self._layers.values(), active, off)
+    def _switch(self, policy: str) -> None:
+        self._in_use = policy
+        activate(self._layers.values(), self._start.stack(policy))
 
     def _parameters(self, policy: str) -> list[nn.Parameter]:
         return list(self._weights(policy).values())

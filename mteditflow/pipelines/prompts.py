@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from mteditflow._checks import check_count
+from mteditflow._hashes import content_hash
+from mteditflow.pipelines.embedding_store import Embedding, EmbeddingStore
 from mteditflow.pipelines.families import Family
+from mteditflow.pipelines.quantization import is_quantized, quantize
 from mteditflow.pipelines.signatures import returned_names, text_parameters
 
-Embedding = Tensor | Sequence[Tensor] | None
 _Key = TypeVar("_Key", bound=Hashable)
 
 
@@ -60,6 +66,7 @@ class Prompts(Generic[_Key]):
         encoders: the modules that ``encode`` uses, on the host.
         device: where they work.
         capacity: embeddings of how many instructions are kept on the host, the last used.
+        store: keeps embeddings on disk; None: those that are forgotten are computed again.
 
     Raises:
         ValueError: the capacity is below 1.
@@ -77,28 +84,62 @@ class Prompts(Generic[_Key]):
         device: torch.device | str,
         *,
         capacity: int,
+        store: EmbeddingStore | None = None,
     ) -> None:
         check_count("capacity", capacity)
         self._encode, self._encoders, self._device = encode, list(encoders), torch.device(device)
-        self._capacity = capacity
+        self._capacity, self._store = capacity, store
         self._kept: OrderedDict[_Key, list[Embedding]] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, instructions: Iterable[_Key]) -> dict[_Key, list[Embedding]]:
-        """Embeddings of each instruction, on the host, however many there are."""
+        """Embeddings of each instruction, on the host, however many there are.
+
+        Raises:
+            OSError: the store cannot be read or written.
+        """
         wanted = list(dict.fromkeys(instructions))
         found = {text: self._kept[text] for text in wanted if text in self._kept}
-        new = [text for text in wanted if text not in found]
-        if new:
-            with working_on(self._encoders, self._device):
-                for text in new:
-                    found[text] = [_moved(x, "cpu") for x in self._encode(text)]
+        for text in [text for text in wanted if text not in found]:
+            stored = None if self._store is None else self._store.read(text)
+            if stored is not None:
+                found[text] = stored
+        found |= dict(self._each_encoded([text for text in wanted if text not in found]))
         for text in wanted:
             self._kept[text] = found[text]
             self._kept.move_to_end(text)
         while len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
         return found
+
+    @torch.no_grad()
+    def prepare(self, instructions: Iterable[_Key]) -> int:
+        """Store the embeddings of instructions that are not stored yet, and return their number.
+
+        All share one stay of the encoders on the device; none is kept on the host.
+
+        Raises:
+            ValueError: there is no store.
+            OSError: it cannot be read or written.
+        """
+        store = self._store
+        if store is None:
+            raise ValueError("prompts: expected a store for what is embedded ahead, got none")
+        new = [text for text in dict.fromkeys(instructions) if store.read(text) is None]
+        for _ in self._each_encoded(new):
+            pass
+        return len(new)
+
+    def _each_encoded(self, new: Sequence[_Key]) -> Iterator[tuple[_Key, list[Embedding]]]:
+        """Encode instructions one by one, during one stay of the encoders; store what is new."""
+        if not new:
+            return
+        with working_on(self._encoders, self._device):
+            for text in new:
+                embeddings = [_moved(x, "cpu") for x in self._encode(text)]
+                if self._store is not None:
+                    self._store.write(text, embeddings)
+                yield text, embeddings
 
 
 def _moved(embedding: Embedding, device: torch.device | str) -> Embedding:
@@ -112,17 +153,51 @@ def working_on(modules: Sequence[nn.Module], device: torch.device) -> Iterator[N
     """Let modules be on a device inside the context.
 
     Afterwards their weights are the very tensors that they were before: frozen weights need no copy
-    back, and the device's memory is free.
+    back, and the device's memory is free. Quantized ones, whose scales lie beside them, are moved
+    there and back.
     """
-    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    quantized = [module for module in modules if is_quantized(module)]
+    plain = [module for module in modules if not is_quantized(module)]
+    tensors = [x for module in plain for x in (*module.parameters(), *module.buffers())]
     home = [x.data for x in tensors]
     try:
         for x in tensors:
             x.data = x.data.to(device, non_blocking=True)
+        for module in quantized:
+            module.to(device)
         yield
     finally:
         for x, data in zip(tensors, home, strict=True):
             x.data = data
+        for module in quantized:
+            module.to("cpu")
+
+
+def check_text_options(
+    family: Family, device: Any, folder: Any, ahead: Sequence[Instruction]
+) -> None:
+    """Raise ``ValueError`` where options of text encoding would be ignored.
+
+    Args:
+        family: family of the pipeline.
+        device: where encoders work, if not where the transformer does.
+        folder: folder of stored embeddings, if any.
+        ahead: instructions to embed ahead.
+    """
+    name = family.pipeline.__name__
+    if not family.embeddings and (device, folder) != (None, None):
+        option = "encoder_device" if folder is None else "prompt_folder"
+        raise ValueError(f"{option}: expected None for a {name}, whose calls embed instructions")
+    if family.view is not None and folder is not None:
+        raise ValueError(
+            f"prompt_folder: expected None for a {name}, whose text encoder reads each turn's "
+            "image, too; encoder_device='cpu' keeps it off the transformer's device"
+        )
+    if ahead and folder is None:
+        raise ValueError(
+            f"prompt_folder: expected a folder for the {len(ahead)} instructions to embed ahead, "
+            "got None"
+        )
 
 
 def load_prompts(
@@ -133,15 +208,29 @@ def load_prompts(
     *,
     options: Mapping[str, Any],
     capacity: int,
+    quantize_to: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Prompts[Instruction]:
     """The text parts alone, on the host, with a cache of ``capacity`` embeddings.
 
-    They encode as a call of the full pipeline with these call options does.
+    They encode as a call of the full pipeline with these call options does, up to what the
+    quantization of their weights changes.
     """
     texts = family.pipeline.from_pretrained(source, dtype=dtype, transformer=None, vae=None)
     encoders = modules_of(texts)
     for module in encoders:
         module.eval().requires_grad_(False)
+        if quantize_to is not None:
+            quantize(module, quantize_to, torch.device("cpu"))
+    store = None
+    if folder is not None:
+        made_by = [
+            *(family.pipeline.__name__, diffusers.__version__, transformers.__version__),
+            *(str(dtype), quantize_to, torch.device(device).type),
+            _parts_hash(source, family),
+            json.dumps(family.text_options(options), sort_keys=True, default=repr),
+        ]
+        store = EmbeddingStore(folder, json.dumps(made_by))
     given: dict[str, Any] = {**family.text_options(options), "device": torch.device(device)}
     parameters = text_parameters(family.pipeline)
     for name, parameter in parameters.items():  # such as prompt_2, which a call leaves None
@@ -163,7 +252,13 @@ def load_prompts(
         prefix = "negative_" if pairs and asked.negative else ""
         return [_or_ones(prefix + name, named) for name in family.embeddings]
 
-    return Prompts(encode, encoders, device, capacity=capacity)
+    return Prompts(encode, encoders, device, capacity=capacity, store=store)
+
+
+def _parts_hash(source: str | os.PathLike[str], family: Family) -> str:
+    """Hash of the files of the text parts, on disk or in the hub's cache."""
+    folder = Path(source) if Path(source).exists() else Path(DiffusionPipeline.download(source))
+    return " ".join(str(content_hash(folder / part)) for part in family.text_parts)
 
 
 def _or_ones(name: str, embeddings: Mapping[str, Any]) -> Embedding:

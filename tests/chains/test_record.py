@@ -7,7 +7,15 @@ from hypothesis import given
 from pydantic import ValidationError
 
 import mteditflow.chains
-from mteditflow.chains import TASK_TYPES, Chain, ChainError
+from mteditflow.chains import (
+    TASK_TYPES,
+    Chain,
+    ChainDataset,
+    ChainError,
+    read_chains,
+    shared,
+    write_chains,
+)
 from mteditflow.chains.record import first_error
 from tests.chains.samples import chains
 from tests.loops import some
@@ -178,3 +186,35 @@ def test_a_fault_of_the_whole_text_names_no_place(text, message):
     with pytest.raises(ValidationError) as caught:
         Chain.model_validate_json(text)
     assert first_error(caught.value).startswith(message)
+
+
+# Text to image.
+
+TEXT = {"id": "7", "image": None, "instructions": ["A red cat"]}
+
+
+def test_a_chain_may_say_that_it_has_no_image_but_not_forget_it():
+    chain = Chain.from_record(TEXT)
+    assert json.loads(chain.to_json()) == TEXT
+    assert validator().is_valid(TEXT)
+    assert not chain.image_is_remote
+    for name in ("reference", "image_path"):
+        with pytest.raises(ChainError, match="chain '7': expected a reference image, got none"):
+            getattr(chain, name)
+    with pytest.raises(ChainError, match="image: expected this field, got none"):
+        Chain.from_record({"id": "7", "instructions": ["A red cat"]})
+
+
+def test_chains_without_images_are_written_read_loaded_and_split(tmp_path):
+    texts = ["A red cat", "A dog", "A red cat"]
+    chains = [Chain.from_record(TEXT | {"id": str(k), "instructions": [x]})
+              for k, x in enumerate(texts)]  # fmt: skip
+    file = tmp_path / "a" / "x.jsonl"
+    file.parent.mkdir()
+    write_chains(chains, file)
+    found = read_chains(file, check_images=True).chains
+    assert [chain.to_record() for chain in found] == [chain.to_record() for chain in chains]
+    assert ChainDataset(found, transform=len)[0].image is None
+    assert shared(found[:1], found[1:]).images == (("0", "2"),)
+    with pytest.raises(ChainError, match=r"flow-grpo cannot hold .*expected a reference image"):
+        write_chains(chains, tmp_path / "y.jsonl", format="flow-grpo")

@@ -37,7 +37,7 @@ def test_presets_are_sound(preset):
 def test_presets_that_cite_a_schedule_of_optimizer_steps_take_one_in_a_round():
     """DiffusionNFT and Edit-R1 count these in the old policy's decay, this library rounds."""
     cited = [x for x in sorted(PRESETS.glob("*nft.toml")) if not x.stem.startswith("shapes")]
-    assert len(cited) == 2
+    assert len(cited) == 5
     for path in some(cited):
         training = parse([path.stem, *SERVICES]).training
         assert training.minibatches * training.inner_epochs == 1
@@ -138,7 +138,7 @@ def test_without_a_preset_they_are_listed(kind, capsys):
         assert all(f"  {field.name} " in told for field in some(dataclasses.fields(kind)))
         rewarded = [f"objective:{n} " in told for n, c in OBJECTIVES.items() if c.card.rewarded]
         assert set(rewarded) == {kind is Config}
-    with pytest.raises(ConfigError, match=r"preset: expected one of \['klein-nft', .* got 'nft'"):
+    with pytest.raises(ConfigError, match=r"preset: expected one of \['flux2-.*, got 'nft'"):
         parse(["nft"], kind)
 
 
@@ -259,8 +259,8 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ({"training": {"round": 3}}, "training.round: unexpected keyword argument, got 3"),
         ({"trainig": {}}, "trainig: unexpected keyword argument"),
         (
-            {"model": {"guidance": 0.5}},
-            "model.guidance: input should be greater than or equal to 1",
+            {"model": {"guidance": -0.5}},
+            "model.guidance: input should be greater than or equal to 0",
         ),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
         (
@@ -356,6 +356,8 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.floor-maximum": ("2", ["--rewards.floor", "0.9"]),
     "safety.ratio": ("warn", None),
     "safety.ratio-share": ("0.5", None),
+    "model.lora-start": ("freeze", ["--model.lora", "x"]),
+    "model.lora-reference": ("start", ["--model.lora", "x", "--objective.kl-coef", "1"]),
     "training.final-rate": ("0.5", []),
     "training.ema-every": ("2", ["--training.ema-decay", "0.5"]),
     "safety.collapse-window": ("5", []),
@@ -433,7 +435,10 @@ def test_every_field_that_may_be_ignored_is_tested():
         base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3
     )
     training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
-    changed = dataclasses.replace(base, rewards=rewards, safety=safety, training=training)
+    model = dataclasses.replace(base.model, lora_start="freeze", lora_reference="start")
+    changed = dataclasses.replace(
+        base, model=model, rewards=rewards, safety=safety, training=training
+    )
     with pytest.raises(ConfigError) as refused:
         checked(changed, base)
     named = {line.partition(":")[0] for line in str(refused.value).splitlines()}

@@ -466,3 +466,11 @@ def test_draws_differ_by_their_seed():
     before = evaluation([[0]] * 8)
     draws = {tuple(random_rows(before, before, count=4, seed=seed)) for seed in range(6)}
     assert len(draws) == 6
+
+
+def test_of_text_to_image_the_place_of_the_reference_stays_empty():
+    whole = strip("c", ("x",), 10, (64, 32))
+    without = replace(whole, images=[None, *whole.images[1:]])
+    figures = [draw_strips([each], success_at=5, title="t") for each in (whole, without)]
+    assert [levels(figure) for figure in figures] == [[10, 11], [11]]
+    assert np.allclose(boxes(figures[1]), boxes(figures[0])[1:])

@@ -293,7 +293,7 @@ def _complete(chain: Chain) -> Record:
     """Return the chain's record if EdiVal can hold it."""
     if not chain.id.isdecimal():
         raise ChainError(f"id: expected a number, as EdiVal's image_index, got {chain.id!r}")
-    name, expected = PurePosixPath(chain.image).name, PurePosixPath(_image(chain.id))
+    name, expected = PurePosixPath(chain.reference).name, PurePosixPath(_image(chain.id))
     if name not in (expected.name, *(expected.with_suffix(x).name for x in SUFFIXES)):
         raise ChainError(f"image: expected a file {expected.name!r}, got {name!r}")
     record = chain.to_record()

@@ -188,7 +188,7 @@ def _decode_pico_banana(record: Record, number: int) -> Record:
 
 def _encode_pico_banana(chain: Chain) -> Record:
     rest = without(chain, "image", "instructions")
-    files = rest.pop("files", _files(chain.image))
+    files = rest.pop("files", _files(chain.reference))
     own: Record = {"files": files, PICO_PROMPTS: chain.instructions}
     if _original(files) != chain.image:
         own[PICO_LOCAL] = chain.image

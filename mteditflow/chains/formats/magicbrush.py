@@ -39,14 +39,14 @@ def _turn(number: int, turn: object) -> Record:
 
 def _encode(chain: Chain) -> list[Record]:
     extra = chain.model_extra or {}
-    if (parts := PurePosixPath(chain.image).parts)[-3:-1] != ("images", chain.id):
+    if (parts := PurePosixPath(chain.reference).parts)[-3:-1] != ("images", chain.id):
         got = "/".join(parts[-3:])
         raise ChainError(f"image: expected a file in 'images/{chain.id}/', got {got!r}")
     for key in ("masks", "outputs"):
         if not isinstance(extra.get(key), (list, tuple)) or len(extra[key]) != chain.turns:
             got = shorten(extra.get(key))
             raise ChainError(f"{key}: expected one for each of {chain.turns} turns, got {got}")
-    inputs = [PurePosixPath(chain.image).name, *extra["outputs"]]
+    inputs = [PurePosixPath(chain.reference).name, *extra["outputs"]]
     steps = zip(inputs, extra["masks"], extra["outputs"], chain.instructions, strict=False)
     return [dict(zip(STEP, step, strict=True)) for step in steps]
 

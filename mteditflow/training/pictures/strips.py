@@ -42,7 +42,7 @@ class Strip:
     Args:
         chain_id: of its chain; strips of one chain that follow each other share instructions.
         instructions: one per turn, N.
-        images: [reference, turn 1, ..., turn N].
+        images: [reference, turn 1, ..., turn N]; the reference is None where there was none.
         terms: scores by name; "following" colors the frames.
         row: of this trajectory in the terms.
         label: said at its left, such as "member 3".
@@ -50,7 +50,7 @@ class Strip:
 
     chain_id: str
     instructions: Sequence[str]
-    images: Sequence[Image.Image]
+    images: Sequence[Image.Image | None]
     terms: Mapping[str, TurnScores]
     row: int
     label: str = ""
@@ -61,6 +61,11 @@ class Strip:
                 f"images: expected {len(self.instructions) + 1}, the reference and one per "
                 f"instruction, got {len(self.images)}"
             )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of its first image, pixels."""
+        return next(image.size for image in self.images if image is not None)
 
     def score_lines(self, turn: int, width: float) -> list[tuple[str, str, str]]:
         """Return (name, value, color) of each line under a turn, none wider than ``width``."""
@@ -115,7 +120,7 @@ def draw_strips(strips: Sequence[Strip], *, success_at: float, title: str) -> Fi
         raise ValueError("strips: expected at least one, got none")
     with house_style():
         same = groupby(strips, key=lambda strip: (strip.chain_id, tuple(strip.instructions)))
-        cell = SMALL if max(max(x.images[0].size) for x in strips) < LARGE_FROM else LARGE
+        cell = SMALL if max(max(x.size) for x in strips) < LARGE_FROM else LARGE
         blocks = [_Block(list(members), cell, success_at) for _, members in same]
         return _lay_out(blocks, title, _legend(success_at))
 
@@ -126,7 +131,7 @@ class _Block:
     def __init__(self, strips: list[Strip], cell: float, success_at: float) -> None:
         self.strips, self.cell, self.success_at = strips, cell, success_at
         first = strips[0]
-        self.ratio = min(max(h / w for w, h in (x.images[0].size for x in strips)), TALLEST)
+        self.ratio = min(max(h / w for w, h in (x.size for x in strips)), TALLEST)
         self.label = LABEL if any(strip.label for strip in strips) else 0.0
         named = [*wrap(first.chain_id, cell, SCORE_SIZE, most=CHAIN_LINES), "reference"]
         self.headers = [named, *(wrap(x, cell, TEXT_SIZE) for x in first.instructions)]
@@ -166,11 +171,14 @@ class _Block:
         box = (self.cell, self.cell * self.ratio)
         beside, middle = columns[0] - BESIDE_LABEL, y + box[1] / 2
         page.rotated(beside, middle, strip.label, size=TEXT_SIZE, color=INK)
-        page.picture(columns[0], y, box, strip.images[0], **REFERENCE_FRAME)
+        if strip.images[0] is not None:
+            page.picture(columns[0], y, box, strip.images[0], **REFERENCE_FRAME)
         for turn, lines in enumerate(scores):
             x = columns[turn + 1]
             frame = strip.frame(turn, self.success_at)
-            page.picture(x, y, box, strip.images[turn + 1], **frame)
+            image = strip.images[turn + 1]
+            assert image is not None
+            page.picture(x, y, box, image, **frame)
             for i, (name, value, color) in enumerate(lines):
                 below = y + box[1] + OVER_SCORES + i * line_height(SCORE_SIZE)
                 page.text(x, below, [name], size=SCORE_SIZE, color=SOFT)

@@ -1,0 +1,174 @@
+"""Predicted cost of a training run, before it starts and without a GPU.
+
+    mteditflow budget kontext-nft --memory 24
+    mteditflow budget klein-nft --memory 80 --gpus 6 --training.batch 1 --json
+
+Everything after the preset that the trainer takes is taken here, too. The exit code is 0 where the
+run fits as it is configured or with options changed as the report says, 1 where nothing fits, and 2
+for input that is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING, NoReturn
+
+from mteditflow._exits import FAILED, refuse, refusing
+from mteditflow._pipes import reader_may_leave
+
+if TYPE_CHECKING:
+    from mteditflow_examples.flux.config import Config
+
+    from mteditflow.budget import Budget, Plan
+
+OPTIONS = """\
+mteditflow budget PRESET|FILE.toml [--memory GIB] [--gpus N] [--efficiency SHARE] [--json]
+                         [objective:NAME] [--SECTION.FIELD VALUE ...]"""
+
+
+class Arguments(argparse.ArgumentParser):
+    """Parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line and exit code 2."""
+        refuse(message)
+
+
+def parser() -> Arguments:
+    """Return the parser of the command's own options."""
+    made = Arguments(
+        prog="mteditflow budget",
+        usage=OPTIONS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    made.add_argument(
+        "--memory", type=float, default=80.0, help="memory of a GPU, GiB as nvidia-smi says it; 80"
+    )
+    made.add_argument("--gpus", type=int, default=1, help="GPUs that train; 1")
+    made.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of a GPU's peak that is assumed; 0.4"
+    )
+    made.add_argument("--json", action="store_true", help="print JSON, memory in GiB")
+    return made
+
+
+def main() -> int:
+    """Run the command line."""
+    words = sys.argv[1:]
+    options = parser()
+    if not words or words[0] in ("-h", "--help"):
+        with reader_may_leave():
+            options.print_help()
+        return 0 if words else 2
+    own, rest = options.parse_known_args(words)
+    from mteditflow_examples.flux.command_line import parse
+    from mteditflow_examples.flux.config import ConfigError
+
+    with refusing(ConfigError), reader_may_leave():
+        config = parse(rest, services=False)
+        budget = budget_of(
+            rest[0], config, memory=own.memory, gpus=own.gpus, efficiency=own.efficiency
+        )
+        print(json.dumps(budget.as_json(), indent=1) if own.json else "\n".join(budget.lines()))
+    return 0 if budget.feasible else FAILED
+
+
+def budget_of(
+    name: str, config: Config, *, memory: float, gpus: int = 1, efficiency: float = 0.4
+) -> Budget:
+    """Return the budget of a configuration of the trainer.
+
+    Args:
+        name: its name in the report.
+        config: the configuration.
+        memory: GiB of a GPU.
+        gpus: GPUs that train.
+        efficiency: share of a GPU's peak rate that is assumed.
+
+    Raises:
+        ValueError: a number is out of range, or the model is unknown.
+    """
+    from mteditflow.budget import Budget
+
+    return Budget(name, plan_of(config, gpus=gpus), memory, efficiency, trainer_options(config))
+
+
+def trainer_options(config: Config) -> frozenset[str]:
+    """Return the options that a configuration has, by dotted name; no switch for sharding."""
+    names = {
+        f"{section.name}.{field.name}"
+        for section in fields(config)
+        for field in fields(getattr(config, section.name))
+    }
+    return frozenset(names - ({"model.shard"} if isinstance(config.model.shard, bool) else set()))
+
+
+def plan_of(config: Config, *, gpus: int) -> Plan:
+    """Return what the costs of a configuration depend on.
+
+    Args:
+        config: the configuration.
+        gpus: GPUs that train.
+
+    Raises:
+        ValueError: the model is unknown, or a number is out of range.
+    """
+    import torch
+
+    from mteditflow.budget import Plan, case_of, costs_of, count_passes, find_model
+
+    model, data, training = config.model, config.data, config.training
+    known = find_model(model.path)
+    text = model.options.get("max_sequence_length")
+    branches = known.branches(model.guidance, model.options)
+    dtype = getattr(torch, model.dtype)
+    case = case_of(
+        known,
+        known.behavior.shape(model.resolution, text=text, token=known.token),
+        rank=model.lora_rank,
+        branches=branches,
+        targets=model.lora_targets,
+        dtype=dtype,
+    )
+    passes = count_passes(
+        config.objective,
+        turns=data.turns,
+        steps=config.sampling.steps,
+        group_size=data.group_size,
+        minibatches=training.minibatches,
+        epochs=training.inner_epochs,
+        round=training.rounds - 1,
+    )
+    return Plan(
+        costs_of(known, case),
+        passes,
+        branches=branches,
+        turns=data.turns,
+        steps=config.sampling.steps,
+        trajectories=data.groups * data.group_size,
+        rounds=training.rounds,
+        sampling_batch=config.sampling.batch,
+        evaluation_batch=config.evaluation.batch,
+        training_batch=training.batch,
+        one_by_one=known.behavior.one_by_one,
+        average=training.ema_decay > 0,
+        checkpointing=model.checkpointing,
+        vae_slicing=model.vae_slicing,
+        vae_tiling=model.vae_tiling,
+        gpus=gpus,
+        dtype=dtype,
+        quantize=getattr(model, "quantize", "none"),
+        encoders=getattr(model, "encoders", "device"),
+        optimizer_bytes=2 if getattr(training, "optimizer", "adamw") == "adamw_8bit" else 8,
+        shard={False: "none", True: "fsdp2"}.get(model.shard, model.shard),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

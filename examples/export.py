@@ -1,0 +1,104 @@
+"""Export the LoRA of a run for diffusers or ComfyUI, with a model card beside it.
+
+python examples/export.py runs/kontext-nft --format comfyui --output release/edits.safetensors
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mteditflow._command import OneLineCommand
+from mteditflow._exits import refusing
+from mteditflow._files import write_all_atomically
+
+if TYPE_CHECKING:
+    from mteditflow.training import Checkpoint
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+CARD, STRIP = "README.md", "chains.png"
+LORA = Path("lora", "pytorch_lora_weights.safetensors")  # in a checkpoint
+
+
+@app.command(cls=OneLineCommand)
+def main(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a run, for its newest checkpoint, or of a checkpoint.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="File to write, .safetensors; README.md goes beside it.")
+    ],
+    form: Annotated[
+        Literal["diffusers", "comfyui"], typer.Option("--format", help="Names of the weights.")
+    ] = "diffusers",
+) -> None:
+    """Write the evaluated policy of a checkpoint as a LoRA, and a card of what was measured."""
+    from mteditflow_examples.flux.card import Exported, model_card
+
+    with refusing():
+        _check_output(output)
+        exported = Exported(_checkpoint(source), output, form)
+        lora = exported.found.path / LORA
+        data = lora.read_bytes() if form == "diffusers" else _comfyui(exported.config, lora)
+        files = {output.name: data}
+        if (picture := exported.strip()) is not None:
+            files[STRIP] = picture.read_bytes()
+        files[CARD] = model_card(exported, STRIP if picture else None).encode()
+        write_all_atomically(output.parent, files)
+    print(f"Written to {output.parent}: {', '.join(files)}")
+
+
+def _check_output(output: Path) -> None:
+    """Raise unless the file and the card can be written without losing another.
+
+    Raises:
+        ValueError: the name is of another kind, or a README.md of others lies there.
+    """
+    from mteditflow_examples.flux.card import MARK
+
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output: expected a .safetensors file, got {output}")
+    card = output.parent / CARD
+    if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"--output: expected a folder without {CARD} of others, got {card}")
+
+
+def _checkpoint(source: Path) -> Checkpoint:
+    """Return a checkpoint by its folder, or the newest whole one of a run.
+
+    Raises:
+        ValueError: there is none.
+        OSError: it cannot be read.
+    """
+    from mteditflow.training import Checkpoints
+
+    inside = source / "checkpoints"
+    of_run = inside.is_dir()
+    checkpoints = Checkpoints(inside if of_run else source.parent)
+    found = checkpoints.find("auto" if of_run else source)
+    if found is None or not (found.path / LORA).is_file():
+        raise ValueError(f"source: expected a run or a checkpoint with a LoRA, got {source}")
+    return found
+
+
+def _comfyui(config: dict[str, dict[str, str]], lora: Path) -> bytes:
+    """Return the weights of a file under ComfyUI's names.
+
+    Raises:
+        ValueError: the family, or a layer of it, has no exact form.
+    """
+    import diffusers
+    from safetensors.torch import save
+
+    from mteditflow.pipelines import comfyui_lora, read_lora
+
+    index = diffusers.DiffusionPipeline.load_config(config["model"]["path"])
+    weights = read_lora(getattr(diffusers, index["_class_name"]), lora)
+    named = comfyui_lora(weights, index["transformer"][1])
+    return save({name: x.contiguous() for name, x in named.items()}, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,181 @@
+"""The model card of an exported LoRA: what it is, how it was trained, what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mteditflow
+from mteditflow.evaluation import Evaluation
+from mteditflow.objectives import OBJECTIVES
+from mteditflow.training import Checkpoint
+
+MARK = "<!-- written by mteditflow export -->"
+SHOWN = ("objective", "sampling", "training")  # sections without paths and addresses
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+USE = {
+    "diffusers": """With this folder as the current one:
+
+```python
+pipe.load_lora_weights(".", weight_name="{file}")
+```""",
+    "comfyui": "Put `{file}` into ComfyUI's `models/loras` and load it at strength 1: its scale, "
+    "alpha / rank, is in the weights.",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported LoRA and the run that it is of.
+
+    Attributes:
+        found: the checkpoint.
+        output: the file.
+        form: its format, "diffusers" or "comfyui".
+    """
+
+    found: Checkpoint
+    output: Path
+    form: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of the run by section."""
+        return dict(self.found.state["config"])
+
+    @property
+    def run(self) -> Path:
+        """Folder of the run."""
+        return self.found.path.parent.parent
+
+    def evaluations(self) -> list[Evaluation]:
+        """Return the evaluations up to the checkpoint, in order.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+        files = sorted((self.run / "evaluations").glob("round-*.json"))
+        found = [Evaluation.read(file) for file in files]
+        return [x for x in found if x.round <= self.found.round]
+
+    def strip(self) -> Path | None:
+        """Return a picture of chains: that of the end, else the last of training, if there is one.
+
+        That of the end is of the last round, and is not taken for a checkpoint before it.
+        """
+        last = self.run / "chains.png"
+        if self.found.round == self.config["training"]["rounds"] and last.is_file():
+            return last
+        drawn = sorted((self.run / "pictures").glob("round-*-chains.png"))
+        return next((x for x in reversed(drawn) if _round_of(x) <= self.found.round), None)
+
+
+def model_card(exported: Exported, strip: str | None) -> str:
+    """Return the card as Markdown, with the front matter that Hugging Face reads.
+
+    Args:
+        exported: the LoRA.
+        strip: name of the picture beside the card; None: there is none.
+    """
+    config, base = exported.config, str(exported.config["model"]["path"])
+    card = OBJECTIVES[config["objective"]["name"]].card
+    parts = [
+        _front_matter(base),
+        MARK,
+        f"# LoRA of {_short(base)}, trained by {card.title}",
+        f"Reinforcement learning on chains of edits, with mteditflow {mteditflow.__version__}.",
+        _table(("", ""), _facts(exported)),
+        "## Use",
+        USE[exported.form].format(file=exported.output.name),
+        "## Evaluation",
+        *_evaluation(exported),
+        "## Pictures",
+        f"![chains of edits]({strip})" if strip else "The run has no picture of chains.",
+        "## Not measured",
+        "Judgments by people; images of other sizes, numbers of steps or base models than those "
+        "above; anything that the tables above do not have.",
+        "## Configuration",
+        "Folders and addresses are left out.",
+        f"```json\n{json.dumps({name: config[name] for name in SHOWN}, indent=1)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base: str) -> str:
+    known = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    lines = [f"base_model: {base}", "base_model_relation: adapter"] if known else []
+    tags = "\n".join(f"- {tag}" for tag in ("lora", "reinforcement-learning", "image-editing"))
+    return "\n".join(["---", *lines, "library_name: diffusers", f"tags:\n{tags}", "---"])
+
+
+def _facts(exported: Exported) -> Iterator[tuple[str, str]]:
+    """Yield what the LoRA is and how it was trained."""
+    config, found = exported.config, exported.found
+    model, data, training = config["model"], config["data"], config["training"]
+    card = OBJECTIVES[config["objective"]["name"]].card
+    papers = ", ".join(f"[{x}](https://arxiv.org/abs/{x})" for x in card.papers)
+    yield "base model", _short(str(model["path"]))
+    yield "method", f"{card.title}{f' ({papers})' if papers else ''}"
+    policy = config["evaluation"]["policy"]
+    yield "policy", f"{policy}, after round {found.round} of {training['rounds']}"
+    yield "LoRA", f"rank {model['lora_rank']}, alpha {model['lora_alpha']}"
+    if model.get("lora") is not None:
+        done = {"continue": "trained on", "freeze": "frozen, and part of this file"}
+        yield "started from", f"{_short(str(model['lora']))}, {done[model['lora_start']]}"
+    chains = f"{data['groups']} chains of {data['turns']} turns, {data['group_size']} times each"
+    yield "a round", f"{chains}; {found.state['updates']} optimizer steps in all"
+    yield "images", f"{model['resolution']} pixels square, guidance {model['guidance']:g}"
+    weights = config["rewards"]["weights"].items()
+    yield "rewards", ", ".join(f"{name} {weight:g}" for name, weight in weights)
+
+
+def _evaluation(exported: Exported) -> Iterator[str]:
+    """Yield the metrics before training, where they are known, and of the last evaluation."""
+    found = exported.evaluations()
+    if not found:
+        yield "None: up to this checkpoint no held-out chains were scored."
+        return
+    last = found[-1]
+    yield (
+        f"{len(last)} held-out chains, scored by {last.provenance.judged_by}. The policy of round "
+        f"{last.round}"
+        + ("." if last.round == exported.found.round else f", not of {exported.found.round}.")
+        + " Per turn, with 95% intervals over chains; the metrics of following and consistency are "
+        "in percent."
+    )
+    shown = {f"round {x.round}": x for x in (found[0], last)}  # one where they are the same
+    turns = [f"turn {turn + 1}" for turn in range(last.turns)]
+    rows = [
+        (name.replace("_", " "), when, *_cells(evaluation, name))
+        for name in last.names
+        for when, evaluation in shown.items()
+        if name in evaluation.metrics
+    ]
+    yield _table(("metric", "policy", *turns), rows)
+
+
+def _cells(evaluation: Evaluation, name: str) -> list[str]:
+    """Return a metric at each turn, with its interval."""
+    columns = (x.tolist() for x in evaluation.metrics[name])
+    return [
+        "none" if value != value else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+        for value, low, high in zip(*columns, strict=True)
+    ]
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(path: str) -> str:
+    """Return a hub id, or the last two parts of a folder."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def _round_of(picture: Path) -> int:
+    return int(picture.name.split("-")[1])

@@ -1,0 +1,164 @@
+"""Changes of options that make a run fit a GPU, one at a time, the peak phase first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mteditflow.budget.plan import Phase, Plan, Quantize, Verdict, peak, phases, verdict
+
+
+@dataclass(frozen=True)
+class Change:
+    """An option of the trainer that lowers the memory of a phase.
+
+    Attributes:
+        option: its name in the trainer.
+        apply: returns the plan with the next value; None where there is none.
+        shown: returns the value in a plan as the option takes it.
+        phases: how the names of phases that it lowers begin.
+    """
+
+    option: str
+    apply: Callable[[Plan], Plan | None]
+    shown: Callable[[Plan], str]
+    phases: tuple[str, ...]
+
+
+def _halved(field: str) -> Callable[[Plan], Plan | None]:
+    def halve(plan: Plan) -> Plan | None:
+        value = getattr(plan, field)
+        return None if value == 1 else replace(plan, **{field: value // 2})
+
+    return halve
+
+
+def _set(field: str, value: Any) -> Callable[[Plan], Plan | None]:
+    def change(plan: Plan) -> Plan | None:
+        return None if getattr(plan, field) == value else replace(plan, **{field: value})
+
+    return change
+
+
+def _value(field: str) -> Callable[[Plan], str]:
+    return lambda plan: str(getattr(plan, field))
+
+
+def _sharded(plan: Plan) -> Plan | None:
+    return None if plan.shard != "none" or plan.gpus == 1 else replace(plan, shard="fsdp2")
+
+
+def _sampling(name: str, field: str) -> Change:
+    return Change(f"{name}.batch", _halved(field), _value(field), (name,))
+
+
+QUANTIZE = "model.quantize"
+#: Options in the order in which they are tried for a phase; quantization is tried apart.
+CHANGES = (
+    Change("model.encoders", _set("encoders", "host"), _value("encoders"), ("text encoders",)),
+    Change(
+        "model.vae_slicing",
+        _set("vae_slicing", True),
+        lambda plan: str(plan.vae_slicing).lower(),
+        ("sampling, VAE", "evaluation, VAE"),
+    ),
+    Change(
+        "model.checkpointing",
+        _set("checkpointing", True),
+        lambda plan: str(plan.checkpointing).lower(),
+        ("update",),
+    ),
+    Change("training.batch", _halved("training_batch"), _value("training_batch"), ("update",)),
+    _sampling("sampling", "sampling_batch"),
+    _sampling("evaluation", "evaluation_batch"),
+    Change(
+        "training.optimizer",
+        _set("optimizer_bytes", 2),
+        lambda plan: "adamw_8bit" if plan.optimizer_bytes == 2 else "adamw",
+        ("",),
+    ),
+    Change("model.shard", _sharded, _value("shard"), ("",)),
+)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A run with some options changed.
+
+    Attributes:
+        changed: options with the values to give them; empty for the run as it is.
+        plan: the run with them.
+        verdict: whether it fits.
+    """
+
+    changed: dict[str, str]
+    plan: Plan
+    verdict: Verdict
+
+
+def alternatives(plan: Plan, memory: float, *, options: Collection[str]) -> list[Alternative]:
+    """Return, for each precision of the weights, the run with the fewest changes that fits best.
+
+    Args:
+        plan: the run as it is configured.
+        memory: GiB of a GPU.
+        options: options that the trainer has; changes by others are not considered.
+
+    Returns:
+        One alternative for each value of ``model.quantize``, the configured one first. Where
+        nothing fits it is the smallest that the options allow, with the verdict "no".
+    """
+    values: list[Quantize] = [plan.quantize]
+    if QUANTIZE in options:
+        values += [x for x in ("none", "int8", "nf4") if x != plan.quantize]
+    return [_best(plan, replace(plan, quantize=x), memory, options) for x in values]
+
+
+def _best(asked: Plan, start: Plan, memory: float, options: Collection[str]) -> Alternative:
+    """Return the first run on the way down that fits, else the first that is tight, or the last."""
+    tried = [(verdict(plan, memory), plan) for plan in _smaller(start, options)]
+    for wanted in ("fits", "tight"):
+        for found, plan in tried:
+            if found == wanted:
+                return Alternative(_changed(asked, plan), plan, found)
+    return Alternative(_changed(asked, tried[-1][1]), tried[-1][1], "no")
+
+
+def _smaller(plan: Plan, options: Collection[str]) -> Iterator[Plan]:
+    """Yield a run, then the same with one change after the other, each of the peak phase."""
+    while True:
+        yield plan
+        highest = peak(plan)
+        for change in CHANGES:
+            if change.option in options and highest.name.startswith(change.phases):
+                changed = change.apply(plan)
+                if changed is not None and _lowers(changed, highest):
+                    plan = changed
+                    break
+        else:
+            return
+
+
+def _lowers(plan: Plan, phase: Phase) -> bool:
+    return next(x for x in phases(plan) if x.name == phase.name).total < phase.total
+
+
+def _changed(asked: Plan, plan: Plan) -> dict[str, str]:
+    """Return the options in which two runs differ, with the values of the second."""
+    precision = {} if plan.quantize == asked.quantize else {QUANTIZE: plan.quantize}
+    pairs = {x.option: (x.shown(asked), x.shown(plan)) for x in CHANGES}
+    return {**precision, **{name: new for name, (old, new) in pairs.items() if old != new}}
+
+
+def spared(plan: Plan, memory: float) -> Plan | None:
+    """Return the run without checkpointing where that fits too; None where it does not.
+
+    Args:
+        plan: the run.
+        memory: GiB of a GPU.
+    """
+    if not plan.checkpointing:
+        return None
+    faster = replace(plan, checkpointing=False)
+    return faster if verdict(faster, memory) == "fits" else None

@@ -1,0 +1,185 @@
+"""A run as far as its costs depend on it, and the memory of its phases on one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mteditflow._checks import check_choice, check_count, check_number
+from mteditflow.budget.costs import ModelCosts
+from mteditflow.budget.passes import Passes
+
+GIB = 2**30
+Quantize = Literal["none", "int8", "nf4"]
+Verdict = Literal["fits", "tight", "no"]
+
+LARGEST = 10_000.0  # GiB of a GPU
+CONTEXT = 0.6  # GiB that the CUDA context and its libraries take
+USABLE = 0.95  # share of the rest that fragmentation leaves
+COMFORTABLE = 0.9  # share of the usable memory up to which a run fits
+VAE_MARGIN = 1.2  # convolutions take copies of their own, which the prediction does not see
+BYTES = {"int8": 1.001, "nf4": 0.5 + 4 / 64}  # of a packed weight, scales included
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's sizes.
+
+    Attributes:
+        costs: costs of the model's parts.
+        passes: rows that an update runs for each trajectory.
+        branches: forward passes for one velocity.
+        turns: turns N of a trajectory.
+        steps: denoising steps S of a turn.
+        trajectories: trajectories of a round, over all GPUs.
+        rounds: rounds of the run.
+        sampling_batch: trajectories sampled at once.
+        evaluation_batch: the same in evaluation.
+        training_batch: loss entries of a micro-batch.
+        one_by_one: whether the pipeline samples one trajectory at a time, whatever the batch.
+        average: whether there is an averaged policy, a third set of adapters.
+        checkpointing: whether activations are recomputed in the backward pass.
+        quantize: how linear layers of transformer and text encoders are packed.
+        encoders: where text encoders work.
+        vae_slicing: whether images are decoded one by one.
+        vae_tiling: whether they are decoded in tiles.
+        optimizer_bytes: optimizer state of an adapter's weight.
+        shard: how weights are spread over the GPUs: "fsdp2" with the adapters, "zero3" without.
+        gpus: GPUs that train.
+        dtype: of weights and arithmetic.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    costs: ModelCosts
+    passes: Passes
+    branches: int = 1
+    turns: int = 3
+    steps: int = 6
+    trajectories: int = 128
+    rounds: int = 100
+    sampling_batch: int = 8
+    evaluation_batch: int = 8
+    training_batch: int = 4
+    one_by_one: bool = False
+    average: bool = True
+    checkpointing: bool = True
+    quantize: Quantize = "none"
+    encoders: Literal["device", "host"] = "device"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    optimizer_bytes: int = 8
+    shard: Literal["none", "fsdp2", "zero3"] = "none"
+    gpus: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        for name in ("branches", "turns", "steps", "trajectories", "rounds", "sampling_batch",
+                     "evaluation_batch", "training_batch", "gpus"):  # fmt: skip
+            check_count(name, getattr(self, name))
+        check_choice("quantize", self.quantize, ("none", *BYTES))
+        check_choice("shard", self.shard, ("none", "fsdp2", "zero3"))
+        check_choice("encoders", self.encoders, ("device", "host"))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Memory of one phase of a round on one GPU, bytes.
+
+    Attributes:
+        name: its name in tables.
+        weights: frozen weights: the transformer's, the autoencoder's, in their visit encoders'.
+        adapters: adapters of all policies, gradients and optimizer state.
+        activations: peak of everything else.
+    """
+
+    name: str
+    weights: float
+    adapters: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of the phase at its peak."""
+        return self.weights + self.adapters + self.activations
+
+
+def phases(plan: Plan) -> tuple[Phase, ...]:
+    """Return the memory of every phase of a round on one GPU.
+
+    Args:
+        plan: the run.
+    """
+    row, vae = plan.costs.row, plan.costs.vae
+    size = plan.dtype.itemsize
+    encoders = plan.costs.encoders
+    parts = 1 if plan.shard == "none" else plan.gpus
+    copies = plan.gpus if plan.shard == "fsdp2" else 1
+    weights = _packed(plan, row.weights, row.linear) + size * row.buffers
+    weights = weights / parts + size * vae.weights
+    # A copy of the largest layer while it is unpacked; the block that is gathered and the next one.
+    temporary = size * row.largest if plan.quantize != "none" else 0
+    temporary += 2 * size * row.block if parts > 1 else 0
+    # Of float32: the current and the old policy, the average; in an update gradients.
+    resting = row.adapters * (4 + 4 + 4 * plan.average + plan.optimizer_bytes) / copies
+    training = resting + 4 * row.adapters / copies
+
+    def sampling(name: str, batch: int) -> Iterator[Phase]:
+        rows = 1 if plan.one_by_one else batch
+        images = 1 if plan.vae_slicing else rows
+        decode = max(vae.decode_tiled if plan.vae_tiling else vae.decode, vae.encode)
+        yield Phase(name, weights, resting, rows * row.sample + temporary)
+        yield Phase(f"{name}, VAE", weights, resting, VAE_MARGIN * images * decode)
+
+    visit = _packed(plan, encoders.weights, encoders.linear) if plan.encoders == "device" else 0
+    update = row.update if plan.checkpointing else row.update_plain
+    rows = plan.training_batch * plan.passes.members
+    return (
+        Phase("text encoders", weights + visit, resting, encoders.encode if visit else 0),
+        *sampling("sampling", plan.sampling_batch),
+        Phase("update", weights, training, rows * update + temporary),
+        *sampling("evaluation", plan.evaluation_batch),
+    )
+
+
+def _packed(plan: Plan, weights: int, linear: int) -> float:
+    """Return bytes of weights of which linear layers may be packed."""
+    packed = BYTES.get(plan.quantize, plan.dtype.itemsize)
+    return linear * packed + (weights - linear) * plan.dtype.itemsize
+
+
+def usable(memory: float) -> float:
+    """Return the bytes of a GPU that tensors can take: without context and fragmentation.
+
+    Args:
+        memory: GiB of the GPU, as ``nvidia-smi`` reports them; 24 for a 24 GB card.
+
+    Raises:
+        ValueError: it is not above 0.6, or above 10,000.
+
+    Example:
+        >>> round(usable(24) / 2**30, 2)
+        22.23
+    """
+    check_number("memory", memory, low=CONTEXT, high=LARGEST, open_low=True)
+    return (memory - CONTEXT) * USABLE * GIB
+
+
+def peak(plan: Plan) -> Phase:
+    """Return the phase that takes most memory."""
+    return max(phases(plan), key=lambda phase: phase.total)
+
+
+def verdict(plan: Plan, memory: float) -> Verdict:
+    """Return whether a run fits a GPU: below 90% of the usable memory, up to all of it, or not.
+
+    Args:
+        plan: the run.
+        memory: GiB of the GPU.
+    """
+    share = peak(plan).total / usable(memory)
+    return "fits" if share < COMFORTABLE else "tight" if share <= 1 else "no"

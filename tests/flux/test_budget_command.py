@@ -1,0 +1,166 @@
+"""``mteditflow budget``: figures of the presets, exit codes, errors in one line, a local folder."""
+
+import json
+import sys
+
+import pytest
+from mteditflow_examples import budget
+from mteditflow_examples.flux.command_line import PRESETS, parse
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.files import write_world
+
+from docs import render_budget
+from mteditflow import cli
+from mteditflow.budget import find_model
+from tests.loops import some
+
+# F per trajectory: 18 steps in each branch, then rows forward, backward and once more forward;
+# TFLOP of F.
+KNOWN = {"kontext-nft": (33.6, 38.2), "kontext-grpo": (66.0, 38.7), "klein-nft": (66.8, 39.6)}
+
+
+def run(capsys, monkeypatch, *words):
+    """Exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["budget", *map(str, words)])
+    return ended.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("preset", KNOWN)
+def test_shipped_presets_fit_one_card_of_48(preset, capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, preset, "--memory", 48, "--json")
+    values = json.loads(out)
+    assert (code, values["verdict"]) == (0, "fits")
+    forwards, unit = KNOWN[preset]
+    assert values["flops"]["forwards"] == pytest.approx(forwards, abs=0.06)
+    assert values["flops"]["forward"] / 1e12 == pytest.approx(unit, abs=0.06)
+    highest = max(values["phases"], key=lambda x: x["total"])
+    assert highest["name"] == "text encoders"
+    assert 33 < highest["total"] < 37
+
+
+def test_exit_codes(capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch, "kontext-nft", "--memory", 80)
+    assert (code, err) == (0, "")
+    assert out.startswith("kontext-nft on 1 GPU of 80 GiB: fits as configured (predicted")
+    code, out, err = run(capsys, monkeypatch, "kontext-nft", "--memory", 8)
+    assert (code, err) == (1, "")
+    assert "Nothing fits" in out
+    assert run(capsys, monkeypatch, "--help")[0] == 0
+    assert run(capsys, monkeypatch)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nope"], "preset: expected one of"),
+        (["kontext-nft", "--memory", "much"], "argument --memory: invalid float value: 'much'"),
+        (["kontext-nft", "--memory", "0"], "memory: expected a finite number in (0.6, 10000]"),
+        (["kontext-nft", "--memory", "inf"], "memory: expected a finite number in"),
+        (["kontext-nft", "--model.resolution", "500"], "resolution: expected a multiple of 16"),
+        (["kontext-nft", "--gpus", "0"], "gpus: expected"),
+        (["kontext-nft", "--efficiency", "2"], "efficiency: expected"),
+        (["kontext-nft", "--training.batch", "0"], "training.batch: "),
+        (["kontext-nft", "--training.btach", "2"], "Unrecognized options: --training.btach"),
+        (["kontext-nft", "--model.path", "nowhere"], "model: expected a folder with model_index"),
+        (["kontext-nft", "--sampling.steps", "1", "objective:nope"], "objective: expected one of"),
+    ],
+)
+def test_bad_input_is_one_line(words, expected, capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {expected}")
+    assert err.count("\n") == 1
+
+
+def test_services_may_be_given_and_are_not_needed(capsys, monkeypatch):
+    services = ("--rewards.judge", "http://localhost:1/v1", "--rewards.judge-model", "judge")
+    words = ("kontext-nft", "--memory", "48", "--json")
+    assert run(capsys, monkeypatch, *words) == run(capsys, monkeypatch, *words, *services)
+
+
+def test_every_preset_of_a_known_model_is_planned():
+    for path in some(sorted(PRESETS.glob("*.toml"))):
+        if path.stem.startswith("shapes-"):
+            continue  # their models are written by a command
+        plan = budget.plan_of(parse([path.stem], services=False), gpus=1)
+        assert plan.costs.row.forward > 1e12, path
+
+
+def test_options_reach_the_plan():
+    config = parse(
+        [
+            "kontext-nft", "--training.batch", "2", "--sampling.batch", "3", "--data.turns", "2",
+            "--model.vae-tiling", "--model.no-checkpointing", "--training.ema-decay", "0",
+            "--evaluation.policy", "current",
+        ],
+        services=False,
+    )  # fmt: skip
+    plan = budget.plan_of(config, gpus=2)
+    assert (plan.training_batch, plan.sampling_batch, plan.turns, plan.gpus) == (2, 3, 2, 2)
+    assert (plan.vae_tiling, plan.checkpointing, plan.average) == (True, False, False)
+    assert plan.passes.trained == 2
+    assert {"training.batch", "model.checkpointing"} <= budget.trainer_options(config)
+
+
+def test_a_local_folder_is_read_and_simulated(tmp_path, capsys, monkeypatch):
+    write_world(tmp_path, Family.klein, seed=0, counts=(2, 2), turns=1)
+    capsys.readouterr()
+    words = ("shapes-klein-grpo", "--model.path", tmp_path / "model", "--memory", 4, "--json")
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert (code, err) == (0, "")
+    values = json.loads(out)
+    assert values["verdict"] == "fits"
+    assert 0 < values["flops"]["forward"] < 1e10
+    weights = sum(x.stat().st_size for x in (tmp_path / "model").rglob("*.safetensors"))
+    assert values["phases"][0]["weights"] == pytest.approx(weights / 2**30, abs=0.01)
+
+
+def test_a_folder_of_kontext_is_read(tmp_path):
+    write_world(tmp_path, Family.kontext, seed=0, counts=(2, 2), turns=1)
+    model = find_model(tmp_path / "model")
+    assert (model.pipeline, len(model.encoders)) == ("FluxKontextPipeline", 2)
+    vae = json.loads((tmp_path / "model/vae/config.json").read_text())
+    assert model.token == 2 ** len(vae["block_out_channels"])  # halved but for the last, and packed
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", r"model_index.json: expected JSON"),
+        ("[]", r"model_index.json: expected a JSON object, got list"),
+        (
+            '{"_class_name": "UnCLIPPipeline"}',
+            r"model: expected a pipeline among FluxKontextPipeline.*got UnCLIPPipeline",
+        ),
+        (
+            '{"_class_name": "ZImagePipeline", "transformer": [null, null]}',
+            r"model_index.json: expected an entry for transformer, got none",
+        ),
+        (
+            '{"_class_name": "ZImagePipeline", "vae": ["diffusers", "AutoencoderKL"], '
+            '"transformer": ["diffusers", "FluxTransformer2DModel"]}',
+            r"model: expected a ZImageTransformer2DModel, got FluxTransformer2DModel",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_pipeline_is_refused(content, expected, tmp_path):
+    (tmp_path / "model_index.json").write_text(content)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=expected):
+        find_model(tmp_path)
+
+
+def test_the_page_shows_every_preset_as_it_is_predicted():
+    text = render_budget.PAGE.read_text(encoding="utf-8")
+    shown = text.partition(render_budget.START)[2].partition(render_budget.END)[0].splitlines()
+    assert set(render_budget.table().splitlines()) <= set(shown)
+    assert [x.split("`")[1] for x in shown[2:]] == sorted(x.stem for x in PRESETS.glob("*.toml"))
+    for line in some(shown[2:]):
+        figures = line.strip("| ").split(" | ")[1:]
+        assert all(some([x.endswith(" predicted") for x in figures]))
+    assert render_budget.page(text, "".join(f"{x}\n" for x in shown)) == text
+    with pytest.raises(ValueError, match="expected one <!-- budget: start -->"):
+        render_budget.page("", "")
