@@ -5,13 +5,16 @@ Everything but the weights is the trainer's own: editor, recorder, policies, los
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from mteditflow_examples.budget import plan_of
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import Config
 from mteditflow_examples.shapes.editor import build_klein, build_kontext
@@ -19,34 +22,23 @@ from mteditflow_examples.shapes.editor import build_klein, build_kontext
 from benchmarks import trainer_full_size
 from benchmarks.trainer_batch import Batch, ForwardCounter
 from benchmarks.trainer_full_size import SIZES, Size
+from mteditflow.budget import GPUS, phases
 from mteditflow.objectives import ReplayObjective, RoundKey
 from mteditflow.pipelines import Editor, LoraPolicies, Rollout
+from mteditflow.pipelines.quantization import QUANTIZATIONS, quantize
 from mteditflow.training import Updater
 
-NOT_REACHED, OUT_OF_MEMORY = "not reached", "out of memory"
+NOT_REACHED, OUT_OF_MEMORY, NOT_INSTALLED = "not reached", "out of memory", "not installed"
 SLOWEST = 0.1  # share of the matrix rate with which the time of work is guessed before it begins
 STOCHASTIC_STEPS = 2  # of GRPO: fewer than the preset's 5, so that an update takes less time
-#: Dense bf16 products with float32 accumulation, TFLOP/s, by a part of the device's name.
-PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "4090": 165.0, "5090": 209.5}
-COLUMNS = ("model", "way", "what", "seconds", "TFLOP", "of the matrix rate", "of the stated peak",
-           "peak, GiB", "forwards")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a model is trained.
-
-    Attributes:
-        checkpointing: whether activations are computed again in the backward pass.
-    """
-
-    checkpointing: bool
-
-    def __str__(self) -> str:
-        return "checkpointing" if self.checkpointing else "no checkpointing"
-
-
-WAYS = (Way(checkpointing=True), Way(checkpointing=False))
+PRESETS = {"kontext": "kontext-nft", "klein": "klein-nft"}  # whose memory is predicted
+# Checkpointing and work; the rollout after an update, so that the optimizer has its state.
+PIECES = (
+    *(("on", "NFT update"), ("on", "GRPO update"), ("-", "rollout, recorded")),
+    *(("off", "NFT update"), ("off", "GRPO update")),
+)
+COLUMNS = ("model", "weights", "checkpointing", "what", "seconds", "TFLOP", "of the matrix rate",
+           "of the stated peak", "peak, GiB", "predicted, GiB", "forwards")  # fmt: skip
 
 
 class Deadline:
@@ -105,14 +97,17 @@ class Trained:
         size: the architecture.
         device: where it lies.
         dtype: of its weights.
+        kind: how the linear layers of its blocks are quantized, or "none".
     """
 
-    def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, size: Size, device: str, dtype: torch.dtype, kind: str = "none") -> None:
         self.size, self.device = size, device
         given = {"device": device, "dtype": dtype, "compiled": False}
         self.editor: Editor = trainer_full_size.build_editor(size, **given)
+        if kind != "none":
+            quantize(self.editor.transformer, kind, torch.device(device))
         lora = self.editor.lora(rank=size.rank, alpha=2 * size.rank)
-        self.policies = LoraPolicies(self.editor.transformer, lora)
+        self.policies = LoraPolicies(self.editor.transformer, lora, ema=True)
         self.counter = ForwardCounter(self.editor.transformer)
         optimizer = torch.optim.AdamW(self.policies.parameters(), 1e-4)
         self._updater = Updater(optimizer, self.policies.parameters, max_grad_norm=1.0)
@@ -120,6 +115,8 @@ class Trained:
         with trainer_full_size.shapes_of_calls(self.editor.transformer, calls):
             self.rollout = self.roll_out()
         self.call = calls[0]
+        sampled = trainer_full_size.TURNS * size.steps
+        self.branches = self.counter.lap()[2] // sampled
 
     def roll_out(self) -> Rollout:
         """Record one trajectory."""
@@ -147,58 +144,95 @@ class Trained:
         if update.outcome != "taken":
             raise FloatingPointError(f"{objective}: the update was {update.outcome}")
 
-    def hold(self, way: Way) -> None:
-        """Train in that way from here on."""
+    def rows(self, what: str) -> tuple[int, int]:
+        """Rows of a piece of work: with a graph, and without one."""
+        each = self.branches * trainer_full_size.TURNS
+        if what.startswith("rollout"):
+            return 0, each * self.size.steps
+        return (each, 2 * each) if what.startswith("NFT") else (each * STOCHASTIC_STEPS, 0)
+
+    def checkpoint(self, on: bool) -> None:
+        """Compute activations again in the backward pass from here on, or keep them."""
         model: Any = self.editor.transformer
-        if way.checkpointing:
-            model.enable_gradient_checkpointing()
-        else:
-            model.disable_gradient_checkpointing()
+        model.enable_gradient_checkpointing() if on else model.disable_gradient_checkpointing()
 
 
 def model_rows(
     name: str, size: Size, device: str, dtype: torch.dtype, deadline: Deadline
 ) -> Iterator[list[Any]]:
-    """Yield a row for each way and piece of work; what there is no time for is not reached."""
+    """Yield a row for each way of holding weights and activations and each piece of work.
+
+    What there is no time, memory or package for says so.
+    """
     rate = trainer_full_size.matrix_rate(device, dtype)
-    trained = Trained(size, device, dtype)
-    per_row, per_trained_row = trainer_full_size.flops_of(size, trained.call)
-    branches = trained.counter.lap()[2] / (size.steps * trainer_full_size.TURNS)
-    turns = branches * trainer_full_size.TURNS
-    guesses = {  # FLOP of current, old and reference, or of one policy's stochastic steps
-        "rollout": size.steps * turns * per_row,
-        "nft": turns * (1.5 * per_trained_row + 2 * per_row),
-        "grpo": turns * STOCHASTIC_STEPS * 1.5 * per_trained_row,
-    }
+    flops: tuple[int, int] | None = None
+    building = 0.0
+    for kind in ("none", "nf4", "int8"):
+        label = str(dtype).removeprefix("torch.") if kind == "none" else kind
+        missing = None if deadline.allows(building) else NOT_REACHED
+        if kind != "none" and find_spec(QUANTIZATIONS[kind][0]) is None:
+            missing = NOT_INSTALLED
+        if missing is not None:
+            yield from ([name, label, *piece, *without(missing)] for piece in PIECES)
+            continue
+        start = time.monotonic()
+        trained = Trained(size, device, dtype, kind)
+        building = time.monotonic() - start
+        if flops is None:
+            flops = trainer_full_size.flops_of(size, trained.call)
+        for checkpointing, what in PIECES:
+            trained.checkpoint(checkpointing == "on")
+            cells = measured(trained, what, flops, rate, deadline)
+            if size == SIZES[name] and dtype is torch.bfloat16:
+                cells[-2] = f"{predicted(name, kind, checkpointing, what) / 2**30:.1f}"
+            yield [name, label, checkpointing, what, *cells]
+        del trained
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measured(
+    trained: Trained, what: str, flops: tuple[int, int], rate: float, deadline: Deadline
+) -> list[Any]:
+    """Measure a piece of work; the cells of its row, from seconds on, without the prediction."""
+    per_row, per_trained_row = flops
+    rows, others = trained.rows(what)
+    guess = (1.5 * rows * per_trained_row + others * per_row) / (SLOWEST * rate)
+    if not deadline.allows(2 * guess):
+        return without(NOT_REACHED)
     work: dict[str, Callable[[], object]] = {
-        "rollout": trained.roll_out,
-        "nft": lambda: trained.update("nft"),
-        "grpo": lambda: trained.update("grpo"),
+        "rollout, recorded": trained.roll_out,
+        "NFT update": lambda: trained.update("nft"),
+        "GRPO update": lambda: trained.update("grpo"),
     }
-    for way in WAYS:
-        trained.hold(way)
-        for what in work:
-            if what == "rollout" and way is not WAYS[0]:
-                continue  # without gradients nothing is computed again
-            title = "rollout, recorded" if what == "rollout" else f"{what.upper()} update"
-            head = [name, "any" if what == "rollout" else str(way), title]
-            if not deadline.allows(2 * guesses[what] / (SLOWEST * rate)):
-                yield [*head, NOT_REACHED, *["-"] * 5]
-                continue
-            try:
-                timed(work[what], device)  # allocates; old differs from current afterwards
-                trained.counter.lap()
-                seconds, peak = timed(work[what], device)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                yield [*head, OUT_OF_MEMORY, *["-"] * 5]
-                continue
-            forwards, rows, others = trained.counter.lap()
-            flops = rows * per_trained_row + others * per_row
-            yield [
-                *(*head, seconds, flops / 1e12, percent(flops / seconds / rate)),
-                *(of_peak(flops / seconds, device), gibibytes(peak), forwards),
-            ]
+    try:
+        timed(work[what], trained.device)  # allocates; old differs from current afterwards
+        trained.counter.lap()
+        seconds, peak = timed(work[what], trained.device)
+    except torch.OutOfMemoryError:
+        return without(OUT_OF_MEMORY)
+    forwards, rows, others = trained.counter.lap()
+    total = rows * per_trained_row + others * per_row
+    shares = percent(total / seconds / rate), of_peak(total / seconds, trained.device)
+    return [seconds, total / 1e12, *shares, gibibytes(peak), "-", forwards]
+
+
+def without(reason: str) -> list[Any]:
+    """Return the cells of a row that was not measured."""
+    return [reason, *["-"] * (len(COLUMNS) - 5)]
+
+
+def predicted(name: str, kind: str, checkpointing: str, what: str) -> float:
+    """Bytes that the budget predicts for the peak of this work, the CUDA context not among them."""
+    size = SIZES[name]
+    words = [PRESETS[name], "--rewards.scorer", "none:none", "--model.quantize", kind]
+    words += ["--model.lora-rank", str(size.rank), "--model.resolution", str(size.resolution)]
+    words += ["--training.batch", "1", "--sampling.batch", "1"]
+    words += ["--model.no-checkpointing"] if checkpointing == "off" else []
+    phase = "sampling" if what.startswith("rollout") else "update"
+    plan = plan_of(parse(words), gpus=1)
+    return max(found.total for found in phases(plan) if found.name.startswith(phase))
 
 
 def family_rows(
@@ -246,7 +280,9 @@ def of_peak(rate: float, device: str) -> str:
     """A rate in FLOP/s as a share of what the maker of the device states; "-" if not known."""
     cuda = torch.device(device).type == "cuda"
     called = torch.cuda.get_device_name(device) if cuda else ""
-    peak = next((peak for part, peak in PEAKS.items() if part in called), None)
+    peak = next(
+        (peak for names, peak in GPUS.items() if any(n in called for n in names.split("/"))), None
+    )
     return "-" if peak is None else percent(rate / (peak * 1e12))
 
 

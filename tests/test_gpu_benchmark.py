@@ -11,7 +11,15 @@ import torch
 
 from benchmarks import gpu, gpu_models, trainer_full_size
 from benchmarks.cases import cases
-from benchmarks.gpu_models import COLUMNS, NOT_REACHED, OUT_OF_MEMORY, Deadline, tiny_size
+from benchmarks.gpu_models import (
+    COLUMNS,
+    NOT_INSTALLED,
+    NOT_REACHED,
+    OUT_OF_MEMORY,
+    PIECES,
+    Deadline,
+    tiny_size,
+)
 from tests.loops import some
 
 SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
@@ -67,23 +75,29 @@ def test_functions_are_measured_in_both_precisions_and_families_beside_plain_cal
 
 
 @pytest.mark.slow
-def test_models_are_measured_with_and_without_checkpointing(sections):
+def test_models_are_measured_in_each_way_of_holding_weights_and_activations(sections):
     (table,) = sections["models"]["tables"]
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in table["rows"]]
-    ways = ["checkpointing"] * 2 + ["no checkpointing"] * 2
-    assert [(row["model"], row["way"]) for row in rows] == [
-        (name, way) for name in ("kontext", "klein") for way in ("any", *ways)
+    expected = [
+        (name, weights, *piece)
+        for name in ("kontext", "klein")
+        for weights in ("float32", "nf4", "int8")
+        for piece in PIECES
     ]
-    reached = [row for row in rows if row["seconds"] != NOT_REACHED]
-    assert reached
+    assert [tuple(row[name] for name in COLUMNS[:4]) for row in rows] == expected
+    measured = [row for row in rows if isinstance(row["seconds"], float)]
+    assert {row["weights"] for row in measured} >= {"float32"}
     steps = 2
-    for row in reached:
+    for row in measured:
         branches = 1 if row["model"] == "kontext" else 2
         passes = {"rollout, recorded": steps, "NFT update": 3, "GRPO update": steps}[row["what"]]
         assert row["forwards"] == passes * TURNS * branches, row
         assert row["seconds"] > 0
         assert row["TFLOP"] > 0
         assert row["of the matrix rate"].endswith("%")
+        assert row["predicted, GiB"] == "-"  # for the models at full size alone
+    said = {row["seconds"] for row in rows if row not in measured}
+    assert said <= {NOT_REACHED, NOT_INSTALLED}
 
 
 @pytest.mark.slow
@@ -91,11 +105,26 @@ def test_what_there_is_no_time_or_memory_for_is_said(monkeypatch):
     monkeypatch.setattr(trainer_full_size, "TURNS", TURNS)
     given = ("kontext", tiny_size("kontext"), "cpu", torch.float32)
     rows = list(gpu_models.model_rows(*given, Deadline(0)))
-    assert len(rows) == 5
-    assert {(row[3], row[-1]) for row in rows} == {(NOT_REACHED, "-")}
+    assert len(rows) == 3 * len(PIECES)
+    assert {row[4] for row in rows} <= {NOT_REACHED, NOT_INSTALLED}
+    assert {tuple(row[5:]) for row in rows} == {("-",) * 6}
     monkeypatch.setattr(gpu_models, "timed", exhausted)
+    monkeypatch.setattr(gpu_models, "find_spec", lambda name: None)
     rows = list(gpu_models.model_rows(*given, Deadline(1000)))
-    assert {(row[3], row[-1]) for row in some(rows)} == {(OUT_OF_MEMORY, "-")}
+    assert [row[4] for row in rows] == [OUT_OF_MEMORY] * 5 + [NOT_INSTALLED] * 10
+
+
+def test_memory_is_predicted_by_the_budget_of_the_same_work():
+    """In GiB: weights in bf16 and nf4, and what checkpointing saves in an update of one row."""
+
+    def gib(*way):
+        return gpu_models.predicted(*way) / 2**30
+
+    whole, packed = (gib("kontext", kind, "on", "NFT update") for kind in ("none", "nf4"))
+    assert whole == pytest.approx(29.7, abs=0.1)
+    assert 15 < whole - packed < 16  # of 11.9e9 weights
+    assert gib("kontext", "none", "off", "GRPO update") - whole == pytest.approx(25.1, abs=0.5)
+    assert gib("klein", "none", "-", "rollout, recorded") < gib("klein", "none", "on", "NFT update")
 
 
 def exhausted(call, device):
