@@ -73,7 +73,10 @@ class Model:
     @property
     def _guidance(self) -> str:
         """Name of the scale of guidance: true_cfg_scale where the model has no other."""
-        name = DiffusionPipeline.load_config(self.editor)["_class_name"]
+        try:
+            name = DiffusionPipeline.load_config(self.editor)["_class_name"]
+        except OSError:  # check() refuses it
+            name = ""
         named = {family.pipeline.__name__: family.guidance for family in FAMILIES}
         return named.get(name) or "guidance_scale"
 
