@@ -93,6 +93,13 @@ def test_errors():
         simulate(replace(TINY, config={"depth": 3}))
 
 
+def shallow(model):
+    """One block of each kind."""
+    depth = dict.fromkeys(DEPTHS[model.behavior.transformer], 1)
+    dual = {"dual_attention_layers": (0,)} if "dual_attention_layers" in model.config else {}
+    return {**depth, **dual}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_built_as_published(name):
     # billions of parameters by the papers and model cards
@@ -107,10 +114,7 @@ def test_every_model_is_built_as_published(name):
     assert (row["weights"] + row["buffers"]) / 1e9 == pytest.approx(published[name], rel=0.04)
     assert model.behavior.transformer in INPUTS
     assert model.behavior.transformer in DEPTHS
-    first = dict.fromkeys(DEPTHS[model.behavior.transformer], 1)
-    if "dual_attention_layers" in model.config:
-        first["dual_attention_layers"] = (0,)
-    built = build_model(case, first, device="meta")
+    built = build_model(case, shallow(model), device="meta")
     assert sum("lora_A" in x for x, _ in built.named_parameters()) > 0
 
 
@@ -122,10 +126,10 @@ def test_adapted_layers_are_those_of_the_editor():
         if model is None:
             continue
         case = case_of(model, model.behavior.shape(512), rank=1, branches=1)
-        built = build_model(case, {}, device="meta")
+        built = build_model(case, shallow(model), device="meta")
         adapted = [x for x, part in built.named_modules() if hasattr(part, "lora_A")]
         with torch.device("meta"):
-            plain = getattr(diffusers, case.kind)(**case.config)
+            plain = getattr(diffusers, case.kind)(**{**case.config, **shallow(model)})
         assert sorted(adapted) == sorted(family.layers(plain, None)), name
         assert model.behavior.one_by_one == (not family.takes_batch), name
         seen += 1

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from mteditflow_examples import budget
@@ -11,7 +12,7 @@ from mteditflow_examples.shapes.files import write_world
 
 from docs import render_budget
 from mteditflow import cli
-from mteditflow.budget import find_model, peak
+from mteditflow.budget import find_model, peak, work
 from mteditflow.budget.advice import CHANGES, QUANTIZE
 from tests.loops import some
 
@@ -178,6 +179,27 @@ def test_a_folder_that_is_no_pipeline_is_refused(content, expected, tmp_path):
     (tmp_path / "transformer" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=expected):
         find_model(tmp_path)
+
+
+def test_facts_that_the_page_states():
+    text = " ".join(render_budget.PAGE.read_text(encoding="utf-8").split())
+
+    def plan(preset):
+        return budget.plan_of(parse([preset], services=False), gpus=1)
+
+    for preset, share in some({"kontext-nft": 0.24, "kontext-grpo": 0.45}.items()):
+        with_it, without = (
+            work(replace(plan(preset), checkpointing=on)).update for on in (True, False)
+        )
+        assert with_it / without - 1 == pytest.approx(share, abs=0.006)
+    assert "24% more for NFT, 45% more for GRPO" in text
+    # gradient and two moments of float32 of rank 64 on all ranks but this one, GB
+    assert plan("kontext-grpo").costs.row.adapters * 12 / 1e9 == pytest.approx(3.1, abs=0.05)
+    assert "at most 3.1 GB" in text
+    flux = plan("kontext-nft").costs.vae
+    assert flux.decode == flux.decode_tiled
+    nf4 = peak(replace(plan("kontext-nft"), quantize="nf4"))
+    assert f"{nf4.total / 2**30:.1f} GiB at its peak, predicted" in text
 
 
 def test_the_page_shows_every_preset_as_it_is_predicted():
