@@ -190,12 +190,13 @@ class Place(NamedTuple):
         starts = {0, x.shape[axis] - rows.shape[axis]} | (
             {part.start} if axis == part.axis else set()
         )
-        wanted, likeness = repeat_rows(velocity, self.copies), {}
+        wanted, likeness = repeat_rows(velocity, self.copies).double(), {}
         for start in starts:
             candidate = Part(axis, start, whole=False)
             found = candidate.split(x, rows.shape)
             if found is not None and wanted.shape == found[0].shape:
-                likeness[candidate] = (found[0].double() * wanted).sum().abs().item()
+                pair = found[0].double().flatten(), wanted.flatten()
+                likeness[candidate] = torch.cosine_similarity(*pair, dim=0).abs().item()
         return self._replace(output=max(likeness, key=likeness.__getitem__, default=part))
 
     def _returned(self, output: Any, rows: Tensor) -> Tensor | None:

@@ -254,7 +254,7 @@ def test_a_sample_is_found_in_any_place_and_put_there_again(argument, told, copi
     again = place.join(rows, rest)
     assert type(again) is type(held)
     assert all(torch.equal(one, other) for one, other in zip(some(again), held, strict=True))
-    more = torch.randn_like(rows)
+    more = 1000 * torch.randn_like(rows)  # larger than the velocity, and not like it
     for output in (held, rows, torch.cat([more, rows], dim=1), torch.cat([rows, more], dim=3)):
         seen = place.with_output(output, rows, -sample)  # pipelines may turn the velocity round
         assert torch.equal(seen.velocity(output, rows), rows)
