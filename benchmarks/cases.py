@@ -139,16 +139,21 @@ def compiled_cases(device: str, *, latents: tuple[int, ...] = LATENTS) -> list[C
     by_name = {case.name: case for case in cases(device, latents=latents)}
     return [
         replace(
-            case,
+            in_dtype(case, dtype),
             name=f"{case.name}, {str(dtype).removeprefix('torch.')}",
-            plain=partial(_in_float32, case.plain),
-            inputs=tuple(x.to(dtype) if x.ndim > 1 else x for x in case.inputs),
             time_limit=COMPILED_LIMIT,
             memory_limit=None,
         )
         for case in (by_name[name] for name in COMPILED)
         for dtype in (torch.float32, torch.bfloat16)
     ]
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """A case with latents in a dtype; its plain formula computes in float32, as ours does."""
+    inputs = tuple(x.to(dtype) if x.ndim > 1 else x for x in case.inputs)
+    plain = partial(_in_float32, case.plain) if case.plain_in_torch else case.plain
+    return replace(case, plain=plain, inputs=inputs)
 
 
 def _in_float32(plain: Callable[..., Any], *inputs: Tensor) -> Any:

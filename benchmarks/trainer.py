@@ -25,7 +25,8 @@ from benchmarks import (
     trainer_full_size,
     trainer_memory,
 )
-from benchmarks.trainer_parts import environment, make_medium, make_world
+from benchmarks.trainer_batch import environment
+from benchmarks.trainer_parts import make_medium, make_world
 
 HEADER = """\
 # Benchmarks of the trainer

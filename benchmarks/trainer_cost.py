@@ -13,9 +13,9 @@ import torch
 from mteditflow_examples.train_flux import train
 
 from benchmarks import measure, report
+from benchmarks.trainer_batch import ForwardCounter
 from benchmarks.trainer_parts import (
     MEDIUM,
-    ForwardCounter,
     ModelClock,
     build_kontext,
     first_batch,

@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_nft import PlainLoop
-from benchmarks.trainer_parts import Batch, ForwardCounter
+from benchmarks.trainer_batch import Batch, ForwardCounter
 from mteditflow.objectives import RoundKey, keyed_generator
 from mteditflow.pipelines import FAMILIES, Editor, Instruction, LoraPolicies, Prompts, Rollout
 from mteditflow.pipelines.conditioning import map_leaves

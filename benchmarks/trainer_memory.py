@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks import measure
+from benchmarks.trainer_batch import Batch
 from benchmarks.trainer_cost import spread
-from benchmarks.trainer_parts import Batch, first_batch
+from benchmarks.trainer_parts import first_batch
 from mteditflow.pipelines.conditioning import leaves
 from mteditflow.training import Updater
 

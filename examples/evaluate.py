@@ -88,7 +88,9 @@ def run(
     ] = False,
     lora: Annotated[str | None, typer.Option(help="LoRA in diffusers format.")] = None,
     call: Annotated[list[str] | None, typer.Option(help="key=value of each call.")] = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Square to fit into.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Square to fit into; none: own shape.")
+    ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float32"], typer.Option(help="Of the editor's weights.")
     ] = "bfloat16",

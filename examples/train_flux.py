@@ -33,10 +33,9 @@ def train(run: Run) -> None:
         show_chains,
     )
     from mteditflow_examples.flux.rewards import round_rewards, turn_advantages, turn_signals
-    from mteditflow_examples.flux.sampling import gather, next_chains, sample
+    from mteditflow_examples.flux.sampling import gather, next_chains, sample, velocity_of
     from mteditflow_examples.flux.updating import check_first_ratios, update
 
-    from mteditflow.pipelines import RolloutVelocity
     from mteditflow.training import Updater
 
     config, state, policies = run.config, run.state, run.policies
@@ -69,7 +68,7 @@ def train(run: Run) -> None:
             run.numbers["groups/unfused"] = unfused
 
             # Update: the objective's minibatches; then the old policy follows.
-            velocity = RolloutVelocity(policies, rollout)
+            velocity = velocity_of(policies, rollout)
             if config.stochastic and state.done == run.first_round:
                 check_first_ratios(run, velocity, rollout)
             with run.log.stopwatch.phase("updating"):

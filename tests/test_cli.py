@@ -104,7 +104,7 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch, capsys):
 def test_arguments_reach_the_program(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert exit_code("train", "nft") == 2
-    assert capsys.readouterr().err.startswith("error: preset: expected one of ['klein-nft'")
+    assert capsys.readouterr().err.startswith("error: preset: expected one of ['flux2-")
 
 
 def test_what_a_package_says_of_a_missing_extra_is_one_line(monkeypatch, capsys):

@@ -179,6 +179,15 @@ def test_what_is_there_is_not_made_again_and_ranks_share_the_rest(world, made, t
     assert (tmp_path / "images" / "0" / "turn_1.png").stat().st_mtime_ns == kept
 
 
+def test_without_a_resolution_images_keep_the_shape_of_their_references(world):
+    chains = read_chains(world / "edival.csv").chains[:2]
+    references = [Image.new("RGB", size, "red") for size in ((16, 8), (9, 13))]
+    edited = Model(str(world / "model"), None, "float32", CALL, None, 0).load("cpu")(
+        references, chains
+    )
+    assert [{image.size for image in chain} for chain in edited] == [{(16, 8)}, {(8, 12)}]
+
+
 def test_any_other_pipeline_is_called_one_chain_at_a_time(world, monkeypatch):
     chains = read_chains(world / "edival.csv").chains[:1]
     references = [MadeImages(world, 12).reference(chain) for chain in chains]

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # Whether a folder holds a pipeline that can be trained, before it is loaded.
     "mteditflow.pipelines.families": {"find_family"},
-    "mteditflow.pipelines.quantization": {"check_quantization"},
+    "mteditflow.pipelines.quantization": {"QUANTIZATIONS", "check_quantization", "quantize"},
     # Intervals where all chains are alike, ranges of scores, and what a scorer is checked with.
     "mteditflow.evaluation.intervals": {"bounded_interval", "interval_of", "overall_interval"},
     "mteditflow.rewards.scale": {"COSINE", "SHARE"},

@@ -1,13 +1,12 @@
 """The trainer's benchmarks measure what they say; the code for full size runs here, tiny."""
 
-import dataclasses
 import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from mteditflow_examples.shapes.editor import build_klein, build_kontext
+from mteditflow_examples.shapes.editor import build_kontext
 
 from benchmarks import (
     plain_nft,
@@ -17,8 +16,9 @@ from benchmarks import (
     trainer_full_size,
     trainer_memory,
 )
+from benchmarks.gpu_models import tiny_size
+from benchmarks.trainer_batch import ForwardCounter
 from benchmarks.trainer_parts import (
-    ForwardCounter,
     ModelClock,
     first_batch,
     make_world,
@@ -37,26 +37,6 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), counts=(4, 1))
 
 
-def tiny(name):
-    """That architecture, shrunk: the same classes and calls."""
-    pipeline = {"kontext": build_kontext, "klein": build_klein}[name]()
-
-    def built(model, **changed):
-        config = {k: v for k, v in model.config.items() if not k.startswith("_")}
-        return type(model), config | changed
-
-    width = pipeline.transformer.config.joint_attention_dim
-    return dataclasses.replace(
-        trainer_full_size.SIZES[name],
-        transformer=built(pipeline.transformer, guidance_embeds=name == "kontext"),
-        vae=built(pipeline.vae),
-        embeddings={"kontext": ((10, width), (32,)), "klein": ((10, width),)}[name],
-        resolution=pipeline.vae.config.sample_size,
-        rank=2,
-        steps=2,
-    )
-
-
 @pytest.mark.parametrize(("name", "weights"), [("kontext", 11.90e9), ("klein", 9.08e9)])
 def test_full_sizes_have_the_weights_of_their_models(name, weights):
     size = trainer_full_size.SIZES[name]
@@ -72,7 +52,7 @@ def test_full_sizes_have_the_weights_of_their_models(name, weights):
 
 @FAMILIES
 def test_full_size_makes_a_section(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(trainer_full_size.SIZES, name, tiny(name))
+    monkeypatch.setitem(trainer_full_size.SIZES, name, tiny_size(name))
     monkeypatch.setattr(trainer_full_size, "TURNS", 2)
     given = ["trainer", "--full-size", name, "--device", "cpu", "--dtype", "float32"]
     given += ["--batch", "2", "--rounds", "1", "--output", str(tmp_path)]
@@ -96,7 +76,7 @@ def test_full_size_makes_a_section(name, tmp_path, monkeypatch):
 
 @FAMILIES
 def test_the_plain_loop_computes_the_velocity_of_the_replay(name):
-    size = tiny(name)
+    size = tiny_size(name)
     editor = trainer_full_size.build_editor(size, device="cpu", dtype=torch.float32, compiled=False)
     policies = LoraPolicies(editor.transformer, editor.lora(rank=2, alpha=2))
     rollout = trainer_full_size.roll_out(editor, size, 2)
@@ -109,7 +89,7 @@ def test_the_plain_loop_computes_the_velocity_of_the_replay(name):
 
 
 def test_flop_are_those_of_the_products():
-    size = tiny("kontext")
+    size = tiny_size("kontext")
     editor = trainer_full_size.build_editor(size, device="cpu", dtype=torch.float32, compiled=False)
     calls = []
     with trainer_full_size.shapes_of_calls(editor.transformer, calls):

@@ -6,6 +6,7 @@ tokenizer in the place of Pixtral's, and Qwen-Image-Edit PaddleOCR's of the same
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from mteditflow_examples.shapes.editor import build_klein
 from transformers import (
+    CLIPTextModelWithProjection,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PaddleOCRVLImageProcessorPil,
@@ -108,11 +110,21 @@ def build_qwen_edit() -> DiffusionPipeline:
     return pipeline
 
 
+def build_sd3() -> DiffusionPipeline:
+    """Stable Diffusion 3.5, whose CLIPs have a layer to skip."""
+    pipeline = sd3.with_text()
+    config = copy.deepcopy(pipeline.text_encoder.config)
+    config.num_hidden_layers = 2
+    pipeline.text_encoder = CLIPTextModelWithProjection(config).eval()
+    pipeline.text_encoder_2 = CLIPTextModelWithProjection(config).eval()
+    return pipeline
+
+
 BUILD: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux2": build_flux2,
     "qwen-edit": build_qwen_edit,
     "z-image": lambda: z_image.z_image(text=True),
-    "sd3.5": sd3.with_text,
+    "sd3.5": build_sd3,
 }
 
 

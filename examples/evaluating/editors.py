@@ -73,7 +73,10 @@ class Model:
     @property
     def _guidance(self) -> str:
         """Name of the scale of guidance: true_cfg_scale where the model has no other."""
-        name = DiffusionPipeline.load_config(self.editor)["_class_name"]
+        try:
+            name = DiffusionPipeline.load_config(self.editor)["_class_name"]
+        except OSError:  # check() refuses it
+            name = ""
         named = {family.pipeline.__name__: family.guidance for family in FAMILIES}
         return named.get(name) or "guidance_scale"
 
@@ -93,12 +96,15 @@ class Model:
         """Load it; its class tells how it is called."""
         quiet_libraries()
         name, options = DiffusionPipeline.load_config(self.editor)["_class_name"], self.call
-        dtype = getattr(torch, self.dtype)
-        if self.resolution is not None:
-            options = {"height": self.resolution, "width": self.resolution, **options}
-        if name in {family.pipeline.__name__ for family in FAMILIES}:
-            editor = Editor.load(self.editor, dtype=dtype, device=device, call=options)
+        dtype, side = getattr(torch, self.dtype), self.resolution
+        square = {"height": side, "width": side}
+        families = {family.pipeline.__name__: family for family in FAMILIES}
+        if name in families:
+            own = families[name].references != "none"  # a size of None is then the reference's
+            call = {**square, **options} if own or side is not None else options
+            editor = Editor.load(self.editor, dtype=dtype, device=device, call=call)
             return OfFamily(self._with_lora(editor), self.seed)
+        options = options if side is None else {**square, **options}
         pipeline = DiffusionPipeline.from_pretrained(self.editor, dtype=dtype).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return AnyPipeline(self._with_lora(pipeline), options, self.seed)

@@ -52,7 +52,8 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic; adapters, log-probs and losses are float32 in either."""
     resolution: Count = 512
-    """Side of all images, pixels; references are cropped to a square of it."""
+    """Side of all images, pixels; references are cropped to a square of it. With data.fit buckets
+    the root of their area."""
     guidance: NonNegative = 2.5
     """Scale of guidance: embedded for Kontext and FLUX.2-dev, else classifier-free, as klein's. The
     pipeline's guidance_scale, of Qwen-Image-Edit true_cfg_scale."""
@@ -112,6 +113,11 @@ class Data:
     says so."""
     allow_outside: bool = False
     """Whether images may lie outside the folder of their file of chains."""
+    fit: Literal["square", "buckets"] = "square"
+    """square: references are cropped to squares; buckets: to the nearest of several shapes of the
+    same area, up to 2 : 1, and every chain keeps the shape of its own."""
+    bucket_multiple: Count = 64
+    """Sides of buckets are multiples of this, pixels."""
     turns: Count = 3
     """Turns N of every chain; longer chains are cut, shorter ones left out."""
     groups: Count = 8
@@ -542,6 +548,8 @@ def _unsound(config: Config) -> Iterator[str]:
         objective.sampling(0, steps=config.sampling.steps)
     except ValueError as error:
         yield f"objective.{error}"
+    if data.fit == "buckets" and isinstance(config, DistillationConfig):
+        yield "data.fit: expected square for distillation, got buckets"
     if training.stop_kl is not None and not card.old_kl:
         yield f"training.stop_kl: expected None for {name}, which has no old_kl"
     if training.warmup_rounds >= training.rounds:
@@ -602,6 +610,7 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             "model.lora is given and objective.kl_coef, or distillation, uses a reference",
         ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
+        ("data", "bucket_multiple"): (config.data.fit == "buckets", "data.fit is buckets"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),
         ("rewards", "floor_rate"): (rewards.floor is not None, "rewards.floor is given"),

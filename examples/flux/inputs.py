@@ -143,8 +143,8 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         ValueError: a service does not answer.
     """
     data = config.data
-    notes, size = Notes(), config.model.resolution
-    chains = load_chains(data, data.chains, size, notes)
+    notes = Notes()
+    chains = load_chains(config, data.chains, notes)
     family = _family(config)
     require_fitting(config, family, chains)
     sampler = make_sampler(config, chains, accelerator)
@@ -157,7 +157,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         _load_order(sampler, found)
     held_out = None
     if data.held_out is not None:
-        unseen = load_held_out(data, chains, size, notes)
+        unseen = load_held_out(config, chains, notes)
         require_fitting(config, family, unseen)
         held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
         if strays := ", ".join(held_out.strays()):

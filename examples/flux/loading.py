@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
-from mteditflow.pipelines import Editor, Family, LoraPolicies, Start, read_lora
+from mteditflow.pipelines import (
+    Editor,
+    Family,
+    LoraPolicies,
+    Start,
+    aspect_buckets,
+    fit_to_bucket,
+    read_lora,
+)
 from mteditflow.pipelines.families import find_family
 from mteditflow.training import RunLog
 
-from .config import Config, ConfigError, Data, DistillationConfig, Model
+from .config import Config, ConfigError, DistillationConfig, Model
 from .sharding import sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -52,6 +61,8 @@ def load_policies(
     quiet_libraries()
     try:
         return _policies(config, accelerator, instructions)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
 
@@ -63,13 +74,14 @@ def _policies(
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
     guidance = _guidance(config, family_of(model.path))
+    side = model.resolution if config.data.fit == "square" else None  # else the reference's own
     editor = Editor.load(
         model.path,
         dtype=DTYPES[model.dtype],
         device=accelerator.device,
         call={
-            "height": model.resolution,
-            "width": model.resolution,
+            "height": side,
+            "width": side,
             "num_inference_steps": config.sampling.steps,
             **guidance,
             **model.options,
@@ -87,10 +99,11 @@ def _policies(
     if instructions:
         accelerator.wait_for_everyone()  # until every rank has stored its share
     multiple = 2 * editor.pipeline.vae_scale_factor  # pixels of a token; diffusers would round down
-    if model.resolution % multiple:
-        raise ValueError(
-            f"resolution: expected a multiple of {multiple} pixels, got {model.resolution}"
-        )
+    name, given = "model.resolution", model.resolution
+    if config.data.fit == "buckets":
+        name, given = "data.bucket_multiple", config.data.bucket_multiple
+    if given % multiple:
+        raise ConfigError(f"{name}: expected a multiple of {multiple} pixels, got {given}")
     shards = sharding(model, ranks)
     shards.before_adapters(editor)
     lora = editor.lora(
@@ -162,6 +175,11 @@ def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> 
             )
     if not makes:
         return
+    if config.data.fit == "buckets":
+        raise ConfigError(
+            f"data.fit: expected square for a {kind}, which has no reference to take a shape from, "
+            "got buckets"
+        )
     if config.data.turns > 1:
         raise ConfigError(
             f"data.turns: expected 1 for a {kind}, which edits no image, got {config.data.turns}"
@@ -180,7 +198,8 @@ def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> 
 
 def made_by(config: Config, done: int) -> MadeBy:
     """Return what edits held-out chains after a round: the model, with the adapters of then."""
-    model = config.model
+    model, data = config.model, config.data
+    buckets = {} if data.fit == "square" else {"buckets": data.bucket_multiple}
     return MadeBy(
         editor=model.path,
         editor_hash=content_hash(model.path),
@@ -190,7 +209,7 @@ def made_by(config: Config, done: int) -> MadeBy:
         steps=config.evaluation.steps,
         guidance=model.guidance,
         resolution=model.resolution,
-        call=json.dumps(model.options, sort_keys=True),
+        call=json.dumps(model.options | buckets, sort_keys=True),
     )
 
 
@@ -214,7 +233,7 @@ class Notes:
             (log.warning if warns else log.message)(text)
 
 
-def load_held_out(data: Data, train: ChainDataset, resolution: int, notes: Notes) -> ChainDataset:
+def load_held_out(config: Config, train: ChainDataset, notes: Notes) -> ChainDataset:
     """Read the held-out chains, which share nothing with those to train on.
 
     Raises:
@@ -222,7 +241,8 @@ def load_held_out(data: Data, train: ChainDataset, resolution: int, notes: Notes
         ChainError: a line is bad.
         OSError: a file cannot be opened.
     """
-    chains = load_chains(data, data.held_out, resolution, notes)
+    data = config.data
+    chains = load_chains(config, data.held_out, notes)
     found = shared(train.chains, chains.chains)
     if found.any and not data.allow_overlap:
         raise ConfigError(
@@ -234,14 +254,15 @@ def load_held_out(data: Data, train: ChainDataset, resolution: int, notes: Notes
     return chains
 
 
-def load_chains(data: Data, path: Path, resolution: int, notes: Notes) -> ChainDataset:
-    """Read chains, cut them to the turns of the run, and fit their images to squares.
+def load_chains(config: Config, path: Path, notes: Notes) -> ChainDataset:
+    """Read chains, cut them to the turns of the run, and fit their images.
 
     Raises:
         ConfigError: none of them is long enough.
         ChainError: a line is bad.
         OSError: the file cannot be opened.
     """
+    data = config.data
     chains = read_chains(path, check_images=True, allow_outside=data.allow_outside).chains
     cut = [chain.first_turns(data.turns) for chain in chains if chain.turns >= data.turns]
     if not cut:
@@ -252,7 +273,20 @@ def load_chains(data: Data, path: Path, resolution: int, notes: Notes) -> ChainD
             f"{path}: left out {short} of {len(chains)} chains, shorter than {data.turns}"
         )
 
-    def fit(image: Image.Image) -> Image.Image:
-        return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    return ChainDataset(cut, transform=fitting(config))
 
-    return ChainDataset(cut, transform=fit)
+
+def fitting(config: Config) -> Callable[[Image.Image], Image.Image]:
+    """Return what scales and crops references to the sizes of a run.
+
+    Raises:
+        ConfigError: no size has the multiple.
+    """
+    side, data = config.model.resolution, config.data
+    sizes: tuple[tuple[int, int], ...] = ((side, side),)
+    if data.fit == "buckets":
+        try:
+            sizes = aspect_buckets(side * side, data.bucket_multiple)
+        except ValueError as error:
+            raise ConfigError(f"data.bucket_{error}") from error
+    return partial(fit_to_bucket, buckets=sizes)

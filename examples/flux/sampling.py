@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
 
 import torch
 from PIL.Image import Image
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from mteditflow import gather_ranks
 from mteditflow.chains import Chain, collate_chains
-from mteditflow.objectives import Sampling
-from mteditflow.pipelines import Part, Rollout
+from mteditflow.objectives import Buckets, BucketVelocity, Sampling, Velocity
+from mteditflow.pipelines import LoraPolicies, Part, Rollout, RolloutVelocity
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores
 
@@ -75,12 +77,14 @@ def roll_out(
             run.stop_if_requested()
 
 
-def sample(run: Run, drawn: RoundChains) -> tuple[Rollout, list[list[Image | None]], Scores]:
+def sample(
+    run: Run, drawn: RoundChains
+) -> tuple[Rollout | Buckets, list[list[Image | None]], Scores]:
     """Roll out this rank's chains; each part is scored while the next one is sampled.
 
     Returns:
-        The record; images [reference, turn 1, ..., turn N] of each trajectory; scores by term,
-        [B, N] each.
+        The record, in buckets where images differ in size; images [reference, turn 1, ..., turn N]
+        of each trajectory; scores by term, [B, N] each.
     """
     objective = run.objective
     how = objective.sampling(run.state.done, steps=run.config.sampling.steps)
@@ -95,7 +99,22 @@ def sample(run: Run, drawn: RoundChains) -> tuple[Rollout, list[list[Image | Non
             waiting.append(run.submit(drawn.chains[part.rows], edited))
             parts.append(part.rollout)
             images += edited
-    return Rollout.concatenate(parts), images, collect(run, waiting)
+    return joined(parts), images, collect(run, waiting)
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout | Buckets:
+    """Join rollouts in their order: one where all latents are of one shape, else buckets."""
+    shapes = groupby(parts, key=lambda part: part.trajectory.latents.shape[3:])
+    buckets = [Rollout.concatenate(list(own)) for _, own in shapes]
+    return buckets[0] if len(buckets) == 1 else Buckets(buckets)
+
+
+def velocity_of(policies: LoraPolicies, samples: Rollout | Buckets) -> Velocity:
+    """Return the velocities of the policies on a record."""
+    if isinstance(samples, Rollout):
+        return RolloutVelocity(policies, samples)
+    parts = cast(Sequence[Rollout], samples.parts)
+    return BucketVelocity(samples, [RolloutVelocity(policies, part) for part in parts])
 
 
 def collect(run: Run, waiting: Sequence[Future[Mapping[str, TurnScores]]]) -> Scores:

@@ -17,7 +17,7 @@ USUAL = {
         "model.lora_alpha": "alpha network_alpha",
         "model.lora_targets": "target_modules lora_layers lora_target_modules",
         "model.checkpointing": "gradient_checkpointing grad_checkpointing",
-        "model.shard": "fsdp zero3",
+        "model.shard": "fsdp zero3 zero_stage deepspeed",
         "data.chains": "dataset dataset_name train_data_dir data_path train_data",
         "data.held_out": "validation validation_data eval_data test_data",
         "data.group_size": "num_generations num_images_per_prompt num_image_per_prompt",

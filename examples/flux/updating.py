@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mteditflow import RatioCheck, gather_ranks
-from mteditflow.objectives import Output, ReplayObjective, Units, Velocity
+from mteditflow.objectives import Buckets, Output, ReplayObjective, Units, Velocity
 from mteditflow.pipelines import ReplayError, Rollout
 from mteditflow.training import Update, Updater, most_parts
 
@@ -17,7 +17,7 @@ def update(
     run: Run,
     updater: Updater,
     velocity: Velocity,
-    rollout: Rollout,
+    rollout: Rollout | Buckets,
     advantage: Tensor | None,
     valid: Tensor | None,
 ) -> None:
@@ -55,7 +55,7 @@ def _too_far(step: Update, stop_kl: float | None) -> bool:
     return stop_kl is not None and step.outcome == "taken" and step.means["old_kl"] > stop_kl
 
 
-def check_first_ratios(run: Run, velocity: Velocity, rollout: Rollout) -> None:
+def check_first_ratios(run: Run, velocity: Velocity, rollout: Rollout | Buckets) -> None:
     """Compare the ratios of the first rollout with 1, before any update of this process.
 
     Raises:

@@ -20,6 +20,7 @@ from mteditflow.pipelines.policies import LoraPolicies
 from mteditflow.pipelines.prompts import Instruction, Prompts
 from mteditflow.pipelines.recognize import ReplayError
 from mteditflow.pipelines.recorder import Recorder
+from mteditflow.pipelines.references import aspect_buckets, fit_to_bucket
 from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler
 from mteditflow.pipelines.start import Start
@@ -39,7 +40,9 @@ __all__ = [
     "RolloutVelocity",
     "Start",
     "Step",
+    "aspect_buckets",
     "comfyui_lora",
     "describe",
+    "fit_to_bucket",
     "read_lora",
 ]

@@ -90,6 +90,9 @@ class ChainCalls:
             ValueError: a call returns no images.
         """
         images: Any = self._images[rows]
+        options, size = self._options, self._kinds[rows.start][0]
+        if size is not None and options.get("height", 0) is None:
+            options = options | self._family.own_size(self._pipeline, size)
         turns = []
         with _evaluating(self._pipeline.transformer):
             for texts in zip(*self._instructions[rows], strict=True):
@@ -98,7 +101,7 @@ class ChainCalls:
                     generator=generators[0] if self._singly else generators,
                     **self._references(images),
                     **self._texts(texts, images),
-                    **self._options,
+                    **options,
                 )
                 images = getattr(output, "images", None)
                 if not isinstance(images, list) or len(images) != len(texts):

@@ -120,7 +120,7 @@ class Editor:
             call: options of every call: height, width, num_inference_steps, the scale of
                 guidance (``family.guidance`` is its name), max_sequence_length and whatever else
                 the pipeline's ``__call__`` has. Kontext takes references in the size they have
-                unless ``_auto_resize`` is true.
+                unless ``_auto_resize`` is true. Height and width None are those of the reference.
             attention_backend: a name of diffusers' attention dispatcher, such as "flash" or
                 "native"; diffusers sets it for the whole process.
             gradient_checkpointing: recompute the blocks in the backward pass. It acts wherever

@@ -91,7 +91,8 @@ class Family:
     def call_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options of a call: ``given`` over the family's defaults.
 
-        ``max_area`` of Kontext, which overrules height and width, is their product if not given.
+        ``height`` and ``width`` may both be None: the reference's own, down to whole tokens.
+        ``max_area`` of Kontext, which overrules them, is their product if not given.
 
         Raises:
             ValueError: an option is unknown to the pipeline, or set by the editor itself; or
@@ -111,9 +112,30 @@ class Family:
                 f"{options['true_cfg_scale']}, without which a {self.pipeline.__name__} is not "
                 "guided, got none"
             )
-        if "max_area" in known and {"height", "width"} <= options.keys():
-            options.setdefault("max_area", options["height"] * options["width"])
+        sides = [options[side] for side in ("height", "width") if side in options]
+        if None in sides:
+            self._check_own_size(sides, options)
+        elif "max_area" in known and len(sides) == 2:
+            options.setdefault("max_area", sides[0] * sides[1])
         return options
+
+    def _check_own_size(self, sides: Sequence[int | None], options: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless the size of an image can be that of its reference."""
+        if self.references == "none" or sides != [None, None] or "max_area" in options:
+            raise ValueError(
+                "call: expected height and width as numbers, or both None where there is a "
+                f"reference whose size to take, and no max_area then, got {sides} for a "
+                f"{self.pipeline.__name__}"
+            )
+
+    def own_size(self, pipeline: DiffusionPipeline, size: Size) -> dict[str, int]:
+        """Height and width of a call that takes them from a reference of this size."""
+        multiple = 2 * pipeline.vae_scale_factor
+        width, height = (side // multiple * multiple for side in size)
+        found = {"height": height, "width": width}
+        if "max_area" in call_parameters(self.pipeline):
+            found["max_area"] = height * width
+        return found
 
     def text_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the call options that act on the embeddings, with the call's defaults."""

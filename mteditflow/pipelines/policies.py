@@ -275,6 +275,7 @@ class LoraPolicies:
         Raises:
             ValueError: the file is of an adapter of another rank, method or of other modules, or
                 does not hold the frozen start.
+            OSError: there is no such file.
         """
         if self._start.frozen:
             loaded = read_lora(type(pipeline), directory)

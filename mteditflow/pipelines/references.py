@@ -2,16 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
-from PIL.Image import Image
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
+from mteditflow._checks import check_count, check_number
+
 Size = tuple[int, int]  # width and height, pixels
+
+
+def aspect_buckets(area: int, multiple: int, *, widest: float = 2.0) -> tuple[Size, ...]:
+    """Sizes of about one area, of every shape between tall and wide.
+
+    For each side that is a multiple, the other is the multiple that comes nearest to the area.
+
+    Args:
+        area: pixels, such as 512 * 512.
+        multiple: of both sides, pixels; 64 is usual.
+        widest: largest ratio of the longer side to the shorter, at least 1.
+
+    Returns:
+        Width and height of each, pixels, from tall to wide.
+
+    Raises:
+        ValueError: a number is out of range, or no size has the multiple.
+
+    Example:
+        >>> aspect_buckets(512 * 512, 64)
+        ((384, 704), (384, 640), (448, 576), (512, 512), (576, 448), (640, 384), (704, 384))
+    """
+    check_count("area", area)
+    check_count("multiple", multiple)
+    check_number("widest", widest, low=1.0)
+    longest = int((area * widest) ** 0.5) + multiple
+    sides = [
+        (side, max(round(area / (side * multiple)), 1) * multiple)
+        for side in range(multiple, longest, multiple)
+    ]
+    sizes = {
+        size for pair in sides for size in (pair, pair[::-1]) if max(pair) <= widest * min(pair)
+    }
+    found = tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
+    if not found:
+        raise ValueError(
+            f"multiple: expected one that sides of {area} pixels can have, got {multiple}"
+        )
+    return found
+
+
+def fit_to_bucket(image: Image, buckets: Sequence[Size]) -> Image:
+    """Scale an image to the bucket nearest to its shape, and crop what is beyond, on both sides.
+
+    The nearest is that of the training scripts of diffusers: the least difference of the products
+    of one's height and the other's width.
+
+    Args:
+        image: of any size.
+        buckets: widths and heights, pixels, such as ``aspect_buckets`` returns them.
+
+    Raises:
+        ValueError: there is no bucket.
+
+    Example:
+        >>> from PIL.Image import new as new_image
+        >>> fit_to_bucket(new_image("RGB", (900, 600)), aspect_buckets(512 * 512, 64)).size
+        (640, 384)
+    """
+    if not buckets:
+        raise ValueError("buckets: expected at least one size, got none")
+    width, height = image.size
+    nearest = min(buckets, key=lambda size: abs(height * size[0] - width * size[1]))
+    return ImageOps.fit(image, nearest, Resampling.LANCZOS)
 
 
 def kontext_size(pipeline: DiffusionPipeline, size: Size, options: Mapping[str, Any]) -> Size:

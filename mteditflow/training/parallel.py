@@ -80,6 +80,14 @@ def partition_model(model: nn.Module, zero: Mapping[str, Any] | None = None) -> 
 
     Warns:
         UserWarning: no module of the model has gradient checkpointing turned on.
+
+    Source: ZeRO (arXiv 1910.02054), stage 3.
+
+    Example:
+        In each of several processes::
+
+            partition_model(editor.transformer)
+            policies = LoraPolicies(editor.transformer, editor.lora(rank=64, alpha=128))
     """
     require_deepspeed()
     if getattr(model, "peft_config", None) or any(

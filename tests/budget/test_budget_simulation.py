@@ -25,6 +25,7 @@ from mteditflow.budget.simulation import DEPTHS, build_model, simulate_at
 from mteditflow.budget.stored import key_of, stored
 from mteditflow.budget.tracking import PeakMemory, count_flops
 from mteditflow.pipelines.families import FAMILIES
+from tests.loops import some
 
 TINY = Case(
     "WanTransformer3DModel",
@@ -120,7 +121,7 @@ def test_every_model_is_built_as_published(name):
 
 def test_adapted_layers_are_those_of_the_editor():
     seen = 0
-    for family in FAMILIES:
+    for family in some(FAMILIES):
         name = family.pipeline.__name__
         model = next((x for x in MODELS.values() if x.pipeline == name), None)
         if model is None:

@@ -49,8 +49,7 @@ class Brightness:
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image | None]]
     ) -> Mapping[str, TurnScores]:
         """Score what each turn made; of text to image there is no reference."""
-        for chain, own in zip(chains, images, strict=True):
-            assert (own[0] is None) == (chain.image is None)
+        assert [own[0] is None for own in images] == [chain.image is None for chain in chains]
         made = [[image for image in own[1:] if image is not None] for own in images]
         red = [[ImageStat.Stat(x).mean[0] / 25.5 for x in own] for own in made]
         score = torch.tensor(red, dtype=torch.float32)

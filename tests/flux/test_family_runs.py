@@ -96,7 +96,7 @@ def test_its_lora_makes_the_evaluated_images_in_a_plain_pipeline(trained, name, 
     image = image and image.resize((side, side), Image.Resampling.LANCZOS)
     generator = keyed_generator(0, "held out", 0)
     options = CALLS[name] | {"num_inference_steps": 2}
-    for turn, words in enumerate(chain.instructions, start=1):
+    for turn, words in enumerate(some(chain.instructions), start=1):
         given = {} if image is None else {"image": [image]}
         (image,) = pipeline(prompt=words, generator=[generator], **given, **options).images
         file = trained / "evaluations" / "round-000002" / chain.id / f"turn_{turn}.png"

@@ -157,7 +157,7 @@ def started(tmp_path):
         "scontrol": 'echo "first second" | tr " " "\\n"',
         "python": f"exec {sys.executable} -S -c '{shown}' \"$@\"",
         "torchrun": f"exec {sys.executable} -S -c '{shown}' \"$@\"",
-        "srun": 'shift; for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "$@"; done',
+        "srun": 'shift 2; for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "$@"; done',
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -185,7 +185,8 @@ def test_bash_parses_a_script(file):
 
 
 def test_slurm_starts_one_rank_per_task(started):
-    done, ranks = started("slurm.sh", *PRESET, SLURM_JOB_NODELIST="n[1-2]", SLURM_NTASKS="4")
+    job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "8"}
+    done, ranks = started("slurm.sh", *PRESET, **job)
     assert done.returncode == 0, done.stderr
     assert [(x["RANK"], x["LOCAL_RANK"]) for x in ranks] == [
         ("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")

@@ -290,7 +290,7 @@ def test_scales_and_thresholds_are_refused_before_anything_is_loaded(
 def test_a_side_that_the_pipeline_would_round_is_refused(world, tmp_path, refused):
     told = refused(*options(world, tmp_path / "run", "--model.resolution", 13))
     assert told.startswith("2 ")
-    assert told.endswith("error: model: resolution: expected a multiple of 2 pixels, got 13\n")
+    assert told.endswith("error: model.resolution: expected a multiple of 2 pixels, got 13\n")
 
 
 def test_scores_off_the_declared_scale_end_the_run(world, tmp_path, refused):

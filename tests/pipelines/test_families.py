@@ -166,6 +166,15 @@ def test_edits_equal_calls_of_the_whole_pipeline_bit_for_bit(load, plain, family
     )
 
 
+def test_what_acts_on_prompts_alone_does_not_act_on_the_negative_one(saved):
+    name, more = "sd3.5", {"clip_skip": 1}
+    plain = DiffusionPipeline.from_pretrained(saved / name)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain_edits(plain, name, CALLS[name] | STEPS | more)
+    editor = Editor.load(saved / name, call=CALLS[name] | STEPS | more)
+    assert bytes_of(edits(editor, name)) == bytes_of(expected)
+
+
 def latents_of(editor, name, **options):
     parts = parts_of(editor, name, size=1, **options)
     return Rollout.concatenate([part.rollout for part in parts]).trajectory

@@ -14,6 +14,7 @@ from test_adapters import (
     velocity_of_file,
     wrapped,
 )
+from tiny import roll_out
 
 from mteditflow.pipelines import LoraPolicies, Start, read_lora
 from mteditflow.pipelines.lora_files import joined, without
@@ -105,6 +106,36 @@ def test_all_promises_hold(name, build, velocity, written, tmp_path):
     assert torch.equal(reference(), at_first)
     assert all(torch.equal(x, y) for x, y in some(zip(weights, before, strict=True)))
     check_average(average_of(policies), examples=1)
+
+
+def test_both_families_start_from_a_file_and_save_one(pipeline, tmp_path):
+    rollout = roll_out(pipeline, turns=1)
+    rows = torch.tensor([0, 1])
+    given = rollout.trajectory.clean[:, 0], torch.tensor([0.3, 0.8]), rows, rows * 0
+    kind, kept = type(pipeline.transformer), pipeline.transformer.state_dict()
+    kept = {name: x.clone() for name, x in kept.items()}
+
+    def plain(folder=None):
+        fresh = kind.from_config(pipeline.transformer.config).eval()
+        fresh.load_state_dict(kept)
+        made = type(pipeline)(**(pipeline.components | {"transformer": fresh}))
+        if folder is not None:
+            made.load_lora_weights(folder)
+        return made, rollout.velocity(fresh, *given).detach()
+
+    first, base = plain()
+    policies = LoraPolicies(first.transformer, config())
+    change(policies)
+    policies.save(first, tmp_path / "first")
+    start = Start(read_lora(type(pipeline), tmp_path / "first"), frozen=True)
+    second, _ = plain()
+    policies = LoraPolicies(second.transformer, config(r=2), start=start)
+    change(policies, seed=1)
+    policies.save(second, tmp_path / "second")
+    moved = rollout.velocity(second.transformer, *given).detach()
+    torch.testing.assert_close(plain(tmp_path / "second")[1], moved, rtol=0, atol=1e-5)
+    started = plain(tmp_path / "first")[1]
+    assert min((started - base).abs().max(), (moved - started).abs().max()) > 1e-3
 
 
 def test_a_run_resumes_on_the_start(build, velocity, written):

@@ -32,7 +32,7 @@ def test_it_rises_to_the_peak_and_falls_to_its_end(schedule, rounds, part, final
     values = shares(rounds, schedule=schedule, warmup=warmup, final=final)
     assert values[:warmup] == [float(Fraction(k + 1, warmup + 1)) for k in range(warmup)]
     assert values[warmup] == 1.0
-    assert all(later <= before for before, later in zip(values[warmup:], values[warmup + 1 :]))  # noqa: B905
+    assert values[warmup:] == sorted(values[warmup:], reverse=True)
     if rounds > warmup + 1:
         assert values[-1] == pytest.approx(final, abs=1e-12)
 
