@@ -50,7 +50,7 @@ OBJECTIVES: dict[str, Objective] = {
     "DPPO": DPPO(stochastic_steps=2),
 }
 PRESETS = {
-    "kontext": "kontext-nft, kontext-nft-24gb, kontext-grpo",
+    "kontext": "kontext-nft, kontext-24gb-nft, kontext-grpo",
     "klein": "klein-nft",
     "flux2": "flux2-dev-nft",
     "qwen-edit": "qwen-edit-nft",
