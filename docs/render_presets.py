@@ -51,7 +51,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 PRESETS = {
     "kontext": "kontext-nft, kontext-24gb-nft, kontext-grpo",
-    "klein": "klein-nft",
+    "klein": "klein-nft, klein-4b-nft",
     "flux2": "flux2-dev-nft",
     "qwen-edit": "qwen-edit-nft",
     "z-image": "z-image-nft",

@@ -131,7 +131,7 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     """
     import torch
 
-    from mteditflow.budget import Plan, case_of, costs_of, find_model
+    from mteditflow.budget import Plan, case_of, costs_of, count_blocks, find_model
 
     model, data, training = config.model, config.data, config.training
     known = find_model(model.path)
@@ -163,6 +163,8 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         one_by_one=known.behavior.one_by_one,
         average=training.ema_decay > 0,
         checkpointing=model.checkpointing,
+        blocks=count_blocks(case),
+        kept_blocks=model.kept_blocks,
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,
         gpus=gpus,

@@ -75,6 +75,9 @@ class Model:
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory; an update takes 24% (NFT) to 45%
     (GRPO) more operations."""
+    kept_blocks: Natural = 0
+    """Blocks, the last ones, whose activations checkpointing keeps: for memory that is left over;
+    mteditflow budget says how many fit."""
     compile: bool = False
     """Compile the repeated blocks with torch.compile: minutes at the start, faster after."""
     attention: str | None = None
@@ -610,6 +613,7 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             "model.lora is given and objective.kl_coef, or distillation, uses a reference",
         ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
+        ("model", "kept_blocks"): (config.model.checkpointing, "model.checkpointing is on"),
         ("data", "bucket_multiple"): (config.data.fit == "buckets", "data.fit is buckets"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),

@@ -88,6 +88,7 @@ def _policies(
         },
         attention_backend=model.attention,
         gradient_checkpointing=model.checkpointing,
+        kept_blocks=model.kept_blocks,
         compile_blocks=model.compile,
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,

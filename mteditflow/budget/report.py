@@ -144,7 +144,12 @@ class Budget:
         faster = spared(self.plan, self.memory)
         if faster is not None:
             saved = work(self.plan).in_forwards - work(faster).in_forwards
-            words = f"model.checkpointing false, which saves {saved:.1f} F a trajectory"
+            option = (
+                f"model.kept_blocks {faster.kept_blocks} of {faster.blocks}"
+                if faster.checkpointing
+                else "model.checkpointing false"
+            )
+            words = f"{option}, which saves {saved:.1f} F a trajectory"
             found += self._alternative("fits", faster, words)
         return [head, *found]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mteditflow._checks import check_count, check_shape
 from mteditflow.flow.solvers import Solver
 from mteditflow.pipelines.chain_calls import ChainCalls
+from mteditflow.pipelines.checkpointing import enable_checkpointing
 from mteditflow.pipelines.families import Family, endings, find_family
 from mteditflow.pipelines.prompts import (
     Instruction,
@@ -102,6 +103,7 @@ class Editor:
         call: Mapping[str, Any] | None = None,
         attention_backend: str | None = None,
         gradient_checkpointing: bool = False,
+        kept_blocks: int = 0,
         compile_blocks: bool = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
@@ -126,6 +128,8 @@ class Editor:
             gradient_checkpointing: recompute the blocks in the backward pass. It acts wherever
                 gradients are enabled, in eval mode too, so sampling is untouched and the model may
                 stay in eval mode. Run the backward pass outside of ``LoraPolicies.use``.
+            kept_blocks: blocks, the last ones, that checkpointing leaves out: each costs the memory
+                of its activations and spares its forward pass in the backward pass.
             compile_blocks: ``torch.compile`` the repeated blocks, at their first call; LoRA
                 adapters may still be added before it. Every policy compiles anew, with and without
                 gradients and for one and for more rows, so torch's recompile limit (8) is raised
@@ -145,7 +149,8 @@ class Editor:
         Raises:
             ValueError: the pipeline takes what a chain of edits has not, such as a mask, an option
                 of ``call`` is unknown, the package that quantizes is missing, there are
-                instructions and no ``prompt_folder``, or embeddings cannot be stored ahead, since
+                instructions and no ``prompt_folder``, there are fewer blocks than
+                ``kept_blocks`` or none is recomputed, or embeddings cannot be stored ahead, since
                 they depend on images or every call makes them.
             OSError: there is nothing at ``source``, or ``prompt_folder`` cannot be written.
         """
@@ -154,6 +159,10 @@ class Editor:
         if quantize is not None:
             check_quantization(quantize)
         ahead = [Instruction(text) for text in instructions]
+        if kept_blocks and not gradient_checkpointing:
+            raise ValueError(
+                f"kept_blocks: expected 0 without gradient_checkpointing, got {kept_blocks}"
+            )
         check_text_options(family, encoder_device, prompt_folder, ahead)
         pipeline = _load_pipeline(source, family, dtype)
         prompts = None
@@ -181,7 +190,7 @@ class Editor:
         if attention_backend is not None:
             pipeline.transformer.set_attention_backend(attention_backend)
         if gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
+            enable_checkpointing(pipeline.transformer, kept_blocks)
         if compile_blocks:
             torch._dynamo.config.recompile_limit = max(
                 torch._dynamo.config.recompile_limit, COMPILATIONS
