@@ -9,7 +9,7 @@ from mteditflow_examples.flux.updating import update
 
 from mteditflow.pipelines import Editor, LoraPolicies, RolloutVelocity
 from mteditflow.training import Updater
-from tests.flux.rounds import started, turn_values
+from tests.flux.rounds import ForwardRows, started, turn_values
 from tests.flux.worlds import options, weights
 from tests.loops import some
 from tests.refusals import call
@@ -101,6 +101,26 @@ def test_the_sampler_samples_and_the_base_is_trained(which, world, siblings, tmp
         with sampling_as(run, wanted):
             current = policies.state_dict(policy)
         assert all(torch.equal(current[k], x) for k, x in some(own.state_dict(wanted).items()))
+
+
+def test_without_guidance_one_branch_is_sampled_and_trained(klein_world, tmp_path):
+    editor = Editor.load(klein_world / "model")
+    policies = LoraPolicies(editor.transformer, editor.lora(rank=2, alpha=2))
+    policies.save(editor.pipeline, tmp_path / "lora")
+    few = (*SHORT, "--data.groups", 2, "--data.group-size", 2, "--data.turns", 1)
+    few += ("--sampling.lora", tmp_path / "lora", "--model.guidance", 4)
+    rows = {}
+    for guidance in (1, 4):
+        more = (*few, "--sampling.guidance", guidance)
+        with started(klein_world, tmp_path / str(guidance), *more, family="klein") as run:
+            count = ForwardRows(run.editor.transformer)
+            rollout, _, _ = sample(run, next_chains(run))
+            sampled = count.others
+            at = rollout.turn_mask.nonzero()
+            velocity = velocity_of(run.policies, rollout)
+            velocity("current", rollout.clean_at(at), torch.ones(len(at)), at)
+            rows[guidance] = sampled, count.trained
+    assert rows == {1: (4 * 2, 4), 4: (2 * 4 * 2, 2 * 4)}
 
 
 def test_it_goes_on_to_the_same_weights_and_saves_the_trained_alone(world, siblings, tmp_path):
