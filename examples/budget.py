@@ -134,6 +134,11 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     from mteditflow.budget import Plan, case_of, costs_of, count_blocks, find_model
 
     model, data, training = config.model, config.data, config.training
+    if config.sampling.few_steps is not None:
+        raise ValueError(
+            f"{config.sampling.few_steps}: expected None, since the budget does not count a "
+            "sampler for few steps yet; leave it out, and give its sampling.steps"
+        )
     known = find_model(model.path)
     text = model.options.get("max_sequence_length")
     branches = known.branches(model.guidance, model.options)

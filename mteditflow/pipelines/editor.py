@@ -192,10 +192,7 @@ class Editor:
         if gradient_checkpointing:
             enable_checkpointing(pipeline.transformer, kept_blocks)
         if compile_blocks:
-            torch._dynamo.config.recompile_limit = max(
-                torch._dynamo.config.recompile_limit, COMPILATIONS
-            )
-            pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+            compile_repeated(pipeline.transformer)
         if vae_slicing:
             pipeline.vae.enable_slicing()
         if vae_tiling:
@@ -264,6 +261,7 @@ class Editor:
         stochastic_steps: Collection[int] | None = None,
         reduction: str = "mean",
         verify: bool = True,
+        call: Mapping[str, Any] | None = None,
     ) -> Iterator[Part]:
         """Edit chains and record them, part by part, so that rewards can begin with the first.
 
@@ -285,20 +283,21 @@ class Editor:
             stochastic_steps: indices of the steps that may draw noise; None allows all.
             reduction: of log-probs over elements, "mean" or "sum".
             verify: prove on the first call that the record can be replayed, by one more forward.
+            call: call options that replace those given to ``load``, such as another guidance.
 
         Returns:
             The parts in order, each sampled when it is requested; ``Rollout.concatenate`` joins
             their records.
 
         Raises:
-            ValueError: lengths differ, a chain is empty, ``batch`` is below 1, or text to image is
-                given several turns.
+            ValueError: lengths differ, a chain is empty, ``batch`` is below 1, text to image is
+                given several turns, or an option is unknown or would change the embeddings.
             TypeError: a reference is no RGB image, or it is one of text to image.
             ReplayError: while iterating, if a recording could not be replayed.
         """
         check_count("batch", batch)
         check_shape("group", group, [len(references)], "[B]")
-        chains = self._chains(references, instructions, generators, self.options)
+        chains = self._chains(references, instructions, generators, self.options_with(call))
 
         def record(call: slice) -> tuple[list[list[Image]], Rollout]:
             recorder = Recorder(
@@ -341,14 +340,22 @@ class Editor:
             ValueError: as ``roll_out``; an option is unknown, or would change the embeddings.
             TypeError: a reference is no RGB image.
         """
+        chains = self._chains(references, instructions, generators, self.options_with(call))
+        calls = [part for rows in chains.parts(batch) for part in chains.calls(rows)]
+        return [chain for rows in calls for chain in chains.sample(rows)]
+
+    def options_with(self, call: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the options of calls, some of them replaced.
+
+        Raises:
+            ValueError: one is unknown, or would change the embeddings.
+        """
         given = self.family.call_options({**self._call, **(call or {})})
         if self.family.text_options(given) != self.family.text_options(self.options):
             raise ValueError(
                 f"call: expected no options of text encoding, got {sorted(call or {})}"
             )
-        chains = self._chains(references, instructions, generators, given)
-        calls = [part for rows in chains.parts(batch) for part in chains.calls(rows)]
-        return [chain for rows in calls for chain in chains.sample(rows)]
+        return given
 
     def _chains(
         self,
@@ -366,6 +373,13 @@ class Editor:
             instructions,
             generators,
         )
+
+
+def compile_repeated(transformer: Any) -> None:
+    """Compile the repeated blocks, and raise torch's recompile limit for the process."""
+    limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
+    torch._dynamo.config.recompile_limit = limit
+    transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) -> Part:
