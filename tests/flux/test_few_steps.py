@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
-from mteditflow_examples import self_distillation, train_flux
+from mteditflow_examples import export, self_distillation, train_flux
 from mteditflow_examples.flux.sampling import next_chains, sample, sampling_as, velocity_of
 from mteditflow_examples.flux.updating import update
 
@@ -125,7 +125,7 @@ def test_without_guidance_one_branch_is_sampled_and_trained(klein_world, tmp_pat
 
 def test_it_goes_on_to_the_same_weights_and_saves_the_trained_alone(world, siblings, tmp_path):
     for rounds, folder in ((2, "whole"), (1, "parts"), (2, "parts")):
-        more = (*words_of("both", siblings), "--training.rounds", rounds)
+        more = (*words_of("both", siblings), "--training.rounds", rounds, "--data.turns", 1)
         words = options(world, tmp_path / folder, *more, "--evaluation.policy", "current")
         assert call(train_flux.main, words).code == 0
     whole, parts = (weights(tmp_path / folder, done=2) for folder in ("whole", "parts"))
@@ -133,6 +133,11 @@ def test_it_goes_on_to_the_same_weights_and_saves_the_trained_alone(world, sibli
     assert any(x.any() for name, x in some(whole.items()) if ".lora_B." in name)
     with started(world, tmp_path / "plain", *SHORT) as run:
         assert whole.keys() == run.policies.state_dict().keys()
+    assert call(export.app, [tmp_path / "whole", "--output", tmp_path / "a.safetensors"]).code == 0
+    card = (tmp_path / "README.md").read_text()
+    last = siblings.name
+    assert f"| sampled by | model {last}/model and lora {last}/lora, in 2 steps |" in card
+    assert str(siblings) not in card
 
 
 @pytest.mark.parametrize(
