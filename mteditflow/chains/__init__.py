@@ -24,7 +24,7 @@ from mteditflow.chains.files import (
     write_chains,
 )
 from mteditflow.chains.formats import FORMATS
-from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, TaskType
+from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, History, TaskType
 from mteditflow.chains.sampler import GroupSampler, InformativeSampler
 from mteditflow.chains.split import Shared, Split, shared, split_chains
 
@@ -38,6 +38,7 @@ __all__ = [
     "EditedImages",
     "Example",
     "GroupSampler",
+    "History",
     "InformativeSampler",
     "Reading",
     "Refused",

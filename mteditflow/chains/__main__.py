@@ -26,6 +26,7 @@ from mteditflow.chains import (
     write_chains,
 )
 from mteditflow.chains.files import is_outside
+from mteditflow.chains.record import is_remote
 
 SHOWN = 20  # bad lines that are printed one by one
 
@@ -81,8 +82,9 @@ def convert(
     def chains() -> Iterator[Chain]:
         for found in iter_chains(source, format=from_, images=images, allow_outside=allow_outside):
             if isinstance(found, Chain):
-                file = found.image is not None and not found.image_is_remote
-                if file and is_outside(found.image_path, target.parent):
+                names = [*([] if found.image is None else [found.image]), *found.further_images]
+                files = [found.root / name for name in names if not is_remote(name)]
+                if any(is_outside(file, target.parent) for file in files):
                     outside.add(found.id)
                 yield found
             elif lenient:

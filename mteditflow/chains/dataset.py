@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mteditflow._images import BOMBS, UNREADABLE, read_image
-from mteditflow.chains.record import Chain, ChainError
+from mteditflow.chains.record import Chain, ChainError, History, is_remote
 
 
 class Example(NamedTuple):
@@ -67,15 +67,36 @@ class ChainDataset(Dataset[Example]):
             IndexError: there is no such chain.
         """
         chain = self.chains[index]
-        image: Any = None if chain.image is None else _load_image(chain)
-        if image is not None and self.transform is not None:
-            image = self.transform(image)
+        image = None if chain.image is None else self._load(chain, chain.image)
         return Example(chain, image, range(len(self))[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """Load a batch; torch's DataLoader calls this."""
         loaded = {index: self[index] for index in dict.fromkeys(indices)}
         return [loaded[index] for index in indices]
+
+    def seen(self, index: int, history: History = "last") -> list[list[Any]]:
+        """Return what the editor is given at each turn of a chain, as ``Editor.edit`` takes it.
+
+        Args:
+            index: of the chain.
+            history: as in ``Chain.seen``.
+
+        Returns:
+            "original", "last" and loaded further images, [N][number].
+
+        Raises:
+            ChainError: a further image is missing or broken; the message names chain and path.
+            IndexError: there is no such chain.
+            ValueError: there is no such history.
+        """
+        chain = self.chains[index]
+        loaded = {name: self._load(chain, name) for name in chain.further_images}
+        return [[loaded.get(name, name) for name in turn] for turn in chain.seen(history)]
+
+    def _load(self, chain: Chain, name: str) -> Any:
+        image = _load_image(chain, name)
+        return image if self.transform is None else self.transform(image)
 
 
 def collate_chains(examples: Sequence[Example]) -> Batch:
@@ -93,13 +114,14 @@ def collate_chains(examples: Sequence[Example]) -> Batch:
     return Batch(chains, stacked, torch.tensor(groups, dtype=torch.int64, device="cpu"))
 
 
-def _load_image(chain: Chain) -> Image.Image:
-    if chain.image_is_remote:
-        raise ChainError(f"chain {chain.id!r}: expected an image file, got {chain.image!r}")
+def _load_image(chain: Chain, name: str) -> Image.Image:
+    if is_remote(name):
+        raise ChainError(f"chain {chain.id!r}: expected an image file, got {name!r}")
+    path = chain.root / name
     try:
-        return read_image(chain.image_path)
+        return read_image(path)
     except (*UNREADABLE, *BOMBS) as error:
         raise ChainError(
-            f"chain {chain.id!r}: expected a readable image, got {str(chain.image_path)!r} "
+            f"chain {chain.id!r}: expected a readable image, got {str(path)!r} "
             f"({type(error).__name__}: {error})"
         ) from error

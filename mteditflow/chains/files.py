@@ -17,7 +17,7 @@ from mteditflow.chains.formats import FORMATS, Format, Row
 from mteditflow.chains.formats.base import Record
 from mteditflow.chains.formats.stored import is_stored, stored_columns, stored_rows
 from mteditflow.chains.recognition import UnknownFormatError, format_of_content, format_of_keys
-from mteditflow.chains.record import Chain, ChainError, shorten
+from mteditflow.chains.record import WORDS, Chain, ChainError, is_path, is_remote, shorten
 
 PATH_SHOWN = 400  # characters
 
@@ -218,15 +218,25 @@ class _Looks:
             return error
         if chain.image is None:
             return chain
-        if chain.image_is_remote:
-            address = f"got the address {shorten(chain.image)}"
-            return ChainError(f"image: expected a file, {address}") if self.check_images else chain
-        fault = None if self.allow_outside else why_outside(chain.image, self.root)
+        fault = self._place_fault(chain.image)
+        if fault is None and not chain.image_is_remote:
+            chain = self._with_suffix(chain) if self.suffixes else chain
+            fault = _image_fault(chain.image_path) if self.check_images else None
         if fault is not None:
             return ChainError(f"image: {fault}")
-        chain = self._with_suffix(chain) if self.suffixes else chain
-        fault = _image_fault(chain.image_path) if self.check_images else None
-        return chain if fault is None else ChainError(f"image: {fault}")
+        for name in chain.further_images:
+            fault = self._place_fault(name)
+            if fault is None and self.check_images:
+                fault = _image_fault(self.root / name)
+            if fault is not None:
+                return ChainError(f"references: {fault}")
+        return chain
+
+    def _place_fault(self, name: str) -> str | None:
+        """Say why an image may not be where its name says; ``None`` if it may."""
+        if is_remote(name):
+            return f"expected a file, got the address {shorten(name)}" * self.check_images or None
+        return None if self.allow_outside else why_outside(name, self.root)
 
     def _with_suffix(self, chain: Chain) -> Chain:
         """Let the image be the one that is there, of those that differ in the suffix alone."""
@@ -378,12 +388,26 @@ def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:
 
 
 def _moved(chain: Chain, folder: Path) -> Chain:
-    """Let the image's path be relative to another folder."""
-    fixed = chain.image_is_remote or chain.image is None or Path(chain.image).is_absolute()
-    if fixed or os.path.abspath(chain.root) == os.path.abspath(folder):
+    """Let the images' paths be relative to another folder."""
+    names = [*([] if chain.image is None else [chain.image]), *chain.further_images]
+    moving = [name for name in names if not (is_remote(name) or Path(name).is_absolute())]
+    if not moving or os.path.abspath(chain.root) == os.path.abspath(folder):
         return chain
-    image = Path(os.path.relpath(chain.image_path, folder)).as_posix()
-    return chain.model_copy(update={"image": image, "root": folder})
+    to = {name: Path(os.path.relpath(chain.root / name, folder)).as_posix() for name in moving}
+    update: Record = {"root": folder}
+    if chain.image is not None:
+        update["image"] = to.get(chain.image, chain.image)
+    if chain.references is not None:
+        update["references"] = tuple(
+            tuple(_as_path(to[name]) if name in to and name not in WORDS else name for name in turn)
+            for turn in chain.references
+        )
+    return chain.model_copy(update=update)
+
+
+def _as_path(name: str) -> str:
+    """A path that cannot be read as one of the words of ``references``."""
+    return name if is_path(name) else f"./{name}"
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
+
+from mteditflow._checks import check_choice
 
 SHOWN = 80  # characters of what came
 EXPECTED = {
@@ -81,7 +83,15 @@ TASK_TYPES: tuple[str, ...] = get_args(TaskType)
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Names = tuple[Text, ...]
 
+#: What a turn is given, in words: the reference image, and the image of the turn before.
+WORDS = ORIGINAL, LAST = "original", "last"
+#: What turns are given where a chain does not say: the image before, or the reference image too.
+History = Literal["last", "original"]
+#: Every ``History``.
+HISTORIES: tuple[str, ...] = get_args(History)
+
 PER_TURN = (
+    "references",
     "task_types",
     "formatted_instructions",
     "unchanged_objects",
@@ -128,6 +138,10 @@ class Chain(BaseModel):
     is none, as for text to image."""
     instructions: Annotated[tuple[Text, ...], Field(min_length=1)]
     """What to do at each turn, in words."""
+    references: tuple[Annotated[Names, Field(min_length=1)], ...] | None = None
+    """Images that the editor is given at each turn, in order: 'last', that of the turn before (at
+    turn 1 the reference image), 'original', the reference image, or the path of a further one,
+    relative as image is, with a suffix or a '/'."""
     task_types: tuple[TaskType, ...] | None = None
     """One of the nine edit types at each turn."""
     formatted_instructions: tuple[Text, ...] | None = None
@@ -157,6 +171,26 @@ class Chain(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _known_references(self) -> Chain:
+        if self.references is not None and self.image is None:
+            raise ValueError("references: expected none in a chain without a reference image")
+        for turn, names in enumerate(self.references or ()):
+            for place, name in enumerate(names):
+                if name not in WORDS and not is_path(name):
+                    raise ValueError(
+                        f"references[{turn}][{place}]: expected 'original', 'last' or the path of "
+                        f"an image, got {shorten(name)}"
+                    )
+            same = [ORIGINAL if turn == 0 and name == LAST else name for name in names]
+            if twice := [name for name in dict.fromkeys(same) if same.count(name) > 1]:
+                raise ValueError(
+                    f"references[{turn}]: expected each image once"
+                    + " ('last' of turn 1 is the original)" * (twice[0] == ORIGINAL and turn == 0)
+                    + f", got {shorten(list(names))}"
+                )
+        return self
+
     @property
     def turns(self) -> int:
         """Number of instructions, N."""
@@ -172,6 +206,33 @@ class Chain(BaseModel):
             raise ValueError(f"turns: expected one of 1..{self.turns}, got {turns}")
         cut = {name: values[:turns] for name in PER_TURN if (values := getattr(self, name))}
         return self.model_copy(update={"instructions": self.instructions[:turns], **cut})
+
+    def seen(self, history: History = "last") -> tuple[Names, ...]:
+        """Return what the editor is given at each turn: ``references``, or what is usual.
+
+        Args:
+            history: where there are no ``references``, whether turns after the first are given the
+                last image alone, or the original and the last.
+
+        Raises:
+            ValueError: there is no such history.
+
+        Example:
+            >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat", "Add a dog"))
+            >>> chain.seen("original")
+            (('last',), ('original', 'last'))
+        """
+        check_choice("history", history, HISTORIES)
+        if self.references is not None:
+            return self.references
+        later: Names = (LAST,) if history == "last" else (ORIGINAL, LAST)
+        return ((LAST,), *[later] * (self.turns - 1))
+
+    @property
+    def further_images(self) -> tuple[str, ...]:
+        """Paths or addresses of images in ``references`` besides the reference image, each once."""
+        names = (name for turn in self.references or () for name in turn)
+        return tuple(dict.fromkeys(name for name in names if name not in WORDS))
 
     @property
     def reference(self) -> str:
@@ -196,7 +257,7 @@ class Chain(BaseModel):
     @property
     def image_is_remote(self) -> bool:
         """Whether the reference image is an address, to be downloaded first."""
-        return self.image is not None and "://" in self.image
+        return self.image is not None and is_remote(self.image)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], root: Path = Path()) -> Chain:
@@ -229,6 +290,16 @@ class Chain(BaseModel):
             ChainError: an unknown key holds what JSON cannot.
         """
         return one_line(self.to_record())
+
+
+def is_remote(name: str) -> bool:
+    """Whether the name of an image is an address."""
+    return "://" in name
+
+
+def is_path(name: str) -> bool:
+    """Whether an entry of ``references`` is a path, by a suffix or a "/"."""
+    return "/" in name or bool(PurePosixPath(name).suffix)
 
 
 def one_line(record: object) -> str:

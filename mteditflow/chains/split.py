@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mteditflow._checks import check_choice, check_count
-from mteditflow.chains.record import Chain
+from mteditflow.chains.record import Chain, is_remote
 
 BY = ("image", "chain")
 SHOWN = 3  # of shared chains or images in a message
@@ -35,10 +35,11 @@ def split_chains(
 ) -> Split:
     """Split chains into training and held-out ones.
 
-    By image all chains of one reference image, the same bytes under any name, go to one side. Which
-    images are held out follows from the seed and each image's content alone, so the order of the
-    chains does not matter, and more chains move no image from one side to the other unless
-    ``held_out`` asks for more.
+    By image all chains of one reference image, the same bytes under any name, go to one side, and
+    so do chains that share a further image of ``references``. Which images are held out follows
+    from the seed and each image's content alone, so the order of the chains does not matter, and
+    more chains move no image from one side to the other unless ``held_out`` asks for more, or they
+    join images that no chain had together.
 
     Args:
         chains: to split.
@@ -88,8 +89,8 @@ class Shared:
 
     Attributes:
         ids: ids of chains in both.
-        images: reference images in both, the same bytes under any name, as (id in the one list, id
-            in the other) of chains that have it.
+        images: reference images, further ones included, in both, the same bytes under any name, as
+            (id in the one list, id in the other) of chains that have it.
     """
 
     ids: tuple[str, ...]
@@ -124,31 +125,48 @@ def shared(train: Sequence[Chain], held_out: Sequence[Chain]) -> Shared:
     known = {chain.id for chain in train}
     owner = {name: chain.id for chain, name in _named(train)}
     images = [(owner[name], chain.id) for chain, name in _named(held_out) if name in owner]
-    return Shared(tuple(x.id for x in held_out if x.id in known), tuple(images))
+    return Shared(tuple(x.id for x in held_out if x.id in known), tuple(dict.fromkeys(images)))
 
 
 def _groups(chains: Sequence[Chain]) -> dict[str, list[Chain]]:
-    """Chains by the hash of their reference image's content."""
-    groups: defaultdict[str, list[Chain]] = defaultdict(list)
+    """Chains that images link to each other, by the least hash of their images' contents."""
+    images: defaultdict[str, list[str]] = defaultdict(list)
     for chain, name in _named(chains):
-        groups[name].append(chain)
+        images[chain.id].append(name)
+    key = {name: name for names in images.values() for name in names}
+
+    def least(name: str) -> str:
+        while key[name] != name:
+            key[name] = name = key[key[name]]
+        return name
+
+    for names in images.values():
+        roots = [least(name) for name in names]
+        key |= dict.fromkeys(roots, min(roots))
+    groups: defaultdict[str, list[Chain]] = defaultdict(list)
+    for chain in chains:
+        groups[least(images[chain.id][0])].append(chain)
     return groups
 
 
 def _named(chains: Sequence[Chain]) -> Iterator[tuple[Chain, str]]:
-    """Yield chains with the hash of their image's content, or its address where it is remote."""
+    """Yield chains with the hash of each image's content, or its address where it is remote.
+
+    A chain comes once for its reference image, first, and once for each further one.
+    """
     hashes: dict[Path, str] = {}
     for chain in chains:
         if chain.image is None:  # text to image: the texts stand for it
             yield chain, "\n".join(chain.instructions)
             continue
-        if chain.image_is_remote:
-            yield chain, chain.image
-            continue
-        path = Path(os.path.realpath(chain.image_path))
-        if path not in hashes:
-            hashes[path] = _hash(path)
-        yield chain, hashes[path]
+        for name in (chain.image, *chain.further_images):
+            if is_remote(name):
+                yield chain, name
+                continue
+            path = Path(os.path.realpath(chain.root / name))
+            if path not in hashes:
+                hashes[path] = _hash(path)
+            yield chain, hashes[path]
 
 
 def _hash(path: Path) -> str:

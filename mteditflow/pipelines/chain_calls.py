@@ -16,6 +16,10 @@ from mteditflow.pipelines.embedding_store import Embedding
 from mteditflow.pipelines.families import Family
 from mteditflow.pipelines.prompts import Instruction, Prompts
 
+#: What each turn of a chain is given: "original", "last" and further images, [N][number].
+Seen = Sequence[Sequence[str | Image]]
+WORDS = ("original", "last")
+
 
 class ChainCalls:
     """B chains of edits, ready to be sampled row by row or several rows at a time.
@@ -31,9 +35,11 @@ class ChainCalls:
         references: RGB images, [B]; None each for text to image.
         instructions: [B][N]; chains may differ in length.
         generators: [B].
+        seen: what each turn is given, [B]; None: the image of the turn before.
 
     Raises:
-        ValueError: lengths differ, a chain is empty, or text to image has several turns.
+        ValueError: lengths differ, a chain is empty, text to image has several turns, or a turn is
+            given other images than the pipeline can take.
         TypeError: a reference is no RGB image, or it is one of text to image.
     """
 
@@ -46,8 +52,12 @@ class ChainCalls:
         references: Sequence[Image | None],
         instructions: Sequence[Sequence[str]],
         generators: Sequence[torch.Generator],
+        seen: Sequence[Seen] | None = None,
     ) -> None:
         _check_chains(family, references, instructions, generators)
+        if seen is not None:
+            _check_seen(family, seen, instructions)
+        self._seen = seen or [[["last"]] * len(chain) for chain in instructions]
         self._pipeline, self._family, self._prompts = pipeline, family, prompts
         self._negative = family.negative_prompt(pipeline, options)
         embedded = {"negative_prompt"} if prompts is not None else set()
@@ -56,10 +66,13 @@ class ChainCalls:
         self._images: list[Any] = list(references)
         self._embedded: dict[Instruction, list[Embedding]] = {}
         if prompts is not None:
-            first = zip(references, instructions, strict=True)
-            turns = slice(1 if family.view else None)
-            pairs = [(image, text) for image, chain in first for text in chain[turns]]
-            self._embedded = prompts([x for pair in pairs for x in self._wanted(*pair)])
+            ahead = slice(1 if family.view else None)
+            wanted = [
+                self._wanted(self._given(row, turn, references[row]), text)
+                for row, chain in enumerate(instructions)
+                for turn, text in enumerate(chain[ahead])
+            ]
+            self._embedded = prompts([x for found in wanted for x in found])
         if family.latents is not None:
             self._images = self._encoded_once(references, options)
         self._kinds = [
@@ -90,17 +103,20 @@ class ChainCalls:
             ValueError: a call returns no images.
         """
         images: Any = self._images[rows]
+        numbers = range(len(self._images))[rows]
         options, size = self._options, self._kinds[rows.start][0]
         if size is not None and options.get("height", 0) is None:
             options = options | self._family.own_size(self._pipeline, size)
         turns = []
         with _evaluating(self._pipeline.transformer):
-            for texts in zip(*self._instructions[rows], strict=True):
+            for turn, texts in enumerate(zip(*self._instructions[rows], strict=True)):
                 generators = self._generators[rows]
+                pairs = zip(numbers, images, strict=True)
+                given = [self._given(row, turn, last) for row, last in pairs]
                 output = self._pipeline(
                     generator=generators[0] if self._singly else generators,
-                    **self._references(images),
-                    **self._texts(texts, images),
+                    **self._references(given),
+                    **self._texts(texts, given),
                     **options,
                 )
                 images = getattr(output, "images", None)
@@ -117,36 +133,41 @@ class ChainCalls:
         """Whether a call takes one image, one text and one generator, and no lists of them."""
         return not self._family.takes_batch and self._family.references != "several"
 
-    def _references(self, images: Sequence[Any]) -> dict[str, Any]:
-        """The images that a call edits, as it takes them."""
+    def _given(self, row: int, turn: int, last: Any) -> list[Any]:
+        """The images that a turn is given, ``last`` being that of the turn before."""
+        named = {"original": self._images[row], "last": last}
+        return [named[x] if isinstance(x, str) else x for x in self._seen[row][turn]]
+
+    def _references(self, given: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """The images of all rows, as a call takes them."""
+        images = [image for row in given for image in row]
         if self._family.references == "none":
             return {}
         if isinstance(images[0], Tensor):
-            return {"image": torch.cat(list(images))}
-        return {"image": images[0] if self._singly else list(images)}
+            return {"image": torch.cat(images)}
+        return {"image": images[0] if self._singly else images}
 
-    def _wanted(self, image: Image | None, text: str) -> list[Instruction]:
-        """An instruction, and the negative prompt, as they are read before this image."""
+    def _wanted(self, images: Sequence[Any], text: str) -> list[Instruction]:
+        """An instruction, and the negative prompt, as they are read before these images."""
         texts = [(text, False), *([] if self._negative is None else [(self._negative, True)])]
-        if image is None or self._family.view is None:
-            return [Instruction(words, negative) for words, negative in texts]
-        seen = self._family.view(self._pipeline, image)
-        return [Instruction.about(words, seen, negative=negative) for words, negative in texts]
+        view = self._family.view
+        shown = [] if view is None else [view(self._pipeline, image) for image in images]
+        return [Instruction.about(words, *shown, negative=negative) for words, negative in texts]
 
-    def _texts(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
+    def _texts(self, texts: Sequence[str], given: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """One instruction per row, as a call takes them: embedded, with the negative prompt."""
         family, prompts = self._family, self._prompts
         if prompts is None:
             return {"prompt": texts[0] if self._singly else list(texts)}
-        wanted = [self._wanted(*pair) for pair in zip(images, texts, strict=True)]
+        wanted = [self._wanted(*pair) for pair in zip(given, texts, strict=True)]
         new = [x for row in wanted for x in row if x not in self._embedded]
         found = self._embedded if not new else self._embedded | prompts(new)
-        given = {}
+        options: dict[str, Any] = {}
         for prefix, row in zip(("", "negative_"), zip(*wanted, strict=True), strict=False):
             kinds = zip(*(found[x] for x in row), strict=True)
             for name, kind in zip(family.embeddings, kinds, strict=True):
-                given[prefix + name] = _joined(kind, self._pipeline.device)
-        return given
+                options[prefix + name] = _joined(kind, self._pipeline.device)
+        return options
 
     @torch.no_grad()
     def _encoded_once(
@@ -214,3 +235,38 @@ def _check_chains(
                 f"instructions: expected one turn for a {kind}, which edits no image, got "
                 f"{len(chain)} in row {row}"
             )
+
+
+def _check_seen(
+    family: Family, seen: Sequence[Seen], instructions: Sequence[Sequence[str]]
+) -> None:
+    if len(seen) != len(instructions):
+        raise ValueError(
+            f"seen: expected one entry per reference, {len(instructions)}, got {len(seen)}"
+        )
+    for row, (turns, chain) in enumerate(zip(seen, instructions, strict=True)):
+        if len(turns) != len(chain):
+            raise ValueError(
+                f"seen: expected one list for each of {len(chain)} turns, got {len(turns)} in row "
+                f"{row}"
+            )
+        for turn, images in enumerate(turns, start=1):
+            _check_turn(family, images, f"at turn {turn} in row {row}")
+
+
+def _check_turn(family: Family, images: Sequence[str | Image], where: str) -> None:
+    if not images or isinstance(images, str):
+        raise ValueError(f"seen: expected a list of at least one image, got {images!r} {where}")
+    for image in images:
+        if isinstance(image, str) and image not in WORDS:
+            raise ValueError(f"seen: expected 'original' or 'last', got {image!r} {where}")
+        if not isinstance(image, str) and getattr(image, "mode", None) != "RGB":
+            got = getattr(image, "mode", type(image).__name__)
+            raise TypeError(f"seen: expected 'original', 'last' or RGB images, got {got} {where}")
+    if family.references != "several" and list(images) != ["last"]:
+        takes = "one reference image" if family.references == "one" else "no reference image"
+        shown = [x if isinstance(x, str) else "an image" for x in images]
+        raise ValueError(
+            f"seen: expected ['last'] for a {family.pipeline.__name__}, which takes {takes}, got "
+            f"{shown} {where}"
+        )

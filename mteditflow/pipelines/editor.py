@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mteditflow._checks import check_count, check_shape
 from mteditflow.flow.solvers import Solver
-from mteditflow.pipelines.chain_calls import ChainCalls
+from mteditflow.pipelines.chain_calls import ChainCalls, Seen
 from mteditflow.pipelines.checkpointing import enable_checkpointing
 from mteditflow.pipelines.families import Family, endings, find_family
 from mteditflow.pipelines.prompts import (
@@ -262,6 +262,7 @@ class Editor:
         reduction: str = "mean",
         verify: bool = True,
         call: Mapping[str, Any] | None = None,
+        seen: Sequence[Seen] | None = None,
     ) -> Iterator[Part]:
         """Edit chains and record them, part by part, so that rewards can begin with the first.
 
@@ -284,6 +285,9 @@ class Editor:
             reduction: of log-probs over elements, "mean" or "sum".
             verify: prove on the first call that the record can be replayed, by one more forward.
             call: call options that replace those given to ``load``, such as another guidance.
+            seen: images that each turn is given, [B][N][number]: "last", that of the turn before
+                (at turn 1 the reference), "original", the reference, or a further RGB image. None:
+                ["last"] each, which is all that a family of one reference takes.
 
         Returns:
             The parts in order, each sampled when it is requested; ``Rollout.concatenate`` joins
@@ -291,13 +295,14 @@ class Editor:
 
         Raises:
             ValueError: lengths differ, a chain is empty, ``batch`` is below 1, text to image is
-                given several turns, or an option is unknown or would change the embeddings.
+                given several turns, an option is unknown or would change the embeddings, or
+                ``seen`` names no image or more than the family takes.
             TypeError: a reference is no RGB image, or it is one of text to image.
             ReplayError: while iterating, if a recording could not be replayed.
         """
         check_count("batch", batch)
         check_shape("group", group, [len(references)], "[B]")
-        chains = self._chains(references, instructions, generators, self.options_with(call))
+        chains = self._chains(references, instructions, generators, self.options_with(call), seen)
 
         def record(call: slice) -> tuple[list[list[Image]], Rollout]:
             recorder = Recorder(
@@ -323,6 +328,7 @@ class Editor:
         generators: Sequence[torch.Generator],
         batch: int,
         call: Mapping[str, Any] | None = None,
+        seen: Sequence[Seen] | None = None,
     ) -> list[list[Image]]:
         """Edit chains by the pipeline's own deterministic sampler, as for an evaluation.
 
@@ -332,6 +338,7 @@ class Editor:
             generators: of initial noise, one per trajectory.
             batch: trajectories of a call at most, where the family takes several.
             call: call options that replace those given to ``load``, such as more steps.
+            seen: images that each turn is given, as in ``roll_out``.
 
         Returns:
             The images after each turn, [B][N].
@@ -340,7 +347,8 @@ class Editor:
             ValueError: as ``roll_out``; an option is unknown, or would change the embeddings.
             TypeError: a reference is no RGB image.
         """
-        chains = self._chains(references, instructions, generators, self.options_with(call))
+        options = self.options_with(call)
+        chains = self._chains(references, instructions, generators, options, seen)
         calls = [part for rows in chains.parts(batch) for part in chains.calls(rows)]
         return [chain for rows in calls for chain in chains.sample(rows)]
 
@@ -363,6 +371,7 @@ class Editor:
         instructions: Sequence[Sequence[str]],
         generators: Sequence[torch.Generator],
         options: Mapping[str, Any],
+        seen: Sequence[Seen] | None,
     ) -> ChainCalls:
         return ChainCalls(
             self.pipeline,
@@ -372,6 +381,7 @@ class Editor:
             references,
             instructions,
             generators,
+            seen,
         )
 
 

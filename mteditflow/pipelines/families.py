@@ -64,8 +64,8 @@ class Family:
         text_parts: components that the sampling pipeline has not, since they only embed.
         guidance: name of the call's scale of guidance, None if it has none.
         defaults: call options where the pipeline's own defaults are not those of training.
-        view: returns the picture that the text encoder is shown with an instruction; None: it
-            reads the instruction alone.
+        view: returns the picture of a reference that the text encoder is shown with an instruction;
+            None: it reads the instruction alone.
         latents: encodes a reference once for several calls, [1, C, h, w]; None: every call does.
         reference_size: returns width and height, pixels, at which a reference is encoded; None:
             not known, or there is none.

@@ -37,20 +37,24 @@ class Instruction:
     Attributes:
         text: the words.
         negative: whether it is a negative prompt.
-        image: picture that is read with it, compared by ``content``; None where there is none.
-        content: digest of the picture.
+        images: pictures that are read with it, in order, compared by ``content``.
+        content: digests of the pictures.
     """
 
     text: str
     negative: bool = False
-    image: Image | None = field(default=None, compare=False, repr=False)
+    images: tuple[Image, ...] = field(default=(), compare=False, repr=False)
     content: str = ""
 
     @classmethod
-    def about(cls, text: str, image: Image, *, negative: bool = False) -> Instruction:
-        """Return an instruction that is read with a picture."""
-        digest = blake2b(image.tobytes(), digest_size=16).hexdigest()
-        return cls(text, negative, image, f"{image.mode} {image.size} {digest}")
+    def about(cls, text: str, *images: Image, negative: bool = False) -> Instruction:
+        """Return an instruction that is read with pictures."""
+        return cls(text, negative, images, ", ".join(map(_digest, images)))
+
+
+def _digest(image: Image) -> str:
+    digest = blake2b(image.tobytes(), digest_size=16).hexdigest()
+    return f"{image.mode} {image.size} {digest}"
 
 
 class Prompts(Generic[_Key]):
@@ -243,8 +247,8 @@ def load_prompts(
         mine: dict[str, Any] = {"prompt": asked.text}
         if pairs:
             mine |= {"negative_prompt": asked.text, "do_classifier_free_guidance": asked.negative}
-        if asked.image is not None:
-            mine |= {"image": [asked.image]}
+        if asked.images:
+            mine |= {"image": list(asked.images)}
         embeddings = texts.encode_prompt(**given | mine)
         if len(returned) == 1:
             embeddings = (embeddings,)

@@ -61,6 +61,7 @@ def chains(draw, most_turns=3, types=TASK_TYPES, text=texts, complete=False, ext
     }
     if extra:
         fields["turn_unchanged_objects"] = per_turn(names)
+        fields["references"] = per_turn(st.sampled_from([["last"], ["last", "x.png"]]))
         fields |= draw(st.dictionaries(unknown_keys, values, max_size=3))
     instructions = draw(st.lists(text, min_size=count, max_size=count))
     return Chain(id=draw(texts), image=draw(texts), instructions=instructions, **fields)

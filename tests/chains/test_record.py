@@ -60,6 +60,7 @@ BAD = {
     "word for true": one_by_one(background_consistency=["yes", "no"]),
     "flat objects": one_by_one(all_objects=["cat", "dog"]),
     "no name": one_by_one(unchanged_objects=[["cat"], [None]]),
+    "no image of a turn": one_by_one(references=[["last"], []]),
 }
 
 
@@ -90,6 +91,7 @@ def test_errors_are_one_line_with_field_expectation_and_what_came():
         "word for true": "background_consistency[0]: expected true or false, got 'yes'",
         "flat objects": "all_objects[0]: expected a list, got 'cat'",
         "no name": "unchanged_objects[1][0]: expected text, got None",
+        "no image of a turn": "references[1]: expected at least one entry, got []",
     }
     ragged = one_by_one(task_types=["subject_add"])
     expected = "task_types: expected one entry for each of the 2 instructions, got 1"
@@ -108,7 +110,8 @@ def test_a_validation_error_of_any_model_is_told_in_one_line():
 @pytest.mark.parametrize("name", [x for x in Chain.model_fields if x.endswith(("s", "y"))])
 def test_every_list_over_turns_has_n_entries(name):
     entry = {"task_types": "subject_add", "background_consistency": True}.get(name, "x")
-    entries = [[entry]] * 3 if name.endswith("objects") else [entry] * 3
+    entries = [["last"]] * 3 if name == "references" else [entry] * 3
+    entries = [[entry]] * 3 if name.endswith("objects") else entries
     fields = {name: entries} if name != "instructions" else {"task_types": ["subject_add"] * 2}
     fields = {"instructions": entries if name == "instructions" else ["do"] * 2} | fields
     with pytest.raises(ValueError, match=r"expected one entry for each of the \d instructions"):

@@ -312,7 +312,7 @@ def _complete(chain: Chain) -> Record:
 EDIVAL = Format(
     "edival",
     about="EdiVal-Bench's CSV, one row per image and turn; images are <id>_input_raw.jpg, or .png",
-    loses="turn_unchanged_objects, unknown keys, the folder of the images",
+    loses="references, turn_unchanged_objects, unknown keys, the folder of the images",
     refuses="a missing field; an id that is no number; an image of another name",
     read=_read,
     encode=_encode,
