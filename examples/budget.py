@@ -16,6 +16,7 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, NoReturn
 
+from mteditflow._checks import check_count
 from mteditflow._exits import FAILED, refuse, refusing
 from mteditflow._pipes import reader_may_leave
 
@@ -33,6 +34,7 @@ TECHNIQUES = (
     ("objective", "stochastic_steps", 2),
     ("sampling", "steps", 4),
 )
+LARGEST = 4096  # pixels of a side
 OPTIONS = """\
 mteditflow budget PRESET|FILE.toml [--memory GIB] [--gpus N] [--efficiency SHARE] [--json]
                          [objective:NAME] [--SECTION.FIELD VALUE ...]"""
@@ -140,6 +142,7 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
             "sampler for few steps yet; leave it out, and give its sampling.steps"
         )
     known = find_model(model.path)
+    _check_runnable(config, gpus, reads_images=known.behavior.reads_images)
     text = model.options.get("max_sequence_length")
     branches = known.branches(model.guidance, model.options)
     dtype = getattr(torch, model.dtype)
@@ -181,6 +184,32 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         optimizer_bytes=2 if training.optimizer == "adamw_8bit" else 8,
         shard=model.shard,
     )
+
+
+def _check_runnable(config: Config, gpus: int, *, reads_images: bool) -> None:
+    """Refuse what the trainer refuses on so many GPUs, and sizes that no card has room for.
+
+    Raises:
+        ValueError: an option does not go with another, or with the GPUs.
+    """
+    from mteditflow_examples.flux.sharding import check_sharding
+
+    model, data = config.model, config.data
+    check_count("gpus", gpus)
+    if model.resolution > LARGEST:
+        raise ValueError(f"model.resolution: expected at most {LARGEST}, got {model.resolution}")
+    check_sharding(model, model.shard, gpus)
+    if model.shard == "fsdp2" and config.training.optimizer == "adamw_8bit":
+        raise ValueError("training.optimizer: expected adamw under fsdp2, got adamw_8bit")
+    whole = data.groups * (data.group_size if data.split_groups else 1)
+    if whole % gpus:
+        what = "trajectories" if data.split_groups else "groups, each on one GPU"
+        raise ValueError(f"--gpus: expected a divisor of the {whole} {what}, got {gpus}")
+    if reads_images and model.prompt_folder is not None:
+        raise ValueError(
+            "model.prompt_folder: expected None for this model, whose text encoder reads each "
+            "turn's image, too"
+        )
 
 
 def passes_of(config: Config) -> Passes:

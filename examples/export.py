@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 CARD, STRIP = "README.md", "chains.png"
+MANIFEST = "manifest.json"  # in the folder of every checkpoint
 LORA = Path("lora", "pytorch_lora_weights.safetensors")  # in a checkpoint
 
 
@@ -47,22 +48,32 @@ def main(
             files[STRIP] = picture.read_bytes()
         files[CARD] = model_card(exported, STRIP if picture else None).encode()
         write_all_atomically(output.parent, files)
-    print(f"Written to {output.parent}: {', '.join(files)}")
+    print(f"Written to {output.parent}, round {exported.found.round}: {', '.join(files)}")
 
 
 def _check_output(output: Path) -> None:
-    """Raise unless the file and the card can be written without losing another.
+    """Raise unless the files can be written without losing others.
 
     Raises:
-        ValueError: the name is of another kind, or a README.md of others lies there.
+        ValueError: the name is of another kind, the folder is a checkpoint's, or files of others
+            lie there.
     """
     from mteditflow_examples.flux.card import MARK
 
     if output.suffix != ".safetensors":
         raise ValueError(f"--output: expected a .safetensors file, got {output}")
+    folder = output.resolve().parent
+    inside = next((x for x in (folder, *folder.parents) if (x / MANIFEST).is_file()), None)
+    if inside is not None:
+        raise ValueError(f"--output: expected a file outside of checkpoints, got one in {inside}")
     card = output.parent / CARD
-    if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"--output: expected a folder without {CARD} of others, got {card}")
+    ours = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
+    for path in () if ours else (card, output, output.parent / STRIP):
+        if path.exists():
+            raise ValueError(
+                f"--output: expected a folder of an earlier export, or one without files of these "
+                f"names, got {path} of others"
+            )
 
 
 def _checkpoint(source: Path) -> Checkpoint:

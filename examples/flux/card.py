@@ -135,7 +135,10 @@ def _facts(exported: Exported) -> Iterator[tuple[str, str]]:
     yield "method", f"{card.title}{f' ({papers})' if papers else ''}"
     policy = config["evaluation"]["policy"]
     yield "policy", f"{policy}, after round {found.round} of {training['rounds']}"
-    yield "LoRA", f"rank {model['lora_rank']}, alpha {model['lora_alpha']}"
+    above = ", trained above a frozen one; the file holds both" * (
+        model.get("lora") is not None and model["lora_start"] == "freeze"
+    )
+    yield "LoRA", f"rank {model['lora_rank']}, alpha {model['lora_alpha']}{above}"
     if model.get("lora") is not None:
         done = {"continue": "trained on", "freeze": "frozen, and part of this file"}
         yield "started from", f"{_short(str(model['lora']))}, {done[model['lora_start']]}"

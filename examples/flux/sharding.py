@@ -74,6 +74,27 @@ def sharding(model: Model, ranks: int) -> Sharding:
             f"{model.shard}"
         )
     how = launched[0] if launched else model.shard
+    check_sharding(model, how, ranks)
+    if how != "zero3":
+        return Sharding(how)
+    try:
+        require_deepspeed()
+    except ImportError as error:
+        raise ConfigError(f"model.shard: zero3: {error}") from error
+    return Sharding(how, _launched_zero() if launched else {})
+
+
+def check_sharding(model: Model, how: str, ranks: int) -> None:
+    """Refuse what weights over ranks do not go with, wherever the run will be.
+
+    Args:
+        model: options of the model.
+        how: "none", "fsdp2" or "zero3".
+        ranks: number of processes.
+
+    Raises:
+        ConfigError: there is one process, or an option does not go with it.
+    """
     if how != "none" and ranks == 1:
         raise ConfigError(
             f"model.shard: expected none in one process, got {how}; start several with accelerate "
@@ -84,17 +105,10 @@ def sharding(model: Model, ranks: int) -> Sharding:
             f"model.quantize: expected none under {how}, since packed weights and their scales do "
             f"not follow the shards, got {model.quantize}"
         )
-    if how != "zero3":
-        return Sharding(how)
-    if model.compile:
+    if how == "zero3" and model.compile:
         raise ConfigError(
             "model.compile: expected False under zero3, which gathers weights inside the blocks"
         )
-    try:
-        require_deepspeed()
-    except ImportError as error:
-        raise ConfigError(f"model.shard: zero3: {error}") from error
-    return Sharding(how, _launched_zero() if launched else {})
 
 
 def _launched_zero() -> dict[str, Any]:

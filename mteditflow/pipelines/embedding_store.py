@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mteditflow._files import load_tensors, save_tensors
@@ -19,8 +20,8 @@ class EmbeddingStore:
     """Folder of embeddings, for any number of processes.
 
     A file's name is a hash of the instruction and of everything else that decides on its embedding,
-    so that a folder may serve several models and settings. Files are written whole or not at all; a
-    damaged one counts as absent.
+    so that a folder may serve several models and settings. Files are written whole or not at all,
+    with a checksum; one that is damaged, or of another instruction, counts as absent.
 
     Args:
         folder: made when the first embedding is written.
@@ -46,8 +47,12 @@ class EmbeddingStore:
             OSError: a file cannot be read.
         """
         try:
-            tensors, metadata = load_tensors(self._path(instruction))
-            counts = json.loads(metadata["counts"])
+            path = self._path(instruction)
+            tensors, metadata = load_tensors(path)
+            about = json.loads(metadata["about"])
+            if about["checksum"] != _checksum(path, tensors):
+                return None
+            counts = about["counts"]
             return [_of_count(tensors, i, count) for i, count in enumerate(counts)]
         except (FileNotFoundError, ValueError, KeyError):
             return None
@@ -70,11 +75,21 @@ class EmbeddingStore:
             tensors |= {f"{i}.{j}": x for j, x in enumerate(parts)}
         path = self._path(instruction)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, tensors, {"counts": json.dumps(counts)})
+        about = {"counts": counts, "checksum": _checksum(path, tensors)}
+        save_tensors(path, tensors, {"about": json.dumps(about)})  # one entry, so equal bytes
 
     def _path(self, instruction: Hashable) -> Path:
         name = blake2b(f"{self._made_by}\n{instruction!r}".encode(), digest_size=16).hexdigest()
         return self._folder / name[:2] / f"{name[2:]}.safetensors"
+
+
+def _checksum(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the file's name and of all numbers, dtypes and shapes."""
+    digest = blake2b(f"{path.parent.name}{path.name}".encode(), digest_size=16)
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _of_count(tensors: dict[str, Tensor], i: int, count: int | None) -> Embedding:

@@ -129,9 +129,18 @@ class Family:
             )
 
     def own_size(self, pipeline: DiffusionPipeline, size: Size) -> dict[str, int]:
-        """Height and width of a call that takes them from a reference of this size."""
+        """Height and width of a call that takes them from a reference of this size.
+
+        Raises:
+            ValueError: the reference is smaller than a token.
+        """
         multiple = 2 * pipeline.vae_scale_factor
         width, height = (side // multiple * multiple for side in size)
+        if not width or not height:
+            raise ValueError(
+                f"references: expected images of at least {multiple} pixels a side, got "
+                f"{size[0]} x {size[1]}"
+            )
         found = {"height": height, "width": width}
         if "max_area" in call_parameters(self.pipeline):
             found["max_area"] = height * width

@@ -31,7 +31,7 @@ def aspect_buckets(area: int, multiple: int, *, widest: float = 2.0) -> tuple[Si
         Width and height of each, pixels, from tall to wide.
 
     Raises:
-        ValueError: a number is out of range, or no size has the multiple.
+        ValueError: a number is out of range, or the multiple is more than a third of a side.
 
     Example:
         >>> aspect_buckets(512 * 512, 64)
@@ -40,6 +40,11 @@ def aspect_buckets(area: int, multiple: int, *, widest: float = 2.0) -> tuple[Si
     check_count("area", area)
     check_count("multiple", multiple)
     check_number("widest", widest, low=1.0)
+    if 3 * multiple > area**0.5:
+        raise ValueError(
+            f"multiple: expected at most a third of the side of {area} pixels, for sizes of about "
+            f"that area, got {multiple}"
+        )
     longest = int((area * widest) ** 0.5) + multiple
     sides = [
         (side, max(round(area / (side * multiple)), 1) * multiple)
@@ -48,12 +53,7 @@ def aspect_buckets(area: int, multiple: int, *, widest: float = 2.0) -> tuple[Si
     sizes = {
         size for pair in sides for size in (pair, pair[::-1]) if max(pair) <= widest * min(pair)
     }
-    found = tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
-    if not found:
-        raise ValueError(
-            f"multiple: expected one that sides of {area} pixels can have, got {multiple}"
-        )
-    return found
+    return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
 
 
 def fit_to_bucket(image: Image, buckets: Sequence[Size]) -> Image:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError, DistillationConfig
+from mteditflow_examples.flux.loading import fitting
 from mteditflow_examples.flux.sampling import next_chains, sample, velocity_of
 from mteditflow_examples.flux.updating import check_first_ratios, update
 from PIL import Image
@@ -116,6 +117,13 @@ def test_buckets_of_one_shape_are_the_square_run(world, tmp_path):
 def test_fields_without_an_effect_are_refused(world, tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):
         parse(options(world, tmp_path, *more))
+
+
+def test_a_multiple_that_leaves_no_shapes_of_the_area_is_refused(world, tmp_path):
+    more = ("--data.fit", "buckets", "--data.bucket-multiple", 5)
+    config = parse(options(world, tmp_path, *more))
+    with pytest.raises(ConfigError, match=r"data\.bucket_multiple: expected at most a third"):
+        fitting(config)
 
 
 def test_distillation_takes_squares(world, tmp_path):

@@ -62,6 +62,14 @@ def test_exit_codes(capsys, monkeypatch):
         (["kontext-nft", "--memory", "inf"], "memory: expected a finite number in"),
         (["kontext-nft", "--model.resolution", "500"], "resolution: expected a multiple of 16"),
         (["kontext-nft", "--gpus", "0"], "gpus: expected"),
+        (["kontext-nft", "--gpus", "7"], "--gpus: expected a divisor of the 8 groups"),
+        (["kontext-nft", "--model.shard", "fsdp2"], "model.shard: expected none in one process"),
+        (
+            ["kontext-nft", "--gpus", "2", "--model.shard", "fsdp2", "--model.quantize", "nf4"],
+            "model.quantize: expected none under fsdp2",
+        ),
+        (["qwen-edit-nft", "--model.prompt-folder", "x"], "model.prompt_folder: expected None"),
+        (["kontext-nft", "--model.resolution", "8192"], "model.resolution: expected at most 4096"),
         (["kontext-nft", "--efficiency", "2"], "efficiency: expected"),
         (["kontext-nft", "--training.batch", "0"], "training.batch: "),
         (["kontext-nft", "--training.btach", "2"], "Unrecognized options: --training.btach"),
@@ -111,7 +119,7 @@ def test_options_reach_the_plan():
 
 def test_loading_options_reach_the_plan(tmp_path):
     def plan(*words):
-        return budget.plan_of(parse(["kontext-nft", *words], services=False), gpus=1)
+        return budget.plan_of(parse(["kontext-nft", *words], services=False), gpus=2)
 
     assert plan("--model.quantize", "nf4").quantize == "nf4"
     assert plan("--model.encoders", "host").encoders == "host"

@@ -112,14 +112,20 @@ def test_a_card_of_its_own_is_written_again(run, tmp_path):
         assert call(export.app, [run, "--output", tmp_path / "edits.safetensors"]).code == 0
 
 
-@pytest.mark.parametrize("fault", ["name", "card", "nothing", "empty", "layer"])
+@pytest.mark.parametrize("fault", ["name", "card", "file", "inside", "nothing", "empty", "layer"])
 def test_what_cannot_be_exported_is_refused(fault, run, blind, tmp_path):
     source, output, words = run, tmp_path / "edits.safetensors", []
     if fault == "name":
         output, message = tmp_path / "edits.bin", "--output: expected a .safetensors file, got "
     elif fault == "card":
         (tmp_path / "README.md").write_text("mine")
-        message = "--output: expected a folder without README.md of others, got "
+        message = "--output: expected a folder of an earlier export, or one without files of these"
+    elif fault == "file":
+        output.write_text("mine")
+        message = "--output: expected a folder of an earlier export, or one without files of these"
+    elif fault == "inside":
+        output = max((run / "checkpoints").glob("round-*")) / LORA
+        message = "--output: expected a file outside of checkpoints, got one in "
     elif fault == "nothing":
         source, message = tmp_path / "none", f"{tmp_path}/none: expected 'auto', 'best' or a check"
     elif fault == "empty":

@@ -87,11 +87,21 @@ def test_a_damaged_file_is_made_again(tmp_path):
     prompts(encoder, tmp_path)(["Add"])
     (file,) = tmp_path.rglob("*.safetensors")
     whole = file.read_bytes()
-    for damaged in some([whole[:20], b"", whole.replace(b"counts", b"c0unts")]):
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])  # one bit of one number
+    for damaged in some([whole[:20], b"", whole.replace(b"about", b"ab0ut"), flipped]):
         file.write_bytes(damaged)
         prompts(encoder, tmp_path)(["Add"])
         assert file.read_bytes() == whole
-    assert encoder.asked == ["Add"] * 4
+    assert encoder.asked == ["Add"] * 5
+
+
+def test_a_file_of_another_instruction_is_made_again(tmp_path):
+    store = EmbeddingStore(tmp_path, "a")
+    for number, text in enumerate(("Add", "Zoom")):
+        store.write(text, [torch.tensor([number])])
+    add, zoom = (store._path(text) for text in ("Add", "Zoom"))
+    add.write_bytes(zoom.read_bytes())
+    assert store.read("Add") is None
 
 
 def test_a_store_that_cannot_be_written_is_an_error(tmp_path):

@@ -12,7 +12,7 @@ from diffusers import (
     FluxInpaintPipeline,
     UniPCMultistepScheduler,
 )
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from PIL import Image
 from tiny import picture
 from tiny_pipelines import FAMILIES
@@ -495,6 +495,23 @@ def test_a_cache_samples_without_a_solver_alone(flux):
     with torch.no_grad():
         velocities = [x.velocity(flux.transformer, *at) for x in (rollout, plain)]
     assert torch.equal(*velocities)
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_cache_without_contexts_starts_anew_in_the_proof(flux, steps):
+    """Pyramid attention broadcast keeps rows of the last batch, whose size the proof's is not."""
+    flux.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(100, 950),
+            current_timestep_callback=lambda: flux._current_timestep,
+        )
+    )
+    plain = flux(**options(num_inference_steps=steps)).images
+    with Recorder(flux) as recorder:
+        recorded = flux(**options(num_inference_steps=steps)).images
+    assert torch.equal(plain, recorded)
+    assert torch.equal(recorder.rollout(group=[0, 1]).trajectory.clean[:, 0], recorded)
 
 
 # Groups.
