@@ -120,6 +120,9 @@ class Data:
     """Sides of buckets are multiples of this, pixels."""
     turns: Count = 3
     """Turns N of every chain; longer chains are cut, shorter ones left out."""
+    history: Literal["last", "original"] = "last"
+    """Images that turns after the first are given: the last, or the original and the last; chains
+    whose records have references say so themselves."""
     groups: Count = 8
     """Chains in a round, over all ranks."""
     group_size: Annotated[int, Field(ge=2)] = 16
@@ -610,6 +613,7 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             "model.lora is given and objective.kl_coef, or distillation, uses a reference",
         ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
+        ("data", "history"): (config.data.turns > 1, "data.turns is above 1"),
         ("data", "bucket_multiple"): (config.data.fit == "buckets", "data.fit is buckets"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from mteditflow import gather_ranks
 from mteditflow.chains import Chain, collate_chains
 from mteditflow.objectives import Buckets, BucketVelocity, Sampling, Velocity
-from mteditflow.pipelines import LoraPolicies, Part, Rollout, RolloutVelocity
+from mteditflow.pipelines import LoraPolicies, Part, Rollout, RolloutVelocity, Seen
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores
 
@@ -34,11 +34,13 @@ class RoundChains:
         chains: records.
         references: images that turn 1 edits; None each for text to image.
         group: integer group id, [B].
+        seen: images that each turn is given, as ``Editor.roll_out`` takes them.
     """
 
     chains: Sequence[Chain]
     references: Sequence[Image | None]
     group: Tensor
+    seen: Sequence[Seen]
 
 
 def next_chains(run: Run) -> RoundChains:
@@ -48,7 +50,9 @@ def next_chains(run: Run) -> RoundChains:
         run.batches = iter(run.sampler)
         indices = next(run.batches)
     batch = collate_chains(run.chains.__getitems__(indices))
-    return RoundChains(batch.chains, batch.images, batch.group)
+    history = run.config.data.history
+    seen = {index: run.chains.seen(index, history) for index in dict.fromkeys(indices)}
+    return RoundChains(batch.chains, batch.images, batch.group, [seen[index] for index in indices])
 
 
 def roll_out(
@@ -58,6 +62,7 @@ def roll_out(
     group: Tensor,
     how: Sampling,
     *,
+    seen: Sequence[Seen] | None = None,
     purpose: str = "noise",
 ) -> Iterator[Part]:
     """Edit chains part by part with the policy that the model is, each from its own noise."""
@@ -71,6 +76,7 @@ def roll_out(
             solver=how.solver,
             stochastic_steps=how.stochastic_steps,
             verify=run.state.done == run.first_round,
+            seen=seen,
         ):
             yield part
             bar.advance(len(part.images))
@@ -92,7 +98,8 @@ def sample(
     images: list[list[Image | None]] = []
     with run.log.stopwatch.phase("sampling"), run.policies.use(objective.samples_with):
         instructions = [chain.instructions for chain in drawn.chains]
-        for part in roll_out(run, drawn.references, instructions, drawn.group, how):
+        given = (drawn.references, instructions, drawn.group)
+        for part in roll_out(run, *given, how, seen=drawn.seen):
             references = drawn.references[part.rows]
             pairs = zip(references, part.images, strict=True)
             edited: list[list[Image | None]] = [[r, *turns] for r, turns in pairs]
