@@ -87,7 +87,7 @@ def test_a_run_that_was_cut_goes_on_and_its_evaluations_name_the_history(
 
 
 def test_a_round_of_turns_with_one_and_two_references_replays(klein_world, tmp_path):
-    more = (*SCORED, "--data.groups", 1, "--data.history", "original", "--model.guidance", 1)
+    more = (*SCORED, "--data.groups", 1, "--data.history", "original")
     with started(klein_world, tmp_path, *more, objective="grpo", family="klein") as own:
         lengths = Counter()
         own.editor.transformer.register_forward_pre_hook(
