@@ -65,7 +65,7 @@ def test_its_images_are_those_of_a_plain_pipeline_given_the_same(trained, flux2_
     for row, chain in enumerate(some(chains)):
         original = image = ChainDataset([chain])[0].image
         generator = keyed_generator(0, "held out", row)
-        for turn, words in enumerate(chain.instructions):
+        for turn, words in enumerate(some(chain.instructions)):
             seen = given[row](turn, original, image)
             image = pipeline(image=seen, prompt=words, generator=[generator], **call).images[0]
             made = trained / "evaluations" / "round-000002" / chain.id / f"turn_{turn + 1}.png"
