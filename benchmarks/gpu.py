@@ -18,8 +18,10 @@ from benchmarks.__main__ import measure_compiled, measure_pair
 from benchmarks.cases import cases, compiled_cases, in_dtype
 from benchmarks.gpu_models import (
     COLUMNS,
+    FAILURES,
     NOT_REACHED,
     Deadline,
+    failed,
     family_rows,
     model_rows,
     tiny_size,
@@ -71,18 +73,28 @@ def functions(options: argparse.Namespace, save: Callable[[Tables], None]) -> No
             pairs.append([case.name, str(dtype).removeprefix("torch."), NOT_REACHED, *["-"] * 3])
             if deadline.allows(5):
                 given = in_dtype(case, dtype)
-                found = measure_pair(given, device=device, rounds=rounds, compiled=False)
+                try:
+                    found = measure_pair(given, device=device, rounds=rounds, compiled=False)
+                except FAILURES as error:
+                    pairs[-1][2] = failed(error)
+                    continue
                 pairs[-1][2:] = [*milliseconds(found), found["time_ratio"][1], memory(found)]
     save(tables)
     for name in SIZES:
         given = (name, tiny_size(name), device, torch.bfloat16, deadline)
-        families.extend(family_rows(*given, rounds=rounds))
+        try:
+            families.extend(family_rows(*given, rounds=rounds))
+        except FAILURES as error:
+            families.append([name, "all", failed(error), "-", 0])
         save(tables)
     for case in compiled_cases(device, **({"latents": SMALL["latents"]} if small else {})):
         compiled.append([case.name, NOT_REACHED, "-", "-"])
         if deadline.allows(COMPILING):
-            found = measure_compiled(case, device=device, rounds=rounds)
-            compiled[-1][1:] = [*milliseconds(found), found["time_ratio"][1]]
+            try:
+                found = measure_compiled(case, device=device, rounds=rounds)
+                compiled[-1][1:] = [*milliseconds(found), found["time_ratio"][1]]
+            except FAILURES as error:
+                compiled[-1][1] = failed(error)
         save(tables)
 
 

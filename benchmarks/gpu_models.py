@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +30,8 @@ from mteditflow.pipelines.quantization import QUANTIZATIONS, quantize
 from mteditflow.training import Updater
 
 NOT_REACHED, OUT_OF_MEMORY, NOT_INSTALLED = "not reached", "out of memory", "not installed"
+# Of kernels, packages and updates; torch's and its compiler's errors are RuntimeErrors.
+FAILURES = (AssertionError, FloatingPointError, ImportError, RuntimeError)
 SLOWEST = 0.1  # share of the matrix rate with which the time of work is guessed before it begins
 STOCHASTIC_STEPS = 2  # of GRPO: fewer than the preset's 5, so that an update takes less time
 PRESETS = {"kontext": "kontext-nft", "klein": "klein-nft"}  # whose memory is predicted
@@ -176,7 +179,12 @@ def model_rows(
             yield from ([name, label, *piece, *without(missing)] for piece in PIECES)
             continue
         start = time.monotonic()
-        trained = Trained(size, device, dtype, kind)
+        try:
+            trained = Trained(size, device, dtype, kind)
+        except FAILURES as error:
+            reason = failed(error)
+            yield from ([name, label, *piece, *without(reason)] for piece in PIECES)
+            continue
         building = time.monotonic() - start
         if flops is None:
             flops = trainer_full_size.flops_of(size, trained.call)
@@ -210,12 +218,20 @@ def measured(
         timed(work[what], trained.device)  # allocates; old differs from current afterwards
         trained.counter.lap()
         seconds, peak = timed(work[what], trained.device)
-    except torch.OutOfMemoryError:
-        return without(OUT_OF_MEMORY)
+    except FAILURES as error:
+        return without(failed(error))
     forwards, rows, others = trained.counter.lap()
     total = rows * per_trained_row + others * per_row
     shares = percent(total / seconds / rate), of_peak(total / seconds, trained.device)
     return [seconds, total / 1e12, *shares, gibibytes(peak), "-", forwards]
+
+
+def failed(error: Exception) -> str:
+    """Print why something failed; return the word for its row, so that the others go on."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return f"failed: {type(error).__name__}"
 
 
 def without(reason: str) -> list[Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from mteditflow._exits import FAILED, refuse, refusing
@@ -22,8 +22,17 @@ from mteditflow._pipes import reader_may_leave
 if TYPE_CHECKING:
     from mteditflow_examples.flux.config import Config
 
-    from mteditflow.budget import Budget, Plan
+    from mteditflow.budget import Budget, Passes, Plan
 
+# Options that lower the FLOPs of a trajectory and change its gradient: section, field, value.
+TECHNIQUES = (
+    ("objective", "kl_share", 0.25),
+    ("objective", "kl_coef", 0.0),
+    ("objective", "old_slope", 0.0),
+    ("objective", "share", 0.5),
+    ("objective", "stochastic_steps", 2),
+    ("sampling", "steps", 4),
+)
 OPTIONS = """\
 mteditflow budget PRESET|FILE.toml [--memory GIB] [--gpus N] [--efficiency SHARE] [--json]
                          [objective:NAME] [--SECTION.FIELD VALUE ...]"""
@@ -96,7 +105,9 @@ def budget_of(
     """
     from mteditflow.budget import Budget
 
-    return Budget(name, plan_of(config, gpus=gpus), memory, efficiency, trainer_options(config))
+    plan = plan_of(config, gpus=gpus)
+    cheaper = techniques(config, plan)
+    return Budget(name, plan, memory, efficiency, trainer_options(config), cheaper)
 
 
 def trainer_options(config: Config) -> frozenset[str]:
@@ -120,9 +131,14 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     """
     import torch
 
-    from mteditflow.budget import Plan, case_of, costs_of, count_passes, find_model
+    from mteditflow.budget import Plan, case_of, costs_of, count_blocks, find_model
 
     model, data, training = config.model, config.data, config.training
+    if config.sampling.few_steps is not None:
+        raise ValueError(
+            f"{config.sampling.few_steps}: expected None, since the budget does not count a "
+            "sampler for few steps yet; leave it out, and give its sampling.steps"
+        )
     known = find_model(model.path)
     text = model.options.get("max_sequence_length")
     branches = known.branches(model.guidance, model.options)
@@ -141,21 +157,12 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         targets=model.lora_targets,
         dtype=dtype,
     )
-    passes = count_passes(
-        config.objective,
-        turns=data.turns,
-        steps=config.sampling.steps,
-        group_size=data.group_size,
-        minibatches=training.minibatches,
-        epochs=training.inner_epochs,
-        round=training.rounds - 1,
-    )
     ahead = model.prompt_folder is not None and model.encoders == "device"
     frozen = model.lora is not None and model.lora_start == "freeze"
     started = model.lora is not None and model.lora_reference == "start"
     return Plan(
         costs_of(known, case),
-        passes,
+        passes_of(config),
         branches=branches,
         turns=data.turns,
         steps=config.sampling.steps,
@@ -167,6 +174,8 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         one_by_one=known.behavior.one_by_one,
         average=training.ema_decay > 0,
         checkpointing=model.checkpointing,
+        blocks=count_blocks(case),
+        kept_blocks=model.kept_blocks,
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,
         gpus=gpus,
@@ -178,6 +187,54 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         optimizer_bytes=2 if training.optimizer == "adamw_8bit" else 8,
         shard=model.shard,
     )
+
+
+def passes_of(config: Config) -> Passes:
+    """Count the rows of an update in the last round, where the old policy has its own weights.
+
+    Raises:
+        ValueError: the objective refuses the numbers of the configuration.
+    """
+    from mteditflow.budget import count_passes
+
+    return count_passes(
+        config.objective,
+        turns=config.data.turns,
+        steps=config.sampling.steps,
+        group_size=config.data.group_size,
+        minibatches=config.training.minibatches,
+        epochs=config.training.inner_epochs,
+        round=config.training.rounds - 1,
+    )
+
+
+def techniques(config: Config, plan: Plan) -> dict[str, float]:
+    """Return what options that change the gradient would make of a trajectory, in units of F.
+
+    Args:
+        config: the configuration.
+        plan: its plan.
+
+    Returns:
+        F a trajectory by the option with its value; those alone that the configuration can take
+        and that lower it.
+    """
+    from mteditflow.budget import work
+
+    given, found = work(plan).in_forwards, {}
+    for section, name, value in TECHNIQUES:
+        part = getattr(config, section)
+        if getattr(part, name, value) <= value:
+            continue
+        try:
+            changed = replace(config, **{section: replace(part, **{name: value})})
+            passes = passes_of(changed)
+        except ValueError:  # it goes with no other value of the configuration
+            continue
+        cost = work(replace(plan, passes=passes, steps=changed.sampling.steps)).in_forwards
+        if cost < given:
+            found[f"{section}.{name} {value:g}"] = cost
+    return found
 
 
 if __name__ == "__main__":

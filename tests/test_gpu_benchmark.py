@@ -126,6 +126,18 @@ def test_memory_is_predicted_by_the_budget_of_the_same_work():
     assert gib("klein", "none", "-", "rollout, recorded") < gib("klein", "none", "on", "NFT update")
 
 
+def test_a_failure_is_named_in_its_row_and_the_others_go_on(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_models, "Trained", fails)
+    monkeypatch.setattr(gpu_models, "find_spec", lambda name: name)
+    given = ("kontext", trainer_full_size.SIZES["kontext"], "cpu", torch.float32)
+    rows = list(gpu_models.model_rows(*given, Deadline(1000)))
+    assert [row[4] for row in rows] == ["failed: RuntimeError"] * 3 * len(PIECES)
+    assert "RuntimeError: no kernel image" in capsys.readouterr().err
+
+
 def exhausted(call, device):
     raise torch.OutOfMemoryError("out of memory")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mteditflow.objectives import OBJECTIVES
 from mteditflow.training import Checkpoint
 
 MARK = "<!-- written by mteditflow export -->"
-SHOWN = ("objective", "sampling", "training")  # sections without paths and addresses
+SHOWN = ("objective", "sampling", "training")  # of their paths, the last parts alone
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 USE = {
     "diffusers": """With this folder as the current one:
@@ -100,9 +100,22 @@ def model_card(exported: Exported, strip: str | None) -> str:
         "above; anything that the tables above do not have.",
         "## Configuration",
         "Folders and addresses are left out.",
-        f"```json\n{json.dumps({name: config[name] for name in SHOWN}, indent=1)}\n```",
+        f"```json\n{json.dumps(_shown(config), indent=1)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections of a configuration, with no folder of this machine in them."""
+    shown = {name: dict(config[name]) for name in SHOWN}
+    shown["sampling"] |= _few_steps(config)
+    return shown
+
+
+def _few_steps(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return which sibling and which LoRA sampled; a checkpoint may be of before there were any."""
+    given = {name: config["sampling"].get(name) for name in ("model", "lora")}
+    return {name: _short(str(path)) for name, path in given.items() if path is not None}
 
 
 def _front_matter(base: str) -> str:
@@ -126,6 +139,9 @@ def _facts(exported: Exported) -> Iterator[tuple[str, str]]:
     if model.get("lora") is not None:
         done = {"continue": "trained on", "freeze": "frozen, and part of this file"}
         yield "started from", f"{_short(str(model['lora']))}, {done[model['lora_start']]}"
+    if sampled := _few_steps(config):
+        others = " and ".join(f"{name} {path}" for name, path in sampled.items())
+        yield "sampled by", f"{others}, in {config['sampling']['steps']} steps"
     chains = f"{data['groups']} chains of {data['turns']} turns, {data['group_size']} times each"
     yield "a round", f"{chains}; {found.state['updates']} optimizer steps in all"
     yield "images", f"{model['resolution']} pixels square, guidance {model['guidance']:g}"

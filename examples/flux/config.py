@@ -14,7 +14,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mteditflow import LagrangeMultiplier
 from mteditflow._text import parse_json
-from mteditflow.objectives import NFT, OBJECTIVES, Distillation, Objective, ReplayObjective
+from mteditflow.objectives import (
+    NFT,
+    OBJECTIVES,
+    Distillation,
+    ForwardObjective,
+    Objective,
+    ReplayObjective,
+)
 from mteditflow.rewards import SCALES, RequestOptions
 
 from .spelling import hint
@@ -75,6 +82,9 @@ class Model:
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory; an update takes 24% (NFT) to 45%
     (GRPO) more operations."""
+    kept_blocks: Natural = 0
+    """Blocks, the last ones, whose activations checkpointing keeps: for memory that is left over;
+    mteditflow budget says how many fit."""
     compile: bool = False
     """Compile the repeated blocks with torch.compile: minutes at the start, faster after."""
     attention: str | None = None
@@ -142,6 +152,21 @@ class Sampling:
     """Denoising steps S of a turn."""
     batch: Count = 8
     """Trajectories sampled at once on a rank; results do not depend on it, up to rounding."""
+    model: str | None = None
+    """Hub id or folder of a distilled sibling that samples in place of the model in training, with
+    a copy of its adapters; nft, awm and dpo alone. None: the model itself."""
+    lora: Path | None = None
+    """LoRA for few steps, a folder or file in diffusers' format, that is active while sampling and
+    never trained or saved; nft, awm and dpo alone. None: there is none."""
+    guidance: NonNegative | None = None
+    """Scale of guidance while sampling.model or sampling.lora samples, at which the model is then
+    trained, too; 1 trains it without classifier-free guidance. None: model.guidance."""
+
+    @property
+    def few_steps(self) -> str | None:
+        """Name of a field that gives a sampler for few steps; None: the model samples itself."""
+        given = {"sampling.model": self.model, "sampling.lora": self.lora}
+        return next((name for name, x in given.items() if x is not None), None)
 
 
 @dataclass(frozen=True)
@@ -551,6 +576,11 @@ def _unsound(config: Config) -> Iterator[str]:
         objective.sampling(0, steps=config.sampling.steps)
     except ValueError as error:
         yield f"objective.{error}"
+    if config.sampling.few_steps and not isinstance(objective, ForwardObjective):
+        yield (
+            f"{config.sampling.few_steps}: expected None for {name}, which trains on the steps of "
+            "the model that sampled; nft, awm and dpo need none of them"
+        )
     if data.fit == "buckets" and isinstance(config, DistillationConfig):
         yield "data.fit: expected square for distillation, got buckets"
     if training.stop_kl is not None and not card.old_kl:
@@ -612,8 +642,13 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             config.model.lora is not None and reads_reference,
             "model.lora is given and objective.kl_coef, or distillation, uses a reference",
         ),
+        ("sampling", "guidance"): (
+            config.sampling.few_steps is not None,
+            "sampling.model or sampling.lora is given",
+        ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
         ("data", "history"): (config.data.turns > 1, "data.turns is above 1"),
+        ("model", "kept_blocks"): (config.model.checkpointing, "model.checkpointing is on"),
         ("data", "bucket_multiple"): (config.data.fit == "buckets", "data.fit is buckets"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),

@@ -71,7 +71,9 @@ def check(config: Config) -> None:
     check_trackers(config.output)
     for part in ("", "checkpoints", "evaluations", "pictures"):
         require_folder("output.folder", config.output.folder / part)
-    _check_model(config.model.path)
+    _check_model("model.path", config.model.path)
+    if config.sampling.model is not None:
+        _check_model("sampling.model", config.sampling.model)
     _check_memory_options(config.model)
     for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
         if path is not None and not path.is_file() and not is_stored(path):
@@ -82,19 +84,21 @@ def check(config: Config) -> None:
     if config.model.lora is not None:
         continued = config.model.lora_start == "continue"
         _check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
+    if config.sampling.lora is not None:
+        _check_lora("sampling.lora", config.sampling.lora, None)
 
 
-def _check_model(source: str) -> None:
+def _check_model(field: str, source: str) -> None:
     """Raise unless there may be a pipeline that edits an image or makes one of a text."""
     try:
-        check_source("model.path", source, INDEX)
+        check_source(field, source, INDEX)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if Path(source).exists():
         try:
             find_family(parse_json((Path(source) / INDEX).read_bytes())["_class_name"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"model.path: {source}: {error}") from error
+            raise ConfigError(f"{field}: {source}: {error}") from error
 
 
 def _check_memory_options(model: Model) -> None:
@@ -145,7 +149,9 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     data = config.data
     notes = Notes()
     chains = load_chains(config, data.chains, notes)
-    family = _family(config)
+    family = _family("model.path", config.model.path)
+    if config.sampling.model is not None:
+        _check_sibling(config.sampling.model, family)
     require_fitting(config, family, chains)
     sampler = make_sampler(config, chains, accelerator)
     files = fingerprints(config)
@@ -171,16 +177,24 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     return Inputs(chains, sampler, held_out, found, judge, files, notes)
 
 
-def _family(config: Config) -> Family:
-    """Return the family of the pipeline to train.
+def _family(field: str, source: str) -> Family:
+    """Return the family of a pipeline.
 
     Raises:
         ConfigError: it is of none that can be trained, or there is none.
     """
     try:
-        return family_of(config.model.path)
+        return family_of(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from error
+        raise ConfigError(f"{field}: {error}") from error
+
+
+def _check_sibling(source: str, family: Family) -> None:
+    """Raise ``ConfigError`` unless a pipeline is of the class of the one to train."""
+    expected = family.pipeline.__name__
+    got = _family("sampling.model", source).pipeline.__name__
+    if got != expected:
+        raise ConfigError(f"sampling.model: expected a {expected}, as model.path, got a {got}")
 
 
 def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator) -> GroupSampler:

@@ -23,15 +23,14 @@ from mteditflow.pipelines import (
     Editor,
     Family,
     LoraPolicies,
-    Start,
     aspect_buckets,
     fit_to_bucket,
-    read_lora,
 )
 from mteditflow.pipelines.families import find_family
 from mteditflow.training import RunLog
 
 from .config import Config, ConfigError, DistillationConfig, Model
+from .few_steps import guidance_call, lora_for_few_steps, start_of, with_field
 from .sharding import sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -65,7 +64,7 @@ def load_policies(
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {error}") from error
+        raise ConfigError(with_field("model", error)) from error
 
 
 def _policies(
@@ -74,7 +73,7 @@ def _policies(
     model, ranks = config.model, int(accelerator.num_processes)
     if model.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
-    guidance = _guidance(config, family_of(model.path))
+    guidance = guidance_call(model.guidance, family_of(model.path))
     side = model.resolution if config.data.fit == "square" else None  # else the reference's own
     editor = Editor.load(
         model.path,
@@ -89,6 +88,7 @@ def _policies(
         },
         attention_backend=model.attention,
         gradient_checkpointing=model.checkpointing,
+        kept_blocks=model.kept_blocks,
         compile_blocks=model.compile,
         vae_slicing=model.vae_slicing,
         vae_tiling=model.vae_tiling,
@@ -115,18 +115,11 @@ def _policies(
         lora,
         seed=config.training.seed,
         ema=config.training.ema_decay > 0,
-        start=_start(model, editor),
+        start=start_of(model, editor),
+        few_steps=None if config.sampling.model else lora_for_few_steps(config.sampling, editor),
     )
     shards.after_adapters(editor)
     return editor, policies
-
-
-def _start(model: Model, editor: Editor) -> Start | None:
-    """Return the LoRA that the policies start from."""
-    if model.lora is None:
-        return None
-    weights = read_lora(type(editor.pipeline), model.lora)
-    return Start(weights, frozen=model.lora_start == "freeze", reference=model.lora_reference)
 
 
 def _started_from(model: Model) -> str:
@@ -142,21 +135,6 @@ def family_of(source: str) -> Family:
         OSError: there is none.
     """
     return find_family(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
-
-
-def _guidance(config: Config, family: Family) -> dict[str, float]:
-    """Return the scale of guidance as a call takes it.
-
-    Raises:
-        ValueError: the pipeline has none.
-    """
-    scale = config.model.guidance
-    if family.guidance is None and scale != 1:
-        raise ValueError(
-            f"guidance: expected 1 for a {family.pipeline.__name__}, which has no scale of "
-            f"guidance, got {scale}"
-        )
-    return {} if family.guidance is None else {family.guidance: scale}
 
 
 def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> None:

@@ -20,7 +20,10 @@ FIXED = (
     ("data", "history"),
     ("training", "optimizer"),
 )
-HASHED = (("model", "path"), ("model", "lora"), ("data", "chains"), ("data", "held_out"))
+HASHED = (
+    *(("model", "path"), ("model", "lora"), ("sampling", "model"), ("sampling", "lora")),
+    *(("data", "chains"), ("data", "held_out")),
+)
 
 
 def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:

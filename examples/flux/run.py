@@ -24,6 +24,7 @@ from mteditflow.training import (
 )
 
 from .config import Config
+from .few_steps import Sibling
 from .held_out import HeldOut
 from .rewards import Submit
 
@@ -64,6 +65,7 @@ class Run:
 
     Attributes:
         submit: takes chains and images, and returns the future of their scores.
+        sibling: samples in place of the editor; None: the editor does.
         method: name of what trains, in titles.
         judged_by: who scores.
         found: checkpoint that the run goes on from; None where it begins.
@@ -92,6 +94,7 @@ class Run:
     state: State
     method: str
     judged_by: JudgedBy
+    sibling: Sibling | None = None
     found: Checkpoint | None = None
     files: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -19,6 +20,7 @@ from mteditflow.pipelines import LoraPolicies, Part, Rollout, RolloutVelocity, S
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores
 
+from .few_steps import sampling_call
 from .run import Run
 
 POLL = 1.0  # s between looks for a signal while scores are waited for
@@ -65,9 +67,10 @@ def roll_out(
     seen: Sequence[Seen] | None = None,
     purpose: str = "noise",
 ) -> Iterator[Part]:
-    """Edit chains part by part with the policy that the model is, each from its own noise."""
+    """Edit chains part by part with the policy that samples, each from its own noise."""
+    editor = run.editor if run.sibling is None else run.sibling.editor
     with run.log.bar("rollout", len(references), unit="chains") as bar:
-        for part in run.editor.roll_out(
+        for part in editor.roll_out(
             references,
             instructions,
             generators=[run.key.generator(purpose, b) for b in range(len(references))],
@@ -77,6 +80,7 @@ def roll_out(
             stochastic_steps=how.stochastic_steps,
             verify=run.state.done == run.first_round,
             seen=seen,
+            call=sampling_call(run.config.sampling, editor.family),
         ):
             yield part
             bar.advance(len(part.images))
@@ -96,7 +100,7 @@ def sample(
     how = objective.sampling(run.state.done, steps=run.config.sampling.steps)
     parts, waiting = [], []
     images: list[list[Image | None]] = []
-    with run.log.stopwatch.phase("sampling"), run.policies.use(objective.samples_with):
+    with run.log.stopwatch.phase("sampling"), sampling_as(run, objective.samples_with):
         instructions = [chain.instructions for chain in drawn.chains]
         given = (drawn.references, instructions, drawn.group)
         for part in roll_out(run, *given, how, seen=drawn.seen):
@@ -107,6 +111,14 @@ def sample(
             parts.append(part.rollout)
             images += edited
     return joined(parts), images, collect(run, waiting)
+
+
+def sampling_as(run: Run, policy: str) -> AbstractContextManager[None]:
+    """Let what samples be a policy: the model in training, or its sibling with a copy of it."""
+    few_steps = run.config.sampling.lora is not None
+    if run.sibling is None:
+        return run.policies.use(policy, few_steps=few_steps)
+    return run.sibling.use(run.policies, policy, few_steps=few_steps)
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout | Buckets:

@@ -29,6 +29,7 @@ from mteditflow.training import (
 
 from .checkpointing import save_if_new
 from .config import Config, ConfigError, name_of
+from .few_steps import load_sampler, refuse_sharded
 from .inputs import Inputs, check, read_inputs, refusing_together
 from .loading import load_policies
 from .optimizer import check_optimizer, make_optimizer
@@ -67,6 +68,7 @@ def build(
     ranks = int(accelerator.num_processes)
     log.message(f"loading {config.model.path}, {ranks} rank{'s' if ranks > 1 else ''}")
     editor, policies = load_policies(config, accelerator, _ahead(config, inputs))
+    sibling = load_sampler(config, editor)
     _log_assumptions(editor, config.model.resolution, log)
     return Run(
         config=config,
@@ -85,6 +87,7 @@ def build(
         state=initial_state(config),
         method=name_of(config.objective).upper(),
         judged_by=inputs.judged_by,
+        sibling=sibling,
         found=inputs.found,
         files=inputs.files,
     )
@@ -147,6 +150,7 @@ def _main(train: Callable[[Run], None], config: Config) -> None:
         with Termination() as termination, ExitStack() as stack:
             with refusing_together(accelerator):
                 shards = sharding(config.model, int(accelerator.num_processes))
+                refuse_sharded(config.sampling, shards.how)
                 check_optimizer(config.training, sharded=shards.how == "fsdp2")
                 inputs = read_inputs(config, accelerator)
                 log = _open_log(folder, accelerator, stack)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mteditflow.budget.passes import Passes, count_passes
     from mteditflow.budget.plan import Phase, Plan, peak, phases, verdict
     from mteditflow.budget.report import Budget
-    from mteditflow.budget.simulation import simulate
+    from mteditflow.budget.simulation import count_blocks, simulate
     from mteditflow.budget.stored import case_of, costs_of
 else:
     __getattr__, __dir__ = lazy(
@@ -47,6 +47,7 @@ else:
             "least_hours": ".compute",
             "peak": ".plan",
             "phases": ".plan",
+            "count_blocks": ".simulation",
             "simulate": ".simulation",
             "verdict": ".plan",
             "work": ".compute",
@@ -72,6 +73,7 @@ __all__ = [
     "alternatives",
     "case_of",
     "costs_of",
+    "count_blocks",
     "count_passes",
     "find_model",
     "least_hours",

@@ -175,7 +175,7 @@ def _changed(asked: Plan, plan: Plan) -> dict[str, str]:
 
 
 def spared(plan: Plan, memory: float) -> Plan | None:
-    """Return the run without checkpointing where that fits too; None where it does not.
+    """Return the run that recomputes the fewest blocks and still fits; None where none does.
 
     Args:
         plan: the run.
@@ -183,5 +183,9 @@ def spared(plan: Plan, memory: float) -> Plan | None:
     """
     if not plan.checkpointing:
         return None
-    faster = replace(plan, checkpointing=False)
-    return faster if verdict(faster, memory) == "fits" else None
+    whole = replace(plan, checkpointing=False, kept_blocks=0)
+    fewer = range(plan.blocks - 1, plan.kept_blocks, -1)
+    for found in (whole, *(replace(plan, kept_blocks=kept) for kept in fewer)):
+        if verdict(found, memory) == "fits":
+            return found
+    return None

@@ -47,7 +47,7 @@ class Work:
 def work(plan: Plan) -> Work:
     """Return what a trajectory computes."""
     row, passes = plan.costs.row, plan.passes
-    train = row.train if plan.checkpointing else row.train_plain
+    train = row.train + plan.kept_share * (row.train_plain - row.train)
     return Work(
         float(row.forward),
         float(plan.turns * plan.steps * plan.branches * row.forward),

@@ -42,6 +42,8 @@ class Plan:
         one_by_one: whether the pipeline samples one trajectory at a time, whatever the batch.
         average: whether there is an averaged policy, a third set of adapters.
         checkpointing: whether activations are recomputed in the backward pass.
+        blocks: blocks of the transformer.
+        kept_blocks: blocks that are not recomputed under checkpointing.
         quantize: how linear layers of transformer and text encoders are packed.
         encoders: where text encoders work: on the "device" beside the transformer, on it "ahead" of
             the transformer, or on the "host".
@@ -72,6 +74,8 @@ class Plan:
     one_by_one: bool = False
     average: bool = True
     checkpointing: bool = True
+    blocks: int = 1
+    kept_blocks: int = 0
     quantize: Quantize = "none"
     encoders: Literal["device", "ahead", "host"] = "device"
     reads_images: bool = False
@@ -87,9 +91,21 @@ class Plan:
         for name in ("branches", "turns", "steps", "trajectories", "rounds", "sampling_batch",
                      "evaluation_batch", "training_batch", "gpus"):  # fmt: skip
             check_count(name, getattr(self, name))
+        check_count("blocks", self.blocks)
+        check_count("kept_blocks", self.kept_blocks, low=0)
+        if self.kept_blocks > (self.blocks if self.checkpointing else 0):
+            raise ValueError(
+                f"kept_blocks: expected at most the {self.blocks} blocks, and 0 without "
+                f"checkpointing, got {self.kept_blocks}"
+            )
         check_choice("quantize", self.quantize, ("none", *BYTES))
         check_choice("shard", self.shard, ("none", "fsdp2", "zero3"))
         check_choice("encoders", self.encoders, ("device", "ahead", "host"))
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the blocks whose activations are kept."""
+        return self.kept_blocks / self.blocks if self.checkpointing else 1.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,8 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
         "ahead": Phase("text encoders", visit, 0, encoders.encode),
         "host": Phase("text encoders", weights, resting, 0),
     }
-    update = row.update if plan.checkpointing else row.update_plain
+    # Blocks differ in size, and those that are kept are freed first: an upper bound.
+    update = row.update + plan.kept_share * (row.update_plain - row.update)
     rows = plan.training_batch * plan.passes.members
     return (
         texts[plan.encoders],

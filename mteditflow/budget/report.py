@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
@@ -22,6 +22,7 @@ class Budget:
         memory: GiB of a GPU.
         efficiency: assumed share of a GPU's peak rate.
         options: options of the trainer that may be changed.
+        cheaper: F a trajectory under options that change what is learned, by option and value.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Budget:
     memory: float
     efficiency: float = 0.4
     options: Collection[str] = ()
+    cheaper: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def as_given(self) -> Verdict:
@@ -90,6 +92,7 @@ class Budget:
                 "round": cost.total * plan.trajectories,
                 "forwards": cost.in_forwards,
             },
+            "cheaper": {name: round(value, 2) for name, value in self.cheaper.items()},
             "efficiency": self.efficiency,
             "rounds": plan.rounds,
             "least_hours_per_100_rounds": {k: round(v, 2) for k, v in self.hours(100).items()},
@@ -107,6 +110,7 @@ class Budget:
             *self._advice_lines(),
             "",
             *self._work_lines(),
+            *self._cheaper_lines(),
         ]
 
     def _memory_lines(self) -> list[str]:
@@ -140,7 +144,12 @@ class Budget:
         faster = spared(self.plan, self.memory)
         if faster is not None:
             saved = work(self.plan).in_forwards - work(faster).in_forwards
-            words = f"model.checkpointing false, which saves {saved:.1f} F a trajectory"
+            option = (
+                f"model.kept_blocks {faster.kept_blocks} of {faster.blocks}"
+                if faster.checkpointing
+                else "model.checkpointing false"
+            )
+            words = f"{option}, which saves {saved:.1f} F a trajectory"
             found += self._alternative("fits", faster, words)
         return [head, *found]
 
@@ -162,6 +171,13 @@ class Budget:
             f"least hours per 100 rounds at {self.efficiency:.0%} of peak, {_gpus(plan.gpus)}:",
             f"  {hours}",
         ]
+
+    def _cheaper_lines(self) -> list[str]:
+        if not self.cheaper:
+            return []
+        given = work(self.plan).in_forwards
+        shown = [f"{name}: {x:.1f} F ({x / given - 1:+.0%})" for name, x in self.cheaper.items()]
+        return ["", "less work, with other gradients:", *(f"  {line}" for line in shown)]
 
 
 def _gib(count: float) -> float:

@@ -63,12 +63,24 @@ def simulate(case: Case) -> Costs:
     return replace(Costs(*total), largest=start.largest, block=block)
 
 
+def count_blocks(case: Case) -> int:
+    """Return the number of blocks of the transformer of a case.
+
+    Raises:
+        ValueError: the class is unknown.
+    """
+    return sum(_blocks(case).values())
+
+
 def _depth(case: Case) -> dict[str, int]:
     """Return the number of blocks of each kind; nothing where blocks of a kind differ."""
+    blocks = _blocks(case)
+    return {} if case.config.get("dual_attention_layers") else blocks
+
+
+def _blocks(case: Case) -> dict[str, int]:
     if case.kind not in DEPTHS:
         raise ValueError(f"transformer: expected one of {', '.join(DEPTHS)}, got {case.kind}")
-    if case.config.get("dual_attention_layers"):
-        return {}
     defaults = inspect.signature(getattr(diffusers, case.kind).__init__).parameters
     return {name: case.config.get(name, defaults[name].default) for name in DEPTHS[case.kind]}
 

@@ -146,6 +146,7 @@ def comfyui_lora(weights: Mapping[str, Tensor], transformer: str) -> dict[str, T
         Weights by ComfyUI's names, same dtype, without alphas: at scale 1.
 
     Raises:
+        TypeError: the transformer is no name.
         ValueError: the family or a layer of it has no exact form that is known.
 
     Source: the key maps of ComfyUI's ``comfy/lora.py`` and ``comfy/utils.py``; the converters of
@@ -158,6 +159,11 @@ def comfyui_lora(weights: Mapping[str, Tensor], transformer: str) -> dict[str, T
         >>> list(comfyui_lora(pair, "FluxTransformer2DModel"))[0]
         'lora_unet_double_blocks_0_img_attn_proj.lora_down.weight'
     """
+    if not isinstance(transformer, str):
+        kind = type(transformer).__name__
+        raise TypeError(
+            f"transformer: expected the name of a class, such as {kind!r}, got a {kind}"
+        )
     layout = LAYOUTS.get(transformer)
     if layout is None:
         raise ValueError(

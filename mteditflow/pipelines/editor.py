@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mteditflow._checks import check_count, check_shape
 from mteditflow.flow.solvers import Solver
 from mteditflow.pipelines.chain_calls import ChainCalls, Seen
+from mteditflow.pipelines.checkpointing import enable_checkpointing
 from mteditflow.pipelines.families import Family, endings, find_family
 from mteditflow.pipelines.prompts import (
     Instruction,
@@ -102,6 +103,7 @@ class Editor:
         call: Mapping[str, Any] | None = None,
         attention_backend: str | None = None,
         gradient_checkpointing: bool = False,
+        kept_blocks: int = 0,
         compile_blocks: bool = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
@@ -126,6 +128,8 @@ class Editor:
             gradient_checkpointing: recompute the blocks in the backward pass. It acts wherever
                 gradients are enabled, in eval mode too, so sampling is untouched and the model may
                 stay in eval mode. Run the backward pass outside of ``LoraPolicies.use``.
+            kept_blocks: blocks, the last ones, that checkpointing leaves out: each costs the memory
+                of its activations and spares its forward pass in the backward pass.
             compile_blocks: ``torch.compile`` the repeated blocks, at their first call; LoRA
                 adapters may still be added before it. Every policy compiles anew, with and without
                 gradients and for one and for more rows, so torch's recompile limit (8) is raised
@@ -145,7 +149,8 @@ class Editor:
         Raises:
             ValueError: the pipeline takes what a chain of edits has not, such as a mask, an option
                 of ``call`` is unknown, the package that quantizes is missing, there are
-                instructions and no ``prompt_folder``, or embeddings cannot be stored ahead, since
+                instructions and no ``prompt_folder``, there are fewer blocks than
+                ``kept_blocks`` or none is recomputed, or embeddings cannot be stored ahead, since
                 they depend on images or every call makes them.
             OSError: there is nothing at ``source``, or ``prompt_folder`` cannot be written.
         """
@@ -154,6 +159,10 @@ class Editor:
         if quantize is not None:
             check_quantization(quantize)
         ahead = [Instruction(text) for text in instructions]
+        if kept_blocks and not gradient_checkpointing:
+            raise ValueError(
+                f"kept_blocks: expected 0 without gradient_checkpointing, got {kept_blocks}"
+            )
         check_text_options(family, encoder_device, prompt_folder, ahead)
         pipeline = _load_pipeline(source, family, dtype)
         prompts = None
@@ -181,12 +190,9 @@ class Editor:
         if attention_backend is not None:
             pipeline.transformer.set_attention_backend(attention_backend)
         if gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
+            enable_checkpointing(pipeline.transformer, kept_blocks)
         if compile_blocks:
-            torch._dynamo.config.recompile_limit = max(
-                torch._dynamo.config.recompile_limit, COMPILATIONS
-            )
-            pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+            compile_repeated(pipeline.transformer)
         if vae_slicing:
             pipeline.vae.enable_slicing()
         if vae_tiling:
@@ -255,6 +261,7 @@ class Editor:
         stochastic_steps: Collection[int] | None = None,
         reduction: str = "mean",
         verify: bool = True,
+        call: Mapping[str, Any] | None = None,
         seen: Sequence[Seen] | None = None,
     ) -> Iterator[Part]:
         """Edit chains and record them, part by part, so that rewards can begin with the first.
@@ -277,6 +284,7 @@ class Editor:
             stochastic_steps: indices of the steps that may draw noise; None allows all.
             reduction: of log-probs over elements, "mean" or "sum".
             verify: prove on the first call that the record can be replayed, by one more forward.
+            call: call options that replace those given to ``load``, such as another guidance.
             seen: images that each turn is given, [B][N][number]: "last", that of the turn before
                 (at turn 1 the reference), "original", the reference, or a further RGB image. None:
                 ["last"] each, which is all that a family of one reference takes.
@@ -287,13 +295,14 @@ class Editor:
 
         Raises:
             ValueError: lengths differ, a chain is empty, ``batch`` is below 1, text to image is
-                given several turns, or ``seen`` names no image or more than the family takes.
+                given several turns, an option is unknown or would change the embeddings, or
+                ``seen`` names no image or more than the family takes.
             TypeError: a reference is no RGB image, or it is one of text to image.
             ReplayError: while iterating, if a recording could not be replayed.
         """
         check_count("batch", batch)
         check_shape("group", group, [len(references)], "[B]")
-        chains = self._chains(references, instructions, generators, self.options, seen)
+        chains = self._chains(references, instructions, generators, self.options_with(call), seen)
 
         def record(call: slice) -> tuple[list[list[Image]], Rollout]:
             recorder = Recorder(
@@ -338,14 +347,23 @@ class Editor:
             ValueError: as ``roll_out``; an option is unknown, or would change the embeddings.
             TypeError: a reference is no RGB image.
         """
+        options = self.options_with(call)
+        chains = self._chains(references, instructions, generators, options, seen)
+        calls = [part for rows in chains.parts(batch) for part in chains.calls(rows)]
+        return [chain for rows in calls for chain in chains.sample(rows)]
+
+    def options_with(self, call: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the options of calls, some of them replaced.
+
+        Raises:
+            ValueError: one is unknown, or would change the embeddings.
+        """
         given = self.family.call_options({**self._call, **(call or {})})
         if self.family.text_options(given) != self.family.text_options(self.options):
             raise ValueError(
                 f"call: expected no options of text encoding, got {sorted(call or {})}"
             )
-        chains = self._chains(references, instructions, generators, given, seen)
-        calls = [part for rows in chains.parts(batch) for part in chains.calls(rows)]
-        return [chain for rows in calls for chain in chains.sample(rows)]
+        return given
 
     def _chains(
         self,
@@ -365,6 +383,13 @@ class Editor:
             generators,
             seen,
         )
+
+
+def compile_repeated(transformer: Any) -> None:
+    """Compile the repeated blocks, and raise torch's recompile limit for the process."""
+    limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
+    torch._dynamo.config.recompile_limit = limit
+    transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) -> Part:

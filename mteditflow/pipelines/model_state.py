@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -54,6 +55,16 @@ def is_group_offloaded(model: nn.Module) -> bool:
     return False
 
 
-def fresh_cache(model: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which a model with a cache starts anew."""
-    return cast(Any, model).cache_context("mteditflow") if caches(model) else nullcontext()
+@contextmanager
+def fresh_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model with a cache start anew inside the context, and leave it empty."""
+    if not caches(model):
+        yield
+        return
+    cached = cast(Any, model)
+    cached._reset_stateful_cache()  # as pipelines do at their end; not all caches know contexts
+    try:
+        with cached.cache_context("mteditflow"):
+            yield
+    finally:
+        cached._reset_stateful_cache()

@@ -211,8 +211,7 @@ class Version(NamedTuple):
             if each.changed:
                 name = each.name
                 raise ReplayError(
-                    f"{name}: changed in place after it was recorded; give the pipeline a copy, or "
-                    "record with storage='cpu' if the change comes after the call"
+                    f"{name}: changed in place while the pipeline was called; give it a copy"
                 )
 
 

@@ -26,7 +26,7 @@ from mteditflow.pipelines.adapters import (
     unwrapped,
 )
 from mteditflow.pipelines.lora_files import load_file, read_lora, unit_config, weights_of_file
-from mteditflow.pipelines.start import Start
+from mteditflow.pipelines.start import Start, add_lora
 
 
 class LoraPolicies:
@@ -50,11 +50,15 @@ class LoraPolicies:
         seed: of the initial weights; the global generators are left as they were.
         ema: whether there is an averaged policy.
         start: LoRA to begin with, continued or frozen below the adapters; None: the base model.
+        few_steps: weights of a LoRA as ``read_lora`` returns them, such as one distilled for few
+            steps, that is active only inside ``use(policy, few_steps=True)``. It is neither trained
+            nor saved. Objectives that need no likelihood of the sampler, as NFT, can train without
+            it what was sampled with it. None: there is none.
 
     Raises:
         TypeError: the config is of another method than LoRA.
         ValueError: the model has adapters already or is wrapped by DDP or FSDP, no module matches
-            the config, the start does not fit the model or the config, or policies of such a config
+            the config, the start or ``few_steps`` does not fit, or policies of such a config
             would not start equal, share the base model or be saved whole; the message has the field
             and the reason.
 
@@ -76,6 +80,9 @@ class LoraPolicies:
         True
     """
 
+    _in_use: str
+    _stack: list[str]
+
     def __init__(
         self,
         model: nn.Module,
@@ -84,6 +91,7 @@ class LoraPolicies:
         seed: int = 0,
         ema: bool = False,
         start: Start | None = None,
+        few_steps: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_config(config)
         self._start = start or Start({})
@@ -100,6 +108,10 @@ class LoraPolicies:
         self._scales = {name: x.scaling["current"] for name, x in self._layers.items()}
         if self._start.held:
             self._layers = self._start.add_to(self._bare)
+        self._frozen = self._start.held
+        if few_steps is not None:
+            self._layers = add_lora(self._bare, "few_steps", few_steps)
+            self._frozen += ("few_steps",)
         for layer in self._layers.values():
             layer.set_adapter("current")
         self._switch("current")
@@ -124,7 +136,7 @@ class LoraPolicies:
         return self._parameters("old")
 
     @contextmanager
-    def use(self, policy: str) -> Iterator[None]:
+    def use(self, policy: str, *, few_steps: bool = False) -> Iterator[None]:
         """Let the model be another policy inside the context; nests, and restores on exceptions.
 
         Which weights take gradients does not change. Under gradient checkpointing the backward
@@ -133,20 +145,24 @@ class LoraPolicies:
 
         Args:
             policy: "current", "old", "ema" or "reference".
+            few_steps: whether the LoRA of that name is active on top.
 
         Raises:
-            ValueError: there is no such policy.
+            ValueError: there is no such policy, or no LoRA for few steps.
             RuntimeError: adapters were changed from outside, as by loading another LoRA.
         """
         if policy != "reference":
             self._check_adapter(policy, "reference")
+        if few_steps and "few_steps" not in self._frozen:
+            raise ValueError("few_steps: there is no such LoRA; make LoraPolicies with few_steps=")
         self._check_adapters()
-        before = self._in_use
+        before = self._in_use, self._stack
         try:
-            self._switch(policy)
+            self._switch(policy, few_steps)
             yield
         finally:
-            self._switch(before)
+            self._in_use, self._stack = before
+            activate(self._layers.values(), self._stack)
 
     @property
     def old_equals_current(self) -> bool:
@@ -293,11 +309,10 @@ class LoraPolicies:
     def _check_adapters(self) -> None:
         """Raise ``RuntimeError`` where others have added, dropped, switched or fused adapters."""
         there = getattr(self._bare, "peft_config", {})
-        held = {*self._adapters, *self._start.held}
+        held = {*self._adapters, *self._frozen}
         if set(there) != held:
             raise _changed(f"adapters {sorted(held)}", f"{sorted(there)}")
-        stack = self._start.stack(self._in_use)
-        active, off = active_names(stack), not stack
+        active, off = active_names(self._stack), not self._stack
         for name, layer in self._layers.items():
             if layer.active_adapters != active or layer.disable_adapters != off:
                 got = f"{layer.active_adapters}{', disabled' * layer.disable_adapters}"
@@ -306,22 +321,24 @@ class LoraPolicies:
             if layer.merged:
                 raise _changed("adapters beside the weights", "adapters fused into them")
             for policy, scale in layer.scaling.items():
-                wanted_scale = 1.0 if policy == "start" else self._scales[name]
+                wanted_scale = 1.0 if policy in self._frozen else self._scales[name]
                 if scale != wanted_scale:
                     raise _changed(f"scale {wanted_scale} in {name}", f"{layer.scaling}")
 
     def check_current(self) -> None:
         """Raise ``RuntimeError`` unless the model is the current policy, in ``use`` of no other."""
         self._check_adapters()
-        if self._in_use != "current":
+        if self._in_use != "current" or "few_steps" in self._stack:
+            few_steps = ", few_steps=True" * ("few_steps" in self._stack)
             raise RuntimeError(
                 f"policy: expected to be outside of use() for 'current', got it inside "
-                f"use({self._in_use!r})"
+                f"use({self._in_use!r}{few_steps})"
             )
 
-    def _switch(self, policy: str) -> None:
+    def _switch(self, policy: str, few_steps: bool = False) -> None:
         self._in_use = policy
-        activate(self._layers.values(), self._start.stack(policy))
+        self._stack = [*self._start.stack(policy), *(["few_steps"] if few_steps else [])]
+        activate(self._layers.values(), self._stack)
 
     def _parameters(self, policy: str) -> list[nn.Parameter]:
         return list(self._weights(policy).values())

@@ -30,7 +30,7 @@ from mteditflow.pipelines.model_state import (
     check_repeatable,
     fresh_cache,
 )
-from mteditflow.pipelines.patterns import PROOF_ROWS, Version
+from mteditflow.pipelines.patterns import PROOF_ROWS
 from mteditflow.pipelines.recognize import Call, ReplayError
 from mteditflow.pipelines.rollout import Rollout
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler
@@ -72,6 +72,7 @@ class Recorder:
             ``verify`` is off or does not find it. Two-axis ``..._ids``, lists of numbers and
             tensors with no axis as long as the batch are known to be shared.
         storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
+            Either way it is a copy.
         verify: replay a few rows of the first turn, of its first, a middle and its last step, in a
             batch of another size and compare, for one more forward pass; and of later turns, and of
             steps with other calls, whose arguments may be read in other ways. Where that fails, the
@@ -115,7 +116,8 @@ class Recorder:
         verify: bool = True,
     ) -> None:
         scheduler = check_pipeline(pipeline)
-        if isinstance(scheduler, FlowMatchSDEScheduler) and solver is None:
+        recorded = getattr(scheduler, "observer", None) is not None  # said on entering
+        if isinstance(scheduler, FlowMatchSDEScheduler) and solver is None and not recorded:
             raise ValueError(
                 "solver: expected one, because the pipeline has a FlowMatchSDEScheduler, which the "
                 "recorder replaces by its own; give solver, generators and the rest to the recorder"
@@ -226,7 +228,6 @@ class Recorder:
             ValueError: nothing was recorded, recording failed, turns differ in the shape of their
                 latents or in their number of steps, or members of a group differ in what the first
                 turn was conditioned on (by more than a tenth, as the sampling of a VAE may).
-            ReplayError: a recorded tensor was changed in place since.
         """
         if self._failed is not None:
             raise ValueError(f"recorder: recording failed: {self._failed}") from self._failed
@@ -241,8 +242,6 @@ class Recorder:
         shapes = [list(turn.latents.shape) for turn in self._turns]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"turns: expected latents [B, S + 1, ...] of one shape, got {shapes}")
-        for turn in self._turns:
-            Version.check(turn.versions)
         with torch.inference_mode(False), torch.no_grad():
             ids = torch.as_tensor(group, device="cpu")
             rollout = self._joined(ids)

@@ -76,14 +76,7 @@ class Start:
         Raises:
             ValueError: the model has no layers of its names and shapes.
         """
-        try:
-            layers = add_adapters(model, unit_config(self.weights), self.held, seed=0)
-        except ValueError as error:
-            raise ValueError(f"start: {error}") from error
-        held = adapter_weights(layers, "start")
-        _check_alike(self.weights, held)
-        _fill(held, self.weights)
-        return layers
+        return add_lora(model, "start", self.weights)
 
     def begin(self, current: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> None:
         """Let the current policy begin with it, unless it is frozen.
@@ -92,7 +85,7 @@ class Start:
             ValueError: layers, ranks or shapes are others.
         """
         if not self.frozen:
-            _check_alike(self.weights, current)
+            _check_alike("start", self.weights, current)
             _fill(current, scaled(self.weights, {name: 1 / x for name, x in scales.items()}))
 
     def to_file(
@@ -113,20 +106,37 @@ class Start:
         return scaled(own, {name: 1 / scale for name, scale in scales.items()})
 
 
+def add_lora(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> dict[str, LoraLayer]:
+    """Add a LoRA at scale 1 to a model as an adapter; return all layers with adapters by name.
+
+    Raises:
+        ValueError: the model has no layers of its names and shapes; the message begins with the
+            adapter's name.
+    """
+    try:
+        layers = add_adapters(model, unit_config(weights), [name], seed=0)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    held = adapter_weights(layers, name)
+    _check_alike(name, weights, held)
+    _fill(held, weights)
+    return layers
+
+
 @torch.no_grad()
 def _fill(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         weight.copy_(values[name])
 
 
-def _check_alike(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` unless a start has the layers, ranks and shapes of an adapter."""
+def _check_alike(what: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless a LoRA has the layers, ranks and shapes of an adapter."""
     if wrong := sorted(given.keys() ^ expected.keys()):
-        raise ValueError(f"start: expected the layers of the adapter, got others, as {wrong[:4]}")
+        raise ValueError(f"{what}: expected the layers of the adapter, got others, as {wrong[:4]}")
     for name, x in expected.items():
         rank, got = x.shape[rank_axis(name)], given[name].shape[rank_axis(name)]
         if got != rank:
-            raise ValueError(f"start: expected rank {rank} of the adapter, got {got} in {name}")
+            raise ValueError(f"{what}: expected rank {rank} of the adapter, got {got} in {name}")
         if given[name].shape != x.shape:
             shape = list(given[name].shape)
-            raise ValueError(f"start: expected shape {list(x.shape)} of {name}, got {shape}")
+            raise ValueError(f"{what}: expected shape {list(x.shape)} of {name}, got {shape}")

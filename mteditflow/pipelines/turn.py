@@ -59,7 +59,6 @@ class Recorded:
         log_prob: [B, S].
         stochastic: boolean [S].
         ends: whether S is 1 because only the first and the last latents are kept.
-        versions: of the tensors that are kept without a copy.
     """
 
     conditioning: Conditioning
@@ -68,7 +67,6 @@ class Recorded:
     log_prob: Tensor
     stochastic: Tensor
     ends: bool
-    versions: list[Version]
 
     def first_and_last(self) -> Recorded:
         """The turn without the latents between; it has no stochastic steps."""
@@ -200,7 +198,11 @@ class Turn:
                 f"the scheduler was given a velocity {list(velocity.shape)}, the transformer "
                 f"returned {[list(output.shape) for output in outputs]} for the sample"
             )
-        guided = " (by a guider that depends on the step, or on those before)" * bool(self._guiders)
+        guided = ""
+        if self._guiders:
+            guided = " (by a guider that depends on the step, or on those before)"
+        elif pattern.rows and len(outputs) == 2:
+            guided = ", has another guidance scale than at the steps before"
         changed = (
             f"step {len(self.steps)}: the velocity was changed between transformer and scheduler"
             f"{guided}, or is NaN"
@@ -230,7 +232,10 @@ class Turn:
             if not isinstance(value, (Tensor, np.ndarray)) and value == first:
                 return
             if isinstance(value, Tensor) and value.dtype != first.dtype:
-                otherwise += f" from {first.dtype} to {value.dtype}, as by autocast over float32"
+                otherwise += (
+                    f" from {first.dtype} to {value.dtype}, as by autocast over float32; cast the "
+                    "pipeline instead"
+                )
         raise ReplayError(otherwise)
 
     def check(self) -> None:
@@ -281,9 +286,6 @@ class Turn:
             log_prob=self._keep(torch.stack([step.log_prob for step in self.steps], dim=1)),
             stochastic=torch.tensor(stochastic, dtype=torch.bool, device="cpu"),
             ends=False,
-            versions=[
-                x for x in self._constants if self._storage is None and isinstance(x.version, int)
-            ],
         )
         return whole.first_and_last() if self.ends else whole
 
@@ -353,8 +355,6 @@ class Turn:
         return CallRecord(call.module, call.place, tuple(times), arguments, rest)
 
     def _keep(self, x: Tensor) -> Tensor:
-        """The tensor as it is stored: on the storage device, no view of a larger one, no graph."""
-        view = x.untyped_storage().nbytes() > x.numel() * x.element_size()
+        """The tensor as it is stored: a copy, which nobody else can change, without a graph."""
         moved = x if self._storage is None else x.to(self._storage)
-        copied = moved.is_inference() or (moved is x and (view or self._storage is not None))
-        return moved.clone() if copied else moved.detach()
+        return moved.clone() if moved is x or moved.is_inference() else moved.detach()

@@ -22,6 +22,7 @@ from mteditflow.budget import (
     verdict,
     work,
 )
+from mteditflow.budget.advice import spared
 from mteditflow.budget.costs import EncoderCosts, VaeCosts
 from mteditflow.budget.plan import usable
 from mteditflow.objectives import DPO, GRPO, NFT
@@ -203,6 +204,22 @@ def test_only_options_that_the_trainer_has_are_advised():
         assert only.verdict == "no"
     assert not Budget("run", PLAN, 28, options=()).feasible
     assert Budget("run", PLAN, 28, options=EVERY).feasible
+
+
+def test_kept_blocks_lie_between_checkpointing_and_none():
+    plan = replace(PLAN, blocks=9)
+    for kept in range(10):
+        own = replace(plan, kept_blocks=kept)
+        assert totals(own)["update"] - totals(PLAN)["update"] == pytest.approx(4 * 18 * kept / 9)
+        assert work(own).update == pytest.approx(3 * (320 - 100 * kept / 9) + 600)
+    assert totals(replace(plan, kept_blocks=9)) == totals(replace(plan, checkpointing=False))
+    found = spared(replace(plan, kept_blocks=1), 60)
+    assert verdict(found, 60) == "fits"
+    assert verdict(replace(plan, kept_blocks=found.kept_blocks + 1), 60) != "fits"
+    assert spared(replace(plan, kept_blocks=found.kept_blocks), 60) is None
+    for wrong in some([{"kept_blocks": 10}, {"kept_blocks": 1, "checkpointing": False}]):
+        with pytest.raises(ValueError, match="kept_blocks: expected at most the 9 blocks"):
+            replace(plan, **wrong)
 
 
 def test_nothing_fits_a_card_too_small():

@@ -123,6 +123,21 @@ def test_loading_options_reach_the_plan(tmp_path):
     assert plan(*start, "--model.lora-reference", "start").more_adapters == 2
 
 
+def test_options_that_lower_the_work_of_a_trajectory():
+    def cheaper(*words):
+        config = parse(list(words), services=False)
+        return budget.techniques(config, budget.plan_of(config, gpus=1))
+
+    nft = cheaper("kontext-nft")
+    assert nft["objective.old_slope 0"] == pytest.approx(33.6 - 3, abs=0.06)
+    assert nft["objective.kl_share 0.25"] == pytest.approx(33.6 - 3 * 0.75, abs=0.06)
+    assert nft["sampling.steps 4"] == pytest.approx(33.6 - 6, abs=0.06)
+    grpo = cheaper("kontext-grpo")
+    assert grpo["objective.stochastic_steps 2"] == pytest.approx(18 + 6 * 3.2, abs=0.06)
+    assert not any("kl" in x or "sampling" in x for x in some(grpo))  # 5 of its steps draw noise
+    assert "objective.old_slope 0" not in cheaper("kontext-nft", "--objective.old-slope", "0")
+
+
 def test_kontext_trains_on_one_card_of_24(capsys, monkeypatch):
     words = ("kontext-nft", "--memory", 24, "--model.quantize", "nf4")
     assert json.loads(run(capsys, monkeypatch, *words, "--json")[1])["verdict"] == "fits"

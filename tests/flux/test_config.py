@@ -37,7 +37,7 @@ def test_presets_are_sound(preset):
 def test_presets_that_cite_a_schedule_of_optimizer_steps_take_one_in_a_round():
     """DiffusionNFT and Edit-R1 count these in the old policy's decay, this library rounds."""
     cited = [x for x in sorted(PRESETS.glob("*nft.toml")) if not x.stem.startswith("shapes")]
-    assert len(cited) == 5
+    assert len(cited) == 7
     for path in some(cited):
         training = parse([path.stem, *SERVICES]).training
         assert training.minibatches * training.inner_epochs == 1

@@ -7,6 +7,7 @@ import torch
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError
 from mteditflow_examples.flux.inputs import check
+from mteditflow_examples.flux.sampling import next_chains, sample
 from mteditflow_examples.flux.sharding import sharding
 
 from mteditflow.pipelines import quantization
@@ -19,21 +20,24 @@ from tests.loops import some
 
 def test_embeddings_are_stored_ahead_and_change_nothing(world, tmp_path, monkeypatch):
     """All instructions of training and held-out chains; a later run encodes none."""
-    folder = tmp_path / "embeddings"
-    stored = ("--model.prompt-folder", folder, "--training.rounds", 1)
-    run(*options(world, tmp_path / "plain", "--training.rounds", 1))
-    run(*options(world, tmp_path / "stored", *stored))
-    plain, other = (weights(tmp_path / name, done=1) for name in ("plain", "stored"))
-    assert all(torch.equal(x, other[name]) for name, x in some(plain.items()))
-    assert any(folder.rglob("*.safetensors"))
+    folder, latents = tmp_path / "embeddings", []
+    stored = ("--model.prompt-folder", folder, "--data.held-out", world / "held_out.jsonl")
 
-    def encode(*_):
-        raise AssertionError("an instruction was embedded again")
+    def encode(_, new):
+        assert not new, "an instruction was embedded again"
+        return iter(())
 
-    monkeypatch.setattr(Prompts, "_each_encoded", lambda _, new: encode() if new else iter(()))
-    run(*options(world, tmp_path / "again", *stored))
-    again = weights(tmp_path / "again", done=1)
-    assert all(torch.equal(x, again[name]) for name, x in some(plain.items()))
+    for number, more in enumerate([(), stored, stored]):
+        if number == 2:
+            monkeypatch.setattr(Prompts, "_each_encoded", encode)
+        with started(world, tmp_path / str(number), *more) as own:
+            latents.append(sample(own, next_chains(own))[0].trajectory.latents)
+            held_out = [] if own.held_out is None else own.held_out.chains.chains
+            chains = [*own.chains.chains, *held_out]
+    texts = {text for chain in chains for text in chain.instructions}
+    assert len(list(folder.rglob("*.safetensors"))) == len(texts)
+    assert torch.equal(latents[0], latents[1])
+    assert torch.equal(latents[0], latents[2])
 
 
 def test_options_that_cannot_be_kept_are_refused_at_the_start(world, tmp_path, monkeypatch):

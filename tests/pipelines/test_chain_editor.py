@@ -441,7 +441,7 @@ def quick_compiler(monkeypatch):
     torch._dynamo.config.recompile_limit = limit
 
 
-@pytest.mark.slow
+@pytest.mark.bases
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_blocks_give_the_same_rollout_and_gradients(saved, quick_compiler):

@@ -396,28 +396,48 @@ def test_reference_tokens_do_not_keep_the_noisy_ones_alive(kontext):
     assert rest.untyped_storage().nbytes() == rest.numel() * rest.element_size()
 
 
-def test_storage_owns_its_tensors(kontext):
+@pytest.mark.parametrize("storage", ["cpu", None])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_record_owns_its_tensors(kontext, storage, late):
+    """What the caller does with its own after the call, or after the rollout, changes nothing."""
     embeds, pooled, _ = kontext.encode_prompt(CHAIN[0][0], CHAIN[0][0], max_sequence_length=8)
     given = options(kontext) | {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     generators = trajectory_generators(0, 1)
     solver = FlowSDE(0.7)
-    with Recorder(kontext, solver, generators=generators, storage="cpu") as recorder:
+    with Recorder(kontext, solver, generators=generators, storage=storage) as recorder:
         kontext([picture(kontext)], **given)
+    rollout = recorder.rollout(group=[0]) if late else None
     embeds.zero_()
-    rollout = recorder.rollout(group=[0])
+    pooled.mul_(3)
+    rollout = rollout or recorder.rollout(group=[0])
     rows = all_rows(rollout)
     replayed = replay(rollout, kontext.transformer, solver, rows).detach()
     torch.testing.assert_close(replayed, rollout.trajectory.log_prob[rows], rtol=0, atol=1e-6)
 
 
-def test_without_storage_a_change_in_place_is_noticed(kontext):
+def test_a_change_in_place_while_the_pipeline_is_called_is_noticed(kontext):
     embeds, pooled, _ = kontext.encode_prompt(CHAIN[0][0], CHAIN[0][0], max_sequence_length=8)
     given = options(kontext) | {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    with Recorder(kontext) as recorder:
-        kontext([picture(kontext)], **given)
-    embeds.zero_()
-    with pytest.raises(ReplayError, match="encoder_hidden_states: changed in place"):
-        recorder.rollout(group=[0])
+
+    def change(*_):
+        embeds.mul_(1.0)
+        return {}
+
+    with (
+        pytest.raises(ReplayError, match="encoder_hidden_states: changed in place while"),
+        Recorder(kontext),
+    ):
+        kontext([picture(kontext)], **given, callback_on_step_end=change)
+
+
+@pytest.mark.parametrize("solver", [None, FlowSDE(0.7)])
+def test_two_recorders_of_one_pipeline_are_refused(kontext, solver):
+    with (
+        Recorder(kontext, solver),
+        pytest.raises(ValueError, match="pipeline: it is already being recorded"),
+        Recorder(kontext, solver),
+    ):
+        pass
 
 
 def test_nothing_of_a_step_outlives_the_rollout(kontext):

@@ -1,0 +1,42 @@
+"""Gradient checkpointing of a transformer's blocks, all of them or all but the last."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def enable_checkpointing(model: nn.Module, kept_blocks: int = 0) -> None:
+    """Recompute the blocks of a diffusers model in the backward pass, but for the last ones.
+
+    The last blocks are those whose activations the backward pass frees first, so that they are gone
+    when others are recomputed. Gradients do not depend on it.
+
+    Args:
+        model: a diffusers model that supports gradient checkpointing.
+        kept_blocks: blocks whose activations are kept.
+
+    Raises:
+        ValueError: the model has fewer blocks, or does not support checkpointing.
+    """
+    kinds = {
+        kind
+        for attribute in ("_repeated_blocks", "_no_split_modules")
+        for kind in getattr(model, attribute, None) or ()
+    }
+    blocks = [part for part in model.modules() if type(part).__name__ in kinds]
+    if not 0 <= kept_blocks <= len(blocks):
+        raise ValueError(
+            f"kept_blocks: expected at most the {len(blocks)} blocks of a {type(model).__name__}, "
+            f"got {kept_blocks}"
+        )
+    kept = {id(block) for block in blocks[len(blocks) - kept_blocks :]}
+
+    def run(block: nn.Module, *inputs: Any) -> Any:
+        if id(block) in kept:
+            return block(*inputs)
+        return checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+    cast(Any, model).enable_gradient_checkpointing(run)
