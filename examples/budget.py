@@ -146,9 +146,15 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     text = model.options.get("max_sequence_length")
     branches = known.branches(model.guidance, model.options)
     dtype = getattr(torch, model.dtype)
+    references = 1 + (data.history == "original" and data.turns > 1)  # of most turns
+    if references > 1 and not (known.behavior.one_by_one and known.behavior.reference != "none"):
+        raise ValueError(
+            f"data.history: expected last for a {known.pipeline}, which takes one reference image "
+            f"at most, got {data.history}"
+        )
     case = case_of(
         known,
-        known.behavior.shape(model.resolution, text=text, token=known.token),
+        known.behavior.shape(model.resolution, text=text, references=references, token=known.token),
         rank=model.lora_rank,
         branches=branches,
         targets=model.lora_targets,

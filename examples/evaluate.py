@@ -95,6 +95,10 @@ def run(
         Literal["bfloat16", "float32"], typer.Option(help="Of the editor's weights.")
     ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    history: Annotated[
+        Literal["last", "original"],
+        typer.Option(help="What turns after the first see, unless chains have references."),
+    ] = "last",
     batch: Annotated[int, typer.Option(min=1, help="Chains edited at once, per rank.")] = 8,
     judge: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
     model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
@@ -163,7 +167,8 @@ def run(
         state = PartialState()
         reading, asked = _usable(chains, references, turns, rewards, allow_outside)
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
-        edits = editor and Model(editor, lora, dtype, call_options(call or []), resolution, seed)
+        options = call_options(call or [])
+        edits = editor and Model(editor, lora, dtype, options, resolution, seed, history)
         maker = MadeBy(images=str(made.folder), resolution=resolution)
 
         def settings() -> Settings:
@@ -181,7 +186,7 @@ def run(
         first = settings()
         missing = made.missing(asked, state) if edits else []
         if edits and missing:
-            edits.check()
+            edits.check(missing)
         if not edits:
             made.require_any(asked)
         if state.is_main_process:
@@ -191,7 +196,7 @@ def run(
             loaded = edits.load(state.device) if missing else None
             with state.main_process_first():
                 first.write(output)
-            made.make(loaded, missing, state, batch)
+            made.make(loaded, missing, state, batch, history)
         if not state.is_main_process:
             return
         with tqdm(total=len(asked), desc="scoring", unit="chain", disable=None) as bar:

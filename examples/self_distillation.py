@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mteditflow.chains import Chain
-    from mteditflow.pipelines import Rollout
+    from mteditflow.pipelines import Rollout, Seen
 
 
 def clean_images(chain: Chain, reference: Image) -> list[Image]:
@@ -94,7 +94,9 @@ def train(run: Run) -> None:
             drawn = next_chains(run)
             with run.log.stopwatch.phase("sampling"):
                 instructions = [chain.instructions for chain in drawn.chains]
-                rollout = record_student(run, drawn.references, instructions, drawn.group)
+                rollout = record_student(
+                    run, drawn.references, instructions, drawn.group, seen=drawn.seen
+                )
                 shown = rollout if teacher is not None else clean_rollout(run, drawn, rollout)
 
             # Update: toward the teacher's velocity at the student's states.
@@ -134,6 +136,8 @@ def record_student(
     references: Sequence[Image],
     instructions: Sequence[Sequence[str]],
     group: Tensor,
+    *,
+    seen: Sequence[Seen] | None = None,
     purpose: str = "noise",
 ) -> Rollout:
     """Roll chains out with the current policy, without noise in the steps."""
@@ -141,7 +145,7 @@ def record_student(
 
     from mteditflow.pipelines import Rollout
 
-    parts = roll_out(run, references, instructions, group, Sampling(), purpose=purpose)
+    parts = roll_out(run, references, instructions, group, Sampling(), seen=seen, purpose=purpose)
     return Rollout.concatenate([part.rollout for part in parts])
 
 
@@ -156,7 +160,13 @@ def clean_rollout(run: Run, drawn: RoundChains, rollout: Rollout) -> Rollout:
     chosen = [(drawn.chains[b], drawn.references[b]) for b in members.values()]
     images = [image for chain, reference in chosen for image in clean_images(chain, reference)]
     instructions = [[text] for chain, _ in chosen for text in chain.instructions]
-    clean = record_student(run, images, instructions, torch.arange(len(images)), "clean noise")
+    seen = [
+        [[drawn.references[b] if image == "original" else image for image in turn]]
+        for b in members.values()
+        for turn in drawn.seen[b]
+    ]
+    one_each = torch.arange(len(images))
+    clean = record_student(run, images, instructions, one_each, seen=seen, purpose="clean noise")
     first = torch.tensor([turns * list(members).index(g) for g in group])
     index = clean.index[first[:, None] + torch.arange(turns), 0]
     return replace(clean, trajectory=rollout.trajectory, index=index)

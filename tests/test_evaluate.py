@@ -436,3 +436,31 @@ def test_the_page_of_documentation_names_commands_that_parse():
         typer.main.get_command(app).commands[name].make_context(name, arguments)
     for target in some(re.findall(r"\]\((?!https?:)([^)#]+)\)", page)):
         assert (ROOT / "docs" / target).exists(), target
+
+
+def test_an_editor_of_one_image_refuses_histories_before_it_is_loaded(world, tmp_path):
+    arguments = ("run", world / "edival.csv", "--editor", world / "model", *EDITOR, *CALLS, *EXACT)
+    said = run(*arguments, "--output", tmp_path, "--history", "original", code=2)
+    assert "expected ['last'] for a FluxKontextPipeline, which is given one image, got" in said
+    images = ("run", world / "edival.csv", "--images", world, *EXACT, "--output", tmp_path)
+    assert "--history" in run(*images, "--history", "original", code=2)
+    model = Model(str(world / "model"), None, "float32", CALL, 12, 0, "original")
+    assert json.loads(model.made_by.call)["history"] == "original"
+
+
+def test_a_klein_is_given_what_the_chains_say(tmp_path):
+    write_world(tmp_path, Family.klein, seed=0, counts=(2, 2), turns=2)
+    (chain, *_) = read_chains(tmp_path / "train.jsonl").chains
+    given = MadeImages(tmp_path / "images", None)
+    state = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+    call = CALL | {"text_encoder_out_layers": [1, 2], "height": 96, "width": 96}
+    model = Model(str(tmp_path / "model"), None, "float32", call, None, 0).load("cpu")
+    made = []
+    for history in ("last", "original"):
+        given.make(model, [chain], state, 1, history)
+        made.append([image.tobytes() for image in given.edited.load(chain)])
+    saying = chain.model_copy(update={"references": (("last",), ("original", "last"))})
+    given.make(model, [saying], state, 1)
+    assert [image.tobytes() for image in given.edited.load(chain)] == made[1]
+    assert made[0][0] == made[1][0]
+    assert made[0][1] != made[1][1]

@@ -15,11 +15,11 @@ from mteditflow_examples.flux.loading import quiet_libraries
 from PIL.Image import Image
 
 from mteditflow._text import parse_json
-from mteditflow.chains import Chain
+from mteditflow.chains import Chain, History
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.objectives import keyed_generator
-from mteditflow.pipelines import FAMILIES, Editor
+from mteditflow.pipelines import FAMILIES, Editor, Seen
 from mteditflow.rewards.command_line import check_source
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # of a hub id, by diffusers' name
@@ -28,8 +28,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # of a hub id, by diffusers' nam
 class Edits(Protocol):
     """Makes every edit of chains: [reference] and [chain] to the images after each turn."""
 
-    def __call__(self, references: Sequence[Image], chains: Sequence[Chain]) -> list[list[Image]]:
-        """Edit B chains; what a chain becomes does not depend on the others."""
+    def __call__(
+        self,
+        references: Sequence[Image],
+        chains: Sequence[Chain],
+        seen: Sequence[Seen] | None = None,
+    ) -> list[list[Image]]:
+        """Edit B chains; what a chain becomes does not depend on the others.
+
+        Args:
+            references: [B].
+            chains: [B].
+            seen: what each turn is given, as ``Editor.edit`` takes it.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Model:
         call: options of every call.
         resolution: side of the square that references are fitted into; None leaves them.
         seed: of the noise.
+        history: what turns after the first are given, unless a chain says so itself.
     """
 
     editor: str
@@ -51,12 +63,15 @@ class Model:
     call: Mapping[str, Any]
     resolution: int | None
     seed: int
+    history: History = "last"
 
     @property
     def made_by(self) -> MadeBy:
         """Return what makes the images, for the record."""
         steps, guidance = "num_inference_steps", self._guidance
         others = {name: x for name, x in self.call.items() if name not in (steps, guidance)}
+        if self.history != "last":
+            others["history"] = self.history
         return MadeBy(
             editor=self.editor,
             editor_hash=_version(self.editor, "model_index.json"),
@@ -80,15 +95,26 @@ class Model:
         named = {family.pipeline.__name__: family.guidance for family in FAMILIES}
         return named.get(name) or "guidance_scale"
 
-    def check(self) -> None:
+    def check(self, chains: Sequence[Chain]) -> None:
         """Refuse what is no pipeline or no LoRA, before anything is loaded.
 
+        Args:
+            chains: to edit.
+
         Raises:
-            ValueError: it is neither there nor a hub id.
+            ValueError: it is neither there nor a hub id, or a turn is given more than it takes.
             OSError: a hub has none of that id.
         """
         check_source("--editor", self.editor, "model_index.json")
-        DiffusionPipeline.load_config(self.editor)  # of a hub id it fetches this file alone
+        name = DiffusionPipeline.load_config(self.editor)["_class_name"]  # fetches this file alone
+        takes = {x.pipeline.__name__: x.references for x in FAMILIES}.get(name)
+        if takes != "several":
+            for chain in chains:
+                if other := [x for x in chain.seen(self.history) if x != ("last",)]:
+                    raise ValueError(
+                        f"--history, references: expected ['last'] for a {name}, which is given "
+                        f"one image, got {list(other[0])} in chain {chain.id!r}"
+                    )
         if self.lora is not None and not Path(self.lora).exists():
             check_source("--lora", self.lora, LORA_FILE)
 
@@ -130,13 +156,19 @@ class OfFamily:
     def __init__(self, editor: Editor, seed: int) -> None:
         self._editor, self._seed = editor, seed
 
-    def __call__(self, references: Sequence[Image], chains: Sequence[Chain]) -> list[list[Image]]:
+    def __call__(
+        self,
+        references: Sequence[Image],
+        chains: Sequence[Chain],
+        seen: Sequence[Seen] | None = None,
+    ) -> list[list[Image]]:
         """See ``Edits``."""
         return self._editor.edit(
             references,
             [chain.instructions for chain in chains],
             generators=[noise(self._seed, chain) for chain in chains],
             batch=len(chains),
+            seen=seen,
         )
 
 
@@ -146,8 +178,17 @@ class AnyPipeline:
     def __init__(self, pipeline: Any, call: Mapping[str, Any], seed: int) -> None:
         self._pipeline, self._call, self._seed = pipeline, call, seed
 
-    def __call__(self, references: Sequence[Image], chains: Sequence[Chain]) -> list[list[Image]]:
+    def __call__(
+        self,
+        references: Sequence[Image],
+        chains: Sequence[Chain],
+        seen: Sequence[Seen] | None = None,
+    ) -> list[list[Image]]:
         """See ``Edits``."""
+        if any(images != ["last"] for chain in seen or () for images in chain):
+            raise ValueError(
+                "seen: expected ['last'] at each turn of a pipeline that is not listed"
+            )
         return [self._edit(*pair) for pair in zip(references, chains, strict=True)]
 
     @torch.inference_mode()

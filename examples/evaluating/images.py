@@ -9,7 +9,7 @@ from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages
+from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, History
 
 from .editors import Edits
 from .options import few
@@ -64,7 +64,10 @@ class MadeImages:
             ChainError: it is missing or broken, or the chain has none.
         """
         _ = chain.reference
-        image: Image.Image = ChainDataset([chain])[0].image
+        image: Image.Image = ChainDataset([chain], transform=self._fit)[0].image
+        return image
+
+    def _fit(self, image: Image.Image) -> Image.Image:
         if self.resolution is None:
             return image
         size = (self.resolution, self.resolution)
@@ -83,7 +86,12 @@ class MadeImages:
         return True
 
     def make(
-        self, edits: Edits | None, missing: Sequence[Chain], state: PartialState, batch: int
+        self,
+        edits: Edits | None,
+        missing: Sequence[Chain],
+        state: PartialState,
+        batch: int,
+        history: History = "last",
     ) -> None:
         """Make what this rank misses; returns when all ranks have finished.
 
@@ -92,7 +100,9 @@ class MadeImages:
         with tqdm(total=len(missing), desc="editing", unit="chain", disable=None) as bar:
             for start in range(0, len(missing), batch):
                 chains = missing[start : start + batch]
-                images = edits([self.reference(chain) for chain in chains], chains)
+                given = ChainDataset(chains, transform=self._fit)
+                seen = [given.seen(row, history) for row in range(len(chains))]
+                images = edits([self.reference(chain) for chain in chains], chains, seen)
                 for chain, own in zip(chains, images, strict=True):
                     self.edited.write(chain, own)
                 bar.update(len(chains))

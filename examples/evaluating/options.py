@@ -13,7 +13,7 @@ from mteditflow.chains import Skipped
 
 # Fields that the commands share with the trainer, by the names of their options.
 OPTIONS = {"rewards.judge_model": "--model"}
-EDITOR = ("lora", "call", "dtype", "seed", "batch")  # act on an editor alone
+EDITOR = ("lora", "call", "dtype", "seed", "batch", "history")  # act on an editor alone
 JUDGE = (  # act on a judge or a consistency server alone
     "model", "thinking", "answer_tokens", "reasoning_tokens", "chat_template_kwargs", "extra_body",
     "terms", "concurrency",

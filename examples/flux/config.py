@@ -130,6 +130,9 @@ class Data:
     """Sides of buckets are multiples of this, pixels."""
     turns: Count = 3
     """Turns N of every chain; longer chains are cut, shorter ones left out."""
+    history: Literal["last", "original"] = "last"
+    """Images that turns after the first are given: the last, or the original and the last; chains
+    whose records have references say so themselves."""
     groups: Count = 8
     """Chains in a round, over all ranks."""
     group_size: Annotated[int, Field(ge=2)] = 16
@@ -644,6 +647,7 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             "sampling.model or sampling.lora is given",
         ),
         ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
+        ("data", "history"): (config.data.turns > 1, "data.turns is above 1"),
         ("model", "kept_blocks"): (config.model.checkpointing, "model.checkpointing is on"),
         ("data", "bucket_multiple"): (config.data.fit == "buckets", "data.fit is buckets"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),

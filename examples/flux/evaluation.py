@@ -82,6 +82,7 @@ def _edit(
         generators=[keyed_generator(run.config.training.seed, "held out", row) for row in rows],
         batch=len(rows),
         call={"num_inference_steps": run.config.evaluation.steps},
+        seen=[held_out.chains.seen(row, run.config.data.history) for row in rows],
     )
     return chains, [[first, *rest] for first, rest in zip(references, edited, strict=True)]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -152,6 +153,7 @@ def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> 
                 f"chain {chain.id!r}"
             )
     if not makes:
+        _require_taken(config, family, *datasets)
         return
     if config.data.fit == "buckets":
         raise ConfigError(
@@ -174,10 +176,31 @@ def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> 
         )
 
 
+def _require_taken(config: Config, family: Family, *datasets: ChainDataset) -> None:
+    """Raise unless every turn is given as many images as the pipeline takes.
+
+    Raises:
+        ConfigError: it takes one, and a turn is given another than the last, or several.
+    """
+    if family.references == "several":
+        return
+    kind = f"a {family.pipeline.__name__}, which takes one reference image"
+    if config.data.history != "last":
+        raise ConfigError(f"data.history: expected last for {kind}, got {config.data.history}")
+    for chain in (chain for dataset in datasets for chain in dataset.chains):
+        if other := [list(names) for names in chain.seen() if names != ("last",)]:
+            raise ConfigError(
+                f"data: expected references of ['last'] alone for {kind}, got {other[0]} in chain "
+                f"{chain.id!r}"
+            )
+
+
 def made_by(config: Config, done: int) -> MadeBy:
     """Return what edits held-out chains after a round: the model, with the adapters of then."""
     model, data = config.model, config.data
-    buckets = {} if data.fit == "square" else {"buckets": data.bucket_multiple}
+    own: dict[str, Any] = {} if data.fit == "square" else {"buckets": data.bucket_multiple}
+    if data.history != "last":
+        own["history"] = data.history
     return MadeBy(
         editor=model.path,
         editor_hash=content_hash(model.path),
@@ -187,7 +210,7 @@ def made_by(config: Config, done: int) -> MadeBy:
         steps=config.evaluation.steps,
         guidance=model.guidance,
         resolution=model.resolution,
-        call=json.dumps(model.options | buckets, sort_keys=True),
+        call=json.dumps(model.options | own, sort_keys=True),
     )
 
 

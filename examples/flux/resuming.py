@@ -17,6 +17,7 @@ FIXED = (
     ("objective", "name"),
     *(("model", f"lora_{name}") for name in ("rank", "alpha", "targets", "start", "reference")),
     ("data", "turns"),
+    ("data", "history"),
     ("training", "optimizer"),
 )
 HASHED = (

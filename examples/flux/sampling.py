@@ -16,7 +16,7 @@ from torch import Tensor
 from mteditflow import gather_ranks
 from mteditflow.chains import Chain, collate_chains
 from mteditflow.objectives import Buckets, BucketVelocity, Sampling, Velocity
-from mteditflow.pipelines import LoraPolicies, Part, Rollout, RolloutVelocity
+from mteditflow.pipelines import LoraPolicies, Part, Rollout, RolloutVelocity, Seen
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores
 
@@ -36,11 +36,13 @@ class RoundChains:
         chains: records.
         references: images that turn 1 edits; None each for text to image.
         group: integer group id, [B].
+        seen: images that each turn is given, as ``Editor.roll_out`` takes them.
     """
 
     chains: Sequence[Chain]
     references: Sequence[Image | None]
     group: Tensor
+    seen: Sequence[Seen]
 
 
 def next_chains(run: Run) -> RoundChains:
@@ -50,7 +52,9 @@ def next_chains(run: Run) -> RoundChains:
         run.batches = iter(run.sampler)
         indices = next(run.batches)
     batch = collate_chains(run.chains.__getitems__(indices))
-    return RoundChains(batch.chains, batch.images, batch.group)
+    history = run.config.data.history
+    seen = {index: run.chains.seen(index, history) for index in dict.fromkeys(indices)}
+    return RoundChains(batch.chains, batch.images, batch.group, [seen[index] for index in indices])
 
 
 def roll_out(
@@ -60,6 +64,7 @@ def roll_out(
     group: Tensor,
     how: Sampling,
     *,
+    seen: Sequence[Seen] | None = None,
     purpose: str = "noise",
 ) -> Iterator[Part]:
     """Edit chains part by part with the policy that samples, each from its own noise."""
@@ -74,6 +79,7 @@ def roll_out(
             solver=how.solver,
             stochastic_steps=how.stochastic_steps,
             verify=run.state.done == run.first_round,
+            seen=seen,
             call=sampling_call(run.config.sampling, editor.family),
         ):
             yield part
@@ -96,7 +102,8 @@ def sample(
     images: list[list[Image | None]] = []
     with run.log.stopwatch.phase("sampling"), sampling_as(run, objective.samples_with):
         instructions = [chain.instructions for chain in drawn.chains]
-        for part in roll_out(run, drawn.references, instructions, drawn.group, how):
+        given = (drawn.references, instructions, drawn.group)
+        for part in roll_out(run, *given, how, seen=drawn.seen):
             references = drawn.references[part.rows]
             pairs = zip(references, part.images, strict=True)
             edited: list[list[Image | None]] = [[r, *turns] for r, turns in pairs]

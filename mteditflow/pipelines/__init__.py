@@ -11,6 +11,7 @@ except ImportError as error:
         f"mteditflow.pipelines needs {error.name}: pip install 'mteditflow[diffusers]'"
     ) from error
 
+from mteditflow.pipelines.chain_calls import Seen
 from mteditflow.pipelines.comfyui import comfyui_lora
 from mteditflow.pipelines.editor import Editor, Part
 from mteditflow.pipelines.families import FAMILIES, Family, describe
@@ -39,6 +40,7 @@ __all__ = [
     "ReplayError",
     "Rollout",
     "RolloutVelocity",
+    "Seen",
     "Start",
     "Step",
     "aspect_buckets",

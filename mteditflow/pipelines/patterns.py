@@ -40,14 +40,22 @@ class CallPattern:
     times: dict[str, list[Tensor]]
 
     @classmethod
-    def of(cls, call: Call, sample: Tensor, timestep: Tensor, velocity: Tensor) -> CallPattern:
-        """Recognize a call of a first step."""
+    def of(
+        cls,
+        call: Call,
+        sample: Tensor,
+        timestep: Tensor,
+        velocity: Tensor,
+        *,
+        outputs: Sequence[Any],
+    ) -> CallPattern:
+        """Recognize a call of a first step, in which the transformer returned these outputs."""
         place = find_sample(call.arguments, sample)
         rows = repeat_rows(sample, place.copies)
         parts = place.split(call.arguments[place.name], rows)
         assert parts is not None
         if call.module is None:
-            place = place.with_output(call.output[0], rows, velocity)
+            place = place.with_output(call.output[0], rows, velocity, outputs)
         constants = {k: v for k, v in call.arguments.items() if k != place.name}
         times = find_times(call.arguments, timestep)
         return cls(call.module, place, constants, parts[1], {name: [] for name in times})
@@ -122,7 +130,9 @@ class Pattern:
                 "expected one call of the transformer per step, or two under classifier-free "
                 f"guidance, got {len(own)}; `model` chooses which module is recorded"
             )
-        pattern = cls(first, [CallPattern.of(call, *step) for call in calls], combination)
+        outputs = [call.output[0] for call in own]
+        found = [CallPattern.of(call, *step, outputs=outputs) for call in calls]
+        pattern = cls(first, found, combination)
         one, other = pattern.branches[0], pattern.branches[-1]
         if other.place != one.place:
             raise ReplayError(

@@ -7,7 +7,7 @@ clock), and how the outputs of one step's calls become the scheduler's velocity 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -176,11 +176,14 @@ class Place(NamedTuple):
             )
         return found[0]
 
-    def with_output(self, output: Any, rows: Tensor, velocity: Tensor) -> Place:
-        """The place with that part of the output which is most like the scheduler's velocity.
+    def with_output(
+        self, output: Any, rows: Tensor, velocity: Tensor, outputs: Sequence[Any]
+    ) -> Place:
+        """The place with that part of the output of which the scheduler's velocity can be made.
 
         The output may be longer than the rows: by references as the argument is, by text before
-        them, by a predicted variance behind them.
+        them, by a predicted variance behind them. Under guidance the velocity is a sum of that part
+        of all outputs, with any weights, and need not be like one of them.
         """
         x, axis, part = self._returned(output, rows), self.part.axis, self.part
         if x is None or x.shape == rows.shape:
@@ -190,13 +193,13 @@ class Place(NamedTuple):
         starts = {0, x.shape[axis] - rows.shape[axis]} | (
             {part.start} if axis == part.axis else set()
         )
-        wanted, likeness = repeat_rows(velocity, self.copies).double(), {}
+        returned, likeness = [self._returned(other, rows) for other in outputs], {}
         for start in starts:
             candidate = Part(axis, start, whole=False)
-            found = candidate.split(x, rows.shape)
-            if found is not None and wanted.shape == found[0].shape:
-                pair = found[0].double().flatten(), wanted.flatten()
-                likeness[candidate] = torch.cosine_similarity(*pair, dim=0).abs().item()
+            found = [None if x is None else candidate.split(x, rows.shape) for x in returned]
+            parts = [x for split in found if split for x in split[0].chunk(self.copies)]
+            if parts and all(x.shape == velocity.shape for x in parts):
+                likeness[candidate] = _explained(velocity, parts)
         return self._replace(output=max(likeness, key=likeness.__getitem__, default=part))
 
     def _returned(self, output: Any, rows: Tensor) -> Tensor | None:
@@ -218,6 +221,16 @@ class Place(NamedTuple):
         else:
             where = f"{name} holds it behind a prefix on axis {self.part.axis}{listed}"
         return where + ("" if self.copies == 1 else ", twice along the batch")
+
+
+def _explained(velocity: Tensor, parts: Sequence[Tensor]) -> float:
+    """Share of a velocity's square that a weighted sum of the parts can make up, in [0, 1]."""
+    wanted = velocity.double().flatten()
+    columns = torch.stack([x.double().flatten() for x in parts])
+    products = columns @ wanted
+    explained = products @ torch.linalg.pinv(columns @ columns.T, hermitian=True) @ products
+    power = wanted.square().sum()
+    return float(explained / power) if power > 0 else 0.0
 
 
 def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:

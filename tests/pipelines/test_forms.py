@@ -258,10 +258,14 @@ def test_a_sample_is_found_in_any_place_and_put_there_again(argument, told, copi
     assert all(torch.equal(one, other) for one, other in zip(some(again), held, strict=True))
     more = 1000 * torch.randn_like(rows)  # larger than the velocity, and not like it
     for output in (held, rows, torch.cat([more, rows], dim=1), torch.cat([rows, more], dim=3)):
-        seen = place.with_output(output, rows, -sample)  # pipelines may turn the velocity round
+        seen = place.with_output(
+            output, rows, -sample, [output]
+        )  # pipelines may turn the velocity round
         assert torch.equal(seen.velocity(output, rows), rows)
     with pytest.raises(ReplayError, match="of which no part has the shape of the sample"):
-        place.with_output(rows[..., :2], rows, sample).velocity(rows[..., :2], rows)
+        place.with_output(rows[..., :2], rows, sample, [rows[..., :2]]).velocity(
+            rows[..., :2], rows
+        )
     assert place.split(argument(torch.cat([rows, rows])), rows) is None
 
 
@@ -380,3 +384,16 @@ def test_rows_along_the_second_axis_leave_those_along_the_first():
     read = readings("states", {"square": square, "flat": flat}, batch=2, listed=False)
     axes = [(r["square"].axis, r["flat"].axis) for r in read if isinstance(r["flat"], Rows)]
     assert axes == [(0, 0), (1, 0)]
+
+
+def test_the_velocity_of_guided_outputs_may_be_like_another_part_of_one_of_them():
+    sample = torch.randn(1, 6, 2, generator=torch.Generator().manual_seed(0))
+    reference = torch.randn(1, 6, 2, generator=torch.Generator().manual_seed(1))
+    conditional, unconditional = sample + 0.1 * reference, sample
+    velocity = unconditional + 20 * (conditional - unconditional)
+    outputs = [torch.cat([x, reference], dim=1) for x in (conditional, unconditional)]
+    place = find_sample({"hidden_states": torch.cat([sample, reference], dim=1)}, sample)
+    for output in some(outputs):
+        alone = place.with_output(output, sample, velocity, [output])
+        assert alone.output.start == 6  # what a single branch would mean
+        assert place.with_output(output, sample, velocity, outputs).output.start == 0
