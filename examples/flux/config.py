@@ -71,9 +71,9 @@ class Model:
     lora_alpha: Count = 128
     """Their scale is alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the modules that get adapters; none: attention and feed-forward of all blocks."""
+    """Names of the modules that get adapters; without a value: attention and feed-forward of all blocks."""
     lora: Path | None = None
-    """LoRA to start from, a folder or file in diffusers' format; none: the base model."""
+    """LoRA to start from, a folder or file in diffusers' format; None: the base model."""
     lora_start: Literal["continue", "freeze"] = "continue"
     """continue: train it, with its modules and rank; freeze: train a new one above it. What a run
     saves holds both."""
@@ -88,7 +88,7 @@ class Model:
     compile: bool = False
     """Compile the repeated blocks with torch.compile: minutes at the start, faster after."""
     attention: str | None = None
-    """Attention backend by diffusers' name, such as flash or sage; none: torch's own."""
+    """Attention backend by diffusers' name, such as flash or sage; None: torch's own."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Hold the blocks' linear layers of transformer and text encoders in 8 bits (torchao) or 4
     (bitsandbytes): less memory; the policies, reference included, are those of the quantized
@@ -98,7 +98,7 @@ class Model:
     host, which takes no memory of the device and minutes for the instructions of a round."""
     prompt_folder: Path | None = None
     """Folder for the embeddings of all instructions, made before the transformer is on the device
-    and read by later runs: 4 MB each for Kontext, 13 MB for klein-9B; none: they are made anew."""
+    and read by later runs: 4 MB each for Kontext, 13 MB for klein-9B; None: they are made anew."""
     vae_slicing: bool = False
     """Decode images one by one: less memory."""
     vae_tiling: bool = False
@@ -116,7 +116,7 @@ class Data:
     chains: Path = Path("chains.jsonl")
     """Chains to train on, in any format of python -m mteditflow.chains formats."""
     held_out: Path | None = None
-    """Chains to evaluate on, never trained; none: no evaluation. Chains or reference images that
+    """Chains to evaluate on, never trained; None: no evaluation. Chains or reference images that
     are among those to train on are refused; split them by mteditflow chains split."""
     allow_overlap: bool = False
     """Whether held-out chains may share ids or reference images with those to train on; the log
@@ -196,7 +196,7 @@ class Rewards:
     answer_format: Literal["json", "text"] = "json"
     """text: for endpoints without structured output."""
     answer_tokens: Count | None = None
-    """Token limit of an answer; none: the question's own."""
+    """Token limit of an answer; None: the question's own."""
     reasoning_tokens: Natural = 0
     """Tokens that a thinking model's own reasoning may take beyond its answer's."""
     chat_template_kwargs: JsonObject = field(default_factory=dict)
@@ -236,7 +236,7 @@ class Rewards:
     does at all, or all do equally well over their turns."""
     floor: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Smallest mean of consistency that is wanted: below it its weight grows round by round, by a
-    Lagrange multiplier, and all weights are divided by 1 + multiplier; none: weights are fixed."""
+    Lagrange multiplier, and all weights are divided by 1 + multiplier; None: weights are fixed."""
     floor_rate: Positive = 5.0
     """What the multiplier gains in a round for each unit that consistency lies below the floor."""
     floor_maximum: Positive = 10.0
@@ -359,11 +359,11 @@ class Output:
     strips_every: Natural = 10
     """Rounds between pictures of chains and histograms; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of accelerate, such as tensorboard, wandb, trackio."""
+    """Trackers of accelerate, such as tensorboard, wandb, trackio; without a value: none."""
     project: Annotated[str, Field(min_length=1)] = "mteditflow"
     """Project of the run in the trackers; tensorboard: a folder of that name in trackers/."""
     run: Annotated[str, Field(min_length=1)] | None = None
-    """Name of the run in wandb, trackio, mlflow, swanlab and clearml; none: that of its folder."""
+    """Name of the run in wandb, trackio, mlflow, swanlab and clearml; None: that of its folder."""
 
 
 RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarded)]  # noqa: UP007
