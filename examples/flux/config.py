@@ -71,7 +71,8 @@ class Model:
     lora_alpha: Count = 128
     """Their scale is alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the modules that get adapters; without a value: attention and feed-forward of all blocks."""
+    """Names of the modules that get adapters; without a value: attention and feed-forward of all
+    blocks."""
     lora: Path | None = None
     """LoRA to start from, a folder or file in diffusers' format; None: the base model."""
     lora_start: Literal["continue", "freeze"] = "continue"
