@@ -18,7 +18,8 @@ from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
-from .config import Config, ConfigError, checked, dumped, field_names, name_of, typed
+from .config import Config, ConfigError, dumped, field_names, name_of, typed
+from .soundness import checked
 from .spelling import hint
 
 if sys.version_info >= (3, 11):

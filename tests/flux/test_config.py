@@ -10,12 +10,12 @@ from mteditflow_examples.flux.config import (
     Config,
     ConfigError,
     DistillationConfig,
-    checked,
     dumped,
     flat,
     name_of,
     typed,
 )
+from mteditflow_examples.flux.soundness import checked
 
 from mteditflow.objectives import OBJECTIVES, Guard, Renoise
 from mteditflow.objectives.replay import ReplayObjective

@@ -1,0 +1,145 @@
+"""Options that do not go together, or have no effect: refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mteditflow.objectives import ForwardObjective
+from mteditflow.rewards import SCALES
+
+from .config import RESUME, Config, ConfigError, DistillationConfig, Rewards, name_of
+
+
+def checked(config: Config, base: Config | None = None, *, services: bool = True) -> Config:
+    """Return a configuration that can be run.
+
+    Args:
+        config: fields of the right types.
+        base: preset that was changed: a field may differ from it only where it has an effect.
+        services: whether it has to say who scores.
+
+    Raises:
+        ConfigError: one line per wrong field.
+    """
+    problems = [*_unsound(config), *_ignored(config, base or type(config)())]
+    problems += _unserved(config.rewards) if services else []
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _unsound(config: Config) -> Iterator[str]:
+    """Yield fields that do not go together, in words."""
+    data, training, objective = config.data, config.training, config.objective
+    rewards, evaluation = config.rewards, config.evaluation
+    name, card = name_of(objective), objective.card
+    if card.whole_groups and data.split_groups:
+        yield f"data.split_groups: expected False for {name}, which needs whole groups on a rank"
+    try:
+        objective.sampling(0, steps=config.sampling.steps)
+    except ValueError as error:
+        yield f"objective.{error}"
+    if config.sampling.few_steps and not isinstance(objective, ForwardObjective):
+        yield (
+            f"{config.sampling.few_steps}: expected None for {name}, which trains on the steps of "
+            "the model that sampled; nft, awm and dpo need none of them"
+        )
+    if data.fit == "buckets" and isinstance(config, DistillationConfig):
+        yield "data.fit: expected square for distillation, got buckets"
+    if training.stop_kl is not None and not card.old_kl:
+        yield f"training.stop_kl: expected None for {name}, which has no old_kl"
+    if training.warmup_rounds >= training.rounds:
+        yield (
+            f"training.warmup_rounds: expected fewer than the {training.rounds} rounds, got "
+            f"{training.warmup_rounds}"
+        )
+    if training.schedule == "cosine" and training.final_rate == 1:
+        yield "training.final_rate: expected below 1 for schedule cosine, such as 0.1, got 1"
+    if training.kl_target is not None and getattr(objective, "kl_coef", 0) == 0:
+        yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
+    if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
+        yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
+    if rewards.scorer is not None and (rewards.judge or rewards.consistency):
+        yield "rewards.scorer: expected no judge and no consistency beside it"
+    if rewards.scorer is None or rewards.scale is not None:
+        try:
+            SCALES[rewards.scale or "likert"].with_success(rewards.success)
+        except ValueError as error:
+            yield f"rewards.{error}, on the scale {rewards.scale or 'likert'}"
+    try:
+        _ = rewards.request
+    except ValueError as error:
+        yield f"rewards.{error}"
+    if evaluation.policy == "ema" and training.ema_decay == 0:
+        yield "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"
+    if config.output.resume not in RESUME and not Path(config.output.resume).is_dir():
+        yield (
+            f"output.resume: expected auto, best, never or the folder of a checkpoint, got "
+            f"{config.output.resume!r}"
+        )
+    if data.groups * data.group_size % training.minibatches:
+        yield (
+            f"training.minibatches: expected a divisor of the {data.groups * data.group_size} "
+            f"trajectories of a round, got {training.minibatches}"
+        )
+
+
+def _unserved(rewards: Rewards) -> Iterator[str]:
+    """Yield services that a run would need, in words."""
+    if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
+        yield "rewards: expected judge and judge_model, or a scorer"
+    wanted = rewards.weights.get("consistency") or rewards.floor is not None
+    if rewards.scorer is None and not rewards.consistency and wanted:
+        yield "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
+
+
+def _ignored(config: Config, base: Config) -> Iterator[str]:
+    """Yield fields that were changed although nothing reads them, in words."""
+    rewards, safety = config.rewards, config.safety
+    reads_judge = rewards.scorer is None
+    learns = config.objective.card.rewarded
+    reads_reference = not learns or getattr(config.objective, "kl_coef", 0) > 0
+    unread = {
+        ("model", "lora_start"): (config.model.lora is not None, "model.lora is given"),
+        ("model", "lora_reference"): (
+            config.model.lora is not None and reads_reference,
+            "model.lora is given and objective.kl_coef, or distillation, uses a reference",
+        ),
+        ("sampling", "guidance"): (
+            config.sampling.few_steps is not None,
+            "sampling.model or sampling.lora is given",
+        ),
+        ("data", "allow_overlap"): (config.data.held_out is not None, "data.held_out is given"),
+        ("data", "history"): (config.data.turns > 1, "data.turns is above 1"),
+        ("model", "kept_blocks"): (config.model.checkpointing, "model.checkpointing is on"),
+        ("data", "bucket_multiple"): (config.data.fit == "buckets", "data.fit is buckets"),
+        ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
+        ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),
+        ("rewards", "floor_rate"): (rewards.floor is not None, "rewards.floor is given"),
+        ("rewards", "floor_maximum"): (rewards.floor is not None, "rewards.floor is given"),
+        ("safety", "ratio"): (config.stochastic, "the objective replays steps"),
+        ("safety", "ratio_share"): (config.stochastic, "the objective replays steps"),
+        ("training", "final_rate"): (
+            config.training.schedule != "constant",
+            "training.schedule is not constant",
+        ),
+        ("training", "ema_every"): (config.training.ema_decay > 0, "training.ema_decay > 0"),
+        ("safety", "collapse_window"): (
+            safety.collapse_drop < 1,
+            "safety.collapse_drop is below 1",
+        ),
+    }
+    for name in ("judge_model", "scope", "thinking", "answer_format", "answer_tokens",
+                 "reasoning_tokens", "chat_template_kwargs", "extra_body", "concurrency",
+                 "timeout"):  # fmt: skip
+        unread["rewards", name] = (reads_judge, "there is no rewards.scorer")
+    for name in ("terms", "pairing"):
+        unread["rewards", name] = (bool(rewards.consistency), "rewards.consistency is given")
+    for name in ("weights", "aggregate", "credit", "groups", "floor", "fusion", "std",
+                 "advantage_limit", "history"):  # fmt: skip
+        unread["rewards", name] = (learns, "the objective learns from rewards")
+    for (section, name), (read, when) in unread.items():
+        value = getattr(getattr(config, section), name)
+        if not read and value != getattr(getattr(base, section), name):
+            yield f"{section}.{name}: has an effect only where {when}, got {value!r}"
