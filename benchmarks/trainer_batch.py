@@ -83,6 +83,6 @@ class ForwardCounter:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What figures were made with, and how busy the machine was."""
+    """Environment of the figures, and how busy the machine was."""
     versions = {"diffusers": diffusers.__version__, "peft": peft.__version__}
     return {**report.environment(device), **versions, "load": os.getloadavg()[0]}

@@ -37,7 +37,7 @@ STUDIES = {study.name: study for study in (PAPER, OBJECTIVES, COST)}
 
 def main(
     study: Annotated[
-        Literal["findings", "objectives", "cost"], typer.Argument(help="What to compare.")
+        Literal["findings", "objectives", "cost"], typer.Argument(help="Study to run.")
     ],
     short: Annotated[bool, typer.Option("--short", help="Minutes: one seed, few rounds.")] = False,
     workers: Annotated[

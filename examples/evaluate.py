@@ -97,7 +97,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     history: Annotated[
         Literal["last", "original"],
-        typer.Option(help="What turns after the first see, unless chains have references."),
+        typer.Option(help="Images that later turns see, unless chains have references."),
     ] = "last",
     batch: Annotated[int, typer.Option(min=1, help="Chains edited at once, per rank.")] = 8,
     judge: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,

@@ -78,7 +78,7 @@ class Model:
     """continue: train it, with its modules and rank; freeze: train a new one above it. What a run
     saves holds both."""
     lora_reference: Literal["base", "start"] = "base"
-    """What objective.kl_coef draws to: the base model, or it with the LoRA of model.lora."""
+    """Reference of objective.kl_coef: the base model, or it with the LoRA of model.lora."""
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory; an update takes 24% (NFT) to 45%
     (GRPO) more operations."""

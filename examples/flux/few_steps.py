@@ -16,7 +16,7 @@ from .config import Config, ConfigError, Model, Sampling
 
 @dataclass(frozen=True, eq=False)
 class Sibling:
-    """What samples in place of the editor in training.
+    """Editor that samples in place of the trained one.
 
     Attributes:
         editor: the sibling.

@@ -206,7 +206,7 @@ class Editor:
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """What was assumed of a class that is not listed in ``FAMILIES``; () of one that is."""
+        """Assumptions about a class that is not listed in ``FAMILIES``; () of one that is."""
         if not self.family.assumptions:
             return ()
         targets = ", ".join(endings(self.family.layers(self.transformer, None)))

@@ -353,7 +353,7 @@ def find_family(class_name: str) -> Family:
 
 
 def _assumptions(family: Family) -> tuple[str, ...]:
-    """What a description by signatures alone takes for granted, in words."""
+    """Assumptions of a description by signatures alone, in words."""
     reference = (
         "an edit takes one reference image, of whose size in the model nothing is known"
         if family.references == "one"

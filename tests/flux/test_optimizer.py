@@ -91,7 +91,7 @@ def test_8_bits_hold_their_state_in_bytes_and_step_about_as_adamw_does():
 
 @pytest.mark.bases
 def test_a_run_of_8_bits_goes_on_to_the_same_weights(world, tmp_path):
-    """Also: what it stored is 8 bits, so that the state was not made anew."""
+    """Also: what it stored is 8 bits, so that the state was read, not made again."""
     pytest.importorskip("bitsandbytes")
     more = ("--training.optimizer", "adamw_8bit", "--evaluation.every", 1000)
     for rounds, folder in ((3, "whole"), (2, "parts"), (3, "parts")):
