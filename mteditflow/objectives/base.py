@@ -302,7 +302,7 @@ class Velocities:
         return self._constant("teacher")
 
     def reference_at(self, rows: Rows) -> Tensor:
-        """Velocity of some of the M rows, detached: int64 [R] on the CPU, or a slice of them all."""
+        """Velocity of some of the M rows (int64 [R] on the CPU, or a slice of all), detached."""
         if isinstance(rows, slice):
             return self.reference
         with torch.no_grad():
