@@ -282,7 +282,6 @@ class ForwardObjective(Objective):
                     velocities.reference_at(rows),
                     valid=at_rows(exists, rows),
                 ),
-                loss.device,
             )
             loss = loss + self.kl_coef * found["kl"]
         if self.norm_coef > 0:

@@ -56,13 +56,12 @@ def kl_units(units: Units) -> Tensor | None:
     return found if len(found) else found.new_zeros(1)
 
 
-def weighted_kl(units: Units, kl: Callable[[Rows], Tensor], device: torch.device) -> Tensor:
+def weighted_kl(units: Units, kl: Callable[[Rows], Tensor]) -> Tensor:
     """Return the KL of each unit to the reference at its weight, [U]; 0 where it is left out.
 
     Args:
         units: U units of K members.
         kl: KL of some of their K * U rows, int64 [R] on the CPU, or of all, a slice.
-        device: device of the KL.
     """
     chosen = kl_units(units)
     if chosen is None:
@@ -71,4 +70,4 @@ def weighted_kl(units: Units, kl: Callable[[Rows], Tensor], device: torch.device
     members = torch.arange(units.rows.shape[1], dtype=torch.int64, device="cpu")
     value = kl((chosen + len(units) * members[:, None]).flatten()).view(-1, len(chosen)).mean(dim=0)
     weighted = value * units.kl_weight[chosen].to(value)
-    return weighted.new_zeros(len(units)).index_copy(0, chosen.to(device), weighted)
+    return weighted.new_zeros(len(units)).index_copy(0, chosen.to(value.device), weighted)

@@ -280,9 +280,7 @@ class ReplayObjective(Objective):
         found: Metrics = {"policy_loss": loss, **metrics}
         if self.kl_coef > 0:
             exists = member_mask(units, loss)
-            found["kl"] = weighted_kl(
-                units, lambda rows: replay.kl(rows, at_rows(exists, rows)), loss.device
-            )
+            found["kl"] = weighted_kl(units, lambda rows: replay.kl(rows, at_rows(exists, rows)))
             loss = loss + self.kl_coef * found["kl"]
         return masked_output(units, loss, found)
 
