@@ -173,7 +173,7 @@ def model_rows(
     for kind in ("none", "nf4", "int8"):
         label = str(dtype).removeprefix("torch.") if kind == "none" else kind
         missing = None if deadline.allows(building) else NOT_REACHED
-        if kind != "none" and find_spec(QUANTIZATIONS[kind][0]) is None:
+        if kind != "none" and find_spec(QUANTIZATIONS[kind]) is None:
             missing = NOT_INSTALLED
         if missing is not None:
             yield from ([name, label, *piece, *without(missing)] for piece in PIECES)

@@ -11,8 +11,8 @@ from torch import nn
 
 from mteditflow._checks import check_choice
 
-#: Package and bytes per weight of each kind; nf4 keeps one float32 scale for 64 weights.
-QUANTIZATIONS = {"int8": ("torchao", 1.0), "nf4": ("bitsandbytes", 0.5 + 4 / 64)}
+#: Package of each kind.
+QUANTIZATIONS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
 def check_quantization(kind: str) -> None:
@@ -22,7 +22,7 @@ def check_quantization(kind: str) -> None:
         ValueError: the kind is neither "int8" nor "nf4", or its package is not installed.
     """
     check_choice("quantize", kind, tuple(QUANTIZATIONS))
-    package = QUANTIZATIONS[kind][0]
+    package = QUANTIZATIONS[kind]
     if find_spec(package) is None:
         raise ValueError(
             f"quantize: {kind} needs {package}, which is not installed; "

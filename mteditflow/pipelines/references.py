@@ -1,4 +1,4 @@
-"""What pipelines make of a reference image: its size, its latents, what text encoders see."""
+"""Reference images: sizes and latents in pipelines, buckets of shapes, views of text encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the signatures of a pipeline class say of its inputs, its guidance and its embeddings."""
+"""Inputs, guidance and embeddings of a pipeline class, read off its signatures."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_quantized_weights_are_not_sharded(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("objective", ["nft", "grpo"])
 def test_quantized_runs_train_and_resume(world, tmp_path, kind, objective, monkeypatch):
     """Ratios are 1 on the first rollout, or the run would stop; a resumed run ends the same."""
-    pytest.importorskip(QUANTIZATIONS[kind][0])
+    pytest.importorskip(QUANTIZATIONS[kind])
     monkeypatch.setattr(logging.getLogger("bitsandbytes.autograd._functions"), "disabled", True)
 
     def train(folder, rounds):

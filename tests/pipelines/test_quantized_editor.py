@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(params=QUANTIZATIONS)
 def kind(request, monkeypatch):
-    pytest.importorskip(QUANTIZATIONS[request.param][0])
+    pytest.importorskip(QUANTIZATIONS[request.param])
     loud = logging.getLogger("bitsandbytes.autograd._functions")  # a line for each matmul
     monkeypatch.setattr(loud, "disabled", True)
     return request.param
