@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,11 +32,15 @@ class Conditioner:
         prepare = _klein_inputs if self.klein else _kontext_inputs
         with torch.no_grad():
             self.of_rows, self.of_all = prepare(pipeline, list(self.row))
+
+    @cached_property
+    def colors(self) -> Tensor:
+        """Latent of a pixel of each color of the palette."""
         plain = torch.arange(len(PALETTE))[:, None, None].expand(-1, IMAGE_SIZE, IMAGE_SIZE)
-        self.colors = self.encode(paint(plain))[:, 0].view(-1, LATENT_CHANNELS, 4)[..., 0]
+        return self.encode(paint(plain))[:, 0].view(-1, LATENT_CHANNELS, 4)[..., 0]
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images in [0, 1], ``[M, 3, H, W]``, into packed latents ``[M, tokens, 16]``."""
+        """Encode images in [0, 1], ``[M, 3, H, W]``, into packed latents ``[M, tokens, 4 C]``."""
         images = enlarge(images) if self.klein else images
         with torch.no_grad():
             latents = self.pipeline._encode_vae_image(2 * images - 1, None)
@@ -70,7 +75,7 @@ class Conditioner:
 
 def _kontext_inputs(pipeline: Any, texts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     embeds, pooled, text_ids = pipeline.encode_prompt(texts, None, max_sequence_length=TEXT_TOKENS)
-    side = pipeline.vae.config.sample_size // 2
+    side = pipeline.vae.config.sample_size // (2 * pipeline.vae_scale_factor)
     ids = pipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
     reference_ids = ids.clone()
     reference_ids[:, 0] = 1

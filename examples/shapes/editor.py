@@ -8,6 +8,7 @@ is ever trained; the repository ships the weights of one, see :func:`load_editor
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def build_kontext(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip = CLIPTextConfig(
-            vocab_size=len(_clip_tokenizer()),
+            vocab_size=len(clip_tokenizer(WORDS)),
             hidden_size=32,
             intermediate_size=64,
             projection_dim=32,
@@ -91,16 +92,22 @@ def build_kontext(
             eos_token_id=1,
             pad_token_id=1,
         )
+        t5_words = t5_tokenizer(WORDS)
         t5 = T5Config(
-            vocab_size=len(_t5_tokenizer()), d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=2
+            vocab_size=len(t5_tokenizer(WORDS)),
+            d_model=64,
+            d_kv=16,
+            d_ff=64,
+            num_layers=1,
+            num_heads=2,
         )
         pipeline = FluxKontextPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
             vae=_identity_vae(AutoencoderKL, blocks=1, sample_size=image_size),
             text_encoder=CLIPTextModel(clip),
-            tokenizer=_clip_tokenizer(),
+            tokenizer=clip_tokenizer(WORDS),
             text_encoder_2=T5EncoderModel(t5),
-            tokenizer_2=_t5_tokenizer(),
+            tokenizer_2=t5_words,
             transformer=FluxTransformer2DModel(
                 in_channels=4 * LATENT_CHANNELS,
                 num_layers=num_layers,
@@ -112,7 +119,7 @@ def build_kontext(
                 axes_dims_rope=(2 * eighth, 3 * eighth, 3 * eighth),
             ),
         )
-    return _frozen(pipeline)
+    return frozen(pipeline)
 
 
 def build_klein(
@@ -173,7 +180,7 @@ def build_klein(
                 guidance_embeds=False,
             ),
         )
-    return _frozen(pipeline)
+    return frozen(pipeline)
 
 
 def call_options(
@@ -244,7 +251,8 @@ def load_editor(name: str | Path = "kontext") -> FluxKontextPipeline | Flux2Klei
     return pipeline
 
 
-def _frozen(pipeline: Any) -> Any:
+def frozen(pipeline: Any) -> Any:
+    """Freeze all but the transformer of a pipeline, in eval mode; no progress bar."""
     pipeline.transformer.eval()
     for part in (pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
         if part is not None:
@@ -304,19 +312,21 @@ def _identity_vae(kind: Any, *, blocks: int, sample_size: int) -> Any:
     return vae
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
-    letters = sorted(set("".join(WORDS).lower()))
+def clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
+    """Build a CLIP tokenizer that knows some words, in lower case."""
+    letters = sorted(set("".join(words).lower()))
     special = ["<|startoftext|>", "<|endoftext|>"]
     pieces = special + letters + [f"{letter}</w>" for letter in letters]
     tokenizer = CLIPTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16
     )
-    tokenizer.add_tokens(_word_tokens(sorted({word.lower() for word in WORDS})))
+    tokenizer.add_tokens(_word_tokens(sorted({word.lower() for word in words})))
     return tokenizer
 
 
-def _t5_tokenizer() -> T5TokenizerFast:
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS)]
+def t5_tokenizer(words: Sequence[str]) -> T5TokenizerFast:
+    """Build a T5 tokenizer with a piece for each word."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words)]
     return T5TokenizerFast(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL.Image import Image
 from transformers.utils import logging
 
 from mteditflow._command import program
@@ -52,17 +53,18 @@ def write_world(
         A line for each thing that was written.
     """
     output.mkdir(parents=True, exist_ok=True)
-    said = [f"{_write_model(load_editor(family.value), output / 'model')}: the tiny {family.value}"]
+    said = [f"{write_model(load_editor(family.value), output / 'model')}: the tiny {family.value}"]
     for split, count in zip(SPLITS, counts, strict=True):
         chains = make_chains(count, turns=turns, seed=seed, split=split, linked=LINKED)
-        records = _write_images(chains, output, klein=family is Family.klein)
+        records = write_pictures(_drawn(chains, klein=family is Family.klein), output)
         file = output / f"{split}.jsonl"
         write_chains(records, file)
         said.append(f"{file}: {count} chains of {turns} turns, pictures in {output / 'images'}")
     return said
 
 
-def _write_model(pipeline: Any, folder: Path) -> Path:
+def write_model(pipeline: Any, folder: Path) -> Path:
+    """Write a pipeline to a folder, which appears whole or not at all."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         pipeline.save_pretrained(part)
@@ -73,17 +75,23 @@ def _write_model(pipeline: Any, folder: Path) -> Path:
     return folder
 
 
-def _write_images(chains: Iterable[Chain], root: Path, *, klein: bool) -> list[Record]:
+def write_pictures(drawn: Iterable[tuple[Record, Image]], root: Path) -> list[Record]:
+    """Write reference pictures where their records, relative to ``root``, have them."""
     records = []
     (root / "images").mkdir(exist_ok=True)
     part = root / "images" / f".{os.getpid()}.part"
-    for chain in chains:
-        picture = draw(chain.initial)
-        record = record_of(chain).model_copy(update={"root": root})
-        to_pil(enlarge(picture) if klein else picture).save(part, format="PNG")
+    for relative, picture in drawn:
+        record = relative.model_copy(update={"root": root})
+        picture.save(part, format="PNG")
         part.replace(record.image_path)
         records.append(record)
     return records
+
+
+def _drawn(chains: Iterable[Chain], *, klein: bool) -> Iterator[tuple[Record, Image]]:
+    for chain in chains:
+        picture = draw(chain.initial)
+        yield record_of(chain), to_pil(enlarge(picture) if klein else picture)
 
 
 def main(

@@ -26,6 +26,8 @@ def evaluate_held_out(
     adapter: Path | None = None,
     rounds: int = 0,
     steps: int = STEPS,
+    size: int = IMAGE_SIZE,
+    scorer: type = ExactRewards,
 ) -> Evaluation:
     """Edit all chains, each from noise of its own, and score what came of it.
 
@@ -36,8 +38,10 @@ def evaluate_held_out(
         adapter: Folder of a LoRA adapter; none: the model as it came.
         rounds: Of training that the adapter has behind it.
         steps: Denoising steps of a turn.
+        size: Height and width in pixels.
+        scorer: Class of exact rewards with a term "following" in 1..5.
     """
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": TEXT_TOKENS}
+    side = {"height": size, "width": size, "max_sequence_length": TEXT_TOKENS}
     editor = Editor.load(model, call={**side, "num_inference_steps": steps})
     if adapter is not None:
         editor.pipeline.load_lora_weights(adapter)
@@ -47,10 +51,10 @@ def evaluate_held_out(
     noise = [keyed_generator(seed, "held out", row) for row in range(len(examples))]
     made = editor.edit(references, instructions, generators=noise, batch=BATCH)
     images = [[first, *rest] for first, rest in zip(references, made, strict=True)]
-    terms = asyncio.run(ExactRewards().score(examples.chains, images))
+    terms = asyncio.run(scorer().score(examples.chains, images))
     names = [chain.id for chain in examples.chains]
     provenance = Provenance(
-        judged_by=JudgedBy(scorer=f"{__package__}.scoring:ExactRewards", scale=LIKERT),
+        judged_by=JudgedBy(scorer=f"{scorer.__module__}:{scorer.__name__}", scale=LIKERT),
         made_by=MadeBy(editor=str(model), lora=adapter and str(adapter), seed=seed, steps=steps),
     )
     return Evaluation(rounds, names, instructions, terms, LIKERT.success, provenance)

@@ -15,6 +15,7 @@ import copy
 import math
 import random
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,12 +89,14 @@ def fit(
     averaging: float,
     generator: torch.Generator,
     name: str,
+    encode: Callable[[Tensor], Tensor],
+    parts: Sequence[torch.optim.Optimizer] | None = None,
 ) -> None:
     """Train the conditioner's transformer in place; it ends as the average of its last weights.
 
     Args:
         conditioner: Calls the transformer.
-        sources: Pictures before the edit, palette indices ``[M, H, W]``.
+        sources: Pictures before the edit, ``[M, ...]``.
         targets: Pictures after it.
         rows: The conditioner's row of each instruction, ``[M]``.
         rates: Learning rate of every step, relative to the peak.
@@ -101,10 +104,12 @@ def fit(
         averaging: Decay of the exponential moving average of the weights.
         generator: Of edits, noise and noise levels.
         name: What the progress bar says.
+        encode: Makes packed latents of pictures.
+        parts: Optimizers at their peak rates; default: Muon and AdamW on all weights.
     """
     transformer = conditioner.pipeline.transformer.train()
     average = copy.deepcopy(transformer)
-    parts = optimizers(transformer)
+    parts = optimizers(transformer) if parts is None else parts
     peaks = [part.param_groups[0]["lr"] for part in parts]
     bar = tqdm(rates, desc=name, mininterval=2.0)
     running = None
@@ -112,8 +117,7 @@ def fit(
         for part, peak in zip(parts, peaks, strict=True):
             part.param_groups[0]["lr"] = peak * rate
         chosen = torch.randint(len(rows), (batch,), generator=generator)
-        clean = conditioner.encode_index(targets[chosen])
-        reference = conditioner.encode_index(sources[chosen])
+        clean, reference = encode(targets[chosen]), encode(sources[chosen])
         noise = torch.randn(clean.shape, generator=generator)
         sigma = shift_sigmas(torch.rand(batch, generator=generator), SIGMA_SHIFT)
         x_t = interpolate(clean, noise, sigma)
@@ -191,6 +195,7 @@ def main(
             averaging=0.999,
             generator=torch.Generator().manual_seed(seed),
             name="stage 1, true edits",
+            encode=conditioner.encode_index,
         )
         save_weights(pipeline.transformer, out.with_stem(out.stem + "-stage1"), card)
     fit(
@@ -203,6 +208,7 @@ def main(
         averaging=0.99,
         generator=torch.Generator().manual_seed(seed + 1),
         name="stage 2, careless edits",
+        encode=conditioner.encode_index,
     )
     card["seconds"] = round(time.monotonic() - started)
     save_weights(pipeline.transformer, out, card)

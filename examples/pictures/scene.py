@@ -1,0 +1,391 @@
+"""Scenes of the world of pictures, edits by rule, and chains of up to twenty turns.
+
+A scene has a background, up to four things that a child would name, each in a place of its own, and
+sometimes a word on a sign. No kind of thing occurs twice, so "the red house" is never ambiguous,
+also where an earlier turn made it. All nine usual types of edit exist, and one instruction more
+that asks for no change.
+
+Every scene belongs to one of two splits by a hash of its content. A chain stays in one split with
+every scene it passes through, so held-out chains share no scene with training data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+Split = Literal["train", "held_out"]
+
+KINDS = {  # singular: plural
+    "house": "houses",
+    "tree": "trees",
+    "car": "cars",
+    "ball": "balls",
+    "mushroom": "mushrooms",
+    "flower": "flowers",
+    "balloon": "balloons",
+    "rocket": "rockets",
+}
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
+MATERIALS = ("plain", "striped", "dotted")
+COUNTS = ("one", "two")
+PLACES = ("back left", "back right", "front left", "front right")
+BACKGROUNDS = ("meadow", "beach", "desert", "snow", "night")
+TEXTS = ("HOME", "PLAY", "OPEN", "SALE", "LOVE", "STOP", "ZOO", "FUN")
+TASK_TYPES = (
+    "subject_add",
+    "subject_remove",
+    "subject_replace",
+    "position_change",
+    "count_change",
+    "color_alter",
+    "material_alter",
+    "text_change",
+    "background_change",
+)
+NO_CHANGE = "Keep everything as it is"
+VERBS = ("Add", "Remove", "Replace", "Move", "Change", "Make", "Paint")
+SMALL = ("a", "an", "the", "at", "with", "to", "of", "number", "background", "text")
+SIDES = ("back", "front", "left", "right")
+WORDS = tuple(
+    dict.fromkeys(
+        (
+            *VERBS,
+            *SMALL,
+            *NO_CHANGE.split(),
+            *KINDS,
+            *KINDS.values(),
+            *COLORS,
+            *MATERIALS,
+            *COUNTS,
+            *SIDES,
+            *BACKGROUNDS,
+            *TEXTS,
+        )
+    )
+)
+HELD_OUT_SHARE = 0.25
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One or two equal things in one place."""
+
+    kind: str
+    color: str
+    material: str
+    count: str
+    place: str
+
+    @property
+    def name(self) -> str:
+        """Color and kind, such as "red house", in the plural where there are two."""
+        return f"{self.color} {self.kind if self.count == 'one' else KINDS[self.kind]}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Background, word on the sign ("" for none), and things in the order of PLACES."""
+
+    background: str
+    text: str
+    things: tuple[Thing, ...]
+
+    def find(self, kind: str) -> Thing | None:
+        """Return the thing of a kind, or None."""
+        return next((thing for thing in self.things if thing.kind == kind), None)
+
+    @property
+    def free_places(self) -> tuple[str, ...]:
+        """Places where nothing stands."""
+        taken = {thing.place for thing in self.things}
+        return tuple(place for place in PLACES if place not in taken)
+
+    @cached_property
+    def split(self) -> Split:
+        """Split this scene belongs to."""
+        first = hashlib.sha256(repr(self).encode()).digest()[0]
+        return "held_out" if first < 256 * HELD_OUT_SHARE else "train"
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the scene as JSON values."""
+        return {
+            "background": self.background,
+            "text": self.text,
+            "things": [list(vars(thing).values()) for thing in self.things],
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Scene:
+        """Read what ``to_record`` wrote.
+
+        Raises:
+            ValueError: the record is of no scene.
+        """
+        try:
+            things = tuple(Thing(*values) for values in record["things"])
+            scene = cls(record["background"], record["text"], things)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"scene: expected background, text and things, got {record}"
+            ) from error
+        for thing in things:
+            known = ((thing.kind, KINDS), (thing.color, COLORS), (thing.material, MATERIALS))
+            if any(x not in y for x, y in (*known, (thing.count, COUNTS), (thing.place, PLACES))):
+                raise ValueError(f"scene: expected a thing of this world, got {thing}")
+        if scene.background not in BACKGROUNDS or scene.text not in ("", *TEXTS):
+            raise ValueError(f"scene: expected a background and a text of this world, got {record}")
+        return scene
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One instruction and what comes of it.
+
+    Attributes:
+        task_type: one of TASK_TYPES, or None where nothing is to change.
+        instruction: in words, at most eight, all from WORDS.
+        kinds: kinds of the things that it is about.
+        result: scene after a perfect edit.
+    """
+
+    task_type: str | None
+    instruction: str
+    kinds: tuple[str, ...]
+    result: Scene
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A scene and N edits, each of which makes sense in the scene that the one before leaves."""
+
+    initial: Scene
+    edits: tuple[Edit, ...]
+
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        """N + 1 scenes, the initial one first."""
+        return (self.initial, *(edit.result for edit in self.edits))
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """N instructions."""
+        return tuple(edit.instruction for edit in self.edits)
+
+
+def possible_edits(scene: Scene) -> Iterator[Edit]:
+    """Yield every edit that makes sense in a scene and changes its picture.
+
+    A removal leaves something. What is added or put in place of another is of a kind that is not
+    there yet.
+    """
+    absent = [kind for kind in KINDS if scene.find(kind) is None]
+    for value in BACKGROUNDS:
+        if value != scene.background:
+            after = replace(scene, background=value)
+            yield Edit("background_change", f"Change the background to {value}", (), after)
+    for value in TEXTS:
+        if value != scene.text:
+            after = replace(scene, text=value)
+            yield Edit("text_change", f"Change the text to {value}", (), after)
+    for place in scene.free_places:
+        for kind in absent:
+            for color in COLORS:
+                new = Thing(kind, color, "plain", "one", place)
+                article = "an" if color[0] in "aeiou" else "a"
+                instruction = f"Add {article} {new.name} at {place}"
+                yield Edit("subject_add", instruction, (kind,), _with(scene, new))
+    for thing in scene.things:
+        yield from _edits_of(scene, thing, absent)
+
+
+def _edits_of(scene: Scene, thing: Thing, absent: list[str]) -> Iterator[Edit]:
+    """Yield the edits of one thing."""
+    kind, name = thing.kind, thing.name
+    if len(scene.things) > 1:
+        yield Edit("subject_remove", f"Remove the {name}", (kind,), _with(scene, old=thing))
+    for value in absent:
+        after = _with(scene, replace(thing, kind=value), old=thing)
+        shown = value if thing.count == "one" else KINDS[value]
+        instruction = f"Replace the {name} with {'a ' if thing.count == 'one' else ''}{shown}"
+        yield Edit("subject_replace", instruction, (kind, value), after)
+    for value in scene.free_places:
+        after = _with(scene, replace(thing, place=value), old=thing)
+        yield Edit("position_change", f"Move the {name} to {value}", (kind,), after)
+    for value in COUNTS:
+        if value != thing.count:
+            after = _with(scene, replace(thing, count=value), old=thing)
+            instruction = f"Change the number of {thing.color} {KINDS[kind]} to {value}"
+            yield Edit("count_change", instruction, (kind,), after)
+    for value in COLORS:
+        if value != thing.color:
+            after = _with(scene, replace(thing, color=value), old=thing)
+            yield Edit("color_alter", f"Paint the {name} {value}", (kind,), after)
+    for value in MATERIALS:
+        if value != thing.material:
+            after = _with(scene, replace(thing, material=value), old=thing)
+            yield Edit("material_alter", f"Make the {name} {value}", (kind,), after)
+
+
+def no_change(scene: Scene) -> Edit:
+    """Return the edit that asks for no change."""
+    return Edit(None, NO_CHANGE, (), scene)
+
+
+def _with(scene: Scene, new: Thing | None = None, *, old: Thing | None = None) -> Scene:
+    """Return the scene with a thing more, less, or changed."""
+    things = [thing for thing in scene.things if thing != old] + ([] if new is None else [new])
+    return replace(scene, things=tuple(sorted(things, key=lambda x: PLACES.index(x.place))))
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """Draw a scene of two or three things; half of all have a text."""
+    count = rng.choice((2, 3))
+    places = sorted(rng.sample(PLACES, count), key=PLACES.index)
+    things = tuple(
+        Thing(
+            kind,
+            rng.choice(COLORS),
+            rng.choice(("plain", *MATERIALS)),
+            rng.choice(("one", *COUNTS)),
+            place,
+        )
+        for kind, place in zip(rng.sample(list(KINDS), count), places, strict=True)
+    )
+    return Scene(rng.choice(BACKGROUNDS), rng.choice(("", rng.choice(TEXTS))), things)
+
+
+def random_edit(
+    rng: random.Random,
+    scene: Scene,
+    *,
+    avoid: set[str | None] = frozenset(),  # type: ignore[assignment]
+    witness: str = "",
+    prefer: set[str] = frozenset(),  # type: ignore[assignment]
+    split: Split | None = None,
+) -> Edit | None:
+    """Draw a type of edit, then an edit of it.
+
+    Args:
+        rng: source of randomness.
+        scene: what is edited.
+        avoid: types that are drawn only if no other makes sense.
+        witness: kind that is not edited.
+        prefer: kinds that are edited, where the type can.
+        split: split of the result, or None for any.
+
+    Returns:
+        An edit, or None where none leads to that split.
+    """
+    by_type: dict[str | None, list[Edit]] = {}
+    for edit in possible_edits(scene):
+        if witness not in edit.kinds and split in (None, edit.result.split):
+            by_type.setdefault(edit.task_type, []).append(edit)
+    types = [t for t in TASK_TYPES if t in by_type and t not in avoid] or list(by_type)
+    if not types:
+        return None
+    options = by_type[rng.choice(types)]
+    preferred = [edit for edit in options if prefer & set(edit.kinds)]
+    return rng.choice(preferred or options)
+
+
+def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float = 1.0) -> Chain:
+    """Draw a chain of edits whose scenes all belong to a split.
+
+    Types of edit do not repeat while others make sense. One thing of the initial scene, the
+    witness, is never edited, so that there is always something that must not change.
+
+    Args:
+        rng: source of randomness; equal states give equal chains.
+        turns: number of instructions N, at least 1.
+        split: "train" or "held_out".
+        linked: probability that a turn goes on with what an earlier turn made, where its type can.
+    """
+    if turns < 1:
+        raise ValueError(f"turns: expected at least 1, got {turns}")
+    while True:
+        scene = initial = random_scene(rng)
+        if scene.split != split:
+            continue
+        witness = rng.choice(scene.things).kind
+        edits: list[Edit] = []
+        while len(edits) < turns:
+            made = {thing.kind for thing in scene.things if thing not in initial.things}
+            edit = random_edit(
+                rng,
+                scene,
+                avoid={edit.task_type for edit in edits[1 - len(TASK_TYPES) :]},
+                witness=witness,
+                prefer=made if rng.random() < linked else set(),
+                split=split,
+            )
+            if edit is None:
+                break
+            edits.append(edit)
+            scene = edit.result
+        else:
+            return Chain(initial, tuple(edits))
+
+
+def make_chains(
+    count: int, *, turns: int, seed: int, split: Split, linked: float = 1.0
+) -> list[Chain]:
+    """Draw different chains; equal arguments give equal chains.
+
+    Args:
+        count: number of chains.
+        turns: number of instructions N of each.
+        seed: any integer.
+        split: "train" or "held_out".
+        linked: see ``random_chain``.
+    """
+    rng = random.Random(f"pictures {split} {turns} {seed}")
+    chains: dict[Chain, None] = {}
+    while len(chains) < count:
+        chains[random_chain(rng, turns, split, linked=linked)] = None
+    return list(chains)
+
+
+def no_change_chains(count: int, *, turns: int, seed: int, split: Split) -> list[Chain]:
+    """Draw chains whose every turn asks for no change; for what an editor wears."""
+    initials = (chain.initial for chain in make_chains(count, turns=1, seed=seed, split=split))
+    return [Chain(scene, (no_change(scene),) * turns) for scene in initials]
+
+
+def chain_of(initial: Scene, instructions: tuple[str, ...]) -> Chain:
+    """Return the chain that instructions make of a scene.
+
+    Raises:
+        ValueError: an instruction makes no sense where it stands.
+    """
+    scene, edits = initial, []
+    for instruction in instructions:
+        found = (no_change(scene), *possible_edits(scene))
+        edit = next((edit for edit in found if edit.instruction == instruction), None)
+        if edit is None:
+            raise ValueError(f"instructions: {instruction!r} makes no sense in {scene}")
+        edits.append(edit)
+        scene = edit.result
+    return Chain(initial, tuple(edits))
+
+
+def corrupted(rng: random.Random, scene: Scene, edit: Edit) -> Scene:
+    """Return what a careless editor of the training split makes of a scene.
+
+    In two of five cases it ignores the instruction; else it makes another edit of the same type.
+    """
+    if rng.random() < 0.4:
+        return scene
+    others = [
+        other.result
+        for other in possible_edits(scene)
+        if other.task_type == edit.task_type
+        and other.result != edit.result
+        and other.result.split == "train"
+    ]
+    return rng.choice(others) if others else scene

@@ -1,0 +1,109 @@
+"""Rewards of the world of pictures as scorers that a trainer takes by import path.
+
+``mteditflow_examples.pictures.scoring:ExactRewards`` compares with the true pictures,
+``NeighborRewards`` with the picture before, as a judge does who sees no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import chain as joined
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mteditflow.chains import Chain as Record
+from mteditflow.rewards import LIKERT, TurnScores
+
+from .rewards import Scores, Truth, score, score_neighbors
+from .scene import Chain, Scene, chain_of
+
+TERMS = ("following", "consistency", "strict", "wear")
+
+
+def record_of(chain: Chain) -> Record:
+    """Return a chain as the library's record, the scene beside it."""
+    name = hashlib.sha256(repr((chain.initial, chain.instructions)).encode()).hexdigest()[:16]
+    first, after = chain.initial, chain.scenes[1:]
+    names = [[thing.name for thing in scene.things] for scene in chain.scenes]
+    turns = range(len(after))
+    return Record(
+        id=name,
+        image=f"images/{name}.png",
+        instructions=chain.instructions,
+        task_types=tuple(edit.task_type for edit in chain.edits),
+        unchanged_objects=tuple(_unchanged(first, after[: n + 1]) for n in turns),
+        turn_unchanged_objects=tuple(_unchanged(chain.scenes[n], after[n : n + 1]) for n in turns),
+        all_objects=tuple(tuple(dict.fromkeys(joined(*names[: n + 2]))) for n in turns),
+        available_objects=tuple(tuple(now) for now in names[1:]),
+        background_consistency=tuple(
+            all(scene.background == first.background for scene in after[: n + 1]) for n in turns
+        ),
+        scene=first.to_record(),
+    )
+
+
+def _unchanged(before: Scene, after: Sequence[Scene]) -> tuple[str, ...]:
+    """Return the names of the things that stay as they are in all scenes after."""
+    stay = [thing for thing in before.things if all(thing in scene.things for scene in after)]
+    return tuple(thing.name for thing in stay)
+
+
+class ExactRewards:
+    """Scores against the true pictures, drawn from the scene that the record holds.
+
+    The terms are those of :class:`.rewards.Scores`: ``following`` in 1..5, ``consistency`` and
+    ``strict`` in [0, 1], and ``wear``, lower is better. Nothing is ever lost.
+    """
+
+    scale = LIKERT
+    look: ClassVar[Callable[[Tensor, Truth], Scores]] = staticmethod(score)
+
+    def __init__(self) -> None:
+        self._truths: dict[str, Truth] = {}
+
+    async def score(
+        self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, TurnScores]:
+        """Score B chains, of which the first turns may be all that was edited.
+
+        Args:
+            chains: records of ``record_of``.
+            images: for each the reference and what each turn made, 64 x 64 pixels.
+
+        Returns:
+            The terms, each ``[B, N]``, N for the longest; a shorter one is padded.
+
+        Raises:
+            ValueError: a record has no scene, an instruction makes no sense there, or an image is
+                of another size.
+        """
+        turns = torch.tensor([len(edited) - 1 for edited in images], device="cpu")
+        exists = torch.arange(int(turns.max()), device="cpu") < turns[:, None]
+        values = torch.full((len(TERMS), *exists.shape), torch.nan, dtype=torch.float32)
+        for b, (record, edited) in enumerate(zip(chains, images, strict=True)):
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in edited[1:]])
+            tensor = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
+            scores = type(self).look(tensor, self._truth(record))
+            values[:, b, : len(tensor)] = torch.stack([getattr(scores, term) for term in TERMS])
+        named = zip(TERMS, values, strict=True)
+        return {term: TurnScores(value, exists, {}) for term, value in named}
+
+    def _truth(self, record: Record) -> Truth:
+        if record.id not in self._truths:
+            scene = (record.model_extra or {}).get("scene")
+            if scene is None:
+                raise ValueError(f"chain {record.id}: expected the field 'scene', got none")
+            chain = chain_of(Scene.from_record(scene), record.instructions)
+            self._truths[record.id] = Truth.of(chain)
+        return self._truths[record.id]
+
+
+class NeighborRewards(ExactRewards):
+    """Scores each picture beside the one before it, blind to what earlier turns have done."""
+
+    look = staticmethod(score_neighbors)
