@@ -23,9 +23,6 @@ from mteditflow_examples.flux.config import (
     dumped,
     typed,
 )
-from mteditflow_examples.shapes.editor import Family
-from mteditflow_examples.shapes.files import write_world
-from mteditflow_examples.shapes.held_out import evaluate_held_out
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation
@@ -206,12 +203,13 @@ class Ablations:
         world, chains = self._world(seed), self._chains(seed, turns)
         before, after = self._before(seed, steps, turns), self._after(setting, seed, turns)
         common: dict[str, Any] = {"seed": seed, "steps": steps}
+        evaluate = self.study.world.evaluate
         if not before.exists():
-            evaluate_held_out(world / "model", chains, **common).write(before)
+            evaluate(world / "model", chains, **common).write(before)
         if not after.exists():
             adapter = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto").path
             common |= {"adapter": adapter / "lora", "rounds": self.form.rounds}
-            evaluate_held_out(world / "model", chains, **common).write(after)
+            evaluate(world / "model", chains, **common).write(after)
 
     def _write_chains(self, seed: int) -> None:
         """Write the editor and the chains of a seed, unless they are there."""
@@ -219,7 +217,7 @@ class Ablations:
             file = self._chains(seed, turns)
             counts = (self.form.train if turns == TURNS else 1, self.form.held_out)
             if not file.exists():  # what is written last
-                write_world(file.parent, Family.kontext, seed=seed, counts=counts, turns=turns)
+                self.study.world.write(file.parent, seed=seed, counts=counts, turns=turns)
 
     def _config(self, setting: Setting, seed: int) -> Config:
         kind = Config if setting.script == Setting.script else DistillationConfig

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .worlds import SHAPES, World
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -84,6 +86,7 @@ class Study:
         findings: with their settings; `UNTRAINED` may be among them.
         longer: what the paper says of longer chains, and why it differs here; None: not looked at.
         seeds: seeds of a full study.
+        world: embedded world that it trains in.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Study:
     findings: tuple[Finding, ...]
     longer: Finding | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    world: World = SHAPES
 
     @property
     def settings(self) -> dict[str, Setting]:

@@ -1,0 +1,62 @@
+"""Embedded worlds that a study trains and evaluates in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from mteditflow_examples.pictures import files as pictures
+from mteditflow_examples.pictures import scoring
+from mteditflow_examples.pictures.drawing import SIZE
+from mteditflow_examples.shapes import files as shapes
+from mteditflow_examples.shapes.editor import Family
+from mteditflow_examples.shapes.held_out import evaluate_held_out
+
+from mteditflow.evaluation import Evaluation
+
+
+class Write(Protocol):
+    """Writes an editor and chains for training and held out, ``counts`` of them, to a folder."""
+
+    def __call__(self, folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
+        """Write all files."""
+
+
+@dataclass(frozen=True)
+class World:
+    """An embedded world.
+
+    Attributes:
+        name: first part of the names of its presets.
+        title: name in a page.
+        write: writes its files.
+        evaluate: edits held-out chains and scores them exactly, as ``evaluate_held_out``.
+    """
+
+    name: str
+    title: str
+    write: Write
+    evaluate: Callable[..., Evaluation]
+
+
+def _write_shapes(folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
+    shapes.write_world(folder, Family.kontext, seed=seed, counts=counts, turns=turns)
+
+
+def _write_pictures(folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
+    groups = (*counts, 1)
+    pictures.write_world(
+        folder, editor="careless", seed=seed, counts=groups, turns=turns, longest=turns
+    )
+
+
+SHAPES = World("shapes", "the shapes world", _write_shapes, evaluate_held_out)
+PICTURES = World(
+    "pictures",
+    "the world of pictures",
+    _write_pictures,
+    partial(evaluate_held_out, size=SIZE, scorer=scoring.ExactRewards),
+)
