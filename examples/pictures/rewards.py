@@ -23,6 +23,7 @@ NOTHING = 0.15  # largest error of doing nothing that counts: obvious edits must
 RIGHT = 0.055  # error of a followed instruction, at most
 CONSISTENT = 0.15  # error that makes consistency 0
 BLOCK = 8  # side of the blocks, pixels, each of which must be right for the whole to be
+LOOK = 9  # side of the square, pixels, whose mean color a lenient look sees
 STRICT = 0.12  # largest mean error of such a block
 
 
@@ -108,6 +109,34 @@ def score(images: Tensor, truth: Truth) -> Scores:
     wear = _mean(error, truth.kept[: len(images)])
     strict = (following == 5) & (_worst(error, ~truth.target[: len(images)]) < STRICT)
     return Scores(following, _consistency(wear), strict.float(), wear)
+
+
+def lenient_following(images: Tensor, truth: Truth) -> Tensor:
+    """Score instruction following 1..5 as one sees it who does not look closely, [N].
+
+    A pixel passes if its brightness alone is right, or the mean color around it: so a thing in a
+    wrong color of equal brightness passes, or one that is blurred beyond recognition.
+
+    Args:
+        images: as for ``score``.
+        truth: as for ``score``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    true = truth.pictures[1 : len(images) + 1]
+    gray = _errors(_brightness(images), _brightness(true))
+    blurred = _errors(_blurred(images), _blurred(true))
+    return _likert(torch.minimum(gray, blurred), truth, len(images))
+
+
+def _brightness(images: Tensor) -> Tensor:
+    weights = images.new_tensor([0.299, 0.587, 0.114])
+    return (images * weights[:, None, None]).sum(dim=1, keepdim=True)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    return avg_pool2d(images, LOOK, stride=1, padding=LOOK // 2, count_include_pad=False)
 
 
 def score_neighbors(images: Tensor, truth: Truth) -> Scores:

@@ -1,25 +1,27 @@
 """Rewards of the world of pictures as scorers that a trainer takes by import path.
 
 ``mteditflow_examples.pictures.scoring:ExactRewards`` compares with the true pictures,
-``NeighborRewards`` with the picture before, as a judge does who sees no more.
+``NeighborRewards`` with the picture before, as a judge does who sees no more. ``HastyJudge`` and
+``CarefulJudge`` err, as those of the shapes world do.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain as joined
-from typing import ClassVar
 
 import numpy as np
 import torch
+from mteditflow_examples.shapes.scoring import erring_score
 from PIL import Image
 from torch import Tensor
 
 from mteditflow.chains import Chain as Record
 from mteditflow.rewards import LIKERT, TurnScores
 
-from .rewards import Scores, Truth, score, score_neighbors
+from .rewards import Scores, Truth, lenient_following, score, score_neighbors
 from .scene import Chain, Scene, chain_of
 
 TERMS = ("following", "consistency", "strict", "wear")
@@ -61,7 +63,6 @@ class ExactRewards:
     """
 
     scale = LIKERT
-    look: ClassVar[Callable[[Tensor, Truth], Scores]] = staticmethod(score)
 
     def __init__(self) -> None:
         self._truths: dict[str, Truth] = {}
@@ -88,10 +89,14 @@ class ExactRewards:
         for b, (record, edited) in enumerate(zip(chains, images, strict=True)):
             pixels = np.stack([np.asarray(image.convert("RGB")) for image in edited[1:]])
             tensor = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
-            scores = type(self).look(tensor, self._truth(record))
+            scores = self._scores(record, tensor)
             values[:, b, : len(tensor)] = torch.stack([getattr(scores, term) for term in TERMS])
         named = zip(TERMS, values, strict=True)
         return {term: TurnScores(value, exists, {}) for term, value in named}
+
+    def _scores(self, record: Record, images: Tensor) -> Scores:
+        """Score the pictures of a chain, in [0, 1], float32 [N, 3, H, W]."""
+        return score(images, self._truth(record))
 
     def _truth(self, record: Record) -> Truth:
         if record.id not in self._truths:
@@ -106,4 +111,45 @@ class ExactRewards:
 class NeighborRewards(ExactRewards):
     """Scores each picture beside the one before it, blind to what earlier turns have done."""
 
-    look = staticmethod(score_neighbors)
+    def _scores(self, record: Record, images: Tensor) -> Scores:
+        return score_neighbors(images, self._truth(record))
+
+
+class ErringJudge(ExactRewards):
+    """Exact rewards but for ``following``, which is judged with a bias and with noise.
+
+    See ``mteditflow_examples.shapes.scoring.ErringJudge``; the lenient look is that of
+    :func:`.rewards.lenient_following`.
+
+    Attributes:
+        leniency: probability of a lenient look at a turn.
+        spread: standard deviation of the noise, in points.
+    """
+
+    leniency: float
+    spread: float
+
+    def _scores(self, record: Record, images: Tensor) -> Scores:
+        truth = self._truth(record)
+        scores, lenient = score(images, truth), lenient_following(images, truth)
+        how = {"leniency": self.leniency, "spread": self.spread}
+        pictures = (255 * images).round().to(torch.uint8)
+        following = [
+            erring_score(f"{record.id} {n} ", picture, float(exact), float(passed), **how)
+            for n, (picture, exact, passed) in enumerate(
+                zip(pictures, scores.following, lenient, strict=True)
+            )
+        ]
+        return replace(scores, following=scores.following.new_tensor(following))
+
+
+class HastyJudge(ErringJudge):
+    """Much bias and little variance: a judge that answers without thinking."""
+
+    leniency, spread = 0.9, 0.25
+
+
+class CarefulJudge(ErringJudge):
+    """Little bias and much variance: a judge whose thoughts wander."""
+
+    leniency, spread = 0.1, 1.0

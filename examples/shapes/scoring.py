@@ -80,6 +80,26 @@ class ExactRewards:
         return self._chains[record.id]
 
 
+def erring_score(
+    turn: str, picture: Tensor, exact: float, lenient: float, *, leniency: float, spread: float
+) -> int:
+    """Return a score 1..5 with a bias and with noise, the same whenever a picture is shown.
+
+    Args:
+        turn: Names chain and turn.
+        picture: What is judged, uint8 of any shape.
+        exact: True score.
+        lenient: Score of a lenient look.
+        leniency: Probability of a lenient look.
+        spread: Standard deviation of the noise, in points.
+    """
+    rng = random.Random(
+        hashlib.sha256(turn.encode() + picture.contiguous().numpy().tobytes()).digest()
+    )
+    base = lenient if rng.random() < leniency else exact
+    return min(max(round(base + rng.gauss(0, spread)), 1), 5)
+
+
 class ErringJudge(ExactRewards):
     """Exact rewards but for ``following``, which is judged with a bias and with noise.
 
@@ -101,11 +121,9 @@ class ErringJudge(ExactRewards):
         lenient, following = lenient_likert(edited / 255, truth).float(), terms["following"]
         for b, name in enumerate(names):
             for n, picture in enumerate(edited[b]):
-                key = f"{name} {n} ".encode() + picture.contiguous().numpy().tobytes()
-                rng = random.Random(hashlib.sha256(key).digest())
-                base = lenient if rng.random() < self.leniency else following
-                judged = round(float(base[b, n]) + rng.gauss(0, self.spread))
-                following[b, n] = min(max(judged, 1), 5)
+                scores = (float(following[b, n]), float(lenient[b, n]))
+                how = {"leniency": self.leniency, "spread": self.spread}
+                following[b, n] = erring_score(f"{name} {n} ", picture, *scores, **how)
         return terms
 
 

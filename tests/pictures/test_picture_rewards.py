@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import avg_pool2d
 
 from examples.pictures.drawing import draw
-from examples.pictures.rewards import RIGHT, Truth, score, score_neighbors
+from examples.pictures.rewards import RIGHT, Truth, lenient_following, score, score_neighbors
 from examples.pictures.scene import Chain, make_chains, no_change_chains, possible_edits
-from examples.pictures.scoring import TERMS, ExactRewards, NeighborRewards, record_of
+from examples.pictures.scoring import (
+    TERMS,
+    CarefulJudge,
+    ExactRewards,
+    HastyJudge,
+    NeighborRewards,
+    record_of,
+)
 from tests.loops import some
 
 CHAINS = make_chains(12, turns=4, seed=11, split="held_out")
@@ -144,3 +152,29 @@ def test_bad_input_is_refused():
     small = [image.resize((32, 32)) for image in images]
     with pytest.raises(ValueError, match="images: expected shape"):
         asyncio.run(ExactRewards().score([record], [small]))
+
+
+def test_a_lenient_look_passes_a_blurred_edit_and_most_that_do_nothing_fail():
+    blurred = idle = exact = 0
+    for chain in some(CHAINS):
+        truth, pictures = Truth.of(chain), drawn(chain.scenes[1:])
+        soft = avg_pool2d(pictures, 5, stride=1, padding=2, count_include_pad=False)
+        assert (lenient_following(pictures, truth) == 5).all()
+        blurred += (lenient_following(soft, truth) == 5).sum()
+        exact += (score(soft, truth).following == 5).sum()
+        idle += lenient_following(drawn(chain.scenes[:1]), truth)[0] > 3
+    assert blurred > exact + 8
+    assert idle <= 6  # some materials and texts look alike to it
+
+
+def test_judges_err_alike_whenever_they_see_the_same_picture():
+    records = [record_of(chain) for chain in CHAINS]
+    images = [[Image.fromarray(draw(s)) for s in chain.scenes] for chain in CHAINS]
+    careful, hasty = (
+        asyncio.run(judge().score(records, images)) for judge in (CarefulJudge, HastyJudge)
+    )
+    again = asyncio.run(CarefulJudge().score(records[:2], images[:2]))
+    assert torch.equal(careful["following"].score[:2], again["following"].score)
+    assert 0.2 < (careful["following"].score < 5).float().mean() < 0.8
+    assert (hasty["following"].score < 5).float().mean() < 0.1
+    assert (careful["strict"].score == 1).all()
