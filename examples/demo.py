@@ -1,4 +1,4 @@
-"""The demo: write the shapes world, then train its tiny editor with the trainer of FLUX.
+"""The demo: write the world of pictures, then train its tiny editor with the trainer of FLUX.
 
 python examples/demo.py --objective grpo --seed 1
 """
@@ -27,13 +27,13 @@ def main(
         Path | None, typer.Option(help="Folder of the run; default: runs/demo-OBJECTIVE-SEED.")
     ] = None,
 ) -> None:
-    """Train a tiny FLUX.1-Kontext to make three edits in a row: three minutes on two cores."""
+    """Train a tiny FLUX.1-Kontext to make three edits in a row: ten minutes on two cores."""
     from mteditflow_examples.flux.command_line import parse_or_exit
     from mteditflow_examples.flux.start import main as run_to_the_end
-    from mteditflow_examples.shapes.files import main as write_world
+    from mteditflow_examples.pictures.files import main as write_world
     from mteditflow_examples.train_flux import train
 
-    world = Path("runs", f"shapes-{seed}")
+    world = Path("runs", f"pictures-{seed}")
     given = {
         "model.path": world / "model",
         "data.chains": world / "train.jsonl",
@@ -42,7 +42,7 @@ def main(
         "output.folder": output or Path("runs", f"demo-{objective}-{seed}"),
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    config = parse_or_exit([f"shapes-{objective}", *words])
+    config = parse_or_exit([f"pictures-{objective}", *words])
     with refusing():
         require_folder("output.folder", config.output.folder)
         require_folder("runs", world)

@@ -101,9 +101,9 @@ def _pattern(material: str) -> Picture:
     """Return where the second color shows, 0 or 255, large."""
     y, x = np.mgrid[: SIZE * SCALE, : SIZE * SCALE] / SCALE
     if material == "striped":
-        where = (x + y) % 7 < 3
+        where = (x + y) % 10 < 5
     else:
-        where = np.hypot((x + 3) % 6 - 3, (y + 3) % 6 - 3) < 1.7
+        where = np.hypot(x % 8 - 4, y % 8 - 4) < 2.3
     return (255 * where).astype(np.uint8)
 
 
