@@ -13,9 +13,9 @@ from mteditflow_examples.findings import running
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import document, write_page
 from mteditflow_examples.findings.results import Results, chain_values, long_claims
-from mteditflow_examples.findings.running import FULL, LONG, SHORT, TURNS, Ablations, Form, Run
+from mteditflow_examples.findings.running import FULL, SHORT, Ablations, Form, Run
 from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER
-from mteditflow_examples.findings.study import UNTRAINED, Finding, Setting, Study
+from mteditflow_examples.findings.study import EIGHT, THREE, UNTRAINED, Finding, Setting, Study
 from mteditflow_examples.flux.config import dumped, name_of
 
 from mteditflow.evaluation import Evaluation
@@ -25,7 +25,7 @@ from tests.forked import forking
 from tests.loops import some
 
 
-def evaluation(seed, turns=TURNS, skill=0.5, rounds=0):
+def evaluation(seed, turns=THREE.turns, skill=0.5, rounds=0):
     generator = torch.Generator().manual_seed(seed)
     passed = torch.rand(40, turns, generator=generator) < skill
     kept = 0.9 + 0.1 * torch.rand(40, turns, generator=generator)
@@ -49,7 +49,10 @@ def results(seeds=3, better="", study=PAPER):
         ]
         for i, name in enumerate(study.settings)
     }
-    long = [Run(evaluation(s, LONG), evaluation(s + 50, LONG, 0.9), ()) for s in range(seeds)]
+    long = [
+        Run(evaluation(s, EIGHT.turns), evaluation(s + 50, EIGHT.turns, 0.9), ())
+        for s in range(seeds)
+    ]
     return Results(study, runs, long)
 
 
@@ -201,8 +204,8 @@ def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
     assert ablations.complete_seeds() == [3]
     run = ablations.result(judged, 3)
     assert (len(run.metrics), run.before.round, run.after.round) == (1, 0, 1)
-    assert run.before.turns == run.after.turns == TURNS  # whatever was trained
-    assert ablations.long(3).after.turns == LONG
+    assert run.before.turns == run.after.turns == THREE.turns  # whatever was trained
+    assert ablations.long(3).after.turns == EIGHT.turns
     assert run.before.chain_ids == run.after.chain_ids == ablations.result(base, 3).after.chain_ids
 
     monkeypatch.setattr(running.subprocess, "Popen", None)  # is there, so nothing runs
@@ -219,8 +222,8 @@ def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
 def test_models_are_loaded_by_one_thread_at_a_time(tmp_path, monkeypatch):
     inside, most = [], []
 
-    def evaluate(_, setting, seed, turns):
-        inside.append((setting, seed, turns))
+    def evaluate(_, setting, seed, held_out):
+        inside.append((setting, seed, held_out))
         time.sleep(0.02)
         most.append(len(inside))
         inside.pop()

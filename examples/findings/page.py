@@ -13,8 +13,8 @@ from mteditflow.training.report import PACKAGES
 
 from .figures import draw_finding, draw_long
 from .results import TITLES, Results, long_claims
-from .running import LONG, Ablations
-from .study import Claim, Finding
+from .running import Ablations
+from .study import EIGHT, Claim, Finding
 
 
 def write_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
@@ -150,8 +150,8 @@ def _long(results: Results, longer: Finding) -> list[str]:
         "",
         f"![Longer chains]({_picture(results, longer)})",
         "",
-        f"| mean over seeds, by turn | {' | '.join(map(str, range(1, LONG + 1)))} |",
-        f"|---|{'---|' * LONG}",
+        f"| mean over seeds, by turn | {' | '.join(map(str, range(1, EIGHT.turns + 1)))} |",
+        f"|---|{'---|' * EIGHT.turns}",
     ]
     lines += [f"| {name} | {' | '.join(f'{x:.1f}' for x in row)} |" for name, row in rows.items()]
     lines += ["", "**Seen.** After minus before, t-intervals over seeds:", ""]

@@ -28,10 +28,9 @@ from tqdm import tqdm
 from mteditflow.evaluation import Evaluation
 from mteditflow.training import Checkpoints, read_metrics
 
-from .study import BASE_RUN, Setting, Study, words_of
+from .study import BASE_RUN, EIGHT, THREE, HeldOut, Setting, Study, words_of
 
 SCRIPTS = Path(__file__).parents[1]
-TURNS, LONG = 3, 8  # of held-out chains
 PARSING = Lock()  # tyro's parser is not for several threads at once
 EVALUATING = Lock()  # while one thread loads a model, libraries change torch.nn.Module for all
 PLACES = {  # fields that say where files are
@@ -49,7 +48,7 @@ class Form:
     seeds: tuple[int, ...]
     rounds: int
     train: int  # chains
-    held_out: int  # chains of three turns, and as many of eight
+    held_out: int  # chains of each length
 
 
 FULL = Form((0, 1, 2), rounds=20, train=480, held_out=512)
@@ -113,22 +112,27 @@ class Ablations:
         pairs = [
             (setting, seed) for seed in self.form.seeds for setting in self.study.settings.values()
         ]
-        return [pair for pair in pairs if not self._after(*pair).exists()]
+        return [
+            pair
+            for pair in pairs
+            if not all(self._after(*pair, held_out).exists() for held_out in self.study.held_out)
+        ]
 
     def complete_seeds(self) -> list[int]:
         """Seeds with which every setting is done."""
         missing = {seed for _, seed in self.missing()}
         return [seed for seed in self.form.seeds if seed not in missing]
 
-    def result(self, setting: Setting, seed: int) -> Run:
+    def result(self, setting: Setting, seed: int, held_out: HeldOut = THREE) -> Run:
         """Read what came of a run that is done."""
-        before = self._before(seed, self._config(setting, seed).evaluation.steps)
+        before = self._before(seed, self._config(setting, seed).evaluation.steps, held_out)
+        after = self._after(setting, seed, held_out)
         metrics = read_metrics(self._run(setting, seed) / "metrics.jsonl")
-        return Run(Evaluation.read(before), Evaluation.read(self._after(setting, seed)), metrics)
+        return Run(Evaluation.read(before), Evaluation.read(after), metrics)
 
     def long(self, seed: int) -> Run:
         """Read what the base run made of longer chains."""
-        files = (self._before(seed, 4, LONG), self._after(self.study.base, seed, LONG))
+        files = (self._before(seed, 4, EIGHT), self._after(self.study.base, seed, EIGHT))
         return Run(*map(Evaluation.read, files), metrics=())
 
     def arguments(self, setting: Setting, seed: int) -> list[str]:
@@ -156,9 +160,10 @@ class Ablations:
         try:
             self._train(setting, seed)
             with EVALUATING:
-                self._evaluate(setting, seed, TURNS)
+                for held_out in self.study.held_out:
+                    self._evaluate(setting, seed, held_out)
                 if self.study.longer is not None and setting.name == self.study.base.name:
-                    self._evaluate(setting, seed, LONG)
+                    self._evaluate(setting, seed, EIGHT)
         except (OSError, RuntimeError, ValueError) as error:
             return f"{setting.name}, seed {seed}: {error}"
         return None
@@ -197,11 +202,11 @@ class Ablations:
             raise ValueError(f"{folder}: expected a run of {setting}, got another; remove it")
         return found.round
 
-    def _evaluate(self, setting: Setting, seed: int, turns: int) -> None:
+    def _evaluate(self, setting: Setting, seed: int, held_out: HeldOut) -> None:
         """Evaluate a run and the model as it came, unless it is done."""
         steps = self._config(setting, seed).evaluation.steps
-        world, chains = self._world(seed), self._chains(seed, turns)
-        before, after = self._before(seed, steps, turns), self._after(setting, seed, turns)
+        world, chains = self._world(seed), self._chains(seed, held_out)
+        before, after = self._before(seed, steps, held_out), self._after(setting, seed, held_out)
         common: dict[str, Any] = {"seed": seed, "steps": steps}
         evaluate = self.study.world.evaluate
         if not before.exists():
@@ -213,11 +218,14 @@ class Ablations:
 
     def _write_chains(self, seed: int) -> None:
         """Write the editor and the chains of a seed, unless they are there."""
-        for turns in (LONG, TURNS) if self.study.longer is not None else (TURNS,):
-            file = self._chains(seed, turns)
-            counts = (self.form.train if turns == TURNS else 1, self.form.held_out)
-            if not file.exists():  # what is written last
-                self.study.world.write(file.parent, seed=seed, counts=counts, turns=turns)
+        trained = self.study.train_turns
+        longer = () if self.study.longer is None else (EIGHT,)
+        lengths = {x.turns for x in (*self.study.held_out, *longer)} | {trained}
+        for turns in sorted(lengths, reverse=True):
+            folder = self._folder(seed, turns)
+            counts = (self.form.train if turns == trained else 1, self.form.held_out)
+            if not (folder / self.study.world.last).exists():
+                self.study.world.write(folder, seed=seed, counts=counts, turns=turns)
 
     def _config(self, setting: Setting, seed: int) -> Config:
         kind = Config if setting.script == Setting.script else DistillationConfig
@@ -225,19 +233,23 @@ class Ablations:
             return parse(self.arguments(setting, seed), kind)
 
     def _world(self, seed: int) -> Path:
-        return self._chains(seed, TURNS).parent
+        return self._folder(seed, self.study.train_turns)
 
-    def _chains(self, seed: int, turns: int) -> Path:
-        return self.folder / f"world-{seed}-turns-{turns}" / "held_out.jsonl"
+    def _folder(self, seed: int, turns: int) -> Path:
+        return self.folder / f"world-{seed}-turns-{turns}"
+
+    def _chains(self, seed: int, held_out: HeldOut) -> Path:
+        return self._folder(seed, held_out.turns) / held_out.file
 
     def _run(self, setting: Setting, seed: int) -> Path:
         return self.folder / f"{setting.name}-{seed}"
 
-    def _before(self, seed: int, steps: int, turns: int = TURNS) -> Path:
-        return self._chains(seed, turns).with_name(f"before-{steps}-steps.json")
+    def _before(self, seed: int, steps: int, held_out: HeldOut = THREE) -> Path:
+        kind = "no-change-" if held_out.no_change else ""
+        return self._folder(seed, held_out.turns) / f"before-{kind}{steps}-steps.json"
 
-    def _after(self, setting: Setting, seed: int, turns: int = TURNS) -> Path:
-        return self._run(setting, seed) / f"after-{turns}-turns.json"
+    def _after(self, setting: Setting, seed: int, held_out: HeldOut = THREE) -> Path:
+        return self._run(setting, seed) / f"after-{held_out.name}.json"
 
 
 def _without_places(config: Config) -> dict[str, Any]:

@@ -75,6 +75,32 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Held-out chains of one length.
+
+    Attributes:
+        turns: instructions of each.
+        no_change: whether every turn asks for no change.
+    """
+
+    turns: int
+    no_change: bool = False
+
+    @property
+    def name(self) -> str:
+        """Part of the names of files of evaluations."""
+        return f"{'no-change-' if self.no_change else ''}{self.turns}-turns"
+
+    @property
+    def file(self) -> str:
+        """File of chains in a world's folder."""
+        return "no_change.jsonl" if self.no_change else "held_out.jsonl"
+
+
+THREE, EIGHT = HeldOut(3), HeldOut(8)
+
+
+@dataclass(frozen=True)
 class Study:
     """Findings on one page.
 
@@ -87,6 +113,8 @@ class Study:
         longer: what the paper says of longer chains, and why it differs here; None: not looked at.
         seeds: seeds of a full study.
         world: embedded world that it trains in.
+        train_turns: instructions of the chains on disk that are trained on.
+        held_out: chains that every setting is evaluated on.
     """
 
     name: str
@@ -97,6 +125,8 @@ class Study:
     longer: Finding | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     world: World = SHAPES
+    train_turns: int = 3
+    held_out: tuple[HeldOut, ...] = (THREE,)
 
     @property
     def settings(self) -> dict[str, Setting]:

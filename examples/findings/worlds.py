@@ -33,12 +33,14 @@ class World:
         name: first part of the names of its presets.
         title: name in a page.
         write: writes its files.
+        last: file that is written last.
         evaluate: edits held-out chains and scores them exactly, as ``evaluate_held_out``.
     """
 
     name: str
     title: str
     write: Write
+    last: str
     evaluate: Callable[..., Evaluation]
 
 
@@ -47,16 +49,17 @@ def _write_shapes(folder: Path, *, seed: int, counts: tuple[int, int], turns: in
 
 
 def _write_pictures(folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
-    groups = (*counts, 1)
+    groups = (*counts, counts[1] // 4 or 1)
     pictures.write_world(
         folder, editor="careless", seed=seed, counts=groups, turns=turns, longest=turns
     )
 
 
-SHAPES = World("shapes", "the shapes world", _write_shapes, evaluate_held_out)
+SHAPES = World("shapes", "the shapes world", _write_shapes, "held_out.jsonl", evaluate_held_out)
 PICTURES = World(
     "pictures",
     "the world of pictures",
     _write_pictures,
+    "no_change.jsonl",
     partial(evaluate_held_out, size=SIZE, scorer=scoring.ExactRewards),
 )

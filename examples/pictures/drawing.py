@@ -100,10 +100,8 @@ def _at(pen: ImageDraw.ImageDraw, x: float, y: float, side: float) -> None:
 def _pattern(material: str) -> Picture:
     """Return where the second color shows, 0 or 255, large."""
     y, x = np.mgrid[: SIZE * SCALE, : SIZE * SCALE] / SCALE
-    if material == "striped":
-        where = (x + y) % 10 < 5
-    else:
-        where = np.hypot(x % 8 - 4, y % 8 - 4) < 2.3
+    stripes, dots = (x + y) % 10 < 5, np.hypot(x % 8 - 4, y % 8 - 4) < 2.3
+    where = stripes if material == "striped" else dots
     return (255 * where).astype(np.uint8)
 
 

@@ -18,13 +18,13 @@ from .drawing import draw, thing_mask
 from .scene import Chain
 
 CHANGED = 0.03  # difference in [0, 1] from which a pixel counts as changed
-LIKERT_STEPS = (0.8, 0.65, 0.5, 0.4)  # errors relative to doing nothing that earn 2, 3, 4, 5
+LIKERT_STEPS = (0.9, 0.75, 0.6, 0.5)  # errors relative to doing nothing that earn 2, 3, 4, 5
 NOTHING = 0.15  # largest error of doing nothing that counts: obvious edits must be precise, too
-RIGHT = 0.055  # error of a followed instruction, at most
+RIGHT = 0.08  # error of a followed instruction, at most
 CONSISTENT = 0.15  # error that makes consistency 0
 BLOCK = 8  # side of the blocks, pixels, each of which must be right for the whole to be
 LOOK = 9  # side of the square, pixels, whose mean color a lenient look sees
-STRICT = 0.12  # largest mean error of such a block
+STRICT = 0.15  # largest mean error of such a block
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Truth:
 
     Attributes:
         pictures: true pictures, the reference first, in [0, 1], float32 [N + 1, 3, H, W].
-        target: pixels that turn n is about, bool [N, H, W]; all where it asks for no change.
+        changed: pixels that turn n changes, bool [N, H, W]; all where it asks for no change.
+        target: pixels that turn n is about: changed, or of a thing that it names.
         kept: pixels that no turn up to n is about, bool [N, H, W].
     """
 
     pictures: Tensor
+    changed: Tensor
     target: Tensor
     kept: Tensor
 
@@ -45,23 +47,19 @@ class Truth:
     def of(cls, chain: Chain) -> Truth:
         """Draw the truth of a chain."""
         drawn = np.stack([draw(scene) for scene in chain.scenes]).transpose(0, 3, 1, 2) / 255.0
-        target = (np.abs(np.diff(drawn, axis=0)) > CHANGED).any(axis=1)
-        touched = target.copy()
+        changed = (np.abs(np.diff(drawn, axis=0)) > CHANGED).any(axis=1)
+        touched, target = changed.copy(), changed.copy()
         for n, edit in enumerate(chain.edits):
             for scene, mask in ((chain.scenes[n], touched[n]), (edit.result, target[n])):
                 for thing in scene.things:
                     if thing.kind in edit.kinds:
                         mask |= thing_mask(thing)
+            touched[n] |= target[n]
             if edit.task_type is None:
-                target[n] = True
-        touched = np.logical_or.accumulate(_grown(touched | (target & _asks(chain))), axis=0)
+                changed[n] = target[n] = True
+        kept = ~np.logical_or.accumulate(_grown(touched), axis=0)
         pictures = torch.from_numpy(drawn.astype(np.float32))
-        return cls(pictures, torch.from_numpy(target), torch.from_numpy(~touched))
-
-
-def _asks(chain: Chain) -> np.ndarray:
-    """Turns that ask for a change, bool [N, 1, 1]."""
-    return np.array([edit.task_type is not None for edit in chain.edits])[:, None, None]
+        return cls(pictures, *(torch.from_numpy(mask) for mask in (changed, target, kept)))
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
@@ -174,13 +172,13 @@ def _errors(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _likert(error: Tensor, truth: Truth, count: int) -> Tensor:
-    """Score 1..5 by the error of the target beside that of doing nothing, [N]."""
-    target = truth.target[:count]
-    own = _mean(error, target)
-    idle = _mean(_errors(truth.pictures[1 : count + 1], truth.pictures[:count]), target)
+    """Score 1..5 by the error of what changes beside that of doing nothing, [N]."""
+    changed = truth.changed[:count]
+    idle = _mean(_errors(truth.pictures[1 : count + 1], truth.pictures[:count]), changed)
     idle = torch.where(idle > 0, idle.clamp(max=NOTHING), NOTHING)
-    points = 1.0 + sum(((own / idle) < step).float() for step in LIKERT_STEPS)
-    return torch.where((points == 5) & (own > RIGHT), 4.0, points)
+    share = _mean(error, changed) / idle
+    points = 1.0 + sum((share < step).float() for step in LIKERT_STEPS)
+    return torch.where((points == 5) & (_mean(error, truth.target[:count]) > RIGHT), 4.0, points)
 
 
 def _consistency(error: Tensor) -> Tensor:

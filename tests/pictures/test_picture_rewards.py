@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_wear_is_the_shift_of_what_must_not_change():
     shift = torch.tensor([0.01, 0.02, 0.04])[:, None, None, None]
     picture = drawn(chain.scenes[1:]) * 0.9
     truth = Truth.of(chain)
-    darker = Truth(truth.pictures * 0.9, truth.target, truth.kept)
+    darker = replace(truth, pictures=truth.pictures * 0.9)
     exact = score(picture + shift, darker)
     assert exact.wear == pytest.approx(torch.tensor([0.01, 0.02, 0.04]), abs=1e-6)
     assert exact.consistency == pytest.approx(1 - exact.wear / 0.15, abs=1e-6)
@@ -105,11 +106,14 @@ def test_scores_agree_with_a_loop_in_float64():
     truth = Truth.of(chain)
     for n in range(4):
         before, after = (draw(chain.scenes[k]) / 255 for k in (n, n + 1))
-        own = idle = count = worn = kept = 0.0
+        own = idle = count = worn = kept = off = about = 0.0
         for y in range(64):
             for x in range(64):
                 error = abs(made[n, y, x] - after[y, x]).mean()
                 if truth.target[n, y, x]:
+                    off += error
+                    about += 1
+                if truth.changed[n, y, x]:
                     own += error
                     idle += abs(before[y, x] - after[y, x]).mean()
                     count += 1
@@ -117,8 +121,8 @@ def test_scores_agree_with_a_loop_in_float64():
                     worn += error
                     kept += 1
         share = (own / count) / min(idle / count, 0.15)
-        points = 1 + sum(share < step for step in (0.8, 0.65, 0.5, 0.4))
-        assert scores.following[n] == (4 if points == 5 and own / count > RIGHT else points)
+        points = 1 + sum(share < step for step in (0.9, 0.75, 0.6, 0.5))
+        assert scores.following[n] == (4 if points == 5 and off / about > RIGHT else points)
         assert float(scores.wear[n]) == pytest.approx(worn / kept, rel=1e-5)
 
 
