@@ -12,6 +12,7 @@ from torch import Tensor
 from mteditflow.chains import Chain
 from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation
 from mteditflow.evaluation.intervals import interval_of, without_width
+from mteditflow.evaluation.long_chains import survival_differences
 from mteditflow.evaluation.provenance import require_same_judge
 from mteditflow.evaluation.report import Report, in_words, lost_chains
 from mteditflow.evaluation.tabulation import Numbers, at_ends
@@ -299,7 +300,10 @@ def report_difference(
         left_out=dict(left_out),
         lost=lost_chains(after) | lost_chains(before),
         unmeasured={name: max(x.get(name, 0) for x in gaps) for name in gaps[0] | gaps[1]},
-        estimates=tuple(in_words(numbers.places, interval, numbers.counts(first))),
+        estimates=(
+            *in_words(numbers.places, interval, numbers.counts(first)),
+            *in_words(*survival_differences(first, second)),
+        ),
         notes=("Paired differences, the second minus the first.", *_judges(before, after)),
         sources=(before.provenance, after.provenance),
     )

@@ -128,8 +128,6 @@ class Evaluation:
     def _check_scale(self) -> None:
         """Raise ValueError unless scores and threshold are those of the judge's scale."""
         check_consistency(self.terms, self.provenance.judged_by.consistency_range)
-        for name in {DESTROYED, WEAR} & set(self.terms):
-            check_range(name, self.terms[name].score, *SHARE, whole=name == DESTROYED)
         scale = self.provenance.judged_by.scale
         if scale is None:
             return
@@ -366,7 +364,7 @@ class Evaluation:
 
 
 def check_consistency(terms: Mapping[str, TurnScores], bounds: tuple[float, float]) -> None:
-    """Raise unless consistency and its parts, where they are given, lie in their range.
+    """Raise unless consistency, its parts, wear and destroyed, where given, lie in their range.
 
     Raises:
         ValueError: a score lies outside; the message names the term and shows the values seen.
@@ -374,6 +372,9 @@ def check_consistency(terms: Mapping[str, TurnScores], bounds: tuple[float, floa
     for name in (CONSISTENCY, *PARTS):
         if name in terms:
             check_range(name, terms[name].score, *bounds, slack=ROUNDING)
+    for name in (DESTROYED, WEAR):
+        if name in terms:
+            check_range(name, terms[name].score, *SHARE, whole=name == DESTROYED)
 
 
 def outcomes(success: Tensor, judged: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

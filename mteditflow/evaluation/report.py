@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 from mteditflow.chains import TASK_TYPES, Chain
 from mteditflow.evaluation.evaluation import CONSISTENCY, PARTS, Evaluation
+from mteditflow.evaluation.long_chains import survival_numbers
 from mteditflow.evaluation.provenance import Provenance
-from mteditflow.evaluation.tabulation import Numbers, Place
+from mteditflow.evaluation.tabulation import SURVIVAL, SURVIVED, Numbers, Place
 from mteditflow.metrics import FEW_CASES, Interval
 
 
@@ -26,19 +27,21 @@ class Estimate(BaseModel):
     """One number of a report; ``None`` where there is nothing to compute it from.
 
     Attributes:
-        metric: its name; the first four and the per-sample average are in percent.
+        metric: its name. IF, Marginal, CC, Overall, the per-sample average, "collapse" (CR) and
+            "survival" (Kaplan-Meier) are in percent, "turns_survived" in turns, a term in its unit.
         edit_type: whose turns it is of; None for all.
         turn: from 1 on; "drop" is turn 1 minus turn N over the chains that have both (for Overall
             the difference of the two numbers), None where N is 1; "all" is the mean over all turns
-            of a type.
+            of a type; "mean" and "median" are those of the turns survived.
         estimate: the value.
         low: of the 95% interval over chains: Wilson's for a share of one outcome per chain,
-            Newcombe's for a paired difference of two, a bootstrap for the others, or what
+            Newcombe's for a paired difference of two, Greenwood's for survival and turns survived,
+            a bootstrap for the others, or what
             ``evaluation.intervals`` puts in its place where all chains are alike. None beside an
             estimate: all chains are alike, and the range of the scores is not known.
         high: likewise.
         count: chains it is a mean over; for an edit type turns. For Overall the smaller of its two
-            denominators.
+            denominators, for survival the chains at risk at that turn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -101,8 +104,14 @@ class Report(BaseModel):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics, in order."""
-        return tuple(dict.fromkeys(x.metric for x in self.estimates))
+        """Names of the metrics that have a number at each turn and a fall, in order."""
+        names = dict.fromkeys(x.metric for x in self.estimates)
+        return tuple(name for name in names if name not in (SURVIVAL, SURVIVED))
+
+    @property
+    def has_survival(self) -> bool:
+        """Whether it has survival and turns survived; reports of older versions do not."""
+        return any(x.metric == SURVIVED for x in self.estimates)
 
     @property
     def edit_types(self) -> tuple[str, ...]:
@@ -165,7 +174,10 @@ def report_of(
         left_out=dict(left_out),
         lost=lost_chains(evaluation),
         unmeasured=evaluation.unmeasured,
-        estimates=tuple(in_words(numbers.places, interval, numbers.counts(samples))),
+        estimates=(
+            *in_words(numbers.places, interval, numbers.counts(samples)),
+            *in_words(*survival_numbers(*samples[:2])),
+        ),
         notes=tuple(_notes(evaluation, numbers.edit_types)),
         sources=(evaluation.provenance,),
         checks={} if ways is None else _checks(chains, ways, evaluation.judged.tolist()),

@@ -22,7 +22,11 @@ from mteditflow.metrics import (
 )
 
 DROP, ALL = "drop", "all"  # from turn 1 to N; all turns of an edit type
+SURVIVAL, SURVIVED = "survival", "turns_survived"  # Kaplan-Meier, in percent; a number of turns
+MEAN, MEDIAN = "mean", "median"  # of the turns survived
 BY_TYPE = METRICS[:2]  # IF and Marginal
+TURNS_SHOWN = (1, 3, 5, 8, 10, 15, 20)  # of many turns
+FEW_TURNS = 8  # of which all are shown
 ENDS = [0, -1]  # the first turn and the last
 
 
@@ -32,6 +36,18 @@ class Place(NamedTuple):
     metric: str
     edit_type: str | None
     turn: int | str
+
+
+def turns_shown(turns: int) -> list[int]:
+    """Choose the turns that tables show: all up to 8, else 1, 3, 5, 8, 10, 15, 20, 30, ..., N.
+
+    Example:
+        >>> turns_shown(3), turns_shown(12)
+        ([1, 2, 3], [1, 3, 5, 8, 10, 12])
+    """
+    if turns <= FEW_TURNS:
+        return list(range(1, turns + 1))
+    return sorted({x for x in (*TURNS_SHOWN, *range(30, turns, 10)) if x < turns} | {turns})
 
 
 class Numbers:
