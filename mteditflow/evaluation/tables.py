@@ -97,7 +97,8 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
         rows.insert(1, [TITLES[SURVIVAL], *cells, _counts(found)])
     turns = [f"turn {turn}" for turn in steps]
     fall = [f"drop 1 to {report.turns}"] * several
-    tables = [Grid("All chains", ["", *turns, *fall, "chains"], rows)]
+    cut = f", some of {report.turns} turns" * (len(steps) < report.turns)
+    tables = [Grid(f"All chains{cut}", ["", *turns, *fall, "chains"], rows)]
     if report.has_survival and several:
         found = [report.find(SURVIVED, name) for name in (MEAN, MEDIAN)]
         row = ["turns survived", *(_cell(x, digits) for x in found), _counts(found)]

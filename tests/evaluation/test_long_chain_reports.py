@@ -178,6 +178,7 @@ def long():
 def test_of_twenty_turns_tables_show_a_few_and_files_all(long):
     table, turns, *by_type = grids(long[0])
     expected = [f"turn {k}" for k in (1, 3, 5, 8, 10, 15, 20)]
+    assert table.title == "All chains, some of 20 turns"
     assert table.head == ["", *expected, "drop 1 to 20", "chains"]
     assert turns.title == "Turns before the first failure, of 20"
     assert [name.head[1:8] for name in by_type] == [expected] * 2
