@@ -130,6 +130,13 @@ def run(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
+    destroyed_below: Annotated[
+        float | None,
+        typer.Option(
+            help="Consistency with the original below which a turn is destroyed, for the collapse "
+            "rate CR. Default: none, so no CR unless the scorer flags destroyed turns."
+        ),
+    ] = None,
     max_invalid: Annotated[
         float, typer.Option(min=0, max=1, help="Share left out or lost that is an error.")
     ] = 0.2,
@@ -137,7 +144,7 @@ def run(
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
     with refusing_options(), ExitStack() as stack:
-        asks = Asks(checks == "edival", detector, ocr, preference)
+        asks = Asks(checks == "edival", detector, ocr, preference, destroyed_below)
         if (editor is None) == (images is None):
             raise ValueError("expected either --editor or --images")
         if images is not None:

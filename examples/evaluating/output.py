@@ -14,7 +14,7 @@ from mteditflow._files import naming, write_atomically
 from mteditflow._pipes import reader_may_leave
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.chains.record import first_error
-from mteditflow.evaluation import Evaluation, Provenance, Report, draw_report
+from mteditflow.evaluation import Evaluation, Provenance, Report, draw_report, draw_survival
 from mteditflow.evaluation.figures import chart_files
 from mteditflow.evaluation.gallery import Series, gallery
 from mteditflow.evaluation.tables import (
@@ -155,13 +155,20 @@ def report_files(
     chains: Sequence[Chain],
     rows: Sequence[int],
 ) -> dict[str, bytes]:
-    """Return the report as JSON, CSV, Markdown, chart and gallery, by the names of the files."""
+    """Return the report as JSON, CSV, Markdown, charts and gallery, by the names of the files.
+
+    Survival is left out where a report is of a version without it.
+    """
     page = gallery(series, chains, rows, title=report.title)  # may miss an image: first
+    charts, pictures = chart_files(draw_report(*drawn), "report"), ["report.png"]
+    if all(each.has_survival for each in drawn):
+        charts |= chart_files(draw_survival(*drawn), "survival")
+        pictures.append("survival.png")
     return {
-        **chart_files(draw_report(*drawn), "report"),
+        **charts,
         "gallery.html": page.encode(),
         "report.csv": as_csv(report).encode(),
-        "report.md": markdown(report, pictures=["report.png"]).encode(),
+        "report.md": markdown(report, pictures=pictures).encode(),
         REPORT: report.model_dump_json(indent=1).encode(),
     }
 

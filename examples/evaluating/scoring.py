@@ -12,6 +12,7 @@ from itertools import chain as joined
 from pathlib import Path
 from typing import NamedTuple
 
+import anyio.to_thread
 import torch
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import (
@@ -24,8 +25,8 @@ from mteditflow_examples.flux.rewards import (
 from mteditflow_examples.flux.scorers import Scorer
 from PIL.Image import Image
 
-from mteditflow.chains import Chain, ChainError
-from mteditflow.evaluation import Evaluation, MadeBy, Provenance
+from mteditflow.chains import NO_CHANGE, Chain, ChainError
+from mteditflow.evaluation import Evaluation, MadeBy, Provenance, destroyed_below, no_change_wear
 from mteditflow.evaluation.benchmarks import EdiValJudge, TextReader
 from mteditflow.evaluation.benchmarks.edival import SINGLE_QUESTION, questions_version
 from mteditflow.rewards import (
@@ -36,9 +37,11 @@ from mteditflow.rewards import (
     TurnScores,
 )
 from mteditflow.rewards.command_line import check_source
+from mteditflow.rewards.scale import COSINE, SHARE
 
 from .images import MadeImages, no_images
 
+DESTROYED_BELOW = "--destroyed-below"
 PART = 32  # chains whose images are in memory at once, and as many that wait
 
 
@@ -91,12 +94,15 @@ class Asks(NamedTuple):
         detector: Grounding DINO for these checks, path or hub id.
         ocr: whether rapidocr reads the text of text edits, in place of the judge.
         preference: hub id of a preference model.
+        destroyed_below: consistency with the original below which a turn counts as destroyed; None
+            leaves collapse unmeasured, unless the scorer flags destroyed turns.
     """
 
     by_type: bool
     detector: str | None
     ocr: bool
     preference: str | None
+    destroyed_below: float | None
 
     def check(self, config: Rewards) -> None:
         """Refuse what does not go together, or cannot be used, before anything is loaded.
@@ -117,6 +123,15 @@ class Asks(NamedTuple):
         for name, source in (("--detector", self.detector), ("--preference", self.preference)):
             if source is not None:
                 check_source(name, source, "config.json")
+        if self.destroyed_below is not None:
+            if config.scorer is None and not config.consistency:
+                raise ValueError(f"{DESTROYED_BELOW}: expected --consistency or --scorer with it")
+            low, high = SHARE if config.terms == "l1" else COSINE
+            if not low <= self.destroyed_below <= high:
+                raise ValueError(
+                    f"{DESTROYED_BELOW}: expected a consistency in {low:g}..{high:g}, got "
+                    f"{self.destroyed_below:g}"
+                )
         check_services(config)
 
     def provenance(self, config: Rewards, made_by: MadeBy) -> Provenance:
@@ -126,7 +141,8 @@ class Asks(NamedTuple):
             reader = f"rapidocr {version('rapidocr')}" if self.ocr else None
             changes = {"checks": "edival", "detector": self.detector, "text_reader": reader}
             judge = judge.model_copy(update=changes | {"prompt": questions_version()})
-        judge = judge.model_copy(update={"preference": self.preference})
+        beside = {"preference": self.preference, "destroyed_below": self.destroyed_below}
+        judge = judge.model_copy(update=beside)
         return Provenance(judged_by=judge, made_by=made_by)
 
     def load_checks(self, device: torch.device) -> Checks | None:
@@ -155,6 +171,22 @@ class Scored(NamedTuple):
     evaluation: Evaluation
     ways: list[tuple[str, ...]]
     left_out: dict[str, str]
+
+
+class WithWear:
+    """A scorer, and beside it the wear of turns that ask for no change, unless it measures wear."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+
+    async def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> Mapping[str, TurnScores]:
+        """See ``Scorer``."""
+        found = await self._scorer.score(chains, images)
+        if "wear" in found:
+            return found
+        return {**found, "wear": await anyio.to_thread.run_sync(no_change_wear, chains, images)}
 
 
 class WithPreference:
@@ -216,7 +248,9 @@ def score_chains(
 
     with ExitStack() as stack:
         own = _scorer(config, asks, cache, device, stack)
-        scorer = own
+        scorer: Scorer = own
+        if any((chain.task_types or ("",))[0] == NO_CHANGE for chain in chains):
+            scorer = WithWear(scorer)
         if asks.preference is not None:
             scorer = WithPreference(scorer, asks.preference, device)
         background = stack.enter_context(Background())
@@ -230,7 +264,8 @@ def score_chains(
     ways = own.ways if isinstance(own, ByType) else {}
     otherwise = config.scorer or SINGLE_QUESTION
     told = [ways.get(chain.id, (otherwise,) * chain.turns) for chain in scored]
-    return Scored(_evaluation(config, scored, found), told, left_out)
+    evaluation = _evaluation(config, scored, found, asks.destroyed_below)
+    return Scored(evaluation, told, left_out)
 
 
 def _scorer(
@@ -261,10 +296,25 @@ def _readable(
 
 
 def _evaluation(
-    config: Rewards, chains: Sequence[Chain], parts: Sequence[Mapping[str, TurnScores]]
+    config: Rewards,
+    chains: Sequence[Chain],
+    parts: Sequence[Mapping[str, TurnScores]],
+    threshold: float | None,
 ) -> Evaluation:
-    """Join the scores of all parts; the provenance is the caller's to add."""
+    """Join the scores of all parts, and flag destroyed turns; the caller adds the provenance.
+
+    Raises:
+        ValueError: destroyed turns are asked for, and there is no consistency to tell them by, or
+            the scorer flags them itself.
+    """
     terms = {name: TurnScores.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if threshold is not None:
+        if "consistency" not in terms or "destroyed" in terms:
+            raise ValueError(
+                f"{DESTROYED_BELOW}: expected a term 'consistency' and none of the name "
+                f"'destroyed', got the terms {sorted(terms)}"
+            )
+        terms["destroyed"] = destroyed_below(terms["consistency"], threshold)
     return Evaluation(
         round=0,
         chain_ids=[chain.id for chain in chains],

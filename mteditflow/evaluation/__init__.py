@@ -18,7 +18,8 @@ if TYPE_CHECKING:
         report_difference,
     )
     from mteditflow.evaluation.evaluation import Evaluation
-    from mteditflow.evaluation.figures import draw_report
+    from mteditflow.evaluation.figures import draw_report, draw_survival
+    from mteditflow.evaluation.long_chains import destroyed_below, no_change_wear
     from mteditflow.evaluation.ocr import RapidOcr
     from mteditflow.evaluation.preference import PickScore, Preference
     from mteditflow.evaluation.provenance import JudgedBy, MadeBy, Provenance
@@ -38,8 +39,11 @@ else:
             "RapidOcr": ".ocr",
             "Report": ".report",
             "compare": ".comparison",
+            "destroyed_below": ".long_chains",
             "draw_report": ".figures",
+            "draw_survival": ".figures",
             "most_changed": ".comparison",
+            "no_change_wear": ".long_chains",
             "report_difference": ".comparison",
             "report_of": ".report",
         },
@@ -58,8 +62,11 @@ __all__ = [
     "RapidOcr",
     "Report",
     "compare",
+    "destroyed_below",
     "draw_report",
+    "draw_survival",
     "most_changed",
+    "no_change_wear",
     "report_difference",
     "report_of",
 ]

@@ -15,11 +15,21 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import AutoLocator
 from PIL import Image
 
 from mteditflow._checks import check_choice
 from mteditflow._files import write_all_atomically, write_atomically
-from mteditflow.evaluation.report import ALL, Report
+from mteditflow.evaluation.intervals import COLLAPSE, METRICS, WEAR
+from mteditflow.evaluation.report import Report
+from mteditflow.evaluation.tabulation import (
+    ALL,
+    FEW_TURNS,
+    MEAN,
+    SURVIVAL,
+    SURVIVED,
+    turns_shown,
+)
 from mteditflow.metrics import FEW_CASES
 
 INK, SOFT, FAINT = "#1f2933", "#6b7684", "#c9d0d8"
@@ -175,6 +185,9 @@ def _bars(axes: Any, report: Report) -> None:
     there = {name: how for name, how in BARS.items() if name in report.metrics}
     width, turns = 0.8 / len(there), range(1, report.turns + 1)
     for i, (metric, (label, color)) in enumerate(there.items()):
+        if report.turns > FEW_TURNS:  # so many bars would be needles
+            _curve(axes, report, metric, label, color)
+            continue
         places = [turn + (i - (len(there) - 1) / 2) * width for turn in turns]
         values, errors = _values(report, metric, turns)
         style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
@@ -183,13 +196,73 @@ def _bars(axes: Any, report: Report) -> None:
     legend_below(axes, columns=3)
 
 
+def _curve(axes: Any, report: Report, metric: str, label: str, color: str) -> None:
+    """Draw a metric over turns as a line with the band of its interval."""
+    turns = range(1, report.turns + 1)
+    values, (below, above) = _values(report, metric, turns)
+    ends = zip(values, below, above, strict=True)
+    low, high = zip(*((v - under, v + over) for v, under, over in ends), strict=True)
+    axes.fill_between(turns, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(turns, values, color=color, label=label, marker="o", markersize=3.5)
+
+
+def draw_survival(*reports: Report) -> Figure:
+    """Draw the share of chains that survive each turn, and CR and wear where a report has them.
+
+    Survival is the Kaplan-Meier estimate with Greenwood's interval: IF where no turn was lost.
+
+    Args:
+        *reports: one or more, each a line; of any number of turns.
+
+    Raises:
+        ValueError: there is no report, or one of an older version, without survival.
+    """
+    if not reports or not all(report.has_survival for report in reports):
+        raise ValueError("reports: expected one or more with survival, got one without, or none")
+    panels = {SURVIVAL: "Survival: no failure so far, %", COLLAPSE: "Collapsed so far (CR), %"}
+    panels |= {WEAR: "Wear: distance to the original"}
+    shown = [name for name in panels if all(_has(report, name) for report in reports)]
+    with house_style():
+        size = (5.4 * len(shown), 4.4)
+        figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+        grid = figure.subplots(1, len(shown), squeeze=False).flatten()
+        for axes, metric in zip(grid, shown, strict=True):
+            colors = [BLUE] if len(reports) == 1 else LINES
+            for i, report in enumerate(reports):
+                _curve(axes, report, metric, _survived(report), colors[i % len(colors)])
+            turns = range(1, max(report.turns for report in reports) + 1)
+            _finish(axes, panels[metric], turns, reports, metrics=(metric,))
+            if metric == WEAR:  # no percent
+                axes.yaxis.set_major_locator(AutoLocator())
+                axes.autoscale(axis="y")
+                axes.set_ylim(bottom=0)
+        legend_below(grid[0], columns=1)
+        figure.canvas.draw()  # lays out while the fonts of the house are set
+    return figure
+
+
+def _has(report: Report, metric: str) -> bool:
+    """Whether a report has a number of a metric at some turn."""
+    return any(x.metric == metric and x.estimate is not None for x in report.estimates)
+
+
+def _survived(report: Report) -> str:
+    """Name a report with its mean number of turns survived."""
+    mean = report.find(SURVIVED, MEAN).estimate
+    return report.title if mean is None else f"{report.title}: {mean:.2f} turns on average"
+
+
 def _lines(axes: Any, reports: Sequence[Report]) -> None:
     colors = [PURPLE] if len(reports) == 1 else LINES
     for i, report in enumerate(reports):
-        turns = range(1, report.turns + 1)
+        turns, color = range(1, report.turns + 1), colors[i % len(colors)]
+        if report.turns > FEW_TURNS:
+            _curve(axes, report, "marginal", report.title, color)
+            continue
         values, errors = _values(report, "marginal", turns)
-        style = {"color": colors[i % len(colors)], "capsize": 3, "marker": "o"}
+        style = {"color": color, "capsize": 3, "marker": "o"}
         axes.errorbar(turns, values, yerr=errors, label=report.title, **style)
+    turns = range(1, max(report.turns for report in reports) + 1)
     _finish(axes, "Marginal: this turn alone, %", turns, reports)
     if len(reports) > 1:
         legend_below(axes, columns=1)  # their titles may be long
@@ -222,11 +295,19 @@ def _values(
     return values, [below, [max(high - v, 0) for v, high in zip(values, highs, strict=True)]]
 
 
-def _finish(axes: Any, title: str, turns: Sequence[int], reports: Sequence[Report]) -> None:
-    few = any(x.few for report in reports for x in report.estimates if x.edit_type is None)
+def _finish(
+    axes: Any,
+    title: str,
+    turns: Sequence[int],
+    reports: Sequence[Report],
+    *,
+    metrics: Sequence[str] = METRICS,
+) -> None:
+    of_all = (x for report in reports for x in report.estimates if x.edit_type is None)
+    few = any(x.few for x in of_all if x.metric in metrics)
     label = f"turn (some over fewer than {FEW_CASES} chains)" if few else "turn"
     axes.set(title=title, xlabel=label, ylim=(0, 105))
-    axes.set_xticks(list(turns))
+    axes.set_xticks(turns_shown(len(turns)))
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

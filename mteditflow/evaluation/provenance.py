@@ -49,6 +49,7 @@ class JudgedBy(BaseModel):
             scorer what it declares as ``consistency_terms``.
         pairing: which image a turn's image is compared with.
         preference: model of human preference.
+        destroyed_below: consistency below which a turn counts as destroyed.
 
     Example:
         >>> JudgedBy(judge="a", scope="turn").differences(JudgedBy(judge="b", scope="turn"))
@@ -73,6 +74,7 @@ class JudgedBy(BaseModel):
     terms: str | None = None
     pairing: str | None = None
     preference: str | None = None
+    destroyed_below: float | None = None
 
     @property
     def known(self) -> bool:

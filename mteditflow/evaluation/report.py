@@ -11,55 +11,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from mteditflow.chains import TASK_TYPES, Chain
-from mteditflow.evaluation.evaluation import CONSISTENCY, PARTS, Evaluation, outcomes
-from mteditflow.evaluation.intervals import METRICS, OVERALL, interval_of
+from mteditflow.evaluation.evaluation import CONSISTENCY, PARTS, Evaluation
+from mteditflow.evaluation.long_chains import survival_numbers
 from mteditflow.evaluation.provenance import Provenance
-from mteditflow.metrics import (
-    FEW_CASES,
-    Interval,
-    interval_difference,
-    paired_difference_interval,
-    wilson_interval,
-)
-
-DROP, ALL = "drop", "all"  # from turn 1 to N; all turns of an edit type
-BY_TYPE = METRICS[:2]  # IF and Marginal
-ENDS = [0, -1]  # the first turn and the last
-
-
-class Place(NamedTuple):
-    """Name of a number: metric, edit type (None: all chains), and turn from 1 on."""
-
-    metric: str
-    edit_type: str | None
-    turn: int | str
+from mteditflow.evaluation.tabulation import SURVIVAL, SURVIVED, Numbers, Place
+from mteditflow.metrics import FEW_CASES, Interval
 
 
 class Estimate(BaseModel):
     """One number of a report; ``None`` where there is nothing to compute it from.
 
     Attributes:
-        metric: its name; the first four and the per-sample average are in percent.
+        metric: its name. IF, Marginal, CC, Overall, the per-sample average, "collapse" (CR) and
+            "survival" (Kaplan-Meier) are in percent, "turns_survived" in turns, a term in its unit.
         edit_type: whose turns it is of; None for all.
         turn: from 1 on; "drop" is turn 1 minus turn N over the chains that have both (for Overall
             the difference of the two numbers), None where N is 1; "all" is the mean over all turns
-            of a type.
+            of a type; "mean" and "median" are those of the turns survived.
         estimate: the value.
         low: of the 95% interval over chains: Wilson's for a share of one outcome per chain,
-            Newcombe's for a paired difference of two, a bootstrap for the others, or what
+            Newcombe's for a paired difference of two, Greenwood's for survival and turns survived,
+            a bootstrap for the others, or what
             ``evaluation.intervals`` puts in its place where all chains are alike. None beside an
             estimate: all chains are alike, and the range of the scores is not known.
         high: likewise.
         count: chains it is a mean over; for an edit type turns. For Overall the smaller of its two
-            denominators.
+            denominators, for survival the chains at risk at that turn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -122,8 +104,14 @@ class Report(BaseModel):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics, in order."""
-        return tuple(dict.fromkeys(x.metric for x in self.estimates))
+        """Names of the metrics that have a number at each turn and a fall, in order."""
+        names = dict.fromkeys(x.metric for x in self.estimates)
+        return tuple(name for name in names if name not in (SURVIVAL, SURVIVED))
+
+    @property
+    def has_survival(self) -> bool:
+        """Whether it has survival and turns survived; reports of older versions do not."""
+        return any(x.metric == SURVIVED for x in self.estimates)
 
     @property
     def edit_types(self) -> tuple[str, ...]:
@@ -186,7 +174,10 @@ def report_of(
         left_out=dict(left_out),
         lost=lost_chains(evaluation),
         unmeasured=evaluation.unmeasured,
-        estimates=tuple(in_words(numbers.places, interval, numbers.counts(samples))),
+        estimates=(
+            *in_words(numbers.places, interval, numbers.counts(samples)),
+            *in_words(*survival_numbers(*samples[:2])),
+        ),
         notes=tuple(_notes(evaluation, numbers.edit_types)),
         sources=(evaluation.provenance,),
         checks={} if ways is None else _checks(chains, ways, evaluation.judged.tolist()),
@@ -244,204 +235,3 @@ def lost_chains(evaluation: Evaluation) -> dict[str, str]:
         for (c, n), why in sorted(term.lost.items()):
             lost.setdefault(evaluation.chain_ids[c], f"{name} at turn {n + 1}: {why}")
     return lost
-
-
-class Numbers:
-    """All numbers of an evaluation as one vector, for a bootstrap over its chains.
-
-    Attributes:
-        edit_types: those that occur.
-        places: which number stands where.
-    """
-
-    def __init__(self, evaluation: Evaluation, chains: Sequence[Chain]) -> None:
-        if [chain.id for chain in chains] != list(evaluation.chain_ids):
-            raise ValueError("chains: expected those of the evaluation in its order, got others")
-        self._evaluation, turns = evaluation, evaluation.turns
-        named = {name for chain in chains for name in chain.task_types or ()}
-        self.edit_types = tuple(name for name in TASK_TYPES if name in named)
-        steps: list[int | str] = list(range(1, turns + 1))
-        self.places = [
-            *(Place(x, None, turn) for x in evaluation.names for turn in [*steps, DROP]),
-            *(Place(x, k, t) for k in self.edit_types for x in BY_TYPE for t in [*steps, ALL]),
-        ]
-        self._types = torch.full(
-            (len(chains), turns), -1, dtype=torch.int64, device="cpu"
-        )  # index of each turn's type
-        for c, chain in enumerate(chains):
-            for n, name in enumerate(chain.task_types or ()):
-                self._types[c, n] = self.edit_types.index(name)
-
-    def values(self, types: Tensor, *samples: Tensor) -> Tensor:
-        """Compute all numbers of some chains, in the order of ``places``."""
-        metrics = self._evaluation.per_turn(*samples)
-        metrics = torch.cat([metrics, self._drops(metrics, *samples)[:, None]], dim=1)
-        shares = []
-        for outcome, counted in self._by_type(types, *samples[:2]):
-            of_type, turns = (_with_sum(x.sum(dim=1)) for x in (outcome & counted, counted))
-            shares.append(100 * of_type / turns)
-        return torch.cat([metrics.flatten(), torch.stack(shares, dim=1).flatten()])
-
-    def interval(self, samples: tuple[Tensor, ...]) -> Interval:
-        """Compute all numbers with their 95% intervals, in the order of ``places``."""
-        found = torch.stack(interval_of(self.values, (self._types, *samples)))
-        self._mend_levels(found, samples)
-        return Interval(*found)
-
-    def _mend_levels(self, found: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
-        """Put in the intervals of shares, and those of numbers without spread.
-
-        Returns:
-            Where Overall is at an edge, and where its fall is one between such: [N + 1].
-        """
-        table, by_type = self._tables(found)
-        for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
-            table[1:, i, :-1] = _ends(_share(outcome, counted))
-            table[1:, i, -1:] = _ends(_fall(outcome, counted))
-        for i, (outcome, counted) in enumerate(self._by_type(self._types, *samples[:2])):
-            by_type[1:, :, i, :-1] = _ends(_share(outcome, counted, dim=1))
-            pooled = by_type[..., i, -1]
-            _widen(pooled, _share_of_chains(pooled[0], counted))
-        return self._mend_metrics(table, samples)
-
-    def _mend_metrics(self, table: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
-        """Mend the intervals of CC, Overall and other terms, [3, metrics, N + 1], in place."""
-        counts = self._with_drops(self._evaluation.fewest_of, samples)
-        mend, levels, falls = self._evaluation.intervals, table[..., :-1], table[..., -1:]
-        edge = mend.levels(levels, counts[:, :-1])
-        ends = levels[..., ENDS]
-        edge_of_fall = edge[ENDS].any(dim=0, keepdim=True)
-        mend.changes(falls, counts[:, -1:], ends[..., :1], ends[..., 1:], edge_of_fall)
-        return torch.cat([edge, edge_of_fall])
-
-    def difference(self, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> Interval:
-        """Compute the differences of all numbers of the same chains, after minus before."""
-
-        def statistic(types: Tensor, *samples: Tensor) -> Tensor:
-            old, new = samples[: len(before)], samples[len(before) :]
-            numbers = self.values(types, *old), self.values(types, *new)
-            return torch.cat([*numbers, numbers[1] - numbers[0]])
-
-        bootstrapped = torch.stack(interval_of(statistic, (self._types, *before, *after)))
-        old, new, found = (x.contiguous() for x in bootstrapped.chunk(3, dim=1))
-        edges = self._mend_levels(old, before) | self._mend_levels(new, after)
-        table, by_type = self._tables(found)
-        pairs = zip(*(outcomes(*run[:2]).values() for run in (before, after)), strict=True)
-        for i, ((first, counted), (second, _)) in enumerate(pairs):
-            table[1:, i, :-1] = _ends(paired_difference_interval(first, second, valid=counted))
-            falls = interval_difference(_fall(second, counted), _fall(first, counted))
-            _widen(table[:, i, -1:], falls)
-        counts = self._with_drops(self._evaluation.fewest_of, before)
-        after_table, before_table = (self._tables(numbers)[0] for numbers in (new, old))
-        self._evaluation.intervals.changes(table, counts, after_table, before_table, edges)
-        self._mend_types(by_type, before, after, (old, new))
-        return Interval(*found)
-
-    def _mend_types(
-        self,
-        by_type: Tensor,
-        before: tuple[Tensor, ...],
-        after: tuple[Tensor, ...],
-        numbers: tuple[Tensor, Tensor],
-    ) -> None:
-        """Put in the intervals of differences of shares by edit type, in place."""
-        shares = [self._tables(x)[1] for x in numbers]
-        for i in range(len(BY_TYPE) * bool(self.edit_types)):
-            (old, counted), (new, _) = (
-                self._by_type(self._types, *run[:2])[i] for run in (before, after)
-            )
-            flat = [x.transpose(0, 1).flatten(1) for x in (old, new, counted)]  # [C, K N]
-            ends = _ends(paired_difference_interval(flat[0], flat[1], valid=flat[2]))
-            by_type[1:, :, i, :-1] = ends.reshape(2, *old.shape[::2])
-            pooled = (_share_of_chains(x[0, :, i, -1], counted) for x in reversed(shares))
-            _widen(by_type[..., i, -1], interval_difference(*pooled))
-
-    def counts(self, samples: tuple[Tensor, ...]) -> list[int]:
-        """Denominator of each number, in chains; for an edit type in turns."""
-        chains = self._with_drops(self._evaluation.counts_of, samples)
-        pairs = self._by_type(self._types, *samples[:2])
-        turns = torch.stack([_with_sum(counted.sum(dim=1)) for _, counted in pairs], dim=1)
-        found: list[int] = torch.cat([chains.flatten(), turns.flatten()]).tolist()
-        return found
-
-    def _with_drops(self, counts_of: Callable[..., Tensor], samples: tuple[Tensor, ...]) -> Tensor:
-        """Chains behind each metric by turn, and behind its fall: [metrics, N + 1]."""
-        chains, drops = counts_of(*samples), counts_of(*at_ends(*samples))[:, -1:]
-        for i, (_, counted) in enumerate(outcomes(*samples[:2]).values()):
-            drops[i] = (counted[:, 0] & counted[:, -1]).sum()
-        if CONSISTENCY in self._evaluation.terms:  # Overall falls from one number to another
-            drops[OVERALL] = chains[OVERALL, ENDS].min()
-        return torch.cat([chains, drops * (self._evaluation.turns > 1)], dim=1)
-
-    def _drops(self, metrics: Tensor, *samples: Tensor) -> Tensor:
-        """Turn 1 minus turn N of each metric, over the chains that have both: [metrics]."""
-        first, last = self._evaluation.per_turn(*at_ends(*samples)).unbind(dim=1)
-        drops = first - last
-        if self._evaluation.turns == 1:  # nothing to fall from
-            return torch.full_like(first, torch.nan)
-        for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
-            both = counted[:, 0] & counted[:, -1]
-            fall = (outcome[:, 0].float() - outcome[:, -1].float()) * both
-            drops[i] = 100 * fall.sum() / both.sum()
-        if CONSISTENCY in self._evaluation.terms:
-            drops[OVERALL] = metrics[OVERALL, 0] - metrics[OVERALL, -1]
-        return drops
-
-    def _by_type(
-        self, types: Tensor, success: Tensor, judged: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Outcome and counted of the metrics by edit type, each [K, C, N]."""
-        of_type = types == torch.arange(len(self.edit_types), device=types.device)[:, None, None]
-        pairs = outcomes(success, judged).values()
-        return [(outcome.expand_as(of_type), of_type & counted) for outcome, counted in pairs]
-
-    def _tables(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of numbers [R, places]: [R, metrics, N + 1] and [R, K, 2, N + 1]."""
-        columns = self._evaluation.turns + 1
-        end = len(self._evaluation.names) * columns
-        metrics = len(self._evaluation.names), columns
-        by_type = len(self.edit_types), len(BY_TYPE), columns
-        count = len(rows)
-        return rows[:, :end].view(count, *metrics), rows[:, end:].view(count, *by_type)
-
-
-def at_ends(success: Tensor, judged: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
-    """Select turns 1 and N of samples; each counts where both are there."""
-    both = judged[:, ENDS].all(dim=1, keepdim=True).expand(-1, len(ENDS))
-    ends = [x[:, ENDS] for x in scores]
-    paired = [x.masked_fill(x.isnan().any(dim=1, keepdim=True), torch.nan) for x in ends]
-    return success[:, ENDS], both, *paired
-
-
-def _share(outcome: Tensor, counted: Tensor, dim: int = 0) -> Interval:
-    return wilson_interval((outcome & counted).sum(dim=dim), counted.sum(dim=dim))
-
-
-def _share_of_chains(percent: Tensor, counted: Tensor) -> Interval:
-    """Interval of a share of turns, [K], as if all turns of a chain were one case.
-
-    The widest that it can be; ``counted`` is [K, C, N].
-    """
-    chains = counted.any(dim=2).sum(dim=1)
-    return wilson_interval((percent.double() / 100).nan_to_num().clamp(0, 1) * chains, chains)
-
-
-def _fall(outcome: Tensor, counted: Tensor) -> Interval:
-    """Turn 1 minus turn N, paired by chain: [1]; NaN where N is 1."""
-    both = counted[:, :1] & counted[:, -1:] & (counted.shape[1] > 1)
-    return paired_difference_interval(outcome[:, -1:], outcome[:, :1], valid=both)
-
-
-def _ends(interval: Interval) -> Tensor:
-    """Low and high in percent."""
-    return 100 * torch.stack([interval.low, interval.high]).float()
-
-
-def _widen(table: Tensor, interval: Interval) -> None:
-    """Put an interval in place of bootstrapped ones without width; table [3, ...] in percent."""
-    table[1:] = torch.where(table[1] == table[2], _ends(interval), table[1:])
-
-
-def _with_sum(x: Tensor) -> Tensor:
-    """Append the sum over turns: [K, N] -> [K, N + 1]."""
-    return torch.cat([x, x.sum(dim=1, keepdim=True)], dim=1)

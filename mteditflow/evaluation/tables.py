@@ -7,31 +7,45 @@ import html
 import io
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.table import Table
 
 from mteditflow._text import escape_controls, escape_markup
-from mteditflow.evaluation.intervals import PER_SAMPLE
+from mteditflow.evaluation.intervals import COLLAPSE, PER_SAMPLE, WEAR
 from mteditflow.evaluation.provenance import Provenance
-from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
+from mteditflow.evaluation.report import Estimate, Report
+from mteditflow.evaluation.tabulation import (
+    ALL,
+    BY_TYPE,
+    DROP,
+    MEAN,
+    MEDIAN,
+    SURVIVAL,
+    SURVIVED,
+    turns_shown,
+)
 from mteditflow.metrics import FEW_CASES
 
 TITLES = {
-    "instruction_following": "IF, %",
+    "instruction_following": "IF(k) = SR@k, %",
     "marginal": "Marginal, %",
     "content_consistency": "CC (corpus average), %",
     PER_SAMPLE: "CC (per-sample average), %",
     "overall": "Overall, %",
+    COLLAPSE: "Collapse CR@k, %",
+    SURVIVAL: "Survival, %",
 }
+FINE = {WEAR: 2}  # further digits of small numbers
 
 
 FEW = " *"  # marks an estimate over few cases
 FEW_NOTE = f"*: over fewer than {FEW_CASES} cases, so the interval is rough."
 INTERVALS = (
-    "95% intervals over chains: Wilson's for IF and Marginal, Newcombe's for their paired "
-    "differences (not for a difference of two of those), bootstrap for the others. Where all "
-    "chains are alike, that of CC is of a bounded mean, and that of Overall of its parts."
+    "95% intervals over chains: Wilson's for IF, Marginal and CR, Newcombe's for their paired "
+    "differences (not for a difference of two of those), Greenwood's for survival, bootstrap for "
+    "the others. Where all chains are alike, that of CC is of a bounded mean, and that of Overall "
+    "of its parts."
 )
 NO_SPREAD = "none: all {} alike"
 NO_SPREAD_NOTE = (
@@ -54,6 +68,9 @@ class Grid(NamedTuple):
 def grids(report: Report, *, digits: int = 2) -> list[Grid]:
     """Lay out a report: all chains by turn, each edit type by turn, and the checks of success.
 
+    Of more than 8 turns a few are shown, as ``turns_shown`` names them; JSON and CSV have all.
+    Survival has a row of its own only where it differs from IF, as turns were lost.
+
     Args:
         report: what to lay out.
         digits: of numbers behind the point.
@@ -67,16 +84,26 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
         >>> grids(report)[0].body[0][2:]
         ['50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
     """
-    steps: list[int | str] = list(range(1, report.turns + 1))
+    steps: list[int | str] = [*turns_shown(report.turns)]
     several = report.turns > 1  # else nothing to fall from, and no sum beside the turn
     rows = []
     for metric in report.metrics:
         found = [report.find(metric, turn) for turn in [*steps, *[DROP] * several]]
         counts = _counts(found[: len(steps)])
         rows.append([TITLES.get(metric, metric), *(_cell(x, digits) for x in found), counts])
+    if _survival_differs(report):
+        found = [report.find(SURVIVAL, turn) for turn in steps]
+        cells = [*(_cell(x, digits) for x in found), *[""] * several]
+        rows.insert(1, [TITLES[SURVIVAL], *cells, _counts(found)])
     turns = [f"turn {turn}" for turn in steps]
     fall = [f"drop 1 to {report.turns}"] * several
-    tables = [Grid("All chains", ["", *turns, *fall, "chains"], rows)]
+    cut = f", some of {report.turns} turns" * (len(steps) < report.turns)
+    tables = [Grid(f"All chains{cut}", ["", *turns, *fall, "chains"], rows)]
+    if report.has_survival and several:
+        found = [report.find(SURVIVED, name) for name in (MEAN, MEDIAN)]
+        row = ["turns survived", *(_cell(x, digits) for x in found), _counts(found)]
+        title = f"Turns before the first failure, of {report.turns}"
+        tables.append(Grid(title, ["", MEAN, MEDIAN, "chains"], [row]))
     for metric in BY_TYPE if report.edit_types else ():
         rows = []
         for name in report.edit_types:
@@ -85,6 +112,17 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
         title = f"{TITLES[metric]} by edit type"
         tables.append(Grid(title, ["", *turns, *["all turns"] * several, "turns counted"], rows))
     return [*tables, _checks(report)] if report.checks else tables
+
+
+def _survival_differs(report: Report) -> bool:
+    """Whether survival is not IF at some turn: then scores of turns were lost, or chains end."""
+    if not report.has_survival:
+        return False
+    pairs = (
+        (report.find(x, t).estimate for x in (SURVIVAL, BY_TYPE[0]))
+        for t in range(1, report.turns + 1)
+    )
+    return any(a != b and (a is None or b is None or abs(a - b) > 1e-3) for a, b in pairs)
 
 
 def provenance_grid(sources: Sequence[Provenance]) -> Grid:
@@ -122,6 +160,7 @@ def _cell(x: Estimate, digits: int) -> str:
     if x.estimate is None:
         return "none"
     digits += x.metric not in TITLES  # in its own unit, which is seldom percent
+    digits += FINE.get(x.metric, 0)
     ends = [end for end in (x.low, x.high) if end is not None]
     values = (round(value, digits) + 0.0 for value in (x.estimate, *ends))  # no minus 0
     estimate, *shown = (f"{value:.{digits}f}" for value in values)
@@ -163,7 +202,8 @@ def rich_tables(report: Report) -> list[Table]:
     for title, head, body in grids(report, digits=1):
         table = Table(title=escape_markup(f"{report.title}: {title} [95% interval]"))
         for column in head:
-            table.add_column(escape_markup(column), justify="right" if column else "left")
+            side: Literal["left", "right"] = "right" if column else "left"
+            table.add_column(escape_markup(column), justify=side, overflow="fold")
         for row in body:
             table.add_row(*map(escape_markup, row))
         tables.append(table)

@@ -14,7 +14,7 @@ from mteditflow.chains import TASK_TYPES, Chain
 from mteditflow.evaluation import JudgedBy, Provenance
 from mteditflow.evaluation.comparison import compare, most_changed, report_difference
 from mteditflow.evaluation.figures import AMBER, BLUE, GOOD, INK, LINES, PURPLE, draw_report
-from mteditflow.evaluation.report import ALL, DROP, Estimate, Report, report_of
+from mteditflow.evaluation.report import Estimate, Report, report_of
 from mteditflow.evaluation.tables import (
     as_csv,
     checks_in_short,
@@ -22,6 +22,7 @@ from mteditflow.evaluation.tables import (
     markdown,
     rich_tables,
 )
+from mteditflow.evaluation.tabulation import ALL, DROP
 from mteditflow.metrics import paired_difference_interval
 from tests.loops import some
 from tests.samples_of_scores import evaluation, few_resamples, nan
@@ -297,7 +298,7 @@ def test_forms_of_a_report_hold_its_numbers(tmp_path):
     assert "3 chains asked, 2 scored, 1 left out, 0 lost a score. 95% intervals" in page
     assert r"- x\|y: why so" in page
     assert "![report.png](report.png)" in page
-    assert [len(table.rows) for table in rich_tables(report)] == [5, 2, 2]
+    assert [len(table.rows) for table in rich_tables(report)] == [5, 1, 2, 2]
     assert len(draw_report(report).axes) == len(draw_report(report, report).axes) == 3
     with pytest.raises(KeyError, match="expected a number of the report"):
         report.find("marginal", 7)
@@ -310,7 +311,7 @@ def test_markdown_titles_its_tables_and_ends_with_one_newline():
     assert [line for line in page.splitlines() if line.startswith("#")] == [
         "# x",
         "## All chains",
-        "## IF, % by edit type",
+        "## IF(k) = SR@k, % by edit type",
         "## Marginal, % by edit type",
         "## Check of success, in turns",
         "## Judged and made by",

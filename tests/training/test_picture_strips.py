@@ -14,8 +14,8 @@ from mteditflow.evaluation.figures import AMBER, BAD, DPI, FAINT, GOOD, INK, SOF
 from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.training.pictures import Strip, draw_before_after, draw_strips
 from mteditflow.training.pictures.before_after import random_rows, risen_and_fallen
+from mteditflow.training.pictures.page import BASELINE, line_height, text_width, wrap
 from mteditflow.training.pictures.strips import (
-    BASELINE,
     BLOCK_GAP,
     GAP,
     LABEL,
@@ -29,9 +29,6 @@ from mteditflow.training.pictures.strips import (
     TITLE_SIZE,
     UNDER_HEADER,
     UNDER_STRIP,
-    line_height,
-    text_width,
-    wrap,
 )
 from tests.loops import some
 from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
@@ -39,6 +36,7 @@ from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
 __all__ = ["few_resamples"]  # a fixture of every test here
 
 FAULT = Fault.format.value
+MARKS = ("✓ followed", "✗ failed", "no score")
 LONG_NAME = "quality of what was made in pictures"
 
 
@@ -219,7 +217,8 @@ def scores_under(figure, picture):
         line = down / line_height(SCORE_SIZE)
         if -1e-6 < line < 9 and text.get_fontsize() == SCORE_SIZE and text.get_text():
             if x * width == pytest.approx(left):
-                assert look(text) == (SOFT, "left", SCORE_SIZE)
+                assert look(text)[1:] == ("left", SCORE_SIZE)
+                assert text.get_text() in MARKS or look(text)[0] == SOFT
                 lines.setdefault(round(line, 6), ["", "", ""])[0] = text.get_text()
             elif x * width == pytest.approx(left + wide):
                 color, side, _ = look(text)
@@ -390,6 +389,60 @@ def test_wrapping_cuts_what_is_beyond_the_most_lines():
         assert wrap("xxxx yyyy zzzz", width, 9.5, most=2) == ["xxxx", "yyyy …"]
         assert wrap("xxxx yyyyy zzzz", text_width("yyyyy", 9.5), 9.5, most=2)[1][-2:] == " …"
         assert len(wrap("xxxx " * 20, width, 9.5)) == 12
+
+
+def twenty(size=(12, 12), labels=("",), turns=20):
+    """Strips of so many turns, of which the third fails and the fourth has no score."""
+    score = torch.ones(1, turns)
+    score[0, 2], score[0, 3] = 0, nan
+    terms = {"looks": turn_scores([[0.25] * turns]), "following": turn_scores(score.tolist())}
+    words = [f"Word {n}" for n in range(1, turns + 1)]
+    shown = [strip("c", words, 100 * i, size, label, terms) for i, label in enumerate(labels)]
+    return draw_strips(shown, success_at=1, title="t")
+
+
+def test_twenty_turns_are_wrapped_into_rows_that_can_be_read_at_1600_pixels():
+    figure = twenty()
+    left, top, width, _ = boxes(figure).T
+    assert levels(figure) == list(range(21))  # the reference first
+    assert width == pytest.approx(SMALL)
+    assert np.unique(top.round(6), return_counts=True)[1].tolist() == [6, 6, 6, 3]
+    assert left == pytest.approx([MARGIN + (n % 6) * (SMALL + GAP) for n in range(21)])
+    assert figure.get_size_inches()[0] * DPI < 1.06 * 1600
+    for n in (1, 6, 20):
+        ((x, y, _),) = texts(figure, f"{n}. Word {n}")
+        assert x == pytest.approx(left[n] + SMALL / 2)
+        assert y + line_height(TEXT_SIZE) + UNDER_HEADER == pytest.approx(top[n])
+    marks = [scores_under(figure, picture) for picture in (1, 3, 4, 7)]
+    assert [own[0] for own in marks] == [
+        ("✓ followed", "", ""), ("✗ failed", "", ""), ("no score", "", ""), ("✓ followed", "", "")
+    ]  # fmt: skip
+    assert marks[1][1:] == [("looks", "0.250", INK), ("following", "0", INK)]
+    (failed,) = (text for text in figure.texts if text.get_text() == "✗ failed")
+    assert to_hex(failed.get_color()) == BAD
+
+
+def test_members_of_a_long_chain_stand_under_each_other_row_by_row():
+    figure = twenty(labels=("before", "after"))
+    top = boxes(figure)[:, 1]
+    expected = [n + 100 * late for row in (range(6), range(6, 12), range(12, 18), range(18, 21))
+                for late in (0, 1) for n in row]  # fmt: skip
+    assert levels(figure) == expected
+    assert (np.diff(top) >= -1e-9).all()
+    assert [text.get_text() for text in figure.texts if text.get_rotation() == 90] == [
+        "before", "after"
+    ] * 4  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "turns", "rows"), [((12, 12), 8, [9]), ((12, 12), 9, [5, 5]), ((128, 128), 5, [6]),
+                                ((128, 128), 6, [4, 3])]
+)  # fmt: skip
+def test_a_chain_is_wrapped_where_one_row_is_too_wide_into_rows_of_one_length(size, turns, rows):
+    figure = twenty(size, turns=turns)
+    assert np.unique(boxes(figure)[:, 1].round(6), return_counts=True)[1].tolist() == rows
+    numbered = any(text.get_text().startswith("1. ") for text in figure.texts)
+    assert numbered == (len(rows) > 1)
 
 
 def pair():

@@ -26,7 +26,7 @@ from mteditflow.training.pictures import (
 )
 from mteditflow.training.pictures.before_after import random_rows, risen_and_fallen
 from mteditflow.training.pictures.curves import smooth
-from mteditflow.training.pictures.strips import text_width, wrap
+from mteditflow.training.pictures.page import text_width, wrap
 from tests.loops import some
 from tests.samples_of_scores import evaluation, few_resamples, nan, turn_scores
 

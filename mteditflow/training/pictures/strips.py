@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from mteditflow.evaluation.evaluation import FOLLOWING
-from mteditflow.evaluation.figures import AMBER, BAD, DPI, FAINT, GOOD, INK, SOFT, house_style
+from mteditflow.evaluation.figures import AMBER, BAD, FAINT, GOOD, INK, SOFT, house_style
 from mteditflow.rewards import TurnScores
+from mteditflow.training.pictures.page import Page, line_height, text_width, wrap
 
-POINTS = 72  # in an inch
-LEADING = 1.32  # from one line to the next, in font sizes
 SMALL, LARGE, LARGE_FROM = 1.75, 2.7, 128  # inches of a picture; pixels that need the large one
 MARGIN, GAP, LABEL, BLOCK_GAP = 0.28, 0.13, 0.3, 0.34  # inches
 TITLE_SIZE, TEXT_SIZE, SCORE_SIZE = 12.5, 9.5, 8.5  # points
 WIDEST, NARROWEST = 17.0, 4.23  # inches: two blocks stand side by side where WIDEST is enough
+# A chain in one row is so wide at most; the rows of a longer one can be read at 1,600 pixels.
+ONE_ROW, WRAPPED = 17.75, 12.1  # inches
 ABOVE_TITLE, UNDER_TITLE, UNDER_LEGEND = 0.8 * MARGIN, 0.03, 0.2  # inches
 UNDER_HEADER, OVER_SCORES, UNDER_STRIP = 0.07, 0.045, 0.16  # inches
 BESIDE_LABEL = 0.17  # inches from the middle of a label to its strip
 TALLEST, CHAIN_LINES = 2.0, 3  # height over width of a picture; lines of a chain's name
-BASELINE = 1.02  # from the top of a line, in font sizes
 FRAME: dict[str, Any] = {"linewidth": 3.2}
 DASHED = FRAME | {"linestyle": (0, (2.4, 1.6)), "capstyle": "butt"}
 REFERENCE_FRAME = {"color": FAINT, "linewidth": 2}
-UPWARDS: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +75,14 @@ class Strip:
             lines += [("", x, color) for x in wrap(value, width, SCORE_SIZE)]
         return lines
 
+    def mark(self, turn: int, success_at: float) -> tuple[str, str, str]:
+        """Return a line that says whether a turn was followed, in the form of ``score_lines``."""
+        score, color = float(self.terms[FOLLOWING].score[self.row, turn]), INK
+        if score != score:
+            return "no score", "", color
+        color = self.frame(turn, success_at)["color"]
+        return "✓ followed" if score >= success_at else "✗ failed", "", color
+
     def frame(self, turn: int, success_at: float) -> dict[str, Any]:
         """Color and line of the frame around what a turn made."""
         scores = self.terms[FOLLOWING]
@@ -94,7 +98,8 @@ def draw_strips(strips: Sequence[Strip], *, success_at: float, title: str) -> Fi
 
     The frame of a turn is green if its "following" score is at least ``success_at``, amber from
     half of it, red below, and dashed if there is none. Images of 12 pixels are enlarged without
-    blur; large ones get more room.
+    blur; large ones get more room. A chain too long for one row is wrapped into rows that can be
+    read at a width of 1,600 pixels, with the number of each turn, and a mark for its success.
 
     Args:
         strips: at least one.
@@ -102,7 +107,7 @@ def draw_strips(strips: Sequence[Strip], *, success_at: float, title: str) -> Fi
         title: in words, of any length.
 
     Returns:
-        The figure, as wide as the longest chain needs.
+        The figure, as wide as the longest row needs.
 
     Raises:
         ValueError: there is no strip.
@@ -125,65 +130,94 @@ def draw_strips(strips: Sequence[Strip], *, success_at: float, title: str) -> Fi
         return _lay_out(blocks, title, _legend(success_at))
 
 
+Lines = list[tuple[str, str, str]]  # name, value, color
+
+
 class _Block:
-    """The strips of one chain, under its instructions."""
+    """The strips of one chain, under its instructions; in several rows if it is long."""
 
     def __init__(self, strips: list[Strip], cell: float, success_at: float) -> None:
         self.strips, self.cell, self.success_at = strips, cell, success_at
         first = strips[0]
         self.ratio = min(max(h / w for w, h in (x.size for x in strips)), TALLEST)
         self.label = LABEL if any(strip.label for strip in strips) else 0.0
+        self.rows = _rows(len(first.images), cell, self.label)
+        several = len(self.rows) > 1
+        words = [f"{n}. {x}" if several else x for n, x in enumerate(first.instructions, start=1)]
         named = [*wrap(first.chain_id, cell, SCORE_SIZE, most=CHAIN_LINES), "reference"]
-        self.headers = [named, *(wrap(x, cell, TEXT_SIZE) for x in first.instructions)]
-        self.header = line_height(TEXT_SIZE) * max(map(len, self.headers)) + UNDER_HEADER
+        self.headers = [named, *(wrap(x, cell, TEXT_SIZE) for x in words)]
         self.scores = [
-            [strip.score_lines(turn, cell) for turn in range(len(first.instructions))]
+            [
+                [strip.mark(turn, success_at)] * several + strip.score_lines(turn, cell)
+                for turn in range(len(words))
+            ]
             for strip in strips
         ]
-        self.width = self.label + len(self.headers) * (cell + GAP) - GAP
-        self.height = self.header + sum(self._row(scores) for scores in self.scores)
+        self.width = self.label + len(self.rows[0]) * (cell + GAP) - GAP
+        self.height = sum(
+            self._header(row) + sum(self._strip(scores, row) for scores in self.scores)
+            for row in self.rows
+        )
 
-    def _row(self, scores: list[list[tuple[str, str, str]]]) -> float:
-        """Height of a strip with its scores."""
-        lines = max(map(len, scores))
+    def _header(self, row: range) -> float:
+        """Height of the instructions above a row of pictures."""
+        lines = max(len(self.headers[i]) for i in row)
+        return line_height(TEXT_SIZE) * lines + UNDER_HEADER
+
+    def _strip(self, scores: list[Lines], row: range) -> float:
+        """Height of a row of a strip with its scores; the reference has none."""
+        lines = max((len(scores[i - 1]) for i in row if i), default=0)
         return self.cell * self.ratio + line_height(SCORE_SIZE) * lines + UNDER_STRIP
 
     def draw(self, page: Page, left: float, top: float) -> None:
         """Draw the block with its top left corner here."""
-        columns = [left + self.label + i * (self.cell + GAP) for i in range(len(self.headers))]
-        for i, (x, lines) in enumerate(zip(columns, self.headers, strict=True)):
-            size, color = (TEXT_SIZE, INK) if i else (SCORE_SIZE, SOFT)
-            y = top + self.header - UNDER_HEADER - line_height(size) * len(lines)
-            page.text(x + self.cell / 2, y, lines, size=size, color=color, ha="center")
-        y = top + self.header
-        for strip, scores in zip(self.strips, self.scores, strict=True):
-            self._draw_strip(page, columns, y, strip, scores)
-            y += self._row(scores)
+        start = left + self.label
+        for row in self.rows:
+            columns = [start + n * (self.cell + GAP) for n in range(len(row))]
+            top += self._header(row)
+            for x, i in zip(columns, row, strict=True):
+                lines = self.headers[i]
+                size, color = (TEXT_SIZE, INK) if i else (SCORE_SIZE, SOFT)
+                y = top - UNDER_HEADER - line_height(size) * len(lines)
+                page.text(x + self.cell / 2, y, lines, size=size, color=color, ha="center")
+            for strip, scores in zip(self.strips, self.scores, strict=True):
+                page.rotated(
+                    start - BESIDE_LABEL,
+                    top + self.cell * self.ratio / 2,
+                    strip.label,
+                    size=TEXT_SIZE,
+                    color=INK,
+                )
+                for x, i in zip(columns, row, strict=True):
+                    self._draw_picture(page, x, top, strip, i, scores)
+                top += self._strip(scores, row)
 
-    def _draw_strip(
-        self,
-        page: Page,
-        columns: list[float],
-        y: float,
-        strip: Strip,
-        scores: list[list[tuple[str, str, str]]],
+    def _draw_picture(
+        self, page: Page, x: float, y: float, strip: Strip, i: int, scores: list[Lines]
     ) -> None:
-        box = (self.cell, self.cell * self.ratio)
-        beside, middle = columns[0] - BESIDE_LABEL, y + box[1] / 2
-        page.rotated(beside, middle, strip.label, size=TEXT_SIZE, color=INK)
-        if strip.images[0] is not None:
-            page.picture(columns[0], y, box, strip.images[0], **REFERENCE_FRAME)
-        for turn, lines in enumerate(scores):
-            x = columns[turn + 1]
-            frame = strip.frame(turn, self.success_at)
-            image = strip.images[turn + 1]
-            assert image is not None
-            page.picture(x, y, box, image, **frame)
-            for i, (name, value, color) in enumerate(lines):
-                below = y + box[1] + OVER_SCORES + i * line_height(SCORE_SIZE)
-                page.text(x, below, [name], size=SCORE_SIZE, color=SOFT)
-                right = x + self.cell
-                page.text(right, below, [value], size=SCORE_SIZE, color=color, ha="right")
+        """Draw the reference (0) or what turn ``i`` made, with its scores below."""
+        box, image = (self.cell, self.cell * self.ratio), strip.images[i]
+        if i == 0:
+            if image is not None:
+                page.picture(x, y, box, image, **REFERENCE_FRAME)
+            return
+        assert image is not None
+        page.picture(x, y, box, image, **strip.frame(i - 1, self.success_at))
+        for n, (name, value, color) in enumerate(scores[i - 1]):
+            below = y + box[1] + OVER_SCORES + n * line_height(SCORE_SIZE)
+            page.text(x, below, [name], size=SCORE_SIZE, color=SOFT if value else color)
+            right = x + self.cell
+            page.text(right, below, [value], size=SCORE_SIZE, color=color, ha="right")
+
+
+def _rows(pictures: int, cell: float, label: float) -> list[range]:
+    """Split the pictures of a chain into rows of about one length; into one where it has room."""
+    around = 2 * MARGIN + label - GAP
+    if pictures * (cell + GAP) + around <= ONE_ROW:
+        return [range(pictures)]
+    most = int((WRAPPED - around) / (cell + GAP))
+    length = math.ceil(pictures / math.ceil(pictures / most))
+    return [range(i, min(i + length, pictures)) for i in range(0, pictures, length)]
 
 
 def _lay_out(blocks: list[_Block], title: str, legend: str) -> Figure:
@@ -225,79 +259,3 @@ def _shown(scores: TurnScores, row: int, turn: int) -> tuple[str, str]:
     if score != score:
         return "not measured", SOFT
     return f"{score:.0f}" if score == round(score) else f"{score:.3f}", INK
-
-
-def line_height(size: float) -> float:
-    """From one line of text to the next, in inches."""
-    return LEADING * size / POINTS
-
-
-def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Width of a line as it will be drawn, in inches; call it in ``house_style``."""
-    font = font_manager.FontProperties(size=size, weight=weight)
-    width, *_ = _renderer().get_text_width_height_descent(text, font, ismath=False)
-    return float(width) / DPI
-
-
-@lru_cache
-def _renderer() -> Any:
-    return FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
-
-
-def wrap(text: str, width: float, size: float, *, most: int = 12) -> list[str]:
-    """Break text into lines of at most ``width`` inches; what is beyond ``most`` lines is cut.
-
-    A word that is wider than a line is broken, so text without spaces is too.
-    """
-    lines: list[str] = []
-    for word in text.split():
-        if lines and text_width(f"{lines[-1]} {word}", size) <= width:
-            lines[-1] += f" {word}"
-            continue
-        lines.append("")
-        for letter in word:
-            if lines[-1] and text_width(lines[-1] + letter, size) > width:
-                lines.append("")
-            lines[-1] += letter
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and text_width(f"{last} …", size) > width:
-        last = last[:-1]
-    return [*lines[: most - 1], f"{last} …"]
-
-
-class Page:
-    """A figure of a size in inches; x goes right and y down from the top left corner."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-
-    def text(self, x: float, y: float, lines: Sequence[str], *, size: float, **style: Any) -> None:
-        """Write lines whose top is at y."""
-        for i, line in enumerate(lines):
-            base = y + line_height(size) * i + BASELINE * size / POINTS
-            self.figure.text(x / self.width, 1 - base / self.height, line, fontsize=size, **style)
-
-    def rotated(self, x: float, y: float, text: str, *, size: float, color: str) -> None:
-        """Write upwards, around a point."""
-        place = x / self.width, 1 - y / self.height
-        self.figure.text(*place, text, fontsize=size, color=color, **UPWARDS)
-
-    def picture(
-        self, x: float, y: float, size: tuple[float, float], image: Image.Image, **frame: Any
-    ) -> None:
-        """Show an image, enlarged without blur if it is small, in a frame."""
-        width, height = size
-        box = (
-            x / self.width,
-            1 - (y + height) / self.height,
-            width / self.width,
-            height / self.height,
-        )
-        axes = self.figure.add_axes(box)
-        axes.imshow(np.asarray(image.convert("RGB")), interpolation="auto")
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(visible=True, **frame)
