@@ -37,6 +37,7 @@ from mteditflow.rewards import Fault, Lost, TurnScores
 from mteditflow.rewards.scale import ROUNDING, check_range
 
 FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
+CONSECUTIVE = "consecutive"  # the same with the turn before, where both are scored
 PARTS = ("object", "background")  # of the consistency, where they are given apart
 
 
@@ -335,12 +336,12 @@ class Evaluation:
 
 
 def check_consistency(terms: Mapping[str, TurnScores], bounds: tuple[float, float]) -> None:
-    """Raise unless consistency and its parts, where they are given, lie in their range.
+    """Raise unless consistency, with the turn before too, and its parts lie in their range.
 
     Raises:
         ValueError: a score lies outside; the message names the term and shows the values seen.
     """
-    for name in (CONSISTENCY, *PARTS):
+    for name in (CONSISTENCY, CONSECUTIVE, *PARTS):
         if name in terms:
             check_range(name, terms[name].score, *bounds, slack=ROUNDING)
 
