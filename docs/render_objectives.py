@@ -24,7 +24,7 @@ REGULARIZERS = (
     ("+ NormGuard", "", "`--objective.norm-coef`", "2606.27771", "reference", "+ 1",
      "`velocity_norm_hinge`"),
 )  # fmt: skip
-# The one objective without a reward has a program of its own.
+# Objectives without a reward have a program of their own.
 DISTILLATION = "[`self_distillation.py`](examples/self_distillation.py)"
 
 
@@ -51,12 +51,20 @@ def page(text: str) -> str:
     return before + START + table() + END + rest.partition(END)[2]
 
 
+def _word(name: str, kind: type[Objective]) -> str:
+    """Return the words that choose an objective; distillation is its program's own."""
+    word = f"`objective:{name}`"
+    if kind.card.rewarded:
+        return word
+    return DISTILLATION if name == "distillation" else f"{DISTILLATION} {word}"
+
+
 def _row(name: str, kind: type[Objective]) -> tuple[str, ...]:
     card = kind.card
     return (
         card.title,
         f"`objectives.{kind.__name__}`",
-        f"`objective:{name}`" if card.rewarded else DISTILLATION,
+        _word(name, kind),
         _linked(", ".join(card.papers)),
         card.needs,
         card.passes,

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mteditflow.chains import Chain
-    from mteditflow.pipelines import Rollout, Seen
+    from mteditflow.pipelines import Rollout, RolloutVelocity, Seen
 
 
 def clean_images(chain: Chain, reference: Image) -> list[Image]:
@@ -67,12 +67,13 @@ def clean_images(chain: Chain, reference: Image) -> list[Image]:
 def train(run: Run) -> None:
     """Roll out the student, record the teacher's conditioning, update; evaluate, log and save."""
     from mteditflow_examples.flux.checkpointing import restore, save_if_due
+    from mteditflow_examples.flux.drifting import drift
     from mteditflow_examples.flux.evaluation import evaluate_if_due
+    from mteditflow_examples.flux.promotion import promote_if_due
     from mteditflow_examples.flux.reporting import carry_over, record
     from mteditflow_examples.flux.sampling import next_chains
     from mteditflow_examples.flux.updating import update
 
-    from mteditflow.pipelines import RolloutVelocity
     from mteditflow.training import Updater
 
     config, state, policies = run.config, run.state, run.policies
@@ -80,7 +81,7 @@ def train(run: Run) -> None:
         run.optimizer, policies.parameters, max_grad_norm=config.training.max_grad_norm
     )
     teacher = config.teacher.path
-    run.method = "self-distillation" if teacher is None else "distillation"
+    run.method = method_of(run)
     restore(run)
     if teacher is not None:
         load_teacher(run)
@@ -93,17 +94,12 @@ def train(run: Run) -> None:
             # Sample: the student's chains, then the teacher's conditioning of the same edits.
             drawn = next_chains(run)
             with run.log.stopwatch.phase("sampling"):
-                instructions = [chain.instructions for chain in drawn.chains]
-                rollout = record_student(
-                    run, drawn.references, instructions, drawn.group, seen=drawn.seen
-                )
-                shown = rollout if teacher is not None else clean_rollout(run, drawn, rollout)
+                samples, velocity = (drift if config.drifts else follow)(run, drawn)
 
             # Update: toward the teacher's velocity at the student's states.
-            source = "reference" if teacher is None else "old"
-            velocity = RolloutVelocity(policies, rollout, teacher=(source, shown))
             with run.log.stopwatch.phase("updating"):
-                update(run, updater, velocity, rollout, None, None)
+                update(run, updater, velocity, samples, None, None)
+            promote_if_due(run)
             carry_over(run, None)
             state.done, run.between = state.done + 1, True
 
@@ -116,6 +112,26 @@ def train(run: Run) -> None:
             save_if_due(run, evaluated=evaluated)
             bar.advance()
             run.stop_if_requested()
+
+
+def method_of(run: Run) -> str:
+    """Return the name of what trains, in titles."""
+    if run.config.drifts:
+        return "MT-OPSD"
+    return "self-distillation" if run.config.teacher.path is None else "distillation"
+
+
+def follow(run: Run, drawn: RoundChains) -> tuple[Rollout, RolloutVelocity]:
+    """Record the student's chains, and the teacher's conditioning: its own, or clean images'."""
+    from mteditflow.pipelines import RolloutVelocity
+
+    rollout = record_student(
+        run, drawn.references, drawn.instructions, drawn.group, seen=drawn.seen
+    )
+    if run.config.teacher.path is not None:
+        return rollout, RolloutVelocity(run.policies, rollout, teacher=("old", rollout))
+    shown = clean_rollout(run, drawn, rollout)
+    return rollout, RolloutVelocity(run.policies, rollout, teacher=("reference", shown))
 
 
 def load_teacher(run: Run) -> None:
@@ -155,7 +171,7 @@ def clean_rollout(run: Run, drawn: RoundChains, rollout: Rollout) -> Rollout:
     Members of a group share these, so each is recorded once, as a chain of one turn. The images
     that the student makes there are not used, so the noise may be any.
     """
-    group, turns = rollout.trajectory.group.tolist(), run.config.data.turns
+    group, turns = rollout.trajectory.group.tolist(), rollout.turn_mask.shape[1]
     members = {g: b for b, g in enumerate(group)}
     chosen = [(drawn.chains[b], drawn.references[b]) for b in members.values()]
     images = [image for chain, reference in chosen for image in clean_images(chain, reference)]

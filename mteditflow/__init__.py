@@ -86,7 +86,7 @@ from mteditflow.flow.solvers import (
 from mteditflow.flow.trajectory import Steps, Trajectory
 from mteditflow.losses.awm import matching_log_prob
 from mteditflow.losses.clipped import clipped_surrogate_loss
-from mteditflow.losses.distillation import distillation_loss, step_kl_weight
+from mteditflow.losses.distillation import distillation_loss, mt_opsd_loss, step_kl_weight
 from mteditflow.losses.dpo import dpo_loss
 from mteditflow.losses.dppo import divergence_gated_loss
 from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
@@ -189,6 +189,7 @@ __all__ = [
     "marginal_success",
     "masked_mean",
     "matching_log_prob",
+    "mt_opsd_loss",
     "nft_loss",
     "noise_from_velocity",
     "normalize_likert",

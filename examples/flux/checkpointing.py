@@ -13,6 +13,7 @@ from mteditflow.training import (
     Checkpoint,
     Checkpoints,
     RunLog,
+    SessionCounts,
     load_optimizer_state,
     optimizer_state,
 )
@@ -99,6 +100,9 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             "multipliers": state.multipliers,
             "kl_coef": None if state.kl is None else state.kl.value,
             "history": None if state.history is None else state.history.state_dict(),
+            "depth": None if state.depth is None else [state.depth.depth, state.depth.streak],
+            "turns": state.turns,
+            "teacher": state.teacher,
             "updates": state.updates,
             "skipped": state.skipped,
             "optimizer": values,
@@ -147,6 +151,11 @@ def _load(run: Run, found: Checkpoint) -> None:
         state.kl = replace(state.kl, value=kept["kl_coef"])
     if state.history is not None and kept.get("history") is not None:
         state.history = RewardHistory.from_state(state.history.rounds, kept["history"])
+    if state.depth is not None and kept.get("depth") is not None:
+        state.depth = state.depth.resumed(*kept["depth"])
+    state.turns = kept.get("turns", 0)
+    if kept.get("teacher") is not None:
+        state.teacher = [SessionCounts(*counts) for counts in kept["teacher"]]
     state.done, state.updates, state.skipped = found.round, kept["updates"], kept["skipped"]
     if run.checkpoints.holds(found):
         run.saved = state.done

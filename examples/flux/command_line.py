@@ -18,7 +18,7 @@ from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
-from .config import Config, ConfigError, dumped, field_names, name_of, typed
+from .config import TERMS, Config, ConfigError, dumped, field_names, name_of, typed
 from .soundness import checked
 from .spelling import hint
 
@@ -69,6 +69,7 @@ def parse(
     base = _preset(words[0], kind)
     chosen = [word for word in words[1:] if word.startswith("objective:")]
     rest = [word for word in words[1:] if word not in chosen]
+    base = _with_terms(base, rest)
     if len(chosen) > 1:
         raise ConfigError(f"objective: expected one, got {' and '.join(chosen)}")
     if chosen:
@@ -78,6 +79,13 @@ def parse(
         sections = (*_plain_words(rest[:asked]), *_plain_words(rest[asked + 1 :]))
         _help(words[0], base, sections)
     return checked(typed(dumped(_with_fields(base, rest)), kind), base, services=services)
+
+
+def _with_terms(base: Config, words: Sequence[str]) -> Config:
+    """Return a preset with the rewards that the trainer itself adds, where words weigh them."""
+    named = [x for x in TERMS if any(w.startswith(f"--rewards.weights.{x}") for w in words)]
+    weights = dict.fromkeys(named, 0.0) | base.rewards.weights
+    return replace(base, rewards=replace(base.rewards, weights=weights))
 
 
 def _with_fields(base: Config, words: Sequence[str]) -> Config:
@@ -140,11 +148,10 @@ def overview(kind: type[Config]) -> str:
         "presets",
         presets,
     ]
-    if kind is Config:
-        lines += ["", "objectives, over a preset of the same kind"]
-        for name, objective in OBJECTIVES.items():
-            if objective.card.rewarded:
-                lines.append(f"  {f'objective:{name}':<20} {_summary(objective)}")
+    lines += ["", "objectives, over a preset of the same kind"]
+    for name, objective in OBJECTIVES.items():
+        if objective.card.rewarded == (kind is Config):
+            lines.append(f"  {f'objective:{name}':<20} {_summary(objective)}")
     lines += [
         "",
         "sections, listed by PRESET --help SECTION",
@@ -220,11 +227,11 @@ def _other_objective(before: Objective, word: str, program: type[Config]) -> Obj
     Raises:
         ConfigError: there is none of the name, or it is of another kind.
     """
-    if program is not Config:
-        raise ConfigError(f"objective: expected none beside {name_of(before)!r}, got {word!r}")
     name = word.removeprefix("objective:")
-    family = type(before).__mro__[1]
-    fitting = [n for n, c in OBJECTIVES.items() if c.card.rewarded and issubclass(c, family)]
+    family, rewarded = type(before).__mro__[1], program is Config
+    fitting = [
+        n for n, c in OBJECTIVES.items() if c.card.rewarded == rewarded and issubclass(c, family)
+    ]
     if name not in fitting:
         raise ConfigError(f"objective: expected one of {fitting} over this preset, got {name!r}")
     if name == name_of(before):

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from mteditflow import LagrangeMultiplier
 from mteditflow._text import parse_json
 from mteditflow.objectives import (
+    MTOPSD,
     NFT,
     OBJECTIVES,
     Distillation,
@@ -22,10 +23,14 @@ from mteditflow.objectives import (
     ReplayObjective,
 )
 from mteditflow.rewards import RequestOptions
+from mteditflow.training import DepthCurriculum, scheduled_turns
 
 from .spelling import hint
 
 RESUME = ("auto", "best", "never")
+IDENTITY = "identity"  # reward of turns that ask for no change, which no scorer is shown
+CONSECUTIVE = "consecutive"  # consistency with the turn before, beside that with the reference
+TERMS = (IDENTITY, CONSECUTIVE)  # rewards whose weights a command line may add to a preset's
 _Kind = TypeVar("_Kind")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -130,7 +135,8 @@ class Data:
     bucket_multiple: Count = 64
     """Sides of buckets are multiples of this, pixels."""
     turns: Count = 3
-    """Turns N of every chain; longer chains are cut, shorter ones left out."""
+    """Turns N of every chain; longer chains are cut, shorter ones left out. With growth.first the
+    most turns of a chain. mt_opsd trains first turns alone, so only evaluations have N."""
     history: Literal["last", "original"] = "last"
     """Images that turns after the first are given: the last, or the original and the last; chains
     whose records have references say so themselves."""
@@ -143,6 +149,36 @@ class Data:
     draw: Literal["epochs", "informative"] = "epochs"
     """Every chain once an epoch; or chains anew each round, more often those whose trajectories
     differed in how well they followed."""
+    identity_share: Share = 0.0
+    """Share of turns whose instruction is identity_instruction, drawn anew each round, alike for a
+    group; such a turn is put in between the chain's own, of which as many fewer are made. Their
+    reward is rewards.weights.identity."""
+    identity_instruction: Annotated[str, Field(min_length=1)] = "Keep the image exactly as it is."
+    """Instruction that asks for no change."""
+    drift: Count = 10
+    """mt_opsd: turns without a change that the student makes of a picture before the trained one.
+    With growth.first the most of them."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Chains that get longer over the run, up to data.turns (mt_opsd: data.drift)."""
+
+    first: Count | None = None
+    """Turns of the first round; None: chains have all turns from the start."""
+    every: Count | None = None
+    """Rounds after which chains get one turn more; None: growth.change says when."""
+    change: NonNegative | None = None
+    """Mean absolute pixel change, 0 to 255, of turns that ask for none, at or below which chains
+    get one turn more, once it holds for patience rounds in a row; None: growth.every says when."""
+    patience: Count = 10
+    """Rounds in a row that growth.change has to hold."""
+
+    def turns(self, done: int, most: int) -> int:
+        """Return the turns of a round's chains by the schedule; all of them without one."""
+        if self.first is None or self.every is None:
+            return most
+        return scheduled_turns(done, first=self.first, every=self.every, most=most)
 
 
 @dataclass(frozen=True)
@@ -177,6 +213,20 @@ class Teacher:
     path: Path | None = None
     """Folder of a LoRA of the run's rank and modules, such as a checkpoint's lora; it sees what the
     student sees. None: the base model (see model.lora_reference), which is shown clean images."""
+    sessions: Path | None = None
+    """mt_opsd: chains, neither trained nor evaluated on, on which the student is compared with its
+    teacher; where it wins it takes its place. None: the teacher stays the base model."""
+    every: Count = 4
+    """Rounds between comparisons."""
+    turns: tuple[Count, ...] = (10, 8, 5)
+    """Turns up to which sessions are compared, the first to decide first."""
+    success_margin: Count = 2
+    """Sessions that have to succeed more for a promotion."""
+    collapse_margin: Count = 3
+    """Sessions that have to collapse fewer for a promotion."""
+    degraded: float = 0.6
+    """Consistency at or below which a turn's picture counts as degraded; two in a row are a
+    collapse."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +262,10 @@ class Rewards:
     """URLs of mteditflow.rewards.server. Their token is read from MTEDITFLOW_TOKEN."""
     terms: Literal["features", "l1"] = "features"
     """What consistency compares."""
-    pairing: Literal["reference", "consecutive"] = "reference"
-    """Which image a turn's image is compared with."""
+    pairing: Literal["reference", "consecutive", "both"] = "reference"
+    """Which image a turn's image is compared with: the chain's reference, that of the turn before,
+    or both: "consistency" is then with the reference, and the reward "consecutive" with the turn
+    before."""
     scorer: str | None = None
     """module:name of a scorer of your own, in place of both services."""
     weights: dict[str, float] = field(
@@ -380,6 +432,7 @@ class Config:
     """Loss and its hyperparameters; another one of the same kind by objective:NAME."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
+    growth: Growth = field(default_factory=Growth)
     sampling: Sampling = field(default_factory=Sampling)
     rewards: Rewards = field(default_factory=Rewards)
     training: Training = field(default_factory=Training)
@@ -392,17 +445,37 @@ class Config:
         """Whether steps draw noise, so that they have log-probs."""
         return isinstance(self.objective, ReplayObjective)
 
+    @property
+    def drifts(self) -> bool:
+        """Whether the student wears pictures out itself, by turns that ask for no change."""
+        return isinstance(self.objective, MTOPSD)
+
+    @property
+    def most_turns(self) -> int:
+        """Turns of a chain when it has grown; of mt_opsd those that ask for no change."""
+        return self.data.drift if self.drifts else self.data.turns
+
+    @property
+    def curriculum(self) -> DepthCurriculum | None:
+        """How chains grow by what the editor leaves still, as a run begins with it."""
+        first, change = self.growth.first, self.growth.change
+        if first is None or change is None:
+            return None
+        return DepthCurriculum(first, self.most_turns, change, self.growth.patience)
+
 
 @dataclass(frozen=True)
 class DistillationConfig(Config):
     """Self-distillation of FLUX, Qwen-Image-Edit and other pipelines on chains of edits."""
 
-    objective: Distillation = field(default_factory=Distillation)  # type: ignore[assignment]
-    """Loss and its hyperparameters."""
+    objective: Distillation | MTOPSD = field(  # type: ignore[assignment]
+        default_factory=Distillation
+    )
+    """Loss and its hyperparameters; objective:mt_opsd is the other one."""
     teacher: Teacher = field(default_factory=Teacher)
 
 
-SECTIONS = (Model, Data, Sampling, Teacher, Rewards, Training, Safety, Evaluation, Output)
+SECTIONS = (Model, Data, Growth, Sampling, Teacher, Rewards, Training, Safety, Evaluation, Output)
 for section in (*SECTIONS, DistillationConfig):
     section.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
 

@@ -44,7 +44,7 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
     ):
         for start in range(0, len(rows), options.batch):
             part = rows[start : start + options.batch]
-            chains, edited = _edit(run, held_out, part)
+            chains, edited = edit_chains(run, held_out, part, purpose="held out")
             waiting.append(run.submit(chains, edited))
             for row, images in zip(part, edited, strict=True):
                 held_out.keep(run.state.done, row, images)
@@ -57,7 +57,7 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
             round=run.state.done,
             chain_ids=[chain.id for chain in records],
             instructions=[chain.instructions for chain in records],
-            terms={name: _first(x, len(records)) for name, x in terms.items()},
+            terms={name: first_scores(x, len(records)) for name, x in terms.items()},
             success_at=scale_of(run.config.rewards).success,
             provenance=Provenance(
                 judged_by=run.judged_by, made_by=made_by(run.config, run.state.done)
@@ -69,8 +69,8 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _edit(
-    run: Run, held_out: HeldOut, rows: Sequence[int]
+def edit_chains(
+    run: Run, held_out: HeldOut, rows: Sequence[int], *, purpose: str
 ) -> tuple[list[Chain], list[list[Image | None]]]:
     """Edit some chains, each from its own noise: images [reference, turn 1, ..., turn N]."""
     examples = held_out.chains.__getitems__(rows)
@@ -79,7 +79,7 @@ def _edit(
     edited = run.editor.edit(
         references,
         [chain.instructions for chain in chains],
-        generators=[keyed_generator(run.config.training.seed, "held out", row) for row in rows],
+        generators=[keyed_generator(run.config.training.seed, purpose, row) for row in rows],
         batch=len(rows),
         call={"num_inference_steps": run.config.evaluation.steps},
         seen=[held_out.chains.seen(row, run.config.data.history) for row in rows],
@@ -87,7 +87,7 @@ def _edit(
     return chains, [[first, *rest] for first, rest in zip(references, edited, strict=True)]
 
 
-def _first(scores: TurnScores, count: int) -> TurnScores:
+def first_scores(scores: TurnScores, count: int) -> TurnScores:
     """Return the scores of the first trajectories."""
     lost = {(b, n): reason for (b, n), reason in scores.lost.items() if b < count}
     return TurnScores(scores.score[:count], scores.turn_mask[:count], lost)

@@ -27,7 +27,15 @@ from mteditflow.training import Checkpoint
 
 from .config import Config, ConfigError, DistillationConfig, Model
 from .held_out import HeldOut
-from .loading import Notes, family_of, load_chains, load_held_out, made_by, require_fitting
+from .loading import (
+    Notes,
+    family_of,
+    load_chains,
+    load_held_out,
+    load_sessions,
+    made_by,
+    require_fitting,
+)
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
 from .rewards import check_services, judged_by, require_services, scale_of
 from .trackers import check_trackers
@@ -45,6 +53,7 @@ class Inputs:
         chains: to train on.
         sampler: draws them.
         held_out: evaluations so far, and the chains to evaluate on; None: no evaluation.
+        sessions: chains on which a student is compared with its teacher; None: it never is.
         found: checkpoint to go on from; None: the run begins.
         judged_by: who scores.
         files: hashes of the files that the run depends on.
@@ -54,6 +63,7 @@ class Inputs:
     chains: ChainDataset
     sampler: GroupSampler
     held_out: HeldOut | None
+    sessions: HeldOut | None
     found: Checkpoint | None
     judged_by: JudgedBy
     files: dict[str, str]
@@ -75,10 +85,13 @@ def check(config: Config) -> None:
     if config.sampling.model is not None:
         _check_model("sampling.model", config.sampling.model)
     _check_memory_options(config.model)
-    for name, path in (("chains", config.data.chains), ("held_out", config.data.held_out)):
+    files = {"data.chains": config.data.chains, "data.held_out": config.data.held_out}
+    if isinstance(config, DistillationConfig):
+        files["teacher.sessions"] = config.teacher.sessions
+    for name, path in files.items():
         if path is not None and not path.is_file() and not is_stored(path):
             got = f"none at {path}" if not path.exists() else f"the folder {path}"
-            raise ConfigError(f"data.{name}: expected a file of chains, got {got}")
+            raise ConfigError(f"{name}: expected a file of chains, got {got}")
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
         _check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
     if config.model.lora is not None:
@@ -148,7 +161,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     """
     data = config.data
     notes = Notes()
-    chains = load_chains(config, data.chains, notes)
+    chains = load_chains(config, data.chains, notes, turns=1 if config.drifts else data.turns)
     family = _family("model.path", config.model.path)
     if config.sampling.model is not None:
         _check_sibling(config.sampling.model, family)
@@ -168,13 +181,19 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
         if strays := ", ".join(held_out.strays()):
             notes.warning(f"{held_out.folder}: left alone, as not of this run: {strays}")
+    sessions = None
+    if isinstance(config, DistillationConfig) and config.teacher.sessions is not None:
+        others = chains, None if held_out is None else held_out.chains
+        compared = load_sessions(config, config.teacher.sessions, notes, *others)
+        require_fitting(config, family, compared)
+        sessions = HeldOut(compared, config.output.folder / "sessions", accelerator)
     if accelerator.is_main_process:
         whole = config.rewards.scope == "trajectory"
         require_services(config.rewards, images=data.turns + 1 if whole else 2)
     judge = judged_by(config.rewards)
     if held_out is not None and found is not None:
         judge = _comparable(config, held_out, judge, found.round)
-    return Inputs(chains, sampler, held_out, found, judge, files, notes)
+    return Inputs(chains, sampler, held_out, sessions, found, judge, files, notes)
 
 
 def _family(field: str, source: str) -> Family:

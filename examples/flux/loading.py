@@ -243,7 +243,7 @@ def load_held_out(config: Config, train: ChainDataset, notes: Notes) -> ChainDat
         OSError: a file cannot be opened.
     """
     data = config.data
-    chains = load_chains(config, data.held_out, notes)
+    chains = load_chains(config, data.held_out, notes, turns=data.turns)
     found = shared(train.chains, chains.chains)
     if found.any and not data.allow_overlap:
         raise ConfigError(
@@ -255,8 +255,31 @@ def load_held_out(config: Config, train: ChainDataset, notes: Notes) -> ChainDat
     return chains
 
 
-def load_chains(config: Config, path: Path, notes: Notes) -> ChainDataset:
-    """Read chains, cut them to the turns of the run, and fit their images.
+def load_sessions(
+    config: DistillationConfig, path: Path, notes: Notes, *others: ChainDataset | None
+) -> ChainDataset:
+    """Read the sessions that promote a teacher, which share nothing with other chains of the run.
+
+    Raises:
+        ConfigError: they share ids or reference images, or none is long enough.
+        ChainError: a line is bad.
+        OSError: the file cannot be opened.
+    """
+    turns = max(config.teacher.turns)
+    sessions = load_chains(config, path, notes, turns=turns, field="teacher.turns")
+    for name, other in zip(("data.chains", "data.held_out"), others, strict=True):
+        if other is not None and (found := shared(other.chains, sessions.chains)).any:
+            raise ConfigError(
+                f"teacher.sessions: expected nothing that is in {name}, got {found}; split the "
+                "chains by mteditflow chains split"
+            )
+    return sessions
+
+
+def load_chains(
+    config: Config, path: Path, notes: Notes, *, turns: int, field: str = "data.turns"
+) -> ChainDataset:
+    """Read chains, cut them to a number of turns, and fit their images.
 
     Raises:
         ConfigError: none of them is long enough.
@@ -265,14 +288,12 @@ def load_chains(config: Config, path: Path, notes: Notes) -> ChainDataset:
     """
     data = config.data
     chains = read_chains(path, check_images=True, allow_outside=data.allow_outside).chains
-    cut = [chain.first_turns(data.turns) for chain in chains if chain.turns >= data.turns]
+    cut = [chain.first_turns(turns) for chain in chains if chain.turns >= turns]
     if not cut:
-        raise ConfigError(f"data.turns: expected chains of {data.turns} turns in {path}, got none")
+        raise ConfigError(f"{field}: expected chains of {turns} turns in {path}, got none")
     if len(cut) < len(chains):
         short = len(chains) - len(cut)
-        notes.message(
-            f"{path}: left out {short} of {len(chains)} chains, shorter than {data.turns}"
-        )
+        notes.message(f"{path}: left out {short} of {len(chains)} chains, shorter than {turns}")
 
     return ChainDataset(cut, transform=fitting(config))
 

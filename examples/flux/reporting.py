@@ -13,9 +13,11 @@ from mteditflow import Signal
 from mteditflow.chains import ChainError, InformativeSampler
 from mteditflow.training import Bar, RewardCollapseError, print_summary, run_report, write_report
 
-from .config import flat
+from .config import IDENTITY, flat
 from .rewards import scale_of
 from .run import Run
+
+CHANGE = "chains/change"  # of the pixels, 0 to 255, over turns that ask for no change
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +37,9 @@ def log_rewards(run: Run, rewards: RoundRewards) -> None:
     run.numbers |= {f"multiplier/{name}": x for name, x in run.state.multipliers.items()}
     if run.state.kl is not None:
         run.numbers["training/kl_coef"] = run.state.kl.value
+    if IDENTITY in rewards.terms:
+        still = rewards.terms[IDENTITY].score
+        run.numbers[CHANGE] = 255 * (1 - float(still[still.isfinite()].double().mean()))
     if pictures_due(run):
         from mteditflow.training.pictures import draw_histograms
 
@@ -74,7 +79,7 @@ def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
 def carry_over(
     run: Run, rewards: RoundRewards | None, signals: Mapping[str, Signal] | None = None
 ) -> None:
-    """Take from a round what the next depends on: sampler, floor, history, adapted KL weight."""
+    """Take what the next round depends on: sampler, floor, history, adapted KL weight, turns."""
     state = run.state
     if state.history is not None and rewards is not None and signals:
         state.history = state.history.updated(signals, rewards.group)
@@ -88,6 +93,9 @@ def carry_over(
     kls = [means["kl"] for means in run.means if math.isfinite(means.get("kl", math.nan))]
     if state.kl is not None and kls:
         state.kl = state.kl.update(sum(kls) / len(kls))
+    change = run.numbers.get(CHANGE, math.nan)
+    if state.depth is not None and math.isfinite(change):
+        state.depth = state.depth.update(change)
 
 
 def record(run: Run, bar: Bar) -> None:
@@ -115,7 +123,7 @@ def show_chains(
     strips = [
         Strip(
             drawn.chains[b].id,
-            drawn.chains[b].instructions,
+            drawn.instructions[b],
             images[b],
             scores,
             b,

@@ -22,7 +22,7 @@ FIXED = (
 )
 HASHED = (
     *(("model", "path"), ("model", "lora"), ("sampling", "model"), ("sampling", "lora")),
-    *(("data", "chains"), ("data", "held_out")),
+    *(("data", "chains"), ("data", "held_out"), ("teacher", "sessions")),
 )
 
 
@@ -145,7 +145,8 @@ def _refuse_two_histories(config: Config, found: Checkpoint) -> None:
 
 def fingerprints(config: Config) -> dict[str, str]:
     """Return hashes of the files that a run depends on by field; hub ids have none."""
-    paths = {(section, name): getattr(getattr(config, section), name) for section, name in HASHED}
+    own = [(section, name) for section, name in HASHED if hasattr(config, section)]
+    paths = {(section, name): getattr(getattr(config, section), name) for section, name in own}
     given = {".".join(field): path for field, path in paths.items() if path is not None}
     hashes = {field: content_hash(path) for field, path in given.items()}
     return {field: found for field, found in hashes.items() if found is not None}

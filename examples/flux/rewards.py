@@ -37,7 +37,7 @@ from mteditflow.rewards import (
 from mteditflow.rewards.command_line import QUESTION, read_secret, require_reachable
 from mteditflow.training import Aggregation, RoundRewards
 
-from .config import ConfigError, Rewards
+from .config import CONSECUTIVE, ConfigError, Rewards
 from .scorers import CheckedScorer, Scorer, consistency_terms, declared_scale, named_scorer
 
 Submit = Callable[
@@ -56,23 +56,41 @@ def judge_client(config: Rewards, **options: Any) -> ChatClient:
     )
 
 
-def consistency_client(config: Rewards, **options: Any) -> ConsistencyClient:
-    """Return a client of the configured consistency server, whose token is in the environment."""
+def consistency_client(
+    config: Rewards, pairing: str | None = None, **options: Any
+) -> ConsistencyClient:
+    """Return a client of the configured consistency server, whose token is in the environment.
+
+    ``pairing`` None is the configured one, and of both that with the reference.
+    """
+    own = "reference" if config.pairing == "both" else config.pairing
     return ConsistencyClient(
         config.consistency,
-        pairing=config.pairing,
+        pairing=pairing or own,
         token=read_secret("MTEDITFLOW_TOKEN"),
         **{"concurrency": config.concurrency, "timeout": config.timeout} | options,
     )
 
 
+def pairings(config: Rewards) -> dict[str, str]:
+    """Return the pairing of each term that the consistency server scores."""
+    if not config.consistency:
+        return {}
+    if config.pairing == "both":
+        return {"consistency": "reference", CONSECUTIVE: "consecutive"}
+    return {"consistency": config.pairing}
+
+
 class Services:
-    """A judge for "following", and a consistency server for "consistency", asked at once."""
+    """A judge for "following", and a consistency server for the others, asked at once."""
 
     def __init__(self, config: Rewards, cache: AnswerCache) -> None:
         self.client = judge_client(config, cache=cache)
         self._judge = Judge(self.client, prompt_of(config))
-        self._looks = consistency_client(config, cache=cache) if config.consistency else None
+        self._looks = {
+            term: consistency_client(config, pairing, cache=cache)
+            for term, pairing in pairings(config).items()
+        }
         self._features = config.terms == "features"
 
     async def score(
@@ -84,13 +102,15 @@ class Services:
         async def follow() -> None:
             found["following"] = await self.following(chains, images)
 
-        async def look() -> None:
-            if self._looks is not None:
-                found.update(self.consistency(await self._looks.score(chains, images)))
+        async def look(term: str, client: ConsistencyClient) -> None:
+            scores = await client.score(chains, images)
+            whole = term == "consistency"
+            found.update(self.consistency(scores) if whole else {term: self._compared(scores)})
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(follow)
-            tasks.start_soon(look)
+            for term, client in self._looks.items():
+                tasks.start_soon(look, term, client)
         return dict(sorted(found.items(), reverse=True))
 
     async def following(
@@ -101,7 +121,10 @@ class Services:
 
     def consistency(self, scores: ConsistencyScores) -> dict[str, TurnScores]:
         """Name the terms of what the consistency server found."""
-        return {"consistency": scores.scores if self._features else scores.l1_scores}
+        return {"consistency": self._compared(scores)}
+
+    def _compared(self, scores: ConsistencyScores) -> TurnScores:
+        return scores.scores if self._features else scores.l1_scores
 
 
 def check_services(config: Rewards) -> None:
@@ -277,7 +300,8 @@ def turn_signals(
             weights[f"{name}/{i}"] = weight * share
     if config.credit == "until_failure":  # here, so that a history holds no later turns either
         following = rewards.terms["following"]
-        success = scale_of(config).followed(following.score)
+        # A turn with nothing to follow, such as one that asks for no change, fails nothing.
+        success = scale_of(config).followed(following.score) | following.unmeasured
         keep = mt.stop_after_failure(success, turn_mask=following.turn_mask).bool()
         signals = {
             n: mt.Signal(x.value, x.valid & keep, x.measured & keep) for n, x in signals.items()

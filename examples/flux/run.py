@@ -16,8 +16,10 @@ from mteditflow.pipelines import Editor, LoraPolicies
 from mteditflow.training import (
     Checkpoint,
     Checkpoints,
+    DepthCurriculum,
     RewardWatch,
     RunLog,
+    SessionCounts,
     Termination,
     Update,
     learning_rate_share,
@@ -44,6 +46,10 @@ class State:
         floor: multiplier of consistency, where it has a floor.
         kl: weight of the KL to the reference, where it follows a target.
         history: rewards of earlier rounds of each chain, where they are remembered.
+        depth: turns that grow by what the editor leaves still, where they do.
+        turns: turns of the last round that began; 0 before the first.
+        teacher: outcomes of the sessions edited by the teacher, up to each turn that is compared;
+            None until they are needed.
     """
 
     done: int = 0
@@ -52,6 +58,9 @@ class State:
     floor: LagrangeMultiplier | None = None
     kl: AdaptiveKL | None = None
     history: RewardHistory | None = None
+    depth: DepthCurriculum | None = None
+    turns: int = 0
+    teacher: list[SessionCounts] | None = None
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -68,6 +77,7 @@ class Run:
         sibling: samples in place of the editor; None: the editor does.
         method: name of what trains, in titles.
         judged_by: who scores.
+        sessions: chains on which a student is compared with its teacher; None: it never is.
         found: checkpoint that the run goes on from; None where it begins.
         files: hashes of the files that the run depends on, as ``resuming.fingerprints`` gives them.
         numbers: metrics of the round in progress.
@@ -94,6 +104,7 @@ class Run:
     state: State
     method: str
     judged_by: JudgedBy
+    sessions: HeldOut | None = None
     sibling: Sibling | None = None
     found: Checkpoint | None = None
     files: dict[str, str] = field(default_factory=dict)
@@ -140,6 +151,13 @@ class Run:
             objective if self.state.kl is None else replace(objective, kl_coef=self.state.kl.value)
         )
 
+    @property
+    def turns(self) -> int:
+        """Turns of the chains of this round; where the student drifts, those without a change."""
+        if self.state.depth is not None:
+            return self.state.depth.depth
+        return self.config.growth.turns(self.state.done, self.config.most_turns)
+
     def stop_if_requested(self) -> None:
         """End the run here if any rank got a signal; a collective call.
 
@@ -150,7 +168,7 @@ class Run:
             raise Stopped(self.termination.signal or "a signal to another rank")
 
     def begin_round(self) -> None:
-        """Set the learning rate of the round, and forget the metrics of the last one."""
+        """Set learning rate and turns of the round, and forget the metrics of the last one."""
         training = self.config.training
         rate = training.learning_rate * learning_rate_share(
             self.state.done,
@@ -162,6 +180,16 @@ class Run:
         for group in self.optimizer.param_groups:
             group.update(lr=rate, weight_decay=training.weight_decay)
         self.means, self.numbers = [], {"training/learning_rate": rate, "training/empty_updates": 0}
+        if self.config.growth.first is not None:
+            self._begin_turns()
+
+    def _begin_turns(self) -> None:
+        """Note the turns of the round; rewards of longer chains are no fall of the shorter's."""
+        before, self.state.turns = self.state.turns, self.turns
+        self.numbers["chains/turns"] = self.turns
+        if before not in (0, self.turns):
+            self.watch.restart()
+            self.log.message(f"round {self.state.done + 1}: {self.turns} turns, {before} before")
 
     def count(self, update: Update) -> None:
         """Take one optimizer step into account, and move the averaged policy when it is due.

@@ -7,7 +7,8 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
+from random import Random
+from typing import TypeVar, cast
 
 import torch
 from PIL.Image import Image
@@ -15,17 +16,19 @@ from torch import Tensor
 
 from mteditflow import gather_ranks
 from mteditflow.chains import Chain, collate_chains
-from mteditflow.objectives import Buckets, BucketVelocity, Sampling, Velocity
+from mteditflow.objectives import Buckets, BucketVelocity, RoundKey, Sampling, Velocity
 from mteditflow.pipelines import LoraPolicies, Part, Rollout, RolloutVelocity, Seen
-from mteditflow.rewards import TurnScores
+from mteditflow.rewards import TurnScores, pixel_change
 from mteditflow.training import gather_scores
 
+from .config import IDENTITY
 from .few_steps import sampling_call
 from .run import Run
 
 POLL = 1.0  # s between looks for a signal while scores are waited for
 
 Scores = dict[str, TurnScores]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,28 +36,58 @@ class RoundChains:
     """This rank's part of a round: one entry per trajectory.
 
     Attributes:
-        chains: records.
+        chains: records of the turns that ask for an edit, which are what is judged.
         references: images that turn 1 edits; None each for text to image.
         group: integer group id, [B].
         seen: images that each turn is given, as ``Editor.roll_out`` takes them.
+        instructions: what to do at each turn, [B][N].
+        edits: turns that ask for an edit, boolean [B, N]; the others ask for no change.
     """
 
     chains: Sequence[Chain]
     references: Sequence[Image | None]
     group: Tensor
     seen: Sequence[Seen]
+    instructions: Sequence[Sequence[str]]
+    edits: Tensor
 
 
 def next_chains(run: Run) -> RoundChains:
-    """Draw this rank's chains of the round."""
+    """Draw this rank's chains of the round, as long as they are by now."""
     indices = next(run.batches, None)
     if indices is None:
         run.batches = iter(run.sampler)
         indices = next(run.batches)
     batch = collate_chains(run.chains.__getitems__(indices))
-    history = run.config.data.history
-    seen = {index: run.chains.seen(index, history) for index in dict.fromkeys(indices)}
-    return RoundChains(batch.chains, batch.images, batch.group, [seen[index] for index in indices])
+    data, turns = run.config.data, 1 if run.config.drifts else run.turns
+    seen = {index: run.chains.seen(index, data.history) for index in dict.fromkeys(indices)}
+    edits = edit_turns(run.key, batch.group, turns, data.identity_share)
+    counts = edits.sum(dim=1).tolist()
+    chains = [chain.first_turns(n) for chain, n in zip(batch.chains, counts, strict=True)]
+    rows = range(len(indices))
+    texts = [_laid_out(chains[b].instructions, edits[b], data.identity_instruction) for b in rows]
+    given = [_laid_out(seen[indices[b]][: counts[b]], edits[b], ["last"]) for b in rows]
+    return RoundChains(chains, batch.images, batch.group, given, texts, edits)
+
+
+def edit_turns(key: RoundKey, group: Tensor, turns: int, identity_share: float) -> Tensor:
+    """Draw which turns ask for an edit, boolean [B, N]: alike for a group, whatever the rank.
+
+    One turn of each chain does at least, so that there is something to follow.
+    """
+    drawn: dict[int, list[bool]] = {}
+    for chain in dict.fromkeys(group.tolist()):
+        numbers = [Random(key.number("identity", chain, n)).random() for n in range(turns)]
+        drawn[chain] = [x >= identity_share for x in numbers]
+        if not any(drawn[chain]):
+            drawn[chain][Random(key.number("edit", chain)).randrange(turns)] = True
+    return torch.tensor([drawn[chain] for chain in group.tolist()], dtype=torch.bool)
+
+
+def _laid_out(values: Sequence[Value], edits: Tensor, other: Value) -> list[Value]:
+    """Put a value of each edit at its turn, and another one at every turn between them."""
+    left = iter(values)
+    return [next(left) if edit else other for edit in edits.tolist()]
 
 
 def roll_out(
@@ -101,16 +134,47 @@ def sample(
     parts, waiting = [], []
     images: list[list[Image | None]] = []
     with run.log.stopwatch.phase("sampling"), sampling_as(run, objective.samples_with):
-        instructions = [chain.instructions for chain in drawn.chains]
-        given = (drawn.references, instructions, drawn.group)
+        given = (drawn.references, drawn.instructions, drawn.group)
         for part in roll_out(run, *given, how, seen=drawn.seen):
             references = drawn.references[part.rows]
             pairs = zip(references, part.images, strict=True)
             edited: list[list[Image | None]] = [[r, *turns] for r, turns in pairs]
-            waiting.append(run.submit(drawn.chains[part.rows], edited))
+            judged = _judged(edited, drawn.edits[part.rows])
+            waiting.append(run.submit(drawn.chains[part.rows], judged))
             parts.append(part.rollout)
             images += edited
-    return joined(parts), images, collect(run, waiting)
+    scores = collect(run, waiting)
+    if run.config.data.identity_share > 0:
+        scores = {name: x.spread(drawn.edits) for name, x in scores.items()}
+        scores[IDENTITY] = stillness(images, ~drawn.edits)
+    return joined(parts), images, scores
+
+
+def _judged(images: Sequence[Sequence[Image | None]], edits: Tensor) -> list[list[Image | None]]:
+    """Return reference and edits alone: what a scorer reads beside the records of the edits."""
+    return [
+        [first, *(image for image, edit in zip(rest, own, strict=True) if edit)]
+        for (first, *rest), own in zip(images, edits.tolist(), strict=True)
+    ]
+
+
+def stillness(images: Sequence[Sequence[Image | None]], identity: Tensor) -> TurnScores:
+    """Score turns that ask for no change: 1 minus the mean change of pixels over 255.
+
+    Nobody is asked, since the picture that the turn was given is the right one. There is nothing to
+    measure at the other turns.
+
+    Args:
+        images: reference and what each turn made, [B][N + 1].
+        identity: turns that ask for no change, boolean [B, N].
+    """
+    score = torch.full(identity.shape, torch.nan, dtype=torch.float32)
+    for b, n in identity.nonzero().tolist():
+        before, after = images[b][n : n + 2]
+        assert before is not None
+        assert after is not None
+        score[b, n] = 1 - pixel_change(before, after) / 255
+    return TurnScores(score, torch.ones_like(identity), {})
 
 
 def sampling_as(run: Run, policy: str) -> AbstractContextManager[None]:

@@ -8,7 +8,16 @@ from pathlib import Path
 from mteditflow.objectives import ForwardObjective
 from mteditflow.rewards import SCALES
 
-from .config import RESUME, Config, ConfigError, DistillationConfig, Rewards, name_of
+from .config import (
+    CONSECUTIVE,
+    IDENTITY,
+    RESUME,
+    Config,
+    ConfigError,
+    DistillationConfig,
+    Rewards,
+    name_of,
+)
 
 
 def checked(config: Config, base: Config | None = None, *, services: bool = True) -> Config:
@@ -60,6 +69,7 @@ def _unsound(config: Config) -> Iterator[str]:
         yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
         yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
+    yield from _unsound_lengths(config)
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
         yield "rewards.scorer: expected no judge and no consistency beside it"
     if rewards.scorer is None or rewards.scale is not None:
@@ -85,6 +95,47 @@ def _unsound(config: Config) -> Iterator[str]:
         )
 
 
+def _unsound_lengths(config: Config) -> Iterator[str]:
+    """Yield what does not go together of growing chains and turns without a change, in words."""
+    data, growth, rewards, most = config.data, config.growth, config.rewards, config.most_turns
+    name = "data.drift" if config.drifts else "data.turns"
+    if growth.first is not None:
+        if growth.first >= most:
+            yield f"growth.first: expected fewer than the {most} of {name}, got {growth.first}"
+        if (growth.every is None) == (growth.change is None):
+            yield (
+                f"growth: expected every or change beside first, got {growth.every} and "
+                f"{growth.change}"
+            )
+        if growth.change is not None and not (config.drifts or data.identity_share > 0):
+            yield (
+                "growth.change: expected data.identity_share above 0, or mt_opsd, whose turns "
+                f"without a change it measures, got {growth.change}"
+            )
+    if config.drifts and data.history != "last":
+        yield f"data.history: expected last for mt_opsd, got {data.history}"
+    weight = rewards.weights.get(IDENTITY, 0.0)
+    if data.identity_share == 1:
+        yield "data.identity_share: expected below 1, so that there are edits to train, got 1"
+    if (data.identity_share > 0) != (weight > 0) and config.objective.card.rewarded:
+        yield (
+            "data.identity_share, rewards.weights.identity: expected both above 0 or neither, got "
+            f"{data.identity_share} and {weight}"
+        )
+    if data.identity_share > 0 and rewards.fusion == "rewards":
+        yield (
+            "rewards.fusion: expected advantages where data.identity_share is above 0, since no "
+            "turn has all rewards, got rewards"
+        )
+    if rewards.consistency and rewards.weights.get(CONSECUTIVE) and rewards.pairing != "both":
+        yield (
+            "rewards.weights.consecutive: expected rewards.pairing both, which has this reward, "
+            f"got {rewards.pairing}"
+        )
+    if rewards.pairing == "both" and data.turns == 1:
+        yield "rewards.pairing: expected data.turns above 1, where both differ, got both"
+
+
 def _unserved(rewards: Rewards) -> Iterator[str]:
     """Yield services that a run would need, in words."""
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
@@ -100,7 +151,23 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
     reads_judge = rewards.scorer is None
     learns = config.objective.card.rewarded
     reads_reference = not learns or getattr(config.objective, "kl_coef", 0) > 0
+    identity, growth = learns and config.data.identity_share > 0, config.growth
     unread = {
+        ("data", "identity_share"): (
+            learns and config.data.turns > 1,
+            "the objective learns from rewards, and data.turns is above 1",
+        ),
+        ("data", "identity_instruction"): (
+            identity or config.drifts,
+            "data.identity_share is above 0, or the objective is mt_opsd",
+        ),
+        ("data", "drift"): (config.drifts, "the objective is mt_opsd"),
+        ("growth", "every"): (growth.first is not None, "growth.first is given"),
+        ("growth", "change"): (growth.first is not None, "growth.first is given"),
+        ("growth", "patience"): (
+            growth.first is not None and growth.change is not None,
+            "growth.first and growth.change are given",
+        ),
         ("model", "lora_start"): (config.model.lora is not None, "model.lora is given"),
         ("model", "lora_reference"): (
             config.model.lora is not None and reads_reference,
@@ -139,6 +206,12 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
     for name in ("weights", "aggregate", "credit", "groups", "floor", "fusion", "std",
                  "advantage_limit", "history"):  # fmt: skip
         unread["rewards", name] = (learns, "the objective learns from rewards")
+    if isinstance(config, DistillationConfig):
+        gate, sessions = config.teacher.sessions is not None, "teacher.sessions is given"
+        unread["teacher", "path"] = (not config.drifts, "the objective is distillation")
+        unread["teacher", "sessions"] = (config.drifts, "the objective is mt_opsd")
+        for name in ("every", "turns", "success_margin", "collapse_margin", "degraded"):
+            unread["teacher", name] = (gate, sessions)
     for (section, name), (read, when) in unread.items():
         value = getattr(getattr(config, section), name)
         if not read and value != getattr(getattr(base, section), name):

@@ -87,6 +87,7 @@ def build(
         state=initial_state(config),
         method=name_of(config.objective).upper(),
         judged_by=inputs.judged_by,
+        sessions=inputs.sessions,
         sibling=sibling,
         found=inputs.found,
         files=inputs.files,
@@ -97,9 +98,12 @@ def _ahead(config: Config, inputs: Inputs) -> list[str]:
     """Return the instructions to embed before the transformer is loaded, each once, in order."""
     if config.model.prompt_folder is None:
         return []
-    held_out = [] if inputs.held_out is None else inputs.held_out.chains.chains
-    chains = (*inputs.chains.chains, *held_out)
-    return list(dict.fromkeys(text for chain in chains for text in chain.instructions))
+    more = [x.chains.chains for x in (inputs.held_out, inputs.sessions) if x is not None]
+    chains = (*inputs.chains.chains, *(chain for part in more for chain in part))
+    texts = [text for chain in chains for text in chain.instructions]
+    if config.data.identity_share > 0 or config.drifts:
+        texts.append(config.data.identity_instruction)
+    return list(dict.fromkeys(texts))
 
 
 def _log_assumptions(editor: Editor, side: int, log: RunLog) -> None:
@@ -121,6 +125,7 @@ def initial_state(config: Config) -> State:
         if training.kl_target is None
         else AdaptiveKL(training.kl_target, config.objective.kl_coef),
         history=RewardHistory(history) if history else None,
+        depth=config.curriculum,
     )
 
 

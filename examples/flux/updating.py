@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mteditflow import RatioCheck, gather_ranks
-from mteditflow.objectives import Buckets, Output, ReplayObjective, Units, Velocity
+from mteditflow.objectives import Buckets, Output, ReplayObjective, Samples, Units, Velocity
 from mteditflow.pipelines import ReplayError, Rollout
 from mteditflow.training import Update, Updater, most_parts
 
@@ -17,7 +17,7 @@ def update(
     run: Run,
     updater: Updater,
     velocity: Velocity,
-    rollout: Rollout | Buckets,
+    rollout: Samples,
     advantage: Tensor | None,
     valid: Tensor | None,
 ) -> None:

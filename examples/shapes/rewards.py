@@ -67,12 +67,15 @@ class Scores:
         likert: Instruction following, 1..5 by the share of the target that is right.
         success: Whether the instruction was followed: the Likert score is 5.
         consistency: Share of what must not change that has not, in [0, 1].
+        consecutive: Share of what the turn is not about that is as in the picture before, in
+            [0, 1], right or wrong: what one sees who looks at neighbors alone.
         strict: Whether the whole picture is right: 95% of the target and 98% of everything else.
     """
 
     likert: Tensor
     success: Tensor
     consistency: Tensor
+    consecutive: Tensor
     strict: Tensor
 
 
@@ -92,12 +95,15 @@ def score(images: Tensor, truth: Truth) -> Scores:
     expected = (*truth.changed.shape[:2], 3, *truth.changed.shape[2:])
     if images.shape != expected:
         raise ValueError(f"images must have shape {tuple(expected)}, got {tuple(images.shape)}")
-    right = read(images) == truth.pictures[:, 1:]
+    seen = read(images)
+    right = seen == truth.pictures[:, 1:]
+    before = torch.cat([truth.pictures[:, :1], seen[:, :-1]], dim=1)
     target, likert = target_share(right, truth), likert_of(right, truth)
     return Scores(
         likert=likert,
         success=likert == 5,
         consistency=_share(right, truth.kept),
+        consecutive=_share(seen == before, ~truth.target),
         strict=(target >= STRICT_TARGET) & (_share(right, ~truth.target) >= STRICT_REST),
     )
 

@@ -23,14 +23,21 @@ from .served import chain_of
 from .vision import pixels_of
 from .world import IMAGE_SIZE, Chain
 
-TERMS = {"following": "likert", "consistency": "consistency", "strict": "strict"}
+TERMS = {
+    "following": "likert",
+    "consistency": "consistency",
+    "consecutive": "consecutive",
+    "strict": "strict",
+}
 
 
 class ExactRewards:
     """Scores pictures against the TRUE states of their chain, which it reads back from the record.
 
-    The terms, each from :func:`.rewards.score`: ``following`` in 1..5, ``consistency`` in
-    [0, 1], and ``strict``, 1 where the whole picture is right, else 0. Nothing is ever lost.
+    The terms, each from :func:`.rewards.score`: ``following`` in 1..5, ``consistency`` with the
+    The terms, each from :func:`.rewards.score`: ``following`` in 1..5, ``consistency`` with the
+    original and ``consecutive`` with the picture before in [0, 1], and ``strict``, 1 where the
+    whole picture is right, else 0. Nothing is ever lost.
     """
 
     scale = LIKERT

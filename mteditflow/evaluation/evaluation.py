@@ -46,6 +46,7 @@ from mteditflow.rewards import TurnScores
 from mteditflow.rewards.scale import ROUNDING, SHARE, check_range
 
 FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
+CONSECUTIVE = "consecutive"  # the same with the turn before, where both are scored
 PARTS = ("object", "background")  # of the consistency, where they are given apart
 
 
@@ -364,12 +365,12 @@ class Evaluation:
 
 
 def check_consistency(terms: Mapping[str, TurnScores], bounds: tuple[float, float]) -> None:
-    """Raise unless consistency, its parts, wear and destroyed, where given, lie in their range.
+    """Raise unless every score of consistency, its parts, wear and destroyed is in its range.
 
     Raises:
         ValueError: a score lies outside; the message names the term and shows the values seen.
     """
-    for name in (CONSISTENCY, *PARTS):
+    for name in (CONSISTENCY, CONSECUTIVE, *PARTS):
         if name in terms:
             check_range(name, terms[name].score, *bounds, slack=ROUNDING)
     for name in (DESTROYED, WEAR):

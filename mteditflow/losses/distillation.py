@@ -17,8 +17,8 @@ from the clean image by the model's own faults, is then edited for real. Of the 
 is ``distillation_loss`` on the states of that edit, between the student that sees the worn image
 and the teacher that sees the clean one under the same instruction and state; the second is
 ``flow_matching_loss`` under the instruction to change nothing, with the worn image as its own
-target, which keeps faults from growing. Both are mixed at 2 to 1. It is a choice of conditioning,
-not a formula of its own::
+target, which keeps faults from growing. ``mt_opsd_loss`` computes both, ``objectives.MTOPSD`` draws
+the states. Its first loss is a choice of conditioning, not a formula of its own::
 
     worn = recorder.rollout(...)      # the student's edit of its own k-th image
     clean = recorder.rollout(...)     # the same edit of the clean image: its conditioning is used
@@ -35,7 +35,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mteditflow._checks import Numbers
+from mteditflow._checks import (
+    Numbers,
+    as_mask,
+    check_floating,
+    check_number,
+    check_rank,
+    check_same_shape,
+)
 from mteditflow._reduce import row_squared_error
 from mteditflow.flow.solvers import Solver, gaussian_kl, unit_step
 
@@ -70,6 +77,63 @@ def distillation_loss(
         tensor([5.])
     """
     return row_squared_error(valid, velocity=velocity, teacher_velocity=teacher_velocity)
+
+
+def mt_opsd_loss(
+    velocity: Tensor,
+    teacher_velocity: Tensor,
+    identity_target: Tensor,
+    identity: Numbers,
+    *,
+    identity_weight: float = 10.0,
+    valid: Numbers | None = None,
+) -> Tensor:
+    r"""Loss of MT-OPSD: edits as the teacher's on the clean image, no change where none is asked.
+
+    With the worn image :math:`\tilde I`, its latent :math:`\tilde c` and the clean image
+    :math:`I_0`, the mean over elements of
+
+    - an edit: :math:`\lVert v_S(x, \tilde I, e) - v_T(x, I_0, e) \rVert^2` at a state x that the
+      student reached itself
+    - no change: :math:`w \lVert v_S(\tilde x, \tilde I, e_{id}) - (n - \tilde c) \rVert^2` at
+      :math:`\tilde x` between :math:`\tilde c` and noise n
+
+    Args:
+        velocity: of the student, which sees the worn image, [M, ...].
+        teacher_velocity: of the teacher, which sees the clean one, shape of ``velocity``; a
+            constant. Not read in rows without a change.
+        identity_target: ``velocity_target(clean, noise)`` of the worn image's own latent, shape of
+            ``velocity``; a constant. Not read in rows of edits.
+        identity: rows that ask for no change, boolean [M].
+        identity_weight: w, >= 0.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
+
+    Returns:
+        [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
+        ``velocity`` alone.
+
+    Raises:
+        ValueError: shapes differ, there is no latent axis, or the weight is negative.
+        TypeError: a tensor is not floating point, or a mask is not boolean.
+
+    Source: MT-OPSD (arXiv 2609.35611), Eq. 5 and 6.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [3.0]])
+        >>> mt_opsd_loss(student, teacher, torch.zeros(2, 1), torch.tensor([False, True]))
+        tensor([ 4., 10.])
+    """
+    check_number("identity_weight", identity_weight, low=0.0)
+    given = {"velocity": velocity, "teacher_velocity": teacher_velocity}
+    given["identity_target"] = identity_target
+    check_floating(**given)
+    check_same_shape(**given)
+    check_rank("velocity", velocity, 2, "[M, ...]")
+    still = as_mask("identity", identity, velocity.flatten(1)[:, 0], "[M]")
+    rows = still.reshape(-1, *(1,) * (velocity.ndim - 1))
+    target = torch.where(rows, identity_target.detach(), teacher_velocity.detach())
+    loss = distillation_loss(velocity, target, valid=valid)
+    return torch.where(still, identity_weight * loss, loss)
 
 
 def step_kl_weight(solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers) -> Tensor:

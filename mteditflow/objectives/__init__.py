@@ -13,6 +13,7 @@ from mteditflow.objectives.forward import ForwardObjective, Renoise
 from mteditflow.objectives.grpo import GRPO
 from mteditflow.objectives.guard import Guard
 from mteditflow.objectives.keys import RoundKey, keyed_generator
+from mteditflow.objectives.mt_opsd import MTOPSD, WornSamples
 from mteditflow.objectives.nft import NFT
 from mteditflow.objectives.replay import ReplayObjective
 from mteditflow.objectives.samples import Buckets, CleanSamples, Samples
@@ -27,6 +28,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "awm": AWM,
     "dpo": DPO,
     "distillation": Distillation,
+    "mt_opsd": MTOPSD,
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "DPO",
     "DPPO",
     "GRPO",
+    "MTOPSD",
     "NFT",
     "OBJECTIVES",
     "BucketVelocity",
@@ -52,6 +55,7 @@ __all__ = [
     "Sampling",
     "Units",
     "Velocity",
+    "WornSamples",
     "keyed_generator",
     "training_rows",
 ]

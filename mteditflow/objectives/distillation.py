@@ -46,7 +46,7 @@ class Distillation(Objective):
     """
 
     card = Card(
-        title="Distillation, MT-OPSD",
+        title="Distillation",
         papers=("2606.27377", "2609.35611"),
         losses=("distillation_loss",),
         needs="teacher; no reward",

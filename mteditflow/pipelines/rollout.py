@@ -78,6 +78,43 @@ class Rollout:
         """Stored steps as M rows; ``rows`` [M, 3] as in ``Trajectory.steps_at``."""
         return self.trajectory.steps_at(rows)
 
+    def reference_at(self, at: Tensor) -> Tensor:
+        """Latents of the image that each turn was given, as the model reads them beside the sample.
+
+        For pipelines that join one reference to the sample, such as Kontext, FLUX.2 and
+        Qwen-Image-Edit: the reference in the layout and the units of the clean latents.
+
+        Args:
+            at: trajectory and turn of each row, integer [M, 2].
+
+        Returns:
+            [M, ...], on the device of the record.
+
+        Raises:
+            ValueError: there is no row, a turn is none of its trajectory, or what is joined to a
+                sample is not one reference of its size.
+        """
+        check_shape("at", at, (len(at), 2), "[M, 2]")
+        if not len(at):
+            raise ValueError("at: expected at least one row, got none")
+        calls, rows = self.index[at[:, 0].cpu(), at[:, 1].cpu()].unbind(-1)
+        if bool((calls < 0).any()):
+            raise ValueError("at: expected turns that exist, got some that turn_mask excludes")
+        latent = self.trajectory.latents.shape[3:]
+        found = []
+        for call, row in zip(calls.tolist(), rows.tolist(), strict=True):
+            records = self.conditioning[call].stages[0].calls
+            rest = next(record.rest for record in records if record.module is None)
+            given = None if rest is None else rest.tensor.select(rest.axis, row)
+            if given is None or given.shape != latent:
+                got = "nothing" if given is None else list(given.shape)
+                raise ValueError(
+                    f"at: expected turns whose sample has one reference of its size, "
+                    f"{list(latent)}, beside it, got {got}"
+                )
+            found.append(given)
+        return torch.stack(found)
+
     def velocity(
         self, model: nn.Module, x_t: Tensor, sigma: Tensor, trajectory: Tensor, turn: Tensor
     ) -> Tensor:

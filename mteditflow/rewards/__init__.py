@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from mteditflow.rewards.consistency.similarity import Features
     from mteditflow.rewards.faults import AnswerError, Fault, Lost
+    from mteditflow.rewards.images import pixel_change
     from mteditflow.rewards.judge.judge import Judge
     from mteditflow.rewards.judge.preflight import (
         EndpointReport,
@@ -78,6 +79,7 @@ else:
             "inspect_endpoints": ".judge.preflight",
             "judge_identity": ".transport.identity",
             "pairs_of": ".consistency.pairs",
+            "pixel_change": ".images",
             "reach_endpoints": ".judge.preflight",
         },
         extra="rewards",
@@ -121,5 +123,6 @@ __all__ = [
     "inspect_endpoints",
     "judge_identity",
     "pairs_of",
+    "pixel_change",
     "reach_endpoints",
 ]

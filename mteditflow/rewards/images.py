@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 
+import numpy as np
 from PIL import Image
 
 from mteditflow._images import BOMBS, SIXTEEN_BITS, UNREADABLE
@@ -38,6 +39,34 @@ def to_rgb(name: str, image: Image.Image) -> Image.Image:
     except UNREADABLE as error:
         raise ValueError(f"{name}: expected a readable image, got {error}") from error
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def pixel_change(before: Image.Image, after: Image.Image) -> float:
+    """Return the mean absolute difference of two pictures' pixels, in [0, 255].
+
+    Between what a turn was given and what it made of it, where its instruction asks for no change:
+    the editor's own wear, without any judge.
+
+    Args:
+        before: 8-bit image.
+        after: another of the same size.
+
+    Raises:
+        TypeError: one is not a PIL image.
+        ValueError: they differ in size, or one is refused by ``to_rgb``.
+
+    Source: the measure of MT-OPSD's depth curriculum (arXiv 2609.35611).
+
+    Example:
+        >>> gray = Image.new("RGB", (2, 1), (10, 10, 10))
+        >>> pixel_change(gray, Image.new("RGB", (2, 1), (10, 13, 10)))
+        1.0
+    """
+    first, second = to_rgb("before", before), to_rgb("after", after)
+    if first.size != second.size:
+        raise ValueError(f"after: expected the size of before, {first.size}, got {second.size}")
+    pixels = (np.asarray(x, dtype=np.int16) for x in (first, second))
+    return float(np.abs(np.subtract(*pixels)).mean())
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -200,6 +200,38 @@ class TurnScores:
             lost=self.lost_mask,
         )
 
+    def spread(self, where: Tensor) -> TurnScores:
+        """Lay the scores out over chains with further turns, in which there is nothing to measure.
+
+        For chains of which a scorer saw some turns alone, such as those that ask for a change.
+
+        Args:
+            where: turns that the scores are of, in order, boolean [B, N]; all N turns exist.
+
+        Raises:
+            ValueError: a trajectory has another number of such turns than of scores.
+            TypeError: ``where`` is not boolean.
+
+        Example:
+            >>> scores = TurnScores(torch.tensor([[5.0, 3.0]]), torch.ones(1, 2) > 0, {})
+            >>> scores.spread(torch.tensor([[True, False, True]])).score
+            tensor([[5., nan, 3.]])
+        """
+        check_mask("where", where, (len(self), *where.shape[1:]), "[B, N]")
+        turns, expected = where.sum(dim=1), self.turn_mask.sum(dim=1)
+        if not torch.equal(turns, expected):
+            raise ValueError(
+                f"where: expected {_short(expected)} turns of each trajectory, as there are "
+                f"scores, got {_short(turns)}"
+            )
+        score = torch.full(where.shape, torch.nan, dtype=self.score.dtype, device=self.score.device)
+        score[where] = self.score[self.turn_mask]
+        places = dict(
+            zip(_places(self.turn_mask), _places(where), strict=True) if self.lost else ()
+        )
+        lost = {places[place]: reason for place, reason in self.lost.items()}
+        return TurnScores(score, torch.ones_like(where), lost)
+
     def require(self, *, max_invalid_share: float) -> TurnScores:
         """Return these scores, or raise if too many trajectories lost one.
 
@@ -233,6 +265,17 @@ class TurnScores:
         score = join([part.score for part in parts], padding=torch.nan)
         mask = join([part.turn_mask for part in parts], padding=False)
         return cls(score, mask, join_lost([(len(part), part.lost) for part in parts]))
+
+
+def _places(where: Tensor) -> list[tuple[int, int]]:
+    """Return the (trajectory, turn) of what is true, in order."""
+    return [(b, n) for b, n in where.nonzero().tolist()]
+
+
+def _short(counts: Tensor) -> list[int]:
+    """Return the first few counts."""
+    first: list[int] = counts[:8].tolist()
+    return first
 
 
 def join(parts: Sequence[Tensor], *, padding: float) -> Tensor:

@@ -70,6 +70,10 @@ class RewardWatch:
                     "weight, and go on from the best checkpoint"
                 )
 
+    def restart(self) -> None:
+        """Forget all rewards, as where they are of another task from here on."""
+        self._recent, self._best, self._size = {}, {}, {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed watch needs; JSON can hold it."""
         recent = {name: list(values) for name, values in self._recent.items()}

@@ -349,6 +349,7 @@ def test_what_cannot_be_run_is_refused(changes, message):
         checked(typed(values))
 
 
+GROWS = ["--growth.first", "2", "--data.identity-share", "0.2", "--rewards.weights.identity", "0.5"]
 IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.discount": ("0.5", ["--rewards.credit", "to_go"]),
     "rewards.trajectory-share": ("0.25", ["--rewards.credit", "mixture"]),
@@ -373,6 +374,13 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.timeout": ("5", None),
     "rewards.terms": ("l1", None),
     "rewards.pairing": ("consecutive", None),
+    "data.identity-instruction": (
+        "Keep it",
+        ["--data.identity-share", "0.2", "--rewards.weights.identity", "0.5"],
+    ),
+    "growth.every": ("2", ["--growth.first", "2"]),
+    "growth.change": ("9", GROWS),
+    "growth.patience": ("3", ["--growth.change", "9", *GROWS]),
 }
 WITHOUT = {
     "safety.collapse-window": ["--safety.collapse-drop", "1"],
@@ -388,6 +396,7 @@ OF_REWARDS = {
     "rewards.std": "none",
     "rewards.advantage-limit": "1",
     "rewards.history": "2",
+    "data.identity-share": "0.1",
 }
 
 
@@ -412,7 +421,8 @@ def test_a_field_that_has_no_effect_is_refused(name):
 @pytest.mark.parametrize("name", OF_REWARDS)
 def test_distillation_refuses_what_makes_advantages(name):
     given = [f"--{name}", OF_REWARDS[name]]
-    parse(["shapes-nft", *given])
+    more = ["--rewards.weights.identity", "1"] if name == "data.identity-share" else []
+    parse(["shapes-nft", *given, *more])
     field = ".".join(name.split(".")[:2]).replace("-", "_")
     message = rf"^{field}: has an effect only where the objective learns from rewards"
     with pytest.raises(ConfigError, match=message):
@@ -436,9 +446,12 @@ def test_every_field_that_may_be_ignored_is_tested():
     )
     training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
     model = dataclasses.replace(base.model, lora_start="freeze", lora_reference="start")
+    data = dataclasses.replace(base.data, identity_share=0.1, identity_instruction="x")
+    growth = dataclasses.replace(base.growth, every=2, change=9.0, patience=3)
     changed = dataclasses.replace(
-        base, model=model, rewards=rewards, safety=safety, training=training
-    )
+        base, model=model, data=data, growth=growth, rewards=rewards, safety=safety,
+        training=training,
+    )  # fmt: skip
     with pytest.raises(ConfigError) as refused:
         checked(changed, base)
     named = {line.partition(":")[0] for line in str(refused.value).splitlines()}
@@ -515,3 +528,46 @@ def test_help_of_a_section_may_stand_after_options(capsys):
         parse(["shapes-nft", "--training.batch", "3", "--help", "objective"])
     assert ended.value.code == 0
     assert "--objective.nft-beta" in capsys.readouterr().out
+
+
+LONG = {  # words, and how the refusal begins
+    ("--rewards.weights.identity", "1"): "data.identity_share, rewards.weights.identity: expected",
+    ("--data.identity-share", "0.2"): "data.identity_share, rewards.weights.identity: expected",
+    ("--data.identity-share", "1", "--rewards.weights.identity", "1"): "data.identity_share: exp",
+    (
+        *("--data.identity-share", "0.2", "--rewards.weights.identity", "1"),
+        *("--rewards.fusion", "rewards"),
+    ): "rewards.fusion: expected advantages where data.identity_share is above 0",
+    (
+        *("--data.turns", "1", "--data.identity-share", "0.2"),
+        *("--rewards.weights.identity", "1"),
+    ): "data.identity_share: has an effect only where",
+    (
+        "--growth.first",
+        "3",
+        "--growth.every",
+        "1",
+    ): "growth.first: expected fewer than the 3 of dat",
+    ("--growth.first", "1"): "growth: expected every or change beside first",
+    (*GROWS, "--growth.every", "1", "--growth.change", "9"): "growth: expected every or change",
+    ("--growth.first", "1", "--growth.change", "9"): "growth.change: expected data.identity_share",
+    ("--data.drift", "2"): "data.drift: has an effect only where the objective is mt_opsd",
+}
+
+
+@pytest.mark.parametrize("words", LONG, ids=" ".join)
+def test_options_of_long_chains_that_do_not_go_together_are_refused(words):
+    with pytest.raises(ConfigError, match=f"^{re.escape(LONG[words])}"):
+        parse(["shapes-nft", *words])
+
+
+def test_consistency_with_the_turn_before_needs_both_pairings():
+    both = ["kontext-nft", *SERVICES, "--rewards.pairing", "both"]
+    weighted = ["--rewards.weights.consecutive", "0.2"]
+    config = parse([*both, *weighted])
+    assert config.rewards.weights == {"consecutive": 0.2} | parse(both).rewards.weights
+    with pytest.raises(ConfigError, match=r"^rewards\.weights\.consecutive: expected rewards\.pai"):
+        parse(["kontext-nft", *SERVICES, *weighted])
+    with pytest.raises(ConfigError, match=r"^rewards\.pairing: expected data\.turns above 1"):
+        parse([*both, "--data.turns", "1"])
+    parse(["shapes-nft", *weighted])  # the scorer of that world has it

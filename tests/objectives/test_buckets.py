@@ -12,6 +12,7 @@ from mteditflow.objectives import (
     DPO,
     DPPO,
     GRPO,
+    MTOPSD,
     NFT,
     OBJECTIVES,
     Buckets,
@@ -38,6 +39,7 @@ ALL = [
     Guard(**REPLAYS),
     DPPO(**REPLAYS),
     Distillation(share=0.5),
+    MTOPSD(queries=3),
 ]
 by_name = pytest.mark.parametrize("objective", ALL, ids=lambda o: type(o).__name__)
 

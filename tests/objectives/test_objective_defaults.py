@@ -43,6 +43,8 @@ def test_defaults_change_nothing(name, keyed):
     options = [{"share": 1.0}, {"share": 0.5}]
     if "renoise" in kind.__dataclass_fields__:
         options = [{"renoise": x} for x in renoises]
+    if "queries" in kind.__dataclass_fields__:
+        options = [{"queries": 1}, {"queries": 3}]
 
     def all_losses():
         key = RoundKey(0, 3) if keyed else torch.Generator("cpu").manual_seed(0)

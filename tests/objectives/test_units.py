@@ -103,7 +103,7 @@ def test_a_share_of_the_steps_is_drawn_before_rows_are_left_out():
     assert fewer.count == units.count
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "distillation"])
+@pytest.mark.parametrize("name", [n for n in ALL if ALL[n].card.rewarded])
 def test_advantages_of_rows_are_those_of_their_turns(name):
     (units,) = draw(ALL[name])
     b, n, _ = units.rows.unbind(2)
@@ -233,7 +233,7 @@ class Broken:
 @pytest.mark.parametrize("name", ALL)
 def test_idle_units_have_loss_and_gradient_0_even_where_a_velocity_is_nan(name):
     objective = ALL[name]
-    if name != "distillation":
+    if ALL[name].card.rewarded:
         objective = replace(objective, kl_coef=0.1)
     (units,) = draw(objective)
     *_, last = units.split(1000, parts=2)
@@ -347,10 +347,11 @@ def test_ranks_draw_what_one_process_would(name, minibatches, shared):
     objective = ALL[name]
     if name in ("nft", "awm", "dpo"):
         objective = replace(objective, renoise=Renoise(levels=2, shared=shared))
-    elif name != "distillation":
+    elif ALL[name].card.rewarded:
         objective = replace(objective, share=0.4)
     elif shared:
-        objective = replace(objective, share=0.5)
+        more = {"share": 0.5} if name == "distillation" else {"queries": 3}
+        objective = replace(objective, **more)
     # Two groups of four, on two ranks; a group is split over ranks but for DPO.
     order = torch.arange(8) if name == "dpo" else torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
     samples, values, valid = SAMPLES.select(order), advantages()[order], validity()[order]
@@ -486,14 +487,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), WRONG)
-@pytest.mark.parametrize("name", [n for n in ALL if n != "distillation"])
+@pytest.mark.parametrize("name", [n for n in ALL if ALL[n].card.rewarded])
 def test_errors(name, options, error, message):
     with pytest.raises(error, match=message):
         draw(ALL[name], **options)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", [n for n in ALL if n != "distillation"])
+@pytest.mark.parametrize("name", [n for n in ALL if ALL[n].card.rewarded])
 def test_an_advantage_is_finite_where_it_is_valid_and_read_nowhere_else(name, bad):
     values = advantages()
     values[~(validity() & TURN_MASK)] = bad

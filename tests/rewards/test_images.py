@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, PngImagePlugin
 
-from mteditflow.rewards.images import decode_image, png_bytes, png_data_url, to_rgb
+from mteditflow.rewards.images import decode_image, pixel_change, png_bytes, png_data_url, to_rgb
 
 pixels = arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))
 
@@ -138,3 +138,15 @@ def test_mutated_files_raise_nothing_but_value_errors(file_format):
         except ValueError:
             outcomes.add("refused")
     assert outcomes == {"RGB", "refused"}
+
+
+@given(pixels, pixels)
+def test_the_change_of_pixels_is_their_mean_absolute_difference(first, second):
+    before, after = Image.fromarray(first), Image.fromarray(second)
+    if first.shape != second.shape:
+        with pytest.raises(ValueError, match="after: expected the size of before"):
+            pixel_change(before, after)
+        return
+    expected = np.abs(first.astype(float) - second.astype(float)).mean()
+    assert pixel_change(before, after) == pytest.approx(expected)
+    assert pixel_change(before, before) == 0

@@ -344,3 +344,23 @@ def test_an_answer_error_survives_a_copy():
 
 def test_each_fault_has_words_of_its_own():
     assert len({fault.value for fault in Fault}) == len(Fault)
+
+
+def test_scores_are_laid_out_over_longer_chains_with_their_faults():
+    """The second turn of the first chain is lost; the second chain has two scored turns less."""
+    short = scores(
+        [[5, NAN, 1], [2, NAN, NAN]], {(0, 1): TIMEOUT}, [[True] * 3, [True, False, False]]
+    )
+    where = torch.tensor([[True, False, True, True], [False, False, False, True]])
+    spread = short.spread(where)
+    expected = torch.tensor([[5, NAN, NAN, 1], [NAN, NAN, NAN, 2]])
+    torch.testing.assert_close(spread.score, expected, equal_nan=True)
+    assert spread.lost == {(0, 2): TIMEOUT}
+    assert spread.turn_mask.all()
+    assert spread.unmeasured.tolist() == [[False, True, False, False], [True, True, True, False]]
+    with pytest.raises(
+        ValueError, match=r"where: expected \[3, 1\] turns of each .*, got \[4, 4\]"
+    ):
+        short.spread(torch.ones_like(where))
+    with pytest.raises(ValueError, match=r"where: expected shape \[B, N\]"):
+        short.spread(where[:1])

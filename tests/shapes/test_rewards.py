@@ -30,6 +30,7 @@ def test_the_true_pictures_get_everything(seed, turns):
     assert scores.success.all()
     assert scores.strict.all()
     assert scores.consistency.eq(1).all()
+    assert scores.consecutive.eq(1).all()
 
 
 @quick
@@ -71,7 +72,22 @@ def test_spoiling_what_must_not_change_costs_consistency_alone(seed):
     images[0, 2, :, kept[0], kept[1]] = 0.3
     scores = score(images, truth)
     assert scores.consistency[0, 2].item() == pytest.approx(1 - 1 / truth.kept[0, 2].sum().item())
+    others = (~truth.target)[0, 2].sum().item()
+    assert scores.consecutive[0, 2].item() == pytest.approx(1 - 1 / others)
     assert scores.likert.eq(5).all()
+
+
+@quick
+@given(seeds)
+def test_a_fault_that_stays_costs_the_original_every_turn_and_its_neighbors_one(seed):
+    """What a judge of neighbors sees of wear: the turn that made it, and no later one."""
+    chains = drawn(seed)
+    truth, images = Truth.of(chains), pictures(chains)
+    row, column = truth.kept[0, 2].nonzero()[0]
+    images[0, :, :, row, column] = 0.3  # from turn 1 on
+    scores = score(images, truth)
+    assert (scores.consistency[0] < 1).tolist() == [True] * 3
+    assert (scores.consecutive[0] < 1).tolist() == [True, False, False]
 
 
 @quick
@@ -140,7 +156,7 @@ def test_a_batch_equals_its_parts():
     whole = score(images, truth)
     for row in range(8):
         part = score(images[row : row + 1], truth.select(torch.tensor([row])))
-        for name in ("likert", "success", "consistency", "strict"):
+        for name in ("likert", "success", "consistency", "consecutive", "strict"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[row : row + 1])
 
 

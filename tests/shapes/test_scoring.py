@@ -51,9 +51,10 @@ def test_equal_to_the_rewards_of_the_same_pictures(seed, turns, scale):
     shown = [torch.stack([pixels_of(image) for image in made[1:]]) for made in images]
     exact = score(torch.stack(shown)[..., ::scale, ::scale] / 255, Truth.of(chains))
     terms = ask(ExactRewards(), chains, images)
-    assert list(terms) == ["following", "consistency", "strict"]
+    assert list(terms) == ["following", "consistency", "consecutive", "strict"]
     assert torch.equal(terms["following"].score, exact.likert.float())
     assert torch.equal(terms["consistency"].score, exact.consistency)
+    assert torch.equal(terms["consecutive"].score, exact.consecutive)
     assert torch.equal(terms["strict"].score, exact.strict.float())
     for scores in some(terms.values()):
         assert scores.turn_mask.all()
@@ -64,12 +65,13 @@ def test_perfect_edits_earn_everything_and_ignored_instructions_little():
     chains = drawn(4)
     perfect = [[to_pil(draw(state)) for state in chain.states] for chain in chains]
     terms = ask(ExactRewards(), chains, perfect)
-    assert [float(terms[name].score.min()) for name in terms] == [5, 1, 1]
+    assert [float(terms[name].score.min()) for name in terms] == [5, 1, 1, 1]
     ignored = [made[:1] * 4 for made in perfect]
     terms = ask(ExactRewards(), chains, ignored)
     assert float(terms["following"].score[:, 0].max()) == 1  # a later turn may undo an earlier one
     assert float(terms["strict"].score[:, 0].max()) == 0
     assert float(terms["consistency"].score.min()) == 1
+    assert float(terms["consecutive"].score.min()) == 1
 
 
 def test_fewer_turns_than_instructions_are_scored_as_the_first_ones():

@@ -40,6 +40,7 @@ from mteditflow.testing.endpoint import (
     broken_json,
     changed,
     closed_port,
+    completion,
     drip,
     error,
     good,
@@ -463,3 +464,23 @@ def test_a_server_that_stops_in_order_during_a_run_loses_nothing_that_it_had():
         found = future.result(PATIENCE)
         assert server.exit_status() == 0  # nothing was cut off
     assert_right_or_lost(found, in_process(SCORER, chains, images))
+
+
+def test_a_run_may_be_rewarded_by_both_pairings_at_once(tmp_path):
+    """The terms of the trainer's services, and what the command line refuses of them."""
+    config = pytest.importorskip("mteditflow_examples.flux.config")
+    from mteditflow_examples.flux.rewards import Services
+
+    chains, images = make_chains(range(5))
+    longest = max(chain.turns for chain in chains)
+    answer = json.dumps({"turns": [{"analysis": "a", "score": 4}] * longest})
+    with served() as server, ScriptedServer(lambda _: completion(answer)) as judge:
+        given = {"judge": (judge.url,), "judge_model": "m", "consistency": (server.url,)}
+        rewards = config.Rewards(**given, terms="l1", pairing="both")
+        with AnswerCache(tmp_path / "answers") as cache:
+            found = anyio.run(Services(rewards, cache).score, chains, images)
+    assert set(found) == {"following", "consistency", "consecutive"}
+    for term, pairing in some((("consistency", "reference"), ("consecutive", "consecutive"))):
+        expected = in_process(SCORER, chains, images, pairing=pairing).l1_scores
+        torch.testing.assert_close(found[term].score, expected.score, equal_nan=True)
+    assert not torch.equal(found["consistency"].score, found["consecutive"].score)
