@@ -259,6 +259,22 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
 
 
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the metadata of a safetensors file, and no tensor.
+
+    Raises:
+        ValueError: the file is none, or is shorter or longer than its header says.
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb"):  # an error of the system as itself
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
+
+
 def _stored(name: str, x: Tensor) -> Tensor:
     """A tensor as safetensors writes it right: dense, of its own memory, without lazy bits."""
     if x.is_sparse or x.is_quantized:
