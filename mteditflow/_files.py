@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import uuid
@@ -273,6 +274,31 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             return dict(file.metadata() or {})
     except _DAMAGED as error:
         raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, in place.
+
+    The library writes several entries in an order that changes from call to call, so that equal
+    content has other bytes.
+
+    Raises:
+        ValueError: the file is none.
+        OSError: it cannot be read or written.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        raw = file.read(size)
+        try:
+            header = json.loads(raw)
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a safetensors file with metadata") from error
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: expected a header of {size} bytes, got {len(text)} sorted")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _stored(name: str, x: Tensor) -> Tensor:

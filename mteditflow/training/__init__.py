@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from mteditflow.training.metrics_file import read_metrics
     from mteditflow.training.optimizers import load_optimizer_state, optimizer_state
     from mteditflow.training.parallel import partition_model, shard_model, sum_gradients
-    from mteditflow.training.report import print_summary, run_report, write_report
+    from mteditflow.training.report import (
+        print_summary,
+        run_report,
+        summary_text,
+        write_report,
+    )
     from mteditflow.training.round_rewards import Aggregation, RoundRewards
     from mteditflow.training.run_log import Bar, RunLog
     from mteditflow.training.schedules import learning_rate_share
@@ -50,6 +55,7 @@ else:
             "run_report": ".report",
             "shard_model": ".parallel",
             "sum_gradients": ".parallel",
+            "summary_text": ".report",
             "write_report": ".report",
         },
         "train",
@@ -79,5 +85,6 @@ __all__ = [
     "run_report",
     "shard_model",
     "sum_gradients",
+    "summary_text",
     "write_report",
 ]
