@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,7 +25,7 @@ from mteditflow._pipes import reader_may_leave
 if TYPE_CHECKING:
     from mteditflow_examples.flux.config import Config
 
-    from mteditflow.budget import Budget, Passes, Plan
+    from mteditflow.budget import Budget, Model, ModelCosts, Passes, Plan, Sampler, Shape
 
 # Options that lower the FLOPs of a trajectory and change its gradient: section, field, value.
 TECHNIQUES = (
@@ -136,15 +138,14 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     from mteditflow.budget import Plan, case_of, costs_of, count_blocks, find_model
 
     model, data, training = config.model, config.data, config.training
-    if config.sampling.few_steps is not None:
-        raise ValueError(
-            f"{config.sampling.few_steps}: expected None, since the budget does not count a "
-            "sampler for few steps yet; leave it out, and give its sampling.steps"
-        )
     known = find_model(model.path)
+    sibling = sibling_of(config, known)
     _check_runnable(config, gpus, reads_images=known.behavior.reads_images)
     text = model.options.get("max_sequence_length")
-    branches = known.branches(model.guidance, model.options)
+    guidance = config.sampling.guidance  # training runs the branches that were recorded
+    branches = (sibling or known).branches(
+        model.guidance if guidance is None else guidance, model.options
+    )
     dtype = getattr(torch, model.dtype)
     references = 1 + (data.history == "original" and data.turns > 1)  # of most turns
     if references > 1 and not (known.behavior.one_by_one and known.behavior.reference != "none"):
@@ -163,8 +164,10 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     ahead = model.prompt_folder is not None and model.encoders == "device"
     frozen = model.lora is not None and model.lora_start == "freeze"
     started = model.lora is not None and model.lora_reference == "start"
+    costs = costs_of(known, case)
+    held = frozen + started
     return Plan(
-        costs_of(known, case),
+        costs,
         passes_of(config),
         branches=branches,
         turns=data.turns,
@@ -186,10 +189,73 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         quantize=model.quantize,
         encoders="ahead" if ahead else model.encoders,
         reads_images=known.behavior.reads_images,
-        more_adapters=frozen + started,
+        more_adapters=held,
+        sampler=sampler_of(config, known, case.shape, costs, sets=2 + held if sibling else 0),
         optimizer_bytes=2 if training.optimizer == "adamw_8bit" else 8,
         shard=model.shard,
     )
+
+
+def sibling_of(config: Config, model: Model) -> Model | None:
+    """Return the sibling that samples; None where there is none.
+
+    Raises:
+        ValueError: it is none of the model, or the weights are to be sharded.
+    """
+    sampling = config.sampling
+    if sampling.few_steps is None:
+        return None
+    from mteditflow_examples.flux.few_steps import refuse_sharded
+
+    from mteditflow.budget import find_sibling
+
+    refuse_sharded(sampling, config.model.shard)
+    if sampling.model is None:
+        return None
+    with _named("sampling.model"):
+        return find_sibling(model, sampling.model)
+
+
+def sampler_of(
+    config: Config, model: Model, shape: Shape, costs: ModelCosts, *, sets: int
+) -> Sampler | None:
+    """Return what samples for few steps: a sibling, a LoRA, or both; None where there is none.
+
+    Args:
+        config: the configuration.
+        model: the model in training.
+        shape: of a row.
+        costs: of the model; a sibling's transformer is one of the same configuration.
+        sets: sets of adapters on the sibling; 0: there is none.
+
+    Raises:
+        ValueError: the LoRA is none of the transformer.
+    """
+    sampling = config.sampling
+    if sampling.few_steps is None:
+        return None
+    from mteditflow.budget import Sampler, count_lora
+
+    lora = 0
+    if sampling.lora is not None:
+        with _named("sampling.lora"):
+            lora = count_lora(model, sampling.lora)
+    # Two operations a weight and token; layers that see image or text alone make it fewer.
+    forward = 2.0 * lora * (shape.image_tokens + shape.text)
+    return Sampler(costs.row if sets else None, sets, lora, forward)
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Let an error begin with the option that it is about.
+
+    Raises:
+        ValueError: what is inside raised one, or an ``OSError``.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {str(error).removeprefix('source: ')}") from error
 
 
 def _check_runnable(config: Config, gpus: int, *, reads_images: bool) -> None:

@@ -47,9 +47,9 @@ from mteditflow_examples.flux.rewards import require_services
 from tqdm import tqdm
 
 from mteditflow._command import OneLineGroup, writing
-from mteditflow._exits import failing
+from mteditflow._exits import MACHINE, failing
 from mteditflow._files import require_folder, write_all_atomically
-from mteditflow.chains import Chain, Reading, read_chains, recognise
+from mteditflow.chains import Chain, ChainError, Reading, read_chains, recognise
 from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
 from mteditflow.evaluation.provenance import require_same_judge
@@ -258,14 +258,19 @@ def _usable(
 
     Raises:
         ValueError: there is none, or one names no objects that consistency needs.
-        OSError: the file cannot be read.
+        OSError: the machine is at fault.
     """
-    reading = read_chains(
-        file, strict=False, images=references, check_images=True, allow_outside=allow_outside
-    )
+    try:
+        reading = read_chains(
+            file, strict=False, images=references, check_images=True, allow_outside=allow_outside
+        )
+    except (ChainError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            raise
+        raise ValueError(f"CHAINS: {error}") from error
     if not reading.chains:
         raise ValueError(
-            f"{file}: expected at least one usable chain, got none, read as the format "
+            f"CHAINS: {file}: expected at least one usable chain, got none, read as the format "
             f"{recognise(file).name}: {few_lines(reading.skipped)}; `mteditflow chains formats` "
             "lists the formats"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import uuid
@@ -257,6 +258,47 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             return tensors, dict(file.metadata() or {})
     except _DAMAGED as error:
         raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the metadata of a safetensors file, and no tensor.
+
+    Raises:
+        ValueError: the file is none, or is shorter or longer than its header says.
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb"):  # an error of the system as itself
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, in place.
+
+    The library writes several entries in an order that changes from call to call, so that equal
+    content has other bytes.
+
+    Raises:
+        ValueError: the file is none.
+        OSError: it cannot be read or written.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        raw = file.read(size)
+        try:
+            header = json.loads(raw)
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a safetensors file with metadata") from error
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: expected a header of {size} bytes, got {len(text)} sorted")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _stored(name: str, x: Tensor) -> Tensor:

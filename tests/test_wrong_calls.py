@@ -95,15 +95,15 @@ JUDGED = [
 # Words after those of a short run in the world, and what the line says.
 RUNS = {
     "no such option": (["--training.round", 3], "Unrecognized options: --training.round"),
-    "no value": (["--training.rounds"], "Missing value for argument '--training.rounds'"),
-    "no number": (["--training.rounds", "x"], "Error parsing --training.rounds"),
-    "no such choice": (["--model.dtype", "int8"], "invalid choice 'int8'"),
+    "no value": (["--training.rounds"], "--training.rounds: expected a value, got none"),
+    "no number": (["--training.rounds", "x"], "--training.rounds: expected a whole number"),
+    "no such choice": (["--model.dtype", "int8"], "--model.dtype: expected one of bfloat16"),
     "a switch of old": (
         ["--model.shard"],
-        "Missing value for argument '--model.shard'",
+        "--model.shard: expected a value, got none",
     ),
     "shards in one process": (["--model.shard", "zero3"], "model.shard: expected none in one proc"),
-    "a stray word": (["nft"], "Unrecognized options: nft"),
+    "a stray word": (["nft"], "expected no further value, got 'nft'"),
     "out of range": (["--training.rounds", 0], "training.rounds: input should be greater than"),
     "two fields at once": (
         ["--training.rounds", 0, "--data.groups", 0],
@@ -121,10 +121,13 @@ RUNS = {
         [*JUDGED, NOBODY, "--rewards.extra-body", "[" * 9999],
         "expected a JSON object",
     ),
-    "an empty file": (["--data.chains", "ROOT/empty"], "expected content of one of the formats"),
+    "an empty file": (
+        ["--data.chains", "ROOT/empty"],
+        "data.chains: ROOT/empty: expected content",
+    ),
     "a binary file": (
         ["--data.chains", "ROOT/binary"],
-        "expected UTF-8 text, got a file with NUL bytes",
+        "data.chains: ROOT/binary: expected UTF-8 text, got a file with NUL bytes",
     ),
     "no held-out chains": (["--data.held-out", "ROOT/none"], "data.held_out: expected a file"),
     "held out and trained on": (["--data.held-out", "ROOT/train.jsonl"], "got 16 chain ids"),

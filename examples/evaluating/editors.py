@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
@@ -15,6 +16,7 @@ from mteditflow_examples.flux.loading import quiet_libraries
 from PIL.Image import Image
 
 from mteditflow._text import parse_json
+from mteditflow.budget import pixels_of_latent
 from mteditflow.chains import Chain, History
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
@@ -102,12 +104,16 @@ class Model:
             chains: to edit.
 
         Raises:
-            ValueError: it is neither there nor a hub id, or a turn is given more than it takes.
+            ValueError: it is neither there nor a hub id, the resolution is no multiple of its
+                tokens, or a turn is given more than it takes.
             OSError: a hub has none of that id.
         """
         check_source("--editor", self.editor, "model_index.json")
-        name = DiffusionPipeline.load_config(self.editor)["_class_name"]  # fetches this file alone
+        index = DiffusionPipeline.load_config(self.editor)  # fetches this file alone
+        name = index["_class_name"]
         takes = {x.pipeline.__name__: x.references for x in FAMILIES}.get(name)
+        if takes is not None and self.resolution is not None:
+            self._check_resolution(self.resolution, index["vae"][1])
         if takes != "several":
             for chain in chains:
                 if other := [x for x in chain.seen(self.history) if x != ("last",)]:
@@ -117,6 +123,25 @@ class Model:
                     )
         if self.lora is not None and not Path(self.lora).exists():
             check_source("--lora", self.lora, LORA_FILE)
+
+    def _check_resolution(self, side: int, kind: str) -> None:
+        """Refuse a side that the pipeline would round down.
+
+        Args:
+            side: pixels.
+            kind: class of the autoencoder.
+
+        Raises:
+            ValueError: it is no multiple of a token's side.
+            OSError: the autoencoder's configuration cannot be fetched.
+        """
+        config = getattr(diffusers, kind).load_config(self.editor, subfolder="vae")
+        multiple = 2 * pixels_of_latent(config)
+        if side % multiple:
+            raise ValueError(
+                f"--resolution: expected a multiple of {multiple} pixels for {self.editor}, got "
+                f"{side}"
+            )
 
     def load(self, device: torch.device) -> Edits:
         """Load it; its class tells how it is called."""

@@ -19,8 +19,8 @@ from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
 from .config import TERMS, Config, ConfigError, dumped, field_names, name_of, typed
+from .parser_errors import reworded
 from .soundness import checked
-from .spelling import hint
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,11 +105,12 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
                 add_help=False,
             )
     except SystemExit as error:
-        raise ConfigError(_in_a_line(said.getvalue(), field_names(base))) from error
+        wrong = reworded(_in_a_line(said.getvalue()), words, field_names(base))
+        raise ConfigError(wrong) from error
 
 
-def _in_a_line(box: str, known: Sequence[str]) -> str:
-    """Return what a box says: its title and rules left out; a hint to the field that was meant."""
+def _in_a_line(box: str) -> str:
+    """Return what a box says, its title and rules left out."""
     lines = [FRAME.sub("", line).strip() for line in box.splitlines()]
     parts = [[]]
     for line in lines[1:]:
@@ -117,20 +118,7 @@ def _in_a_line(box: str, known: Sequence[str]) -> str:
             parts.append([])
         elif line:
             parts[-1].append(line)
-    wrong = " ".join(" ".join(next(part for part in parts if part)).split())
-    unknown = re.match(r"Unrecognized options: --([\w.-]+)", wrong)
-    return wrong + (_option_hint(unknown[1], known) if unknown else "")
-
-
-def _option_hint(option: str, known: Sequence[str]) -> str:
-    """Return the hint to the options that one may have meant, spelled as options.
-
-    Example:
-        >>> _option_hint("training.lr", ["training.learning_rate"])
-        '; perhaps --training.learning-rate'
-    """
-    plain = hint(option.replace("-", "_"), [name for name in known if "." in name])
-    return re.sub(r"[a-z_]+(?:\.[a-z_]+)+", lambda x: f"--{x[0].replace('_', '-')}", plain)
+    return " ".join(" ".join(next(part for part in parts if part)).split())
 
 
 def overview(kind: type[Config]) -> str:

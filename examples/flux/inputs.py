@@ -16,7 +16,7 @@ from mteditflow import gather_ranks
 from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._files import require_folder
 from mteditflow._text import parse_json
-from mteditflow.chains import ChainDataset, GroupSampler, InformativeSampler
+from mteditflow.chains import ChainDataset, ChainError, GroupSampler, InformativeSampler
 from mteditflow.chains.formats.stored import is_stored
 from mteditflow.evaluation import JudgedBy
 from mteditflow.pipelines import Family
@@ -154,14 +154,15 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     Rank 0 asks the services whether they are there, once all else is in order.
 
     Raises:
-        ConfigError: something does not fit, or is another than that of the run so far.
-        ChainError: a chain is bad.
-        OSError: a file cannot be read.
+        ConfigError: something does not fit, a file of chains cannot be read, or something is
+            another than that of the run so far.
+        OSError: another file cannot be read.
         ValueError: a service does not answer.
     """
     data = config.data
     notes = Notes()
-    chains = load_chains(config, data.chains, notes, turns=1 if config.drifts else data.turns)
+    with _naming("data.chains"):
+        chains = load_chains(config, data.chains, notes, turns=1 if config.drifts else data.turns)
     family = _family("model.path", config.model.path)
     if config.sampling.model is not None:
         _check_sibling(config.sampling.model, family)
@@ -176,7 +177,8 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         _load_order(sampler, found)
     held_out = None
     if data.held_out is not None:
-        unseen = load_held_out(config, chains, notes)
+        with _naming("data.held_out"):
+            unseen = load_held_out(config, chains, notes)
         require_fitting(config, family, unseen)
         held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
         if strays := ", ".join(held_out.strays()):
@@ -194,6 +196,19 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     if held_out is not None and found is not None:
         judge = _comparable(config, held_out, judge, found.round)
     return Inputs(chains, sampler, held_out, sessions, found, judge, files, notes)
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Let an error of a file of chains begin with the field that gave it.
+
+    Raises:
+        ConfigError: a chain is bad, or a file cannot be read.
+    """
+    try:
+        yield
+    except (ChainError, OSError) as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 def _family(field: str, source: str) -> Family:

@@ -11,7 +11,14 @@ from PIL.Image import Image
 
 from mteditflow import Signal
 from mteditflow.chains import ChainError, InformativeSampler
-from mteditflow.training import Bar, RewardCollapseError, print_summary, run_report, write_report
+from mteditflow.training import (
+    Bar,
+    RewardCollapseError,
+    print_summary,
+    run_report,
+    summary_text,
+    write_report,
+)
 
 from .config import IDENTITY, flat
 from .rewards import scale_of
@@ -180,6 +187,7 @@ def summarize(run: Run) -> None:
     )
     write_report(folder, report)
     print_summary(report, folder)
+    run.log.message(summary_text(report, folder).rstrip(), aloud=False)
 
 
 def _draw_chains(run: Run, before: Evaluation, after: Evaluation) -> None:

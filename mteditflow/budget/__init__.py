@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from mteditflow.budget.compute import GPUS, Work, least_hours, work
     from mteditflow.budget.costs import Case, Costs, ModelCosts
     from mteditflow.budget.inputs import Shape
-    from mteditflow.budget.local import find_model
+    from mteditflow.budget.local import find_model, pixels_of_latent
     from mteditflow.budget.models import MODELS, PIPELINES, Model
     from mteditflow.budget.passes import Passes, count_passes
-    from mteditflow.budget.plan import Phase, Plan, peak, phases, verdict
+    from mteditflow.budget.plan import Phase, Plan, Sampler, peak, phases, verdict
     from mteditflow.budget.report import Budget
+    from mteditflow.budget.samplers import count_lora, find_sibling
     from mteditflow.budget.simulation import count_blocks, simulate
     from mteditflow.budget.stored import case_of, costs_of
 else:
@@ -37,6 +38,7 @@ else:
             "Passes": ".passes",
             "Phase": ".plan",
             "Plan": ".plan",
+            "Sampler": ".plan",
             "Shape": ".inputs",
             "Work": ".compute",
             "alternatives": ".advice",
@@ -47,7 +49,10 @@ else:
             "least_hours": ".compute",
             "peak": ".plan",
             "phases": ".plan",
+            "pixels_of_latent": ".local",
             "count_blocks": ".simulation",
+            "count_lora": ".samplers",
+            "find_sibling": ".samplers",
             "simulate": ".simulation",
             "verdict": ".plan",
             "work": ".compute",
@@ -68,17 +73,21 @@ __all__ = [
     "Passes",
     "Phase",
     "Plan",
+    "Sampler",
     "Shape",
     "Work",
     "alternatives",
     "case_of",
     "costs_of",
     "count_blocks",
+    "count_lora",
     "count_passes",
     "find_model",
+    "find_sibling",
     "least_hours",
     "peak",
     "phases",
+    "pixels_of_latent",
     "simulate",
     "verdict",
     "work",

@@ -51,9 +51,10 @@ def _ahead(plan: Plan) -> Plan | None:
 
 
 def _sharded(plan: Plan) -> Plan | None:
-    """Shard what can be: neither packed weights nor an optimizer of 8 bits."""
+    """Shard what can be: no packed weights, optimizer of 8 bits, or sampler for few steps."""
     plain = (plan.shard, plan.quantize, plan.optimizer_bytes) == ("none", "none", 8)
-    return replace(plan, shard="fsdp2") if plain and plan.gpus > 1 else None
+    alone = plain and plan.sampler is None
+    return replace(plan, shard="fsdp2") if alone and plan.gpus > 1 else None
 
 
 def _lean_optimizer(plan: Plan) -> Plan | None:

@@ -24,12 +24,14 @@ class Work:
     Encoders, the autoencoder (under 1%), rewards and evaluation are left out.
 
     Attributes:
-        forward: F, a forward pass of one row in one branch.
+        forward: F, a forward pass of one row in one branch of the trained model.
+        sampling_forward: the same of what samples.
         sampling: of all steps of all turns.
         update: of all rows that an update runs.
     """
 
     forward: float
+    sampling_forward: float
     sampling: float
     update: float
 
@@ -50,7 +52,8 @@ def work(plan: Plan) -> Work:
     train = row.train + plan.kept_share * (row.train_plain - row.train)
     return Work(
         float(row.forward),
-        float(plan.turns * plan.steps * plan.branches * row.forward),
+        float(plan.sampling_forward),
+        float(plan.turns * plan.steps * plan.branches * plan.sampling_forward),
         plan.branches * (passes.trained * train + passes.forward * row.forward),
     )
 

@@ -93,7 +93,11 @@ def pixels_of_latent(config: Any) -> int:
     """Return the side of the square of pixels that a latent of an autoencoder covers.
 
     Args:
-        config: the autoencoder's configuration.
+        config: the autoencoder's configuration, a mapping.
+
+    Example:
+        >>> pixels_of_latent({"block_out_channels": (128, 256, 512, 512)})
+        8
     """
     if "z_dim" in config:
         return int(2 ** len(config.get("temperal_downsample", (0,) * 3)))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from mteditflow._checks import check_choice, check_count, check_number
-from mteditflow.budget.costs import ModelCosts
+from mteditflow.budget.costs import Costs, ModelCosts
 from mteditflow.budget.passes import Passes
 
 GIB = 2**30
@@ -22,6 +22,23 @@ USABLE = 0.95  # share of the rest that fragmentation leaves
 COMFORTABLE = 0.9  # share of the usable memory up to which a run fits
 VAE_MARGIN = 1.2  # convolutions take copies of their own, which the prediction does not see
 BYTES = {"int8": 1.001, "nf4": 0.5 + 4 / 64}  # of a packed weight, scales included
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What samples beside the model in training, or on top of it.
+
+    Attributes:
+        sibling: costs of a row of the sibling's transformer; None: the trained model samples.
+        sets: sets of adapters on the sibling, of the policies' rank.
+        lora: weights of a LoRA for few steps, float32; 0: there is none.
+        lora_forward: FLOPs of its products in a forward pass of one branch.
+    """
+
+    sibling: Costs | None = None
+    sets: int = 0
+    lora: int = 0
+    lora_forward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class Plan:
         reads_images: whether they are shown the images of every turn, so that they cannot work
             ahead.
         more_adapters: sets of frozen adapters beside those of the policies, of the same rank.
+        sampler: what samples for few steps; None: the trained model as it is. Not with ``shard``.
         vae_slicing: whether images are decoded one by one.
         vae_tiling: whether they are decoded in tiles.
         optimizer_bytes: optimizer state of an adapter's weight.
@@ -80,6 +98,7 @@ class Plan:
     encoders: Literal["device", "ahead", "host"] = "device"
     reads_images: bool = False
     more_adapters: int = 0
+    sampler: Sampler | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
     optimizer_bytes: int = 8
@@ -101,11 +120,24 @@ class Plan:
         check_choice("quantize", self.quantize, ("none", *BYTES))
         check_choice("shard", self.shard, ("none", "fsdp2", "zero3"))
         check_choice("encoders", self.encoders, ("device", "ahead", "host"))
+        if self.sampler is not None and self.shard != "none":
+            raise ValueError(f"sampler: expected None under {self.shard}, got {self.sampler}")
 
     @property
     def kept_share(self) -> float:
         """Share of the blocks whose activations are kept."""
         return self.kept_blocks / self.blocks if self.checkpointing else 1.0
+
+    @property
+    def sampling_row(self) -> Costs:
+        """Costs of a row of what samples."""
+        sampler = self.sampler
+        return (sampler and sampler.sibling) or self.costs.row
+
+    @property
+    def sampling_forward(self) -> float:
+        """FLOPs of a forward pass of one branch of what samples."""
+        return self.sampling_row.forward + (self.sampler.lora_forward if self.sampler else 0)
 
 
 @dataclass(frozen=True)
@@ -143,19 +175,24 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
     copies = plan.gpus if plan.shard == "fsdp2" else 1
     weights = _packed(plan, row.weights, row.linear) + size * row.buffers
     weights = weights / parts + size * vae.weights
+    more = plan.sampler or Sampler()
+    if more.sibling is not None:
+        weights += _packed(plan, more.sibling.weights, more.sibling.linear)
+        weights += size * more.sibling.buffers
     # A copy of the largest layer while it is unpacked; the block that is gathered and the next one.
     temporary = size * row.largest if plan.quantize != "none" else 0
     temporary += 2 * size * row.block if parts > 1 else 0
     # Of float32: the current and the old policy, the average; in an update gradients.
     policies = 2 + plan.average + plan.more_adapters
     resting = row.adapters * (4 * policies + plan.optimizer_bytes) / copies
+    resting += 4 * (more.sets * row.adapters + more.lora)
     training = resting + 4 * row.adapters / copies
 
-    def sampling(name: str, batch: int) -> Iterator[Phase]:
+    def sampling(name: str, batch: int, used: Costs) -> Iterator[Phase]:
         rows = 1 if plan.one_by_one else batch
         images = 1 if plan.vae_slicing else rows
         decode = max(vae.decode_tiled if plan.vae_tiling else vae.decode, vae.encode)
-        yield Phase(name, weights, resting, rows * row.sample + temporary)
+        yield Phase(name, weights, resting, rows * used.sample + temporary)
         yield Phase(f"{name}, VAE", weights, resting, VAE_MARGIN * images * decode)
 
     visit = _packed(plan, encoders.weights, encoders.linear)
@@ -169,9 +206,9 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
     rows = plan.training_batch * plan.passes.members
     return (
         texts[plan.encoders],
-        *sampling("sampling", plan.sampling_batch),
+        *sampling("sampling", plan.sampling_batch, plan.sampling_row),
         Phase("update", weights, training, rows * update + temporary),
-        *sampling("evaluation", plan.evaluation_batch),
+        *sampling("evaluation", plan.evaluation_batch, row),
     )
 
 

@@ -86,6 +86,7 @@ class Budget:
             ],
             "flops": {
                 "forward": cost.forward,
+                "sampling_forward": cost.sampling_forward,
                 "sampling": cost.sampling,
                 "update": cost.update,
                 "trajectory": cost.total,
@@ -161,9 +162,10 @@ class Budget:
     def _work_lines(self) -> list[str]:
         plan, cost = self.plan, work(self.plan)
         unit = cost.forward
+        sampler = "" if plan.sampler is None else f"; sampling's {cost.sampling_forward / 1e12:.3g}"
         hours = ", ".join(f"{name} {value:.3g}" for name, value in self.hours(100).items())
         return [
-            f"F, a forward pass of a row in one branch: {unit / 1e12:.3g} TFLOP",
+            f"F, a forward pass of a row in one branch: {unit / 1e12:.3g} TFLOP{sampler}",
             f"trajectory: {cost.in_forwards:.1f} F, {cost.sampling / unit:.1f} of sampling and "
             f"{cost.update / unit:.1f} of the update; {cost.total / 1e12:.4g} TFLOP",
             f"round of {plan.trajectories} trajectories: "

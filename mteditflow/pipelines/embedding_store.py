@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mteditflow._files import load_tensors, save_tensors
+from mteditflow._files import load_metadata, load_tensors, save_tensors
 
 Embedding = Tensor | Sequence[Tensor] | None
 
@@ -21,7 +21,8 @@ class EmbeddingStore:
 
     A file's name is a hash of the instruction and of everything else that decides on its embedding,
     so that a folder may serve several models and settings. Files are written whole or not at all,
-    with a checksum; one that is damaged, or of another instruction, counts as absent.
+    with a checksum, which reading compares; one that is damaged, or of another instruction, counts
+    as absent then.
 
     Args:
         folder: made when the first embedding is written.
@@ -39,6 +40,20 @@ class EmbeddingStore:
 
     def __init__(self, folder: str | os.PathLike[str], made_by: str) -> None:
         self._folder, self._made_by = Path(folder), made_by
+
+    def has(self, instruction: Hashable) -> bool:
+        """Return whether there is a whole file for an instruction, from its header alone.
+
+        Only ``read`` compares the checksum.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        try:
+            about = json.loads(load_metadata(self._path(instruction))["about"])
+            return {"checksum", "counts"} <= about.keys()
+        except (FileNotFoundError, ValueError, KeyError, AttributeError):
+            return False
 
     def read(self, instruction: Hashable) -> list[Embedding] | None:
         """Return the embeddings of an instruction; None if there are none.

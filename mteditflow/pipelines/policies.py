@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from mteditflow._checks import check_choice
+from mteditflow._files import sort_metadata
 from mteditflow._sharding import agreed, fill, local, refuse_deepspeed, reshard, whole
 from mteditflow.old_policy import update_old_policy
 from mteditflow.pipelines.adapters import (
@@ -25,7 +27,7 @@ from mteditflow.pipelines.adapters import (
     tuned,
     unwrapped,
 )
-from mteditflow.pipelines.lora_files import load_file, read_lora, unit_config, weights_of_file
+from mteditflow.pipelines.lora_files import FILE, load_file, read_lora, unit_config, weights_of_file
 from mteditflow.pipelines.start import Start, add_lora
 
 
@@ -252,6 +254,8 @@ class LoraPolicies:
     ) -> None:
         """Write a policy as a diffusers LoRA, for ``pipeline.load_lora_weights``.
 
+        Equal weights give equal bytes.
+
         Args:
             pipeline: the pipeline whose transformer the model is.
             directory: where to; made if missing.
@@ -267,12 +271,16 @@ class LoraPolicies:
         if self._start.frozen:
             weights = self._start.to_file(weights, self._scales)
             config = unit_config(weights)
+        # diffusers leaves dropout of an adapter that it loads on, in eval mode too.
+        fields = config.to_dict() | {"lora_dropout": 0.0}
         type(pipeline).save_lora_weights(
             directory,
             transformer_lora_layers=weights,
-            # diffusers leaves dropout of an adapter that it loads on, in eval mode too.
-            transformer_lora_adapter_metadata=config.to_dict() | {"lora_dropout": 0.0},
+            transformer_lora_adapter_metadata={  # sets have another order in every process
+                name: sorted(x) if isinstance(x, set) else x for name, x in fields.items()
+            },
         )
+        sort_metadata(Path(directory) / FILE)
 
     def load(
         self,

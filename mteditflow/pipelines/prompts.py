@@ -120,7 +120,9 @@ class Prompts(Generic[_Key]):
     def prepare(self, instructions: Iterable[_Key]) -> int:
         """Store the embeddings of instructions that are not stored yet, and return their number.
 
-        All share one stay of the encoders on the device; none is kept on the host.
+        All share one stay of the encoders on the device; none is kept on the host. Of a file that
+        is there the header is read alone: one whose numbers are damaged is found out when it is
+        looked up, and made again then.
 
         Raises:
             ValueError: there is no store.
@@ -129,7 +131,7 @@ class Prompts(Generic[_Key]):
         store = self._store
         if store is None:
             raise ValueError("prompts: expected a store for what is embedded ahead, got none")
-        new = [text for text in dict.fromkeys(instructions) if store.read(text) is None]
+        new = [text for text in dict.fromkeys(instructions) if not store.has(text)]
         for _ in self._each_encoded(new):
             pass
         return len(new)

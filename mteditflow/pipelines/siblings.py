@@ -66,8 +66,7 @@ def load_sibling(
     if name != kind.__name__:
         raise ValueError(f"source: expected a {kind.__name__}, got a {name} in {source}")
     model = type(own)
-    found = _settings(model, model.load_config(source, subfolder="transformer"))
-    _check_alike(found, _settings(model, own.config))
+    check_alike(model, model.load_config(source, subfolder="transformer"), own.config)
     if quantize is not None:
         check_quantization(quantize)
     options = editor.options_with(call)
@@ -93,8 +92,15 @@ def _settings(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(json.dumps(given, default=str)))
 
 
-def _check_alike(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless two transformers are configured alike."""
+def check_alike(model: Any, sibling: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless two transformers of a class are configured alike.
+
+    Args:
+        model: the class.
+        sibling: configuration of the sibling's.
+        trained: configuration of the one to train.
+    """
+    found, own = _settings(model, sibling), _settings(model, trained)
     differ = sorted(name for name, x in own.items() if found[name] != x)
     if differ:
         expected, got = (", ".join(f"{x} {values[x]!r}" for x in differ) for values in (own, found))

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
         promotion_at,
         session_gain,
     )
-    from mteditflow.training.report import print_summary, run_report, write_report
+    from mteditflow.training.report import (
+        print_summary,
+        run_report,
+        summary_text,
+        write_report,
+    )
     from mteditflow.training.round_rewards import Aggregation, RoundRewards
     from mteditflow.training.run_log import Bar, RunLog
     from mteditflow.training.schedules import learning_rate_share
@@ -67,6 +72,7 @@ else:
             "session_gain": ".promotion",
             "shard_model": ".parallel",
             "sum_gradients": ".parallel",
+            "summary_text": ".report",
             "write_report": ".report",
         },
         "train",
@@ -104,5 +110,6 @@ __all__ = [
     "session_gain",
     "shard_model",
     "sum_gradients",
+    "summary_text",
     "write_report",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -149,6 +150,18 @@ def print_summary(
         for line in summary_lines(report):
             console.print(line, highlight=False)
         _print_files(folder, console)
+
+
+def summary_text(report: Mapping[str, Any], folder: Path) -> str:
+    """Return what ``print_summary`` prints, as plain text.
+
+    Args:
+        report: result of ``run_report``, or ``report.json`` read back.
+        folder: folder of the run.
+    """
+    text = io.StringIO()
+    print_summary(report, folder, console=Console(file=text, width=WIDTH))
+    return text.getvalue()
 
 
 def _print_files(folder: Path, console: Console) -> None:

@@ -91,9 +91,14 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.rewind(round_number)
 
-    def message(self, text: str) -> None:
-        """Log a message, plain text of any number of lines."""
-        self._write(text, aloud=True)
+    def message(self, text: str, *, aloud: bool = True) -> None:
+        """Log a message, plain text of any number of lines.
+
+        Args:
+            text: the message.
+            aloud: whether it goes to the terminal, too; not for what is printed there already.
+        """
+        self._write(text, aloud=aloud)
 
     def warning(self, text: str) -> None:
         """Log a warning."""

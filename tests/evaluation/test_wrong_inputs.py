@@ -73,6 +73,11 @@ def root(tmp_path_factory):
     (root / "types.jsonl").write_text(json.dumps({**row, "task_type": "x", "language": "en"}))
     (root / "editor").mkdir()
     (root / "editor" / "model_index.json").write_text('{"_class_name": "Nobody"}')
+    (root / "kontext" / "vae").mkdir(parents=True)
+    index = {"_class_name": "FluxKontextPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    (root / "kontext" / "model_index.json").write_text(json.dumps(index))
+    vae = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8]}
+    (root / "kontext" / "vae" / "config.json").write_text(json.dumps(vae))
     for folder in ("single", "single/fullset/subject-add/en"):
         (root / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(root / folder / "1.png")
@@ -151,10 +156,10 @@ def refused(app, root, tmp_path, arguments):
 MADE = ["ROOT/chains.jsonl", "--images", "ROOT/made", "--output", "OUT"]
 SCORED = [*MADE, *EXACT]
 RUN = {
-    "no such file": (["none.jsonl", *SCORED[1:]], "No such file"),
-    "a folder for a file": (["ROOT", *SCORED[1:]], "Is a directory"),
-    "an empty file": (["ROOT/empty", *SCORED[1:]], "expected content of one of the formats"),
-    "a binary file": (["ROOT/binary", *SCORED[1:]], "got a file with NUL bytes"),
+    "no such file": (["none.jsonl", *SCORED[1:]], "error: CHAINS: [Errno 2] No such file"),
+    "a folder for a file": (["ROOT", *SCORED[1:]], "error: CHAINS: [Errno 21] Is a directory"),
+    "an empty file": (["ROOT/empty", *SCORED[1:]], "error: CHAINS: ROOT/empty: expected content"),
+    "a binary file": (["ROOT/binary", *SCORED[1:]], "error: CHAINS: ROOT/binary: expected UTF-8"),
     "NaN in the file": (["ROOT/nan.jsonl", *SCORED[1:]], "expected"),
     "no reference": (["ROOT/gone.jsonl", *SCORED[1:]], "no.png"),
     "no such scorer": ([*MADE, "--scorer", "nowhere:Thing"], "error: --scorer: expected module:na"),
@@ -210,6 +215,10 @@ RUN = {
     "no objects for consistency": (
         ["ROOT/bare.jsonl", *MADE[1:], *JUDGE, "--consistency", NOBODY],
         "expected unchanged_objects or all_objects",
+    ),
+    "a resolution that is rounded down": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/kontext", "--resolution", 500, *SCORED[3:]],
+        "--resolution: expected a multiple of 16 pixels for ROOT/kontext, got 500",
     ),
     "editor and images": ([*SCORED, "--editor", "x"], "either --editor or --images"),
     "no such editor": (

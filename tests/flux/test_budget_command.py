@@ -5,6 +5,8 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from diffusers import Flux2KleinPipeline
 from mteditflow_examples import budget
 from mteditflow_examples.flux.command_line import PRESETS, parse
 from mteditflow_examples.shapes.editor import Family
@@ -12,7 +14,7 @@ from mteditflow_examples.shapes.files import write_world
 
 from docs import render_budget
 from mteditflow import cli
-from mteditflow.budget import find_model, peak, work
+from mteditflow.budget import find_model, peak, phases, work
 from mteditflow.budget.advice import CHANGES, QUANTIZE
 from tests.loops import some
 
@@ -129,6 +131,88 @@ def test_loading_options_reach_the_plan(tmp_path):
     start = ("--model.lora", str(tmp_path), "--model.lora-start", "freeze")
     assert plan(*start).more_adapters == 1
     assert plan(*start, "--model.lora-reference", "start").more_adapters == 2
+
+
+KLEIN = ("klein-nft", "--sampling.steps", "4")
+DISTILLED = ("--sampling.model", "black-forest-labs/FLUX.2-klein-9B")
+
+
+def lora_of(folder, names, rank=8, width=4096):
+    """Write a LoRA of square layers of klein-9B, and return its number of weights."""
+    pair = {"lora_A": torch.zeros(rank, width), "lora_B": torch.zeros(width, rank)}
+    weights = {f"{name}.{part}.weight": x.clone() for name in names for part, x in pair.items()}
+    Flux2KleinPipeline.save_lora_weights(folder, weights)
+    return 2 * rank * width * len(names)
+
+
+def test_a_distilled_sibling_is_counted():
+    def plan(*words):
+        return budget.plan_of(parse([*KLEIN, *words], services=False), gpus=1)
+
+    alone, pair = plan(), plan(*DISTILLED)
+    row = alone.costs.row
+    # One branch is recorded and trained; forward passes are those of one configuration.
+    assert (alone.branches, pair.branches) == (2, 1)
+    assert work(pair).sampling == work(alone).sampling / 2 == 3 * 4 * row.forward
+    assert work(pair).update == pytest.approx(work(alone).update / 2)
+    assert work(pair).sampling_forward == work(pair).forward == row.forward
+    for one, other in some(list(zip(phases(pair), phases(alone), strict=True))):
+        assert one.weights - other.weights == 2 * row.weights  # of bfloat16
+        assert one.adapters - other.adapters == 2 * 4 * row.adapters  # current and old of the copy
+    started = plan(*DISTILLED, "--model.lora", "x", "--model.lora-start", "freeze")
+    assert started.sampler.sets == 3
+
+
+def test_a_lora_for_few_steps_is_counted(tmp_path, capsys, monkeypatch):
+    count = lora_of(tmp_path, [f"transformer_blocks.{n}.attn.to_q" for n in range(8)])
+    lora = ("--sampling.lora", str(tmp_path))
+
+    def plan(*words):
+        return budget.plan_of(parse([*KLEIN, *words], services=False), gpus=1)
+
+    alone, few = plan(), plan(*lora)
+    extra = 2 * count * (2 * 32 * 32 + 512)
+    assert few.branches == 2
+    assert work(few).sampling_forward == alone.costs.row.forward + extra
+    assert work(few).sampling == 3 * 4 * 2 * (alone.costs.row.forward + extra)
+    assert work(few).update == work(alone).update
+    for one, other in some(list(zip(phases(few), phases(alone), strict=True))):
+        assert (one.weights, one.adapters - other.adapters) == (other.weights, 4 * count)
+    assert plan(*lora, "--sampling.guidance", "1").branches == 1
+    both = plan(*lora, *DISTILLED)
+    assert (both.sampler.lora, both.sampler.sets, both.branches) == (count, 2, 1)
+    words = ("klein-nft", *lora, "--gpus", 2, "--memory", 24)
+    out = run(capsys, monkeypatch, *words)[1]
+    assert "TFLOP; sampling's 39.6" in out
+    assert "model.shard" not in out  # the trainer refuses it with a sampler
+    shown = json.loads(run(capsys, monkeypatch, *words, "--json")[1])["flops"]
+    assert shown["sampling_forward"] == shown["forward"] + extra
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--sampling.lora", "nowhere"), "sampling.lora: "),
+        (("--sampling.model", "nowhere"), "sampling.model: expected a folder with model_index"),
+        (
+            ("--sampling.model", "black-forest-labs/FLUX.1-Kontext-dev"),
+            "sampling.model: expected a Flux2KleinPipeline, got a FluxKontextPipeline",
+        ),
+        (
+            ("--sampling.model", "black-forest-labs/FLUX.2-klein-4B"),
+            "sampling.model: expected a transformer configured as the editor's (joint_att",
+        ),
+        (
+            (*DISTILLED, "--gpus", "2", "--model.shard", "fsdp2"),
+            "sampling.model: expected None under fsdp2",
+        ),
+    ],
+)
+def test_a_sampler_that_the_trainer_refuses_is_refused(words, expected, capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch, *KLEIN, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {expected}")
+    assert err.count("\n") == 1
 
 
 def test_options_that_lower_the_work_of_a_trajectory():

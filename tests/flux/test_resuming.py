@@ -217,6 +217,10 @@ def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
     assert not capsys.readouterr().out
     assert call(train_flux.main, options(world, run, *MORE)).code == 0
     assert "no evaluation of round 0: before is round 1" in (run / "log.txt").read_text()
+    said = (run / "log.txt").read_text()
+    assert said.count("held-out chains, percent [95% interval]") == 2  # printed by both ends
+    assert said.count("Overall") >= 1
+    assert "\x1b" not in said
     report = json.loads((run / "report.json").read_text())
     assert (report["before"]["round"], report["after"]["round"]) == (1, 2)
 

@@ -82,6 +82,33 @@ def test_what_is_prepared_is_embedded_once_and_not_kept_on_the_host(tmp_path):
     assert len(encoder.asked) == 4
 
 
+def test_what_is_stored_is_not_read_at_the_start(tmp_path, monkeypatch):
+    encoder = Encoder()
+    look_up = prompts(encoder, tmp_path)
+    look_up.prepare(["Add"])
+    monkeypatch.setattr(EmbeddingStore, "read", lambda *_: pytest.fail("read"))
+    assert look_up.prepare(["Add", "Zoom"]) == 1
+    (file, _) = sorted(tmp_path.rglob("*.safetensors"))
+    whole = file.read_bytes()
+    for damaged in some([whole[:20], b"", whole[:-1], whole.replace(b"about", b"ab0ut")]):
+        file.write_bytes(damaged)  # seen in the header: made while the encoders are at work
+        assert prompts(Encoder(), tmp_path).prepare(["Add", "Zoom"]) == 1
+        assert file.read_bytes() == whole
+
+
+def test_damaged_numbers_are_found_when_they_are_looked_up(tmp_path):
+    first, second = Encoder(), Encoder()
+    prompts(first, tmp_path).prepare(["Add"])
+    (file,) = tmp_path.rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    look_up = prompts(second, tmp_path)
+    assert look_up.prepare(["Add"]) == 0
+    assert torch.equal(look_up(["Add"])["Add"][0], torch.full((1, 3), 3.0))
+    assert second.asked == ["Add"]
+    assert file.read_bytes() == whole
+
+
 def test_a_damaged_file_is_made_again(tmp_path):
     encoder = Encoder()
     prompts(encoder, tmp_path)(["Add"])

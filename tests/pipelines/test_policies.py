@@ -1,14 +1,18 @@
 """LoraPolicies: three policies on one model, switched safely."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from tiny import CHAIN, call, picture, roll_out
 from tiny_pipelines.checks import replay
 from torch import nn
 
 from mteditflow import FlowSDE, interpolate, nft_loss, trajectory_generators, velocity_target
 from mteditflow.pipelines import LoraPolicies, RolloutVelocity
+from mteditflow.pipelines.lora_files import FILE
 from mteditflow.testing import check_adapter, check_saved
 from tests.loops import some
 
@@ -333,6 +337,22 @@ def test_a_saved_file_loads_to_the_same_velocity(pipeline, policies, outputs, tm
         lambda: policies.save(pipeline, tmp_path),
         lambda: policies.load(pipeline, tmp_path),
     )
+
+
+def test_equal_weights_are_saved_as_equal_bytes(kontext, tmp_path):
+    """The library writes its metadata, and a set its members, in an order of chance."""
+    policies = LoraPolicies(kontext.transformer, config())
+    found = set()
+    for number in range(8):  # an order of chance would be one in 128
+        policies.save(kontext, tmp_path / f"{number}")
+        found.add((tmp_path / f"{number}" / FILE).read_bytes())
+    assert len(found) == 1
+    with safe_open(tmp_path / "0" / FILE, "pt") as file:
+        metadata = file.metadata()
+    assert set(metadata) == {"format", "lora_adapter_metadata"}
+    names = json.loads(metadata["lora_adapter_metadata"])["transformer.target_modules"]
+    assert names == sorted(names)
+    assert len(names) > 1
 
 
 def test_training_resumes_from_what_was_saved(pipeline, policies, tmp_path):

@@ -1,0 +1,98 @@
+"""Errors of the command line's parser in the words of this program: option, expectation, value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+
+from .spelling import hint
+
+_OPTION = r"(?P<option>--[\w.-]+)"
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a word", "PATH": "a path"}
+
+
+def reworded(said: str, words: Sequence[str], known: Sequence[str]) -> str:
+    """Return what tyro says about a command line as "option: expected X, got Y".
+
+    Args:
+        said: its message in one line.
+        words: the command line.
+        known: dotted names of the fields.
+
+    Example:
+        >>> reworded("Error parsing --a.b: invalid literal for int() with base 10: 'x'", [], [])
+        "--a.b: expected a whole number, got 'x'"
+        >>> reworded("Unrecognized options: 2", ["--a.b", "1", "2"], ["a.b"])
+        "--a.b 1: expected no further value, got '2'"
+    """
+    for pattern, words_of in _PATTERNS:
+        if found := re.match(pattern, said):
+            return words_of(found)
+    unknown = re.match(r"Unrecognized options: (?P<word>[^,]*)", said)
+    if unknown is None:
+        return said
+    word = unknown["word"]
+    if not word.startswith("--"):
+        return _stray(word, words) or said
+    field = word.removeprefix("--").replace("-", "_")
+    if field in known:  # a dictionary, whose entries are options
+        return f"{word}: expected its entries one by one, as {word}.NAME VALUE"
+    return said + _option_hint(field, known)
+
+
+def _stray(word: str, words: Sequence[str]) -> str | None:
+    """Return an error for a word that belongs to no option; None where no option is before it."""
+    if word not in words:  # it is cut where the parser's box is full
+        return None
+    before = list(takewhile(lambda other: other != word, words))
+    start = max((i for i, other in enumerate(before) if other.startswith("--")), default=None)
+    if start is None:
+        return None
+    return f"{' '.join(before[start:])}: expected no further value, got {word!r}"
+
+
+def _option_hint(field: str, known: Sequence[str]) -> str:
+    """Return the hint to the options that one may have meant, spelled as options.
+
+    Example:
+        >>> _option_hint("training.lr", ["training.learning_rate"])
+        '; perhaps --training.learning-rate'
+    """
+    plain = hint(field, [name for name in known if "." in name])
+    return re.sub(r"[a-z_]+(?:\.[a-z_]+)+", lambda x: f"--{x[0].replace('_', '-')}", plain)
+
+
+def _of_kinds(found: re.Match[str]) -> str:
+    kinds = [_KINDS.get(x, x) for x in re.findall(r"\w+", found["kinds"])]
+    kinds = [*(x for x in kinds if x != "None"), *(x for x in kinds if x == "None")]
+    return f"{found['option']}: expected {' or '.join(kinds)}, got {found['value']}"
+
+
+_PATTERNS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (
+        rf"Missing value for argument '{_OPTION}'",
+        lambda x: f"{x['option']}: expected a value, got none",
+    ),
+    (
+        rf"Error parsing {_OPTION}: invalid literal for int\(\) with base 10: (?P<value>.*)",
+        lambda x: f"{x['option']}: expected a whole number, got {x['value']}",
+    ),
+    (
+        rf"Error parsing {_OPTION}: could not convert string to float: (?P<value>.*)",
+        lambda x: f"{x['option']}: expected a number, got {x['value']}",
+    ),
+    (
+        rf"Error parsing {_OPTION}: no type matching (?P<kinds>\S+) could be instantiated from "
+        r"\[(?P<value>.*?)\]\.",
+        _of_kinds,
+    ),
+    (rf"Error parsing {_OPTION}: (?P<rest>.*)", lambda x: f"{x['option']}: {x['rest']}"),
+    (
+        rf"invalid choice (?P<value>.*) for argument '{_OPTION}'\. "
+        r"Expected one of \((?P<choices>.*)\)",
+        lambda x: (
+            f"{x['option']}: expected one of {x['choices'].replace(chr(39), '')}, got {x['value']}"
+        ),
+    ),
+)
