@@ -17,7 +17,7 @@ TORCHVISION := torchvision==0.28.0
 QUANTIZED := $(VENV)/quantized
 QUANTIZERS := bitsandbytes==0.50.2 torchao==0.18.0
 QUICK := tests/flow tests/losses tests/advantages tests/objectives tests/test_old_policy.py \
-	tests/testing/test_laws_of_ours.py tests/test_diagnostics.py tests/test_metrics.py tests/test_checks.py tests/test_reduce.py
+	tests/testing/test_laws_of_ours.py tests/test_diagnostics.py tests/test_metrics.py tests/test_long_chains.py tests/test_survival.py tests/test_checks.py tests/test_reduce.py
 # The models are tiny: threads beyond the cores only get in each other's way.
 WORKERS ?= 2
 WING ?= rewards

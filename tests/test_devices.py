@@ -38,6 +38,8 @@ step_valid = advantage > 0
 rewards = {"a": reward, "b": r}
 weights = {"a": 1.0, "b": 0.2}
 grid = torch.linspace(1, 0, S + 1)
+pictures = torch.rand(B, N, 1, 2, 2, generator=generator), torch.zeros(B, 1, 2, 2)
+touched = torch.zeros(B, N, 2, 2, dtype=torch.bool)
 every_step = torch.ones(4, 1, 1000, dtype=torch.bool)
 signals = {"a": mt.TurnCredit()(per_turn), "b": mt.RewardToGo(0.5)(per_turn)}
 
@@ -132,6 +134,10 @@ CALLS = {
         x, y, z, group_of_rows, 1 - group_of_rows, dpo_beta=2.0, valid=group_of_rows > 0
     ),
     "norm hinge": lambda: mt.velocity_norm_hinge(x, y),
+    "collapse rate": lambda: mt.collapse_rate(success, valid=turn_mask),
+    "survival": lambda: mt.survival_curve(success, valid=turn_mask).low,
+    "turns survived": lambda: torch.stack(mt.turns_survived(success, valid=turn_mask).mean),
+    "wear": lambda: mt.wear(*pictures, edited=touched, valid=turn_mask),
     "uniform grid": lambda: mt.uniform_sigmas(7),
     "normalize likert": lambda: mt.normalize_likert(1 + 4 * per_turn),
     "training rows": lambda: torch.cat(

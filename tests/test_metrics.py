@@ -15,11 +15,11 @@ from mteditflow import (
     instruction_following,
     interval_difference,
     marginal_success,
-    metrics,
     overall,
     paired_difference_interval,
     wilson_interval,
 )
+from mteditflow.metrics import intervals
 from tests.loops import some
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -471,7 +471,7 @@ def test_all_resamples_at_once_give_what_each_alone_gives(statistic, at_once, mo
     success = torch.rand(30, 3, generator=seeded()) < 0.5
     consistency = torch.rand(30, 3, generator=seeded(1))
     consistency[torch.rand(30, 3, generator=seeded(2)) < 0.3] = NAN
-    monkeypatch.setattr(metrics, "_AT_ONCE", at_once)
+    monkeypatch.setattr(intervals, "_AT_ONCE", at_once)
     alone, together = (
         bootstrap_interval(
             statistic, success, consistency, generator=seeded(), resamples=200, vectorized=how

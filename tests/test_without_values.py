@@ -107,6 +107,12 @@ CALLS = {
     "broadcast_to_steps": (lambda r: mt.broadcast_to_steps(r, turns=2, steps=2), (reward,)),
     "instruction_following": (mt.instruction_following, (turns > 0.3,)),
     "marginal_success": (mt.marginal_success, (turns > 0.3,)),
+    "collapse_rate": (mt.collapse_rate, (turns > 0.5,)),
+    "survival_curve": (lambda s: torch.stack(mt.survival_curve(s)), (turns > 0.3,)),
+    "turns_survived": (
+        lambda s: torch.stack([x for part in mt.turns_survived(s) for x in part]), (turns > 0.3,)
+    ),
+    "wear": (lambda x, y: mt.wear(x, y), (share(B, N, 1, 2, 2), share(B, 1, 2, 2))),
     "content_consistency": (mt.content_consistency, (turns,)),
     "overall": (mt.overall, (turns, turns)),
 }  # fmt: skip

@@ -19,13 +19,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mteditflow.metrics import (
-    Interval,
-    bootstrap_interval,
-    interval_difference,
-    overall,
-    wilson_interval,
-)
+from mteditflow.metrics import Interval, bootstrap_interval, interval_difference, overall
+from mteditflow.metrics.intervals import alike_interval
 
 METRICS = ("instruction_following", "marginal", "content_consistency", "overall")  # in percent
 PER_SAMPLE = "content_consistency_per_sample"  # in percent
@@ -43,27 +38,6 @@ def interval_of(statistic: Callable[..., Tensor], samples: tuple[Tensor, ...]) -
 def without_width(interval: Interval, unit: Tensor | float) -> Tensor:
     """Find intervals without width, up to rounding of numbers of a size ``unit``."""
     return (interval.high - interval.low) <= ROUNDING * unit
-
-
-def alike_interval(value: Tensor, count: Tensor, bounds: tuple[float, float]) -> Interval:
-    """Interval of a mean of bounded scores where all cases are alike; see the module's formula.
-
-    Args:
-        value: the score of each case, any shape, in ``bounds``.
-        count: number n of cases, same shape.
-        bounds: range of the scores, or of the differences of two.
-
-    Returns:
-        Interval of the same shape and dtype; NaN where there is no case.
-
-    Example:
-        >>> low, high = alike_interval(torch.tensor(0.9), torch.tensor(12), (0, 1))[1:]
-        >>> f"[{low:.2f}, {high:.2f}]"
-        '[0.68, 0.92]'
-    """
-    unlike = 1 - wilson_interval(count, count).low
-    low, high = (value - unlike * (value - end) for end in bounds)
-    return Interval(value, low.to(value), high.to(value))
 
 
 def bounded_interval(
