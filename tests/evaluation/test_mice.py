@@ -164,6 +164,12 @@ def test_what_a_split_needs():
     client = ChatClient(["http://127.0.0.1:9/v1"], "m", temperature=0.6, attempts=1)
     with pytest.raises(ValueError, match="split: expected one of"):
         anyio.run(partial(score_mice, client, [session], split="ga"))
+    with pytest.raises(ValueError, match="session 's0': expected formatted_instructions, got none"):
+        anyio.run(partial(score_mice, client, [session], split="cu"))
+    consistency = ConsistencyClient(["http://127.0.0.1:9/v1"])
+    given = {"split": "cm", "consistency": consistency}
+    with pytest.raises(ValueError, match="session 's0': expected unchanged_objects, got none"):
+        anyio.run(partial(score_mice, client, [session], **given))
 
 
 def test_the_real_file_has_objects_at_936_of_1080_turns():

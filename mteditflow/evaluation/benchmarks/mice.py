@@ -101,19 +101,9 @@ class MiceScores:
 
 
 def awareness_request(split: Split, session: Session, urls: Sequence[str], turn: int) -> Request:
-    """Build the question of GA or CU about the turns up to one, from 1; URLs are of all images.
-
-    Raises:
-        ValueError: a session of ``cu`` has no formatted instructions.
-    """
-    chain, plain = session.chain, None
-    if split == "cu":
-        if chain.formatted_instructions is None:
-            raise ValueError(
-                f"session {chain.id!r}: expected formatted_instructions, which cu needs, got none"
-            )
-        plain = chain.formatted_instructions[:turn]
-    instructions = chain.instructions[:turn]
+    """Build the question of GA or CU about the turns up to one, from 1; URLs are of all images."""
+    plain = (session.chain.formatted_instructions or ())[:turn] if split == "cu" else None
+    instructions = session.chain.instructions[:turn]
     return history(TASKS[split], AWARENESS, instructions, urls[: turn + 1], plain=plain)
 
 
@@ -141,12 +131,12 @@ async def score_mice(
         progress: whether to show a bar that counts sessions.
 
     Raises:
-        ValueError: no such split, votes at temperature 0, a broken image, or a session that lacks
-            what a measure needs.
+        ValueError: no such split, votes at temperature 0, or a session that lacks what a measure
+            needs.
 
     Source: Edit-R2 (arXiv 2606.05950), its public code.
     """
-    check_choice("split", split, tuple(NAMES))
+    require_fields(sessions, split=split, objects=consistency is not None)
     ask = partial(awareness_request, split)
     awareness = await score_turns(client, sessions, ask, votes=votes, progress=progress)
     following, similar = [], []
@@ -167,14 +157,33 @@ async def score_mice(
     )
 
 
+def require_fields(sessions: Sequence[Session], *, split: str, objects: bool) -> None:
+    """Raise unless sessions have what the measures need.
+
+    Args:
+        sessions: to score.
+        split: "cm" or "cu", which needs formatted instructions.
+        objects: whether CC is measured, which needs the names of objects.
+
+    Raises:
+        ValueError: no such split, or a session lacks a field; the message names both.
+    """
+    check_choice("split", split, tuple(NAMES))
+    needed = ["formatted_instructions"] * (split == "cu")
+    needed += ["unchanged_objects", "all_objects"] * objects
+    for session in sessions:
+        for name in needed:
+            if getattr(session.chain, name) is None:
+                raise ValueError(f"session {session.chain.id!r}: expected {name}, got none")
+
+
 def _with_objects(chains: Sequence[Chain], scores: TurnScores) -> TurnScores:
     """Leave turns without unchanged objects unmeasured, whose background is compared elsewhere."""
     score = scores.score.clone()
     for b, chain in enumerate(chains):
-        names = zip(chain.unchanged_objects or (), chain.all_objects or (), strict=False)
-        there = [bool(own and every) for own, every in names] or [False] * chain.turns
-        for n in range(chain.turns):
-            if not there[n]:
+        names = zip(chain.unchanged_objects or (), chain.all_objects or (), strict=True)
+        for n, (own, every) in enumerate(names):
+            if not (own and every):
                 score[b, n] = torch.nan
     return TurnScores(score, scores.turn_mask, scores.lost)
 

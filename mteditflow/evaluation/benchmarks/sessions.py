@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mteditflow._checks import check_count
-from mteditflow._images import BOMBS, UNREADABLE, check_image, read_image
+from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow.chains import Chain, EditedImages, read_chains
 from mteditflow.evaluation.benchmarks.averages import Estimate
 from mteditflow.evaluation.benchmarks.items import Rubric, Scores
@@ -74,6 +74,7 @@ def read_sessions(
     """Read sessions beside what an editor made of them; one incomplete session refuses all.
 
     A share over the sessions that happen to be complete would be the measure of another benchmark.
+    Every image is decoded once, so that none is found broken after the judge was asked.
 
     Args:
         file: sessions in any format of chains.
@@ -123,7 +124,7 @@ def _fault(turn: int, path: Path) -> str | None:
     """Say what is wrong with the image after a turn; 0 is the source."""
     expected = f"turn {turn}: expected" if turn else "source: expected"
     try:
-        check_image(path)
+        read_image(path)
     except FileNotFoundError:
         return f"{expected} the image {path}, got none"
     except (*UNREADABLE, *BOMBS) as error:
@@ -132,19 +133,8 @@ def _fault(turn: int, path: Path) -> str | None:
 
 
 def read_images(session: Session) -> list[Image.Image]:
-    """Read all images of a session, the source first.
-
-    Raises:
-        ValueError: one is broken; the message names session and turn.
-    """
-    return [_read(session, turn) for turn in range(len(session.images))]
-
-
-def _read(session: Session, turn: int) -> Image.Image:
-    try:
-        return read_image(session.images[turn])
-    except (*UNREADABLE, *BOMBS) as error:
-        raise ValueError(f"session {session.chain.id!r}, turn {turn}: {error}") from error
+    """Read all images of a session, the source first."""
+    return [read_image(path) for path in session.images]
 
 
 def image_urls(session: Session) -> list[str]:
@@ -227,8 +217,7 @@ async def score_turns(
         progress: whether to show a bar that counts sessions.
 
     Raises:
-        ValueError: an id stands twice, an image is broken, or there are several votes at
-            temperature 0.
+        ValueError: an id stands twice, or there are several votes at temperature 0.
     """
     check_count("votes", votes)
     if votes > 1 and client.temperature == 0:
