@@ -69,13 +69,12 @@ def test_lme_asks_about_damage_of_every_turn_against_the_source(tmp_path):
     sessions = read_sessions(file, tmp_path / "made")
     with ScriptedServer(judging(lambda reds, name: 1)) as server:
         found = anyio.run(score_lme, client_of(server), sessions)
-        shown = sorted(((reds[-1], len(reds)), count) for reds, count in asked(server)[1:])
+        shown = {count: reds for reds, count in asked(server)[1:]}
         parts = server.requests[-1].json["messages"][0]["content"]
     assert len(found.following.scores) == 1  # 1 of 10 ends the session
     assert len(found.damage.scores) == 3
-    # JPEG moves the red a little, so the count of instructions tells the turns apart.
-    assert sorted(count for _, count in shown) == [1, 2, 3]
-    assert {length for (_, length), _ in shown} == {2}
+    expected = {1: [0, BAD], 2: [0, BROKEN], 3: [0, GOOD]}
+    assert shown == {turn: pytest.approx(reds, abs=3) for turn, reds in expected.items()}  # JPEG
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     assert all(url.startswith("data:image/jpeg;base64,") for url in some(urls))
 
