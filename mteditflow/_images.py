@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from pathlib import Path
 
 from PIL import Image, ImageOps
 
 #: Formats of image files that are read. PIL knows more, of which EPS starts another program.
 FILE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+#: Endings of the files that a folder of images is searched for.
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 #: Width times height that is decoded at most; the consistency server has the same limit.
 MAX_PIXELS = 2**24
 ANIMATED = ("GIF", "PNG", "WEBP")  # further pictures of a JPEG or TIFF are previews, as a rule
@@ -77,3 +80,18 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
         image.close()
         raise ValueError(f"expected one still image, got {frames} frames; save the one to edit")
     return image
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """Return the images in and under a folder, in an order that no file system changes.
+
+    Raises:
+        ValueError: there is none.
+        OSError: the folder cannot be read.
+    """
+    next(folder.iterdir(), None)  # raises where it is no folder; ``rglob`` finds nothing there
+    found = (x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
+    images = sorted(found, key=lambda x: x.relative_to(folder).as_posix())
+    if not images:
+        raise ValueError(f"folder: expected {', '.join(SUFFIXES)} files in {folder}, got none")
+    return images

@@ -24,12 +24,14 @@ from mteditflow.chains.files import (
     write_chains,
 )
 from mteditflow.chains.formats import FORMATS
-from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, History, TaskType
+from mteditflow.chains.no_change import no_change_chains
+from mteditflow.chains.record import NO_CHANGE, TASK_TYPES, Chain, ChainError, History, TaskType
 from mteditflow.chains.sampler import GroupSampler, InformativeSampler
 from mteditflow.chains.split import Shared, Split, shared, split_chains
 
 __all__ = [
     "FORMATS",
+    "NO_CHANGE",
     "TASK_TYPES",
     "Batch",
     "Chain",
@@ -49,6 +51,7 @@ __all__ = [
     "Writing",
     "collate_chains",
     "iter_chains",
+    "no_change_chains",
     "read_chains",
     "recognise",
     "shared",

@@ -14,18 +14,21 @@ from rich.table import Column, Table
 from mteditflow._command import OneLineGroup
 from mteditflow._exits import refuse, refusing
 from mteditflow._files import naming, replacing_all, require_other_files
+from mteditflow._images import folder_images
 from mteditflow._text import escape_controls
 from mteditflow.chains import (
     FORMATS,
     Chain,
     ChainError,
     iter_chains,
+    no_change_chains,
     read_chains,
     recognise,
     split_chains,
     write_chains,
 )
-from mteditflow.chains.files import is_outside
+from mteditflow.chains.files import image_fault, is_outside
+from mteditflow.chains.no_change import INSTRUCTIONS
 from mteditflow.chains.record import is_remote
 
 SHOWN = 20  # bad lines that are printed one by one
@@ -34,7 +37,7 @@ app = typer.Typer(
     cls=OneLineGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Check files of chains, split them, and convert them from one format to another.",
+    help="Check files of chains, split them, convert them, and make chains that ask for no change.",
 )
 out = Console(soft_wrap=True, markup=False, highlight=False)
 err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
@@ -204,6 +207,35 @@ def _check_suffix(path: Path, name: str) -> None:
             f"train, held_out: expected names of the kind of {name}, the format of the source, got "
             f"{path}; convert changes the format"
         )
+
+
+@app.command()
+def no_change(
+    images: Annotated[Path, typer.Argument(help="Folder of images, searched with its folders.")],
+    target: Annotated[Path, typer.Argument(help="File to write; an old one is replaced.")],
+    turns: Annotated[int, typer.Option(min=1, help="Turns of every chain.")] = 20,
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option(help="How a turn asks for no change; several take turns. Default: four."),
+    ] = None,
+) -> None:
+    """Make a chain of each image that asks for no change at every turn, to measure wear.
+
+    `mteditflow evaluate` reports how far an editor's images move from the original in such chains.
+    """
+    with refusing():
+        files = folder_images(images)
+        if fault := next(filter(None, map(image_fault, files)), None):
+            raise ValueError(f"images: {fault}")
+        names = [file.relative_to(images).as_posix() for file in files]
+        words = instruction or INSTRUCTIONS
+        if blank := [text for text in words if not text.strip()]:
+            raise ValueError(f"instruction: expected text that is not empty, got {blank[0]!r}")
+        chains = no_change_chains(names, turns=turns, instructions=words, root=images)
+        write_chains(chains, target)
+    _say(f"{len(chains)} chains of {turns} turns written to {target} (native)")
+    if is_outside(images, target.parent):
+        _say(f"the images lie outside {target.parent}: to read them, give --allow-outside")
 
 
 @app.command()

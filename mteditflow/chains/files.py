@@ -221,13 +221,13 @@ class _Looks:
         fault = self._place_fault(chain.image)
         if fault is None and not chain.image_is_remote:
             chain = self._with_suffix(chain) if self.suffixes else chain
-            fault = _image_fault(chain.image_path) if self.check_images else None
+            fault = image_fault(chain.image_path) if self.check_images else None
         if fault is not None:
             return ChainError(f"image: {fault}")
         for name in chain.further_images:
             fault = self._place_fault(name)
             if fault is None and self.check_images:
-                fault = _image_fault(self.root / name)
+                fault = image_fault(self.root / name)
             if fault is not None:
                 return ChainError(f"references: {fault}")
         return chain
@@ -264,7 +264,7 @@ def why_outside(name: str, folder: Path) -> str | None:
     )
 
 
-def _image_fault(path: Path) -> str | None:
+def image_fault(path: Path) -> str | None:
     """Say what is wrong with an image, as far as its header shows; ``None`` if nothing is."""
     shown = shorten(str(path), PATH_SHOWN)
     if not _is_file(path):

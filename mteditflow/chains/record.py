@@ -65,7 +65,7 @@ def first_error(error: ValidationError) -> str:
     return f"{named}expected {expected}, got {shorten(first['input'])}"
 
 
-#: A type of edit, by its name in EdiVal-Bench.
+#: A type of edit, by its name in EdiVal-Bench; or "no_change", of a turn that asks for none.
 TaskType = Literal[
     "subject_add",
     "subject_remove",
@@ -76,9 +76,12 @@ TaskType = Literal[
     "material_alter",
     "text_change",
     "background_change",
+    "no_change",
 ]
 #: Every ``TaskType``.
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
+#: The ``TaskType`` of a turn that asks for no change: whatever differs after it is damage.
+NO_CHANGE: TaskType = "no_change"
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Names = tuple[Text, ...]
@@ -143,7 +146,7 @@ class Chain(BaseModel):
     turn 1 the reference image), 'original', the reference image, or the path of a further one,
     relative as image is, with a suffix or a '/'."""
     task_types: tuple[TaskType, ...] | None = None
-    """One of the nine edit types at each turn."""
+    """One of the nine edit types at each turn, or 'no_change'."""
     formatted_instructions: tuple[Text, ...] | None = None
     """The instruction of each turn in the fixed form of its edit type."""
     unchanged_objects: tuple[Names, ...] | None = None

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from mteditflow.chains import Chain
-from mteditflow.evaluation.evaluation import (
-    CONSISTENCY,
-    FOLLOWING,
-    Evaluation,
-    outcomes,
-)
+from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation
 from mteditflow.evaluation.intervals import interval_of, without_width
 from mteditflow.evaluation.provenance import require_same_judge
-from mteditflow.evaluation.report import Numbers, Report, at_ends, in_words, lost_chains
+from mteditflow.evaluation.report import Report, in_words, lost_chains
+from mteditflow.evaluation.tabulation import Numbers, at_ends
 from mteditflow.metrics import (
     Interval,
     conditional_success,
@@ -118,7 +114,7 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
     changes = _changes(before, tables, first, second)
     columns = ([Interval(*x) for x in part.T] for part in pairs.chunk(3, dim=1))
     *ratios, given = (BeforeAfter(*values) for values in zip(*columns, strict=True))
-    shares = [outcomes(*samples[:2]) for samples in (first, second)]
+    shares = [before.outcomes(*samples) for samples in (first, second)]
     marginals = [own["marginal"] for own in shares]
     marginal, *others = ratios  # in the order of names
     widest = _widened(marginal, *(_ratio(*own) for own in marginals))
@@ -143,9 +139,11 @@ def _changes(
     old, new, change = (x[..., None].contiguous() for x in tables.chunk(3, dim=1))
     counts = evaluation.fewest_of(*before)[:, -1:]
     for table, samples in ((old, before), (new, after)):
-        for i, (outcome, counted) in enumerate(outcomes(*samples[:2]).values()):
+        for name, (outcome, counted) in evaluation.outcomes(*samples).items():
             success, count = (outcome & counted)[:, -1:].sum(dim=0), counted[:, -1:].sum(dim=0)
-            table[1:, i] = 100 * torch.stack(wilson_interval(success, count)[1:]).float()
+            table[1:, evaluation.names.index(name)] = (
+                100 * torch.stack(wilson_interval(success, count)[1:]).float()
+            )
         edge |= mend.levels(table, counts)
     mend.changes(change, counts, new, old, edge)
     return {name: Interval(*change[:, i, 0]) for i, name in enumerate(evaluation.names)}

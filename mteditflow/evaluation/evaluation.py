@@ -14,27 +14,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from mteditflow._checks import check_count, check_mask, check_number
 from mteditflow._files import write_atomically
-from mteditflow.chains.record import first_error
-from mteditflow.evaluation.intervals import CC, METRICS, PER_SAMPLE, MetricIntervals, interval_of
+from mteditflow.evaluation.intervals import (
+    CC,
+    COLLAPSE,
+    DESTROYED,
+    METRICS,
+    PER_SAMPLE,
+    WEAR,
+    MetricIntervals,
+    interval_of,
+)
 from mteditflow.evaluation.provenance import Provenance
+from mteditflow.evaluation.records import EvaluationRecord, TermRecord
 from mteditflow.metrics import (
     Interval,
+    collapse_rate,
     content_consistency,
     instruction_following,
     marginal_success,
     overall,
     wilson_interval,
 )
-from mteditflow.rewards import Fault, Lost, TurnScores
-from mteditflow.rewards.scale import ROUNDING, check_range
+from mteditflow.metrics.long_chains import collapsed
+from mteditflow.rewards import TurnScores
+from mteditflow.rewards.scale import ROUNDING, SHARE, check_range
 
 FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
 PARTS = ("object", "background")  # of the consistency, where they are given apart
@@ -55,7 +64,8 @@ class Evaluation:
             "consistency" gives CC and Overall; where its parts "object" and "background" are there
             too, CC is the corpus average, the mean of the means of both, and the mean of
             "consistency" is reported beside it as the per-sample average. Any other is reported as
-            its plain mean, in its own unit.
+            its plain mean, in its own unit; "destroyed", 0 or 1, gives the collapse rate CR too,
+            and "wear" is in [0, 1].
         success_at: a turn is followed if its "following" score is at least this: 5 for Likert,
             1 for yes or no.
         provenance: who judged and who made the images. Where the judge's scale is known,
@@ -118,6 +128,8 @@ class Evaluation:
     def _check_scale(self) -> None:
         """Raise ValueError unless scores and threshold are those of the judge's scale."""
         check_consistency(self.terms, self.provenance.judged_by.consistency_range)
+        for name in {DESTROYED, WEAR} & set(self.terms):
+            check_range(name, self.terms[name].score, *SHARE, whole=name == DESTROYED)
         scale = self.provenance.judged_by.scale
         if scale is None:
             return
@@ -189,9 +201,11 @@ class Evaluation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the metrics: IF, Marginal, CC and Overall in percent, then the other terms."""
+        """Names of the metrics: IF, Marginal, CC and Overall in percent, other terms, CR."""
         measured = METRICS if CONSISTENCY in self.terms else METRICS[:2]
-        return *measured, *((PER_SAMPLE,) if self.parts else ()), *self.others
+        per_sample = (PER_SAMPLE,) if self.parts else ()
+        collapse = (COLLAPSE,) if DESTROYED in self.terms else ()
+        return *measured, *per_sample, *self.others, *collapse
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -221,23 +235,40 @@ class Evaluation:
             content = content_consistency(*(parts or [per_sample]))
             shares += [content, overall(following, content)]
             shares += [content_consistency(per_sample)] if parts else []
-        return torch.stack([*(100 * x for x in shares), *(x.nanmean(dim=0) for x in others)])
+        means = [x.nanmean(dim=0) for x in others]
+        if DESTROYED in self.terms:
+            destroyed = others[self.others.index(DESTROYED)]
+            rate = collapse_rate(destroyed.nan_to_num(), valid=~destroyed.isnan())
+            means.append(100 * rate)
+        return torch.stack([*(100 * x for x in shares), *means])
 
     def counts_of(self, *samples: Tensor) -> Tensor:
         """Count the chains that each metric of ``per_turn`` is over: integers [metrics, N].
 
         Overall has two denominators, those of IF and of CC; the smaller one is given.
         """
-        success, judged, *scores = samples
-        counts = [counted.sum(dim=0) for _, counted in outcomes(success, judged).values()]
-        others = [~x.isnan() for x in scores]
+        counts = [counted.sum(dim=0) for _, counted in outcomes(*samples[:2]).values()]
+        collapse = [known.sum(dim=0) for _, known in self._collapse(*samples).values()]
+        others = [~x.isnan() for x in samples[2:]]
         if CONSISTENCY in self.terms:
             per_sample, *rest = others
             parts, others = rest[: len(self.parts)], rest[len(self.parts) :]
             content = torch.stack(parts or [per_sample]).any(dim=0).sum(dim=0)
             counts += [content, torch.minimum(counts[0], content)]
             counts += [per_sample.sum(dim=0)] if parts else []
-        return torch.stack([*counts, *(x.sum(dim=0) for x in others)])
+        return torch.stack([*counts, *(x.sum(dim=0) for x in others), *collapse])
+
+    def outcomes(self, *samples: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the metrics that are a share of one outcome per chain, by name, [C, N] each."""
+        return outcomes(*samples[:2]) | self._collapse(*samples)
+
+    def _collapse(self, *samples: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return whether chains have collapsed, and where that is known, if turns say so."""
+        if DESTROYED not in self.terms:
+            return {}
+        destroyed = samples[len(samples) - len(self.others) + self.others.index(DESTROYED)]
+        outcome, known = collapsed(destroyed.nan_to_num(), ~destroyed.isnan())
+        return {COLLAPSE: (outcome > 0, known)}
 
     @cached_property
     def counts(self) -> dict[str, list[int]]:
@@ -248,15 +279,15 @@ class Evaluation:
     def metrics(self) -> dict[str, Interval]:
         """Every metric per turn, [N], with its 95% interval over the chains in ``counts``.
 
-        Wilson's for IF and Marginal, which have one outcome per chain; a bootstrap for the others,
-        with a fixed seed. Where all chains are alike, so that a bootstrap has no width, that of CC
-        is of a bounded mean, and that of Overall of its parts (see ``evaluation.intervals``); that
-        of another term is NaN. NaN where no chain counts.
+        Wilson's for IF, Marginal and CR, which have one outcome per chain; a bootstrap for the
+        others, with a fixed seed. Where all chains are alike, so that a bootstrap has no width,
+        that of CC, wear and destroyed is of a bounded mean, that of Overall of its parts (see
+        ``evaluation.intervals``), and that of another term NaN. NaN where no chain counts.
         """
         table = torch.stack(interval_of(self.per_turn, self.samples))
-        for i, (outcome, counted) in enumerate(outcomes(self.success, self.judged).values()):
+        for name, (outcome, counted) in self.outcomes(*self.samples).items():
             _, *ends = wilson_interval((outcome & counted).sum(dim=0), counted.sum(dim=0))
-            table[1:, i] = 100 * torch.stack(ends).float()
+            table[1:, self.names.index(name)] = 100 * torch.stack(ends).float()
         self.intervals.levels(table, self.fewest_of(*self.samples))
         return {name: Interval(*table[:, i]) for i, name in enumerate(self.names)}
 
@@ -349,78 +380,3 @@ def outcomes(success: Tensor, judged: Tensor) -> dict[str, tuple[Tensor, Tensor]
     """Return the metrics that are a share of one outcome per chain: outcome and counted, [C, N]."""
     so_far, all_judged = (x.long().cumprod(dim=1).bool() for x in (success, judged))
     return {METRICS[0]: (so_far, all_judged), METRICS[1]: (success, judged)}
-
-
-class LostRecord(BaseModel):
-    """A lost score and its reason."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    chain: int
-    turn: int
-    fault: Fault
-    detail: str
-    attempts: int
-
-
-class TermRecord(BaseModel):
-    """Scores [C, N]; Python's floats hold float32 and float64 exactly, and so does their JSON."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    dtype: Literal["float32", "float64"]
-    score: list[list[float | None]]
-    turn_mask: list[list[bool]]
-    lost: list[LostRecord]
-
-    @classmethod
-    def of(cls, scores: TurnScores) -> TermRecord:
-        """Convert scores."""
-        lost = [
-            LostRecord(chain=c, turn=n, fault=x.fault, detail=x.detail, attempts=x.attempts)
-            for (c, n), x in sorted(scores.lost.items())
-        ]
-        rows = [[None if x != x else x for x in row] for row in scores.score.tolist()]
-        return cls(
-            dtype="float64" if scores.score.dtype == torch.float64 else "float32",
-            score=rows,
-            turn_mask=scores.turn_mask.tolist(),
-            lost=lost,
-        )
-
-    def scores(self) -> TurnScores:
-        """Convert back to scores.
-
-        Raises:
-            ValueError: rows differ in length, or the numbers are not such scores.
-        """
-        rows = [[torch.nan if x is None else x for x in row] for row in self.score]
-        score = torch.tensor(rows, dtype=getattr(torch, self.dtype), device="cpu")
-        lost = {(x.chain, x.turn): Lost(x.fault, x.detail, x.attempts) for x in self.lost}
-        return TurnScores(score, torch.tensor(self.turn_mask, dtype=torch.bool, device="cpu"), lost)
-
-
-class EvaluationRecord(BaseModel):
-    """The file of an evaluation; one without provenance is of an unknown judge."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    round: int
-    success_at: float
-    chain_ids: tuple[str, ...]
-    instructions: tuple[tuple[str, ...], ...]
-    terms: dict[str, TermRecord]
-    provenance: Provenance = Provenance()
-
-    @classmethod
-    def parse(cls, path: Path) -> EvaluationRecord:
-        """Read a file.
-
-        Raises:
-            ValueError: it is not of this form; the message names file, place and reason.
-            OSError: it cannot be read.
-        """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise ValueError(f"{path}: {first_error(error)}") from error

@@ -19,7 +19,8 @@ from PIL import Image
 
 from mteditflow._checks import check_choice
 from mteditflow._files import write_all_atomically, write_atomically
-from mteditflow.evaluation.report import ALL, Report
+from mteditflow.evaluation.report import Report
+from mteditflow.evaluation.tabulation import ALL
 from mteditflow.metrics import FEW_CASES
 
 INK, SOFT, FAINT = "#1f2933", "#6b7684", "#c9d0d8"

@@ -24,8 +24,11 @@ from mteditflow.metrics.intervals import alike_interval
 
 METRICS = ("instruction_following", "marginal", "content_consistency", "overall")  # in percent
 PER_SAMPLE = "content_consistency_per_sample"  # in percent
+COLLAPSE = "collapse"  # CR, in percent, from the flags of the term DESTROYED
+DESTROYED, WEAR = "destroyed", "wear"  # terms: 0 or 1; distance to the original, in [0, 1]
 IF, CC, OVERALL = (METRICS.index(METRICS[i]) for i in (0, 2, 3))
-MEANS = (METRICS[CC], PER_SAMPLE)  # of bounded scores
+MEANS = (METRICS[CC], PER_SAMPLE)  # of bounded scores, in percent
+UNIT_MEANS = (DESTROYED, WEAR)  # of scores in [0, 1]
 ROUNDING = 1e-6  # width of an interval of equal numbers, as a share of their range
 
 
@@ -80,8 +83,8 @@ class MetricIntervals:
 
     def __init__(self, names: Sequence[str], bounds: tuple[float, float]) -> None:
         self._names = tuple(names)
-        low, high = (100 * end for end in bounds)
-        self._level, self._change = (low, high), (low - high, high - low)
+        percent = (100 * bounds[0], 100 * bounds[1])
+        self._bounds = dict.fromkeys(MEANS, percent) | dict.fromkeys(UNIT_MEANS, (0.0, 1.0))
 
     def levels(self, table: Tensor, counts: Tensor) -> Tensor:
         """Mend the bootstrapped intervals of metrics.
@@ -96,9 +99,9 @@ class MetricIntervals:
         """
         edge = (table[0, IF] == 0) | (table[0, IF] == 100)
         for i, name in enumerate(self._names):
-            if name in MEANS:
+            if name in self._bounds:
                 own = Interval(*table[:, i])
-                found, flat = bounded_interval(own, counts[i], self._level)
+                found, flat = bounded_interval(own, counts[i], self._bounds[name])
                 table[:, i] = torch.stack(found)
                 edge = edge | flat if i == CC else edge
         self._drop_flat(table, table)
@@ -120,9 +123,10 @@ class MetricIntervals:
             edge: where Overall of one of them had to take the ends of its parts, [T].
         """
         for i, name in enumerate(self._names):
-            if name in MEANS:
-                own = Interval(*table[:, i])
-                table[:, i] = torch.stack(bounded_interval(own, counts[i], self._change)[0])
+            if name in self._bounds:
+                low, high = self._bounds[name]
+                own, change = Interval(*table[:, i]), (low - high, high - low)
+                table[:, i] = torch.stack(bounded_interval(own, counts[i], change)[0])
         self._drop_flat(table, torch.maximum(after[0].abs(), before[0].abs())[None])
         if METRICS[OVERALL] in self._names:
             own, new, old = (Interval(*x[:, OVERALL]) for x in (table, after, before))
@@ -132,7 +136,7 @@ class MetricIntervals:
     def _drop_flat(self, table: Tensor, sizes: Tensor) -> None:
         """Leave terms whose range is not known without an interval where it has no width."""
         for i, name in enumerate(self._names):
-            if name not in (*METRICS, PER_SAMPLE):
+            if name not in (*METRICS, *self._bounds, COLLAPSE):
                 unit = sizes[:, i].abs().amax(dim=0)
                 flat = without_width(Interval(*table[:, i]), unit)
                 table[1:, i] = table[1:, i].masked_fill(flat, torch.nan)

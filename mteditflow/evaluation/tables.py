@@ -14,7 +14,8 @@ from rich.table import Table
 from mteditflow._text import escape_controls, escape_markup
 from mteditflow.evaluation.intervals import PER_SAMPLE
 from mteditflow.evaluation.provenance import Provenance
-from mteditflow.evaluation.report import ALL, BY_TYPE, DROP, Estimate, Report
+from mteditflow.evaluation.report import Estimate, Report
+from mteditflow.evaluation.tabulation import ALL, BY_TYPE, DROP
 from mteditflow.metrics import FEW_CASES
 
 TITLES = {

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mteditflow._command import OneLineGroup
 from mteditflow._exits import failing, refusing
+from mteditflow._images import folder_images
 from mteditflow._text import escape_markup
 from mteditflow.chains import TaskType, read_chains
 from mteditflow.planner.plan import (
@@ -25,7 +26,7 @@ from mteditflow.planner.plan import (
     draw_tasks,
     planner_settings,
 )
-from mteditflow.planner.run import Planned, folder_images, plan_images, planned_ids, writing
+from mteditflow.planner.run import Planned, plan_images, planned_ids, writing
 from mteditflow.planner.statistics import draw_statistics, statistics, statistics_table
 from mteditflow.rewards.command_line import (
     QUESTION,

@@ -12,7 +12,7 @@ import anyio.to_thread
 from PIL import Image
 
 from mteditflow._checks import check_choice, check_count, check_number
-from mteditflow.chains import TASK_TYPES, Chain, TaskType
+from mteditflow.chains import Chain, TaskType
 from mteditflow.planner.edits import EDITS
 from mteditflow.planner.filling import Filled, edit_prompt, edit_schema, read_edit
 from mteditflow.planner.listing import (
@@ -89,7 +89,7 @@ def draw_tasks(
     check_count("turns", turns)
     given = dict.fromkeys(EDITS, 1.0) if weights is None else weights
     for task, weight in given.items():
-        check_choice("weights", task, TASK_TYPES)
+        check_choice("weights", task, tuple(EDITS))
         check_number(f"weights[{task!r}]", weight, low=0.0)
     left = {task: weight for task, weight in given.items() if weight > 0}
     if len(left) < turns:

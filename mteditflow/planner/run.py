@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mteditflow._checks import check_count
 from mteditflow._files import append_line, cut_half_line, require_folder
-from mteditflow._images import BOMBS, UNREADABLE, read_image
+from mteditflow._images import BOMBS, UNREADABLE, folder_images, read_image
 from mteditflow._locks import sole_writer
 from mteditflow.chains import Chain, read_chains
 from mteditflow.chains.record import first_error
@@ -100,7 +100,6 @@ def _whole_lines(path: Path) -> bytes:
     return whole
 
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 UNREADABLE_IMAGE = "image cannot be read"
 SIDE_MAX = 1024  # pixels: larger images are made smaller before they are looked at
 J = TypeVar("J")
@@ -295,21 +294,6 @@ def _chains_in(path: Path) -> tuple[Chain, ...]:
     if not path.stat().st_size:
         return ()
     return read_chains(path, format="native", allow_outside=True).chains  # images are the folder's
-
-
-def folder_images(folder: Path) -> list[Path]:
-    """Return the images in and under a folder, in an order that no file system changes.
-
-    Raises:
-        ValueError: there is none.
-        OSError: the folder cannot be read.
-    """
-    next(folder.iterdir(), None)  # raises where it is no folder; ``rglob`` finds nothing there
-    found = (x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
-    images = sorted(found, key=lambda x: x.relative_to(folder).as_posix())
-    if not images:
-        raise ValueError(f"folder: expected {', '.join(SUFFIXES)} files in {folder}, got none")
-    return images
 
 
 async def _plan_image(planner: Planner, job: _Job, root: Path) -> list[Chain | RefusedChain]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from mteditflow.distributed import gather_ranks
-from mteditflow.evaluation.evaluation import TermRecord
+from mteditflow.evaluation.records import TermRecord
 from mteditflow.rewards import TurnScores
 
 

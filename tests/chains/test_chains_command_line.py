@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from mteditflow.chains import (
     FORMATS,
+    NO_CHANGE,
     Chain,
     Shared,
+    no_change_chains,
     read_chains,
     recognise,
     split_chains,
@@ -370,6 +372,48 @@ def test_a_split_does_not_replace_files_in_silence(pictured):
     result = run("split", pictured, sides[0], folder, "--replace", "--count", 1)
     assert result.stderr == f"error: [Errno 21] Is a directory: '{folder}'\n"
     assert sides[0].read_bytes() == old[0]
+
+
+def test_no_change_makes_a_chain_of_each_image_of_a_folder(tmp_path):
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    for name in ("b.png", "a.jpg", "deep/c.png"):
+        Image.new("RGB", (2, 2)).save(images / name)
+    target = tmp_path / "no_change.jsonl"
+    result = run("no-change", images, target, "--turns", 6)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"3 chains of 6 turns written to {target} (native)\n"
+    chains = read_chains(target, check_images=True).chains
+    assert [chain.id for chain in chains] == ["a.jpg", "b.png", "deep/c.png"]
+    assert [chain.image for chain in chains] == [f"images/{chain.id}" for chain in chains]
+    assert {chain.task_types for chain in some(chains)} == {(NO_CHANGE,) * 6}
+    words = chains[0].instructions
+    assert (len(set(words)), words[:2]) == (4, words[4:])  # four wordings by turns
+    result = run("no-change", images, tmp_path / "x" / "y.jsonl", "--instruction", "Keep it")
+    assert result.exit_code == 2  # no such folder
+    (tmp_path / "x").mkdir()
+    result = run("no-change", images, tmp_path / "x" / "y.jsonl", "--instruction", "Keep it")
+    assert "--allow-outside" in result.stdout
+    reading = read_chains(tmp_path / "x" / "y.jsonl", allow_outside=True, check_images=True)
+    assert reading.chains[0].instructions == ("Keep it",) * 20
+
+
+def test_no_change_refuses_what_is_no_image_and_blank_words(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    result = run("no-change", tmp_path, tmp_path / "out.jsonl")
+    assert result.exit_code == 2
+    assert "images: expected a readable image, got" in result.stderr
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    result = run("no-change", tmp_path, tmp_path / "out.jsonl", "--instruction", " ")
+    assert (result.exit_code, result.stderr) == (
+        2, "error: instruction: expected text that is not empty, got ' '\n"
+    )  # fmt: skip
+    assert "expected .jpeg, .jpg, .png, .webp files" in run(
+        "no-change", FILES["native"].parent, tmp_path / "out.jsonl"
+    ).stderr.replace("\n", " ")
+    assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(ValueError, match="instructions: expected at least one"):
+        no_change_chains(["a.png"], turns=2, instructions=())
 
 
 def test_formats_are_listed():

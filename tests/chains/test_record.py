@@ -77,7 +77,7 @@ def test_errors_are_one_line_with_field_expectation_and_what_came():
             Chain.from_record(record)
         return str(caught.value)
 
-    nine = ", ".join(f"'{x}'" for x in TASK_TYPES[:-1]) + f" or '{TASK_TYPES[-1]}'"
+    names = ", ".join(f"'{x}'" for x in TASK_TYPES[:-1]) + f" or '{TASK_TYPES[-1]}'"
     assert {name: reason(record) for name, record in BAD.items()} == {
         "no id": "id: expected this field, got none",
         "empty id": "id: expected text that is not empty, got ''",
@@ -86,7 +86,7 @@ def test_errors_are_one_line_with_field_expectation_and_what_came():
         "no instruction": "instructions: expected at least one entry, got []",
         "text for a list": "instructions: expected a list, got 'Remove the cat'",
         "blank instruction": "instructions[1]: expected text that is not empty, got ' '",
-        "unknown type": f"task_types[1]: expected {nine}, got 'crop'",
+        "unknown type": f"task_types[1]: expected {names}, got 'crop'",
         "number for true": "background_consistency[0]: expected true or false, got 1",
         "word for true": "background_consistency[0]: expected true or false, got 'yes'",
         "flat objects": "all_objects[0]: expected a list, got 'cat'",

@@ -14,7 +14,7 @@ from mteditflow.chains import TASK_TYPES, Chain
 from mteditflow.evaluation import JudgedBy, Provenance
 from mteditflow.evaluation.comparison import compare, most_changed, report_difference
 from mteditflow.evaluation.figures import AMBER, BLUE, GOOD, INK, LINES, PURPLE, draw_report
-from mteditflow.evaluation.report import ALL, DROP, Estimate, Report, report_of
+from mteditflow.evaluation.report import Estimate, Report, report_of
 from mteditflow.evaluation.tables import (
     as_csv,
     checks_in_short,
@@ -22,6 +22,7 @@ from mteditflow.evaluation.tables import (
     markdown,
     rich_tables,
 )
+from mteditflow.evaluation.tabulation import ALL, DROP
 from mteditflow.metrics import paired_difference_interval
 from tests.loops import some
 from tests.samples_of_scores import evaluation, few_resamples, nan

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mteditflow.chains import TASK_TYPES
+from mteditflow.chains import NO_CHANGE, TASK_TYPES
 from mteditflow.planner import (
     EDITS,
     BackgroundChange,
@@ -59,8 +59,8 @@ def test_golden_forms_are_written_and_read(text, edit):
 
 
 def test_there_is_a_class_for_each_type():
-    assert tuple(EDITS) == TASK_TYPES
-    assert {edit.task for edit in GOLDEN.values()} == set(TASK_TYPES)
+    assert (*EDITS, NO_CHANGE) == TASK_TYPES
+    assert {edit.task for edit in GOLDEN.values()} == set(EDITS)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ POSITIONS = st.sampled_from(["left", "right", "above", "below"])
 
 @st.composite
 def edits(draw):
-    kind = EDITS[draw(st.sampled_from(TASK_TYPES))]
+    kind = EDITS[draw(st.sampled_from(tuple(EDITS)))]
     slots = {}
     for name, field in kind.model_fields.items():
         if name == "position":

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow.chains import TASK_TYPES
 from mteditflow.planner import (
+    EDITS,
     BackgroundChange,
     ColorAlter,
     CountChange,
@@ -64,7 +64,7 @@ def written(edit, instruction):
     return json.dumps({"edit": edit, "instruction": instruction})
 
 
-@pytest.mark.parametrize("task", TASK_TYPES)
+@pytest.mark.parametrize("task", EDITS)
 def test_a_right_answer_follows_the_schema_and_is_read(task):
     edit, instruction = RIGHT[task]
     jsonschema_rs.validate(edit_schema(POOL, task), {"edit": edit, "instruction": instruction})
@@ -107,7 +107,7 @@ def test_a_strict_object_has_all_its_properties_and_no_others():
     }
 
 
-@pytest.mark.parametrize("task", TASK_TYPES)
+@pytest.mark.parametrize("task", EDITS)
 def test_the_prompt_says_what_is_there_and_what_is_asked(task):
     prompt = edit_prompt(POOL, ["Remove the cat."], task)
     for name in some(POOL.available):
@@ -224,7 +224,7 @@ VALUES = st.recursive(
 )
 
 
-@given(st.sampled_from(TASK_TYPES), st.data())
+@given(st.sampled_from(tuple(EDITS)), st.data())
 def test_garbage_is_refused_or_makes_sense(task, data):
     """Answers with slots and words changed, and texts cut and spliced: only ``AnswerError``."""
     edit, instruction = RIGHT[task]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mteditflow.chains import TASK_TYPES
+from mteditflow.planner import EDITS
 from mteditflow.planner.plan import Planner, Refused, draw_tasks
 from mteditflow.rewards.transport.chat import ChatClient
 from mteditflow.testing.endpoint import ScriptedServer, completion
@@ -23,14 +23,14 @@ TURNS = st.integers(1, 9)
 def test_types_are_drawn_without_repetition_and_by_the_seed_alone(seed, turns):
     drawn = draw_tasks(Random(seed), turns)
     assert len(set(drawn)) == len(drawn) == turns
-    assert set(drawn) <= set(TASK_TYPES)
+    assert set(drawn) <= set(EDITS)
     assert draw_tasks(Random(seed), turns) == drawn
 
 
 def test_types_are_drawn_evenly_or_by_weight():
     random = Random(0)
     even = Counter(draw_tasks(random, 1)[0] for _ in range(9000))
-    assert all(850 < even[task] < 1150 for task in some(TASK_TYPES))  # 1000, 5 standard deviations
+    assert all(850 < even[task] < 1150 for task in some(EDITS))  # 1000, 5 standard deviations
     weights = {"subject_add": 3.0, "text_change": 1.0, "count_change": 0.0}
     first = Counter(draw_tasks(random, 2, weights)[0] for _ in range(4000))
     assert set(first) == {"subject_add", "text_change"}

@@ -10,8 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mteditflow.chains import TASK_TYPES, Chain
+from mteditflow.chains import Chain
 from mteditflow.planner import (
+    EDITS,
     BackgroundChange,
     ColorAlter,
     CountChange,
@@ -292,9 +293,9 @@ def test_obstacles():
     assert again.obstacle("background_change") == "background_change has only just been made"
     assert again.apply(TextChange(new="A")).obstacle("background_change") is None
     empty = Pool.of([])
-    possible = [task for task in TASK_TYPES if empty.obstacle(task) is None]
+    possible = [task for task in EDITS if empty.obstacle(task) is None]
     assert possible == ["subject_add", "text_change"]
-    assert all(street().obstacle(task) is None for task in some(TASK_TYPES))
+    assert all(street().obstacle(task) is None for task in some(EDITS))
     with pytest.raises(EditError, match=exactly("subject_remove needs 2 objects, there are 1")):
         one.apply(SubjectRemove(target="dog"))
 
@@ -369,7 +370,7 @@ def chains(draw):
     """A listing and the pools of a chain of up to 8 edits; what makes no sense is left out."""
     listed = draw(listings())
     result = [Pool.of(listed)]
-    for task in draw(st.lists(st.sampled_from(TASK_TYPES), min_size=1, max_size=12)):
+    for task in draw(st.lists(st.sampled_from(tuple(EDITS)), min_size=1, max_size=12)):
         with suppress(ValueError):  # of the edit alone, or of the edit in this pool
             result.append(result[-1].apply(an_edit(draw, result[-1], task)))
     return listed, result

@@ -181,7 +181,7 @@ def with_turns(prefix: str, values: Collection[Any], rest: Mapping[str, Any]) ->
 
 
 def known_types(key: str, types: object) -> bool:
-    """Whether a list of edit types has none but the nine.
+    """Whether a list of edit types has none but those of ``TASK_TYPES``.
 
     Raises:
         ChainError: it is no list of text.

@@ -1,0 +1,88 @@
+"""Files of evaluations: every score bit for bit, or why there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mteditflow.chains.record import first_error
+from mteditflow.evaluation.provenance import Provenance
+from mteditflow.rewards import Fault, Lost, TurnScores
+
+
+class LostRecord(BaseModel):
+    """A lost score and its reason."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    chain: int
+    turn: int
+    fault: Fault
+    detail: str
+    attempts: int
+
+
+class TermRecord(BaseModel):
+    """Scores [C, N]; Python's floats hold float32 and float64 exactly, and so does their JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dtype: Literal["float32", "float64"]
+    score: list[list[float | None]]
+    turn_mask: list[list[bool]]
+    lost: list[LostRecord]
+
+    @classmethod
+    def of(cls, scores: TurnScores) -> TermRecord:
+        """Convert scores."""
+        lost = [
+            LostRecord(chain=c, turn=n, fault=x.fault, detail=x.detail, attempts=x.attempts)
+            for (c, n), x in sorted(scores.lost.items())
+        ]
+        rows = [[None if x != x else x for x in row] for row in scores.score.tolist()]
+        return cls(
+            dtype="float64" if scores.score.dtype == torch.float64 else "float32",
+            score=rows,
+            turn_mask=scores.turn_mask.tolist(),
+            lost=lost,
+        )
+
+    def scores(self) -> TurnScores:
+        """Convert back to scores.
+
+        Raises:
+            ValueError: rows differ in length, or the numbers are not such scores.
+        """
+        rows = [[torch.nan if x is None else x for x in row] for row in self.score]
+        score = torch.tensor(rows, dtype=getattr(torch, self.dtype), device="cpu")
+        lost = {(x.chain, x.turn): Lost(x.fault, x.detail, x.attempts) for x in self.lost}
+        return TurnScores(score, torch.tensor(self.turn_mask, dtype=torch.bool, device="cpu"), lost)
+
+
+class EvaluationRecord(BaseModel):
+    """The file of an evaluation; one without provenance is of an unknown judge."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    round: int
+    success_at: float
+    chain_ids: tuple[str, ...]
+    instructions: tuple[tuple[str, ...], ...]
+    terms: dict[str, TermRecord]
+    provenance: Provenance = Provenance()
+
+    @classmethod
+    def parse(cls, path: Path) -> EvaluationRecord:
+        """Read a file.
+
+        Raises:
+            ValueError: it is not of this form; the message names file, place and reason.
+            OSError: it cannot be read.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{path}: {first_error(error)}") from error
