@@ -3,6 +3,7 @@
     python examples/evaluate.py run chains.jsonl --editor black-forest-labs/FLUX.1-Kontext-dev \
         --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct --output runs/kontext
     python examples/evaluate.py compare runs/kontext runs/kontext-lora
+    python examples/evaluate.py lme lme_bench.json edited --judge ... --model ...
 
 The same command goes on where it was stopped: images that are there are not made again, answers
 that came are not asked for again. ``accelerate launch`` spreads the chains over ranks.
@@ -42,6 +43,7 @@ from mteditflow_examples.evaluating.output import (
     show,
 )
 from mteditflow_examples.evaluating.scoring import Asks, score_chains
+from mteditflow_examples.evaluating.sessions import lme, mice, mse
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import require_services
 from tqdm import tqdm
@@ -66,7 +68,8 @@ from mteditflow.rewards.command_line import (
 app = typer.Typer(
     cls=OneLineGroup, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False
 )
-
+for benchmark in (lme, mse, mice):
+    app.command()(benchmark)
 
 Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery page.")]
 

@@ -81,6 +81,16 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow.evaluation.benchmarks.edival": {"SINGLE_QUESTION", "questions_version"},
     "mteditflow.evaluation.benchmarks.gedit": {"CONSISTENCY", "LANGUAGES", "QUALITY"},
     "mteditflow.evaluation.benchmarks.imgedit": {"rubrics_of"},
+    # Questions of the protocols of sessions, whose wording a report hashes, and their constants.
+    "mteditflow.evaluation.benchmarks.lme": {"damage_request", "following_request"},
+    "mteditflow.evaluation.benchmarks.mice": {
+        "TEMPERATURE",
+        "VOTES",
+        "awareness_request",
+        "require_fields",
+    },
+    "mteditflow.evaluation.benchmarks.mse": {"ENOUGH", "mse_request"},
+    "mteditflow.evaluation.benchmarks.sessions": {"Measured"},
     # How few cases are few, what is no image, and the first words of a long error.
     "mteditflow.metrics": {"FEW_CASES"},
     "mteditflow._images": {"BOMBS", "UNREADABLE", "check_image", "read_image"},

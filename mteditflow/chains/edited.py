@@ -1,7 +1,7 @@
 """Images that an editor made of chains: one layout of files, written and read everywhere.
 
 The image of turn t of a chain is ``<id>/turn_<t>.png``. Official outputs of EdiVal-Bench,
-``<id>_input_raw_turn_<t>.png``, are read too.
+``<id>_input_raw_turn_<t>.png``, and of LME-Bench, ``<id>/turn<t>.png``, are read too.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class EditedImages:
     def path(self, chain: Chain, turn: int) -> Path:
         """Where the image of a turn, from 1 on, lies, or will."""
         name = _folder_name(chain.id)
-        official = self.folder / f"{name}_input_raw_turn_{turn}.png"
-        return official if official.exists() else self.folder / name / f"turn_{turn}.png"
+        edival = self.folder / f"{name}_input_raw_turn_{turn}.png"
+        own, lme = (self.folder / name / f"turn{sign}{turn}.png" for sign in ("_", ""))
+        return next((path for path in (edival, own, lme) if path.exists()), own)
 
     def complete(self, chain: Chain) -> bool:
         """Whether there is a file for every turn of a chain."""

@@ -1,8 +1,8 @@
 """Scores of edited chains: metrics with intervals, reports, and two editors compared.
 
-Each name is imported on first use. ``evaluation.benchmarks`` (EdiVal, ImgEdit, GEdit),
-``evaluation.seeds``, ``evaluation.tables`` and ``evaluation.gallery`` are imported by their own
-names. Needs the extra ``mteditflow[rewards]``.
+Each name is imported on first use. ``evaluation.benchmarks`` (EdiVal, ImgEdit, GEdit, LME, MSE,
+MICE), ``evaluation.seeds``, ``evaluation.tables`` and ``evaluation.gallery`` are imported by their
+own names. Needs the extra ``mteditflow[rewards]``.
 """
 
 from typing import TYPE_CHECKING

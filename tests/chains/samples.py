@@ -24,6 +24,8 @@ FILES = {
     "imgedit": DATA / "imgedit.json",
     "imgedit-multi-turn": DATA / "imgedit_multi_turn.json",
     "magicbrush": DATA / "magicbrush.json",
+    "lme": DATA / "lme.json",
+    "mse": DATA / "mse.jsonl",
 }
 
 texts = st.text(min_size=1, max_size=12).filter(str.strip)
@@ -38,6 +40,7 @@ TAKEN = {
     *Chain.model_fields,
     *("instruction", "task_type", "formatted_instruction", "bg_consistency", "turns", "prompt"),
     *("files", "metadata_edit_turn_prompts", "local_input_image", "edit_type", "source_image"),
+    *("context", "index"),
 }
 
 

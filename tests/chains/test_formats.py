@@ -445,6 +445,68 @@ def test_magicbrush_faults(session, reason, tmp_path):
     assert told[: len(reason)] == reason
 
 
+# LME-Bench and MSE-Bench
+
+
+def test_lme(tmp_path):
+    dog, tram = read("lme")
+    assert dog.to_record() == {
+        "id": "0001",
+        "image": "images/0001.png",
+        "instructions": (
+            "Repaint the picture in charcoal.",
+            "Add a blue bowl next to the dog.",
+            "Take away the blue bowl.",
+        ),
+        "category": "pet",
+        "source_prompt": "a small dog on a wooden floor",
+        "labels": ["hard", "local", "local"],
+    }
+    assert (tram.id, tram.turns) == ("0002", 3)
+    path = back([dog, tram], "lme", tmp_path)
+    assert json.loads(path.read_text())["items"] == json.loads(FILES["lme"].read_text())["items"]
+    elsewhere = dog.model_copy(update={"image": "a.png"})
+    assert '"image": "a.png"' in back([elsewhere], "lme", tmp_path).read_text()
+
+
+ITEM = {"id": "1", "category": "a", "source_prompt": "b", "turns": ["c"], "labels": ["soft"]}
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({**ITEM, "labels": ["soft", "hard"]}, "labels: expected one for each of 1 turns, got ['"),
+        ({**ITEM, "labels": "soft"}, "labels: expected one for each of 1 turns, got 'soft'"),
+        ({**ITEM, "turns": "c"}, "turns: expected a list of text, got 'c'"),
+        ({**ITEM, "id": 7}, "id: expected text, got 7"),
+        (["c"], "expected an object with category, id, labels, source_prompt, turns, got ['c']"),
+    ],
+)
+def test_lme_faults_cost_their_session_alone(item, reason, tmp_path):
+    text = json.dumps({"meta": {}, "items": [item, {**ITEM, "id": "2"}]}, indent=1)
+    line, told = rejected("lme", text, tmp_path)
+    assert told[: len(reason)] == reason
+    assert text.splitlines()[line - 1].strip() in ("{", "[")
+
+
+def test_lme_that_ends_otherwise_or_has_no_sessions(tmp_path):
+    text = json.dumps({"items": [ITEM]})
+    assert rejected("lme", text[:-1], tmp_path)[1] == "expected '}' and the end, got ''"
+    assert rejected("lme", "{}", tmp_path)[1].startswith("expected an object with the sessions un")
+
+
+def test_mse(tmp_path):
+    pier, kettle = read("mse")
+    assert (pier.id, pier.image, kettle.id) == ("0", "images/0.jpg", "1")
+    assert pier.instructions == ("let her look to the left", "put a parasol in her hand")
+    assert pier.model_extra["operation"] == ["orientation", "add"]
+    path = back([pier, kettle], "mse", tmp_path)
+    lines, originals = (x.read_text().splitlines() for x in (path, FILES["mse"]))
+    assert [json.loads(x) for x in lines] == [json.loads(x) for x in originals]
+    bad = '{"index": "a", "context": ["b"], "image": "a.png"}'
+    assert rejected("mse", bad, tmp_path)[1] == "index: expected a whole number, got 'a'"
+
+
 # SEED-Data-Edit
 
 
@@ -588,6 +650,9 @@ PLAIN = Chain(id="7", image="7_input_raw.jpg", instructions=["Remove it"])
         ("seed-data-edit", {"instruction_2": "x"}, "instruction_2: expected no key of this name"),
         ("imgedit-multi-turn", {"turn4": "x"}, "turn4: expected no key of this name, which is"),
         ("pico-banana", {"files": 3}, "files: expected one with id 'original_input_image' and a"),
+        ("lme", {}, "category: expected this field, which LME-Bench has, got none"),
+        ("mse", {"id": "07"}, "id: expected a number, as MSE-Bench's index, got '07'"),
+        ("mse", {"context": 1}, "context: expected this key once, got it beside the format's own"),
         ("native", {"further": {1}}, "expected values that JSON can hold: Object of type set"),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from mteditflow.chains.formats.lines import (
     SEED_DATA_EDIT,
 )
 from mteditflow.chains.formats.magicbrush import MAGICBRUSH
+from mteditflow.chains.formats.sessions import LME, MSE
 
 #: Every format by name. In this order a record is recognized: what several could read is of the
 #: first.
@@ -18,7 +19,7 @@ FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
         *(NATIVE, EDIVAL, EDIT_R2, PICO_BANANA, FLOW_GRPO, SEED_DATA_EDIT),
-        *(IMGEDIT, IMGEDIT_MULTI_TURN, MAGICBRUSH),
+        *(MSE, IMGEDIT, IMGEDIT_MULTI_TURN, MAGICBRUSH, LME),
     )
 }
 

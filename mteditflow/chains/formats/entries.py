@@ -34,13 +34,16 @@ class Entry(NamedTuple):
     value: Any
 
 
-def entries(raw: bytes, bracket: str, keys: Collection[str] = ()) -> Iterator[Entry]:
+def entries(
+    raw: bytes, bracket: str, keys: Collection[str] = (), *, tail: str = ""
+) -> Iterator[Entry]:
     """Go from entry to entry; a broken one has an error for its value.
 
     Args:
         raw: the document.
         bracket: "{" for an object of entries, "[" for an array.
         keys: those that an entry has, by which one is found behind a broken one.
+        tail: what follows the closing bracket.
     """
     text = raw.decode("utf-8", errors="surrogateescape")  # a bad byte stays in its entry
     opening = _opening(text, bracket, keys)
@@ -51,7 +54,7 @@ def entries(raw: bytes, bracket: str, keys: Collection[str] = ()) -> Iterator[En
             if not position:
                 position = _pass(text, 0, bracket)
             elif text.startswith(CLOSING[bracket], position):
-                _pass_end(text, position)
+                _pass_end(text, position, tail)
                 return
             else:
                 name, value, position = _entry(text, start, bracket)
@@ -74,10 +77,11 @@ def _pass_comma(text: str, position: int, bracket: str) -> int:
     return position if last else _pass(text, position, ",")
 
 
-def _pass_end(text: str, position: int) -> None:
-    """Raise ChainError if anything follows the closing bracket."""
-    if text[position + 1 :].strip():
-        raise ChainError(f"expected the end, got {_shown(text, position + 1)}")
+def _pass_end(text: str, position: int, tail: str) -> None:
+    """Raise ChainError unless the tail and the end follow the closing bracket."""
+    if text[position + 1 :].strip() != tail:
+        expected = f"{tail!r} and the end" if tail else "the end"
+        raise ChainError(f"expected {expected}, got {_shown(text, position + 1)}")
 
 
 def keys_of(value: object) -> frozenset[str]:

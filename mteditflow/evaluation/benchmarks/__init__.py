@@ -15,6 +15,17 @@ from mteditflow.evaluation.benchmarks.items import (
     Rubric,
     score_items,
 )
+from mteditflow.evaluation.benchmarks.lme import LmeScores, report_lme, score_lme
+from mteditflow.evaluation.benchmarks.mice import MiceScores, report_mice, score_mice
+from mteditflow.evaluation.benchmarks.mse import report_mse, score_mse
+from mteditflow.evaluation.benchmarks.sessions import (
+    Session,
+    SessionReport,
+    SessionScores,
+    UnansweredError,
+    read_sessions,
+    score_turns,
+)
 
 __all__ = [
     "BenchmarkReport",
@@ -22,15 +33,29 @@ __all__ = [
     "Item",
     "ItemReading",
     "ItemScores",
+    "LmeScores",
+    "MiceScores",
     "Rubric",
+    "Session",
+    "SessionReport",
+    "SessionScores",
     "TextReader",
     "TypeScores",
+    "UnansweredError",
     "gedit_items",
     "imgedit_items",
+    "read_sessions",
     "report_gedit",
     "report_imgedit",
+    "report_lme",
+    "report_mice",
+    "report_mse",
     "score_gedit",
     "score_imgedit",
     "score_items",
+    "score_lme",
+    "score_mice",
+    "score_mse",
+    "score_turns",
     "summarise",
 ]

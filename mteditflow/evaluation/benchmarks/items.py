@@ -208,17 +208,26 @@ class Rubric:
             high=self.high,
             criteria="\n".join(f"- {name}: {what}" for name, what in self.criteria.items()),
         )
-        form = FORM.format(scores=", ".join(f'"{name}": <number>' for name in self.criteria))
         shown = {"Image before:": before} if self.compares else {}
         content = [_text(f"{task}\n\nInstruction: {quote(instruction)}")]
         for label, url in {**shown, "Image after:": after}.items():
             content += [_text(label), {"type": "image_url", "image_url": {"url": url}}]
         return Request(
-            content=[*content, _text(form)],
+            content=[*content, _text(self.form)],
             read=lambda answer: self.parse(answer.text),
-            max_tokens=512 + 16 * len(self.criteria),
+            max_tokens=self.max_tokens,
             schema=self.schema,
         )
+
+    @property
+    def form(self) -> str:
+        """Text that asks for the form of the answer."""
+        return FORM.format(scores=", ".join(f'"{name}": <number>' for name in self.criteria))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that an answer needs."""
+        return 512 + 16 * len(self.criteria)
 
     @property
     def schema(self) -> dict[str, Any]:
