@@ -105,7 +105,7 @@ def success_by_type(conditioner: Conditioner, pairs: Pairs, *, seed: int) -> dic
     success: dict[str, list[float]] = defaultdict(list)
     for image, chain in zip(images, pairs.chains, strict=True):
         followed = float(score(image[None], Truth.of(chain)).following == 5)
-        for name in ("all", chain.edits[0].task_type or "no_change"):
+        for name in ("all", chain.edits[0].task_type):
             success[name].append(followed)
     return {name: round(sum(x) / len(x), 3) for name, x in sorted(success.items())}
 

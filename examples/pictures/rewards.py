@@ -55,7 +55,7 @@ class Truth:
                     if thing.kind in edit.kinds:
                         mask |= thing_mask(thing)
             touched[n] |= target[n]
-            if edit.task_type is None:
+            if edit.task_type == "no_change":
                 changed[n] = target[n] = True
         kept = ~np.logical_or.accumulate(_grown(touched), axis=0)
         pictures = torch.from_numpy(drawn.astype(np.float32))
@@ -82,12 +82,14 @@ class Scores:
     Attributes:
         following: instruction following, 1..5; 5 is success.
         consistency: in [0, 1], of the pixels that must not change; NaN where there are none.
+        consecutive: the same of the pixels that the turn is not about, with the picture before.
         strict: 1 where the instruction is followed and the rest of the picture is right, else 0.
         wear: mean absolute error of the pixels that must not change, in [0, 1]; NaN likewise.
     """
 
     following: Tensor
     consistency: Tensor
+    consecutive: Tensor
     strict: Tensor
     wear: Tensor
 
@@ -104,9 +106,11 @@ def score(images: Tensor, truth: Truth) -> Scores:
     """
     error = _errors(images, truth.pictures[1 : len(images) + 1])
     following = _likert(error, truth, len(images))
-    wear = _mean(error, truth.kept[: len(images)])
-    strict = (following == 5) & (_worst(error, ~truth.target[: len(images)]) < STRICT)
-    return Scores(following, _consistency(wear), strict.float(), wear)
+    rest, wear = ~truth.target[: len(images)], _mean(error, truth.kept[: len(images)])
+    before = torch.cat([truth.pictures[:1], images[:-1]])
+    consecutive = _consistency(_mean(_errors(images, before), rest))
+    strict = (following == 5) & (_worst(error, rest) < STRICT)
+    return Scores(following, _consistency(wear), consecutive, strict.float(), wear)
 
 
 def lenient_following(images: Tensor, truth: Truth) -> Tensor:
@@ -161,7 +165,8 @@ def score_neighbors(images: Tensor, truth: Truth) -> Scores:
     rest, change = ~truth.target[:count], _errors(images, before)
     strict = (following == 5) & (_worst(change, rest) < STRICT)
     change = _mean(change, rest)
-    return Scores(following, _consistency(change), strict.float(), change)
+    consistency = _consistency(change)
+    return Scores(following, consistency, consistency, strict.float(), change)
 
 
 def _errors(images: Tensor, others: Tensor) -> Tensor:

@@ -148,13 +148,13 @@ class Edit:
     """One instruction and what comes of it.
 
     Attributes:
-        task_type: one of TASK_TYPES, or None where nothing is to change.
+        task_type: one of TASK_TYPES, or "no_change".
         instruction: in words, at most eight, all from WORDS.
         kinds: kinds of the things that it is about.
         result: scene after a perfect edit.
     """
 
-    task_type: str | None
+    task_type: str
     instruction: str
     kinds: tuple[str, ...]
     result: Scene
@@ -234,7 +234,7 @@ def _edits_of(scene: Scene, thing: Thing, absent: list[str]) -> Iterator[Edit]:
 
 def no_change(scene: Scene) -> Edit:
     """Return the edit that asks for no change."""
-    return Edit(None, NO_CHANGE, (), scene)
+    return Edit("no_change", NO_CHANGE, (), scene)
 
 
 def _with(scene: Scene, new: Thing | None = None, *, old: Thing | None = None) -> Scene:
@@ -264,7 +264,7 @@ def random_edit(
     rng: random.Random,
     scene: Scene,
     *,
-    avoid: set[str | None] = frozenset(),  # type: ignore[assignment]
+    avoid: set[str] = frozenset(),  # type: ignore[assignment]
     witness: str = "",
     prefer: set[str] = frozenset(),  # type: ignore[assignment]
     split: Split | None = None,
@@ -282,7 +282,7 @@ def random_edit(
     Returns:
         An edit, or None where none leads to that split.
     """
-    by_type: dict[str | None, list[Edit]] = {}
+    by_type: dict[str, list[Edit]] = {}
     for edit in possible_edits(scene):
         if witness not in edit.kinds and split in (None, edit.result.split):
             by_type.setdefault(edit.task_type, []).append(edit)

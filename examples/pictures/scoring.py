@@ -24,7 +24,7 @@ from mteditflow.rewards import LIKERT, TurnScores
 from .rewards import Scores, Truth, lenient_following, score, score_neighbors
 from .scene import Chain, Scene, chain_of
 
-TERMS = ("following", "consistency", "strict", "wear")
+TERMS = ("following", "consistency", "consecutive", "strict", "wear")
 
 
 def record_of(chain: Chain) -> Record:
@@ -58,8 +58,8 @@ def _unchanged(before: Scene, after: Sequence[Scene]) -> tuple[str, ...]:
 class ExactRewards:
     """Scores against the true pictures, drawn from the scene that the record holds.
 
-    The terms are those of :class:`.rewards.Scores`: ``following`` in 1..5, ``consistency`` and
-    ``strict`` in [0, 1], and ``wear``, lower is better. Nothing is ever lost.
+    The terms are those of :class:`.rewards.Scores`: ``following`` in 1..5, ``consistency``,
+    ``consecutive`` and ``strict`` in [0, 1], and ``wear``, lower is better. Nothing is ever lost.
     """
 
     scale = LIKERT

@@ -182,3 +182,14 @@ def test_judges_err_alike_whenever_they_see_the_same_picture():
     assert 0.2 < (careful["following"].score < 5).float().mean() < 0.8
     assert (hasty["following"].score < 5).float().mean() < 0.1
     assert (careful["strict"].score == 1).all()
+
+
+def test_consecutive_is_blind_to_what_earlier_turns_have_done():
+    chain = no_change_chains(1, turns=2, seed=0, split="held_out")[0]
+    shifted = replace(chain.edits[0], task_type="text_change")  # so that something must stay
+    truth = Truth.of(Chain(chain.initial, (shifted, shifted)))
+    worn = (drawn(chain.scenes[1:]) + 0.03).clamp(max=1.0)
+    scores = score(worn, truth)
+    assert scores.consecutive[0] == scores.consistency[0] < 0.9
+    assert scores.consecutive[1] == 1
+    assert scores.consistency[1] == scores.consistency[0]
