@@ -1,13 +1,14 @@
-"""Comparisons on the shapes world over seeds, each written into a page of ``docs/``.
+"""Comparisons in the embedded worlds over seeds, each written into a page of ``docs/``.
 
     python examples/ablations.py findings --workers 2      # the paper's, docs/findings.md
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
     python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
+    python examples/ablations.py long_chains --workers 2   # twenty turns, docs/long_chains.md
     python examples/ablations.py findings --short
 
-Settings are in ``findings/settings.py``, ``findings/objectives.py`` and ``findings/cost.py``. Runs
-that are there already are kept, and one that was cut off goes on, so it can be stopped and started
-again. The page is written from the seeds that are complete.
+Settings are in ``findings/settings.py``, ``objectives.py``, ``cost.py`` and ``long_chains.py``.
+Runs that are there already are kept, and one that was cut off goes on, so it can be stopped and
+started again. The page is written from the seeds that are complete.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 import transformers
 import typer
 from mteditflow_examples.findings.cost import COST
+from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS, TWENTY
+from mteditflow_examples.findings.long_page import write_long_page
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import write_page
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
@@ -32,12 +35,13 @@ from mteditflow._command import program
 from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
-STUDIES = {study.name: study for study in (PAPER, OBJECTIVES, COST)}
+STUDIES = {s.name: s for s in (PAPER, OBJECTIVES, COST, LONG_CHAINS, COMPETENT_START)}
 
 
 def main(
     study: Annotated[
-        Literal["findings", "objectives", "cost"], typer.Argument(help="Study to run.")
+        Literal["findings", "objectives", "cost", "long_chains", "competent_start"],
+        typer.Argument(help="Study to run."),
     ],
     short: Annotated[bool, typer.Option("--short", help="Minutes: one seed, few rounds.")] = False,
     workers: Annotated[
@@ -57,12 +61,14 @@ def main(
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    form = SHORT if short else replace(FULL, seeds=STUDIES[study].seeds)
-    ablations = Ablations(runs, form, STUDIES[study])
+    chosen = STUDIES[study]
+    form = SHORT if short else replace(FULL, seeds=chosen.seeds, rounds=chosen.rounds)
+    ablations = Ablations(runs, form, chosen)
     failures = ablations.run_all(workers) if workers else []
     if ablations.complete_seeds():
         command = f"python examples/ablations.py {study}" + (" --short" if short else "")
-        page = write_page(ablations, docs, command=command)
+        write = write_long_page if TWENTY in chosen.held_out else write_page
+        page = write(ablations, docs, command=command)
         print(f"Written: {page}")
     else:
         failures.append(f"{runs}: no seed is complete, so there is no page")

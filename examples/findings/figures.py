@@ -31,7 +31,7 @@ def draw_finding(results: Results, finding: Finding, path: Path) -> None:
         labels = [setting.label.replace(", ", "\n") for setting in finding.settings]
         axes.set_xticks(range(len(labels)), labels, fontsize=8)
         axes.set(title=f"{TITLES[metric]}, %", xlim=(-0.5, len(labels) - 0.5))
-        _plain(axes)
+        plain(axes)
     figure.savefig(path, dpi=120)
 
 
@@ -47,11 +47,12 @@ def draw_long(long: Sequence[Run], path: Path) -> None:
             axes.plot(turns, values.mean(axis=0), "o-", color=color, markersize=4, label=when)
         axes.set(title=f"{title}, %", xlabel="turn")
         axes.set_xticks(turns)
-        _plain(axes)
+        plain(axes)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Leave out two spines, and show a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.2)

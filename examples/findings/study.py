@@ -115,6 +115,7 @@ class Study:
         world: embedded world that it trains in.
         train_turns: instructions of the chains on disk that are trained on.
         held_out: chains that every setting is evaluated on.
+        rounds: rounds of a full run.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Study:
     world: World = SHAPES
     train_turns: int = 3
     held_out: tuple[HeldOut, ...] = (THREE,)
+    rounds: int = 20
 
     @property
     def settings(self) -> dict[str, Setting]:

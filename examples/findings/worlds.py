@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -48,10 +48,12 @@ def _write_shapes(folder: Path, *, seed: int, counts: tuple[int, int], turns: in
     shapes.write_world(folder, Family.kontext, seed=seed, counts=counts, turns=turns)
 
 
-def _write_pictures(folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
+def _write_pictures(
+    folder: Path, *, seed: int, counts: tuple[int, int], turns: int, editor: str = "careless"
+) -> None:
     groups = (*counts, counts[1] // 4 or 1)
     pictures.write_world(
-        folder, editor="careless", seed=seed, counts=groups, turns=turns, longest=turns
+        folder, editor=editor, seed=seed, counts=groups, turns=turns, longest=turns
     )
 
 
@@ -62,4 +64,9 @@ PICTURES = World(
     _write_pictures,
     "no_change.jsonl",
     partial(evaluate_held_out, size=SIZE, scorer=scoring.ExactRewards),
+)
+COMPETENT = replace(
+    PICTURES,
+    title="the world of pictures, from the competent editor",
+    write=partial(_write_pictures, editor="competent"),
 )

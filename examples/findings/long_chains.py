@@ -1,0 +1,67 @@
+"""Training for long chains: recipes, and what each gives on chains of twenty turns."""
+
+from __future__ import annotations
+
+from .study import THREE, Finding, HeldOut, Setting, Study
+from .worlds import COMPETENT, PICTURES
+
+TWENTY, STILL = HeldOut(20), HeldOut(10, no_change=True)
+HELD_OUT = (THREE, TWENTY, STILL)
+NFT, GRPO = "pictures-nft", "pictures-grpo"
+OWN = {"rewards.credit": "turn"}
+GROWN = {"data.turns": 6, "growth.first": 2, "growth.every": 8}
+IDENTITY = {"data.identity_share": 0.25, "rewards.weights.identity": 0.5}
+NEIGHBORS = {"rewards.weights.consecutive": 0.5}
+GENTLE = {"training.learning_rate": 3e-4, "objective.kl_coef": 0.03}
+
+BASE = Setting("NFT", preset=NFT)
+LONG_CHAINS = Study(
+    "long_chains",
+    "Long chains in the world of pictures: trained on three turns, tested on twenty",
+    BASE,
+    "the preset `pictures-nft`: one advantage per trajectory of three turns, w_CC 0.5",
+    (
+        Finding(
+            "recipes",
+            "Recipes",
+            (
+                BASE,
+                Setting("GRPO", preset=GRPO),
+                Setting("NFT, own turn", OWN, NFT),
+                Setting("two turns growing to six", GROWN, NFT),
+                Setting("a quarter of turns without a change", IDENTITY, NFT),
+                Setting("consistency with the turn before, too", NEIGHBORS, NFT),
+            ),
+            (),
+        ),
+    ),
+    world=PICTURES,
+    train_turns=6,
+    held_out=HELD_OUT,
+    rounds=40,
+)
+
+GENTLY = Setting("NFT", GENTLE, NFT)
+COMPETENT_START = Study(
+    "competent_start",
+    "A competent start: what training still gains",
+    GENTLY,
+    "the preset `pictures-nft` with learning rate 3e-4 and KL 0.03, from the competent editor",
+    (
+        Finding(
+            "recipes",
+            "Recipes",
+            (
+                GENTLY,
+                Setting("NFT, own turn", {**GENTLE, **OWN}, NFT),
+                Setting("two turns growing to six", {**GENTLE, **GROWN}, NFT),
+                Setting("a quarter of turns without a change", {**GENTLE, **IDENTITY}, NFT),
+            ),
+            (),
+        ),
+    ),
+    world=COMPETENT,
+    train_turns=6,
+    held_out=HELD_OUT,
+    rounds=40,
+)

@@ -1,0 +1,177 @@
+"""The page of a study of long chains: measures of each recipe, differences, curves."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mteditflow import collapse_rate
+from mteditflow.evaluation import Evaluation, destroyed_below
+from mteditflow.evaluation.seeds import SeedInterval, difference_interval, mean_interval
+from mteditflow.training.report import PACKAGES
+
+from .figures import plain
+from .long_chains import STILL, TWENTY
+from .running import Ablations
+from .study import THREE, HeldOut, Setting
+
+DESTROYED = 0.5  # consistency with the original below which a picture is destroyed
+BEFORE = Setting("before", preset="before")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column.
+
+    Attributes:
+        title: name in the table.
+        held_out: chains that it is of.
+        value: its value of an evaluation.
+    """
+
+    title: str
+    held_out: HeldOut
+    value: Callable[[Evaluation], float]
+
+
+def success_rate(evaluation: Evaluation, turn: int) -> float:
+    """SR@k, percent."""
+    return evaluation.estimates["instruction_following"][turn - 1]
+
+
+def collapse(evaluation: Evaluation, turn: int) -> float:
+    """CR@k, percent: two pictures in a row are destroyed."""
+    flags = destroyed_below(evaluation.terms["consistency"], DESTROYED)
+    rate = collapse_rate(flags.score.nan_to_num(0.0), valid=flags.measured)
+    return 100 * float(rate[turn - 1])
+
+
+def wear_at(evaluation: Evaluation, turn: int) -> float:
+    """Mean absolute error outside all edits at a turn, percent of the range."""
+    return 100 * float(evaluation.terms["wear"].score[:, turn - 1].nanmean())
+
+
+MEASURES = (
+    Measure("IF(3)", THREE, lambda e: success_rate(e, 3)),
+    Measure("CC(3)", THREE, lambda e: e.estimates["content_consistency"][2]),
+    Measure("Overall(3)", THREE, lambda e: e.estimates["overall"][2]),
+    Measure("SR@10", TWENTY, lambda e: success_rate(e, 10)),
+    Measure("SR@20", TWENTY, lambda e: success_rate(e, 20)),
+    Measure("CR@10", TWENTY, lambda e: collapse(e, 10)),
+    Measure("wear at 10", STILL, lambda e: wear_at(e, 10)),
+)
+
+
+class LongResults:
+    """Measures of all settings and of the start, [settings, seeds], the start first."""
+
+    def __init__(self, ablations: Ablations) -> None:
+        self.seeds = ablations.complete_seeds()
+        if not self.seeds:
+            raise ValueError(f"{ablations.folder}: expected a seed with all settings, got none")
+        study = ablations.study
+        self.settings = [BEFORE, *study.settings.values()]
+        self.evaluations: dict[HeldOut, list[list[Evaluation]]] = {}
+        for held_out in study.held_out:
+            rows = [
+                [ablations.result(setting, seed, held_out) for seed in self.seeds]
+                for setting in study.settings.values()
+            ]
+            before = [run.before for run in rows[0]]
+            after = [[run.after for run in row] for row in rows]
+            self.evaluations[held_out] = [before, *after]
+
+    def table(self, measure: Measure) -> Tensor:
+        """Values of a measure, float64 [settings, seeds]."""
+        rows = [[measure.value(e) for e in row] for row in self.evaluations[measure.held_out]]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def mean(self, measure: Measure, row: int) -> SeedInterval:
+        """Mean over seeds of one setting."""
+        return mean_interval(self.table(measure)[row])
+
+    def change(self, measure: Measure, row: int) -> SeedInterval:
+        """Difference of a setting to the start, paired by seed."""
+        return difference_interval(self.table(measure), row, 0)
+
+
+def write_long_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
+    """Write the page and its figure from the seeds that are complete."""
+    results, study = LongResults(ablations), ablations.study
+    docs.mkdir(parents=True, exist_ok=True)
+    draw_curves(results).savefig(docs / f"{study.name}.png", dpi=120)
+    page = docs / f"{study.name}.md"
+    page.write_text(_document(results, ablations, command), encoding="utf-8")
+    return page
+
+
+def _document(results: LongResults, ablations: Ablations, command: str) -> str:
+    study, form = ablations.study, ablations.form
+    days = sorted(
+        {str(date.fromtimestamp(p.stat().st_mtime)) for p in ablations.folder.glob("*/after*")}
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    titles = [measure.title for measure in MEASURES]
+    lines = [
+        f"# {study.title}",
+        "",
+        f"Output of `{command}`.",
+        "",
+        f"- Runs of {' to '.join(dict.fromkeys((days[0], days[-1])))}; python "
+        f"{platform.python_version()}, {versions}.",
+        f"- Seeds {', '.join(map(str, results.seeds))}; {form.rounds} rounds each. Missing: "
+        f"{len(ablations.missing())} of {ablations.total} runs. The base run is {study.about}.",
+        f"- Held out: {form.held_out} chains of three turns, as many of twenty, and a quarter as "
+        "many of ten turns that ask for no change; each from its own noise, the same for all "
+        "settings of a seed.",
+        "- IF(3), SR@k: all turns up to k succeeded, percent. CC(3): consistency with the original "
+        "outside all edits. CR@10: two pictures in a row, the first by turn 10, have a consistency "
+        f"below {DESTROYED}. Wear at 10: mean absolute error after ten turns without a change, "
+        "percent of the range.",
+        "- Means with t-intervals over seeds (95%). Changes: after less before, paired by seed, "
+        "the error pooled over all settings.",
+        "",
+        f"| recipe | {' | '.join(titles)} |",
+        f"|---|{'---|' * len(titles)}",
+    ]
+    for row, setting in enumerate(results.settings):
+        cells = [f"{results.mean(measure, row):.1f}" for measure in MEASURES]
+        lines.append(f"| {setting.label} | {' | '.join(cells)} |")
+    lines += ["", f"![Success and wear turn by turn]({study.name}.png)", ""]
+    lines += [f"| change by | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
+    for row, setting in list(enumerate(results.settings))[1:]:
+        cells = [f"{results.change(measure, row):+.1f}" for measure in MEASURES]
+        lines.append(f"| {setting.label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def draw_curves(results: LongResults) -> Figure:
+    """Draw SR@k and success by turn, and wear over turns without a change."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    panels: Sequence[tuple[str, HeldOut, Callable[[Evaluation], Sequence[float]]]] = (
+        ("SR@k, %", TWENTY, lambda e: e.estimates["instruction_following"]),
+        ("Marginal(k), %", TWENTY, lambda e: e.estimates["marginal"]),
+        ("wear, % of the range", STILL, _wear_by_turn),
+    )
+    for axes, (title, held_out, curve) in zip(figure.subplots(1, 3), panels, strict=True):
+        for row, setting in zip(results.evaluations[held_out], results.settings, strict=True):
+            values = np.mean([curve(e) for e in row], axis=0)
+            style = {"color": "0.5", "linestyle": ":"} if setting is BEFORE else {}
+            axes.plot(range(1, len(values) + 1), values, label=setting.label, **style)
+        axes.set(title=title, xlabel="turn")
+        plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _wear_by_turn(evaluation: Evaluation) -> Sequence[float]:
+    return (100 * evaluation.terms["wear"].score.nanmean(dim=0)).tolist()
