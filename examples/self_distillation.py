@@ -2,25 +2,24 @@
 
     python examples/self_distillation.py shapes-nft --model.path runs/shapes/model ...
     python examples/self_distillation.py shapes-nft --teacher.path CHECKPOINT/lora ...
+    python examples/self_distillation.py shapes-nft objective:mt_opsd --data.drift 6 ...
 
-The first is MT-OPSD (arXiv 2609.35611): the student edits chains, each turn on its own image, and
-the teacher, which is the base model, is shown the CLEAN image of each turn instead. At the
-states that the student reached itself, its velocity is drawn to the teacher's. Where a turn starts
-from a clean image, as the first one does, this keeps the student what it was. The second is plain
-on-policy distillation: a teacher of other weights, a LoRA of the run's rank, sees what the student
-sees. Rewards are only asked for by evaluations; otherwise the command line, presets, checkpoints,
-resuming, log and report are those of ``train_flux.py``, with the objective ``Distillation`` in
-place of the preset's.
+In the first the student edits chains, each turn on its own image, and the teacher, which is the
+base model, is shown the CLEAN image of each turn instead. At the states that the student reached
+itself, its velocity is drawn to the teacher's. Where a turn starts from a clean image, as the first
+one does, this keeps the student what it was. The second is plain on-policy distillation: a teacher
+of other weights, a LoRA of the run's rank, sees what the student sees. Rewards are only asked for
+by evaluations and promotions; otherwise the command line, presets, checkpoints, resuming, log and
+report are those of ``train_flux.py``, with the objective ``Distillation`` in place of the preset's.
 
 Clean images come from ``clean_images``, and it is all that knows of the shapes world, in which the
-true picture before each turn can be drawn. There are none of a photograph's later turns. MT-OPSD
-wears a photograph out instead: the student is run k turns under an instruction to change nothing,
-and edits what comes of it for real, while the teacher is shown the photograph itself. With a chain
-of k such instructions and the real one, ``clean_images`` is ``[photograph] * (k + 1)``. The paper
-adds ``flow_matching_loss`` under the instruction to change nothing, at half the weight; this world
-has no such instruction.
+true picture before each turn can be drawn. There are none of a photograph's later turns. The third,
+MT-OPSD (arXiv 2609.35611), wears a photograph out instead: the student is run some turns under an
+instruction to change nothing, and edits what comes of it for real, while the teacher is shown the
+photograph itself (``flux/drifting.py``). It learns to leave the worn picture as it is, too, and now
+and then becomes its own teacher (``flux/promotion.py``). See "Long chains" in docs/training.md.
 
-Seen in the shapes world (seed 0, 20 rounds, 512 held-out chains, 95% intervals of paired
+The first in the shapes world (seed 0, 20 rounds, 512 held-out chains, 95% intervals of paired
 differences): from the clean image, with ``--training.minibatches 8 --training.learning-rate 2e-3
 --objective.share 0.5``, Marginal(3) rises from 23.8 to 27.0 (+3.1 [+1.2, +5.1]), and
 Marginal(3) / Marginal(1) from 0.62 to 0.69. But CC(3) falls from 96.8 to 95.8 (-1.0 [-1.3,

@@ -122,6 +122,7 @@ CALLS = {
     "adaptive nft number": lambda: mt.adaptive_nft_loss(x, y, z, r, 0.5, nft_beta=0.5),
     "awm": lambda: mt.matching_log_prob(x, y),
     "distillation": lambda: mt.distillation_loss(x, y),
+    "mt opsd": lambda: mt.mt_opsd_loss(x, y, z, valid),
     "step kl": lambda: mt.step_kl_weight(mt.DanceSDE(0.3), sigma, next_sigma),
     "step kl of numbers": lambda: mt.step_kl_weight(mt.DanceSDE(0.3), 0.75, 0.5),
     "guard": lambda: mt.guard_log_ratio(x, y, z, 0.5, reduction="mean"),

@@ -73,6 +73,10 @@ CALLS = {
     "velocity_norm_hinge": (mt.velocity_norm_hinge, (x, y)),
     "matching_log_prob": (mt.matching_log_prob, (x, y)),
     "distillation_loss": (mt.distillation_loss, (x, y)),
+    "mt_opsd_loss": (
+        lambda x, y, z, v: mt.mt_opsd_loss(x, y, z, v) + mt.mt_opsd_loss(x, y, z, ~v),
+        (x, y, z, valid),
+    ),
     "clipped_surrogate_loss": (
         lambda *args: mt.clipped_surrogate_loss(*args, clip_low=0.1, clip_high=0.1),
         (a, b, advantage),

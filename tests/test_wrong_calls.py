@@ -162,7 +162,7 @@ TRAINER = RUNS | {
 }
 DISTILLATION = {k: v for k, v in RUNS.items() if k != "no such scorer"} | {
     "no such preset": (None, ["nft"], "preset: expected one of"),
-    "an objective": (["objective:nft"], "objective: expected none beside 'distillation'"),
+    "an objective": (["objective:nft"], "objective: expected one of ['distillation', 'mt_"),
     "weights of rewards": (["--rewards.weights.following", 2], "rewards.weights: has an effect"),
     "no teacher": (["--teacher.path", "ROOT/none"], "teacher.path: expected a folder with pytorc"),
     "a teacher that is none": (["--teacher.path", "ROOT/no_lora"], "teacher.path: expected a fol"),

@@ -34,8 +34,8 @@ TERMS = {
 class ExactRewards:
     """Scores pictures against the TRUE states of their chain, which it reads back from the record.
 
-    The terms, each from :func:`.rewards.score`: ``following`` in 1..5, ``consistency`` with the
-    original and ``consecutive`` with the picture before in [0, 1], and ``strict``, 1 where the
+    The terms, each from :func:`.rewards.score`: ``following`` in 1..5; in [0, 1] ``consistency``
+    with the original and ``consecutive`` with the picture before; and ``strict``, 1 where the
     whole picture is right, else 0. Nothing is ever lost.
     """
 

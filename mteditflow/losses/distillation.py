@@ -124,6 +124,8 @@ def mt_opsd_loss(
         tensor([ 4., 10.])
     """
     check_number("identity_weight", identity_weight, low=0.0)
+    if identity is None:
+        raise TypeError("identity: expected a boolean mask, got None")
     given = {"velocity": velocity, "teacher_velocity": teacher_velocity}
     given["identity_target"] = identity_target
     check_floating(**given)

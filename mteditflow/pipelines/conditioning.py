@@ -211,12 +211,17 @@ def map_tensors(
             memo[id(x)] = change(x)
         return memo[id(x)]
 
+    # Neither names itself: a cycle would hold the memo, and all that a turn had on the device,
+    # until Python's collector runs, which knows nothing of that memory.
+    def plain(x: Any) -> Any:
+        return once(x) if isinstance(x, Tensor) else x
+
     def leaf(x: Any) -> Any:
         if isinstance(x, Rows):
             return x._replace(tensor=once(x.tensor))
         if isinstance(x, Entries):
-            return Entries(tuple(map_leaves(leaf, value) for value in x.values))
-        return once(x) if isinstance(x, Tensor) else x
+            return Entries(tuple(map_leaves(plain, value) for value in x.values))
+        return plain(x)
 
     return _map_calls(records, leaf)
 

@@ -192,6 +192,7 @@ class Recorder:
         replaced = self._pipeline.scheduler is not self._scheduler
         self._pipeline.scheduler = self._own_scheduler
         self._scheduler.observer, self._scheduler.steps = None, ()
+        self._scheduler.timesteps = None  # report to this recorder: a cycle of all that it holds
         self._calls, self._loop = [], None
         self._failed = error
         if error is None:

@@ -47,6 +47,13 @@ def totals(plan):
     return {x.name: x.total / GIB for x in phases(plan)}
 
 
+def test_memory_does_not_depend_on_the_number_of_turns():
+    """Measured in tests/pipelines/test_memory_of_turns.py; FLOPs and hours grow with them."""
+    longer = replace(PLAN, turns=4 * PLAN.turns)
+    assert phases(longer) == phases(PLAN)
+    assert work(longer).sampling == 4 * work(PLAN).sampling
+
+
 def test_memory_of_every_phase():
     weights, resting = (
         20 * G / GIB,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from mteditflow_examples.flux.command_line import PRESETS, parse
-from mteditflow_examples.flux.config import Config
+from mteditflow_examples.flux.config import TERMS, DistillationConfig
 
 from mteditflow.objectives import OBJECTIVES
 from tests.flux.test_config import options_of
@@ -28,19 +28,24 @@ def test_commands_are_understood(command):
     assert config.rewards.judge
 
 
+def test_the_command_of_mt_opsd_is_understood():
+    (command,) = re.findall(r"self_distillation\.py ([^\n]+)", PAGE.replace("\\\n", " "))
+    assert parse(shlex.split(command), DistillationConfig).teacher.turns == (3, 2)
+
+
 def test_options_and_presets_exist():
-    config = Config()
+    config = DistillationConfig()
     sections = {field.name: getattr(config, field.name) for field in fields(config)}
     known = {option for name, x in sections.items() for option in options_of(f"--{name}", x)}
     for objective in OBJECTIVES.values():
         known |= set(options_of("--objective", objective()))
-    known |= {f"--rewards.weights.{name}" for name in config.rewards.weights}
+    known |= {f"--rewards.weights.{name}" for name in (*config.rewards.weights, *TERMS)}
     named = set(re.findall(r"--[a-z]+\.[a-z.-]+[a-z]", PAGE))
     assert len(named) > 30
     assert named <= known
-    words = set(re.findall(r"objective:([a-z]+)", PAGE))
+    words = set(re.findall(r"objective:([a-z_]+)", PAGE))
     assert len(words) >= 6
-    assert words <= {name for name, kind in OBJECTIVES.items() if kind.card.rewarded}
+    assert words <= set(OBJECTIVES)
     for preset in some(re.findall(r"^\| `([a-z-]+)`", PAGE, flags=re.MULTILINE)):
         assert (PRESETS / f"{preset}.toml").exists() or "/" in preset, preset
 
