@@ -51,7 +51,7 @@ class EmbeddingStore:
         """
         try:
             about = json.loads(load_metadata(self._path(instruction))["about"])
-            return {"checksum", "counts"} <= about.keys()
+            return bool({"checksum", "counts"} <= about.keys())
         except (FileNotFoundError, ValueError, KeyError, AttributeError):
             return False
 
