@@ -147,7 +147,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add gradients up over ranks, in place: once per update, after the last backward pass.
 
     A collective call where ``torch.distributed`` is initialized. Sharded parameters have been
-    reduced by FSDP already; one without a gradient on this rank counts as 0.
+    reduced by FSDP already; one without a gradient on this rank counts as 0, and one without on
+    any rank is left without, so that an optimizer passes over it as it does in one process.
 
     Args:
         parameters: in the same order on every rank.
@@ -161,9 +162,18 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
+    weights = [weight for weight in parameters if not isinstance(weight, DTensor)]
+    if not weights:
+        return
+    counts = torch.tensor(
+        [weight.grad is not None for weight in weights],
+        dtype=torch.int32,
+        device=weights[0].device,
+    )
+    dist.all_reduce(counts)
     gradients = []
-    for weight in parameters:
-        if not isinstance(weight, DTensor):
+    for weight, count in zip(weights, counts.tolist(), strict=True):
+        if count:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             gradients.append(weight.grad)

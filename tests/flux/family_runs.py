@@ -1,8 +1,9 @@
 """Short runs of the presets of families beside Kontext and klein, on tiny models of their classes.
 
-    python -m tests.flux.family_runs NAME WORLD OUTPUT
+    python -m tests.flux.family_runs NAME WORLD OUTPUT [ROUND]
 
-That one is killed in its second round.
+That one is killed in its second round; with the word "round" it ends after one, as a rank of those
+that the environment names.
 """
 
 from __future__ import annotations
@@ -127,6 +128,11 @@ def run(name: str, world: Path, output: Path, **sections: Mapping[str, Any]) -> 
     main(train_flux.train, configuration(name, world, output, **sections))
 
 
+def run_one_round(name: str, world: Path, output: Path) -> None:
+    """Train one round, and evaluate nothing."""
+    run(name, world, output, data={"held_out": None}, training={"rounds": 1})
+
+
 def run_killed(name: str, world: Path, output: Path) -> None:
     """Train, and kill this process in the second round, before its update."""
     updates, update = [0], updating.update
@@ -144,4 +150,8 @@ def run_killed(name: str, world: Path, output: Path) -> None:
 if __name__ == "__main__":
     small_pictures()
     undraw_for_good()
-    run_killed(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    places = Path(sys.argv[2]), Path(sys.argv[3])
+    if sys.argv[4:] == ["round"]:
+        run_one_round(sys.argv[1], *places)
+    else:
+        run_killed(sys.argv[1], *places)

@@ -1,6 +1,7 @@
 """Presets of families beside Kontext and klein, end to end: train, kill, resume, load the LoRA."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mteditflow.pipelines import FAMILIES
 from mteditflow.training import read_metrics
 from tests.flux import family_runs
 from tests.flux.family_runs import FAMILY_PRESETS, MAKERS, configuration, make_family_world, run
+from tests.flux.worlds import run as run_ranks
 from tests.loops import some
 from tests.pipelines.tiny_pipelines import FAMILIES as TABLE
 from tests.processes import Process
@@ -57,8 +59,8 @@ def trained(name, worlds, tmp_path_factory):
     return output
 
 
-def policies(output):
-    folder = output / "checkpoints" / "round-000002"
+def policies(output, done=2):
+    folder = output / "checkpoints" / f"round-{done:06d}"
     return {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
 
 
@@ -84,6 +86,26 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(trained, name, worlds, tmp_p
     assert {"current", "old", "optimizer"} <= expected.keys()
     for policy, weights in some(policies(tmp_path).items()):
         assert all(torch.equal(x, expected[policy][key]) for key, x in some(weights.items()))
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(name, worlds, tmp_path_factory):
+    """The folder of a run of one round on two ranks over gloo, one group on each."""
+    output = tmp_path_factory.mktemp("ranks")
+    words = (name, str(worlds[name]), str(output), "round")
+    run_ranks(*words, ranks=2, script=Path(family_runs.__file__))
+    return output
+
+
+def test_two_ranks_end_a_round_as_one_process_does(trained, of_two_ranks):
+    expected, found = policies(trained, 1), policies(of_two_ranks, 1)
+    for policy in some(("current", "old", "optimizer")):
+        ours, theirs = expected[policy], found[policy]
+        assert ours.keys() == theirs.keys()
+        norm = sum(float(x.double().square().sum()) for x in ours.values()) ** 0.5
+        apart = sum(float((x - theirs[k]).double().square().sum()) for k, x in ours.items()) ** 0.5
+        assert apart <= 1e-5 * norm
+    assert "2 ranks" in (of_two_ranks / "log.txt").read_text()
 
 
 def test_its_lora_makes_the_evaluated_images_in_a_plain_pipeline(trained, name, worlds):
