@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from mteditflow._command import program
 
+from .chains import make_chains
 from .drawing import SIZE, draw
-from .scene import Scene, make_chains
+from .scene import Scene
 from .weights_files import WEIGHTS, save_weights
 
 LATENT_CHANNELS = 32

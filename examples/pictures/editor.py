@@ -10,10 +10,10 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
 )
-from mteditflow_examples.shapes.editor import clip_tokenizer, frozen, t5_tokenizer
+from mteditflow_examples.shapes.editor import clip_config, clip_tokenizer, frozen, t5_tokenizer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from .autoencoder import LATENT_CHANNELS, build_autoencoder
 from .scene import WORDS
@@ -50,20 +50,8 @@ def build_editor(*, seed: int = 0) -> FluxKontextPipeline:
     clip_words, t5_words = clip_tokenizer(WORDS), t5_tokenizer(WORDS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip_words),
-                hidden_size=32,
-                intermediate_size=64,
-                projection_dim=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=16,
-                bos_token_id=0,
-                eos_token_id=1,
-                pad_token_id=1,
-            )
-        )
+        clip = clip_config(len(clip_words))
+        text_encoder = CLIPTextModel(clip)
         t5 = T5EncoderModel(
             T5Config(
                 vocab_size=len(t5_words),
@@ -83,7 +71,7 @@ def build_editor(*, seed: int = 0) -> FluxKontextPipeline:
             attention_head_dim=16,
             num_attention_heads=8,
             joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=32,
+            pooled_projection_dim=clip.hidden_size,
             axes_dims_rope=(4, 6, 6),
         )
         for weight in transformer.proj_out.parameters():
@@ -91,7 +79,7 @@ def build_editor(*, seed: int = 0) -> FluxKontextPipeline:
     pipeline = FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
         vae=vae,
-        text_encoder=clip,
+        text_encoder=text_encoder,
         tokenizer=clip_words,
         text_encoder_2=t5,
         tokenizer_2=t5_words,

@@ -24,9 +24,9 @@ from mteditflow._files import require_folder
 from mteditflow.chains import Chain as Record
 from mteditflow.chains import write_chains
 
+from .chains import Chain, make_chains, no_change_chains
 from .drawing import draw
 from .editor import load_editor
-from .scene import Chain, make_chains, no_change_chains
 from .scoring import record_of
 
 COUNTS = (480, 256, 64)  # chains to train on, held out, and held out without a change

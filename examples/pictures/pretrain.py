@@ -36,9 +36,10 @@ from mteditflow import shift_sigmas
 from mteditflow._command import program
 
 from .autoencoder import as_tensor
+from .chains import Chain, corrupted, make_chains
 from .editor import LORA_RANK, SHIFT, STEPS, TARGETS, build_editor, load_editor
 from .rewards import Truth, score
-from .scene import Chain, Scene, Split, corrupted, make_chains, no_change
+from .scene import Scene, Split, no_change
 from .weights_files import WEIGHTS, save_weights
 
 UNCHANGED = 0.06  # share of pairs that ask for no change

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from .chains import Chain
 from .drawing import draw, thing_mask
-from .scene import Chain
 
 CHANGED = 0.03  # difference in [0, 1] from which a pixel counts as changed
 LIKERT_STEPS = (0.9, 0.75, 0.6, 0.5)  # errors relative to doing nothing that earn 2, 3, 4, 5

@@ -1,18 +1,16 @@
-"""Scenes of the world of pictures, edits by rule, and chains of up to twenty turns.
+"""Scenes of the world of pictures and edits by rule.
 
 A scene has a background, up to four things that a child would name, each in a place of its own, and
 sometimes a word on a sign. No kind of thing occurs twice, so "the red house" is never ambiguous,
 also where an earlier turn made it. All nine usual types of edit exist, and one instruction more
 that asks for no change.
 
-Every scene belongs to one of two splits by a hash of its content. A chain stays in one split with
-every scene it passes through, so held-out chains share no scene with training data.
+Every scene belongs to one of two splits by a hash of its content.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,17 +34,6 @@ COUNTS = ("one", "two")
 PLACES = ("back left", "back right", "front left", "front right")
 BACKGROUNDS = ("meadow", "beach", "desert", "snow", "night")
 TEXTS = ("HOME", "PLAY", "OPEN", "SALE", "LOVE", "STOP", "ZOO", "FUN")
-TASK_TYPES = (
-    "subject_add",
-    "subject_remove",
-    "subject_replace",
-    "position_change",
-    "count_change",
-    "color_alter",
-    "material_alter",
-    "text_change",
-    "background_change",
-)
 NO_CHANGE = "Keep everything as it is"
 VERBS = ("Add", "Remove", "Replace", "Move", "Change", "Make", "Paint")
 SMALL = ("a", "an", "the", "at", "with", "to", "of", "number", "background", "text")
@@ -148,7 +135,7 @@ class Edit:
     """One instruction and what comes of it.
 
     Attributes:
-        task_type: one of TASK_TYPES, or "no_change".
+        task_type: as in ``mteditflow.chains.TASK_TYPES``.
         instruction: in words, at most eight, all from WORDS.
         kinds: kinds of the things that it is about.
         result: scene after a perfect edit.
@@ -158,24 +145,6 @@ class Edit:
     instruction: str
     kinds: tuple[str, ...]
     result: Scene
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A scene and N edits, each of which makes sense in the scene that the one before leaves."""
-
-    initial: Scene
-    edits: tuple[Edit, ...]
-
-    @property
-    def scenes(self) -> tuple[Scene, ...]:
-        """N + 1 scenes, the initial one first."""
-        return (self.initial, *(edit.result for edit in self.edits))
-
-    @property
-    def instructions(self) -> tuple[str, ...]:
-        """N instructions."""
-        return tuple(edit.instruction for edit in self.edits)
 
 
 def possible_edits(scene: Scene) -> Iterator[Edit]:
@@ -241,151 +210,3 @@ def _with(scene: Scene, new: Thing | None = None, *, old: Thing | None = None) -
     """Return the scene with a thing more, less, or changed."""
     things = [thing for thing in scene.things if thing != old] + ([] if new is None else [new])
     return replace(scene, things=tuple(sorted(things, key=lambda x: PLACES.index(x.place))))
-
-
-def random_scene(rng: random.Random) -> Scene:
-    """Draw a scene of two or three things; half of all have a text."""
-    count = rng.choice((2, 3))
-    places = sorted(rng.sample(PLACES, count), key=PLACES.index)
-    things = tuple(
-        Thing(
-            kind,
-            rng.choice(COLORS),
-            rng.choice(("plain", *MATERIALS)),
-            rng.choice(("one", *COUNTS)),
-            place,
-        )
-        for kind, place in zip(rng.sample(list(KINDS), count), places, strict=True)
-    )
-    return Scene(rng.choice(BACKGROUNDS), rng.choice(("", rng.choice(TEXTS))), things)
-
-
-def random_edit(
-    rng: random.Random,
-    scene: Scene,
-    *,
-    avoid: set[str] = frozenset(),  # type: ignore[assignment]
-    witness: str = "",
-    prefer: set[str] = frozenset(),  # type: ignore[assignment]
-    split: Split | None = None,
-) -> Edit | None:
-    """Draw a type of edit, then an edit of it.
-
-    Args:
-        rng: source of randomness.
-        scene: what is edited.
-        avoid: types that are drawn only if no other makes sense.
-        witness: kind that is not edited.
-        prefer: kinds that are edited, where the type can.
-        split: split of the result, or None for any.
-
-    Returns:
-        An edit, or None where none leads to that split.
-    """
-    by_type: dict[str, list[Edit]] = {}
-    for edit in possible_edits(scene):
-        if witness not in edit.kinds and split in (None, edit.result.split):
-            by_type.setdefault(edit.task_type, []).append(edit)
-    types = [t for t in TASK_TYPES if t in by_type and t not in avoid] or list(by_type)
-    if not types:
-        return None
-    options = by_type[rng.choice(types)]
-    preferred = [edit for edit in options if prefer & set(edit.kinds)]
-    return rng.choice(preferred or options)
-
-
-def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float = 1.0) -> Chain:
-    """Draw a chain of edits whose scenes all belong to a split.
-
-    Types of edit do not repeat while others make sense. One thing of the initial scene, the
-    witness, is never edited, so that there is always something that must not change.
-
-    Args:
-        rng: source of randomness; equal states give equal chains.
-        turns: number of instructions N, at least 1.
-        split: "train" or "held_out".
-        linked: probability that a turn goes on with what an earlier turn made, where its type can.
-    """
-    if turns < 1:
-        raise ValueError(f"turns: expected at least 1, got {turns}")
-    while True:
-        scene = initial = random_scene(rng)
-        if scene.split != split:
-            continue
-        witness = rng.choice(scene.things).kind
-        edits: list[Edit] = []
-        while len(edits) < turns:
-            made = {thing.kind for thing in scene.things if thing not in initial.things}
-            edit = random_edit(
-                rng,
-                scene,
-                avoid={edit.task_type for edit in edits[1 - len(TASK_TYPES) :]},
-                witness=witness,
-                prefer=made if rng.random() < linked else set(),
-                split=split,
-            )
-            if edit is None:
-                break
-            edits.append(edit)
-            scene = edit.result
-        else:
-            return Chain(initial, tuple(edits))
-
-
-def make_chains(
-    count: int, *, turns: int, seed: int, split: Split, linked: float = 1.0
-) -> list[Chain]:
-    """Draw different chains; equal arguments give equal chains.
-
-    Args:
-        count: number of chains.
-        turns: number of instructions N of each.
-        seed: any integer.
-        split: "train" or "held_out".
-        linked: see ``random_chain``.
-    """
-    rng = random.Random(f"pictures {split} {turns} {seed}")
-    chains: dict[Chain, None] = {}
-    while len(chains) < count:
-        chains[random_chain(rng, turns, split, linked=linked)] = None
-    return list(chains)
-
-
-def no_change_chains(count: int, *, turns: int, seed: int, split: Split) -> list[Chain]:
-    """Draw chains whose every turn asks for no change; for what an editor wears."""
-    initials = (chain.initial for chain in make_chains(count, turns=1, seed=seed, split=split))
-    return [Chain(scene, (no_change(scene),) * turns) for scene in initials]
-
-
-def chain_of(initial: Scene, instructions: tuple[str, ...]) -> Chain:
-    """Return the chain that instructions make of a scene.
-
-    Raises:
-        ValueError: an instruction makes no sense where it stands.
-    """
-    scene, edits = initial, []
-    for instruction in instructions:
-        found = (no_change(scene), *possible_edits(scene))
-        edit = next((edit for edit in found if edit.instruction == instruction), None)
-        if edit is None:
-            raise ValueError(f"instructions: {instruction!r} makes no sense in {scene}")
-        edits.append(edit)
-        scene = edit.result
-    return Chain(initial, tuple(edits))
-
-
-def corrupted(rng: random.Random, scene: Scene, edit: Edit) -> Scene:
-    """Return what a careless editor of the training split makes of a scene.
-
-    In two of five cases it ignores the instruction; else it makes another edit of the same type.
-    """
-    if rng.random() < 0.4:
-        return scene
-    others = [
-        other.result
-        for other in possible_edits(scene)
-        if other.task_type == edit.task_type
-        and other.result != edit.result
-        and other.result.split == "train"
-    ]
-    return rng.choice(others) if others else scene

@@ -21,8 +21,9 @@ from torch import Tensor
 from mteditflow.chains import Chain as Record
 from mteditflow.rewards import LIKERT, TurnScores
 
+from .chains import Chain, chain_of
 from .rewards import Scores, Truth, lenient_following, score, score_neighbors
-from .scene import Chain, Scene, chain_of
+from .scene import Scene
 
 TERMS = ("following", "consistency", "consecutive", "strict", "wear")
 

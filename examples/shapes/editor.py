@@ -80,18 +80,7 @@ def build_kontext(
     eighth = attention_head_dim // 8
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = CLIPTextConfig(
-            vocab_size=len(clip_tokenizer(WORDS)),
-            hidden_size=32,
-            intermediate_size=64,
-            projection_dim=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
+        clip = clip_config(len(clip_tokenizer(WORDS)))
         t5_words = t5_tokenizer(WORDS)
         t5 = T5Config(
             vocab_size=len(t5_tokenizer(WORDS)),
@@ -310,6 +299,22 @@ def _identity_vae(kind: Any, *, blocks: int, sample_size: int) -> Any:
                 half.conv_out.weight[i, pairs + i, 1, 1] = -1.0
         vae.encoder.conv_out.bias[LATENT_CHANNELS:] = -30.0  # log-variance: no noise
     return vae
+
+
+def clip_config(words: int) -> CLIPTextConfig:
+    """Return the config of a tiny CLIP text encoder for a vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
 
 
 def clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:

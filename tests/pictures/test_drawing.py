@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.pictures.chains import random_scene
 from examples.pictures.drawing import CORNERS, SIGN, SIZE, draw, sprite, thing_mask
-from examples.pictures.scene import PLACES, Scene, random_scene
+from examples.pictures.scene import PLACES, Scene
 from tests.loops import some
 
 seeds = st.integers(min_value=0, max_value=2**32)

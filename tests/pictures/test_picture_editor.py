@@ -5,11 +5,11 @@ import pytest
 import torch
 from mteditflow_examples.pictures import autoencoder, pretrain
 from mteditflow_examples.pictures.autoencoder import as_tensor, training_scenes, wear_of_trips
+from mteditflow_examples.pictures.chains import make_chains
 from mteditflow_examples.pictures.drawing import SIZE, draw
 from mteditflow_examples.pictures.editor import STEPS, build_editor, load_editor
 from mteditflow_examples.pictures.files import write_world
 from mteditflow_examples.pictures.pretrain import encoded, single_edits, success_by_type
-from mteditflow_examples.pictures.scene import make_chains
 from mteditflow_examples.pictures.scoring import ExactRewards, record_of
 from mteditflow_examples.pictures.weights_files import WEIGHTS
 from mteditflow_examples.shapes.conditioning import Conditioner

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 
+from examples.pictures.chains import Chain, make_chains, no_change_chains
 from examples.pictures.drawing import draw
 from examples.pictures.rewards import RIGHT, Truth, lenient_following, score, score_neighbors
-from examples.pictures.scene import Chain, make_chains, no_change_chains, possible_edits
+from examples.pictures.scene import possible_edits
 from examples.pictures.scoring import (
     TERMS,
     CarefulJudge,

@@ -5,22 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.pictures.drawing import draw
-from examples.pictures.scene import (
-    KINDS,
-    NO_CHANGE,
-    TASK_TYPES,
-    WORDS,
-    Scene,
-    Thing,
+from examples.pictures.chains import (
+    ASKED,
     chain_of,
     corrupted,
     make_chains,
     no_change_chains,
-    possible_edits,
     random_chain,
     random_scene,
 )
+from examples.pictures.drawing import draw
+from examples.pictures.scene import KINDS, NO_CHANGE, WORDS, Scene, Thing, possible_edits
 from tests.loops import some
 
 seeds = st.integers(min_value=0, max_value=2**32)
@@ -66,7 +61,7 @@ def test_every_edit_changes_the_picture_and_leaves_names_unambiguous(seed):
 def test_all_nine_types_occur_and_a_turn_names_what_earlier_turns_made():
     chains = make_chains(40, turns=20, seed=1, split="held_out")
     counts = Counter(edit.task_type for chain in chains for edit in chain.edits)
-    assert set(counts) == set(TASK_TYPES)
+    assert set(counts) == set(ASKED)
     assert min(counts.values()) > 20
     later = 0
     for chain in chains:
