@@ -25,7 +25,7 @@ from benchmarks.trainer_batch import Batch, ForwardCounter
 from benchmarks.trainer_full_size import SIZES, Size
 from mteditflow.budget import GPUS, phases
 from mteditflow.objectives import ReplayObjective, RoundKey
-from mteditflow.pipelines import Editor, LoraPolicies, Rollout
+from mteditflow.pipelines import Editor, LoraPolicies, Rollout, shared_casts
 from mteditflow.pipelines.quantization import QUANTIZATIONS, quantize
 from mteditflow.training import Updater
 
@@ -143,7 +143,8 @@ class Trained:
         config, exists = settings(objective, self.size), self.rollout.trajectory.turn_mask
         advantage = torch.ones(exists.shape)
         given = (self.policies, config.objective, self.rollout, advantage, exists)
-        update = Batch(*given, config.training, RoundKey(0, 0)).update(self._updater)
+        with shared_casts(self.editor.transformer):  # as the trainer does, and the budget assumes
+            update = Batch(*given, config.training, RoundKey(0, 0)).update(self._updater)
         if update.outcome != "taken":
             raise FloatingPointError(f"{objective}: the update was {update.outcome}")
 

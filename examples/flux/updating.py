@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from mteditflow import RatioCheck, gather_ranks
 from mteditflow.objectives import Buckets, Output, ReplayObjective, Samples, Units, Velocity
-from mteditflow.pipelines import ReplayError, Rollout
+from mteditflow.pipelines import ReplayError, Rollout, shared_casts
 from mteditflow.training import Update, Updater, most_parts
 
 from .run import Run
@@ -43,11 +45,17 @@ def update(
             rollout, advantage, valid, key=key, minibatches=training.minibatches
         ):
             parts = units.split(batch, parts=most_parts(units, batch, device=run.device))
-            step = updater.step(parts, losses, count=units.count)
+            with _casts(run):
+                step = updater.step(parts, losses, count=units.count)
             run.count(step)
             if _too_far(step, training.stop_kl):
                 run.numbers["training/stopped_at_kl"] = step.means["old_kl"]
                 return
+
+
+def _casts(run: Run) -> AbstractContextManager[None]:
+    """Share float32 casts between adapters; what compiled blocks keep is decided by torch."""
+    return nullcontext() if run.config.model.compile else shared_casts(run.policies.model)
 
 
 def _too_far(step: Update, stop_kl: float | None) -> bool:

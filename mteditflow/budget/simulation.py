@@ -17,6 +17,7 @@ from mteditflow.budget.costs import Case, Costs
 from mteditflow.budget.inputs import make_inputs
 from mteditflow.budget.tracking import PeakMemory, count_flops
 from mteditflow.pipelines.quantization import layers_in_blocks
+from mteditflow.pipelines.shared_casts import shared_casts
 
 # Fields that count blocks of one kind, by class: costs are linear in each of them.
 DEPTHS = {
@@ -122,11 +123,12 @@ def build_model(case: Case, depth: Mapping[str, int], *, device: str) -> nn.Modu
 
 def run_update(model: nn.Module, inputs: Mapping[str, Any], branches: int) -> None:
     """Run what a row of an update runs: a velocity of all branches, a loss, the backward pass."""
-    outputs = [_velocity(model, inputs) for _ in range(branches)]
-    velocity = outputs[0]
-    for other in outputs[1:]:
-        velocity = velocity + 4.0 * (other - velocity)
-    velocity.float().pow(2).mean().backward()  # type: ignore[no-untyped-call]
+    with shared_casts(model):
+        outputs = [_velocity(model, inputs) for _ in range(branches)]
+        velocity = outputs[0]
+        for other in outputs[1:]:
+            velocity = velocity + 4.0 * (other - velocity)
+        velocity.float().pow(2).mean().backward()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.references import aspect_buckets, fit_to_bucket
 from mteditflow.pipelines.rollout import Rollout, RolloutVelocity
 from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler
+from mteditflow.pipelines.shared_casts import shared_casts
 from mteditflow.pipelines.siblings import load_sibling
 from mteditflow.pipelines.start import Start
 
@@ -49,4 +50,5 @@ __all__ = [
     "fit_to_bucket",
     "load_sibling",
     "read_lora",
+    "shared_casts",
 ]

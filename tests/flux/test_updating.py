@@ -9,6 +9,7 @@ import pytest
 import torch
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux.updating import check_first_ratios, update
+from peft.tuners.lora import LoraLayer
 
 from mteditflow import AdaptiveKL
 from mteditflow.objectives import OBJECTIVES
@@ -346,3 +347,18 @@ def test_a_rollout_of_another_policy_is_weighted_by_importance(world, tmp_path):
     assert torch.allclose(weight, ratio.clamp(max=1.0001), rtol=1e-4)
     assert weight.max() <= 1.0001
     assert weight.min() < 0.9999
+
+
+def test_updates_of_a_half_precision_model_share_the_casts_of_its_adapters(world, tmp_path):
+    with started(world, tmp_path, "--model.dtype", "bfloat16") as run_:
+        first = first_round(run_)
+        layers = [x for x in run_.policies.model.modules() if isinstance(x, LoraLayer)]
+        flags = []
+        hook = run_.policies.model.register_forward_pre_hook(
+            lambda *_: flags.append({layer.cast_input_dtype_enabled for layer in layers})
+        )
+        taken(first, run_)
+        hook.remove()
+        assert flags
+        assert set().union(*flags) == {False}  # by peft, layer by layer
+        assert {layer.cast_input_dtype_enabled for layer in layers} == {True}
