@@ -37,11 +37,13 @@ from mteditflow._command import program
 
 from .autoencoder import as_tensor
 from .chains import Chain, corrupted, make_chains
-from .editor import LORA_RANK, SHIFT, STEPS, TARGETS, build_editor, load_editor
+from .editor import LORA_RANK, SHIFT, STEPS, TARGETS, build_editor
 from .rewards import Truth, score
 from .scene import Scene, Split, no_change
-from .weights_files import WEIGHTS, save_weights
+from .weights_files import WEIGHTS, load_weights, save_weights
 
+HARD = ("color_alter", "material_alter", "subject_replace", "count_change")
+EASY_SHARE = 0.35  # of the pairs of other types that the editor learns from
 UNCHANGED = 0.06  # share of pairs that ask for no change
 CORRUPTION = 0.4  # share of corrupted targets of the careless stage
 BATCH = 64
@@ -70,6 +72,12 @@ def single_edits(count: int, *, seed: int, split: Split) -> list[Chain]:
         for scene, edit in zip(chain.scenes, chain.edits, strict=False):
             edits.append(Chain(scene, (no_change(scene) if rng.random() < UNCHANGED else edit,)))
     return edits[:count]
+
+
+def drawn_more_often(edits: list[Chain], *, seed: int) -> list[Chain]:
+    """Leave out a share of the edits whose types are learned first."""
+    rng = random.Random(f"shares {seed}")
+    return [e for e in edits if e.edits[0].task_type in HARD or rng.random() < EASY_SHARE]
 
 
 def encoded(conditioner: Conditioner, edits: list[Chain], targets: list[Scene]) -> Pairs:
@@ -112,11 +120,11 @@ def success_by_type(conditioner: Conditioner, pairs: Pairs, *, seed: int) -> dic
 
 
 def train_competent(
-    conditioner: Conditioner, pairs: Pairs, *, steps: int, horizon: int, seed: int
+    conditioner: Conditioner, pairs: Pairs, *, steps: int, rate: float, seed: int
 ) -> None:
-    """Learn true edits; the rate falls along a cosine that is at 0 after ``horizon`` steps."""
+    """Learn true edits; the rate, relative to the peak, falls along a cosine."""
     rates = [
-        min(1.0, (k + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * k / horizon)))
+        rate * min(1.0, (k + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * k / steps)))
         for k in range(steps)
     ]
     rows = torch.tensor([conditioner.row[chain.instructions[0]] for chain in pairs.chains])
@@ -162,8 +170,11 @@ def main(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; default: 3000, or 250.")
     ] = None,
-    horizon: Annotated[
-        int | None, typer.Option(min=1, help="Steps until the rate is at 0; default: steps.")
+    rate: Annotated[
+        float, typer.Option(min=0, help="Learning rate of the competent stage, to the peak.")
+    ] = 1.0,
+    start: Annotated[
+        Path | None, typer.Option(help="Weights that the competent stage goes on from.")
     ] = None,
     pairs: Annotated[int, typer.Option(min=64, help="Edits to learn from.")] = 30_000,
     folder: Annotated[Path, typer.Option(help="Folder of the weights.")] = WEIGHTS,
@@ -171,11 +182,13 @@ def main(
     """Train a stage and write its weights with a card."""
     started = time.monotonic()
     steps = steps or (3000 if stage == "competent" else 250)
-    build = {"seed": seed}
-    pipeline = (
-        build_editor(**build) if stage == "competent" else load_editor("competent", folder=folder)
-    )
-    edits = single_edits(pairs, seed=seed, split="train")
+    before = folder / "competent.safetensors" if stage == "careless" else start
+    weights, origin = (None, None) if before is None else load_weights(before)
+    build = {"seed": seed} if origin is None else origin["build"]
+    pipeline = build_editor(**build)
+    if weights is not None:
+        pipeline.transformer.load_state_dict(weights)
+    edits = drawn_more_often(single_edits(pairs, seed=seed, split="train"), seed=seed)
     held_out = single_edits(512, seed=seed, split="held_out")
     rng = random.Random(f"corrupted {seed}")
     share = CORRUPTION if stage == "careless" else 0.0
@@ -189,14 +202,15 @@ def main(
     conditioner = Conditioner(pipeline, instructions)
     data = encoded(conditioner, edits, targets)
     if stage == "competent":
-        train_competent(conditioner, data, steps=steps, horizon=horizon or steps, seed=seed)
+        train_competent(conditioner, data, steps=steps, rate=rate, seed=seed)
     else:
         train_careless(conditioner, data, steps=steps, seed=seed)
     looked_at = encoded(conditioner, held_out, [chain.edits[0].result for chain in held_out])
     card: dict[str, Any] = {
         "build": build,
         "command": f"python -m mteditflow_examples.pictures.pretrain {stage} --seed {seed} "
-        f"--steps {steps} --horizon {horizon or steps} --pairs {pairs}",
+        f"--steps {steps} --pairs {pairs} --rate {rate}",
+        "start": origin,
         "parameters": sum(w.numel() for w in pipeline.transformer.parameters() if w.requires_grad),
         "held-out single edits that succeed": success_by_type(conditioner, looked_at, seed=seed),
         "seconds": round(time.monotonic() - started),

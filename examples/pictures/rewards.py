@@ -18,9 +18,9 @@ from .chains import Chain
 from .drawing import draw, thing_mask
 
 CHANGED = 0.03  # difference in [0, 1] from which a pixel counts as changed
-LIKERT_STEPS = (0.9, 0.75, 0.6, 0.5)  # errors relative to doing nothing that earn 2, 3, 4, 5
+LIKERT_STEPS = (0.95, 0.85, 0.7, 0.6)  # errors relative to doing nothing that earn 2, 3, 4, 5
 NOTHING = 0.15  # largest error of doing nothing that counts: obvious edits must be precise, too
-RIGHT = 0.08  # error of a followed instruction, at most
+RIGHT = 0.09  # error of a followed instruction, at most
 CONSISTENT = 0.15  # error that makes consistency 0
 BLOCK = 8  # side of the blocks, pixels, each of which must be right for the whole to be
 LOOK = 9  # side of the square, pixels, whose mean color a lenient look sees

@@ -97,13 +97,17 @@ def test_most_single_edits_of_the_competent_editor_succeed_and_the_careless_one_
 
 def test_every_stage_runs_writes_its_weights_and_the_next_goes_on_from_there(tmp_path):
     autoencoder.main(seed=1, steps=2, batch=2, scenes=64, out=tmp_path / "autoencoder.safetensors")
-    pretrain.main("competent", seed=1, steps=2, horizon=4, pairs=64, folder=tmp_path)
-    pretrain.main("careless", seed=1, steps=2, horizon=None, pairs=64, folder=tmp_path)
+    pretrain.main("competent", seed=1, steps=2, rate=1.0, start=None, pairs=64, folder=tmp_path)
+    first = load_editor("competent", folder=tmp_path).transformer.state_dict()
+    start = tmp_path / "competent.safetensors"
+    pretrain.main("competent", seed=1, steps=2, rate=0.5, start=start, pairs=64, folder=tmp_path)
+    pretrain.main("careless", seed=1, steps=2, rate=1.0, start=None, pairs=64, folder=tmp_path)
     competent = load_editor("competent", folder=tmp_path).transformer.state_dict()
     careless = load_editor("careless", folder=tmp_path).transformer.state_dict()
     fresh = build_editor(seed=1).transformer.state_dict()
     assert set(competent) == set(careless) == set(fresh)
     assert any(not torch.equal(competent[name], fresh[name]) for name in fresh)
+    assert any(not torch.equal(competent[name], first[name]) for name in fresh)
     assert any(not torch.equal(competent[name], careless[name]) for name in fresh)
     for stage in ("autoencoder", "competent", "careless"):
         card = json.loads((tmp_path / f"{stage}.json").read_text())

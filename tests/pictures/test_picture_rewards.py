@@ -122,7 +122,7 @@ def test_scores_agree_with_a_loop_in_float64():
                     worn += error
                     kept += 1
         share = (own / count) / min(idle / count, 0.15)
-        points = 1 + sum(share < step for step in (0.9, 0.75, 0.6, 0.5))
+        points = 1 + sum(share < step for step in (0.95, 0.85, 0.7, 0.6))
         assert scores.following[n] == (4 if points == 5 and off / about > RIGHT else points)
         assert float(scores.wear[n]) == pytest.approx(worn / kept, rel=1e-5)
 
