@@ -39,7 +39,7 @@ def test_a_thing_of_the_first_scene_is_never_edited(seed, turns, split):
     chain = random_chain(random.Random(seed), turns, split)
     edited = {kind for edit in chain.edits for kind in edit.kinds}
     assert any(
-        thing.kind not in edited and all(thing in scene.things for scene in chain.scenes)
+        thing.kind not in edited and all(thing in scene.things for scene in some(chain.scenes))
         for thing in chain.initial.things
     )
 
@@ -118,7 +118,7 @@ def test_what_makes_no_sense_is_refused():
 def test_a_careless_editor_ignores_or_mistakes_the_instruction():
     rng = random.Random(0)
     ignored, other = 0, 0
-    for chain in make_chains(400, turns=1, seed=4, split="train"):
+    for chain in some(make_chains(400, turns=1, seed=4, split="train")):
         result = corrupted(rng, chain.initial, chain.edits[0])
         assert result != chain.edits[0].result
         assert result.split == "train"
@@ -137,5 +137,5 @@ def test_plurals_are_named_where_there_are_two():
     assert "Change the number of blue mushrooms to one" in instructions
     assert "Replace the blue mushrooms with houses" in instructions
     assert "Add an orange house at front left" in instructions
-    assert not any("Remove" in instruction for instruction in instructions)
+    assert not any("Remove" in instruction for instruction in some(instructions))
     assert len(KINDS) == len(set(KINDS.values()))
