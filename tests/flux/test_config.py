@@ -24,19 +24,20 @@ from tests.loops import some
 
 SERVICES = ["--rewards.judge", "http://judge/v1", "--rewards.judge-model", "judge"]
 SERVICES += ["--rewards.consistency", "http://scores/v1"]
+EMBEDDED = ("pictures", "shapes")  # worlds whose presets name a scorer
 SOUND = {"rewards": {"scorer": "module:name", "weights": {"following": 1.0}}}
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
 def test_presets_are_sound(preset):
-    config = parse([preset, *([] if preset.startswith("shapes") else SERVICES)])
+    config = parse([preset, *([] if preset.startswith(EMBEDDED) else SERVICES)])
     assert name_of(config.objective) == preset.rpartition("-")[2]
-    assert parse([preset, *([] if preset.startswith("shapes") else SERVICES)]) == config
+    assert parse([preset, *([] if preset.startswith(EMBEDDED) else SERVICES)]) == config
 
 
 def test_presets_that_cite_a_schedule_of_optimizer_steps_take_one_in_a_round():
     """DiffusionNFT and Edit-R1 count these in the old policy's decay, this library rounds."""
-    cited = [x for x in sorted(PRESETS.glob("*nft.toml")) if not x.stem.startswith("shapes")]
+    cited = [x for x in sorted(PRESETS.glob("*nft.toml")) if not x.stem.startswith(EMBEDDED)]
     assert len(cited) == 7
     for path in some(cited):
         training = parse([path.stem, *SERVICES]).training
