@@ -4,6 +4,7 @@
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
     python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
     python examples/ablations.py long_chains --workers 2   # twenty turns, docs/long_chains.md
+    python examples/ablations.py findings_pictures         # the paper's, in the world of pictures
     python examples/ablations.py findings --short
 
 Settings are in ``findings/settings.py``, ``objectives.py``, ``cost.py`` and ``long_chains.py``.
@@ -29,18 +30,22 @@ from mteditflow_examples.findings.long_page import write_long_page
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import write_page
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
-from mteditflow_examples.findings.settings import PAPER
+from mteditflow_examples.findings.settings import PAPER, PAPER_IN_PICTURES
 
 from mteditflow._command import program
 from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
-STUDIES = {s.name: s for s in (PAPER, OBJECTIVES, COST, LONG_CHAINS, COMPETENT_START)}
+STUDIES = {
+    s.name: s for s in (PAPER, PAPER_IN_PICTURES, OBJECTIVES, COST, LONG_CHAINS, COMPETENT_START)
+}
 
 
 def main(
     study: Annotated[
-        Literal["findings", "objectives", "cost", "long_chains", "competent_start"],
+        Literal[
+            "findings", "findings_pictures", "objectives", "cost", "long_chains", "competent_start"
+        ],
         typer.Argument(help="Study to run."),
     ],
     short: Annotated[bool, typer.Option("--short", help="Minutes: one seed, few rounds.")] = False,

@@ -10,11 +10,12 @@ import pytest
 import torch
 from mteditflow_examples.ablations import main
 from mteditflow_examples.findings import running
+from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import document, write_page
 from mteditflow_examples.findings.results import Results, chain_values, long_claims
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations, Form, Run
-from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER
+from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER, PAPER_IN_PICTURES
 from mteditflow_examples.findings.study import EIGHT, THREE, UNTRAINED, Finding, Setting, Study
 from mteditflow_examples.flux.config import dumped, name_of
 
@@ -63,7 +64,9 @@ def test_values_of_chains_have_the_metrics_for_means():
         assert float(values.mean()) == pytest.approx(scale * own.estimates[name][-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("study", [PAPER, OBJECTIVES])
+@pytest.mark.parametrize(
+    "study", [PAPER, PAPER_IN_PICTURES, OBJECTIVES, LONG_CHAINS, COMPETENT_START]
+)
 def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
     short = Ablations(tmp_path, SHORT, study)
     assert short._config(study.base, 0).training.rounds == SHORT.rounds
@@ -74,7 +77,7 @@ def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
         assert config.evaluation.steps == config.sampling.steps
         assert config.training.rounds == FULL.rounds
         default = "distillation" if "distillation" in setting.script else "nft"
-        default = "grpo" if setting.preset == "shapes-grpo" else default
+        default = "grpo" if setting.preset.endswith("-grpo") else default
         assert name_of(config.objective) == setting.options.get("objective", default)
     for finding in some(study.findings):
         labels = [setting.label for setting in finding.settings]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .study import Claim, Finding, Setting, Study
+from .worlds import PICTURES, SHAPES
 
 BASE = Setting("base")
 CONSISTENCY = "rewards.weights.consistency"
@@ -192,3 +195,36 @@ PAPER = Study(
     FINDINGS,
     LONGER,
 )
+
+
+def in_pictures(study: Study, *, seeds: tuple[int, ...]) -> Study:
+    """Return a study of the shapes world as one of the world of pictures, without its reasons."""
+
+    def moved(setting: Setting) -> Setting:
+        options = {
+            name: value.replace(f".{SHAPES.name}.", f".{PICTURES.name}.")
+            if isinstance(value, str)
+            else value
+            for name, value in setting.options.items()
+        }
+        preset = setting.preset.replace(SHAPES.name, PICTURES.name)
+        return replace(setting, options=options, preset=preset)
+
+    findings = tuple(
+        replace(finding, settings=tuple(map(moved, finding.settings)), note="", why="")
+        for finding in study.findings
+    )
+    return replace(
+        study,
+        name=f"{study.name}_pictures",
+        title=f"{study.title}, in {PICTURES.title}",
+        base=moved(study.base),
+        about=study.about.replace(SHAPES.name, PICTURES.name),
+        findings=findings,
+        longer=None if study.longer is None else replace(study.longer, why=""),
+        seeds=seeds,
+        world=PICTURES,
+    )
+
+
+PAPER_IN_PICTURES = in_pictures(PAPER, seeds=(0, 1))
