@@ -36,9 +36,8 @@ from mteditflow._command import program
 from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
-STUDIES = {
-    s.name: s for s in (PAPER, PAPER_IN_PICTURES, OBJECTIVES, COST, LONG_CHAINS, COMPETENT_START)
-}
+ALL = (PAPER, PAPER_IN_PICTURES, OBJECTIVES, COST, LONG_CHAINS, COMPETENT_START)
+STUDIES = {study.name: study for study in ALL}
 
 
 def main(

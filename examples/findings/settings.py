@@ -217,7 +217,7 @@ def in_pictures(study: Study, *, seeds: tuple[int, ...]) -> Study:
     return replace(
         study,
         name=f"{study.name}_pictures",
-        title=f"{study.title}, in {PICTURES.title}",
+        title=study.title.replace(SHAPES.title, PICTURES.title),
         base=moved(study.base),
         about=study.about.replace(SHAPES.name, PICTURES.name),
         findings=findings,
