@@ -21,6 +21,7 @@ import torch
 from mteditflow_examples.budget import plan_of
 from mteditflow_examples.flux.command_line import PRESETS, parse
 from mteditflow_examples.flux.config import Config
+from mteditflow_examples.pictures.editor import build_editor
 from mteditflow_examples.shapes.editor import Family
 from mteditflow_examples.shapes.files import write_world
 
@@ -130,6 +131,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
 
         def world(preset: str) -> Path:
+            if preset.startswith("pictures"):
+                model = Path(folder) / "pictures"
+                if not model.exists():
+                    build_editor().save_pretrained(model)
+                return model
             family = Family.klein if "klein" in preset else Family.kontext
             place = Path(folder) / family.value
             if not place.exists():

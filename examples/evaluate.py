@@ -49,7 +49,7 @@ from mteditflow_examples.flux.rewards import require_services
 from tqdm import tqdm
 
 from mteditflow._command import OneLineGroup, writing
-from mteditflow._exits import MACHINE, failing
+from mteditflow._exits import failing, naming_argument
 from mteditflow._files import require_folder, write_all_atomically
 from mteditflow.chains import Chain, ChainError, Reading, read_chains, recognise
 from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of
@@ -263,14 +263,10 @@ def _usable(
         ValueError: there is none, or one names no objects that consistency needs.
         OSError: the machine is at fault.
     """
-    try:
+    with naming_argument("CHAINS", ChainError):
         reading = read_chains(
             file, strict=False, images=references, check_images=True, allow_outside=allow_outside
         )
-    except (ChainError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in MACHINE:
-            raise
-        raise ValueError(f"CHAINS: {error}") from error
     if not reading.chains:
         raise ValueError(
             f"CHAINS: {file}: expected at least one usable chain, got none, read as the format "
@@ -299,7 +295,7 @@ def compare(
         require_folder("--output", output)
         if (output / EVALUATION).exists():
             raise ValueError(f"--output: expected a folder without an evaluation, got {output}")
-        runs = [Finished(folder) for folder in (before, after)]
+        runs = [_finished("BEFORE", before), _finished("AFTER", after)]
         chains, left_out = _common(*runs)
         if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
             for run in runs:
@@ -322,6 +318,12 @@ def compare(
         drawn = [run.report for run in runs]
         write_all_atomically(output, report_files(report, drawn, series, chains, rows))
     show(report, output)
+
+
+def _finished(argument: str, folder: Path) -> Finished:
+    """Read an evaluation back; errors name the argument."""
+    with naming_argument(argument, ValueError):
+        return Finished(folder)
 
 
 def _common(before: Finished, after: Finished) -> tuple[list[Chain], dict[str, str]]:

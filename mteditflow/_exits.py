@@ -56,6 +56,34 @@ def refusing(*more: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
+def naming_argument(name: str, *more: type[Exception]) -> Iterator[None]:
+    """Begin what the block raises with the argument at fault; errors of the machine stay.
+
+    Args:
+        name: such as "FILE" or "--output".
+        *more: exceptions that are the argument's fault, too, beside ``OSError``.
+
+    Raises:
+        ValueError: the block has raised one of them.
+
+    Example:
+        >>> try:
+        ...     with naming_argument("FILE"):
+        ...         open("no such file")
+        ... except ValueError as error:
+        ...     print(error)
+        FILE: [Errno 2] No such file or directory: 'no such file'
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *more)
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            raise
+        raise ValueError(f"{name}: {error}") from error
+
+
+@contextmanager
 def failing(*more: type[Exception]) -> Iterator[None]:
     """End with one line and exit code 1 where what was accepted fails while it runs.
 

@@ -23,7 +23,15 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow._pipes": {"reader_may_leave"},
     # Foreign text on a terminal, and the options of every command with a judge.
     "mteditflow._command": {"OneLineCommand", "OneLineGroup", "program", "writing"},
-    "mteditflow._exits": {"BAD_INPUT", "FAILED", "MACHINE", "failing", "refuse", "refusing"},
+    "mteditflow._exits": {
+        "BAD_INPUT",
+        "FAILED",
+        "MACHINE",
+        "failing",
+        "naming_argument",
+        "refuse",
+        "refusing",
+    },
     "mteditflow._checks": {"check_count"},
     "mteditflow._text": {"escape_controls", "escape_markup", "parse_json"},
     # The end of a program whose scorer blocks.

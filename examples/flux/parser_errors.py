@@ -34,21 +34,22 @@ def reworded(said: str, words: Sequence[str], known: Sequence[str]) -> str:
         return said
     word = unknown["word"]
     if not word.startswith("--"):
-        return _stray(word, words) or said
+        return _stray(word, words, known) or said
     field = word.removeprefix("--").replace("-", "_")
     if field in known:  # a dictionary, whose entries are options
         return f"{word}: expected its entries one by one, as {word}.NAME VALUE"
     return said + _option_hint(field, known)
 
 
-def _stray(word: str, words: Sequence[str]) -> str | None:
-    """Return an error for a word that belongs to no option; None where no option is before it."""
+def _stray(word: str, words: Sequence[str], known: Sequence[str]) -> str | None:
+    """Return an error for a word that belongs to no option; None where the word is not known."""
     if word not in words:  # it is cut where the parser's box is full
         return None
     before = list(takewhile(lambda other: other != word, words))
     start = max((i for i, other in enumerate(before) if other.startswith("--")), default=None)
     if start is None:
-        return None
+        field = word.removeprefix("-").replace("-", "_")
+        return f"options: expected --NAME VALUE, got {word!r}{_option_hint(field, known)}"
     return f"{' '.join(before[start:])}: expected no further value, got {word!r}"
 
 

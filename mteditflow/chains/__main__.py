@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mteditflow._command import OneLineGroup
-from mteditflow._exits import refuse, refusing
+from mteditflow._exits import naming_argument, refuse, refusing
 from mteditflow._files import naming, replacing_all, require_other_files
 from mteditflow._images import folder_images
 from mteditflow._text import escape_controls
@@ -83,6 +83,10 @@ def convert(
     outside: set[str] = set()
 
     def chains() -> Iterator[Chain]:
+        with naming_argument("SOURCE", ChainError):
+            yield from usable()
+
+    def usable() -> Iterator[Chain]:
         for found in iter_chains(source, format=from_, images=images, allow_outside=allow_outside):
             if isinstance(found, Chain):
                 names = [*([] if found.image is None else [found.image]), *found.further_images]
@@ -127,7 +131,7 @@ def check(
     """Read a file of chains and list its bad lines. The exit code is 1 if there are any."""
     turns: Counter[int] = Counter()
     bad: list[str] = []
-    with refusing():
+    with refusing(), naming_argument("FILE", ChainError):
         name = format or recognise(file).name
         for found in iter_chains(
             file,
@@ -177,16 +181,18 @@ def split(
                 f"train, held_out: expected new files, got {' and '.join(there)}; --replace "
                 "overwrites both"
             )
-        name = recognise(source).name
+        with naming_argument("SOURCE", ChainError):
+            name = recognise(source).name
         for path in (train, held_out):
             _check_suffix(path, name)
-        chains = read_chains(
-            source,
-            format=name,
-            images=images,
-            check_images=by == "image",
-            allow_outside=allow_outside,
-        ).chains
+        with naming_argument("SOURCE", ChainError):
+            chains = read_chains(
+                source,
+                format=name,
+                images=images,
+                check_images=by == "image",
+                allow_outside=allow_outside,
+            ).chains
         parts = split_chains(chains, held_out=count, by=by, seed=seed)
         with replacing_all(train, held_out) as scratch:
             for side, path, own in zip(

@@ -74,7 +74,7 @@ def test_convert_stops_at_a_bad_line_and_writes_nothing(mixed, tmp_path):
     target = tmp_path / "out.jsonl"
     result = run("convert", mixed, target)
     assert result.exit_code == 2
-    assert result.stderr == f"error: {mixed}:2: image: expected this field, got none\n"
+    assert result.stderr == f"error: SOURCE: {mixed}:2: image: expected this field, got none\n"
     assert result.stdout == ""
     assert not target.exists()
 
@@ -166,11 +166,15 @@ def test_many_bad_lines_are_cut_short(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["check", "none.jsonl"], "error: [Errno 2] No such file or directory: 'none.jsonl'\n"),
-        (["check", "."], "error: [Errno 21] Is a directory: '.'\n"),
+        (
+            ["check", "none.jsonl"],
+            "error: FILE: [Errno 2] No such file or directory: 'none.jsonl'\n",
+        ),
+        (["check", "."], "error: FILE: [Errno 21] Is a directory: '.'\n"),
         (["check", __file__], "expected content of one of the formats native, edival"),
         (["check", FILES["native"], "--format", "csv"], "error: format: expected one of ['native'"),
         (["convert", FILES["native"], "x", "--to", "csv"], "error: format: expected one of ['na"),
+        (["convert", "none.jsonl", "x"], "error: SOURCE: [Errno 2] No such file or directory"),
         (["convert", FILES["native"], "no/x"], "error: [Errno 2] No such file or directory"),
     ],
 )
@@ -300,7 +304,7 @@ def test_every_format_is_split_into_its_own(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["split", "none.jsonl", "a", "b"], "No such file"),
+        (["split", "none.jsonl", "a", "b"], "error: SOURCE: [Errno 2] No such file"),
         ([*SPLIT, "--by", "line"], "Invalid value for '--by'"),
         ([*SPLIT, "--count", "0"], "Invalid value for '--count'"),
         ([*SPLIT, "--seed", "x"], "Invalid value for '--seed'"),

@@ -286,10 +286,16 @@ def test_evaluate_run_into_a_folder_of_something_else(finished, tmp_path, case):
 
 
 COMPARE = {
-    "no such folder": (["ROOT/nowhere", "ROOT/one"], "expected the folder of an evaluation"),
+    "no such folder": (
+        ["ROOT/nowhere", "ROOT/one"],
+        "BEFORE: expected the folder of an evaluation",
+    ),
     "a file for a folder": (["ROOT/empty", "ROOT/one"], "expected the folder of an evaluation"),
     "one folder": (["ROOT/one"], "Missing argument"),
-    "no settings": (["ROOT/one", "ROOT/no_settings"], "expected the folder of an evaluation"),
+    "no settings": (
+        ["ROOT/one", "ROOT/no_settings"],
+        "AFTER: expected the folder of an evaluation",
+    ),
     "settings that are no JSON": (["ROOT/bad_settings", "ROOT/one"], "settings.json"),
     "settings without images": (["ROOT/one", "ROOT/no_images"], "images: expected this field"),
     "no scores": (["ROOT/one", "ROOT/no_scores"], "evaluation.json"),

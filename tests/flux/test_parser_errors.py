@@ -26,7 +26,11 @@ from mteditflow_examples.flux.config import ConfigError
             "--rewards.weights: expected its entries one by one, as --rewards.weights.NAME VALUE",
         ),
         ("--training.lr 1", "Unrecognized options: --training.lr, 1; perhaps --training.learn"),
-        ("nft", "Unrecognized options: nft"),
+        ("nft", "options: expected --NAME VALUE, got 'nft'"),
+        (
+            "training.batch 2",
+            "options: expected --NAME VALUE, got 'training.batch'; perhaps --training.batch",
+        ),
     ],
 )
 def test_an_error_names_the_option_the_expectation_and_the_value(words, expected):

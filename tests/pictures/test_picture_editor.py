@@ -30,7 +30,7 @@ def careless():
 def test_weights_are_small_and_their_cards_name_their_commands():
     files = list(WEIGHTS.glob("*.safetensors"))
     assert {file.stem for file in files} == {"autoencoder", "competent", "careless"}
-    assert sum(file.stat().st_size for file in files) < 8e6
+    assert sum(file.stat().st_size for file in files) < 10e6
     for file in some(files):
         card = json.loads(file.with_suffix(".json").read_text())
         assert card["command"].startswith("python -m mteditflow_examples.pictures.")

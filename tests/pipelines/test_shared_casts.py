@@ -117,10 +117,21 @@ def two_layers():
 def test_a_tensor_that_has_changed_in_place_is_cast_again():
     model, x = two_layers(), torch.ones(3, 4, dtype=torch.bfloat16)
     with shared_casts(model):
-        model["q"](x)
+        kept = model["q"](x)  # with its graph, which keeps the copy
         x.mul_(2)
         found = model["k"](x)
+    assert kept.requires_grad
     assert torch.equal(found, model["k"](x))
+
+
+def test_another_tensor_of_the_same_shape_is_cast_again():
+    model, x = two_layers(), torch.ones(3, 4, dtype=torch.bfloat16)
+    other = 2 * x
+    with shared_casts(model):
+        kept = model["q"](x)
+        found = model["k"](other)
+    assert kept.requires_grad
+    assert torch.equal(found, model["k"](other))
 
 
 def test_the_copy_is_kept_by_the_graph_alone():

@@ -122,8 +122,9 @@ def broken_on_one_rank():
 def unused_on_one_rank():
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
     (weights[dist.get_rank()] * (dist.get_rank() + 1)).sum().backward()
+    weights.append(nn.Parameter(torch.ones(1)))  # on no rank
     sum_gradients(weights)
-    return [weight.grad.tolist() for weight in weights]
+    return [None if weight.grad is None else weight.grad.tolist() for weight in weights]
 
 
 def gathered_scores():
@@ -182,7 +183,7 @@ def test_ranks_skip_together_sum_what_some_lack_and_collect_scores(found):
     third = float(torch.tensor(1 / 3))
     for rank in some(found):
         assert rank["broken"] == ["skipped", "not finite: loss and gradient", 1.0]
-        assert rank["unused"] == [[1.0, 1.0], [2.0, 2.0, 2.0]]
+        assert rank["unused"] == [[1.0, 1.0], [2.0, 2.0, 2.0], None]
         score, mask, _ = rank["gathered"]
         assert score == [[5.0, third], [1.0, -1.0], [-1.0, -1.0]]
         assert mask == [[True, True], [True, False], [True, False]]
