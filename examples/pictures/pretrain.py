@@ -209,7 +209,8 @@ def main(
     card: dict[str, Any] = {
         "build": build,
         "command": f"python -m mteditflow_examples.pictures.pretrain {stage} --seed {seed} "
-        f"--steps {steps} --pairs {pairs} --rate {rate}",
+        f"--steps {steps} --pairs {pairs} --rate {rate}"
+        + (f" --start {start.name}" if start is not None else ""),
         "start": origin,
         "parameters": sum(w.numel() for w in pipeline.transformer.parameters() if w.requires_grad),
         "held-out single edits that succeed": success_by_type(conditioner, looked_at, seed=seed),
