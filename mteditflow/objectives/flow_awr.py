@@ -35,7 +35,7 @@ class FlowAWR(ForwardObjective):
     Args:
         temperature: gamma > 0 in units of the advantages given to ``units``; small is bold.
             ``None`` takes those as they are, such as linear ones.
-        loss: "displaced", the paper's regression, or "exact", importance-weighted flow matching,
+        form: "displaced", the paper's regression, or "exact", importance-weighted flow matching,
             whose minimum is the tilted policy itself; it needs a temperature.
 
     The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
@@ -65,17 +65,17 @@ class FlowAWR(ForwardObjective):
     temperature: float | None = 1.0
     """Temperature of the softmax over a group, in units of the advantage; small is bold. None:
     advantages are taken as they are."""
-    loss: Literal["displaced", "exact"] = "displaced"
+    form: Literal["displaced", "exact"] = "displaced"
     """displaced: the published regression; exact: importance-weighted flow matching."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("loss", self.loss, ("displaced", "exact"))
+        check_choice("form", self.form, ("displaced", "exact"))
         if self.temperature is not None:
             check_number("temperature", self.temperature, low=0.0, open_low=True)
-        elif self.loss == "exact":
+        elif self.form == "exact":
             raise ValueError(
-                "temperature: expected a number for loss 'exact', whose weight 1 + advantage must "
+                "temperature: expected a number for form 'exact', whose weight 1 + advantage must "
                 "not be negative, got None"
             )
 
@@ -111,7 +111,7 @@ class FlowAWR(ForwardObjective):
         with torch.no_grad():
             old_kl = velocity_kl(current, old, valid=exists)
         advantage = member_advantages(units, old_kl)  # in full precision, unlike some velocities
-        if self.loss == "exact":
+        if self.form == "exact":
             loss = exact_flow_awr_loss(current, target, advantage, valid=exists)
         else:
             loss = flow_awr_loss(current, old, target, advantage, valid=exists)

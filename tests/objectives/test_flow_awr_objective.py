@@ -48,9 +48,9 @@ def tilted(temperature):
 
 
 @pytest.mark.parametrize("coefficients", [{}, {"kl_coef": 0.3}])
-@pytest.mark.parametrize("loss", ["displaced", "exact"])
-def test_it_is_a_loop_over_units(loss, coefficients):
-    objective = FlowAWR(temperature=0.7, loss=loss, renoise=MIDDLE, **coefficients)
+@pytest.mark.parametrize("form", ["displaced", "exact"])
+def test_it_is_a_loop_over_units(form, coefficients):
+    objective = FlowAWR(temperature=0.7, form=form, renoise=MIDDLE, **coefficients)
     velocity, samples, units, output = run(objective)
     advantage = tilted(0.7)
     assert len(units) == units.count == 2 * len(advantage)
@@ -64,7 +64,7 @@ def test_it_is_a_loop_over_units(loss, coefficients):
             velocity.policies[name](x_t, sigma, at)[0].detach() for name in ("old", "reference")
         )
         a = advantage[int(at[0, 0]), int(at[0, 1])]
-        if loss == "displaced":
+        if form == "displaced":
             total = (v - (old + a * (target - old))).square().mean()
         else:
             total = (1 + a) * (v - target).square().mean()
@@ -102,9 +102,9 @@ def test_a_trajectorys_advantage_is_that_of_each_turn_among_the_chains_that_have
     assert torch.equal(units.advantage[:, 0], whole[rows[:, 0], rows[:, 1]])
 
 
-@pytest.mark.parametrize("loss", ["displaced", "exact"])
-def test_minibatches_and_rows_of_advantage_zero_stay(loss):
-    objective, samples = FlowAWR(loss=loss), clean_samples()
+@pytest.mark.parametrize("form", ["displaced", "exact"])
+def test_minibatches_and_rows_of_advantage_zero_stay(form):
+    objective, samples = FlowAWR(form=form), clean_samples()
     drawn = objective.units(samples, torch.zeros(8), key=key(), minibatches=2)
     assert sum(map(len, drawn)) == int(samples.turn_mask.sum())
     assert all(not units.advantage.any() for units in some(drawn))
@@ -118,9 +118,9 @@ def test_equal_rewards_give_no_gradient_on_policy():
     assert not gradients(output.loss.sum(), velocity.parameters()).any()
 
 
-@pytest.mark.parametrize("loss", ["displaced", "exact"])
-def test_policies_are_called_once_where_they_matter(loss):
-    objective = FlowAWR(loss=loss, renoise=MIDDLE)
+@pytest.mark.parametrize("form", ["displaced", "exact"])
+def test_policies_are_called_once_where_they_matter(form):
+    objective = FlowAWR(form=form, renoise=MIDDLE)
     velocity, _, _, output = run(objective)
     assert sorted(velocity.asked()) == ["current", "old"]
     output.loss.sum().backward()
@@ -136,16 +136,16 @@ class Half(Recorded):
         return super().__call__(policy, x_t, sigma, at).bfloat16()
 
 
-@pytest.mark.parametrize("loss", ["displaced", "exact"])
-def test_half_precision_velocities_keep_advantages_in_full(loss):
-    _, samples, units, output = run(FlowAWR(loss=loss, renoise=MIDDLE), velocity=Half())
+@pytest.mark.parametrize("form", ["displaced", "exact"])
+def test_half_precision_velocities_keep_advantages_in_full(form):
+    _, samples, units, output = run(FlowAWR(form=form, renoise=MIDDLE), velocity=Half())
     assert output.loss.dtype == torch.float32
 
     class Rounded(Recorded):
         def __call__(self, policy, x_t, sigma, at):
             return super().__call__(policy, x_t, sigma, at).bfloat16().float()
 
-    expected = FlowAWR(loss=loss, renoise=MIDDLE)(Rounded(), samples, units).loss
+    expected = FlowAWR(form=form, renoise=MIDDLE)(Rounded(), samples, units).loss
     torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -153,10 +153,10 @@ def test_half_precision_velocities_keep_advantages_in_full(loss):
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature: expected a finite number in (0, inf], got 0.0"),
-        ({"loss": "plain"}, "loss: expected one of ['displaced', 'exact'], got 'plain'"),
+        ({"form": "plain"}, "form: expected one of ['displaced', 'exact'], got 'plain'"),
         (
-            {"temperature": None, "loss": "exact"},
-            "temperature: expected a number for loss 'exact', whose weight 1 + advantage must not "
+            {"temperature": None, "form": "exact"},
+            "temperature: expected a number for form 'exact', whose weight 1 + advantage must not "
             "be negative, got None",
         ),
     ],
