@@ -351,6 +351,17 @@ def test_only_the_current_policy_gets_a_gradient(make):
     assert all(bool(p.grad.any()) for p in some(velocity.parameters()))
 
 
+@pytest.mark.parametrize("make", [NFT, lambda: NFT(loss="plain"), AWM, DPO])
+def test_velocities_of_half_precision_give_a_float32_loss(make):
+    class Half(Recorded):
+        def __call__(self, *given):
+            return super().__call__(*given).bfloat16()
+
+    _, _, _, output = run(make(), velocity=Half())
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite().all()
+
+
 def test_old_policy_follows_its_schedule():
     objective = NFT(old_slope=0.01, old_maximum=0.2)
     assert [objective.old_decay(k) for k in (0, 5, 90)] == pytest.approx([0.0, 0.05, 0.2])
