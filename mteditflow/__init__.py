@@ -35,6 +35,7 @@ from mteditflow.advantages.group import (
 from mteditflow.advantages.history import RewardHistory
 from mteditflow.advantages.pairs import Pairs, group_pairs
 from mteditflow.advantages.selection import GroupSelection, draw_probabilities, select_groups
+from mteditflow.advantages.softmax import softmax_advantage
 from mteditflow.advantages.turns import (
     PaddedTurns,
     binary_and,
@@ -89,6 +90,7 @@ from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.losses.distillation import distillation_loss, mt_opsd_loss, step_kl_weight
 from mteditflow.losses.dpo import dpo_loss
 from mteditflow.losses.dppo import divergence_gated_loss
+from mteditflow.losses.flow_awr import exact_flow_awr_loss, flow_awr_loss
 from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
 from mteditflow.losses.importance import truncated_importance_weight
 from mteditflow.losses.nft import (
@@ -166,7 +168,9 @@ __all__ = [
     "dpo_loss",
     "draw_probabilities",
     "ema_decay",
+    "exact_flow_awr_loss",
     "exponential_shift_sigmas",
+    "flow_awr_loss",
     "flow_matching_loss",
     "flux2_mu",
     "flux_mu",
@@ -205,6 +209,7 @@ __all__ = [
     "select_groups",
     "shift_sigmas",
     "sliding_window",
+    "softmax_advantage",
     "step_kl_weight",
     "stop_after_failure",
     "survival_curve",

@@ -69,18 +69,23 @@ def broadcast_rows(name: str, value: float | Numbers, x: Tensor) -> Tensor:
     return value.reshape(leading + (1,) * (x.ndim - len(leading)))
 
 
-def per_row(name: str, value: float | Numbers, x: Tensor, *, high: float = 1.0) -> Tensor:
-    """``broadcast_rows`` of a value in [0, high], in the dtype and on the device of ``x``.
+def per_row(
+    name: str, value: float | Numbers, x: Tensor, *, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """``broadcast_rows`` of a value in [low, high], in the dtype and on the device of ``x``.
 
-    ``x`` is at least float32 where this is called.
+    ``x`` is at least float32 where this is called. Without both bounds values are finite.
     """
     if isinstance(value, (int, float)):
-        check_number(name, value, low=0.0, high=high)
+        check_number(name, value, low=low, high=high)
         return broadcast_rows(name, value, x)
     value = as_real(name, value, like=x)
     rows = broadcast_rows(name, value, x)
-    interval = f"values in [0, {high:g}]" if high < math.inf else "values >= 0"
-    check_step_values(name, value, (value >= 0) & (value <= high), interval)
+    if low > -math.inf:
+        interval = f"values in [{low:g}, {high:g}]" if high < math.inf else f"values >= {low:g}"
+        check_step_values(name, value, (value >= low) & (value <= high), interval)
+    else:
+        check_step_values(name, value, value.isfinite() & (value <= high), "finite values")
     return rows.to(x)
 
 
@@ -89,6 +94,7 @@ def row_values(
     value: float | Numbers,
     x: Tensor,
     *,
+    low: float = 0.0,
     high: float = 1.0,
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -97,7 +103,7 @@ def row_values(
         value = as_real(name, value, like=x)
         if valid is not None and value.numel() == len(valid):
             value = torch.where(valid.reshape(value.shape), value, 0)
-    rows = per_row(name, value, x, high=high)
+    rows = per_row(name, value, x, low=low, high=high)
     if rows.numel() != len(rows):
         raise ValueError(
             f"{name}: expected one value per row, a number, [M] or [M, 1, ...] against "
@@ -228,6 +234,20 @@ def row_squared_error(valid: Numbers | None, /, **pair: Tensor) -> Tensor:
     check_rank(name, x, 2, "[M, ...]")
     left, right = promote(x, constant.detach())
     return row_mean_square(valid_rows(valid, left - right)).to(left.dtype)
+
+
+def row_displacements(
+    velocity: Tensor, old_velocity: Tensor, target: Tensor, valid: Numbers | None
+) -> tuple[Tensor, Tensor]:
+    """Checked and promoted: velocity minus old velocity, old velocity minus target, [M, ...].
+
+    Old velocity and target are constants; both differences are 0 in rows that are not ``valid``.
+    """
+    check_floating(velocity=velocity, old_velocity=old_velocity, target=target)
+    check_same_shape(velocity=velocity, old_velocity=old_velocity, target=target)
+    check_rank("velocity", velocity, 2, "[M, ...]")
+    v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
+    return valid_rows(valid, v - v_old), valid_rows(valid, v_old - v_target)
 
 
 def rows_mask(valid: Numbers | None, x: Tensor) -> Tensor | None:

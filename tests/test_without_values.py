@@ -72,6 +72,13 @@ CALLS = {
     "velocity_kl": (mt.velocity_kl, (x, y)),
     "velocity_norm_hinge": (mt.velocity_norm_hinge, (x, y)),
     "matching_log_prob": (mt.matching_log_prob, (x, y)),
+    "matching_log_prob, huber": (
+        lambda x, y, s: mt.matching_log_prob(x, y, weighting="huber", sigma=s), (x, y, high)
+    ),
+    "flow_awr_loss": (
+        lambda *args: mt.flow_awr_loss(*args[:-1], valid=args[-1]), (x, y, z, low, valid)
+    ),
+    "exact_flow_awr_loss": (mt.exact_flow_awr_loss, (x, y, low)),
     "distillation_loss": (mt.distillation_loss, (x, y)),
     "mt_opsd_loss": (
         lambda x, y, z, v: mt.mt_opsd_loss(x, y, z, v) + mt.mt_opsd_loss(x, y, z, ~v),
@@ -92,6 +99,11 @@ CALLS = {
     "group_advantage": (lambda r, g, v: mt.group_advantage(r, g, valid=v), (reward, group, kept)),
     "group_advantage, batch": (lambda r, g: mt.group_advantage(r, g, std="batch"), (reward, group)),
     "group_advantage, turns": (mt.group_advantage, (turns, group)),
+    "softmax_advantage": (mt.softmax_advantage, (turns, group)),
+    "softmax_advantage, gated": (
+        lambda r, g, v: mt.softmax_advantage(r, g, valid=v, temperature=0.5, gate_floor=0.01),
+        (reward, group, kept),
+    ),
     "group_std": (mt.group_std, (reward, group)),
     "fuse_advantages": (lambda r, g: mt.fuse_advantages(*weights(r), g), (reward, group)),
     "fuse_rewards": (lambda r, g: mt.fuse_rewards(*weights(r), g), (reward, group)),

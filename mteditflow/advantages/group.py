@@ -86,7 +86,7 @@ def group_advantage(
     """
     reward, group, valid = as_rewards(reward, group, valid)
     check_layout(reward, group)
-    return _normalize(reward, _group_index(group), valid, std, eps).to(reward)
+    return _normalize(reward, group_index(group), valid, std, eps).to(reward)
 
 
 def group_ids(groups: int, members: int, *, device: torch.device | str = "cpu") -> Tensor:
@@ -165,7 +165,7 @@ def fuse_advantages(
         tensor([-1.,  1.])
     """
     named, ids, counted = _check_named(rewards, weights, group, valid, measured)
-    index = _group_index(ids)
+    index = group_index(ids)
     advantages = {
         name: _normalize(reward, index, counted[name], std, eps) for name, reward in named.items()
     }
@@ -222,7 +222,7 @@ def fuse_rewards(
         tensor([-1.,  1.])
     """
     named, ids, counted = _check_named(rewards, weights, group, valid, measured)
-    index = _group_index(ids)
+    index = group_index(ids)
     used = [name for name in rewards if weights[name] != 0] or list(rewards)
     part = torch.stack([counted[name] for name in used]).any(dim=0)
     for name in used:
@@ -262,7 +262,7 @@ def group_measured(measured: Numbers, group: Numbers) -> Tensor:
     check_mask("measured", mask, mask.shape, "[B] or [B, N]")
     ids = as_ids(group, mask.device)
     check_group(ids, mask.shape)
-    return _in_group(mask, _group_index(ids))
+    return _in_group(mask, group_index(ids))
 
 
 def clamp_advantage(advantage: Numbers, *, limit: float = 5.0) -> Tensor:
@@ -347,7 +347,7 @@ def group_std(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) 
     """
     reward, group, valid = as_rewards(reward, group, valid)
     check_layout(reward, group)
-    value, index, valid = in_float64(reward.detach(), _group_index(group), valid)
+    value, index, valid = in_float64(reward.detach(), group_index(group), valid)
     value, unit = _in_range(value, index, valid)
     return (_root_mean_square(*_deviation(value, index, valid), index) / unit).to(reward)
 
@@ -371,7 +371,7 @@ def check_layout(reward: Tensor, group: Tensor) -> None:
     )
 
 
-def _group_index(group: Tensor) -> Tensor:
+def group_index(group: Tensor) -> Tensor:
     """Arbitrary ids -> ids in 0..B-1, without a data-dependent shape (so that it compiles)."""
     ids = group.long()  # uint64 above int64 wraps around, which keeps distinct ids distinct
     bounds = read(torch.stack(ids.aminmax()))
@@ -443,8 +443,8 @@ def _group_mean(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, T
     rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
     floor = torch.full_like(value, torch.inf).scatter_reduce(0, rows, value, "amin")
     floor = floor.index_select(0, index)
-    count = _group_sum(valid.to(value.dtype), index).clamp(min=1)
-    return floor, _group_sum(torch.where(valid, value - floor, 0), index) / count, count
+    count = group_sum(valid.to(value.dtype), index).clamp(min=1)
+    return floor, group_sum(torch.where(valid, value - floor, 0), index) / count, count
 
 
 def _filled(reward: Tensor, index: Tensor, counted: Tensor) -> Tensor:
@@ -456,14 +456,14 @@ def _filled(reward: Tensor, index: Tensor, counted: Tensor) -> Tensor:
 
 def _in_group(mask: Tensor, index: Tensor) -> Tensor:
     """Whether the mask holds for any member of each member's group."""
-    return _group_sum(mask.long(), index) > 0
+    return group_sum(mask.long(), index) > 0
 
 
 def _root_mean_square(deviation: Tensor, count: Tensor, index: Tensor) -> Tensor:
-    return (_group_sum(deviation.square(), index) / count).sqrt()
+    return (group_sum(deviation.square(), index) / count).sqrt()
 
 
-def _group_sum(x: Tensor, index: Tensor) -> Tensor:
+def group_sum(x: Tensor, index: Tensor) -> Tensor:
     """Sum over each member's group, given back to every member."""
     return torch.zeros_like(x).index_add(0, index, x).index_select(0, index)
 

@@ -16,22 +16,18 @@ from torch import Tensor
 from mteditflow._checks import (
     Numbers,
     as_real,
-    check_floating,
     check_full_precision,
     check_number,
-    check_rank,
-    check_same_shape,
 )
 from mteditflow._reduce import (
     full_precision,
     in_float64,
-    promote,
+    row_displacements,
     row_mean_absolute,
     row_mean_square,
     row_squared_error,
     row_values,
     rows_mask,
-    valid_rows,
 )
 
 
@@ -219,15 +215,11 @@ def _prepare(
 
     The first two are 0 in rows that are not valid.
     """
-    check_floating(velocity=velocity, old_velocity=old_velocity, target=target)
-    check_same_shape(velocity=velocity, old_velocity=old_velocity, target=target)
-    check_rank("velocity", velocity, 2, "[M, ...]")
+    moved, error = row_displacements(velocity, old_velocity, target, valid)
     check_number("nft_beta", nft_beta, low=0.0, open_low=True)
-    v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
-    moved, error = (valid_rows(valid, x) for x in (v - v_old, v_old - v_target))
-    r = full_precision("r", r, v)
-    weight = row_values("r", r, v, valid=rows_mask(valid, v)).detach()
-    return moved, error, weight.reshape(-1, *(1,) * (v.ndim - 1))
+    r = full_precision("r", r, moved)
+    weight = row_values("r", r, moved, valid=rows_mask(valid, moved)).detach()
+    return moved, error, weight.reshape(-1, *(1,) * (moved.ndim - 1))
 
 
 def _scale_free(error: Tensor, sigma: Tensor, floor: float) -> Tensor:

@@ -9,6 +9,7 @@ from mteditflow.objectives.base import BucketVelocity, Card, Objective, Output, 
 from mteditflow.objectives.distillation import Distillation
 from mteditflow.objectives.dpo import DPO
 from mteditflow.objectives.dppo import DPPO
+from mteditflow.objectives.flow_awr import FlowAWR
 from mteditflow.objectives.forward import ForwardObjective, Renoise
 from mteditflow.objectives.grpo import GRPO
 from mteditflow.objectives.guard import Guard
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dppo": DPPO,
     "nft": NFT,
     "awm": AWM,
+    "flow_awr": FlowAWR,
     "dpo": DPO,
     "distillation": Distillation,
     "mt_opsd": MTOPSD,
@@ -44,6 +46,7 @@ __all__ = [
     "Card",
     "CleanSamples",
     "Distillation",
+    "FlowAWR",
     "ForwardObjective",
     "Guard",
     "Objective",

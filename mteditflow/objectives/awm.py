@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mteditflow._checks import check_number
-from mteditflow.losses.awm import matching_log_prob
+from mteditflow._checks import check_choice, check_number
+from mteditflow.losses.awm import WEIGHTINGS, Weighting, matching_log_prob
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.losses.nft import velocity_kl
 from mteditflow.objectives.base import Card, Metrics, Output, Velocity
@@ -21,9 +21,16 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask
 class AWM(ForwardObjective):
     r"""Advantage-weighted matching: the clipped surrogate on matching losses in place of log-probs.
 
-    A row of advantage 0 is left out where no regularizer acts on it.
+    A row of advantage 0 is left out where no regularizer acts on it. The paper's pull to a moving
+    average of the policy, weight 1, is ``old_kl_coef``: the old policy IS that average, of the
+    decay min(0.001 per round, 0.3) with ``old_maximum=0.3``. It makes the loss bounded: on-policy
+    the curvature across the error is advantage + ``old_kl_coef`` (times 2 over the number of
+    elements), so advantages not below its negative leave no direction in which the loss falls
+    forever; with ``rewards.advantage_limit`` 1 in the trainer, weight 1 does that.
 
     Args:
+        weighting: what a matching loss counts as a function of it and the flow time; see
+            ``matching_log_prob``.
         clip_low: how far the ratio of matching losses may fall below 1, in [0, 1).
         clip_high: how far it may rise above 1, >= 0.
         old_kl_coef: weight of the velocity KL to the old policy, >= 0.
@@ -52,6 +59,8 @@ class AWM(ForwardObjective):
         passes="1 + 1 (0)",
     )
 
+    weighting: Weighting = "uniform"
+    """Weight of matching losses: by flow time (sigma, sigma_squared) and size (the hubers)."""
     clip_low: float = 1e-4
     """How far the ratio of matching losses may fall below 1."""
     clip_high: float = 1e-4
@@ -61,6 +70,7 @@ class AWM(ForwardObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("weighting", self.weighting, WEIGHTINGS)
         check_number("clip_low", self.clip_low, low=0.0, high=1.0, open_high=True)
         check_number("clip_high", self.clip_high, low=0.0)
         check_number("old_kl_coef", self.old_kl_coef, low=0.0)
@@ -76,8 +86,16 @@ class AWM(ForwardObjective):
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
         exists = member_mask(units, at.current)
-        log_prob = matching_log_prob(at.current, states.target, valid=exists)
-        old_log_prob = matching_log_prob(at.old, states.target, valid=exists)
+        log_prob, old_log_prob = (
+            matching_log_prob(
+                v,
+                states.target,
+                weighting=self.weighting,
+                sigma=None if self.weighting == "uniform" else states.sigma,
+                valid=exists,
+            )
+            for v in (at.current, at.old)
+        )
         loss = clipped_surrogate_loss(
             log_prob,
             old_log_prob,

@@ -174,7 +174,7 @@ def noise_seeds(samples: Samples, rows: Tensor, key: RoundKey, *, shared: bool) 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardObjective(Objective):
-    """Fields and units that NFT, AWM and DPO share."""
+    """Fields and units of every objective that re-noises clean latents."""
 
     samples_with = "old"
     members: ClassVar[int] = 1

@@ -90,7 +90,10 @@ class NFT(ForwardObjective):
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
         current, old, target = at.current, at.old, states.target
-        advantage, exists = member_advantages(units, current), member_mask(units, current)
+        exists = member_mask(units, current)
+        with torch.no_grad():
+            old_kl = velocity_kl(current, old, valid=exists)
+        advantage = member_advantages(units, old_kl)  # in full precision, unlike some velocities
         r = optimality_probability(advantage, advantage_max=self.advantage_max)
         if self.loss == "adaptive":
             loss = adaptive_nft_loss(
@@ -105,6 +108,4 @@ class NFT(ForwardObjective):
             )
         else:
             loss = nft_loss(current, old, target, r, nft_beta=self.nft_beta, valid=exists)
-        with torch.no_grad():
-            metrics = {"old_kl": velocity_kl(current, old, valid=exists)}
-        return self.output(units, loss, at, metrics)
+        return self.output(units, loss, at, {"old_kl": old_kl})

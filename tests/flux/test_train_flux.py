@@ -54,6 +54,7 @@ ALL = {  # objective: a preset's, and options under which every term of its loss
         *("nft", *CLIP, "--objective.old-kl-coef", 0.1),
         *("--objective.norm-coef", 0.1),
     ),
+    "flow_awr": ("nft", "--objective.temperature", 0.5, "--objective.kl-coef", 0.1),
     "dpo": (
         *("nft", "--objective.dpo-beta", 10, "--objective.kl-coef", 0.1),
         *("--objective.renoise.levels", 2),

@@ -14,6 +14,7 @@ from mteditflow import (
     matching_log_prob,
     nft_loss,
     optimality_probability,
+    velocity_kl,
     velocity_target,
 )
 
@@ -150,3 +151,103 @@ def test_compiled_equals_eager():
         (gradient,) = torch.autograd.grad(loss.sum(), velocity)
         results.append((loss.detach(), gradient))
     torch.testing.assert_close(results[0], results[1])
+
+
+# weightings, and the pull to an average
+
+
+def weight_by_hand(weighting, loss, sigma):
+    """W(l) of one row in the words of the formulas."""
+    eps = 1e-10
+    return {
+        "sigma": sigma * loss,
+        "sigma_squared": sigma**2 * loss,
+        "huber": sigma * (math.sqrt(loss + eps) - math.sqrt(eps)),
+        "general_huber": sigma / 0.25 * ((loss + eps) ** 0.25 - eps**0.25),
+    }[weighting]
+
+
+WEIGHTED = ["sigma", "sigma_squared", "huber", "general_huber"]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTED)
+def test_weightings_equal_the_loop_and_scale_the_gradient_of_matching(weighting):
+    velocity, _, target, _ = case()
+    sigma = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    loss = -matching_log_prob(velocity, target)
+    found = matching_log_prob(velocity, target, weighting=weighting, sigma=sigma)
+    both = list(zip(loss.tolist(), sigma.tolist(), strict=True))
+    assert found.tolist() == pytest.approx([-weight_by_hand(weighting, *row) for row in both])
+    (gradient,) = torch.autograd.grad(found.sum(), velocity)
+    (plain,) = torch.autograd.grad(loss.sum(), velocity)
+    slopes = [
+        (weight_by_hand(weighting, x + 1e-6, s) - weight_by_hand(weighting, x - 1e-6, s)) / 2e-6
+        for x, s in both
+    ]
+    slope = torch.tensor(slopes, dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(gradient, -slope * plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTED)
+def test_a_perfect_match_is_exactly_zero_with_gradient_zero(weighting):
+    velocity = torch.ones(2, 3, requires_grad=True)
+    found = matching_log_prob(velocity, torch.ones(2, 3), weighting=weighting, sigma=0.7)
+    found.sum().backward()
+    assert found.tolist() == [0.0, 0.0]
+    assert not velocity.grad.any()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTED)
+def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_weight(weighting):
+    velocity, _, target, advantage = case()
+    options = {"weighting": weighting, "sigma": torch.linspace(0.1, 0.9, 5, dtype=torch.float64)}
+    log_prob = matching_log_prob(velocity, target, **options)
+    (expected,) = torch.autograd.grad(-(advantage * log_prob).sum(), velocity, retain_graph=True)
+    loss = clipped_surrogate_loss(log_prob, log_prob.detach(), advantage, **CLIP)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), velocity)[0], expected)
+    better = velocity - 1e-3 * expected  # a step raises the log-prob of good samples alone
+    after = matching_log_prob(better, target, **options)
+    assert torch.equal(after > log_prob, advantage > 0)
+
+
+def test_weightings_refuse_what_they_cannot_use_and_ignore_masked_rows():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"^sigma: expected None for weighting 'uniform'"):
+        matching_log_prob(x, x, sigma=0.5)
+    with pytest.raises(ValueError, match=r"^sigma: expected flow times for weighting 'sigma', got"):
+        matching_log_prob(x, x, weighting="sigma")
+    with pytest.raises(ValueError, match=r"^weighting: expected one of \['uniform', 'sigma', "):
+        matching_log_prob(x, x, weighting="l1", sigma=0.5)
+    with pytest.raises(ValueError, match=r"^sigma: expected values in \[0, 1\], got 2.0"):
+        matching_log_prob(x, x, weighting="huber", sigma=torch.tensor([0.5, 2.0]))
+    sigma, valid = torch.tensor([0.5, torch.nan]), torch.tensor([True, False])
+    found = matching_log_prob(x + 2, x, weighting="sigma", sigma=sigma, valid=valid)
+    assert found.tolist() == pytest.approx([-2.0, 0.0])
+
+
+@pytest.mark.parametrize("advantage", [-1.5, -1.0, -0.25, 0.0, 1.0])
+def test_with_the_pull_to_the_average_the_curvature_is_the_advantage_plus_its_weight(advantage):
+    """Across the error, 2 (A + beta) over the elements: >= 0 if and only if A >= -beta.
+
+    Along the error the ratio adds -4 A mean(e^2)^2, by which it bends toward its bound.
+    """
+    beta, (velocity, _, target, _) = 1.0, case((1, 4))
+    average, error = velocity.detach(), (target - velocity).detach()
+    across = torch.randn(1, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    across = across - (across * error).sum() / error.square().sum() * error
+
+    def curvature(direction):
+        log_prob = matching_log_prob(velocity, target)
+        old = log_prob.detach()
+        loss = clipped_surrogate_loss(log_prob, old, advantage, clip_low=0.9, clip_high=9.0)
+        total = (loss + beta * velocity_kl(velocity, average)).sum()
+        (gradient,) = torch.autograd.grad(total, velocity, create_graph=True)
+        (twice,) = torch.autograd.grad((gradient * direction).sum(), velocity)
+        return float((twice * direction).sum())
+
+    size = float(across.square().mean())
+    assert curvature(across) == pytest.approx(2 * (advantage + beta) * size, abs=1e-12)
+    assert (curvature(across) >= -1e-12) == (advantage >= -beta)
+    size = float(error.square().mean())
+    along = 2 * (advantage + beta) * size - 4 * advantage * size**2
+    assert curvature(error) == pytest.approx(along)

@@ -51,7 +51,10 @@ LOSSES = {
     ),
     "velocity_kl": (mt.velocity_kl, (latent(0), latent(1))),
     "matching_log_prob": (mt.matching_log_prob, (latent(0), latent(1))),
+    "flow_awr_loss": (mt.flow_awr_loss, (latent(0), latent(1), latent(2), number(3))),
+    "exact_flow_awr_loss": (mt.exact_flow_awr_loss, (latent(0), latent(1), number(2))),
     "distillation_loss": (mt.distillation_loss, (latent(0), latent(1))),
+    "mt_opsd_loss": (mt.mt_opsd_loss, (latent(0), latent(1), latent(2), number(3) > 0.5)),
     "velocity_norm_hinge": (mt.velocity_norm_hinge, (3 * latent(0), latent(1))),
     "flow_matching_loss": (mt.flow_matching_loss, (latent(0), latent(1), latent(2))),
     "gaussian_log_prob": (

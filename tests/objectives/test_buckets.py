@@ -19,6 +19,7 @@ from mteditflow.objectives import (
     BucketVelocity,
     CleanSamples,
     Distillation,
+    FlowAWR,
     ForwardObjective,
     Guard,
     Renoise,
@@ -33,7 +34,8 @@ REPLAYS = {"stochastic_steps": 3, "noise_level": 0.7, "share": 0.5, "kl_coef": 0
 ALL = [
     NFT(renoise=Renoise(levels=4), kl_coef=0.1, norm_coef=0.1),
     NFT(renoise=Renoise(distribution="grid", levels=2, stratified=True, shared=True), loss="plain"),
-    AWM(old_kl_coef=0.1),
+    AWM(old_kl_coef=0.1, weighting="huber"),
+    FlowAWR(temperature=0.5),
     DPO(dpo_beta=2.0),
     GRPO(**REPLAYS, importance_cap=2.0),
     Guard(**REPLAYS),

@@ -115,6 +115,25 @@ def test_awm_is_a_loop_over_units(coefficients):
     assert sides == {-1, 0, 1}
 
 
+@pytest.mark.parametrize("weighting", ["sigma", "sigma_squared", "huber", "general_huber"])
+def test_awm_weighs_matching_losses_at_the_rows_own_flow_times(weighting):
+    objective = AWM(clip_low=0.9, clip_high=9.0, weighting=weighting, renoise=MIDDLE)
+    velocity, samples, units, output = run(objective)
+    for unit in some(range(len(units))):
+        at, target, sigma = member(velocity, samples, units, unit)
+        loss = {name: (at[name] - target).square().mean() for name in ("current", "old")}
+        weight = {
+            "sigma": lambda x, s: s * x,
+            "sigma_squared": lambda x, s: s**2 * x,
+            "huber": lambda x, s: s * ((x + 1e-10).sqrt() - 1e-5),
+            "general_huber": lambda x, s: 4 * s * ((x + 1e-10) ** 0.25 - 1e-10**0.25),
+        }[weighting]
+        s = sigma[0].double()
+        ratio = (weight(loss["old"], s) - weight(loss["current"], s)).exp()
+        expected = -ratio * units.advantage[unit, 0]
+        torch.testing.assert_close(output.loss[unit], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 def test_dpo_is_a_loop_over_pairs(coefficients):
     objective = DPO(dpo_beta=3.0, renoise=MIDDLE, **coefficients)
@@ -332,6 +351,17 @@ def test_only_the_current_policy_gets_a_gradient(make):
     assert all(bool(p.grad.any()) for p in some(velocity.parameters()))
 
 
+@pytest.mark.parametrize("make", [NFT, lambda: NFT(loss="plain"), AWM, DPO])
+def test_velocities_of_half_precision_give_a_float32_loss(make):
+    class Half(Recorded):
+        def __call__(self, *given):
+            return super().__call__(*given).bfloat16()
+
+    _, _, _, output = run(make(), velocity=Half())
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite().all()
+
+
 def test_old_policy_follows_its_schedule():
     objective = NFT(old_slope=0.01, old_maximum=0.2)
     assert [objective.old_decay(k) for k in (0, 5, 90)] == pytest.approx([0.0, 0.05, 0.2])
@@ -349,6 +379,7 @@ def test_old_policy_follows_its_schedule():
         (lambda: NFT(kl_coef=-1.0), "kl_coef: expected a finite number in [0, inf], got -1.0"),
         (lambda: DPO(norm_coef=-1.0), "norm_coef: expected a finite number in [0, inf]"),
         (lambda: AWM(old_kl_coef=-1.0), "old_kl_coef: expected a finite number in [0, inf]"),
+        (lambda: AWM(weighting="l1"), "weighting: expected one of ['uniform', 'sigma', 'sigma_"),
         (lambda: AWM(clip_low=1.0), "clip_low: expected a finite number in [0, 1), got 1.0"),
         (lambda: AWM(clip_high=-0.1), "clip_high: expected a finite number in [0, inf]"),
         (lambda: DPO(dpo_beta=0.0), "dpo_beta: expected a finite number in (0, inf], got 0.0"),

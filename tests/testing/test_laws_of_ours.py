@@ -129,6 +129,13 @@ OURS = [
         WHOLE,
         (),
     ),
+    (
+        "softmax_advantage",
+        ADVANTAGE,
+        advantage(mt.softmax_advantage, std="batch"),
+        WHOLE,
+        ("size", "large-groups"),  # differences are not those of rewards: exponentials
+    ),
     ("turn_advantage", ADVANTAGE, advantage(trajectory_advantage), WHOLE, ()),
     ("binary_and", AGGREGATOR, Aggregator(mt.binary_and), WHOLE, ()),
     ("binary_average", AGGREGATOR, Aggregator(mt.binary_average), WHOLE, ()),
@@ -178,6 +185,35 @@ OURS = [
     ),
     ("velocity_kl", LOSS, loss(mt.velocity_kl, VELOCITIES, valid="valid"), DEAR, ()),
     ("matching_log_prob", LOSS, loss(mt.matching_log_prob, MATCHING, valid="valid"), DEAR, ()),
+    (
+        "matching_log_prob, huber",
+        LOSS,
+        loss(
+            partial(mt.matching_log_prob, weighting="huber"),
+            {**MATCHING, "sigma": "sigma"},
+            valid="valid",
+        ),
+        DEAR,
+        ("second-derivatives",),  # near 0 they change within a step of finite differences
+    ),
+    (
+        "flow_awr_loss",
+        LOSS,
+        loss(
+            mt.flow_awr_loss,
+            {**MATCHING, "old_velocity": "latent", "advantage": "number"},
+            valid="valid",
+        ),
+        DEAR,
+        (),
+    ),
+    (
+        "exact_flow_awr_loss",
+        LOSS,
+        loss(mt.exact_flow_awr_loss, {**MATCHING, "advantage": "share"}, valid="valid"),
+        DEAR,
+        (),
+    ),
     (
         "distillation_loss",
         LOSS,

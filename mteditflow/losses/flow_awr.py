@@ -1,0 +1,137 @@
+r"""FlowAWR: regression to the old policy's velocity, displaced by the exponential advantage.
+
+With the old policy's error :math:`e = v - v_{old}` and ``softmax_advantage`` A, the density ratio
+of the reward-tilted policy to the old one is 1 + A on a sample, and its mean over the samples that
+could have led to :math:`x_t` is :math:`\alpha(x_t)`, the same ratio of noisy marginals. The exact
+velocity of the tilted policy is
+
+.. math:: v_{opt} - v_{old} = E[A\,e \mid x_t] / \alpha(x_t)
+
+``flow_awr_loss`` is minimal at :math:`v_{old} + E[A\,e \mid x_t]`: its direction is exact, its
+length is off by :math:`\alpha`, which is 1 in the mean over the old policy's states and tends to 1
+at pure noise and for high temperatures. ``exact_flow_awr_loss`` is minimal at :math:`v_{opt}`.
+
+Shapes: ``M`` rows (trajectory, turn, flow time), any latent axes behind.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import Numbers, check_floating, check_rank, check_same_shape
+from mteditflow._reduce import (
+    full_precision,
+    promote,
+    row_displacements,
+    row_mean_square,
+    row_values,
+    rows_mask,
+    valid_rows,
+)
+
+
+def flow_awr_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    advantage: float | Numbers,
+    *,
+    valid: Numbers | None = None,
+) -> Tensor:
+    r"""Displaced regression, :math:`\mathrm{mean}(v_\theta - v_{old} - A\,(v - v_{old}))^2`.
+
+    No log-prob, no step of an SDE, no negative branch: an advantage of 1 regresses to the sample's
+    own velocity, one of -1 to its mirror image :math:`2v_{old} - v`, and one of 0 to the old
+    policy. At ``velocity == old_velocity`` the gradient is :math:`-2A\,(v - v_{old})` over the
+    number of elements; the curvature is 2 over that number for every advantage. With
+    ``nft_beta=1`` and r = (1 + A)/2, ``nft_loss`` is this plus a constant.
+
+    Args:
+        velocity: of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: of the old policy at the same point; where the policy IS the old one,
+            ``velocity.detach()`` saves a forward pass. Treated as a constant.
+        target: ``velocity_target(clean, noise)``. Treated as a constant.
+        advantage: of each row: a number, [M] or [M, 1, ...], such as of ``softmax_advantage``;
+            any finite number will do. Treated as a constant.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. A row
+            that must not teach needs it: at A = 0 it would still pull to the old policy.
+
+    Returns:
+        [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
+        ``velocity`` alone.
+
+    Raises:
+        ValueError: shapes differ, an advantage is not finite.
+        TypeError: a tensor is not floating point, the advantage is half precision, or the mask is
+            not boolean.
+
+    Source: FlowAWR (arXiv 2606.30376). The displaced target is the paper's idea; its exact form,
+    without weights of flow times, is known from public code.
+
+    Example:
+        >>> old, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
+        >>> velocity = old.clone().requires_grad_()
+        >>> loss = flow_awr_loss(velocity, old, target, torch.tensor([0.5]))
+        >>> loss.sum().backward()
+        >>> loss.detach(), velocity.grad
+        (tensor([1.2500]), tensor([[0.5000, 1.5000]]))
+    """
+    moved, error = row_displacements(velocity, old_velocity, target, valid)
+    advantage = _row_advantage(advantage, moved, -math.inf, valid)
+    return row_mean_square(torch.addcmul(moved, advantage, error)).to(moved.dtype)
+
+
+def exact_flow_awr_loss(
+    velocity: Tensor,
+    target: Tensor,
+    advantage: float | Numbers,
+    *,
+    valid: Numbers | None = None,
+) -> Tensor:
+    r"""Importance-weighted flow matching, :math:`(1 + A)\,\mathrm{mean}(v_\theta - v)^2`.
+
+    Minimal at the exact velocity of the reward-tilted policy. On-policy its expected gradient is
+    that of ``flow_awr_loss``: the 1 in the weight averages to nothing at the old policy's optimum,
+    and adds variance. The curvature is 2(1 + A) over the number of elements, so that a sample of
+    advantage -1 is left out where ``flow_awr_loss`` pushes away from it.
+
+    Args:
+        velocity: of the policy being trained at the re-noised latent, [M, ...].
+        target: ``velocity_target(clean, noise)``. Treated as a constant.
+        advantage: of each row, >= -1: a number, [M] or [M, 1, ...], as of ``softmax_advantage``
+            without a gate. Treated as a constant.
+        valid: as in ``flow_awr_loss``.
+
+    Returns:
+        [M], >= 0, float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone.
+
+    Raises:
+        ValueError: shapes differ, an advantage is below -1 (the loss would have no minimum).
+        TypeError: as in ``flow_awr_loss``.
+
+    Source: this library's, from the reward-tilted policy of FlowAWR (arXiv 2606.30376).
+
+    Example:
+        >>> velocity = torch.tensor([[1.0, 3.0], [1.0, 3.0]])
+        >>> exact_flow_awr_loss(velocity, torch.zeros(2, 2), torch.tensor([0.5, -1.0]))
+        tensor([7.5000, 0.0000])
+    """
+    check_floating(velocity=velocity, target=target)
+    check_same_shape(velocity=velocity, target=target)
+    check_rank("velocity", velocity, 2, "[M, ...]")
+    v, v_target = promote(velocity, target.detach())
+    error = valid_rows(valid, v - v_target)
+    weight = 1 + _row_advantage(advantage, error, -1.0, valid).flatten()
+    return (weight * row_mean_square(error)).to(error.dtype)
+
+
+def _row_advantage(
+    advantage: float | Numbers, x: Tensor, low: float, valid: Numbers | None
+) -> Tensor:
+    """Advantages of the rows of ``x``, checked and detached, [M, 1, ...] or [1, 1, ...]."""
+    own = full_precision("advantage", advantage, x)
+    rows = row_values("advantage", own, x, low=low, high=math.inf, valid=rows_mask(valid, x))
+    return rows.detach().reshape(-1, *(1,) * (x.ndim - 1))
