@@ -86,6 +86,7 @@ from mteditflow.flow.solvers import (
 from mteditflow.flow.trajectory import Steps, Trajectory
 from mteditflow.losses.awm import matching_log_prob
 from mteditflow.losses.clipped import clipped_surrogate_loss
+from mteditflow.losses.dgpo import dgpo_loss
 from mteditflow.losses.distillation import distillation_loss, mt_opsd_loss, step_kl_weight
 from mteditflow.losses.dpo import dpo_loss
 from mteditflow.losses.dppo import divergence_gated_loss
@@ -161,6 +162,7 @@ __all__ = [
     "constrained_weights",
     "content_consistency",
     "cps_surrogate",
+    "dgpo_loss",
     "distillation_loss",
     "divergence_gated_loss",
     "dpo_loss",

@@ -134,6 +134,7 @@ CALLS = {
     "dpo": lambda: mt.dpo_loss(
         x, y, z, group_of_rows, 1 - group_of_rows, dpo_beta=2.0, valid=group_of_rows > 0
     ),
+    "dgpo": lambda: mt.dgpo_loss(x, y, z, reward, group, dgpo_beta=2.0, valid=valid),
     "norm hinge": lambda: mt.velocity_norm_hinge(x, y),
     "collapse rate": lambda: mt.collapse_rate(success, valid=turn_mask),
     "survival": lambda: mt.survival_curve(success, valid=turn_mask).low,

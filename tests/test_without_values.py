@@ -72,6 +72,10 @@ CALLS = {
     "velocity_kl": (mt.velocity_kl, (x, y)),
     "velocity_norm_hinge": (mt.velocity_norm_hinge, (x, y)),
     "matching_log_prob": (mt.matching_log_prob, (x, y)),
+    "dgpo_loss": (
+        lambda *args: mt.dgpo_loss(*args[:-1], dgpo_beta=2.0, valid=args[-1]),
+        (x, y, z, advantage, group[:, :M], valid),
+    ),
     "distillation_loss": (mt.distillation_loss, (x, y)),
     "mt_opsd_loss": (
         lambda x, y, z, v: mt.mt_opsd_loss(x, y, z, v) + mt.mt_opsd_loss(x, y, z, ~v),

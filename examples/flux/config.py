@@ -191,10 +191,10 @@ class Sampling:
     """Trajectories sampled at once on a rank; results do not depend on it, up to rounding."""
     model: str | None = None
     """Hub id or folder of a distilled sibling that samples in place of the model in training, with
-    a copy of its adapters; nft, awm and dpo alone. None: the model itself."""
+    a copy of its adapters; objectives that re-noise latents alone. None: the model itself."""
     lora: Path | None = None
     """LoRA for few steps, a folder or file in diffusers' format, that is active while sampling and
-    never trained or saved; nft, awm and dpo alone. None: there is none."""
+    never trained or saved; objectives that re-noise latents alone. None: there is none."""
     guidance: NonNegative | None = None
     """Scale of guidance while sampling.model or sampling.lora samples, at which the model is then
     trained, too; 1 trains it without classifier-free guidance. None: model.guidance."""

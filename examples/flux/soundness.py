@@ -52,7 +52,7 @@ def _unsound(config: Config) -> Iterator[str]:
     if config.sampling.few_steps and not isinstance(objective, ForwardObjective):
         yield (
             f"{config.sampling.few_steps}: expected None for {name}, which trains on the steps of "
-            "the model that sampled; nft, awm and dpo need none of them"
+            "the model that sampled; objectives that re-noise latents, such as nft, do not"
         )
     if data.fit == "buckets" and isinstance(config, DistillationConfig):
         yield "data.fit: expected square for distillation, got buckets"

@@ -6,10 +6,12 @@ of are importable beside them from ``mteditflow``. See ``mteditflow.objectives.b
 
 from mteditflow.objectives.awm import AWM
 from mteditflow.objectives.base import BucketVelocity, Card, Objective, Output, Sampling, Velocity
+from mteditflow.objectives.dgpo import DGPO
 from mteditflow.objectives.distillation import Distillation
 from mteditflow.objectives.dpo import DPO
 from mteditflow.objectives.dppo import DPPO
 from mteditflow.objectives.forward import ForwardObjective, Renoise
+from mteditflow.objectives.grouped import GroupObjective
 from mteditflow.objectives.grpo import GRPO
 from mteditflow.objectives.guard import Guard
 from mteditflow.objectives.keys import RoundKey, keyed_generator
@@ -27,12 +29,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "nft": NFT,
     "awm": AWM,
     "dpo": DPO,
+    "dgpo": DGPO,
     "distillation": Distillation,
     "mt_opsd": MTOPSD,
 }
 
 __all__ = [
     "AWM",
+    "DGPO",
     "DPO",
     "DPPO",
     "GRPO",
@@ -45,6 +49,7 @@ __all__ = [
     "CleanSamples",
     "Distillation",
     "ForwardObjective",
+    "GroupObjective",
     "Guard",
     "Objective",
     "Output",

@@ -165,7 +165,8 @@ def test_another_objective_of_the_kind_takes_the_fields_that_both_have():
     [
         (
             ["shapes-nft", "objective:guard"],
-            "objective: expected one of ['nft', 'awm', 'dpo'] over this preset, got 'guard'",
+            "objective: expected one of ['nft', 'awm', 'dpo', 'dgpo'] over this preset, "
+            "got 'guard'",
         ),
         (
             ["shapes-grpo", "objective:nft"],
@@ -173,7 +174,8 @@ def test_another_objective_of_the_kind_takes_the_fields_that_both_have():
         ),
         (
             ["shapes-nft", "objective:distillation"],
-            "objective: expected one of ['nft', 'awm', 'dpo'] over this preset, got 'distillation'",
+            "objective: expected one of ['nft', 'awm', 'dpo', 'dgpo'] over this preset, "
+            "got 'distillation'",
         ),
         (
             ["shapes-nft", "objective:awm", "objective:dpo"],
@@ -265,8 +267,8 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
         (
             {"objective": "ppo"},
-            "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo'], "
-            "got 'ppo'",
+            "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo', "
+            "'dgpo'], got 'ppo'",
         ),
         (
             {"objective": {"name": "nft", "nft_beta": 0.0}},
