@@ -26,6 +26,7 @@ from mteditflow import trajectory_generators
 from mteditflow.evaluation.seeds import SeedInterval, mean_interval
 from mteditflow.objectives import (
     AWM,
+    CRD,
     DGPO,
     DPO,
     DPPO,
@@ -57,6 +58,7 @@ OBJECTIVES: dict[str, Objective] = {
     "AWM": AWM(renoise=Renoise(levels=4)),
     "DPO": DPO(renoise=Renoise(levels=4)),
     "DGPO": DGPO(renoise=Renoise(levels=4)),
+    "CRD": CRD(renoise=Renoise(levels=4)),
     "GRPO": GRPO(stochastic_steps=2),
     "Guard": Guard(stochastic_steps=2),
     "DPPO": DPPO(stochastic_steps=2),

@@ -6,6 +6,7 @@ of are importable beside them from ``mteditflow``. See ``mteditflow.objectives.b
 
 from mteditflow.objectives.awm import AWM
 from mteditflow.objectives.base import BucketVelocity, Card, Objective, Output, Sampling, Velocity
+from mteditflow.objectives.crd import CRD
 from mteditflow.objectives.dgpo import DGPO
 from mteditflow.objectives.distillation import Distillation
 from mteditflow.objectives.dpo import DPO
@@ -30,12 +31,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "awm": AWM,
     "dpo": DPO,
     "dgpo": DGPO,
+    "crd": CRD,
     "distillation": Distillation,
     "mt_opsd": MTOPSD,
 }
 
 __all__ = [
     "AWM",
+    "CRD",
     "DGPO",
     "DPO",
     "DPPO",

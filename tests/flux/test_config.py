@@ -165,7 +165,7 @@ def test_another_objective_of_the_kind_takes_the_fields_that_both_have():
     [
         (
             ["shapes-nft", "objective:guard"],
-            "objective: expected one of ['nft', 'awm', 'dpo', 'dgpo'] over this preset, "
+            "objective: expected one of ['nft', 'awm', 'dpo', 'dgpo', 'crd'] over this preset, "
             "got 'guard'",
         ),
         (
@@ -174,7 +174,7 @@ def test_another_objective_of_the_kind_takes_the_fields_that_both_have():
         ),
         (
             ["shapes-nft", "objective:distillation"],
-            "objective: expected one of ['nft', 'awm', 'dpo', 'dgpo'] over this preset, "
+            "objective: expected one of ['nft', 'awm', 'dpo', 'dgpo', 'crd'] over this preset, "
             "got 'distillation'",
         ),
         (
@@ -268,7 +268,7 @@ def test_distillation_leaves_the_objective_of_a_preset():
         (
             {"objective": "ppo"},
             "objective.name: expected one of ['grpo', 'guard', 'dppo', 'nft', 'awm', 'dpo', "
-            "'dgpo'], got 'ppo'",
+            "'dgpo', 'crd'], got 'ppo'",
         ),
         (
             {"objective": {"name": "nft", "nft_beta": 0.0}},

@@ -59,6 +59,10 @@ LOSSES = {
     ),
     "velocity_kl": (mt.velocity_kl, (latent(0), latent(1))),
     "matching_log_prob": (mt.matching_log_prob, (latent(0), latent(1))),
+    "crd_loss": (
+        in_one_group(mt.crd_loss),
+        (latent(0), latent(1), latent(2), number(3) - 0.5),
+    ),
     "dgpo_loss": (
         in_one_group(mt.dgpo_loss, dgpo_beta=2.0),
         (latent(0), latent(1), latent(2), number(3) - 0.5),

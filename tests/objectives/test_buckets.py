@@ -9,6 +9,7 @@ from objective_worlds import Recorded, gradients, recorded_trajectory, validity
 from mteditflow import Trajectory, group_advantage
 from mteditflow.objectives import (
     AWM,
+    CRD,
     DGPO,
     DPO,
     DPPO,
@@ -36,6 +37,7 @@ ALL = [
     NFT(renoise=Renoise(distribution="grid", levels=2, stratified=True, shared=True), loss="plain"),
     AWM(old_kl_coef=0.1),
     DPO(dpo_beta=2.0),
+    CRD(kl_coef=0.1, kl_floor=0.01),
     DGPO(dgpo_beta=2.0, ratio_clip=0.5, kl_coef=0.1, norm_coef=0.1),
     GRPO(**REPLAYS, importance_cap=2.0),
     Guard(**REPLAYS),

@@ -1,4 +1,4 @@
-"""DGPO: groups as units, against loops over groups, by hand, and where it asks which policy."""
+"""DGPO and CRD: groups as units, against loops over groups, beside DPO, and the policies called."""
 
 import re
 from dataclasses import replace
@@ -16,7 +16,7 @@ from objective_worlds import (
     validity,
 )
 
-from mteditflow.objectives import DGPO, DPO, CleanSamples, Renoise, RoundKey
+from mteditflow.objectives import CRD, DGPO, DPO, CleanSamples, Renoise, RoundKey
 from tests.loops import some
 
 MIDDLE = Renoise(distribution="logit_normal", std=0.5, levels=2)  # no flow time near 0
@@ -46,11 +46,13 @@ def mean(terms):
     return torch.stack(list(terms)).mean()
 
 
-def regularized(objective, group, loss):
+def regularized(objective, group, loss, share=lambda _: 1.0):
     """Loss and metrics with KL and norm hinge, averaged over the members."""
     terms = {}
     if objective.kl_coef > 0:
-        terms["kl"] = mean((v["current"] - v["reference"]).square().mean() for _, v, _ in group)
+        terms["kl"] = mean(
+            share(a) * (v["current"] - v["reference"]).square().mean() for a, v, _ in group
+        )
         loss = loss + objective.kl_coef * terms["kl"]
     if objective.norm_coef > 0:
         sizes = [
@@ -86,6 +88,36 @@ def test_dgpo_is_a_loop_over_groups(coefficients, more):
     assert_equals_loop(output, units, velocity, loop)
     assert 0 < float(output.metrics["preferred"].mean()) < 1
     assert not units.mask.all()  # groups of several sizes
+
+
+@pytest.mark.parametrize("coefficients", [*COEFFICIENTS, {"kl_coef": 0.3, "kl_floor": 0.05}])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_crd_is_a_loop_over_groups(coefficients, adaptive):
+    objective = CRD(
+        crd_beta=2.0, advantage_max=1.5, adaptive=adaptive, renoise=MIDDLE, **coefficients
+    )
+    velocity, units, output = run(objective)
+
+    def share(a):
+        good = 0.5 + min(max(a / 1.5, -1.0), 1.0) / 2
+        return (0.05 + good * 0.25) / 0.3 if objective.kl_floor else 1.0
+
+    def loop(unit):
+        group = members(velocity, units, unit)
+        implicit, wanted = [], []
+        for a, v, target in group:
+            new, old = (v[p] - target for p in ("current", "old"))
+            sizes = [x.detach().abs().mean() if adaptive else 1.0 for x in (new, old)]
+            implicit.append(old.square().mean() / sizes[1] - new.square().mean() / sizes[0])
+            wanted.append(min(max(a / 1.5, -1.0), 1.0) / 2)
+        q_mean, a_mean = mean(implicit).detach(), sum(wanted) / len(wanted)
+        pairs = zip(implicit, wanted, strict=True)
+        policy_loss = mean((2 * (q - q_mean) - (a - a_mean)) ** 2 * 1.5 / 2 for q, a in pairs)
+        old_kl = mean((v["current"] - v["old"]).square().mean() for _, v, _ in group)
+        loss, terms = regularized(objective, group, policy_loss, share)
+        return loss, {"policy_loss": policy_loss, "old_kl": old_kl, **terms}
+
+    assert_equals_loop(output, units, velocity, loop)
 
 
 # units
@@ -124,9 +156,16 @@ def test_groups_without_an_advantage_are_left_out_where_they_cannot_matter(coeff
     assert len(output.loss) == len(units)
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize(
+    "objective",
+    [
+        DGPO(dgpo_beta=3.0, renoise=MIDDLE, kl_coef=0.3, norm_coef=0.7),
+        CRD(renoise=MIDDLE, kl_coef=0.3, kl_floor=0.1, norm_coef=0.7),
+    ],
+    ids=lambda o: type(o).__name__,
+)
+def test_padding_changes_nothing(objective):
     """A group alone, beside a larger one, and in any micro-batch."""
-    objective = DGPO(dgpo_beta=3.0, renoise=MIDDLE, kl_coef=0.3, norm_coef=0.7)
     velocity, units, output = run(objective)
     small = units[units.mask.sum(dim=1) == 2]
     narrow = replace(
@@ -211,12 +250,33 @@ def test_policies_are_called_once_where_they_matter(options, asked):
     assert sorted(velocity.asked()) == sorted({*asked} - {"old"})
 
 
+def test_crd_calls_the_old_policy_where_it_is_another_and_the_reference_for_its_kl():
+    velocity, units, _ = run(CRD())
+    assert velocity.asked() == ["current", "old"]
+    assert units.count == len(units)
+    velocity, *_ = run(CRD(kl_coef=1.0, kl_floor=0.0), old_is_current=True)
+    assert velocity.asked() == ["current", "reference"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: DGPO(dgpo_beta=-1.0), "dgpo_beta: expected a finite number in [0, inf], got -1.0"),
         (lambda: DGPO(ratio_clip=0.0), "ratio_clip: expected a finite number in (0, 1), got 0.0"),
         (lambda: DGPO(anchor="base"), "anchor: expected one of ['reference', 'old'], got 'base'"),
+        (lambda: CRD(crd_beta=0.0), "crd_beta: expected a finite number in (0, inf], got 0.0"),
+        (
+            lambda: CRD(advantage_max=0.0),
+            "advantage_max: expected a finite number in (0, inf], got 0.0",
+        ),
+        (
+            lambda: CRD(kl_floor=0.1),
+            "kl_floor: has an effect only where kl_coef > 0, got 0.1",
+        ),
+        (
+            lambda: CRD(kl_coef=0.1, kl_floor=0.2),
+            "kl_floor: expected a finite number in [0, 0.1], got 0.2",
+        ),
         (
             lambda: DGPO(kl_coef=1.0, kl_share=0.5),
             "kl_share: expected 1 for DGPO, whose units are groups, got 0.5",
@@ -226,6 +286,11 @@ def test_policies_are_called_once_where_they_matter(options, asked):
 def test_hyperparameters_out_of_range(make, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make()
+
+
+def test_adaptive_is_a_boolean():
+    with pytest.raises(TypeError, match=r"^adaptive: expected True or False, got int$"):
+        CRD(adaptive=1)
 
 
 def test_units_of_other_objectives_and_no_advantage_are_refused():

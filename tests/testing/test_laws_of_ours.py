@@ -187,6 +187,13 @@ OURS = [
     ("velocity_kl", LOSS, loss(mt.velocity_kl, VELOCITIES, valid="valid"), DEAR, ()),
     ("matching_log_prob", LOSS, loss(mt.matching_log_prob, MATCHING, valid="valid"), DEAR, ()),
     (
+        "crd_loss",
+        LOSS,
+        loss(partial(in_one_group, mt.crd_loss), GROUPED, valid="valid"),
+        DEAR,
+        (*WEIGHTED, *GROUP_WISE),
+    ),
+    (
         "dgpo_loss",
         LOSS,
         loss(
