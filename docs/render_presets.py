@@ -24,7 +24,19 @@ from torch import Tensor
 
 from mteditflow import trajectory_generators
 from mteditflow.evaluation.seeds import SeedInterval, mean_interval
-from mteditflow.objectives import AWM, DPO, DPPO, GRPO, NFT, Guard, Objective, Renoise, RoundKey
+from mteditflow.objectives import (
+    AWM,
+    CRD,
+    DGPO,
+    DPO,
+    DPPO,
+    GRPO,
+    NFT,
+    Guard,
+    Objective,
+    Renoise,
+    RoundKey,
+)
 from mteditflow.objectives.forward import renoise
 from mteditflow.pipelines import Editor, LoraPolicies, Rollout, RolloutVelocity
 
@@ -45,6 +57,8 @@ OBJECTIVES: dict[str, Objective] = {
     "NFT": NFT(renoise=Renoise(levels=4)),
     "AWM": AWM(renoise=Renoise(levels=4)),
     "DPO": DPO(renoise=Renoise(levels=4)),
+    "DGPO": DGPO(renoise=Renoise(levels=4)),
+    "CRD": CRD(renoise=Renoise(levels=4)),
     "GRPO": GRPO(stochastic_steps=2),
     "Guard": Guard(stochastic_steps=2),
     "DPPO": DPPO(stochastic_steps=2),

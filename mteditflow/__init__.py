@@ -22,6 +22,14 @@ from mteditflow.advantages.credit import (
     TurnCredit,
     turn_advantage,
 )
+from mteditflow.advantages.gardo import (
+    GatedShare,
+    ReferenceReset,
+    diversity_advantage,
+    group_diversity,
+    rank_uncertainty,
+    uncertainty_gate,
+)
 from mteditflow.advantages.group import (
     clamp_advantage,
     fuse_advantages,
@@ -87,6 +95,8 @@ from mteditflow.flow.solvers import (
 from mteditflow.flow.trajectory import Steps, Trajectory
 from mteditflow.losses.awm import matching_log_prob
 from mteditflow.losses.clipped import clipped_surrogate_loss
+from mteditflow.losses.crd import crd_loss, kl_coef_by_reward
+from mteditflow.losses.dgpo import dgpo_loss
 from mteditflow.losses.distillation import distillation_loss, mt_opsd_loss, step_kl_weight
 from mteditflow.losses.dpo import dpo_loss
 from mteditflow.losses.dppo import divergence_gated_loss
@@ -100,6 +110,7 @@ from mteditflow.losses.nft import (
     velocity_kl,
 )
 from mteditflow.losses.norm_guard import velocity_norm_hinge
+from mteditflow.losses.tempflow import noise_step_weight
 from mteditflow.metrics import (
     Interval,
     TurnsSurvived,
@@ -128,12 +139,14 @@ __all__ = [
     "Credit",
     "DanceSDE",
     "FlowSDE",
+    "GatedShare",
     "GroupSelection",
     "Interval",
     "LagrangeMultiplier",
     "PaddedTurns",
     "Pairs",
     "RatioCheck",
+    "ReferenceReset",
     "RewardHistory",
     "RewardToGo",
     "Signal",
@@ -163,8 +176,11 @@ __all__ = [
     "constrained_weights",
     "content_consistency",
     "cps_surrogate",
+    "crd_loss",
+    "dgpo_loss",
     "distillation_loss",
     "divergence_gated_loss",
+    "diversity_advantage",
     "dpo_loss",
     "draw_probabilities",
     "ema_decay",
@@ -180,6 +196,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantage",
+    "group_diversity",
     "group_ids",
     "group_measured",
     "group_pairs",
@@ -189,6 +206,7 @@ __all__ = [
     "instruction_following",
     "interpolate",
     "interval_difference",
+    "kl_coef_by_reward",
     "likert_average",
     "marginal_success",
     "masked_mean",
@@ -196,12 +214,14 @@ __all__ = [
     "mt_opsd_loss",
     "nft_loss",
     "noise_from_velocity",
+    "noise_step_weight",
     "normalize_likert",
     "old_policy_decay",
     "optimality_probability",
     "overall",
     "pad_turns",
     "paired_difference_interval",
+    "rank_uncertainty",
     "renormalize_advantage",
     "reward_to_go",
     "rollout",
@@ -218,6 +238,7 @@ __all__ = [
     "turn_advantage",
     "turn_average",
     "turns_survived",
+    "uncertainty_gate",
     "uniform_sigmas",
     "update_old_policy",
     "variance_ratio",

@@ -187,6 +187,14 @@ def as_ids(group: Numbers, device: torch.device) -> Tensor:
     return as_numbers("group", group, device=device, fix=fix)
 
 
+def as_row_ids(group: Numbers, x: Tensor) -> Tensor:
+    """Return checked ids of the groups of the rows of ``x``, [M]."""
+    ids = as_ids(group, x.device)
+    check_integers("group", ids, "ids")
+    check_shape("group", ids, x.shape[:1], "[M]")
+    return ids
+
+
 def as_mask(name: str, mask: Numbers | None, like: Tensor, axes: str) -> Tensor:
     """Return a checked mask in the shape of ``like``, all true if there is none."""
     if mask is None:

@@ -103,13 +103,35 @@ def row_values(
         value = as_real(name, value, like=x)
         if valid is not None and value.numel() == len(valid):
             value = torch.where(valid.reshape(value.shape), value, 0)
-    rows = per_row(name, value, x, low=low, high=high)
+    return _one_per_row(name, per_row(name, value, x, low=low, high=high), x)
+
+
+def row_numbers(
+    name: str, value: float | Numbers, x: Tensor, *, valid: Tensor | None = None
+) -> Tensor:
+    """One real number for each row of ``x``, [M], as ``row_values`` but of any sign."""
+    given = full_precision(name, value, x)
+    rows = _one_per_row(name, broadcast_rows(name, given, x), x).to(x.dtype).expand(len(x))
+    return rows if valid is None else torch.where(valid, rows, 0)
+
+
+def _one_per_row(name: str, rows: Tensor, x: Tensor) -> Tensor:
+    """Flatten what ``broadcast_rows`` returned to [M] or [1]."""
     if rows.numel() != len(rows):
         raise ValueError(
             f"{name}: expected one value per row, a number, [M] or [M, 1, ...] against "
             f"{list(x.shape)}, got {list(rows.shape)}"
         )
     return rows.reshape(-1)
+
+
+def group_mean(x: Tensor, group: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the rows in the mask of each row's group, [M] -> [M]; 0 for none.
+
+    Over a square of rows, so that it compiles and maps; in float64 where the device has it.
+    """
+    same = group[:, None] == group
+    return mean_where(x, same if mask is None else same & mask, dim=1)
 
 
 def elements(x: Tensor) -> int:

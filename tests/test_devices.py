@@ -138,6 +138,14 @@ CALLS = {
     "dpo": lambda: mt.dpo_loss(
         x, y, z, group_of_rows, 1 - group_of_rows, dpo_beta=2.0, valid=group_of_rows > 0
     ),
+    "crd": lambda: mt.crd_loss(x, y, z, reward, group, adaptive=True, valid=valid),
+    "kl by reward": lambda: mt.kl_coef_by_reward(reward, kl_coef=0.1),
+    "dgpo": lambda: mt.dgpo_loss(x, y, z, reward, group, dgpo_beta=2.0, valid=valid),
+    "noise weight": lambda: mt.noise_step_weight(mt.FlowSDE(0.7), sigma, next_sigma),
+    "uncertainty": lambda: mt.rank_uncertainty(reward, {"a": r}, valid=valid),
+    "uncertainty gate": lambda: mt.uncertainty_gate(reward, 0.4, valid=valid),
+    "diversity": lambda: mt.group_diversity(per_turn, group, valid=valid),
+    "diversity advantage": lambda: mt.diversity_advantage(reward - 0.5, r),
     "norm hinge": lambda: mt.velocity_norm_hinge(x, y),
     "collapse rate": lambda: mt.collapse_rate(success, valid=turn_mask),
     "survival": lambda: mt.survival_curve(success, valid=turn_mask).low,

@@ -62,6 +62,9 @@ CALLS = {
         lambda x, y, z, s: mt.guard_log_ratio(x, y, z, s, reduction="mean"), (x, y, z, high)
     ),
     "guard_step_weight": (lambda s, t: mt.guard_step_weight(mt.ODE(), s, t), (high, low)),
+    "noise_step_weight": (
+        lambda s, t: mt.noise_step_weight(mt.FlowSDE(0.7), s, t), (high, low)
+    ),
     "step_kl_weight": (lambda s, t: mt.step_kl_weight(mt.DanceSDE(0.3), s, t), (high, low)),
     "nft_loss": (lambda *args: mt.nft_loss(*args, nft_beta=0.5), (x, y, z, low)),
     "adaptive_nft_loss": (
@@ -79,6 +82,15 @@ CALLS = {
         lambda *args: mt.flow_awr_loss(*args[:-1], valid=args[-1]), (x, y, z, low, valid)
     ),
     "exact_flow_awr_loss": (mt.exact_flow_awr_loss, (x, y, low)),
+    "crd_loss": (
+        lambda *args: mt.crd_loss(*args[:-1], valid=args[-1]),
+        (x, y, z, advantage, group[:, :M], valid),
+    ),
+    "kl_coef_by_reward": (lambda a: mt.kl_coef_by_reward(a, kl_coef=0.1), (advantage,)),
+    "dgpo_loss": (
+        lambda *args: mt.dgpo_loss(*args[:-1], dgpo_beta=2.0, valid=args[-1]),
+        (x, y, z, advantage, group[:, :M], valid),
+    ),
     "distillation_loss": (mt.distillation_loss, (x, y)),
     "mt_opsd_loss": (
         lambda x, y, z, v: mt.mt_opsd_loss(x, y, z, v) + mt.mt_opsd_loss(x, y, z, ~v),
@@ -95,6 +107,9 @@ CALLS = {
         lambda a, b: mt.truncated_importance_weight(a, b, cap=2.0), (a, b)
     ),
     "dpo_loss": (lambda *args: mt.dpo_loss(*args, dpo_beta=2.0), (x, y, z, winner, loser)),
+    "rank_uncertainty": (lambda r, v: mt.rank_uncertainty(r, {"a": -r}, valid=v), (reward, kept)),
+    "group_diversity": (lambda f, g, v: mt.group_diversity(f, g, valid=v), (turns, group, kept)),
+    "diversity_advantage": (lambda r, d: mt.diversity_advantage(r - 0.5, d), (turns, reward)),
     "masked_mean": (mt.masked_mean, (a, valid)),
     "group_advantage": (lambda r, g, v: mt.group_advantage(r, g, valid=v), (reward, group, kept)),
     "group_advantage, batch": (lambda r, g: mt.group_advantage(r, g, std="batch"), (reward, group)),

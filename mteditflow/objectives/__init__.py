@@ -6,11 +6,14 @@ of are importable beside them from ``mteditflow``. See ``mteditflow.objectives.b
 
 from mteditflow.objectives.awm import AWM
 from mteditflow.objectives.base import BucketVelocity, Card, Objective, Output, Sampling, Velocity
+from mteditflow.objectives.crd import CRD
+from mteditflow.objectives.dgpo import DGPO
 from mteditflow.objectives.distillation import Distillation
 from mteditflow.objectives.dpo import DPO
 from mteditflow.objectives.dppo import DPPO
 from mteditflow.objectives.flow_awr import FlowAWR
 from mteditflow.objectives.forward import ForwardObjective, Renoise
+from mteditflow.objectives.grouped import GroupObjective
 from mteditflow.objectives.grpo import GRPO
 from mteditflow.objectives.guard import Guard
 from mteditflow.objectives.keys import RoundKey, keyed_generator
@@ -29,12 +32,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "awm": AWM,
     "flow_awr": FlowAWR,
     "dpo": DPO,
+    "dgpo": DGPO,
+    "crd": CRD,
     "distillation": Distillation,
     "mt_opsd": MTOPSD,
 }
 
 __all__ = [
     "AWM",
+    "CRD",
+    "DGPO",
     "DPO",
     "DPPO",
     "GRPO",
@@ -48,6 +55,7 @@ __all__ = [
     "Distillation",
     "FlowAWR",
     "ForwardObjective",
+    "GroupObjective",
     "Guard",
     "Objective",
     "Output",

@@ -32,6 +32,7 @@ from mteditflow.objectives.units import (
     check_units,
     draw_units,
     member_mask,
+    member_mean,
     member_rows,
 )
 from mteditflow.old_policy import old_policy_decay
@@ -177,7 +178,7 @@ class ForwardObjective(Objective):
     """Fields and units of every objective that re-noises clean latents."""
 
     samples_with = "old"
-    members: ClassVar[int] = 1
+    members: ClassVar[int | None] = 1  # None: groups of any size
 
     renoise: Renoise = field(default_factory=Renoise)
     """Flow times and noise of the training states."""
@@ -268,24 +269,36 @@ class ForwardObjective(Objective):
         ), velocities
 
     def output(
-        self, units: Units, loss: Tensor, velocities: Velocities, metrics: Metrics
+        self,
+        units: Units,
+        loss: Tensor,
+        velocities: Velocities,
+        metrics: Metrics,
+        *,
+        kl_scale: Tensor | None = None,
     ) -> Output:
-        """Add the regularizers, averaged over the members of a unit."""
+        """Add the regularizers, averaged over the members of a unit.
+
+        ``kl_scale`` multiplies the KL of each member, [K * U]; ``None`` stands for 1.
+        """
         found: Metrics = {"policy_loss": loss, **metrics}
         exists = member_mask(units, loss)
         if self.kl_coef > 0:
             current = velocities.current
             found["kl"] = weighted_kl(
                 units,
-                lambda rows: velocity_kl(
-                    at_rows(current, rows),
-                    velocities.reference_at(rows),
-                    valid=at_rows(exists, rows),
+                lambda rows: (
+                    velocity_kl(
+                        at_rows(current, rows),
+                        velocities.reference_at(rows),
+                        valid=at_rows(exists, rows),
+                    )
+                    * (1 if kl_scale is None else at_rows(kl_scale, rows))
                 ),
             )
             loss = loss + self.kl_coef * found["kl"]
         if self.norm_coef > 0:
             hinge = velocity_norm_hinge(velocities.current, velocities.reference, valid=exists)
-            found["norm_hinge"] = hinge.view(-1, len(units)).mean(dim=0)
+            found["norm_hinge"] = member_mean(units, hinge)
             loss = loss + self.norm_coef * found["norm_hinge"]
         return masked_output(units, loss, found)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mteditflow._checks import check_number
 from mteditflow.objectives.keys import RoundKey
-from mteditflow.objectives.units import ALL, Rows, Units
+from mteditflow.objectives.units import ALL, Rows, Units, member_mean
 
 
 def check_kl_share(share: float, kl_coef: float) -> None:
@@ -65,7 +65,7 @@ def weighted_kl(units: Units, kl: Callable[[Rows], Tensor]) -> Tensor:
     """
     chosen = kl_units(units)
     if chosen is None:
-        return kl(ALL).view(-1, len(units)).mean(dim=0)
+        return member_mean(units, kl(ALL))
     assert units.kl_weight is not None
     members = torch.arange(units.rows.shape[1], dtype=torch.int64, device="cpu")
     value = kl((chosen + len(units) * members[:, None]).flatten()).view(-1, len(chosen)).mean(dim=0)

@@ -174,22 +174,30 @@ def member_mask(units: Units, like: Tensor) -> Tensor | None:
     return units.mask.T.flatten().to(like.device)
 
 
-def check_units(units: Units, *, members: int, drawn: bool) -> None:
+def member_mean(units: Units, x: Tensor) -> Tensor:
+    """Mean over the members of each unit that exist, [K * U] -> [U]; ``x`` is 0 for the rest."""
+    count = units.mask.sum(dim=1).clamp(min=1).to(x)
+    return x.view(-1, len(units)).sum(dim=0) / count
+
+
+def check_units(units: Units, *, members: int | None, drawn: bool) -> None:
     """Raise unless units fit an objective.
 
     Args:
         units: what an objective was called with.
-        members: members of a unit, K.
+        members: members of a unit, K; ``None``: a group of any size, 2 or more.
         drawn: whether members have random numbers.
 
     Raises:
         ValueError: they are of another objective.
     """
-    if units.rows.shape[1] != members or (units.seed is not None) != drawn:
+    width, seeded = units.rows.shape[1], units.seed is not None
+    if not (width > 1 if members is None else width == members) or seeded != drawn:
         numbers = {True: "with", False: "without"}
+        expected = "2 or more" if members is None else members
         raise ValueError(
-            f"units: expected those of this objective, K = {members} {numbers[drawn]} seeds, got "
-            f"K = {units.rows.shape[1]} {numbers[units.seed is not None]} seeds"
+            f"units: expected those of this objective, K = {expected} {numbers[drawn]} seeds, got "
+            f"K = {width} {numbers[seeded]} seeds"
         )
 
 
@@ -302,6 +310,8 @@ def _draw_share(
     samples: Samples, exists: Tensor, share: float, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """Keep a share of the entries of every turn: of each part the same as without the others."""
+    if share == 1:
+        return exists
     starts, masks = [*starts_of(samples), len(exists)], []
     for part, start, end in zip(named_parts(samples).values(), starts, starts[1:], strict=False):
         own, (turns, steps) = exists[start:end], part.step_mask.shape[1:]

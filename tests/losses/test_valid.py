@@ -39,6 +39,14 @@ def pairs(velocity, reference, target, *, valid=None):
     return loss.repeat_interleave(2)
 
 
+def in_one_group(function, **options):
+    def called(velocity, other, target, advantage, **valid):
+        ids = torch.zeros(len(velocity), dtype=torch.int64)
+        return function(velocity, other, target, advantage, ids, **options, **valid)
+
+    return called
+
+
 # Name of the public function, how it is called, and what it is given: the first has a gradient.
 LOSSES = {
     "nft_loss": (
@@ -53,6 +61,14 @@ LOSSES = {
     "matching_log_prob": (mt.matching_log_prob, (latent(0), latent(1))),
     "flow_awr_loss": (mt.flow_awr_loss, (latent(0), latent(1), latent(2), number(3))),
     "exact_flow_awr_loss": (mt.exact_flow_awr_loss, (latent(0), latent(1), number(2))),
+    "crd_loss": (
+        in_one_group(mt.crd_loss),
+        (latent(0), latent(1), latent(2), number(3) - 0.5),
+    ),
+    "dgpo_loss": (
+        in_one_group(mt.dgpo_loss, dgpo_beta=2.0),
+        (latent(0), latent(1), latent(2), number(3) - 0.5),
+    ),
     "distillation_loss": (mt.distillation_loss, (latent(0), latent(1))),
     "mt_opsd_loss": (mt.mt_opsd_loss, (latent(0), latent(1), latent(2), number(3) > 0.5)),
     "velocity_norm_hinge": (mt.velocity_norm_hinge, (3 * latent(0), latent(1))),

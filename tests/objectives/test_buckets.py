@@ -9,6 +9,8 @@ from objective_worlds import Recorded, gradients, recorded_trajectory, validity
 from mteditflow import Trajectory, group_advantage
 from mteditflow.objectives import (
     AWM,
+    CRD,
+    DGPO,
     DPO,
     DPPO,
     GRPO,
@@ -37,6 +39,8 @@ ALL = [
     AWM(old_kl_coef=0.1, weighting="huber"),
     FlowAWR(temperature=0.5),
     DPO(dpo_beta=2.0),
+    CRD(kl_coef=0.1, kl_floor=0.01),
+    DGPO(dgpo_beta=2.0, ratio_clip=0.5, kl_coef=0.1, norm_coef=0.1),
     GRPO(**REPLAYS, importance_cap=2.0),
     Guard(**REPLAYS),
     DPPO(**REPLAYS),
@@ -225,9 +229,11 @@ def test_parts_of_several_shapes_are_separate_calls(objective, minibatches):
     alone = list(parts_alone(objective, samples, minibatches))
     for number, units in some(list(enumerate(drawn))):
         shift = [torch.tensor([start, 0, 0]) for start, _, _ in alone]
-        rows = [own[number].rows + by for (_, _, own), by in zip(alone, shift, strict=True)]
-        assert torch.equal(units.rows, torch.cat(rows))
-        assert len(set(units.bucket.tolist())) > 1
+        members = [own[number].rows[own[number].mask] for _, _, own in alone]  # a group is padded
+        rows = [own + by for own, by in zip(members, shift, strict=True)]
+        assert torch.equal(units.rows[units.mask], torch.cat(rows))
+        several = len(set(units.bucket.tolist())) > 1  # three groups may part by bucket
+        assert several or (objective.card.whole_groups and minibatches == 2)
         assert units.count == sum(own[number].count for _, _, own in alone)
         outputs = [
             objective(counted_from(velocity, start), part, own[number])

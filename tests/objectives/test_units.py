@@ -307,7 +307,7 @@ def test_units_are_chosen_by_slices_masks_and_indices():
 # minibatches, ranks, epochs
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "dpo"])
+@pytest.mark.parametrize("name", [n for n in ALL if not ALL[n].card.whole_groups])
 def test_minibatches_partition_the_trajectories(name):
     objective = ALL[name]
     (whole,) = draw(objective)
@@ -345,15 +345,16 @@ def by_row(units, first=0):
 @pytest.mark.parametrize("name", ALL)
 def test_ranks_draw_what_one_process_would(name, minibatches, shared):
     objective = ALL[name]
-    if name in ("nft", "awm", "dpo"):
+    if hasattr(objective, "renoise"):
         objective = replace(objective, renoise=Renoise(levels=2, shared=shared))
     elif ALL[name].card.rewarded:
         objective = replace(objective, share=0.4)
     elif shared:
         more = {"share": 0.5} if name == "distillation" else {"queries": 3}
         objective = replace(objective, **more)
-    # Two groups of four, on two ranks; a group is split over ranks but for DPO.
-    order = torch.arange(8) if name == "dpo" else torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    # Two groups of four, on two ranks; a group is split over ranks where none is needed whole.
+    whole, split = torch.arange(8), torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    order = whole if objective.card.whole_groups else split
     samples, values, valid = SAMPLES.select(order), advantages()[order], validity()[order]
     alone = draw(
         objective, values, valid, key=RoundKey(3, 5), minibatches=minibatches, samples=samples

@@ -5,6 +5,7 @@ import secrets
 from functools import partial
 
 import pytest
+import torch
 
 import mteditflow as mt
 from mteditflow.testing import (
@@ -42,9 +43,11 @@ EXACT = {"zero": 0.0, "tolerance": 1e-9, "eps": 1e-4}
 PROMISES = {"detaches": True, "float32": True}
 # The adaptive loss divides by detached errors: its gradient is not that of its value.
 WEIGHTED = ("gradient-of-value", "second-derivatives")
+GROUP_WISE = ("slice-equals-whole",)  # rows of a group are compared with each other
 VELOCITIES = {"velocity": "latent", "reference_velocity": "latent"}
 MATCHING = {"velocity": "latent", "target": "latent"}
 DISTILLATION = {"velocity": "latent", "teacher_velocity": "latent"}
+GROUPED = {**VELOCITIES, "target": "latent", "advantage": "number"}
 NFT = {**MATCHING, "old_velocity": "latent", "r": "share", "sigma": "sigma"}
 STEPS = {"log_prob": "log-ratio", "old_log_prob": "number", "advantage": "number"}
 GUARD = {"next_x": "latent", "mean": "latent", "old_mean": "latent", "std": "positive"}
@@ -91,6 +94,11 @@ def guarded(next_x, mean, old_mean, std, valid=None):
 
 def advantage(function, **options):
     return GroupAdvantage(function, **EXACT, **PROMISES, **options)
+
+
+def in_one_group(function, velocity, target, advantage, *, valid=None, **other):
+    ids = torch.zeros(len(velocity), dtype=torch.int64, device=velocity.device)
+    return function(velocity, *other.values(), target, advantage, ids, valid=valid)
 
 
 def loss(function, roles, trained=("velocity",), **options):
@@ -213,6 +221,22 @@ OURS = [
         loss(mt.exact_flow_awr_loss, {**MATCHING, "advantage": "share"}, valid="valid"),
         DEAR,
         (),
+    ),
+    (
+        "crd_loss",
+        LOSS,
+        loss(partial(in_one_group, mt.crd_loss), GROUPED, valid="valid"),
+        DEAR,
+        (*WEIGHTED, *GROUP_WISE),
+    ),
+    (
+        "dgpo_loss",
+        LOSS,
+        loss(
+            partial(in_one_group, partial(mt.dgpo_loss, dgpo_beta=0.5)), GROUPED, valid="valid"
+        ),
+        DEAR,
+        (*WEIGHTED, *GROUP_WISE),
     ),
     (
         "distillation_loss",

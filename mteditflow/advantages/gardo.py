@@ -1,0 +1,326 @@
+r"""GARDO: hold rows whose reward looks too good, move the reference, pay for diversity.
+
+A proxy reward that ranks a sample above what auxiliary rewards think of it is uncertain there. Only
+such rows need a KL to the reference; the rest may go where their reward leads::
+
+    uncertainty = rank_uncertainty(reward, {"aesthetic": a, "preference": p})
+    gate = uncertainty_gate(uncertainty, share.value)
+    advantage = diversity_advantage(group_advantage(reward, group), group_diversity(f, group))
+    loss = policy_loss + kl_coef * gate * velocity_kl(velocity, reference_velocity)
+    share, reset = share.update(float(uncertainty.mean())), reset.update(mean_kl)
+
+and where ``reset.due``, copy the policy's weights to the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mteditflow._checks import (
+    Numbers,
+    as_ids,
+    as_mask,
+    as_real,
+    check_count,
+    check_floating,
+    check_full_precision,
+    check_group,
+    check_named,
+    check_number,
+    check_rank,
+    check_rewards,
+    check_same_shape,
+    check_values,
+)
+from mteditflow._reduce import in_float64
+
+
+@torch.no_grad()
+def rank_uncertainty(
+    reward: Numbers, auxiliary: Mapping[str, Numbers], *, valid: Numbers | None = None
+) -> Tensor:
+    r"""Rank a reward gives a sample beyond its auxiliaries', :math:`W(R) - \mathrm{mean}_k W(R_k)`.
+
+    W is the share of the other valid samples of the batch that a sample beats; a tie beats nobody.
+    Ranks alone count: a strictly increasing map of any reward changes nothing.
+
+    Args:
+        reward: the proxy in training, finite where valid; [B], or [B, N] to rank each turn on its
+            own. float32 or float64.
+        auxiliary: name to a reward that is not trained, of the shape of ``reward``; at least one.
+            The paper takes two, of aesthetics and of preference.
+        valid: boolean, shape of ``reward``; the rest is never read and gets 0.
+
+    Returns:
+        Shape and dtype of ``reward``, in [-1, 1], detached: above 0 where the proxy thinks better
+        of the sample than the auxiliaries do. 0 where fewer than two samples are valid.
+
+    Raises:
+        ValueError: shapes do not match, there is no auxiliary, a valid reward is not finite.
+        TypeError: a reward is half precision, or the mask not boolean.
+
+    Source: GARDO (arXiv 2512.24138), with the paper's sign; the released GRPO and NFT scripts rank
+        downward, which is the opposite.
+
+    Example:
+        >>> rank_uncertainty(torch.tensor([1.0, 2.0, 3.0]), {"a": torch.tensor([5.0, 9.0, 1.0])})
+        tensor([-0.5000, -0.5000,  1.0000])
+    """
+    reward = as_real("reward", reward)
+    check_named("auxiliary", auxiliary, "rewards")
+    if not auxiliary:
+        raise ValueError("auxiliary: expected at least one named reward, got none")
+    others = {
+        f"auxiliary[{name!r}]": as_real(f"auxiliary[{name!r}]", x, like=reward)
+        for name, x in auxiliary.items()
+    }
+    mask = as_mask("valid", valid, reward, "of reward")
+    check_rewards({"reward": reward, **others}, None, mask)
+    shares = [_beaten(x, mask) for x in others.values()]
+    return (_beaten(reward, mask) - torch.stack(shares).mean(dim=0)).to(reward)
+
+
+@torch.no_grad()
+def uncertainty_gate(uncertainty: Numbers, share: float, *, valid: Numbers | None = None) -> Tensor:
+    r"""Samples whose KL to the reference counts: :math:`U_i > \mathrm{quantile}_{1 - k}(U)`.
+
+    Args:
+        uncertainty: of each sample, [B], or [B, N] with one quantile for each turn.
+        share: k in [0, 1], about the share of samples that are gated: none at 0, at 1 all but the
+            smallest; none where all are equal.
+        valid: boolean, shape of ``uncertainty``; the rest is never read and never gated.
+
+    Returns:
+        Boolean, shape of ``uncertainty``: multiply an unreduced KL by it.
+
+    Raises:
+        ValueError: the share is out of range, shapes do not match.
+        TypeError: half precision, or the mask not boolean.
+
+    Source: GARDO (arXiv 2512.24138); its public code takes the quantile among U >= 0. Quantiles
+        between two samples are interpolated.
+
+    Example:
+        >>> uncertainty_gate(torch.tensor([-0.5, 0.1, 0.4, 0.0]), 0.25)
+        tensor([False, False,  True, False])
+    """
+    value = as_real("uncertainty", uncertainty)
+    check_full_precision(uncertainty=value)
+    check_rank("uncertainty", value, 1, "[B] or [B, N]", maximum=2)
+    check_number("share", share, low=0.0, high=1.0)
+    mask = as_mask("valid", valid, value, "of uncertainty")
+    check_values("uncertainty", value, ~mask | value.isfinite(), "finite values where valid")
+    read = torch.where(mask, value, torch.nan)
+    return (value > torch.nanquantile(read, 1 - share, dim=0, keepdim=True)) & mask
+
+
+@torch.no_grad()
+def group_diversity(features: Tensor, group: Numbers, *, valid: Numbers | None = None) -> Tensor:
+    r"""Cosine distance of each sample to the nearest other of its group.
+
+    .. math:: \delta_i = \min_{j \in g, j \neq i} (1 - \cos(f_i, f_j))
+
+    Args:
+        features: of each picture, such as DINOv3's, [B, F]; not zero where valid.
+        group: integer group id of each sample, [B].
+        valid: boolean [B]; the rest is never read, is nobody's neighbor and gets 0.
+
+    Returns:
+        [B], float32 at least, in [0, 2], detached: 0 for duplicates; 1, which changes no advantage,
+        for a sample without others in its group.
+
+    Raises:
+        ValueError: shapes do not match, a valid row is zero or not finite.
+        TypeError: features are not floating point, ids not integers, or the mask not boolean.
+
+    Source: GARDO (arXiv 2512.24138).
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+        >>> group_diversity(features, [0, 0, 0])
+        tensor([0., 0., 1.])
+    """
+    check_floating(features=features)
+    check_rank("features", features, 2, "[B, F]", maximum=2)
+    ids = as_ids(group, features.device)
+    check_group(ids, features.shape[:1])
+    mask = as_mask("valid", valid, features[:, 0], "[B]")
+    (exact,) = in_float64(torch.where(mask[:, None], features.detach(), 1))
+    size = torch.linalg.vector_norm(exact, dim=1)
+    usable = (size > 0) & size.isfinite()
+    check_values("features", size, usable, "rows of a finite norm above 0, where valid")
+    unit = exact / size[:, None]
+    ids, own = ids.to(exact.device), mask.to(exact.device)
+    others = (ids[:, None] == ids) & own & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    # Half the squared distance of unit vectors is 1 - cos, and exactly 0 for duplicates.
+    distance = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist").square() / 2
+    nearest = torch.where(others, distance, torch.inf).amin(dim=1)
+    found = torch.where(others.any(dim=1), nearest, 1)
+    return torch.where(own, found, 0).to(
+        features.device, torch.promote_types(features.dtype, torch.float32)
+    )
+
+
+@torch.no_grad()
+def diversity_advantage(advantage: Numbers, diversity: Numbers) -> Tensor:
+    r"""Positive advantages times diversity, :math:`A_i \delta_i` where :math:`A_i > 0`.
+
+    A good sample that others of its group repeat is worth less; a bad one stays as bad as it is.
+
+    Args:
+        advantage: of each sample, [B], or [B, N] for one per turn; float32 or float64. The paper
+            finds it better without the division by the std (``group_advantage`` with
+            ``std="none"``).
+        diversity: of each sample, >= 0, shape of ``advantage``, or [B] for all its turns, such as
+            ``group_diversity``. Public code divides it by its mean first, which leaves the scale of
+            advantages as it is.
+
+    Returns:
+        Shape and dtype of ``advantage``, detached.
+
+    Raises:
+        ValueError: shapes do not match, a diversity is negative.
+        TypeError: half precision.
+
+    Source: GARDO (arXiv 2512.24138).
+
+    Example:
+        >>> diversity_advantage(torch.tensor([2.0, 1.0, -3.0]), torch.tensor([0.5, 0.0, 0.0]))
+        tensor([ 1.,  0., -3.])
+    """
+    value = as_real("advantage", advantage)
+    weight = as_real("diversity", diversity, like=value)
+    check_full_precision(advantage=value, diversity=weight)
+    check_rank("advantage", value, 1, "[B] or [B, N]", maximum=2)
+    if value.ndim == 2 and weight.ndim == 1:
+        weight = weight[:, None].expand(len(weight), value.shape[1])
+    check_same_shape(advantage=value, diversity=weight)
+    check_values("diversity", weight, ~(weight < 0), "values >= 0")
+    return torch.where(value > 0, value * weight.to(value), value)
+
+
+@dataclass(frozen=True)
+class GatedShare:
+    r"""Share of gated samples that follows their uncertainty.
+
+    Where the mean uncertainty of a batch exceeds all of the last ``window`` means the share is
+    multiplied by ``1 + rate``; where it is below all of them, by ``1 - rate``. Until there are as
+    many means it stays.
+
+    Args:
+        value: the share now.
+        rate: relative step, in (0, 1).
+        window: number of means that a new one is compared with.
+        minimum: smallest share, in [0, maximum].
+        maximum: largest share, in (0, 1].
+        means: the last means, oldest first; with ``value`` all the state there is.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: GARDO (arXiv 2512.24138), whose share starts at 0.1 and has 1 as its bound; public code
+        keeps it in [0.02, 0.2]. That it stays until the window is full is this library's.
+
+    Example:
+        >>> share = GatedShare(window=2)
+        >>> for mean in (0.1, 0.2, 0.3, 0.25, 0.0):
+        ...     share = share.update(mean)
+        >>> round(share.value, 6), share.means  # up at 0.3, down at 0
+        (0.099, (0.25, 0.0))
+    """
+
+    value: float = 0.1
+    rate: float = 0.1
+    window: int = 20
+    minimum: float = 0.0
+    maximum: float = 1.0
+    means: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_number("maximum", self.maximum, low=0.0, high=1.0, open_low=True)
+        check_number("minimum", self.minimum, low=0.0, high=self.maximum)
+        check_number("value", self.value, low=self.minimum, high=self.maximum)
+        check_number("rate", self.rate, low=0.0, high=1.0, open_low=True, open_high=True)
+        check_count("window", self.window)
+        if not isinstance(self.means, tuple) or len(self.means) > self.window:
+            raise ValueError(f"means: expected a tuple of at most {self.window}, got {self.means}")
+        for mean in self.means:
+            check_number("means", mean)
+
+    def update(self, mean: float) -> GatedShare:
+        """Return the share after a batch of this mean uncertainty.
+
+        Raises:
+            ValueError: the mean is not finite.
+        """
+        check_number("mean", mean)
+        factor = 1.0
+        if len(self.means) == self.window:
+            factor += self.rate * ((mean > max(self.means)) - (mean < min(self.means)))
+        value = min(max(self.value * factor, self.minimum), self.maximum)
+        return replace(self, value=value, means=(*self.means, mean)[-self.window :])
+
+
+@dataclass(frozen=True)
+class ReferenceReset:
+    """Condition under which the reference policy takes the weights of the current one.
+
+    Args:
+        maximum_kl: mean KL above which a reset is due, > 0, in the units of the KL in the loss.
+        maximum_steps: optimizer steps after which it is due at the latest.
+        kl: mean KL of the last step.
+        steps: optimizer steps since the last reset.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: GARDO (arXiv 2512.24138): 1e-4 and 100 steps; public code has 3e-4 and 15 epochs.
+
+    Example:
+        >>> reset = ReferenceReset(maximum_steps=3).update(5e-5)
+        >>> reset.due, reset.update(2e-4).due, reset.update(0.0).update(0.0).due
+        (False, True, True)
+        >>> reset.update(2e-4).restarted().due
+        False
+    """
+
+    maximum_kl: float = 1e-4
+    maximum_steps: int = 100
+    kl: float = 0.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("maximum_kl", self.maximum_kl, low=0.0, open_low=True)
+        check_count("maximum_steps", self.maximum_steps)
+        check_number("kl", self.kl, low=0.0)
+        check_count("steps", self.steps, low=0)
+
+    @property
+    def due(self) -> bool:
+        """Whether the reference should be reset now."""
+        return self.kl > self.maximum_kl or self.steps >= self.maximum_steps
+
+    def update(self, kl: float) -> ReferenceReset:
+        """Return the condition after an optimizer step with this mean KL to the reference.
+
+        Raises:
+            ValueError: the KL is negative or not finite.
+        """
+        return replace(self, kl=kl, steps=self.steps + 1)
+
+    def restarted(self) -> ReferenceReset:
+        """Return the condition right after a reset."""
+        return replace(self, kl=0.0, steps=0)
+
+
+def _beaten(reward: Tensor, mask: Tensor) -> Tensor:
+    """Share of the other valid samples that each valid one exceeds, float64; 0 for the rest."""
+    value, counted = in_float64(reward.detach(), mask)
+    wins = (value[:, None] > value) & counted & counted[:, None]
+    others = (counted.sum(dim=0) - 1).clamp(min=1)
+    unread = torch.where(counted, value - value, 0)  # a NaN that could not be checked stays one
+    return wins.sum(dim=1, dtype=value.dtype) / others + unread

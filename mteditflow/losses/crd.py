@@ -1,0 +1,160 @@
+r"""Centered reward distillation: implicit rewards regress to rewards, both centered in a group."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mteditflow._checks import (
+    Numbers,
+    as_real,
+    as_row_ids,
+    check_floating,
+    check_full_precision,
+    check_number,
+    check_rank,
+    check_same_shape,
+)
+from mteditflow._reduce import (
+    group_mean,
+    in_float64,
+    promote,
+    row_mean_absolute,
+    row_mean_square,
+    row_numbers,
+    rows_mask,
+    valid_rows,
+)
+
+
+def crd_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    advantage: float | Numbers,
+    group: Numbers,
+    *,
+    crd_beta: float = 1.0,
+    advantage_max: float = 5.0,
+    adaptive: bool = False,
+    floor: float = 1e-5,
+    valid: Numbers | None = None,
+) -> Tensor:
+    r"""Squared error of centered implicit rewards, :math:`(A_{max}/b)\,(b\,q'_i - a'_i)^2`.
+
+    The implicit reward of a row is how much better than the old policy it is matched,
+
+    .. math:: q = \mathrm{mean}(v_{old} - v)^2 - \mathrm{mean}(v_\theta - v)^2,
+        \qquad a = 1/2 + 1/2\,\mathrm{clip}(A / A_{max}, -1, 1)
+
+    and a prime is the difference from the mean over the row's group. An optimal policy has b q
+    equal to its reward but for the log of a normalizing constant, which all rows of a prompt share:
+    centering removes it, so a constant added to q or A (below the clip) changes nothing. The mean
+    of q is detached; rows of a group add up to the same gradient as if it were not. The loss is 0
+    where b q' equals a'. At ``velocity == old_velocity`` it is A_max / b times the squared a', and
+    its gradient, without ``adaptive``, that of :math:`(A_i - \mathrm{mean}\,A)\,l_i`:
+    advantage-weighted matching, whatever b and A_max are.
+
+    Args:
+        velocity: of the policy being trained at re-noised latents, [M, ...].
+        old_velocity: of the old policy at the same points; where the policy IS the old one,
+            ``velocity.detach()`` saves a forward pass. Treated as a constant.
+        target: ``velocity_target(clean, noise)`` of each row. Treated as a constant.
+        advantage: of each row, [M] or [M, 1, ...], or a number; float32 or float64. Treated as a
+            constant.
+        group: integer id of the rows that are centered together, [M], of any width: those of one
+            prompt, turn, flow time and noise; equal ids center over the whole batch.
+        crd_beta: b > 0: implicit reward per reward; large b keeps the policy near the old one.
+        advantage_max: A_max > 0, the advantage at which a saturates.
+        adaptive: whether both errors in q are divided by their own detached mean absolute error,
+            which makes q less dependent on the flow time.
+        floor: smallest mean absolute error divided by, > 0; read with ``adaptive`` alone.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN, and take
+            no part in the means of their groups.
+
+    Returns:
+        [M], >= 0, float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone.
+
+    Raises:
+        ValueError: shapes differ or a number is out of range.
+        TypeError: a tensor is not floating point, the ids are not integers, or the mask not
+            boolean.
+
+    Source: CRD (arXiv 2603.14128), whose centering is by prompt. Scales, the division by mean
+        absolute errors and their floor are known from a public implementation alone, which centers
+        over all rows that it gathers; its other sets of rows (by sign or by softmax of advantages)
+        are left out. The limits are derived here.
+
+    Example:
+        >>> import torch
+        >>> old, target = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
+        >>> velocity = old.clone().requires_grad_()
+        >>> loss = crd_loss(velocity, old, target, [1.0, -1.0], [0, 0])
+        >>> loss.sum().backward()  # 5 * 0.1 ** 2; the advantages times 2 * velocity
+        >>> loss.detach(), velocity.grad.flatten()
+        (tensor([0.0500, 0.0500]), tensor([ 2., -4.]))
+    """
+    check_floating(velocity=velocity, old_velocity=old_velocity, target=target)
+    check_same_shape(velocity=velocity, old_velocity=old_velocity, target=target)
+    check_rank("velocity", velocity, 2, "[M, ...]")
+    check_number("crd_beta", crd_beta, low=0.0, open_low=True)
+    check_number("advantage_max", advantage_max, low=0.0, open_low=True)
+    check_number("floor", floor, low=0.0, open_low=True)
+    mask, ids = rows_mask(valid, velocity), as_row_ids(group, velocity)
+    v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
+    a = row_numbers("advantage", advantage, v.flatten(1)[:, 0], valid=mask).detach()
+    wanted = (a / (2 * advantage_max)).clamp(-0.5, 0.5)  # 1/2 less than a: it cancels
+    q = -_error(valid_rows(mask, v - v_target), adaptive, floor)
+    q = q + _error(valid_rows(mask, v_old - v_target), adaptive, floor)
+    away = crd_beta * (q - group_mean(q.detach(), ids, mask)) - (
+        wanted - group_mean(wanted, ids, mask)
+    )
+    loss = away.square() * (advantage_max / crd_beta)
+    return (loss if mask is None else loss.where(mask, 0)).to(v.dtype)
+
+
+def kl_coef_by_reward(
+    advantage: Numbers, *, kl_coef: float, kl_floor: float = 1e-4, advantage_max: float = 5.0
+) -> Tensor:
+    r"""Weight of each row's KL that grows with its reward, from ``kl_floor`` to ``kl_coef``.
+
+    .. math:: c_i = c_{min} + a_i\,(c - c_{min}), \qquad
+        a_i = 1/2 + 1/2\,\mathrm{clip}(A_i / A_{max}, -1, 1)
+
+    A good row is held near the reference more strongly than a bad one, which has to move.
+
+    Args:
+        advantage: any shape, float32 or float64, or lists of numbers; integers count as float32.
+            Treated as a constant.
+        kl_coef: weight of the best rows, >= ``kl_floor``; 0.1 in public code.
+        kl_floor: weight of the worst rows, >= 0.
+        advantage_max: A_max > 0, the advantage at which the weight saturates.
+
+    Returns:
+        Shape of ``advantage``, in [kl_floor, kl_coef], detached.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: half precision.
+
+    Source: the reward-adaptive KL of CRD (arXiv 2603.14128), as a public implementation has it; its
+        KL is to the pretrained velocity under classifier-free guidance.
+
+    Example:
+        >>> import torch
+        >>> kl_coef_by_reward(torch.tensor([-9.0, 0.0, 5.0]), kl_coef=0.5, kl_floor=0.1)
+        tensor([0.1000, 0.3000, 0.5000])
+    """
+    advantage = as_real("advantage", advantage)
+    check_full_precision(advantage=advantage)
+    check_number("kl_floor", kl_floor, low=0.0)
+    check_number("kl_coef", kl_coef, low=kl_floor)
+    check_number("advantage_max", advantage_max, low=0.0, open_low=True)
+    (exact,) = in_float64(advantage.detach())
+    share = 0.5 + 0.5 * (exact / advantage_max).clamp(-1, 1)
+    return (kl_floor + share * (kl_coef - kl_floor)).to(advantage)
+
+
+def _error(error: Tensor, adaptive: bool, floor: float) -> Tensor:
+    """Mean square of each row, over its detached mean absolute value if that is wanted."""
+    mean_square = row_mean_square(error)
+    return mean_square / row_mean_absolute(error).clamp(min=floor) if adaptive else mean_square
