@@ -23,7 +23,7 @@ WORKERS ?= 2
 WING ?= rewards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types layers api pytest laws support evidence findings objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
+.PHONY: help demo quick test lint types layers api pytest laws support evidence findings long-chains objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
@@ -34,6 +34,7 @@ help:
 	@echo "make support       every pipeline of the table recorded, replayed and trained, written to docs/"
 	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
 	@echo "make findings      the paper's comparisons on the shapes world over three seeds, written to docs/"
+	@echo "make long-chains   training for long chains in the world of pictures over three seeds, written to docs/"
 	@echo "make objectives    all objectives, credits and guards on the shapes world over three seeds, written to docs/"
 	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
 	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
@@ -101,6 +102,10 @@ evidence: $(INSTALLED)
 
 findings: $(INSTALLED)
 	$(BIN)/python examples/ablations.py findings --workers $(WORKERS)
+
+long-chains: $(INSTALLED)
+	$(BIN)/python examples/ablations.py long_chains --workers $(WORKERS)
+	$(BIN)/python examples/ablations.py competent_start --workers $(WORKERS)
 
 objectives: $(INSTALLED)
 	$(BIN)/python examples/ablations.py objectives --workers $(WORKERS)

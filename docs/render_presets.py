@@ -32,6 +32,7 @@ from mteditflow.objectives import (
     DPPO,
     GRPO,
     NFT,
+    FlowAWR,
     Guard,
     Objective,
     Renoise,
@@ -56,6 +57,7 @@ LEVELS = Renoise(levels=8, stratified=True)  # flow times at which a latent's li
 OBJECTIVES: dict[str, Objective] = {
     "NFT": NFT(renoise=Renoise(levels=4)),
     "AWM": AWM(renoise=Renoise(levels=4)),
+    "FlowAWR": FlowAWR(renoise=Renoise(levels=4)),
     "DPO": DPO(renoise=Renoise(levels=4)),
     "DGPO": DGPO(renoise=Renoise(levels=4)),
     "CRD": CRD(renoise=Renoise(levels=4)),
