@@ -20,7 +20,7 @@ from tests.loops import some
 
 # F per trajectory: 18 steps in each branch, then rows forward, backward and once more forward;
 # TFLOP of F.
-KNOWN = {"kontext-nft": (33.6, 38.2), "kontext-grpo": (66.0, 38.7), "klein-nft": (66.8, 39.6)}
+KNOWN = {"kontext-nft": (27.9, 38.2), "kontext-grpo": (37.2, 38.7), "klein-nft": (55.5, 39.6)}
 
 
 def run(capsys, monkeypatch, *words):
@@ -220,14 +220,15 @@ def test_options_that_lower_the_work_of_a_trajectory():
         config = parse(list(words), services=False)
         return budget.techniques(config, budget.plan_of(config, gpus=1))
 
-    nft = cheaper("kontext-nft")
+    published = ("--objective.old-slope", "0.001", "--objective.kl-share", "1")
+    nft = cheaper("kontext-nft", *published)
     assert nft["objective.old_slope 0"] == pytest.approx(33.6 - 3, abs=0.06)
     assert nft["objective.kl_share 0.25"] == pytest.approx(33.6 - 3 * 0.75, abs=0.06)
     assert nft["sampling.steps 4"] == pytest.approx(33.6 - 6, abs=0.06)
-    grpo = cheaper("kontext-grpo")
+    grpo = cheaper("kontext-grpo", "--objective.stochastic-steps", "5")
     assert grpo["objective.stochastic_steps 2"] == pytest.approx(18 + 6 * 3.2, abs=0.06)
     assert not any("kl" in x or "sampling" in x for x in some(grpo))  # 5 of its steps draw noise
-    assert "objective.old_slope 0" not in cheaper("kontext-nft", "--objective.old-slope", "0")
+    assert "objective.old_slope 0" not in cheaper("kontext-nft")
 
 
 def test_kontext_trains_on_one_card_of_24(capsys, monkeypatch):
@@ -294,12 +295,12 @@ def test_facts_that_the_page_states():
     def plan(preset):
         return budget.plan_of(parse([preset], services=False), gpus=1)
 
-    for preset, share in some({"kontext-nft": 0.24, "kontext-grpo": 0.45}.items()):
+    for preset, share in some({"kontext-nft": 0.43, "kontext-grpo": 0.45}.items()):
         with_it, without = (
             work(replace(plan(preset), checkpointing=on)).update for on in (True, False)
         )
         assert with_it / without - 1 == pytest.approx(share, abs=0.006)
-    assert "24% more for NFT, 45% more for GRPO" in text
+    assert "43% more for NFT, 45% more for GRPO" in text
     # gradient and two moments of float32 of rank 64 on all ranks but this one, GB
     assert plan("kontext-grpo").costs.row.adapters * 12 / 1e9 == pytest.approx(3.1, abs=0.05)
     assert "at most 3.1 GB" in text
