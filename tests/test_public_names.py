@@ -26,7 +26,6 @@ ALLOWED: dict[str, set[str]] = {
     "mteditflow._exits": {
         "BAD_INPUT",
         "FAILED",
-        "MACHINE",
         "failing",
         "naming_argument",
         "refuse",

@@ -32,6 +32,7 @@ from mteditflow._checks import (
     check_named,
     check_number,
     check_rank,
+    check_real,
     check_rewards,
     check_same_shape,
     check_values,
@@ -71,6 +72,7 @@ def rank_uncertainty(
         tensor([-0.5000, -0.5000,  1.0000])
     """
     reward = as_real("reward", reward)
+    check_real(reward=reward)
     check_named("auxiliary", auxiliary, "rewards")
     if not auxiliary:
         raise ValueError("auxiliary: expected at least one named reward, got none")

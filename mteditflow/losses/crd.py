@@ -10,6 +10,7 @@ from mteditflow._checks import (
     as_row_ids,
     check_floating,
     check_full_precision,
+    check_kind,
     check_number,
     check_rank,
     check_same_shape,
@@ -99,6 +100,7 @@ def crd_loss(
     check_number("crd_beta", crd_beta, low=0.0, open_low=True)
     check_number("advantage_max", advantage_max, low=0.0, open_low=True)
     check_number("floor", floor, low=0.0, open_low=True)
+    check_kind("adaptive", adaptive, bool, "True or False")
     mask, ids = rows_mask(valid, velocity), as_row_ids(group, velocity)
     v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
     a = row_numbers("advantage", advantage, v.flatten(1)[:, 0], valid=mask).detach()

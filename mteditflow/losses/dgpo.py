@@ -100,6 +100,8 @@ def dgpo_loss(
     a = row_numbers("advantage", advantage, error, valid=mask).detach()
     behind = group_mean(a * (error - reference_error).detach(), ids, mask)
     weight = torch.sigmoid(dgpo_beta * behind).to(error)
+    if ratio_clip is not None:
+        check_number("ratio_clip", ratio_clip, low=0.0, high=1.0, open_low=True, open_high=True)
     if (old_velocity is None) != (ratio_clip is None):
         raise ValueError(
             "old_velocity, ratio_clip: expected both or neither, got only "
@@ -107,7 +109,6 @@ def dgpo_loss(
         )
     if old_velocity is not None and ratio_clip is not None:
         check_same_shape(velocity=velocity, old_velocity=old_velocity)
-        check_number("ratio_clip", ratio_clip, low=0.0, high=1.0, open_low=True, open_high=True)
         old_error = row_squared_error(mask, old_velocity=old_velocity, target=target)
         log_ratio = (old_error - error).detach()
         too_near, too_far = log_ratio > math.log1p(ratio_clip), log_ratio < math.log1p(-ratio_clip)

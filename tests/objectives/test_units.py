@@ -27,6 +27,7 @@ from mteditflow.objectives import (
     OBJECTIVES,
     CleanSamples,
     Distillation,
+    FlowAWR,
     Guard,
     Renoise,
     RoundKey,
@@ -44,6 +45,7 @@ ALL = {name: kind() for name, kind in OBJECTIVES.items()} | {  # a new one by it
     "guard": Guard(**REPLAYS),
     "dppo": DPPO(**REPLAYS),
     "distillation": Distillation(),
+    "flow_awr": FlowAWR(temperature=None),  # takes advantages as they are
 }
 
 

@@ -12,7 +12,15 @@ HEAVY = [
     "PIL", "accelerate", "diffusers", "matplotlib", "peft", "pydantic", "rich", "tensorboard",
     "tqdm", "transformers",
 ]  # fmt: skip
-WITH_OTHERS = {"Bar", "RunLog", "gather_scores", "print_summary", "run_report", "write_report"}
+WITH_OTHERS = {
+    "Bar",
+    "RunLog",
+    "gather_scores",
+    "print_summary",
+    "run_report",
+    "summary_text",
+    "write_report",
+}
 BLOCK = f"""
 import json, sys
 class Blocked:
