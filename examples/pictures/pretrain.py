@@ -165,7 +165,7 @@ def train_careless(conditioner: Conditioner, pairs: Pairs, *, steps: int, seed: 
 
 
 def main(
-    stage: Annotated[Literal["competent", "careless"], typer.Argument(help="What to train.")],
+    stage: Annotated[Literal["competent", "careless"], typer.Argument(help="Stage to train.")],
     seed: Annotated[int, typer.Option(help="Seed of weights, edits and noise.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; default: 3000, or 250.")

@@ -29,7 +29,7 @@ STRICT = 0.15  # largest mean error of such a block
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of a chain of N turns on pictures of H x W pixels.
+    """True pictures of a chain of N turns, H x W pixels, and the masks of its turns.
 
     Attributes:
         pictures: true pictures, the reference first, in [0, 1], float32 [N + 1, 3, H, W].
