@@ -210,8 +210,9 @@ def edit(editor: Editor, size: Size, batch: int) -> object:
 
 
 def batch_of(rollout: Rollout, policies: LoraPolicies, micro_batch: int) -> Batch:
-    """The rollout as a round of the trainer's ``kontext-nft``, with made-up advantages."""
+    """The rollout as a round of ``kontext-nft`` with a KL of every row, and made-up advantages."""
     options = ["--rewards.scorer", "none:none", "--training.batch", str(micro_batch)]
+    options += ["--objective.kl-share", "1"]
     config = parse(["kontext-nft", *options])
     exists = rollout.trajectory.turn_mask
     advantage = torch.linspace(-1, 1, len(rollout))[:, None].expand(exists.shape)

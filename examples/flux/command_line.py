@@ -210,7 +210,7 @@ def _preset(name: str, kind: type[Config]) -> Config:
 
 
 def _other_objective(before: Objective, word: str, program: type[Config]) -> Objective:
-    """Return another objective of the same kind, with the fields that both have.
+    """Return another objective of the same kind, with the fields that both have and it can use.
 
     Raises:
         ConfigError: there is none of the name, or it is of another kind.
@@ -226,4 +226,6 @@ def _other_objective(before: Objective, word: str, program: type[Config]) -> Obj
         return before
     own = {f.name for f in fields(OBJECTIVES[name])}  # type: ignore[arg-type]
     shared = {f.name: getattr(before, f.name) for f in fields(before) if f.name in own}  # type: ignore[arg-type]
+    if not OBJECTIVES[name].kl_on_share:
+        shared.pop("kl_share", None)
     return OBJECTIVES[name](**shared)

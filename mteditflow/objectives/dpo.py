@@ -59,6 +59,7 @@ class DPO(ForwardObjective):
     )
 
     members = 2
+    kl_on_share = False
 
     dpo_beta: float = 2000.0
     """Strength of the pull to the reference; 2000 is usual."""

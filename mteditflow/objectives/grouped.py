@@ -26,6 +26,7 @@ class GroupObjective(ForwardObjective):
     """
 
     members = None
+    kl_on_share = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
