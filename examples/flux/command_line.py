@@ -226,6 +226,6 @@ def _other_objective(before: Objective, word: str, program: type[Config]) -> Obj
         return before
     own = {f.name for f in fields(OBJECTIVES[name])}  # type: ignore[arg-type]
     shared = {f.name: getattr(before, f.name) for f in fields(before) if f.name in own}  # type: ignore[arg-type]
-    if not OBJECTIVES[name].kl_on_share:
+    if OBJECTIVES[name].whole_kl:
         shared.pop("kl_share", None)
     return OBJECTIVES[name](**shared)

@@ -168,7 +168,7 @@ class Objective(ABC):
 
     card: ClassVar[Card]
     samples_with: ClassVar[Policy] = "current"
-    kl_on_share: ClassVar[bool] = True  # whether ``kl_share`` may be below 1
+    whole_kl: ClassVar[str] = ""  # why ``kl_share`` has to be 1; empty where it may be below
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

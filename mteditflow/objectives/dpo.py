@@ -59,7 +59,7 @@ class DPO(ForwardObjective):
     )
 
     members = 2
-    kl_on_share = False
+    whole_kl = "whose loss evaluates the reference everywhere"
 
     dpo_beta: float = 2000.0
     """Strength of the pull to the reference; 2000 is usual."""
@@ -67,11 +67,6 @@ class DPO(ForwardObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("dpo_beta", self.dpo_beta, low=0.0, open_low=True)
-        if self.kl_share < 1:
-            raise ValueError(
-                "kl_share: expected 1 for DPO, whose loss evaluates the reference everywhere, got "
-                f"{self.kl_share}"
-            )
 
     def units(
         self,

@@ -201,6 +201,11 @@ class ForwardObjective(Objective):
             check_number(name, getattr(self, name), low=0.0)
         check_number("old_maximum", self.old_maximum, low=0.0, high=1.0)
         check_kl_share(self.kl_share, self.kl_coef)
+        if self.kl_share < 1 and self.whole_kl:
+            raise ValueError(
+                f"kl_share: expected 1 for {type(self).__name__}, {self.whole_kl}, got "
+                f"{self.kl_share}"
+            )
         if self.kl_share < 1 and self.norm_coef > 0:
             raise ValueError(
                 f"kl_share: expected 1 where norm_coef > 0, whose hinge evaluates the reference "

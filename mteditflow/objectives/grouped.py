@@ -26,15 +26,7 @@ class GroupObjective(ForwardObjective):
     """
 
     members = None
-    kl_on_share = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kl_share < 1:
-            raise ValueError(
-                f"kl_share: expected 1 for {type(self).__name__}, whose units are groups, got "
-                f"{self.kl_share}"
-            )
+    whole_kl = "whose units are groups"
 
     def units(
         self,
