@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mteditflow._checks import check_count, check_mask, check_rank
+from mteditflow.metrics.long_chains import collapsed
 
 SLACK = 1  # sessions that a measure may lose while the other one wins
 
@@ -43,7 +45,6 @@ def count_sessions(success: Tensor, degraded: Tensor, turn: int) -> SessionCount
         for the promotion of a teacher.
 
     Example:
-        >>> import torch
         >>> success = torch.tensor([[True, True, False], [True, False, True]])
         >>> degraded = torch.tensor([[False, False, True], [False, True, True]])
         >>> count_sessions(success, degraded, 2)
@@ -53,9 +54,9 @@ def count_sessions(success: Tensor, degraded: Tensor, turn: int) -> SessionCount
     check_mask("success", success, success.shape, "[C, N]")
     check_mask("degraded", degraded, success.shape, "[C, N]")
     check_count("turn", turn, high=success.shape[1])
-    onset = degraded[:, :-1] & degraded[:, 1:]
+    gone, _ = collapsed(degraded.long(), torch.ones_like(degraded))
     succeeded = success[:, :turn].all(dim=1)
-    return SessionCounts(int(succeeded.sum()), int(onset[:, :turn].any(dim=1).sum()))
+    return SessionCounts(int(succeeded.sum()), int(gone[:, turn - 1].sum()))
 
 
 class SessionGain(NamedTuple):
