@@ -56,8 +56,8 @@ def _outcomes(run: Run, sessions: HeldOut, policy: str) -> list[SessionCounts] |
     """Edit all sessions with a policy and count their outcomes, a collective call.
 
     Returns:
-        Outcomes up to each turn that is compared; None where a judge lost a score, since a session
-        that is not fully judged neither succeeds nor fails.
+        Outcomes up to each turn that is compared; None where a score was lost, since a session that
+        is not fully scored neither succeeds, fails, nor lasts.
 
     Raises:
         ConfigError: nobody scores consistency.
@@ -79,8 +79,8 @@ def _outcomes(run: Run, sessions: HeldOut, policy: str) -> list[SessionCounts] |
         name: first_scores(x, len(sessions.chains)) for name, x in terms.items()
     }
     following, looks = scored["following"], scored["consistency"]
-    if following.lost:
+    if following.lost or looks.lost:
         return None
     success = scale_of(config.rewards).followed(following.score)
-    degraded = looks.score <= config.teacher.degraded  # of a score that is not there: false
+    degraded = looks.score <= config.teacher.degraded  # nothing to measure: not degraded
     return [count_sessions(success, degraded, turn) for turn in config.teacher.turns]

@@ -11,7 +11,7 @@ from mteditflow_examples.flux.config import ConfigError, DistillationConfig
 from mteditflow_examples.flux.sampling import next_chains
 from mteditflow_examples.shapes.vision import pixels_of
 
-from mteditflow.rewards import pixel_change
+from mteditflow.rewards import Fault, Lost, TurnScores, pixel_change
 from mteditflow.training import SessionCounts
 from tests.flux.rounds import started
 from tests.flux.worlds import options, weights
@@ -142,9 +142,7 @@ def test_a_run_with_curriculum_and_gate_goes_on_to_the_same_weights(world, tmp_p
     assert all(torch.equal(current[k], x) for k, x in some(promoted.items()))
 
 
-def test_a_teacher_stays_where_its_student_is_no_better_and_where_scores_are_lost(
-    world, tmp_path, monkeypatch
-):
+def test_a_teacher_stays_where_its_student_is_no_better(world, tmp_path):
     more = ("--teacher.sessions", world / "held_out.jsonl", "--teacher.every", 1)
     with begun(world, tmp_path, *more, "--teacher.turns", 3) as run:
         run.first_round = 0
@@ -154,10 +152,28 @@ def test_a_teacher_stays_where_its_student_is_no_better_and_where_scores_are_los
         assert run.numbers["teacher/promoted"] == 0
         assert run.numbers["teacher/more_successes/turn_3"] == 0
         assert counts == [SessionCounts(*counts[0])]
-        monkeypatch.setattr(promotion, "_outcomes", lambda *_: None)
-        run.state.teacher = None
+
+
+@pytest.mark.parametrize("term", ["following", "consistency"])
+def test_a_teacher_stays_where_sessions_lost_a_score_of_any_term(
+    world, tmp_path, monkeypatch, term
+):
+    collect = promotion.collect
+
+    def losing(run, waiting):
+        terms = collect(run, waiting)
+        score, where = terms[term].score.clone(), (0, 1)
+        score[where] = torch.nan
+        lost = {where: Lost(Fault.timeout, "no answer", 1)}
+        return terms | {term: TurnScores(score, terms[term].turn_mask, lost)}
+
+    monkeypatch.setattr(promotion, "collect", losing)
+    more = ("--teacher.sessions", world / "held_out.jsonl", "--teacher.every", 1)
+    with begun(world, tmp_path, *more, "--teacher.turns", 3) as run:
+        run.first_round = 0
         run.begin_round()
         promotion.promote_if_due(run)
+        assert run.state.teacher is None
         assert "teacher/promoted" not in run.numbers
         assert "sessions lost scores" in (tmp_path / "log.txt").read_text()
 
