@@ -117,7 +117,7 @@ def test_what_is_not_known_is_nan_and_not_a_number_of_turns():
 
 
 def test_the_interval_covers_the_share_under_random_loss():
-    """Of 95% intervals over 400 tables of 60 chains, 95% +- 4 standard deviations cover."""
+    """95% +- 4 standard deviations of the 95% intervals over 400 tables of 60 chains cover."""
     generator = torch.Generator().manual_seed(1)
     truth = torch.tensor([0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7], dtype=torch.float64)
     covered = torch.zeros(3)

@@ -26,7 +26,7 @@ BYTES = {"int8": 1.001, "nf4": 0.5 + 4 / 64}  # of a packed weight, scales inclu
 
 @dataclass(frozen=True)
 class Sampler:
-    """What samples beside the model in training, or on top of it.
+    """Sampler beside the model in training, or on top of it.
 
     Attributes:
         sibling: costs of a row of the sibling's transformer; None: the trained model samples.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mteditflow._checks import check_mask, check_number
+from mteditflow._checks import check_number
 from mteditflow.flow.trajectory import Steps
 from mteditflow.losses.distillation import distillation_loss
 from mteditflow.objectives.base import (
@@ -19,7 +19,7 @@ from mteditflow.objectives.base import (
     masked_output,
 )
 from mteditflow.objectives.keys import Key, round_key
-from mteditflow.objectives.samples import Samples, recorded_steps
+from mteditflow.objectives.samples import Samples, recorded_steps, valid_turns
 from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
 
 
@@ -77,11 +77,7 @@ class Distillation(Objective):
         """See ``Objective``: one row for each step, or a share of them; ``advantage`` is None."""
         if advantage is not None:
             raise TypeError("advantage: expected None for Distillation, which has no reward")
-        exists, recorded = samples.turn_mask.cpu(), recorded_steps(samples)
-        if valid is not None:
-            shape = exists.shape[: max(valid.ndim, 1)]
-            check_mask("valid", valid, shape, "[B] or [B, N]")
-            exists = exists & valid.cpu().view(*shape, *[1] * (2 - valid.ndim))
+        exists, recorded = valid_turns(samples, valid), recorded_steps(samples)
         return draw_units(
             samples,
             recorded & exists[..., None],

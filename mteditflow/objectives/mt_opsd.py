@@ -30,7 +30,7 @@ from mteditflow.objectives.base import (
     masked_output,
 )
 from mteditflow.objectives.keys import Key, RoundKey, round_key
-from mteditflow.objectives.samples import Samples, recorded_steps, starts_of
+from mteditflow.objectives.samples import Samples, recorded_steps, starts_of, valid_turns
 from mteditflow.objectives.units import (
     Units,
     check_units,
@@ -119,8 +119,8 @@ class MTOPSD(Objective):
     ``mt_opsd_loss`` for the formula. Samples that are no ``WornSamples`` are edits alone.
 
     Args:
-        edit_share: probability that a trajectory's last turn is an edit, in (0, 1]. It is for who
-            samples; the samples say what came of it.
+        edit_share: probability that a trajectory's last turn is an edit, in (0, 1]. The sampling
+            loop draws by it; which turns are edits stands in ``WornSamples.identity``.
         identity_weight: weight of a turn that asks for no change, >= 0.
         queries: states of a trajectory that are trained in a pass, >= 1.
         query_alpha: first parameter of their Beta distribution, > 0.
@@ -188,10 +188,7 @@ class MTOPSD(Objective):
         exists, steps = samples.turn_mask.cpu(), recorded_steps(samples).sum(dim=2)
         numbers = torch.arange(exists.shape[1], dtype=torch.int64, device="cpu")
         last = torch.where(exists, numbers, -1).amax(dim=1)
-        if valid is not None:
-            shape = exists.shape[: max(valid.ndim, 1)]
-            check_mask("valid", valid, shape, "[B] or [B, N]")
-            exists = exists & valid.cpu().view(*shape, *[1] * (2 - valid.ndim))
+        exists = valid_turns(samples, valid)
         key = round_key(key)
         generators = [key.generator("rows", b) for b in range(len(exists))]
         drawn = training_rows(

@@ -292,6 +292,21 @@ def recorded_steps(samples: Samples) -> Tensor:
     return padded([mask[..., None].expand(-1, -1, steps) for mask, steps in turns])
 
 
+def valid_turns(samples: Samples, valid: Tensor | None) -> Tensor:
+    """Return the turns that exist and are valid, boolean [B, N] on the CPU.
+
+    Raises:
+        ValueError: the shape of ``valid`` is neither [B] nor [B, N].
+        TypeError: it is not boolean.
+    """
+    exists = samples.turn_mask.cpu()
+    if valid is None:
+        return exists
+    shape = exists.shape[: max(valid.ndim, 1)]
+    check_mask("valid", valid, shape, "[B] or [B, N]")
+    return exists & valid.cpu().view(*shape, *[1] * (2 - valid.ndim))
+
+
 def turn_values(samples: Samples, advantage: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Check advantages and validity and bring both to [B, N] on the CPU.
 

@@ -66,7 +66,7 @@ def test_turns_without_a_change_are_drawn_by_group_and_alike_on_any_rank():
 
 
 def test_their_share_is_the_configured_one_and_an_edit_is_left():
-    """Of 3,000 chains of 3 turns at 0.5: an eighth would have no edit and gets one."""
+    """An eighth of 3,000 chains of 3 turns at 0.5 would have no edit, and gets one."""
     edits = edit_turns(RoundKey(1, 0), torch.arange(3000), 3, 0.5)
     assert edits.any(dim=1).all()
     share = float((~edits).double().mean())

@@ -104,7 +104,7 @@ def family(request):
 
 
 def test_every_key_is_known_to_comfyui(family):
-    """Of all linear layers of the real class that are not refused."""
+    """All linear layers of the real class that are not refused."""
     _, model = family
     kind = type(model).__name__
     layers = linear_layers(model)

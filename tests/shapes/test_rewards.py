@@ -80,7 +80,7 @@ def test_spoiling_what_must_not_change_costs_consistency_alone(seed):
 @quick
 @given(seeds)
 def test_a_fault_that_stays_costs_the_original_every_turn_and_its_neighbors_one(seed):
-    """What a judge of neighbors sees of wear: the turn that made it, and no later one."""
+    """A judge of neighbors sees the turn that wears a picture, and no later one."""
     chains = drawn(seed)
     truth, images = Truth.of(chains), pictures(chains)
     row, column = truth.kept[0, 2].nonzero()[0]
