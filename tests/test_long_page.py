@@ -1,0 +1,77 @@
+"""The page of a study of long chains, from made-up evaluations whose measures are known."""
+
+import pytest
+import torch
+from mteditflow_examples.findings.long_chains import LONG_CHAINS, STILL, TWENTY
+from mteditflow_examples.findings.long_page import BEFORE, MEASURES, LongResults, write_long_page
+from mteditflow_examples.findings.running import FULL, Ablations, Run
+from mteditflow_examples.findings.study import THREE
+
+from mteditflow.evaluation import Evaluation
+from mteditflow.rewards import TurnScores
+from tests.loops import some
+
+CHAINS = 8
+
+
+def evaluation(held_out, passing, collapsing, wear):
+    """8 chains: ``passing`` succeed at all turns, ``collapsing`` are destroyed from turn 5 on."""
+    shape = (CHAINS, held_out.turns)
+    number = torch.arange(CHAINS)[:, None].expand(shape)
+    turn = torch.arange(1, held_out.turns + 1).expand(shape)
+    values = {
+        "following": 1 + 4.0 * ((number < passing) | (turn < 2)),
+        "consistency": torch.where((number < collapsing) & (turn >= 5), 0.4, 0.9),
+        "strict": torch.zeros(shape),
+        "wear": wear * turn.float(),
+    }
+    exists = torch.ones(shape, dtype=torch.bool)
+    terms = {name: TurnScores(x, exists, {}) for name, x in values.items()}
+    names = [f"chain {c}" for c in range(CHAINS)]
+    return Evaluation(0, names, [["Do it"] * held_out.turns] * CHAINS, terms, success_at=5)
+
+
+@pytest.fixture
+def ablations(tmp_path, monkeypatch):
+    own = Ablations(tmp_path, FULL, LONG_CHAINS)
+
+    def result(_, setting, seed, held_out):
+        better = setting.name != LONG_CHAINS.base.name
+        after = evaluation(held_out, passing=4 + 2 * better, collapsing=2, wear=0.001 * (seed + 1))
+        return Run(evaluation(held_out, passing=2, collapsing=6, wear=0.004), after, ())
+
+    monkeypatch.setattr(Ablations, "complete_seeds", lambda _: [0, 1, 2])
+    monkeypatch.setattr(Ablations, "result", result)
+    for setting in LONG_CHAINS.settings.values():
+        own._after(setting, 0, THREE).parent.mkdir()
+        own._after(setting, 0, THREE).touch()
+    return own
+
+
+def test_measures_are_those_of_the_chains(ablations):
+    results = LongResults(ablations)
+    found = {measure.title: results.table(measure) for measure in MEASURES}
+    assert results.settings[0] is BEFORE
+    base = 1 + list(LONG_CHAINS.settings).index(LONG_CHAINS.base.name)
+    for title in ("IF(3)", "SR@10", "SR@20"):
+        assert found[title][0].tolist() == [25.0] * 3
+        assert found[title][base].tolist() == [50.0] * 3
+        assert found[title][-1].tolist() == [75.0] * 3
+    assert found["CR@10"][0].tolist() == [75.0] * 3
+    assert found["CR@10"][base].tolist() == [25.0] * 3
+    assert found["wear at 10"][base].tolist() == pytest.approx([1.0, 2.0, 3.0], abs=1e-4)
+    assert found["CC(3)"][0].tolist() == pytest.approx([90.0] * 3, abs=1e-4)
+    change = results.change(next(m for m in MEASURES if m.title == "SR@10"), base)
+    assert change.mean == pytest.approx(25.0)
+    assert {measure.held_out for measure in MEASURES} == {THREE, TWENTY, STILL}
+
+
+def test_the_page_has_a_row_for_every_recipe_and_its_figure(ablations, tmp_path):
+    page = write_long_page(ablations, tmp_path / "docs", command="make it")
+    text = page.read_text()
+    for setting in some(LONG_CHAINS.settings.values()):
+        assert text.count(f"\n| {setting.label} | ") == 2
+    assert text.count("\n| before | ") == 1
+    assert "Seeds 0, 1, 2; 20 rounds each" in text
+    assert (tmp_path / "docs" / "long_chains.png").stat().st_size > 10_000
+    assert "(long_chains.png)" in text
