@@ -92,6 +92,7 @@ class DPO(ForwardObjective):
             share=1.0,
             minibatches=minibatches,
             zero_matters=True,
+            whole_groups=True,
         )
         return [self._paired(samples, units, values, losers, key) for units in drawn]
 

@@ -51,6 +51,7 @@ class GroupObjective(ForwardObjective):
             share=1.0,
             minibatches=minibatches,
             zero_matters=self.zero_matters,
+            whole_groups=True,
         )
         return [self._grouped(samples, units, values, own, groups.number, key) for units in drawn]
 

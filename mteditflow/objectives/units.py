@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import TypeVar
 
 import torch
@@ -211,6 +212,7 @@ def draw_units(
     share: float,
     minibatches: int,
     zero_matters: bool,
+    whole_groups: bool = False,
 ) -> list[Units]:
     """Draw single rows as units; see ``Objective.units``.
 
@@ -223,10 +225,15 @@ def draw_units(
         share: share of the K entries of a turn that is drawn.
         minibatches: optimizer steps.
         zero_matters: whether a unit of advantage 0 can change the gradient.
+        whole_groups: whether groups, not trajectories, are spread over the minibatches: for units
+            of several members, of which some trajectories lead many and others none.
     """
     generators = [key.generator("rows", b) for b in range(len(exists))]
     taken = _draw_share(samples, exists, share, generators)
     drawn = training_rows(taken, generators=generators, minibatches=minibatches)
+    if whole_groups:
+        chosen, rows = _spread_groups(samples.group, minibatches, key), taken.nonzero()
+        drawn = [rows[chosen[rows[:, 0]] == number] for number in range(minibatches)]
     trajectory, turn = (samples.turn_mask.cpu().nonzero().tolist() or [[0, 0]])[0]
     found = []
     for rows in drawn:
@@ -335,6 +342,24 @@ def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
     score = score.masked_fill(~exists, 2.0)
     rank = score.argsort(dim=1).argsort(dim=1)
     return (rank < count[:, None]) & exists
+
+
+def _spread_groups(group: Tensor, minibatches: int, key: RoundKey) -> Tensor:
+    """Return the minibatch of each trajectory's group, int64 [B].
+
+    Of ``minibatches`` neighboring groups of one size each goes to another one, on any ranks and in
+    any buckets that hold them whole: a group's number follows from the trajectories before it.
+    """
+    names = group.tolist()
+    number, before = dict.fromkeys(names, 0), key.first
+    for name in number:
+        size = names.count(name)
+        stratum, place = divmod(before // size, minibatches)
+        order = list(range(minibatches))
+        Random(key.number("groups", stratum)).shuffle(order)
+        number[name] = order[place]
+        before += size
+    return torch.tensor([number[name] for name in names], dtype=torch.int64, device="cpu")
 
 
 def _spread(

@@ -306,3 +306,25 @@ def test_units_of_other_objectives_and_no_advantage_are_refused():
 def test_flat_groups_alone_make_no_units(objective):
     (units,) = objective.units(clean_samples(), torch.zeros(8), key=key())
     assert len(units) == 0
+
+
+@pytest.mark.parametrize("kind", [DGPO, CRD, DPO])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("groups", "minibatches"), [(4, 2), (4, 4), (6, 2), (5, 2)])
+def test_minibatches_have_equal_numbers_of_groups(kind, interleaved, groups, minibatches):
+    """Before, groups went where their leads went: one of two minibatches of 4 was often empty."""
+    members, turns = 4, 3
+    number = torch.arange(groups)
+    group = number.repeat(members) if interleaved else number.repeat_interleave(members)
+    samples = CleanSamples(torch.zeros(groups * members, turns, 2), group=group)
+    advantage = torch.randn(len(group), turns, generator=torch.Generator().manual_seed(1))
+    orders = set()
+    for seed in range(20):
+        parts = kind().units(
+            samples, advantage, key=RoundKey(seed=seed, round=0), minibatches=minibatches
+        )
+        counts = [len(part) for part in parts]
+        assert sum(counts) == groups * turns
+        assert max(counts) - min(counts) <= (0 if groups % minibatches == 0 else turns)
+        orders.add(tuple(int(group[part.rows[0, 0, 0]]) for part in parts))
+    assert len(orders) > 1
