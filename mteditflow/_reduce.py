@@ -18,6 +18,7 @@ from mteditflow._checks import (
     check_rank,
     check_same_shape,
     check_step_values,
+    check_values,
     read,
 )
 
@@ -112,7 +113,9 @@ def row_numbers(
     """One real number for each row of ``x``, [M], as ``row_values`` but of any sign."""
     given = full_precision(name, value, x)
     rows = _one_per_row(name, broadcast_rows(name, given, x), x).to(x.dtype).expand(len(x))
-    return rows if valid is None else torch.where(valid, rows, 0)
+    counted = rows if valid is None else torch.where(valid, rows, 0)
+    check_values(name, rows, counted.isfinite(), "finite values where valid")
+    return counted
 
 
 def _one_per_row(name: str, rows: Tensor, x: Tensor) -> Tensor:

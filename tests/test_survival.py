@@ -137,3 +137,13 @@ def test_wrong_calls_are_refused():
             function([[1.0]], confidence=1.0)
         with pytest.raises(TypeError, match="valid: expected a boolean mask"):
             function([[1.0]], valid=[[1.0]])
+
+
+def test_the_median_is_right_where_exactly_half_survive():
+    """The product of conditional shares is 1/2 but for its rounding."""
+    for chains in range(4, 27, 2):
+        for early in range(chains // 2):
+            success = torch.ones(chains, 3, dtype=torch.int64)
+            success[:early, 0] = 0
+            success[early : chains // 2, 2] = 0
+            assert turns_survived(success).median.estimate == 3, (chains, early)

@@ -30,7 +30,8 @@ else:
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
 # Of the boxes that tyro draws around errors, in ASCII where a terminal has nothing better.
-FRAME, RULE = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯|+]"), re.compile(r"[-─]{4}")
+STYLE, RULE = re.compile(r"\x1b\[[0-9;]*m"), re.compile(r"[-─]{4}")
+FRAME = re.compile(r"^\s*[│╭╰|+]|[│╮╯|+]\s*$")
 
 
 def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
@@ -111,7 +112,7 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
 
 def _in_a_line(box: str) -> str:
     """Return what a box says, its title and rules left out."""
-    lines = [FRAME.sub("", line).strip() for line in box.splitlines()]
+    lines = [FRAME.sub("", STYLE.sub("", line)).strip() for line in box.splitlines()]
     parts = [[]]
     for line in lines[1:]:
         if RULE.match(line):

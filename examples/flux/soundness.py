@@ -67,6 +67,11 @@ def _unsound(config: Config) -> Iterator[str]:
         yield "training.final_rate: expected below 1 for schedule cosine, such as 0.1, got 1"
     if training.kl_target is not None and getattr(objective, "kl_coef", 0) == 0:
         yield "training.kl_target: expected objective.kl_coef above 0 to start from, got 0"
+    if training.kl_target is not None and getattr(objective, "kl_floor", None) is not None:
+        yield (
+            "training.kl_target: expected None beside objective.kl_floor, since an adapted kl_coef "
+            f"may fall below it, got {training.kl_target}"
+        )
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
         yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
     yield from _unsound_lengths(config)

@@ -74,7 +74,8 @@ def softmax_advantage(
         return group_std(x, torch.zeros_like(index), valid=mask).clamp(min=least)
 
     scale = batch_std(exact, floor) if temperature is None else temperature
-    weight = torch.where(mask, ((exact - _group_max(exact, index, mask)) / scale).exp(), 0)
+    below = (exact / 2 - _group_max(exact, index, mask) / 2) / (scale / 2)  # halves: no overflow
+    weight = torch.where(mask, below.exp(), 0)
     count = group_sum(mask.to(weight.dtype), index)
     advantage = torch.where(mask, weight * count / group_sum(weight, index) - 1, 0)
     if gate_floor is not None:

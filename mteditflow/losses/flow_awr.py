@@ -21,7 +21,13 @@ import math
 import torch
 from torch import Tensor
 
-from mteditflow._checks import Numbers, check_floating, check_rank, check_same_shape
+from mteditflow._checks import (
+    Numbers,
+    check_floating,
+    check_rank,
+    check_same_shape,
+    check_values,
+)
 from mteditflow._reduce import (
     full_precision,
     promote,
@@ -134,4 +140,5 @@ def _row_advantage(
     """Advantages of the rows of ``x``, checked and detached, [M, 1, ...] or [1, 1, ...]."""
     own = full_precision("advantage", advantage, x)
     rows = row_values("advantage", own, x, low=low, high=math.inf, valid=rows_mask(valid, x))
+    check_values("advantage", rows, rows.isfinite(), "finite values where valid")
     return rows.detach().reshape(-1, *(1,) * (x.ndim - 1))

@@ -175,7 +175,8 @@ def _mean(share: Tensor, at_risk: Tensor, failed: Tensor, confidence: float) -> 
 
 def _median(share: Tensor) -> Tensor:
     """Count the turns from the first on whose share is 1/2 or more; NaN where one is not known."""
-    enough, unknown = share >= 0.5, share.isnan()
+    rounding = len(share) * torch.finfo(share.dtype).eps  # of a product of so many factors
+    enough, unknown = share >= 0.5 - rounding, share.isnan()
     count = enough.long().cumprod(dim=0).sum().double()
     open_end = ((enough | unknown).long().cumprod(dim=0).bool() & unknown).any()
     return torch.where(open_end, torch.nan, count)

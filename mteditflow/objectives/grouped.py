@@ -21,8 +21,9 @@ class GroupObjective(ForwardObjective):
 
     A unit is a group at one turn and noise level: its valid members, padded to the largest group,
     all at the flow time and noise of its first one. A group with fewer than two valid members at a
-    turn makes none. Groups weigh equally, whatever their size. The members of a group have to be
-    among the samples of one call.
+    turn makes none. With ``renoise.shared`` time and noise are the group's own, whoever is first;
+    the members share them either way. ``kl_share`` has to be 1. Groups weigh equally, whatever
+    their size. The members of a group have to be among the samples of one call.
     """
 
     members = None

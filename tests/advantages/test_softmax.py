@@ -154,3 +154,10 @@ def test_bad_rewards():
         softmax_advantage(torch.zeros(2, dtype=torch.bfloat16), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=r"^reward: expected \[B, N\], trajectories by turns"):
         softmax_advantage(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+
+def test_rewards_of_any_finite_size():
+    reward = torch.tensor([1.0, -1.0, 0.0, 1.0], dtype=torch.float64)
+    group = torch.tensor([0, 0, 1, 1])
+    expected = softmax_advantage(reward, group)
+    assert torch.allclose(softmax_advantage(1e308 * reward, group), expected, rtol=1e-12)

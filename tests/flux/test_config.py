@@ -574,3 +574,18 @@ def test_consistency_with_the_turn_before_needs_both_pairings():
     with pytest.raises(ConfigError, match=r"^rewards\.pairing: expected data\.turns above 1"):
         parse([*both, "--data.turns", "1"])
     parse(["shapes-nft", *weighted])  # the scorer of that world has it
+
+
+def test_an_adapted_kl_weight_goes_with_no_floor():
+    words = ["shapes-nft", "objective:crd", "--objective.kl-coef", "0.01"]
+    words += ["--training.kl-target", "0.01", "--objective.kl-floor", "0.009"]
+    with pytest.raises(
+        ConfigError, match=r"training\.kl_target: expected None beside objective\.kl_f"
+    ):
+        parse(words)
+
+
+def test_a_plus_of_an_error_is_kept():
+    words = ["shapes-nft", "objective:flow_awr", "--objective.form", "exact"]
+    with pytest.raises(ConfigError, match=r"whose weight 1 \+ advantage must not be negative"):
+        parse([*words, "--objective.temperature", "None"])

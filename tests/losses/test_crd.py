@@ -258,3 +258,12 @@ def test_a_floor_above_the_coefficient_is_refused():
         kl_coef_by_reward([0.0], kl_coef=0.1, kl_floor=-1.0)
     with pytest.raises(TypeError, match=r"^advantage: expected float32 or float64, got torch\.flo"):
         kl_coef_by_reward(torch.zeros(1).half(), kl_coef=0.1)
+
+
+def test_an_advantage_that_is_not_finite_is_refused_where_it_is_valid():
+    zeros = torch.zeros(2, 3)
+    group, advantage = torch.tensor([0, 0]), torch.tensor([1.0, math.nan])
+    with pytest.raises(ValueError, match="advantage: expected finite values where valid, got nan"):
+        crd_loss(zeros, zeros, zeros, advantage, group)
+    valid = torch.tensor([True, False])
+    assert crd_loss(zeros, zeros, zeros, advantage, group, valid=valid).isfinite().all()

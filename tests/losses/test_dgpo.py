@@ -279,3 +279,17 @@ def test_compiled_equals_eager():
         )  # fmt: skip
         results.append((loss.detach(), gradient_of(loss.sum(), velocity)))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_advantage_that_is_not_finite_is_refused_where_it_is_valid(value):
+    zeros = torch.zeros(2, 3)
+    group, advantage = torch.tensor([0, 0]), torch.tensor([1.0, value])
+    with pytest.raises(ValueError, match="advantage: expected finite values where valid, got"):
+        dgpo_loss(zeros, zeros, zeros, advantage, group, dgpo_beta=1.0)
+    valid = torch.tensor([True, False])
+    assert (
+        dgpo_loss(zeros, zeros, zeros, advantage, group, dgpo_beta=1.0, valid=valid)
+        .isfinite()
+        .all()
+    )

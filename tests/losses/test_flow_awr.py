@@ -286,3 +286,11 @@ def test_compiled_equals_eager(loss):
         (gradient,) = torch.autograd.grad(value.sum(), velocity)
         results.append((value.detach(), gradient))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("loss", ["displaced", "exact"])
+def test_an_infinite_advantage_is_refused(loss):
+    x, advantage = torch.zeros(2, 3), torch.tensor([0.0, math.inf])
+    call = partial(flow_awr_loss, x, x) if loss == "displaced" else partial(exact_flow_awr_loss, x)
+    with pytest.raises(ValueError, match="advantage: expected finite values"):
+        call(x, advantage)
