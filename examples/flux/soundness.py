@@ -112,6 +112,11 @@ def _unsound_lengths(config: Config) -> Iterator[str]:
                 f"growth: expected every or change beside first, got {growth.every} and "
                 f"{growth.change}"
             )
+        if growth.every is not None and growth.every >= config.training.rounds:
+            yield (
+                f"growth.every: expected fewer than the {config.training.rounds} of "
+                f"training.rounds, else no chain grows, got {growth.every}"
+            )
         if growth.change is not None and not (config.drifts or data.identity_share > 0):
             yield (
                 "growth.change: expected data.identity_share above 0, or mt_opsd, whose turns "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from mteditflow_examples.shapes.editor import TEXT_TOKENS
 from mteditflow_examples.shapes.files import write_model, write_pictures
 from PIL import Image
 from transformers.utils import logging
@@ -26,7 +27,7 @@ from mteditflow.chains import write_chains
 
 from .chains import Chain, make_chains, no_change_chains
 from .drawing import draw
-from .editor import load_editor
+from .editor import STEPS, load_editor
 from .scoring import record_of
 
 COUNTS = (480, 256, 64)  # chains to train on, held out, and held out without a change
@@ -49,7 +50,11 @@ def write_world(
         A line for each file that was written.
     """
     output.mkdir(parents=True, exist_ok=True)
-    lines = [f"{write_model(load_editor(editor), output / 'model')}: the {editor} editor"]
+    model = write_model(load_editor(editor), output / "model")
+    lines = [
+        f"{model}: the {editor} editor; call it with max_sequence_length={TEXT_TOKENS} and "
+        f"num_inference_steps={STEPS}"
+    ]
     groups: dict[str, list[Chain]] = {
         "train": make_chains(counts[0], turns=turns, seed=seed, split="train"),
         "held_out": make_chains(counts[1], turns=longest, seed=seed, split="held_out"),

@@ -146,7 +146,7 @@ def score_neighbors(images: Tensor, truth: Truth) -> Scores:
 
     A pixel of the target passes if it is as the true picture has it, or if it has changed as it
     should have from what the picture before shows. Consistency is that of the rest of the picture
-    with the picture before.
+    with the picture before, so that ``consecutive`` has nothing to measure apart.
 
     Args:
         images: as for ``score``.
@@ -166,7 +166,8 @@ def score_neighbors(images: Tensor, truth: Truth) -> Scores:
     strict = (following == 5) & (_worst(change, rest) < STRICT)
     change = _mean(change, rest)
     consistency = _consistency(change)
-    return Scores(following, consistency, consistency, strict.float(), change)
+    apart = torch.full_like(consistency, torch.nan)  # from the picture before: that is consistency
+    return Scores(following, consistency, apart, strict.float(), change)
 
 
 def _errors(images: Tensor, others: Tensor) -> Tensor:

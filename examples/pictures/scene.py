@@ -117,7 +117,7 @@ class Scene:
         try:
             things = tuple(Thing(*values) for values in record["things"])
             scene = cls(record["background"], record["text"], things)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"scene: expected background, text and things, got {record}"
             ) from error

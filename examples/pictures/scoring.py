@@ -25,6 +25,7 @@ from .chains import Chain, chain_of
 from .rewards import Scores, Truth, lenient_following, score, score_neighbors
 from .scene import Scene
 
+SAME = 0.01  # mean difference of a reference to its scene, in [0, 1]
 TERMS = ("following", "consistency", "consecutive", "strict", "wear")
 
 
@@ -81,17 +82,18 @@ class ExactRewards:
             The terms, each ``[B, N]``, N for the longest; a shorter one is padded.
 
         Raises:
-            ValueError: a record has no scene, an instruction makes no sense there, or an image is
-                of another size.
+            ValueError: a record has no scene, or one that is not in its picture, an instruction
+                makes no sense there, or an image is of another size.
         """
         turns = torch.tensor([len(edited) - 1 for edited in images], device="cpu")
         exists = torch.arange(int(turns.max()), device="cpu") < turns[:, None]
         values = torch.full((len(TERMS), *exists.shape), torch.nan, dtype=torch.float32)
         for b, (record, edited) in enumerate(zip(chains, images, strict=True)):
-            pixels = np.stack([np.asarray(image.convert("RGB")) for image in edited[1:]])
-            tensor = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
-            scores = self._scores(record, tensor)
-            values[:, b, : len(tensor)] = torch.stack([getattr(scores, term) for term in TERMS])
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in edited])
+            reference, *made = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
+            self._check_reference(record, reference)
+            scores = self._scores(record, torch.stack(made))
+            values[:, b, : len(made)] = torch.stack([getattr(scores, term) for term in TERMS])
         named = zip(TERMS, values, strict=True)
         return {term: TurnScores(value, exists, {}) for term, value in named}
 
@@ -104,9 +106,18 @@ class ExactRewards:
             scene = (record.model_extra or {}).get("scene")
             if scene is None:
                 raise ValueError(f"chain {record.id}: expected the field 'scene', got none")
-            chain = chain_of(Scene.from_record(scene), record.instructions)
+            try:
+                chain = chain_of(Scene.from_record(scene), record.instructions)
+            except ValueError as error:
+                raise ValueError(f"chain {record.id}: {error}") from error
             self._truths[record.id] = Truth.of(chain)
         return self._truths[record.id]
+
+    def _check_reference(self, record: Record, reference: Tensor) -> None:
+        """Refuse a reference that does not show the record's scene."""
+        true = self._truth(record).pictures[0]
+        if reference.shape == true.shape and (reference - true).abs().mean() > SAME:
+            raise ValueError(f"chain {record.id}: expected the picture of its scene, got another")
 
 
 class NeighborRewards(ExactRewards):

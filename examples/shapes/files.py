@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from PIL.Image import Image
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from mteditflow._command import program
@@ -67,7 +68,10 @@ def write_model(pipeline: Any, folder: Path) -> Path:
     """Write a pipeline to a folder, which appears whole or not at all."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        pipeline.save_pretrained(part)
+        try:
+            pipeline.save_pretrained(part)
+        except SafetensorError as error:  # such as of a full disk
+            raise OSError(f"{folder}: {error}") from error
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
     finally:

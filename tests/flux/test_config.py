@@ -16,6 +16,7 @@ from mteditflow_examples.flux.config import (
     typed,
 )
 from mteditflow_examples.flux.soundness import checked
+from mteditflow_examples.pictures.scene import NO_CHANGE
 
 from mteditflow.objectives import OBJECTIVES, ForwardObjective, Guard, Renoise
 from mteditflow.objectives.replay import ReplayObjective
@@ -589,3 +590,15 @@ def test_a_plus_of_an_error_is_kept():
     words = ["shapes-nft", "objective:flow_awr", "--objective.form", "exact"]
     with pytest.raises(ConfigError, match=r"whose weight 1 \+ advantage must not be negative"):
         parse([*words, "--objective.temperature", "None"])
+
+
+def test_growth_that_no_round_sees_is_refused():
+    words = ["pictures-nft", "--growth.first", "2", "--training.rounds", "9", "--growth.every"]
+    assert parse([*words, "8"]).growth.every == 8
+    with pytest.raises(ConfigError, match=r"growth\.every: expected fewer than the 9 of training"):
+        parse([*words, "9"])
+
+
+@pytest.mark.parametrize("preset", ["pictures-nft", "pictures-grpo"])
+def test_turns_without_a_change_are_asked_for_in_words_of_the_world(preset):
+    assert parse([preset]).data.identity_instruction == NO_CHANGE

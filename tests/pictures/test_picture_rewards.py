@@ -194,3 +194,20 @@ def test_consecutive_is_blind_to_what_earlier_turns_have_done():
     assert scores.consecutive[0] == scores.consistency[0] < 0.9
     assert scores.consecutive[1] == 1
     assert scores.consistency[1] == scores.consistency[0]
+
+
+def test_a_scene_that_is_not_in_the_picture_is_refused_by_the_chain_s_name():
+    record, images = record_of(CHAINS[0]), [Image.fromarray(draw(s)) for s in CHAINS[1].scenes]
+    with pytest.raises(ValueError, match=f"chain {record.id}: expected the picture of its scene"):
+        asyncio.run(ExactRewards().score([record], [images]))
+    for scene in ("meadow", {"background": "moon", "text": "", "things": []}):
+        broken = record.model_copy(update={"scene": scene})
+        with pytest.raises(ValueError, match=f"chain {record.id}: scene: expected"):
+            asyncio.run(ExactRewards().score([broken], [images]))
+
+
+def test_a_judge_of_neighbors_has_one_consistency():
+    record, images = record_of(CHAINS[0]), [Image.fromarray(draw(s)) for s in CHAINS[0].scenes]
+    terms = asyncio.run(NeighborRewards().score([record], [images]))
+    assert terms["consecutive"].score.isnan().all()
+    assert terms["consecutive"].lost == {}
