@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import math
 import os
@@ -87,6 +88,7 @@ def peak_bytes(call: Call, *, device: str) -> int:
     tensor and every temporary, to the byte. On CUDA the caching allocator's own peak counter.
     """
     call()  # lazy initialisations are not the call's
+    gc.collect()  # nor is what it frees of others' garbage
     if torch.device(device).type == "cuda":
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -142,7 +142,7 @@ def test_wrong_calls_are_refused():
 def test_the_median_is_right_where_exactly_half_survive():
     """The product of conditional shares is 1/2 but for its rounding."""
     for chains in range(4, 27, 2):
-        for early in range(chains // 2):
+        for early in some(range(chains // 2)):
             success = torch.ones(chains, 3, dtype=torch.int64)
             success[:early, 0] = 0
             success[early : chains // 2, 2] = 0
