@@ -66,7 +66,8 @@ def main(
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     chosen = STUDIES[study]
-    form = SHORT if short else replace(FULL, seeds=chosen.seeds, rounds=chosen.rounds)
+    full = {"seeds": chosen.seeds, "rounds": chosen.rounds, "held_out": chosen.chains}
+    form = SHORT if short else replace(FULL, **full)
     ablations = Ablations(runs, form, chosen)
     failures = ablations.run_all(workers) if workers else []
     if ablations.complete_seeds():

@@ -10,11 +10,15 @@ HELD_OUT = (THREE, TWENTY, STILL)
 NFT, GRPO = "pictures-nft", "pictures-grpo"
 OWN = {"rewards.credit": "turn"}
 GROWN = {"data.turns": 6, "growth.first": 2, "growth.every": 8}
-IDENTITY = {"data.identity_share": 0.25, "rewards.weights.identity": 0.5}
+STILLNESS = {"data.identity_share": 0.25, "rewards.weights.identity": 1.0}
 NEIGHBORS = {"rewards.weights.consecutive": 0.5}
 GENTLE = {"training.learning_rate": 3e-4, "objective.kl_coef": 0.03}
+OPSD = {"objective": "mt_opsd", "data.drift": 4}
+MENDING = {**OPSD, "objective.identity_target": "clean", "objective.edit_share": 0.5}
+TEACHING = "self_distillation.py"
 
 BASE = Setting("NFT", preset=NFT)
+TURN = Setting("NFT, own turn", OWN, NFT)
 LONG_CHAINS = Study(
     "long_chains",
     "Long chains in the world of pictures: trained on three turns, tested on twenty",
@@ -26,11 +30,18 @@ LONG_CHAINS = Study(
             "Recipes",
             (
                 BASE,
+                TURN,
                 Setting("GRPO", preset=GRPO),
-                Setting("NFT, own turn", OWN, NFT),
-                Setting("two turns growing to six", GROWN, NFT),
-                Setting("a quarter of turns without a change", IDENTITY, NFT),
-                Setting("consistency with the turn before, too", NEIGHBORS, NFT),
+                Setting("GRPO, own turn", OWN, GRPO),
+                Setting("own turn, two turns growing to six", {**OWN, **GROWN}, NFT),
+                Setting("own turn, a quarter without a change", {**OWN, **STILLNESS}, NFT),
+                Setting(
+                    "own turn, consistency with the turn before, too", {**OWN, **NEIGHBORS}, NFT
+                ),
+                Setting("MT-OPSD", OPSD, NFT, TEACHING),
+                Setting(
+                    "NFT, own turn, then MT-OPSD to the clean picture", MENDING, NFT, TEACHING, TURN
+                ),
             ),
             (),
         ),
@@ -39,6 +50,7 @@ LONG_CHAINS = Study(
     train_turns=6,
     held_out=HELD_OUT,
     rounds=40,
+    chains=256,
 )
 
 GENTLY = Setting("NFT", GENTLE, NFT)
@@ -55,7 +67,7 @@ COMPETENT_START = Study(
                 GENTLY,
                 Setting("NFT, own turn", {**GENTLE, **OWN}, NFT),
                 Setting("two turns growing to six", {**GENTLE, **GROWN}, NFT),
-                Setting("a quarter of turns without a change", {**GENTLE, **IDENTITY}, NFT),
+                Setting("a quarter of turns without a change", {**GENTLE, **STILLNESS}, NFT),
             ),
             (),
         ),
@@ -64,4 +76,5 @@ COMPETENT_START = Study(
     train_turns=6,
     held_out=HELD_OUT,
     rounds=40,
+    chains=256,
 )

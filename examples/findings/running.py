@@ -34,7 +34,7 @@ SCRIPTS = Path(__file__).parents[1]
 PARSING = Lock()  # tyro's parser is not for several threads at once
 EVALUATING = Lock()  # while one thread loads a model, libraries change torch.nn.Module for all
 PLACES = {  # fields that say where files are
-    "model": ("path",),
+    "model": ("path", "lora"),
     "data": ("chains", "held_out"),
     "teacher": ("path",),
     "output": None,
@@ -78,6 +78,7 @@ class Ablations:
     form: Form
     study: Study
     _trainers: set[subprocess.Popen] = field(default_factory=set)
+    _held: dict[tuple[str, int], Lock] = field(default_factory=dict)
 
     def run_all(self, workers: int) -> list[str]:
         """Run what is missing, seed by seed, some at a time; stop all trainers if stopped.
@@ -149,11 +150,22 @@ class Ablations:
             "output.keep": 1,
             "output.strips_every": 0,
         }
+        if setting.after is not None:
+            given["model.lora"] = self._lora(setting.after, seed)
         if setting.options.get("teacher.path") == BASE_RUN:
-            checkpoint = f"checkpoints/round-{self.form.rounds:06d}"
-            lora = self._run(self.study.base, seed) / checkpoint / "lora"
-            setting = replace(setting, options={**setting.options, "teacher.path": lora})
+            teacher = {"teacher.path": self._lora(self.study.base, seed)}
+            setting = replace(setting, options={**setting.options, **teacher})
         return [setting.preset, "--output.trackers", *words_of(given), *setting.words]
+
+    def _lora(self, setting: Setting, seed: int) -> Path:
+        """Return the folder of what a run has learned."""
+        return self._run(setting, seed) / f"checkpoints/round-{self.form.rounds:06d}" / "lora"
+
+    def _needs(self, setting: Setting) -> list[Setting]:
+        """Return the settings whose runs come before one of the same seed."""
+        taught = setting.options.get("teacher.path") == BASE_RUN
+        before = [self.study.base if taught else None, setting.after]
+        return [x for x in before if x is not None]
 
     def _attempt(self, setting: Setting, seed: int) -> str | None:
         """Train and evaluate what is missing; what went wrong, if anything did."""
@@ -169,12 +181,24 @@ class Ablations:
         return None
 
     def _train(self, setting: Setting, seed: int) -> None:
-        """Train to the last round.
+        """Train to the last round, and first what the run starts from.
 
         Raises:
             ValueError: what is there was made with other settings.
             RuntimeError: the trainer failed, or was stopped.
         """
+        for before in self._needs(setting):
+            self._train(before, seed)
+        with self._training(setting, seed):
+            self._train_alone(setting, seed)
+
+    def _training(self, setting: Setting, seed: int) -> Lock:
+        """Return what only the thread that trains a run may hold."""
+        with PARSING:
+            return self._held.setdefault((setting.name, seed), Lock())
+
+    def _train_alone(self, setting: Setting, seed: int) -> None:
+        """Train to the last round, unless that is done."""
         if self._rounds(setting, seed) < self.form.rounds:
             script = SCRIPTS / setting.script
             command = [sys.executable, str(script), *self.arguments(setting, seed)]

@@ -20,12 +20,14 @@ class Setting:
             another objective of the preset's kind.
         preset: name of the preset.
         script: program in ``examples/``.
+        after: setting whose LoRA, of the same seed, the run goes on from.
     """
 
     label: str
     options: Mapping[str, object] = field(default_factory=dict)
     preset: str = "shapes-nft"
     script: str = "train_flux.py"
+    after: Setting | None = None
 
     @property
     def words(self) -> list[str]:
@@ -39,7 +41,9 @@ class Setting:
         """Of the run's folder: script, unless it is the usual one, preset and options."""
         scripts = [] if self.script == Setting.script else [Path(self.script).stem]
         changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
-        return re.sub(r"[^a-z0-9=.]+", "-", "-".join([*scripts, self.preset, *changed]).lower())
+        before = [] if self.after is None else ["after", self.after.name]
+        words = [*scripts, self.preset, *changed, *before]
+        return re.sub(r"[^a-z0-9=.]+", "-", "-".join(words).lower())
 
 
 def words_of(options: Mapping[str, object]) -> list[str]:
@@ -116,6 +120,7 @@ class Study:
         train_turns: instructions of the chains on disk that are trained on.
         held_out: chains that every setting is evaluated on.
         rounds: rounds of a full run.
+        chains: held-out chains of each length, in a full study.
     """
 
     name: str
@@ -129,12 +134,14 @@ class Study:
     train_turns: int = 3
     held_out: tuple[HeldOut, ...] = (THREE,)
     rounds: int = 20
+    chains: int = 512
 
     @property
     def settings(self) -> dict[str, Setting]:
         """What is trained, by name; the base first."""
-        own = (setting for finding in self.findings for setting in finding.settings)
-        return {s.name: s for s in (self.base, *own) if s is not UNTRAINED}
+        own = [self.base, *(s for finding in self.findings for s in finding.settings)]
+        each = (x for s in own if s is not UNTRAINED for x in (s.after, s) if x is not None)
+        return {s.name: s for s in each}
 
 
 BASE_RUN = "base"  # as a teacher: what the base run of the same seed has become

@@ -55,9 +55,10 @@ def drift(run: Run, drawn: RoundChains) -> Drifted:
         for chain, still in zip(drawn.chains, identity.tolist(), strict=True)
     ]
     student = _record(run, worn, asked, "noise")
-    samples = WornSamples(student, identity, _given(student))
-    taught = ("old", _clean(run, drawn, references, student))
-    return Drifted(samples, RolloutVelocity(run.policies, student, teacher=taught))
+    clean = _clean(run, drawn, references, student)
+    kept = _given(student if objective.identity_target == "worn" else clean)
+    samples = WornSamples(student, identity, kept)
+    return Drifted(samples, RolloutVelocity(run.policies, student, teacher=("old", clean)))
 
 
 def _wear_out(run: Run, references: Sequence[Image], text: str) -> list[Image]:
@@ -93,15 +94,15 @@ def _record(run: Run, images: Sequence[Image], texts: Sequence[str], purpose: st
     return Rollout.concatenate([part.rollout for part in parts])
 
 
-def _given(student: Rollout) -> Tensor:
-    """Return the latents of the pictures that the student was given.
+def _given(record: Rollout) -> Tensor:
+    """Return the latents of the pictures that the first turns of a record are given.
 
     Raises:
         ConfigError: the pipeline does not join one reference of the size of its sample to it.
     """
-    at = torch.stack([torch.arange(len(student)), torch.zeros(len(student), dtype=torch.int64)], 1)
+    at = torch.stack([torch.arange(len(record)), torch.zeros(len(record), dtype=torch.int64)], 1)
     try:
-        return student.reference_at(at)
+        return record.reference_at(at)
     except ValueError as error:
         raise ConfigError(f"objective: mt_opsd cannot train this pipeline: {error}") from error
 

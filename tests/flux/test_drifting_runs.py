@@ -73,10 +73,28 @@ def test_each_trajectory_edits_its_own_worn_picture(family, request, tmp_path, m
         pipeline = run.editor.pipeline
         latents = pipeline._encode_vae_image(pixels, None)
         packed = pipeline._pack_latents(latents, *(latents.shape if family == "kontext" else ()))
-        torch.testing.assert_close(round_.samples.given, packed, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(round_.samples.kept, packed, rtol=1e-4, atol=1e-4)
         output, units = loss_of(run, round_)
         assert output.loss.detach().isfinite().all()
         assert len(units) == 16
+
+
+def test_a_turn_without_a_change_is_drawn_to_the_clean_picture_if_asked(world, tmp_path):
+    def kept(target):
+        with begun(world, tmp_path / target, "--objective.identity-target", target) as run:
+            drawn, round_ = drifted(run)
+            pixels = torch.stack([pixels_of(x) for x in drawn.references]) / 127.5 - 1
+            latents = run.editor.pipeline._encode_vae_image(pixels, None)
+            clean = run.editor.pipeline._pack_latents(latents, *latents.shape)
+            return round_, clean, loss_of(run, round_)[0].loss.detach()
+
+    (worn, clean, loss), (mended, same, other) = kept("worn"), kept("clean")
+    torch.testing.assert_close(mended.samples.kept, clean, rtol=1e-4, atol=1e-4)
+    assert torch.equal(same, clean)
+    assert not torch.allclose(worn.samples.kept, clean, atol=1e-2)
+    still = worn.samples.identity.repeat_interleave(2)
+    assert torch.equal(loss[~still], other[~still])  # edits are as they were
+    assert not torch.isclose(loss[still], other[still]).any()
 
 
 def test_what_has_not_worn_out_teaches_a_student_like_its_teacher_nothing(
