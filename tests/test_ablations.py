@@ -69,13 +69,14 @@ def test_values_of_chains_have_the_metrics_for_means():
 )
 def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
     short = Ablations(tmp_path, SHORT, study)
-    assert short._config(study.base, 0).training.rounds == SHORT.rounds
-    ablations = Ablations(tmp_path, FULL, study)
+    full = replace(FULL, rounds=study.rounds)
+    ablations = Ablations(tmp_path, full, study)
     for setting in some(study.settings.values()):
+        assert short._config(setting, 0).training.rounds == SHORT.rounds
         config = ablations._config(setting, 0)
         assert config.data.groups * config.data.group_size == 96
         assert config.evaluation.steps == config.sampling.steps
-        assert config.training.rounds == FULL.rounds
+        assert config.training.rounds == study.rounds
         default = "distillation" if "distillation" in setting.script else "nft"
         default = "grpo" if setting.preset.endswith("-grpo") else default
         assert name_of(config.objective) == setting.options.get("objective", default)
@@ -98,6 +99,32 @@ def test_a_setting_is_a_preset_and_the_words_after_it(tmp_path):
     lora = tmp_path / f"{OBJECTIVES.base.name}-2" / "checkpoints" / "round-000004" / "lora"
     assert ablations._config(taught, 2).teacher.path == lora
     assert given.count("--teacher.path") == 1
+
+
+def test_a_setting_goes_on_from_another_s_run(tmp_path, monkeypatch):
+    """Whatever threads take first: the run that is needed is made once, and before."""
+    first = Setting("first", {"data.turns": 2})
+    then = Setting("then", {"data.turns": 1}, after=first)
+    again = Setting("again", {"data.turns": 3}, after=first)
+    assert then.name == "shapes-nft-data.turns=1-after-shapes-nft-data.turns=2"
+    finding = Finding("x", "X", (then, again), ())
+    study = replace(PAPER, base=then, findings=(finding,), longer=None)
+    assert list(study.settings.values()) == [first, then, again]
+    ablations = Ablations(tmp_path, replace(SHORT, seeds=(5,)), study)
+    lora = tmp_path / f"{first.name}-5" / "checkpoints" / "round-000004" / "lora"
+    assert ablations._config(then, 5).model.lora == lora
+    made = []
+
+    def train(_, setting, seed):
+        time.sleep(0.01)
+        if setting not in made:
+            made.append(setting)
+
+    monkeypatch.setattr(Ablations, "_train_alone", train)
+    monkeypatch.setattr(Ablations, "_evaluate", lambda *_: None)
+    assert ablations.run_all(3) == []
+    assert made[0] == first
+    assert sorted(map(str, made)) == sorted(map(str, (first, then, again)))
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,9 @@ class Ablations:
             "output.keep": 1,
             "output.strips_every": 0,
         }
+        if (every := setting.options.get("growth.every")) is not None:  # as often in short runs
+            shorter = max(1, int(str(every)) * self.form.rounds // self.study.rounds)
+            setting = replace(setting, options={**setting.options, "growth.every": shorter})
         if setting.after is not None:
             given["model.lora"] = self._lora(setting.after, seed)
         if setting.options.get("teacher.path") == BASE_RUN:
