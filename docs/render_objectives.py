@@ -1,7 +1,7 @@
-"""The README's table of objectives: ``python -m docs.render_objectives`` writes it.
+"""The table of objectives: ``python -m docs.render_objectives`` writes it into equations.md.
 
 Rows come from ``mteditflow.objectives.OBJECTIVES`` and the ``card`` of each class; the part of the
-README between the two markers is replaced. Only the rows of the regularizers are written here.
+page between the two markers is replaced. Only the rows of the regularizers are written here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mteditflow.objectives import OBJECTIVES, Objective
 
-PAGE = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("equations.md")
 START, END = "<!-- objectives: start -->\n", "<!-- objectives: end -->\n"
 COLUMNS = (
     "objective", "class", "in the trainer", "paper", "needs beside the policy", "forward passes",
@@ -25,7 +25,7 @@ REGULARIZERS = (
      "`velocity_norm_hinge`"),
 )  # fmt: skip
 # Objectives without a reward have a program of their own.
-DISTILLATION = "[`self_distillation.py`](examples/self_distillation.py)"
+DISTILLATION = "[`self_distillation.py`](../examples/self_distillation.py)"
 
 
 def table() -> str:
@@ -37,10 +37,10 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """Return the README with the table as it is now.
+    """Return the page with the table as it is now.
 
     Args:
-        text: README with both markers.
+        text: page with both markers.
 
     Raises:
         ValueError: a marker is missing or there are several.
@@ -78,7 +78,7 @@ def _linked(text: str) -> str:
 
 
 def main() -> None:
-    """Write the table into the README."""
+    """Write the table into the page."""
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

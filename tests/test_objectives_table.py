@@ -1,4 +1,4 @@
-"""The README's table of objectives: current, and of names that exist."""
+"""The table of objectives: current, and of names that exist."""
 
 import importlib
 
@@ -8,11 +8,11 @@ from docs.render_objectives import END, PAGE, START, page, table
 from mteditflow.objectives import OBJECTIVES
 from tests.loops import some
 
-README = PAGE.read_text(encoding="utf-8")
+TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def test_table_is_current():
-    assert page(README) == README, "run python -m docs.render_objectives"
+    assert page(TEXT) == TEXT, "run python -m docs.render_objectives"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -32,7 +32,7 @@ def test_rows_have_as_many_cells_as_the_header():
 
 @pytest.mark.parametrize("text", ["", START, END, START + END + START])
 def test_a_readme_without_its_markers_is_refused(text):
-    with pytest.raises(ValueError, match=r"README\.md: expected one <!-- objectives: start -->"):
+    with pytest.raises(ValueError, match=r"equations\.md: expected one <!-- objectives: start -->"):
         page(text)
 
 

@@ -113,24 +113,69 @@ def test_hyperparameters_come_after_the_star(name):
             assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter.name
 
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-(LOOP,) = (block for block in BLOCKS if "RolloutVelocity(" in block)
+def blocks(text):
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def run_block(block):
-    namespace = {"__name__": "__readme__"}
-    exec(compile(block, "README.md", "exec"), namespace)
+LOSS, OBJECTIVE = blocks(README)  # one of each: a fresh reader's first two programs
+LOOP, OWN_MODEL, STOCHASTIC = blocks((ROOT / "docs" / "loop.md").read_text())
+
+
+def run_block(block, *more):
+    namespace = {"__name__": "__page__"}
+    exec(compile("\n".join([block, *more]), "page", "exec"), namespace)
     return namespace
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block != LOOP])
-def test_readme_blocks_run_alone(tmp_path, monkeypatch, block):
+def test_the_loss_of_the_readme_is_that_of_its_formula_and_trains():
+    torch.manual_seed(0)
+    found = run_block(LOSS)
+    v, old, target, r = (found[x].detach() for x in ("velocity", "old_velocity", "target", "r"))
+    assert torch.equal(v, old)  # on policy: both branches predict the same velocity
+    error = (v - target).square()
+    plain = r[:, None] * error + (1 - r[:, None]) * error
+    torch.testing.assert_close(found["loss"].detach(), plain.mean())
+    # Equation 3 and r = (1 + A / 5) / 2, cut to [0, 1].
+    reward = found["reward"].view(2, 4)
+    advantage = (reward - reward.mean(1, keepdim=True)) / reward.std(1, keepdim=True, correction=0)
+    expected = ((advantage.clamp(-5, 5) / 5).clamp(-1, 1) + 1) / 2
+    torch.testing.assert_close(r.view(2, 4), expected, rtol=1e-3, atol=1e-3)
+    # The gradient weighs each sample by 2 r - 1: half of what doubles a loss cancels.
+    sigma, clean, noise = found["sigma"][:, None], found["clean"], found["noise"]
+    x_t = (1 - sigma) * clean + sigma * noise
+    residual = 2 * (2 * r[:, None] - 1) * (v - target) / v.numel()
+    torch.testing.assert_close(found["model"].weight.grad, residual.T @ x_t)
+
+
+def test_the_objective_of_the_readme_trains_on_the_advantage_of_its_own_samples():
+    torch.manual_seed(0)
+    weights = "before = [p.detach().clone() for p in model.parameters()]"
+    found = run_block(OBJECTIVE.replace("\nfor units", f"\n{weights}\nfor units"))
+    assert torch.equal(found["samples"].group, torch.arange(8) // 4)
+    rows = found["units"].rows[..., 0].flatten()
+    assert sorted(rows.tolist()) == list(range(8))
+    assert torch.equal(found["units"].advantage.flatten(), found["advantage"][rows])
+    assert all(
+        (p != b).any() for p, b in zip(found["model"].parameters(), found["before"], strict=True)
+    )
+
+
+def test_programs_of_the_page_on_loops_run_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_block(block)
+    own = run_block(OWN_MODEL)
+    assert own["model"].weight.grad.any()
+    assert torch.equal(
+        own["units"].advantage.flatten(), own["advantage"][own["units"].rows[..., 0].flatten()]
+    )
+    found = run_block(STOCHASTIC)
+    rows = found["units"].rows[..., 0]
+    assert torch.equal(found["units"].advantage, found["advantage"][rows])
+    assert found["model"].weight.grad.any()
+    assert torch.equal(found["reward"], -found["samples"].clean[:, 0].square().mean(dim=1))
 
 
 @pytest.mark.parametrize("objective", ["NFT", "GRPO"])
-def test_the_loop_of_the_readme_trains_by_either_objective(tmp_path, monkeypatch, objective):
+def test_the_loop_trains_by_either_objective(tmp_path, monkeypatch, objective):
     """One line is changed, and a round is enough; the advantage is that of the trained rollout."""
     monkeypatch.chdir(tmp_path)
     lines = LOOP
@@ -146,27 +191,35 @@ def test_the_loop_of_the_readme_trains_by_either_objective(tmp_path, monkeypatch
     assert found["output"].loss.any()
 
 
-def test_every_fence_of_the_readme_is_python_or_shell():
-    languages = re.findall(r"^```(\w*)\n.*?^```", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = {
+    page: (ROOT / page).read_text() for page in ("README.md", "docs/loop.md", "docs/equations.md")
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_fence_is_python_or_shell(page):
+    languages = re.findall(r"^```(\w*)\n.*?^```", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     assert set(languages) <= {"python", "bash"}
 
 
-def table_cells():
-    rows = [line for line in README.splitlines() if line.startswith("|")]
-    return [cell for row in rows for cell in row.split("|")]
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1200
 
 
-def test_readme_names_only_what_exists_and_every_function():
-    named = {name for cell in table_cells() for name in re.findall(r"`(\w+)`", cell)}
+def test_the_page_of_equations_names_only_what_exists_and_every_function():
+    text = PAGES["docs/equations.md"]
+    cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     assert named <= set(mteditflow.__all__)
-    missing = set(FUNCTIONS) - set(re.findall(r"\w+", README))
-    assert not missing, f"functions that the README's map leaves out: {sorted(missing)}"
+    missing = set(FUNCTIONS) - set(re.findall(r"\w+", text))
+    assert not missing, f"functions that the page leaves out: {sorted(missing)}"
 
 
-def test_readme_paths_exist():
-    paths = re.findall(r"`((?:tests|examples|benchmarks|docs|mteditflow)/[\w./]*)`", README)
-    paths += re.findall(r"\]\(([\w./]+)\)", README)
-    assert paths
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_of_pages_exist(page):
+    paths = re.findall(r"`((?:tests|examples|benchmarks|docs|mteditflow)/[\w./]*)`", PAGES[page])
+    links = re.findall(r"\]\(([\w./]+)(?:#[\w-]+)?\)", PAGES[page])
+    paths += [((ROOT / page).parent / link).resolve() for link in links]
     for path in some(paths):
         assert (ROOT / path).exists(), path
 

@@ -24,7 +24,7 @@ RIGHT = 0.09  # error of a followed instruction, at most
 CONSISTENT = 0.15  # error that makes consistency 0
 BLOCK = 8  # side of the blocks, pixels, each of which must be right for the whole to be
 LOOK = 9  # side of the square, pixels, whose mean color a lenient look sees
-STRICT = 0.15  # largest mean error of such a block
+STRICT = 0.1  # largest mean error of such a block
 
 
 @dataclass(frozen=True)
