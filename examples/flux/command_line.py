@@ -18,7 +18,7 @@ from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
-from .config import TERMS, Config, ConfigError, dumped, field_names, name_of, typed
+from .config import Config, ConfigError, dumped, field_names, name_of, typed
 from .parser_errors import reworded
 from .soundness import checked
 
@@ -29,6 +29,7 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
+WEIGHT = "--rewards.weights."
 # Of the boxes that tyro draws around errors, in ASCII where a terminal has nothing better.
 STYLE, RULE = re.compile(r"\x1b\[[0-9;]*m"), re.compile(r"[-─]{4}")
 FRAME = re.compile(r"^\s*[│╭╰|+]|[│╮╯|+]\s*$")
@@ -83,8 +84,8 @@ def parse(
 
 
 def _with_terms(base: Config, words: Sequence[str]) -> Config:
-    """Return a preset with the rewards that the trainer itself adds, where words weigh them."""
-    named = [x for x in TERMS if any(w.startswith(f"--rewards.weights.{x}") for w in words)]
+    """Return a preset with a weight for every reward that the words name: parsing needs its key."""
+    named = [word.removeprefix(WEIGHT).partition("=")[0] for word in words if WEIGHT in word]
     weights = dict.fromkeys(named, 0.0) | base.rewards.weights
     return replace(base, rewards=replace(base.rewards, weights=weights))
 

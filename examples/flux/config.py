@@ -30,7 +30,7 @@ from .spelling import hint
 RESUME = ("auto", "best", "never")
 IDENTITY = "identity"  # reward of turns that ask for no change, which no scorer is shown
 CONSECUTIVE = "consecutive"  # consistency with the turn before, beside that with the reference
-TERMS = (IDENTITY, CONSECUTIVE)  # rewards whose weights a command line may add to a preset's
+SERVED = ("following", "consistency", CONSECUTIVE, IDENTITY)  # rewards that need no scorer
 _Kind = TypeVar("_Kind")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -271,7 +271,8 @@ class Rewards:
     weights: dict[str, float] = field(
         default_factory=lambda: {"following": 1.0, "consistency": 0.15}
     )
-    """Weight of each reward; one of weight 0 is reported only, if the scorer gives it."""
+    """Weight of each reward: following; consistency; consecutive, with pairing both; identity, with
+    data.identity_share; or those of a scorer. One of weight 0 is reported only."""
     aggregate: Literal["average", "successes", "all"] = "average"
     """How turns of "following" become one reward: their average score, the share of them that
     succeed, or 1 if all do."""

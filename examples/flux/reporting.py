@@ -62,7 +62,7 @@ def _warn_of_absent(run: Run, rewards: RoundRewards) -> None:
         share = rewards.terms[name].unmeasured_share
         run.log.warning(
             f"round {run.state.done + 1}: no trajectory has the reward {name} ({share:.0%} had "
-            "nothing to measure), so it trains nothing; the report counts such rounds"
+            "nothing to measure), so it has no effect there; the report counts such rounds"
         )
 
 

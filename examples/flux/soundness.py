@@ -12,6 +12,7 @@ from .config import (
     CONSECUTIVE,
     IDENTITY,
     RESUME,
+    SERVED,
     Config,
     ConfigError,
     DistillationConfig,
@@ -71,6 +72,12 @@ def _unsound(config: Config) -> Iterator[str]:
         yield (
             "training.kl_target: expected None beside objective.kl_floor, since an adapted kl_coef "
             f"may fall below it, got {training.kl_target}"
+        )
+    unknown = [name for name, x in rewards.weights.items() if x and name not in SERVED]
+    if rewards.scorer is None and unknown:
+        yield (
+            f"rewards.weights: expected names among {', '.join(SERVED)}, or a scorer that gives "
+            f"others, got {unknown[0]}"
         )
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
         yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"

@@ -230,6 +230,8 @@ def no_change(
     `mteditflow evaluate` reports how far an editor's images move from the original in such chains.
     """
     with refusing():
+        if not images.is_dir():
+            raise ValueError(f"images: expected a folder, got {images}")
         files = folder_images(images)
         if fault := next(filter(None, map(image_fault, files)), None):
             raise ValueError(f"images: {fault}")

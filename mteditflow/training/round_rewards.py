@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ class RoundRewards:
         numbers = {f"{REWARD}{name}": mean for name, mean in self.means.items()}
         for name, reward in rewards.items():
             spread = group_std(reward.value, self.group, valid=reward.measured)
-            numbers[f"group/{name}/std"] = float(masked_mean(spread, reward.measured))
+            mean_spread = float(masked_mean(spread, reward.measured))
+            numbers[f"group/{name}/std"] = mean_spread if reward.measured.any() else math.nan
             same = zero_variance_share(reward.value, self.group, valid=reward.measured)
             numbers[f"group/{name}/no_spread"] = float(same)
             numbers[f"{UNMEASURED}{name}"] = self.terms[name].unmeasured_share

@@ -602,3 +602,13 @@ def test_growth_that_no_round_sees_is_refused():
 @pytest.mark.parametrize("preset", ["pictures-nft", "pictures-grpo"])
 def test_turns_without_a_change_are_asked_for_in_words_of_the_world(preset):
     assert parse([preset]).data.identity_instruction == NO_CHANGE
+
+
+def test_weights_are_of_rewards_that_a_run_has():
+    parsed = parse(["pictures-nft", "--rewards.weights.sharp_ness", "0.5"]).rewards.weights
+    assert parsed["sharp_ness"] == 0.5  # of a scorer: what it gives shows when it scores
+    judged = ["kontext-nft", "--rewards.judge", "http://x/v1", "--rewards.judge-model", "m"]
+    judged += ["--rewards.consistency", "http://y"]
+    assert parse(judged).rewards.weights.keys() == {"following", "consistency"}
+    with pytest.raises(ConfigError, match=r"expected names among following, .* got foo"):
+        parse([*judged, "--rewards.weights.foo=1"])

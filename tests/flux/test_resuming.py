@@ -529,7 +529,7 @@ def test_a_reward_that_no_round_has_is_said_once_and_counted(world, tmp_path):
     assert ended.code == 0, ended.err
     said = (
         "warning: round 1: no trajectory has the reward consistency (100% had nothing to measure), "
-        "so it trains nothing; the report counts such rounds\n"
+        "so it has no effect there; the report counts such rounds\n"
     )
     assert ended.err.count("no trajectory has the reward") == ended.err.count(said) == 1
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -142,7 +142,8 @@ def _draw_rewards(
         color = color_of(term, i)
         every += [x for x in values if math.isfinite(x)]
         axes.plot(rounds, values, color=color, **RAW)
-        axes.plot(rounds, smooth(values, window), color=color, label=term, **LINE)
+        single = MARKED if len(rounds) == 1 else LINE  # a line of one point is none
+        axes.plot(rounds, smooth(values, window), color=color, label=term, **single)
     _over_rounds(axes, "Rewards in training")
     axes.set_xlabel(f"round (bold: mean of the last {window})")
     if every and min(every) >= 0 and max(every) <= 1:
