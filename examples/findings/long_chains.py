@@ -5,7 +5,7 @@ from __future__ import annotations
 from .study import THREE, Finding, HeldOut, Setting, Study
 from .worlds import COMPETENT, PICTURES
 
-TWENTY, STILL = HeldOut(20), HeldOut(10, no_change=True)
+TWENTY, STILL = HeldOut(20, part=2), HeldOut(10, no_change=True)
 HELD_OUT = (THREE, TWENTY, STILL)
 NFT, GRPO = "pictures-nft", "pictures-grpo"
 OWN = {"rewards.credit": "turn"}

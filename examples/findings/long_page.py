@@ -130,8 +130,8 @@ def _document(results: LongResults, ablations: Ablations, command: str) -> str:
         f"{platform.python_version()}, {versions}.",
         f"- Seeds {', '.join(map(str, results.seeds))}; {form.rounds} rounds each. Missing: "
         f"{len(ablations.missing())} of {ablations.total} runs. The base run is {study.about}.",
-        f"- Held out: {form.held_out} chains of three turns, as many of twenty, and a quarter as "
-        "many of ten turns that ask for no change; each from its own noise, the same for all "
+        f"- Held out: {form.held_out} chains of three turns, half as many of twenty, and a quarter "
+        "as many of ten turns that ask for no change; each from its own noise, the same for all "
         "settings of a seed.",
         "- IF(3), SR@k: all turns up to k succeeded, percent. CC(3): consistency with the original "
         "outside all edits. CR@10: two pictures in a row, the first by turn 10, have a consistency "

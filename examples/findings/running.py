@@ -247,10 +247,11 @@ class Ablations:
         """Write the editor and the chains of a seed, unless they are there."""
         trained = self.study.train_turns
         longer = () if self.study.longer is None else (EIGHT,)
-        lengths = {x.turns for x in (*self.study.held_out, *longer)} | {trained}
-        for turns in sorted(lengths, reverse=True):
+        parts = {trained: 1} | {x.turns: x.part for x in (*self.study.held_out, *longer)}
+        for turns, part in sorted(parts.items(), reverse=True):
             folder = self._folder(seed, turns)
-            counts = (self.form.train if turns == trained else 1, self.form.held_out)
+            held_out = max(1, self.form.held_out // part)
+            counts = (self.form.train if turns == trained else 1, held_out)
             if not (folder / self.study.world.last).exists():
                 self.study.world.write(folder, seed=seed, counts=counts, turns=turns)
 

@@ -85,10 +85,12 @@ class HeldOut:
     Attributes:
         turns: instructions of each.
         no_change: whether every turn asks for no change.
+        part: one of how many of the study's held-out chains; long ones take long.
     """
 
     turns: int
     no_change: bool = False
+    part: int = 1
 
     @property
     def name(self) -> str:

@@ -157,7 +157,7 @@ def draw_report(*reports: Report) -> Figure:
     """Draw IF, CC and Overall by turn, Marginal by turn, and Marginal by edit type.
 
     Args:
-        *reports: one or more of the same chains; what is not a line is of the last.
+        *reports: one or more of the same chains; bars show the last, which their titles name.
 
     Raises:
         ValueError: there is no report.
@@ -171,17 +171,18 @@ def draw_report(*reports: Report) -> Figure:
             figsize=(4.6 * count, 4.2), dpi=DPI, facecolor="white", layout="constrained"
         )
         bars, lines, *types = figure.subplots(1, count)
-        _bars(bars, report)
+        of = f" ({report.title})" if len(reports) > 1 else ""
+        _bars(bars, report, of)
         _lines(lines, reports)
         for axes in types:
-            _types(axes, report)
+            _types(axes, report, of)
         title, *others = dict.fromkeys(x.title for x in reversed(reports))
         figure.suptitle(title + "".join(f", against {x}" for x in others), color=INK)
         figure.canvas.draw()  # lays out while the fonts of the house are set
     return figure
 
 
-def _bars(axes: Any, report: Report) -> None:
+def _bars(axes: Any, report: Report, of: str) -> None:
     there = {name: how for name, how in BARS.items() if name in report.metrics}
     width, turns = 0.8 / len(there), range(1, report.turns + 1)
     for i, (metric, (label, color)) in enumerate(there.items()):
@@ -192,7 +193,7 @@ def _bars(axes: Any, report: Report) -> None:
         values, errors = _values(report, metric, turns)
         style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
         axes.bar(places, values, 0.92 * width, yerr=errors, **style)
-    _finish(axes, "All turns so far, %", turns, [report])
+    _finish(axes, f"All turns so far, %{of}", turns, [report])
     legend_below(axes, columns=3)
 
 
@@ -268,7 +269,7 @@ def _lines(axes: Any, reports: Sequence[Report]) -> None:
         legend_below(axes, columns=1)  # their titles may be long
 
 
-def _types(axes: Any, report: Report) -> None:
+def _types(axes: Any, report: Report, of: str) -> None:
     found = [report.find("marginal", ALL, name) for name in report.edit_types]
     places, nan = range(len(found)), float("nan")
     for y, x in zip(places, found, strict=True):
@@ -277,7 +278,7 @@ def _types(axes: Any, report: Report) -> None:
     labels = [f"{x.edit_type} ({x.count}{', few' * x.few})".replace("_", " ") for x in found]
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    axes.set(title="Marginal by edit type (turns), %", xlim=(0, 100))
+    axes.set(title=f"Marginal by edit type (turns), %{of}", xlim=(0, 100))
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -305,7 +306,7 @@ def _finish(
 ) -> None:
     of_all = (x for report in reports for x in report.estimates if x.edit_type is None)
     few = any(x.few for x in of_all if x.metric in metrics)
-    label = f"turn (some over fewer than {FEW_CASES} chains)" if few else "turn"
+    label = f"turn (some points over fewer than {FEW_CASES} chains)" if few else "turn"
     axes.set(title=title, xlabel=label, ylim=(0, 105))
     axes.set_xticks(turns_shown(len(turns)))
     axes.set_yticks(range(0, 101, 20))

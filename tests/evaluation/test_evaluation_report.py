@@ -435,7 +435,7 @@ def test_a_drawn_report_is_titled_by_its_own_name_and_those_it_stands_against():
 def test_a_drawn_report_says_where_chains_are_few():
     few = draw_report(by_hand(count=9))
     assert [axes.get_xlabel() for axes in few.axes[:2]] == [
-        "turn (some over fewer than 10 chains)"
+        "turn (some points over fewer than 10 chains)"
     ] * 2
     assert few.axes[2].get_yticklabels()[0].get_text() == "subject add (9, few)"
     many = draw_report(by_hand(count=10))
