@@ -14,7 +14,7 @@ STILLNESS = {"data.identity_share": 0.25, "rewards.weights.identity": 1.0}
 NEIGHBORS = {"rewards.weights.consecutive": 0.5}
 GENTLE = {"training.learning_rate": 3e-4, "objective.kl_coef": 0.03}
 OPSD = {"objective": "mt_opsd", "data.drift": 4}
-MENDING = {**OPSD, "objective.identity_target": "clean", "objective.edit_share": 0.5}
+MENDING = {**OPSD, "objective.identity_target": "teacher", "objective.edit_share": 0.5}
 TEACHING = "self_distillation.py"
 
 BASE = Setting("NFT", preset=NFT)

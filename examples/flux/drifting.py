@@ -55,9 +55,10 @@ def drift(run: Run, drawn: RoundChains) -> Drifted:
         for chain, still in zip(drawn.chains, identity.tolist(), strict=True)
     ]
     student = _record(run, worn, asked, "noise")
-    clean = _clean(run, drawn, references, student)
-    kept = _given(student if objective.identity_target == "worn" else clean)
-    samples = WornSamples(student, identity, kept)
+    samples = WornSamples(student, identity, _given(student))
+    edits = [chain.instructions[0] for chain in drawn.chains]
+    taught = asked if objective.identity_target == "teacher" else edits
+    clean = _clean(run, drawn, references, taught, student)
     return Drifted(samples, RolloutVelocity(run.policies, student, teacher=("old", clean)))
 
 
@@ -94,30 +95,35 @@ def _record(run: Run, images: Sequence[Image], texts: Sequence[str], purpose: st
     return Rollout.concatenate([part.rollout for part in parts])
 
 
-def _given(record: Rollout) -> Tensor:
-    """Return the latents of the pictures that the first turns of a record are given.
+def _given(student: Rollout) -> Tensor:
+    """Return the latents of the pictures that the student was given.
 
     Raises:
         ConfigError: the pipeline does not join one reference of the size of its sample to it.
     """
-    at = torch.stack([torch.arange(len(record)), torch.zeros(len(record), dtype=torch.int64)], 1)
+    at = torch.stack([torch.arange(len(student)), torch.zeros(len(student), dtype=torch.int64)], 1)
     try:
-        return record.reference_at(at)
+        return student.reference_at(at)
     except ValueError as error:
         raise ConfigError(f"objective: mt_opsd cannot train this pipeline: {error}") from error
 
 
-def _clean(run: Run, drawn: RoundChains, references: Sequence[Image], student: Rollout) -> Rollout:
-    """Return the student's trajectories with the conditioning of the edits of clean pictures.
+def _clean(
+    run: Run,
+    drawn: RoundChains,
+    references: Sequence[Image],
+    texts: Sequence[str],
+    student: Rollout,
+) -> Rollout:
+    """Return the student's trajectories with the conditioning of turns on the clean pictures.
 
-    Members of a group share these, so each is recorded once. Trajectories without a change have
-    theirs, too: the teacher is evaluated everywhere, and what it says there is not read.
+    Members of a group with the same text share these, so each is recorded once. The teacher is
+    evaluated everywhere; where its velocity is not read, any text will do.
     """
-    group = drawn.group.tolist()
-    members = {g: b for b, g in enumerate(group)}
+    asked = list(zip(drawn.group.tolist(), texts, strict=True))
+    members = {x: b for b, x in enumerate(asked)}
     images = [references[b] for b in members.values()]
-    texts = [drawn.chains[b].instructions[0] for b in members.values()]
-    clean = _record(run, images, texts, "clean noise")
-    place = {g: number for number, g in enumerate(members)}
-    index = clean.index[torch.tensor([place[g] for g in group])]
+    clean = _record(run, images, [texts[b] for b in members.values()], "clean noise")
+    place = {x: number for number, x in enumerate(members)}
+    index = clean.index[torch.tensor([place[x] for x in asked])]
     return replace(clean, trajectory=student.trajectory, index=index)

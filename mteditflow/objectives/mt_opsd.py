@@ -50,13 +50,12 @@ class WornSamples:
         samples: recorded trajectories; their last turn is trained.
         identity: trajectories whose last instruction asks for no change, boolean [B]; the others'
             asks for an edit.
-        kept: latents that a last turn without a change should give, [B, ...], in the layout of the
-            samples' clean latents: of the picture that the turn is given, or of the clean one (see
-            ``MTOPSD.identity_target``). Not read in rows of edits.
+        given: latents of the picture that the last turn is given, [B, ...], in the layout of the
+            samples' clean latents.
 
     Raises:
         ValueError: shapes do not match.
-        TypeError: ``identity`` is not boolean, or ``kept`` not floating point.
+        TypeError: ``identity`` is not boolean, or ``given`` not floating point.
 
     Source: MT-OPSD (arXiv 2609.35611).
 
@@ -64,20 +63,20 @@ class WornSamples:
         >>> from mteditflow.objectives import CleanSamples
         >>> samples = CleanSamples(torch.zeros(2, 1, 4), torch.tensor([0, 0]))
         >>> worn = WornSamples(samples, torch.tensor([True, False]), torch.ones(2, 4))
-        >>> worn.turn_mask.shape, worn.kept.shape
+        >>> worn.turn_mask.shape, worn.given.shape
         (torch.Size([2, 1]), torch.Size([2, 4]))
     """
 
     samples: Samples
     identity: Tensor
-    kept: Tensor
+    given: Tensor
 
     def __post_init__(self) -> None:
         count = len(self.samples.group)
         check_mask("identity", self.identity, (count,), "[B]")
-        check_floating(kept=self.kept)
-        check_rank("kept", self.kept, 2, "[B, ...]")
-        check_shape("kept", self.kept, (count, *self.kept.shape[1:]), "[B, ...]")
+        check_floating(given=self.given)
+        check_rank("given", self.given, 2, "[B, ...]")
+        check_shape("given", self.given, (count, *self.given.shape[1:]), "[B, ...]")
 
     def __len__(self) -> int:
         return len(self.samples.group)
@@ -118,17 +117,17 @@ class MTOPSD(Objective):
     The student has worn a picture out by turns that ask for no change. Of the turn after them a few
     states are trained. Where it edits, the student's velocity on the worn picture is drawn to the
     teacher's on the clean one, at states of the student's own sampling. Where it asks for no change
-    once more, the target leads to the worn picture itself, so that faults do not grow, or to the
-    clean one (``identity_target``). See ``mt_opsd_loss`` for the formula. Samples that are no
+    once more, the target leads to the worn picture itself, so that faults do not grow (or is the
+    teacher's, too: ``identity_target``). See ``mt_opsd_loss`` for the formula. Samples that are no
     ``WornSamples`` are edits alone.
 
     Args:
         edit_share: probability that a trajectory's last turn is an edit, in (0, 1]. The sampling
             loop draws by it; which turns are edits stands in ``WornSamples.identity``.
         identity_weight: weight of a turn that asks for no change, >= 0.
-        identity_target: picture that such a turn should give: "worn", the one that it is given, as
-            in the paper, so that faults do not grow; or "clean", the one before all wear, so that
-            they are mended (ours). The sampling loop puts its latents into ``WornSamples.kept``.
+        identity_target: what such a turn is drawn to: "worn", the picture that it is given, as in
+            the paper, so that faults do not grow; or "teacher", the teacher's velocity on the clean
+            picture under the same instruction, as for edits, so that they are mended (ours).
         queries: states of a trajectory that are trained in a pass, >= 1.
         query_alpha: first parameter of their Beta distribution, > 0.
         query_beta: second parameter, > 0. At position 0 a state is noise, at 1 it is clean: (2, 5)
@@ -162,8 +161,8 @@ class MTOPSD(Objective):
     """Probability that the trained turn is an edit; else it asks for no change."""
     identity_weight: float = 10.0
     """Weight of a turn that asks for no change beside that of an edit, 1."""
-    identity_target: Literal["worn", "clean"] = "worn"
-    """What it should give: the worn picture, as it is, or the clean one, mended (ours)."""
+    identity_target: Literal["worn", "teacher"] = "worn"
+    """What it is drawn to: the worn picture, or the teacher on the clean one, to mend it (ours)."""
     queries: int = 2
     """States of a trajectory that are trained in a pass over a round."""
     query_alpha: float = 2.0
@@ -174,7 +173,7 @@ class MTOPSD(Objective):
     def __post_init__(self) -> None:
         check_number("edit_share", self.edit_share, low=0.0, high=1.0, open_low=True)
         check_number("identity_weight", self.identity_weight, low=0.0)
-        check_choice("identity_target", self.identity_target, ("worn", "clean"))
+        check_choice("identity_target", self.identity_target, ("worn", "teacher"))
         check_count("queries", self.queries)
         check_number("query_alpha", self.query_alpha, low=0.0, open_low=True)
         check_number("query_beta", self.query_beta, low=0.0, open_low=True)
@@ -247,17 +246,15 @@ class MTOPSD(Objective):
         check_units(units, members=1, drawn=True)
         rows = member_rows(units)
         steps = Steps(*(x.detach() for x in samples.steps_at(rows)))
+        mending = self.identity_target == "teacher"
         identity, x_t, target = _identity_turns(samples, units, steps)
+        x_t = steps.x_t if mending else x_t  # of the student's own sampling, as for edits
         at = Velocities(velocity, x_t, steps.sigma, units, old_is_current=old_is_current)
         exists = member_mask(units, at.current)
         identity = identity.to(at.current.device)
+        target = at.teacher if mending else target.to(at.current.device)
         loss = mt_opsd_loss(
-            at.current,
-            at.teacher,
-            target.to(at.current.device),
-            identity,
-            identity_weight=1.0,
-            valid=exists,
+            at.current, at.teacher, target, identity, identity_weight=1.0, valid=exists
         )
         found = {
             "policy_loss": torch.where(identity, self.identity_weight * loss, loss),
@@ -278,12 +275,12 @@ def _identity_turns(samples: Samples, units: Units, steps: Steps) -> tuple[Tenso
         )
     assert units.seed is not None  # check_units
     seeds = units.seed.T.flatten().tolist()
-    kept = samples.kept[rows[:, 0].to(samples.kept.device)].detach().float()
+    given = samples.given[rows[:, 0].to(samples.given.device)].detach().float()
     noise = batched_noise(
-        kept.shape[1:], [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    ).to(kept.device)
+        given.shape[1:], [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    ).to(given.device)
     identity = samples.identity.cpu()[rows[:, 0]]
-    on_path = interpolate(kept, noise, steps.sigma.to(kept))
-    asked = identity.to(kept.device).view(-1, *[1] * (kept.ndim - 1))
+    on_path = interpolate(given, noise, steps.sigma.to(given))
+    asked = identity.to(given.device).view(-1, *[1] * (given.ndim - 1))
     x_t = torch.where(asked, on_path.to(steps.x_t), steps.x_t)
-    return identity, x_t, velocity_target(kept, noise)
+    return identity, x_t, velocity_target(given, noise)

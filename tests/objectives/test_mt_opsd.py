@@ -58,7 +58,7 @@ def test_edits_follow_the_teacher_and_the_rest_its_own_picture():
     for row in some(range(len(units))):
         b, x = int(at[row, 0]), x_t[row].double()
         if IDENTITY[b]:
-            clean = samples.kept[b].double()
+            clean = samples.given[b].double()
             noise = (x - (1 - sigma[row]) * clean) / sigma[row]
             expected = 7 * (0.3 * x - (noise - clean)).square().mean()
             own = torch.Generator().manual_seed(int(units.seed[row, 0]))
@@ -91,7 +91,7 @@ def test_a_student_that_returns_what_it_is_given_has_nothing_to_learn_there():
 
     def velocity(policy, x_t, sigma, at):
         """Straight to the given picture: (x - c) / sigma is n - c."""
-        return (x_t - samples.kept[at[:, 0]]) / sigma.view(-1, 1, 1)
+        return (x_t - samples.given[at[:, 0]]) / sigma.view(-1, 1, 1)
 
     output = objective(velocity, samples, units)
     asked = IDENTITY[units.rows[:, 0, 0]]
@@ -141,7 +141,7 @@ def test_states_are_of_the_beta_distribution(alpha, beta):
 def test_ranks_and_resumed_runs_draw_the_same():
     samples = worn()
     (whole,) = MTOPSD().units(samples, key=KEY)
-    half = WornSamples(samples.samples.select(slice(3, 6)), IDENTITY[3:], samples.kept[3:])
+    half = WornSamples(samples.samples.select(slice(3, 6)), IDENTITY[3:], samples.given[3:])
     (second,) = MTOPSD().units(half, key=RoundKey(0, 3, first=3))
     own = whole.rows[:, 0, 0] >= 3
     assert torch.equal(whole.rows[own] - torch.tensor([3, 0, 0]), second.rows)
@@ -155,10 +155,10 @@ def test_worn_samples_are_samples_and_refuse_what_does_not_fit():
     assert isinstance(samples, Samples)
     at = torch.tensor([[4, 0]])
     assert torch.equal(samples.clean_at(at), samples.samples.clean_at(at))
-    with pytest.raises(ValueError, match="kept: expected shape"):
-        WornSamples(samples.samples, IDENTITY, samples.kept[:2])
+    with pytest.raises(ValueError, match="given: expected shape"):
+        WornSamples(samples.samples, IDENTITY, samples.given[:2])
     with pytest.raises(TypeError, match="identity: expected a boolean mask"):
-        WornSamples(samples.samples, IDENTITY.long(), samples.kept)
+        WornSamples(samples.samples, IDENTITY.long(), samples.given)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_worn_samples_are_samples_and_refuse_what_does_not_fit():
     [
         ({"edit_share": 0.0}, "edit_share: expected a finite number in"),
         ({"identity_weight": -1.0}, "identity_weight: expected a finite number"),
-        ({"identity_target": "given"}, r"identity_target: expected one of \['worn', 'clean'\]"),
+        ({"identity_target": "given"}, r"identity_target: expected one of \['worn', 'teacher'\]"),
         ({"queries": 0}, "queries: expected an integer >= 1"),
         ({"query_alpha": 0.0}, "query_alpha: expected a finite number"),
     ],
