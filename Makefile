@@ -23,14 +23,14 @@ WORKERS ?= 2
 WING ?= rewards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types layers api pytest laws support evidence findings long-chains objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
+.PHONY: help demo quick test lint types layers site pytest laws support evidence findings long-chains objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
 
 help:
 	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
 	@echo "make quick         lint, types and the tests of the core on examples drawn anew, in a minute"
-	@echo "make test          lint, types, import layers, API reference, doctests and the whole test suite"
+	@echo "make test          lint, types, import layers, site, doctests and the whole test suite"
 	@echo "make laws          thousands of cases for each law of mteditflow.testing, from a new seed"
-	@echo "make api           the API reference from docstrings, in build/api"
+	@echo "make site          all pages, notebooks and the API reference, in build/site"
 	@echo "make support       every pipeline of the table recorded, replayed and trained, written to docs/"
 	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
 	@echo "make findings      the paper's comparisons on the shapes world over three seeds, written to docs/"
@@ -63,7 +63,7 @@ quick: $(INSTALLED)
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly --numprocesses $(WORKERS) \
 		-m "not long and not bases and not slow and not compile" $(QUICK)
 
-test: lint types layers api pytest
+test: lint types layers site pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -75,8 +75,8 @@ types: $(INSTALLED)
 layers: $(INSTALLED)
 	$(BIN)/lint-imports
 
-api: $(INSTALLED)
-	$(BIN)/python -m sphinx -q -W -n -E -b html docs/api build/api
+site: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W -n -E -b html docs build/site
 
 pytest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 10 -m "not long and not bases"

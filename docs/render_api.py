@@ -27,7 +27,7 @@ INTRODUCTION = """\
 # The public API in one page
 
 Made by `python -m docs.render_api`; do not edit. {count} names, each with a link to its source.
-`make api` builds the reference, with every docstring, in `build/api/index.html`.
+`make site` builds the reference, with every docstring, in `build/site/api/index.html`.
 """
 
 INDEX = """\

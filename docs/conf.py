@@ -1,12 +1,18 @@
-"""Sphinx: the API reference from docstrings; ``make api`` builds it without a warning.
+"""Sphinx: the site of pages, notebooks and the API reference; ``make site`` builds it.
 
-The pages beside this file are written by ``python -m docs.render_api``.
+The pages in api/ are written by ``python -m docs.render_api``, the outputs of the notebooks by
+``python -m docs.render_notebooks``.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # docs.site_links and the other extension
 
 import mteditflow
 import mteditflow.rewards.server  # autodoc sets TYPE_CHECKING as it imports; fastapi fails then
+from docs.site_links import source_address
 
 project = "mteditflow"
 author = "The mteditflow authors"
@@ -14,15 +20,25 @@ project_copyright = author
 version = release = mteditflow.__version__
 
 extensions = [
+    "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.linkcode",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
+    "docs.site_links",
+    "docs.site_notebooks",
 ]
-exclude_patterns = ["conf.py"]
 html_theme = "furo"
+pygments_dark_style = "one-dark"
 html_title = f"mteditflow {version}"
 html_copy_source = False
+html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+
+# Anchors of headings are those of GitHub, where the same pages are read.
+myst_enable_extensions = ["dollarmath", "html_image"]
+myst_heading_anchors = 4
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False
@@ -39,6 +55,8 @@ napoleon_use_rtype = False
 # page here, and no network is needed to build this.
 nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*"), ("py:exc", "[A-Z][A-Za-z]+")]
+
+linkcode_resolve = source_address
 
 
 def skip_field(_app: Any, _kind: str, name: str, thing: Any, _skip: bool, _options: Any) -> Any:
