@@ -13,6 +13,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,18 @@ def _page(target: Path) -> str | None:
 
 
 def source_pages(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Pages of all files and folders that were linked to."""
+    """Pages of all files and folders that were linked to.
+
+    Pages of one depth share the navigation, which Sphinx would make anew for each.
+    """
+    navigation: dict[int, str] = {}
+
+    def toctree(page: str, **options: Any) -> str:
+        depth = page.count("/")
+        if depth not in navigation:
+            navigation[depth] = app.builder._get_local_toctree(page, **options)
+        return navigation[depth]
+
     for path in sorted(_WANTED):
         target = ROOT / path
         if target.is_file():
@@ -118,7 +130,11 @@ def source_pages(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
             )
         else:
             body = _listing(app, path)
-        context = {"title": path, "body": f"<h1><code>{html.escape(path)}</code></h1>\n{body}"}
+        context = {
+            "title": path,
+            "body": f"<h1><code>{html.escape(path)}</code></h1>\n{body}",
+            "toctree": partial(toctree, f"source/{path}"),
+        }
         yield f"source/{path}", context, "page.html"
 
 
