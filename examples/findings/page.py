@@ -36,6 +36,7 @@ def document(results: Results, ablations: Ablations, *, command: str) -> str:
     lines = [
         f"# {study.title}",
         "",
+        *([study.answer, ""] if study.answer else []),
         f"Output of `{command}`. All numbers and verdicts are written by it; the sentences after "
         '"Why" alone are written by hand, in `examples/findings/`.',
         "",

@@ -115,6 +115,7 @@ class Study:
         title: of the page.
         base: the setting that others are compared with.
         about: what the base run is, in words.
+        answer: what the study says, in a paragraph; written by hand after the runs.
         findings: with their settings; `UNTRAINED` may be among them.
         longer: what the paper says of longer chains, and why it differs here; None: not looked at.
         seeds: seeds of a full study.
@@ -131,6 +132,7 @@ class Study:
     about: str
     findings: tuple[Finding, ...]
     longer: Finding | None = None
+    answer: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     world: World = SHAPES
     train_turns: int = 3

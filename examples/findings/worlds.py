@@ -44,8 +44,15 @@ class World:
     evaluate: Callable[..., Evaluation]
 
 
-def _write_shapes(folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
-    shapes.write_world(folder, Family.kontext, seed=seed, counts=counts, turns=turns)
+def _write_shapes(
+    folder: Path,
+    *,
+    seed: int,
+    counts: tuple[int, int],
+    turns: int,
+    linked: float = shapes.LINKED,
+) -> None:
+    shapes.write_world(folder, Family.kontext, seed=seed, counts=counts, turns=turns, linked=linked)
 
 
 def _write_pictures(
@@ -58,6 +65,11 @@ def _write_pictures(
 
 
 SHAPES = World("shapes", "the shapes world", _write_shapes, "held_out.jsonl", evaluate_held_out)
+SHAPES_APART = replace(
+    SHAPES,
+    title="the shapes world, turns that have nothing to do with each other",
+    write=partial(_write_shapes, linked=0.0),
+)
 PICTURES = World(
     "pictures",
     "the world of pictures",

@@ -8,7 +8,7 @@ the wreck of an earlier one fails, as it should.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -106,6 +106,24 @@ def score(images: Tensor, truth: Truth) -> Scores:
         consecutive=_share(seen == before, ~truth.target),
         strict=(target >= STRICT_TARGET) & (_share(right, ~truth.target) >= STRICT_REST),
     )
+
+
+def score_neighbors(images: Tensor, truth: Truth) -> Scores:
+    """Score as a judge does who compares each picture with the one before it.
+
+    A pixel of the target passes if it is as the true picture has it, or if the turn does not change
+    it and it is as in the picture before. Consistency is that of the rest with the picture before.
+    So what an earlier turn spoiled costs nothing later, where the turn does not change it.
+
+    Args:
+        images: As for :func:`score`.
+        truth: As for :func:`score`.
+    """
+    exact, seen = score(images, truth), read(images)
+    before = torch.cat([truth.pictures[:, :1], seen[:, :-1]], dim=1)
+    passes = (seen == truth.pictures[:, 1:]) | ((seen == before) & ~truth.changed)
+    likert = likert_of(passes, truth)
+    return replace(exact, likert=likert, success=likert == 5, consistency=exact.consecutive)
 
 
 def target_share(right: Tensor, truth: Truth) -> Tensor:

@@ -18,7 +18,7 @@ from mteditflow.chains import Chain as Record
 from mteditflow.rewards import LIKERT, TurnScores
 
 from .editor import shrink
-from .rewards import Truth, lenient_likert, score
+from .rewards import Scores, Truth, lenient_likert, score, score_neighbors
 from .served import chain_of
 from .vision import pixels_of
 from .world import IMAGE_SIZE, Chain
@@ -77,13 +77,39 @@ class ExactRewards:
 
     def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
         """Score chains of equal length, by their names and what was made, uint8 ``[B, N, ...]``."""
-        scores = score(edited / 255, truth)
+        scores = self._scores(edited / 255, truth)
         return {term: getattr(scores, name).float() for term, name in TERMS.items()}
+
+    def _scores(self, images: Tensor, truth: Truth) -> Scores:
+        """Score pictures ``[B, N, 3, H, W]`` in [0, 1]."""
+        return score(images, truth)
 
     def _chain(self, record: Record, pixels: Tensor) -> Chain:
         if record.id not in self._chains:
             self._chains[record.id] = chain_of(pixels[0], record.instructions)
         return self._chains[record.id]
+
+
+class NeighborRewards(ExactRewards):
+    """Scores each picture beside the one before it, blind to what earlier turns have done."""
+
+    def _scores(self, images: Tensor, truth: Truth) -> Scores:
+        return score_neighbors(images, truth)
+
+
+class ShortSightedJudge(ExactRewards):
+    """Judge that looks closely at the last picture alone.
+
+    ``following`` of the turns before is that of :func:`.rewards.lenient_likert`, which passes a
+    thing of a wrong color or in a wrong place. What such a turn does to later ones that go on with
+    the thing shows in their scores, not in its own.
+    """
+
+    def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
+        terms = super()._look(names, edited, truth)
+        lenient = lenient_likert(edited / 255, truth).float()
+        terms["following"][:, :-1] = lenient[:, :-1]
+        return terms
 
 
 def erring_score(
