@@ -168,7 +168,7 @@ def settings() -> str:
 
 
 def evaluate(world: Path, folder: Path, seed: int, *, rounds: int) -> list[Evaluation]:
-    """Score the model as it came and with the adapter of the last checkpoint, both exactly."""
+    """Score the untrained model and with the adapter of the last checkpoint, both exactly."""
     files = (world / "model", world / "held_out.jsonl")
     adapter = Checkpoints(folder / "checkpoints").find("auto").path / "lora"
     before = evaluate_held_out(*files, seed=seed)

@@ -95,7 +95,7 @@ class MadeImages:
     ) -> None:
         """Make what this rank misses; returns when all ranks have finished.
 
-        An image is there whole or not at all; a chain is made anew unless all of its images are.
+        An image is there whole or not at all; a chain without all of its images is sampled again.
         """
         with tqdm(total=len(missing), desc="editing", unit="chain", disable=None) as bar:
             for start in range(0, len(missing), batch):

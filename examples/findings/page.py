@@ -86,7 +86,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         f"- Var(IF) / Var(CC) inside groups, base runs, median over rounds: "
         f"{results.variance_ratio:.1f}.",
         "- In the figures: dots are seeds, squares their means with intervals, dotted lines the "
-        "model as it came.",
+        "untrained model.",
     ]
 
 

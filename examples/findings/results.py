@@ -90,7 +90,7 @@ class Results:
         return self.tables[metric][self._row(setting)]
 
     def before(self, setting: Setting, metric: str) -> SeedInterval:
-        """Of the model as it came, at the steps of a setting."""
+        """Of the untrained model, at the steps of a setting."""
         values = [at_last(run.before, metric) for run in self.runs[setting.name]]
         return mean_interval(torch.tensor(values, dtype=torch.float64))
 

@@ -60,7 +60,7 @@ class Run:
     """What came of a setting with a seed.
 
     Attributes:
-        before: of the model as it came, at the run's steps.
+        before: of the untrained model, at the run's steps.
         after: of the same chains, after training.
         metrics: of each round.
     """
@@ -230,7 +230,7 @@ class Ablations:
         return found.round
 
     def _evaluate(self, setting: Setting, seed: int, held_out: HeldOut) -> None:
-        """Evaluate a run and the model as it came, unless it is done."""
+        """Evaluate a run and the untrained model, unless it is done."""
         steps = self._config(setting, seed).evaluation.steps
         world, chains = self._world(seed), self._chains(seed, held_out)
         before, after = self._before(seed, steps, held_out), self._after(setting, seed, held_out)

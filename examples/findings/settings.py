@@ -130,7 +130,7 @@ FINDINGS = (
         "Finer steps do best.",
         "Equal rounds, so finer steps cost more; see seconds. The model before training is "
         "evaluated at the same steps.",
-        "The editor as it came is as good with 4 steps as with 10 (Overall(3) 17.9 and 17.3), so "
+        "The untrained editor is as good with 4 steps as with 10 (Overall(3) 17.9 and 17.3), so "
         "there is nothing that finer steps could mend.",
     ),
     Finding(
@@ -180,7 +180,7 @@ LONGER = Finding(
     (BASE,),
     (),
     "Success falls less from turn to turn after training: from turn 1 to 3 Marginal falls by 8.57 "
-    "points in Kontext as it came, by 1.58 after GRPO and 1.05 after NFT.",
+    "points in untrained Kontext, by 1.58 after GRPO and 1.05 after NFT.",
     why="Marginal(8) / Marginal(1) is higher after training (51%, before 32%); in "
     "points the fall to turn 8 is not smaller (29 after, 25 before), since there is more to fall "
     "from. To turn 3, as far as training went, it falls by 9.5 points before and after.",

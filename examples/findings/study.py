@@ -149,4 +149,4 @@ class Study:
 
 
 BASE_RUN = "base"  # as a teacher: what the base run of the same seed has become
-UNTRAINED = Setting("as it came", preset="untrained")
+UNTRAINED = Setting("untrained", preset="untrained")

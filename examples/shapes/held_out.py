@@ -1,4 +1,4 @@
-"""Held-out chains edited by the model as it came or with an adapter, and scored exactly."""
+"""Held-out chains edited by the untrained model or with an adapter, and scored exactly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluate_held_out(
         model: Folder of a tiny Kontext.
         chains: File of chains of any equal length.
         seed: Of the noise; equal seeds make pairs.
-        adapter: Folder of a LoRA adapter; none: the model as it came.
+        adapter: Folder of a LoRA adapter; none: the untrained model.
         rounds: Of training that the adapter has behind it.
         steps: Denoising steps of a turn.
         size: Height and width in pixels.
