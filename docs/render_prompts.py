@@ -65,7 +65,7 @@ score is ever put in its place.
 
 
 def pictures() -> list[Image.Image]:
-    """What the judge sees: the reference, a good edit, a half-good one, and none."""
+    """Return the judge's images: the reference, a good edit, a half-good one, and none."""
     added = EDITS[0].apply(START)
     things = [replace(t, color="cyan") if t.shape == "square" else t for t in added.things]
     miscolored = replace(added, things=tuple(things))
@@ -111,7 +111,7 @@ def _section(prompt: JudgePrompt | ExpectationPrompt) -> str:
 
 
 def _answer(prompt: JudgePrompt | ExpectationPrompt, span: range) -> tuple[str, ChatAnswer]:
-    """What a good judge says about some turns: as it is shown, and as it comes."""
+    """Return a good judge's answer about some turns: as it is shown, and as it comes."""
     scores = SCORES[prompt.scale][span.start : span.stop]
     labels = LABELS[prompt.scale]
     if isinstance(prompt, ExpectationPrompt):

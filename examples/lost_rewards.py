@@ -1,4 +1,4 @@
-"""What becomes of a run whose judge loses answers: left out, or replaced by 0.5.
+"""Compare runs whose judge loses answers: left out, or replaced by 0.5.
 
     python examples/lost_rewards.py
 

@@ -103,7 +103,7 @@ def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> l
 
 
 class Answers(NamedTuple):
-    """What came of all chains."""
+    """Results of all chains."""
 
     shown: list[Chain]  # those that were scored
     left_out: dict[str, str]  # id of a chain whose images cannot be read, and why

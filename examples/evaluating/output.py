@@ -33,7 +33,7 @@ REPORT = "report.json"
 
 
 class Settings(BaseModel):
-    """What the folder of an evaluation is of.
+    """Inputs that an evaluation's folder belongs to.
 
     Attributes:
         images: folder of the images, relative to this one or absolute.
@@ -121,7 +121,7 @@ class Finished:
         self.images = MadeImages(images, settings.resolution)
 
     def series(self, chains: Sequence[Chain]) -> Series:
-        """What a gallery shows of some chains."""
+        """Return the gallery's series of some chains."""
         evaluation = self.evaluation.only([chain.id for chain in chains])
         return Series(self.report.title, evaluation, ByRow(self.images, chains))
 

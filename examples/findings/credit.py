@@ -1,4 +1,4 @@
-"""Who is credited for a reward: when broadcasting over the chain is right, and when it is not."""
+"""Credit for a reward: when broadcasting it over the chain is right, and when it is not."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ SHORT = Form((0,), rounds=4, train=96, held_out=64)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What came of a setting with a seed.
+    """Evaluations and metrics of a setting with a seed.
 
     Attributes:
         before: of the untrained model, at the run's steps.

@@ -1,4 +1,4 @@
-"""What a study is made of: settings, claims of which is higher, findings on a page."""
+"""Parts of a study: settings, claims of which is higher, findings on a page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of the run's folder: script, unless it is the usual one, preset and options."""
+        """Name of the run's folder: script, unless it is the usual one, preset and options."""
         scripts = [] if self.script == Setting.script else [Path(self.script).stem]
         changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
         before = [] if self.after is None else ["after", self.after.name]
@@ -142,7 +142,7 @@ class Study:
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """What is trained, by name; the base first."""
+        """Trained settings by name, the base first."""
         own = [self.base, *(s for finding in self.findings for s in finding.settings)]
         each = (x for s in own if s is not UNTRAINED for x in (s.after, s) if x is not None)
         return {s.name: s for s in each}

@@ -20,7 +20,7 @@ rewards["following"][[3, 10]] = np.nan  # the judge did not answer
 
 
 def per_prompt_loop(reward: np.ndarray, *, global_std: bool) -> np.ndarray:
-    """What one call replaces: gather the rewards of each prompt, then normalise them one by one."""
+    """Gather the rewards of each prompt, then normalize them one by one: one call replaces this."""
     answered = np.isfinite(reward)
     history: dict[str, list[float]] = {}
     for prompt, value in zip(prompts[answered], reward[answered], strict=True):

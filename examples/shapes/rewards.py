@@ -24,7 +24,7 @@ ENOUGH = 0.9  # share of a colour's pixels that a lenient look asks for
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of B chains of N turns; all masks are bool ``[B, N, H, W]``.
+    """Truth of B chains of N turns; all masks are bool ``[B, N, H, W]``.
 
     Attributes:
         pictures: Palette indices of the true pictures, int8 ``[B, N + 1, H, W]``.

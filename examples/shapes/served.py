@@ -56,7 +56,7 @@ SPOILT: tuple[tuple[str, str], ...] = (  # (finish reason, answer)
 
 
 class Service(str, Enum):
-    """What this module serves."""
+    """Services of this module."""
 
     judge = "judge"
     consistency = "consistency"

@@ -83,7 +83,7 @@ _DRAWINGS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """What occupies one cell, or two with equal content: a shape with its colour and material."""
+    """Content of one cell, or of two equal ones: a shape with its color and material."""
 
     shape: str
     color: str

@@ -114,7 +114,7 @@ def select_groups(
     zeros = torch.zeros(len(names), dtype=torch.int64, device=reward.device)
 
     def in_all(holds: Tensor) -> Tensor:
-        """Of each group, whether it holds for every member that counts."""
+        """Return whether it holds for every member that counts, by group."""
         return zeros.index_add(0, index, (counted & ~holds).long()) == 0
 
     count = zeros.index_add(0, index, counted.long())
