@@ -43,11 +43,19 @@ def main(
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     config = parse_or_exit([f"pictures-{objective}", *words])
+    folder = config.output.folder
     with refusing():
-        require_folder("output.folder", config.output.folder)
+        require_folder("output.folder", folder)
         require_folder("runs", world)
         write_world(world, seed=seed)
     run_to_the_end(train, config)
+    pictures = {
+        "chains.png": "held-out chains before and after training",
+        "curves.png": "rewards and held-out scores over the rounds",
+    }
+    for name, shown in pictures.items():
+        if (folder / name).exists():  # not where a signal ended the run
+            print(f"Open {folder / name}: {shown}")
 
 
 if __name__ == "__main__":
