@@ -106,14 +106,14 @@ def copy_trainer(folder: Path) -> list[str]:
         ...     copy_trainer(Path(folder, "mine"))
         ['README.md', 'distill.py', 'train.py', 'trainer']
     """
-    from mteditflow import __version__
+    import mteditflow
     from mteditflow._files import require_folder, write_all_atomically
 
     require_folder("DIR", folder)
     if folder.is_dir() and (inside := sorted(x.name for x in folder.iterdir())):
         raise ValueError(f"DIR: expected a new or empty folder, got {folder} with {inside[0]}")
     texts = {name: _renamed(path.read_text("utf-8")) for name, path in _sources()}
-    texts["README.md"] = README.format(version=__version__)
+    texts["README.md"] = README.format(version=mteditflow.__version__)
     there = [x for x in (folder, *folder.absolute().parents) if x.exists()]
     try:
         write_all_atomically(folder, {name: text.encode() for name, text in texts.items()})
