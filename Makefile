@@ -10,7 +10,7 @@ OUTPUT ?= runs/demo-$(OBJECTIVE)-$(SEED)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := $(VENV)/.installed-demo
-DOWNLOAD := 400 MB with the CPU build of torch, about 3.5 GB with that for CUDA; minutes
+DOWNLOAD := 300 MB with the CPU build of torch, 3 GB or more with that for CUDA; a few minutes
 # Only the tests' real `transformers serve` imports it, in a process of its own: on a CPU build of torch it
 # fails to import, and everything that looks for it would fail with it.
 SERVING := $(VENV)/serving

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mteditflow_examples.demo import point_to_pictures
 from mteditflow_examples.flux.command_line import parse_or_exit
 
 from mteditflow import cli
@@ -194,6 +195,17 @@ def test_the_demo_installs_the_trainer_alone_and_the_tests_everything():
     )
     assert "--editable '.[dev]'" in done.stdout
     assert "touch .venv/.installed-demo .venv/.installed" in done.stdout
+
+
+def test_the_demo_ends_with_the_pictures_that_are_there(tmp_path, capsys):
+    point_to_pictures(tmp_path)
+    assert capsys.readouterr().out == ""
+    for name in ("chains.png", "curves.png"):
+        (tmp_path / name).touch()
+    point_to_pictures(tmp_path)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"Open {tmp_path / 'chains.png'}: held-out chains before and after training"
+    assert second.startswith(f"Open {tmp_path / 'curves.png'}: ")
 
 
 def test_the_matrix_reads_the_makefile_and_the_constraints():
