@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from .dist import TINY
 from .steps import ROOT, Steps, fresh_environment, pip
@@ -170,7 +171,7 @@ def tell_raised(extras: tuple[str, ...], versions: list[str]) -> None:
         requirement = Requirement(text)
         bound = next((x.version for x in requirement.specifier if x.operator == ">="), None)
         got = found.get(requirement.name)
-        if bound and got and (got + ".0.0").find(bound) != 0:
+        if bound and got and Version(got) > Version(bound):
             print(f"    {requirement.name}: {bound} is declared, others need {got}")
 
 
