@@ -152,7 +152,7 @@ def install_lowest(
     versions = [line for line in lines.splitlines() if line and not NOT_ON_A_CPU.match(line)]
     if torch != pinned("torch"):
         versions = [line for line in lines.splitlines() if line and not line.startswith("torch==")]
-    tell_raised(extras, versions)
+    tell_raised(versions)
     versions = [line for line in versions if not line.startswith("sympy==")]  # torch pins it
     python = fresh_environment(BUILD / name)
     runner = [pinned("pytest")]
@@ -162,10 +162,10 @@ def install_lowest(
     return python
 
 
-def tell_raised(extras: tuple[str, ...], versions: list[str]) -> None:
+def tell_raised(versions: list[str]) -> None:
     """Print which direct dependencies other packages need in versions above their bounds."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    groups = [project["dependencies"], *(project["optional-dependencies"][x] for x in extras)]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
     found = dict(line.partition(" ")[0].split("==") for line in versions)
     for text in sorted({text for group in groups for text in group}):
         requirement = Requirement(text)
