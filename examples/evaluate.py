@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from accelerate import PartialState
 from mteditflow_examples.evaluating.editors import Model, call_options
 from mteditflow_examples.evaluating.images import ByRow, MadeImages
 from mteditflow_examples.evaluating.options import (
@@ -146,6 +145,8 @@ def run(
     shown: Gallery = 200,
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
+    from accelerate import PartialState
+
     with refusing_options(), ExitStack() as stack:
         asks = Asks(checks == "edival", detector, ocr, preference, destroyed_below)
         if (editor is None) == (images is None):

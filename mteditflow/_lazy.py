@@ -9,7 +9,7 @@ from typing import Any
 
 
 def lazy(
-    package: str, table: Mapping[str, str], extra: str
+    package: str, table: Mapping[str, str], extra: str | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return the ``__getattr__`` and ``__dir__`` of a package.
 
@@ -19,7 +19,8 @@ def lazy(
     Args:
         package: ``__name__`` of the package.
         table: public name to the module that defines it, such as ``".judge.judge"``.
-        extra: the extra of mteditflow to install where an import fails, named in the message.
+        extra: the extra of mteditflow to install where an import fails, named in the message; None
+            where every installation has what is imported.
     """
 
     def load(name: str) -> Any:
@@ -29,7 +30,7 @@ def lazy(
             value = getattr(import_module(table[name], package), name)
         except ImportError as error:
             missing = (error.name or "").partition(".")[0]
-            if missing in ("", "mteditflow"):
+            if extra is None or missing in ("", "mteditflow"):
                 raise
             fix = f"pip install 'mteditflow[{extra}]'"
             raise ImportError(f"{package}.{name} needs {missing}: {fix}", name=missing) from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -13,6 +13,9 @@ from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, His
 
 from .editors import Edits
 from .options import few
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class MadeImages:

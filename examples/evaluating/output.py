@@ -14,8 +14,7 @@ from mteditflow._files import naming, write_atomically
 from mteditflow._pipes import reader_may_leave
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.chains.record import first_error
-from mteditflow.evaluation import Evaluation, Provenance, Report, draw_report, draw_survival
-from mteditflow.evaluation.figures import chart_files
+from mteditflow.evaluation import Evaluation, Provenance, Report
 from mteditflow.evaluation.gallery import Series, gallery
 from mteditflow.evaluation.tables import (
     as_csv,
@@ -159,6 +158,9 @@ def report_files(
 
     Survival is left out where a report is of a version without it.
     """
+    from mteditflow.evaluation import draw_report, draw_survival
+    from mteditflow.evaluation.figures import chart_files
+
     page = gallery(series, chains, rows, title=report.title)  # may miss an image: first
     charts, pictures = chart_files(draw_report(*drawn), "report"), ["report.png"]
     if all(each.has_survival for each in drawn):
