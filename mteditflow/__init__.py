@@ -42,6 +42,13 @@ from mteditflow.advantages.group import (
 )
 from mteditflow.advantages.history import RewardHistory
 from mteditflow.advantages.pairs import Pairs, group_pairs
+from mteditflow.advantages.regions import (
+    box_coverage,
+    mask_coverage,
+    region_advantage,
+    token_tile,
+    token_weights,
+)
 from mteditflow.advantages.selection import GroupSelection, draw_probabilities, select_groups
 from mteditflow.advantages.softmax import softmax_advantage
 from mteditflow.advantages.turns import (
@@ -93,7 +100,7 @@ from mteditflow.flow.solvers import (
     sliding_window,
 )
 from mteditflow.flow.trajectory import Steps, Trajectory
-from mteditflow.losses.awm import matching_log_prob
+from mteditflow.losses.awm import matching_log_prob, matching_surrogate_loss
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.losses.crd import crd_loss, kl_coef_by_reward
 from mteditflow.losses.dgpo import dgpo_loss
@@ -165,6 +172,7 @@ __all__ = [
     "binary_and",
     "binary_average",
     "bootstrap_interval",
+    "box_coverage",
     "broadcast_to_steps",
     "check_ratio",
     "clamp_advantage",
@@ -209,8 +217,10 @@ __all__ = [
     "kl_coef_by_reward",
     "likert_average",
     "marginal_success",
+    "mask_coverage",
     "masked_mean",
     "matching_log_prob",
+    "matching_surrogate_loss",
     "mt_opsd_loss",
     "nft_loss",
     "noise_from_velocity",
@@ -222,6 +232,7 @@ __all__ = [
     "pad_turns",
     "paired_difference_interval",
     "rank_uncertainty",
+    "region_advantage",
     "renormalize_advantage",
     "reward_to_go",
     "rollout",
@@ -233,6 +244,8 @@ __all__ = [
     "step_kl_weight",
     "stop_after_failure",
     "survival_curve",
+    "token_tile",
+    "token_weights",
     "trajectory_generators",
     "truncated_importance_weight",
     "turn_advantage",
