@@ -149,6 +149,9 @@ class Data:
     draw: Literal["epochs", "informative"] = "epochs"
     """Every chain once an epoch; or chains anew each round, more often those whose trajectories
     differed in how well they followed."""
+    extra_groups: Natural = 0
+    """Groups of other chains that may be sampled in a round, over all ranks, in place of those that
+    would train nothing, for equal rewards, or lost a member (DAPO's dynamic sampling); 0: none."""
     identity_share: Share = 0.0
     """Share of turns whose instruction is identity_instruction, drawn anew each round, alike for a
     group; such a turn is put in between the chain's own, of which as many fewer are made. Their
@@ -301,6 +304,14 @@ class Rewards:
     """What advantages are divided by: the spread of the group, of the round, nothing."""
     advantage_limit: Positive = 5.0
     """Advantages are clamped to plus and minus this."""
+    regions: bool = False
+    """Credit latent tokens: each reward counts where the scorer's own regions say, as following
+    does inside the edit and consistency outside of it; nft, awm and flow_awr."""
+    region_normalization: Literal["mean", "rms", "none"] = "mean"
+    """What is 1 over the tokens of a picture: the mean weight, so that a small region counts the
+    more in it; its root mean square; none: the largest, so that a small region counts less."""
+    region_outside: Share = 0.0
+    """Weight of a token outside of a reward's region, relative to one inside."""
     history: Natural = 0
     """Earlier rounds of the same chain whose rewards take part in its group's mean and standard
     deviation; for small groups. 0: none."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL.Image import Image
+from torch import Tensor
 
 from mteditflow import Signal
 from mteditflow.chains import ChainError, InformativeSampler
@@ -84,12 +85,23 @@ def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
 
 
 def carry_over(
-    run: Run, rewards: RoundRewards | None, signals: Mapping[str, Signal] | None = None
+    run: Run,
+    rewards: RoundRewards | None,
+    signals: Mapping[str, Signal] | None = None,
+    group: Tensor | None = None,
 ) -> None:
-    """Take what the next round depends on: sampler, floor, history, adapted KL weight, turns."""
+    """Take what the next round depends on: sampler, floor, history, adapted KL weight, turns.
+
+    Args:
+        run: the run.
+        rewards: rewards of the chains that the sampler drew; None for objectives without.
+        signals: what turns of the trained chains were credited with.
+        group: group id of each of those, [B]; None: they are those of ``rewards``.
+    """
     state = run.state
     if state.history is not None and rewards is not None and signals:
-        state.history = state.history.updated(signals, rewards.group)
+        trained = rewards.group if group is None else group
+        state.history = state.history.updated(signals, trained)
     if isinstance(run.sampler, InformativeSampler):
         run.sampler.step({} if rewards is None else rewards.spreads("following"))
     else:

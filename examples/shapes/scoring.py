@@ -1,7 +1,7 @@
 """The rewards of the shapes world as scorers that a trainer takes by import path.
 
 Give ``mteditflow_examples.shapes.scoring:ExactRewards``, or one of the two judges that err,
-``HastyJudge`` and ``CarefulJudge``.
+``HastyJudge`` and ``CarefulJudge``; ``BoxedRewards`` has boxes for regions in place of exact masks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .editor import shrink
 from .rewards import Scores, Truth, lenient_likert, score, score_neighbors
 from .served import chain_of
 from .vision import pixels_of
-from .world import IMAGE_SIZE, Chain
+from .world import CELL, IMAGE_SIZE, Chain
 
 TERMS = {
     "following": "likert",
@@ -75,6 +75,37 @@ class ExactRewards:
                 values[term][rows, :count] = value
         return {term: TurnScores(value, exists, {}) for term, value in values.items()}
 
+    async def regions(
+        self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, Tensor]:
+        """Return where each term is decided, for ``--rewards.regions``: exact masks.
+
+        ``following`` is decided where a turn changes something, or on the thing that it names;
+        ``consistency`` on what no turn so far was about; ``consecutive`` on what this one was not.
+
+        Args:
+            chains: As for :meth:`score`.
+            images: As for :meth:`score`, all of one size.
+
+        Returns:
+            By term the pixels, ``[B, N, H, W]``, 0 or 1; a padded turn has none.
+        """
+        side, turns = images[0][-1].size[0], max(map(len, images)) - 1
+        shape = (len(chains), turns, side, side)
+        found = {term: torch.zeros(shape) for term in ("following", "consistency", "consecutive")}
+        for b, (record, made) in enumerate(zip(chains, images, strict=True)):
+            count = len(made) - 1
+            known = self._chain(record, _world_pixels(made[0])[None])
+            truth = Truth.of([Chain(known.initial, known.edits[:count])])
+            for term, mask in self._masks(truth.target[0], truth.kept[0]).items():
+                grown = mask.repeat_interleave(side // IMAGE_SIZE, -2)
+                found[term][b, :count] = grown.repeat_interleave(side // IMAGE_SIZE, -1).float()
+        return found
+
+    def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Return the regions of a chain's terms, bool ``[N, H, W]``."""
+        return {"following": target, "consistency": kept, "consecutive": ~target}
+
     def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
         """Score chains of equal length, by their names and what was made, uint8 ``[B, N, ...]``."""
         scores = self._scores(edited / 255, truth)
@@ -110,6 +141,28 @@ class ShortSightedJudge(ExactRewards):
         lenient = lenient_likert(edited / 255, truth).float()
         terms["following"][:, :-1] = lenient[:, :-1]
         return terms
+
+
+class BoxedRewards(ExactRewards):
+    """Exact rewards whose regions are boxes, as a detector finds things: one in each cell."""
+
+    def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        inside, touched = boxed(target, cell=CELL), boxed(~kept, cell=CELL)
+        return {"following": inside, "consistency": ~touched, "consecutive": ~inside}
+
+
+def boxed(mask: Tensor, *, cell: int) -> Tensor:
+    """Fill the smallest box around the true pixels of each square cell, bool ``[N, H, W]``."""
+    height, width = mask.shape[-2:]
+    cells = mask.unflatten(-1, (width // cell, cell)).unflatten(-3, (height // cell, cell))
+    rows, columns = cells.any(dim=-1, keepdim=True), cells.any(dim=-3, keepdim=True)
+
+    def between(holds: Tensor, dim: int) -> Tensor:
+        """Return the places from the first true one to the last one."""
+        before = holds.int().cumsum(dim) > 0
+        return before & (holds.flip(dim).int().cumsum(dim).flip(dim) > 0)
+
+    return (between(rows, -3) & between(columns, -1)).flatten(-2).flatten(-3, -2)
 
 
 def erring_score(

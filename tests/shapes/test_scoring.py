@@ -159,3 +159,31 @@ def test_a_picture_of_another_world_is_refused():
     images = [[to_pil(torch.rand(3, 12, 12)) for _ in chain.states]]
     with pytest.raises(ValueError, match="expected a picture of the shapes world"):
         ask(ExactRewards(), [chain], images)
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_regions_are_the_masks_of_the_rewards_at_the_size_of_the_pictures(scale):
+    chains = [*drawn(2, 3), *drawn(1, 2, seed=5)]
+    images = [
+        [to_pil(enlarge(picture, scale)) for picture in edited(chain, b)]
+        for b, chain in enumerate(chains)
+    ]
+    records = [record_of(chain) for chain in chains]
+    found, boxes = (
+        asyncio.run(scorer().regions(records, images))
+        for scorer in (ExactRewards, scoring.BoxedRewards)
+    )
+    for b, chain in some(enumerate(chains)):
+        truth, turns = Truth.of([chain]), len(chain.edits)
+        masks = {
+            "following": truth.target[0],
+            "consistency": truth.kept[0],
+            "consecutive": ~truth.target[0],
+        }
+        for name, mask in masks.items():
+            expected = enlarge(mask[:, None].float(), scale)[:, 0]
+            assert torch.equal(found[name][b, :turns], expected)
+            assert not found[name][b, turns:].any()
+    assert (boxes["following"] >= found["following"]).all()
+    assert (boxes["consistency"] <= found["consistency"]).all()
+    assert boxes["following"].sum() > found["following"].sum()
