@@ -8,7 +8,6 @@ Axes: ``B`` trajectories, ``G`` members of a group, ``N`` turns, ``S`` denoising
 (any flat batch of them). ``sigma`` is 1 at noise and 0 at data.
 """
 
-<<<<<<< HEAD
 from typing import TYPE_CHECKING
 
 from mteditflow._lazy import lazy
@@ -48,6 +47,13 @@ if TYPE_CHECKING:
     )
     from mteditflow.advantages.history import RewardHistory
     from mteditflow.advantages.pairs import Pairs, group_pairs
+    from mteditflow.advantages.regions import (
+        box_coverage,
+        mask_coverage,
+        region_advantage,
+        token_tile,
+        token_weights,
+    )
     from mteditflow.advantages.selection import GroupSelection, draw_probabilities, select_groups
     from mteditflow.advantages.softmax import softmax_advantage
     from mteditflow.advantages.turns import (
@@ -104,7 +110,7 @@ if TYPE_CHECKING:
         sliding_window,
     )
     from mteditflow.flow.trajectory import Steps, Trajectory
-    from mteditflow.losses.awm import matching_log_prob
+    from mteditflow.losses.awm import matching_log_prob, matching_surrogate_loss
     from mteditflow.losses.clipped import clipped_surrogate_loss
     from mteditflow.losses.crd import crd_loss, kl_coef_by_reward
     from mteditflow.losses.dgpo import dgpo_loss
@@ -144,9 +150,8 @@ else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
-            "CPS": ".flow.solvers",
-            "ODE": ".flow.solvers",
             "AdaptiveKL": ".advantages.constraint",
+            "CPS": ".flow.solvers",
             "Credit": ".advantages.credit",
             "DanceSDE": ".flow.solvers",
             "FlowSDE": ".flow.solvers",
@@ -154,6 +159,7 @@ else:
             "GroupSelection": ".advantages.selection",
             "Interval": ".metrics",
             "LagrangeMultiplier": ".advantages.constraint",
+            "ODE": ".flow.solvers",
             "PaddedTurns": ".advantages.turns",
             "Pairs": ".advantages.pairs",
             "RatioCheck": ".diagnostics",
@@ -176,6 +182,7 @@ else:
             "binary_and": ".advantages.turns",
             "binary_average": ".advantages.turns",
             "bootstrap_interval": ".metrics",
+            "box_coverage": ".advantages.regions",
             "broadcast_to_steps": ".advantages.turns",
             "check_ratio": ".diagnostics",
             "clamp_advantage": ".advantages.group",
@@ -199,6 +206,11 @@ else:
             "exponential_shift_sigmas": ".flow.path",
             "flow_awr_loss": ".losses.flow_awr",
             "flow_matching_loss": ".flow.path",
+            "mask_coverage": ".advantages.regions",
+            "matching_surrogate_loss": ".losses.awm",
+            "region_advantage": ".advantages.regions",
+            "token_tile": ".advantages.regions",
+            "token_weights": ".advantages.regions",
             "flux2_mu": ".flow.path",
             "flux_mu": ".flow.path",
             "fuse_advantages": ".advantages.group",
@@ -261,136 +273,6 @@ else:
             "zero_variance_share": ".diagnostics",
         },
     )
-=======
-from mteditflow._reduce import masked_mean
-from mteditflow.advantages.constraint import (
-    AdaptiveKL,
-    LagrangeMultiplier,
-    constrained_weights,
-)
-from mteditflow.advantages.credit import (
-    Credit,
-    RewardToGo,
-    Signal,
-    TrajectoryCredit,
-    TurnCredit,
-    turn_advantage,
-)
-from mteditflow.advantages.gardo import (
-    GatedShare,
-    ReferenceReset,
-    diversity_advantage,
-    group_diversity,
-    rank_uncertainty,
-    uncertainty_gate,
-)
-from mteditflow.advantages.group import (
-    clamp_advantage,
-    fuse_advantages,
-    fuse_rewards,
-    group_advantage,
-    group_ids,
-    group_measured,
-    group_std,
-    renormalize_advantage,
-)
-from mteditflow.advantages.history import RewardHistory
-from mteditflow.advantages.pairs import Pairs, group_pairs
-from mteditflow.advantages.regions import (
-    box_coverage,
-    mask_coverage,
-    region_advantage,
-    token_tile,
-    token_weights,
-)
-from mteditflow.advantages.selection import GroupSelection, draw_probabilities, select_groups
-from mteditflow.advantages.softmax import softmax_advantage
-from mteditflow.advantages.turns import (
-    PaddedTurns,
-    binary_and,
-    binary_average,
-    broadcast_to_steps,
-    likert_average,
-    normalize_likert,
-    pad_turns,
-    reward_to_go,
-    stop_after_failure,
-    turn_average,
-)
-from mteditflow.diagnostics import (
-    RatioCheck,
-    advantage_correlation,
-    approximate_kl,
-    check_ratio,
-    clip_fraction,
-    variance_ratio,
-    zero_variance_share,
-)
-from mteditflow.distributed import gather_ranks
-from mteditflow.flow.path import (
-    clean_from_velocity,
-    exponential_shift_sigmas,
-    flow_matching_loss,
-    flux2_mu,
-    flux_mu,
-    interpolate,
-    noise_from_velocity,
-    score_from_velocity,
-    shift_sigmas,
-    uniform_sigmas,
-    velocity_target,
-)
-from mteditflow.flow.sampling import VelocityFunction, batched_noise, rollout, trajectory_generators
-from mteditflow.flow.solvers import (
-    CPS,
-    ODE,
-    DanceSDE,
-    FlowSDE,
-    Solver,
-    Transition,
-    cps_surrogate,
-    gaussian_kl,
-    gaussian_log_prob,
-    sliding_window,
-)
-from mteditflow.flow.trajectory import Steps, Trajectory
-from mteditflow.losses.awm import matching_log_prob, matching_surrogate_loss
-from mteditflow.losses.clipped import clipped_surrogate_loss
-from mteditflow.losses.crd import crd_loss, kl_coef_by_reward
-from mteditflow.losses.dgpo import dgpo_loss
-from mteditflow.losses.distillation import distillation_loss, mt_opsd_loss, step_kl_weight
-from mteditflow.losses.dpo import dpo_loss
-from mteditflow.losses.dppo import divergence_gated_loss
-from mteditflow.losses.flow_awr import exact_flow_awr_loss, flow_awr_loss
-from mteditflow.losses.guard import guard_log_ratio, guard_step_weight
-from mteditflow.losses.importance import truncated_importance_weight
-from mteditflow.losses.nft import (
-    adaptive_nft_loss,
-    nft_loss,
-    optimality_probability,
-    velocity_kl,
-)
-from mteditflow.losses.norm_guard import velocity_norm_hinge
-from mteditflow.losses.tempflow import noise_step_weight
-from mteditflow.metrics import (
-    Interval,
-    TurnsSurvived,
-    bootstrap_interval,
-    collapse_rate,
-    conditional_success,
-    content_consistency,
-    instruction_following,
-    interval_difference,
-    marginal_success,
-    overall,
-    paired_difference_interval,
-    survival_curve,
-    turns_survived,
-    wear,
-    wilson_interval,
-)
-from mteditflow.old_policy import ema_decay, old_policy_decay, update_old_policy
->>>>>>> i19-r
 
 __version__ = "0.1.0"
 

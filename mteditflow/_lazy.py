@@ -1,10 +1,11 @@
-"""Public names of a package that are imported on first use (PEP 562)."""
+"""Public names and modules of a package that are imported on first use (PEP 562)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -25,6 +26,8 @@ def lazy(
 
     def load(name: str) -> Any:
         if name not in table:
+            if find_spec(f"{package}.{name}") is not None:  # as if the package had imported it
+                return import_module(f"{package}.{name}")
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
             value = getattr(import_module(table[name], package), name)
