@@ -32,6 +32,7 @@ WALLS: dict[str, set[str]] = {
     "import mteditflow": set(),
     "import mteditflow.losses.nft": set(),
     "import mteditflow.flow.solvers": set(),
+    "import mteditflow.drift": set(),
     "import mteditflow.chains": CHAINS,
     "import mteditflow.rewards": set(),
     "import mteditflow.rewards.faults": set(),
