@@ -25,6 +25,7 @@ def train(run: Run) -> None:
     """Sample, score, compute advantages, update; evaluate, log and save when due."""
     from mteditflow_examples.flux.checkpointing import restore, save_if_due
     from mteditflow_examples.flux.evaluation import evaluate_if_due
+    from mteditflow_examples.flux.panel import watch_drift
     from mteditflow_examples.flux.reporting import (
         carry_over,
         log_rewards,
@@ -74,6 +75,9 @@ def train(run: Run) -> None:
             with run.log.stopwatch.phase("updating"):
                 update(run, updater, velocity, rollout, advantage[own], valid[own])
             policies.update_old(decay=run.objective.old_decay(state.done))
+
+            # Watch: statistics of the pictures, which train nothing, against their early bands.
+            watch_drift(run, drawn, images, scores)
             carry_over(run, rewards, signals)
             state.done, run.between = state.done + 1, True
 
