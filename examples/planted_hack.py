@@ -28,9 +28,9 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 @app.command(cls=OneLineCommand)
 def main(
     output: Annotated[Path, typer.Argument(help="Folder of the world and the run.")],
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training.")] = 16,
     every: Annotated[int, typer.Option(min=1, help="Rounds between evaluations.")] = 2,
-    chains: Annotated[int, typer.Option(min=1, help="Held-out chains.")] = 96,
+    chains: Annotated[int, typer.Option(min=1, help="Held-out chains.")] = 48,
     seed: Annotated[int, typer.Option(min=0, help="Seed of chains, adapters and noise.")] = 0,
 ) -> None:
     """Train on a judge that is fooled, and print when its alarm comes and when Overall falls."""
@@ -46,11 +46,14 @@ def main(
         "data.chains": world / "train.jsonl",
         "data.held-out": world / "held_out.jsonl",
         "data.groups": 8,
+        "data.group-size": 4,
         "rewards.scorer": SCORER,
         "rewards.weights.consistency": 0,
+        "training.learning-rate": 3e-3,
         "training.rounds": rounds,
         "training.seed": seed,
         "evaluation.every": every,
+        "safety.drift-rounds": 3,  # the hack begins at once
         "output.folder": folder,
         "output.strips-every": 0,
     }
