@@ -56,8 +56,7 @@ WALLS: dict[str, set[str]] = {
     "from mteditflow.evaluation import Evaluation, Report, compare": CHAINS,
     "from mteditflow.evaluation import draw_report": CHAINS | {"matplotlib"},
     "from mteditflow.evaluation import PickScore, Preference": CHAINS | HTTP | MODELS,
-    "from mteditflow.evaluation import EditScoreScorer, TextScorer": CHAINS
-    | HTTP,
+    "from mteditflow.evaluation import EditScoreScorer, TextScorer": CHAINS | HTTP,
     "from mteditflow.evaluation import RapidOcr": {"PIL", "onnxruntime", "rapidocr"},
     "import mteditflow.evaluation.benchmarks": CHAINS | HTTP,
     "import mteditflow.training": set(),

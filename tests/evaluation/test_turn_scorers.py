@@ -131,6 +131,26 @@ def test_what_edit_score_guessed_is_lost():
         EditScoreScorer(EditScore(num_pass=4))
 
 
+def test_the_real_edit_score_with_a_scripted_model():
+    """Where editscore is installed: what its parser cannot read is lost, the rest is read."""
+    real = pytest.importorskip("editscore").EditScore(backbone="scripted", score_range=25)
+    good = ['{"reasoning": "fine", "score": [20, 22]}', '{"reasoning": "fine", "score": [15, 10]}']
+    answers = good + ["no answer at all"] * 6
+
+    class Scripted:
+        def prepare_input(self, images, prompt):
+            return images, prompt
+
+        def inference(self, prompt, seed=None):
+            return answers.pop(0)
+
+    real.model = Scripted()
+    found = scored(EditScoreScorer(real), CHAINS[:1], IMAGES[:1])
+    assert float(found["following"].score[0, 0]) == 8.0  # 20 of 25, of 10
+    assert float(found["quality"].score[0, 0]) == pytest.approx(0.4)  # the smaller of 15 and 10
+    assert {place: x.fault for place, x in found["quality"].lost.items()} == {(0, 1): Fault.format}
+
+
 def test_without_its_package_edit_score_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "editscore", None)
     with pytest.raises(ImportError, match="EditScoreScorer needs editscore: pip install editscore"):
