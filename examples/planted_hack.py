@@ -2,9 +2,9 @@
 
     python examples/planted_hack.py runs/hack
 
-Trains the tiny editor of the shapes world with ``GarishJudge`` in place of the exact rewards. Its
-reward rises while the true Overall falls; the alarm of the panel has to come before. Every
-evaluation is on equal held-out chains and from equal noise.
+Trains the tiny editor of the shapes world with ``GarishJudge`` in place of the exact rewards, and
+prints when the panel raised its first alarm and when the true Overall had fallen. Every evaluation
+is on equal held-out chains and from equal noise.
 """
 
 from __future__ import annotations
