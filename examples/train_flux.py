@@ -26,6 +26,7 @@ def train(run: Run) -> None:
     from mteditflow_examples.flux.checkpointing import restore, save_if_due
     from mteditflow_examples.flux.evaluation import evaluate_if_due
     from mteditflow_examples.flux.filling import Sampled, fill
+    from mteditflow_examples.flux.panel import watch_drift
     from mteditflow_examples.flux.regions import token_advantages
     from mteditflow_examples.flux.reporting import (
         carry_over,
@@ -93,6 +94,9 @@ def train(run: Run) -> None:
             with run.log.stopwatch.phase("updating"):
                 update(run, updater, velocity, filled.rollout, advantage, valid)
             policies.update_old(decay=run.objective.old_decay(state.done))
+
+            # Watch: statistics of the pictures, which train nothing, against their early bands.
+            watch_drift(run, drawn, images, scores)
             carry_over(run, rewards, signals, filled.rewards.group)
             state.done, run.between = state.done + 1, True
 

@@ -392,6 +392,13 @@ class Safety:
     """Rounds that are averaged for it."""
     max_skipped: Count = 5
     """Updates skipped one after the other, for losses that are not finite, that stop the run."""
+    drift_members: Natural = 4
+    """Trajectories of each group whose pictures are watched for drift (sharpness, colors, edges,
+    variety), which never trains and stops nothing; 0: none."""
+    drift_rounds: Annotated[int, Field(ge=3)] = 5
+    """Early rounds that make the band of each statistic."""
+    drift_width: Positive = 5.0
+    """Half-width of a band, in standard errors of a round; an alarm is a value outside of it."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class Scorer(Protocol):
     attribute, so that the threshold of success is checked before anything is loaded. "consistency",
     and its parts "object" and "background", are in [0, 1]; a class that declares
     ``consistency_terms = "features"`` gives cosines in [-1, 1].
+
+    A class that knows where edits are may have the static method ``edited_pixels(chain,
+    reference)``: pixels that each turn of a chain may change, boolean [N, H, W]. The trainer then
+    watches the change of the others; it never trains.
     """
 
     async def score(
@@ -166,6 +170,38 @@ class RegionScorer(Scorer, Protocol):
             [0, 1], or booleans. A turn without any pixel counts everywhere, as does a reward
             without an entry. ``mteditflow.box_coverage(boxes, (H, W), 1)`` makes them of boxes.
         """
+
+
+def edited_pixels(path: str | None, chain: Chain, reference: Image) -> Tensor | None:
+    """Return the pixels that each turn of a chain may change, as a scorer's class gives them.
+
+    Args:
+        path: import path of the scorer; None: there is none.
+        chain: record of N turns.
+        reference: image of H x W pixels that the first one edits.
+
+    Returns:
+        Boolean [N, H, W]; None where the class has no method ``edited_pixels``.
+
+    Raises:
+        ScorerError: the method raises, or returns something else.
+    """
+    method = None if path is None else getattr(named_scorer(path), "edited_pixels", None)
+    if method is None:
+        return None
+    expected = (chain.turns, reference.height, reference.width)
+    try:
+        masks = torch.as_tensor(method(chain, reference), device="cpu")
+    except PROGRAM_ENDS as error:
+        raise ScorerError(
+            f"rewards.scorer: expected masks of {path}.edited_pixels, got {_described(error)}"
+        ) from error
+    if masks.dtype != torch.bool or tuple(masks.shape) != expected:
+        raise ScorerError(
+            f"rewards.scorer: expected {path}.edited_pixels to return booleans {list(expected)}, "
+            f"got {masks.dtype} {list(masks.shape)}"
+        )
+    return masks
 
 
 class CheckedScorer:

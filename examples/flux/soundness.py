@@ -254,6 +254,10 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
                  "reasoning_tokens", "chat_template_kwargs", "extra_body", "concurrency",
                  "timeout"):  # fmt: skip
         unread["rewards", name] = (reads_judge, "there is no rewards.scorer")
+    unread["safety", "drift_members"] = (learns, "the objective learns from rewards")
+    for name in ("drift_rounds", "drift_width"):
+        watched = learns and safety.drift_members > 0
+        unread["safety", name] = (watched, "safety.drift_members is above 0")
     for name in ("terms", "pairing"):
         unread["rewards", name] = (bool(rewards.consistency), "rewards.consistency is given")
     for name in ("weights", "aggregate", "credit", "groups", "floor", "fusion", "std",

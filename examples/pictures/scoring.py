@@ -130,16 +130,14 @@ class ExactRewards:
         """Score the pictures of a chain, in [0, 1], float32 [N, 3, H, W]."""
         return score(images, self._truth(record))
 
+    @staticmethod
+    def edited_pixels(record: Record, reference: Image.Image) -> Tensor:  # noqa: ARG004
+        """Return the pixels that turns so far are about, boolean [N, H, W]; see ``Scorer``."""
+        return ~_truth_of(record).kept
+
     def _truth(self, record: Record) -> Truth:
         if record.id not in self._truths:
-            scene = (record.model_extra or {}).get("scene")
-            if scene is None:
-                raise ValueError(f"chain {record.id}: expected the field 'scene', got none")
-            try:
-                chain = chain_of(Scene.from_record(scene), record.instructions)
-            except ValueError as error:
-                raise ValueError(f"chain {record.id}: {error}") from error
-            self._truths[record.id] = Truth.of(chain)
+            self._truths[record.id] = _truth_of(record)
         return self._truths[record.id]
 
     def _check_reference(self, record: Record, reference: Tensor) -> None:
@@ -158,6 +156,21 @@ class BoxedRewards(ExactRewards):
     def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
         inside, touched = (boxed(mask, cell=mask.shape[-1]) for mask in (target, ~kept))
         return {"following": inside, "consistency": ~touched, "consecutive": ~inside}
+
+
+def _truth_of(record: Record) -> Truth:
+    """Draw the true pictures of a record.
+
+    Raises:
+        ValueError: it has no scene, or an instruction makes no sense there.
+    """
+    scene = (record.model_extra or {}).get("scene")
+    if scene is None:
+        raise ValueError(f"chain {record.id}: expected the field 'scene', got none")
+    try:
+        return Truth.of(chain_of(Scene.from_record(scene), record.instructions))
+    except ValueError as error:
+        raise ValueError(f"chain {record.id}: {error}") from error
 
 
 class NeighborRewards(ExactRewards):

@@ -1,7 +1,8 @@
 """The rewards of the shapes world as scorers that a trainer takes by import path.
 
-Give ``mteditflow_examples.shapes.scoring:ExactRewards``, or one of the two judges that err,
-``HastyJudge`` and ``CarefulJudge``; ``BoxedRewards`` has boxes for regions in place of exact masks.
+Give ``mteditflow_examples.shapes.scoring:ExactRewards``; ``BoxedRewards``, whose regions are boxes,
+not exact masks; or a judge that errs: ``HastyJudge``, ``CarefulJudge``, ``NeighborRewards``,
+``ShortSightedJudge`` and ``GarishJudge``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from mteditflow.chains import Chain as Record
-from mteditflow.rewards import LIKERT, TurnScores
+from mteditflow.drift import saturation
+from mteditflow.rewards import LIKERT, Scale, TurnScores
 
 from .editor import shrink
 from .rewards import Scores, Truth, lenient_likert, score, score_neighbors
 from .served import chain_of
 from .vision import pixels_of
-from .world import CELL, IMAGE_SIZE, Chain
+from .world import CELL, IMAGE_SIZE, PALETTE, Chain
 
 TERMS = {
     "following": "likert",
@@ -44,6 +46,13 @@ class ExactRewards:
     def __init__(self) -> None:
         self._chains: dict[str, Chain] = {}
 
+    @staticmethod
+    def edited_pixels(record: Record, reference: Image.Image) -> Tensor:
+        """Return the pixels that turns so far are about, boolean [N, H, W]; see ``Scorer``."""
+        chain = chain_of(_world_pixels(reference), record.instructions)
+        edited, side = ~Truth.of([chain]).kept[0], reference.width // IMAGE_SIZE
+        return edited.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+
     async def score(
         self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, TurnScores]:
@@ -65,14 +74,15 @@ class ExactRewards:
         known = [self._chain(*pair) for pair in zip(chains, pixels, strict=True)]
         turns = torch.tensor([len(made) - 1 for made in pixels])
         exists = torch.arange(int(turns.max())) < turns[:, None]
-        values = {term: torch.full(exists.shape, torch.nan) for term in TERMS}
+        values: dict[str, Tensor] = {}
         for count in turns.unique().tolist():  # at once, as the rewards take chains of equal length
             rows = (turns == count).nonzero().flatten()
             truth = Truth.of([Chain(known[b].initial, known[b].edits[:count]) for b in rows])
             edited = torch.stack([pixels[b][1:] for b in rows])
             scores = self._look([chains[b].id for b in rows], edited, truth)
             for term, value in scores.items():
-                values[term][rows, :count] = value
+                empty = torch.full(exists.shape, torch.nan)
+                values.setdefault(term, empty)[rows, :count] = value
         return {term: TurnScores(value, exists, {}) for term, value in values.items()}
 
     async def regions(
@@ -222,6 +232,27 @@ class CarefulJudge(ErringJudge):
     """Little bias and much variance: a judge whose thoughts wander."""
 
     leniency, spread = 0.1, 1.0
+
+
+class GarishJudge(ExactRewards):
+    """A judge that takes garish colors for success, to be hacked on purpose.
+
+    ``following`` is a quarter of the exact score, and points without end for each unit of
+    saturation above that of the true picture; ``honest`` is the exact score. See
+    ``mteditflow_examples.planted_hack``.
+
+    Attributes:
+        pull: Points for each unit of saturation above that of the true picture.
+    """
+
+    pull = 100.0
+    scale = Scale(-100, 105, success=5)
+
+    def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
+        terms = super()._look(names, edited, truth)
+        exact, true = terms["following"], PALETTE[truth.pictures[:, 1:].long()].movedim(-1, 2)
+        excess = saturation(edited) - saturation(true)
+        return {**terms, "following": exact / 4 + self.pull * excess, "honest": exact}
 
 
 def _world_pixels(image: Image.Image) -> Tensor:

@@ -366,6 +366,8 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "training.final-rate": ("0.5", []),
     "training.ema-every": ("2", ["--training.ema-decay", "0.5"]),
     "safety.collapse-window": ("5", []),
+    "safety.drift-rounds": ("9", []),
+    "safety.drift-width": ("9", []),
     "rewards.judge-model": ("name", None),
     "rewards.scope": ("turn", None),
     "rewards.thinking": ("", None),
@@ -390,6 +392,8 @@ IGNORED = {  # field: an option, and options under which it has an effect
 }
 WITHOUT = {
     "safety.collapse-window": ["--safety.collapse-drop", "1"],
+    "safety.drift-rounds": ["--safety.drift-members", "0"],
+    "safety.drift-width": ["--safety.drift-members", "0"],
     "training.final-rate": ["--training.schedule", "constant"],
 }
 OF_REWARDS = {
@@ -405,6 +409,7 @@ OF_REWARDS = {
     "rewards.regions": "",
     "data.identity-share": "0.1",
     "data.extra-groups": "2",
+    "safety.drift-members": "2",
 }
 
 
@@ -452,8 +457,9 @@ def test_every_field_that_may_be_ignored_is_tested():
         advantage_limit=1.0, history=1, region_normalization="rms", region_outside=0.1,
     )  # fmt: skip
     safety = dataclasses.replace(
-        base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3
-    )
+        base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3,
+        drift_members=0, drift_rounds=9, drift_width=9.0,
+    )  # fmt: skip
     training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
     model = dataclasses.replace(base.model, lora_start="freeze", lora_reference="start")
     data = dataclasses.replace(
