@@ -36,7 +36,7 @@ PAGE = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 PEERS = {"convention", "theirs", "flow_grpo, DiffusionNFT", "Flow-Factory", "TRL GRPO; DDPO"}
 # Names of the peers that stand in the text alone.
 TEXT_ALONE = {"adv_mode", "compute_advantages", "delta", "group", "sample_eta", "sde_window_range"}
-TEXT_ALONE |= {"per_prompt_stat_tracking_buffer_size"}
+TEXT_ALONE |= {"per_prompt_stat_tracking_buffer_size", "train.cfg"}
 
 
 def rows_of(first):
