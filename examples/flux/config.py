@@ -234,14 +234,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Who scores, and how scores become advantages."""
+    """Scoring services, and how scores become advantages."""
 
     judge: tuple[str, ...] = ()
     """URLs of the judge, ending in /v1: any OpenAI-compatible endpoints of one model."""
     judge_model: str = ""
     """Name that the judge is known by. Its key, if it wants one, is read from OPENAI_API_KEY."""
     scope: Literal["trajectory", "turn"] = "trajectory"
-    """What one call of the judge is about."""
+    """Scope of one call of the judge."""
     scale: Literal["likert", "binary"] | None = None
     """Scale of "following": likert, 1 to 5, or binary. None: likert of a judge; of a scorer the one
     that it declares."""
@@ -264,7 +264,7 @@ class Rewards:
     consistency: tuple[str, ...] = ()
     """URLs of mteditflow.rewards.server. Their token is read from MTEDITFLOW_TOKEN."""
     terms: Literal["features", "l1"] = "features"
-    """What consistency compares."""
+    """Terms that consistency compares."""
     pairing: Literal["reference", "consecutive", "both"] = "reference"
     """Which image a turn's image is compared with: the chain's reference, that of the turn before,
     or both: "consistency" is then with the reference, and the reward "consecutive" with the turn
@@ -280,7 +280,7 @@ class Rewards:
     """How turns of "following" become one reward: their average score, the share of them that
     succeed, or 1 if all do."""
     credit: Literal["trajectory", "turn", "until_failure", "to_go", "mixture"] = "trajectory"
-    """Who is credited: all turns with the reward of the whole chain; each turn with its own,
+    """Turns that a reward is credited to: all turns with the reward of the whole chain; each turn with its own,
     normalised among the same turn of its group; so up to the first turn that fails, after which
     none takes part; each turn with the mean of its own and what came after it; or a mixture of the
     first two."""
@@ -295,13 +295,13 @@ class Rewards:
     """Smallest mean of consistency that is wanted: below it its weight grows round by round, by a
     Lagrange multiplier, and all weights are divided by 1 + multiplier; None: weights are fixed."""
     floor_rate: Positive = 5.0
-    """What the multiplier gains in a round for each unit that consistency lies below the floor."""
+    """Gain of the multiplier in a round for each unit that consistency lies below the floor."""
     floor_maximum: Positive = 10.0
     """Largest multiplier."""
     fusion: Literal["advantages", "rewards"] = "advantages"
     """Normalise each reward in its group and add advantages up, or add rewards up first."""
     std: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the spread of the group, of the round, nothing."""
+    """Divisor of advantages: the spread of the group, of the round, nothing."""
     advantage_limit: Positive = 5.0
     """Advantages are clamped to plus and minus this."""
     regions: bool = False
@@ -330,7 +330,7 @@ class Rewards:
 
     @property
     def multiplier(self) -> LagrangeMultiplier | None:
-        """Of consistency, as a run begins with it; None without a floor."""
+        """Multiplier of consistency at the start of a run; None without a floor."""
         if self.floor is None:
             return None
         return LagrangeMultiplier(self.floor, self.floor_rate, self.floor_maximum)
@@ -417,7 +417,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Output:
-    """What a run leaves behind, and how often."""
+    """Files of a run, and how often they are written."""
 
     folder: Path = Path("runs/flux")
     """Where everything goes."""

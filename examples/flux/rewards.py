@@ -1,4 +1,4 @@
-"""Who scores a run: a judge and a consistency server, or a scorer of the user's own."""
+"""Scorers of a run: a judge and a consistency server, or a scorer of the user's own."""
 
 from __future__ import annotations
 
