@@ -92,6 +92,8 @@ test: lint types layers api pytest
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs mteditflow examples benchmarks tests release containers Makefile
+	$(BIN)/python -m docs.check_prose
 
 types: $(INSTALLED)
 	$(BIN)/mypy

@@ -118,7 +118,7 @@ def recording_row(size: str, turns: int, *, rounds: int) -> list[Any]:
 
 
 def edit(pipeline: Any, batch: int, turns: int, steps: int) -> list[Any]:
-    """Some turns of edits of a batch of grey images."""
+    """Some turns of edits of a batch of gray images."""
     side = pipeline.vae.config.sample_size
     generators = [torch.Generator().manual_seed(b) for b in range(batch)]
     images: Any = torch.full((batch, 3, side, side), 0.5)

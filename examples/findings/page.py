@@ -74,7 +74,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         "- Percent at turn 3. IF(3): all three turns succeeded. Marginal(3): the third did. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Means: t-interval over seeds (95%). Differences: paired by seed, 95% t-intervals with "
-        "the error pooled over all settings (randomised blocks; seeds are the blocks). A bootstrap "
+        "the error pooled over all settings (randomized blocks; seeds are the blocks). A bootstrap "
         "over three seeds is too narrow, and t by three differences alone 4.3 errors wide. It "
         "assumes that settings scatter alike: the figures show every seed. No correction is made "
         "for the number of claims.",

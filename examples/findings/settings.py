@@ -48,14 +48,14 @@ FINDINGS = (
         "A judge that thinks (less bias, more variance) > one that does not. The second claim, "
         "that the exact judge is better still, is only implied by it.",
         "In training alone; evaluation is always by the exact rewards. The biased judge takes a "
-        "lenient look at nine turns in ten, which passes what is right in place or in colour "
+        "lenient look at nine turns in ten, which passes what is right in place or in color "
         "alone, with noise of 0.25 points; the noisy one at one turn in ten, with noise of 1.",
         "These are judges made up for the test, and how much they err was "
         "chosen, not fitted to real ones. Inside groups, which is all that training sees, both are "
         "about equally far from the truth: their rewards correlate with the exact ones by 0.63 "
         "(biased) and 0.67 (noisy) before training, by 0.54 and 0.55 after the base run. So the "
         "order of the two is not given by the signal that they leave. A guess that no run here "
-        "tests: what the bias passes (a right place or colour) is on the way to a right edit, "
+        "tests: what the bias passes (a right place or color) is on the way to a right edit, "
         "which noise is not.",
     ),
     Finding(
@@ -165,7 +165,7 @@ FINDINGS = (
         "NFT ends above GRPO (turn-3 Overall 45.56 and 44.04, from 38.71). It broadcasts one "
         "advantage to all turns; of the two others it gives no numbers, so those claims only ask "
         "whether its choice is the best one here.",
-        "Turn: every turn is normalised among the same turn of its group. Until failure: so too, "
+        "Turn: every turn is normalized among the same turn of its group. Until failure: so too, "
         "but turns after the first that failed take no part.",
         "Turns succeed almost independently here (on seed 0 before training IF(3) is "
         "3.5%, the product of the three Marginals 2.9%), so an advantage of the trajectory adds "

@@ -280,9 +280,9 @@ class Rewards:
     """How turns of "following" become one reward: their average score, the share of them that
     succeed, or 1 if all do."""
     credit: Literal["trajectory", "turn", "until_failure", "to_go", "mixture"] = "trajectory"
-    """Turns that a reward is credited to: all turns with the reward of the whole chain; each turn with its own,
-    normalised among the same turn of its group; so up to the first turn that fails, after which
-    none takes part; each turn with the mean of its own and what came after it; or a mixture of the
+    """Turns that a reward is credited to. trajectory: all turns with the reward of the whole chain;
+    turn: each with its own, normalized among the same turn of its group; until_failure: so up to
+    the first turn that fails; to_go: each with the mean of its own and later ones; mixture: of the
     first two."""
     discount: Share = 1.0
     """Credit to_go: what a turn's reward counts for the turn before it; 0: credit turn."""
@@ -299,7 +299,7 @@ class Rewards:
     floor_maximum: Positive = 10.0
     """Largest multiplier."""
     fusion: Literal["advantages", "rewards"] = "advantages"
-    """Normalise each reward in its group and add advantages up, or add rewards up first."""
+    """Normalize each reward in its group and add advantages up, or add rewards up first."""
     std: Literal["group", "batch", "none"] = "group"
     """Divisor of advantages: the spread of the group, of the round, nothing."""
     advantage_limit: Positive = 5.0
@@ -308,8 +308,8 @@ class Rewards:
     """Credit latent tokens: each reward counts where the scorer's own regions say, as following
     does inside the edit and consistency outside of it; nft, awm and flow_awr."""
     region_normalization: Literal["mean", "rms", "none"] = "mean"
-    """What is 1 over the tokens of a picture: the mean weight, so that a small region counts the
-    more in it; its root mean square; none: the largest, so that a small region counts less."""
+    """Statistic of the weights that is 1 over a picture's tokens: mean, so that a small region
+    counts the more in it; rms, the root mean square; none, the largest: a small one counts less."""
     region_outside: Share = 0.0
     """Weight of a token outside of a reward's region, relative to one inside."""
     history: Natural = 0

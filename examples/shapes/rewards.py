@@ -1,6 +1,6 @@
 """Exact rewards of the shapes world, from pixels and against the TRUE picture after every turn.
 
-A judge that sees only two neighbouring pictures can call a ruined chain obedient. Here picture n
+A judge that sees only two neighboring pictures can call a ruined chain obedient. Here picture n
 is compared with what n perfect edits would have made of the initial one, so a turn that works on
 the wreck of an earlier one fails, as it should.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .world import COLORS, PALETTE, Chain, draw_index, thing_mask
 
-TOLERANCE = 0.25  # distance in RGB up to which a pixel counts as having a colour
+TOLERANCE = 0.25  # distance in RGB up to which a pixel counts as having a color
 LIKERT_STEPS = (0.3, 0.5, 0.7, 0.9)  # shares of the target that earn a score of 2, 3, 4, 5
 STRICT_TARGET, STRICT_REST = 0.95, 0.98  # a square in a circle's place must not pass
 ENOUGH = 0.9  # share of a colour's pixels that a lenient look asks for
@@ -83,7 +83,7 @@ def score(images: Tensor, truth: Truth) -> Scores:
     """Score B chains of N pictures at once.
 
     Args:
-        images: What an editor made at every turn, colours in [0, 1], ``[B, N, 3, H, W]``.
+        images: What an editor made at every turn, colors in [0, 1], ``[B, N, 3, H, W]``.
         truth: What it should have made, for the same chains in the same order.
 
     Returns:
@@ -140,8 +140,8 @@ def likert_of(right: Tensor, truth: Truth) -> Tensor:
 def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
     """Score 1..5 of every turn, ``[B, N]``, as one sees it who does not look closely.
 
-    A pixel passes if only its place is right, something or background, in any colour; or only its
-    colour, which need but occur often enough anywhere. So a thing in the wrong colour passes, or
+    A pixel passes if only its place is right, something or background, in any color; or only its
+    color, which need but occur often enough anywhere. So a thing in the wrong color passes, or
     one that was not moved.
 
     Args:
@@ -156,10 +156,10 @@ def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
 
 
 def read(images: Tensor) -> Tensor:
-    """Name every pixel's colour: the nearest palette index, or -1 if none is near enough.
+    """Name every pixel's color: the nearest palette index, or -1 if none is near enough.
 
     Args:
-        images: Colours in [0, 1], ``[..., 3, H, W]``.
+        images: Colors in [0, 1], ``[..., 3, H, W]``.
 
     Returns:
         int8 ``[..., H, W]``.
@@ -172,7 +172,7 @@ def read(images: Tensor) -> Tensor:
 
 
 def _counts(index: Tensor) -> Tensor:
-    """Pixels of each colour of the palette, ``[B, N, H, W] -> [B, N, colours]``."""
+    """Pixels of each color of the palette, ``[B, N, H, W] -> [B, N, colors]``."""
     return torch.stack([(index == c).sum((-2, -1)) for c in range(len(PALETTE))], dim=-1)
 
 

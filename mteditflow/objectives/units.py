@@ -273,7 +273,7 @@ def training_rows(
     r"""Draw the rows (trajectory, turn, step) of each minibatch of a round.
 
     Of every turn of every trajectory :math:`\lceil share \cdot S_n \rceil` of its existing steps
-    are drawn. Of ``minibatches`` neighbouring trajectories each goes to another minibatch, drawn
+    are drawn. Of ``minibatches`` neighboring trajectories each goes to another minibatch, drawn
     too: every minibatch has an equal part of every group, and every rank an equal part of every
     minibatch. All draws come from the trajectories' own generators: ranks that hold consecutive
     parts of a round (a multiple of ``minibatches`` each) draw what one process would.
@@ -283,7 +283,7 @@ def training_rows(
             NFT ``trajectory.turn_mask[..., None]`` expanded to the noise levels per turn.
         generators: one per trajectory, such as ``keyed_generator(seed, "rows", round, index)``.
         share: of the steps of a turn, in (0, 1].
-        minibatches: optimiser steps in the round; divides B.
+        minibatches: optimizer steps in the round; divides B.
 
     Returns:
         For each minibatch int64 rows [M, 3] on the CPU, in the order of trajectories, turns, steps.
@@ -372,7 +372,7 @@ def _spread_groups(group: Tensor, minibatches: int, key: RoundKey) -> Tensor:
 def _spread(
     trajectories: int, minibatches: int, generators: Sequence[torch.Generator]
 ) -> list[Tensor]:
-    """Trajectories of each minibatch: of each stratum of neighbours one."""
+    """Trajectories of each minibatch: of each stratum of neighbors one."""
     strata = [
         start
         + torch.randperm(minibatches, generator=generators[start], dtype=torch.int64, device="cpu")

@@ -28,7 +28,7 @@ def with_reduction(function):
 
 
 def pairs(velocity, reference, target, *, valid=None):
-    """Neighbouring rows as pairs; a pair is valid where both of its rows are."""
+    """Neighboring rows as pairs; a pair is valid where both of its rows are."""
     first = torch.arange(0, len(velocity), 2)
     kept = None
     if valid is not None:
