@@ -23,6 +23,7 @@ from mteditflow_examples.flux.config import (
     dumped,
     typed,
 )
+from PIL.Image import Image
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation
@@ -135,6 +136,14 @@ class Ablations:
         """Read what the base run made of longer chains."""
         files = (self._before(seed, 4, EIGHT), self._after(self.study.base, seed, EIGHT))
         return Run(*map(Evaluation.read, files), metrics=())
+
+    def images(
+        self, setting: Setting | None, seed: int, held_out: HeldOut, rows: Sequence[int]
+    ) -> list[list[Image]]:
+        """Edit some held-out chains by what a run has learned; by the untrained model if None."""
+        adapter = None if setting is None else self._lora(setting, seed)
+        edit, chains = self.study.world.edit, self._chains(seed, held_out)
+        return edit(self._world(seed) / "model", chains, seed=seed, adapter=adapter, rows=rows)[1]
 
     def arguments(self, setting: Setting, seed: int) -> list[str]:
         """The trainer's command line."""

@@ -13,8 +13,10 @@ from mteditflow_examples.pictures import scoring
 from mteditflow_examples.pictures.drawing import SIZE
 from mteditflow_examples.shapes import files as shapes
 from mteditflow_examples.shapes.editor import Family
-from mteditflow_examples.shapes.held_out import evaluate_held_out
+from mteditflow_examples.shapes.held_out import edit_held_out, evaluate_held_out
+from PIL.Image import Image
 
+from mteditflow.chains import Chain
 from mteditflow.evaluation import Evaluation
 
 
@@ -35,6 +37,7 @@ class World:
         write: writes its files.
         last: file that is written last.
         evaluate: edits held-out chains and scores them exactly, as ``evaluate_held_out``.
+        edit: edits held-out chains, as ``edit_held_out``.
     """
 
     name: str
@@ -42,6 +45,7 @@ class World:
     write: Write
     last: str
     evaluate: Callable[..., Evaluation]
+    edit: Callable[..., tuple[list[Chain], list[list[Image]]]]
 
 
 def _write_shapes(
@@ -64,7 +68,14 @@ def _write_pictures(
     )
 
 
-SHAPES = World("shapes", "the shapes world", _write_shapes, "held_out.jsonl", evaluate_held_out)
+SHAPES = World(
+    "shapes",
+    "the shapes world",
+    _write_shapes,
+    "held_out.jsonl",
+    evaluate_held_out,
+    edit_held_out,
+)
 SHAPES_APART = replace(
     SHAPES,
     title="the shapes world, turns that have nothing to do with each other",
@@ -76,6 +87,7 @@ PICTURES = World(
     _write_pictures,
     "no_change.jsonl",
     partial(evaluate_held_out, size=SIZE, scorer=scoring.ExactRewards),
+    partial(edit_held_out, size=SIZE),
 )
 COMPETENT = replace(
     PICTURES,
