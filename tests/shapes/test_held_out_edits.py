@@ -26,4 +26,4 @@ def test_some_rows_are_edited_as_all_are_and_all_as_they_are_evaluated(tmp_path)
     found = evaluate_held_out(*given, seed=3)
     terms = asyncio.run(ExactRewards().score(records, images))
     assert torch.equal(found.terms["following"].score, terms["following"].score)
-    assert found.chain_ids == [chain.id for chain in records]
+    assert list(found.chain_ids) == [chain.id for chain in records]
