@@ -46,7 +46,7 @@ def test_options_and_presets_exist():
     words = set(re.findall(r"objective:([a-z_]+)", PAGE))
     assert len(words) >= 6
     assert words <= set(OBJECTIVES)
-    for preset in some(re.findall(r"^\| `([a-z-]+)`", PAGE, flags=re.MULTILINE)):
+    for preset in some(re.findall(r"^\| `(\S+-(?:nft|grpo))`", PAGE, flags=re.MULTILINE)):
         assert (PRESETS / f"{preset}.toml").exists() or "/" in preset, preset
 
 
