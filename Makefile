@@ -9,6 +9,8 @@ OUTPUT ?= runs/demo-$(OBJECTIVE)-$(SEED)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO := $(VENV)/.installed-demo
+DOWNLOAD := 300 MB with the CPU build of torch, 3 GB or more with that for CUDA; a few minutes
 # Only the tests' real `transformers serve` imports it, in a process of its own: on a CPU build of torch it
 # fails to import, and everything that looks for it would fail with it.
 SERVING := $(VENV)/serving
@@ -23,37 +25,59 @@ WORKERS ?= 2
 WING ?= rewards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types layers site pytest laws support evidence findings long-chains objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
+.PHONY: help demo dist matrix quick test lint types layers pages site pytest laws support evidence findings long-chains objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
 
 help:
-	@echo "make demo          multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
-	@echo "make quick         lint, types and the tests of the core on examples drawn anew, in a minute"
-	@echo "make test          lint, types, import layers, site, doctests and the whole test suite"
-	@echo "make laws          thousands of cases for each law of mteditflow.testing, from a new seed"
-	@echo "make site          all pages, notebooks and the API reference, in build/site"
-	@echo "make support       every pipeline of the table recorded, replayed and trained, written to docs/"
-	@echo "make evidence      both objectives and both families over three seeds, written to docs/"
-	@echo "make findings      the paper's comparisons on the shapes world over three seeds, written to docs/"
-	@echo "make long-chains   training for long chains in the world of pictures over three seeds, written to docs/"
-	@echo "make objectives    all objectives, credits and guards on the shapes world over three seeds, written to docs/"
-	@echo "make lost-rewards  the demo with a judge that loses answers, written to docs/"
-	@echo "make benchmark     speed and memory against plain implementations, written to benchmarks/"
-	@echo "make soak          10,000 requests to the consistency server, written to benchmarks/"
-	@echo "make kills         the trainer killed at many random moments, and compared with runs that were not"
-	@echo "make bases         training on quantized and compiled base models, with packages that it installs"
-	@echo "make mutation      mutation testing of the core"
-	@echo "make mutation-of   the same of 100 mutants of a wing (WING=rewards, SEED=0)"
+	@echo "Times are of two cores, once everything is installed (make demo and make test do that by themselves)."
+	@echo "make demo          7 min    multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
+	@echo "make quick         1 min    lint, types and the tests of the core on examples drawn anew"
+	@echo "make test          12 min   lint, types, import layers, pages, doctests and the whole test suite"
+	@echo "make laws          minutes  thousands of cases for each law of mteditflow.testing, from a new seed"
+	@echo "make site          2 min    all pages, notebooks and the API reference as a site, in build/site"
+	@echo "make dist          5 min    sdist and wheel: built, checked, installed into an empty environment, used"
+	@echo "make matrix        30 min   lowest declared versions installed and tested; syntax and types of Python 3.10 to 3.14"
+	@echo "make support       1 h      every pipeline of the table recorded, replayed and trained, written to docs/"
+	@echo "make evidence      hours    both objectives and both families over three seeds, written to docs/"
+	@echo "make findings      hours    the paper's comparisons on the shapes world over three seeds, written to docs/"
+	@echo "make long-chains   hours    training for long chains in the world of pictures over three seeds, written to docs/"
+	@echo "make objectives    hours    all objectives, credits and guards on the shapes world over three seeds, written to docs/"
+	@echo "make lost-rewards  hours    the demo with a judge that loses answers, written to docs/"
+	@echo "make benchmark     1 h      speed and memory against plain implementations, written to benchmarks/"
+	@echo "make soak          10 min   10,000 requests to the consistency server, written to benchmarks/"
+	@echo "make kills         1 h      the trainer killed at many random moments, and compared with runs that were not"
+	@echo "make bases         10 min   training on quantized and compiled base models, with packages that it installs"
+	@echo "make mutation      hours    mutation testing of the core"
+	@echo "make mutation-of   1 h      the same of 100 mutants of a wing (WING=rewards, SEED=0)"
+
+define CREATE
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mteditflow needs Python 3.10 or newer, got " + sys.version.split()[0] + "; choose one with PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+endef
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mteditflow needs Python 3.10 or newer, got " + sys.version.split()[0] + "; choose one with PYTHON=")'
-	@echo "Installing into $(VENV) (once; a few minutes on a slow line)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(SERVING) $(TORCHVISION)
+	$(CREATE)
+	@echo "Installing into $(VENV) all that the tests need (once; a few minutes on a slow line)"
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@$(INSTALL) --no-deps --upgrade --target $(SERVING) $(TORCHVISION)
+	@touch $(DEMO) $@
+
+# What the tests need includes what the demo needs: after `make test` nothing is installed here.
+$(DEMO): pyproject.toml constraints.txt
+	$(CREATE)
+	@echo "Installing into $(VENV) what the demo needs (once): $(DOWNLOAD)"
+	@$(INSTALL) --constraint constraints.txt --editable '.[train]'
 	@touch $@
 
-demo: $(INSTALLED)
+demo: $(DEMO)
+	@echo "Training: about 7 minutes on two cores; Ctrl-C stops it, and the same command goes on"
 	@$(BIN)/python examples/demo.py --objective $(OBJECTIVE) --seed $(SEED) --output $(OUTPUT)
+
+dist: $(INSTALLED)
+	$(BIN)/python -m release.dist $(TAG)
+
+matrix: $(INSTALLED)
+	$(BIN)/python -m release.matrix
 
 # The same tools and the tests of the core alone, drawn anew and in random order: under a minute.
 quick: $(INSTALLED)
@@ -63,17 +87,23 @@ quick: $(INSTALLED)
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly --numprocesses $(WORKERS) \
 		-m "not long and not bases and not slow and not compile" $(QUICK)
 
-test: lint types layers site pytest
+test: lint types layers pages pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs mteditflow examples benchmarks tests release containers Makefile
+	$(BIN)/python -m docs.check_prose
 
 types: $(INSTALLED)
 	$(BIN)/mypy
 
 layers: $(INSTALLED)
 	$(BIN)/lint-imports
+
+# Every page and docstring is read and every reference resolved; nothing is written.
+pages: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W -n -E -b dummy docs build/pages
 
 site: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -W -n -E -b html docs build/site

@@ -50,7 +50,7 @@ Work = tuple[Chain, list[Image.Image]]
 
 @dataclass
 class Soak:
-    """What came of the requests so far."""
+    """Results of the requests so far."""
 
     seconds: list[float] = field(default_factory=list)  # of each answer
     memory: list[tuple[int, float, float]] = field(default_factory=list)  # requests, s, MiB
@@ -185,7 +185,7 @@ def slope(memory: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
 
 
 def section(result: Soak, *, clients: int, threads: int) -> dict[str, Any]:
-    """What goes into the page."""
+    """Return the lines of the page."""
     requests, seconds, _ = result.memory[-1]
     value, error = slope(result.memory)
     median, late = numpy.quantile(result.seconds, [0.5, 0.99])

@@ -43,7 +43,7 @@ def _folder(path: str) -> Path:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures were made with."""
+    """Return versions and machine of the figures."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": _device_name(device),

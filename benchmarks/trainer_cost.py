@@ -1,4 +1,4 @@
-"""What the trainer adds to its models: in a round, in a recorded call, in NFT's update."""
+"""Time that the trainer adds to its models: in a round, in a recorded call, in NFT's update."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def measure_rounds(
 
 
 def share_outside(seconds: Mapping[str, float]) -> float:
-    """Of a round, what no model took."""
+    """Return the share of a round that no model took."""
     return 1 - sum(seconds.get(kind, 0.0) for kind in MODELS) / seconds["round"]
 
 
@@ -118,7 +118,7 @@ def recording_row(size: str, turns: int, *, rounds: int) -> list[Any]:
 
 
 def edit(pipeline: Any, batch: int, turns: int, steps: int) -> list[Any]:
-    """Some turns of edits of a batch of grey images."""
+    """Some turns of edits of a batch of gray images."""
     side = pipeline.vae.config.sample_size
     generators = [torch.Generator().manual_seed(b) for b in range(batch)]
     images: Any = torch.full((batch, 3, side, side), 0.5)

@@ -1,4 +1,4 @@
-"""What the trainer's benchmarks share: worlds, runs before their first round, and clocks."""
+"""Shared parts of the trainer's benchmarks: worlds, runs before their first round, clocks."""
 
 from __future__ import annotations
 

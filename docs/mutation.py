@@ -98,7 +98,7 @@ def verdicts(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def change(folder: Path, module: str, mutant: str) -> str:
-    """What a mutant changes, as ``function: before -> after``."""
+    """Return a mutant's change, as ``function: before -> after``."""
     with chdir(folder):
         lines = get_diff_for_mutant(mutant, path=Path(module)).splitlines()[3:]
     before, after = (

@@ -184,7 +184,7 @@ def _parameter(parameter: inspect.Parameter) -> inspect.Parameter:
 
 
 def _markdown(text: str) -> str:
-    """What a docstring says in one line, as Markdown in a cell."""
+    """Return the first line of a docstring as Markdown in a cell."""
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text).replace("``", "`")
     return text.replace("|", r"\|")
 

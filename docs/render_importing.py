@@ -55,7 +55,7 @@ def page(printed: Mapping[str, str]) -> str:
 
 
 def read_printed(text: str) -> dict[str, str]:
-    """What each example printed, by a page."""
+    """Return the output of each example by a page."""
     return dict(zip(TITLES, re.findall(r"^```text\n(.*?)^```", text, re.M | re.S), strict=True))
 
 

@@ -39,7 +39,7 @@ EDITS = (
 INSTRUCTIONS = tuple(edit.instruction for edit in EDITS)
 ANALYSES = (
     "A green triangle was asked for at the top right. It is there.",
-    "The blue square was to become yellow. It changed its colour, but to cyan.",
+    "The blue square was to become yellow. It changed its color, but to cyan.",
     "The red circle was to move to the bottom left. Nothing moved.",
 )
 SCORES = {"likert": (5, 3, 1), "binary": (1, 0, 0)}
@@ -56,7 +56,7 @@ of `mteditflow/rewards/judge/wording.py`.
 |---|---|---|---|
 | {pictures} |
 | | {instructions} |
-| | done: 5, yes | another colour: 3, no | not done: 1, no |
+| | done: 5, yes | another color: 3, no | not done: 1, no |
 
 With scope "turn" there is one request per turn, of two images; shown is that about turn 2. Answers
 are examples. Whatever is not exactly in the form that was asked for is lost, with a reason; no
@@ -65,7 +65,7 @@ score is ever put in its place.
 
 
 def pictures() -> list[Image.Image]:
-    """What the judge sees: the reference, a good edit, a half-good one, and none."""
+    """Return the judge's images: the reference, a good edit, a half-good one, and none."""
     added = EDITS[0].apply(START)
     things = [replace(t, color="cyan") if t.shape == "square" else t for t in added.things]
     miscolored = replace(added, things=tuple(things))
@@ -111,7 +111,7 @@ def _section(prompt: JudgePrompt | ExpectationPrompt) -> str:
 
 
 def _answer(prompt: JudgePrompt | ExpectationPrompt, span: range) -> tuple[str, ChatAnswer]:
-    """What a good judge says about some turns: as it is shown, and as it comes."""
+    """Return a good judge's answer about some turns: as it is shown, and as it comes."""
     scores = SCORES[prompt.scale][span.start : span.stop]
     labels = LABELS[prompt.scale]
     if isinstance(prompt, ExpectationPrompt):

@@ -2,12 +2,14 @@
 
     python examples/ablations.py findings --workers 2      # the paper's, docs/findings.md
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
+    python examples/ablations.py credit --workers 2        # who is credited, docs/credit.md
     python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
     python examples/ablations.py long_chains --workers 2   # twenty turns, docs/long_chains.md
     python examples/ablations.py findings_pictures         # the paper's, in the world of pictures
     python examples/ablations.py findings --short
 
-Settings are in ``findings/settings.py``, ``objectives.py``, ``cost.py`` and ``long_chains.py``.
+Settings are in ``findings/``: ``settings.py``, ``objectives.py``, ``credit.py``, ``cost.py``,
+``long_chains.py``.
 Runs that are there already are kept, and one that was cut off goes on, so it can be stopped and
 started again. The page is written from the seeds that are complete.
 """
@@ -25,6 +27,7 @@ import torch
 import transformers
 import typer
 from mteditflow_examples.findings.cost import COST
+from mteditflow_examples.findings.credit import CREDIT, CREDIT_APART
 from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS, TWENTY
 from mteditflow_examples.findings.long_page import write_long_page
 from mteditflow_examples.findings.objectives import OBJECTIVES
@@ -36,14 +39,23 @@ from mteditflow._command import program
 from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
-ALL = (PAPER, PAPER_IN_PICTURES, OBJECTIVES, COST, LONG_CHAINS, COMPETENT_START)
+ALL = (
+    PAPER, PAPER_IN_PICTURES, OBJECTIVES, CREDIT, CREDIT_APART, COST, LONG_CHAINS, COMPETENT_START,
+)  # fmt: skip
 STUDIES = {study.name: study for study in ALL}
 
 
 def main(
     study: Annotated[
         Literal[
-            "findings", "findings_pictures", "objectives", "cost", "long_chains", "competent_start"
+            "findings",
+            "findings_pictures",
+            "objectives",
+            "credit",
+            "credit_apart",
+            "cost",
+            "long_chains",
+            "competent_start",
         ],
         typer.Argument(help="Study to run."),
     ],

@@ -43,11 +43,28 @@ def main(
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     config = parse_or_exit([f"pictures-{objective}", *words])
+    folder = config.output.folder
     with refusing():
-        require_folder("output.folder", config.output.folder)
+        require_folder("output.folder", folder)
         require_folder("runs", world)
         write_world(world, seed=seed)
     run_to_the_end(train, config)
+    point_to_pictures(folder)
+
+
+def point_to_pictures(folder: Path) -> None:
+    """Print which pictures of a run to open; a run that a signal ended has none.
+
+    Args:
+        folder: of the run.
+    """
+    pictures = {
+        "chains.png": "held-out chains before and after training",
+        "curves.png": "rewards and held-out scores over the rounds",
+    }
+    for name, shown in pictures.items():
+        if (folder / name).exists():
+            print(f"Open {folder / name}: {shown}")
 
 
 if __name__ == "__main__":

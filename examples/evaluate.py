@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from accelerate import PartialState
 from mteditflow_examples.evaluating.editors import Model, call_options
 from mteditflow_examples.evaluating.images import ByRow, MadeImages
 from mteditflow_examples.evaluating.options import (
@@ -51,7 +50,7 @@ from tqdm import tqdm
 from mteditflow._command import OneLineGroup, writing
 from mteditflow._exits import failing, naming_argument
 from mteditflow._files import require_folder, write_all_atomically
-from mteditflow.chains import Chain, ChainError, Reading, read_chains, recognise
+from mteditflow.chains import Chain, ChainError, Reading, read_chains, recognize
 from mteditflow.evaluation import MadeBy, most_changed, report_difference, report_of
 from mteditflow.evaluation.gallery import Series
 from mteditflow.evaluation.provenance import require_same_judge
@@ -113,7 +112,7 @@ def run(
         float | None,
         typer.Option(help="Score from which on a turn was followed. Default: that of the scale."),
     ] = None,
-    thinking: Annotated[bool, typer.Option(help="Let the judge analyse first.")] = True,
+    thinking: Annotated[bool, typer.Option(help="Let the judge analyze first.")] = True,
     answer_tokens: AnswerTokens = None,
     reasoning_tokens: ReasoningTokens = 0,
     chat_template_kwargs: ChatTemplateKwargs = None,
@@ -146,6 +145,8 @@ def run(
     shown: Gallery = 200,
 ) -> None:
     """Make images of chains, or take those of a folder, score them, and write a report."""
+    from accelerate import PartialState
+
     with refusing_options(), ExitStack() as stack:
         asks = Asks(checks == "edival", detector, ocr, preference, destroyed_below)
         if (editor is None) == (images is None):
@@ -270,7 +271,7 @@ def _usable(
     if not reading.chains:
         raise ValueError(
             f"CHAINS: {file}: expected at least one usable chain, got none, read as the format "
-            f"{recognise(file).name}: {few_lines(reading.skipped)}; `mteditflow chains formats` "
+            f"{recognize(file).name}: {few_lines(reading.skipped)}; `mteditflow chains formats` "
             "lists the formats"
         )
     chains = [x.first_turns(min(turns or x.turns, x.turns)) for x in reading.chains]

@@ -273,7 +273,7 @@ def _turns(runs: list[tuple[int, dict[str, Any]]]) -> list[str]:
 
 
 def scale(name: str) -> int:
-    """What makes percent of a metric."""
+    """Return the factor that makes a metric percent."""
     return 100 if name == "strict" else 1
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a run whose judge loses answers: left out, or replaced by 0.5.
+"""Compare runs whose judge loses answers: left out, or replaced by 0.5.
 
     python examples/lost_rewards.py
 
@@ -168,7 +168,7 @@ def settings() -> str:
 
 
 def evaluate(world: Path, folder: Path, seed: int, *, rounds: int) -> list[Evaluation]:
-    """Score the model as it came and with the adapter of the last checkpoint, both exactly."""
+    """Score the untrained model and with the adapter of the last checkpoint, both exactly."""
     files = (world / "model", world / "held_out.jsonl")
     adapter = Checkpoints(folder / "checkpoints").find("auto").path / "lora"
     before = evaluate_held_out(*files, seed=seed)

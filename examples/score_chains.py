@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 from mteditflow_examples.evaluating.images import no_images
-from mteditflow_examples.evaluating.measures import TERMS, Scale, Terms, measures, summarise
+from mteditflow_examples.evaluating.measures import TERMS, Scale, Terms, measures, summarize
 from mteditflow_examples.evaluating.options import refusing_options
 from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.rewards import (
@@ -103,7 +103,7 @@ def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> l
 
 
 class Answers(NamedTuple):
-    """What came of all chains."""
+    """Results of all chains."""
 
     shown: list[Chain]  # those that were scored
     left_out: dict[str, str]  # id of a chain whose images cannot be read, and why
@@ -242,7 +242,7 @@ def finish(
     scale: Scale = "likert" if rewards.scale == "likert" else "binary"
     shown, skipped, following, kept = found
     left_out = [*map(str, skipped_lines), *(f"{i}: {why}" for i, why in skipped.items())]
-    table = {each.name: summarise(each) for each in measures(following, kept, scale, terms)}
+    table = {each.name: summarize(each) for each in measures(following, kept, scale, terms)}
     own = kept and (kept.scores if terms == "features" else kept.l1_scores)
     scored = {"following": following, "consistency": own}
     report = {

@@ -25,6 +25,9 @@ def train(run: Run) -> None:
     """Sample, score, compute advantages, update; evaluate, log and save when due."""
     from mteditflow_examples.flux.checkpointing import restore, save_if_due
     from mteditflow_examples.flux.evaluation import evaluate_if_due
+    from mteditflow_examples.flux.filling import Sampled, fill
+    from mteditflow_examples.flux.panel import watch_drift
+    from mteditflow_examples.flux.regions import token_advantages
     from mteditflow_examples.flux.reporting import (
         carry_over,
         log_rewards,
@@ -32,7 +35,12 @@ def train(run: Run) -> None:
         refuse_unsound_rewards,
         show_chains,
     )
-    from mteditflow_examples.flux.rewards import round_rewards, turn_advantages, turn_signals
+    from mteditflow_examples.flux.rewards import (
+        reward_advantages,
+        round_rewards,
+        turn_advantages,
+        turn_signals,
+    )
     from mteditflow_examples.flux.sampling import gather, next_chains, sample, velocity_of
     from mteditflow_examples.flux.updating import check_first_ratios, update
 
@@ -60,21 +68,36 @@ def train(run: Run) -> None:
             log_rewards(run, rewards)
             refuse_unsound_rewards(run, rewards)
 
+            # Fill: other chains in place of groups that would train nothing, within a bound.
+            filled = Sampled(drawn, rollout, images, scores, rewards)
+            if config.data.extra_groups:
+                filled = fill(run, filled)
+
             # Advantage: credit turns, normalize in groups, fuse; this rank keeps its own.
-            signals, weights = turn_signals(config.rewards, rewards, state.multipliers)
+            signals, weights = turn_signals(config.rewards, filled.rewards, state.multipliers)
             advantage, valid, unfused = turn_advantages(
-                config.rewards, rewards, signals, weights, state.history
+                config.rewards, filled.rewards, signals, weights, state.history
             )
             run.numbers["groups/unfused"] = unfused
+            advantage, valid = advantage[own], valid[own]
+            if config.rewards.regions:  # credit tokens: each reward counts in its own region
+                parts = reward_advantages(
+                    config.rewards, filled.rewards, signals, weights, state.history
+                )
+                mine = {name: part[own] for name, part in parts.items()}
+                advantage = token_advantages(run, filled.drawn, filled.rollout, filled.images, mine)
 
             # Update: the objective's minibatches; then the old policy follows.
-            velocity = velocity_of(policies, rollout)
+            velocity = velocity_of(policies, filled.rollout)
             if config.stochastic and state.done == run.first_round:
-                check_first_ratios(run, velocity, rollout)
+                check_first_ratios(run, velocity, filled.rollout)
             with run.log.stopwatch.phase("updating"):
-                update(run, updater, velocity, rollout, advantage[own], valid[own])
+                update(run, updater, velocity, filled.rollout, advantage, valid)
             policies.update_old(decay=run.objective.old_decay(state.done))
-            carry_over(run, rewards, signals)
+
+            # Watch: statistics of the pictures, which train nothing, against their early bands.
+            watch_drift(run, drawn, images, scores)
+            carry_over(run, rewards, signals, filled.rewards.group)
             state.done, run.between = state.done + 1, True
 
             # Evaluate if due, log, save if due.

@@ -1,4 +1,4 @@
-"""Validation shared by every room: one message form, no device synchronisation where it is hot.
+"""Validation shared by every room: one message form, no device synchronization where it is hot.
 
 Checks of shape, dtype and Python numbers always run. Checks of tensor *values* are skipped where
 there are none to read: under ``torch.compile`` (they would break the graph), ``torch.func.vmap``,
@@ -382,7 +382,7 @@ def check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
 
 
 def check_step_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
-    """``check_values`` of per-step quantities: not on accelerators, where it would synchronise."""
+    """``check_values`` of per-step quantities: not on accelerators, where it would synchronize."""
     if x.device.type == "cpu":
         check_values(name, x, ok, expected)
 

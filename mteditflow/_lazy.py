@@ -1,15 +1,16 @@
-"""Public names of a package that are imported on first use (PEP 562)."""
+"""Public names and modules of a package that are imported on first use (PEP 562)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
 def lazy(
-    package: str, table: Mapping[str, str], extra: str
+    package: str, table: Mapping[str, str], extra: str | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return the ``__getattr__`` and ``__dir__`` of a package.
 
@@ -19,17 +20,20 @@ def lazy(
     Args:
         package: ``__name__`` of the package.
         table: public name to the module that defines it, such as ``".judge.judge"``.
-        extra: the extra of mteditflow to install where an import fails, named in the message.
+        extra: the extra of mteditflow to install where an import fails, named in the message; None
+            where every installation has what is imported.
     """
 
     def load(name: str) -> Any:
         if name not in table:
+            if find_spec(f"{package}.{name}") is not None:  # as if the package had imported it
+                return import_module(f"{package}.{name}")
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
             value = getattr(import_module(table[name], package), name)
         except ImportError as error:
             missing = (error.name or "").partition(".")[0]
-            if missing in ("", "mteditflow"):
+            if extra is None or missing in ("", "mteditflow"):
                 raise
             fix = f"pip install 'mteditflow[{extra}]'"
             raise ImportError(f"{package}.{name} needs {missing}: {fix}", name=missing) from error

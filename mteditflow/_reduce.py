@@ -107,6 +107,37 @@ def row_values(
     return _one_per_row(name, per_row(name, value, x, low=low, high=high), x)
 
 
+def token_values(
+    name: str,
+    value: float | Numbers,
+    x: Tensor,
+    *,
+    low: float,
+    high: float,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Values of rows or tokens that broadcast over ``x`` [M, ...], detached; 0 where invalid.
+
+    ``value`` is one per row in any form of ``row_values``, or has the rank of ``x``, at least 3,
+    with M rows, each other axis being that of ``x`` or of size one: [M, L, 1] or [M, 1, h, w].
+    """
+    value = full_precision(name, value, x)
+    if not isinstance(value, Tensor) or not x.ndim == value.ndim > 2 or value.numel() <= len(value):
+        rows = row_values(name, value, x, low=low, high=high, valid=valid)
+        return rows.detach().reshape(-1, *(1,) * (x.ndim - 1))
+    sides = zip(value.shape[1:], x.shape[1:], strict=True)
+    if len(value) != len(x) or any(own not in (1, side) for own, side in sides):
+        raise ValueError(
+            f"{name}: expected one value per row, or per token in a shape that broadcasts over "
+            f"{list(x.shape)}, got {list(value.shape)}"
+        )
+    value = value.detach().to(x) if valid is None else valid_rows(valid, value.detach().to(x))
+    interval = "finite values" if low == -math.inf else f"finite values in [{low:g}, {high:g}]"
+    inside = value.isfinite() & (value >= low) & (value <= high)
+    check_step_values(name, value, inside, f"{interval} where valid")
+    return value
+
+
 def row_numbers(
     name: str, value: float | Numbers, x: Tensor, *, valid: Tensor | None = None
 ) -> Tensor:
@@ -151,6 +182,16 @@ def row_mean_square(x: Tensor) -> Tensor:
         return _row_sum(_wide(x).square()) / elements(x)
     mean_square: Tensor = _RowMeanSquare.apply(x)  # type: ignore[no-untyped-call]
     return mean_square
+
+
+def weighted_mean_square(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of the weighted squares of each row, as ``row_mean_square``.
+
+    ``weight`` is at least 0 and of ``token_values``: one per row, or one per token.
+    """
+    if weight.numel() == len(weight):
+        return weight.flatten() * row_mean_square(x)
+    return row_mean_square(weight.sqrt() * x)
 
 
 def row_mean_absolute(x: Tensor) -> Tensor:
@@ -253,12 +294,21 @@ def row_squared_error(valid: Numbers | None, /, **pair: Tensor) -> Tensor:
 
     Rows that are not ``valid`` give 0 with gradient 0.
     """
+    error = row_error(valid, **pair)
+    return row_mean_square(error).to(error.dtype)
+
+
+def row_error(valid: Numbers | None, /, **pair: Tensor) -> Tensor:
+    """Return the difference of two named tensors [M, ...]; 0 where rows are not ``valid``.
+
+    The second is a constant.
+    """
     check_floating(**pair)
     check_same_shape(**pair)
     (name, x), (_, constant) = pair.items()
     check_rank(name, x, 2, "[M, ...]")
     left, right = promote(x, constant.detach())
-    return row_mean_square(valid_rows(valid, left - right)).to(left.dtype)
+    return valid_rows(valid, left - right)
 
 
 def row_displacements(
@@ -320,6 +370,17 @@ def reduce_elements(per_element: Tensor, stochastic: Tensor, x: Tensor, reductio
     """A mean over the elements of ``x``, or their sum, in its dtype; 0 where nothing was random."""
     reduced = per_element if reduction == "mean" else per_element * elements(x)
     return torch.where(stochastic, reduced, 0).to(x.dtype)
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """Return minus the smaller of ratio and clipped ratio, each times the advantage."""
+    check_number("clip_low", clip_low, low=0.0, high=1.0, open_high=True)
+    check_number("clip_high", clip_high, low=0.0)
+    from_above = log_ratio.clamp(max=math.log1p(clip_high))
+    from_below = log_ratio.clamp(min=math.log1p(-clip_low))
+    return -torch.where(advantage >= 0, from_above, from_below).exp() * advantage
 
 
 def masked_mean(values: Tensor, mask: Numbers | None = None) -> Tensor:

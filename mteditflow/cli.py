@@ -41,6 +41,12 @@ COMMANDS = {
         "main",
         "train",
     ),
+    "init": Command(
+        "copy the trainer's files into a folder, to be edited and run there",
+        "mteditflow_examples.init",
+        "app",
+        "train",
+    ),
     "budget": Command(
         "predict memory, FLOPs and least hours of a training run, without a GPU",
         "mteditflow_examples.budget",

@@ -22,7 +22,7 @@ def gather_ranks(
 ) -> tuple[tuple[Tensor, ...], slice]:
     """Concatenate each tensor over ranks along its first axis.
 
-    A collective call where ``torch.distributed`` is initialised: every rank of the process group
+    A collective call where ``torch.distributed`` is initialized: every rank of the process group
     makes it with the same number of tensors; local batches may differ in size and may be empty.
     Elsewhere the tensors come back as they are.
 

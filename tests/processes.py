@@ -1,7 +1,7 @@
 """Programs in processes of their own, forked from one that has imported the heavy libraries.
 
 A trainer needs longer to import torch, transformers and diffusers than for its rounds, and the
-suite starts dozens. A forked process is killed, signalled and waited for as any other; a few tests
+suite starts dozens. A forked process is killed, signaled and waited for as any other; a few tests
 start the interpreter anew, as a user does.
 """
 

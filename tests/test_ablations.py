@@ -10,6 +10,7 @@ import pytest
 import torch
 from mteditflow_examples.ablations import main
 from mteditflow_examples.findings import running
+from mteditflow_examples.findings.credit import CREDIT, CREDIT_APART
 from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import document, write_page
@@ -65,7 +66,8 @@ def test_values_of_chains_have_the_metrics_for_means():
 
 
 @pytest.mark.parametrize(
-    "study", [PAPER, PAPER_IN_PICTURES, OBJECTIVES, LONG_CHAINS, COMPETENT_START]
+    "study",
+    [PAPER, PAPER_IN_PICTURES, OBJECTIVES, CREDIT, CREDIT_APART, LONG_CHAINS, COMPETENT_START],
 )
 def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
     short = Ablations(tmp_path, SHORT, study)
@@ -83,8 +85,8 @@ def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
     for finding in some(study.findings):
         labels = [setting.label for setting in finding.settings]
         assert len(set(labels)) == len(labels) >= 3
-        assert study.base.name in {setting.name for setting in finding.settings}
         assert {x for c in finding.claims for x in (c.higher, c.lower)} <= set(labels)
+    assert study.base.name in {s.name for finding in study.findings for s in finding.settings}
 
 
 def test_a_setting_is_a_preset_and_the_words_after_it(tmp_path):

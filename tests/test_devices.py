@@ -121,6 +121,15 @@ CALLS = {
     "nft": lambda: mt.nft_loss(x, y, z, r, nft_beta=0.5),
     "adaptive nft": lambda: mt.adaptive_nft_loss(x, y, z, r, sigma, nft_beta=0.5),
     "adaptive nft number": lambda: mt.adaptive_nft_loss(x, y, z, r, 0.5, nft_beta=0.5),
+    "mask coverage": lambda: mt.mask_coverage(success, 2),
+    "box coverage": lambda: mt.box_coverage([[0.0, 0.0, 3.0, 2.5]], (4, 6), 2),
+    "token weights": lambda: mt.token_weights(per_turn, (B * N, 64)),
+    "region advantage": lambda: mt.region_advantage(
+        {"a": per_turn, "b": per_turn}, {"a": per_turn[..., None, None]}
+    ),
+    "awm surrogate": lambda: mt.matching_surrogate_loss(
+        x, y, z, r, clip_low=0.1, clip_high=0.1
+    ),
     "awm": lambda: mt.matching_log_prob(x, y),
     "awm, huber": lambda: mt.matching_log_prob(x, y, weighting="huber", sigma=sigma),
     "flow awr": lambda: mt.flow_awr_loss(x, y, z, r),
@@ -202,7 +211,7 @@ def test_every_public_function_of_tensors_is_here():
     """A new one is added to ``CALLS``; those of Python's numbers alone, and in place, are named."""
     no_tensors = {
         "constrained_weights", "draw_probabilities", "ema_decay", "flux2_mu", "flux_mu",
-        "old_policy_decay", "sliding_window", "update_old_policy",
+        "old_policy_decay", "sliding_window", "token_tile", "update_old_policy",
     }  # fmt: skip
     source = Path(__file__).read_text(encoding="utf-8")
     functions = {x for x in mt.__all__ if inspect.isfunction(getattr(mt, x))}

@@ -284,10 +284,10 @@ def test_variance_ratio_and_correlation_equal_the_loop(rows):
     reward, other = (torch.tensor([float(r[k]) for r in rows], dtype=torch.float64) for k in (0, 1))
     group = ids(*(r[2] for r in rows))
 
-    def centred(k):
+    def centered(k):
         return [r[k] - statistics.fmean(q[k] for q in rows if q[2] == r[2]) for r in rows]
 
-    a, b = centred(0), centred(1)
+    a, b = centered(0), centered(1)
     top, bottom = math.fsum(x * x for x in a), math.fsum(x * x for x in b)
     product = math.fsum(x * y for x, y in zip(a, b, strict=True))
     ratio = variance_ratio(reward, other, group).item()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.loops import some
 
-LAZY = ["mteditflow.rewards"]
+LAZY = ["mteditflow", "mteditflow.rewards"]
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The page of a study of long chains, from made-up evaluations whose measures are known."""
 
+import numpy as np
 import pytest
 import torch
 from mteditflow_examples.findings.long_chains import LONG_CHAINS, STILL, TWENTY
 from mteditflow_examples.findings.long_page import BEFORE, MEASURES, LongResults, write_long_page
 from mteditflow_examples.findings.running import FULL, Ablations, Run
 from mteditflow_examples.findings.study import THREE
+from PIL import Image
 
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores
@@ -40,6 +42,11 @@ def ablations(tmp_path, monkeypatch):
         after = evaluation(held_out, passing=4 + 2 * better, collapsing=2, wear=0.001 * (seed + 1))
         return Run(evaluation(held_out, passing=2, collapsing=6, wear=0.004), after, ())
 
+    def images(_, setting, seed, held_out, rows):
+        color = "gray" if setting is None else "green"
+        return [[Image.new("RGB", (64, 64), color)] * (held_out.turns + 1) for _ in rows]
+
+    monkeypatch.setattr(Ablations, "images", images)
     monkeypatch.setattr(Ablations, "complete_seeds", lambda _: [0, 1, 2])
     monkeypatch.setattr(Ablations, "result", result)
     for setting in LONG_CHAINS.settings.values():
@@ -75,3 +82,8 @@ def test_the_page_has_a_row_for_every_recipe_and_its_figure(ablations, tmp_path)
     assert "Seeds 0, 1, 2; 20 rounds each" in text
     assert (tmp_path / "docs" / "long_chains.png").stat().st_size > 10_000
     assert "(long_chains.png)" in text
+    assert "(long_chains_twenty.png)" in text
+    with Image.open(tmp_path / "docs" / "long_chains_twenty.png") as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
+    for color in some(((128, 128, 128), (0, 128, 0))):  # before, and of the best recipe
+        assert (pixels == color).all(axis=1).sum() > 10_000

@@ -74,6 +74,18 @@ CALLS = {
     "optimality_probability": (mt.optimality_probability, (advantage,)),
     "velocity_kl": (mt.velocity_kl, (x, y)),
     "velocity_norm_hinge": (mt.velocity_norm_hinge, (x, y)),
+    "matching_surrogate_loss": (
+        lambda x, y, z, a: mt.matching_surrogate_loss(x, y, z, a, clip_low=0.1, clip_high=0.1),
+        (x, y, z, advantage),
+    ),
+    "matching_surrogate_loss, tokens": (
+        lambda x, y, z, a: mt.matching_surrogate_loss(x, y, z, a, clip_low=0.1, clip_high=0.1),
+        (x, y, z, normal(M, 2, 1)),
+    ),
+    "nft_loss, tokens": (
+        lambda x, y, z, r: mt.nft_loss(x, y, z, r, nft_beta=0.5), (x, y, z, share(M, 2, 1))
+    ),
+    "flow_awr_loss, tokens": (mt.flow_awr_loss, (x, y, z, normal(M, 2, 1))),
     "matching_log_prob": (mt.matching_log_prob, (x, y)),
     "matching_log_prob, huber": (
         lambda x, y, s: mt.matching_log_prob(x, y, weighting="huber", sigma=s), (x, y, high)

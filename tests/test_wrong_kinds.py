@@ -84,6 +84,7 @@ CALLS = recorded_calls() | {
     "flux_mu": (mt.flux_mu, {"image_tokens": 256}),
     "flux2_mu": (mt.flux2_mu, {"image_tokens": 256, "steps": 4}),
     "old_policy_decay": (mt.old_policy_decay, {"update": 3, "slope": 0.1, "maximum": 0.5}),
+    "token_tile": (mt.token_tile, {"latent": (6, 64), "size": (4, 6)}),
     "sliding_window": (mt.sliding_window, {"update": 0, "size": 2, "steps": 4}),
 }  # fmt: skip
 

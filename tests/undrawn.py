@@ -10,7 +10,10 @@ from PIL import Image
 from mteditflow.evaluation import figures
 from mteditflow.training import pictures
 
-FIGURES = {pictures: ("draw_before_after", "draw_curves", "draw_strips"), output: ("draw_report",)}
+FIGURES = {
+    pictures: ("draw_before_after", "draw_curves", "draw_drift", "draw_strips"),
+    output: ("draw_report",),
+}
 
 
 def undraw(patch: pytest.MonkeyPatch) -> None:

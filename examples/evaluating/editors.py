@@ -6,13 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import try_to_load_from_cache
-from mteditflow_examples.flux.loading import quiet_libraries
 from PIL.Image import Image
 
 from mteditflow._text import parse_json
@@ -21,8 +17,10 @@ from mteditflow.chains import Chain, History
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.objectives import keyed_generator
-from mteditflow.pipelines import FAMILIES, Editor, Seen
 from mteditflow.rewards.command_line import check_source
+
+if TYPE_CHECKING:
+    from mteditflow.pipelines import Editor, Seen
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # of a hub id, by diffusers' name
 
@@ -90,6 +88,10 @@ class Model:
     @property
     def _guidance(self) -> str:
         """Name of the scale of guidance: true_cfg_scale where the model has no other."""
+        from diffusers import DiffusionPipeline
+
+        from mteditflow.pipelines import FAMILIES
+
         try:
             name = DiffusionPipeline.load_config(self.editor)["_class_name"]
         except OSError:  # check() refuses it
@@ -108,6 +110,10 @@ class Model:
                 tokens, or a turn is given more than it takes.
             OSError: a hub has none of that id.
         """
+        from diffusers import DiffusionPipeline
+
+        from mteditflow.pipelines import FAMILIES
+
         check_source("--editor", self.editor, "model_index.json")
         index = DiffusionPipeline.load_config(self.editor)  # fetches this file alone
         name = index["_class_name"]
@@ -135,6 +141,8 @@ class Model:
             ValueError: it is no multiple of a token's side.
             OSError: the autoencoder's configuration cannot be fetched.
         """
+        import diffusers
+
         config = getattr(diffusers, kind).load_config(self.editor, subfolder="vae")
         multiple = 2 * pixels_of_latent(config)
         if side % multiple:
@@ -145,6 +153,11 @@ class Model:
 
     def load(self, device: torch.device) -> Edits:
         """Load it; its class tells how it is called."""
+        from diffusers import DiffusionPipeline
+        from mteditflow_examples.flux.loading import quiet_libraries
+
+        from mteditflow.pipelines import FAMILIES, Editor
+
         quiet_libraries()
         name, options = DiffusionPipeline.load_config(self.editor)["_class_name"], self.call
         dtype, side = getattr(torch, self.dtype), self.resolution
@@ -168,6 +181,8 @@ class Model:
 
 def _version(source: str, file: str) -> str | None:
     """Return the hash of a local file or folder, or the commit of a hub id once it is here."""
+    from huggingface_hub import try_to_load_from_cache
+
     local = content_hash(source)
     if local is not None or source.count("/") != 1:
         return local

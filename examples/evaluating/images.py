@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -13,6 +13,9 @@ from mteditflow.chains import Chain, ChainDataset, ChainError, EditedImages, His
 
 from .editors import Edits
 from .options import few
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class MadeImages:
@@ -95,7 +98,7 @@ class MadeImages:
     ) -> None:
         """Make what this rank misses; returns when all ranks have finished.
 
-        An image is there whole or not at all; a chain is made anew unless all of its images are.
+        An image is there whole or not at all; a chain without all of its images is sampled again.
         """
         with tqdm(total=len(missing), desc="editing", unit="chain", disable=None) as bar:
             for start in range(0, len(missing), batch):

@@ -104,7 +104,7 @@ def interval_over_chains(measure: Measure) -> tuple[Interval, Tensor]:
     return overall_interval(found, following, consistency, one | other), one | other
 
 
-def summarise(measure: Measure) -> dict[str, Any]:
+def summarize(measure: Measure) -> dict[str, Any]:
     """Per turn: the estimate, its 95% interval, and how many chains have it."""
     unit = 100 if measure.percent else 1
     interval, _ = interval_over_chains(measure)

@@ -14,8 +14,7 @@ from mteditflow._files import naming, write_atomically
 from mteditflow._pipes import reader_may_leave
 from mteditflow.chains import Chain, read_chains, write_chains
 from mteditflow.chains.record import first_error
-from mteditflow.evaluation import Evaluation, Provenance, Report, draw_report, draw_survival
-from mteditflow.evaluation.figures import chart_files
+from mteditflow.evaluation import Evaluation, Provenance, Report
 from mteditflow.evaluation.gallery import Series, gallery
 from mteditflow.evaluation.tables import (
     as_csv,
@@ -33,7 +32,7 @@ REPORT = "report.json"
 
 
 class Settings(BaseModel):
-    """What the folder of an evaluation is of.
+    """Inputs that an evaluation's folder belongs to.
 
     Attributes:
         images: folder of the images, relative to this one or absolute.
@@ -121,7 +120,7 @@ class Finished:
         self.images = MadeImages(images, settings.resolution)
 
     def series(self, chains: Sequence[Chain]) -> Series:
-        """What a gallery shows of some chains."""
+        """Return the gallery's series of some chains."""
         evaluation = self.evaluation.only([chain.id for chain in chains])
         return Series(self.report.title, evaluation, ByRow(self.images, chains))
 
@@ -159,6 +158,9 @@ def report_files(
 
     Survival is left out where a report is of a version without it.
     """
+    from mteditflow.evaluation import draw_report, draw_survival
+    from mteditflow.evaluation.figures import chart_files
+
     page = gallery(series, chains, rows, title=report.title)  # may miss an image: first
     charts, pictures = chart_files(draw_report(*drawn), "report"), ["report.png"]
     if all(each.has_survival for each in drawn):

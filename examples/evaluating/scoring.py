@@ -59,7 +59,7 @@ class WithParts(Services):
 
 
 class Checks(NamedTuple):
-    """What the checks of edit types use beside the judge."""
+    """Models of the checks of edit types, apart from the judge."""
 
     detector: ScoredDetector
     reader: TextReader | None
@@ -87,7 +87,7 @@ class ByType(WithParts):
 
 
 class Asks(NamedTuple):
-    """What is asked beside the rewards of a run.
+    """Scores asked for, apart from the rewards of a run.
 
     Attributes:
         by_type: whether the check of its edit type tells if a turn succeeded.
@@ -160,7 +160,7 @@ class Asks(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What came of scoring.
+    """Result of scoring.
 
     Attributes:
         evaluation: of the chains whose images could be read.

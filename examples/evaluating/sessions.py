@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from accelerate import PartialState
 from rich.console import Console
 
 from mteditflow._exits import refusing
@@ -228,6 +227,8 @@ def _judged_by(service: Service, wording: str, checks: str, scale: Scale) -> Jud
 
 
 def _checks(client: ChatClient, detector: str) -> EdiValJudge:
+    from accelerate import PartialState
+
     from mteditflow.rewards import GroundingDino  # transformers takes its time to import
 
     found = GroundingDino.from_pretrained(detector, device=PartialState().device)

@@ -18,7 +18,7 @@ PANELS = ("overall", "instruction_following", "content_consistency")
 
 
 def draw_finding(results: Results, finding: Finding, path: Path) -> None:
-    """Draw the metrics at turn 3: every seed, means with intervals, and the model as it came."""
+    """Draw the metrics at turn 3: every seed, means with intervals, and the untrained model."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for x, setting in enumerate(finding.settings):

@@ -17,6 +17,7 @@ from torch import Tensor
 from mteditflow import collapse_rate
 from mteditflow.evaluation import Evaluation, destroyed_below
 from mteditflow.evaluation.seeds import SeedInterval, difference_interval, mean_interval
+from mteditflow.training.pictures import Strip, draw_strips
 from mteditflow.training.report import PACKAGES
 
 from .figures import plain
@@ -26,6 +27,7 @@ from .study import THREE, HeldOut, Setting
 
 DESTROYED = 0.5  # consistency with the original below which a picture is destroyed
 BEFORE = Setting("before", preset="before")
+SHOWN = 2  # chains of twenty turns in the picture
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def write_long_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
     results, study = LongResults(ablations), ablations.study
     docs.mkdir(parents=True, exist_ok=True)
     draw_curves(results).savefig(docs / f"{study.name}.png", dpi=120)
+    draw_twenty(ablations, results).savefig(docs / f"{study.name}_twenty.png", dpi=120)
     page = docs / f"{study.name}.md"
     page.write_text(_document(results, ablations, command), encoding="utf-8")
     return page
@@ -147,6 +150,7 @@ def _document(results: LongResults, ablations: Ablations, command: str) -> str:
         cells = [f"{results.mean(measure, row):.1f}" for measure in MEASURES]
         lines.append(f"| {setting.label} | {' | '.join(cells)} |")
     lines += ["", f"![Success and wear turn by turn]({study.name}.png)", ""]
+    lines += [f"![Twenty turns before and after training]({study.name}_twenty.png)", ""]
     lines += [f"| change by | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
     for row, setting in list(enumerate(results.settings))[1:]:
         cells = [f"{results.change(measure, row):+.1f}" for measure in MEASURES]
@@ -171,6 +175,29 @@ def draw_curves(results: LongResults) -> Figure:
         plain(axes)
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def draw_twenty(ablations: Ablations, results: LongResults) -> Figure:
+    """Draw chains of twenty turns, edited by the start and by the best recipe at ten turns.
+
+    The chains are the first held-out ones of the first seed, whatever became of them.
+    """
+    measure = next(measure for measure in MEASURES if measure.title == "SR@10")
+    best = int(results.table(measure).mean(dim=1)[1:].argmax()) + 1
+    seed, setting = results.seeds[0], results.settings[best]
+    before, after = (results.evaluations[TWENTY][row][0] for row in (0, best))
+    rows, strips = range(SHOWN), []
+    edited = {
+        label: ablations.images(learned, seed, TWENTY, rows)
+        for label, learned in ((BEFORE.label, None), (setting.label, setting))
+    }
+    for row in rows:
+        for (label, images), evaluation in zip(edited.items(), (before, after), strict=True):
+            name, instructions = evaluation.chain_ids[row], evaluation.instructions[row]
+            terms = {"following": evaluation.terms["following"]}
+            strips.append(Strip(name, instructions, images[row], terms, row, label))
+    title = f"The first {SHOWN} held-out chains of twenty turns, seed {seed}"
+    return draw_strips(strips, success_at=after.success_at, title=title)
 
 
 def _wear_by_turn(evaluation: Evaluation) -> Sequence[float]:

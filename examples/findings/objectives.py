@@ -12,7 +12,7 @@ STEPS = {CONSISTENCY: 0.5}  # shapes-grpo has 1
 CLIP = {"objective.clip_low": 1e-3, "objective.clip_high": 1e-3}
 PAIRS = {"objective.dpo_beta": 200, "objective.renoise.levels": 4}
 FAR = {"objective.threshold": 1e-5}
-AS_IT_CAME = "as it came"
+UNTRAINED_LABEL = "untrained"
 
 SELF = Setting(
     "self-distillation",
@@ -40,13 +40,13 @@ FINDINGS = (
             Setting("DPPO", {**STEPS, "objective": "dppo", **FAR}, "shapes-grpo"),
         ),
         (
-            Claim("NFT", AS_IT_CAME),
-            Claim("NFT, NormGuard", AS_IT_CAME),
-            Claim("AWM", AS_IT_CAME),
-            Claim("DPO", AS_IT_CAME),
-            Claim("GRPO", AS_IT_CAME),
-            Claim("Guard", AS_IT_CAME),
-            Claim("DPPO", AS_IT_CAME),
+            Claim("NFT", UNTRAINED_LABEL),
+            Claim("NFT, NormGuard", UNTRAINED_LABEL),
+            Claim("AWM", UNTRAINED_LABEL),
+            Claim("DPO", UNTRAINED_LABEL),
+            Claim("GRPO", UNTRAINED_LABEL),
+            Claim("Guard", UNTRAINED_LABEL),
+            Claim("DPPO", UNTRAINED_LABEL),
             Claim("DPO", "NFT"),
             Claim("Guard", "GRPO"),
             Claim("DPPO", "GRPO"),
@@ -72,7 +72,7 @@ FINDINGS = (
             Setting("until failure", {"rewards.credit": "until_failure"}),
         ),
         (
-            Claim("trajectory", AS_IT_CAME),
+            Claim("trajectory", UNTRAINED_LABEL),
             Claim("to go", "trajectory"),
             Claim("mixture", "trajectory"),
             Claim("turn", "trajectory"),
@@ -135,14 +135,14 @@ FINDINGS = (
         "Distillation, without any reward",
         (UNTRAINED, Setting("NFT"), TAUGHT, SELF),
         (
-            Claim(TAUGHT.label, AS_IT_CAME),
+            Claim(TAUGHT.label, UNTRAINED_LABEL),
             Claim("NFT", TAUGHT.label),
-            Claim(SELF.label, AS_IT_CAME),
-            Claim(SELF.label, AS_IT_CAME, "marginal"),
-            Claim(SELF.label, AS_IT_CAME, "content_consistency"),
+            Claim(SELF.label, UNTRAINED_LABEL),
+            Claim(SELF.label, UNTRAINED_LABEL, "marginal"),
+            Claim(SELF.label, UNTRAINED_LABEL, "content_consistency"),
         ),
         note="Distillation: the teacher is the NFT run of the same seed, and sees what the student "
-        "sees. Self-distillation: the teacher is the model as it came, shown the true image before "
+        "sees. Self-distillation: the teacher is the untrained model, shown the true image before "
         "each turn where the student sees its own; it can learn to go on from its own mistakes, "
         "but not to make an edit of a clean image better. Both by "
         "`examples/self_distillation.py`, at the states that the student reaches; options were "

@@ -36,6 +36,7 @@ def document(results: Results, ablations: Ablations, *, command: str) -> str:
     lines = [
         f"# {study.title}",
         "",
+        *([study.answer, ""] if study.answer else []),
         f"Output of `{command}`. All numbers and verdicts are written by it; the sentences after "
         '"Why" alone are written by hand, in `examples/findings/`.',
         "",
@@ -73,7 +74,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         "- Percent at turn 3. IF(3): all three turns succeeded. Marginal(3): the third did. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Means: t-interval over seeds (95%). Differences: paired by seed, 95% t-intervals with "
-        "the error pooled over all settings (randomised blocks; seeds are the blocks). A bootstrap "
+        "the error pooled over all settings (randomized blocks; seeds are the blocks). A bootstrap "
         "over three seeds is too narrow, and t by three differences alone 4.3 errors wide. It "
         "assumes that settings scatter alike: the figures show every seed. No correction is made "
         "for the number of claims.",
@@ -85,7 +86,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         f"- Var(IF) / Var(CC) inside groups, base runs, median over rounds: "
         f"{results.variance_ratio:.1f}.",
         "- In the figures: dots are seeds, squares their means with intervals, dotted lines the "
-        "model as it came.",
+        "untrained model.",
     ]
 
 

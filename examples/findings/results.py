@@ -86,11 +86,11 @@ class Results:
         return torch.tensor(rows, dtype=torch.float64)
 
     def values(self, setting: Setting, metric: str) -> Tensor:
-        """Of one setting, by seed, ``[seeds]``."""
+        """Return a metric of one setting by seed, ``[seeds]``."""
         return self.tables[metric][self._row(setting)]
 
     def before(self, setting: Setting, metric: str) -> SeedInterval:
-        """Of the model as it came, at the steps of a setting."""
+        """Return the untrained model's mean at the steps of a setting."""
         values = [at_last(run.before, metric) for run in self.runs[setting.name]]
         return mean_interval(torch.tensor(values, dtype=torch.float64))
 
@@ -99,7 +99,7 @@ class Results:
         return mean_interval(self.values(setting, metric))
 
     def difference(self, first: Setting, second: Setting, metric: str = "overall") -> SeedInterval:
-        """Of two settings, after training, paired by seed."""
+        """Return the difference of two settings after training, paired by seed."""
         return difference_interval(self.tables[metric], self._row(first), self._row(second))
 
     def claim(self, finding: Finding, claim: Claim) -> SeedInterval:
@@ -113,7 +113,7 @@ class Results:
         return percentile_ends(higher - lower)
 
     def seconds(self, setting: Setting) -> float:
-        """Of a round, mean over rounds and seeds."""
+        """Return seconds of a round, mean over rounds and seeds."""
         return self._seconds(setting.name)
 
     def _seconds(self, name: str) -> float:
@@ -123,7 +123,7 @@ class Results:
 
     @property
     def minutes(self) -> float:
-        """Of training, all runs together."""
+        """Return minutes of training, all runs together."""
         return sum(
             self._seconds(name) * sum(len(run.metrics) for run in own) / 60
             for name, own in self.runs.items()
@@ -131,7 +131,7 @@ class Results:
 
     @property
     def variance_ratio(self) -> float:
-        """Of IF over CC inside groups, median over the rounds of the base runs."""
+        """Return Var(IF) / Var(CC) inside groups, median over the rounds of the base runs."""
         found = [
             line.get(RATIO, torch.nan)
             for r in self.runs[self.study.base.name]
@@ -150,7 +150,7 @@ def _compared(finding: Finding, claim: Claim) -> tuple[Setting, Setting]:
 
 
 def chain_values(evaluation: Evaluation) -> dict[str, Tensor]:
-    """What the metrics at the last turn are means of, in percent, each ``[chains]``."""
+    """Return the terms whose means are the metrics at the last turn, percent, ``[chains]``."""
     last = {name: scores.score[:, -1].double() for name, scores in evaluation.terms.items()}
     return {
         "instruction_following": 100 * evaluation.success.all(dim=1).double(),
@@ -167,7 +167,7 @@ def at_last(evaluation: Evaluation, metric: str) -> float:
 
 
 def long_claims(long: Sequence[Run]) -> dict[str, SeedInterval]:
-    """What training changes on longer chains, after minus before, with t-intervals over seeds."""
+    """Return changes on longer chains, after minus before, with t-intervals over seeds."""
     marginal = torch.tensor(
         [[e.estimates["marginal"] for e in (run.before, run.after)] for run in long],
         dtype=torch.float64,

@@ -23,6 +23,7 @@ from mteditflow_examples.flux.config import (
     dumped,
     typed,
 )
+from PIL.Image import Image
 from tqdm import tqdm
 
 from mteditflow.evaluation import Evaluation
@@ -57,10 +58,10 @@ SHORT = Form((0,), rounds=4, train=96, held_out=64)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What came of a setting with a seed.
+    """Evaluations and metrics of a setting with a seed.
 
     Attributes:
-        before: of the model as it came, at the run's steps.
+        before: of the untrained model, at the run's steps.
         after: of the same chains, after training.
         metrics: of each round.
     """
@@ -135,6 +136,14 @@ class Ablations:
         """Read what the base run made of longer chains."""
         files = (self._before(seed, 4, EIGHT), self._after(self.study.base, seed, EIGHT))
         return Run(*map(Evaluation.read, files), metrics=())
+
+    def images(
+        self, setting: Setting | None, seed: int, held_out: HeldOut, rows: Sequence[int]
+    ) -> list[list[Image]]:
+        """Edit some held-out chains by what a run has learned; by the untrained model if None."""
+        adapter = None if setting is None else self._lora(setting, seed)
+        edit, chains = self.study.world.edit, self._chains(seed, held_out)
+        return edit(self._world(seed) / "model", chains, seed=seed, adapter=adapter, rows=rows)[1]
 
     def arguments(self, setting: Setting, seed: int) -> list[str]:
         """The trainer's command line."""
@@ -230,7 +239,7 @@ class Ablations:
         return found.round
 
     def _evaluate(self, setting: Setting, seed: int, held_out: HeldOut) -> None:
-        """Evaluate a run and the model as it came, unless it is done."""
+        """Evaluate a run and the untrained model, unless it is done."""
         steps = self._config(setting, seed).evaluation.steps
         world, chains = self._world(seed), self._chains(seed, held_out)
         before, after = self._before(seed, steps, held_out), self._after(setting, seed, held_out)

@@ -48,14 +48,14 @@ FINDINGS = (
         "A judge that thinks (less bias, more variance) > one that does not. The second claim, "
         "that the exact judge is better still, is only implied by it.",
         "In training alone; evaluation is always by the exact rewards. The biased judge takes a "
-        "lenient look at nine turns in ten, which passes what is right in place or in colour "
+        "lenient look at nine turns in ten, which passes what is right in place or in color "
         "alone, with noise of 0.25 points; the noisy one at one turn in ten, with noise of 1.",
         "These are judges made up for the test, and how much they err was "
         "chosen, not fitted to real ones. Inside groups, which is all that training sees, both are "
         "about equally far from the truth: their rewards correlate with the exact ones by 0.63 "
         "(biased) and 0.67 (noisy) before training, by 0.54 and 0.55 after the base run. So the "
         "order of the two is not given by the signal that they leave. A guess that no run here "
-        "tests: what the bias passes (a right place or colour) is on the way to a right edit, "
+        "tests: what the bias passes (a right place or color) is on the way to a right edit, "
         "which noise is not.",
     ),
     Finding(
@@ -130,7 +130,7 @@ FINDINGS = (
         "Finer steps do best.",
         "Equal rounds, so finer steps cost more; see seconds. The model before training is "
         "evaluated at the same steps.",
-        "The editor as it came is as good with 4 steps as with 10 (Overall(3) 17.9 and 17.3), so "
+        "The untrained editor is as good with 4 steps as with 10 (Overall(3) 17.9 and 17.3), so "
         "there is nothing that finer steps could mend.",
     ),
     Finding(
@@ -165,7 +165,7 @@ FINDINGS = (
         "NFT ends above GRPO (turn-3 Overall 45.56 and 44.04, from 38.71). It broadcasts one "
         "advantage to all turns; of the two others it gives no numbers, so those claims only ask "
         "whether its choice is the best one here.",
-        "Turn: every turn is normalised among the same turn of its group. Until failure: so too, "
+        "Turn: every turn is normalized among the same turn of its group. Until failure: so too, "
         "but turns after the first that failed take no part.",
         "Turns succeed almost independently here (on seed 0 before training IF(3) is "
         "3.5%, the product of the three Marginals 2.9%), so an advantage of the trajectory adds "
@@ -180,7 +180,7 @@ LONGER = Finding(
     (BASE,),
     (),
     "Success falls less from turn to turn after training: from turn 1 to 3 Marginal falls by 8.57 "
-    "points in Kontext as it came, by 1.58 after GRPO and 1.05 after NFT.",
+    "points in untrained Kontext, by 1.58 after GRPO and 1.05 after NFT.",
     why="Marginal(8) / Marginal(1) is higher after training (51%, before 32%); in "
     "points the fall to turn 8 is not smaller (29 after, 25 before), since there is more to fall "
     "from. To turn 3, as far as training went, it falls by 9.5 points before and after.",

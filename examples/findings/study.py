@@ -1,4 +1,4 @@
-"""What a study is made of: settings, claims of which is higher, findings on a page."""
+"""Parts of a study: settings, claims of which is higher, findings on a page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of the run's folder: script, unless it is the usual one, preset and options."""
+        """Name of the run's folder: script, unless it is the usual one, preset and options."""
         scripts = [] if self.script == Setting.script else [Path(self.script).stem]
         changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
         before = [] if self.after is None else ["after", self.after.name]
@@ -115,6 +115,7 @@ class Study:
         title: of the page.
         base: the setting that others are compared with.
         about: what the base run is, in words.
+        answer: what the study says, in a paragraph; written by hand after the runs.
         findings: with their settings; `UNTRAINED` may be among them.
         longer: what the paper says of longer chains, and why it differs here; None: not looked at.
         seeds: seeds of a full study.
@@ -131,6 +132,7 @@ class Study:
     about: str
     findings: tuple[Finding, ...]
     longer: Finding | None = None
+    answer: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     world: World = SHAPES
     train_turns: int = 3
@@ -140,11 +142,11 @@ class Study:
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """What is trained, by name; the base first."""
+        """Trained settings by name, the base first."""
         own = [self.base, *(s for finding in self.findings for s in finding.settings)]
         each = (x for s in own if s is not UNTRAINED for x in (s.after, s) if x is not None)
         return {s.name: s for s in each}
 
 
 BASE_RUN = "base"  # as a teacher: what the base run of the same seed has become
-UNTRAINED = Setting("as it came", preset="untrained")
+UNTRAINED = Setting("untrained", preset="untrained")

@@ -13,8 +13,10 @@ from mteditflow_examples.pictures import scoring
 from mteditflow_examples.pictures.drawing import SIZE
 from mteditflow_examples.shapes import files as shapes
 from mteditflow_examples.shapes.editor import Family
-from mteditflow_examples.shapes.held_out import evaluate_held_out
+from mteditflow_examples.shapes.held_out import edit_held_out, evaluate_held_out
+from PIL.Image import Image
 
+from mteditflow.chains import Chain
 from mteditflow.evaluation import Evaluation
 
 
@@ -35,6 +37,7 @@ class World:
         write: writes its files.
         last: file that is written last.
         evaluate: edits held-out chains and scores them exactly, as ``evaluate_held_out``.
+        edit: edits held-out chains, as ``edit_held_out``.
     """
 
     name: str
@@ -42,10 +45,18 @@ class World:
     write: Write
     last: str
     evaluate: Callable[..., Evaluation]
+    edit: Callable[..., tuple[list[Chain], list[list[Image]]]]
 
 
-def _write_shapes(folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
-    shapes.write_world(folder, Family.kontext, seed=seed, counts=counts, turns=turns)
+def _write_shapes(
+    folder: Path,
+    *,
+    seed: int,
+    counts: tuple[int, int],
+    turns: int,
+    linked: float = shapes.LINKED,
+) -> None:
+    shapes.write_world(folder, Family.kontext, seed=seed, counts=counts, turns=turns, linked=linked)
 
 
 def _write_pictures(
@@ -57,13 +68,26 @@ def _write_pictures(
     )
 
 
-SHAPES = World("shapes", "the shapes world", _write_shapes, "held_out.jsonl", evaluate_held_out)
+SHAPES = World(
+    "shapes",
+    "the shapes world",
+    _write_shapes,
+    "held_out.jsonl",
+    evaluate_held_out,
+    edit_held_out,
+)
+SHAPES_APART = replace(
+    SHAPES,
+    title="the shapes world, turns that have nothing to do with each other",
+    write=partial(_write_shapes, linked=0.0),
+)
 PICTURES = World(
     "pictures",
     "the world of pictures",
     _write_pictures,
     "no_change.jsonl",
     partial(evaluate_held_out, size=SIZE, scorer=scoring.ExactRewards),
+    partial(edit_held_out, size=SIZE),
 )
 COMPETENT = replace(
     PICTURES,

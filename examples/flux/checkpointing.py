@@ -97,6 +97,8 @@ def save(run: Run, *, evaluated: bool = False) -> None:
         kept = {
             "sampler": run.sampler.state_dict(),
             "watch": run.watch.state_dict(),
+            "drift": None if run.drift is None else run.drift.state_dict(),
+            "alarms": run.alarms,
             "multipliers": state.multipliers,
             "kl_coef": None if state.kl is None else state.kl.value,
             "history": None if state.history is None else state.history.state_dict(),
@@ -144,6 +146,9 @@ def _load(run: Run, found: Checkpoint) -> None:
         run.policies.load_state_dict(found.tensors(name), name)
     load_optimizer_state(run.optimizer, found.tensors("optimizer"), kept["optimizer"])
     run.watch.load_state_dict(kept["watch"])
+    if run.drift is not None and kept.get("drift") is not None:
+        run.drift.load_state_dict(kept["drift"])
+    run.alarms = kept.get("alarms", [])
     if state.floor is not None:
         value = kept.get("multipliers", {}).get("consistency", 0.0)
         state.floor = replace(state.floor, value=min(value, state.floor.maximum))

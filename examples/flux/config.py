@@ -149,6 +149,9 @@ class Data:
     draw: Literal["epochs", "informative"] = "epochs"
     """Every chain once an epoch; or chains anew each round, more often those whose trajectories
     differed in how well they followed."""
+    extra_groups: Natural = 0
+    """Groups of other chains that may be sampled in a round, over all ranks, in place of those that
+    would train nothing, for equal rewards, or lost a member (DAPO's dynamic sampling); 0: none."""
     identity_share: Share = 0.0
     """Share of turns whose instruction is identity_instruction, drawn anew each round, alike for a
     group; such a turn is put in between the chain's own, of which as many fewer are made. Their
@@ -231,14 +234,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Who scores, and how scores become advantages."""
+    """Scoring services, and how scores become advantages."""
 
     judge: tuple[str, ...] = ()
     """URLs of the judge, ending in /v1: any OpenAI-compatible endpoints of one model."""
     judge_model: str = ""
     """Name that the judge is known by. Its key, if it wants one, is read from OPENAI_API_KEY."""
     scope: Literal["trajectory", "turn"] = "trajectory"
-    """What one call of the judge is about."""
+    """Scope of one call of the judge."""
     scale: Literal["likert", "binary"] | None = None
     """Scale of "following": likert, 1 to 5, or binary. None: likert of a judge; of a scorer the one
     that it declares."""
@@ -261,7 +264,7 @@ class Rewards:
     consistency: tuple[str, ...] = ()
     """URLs of mteditflow.rewards.server. Their token is read from MTEDITFLOW_TOKEN."""
     terms: Literal["features", "l1"] = "features"
-    """What consistency compares."""
+    """Terms that consistency compares."""
     pairing: Literal["reference", "consecutive", "both"] = "reference"
     """Which image a turn's image is compared with: the chain's reference, that of the turn before,
     or both: "consistency" is then with the reference, and the reward "consecutive" with the turn
@@ -277,9 +280,9 @@ class Rewards:
     """How turns of "following" become one reward: their average score, the share of them that
     succeed, or 1 if all do."""
     credit: Literal["trajectory", "turn", "until_failure", "to_go", "mixture"] = "trajectory"
-    """Who is credited: all turns with the reward of the whole chain; each turn with its own,
-    normalised among the same turn of its group; so up to the first turn that fails, after which
-    none takes part; each turn with the mean of its own and what came after it; or a mixture of the
+    """Turns that a reward is credited to. trajectory: all turns with the reward of the whole chain;
+    turn: each with its own, normalized among the same turn of its group; until_failure: so up to
+    the first turn that fails; to_go: each with the mean of its own and later ones; mixture: of the
     first two."""
     discount: Share = 1.0
     """Credit to_go: what a turn's reward counts for the turn before it; 0: credit turn."""
@@ -292,15 +295,23 @@ class Rewards:
     """Smallest mean of consistency that is wanted: below it its weight grows round by round, by a
     Lagrange multiplier, and all weights are divided by 1 + multiplier; None: weights are fixed."""
     floor_rate: Positive = 5.0
-    """What the multiplier gains in a round for each unit that consistency lies below the floor."""
+    """Gain of the multiplier in a round for each unit that consistency lies below the floor."""
     floor_maximum: Positive = 10.0
     """Largest multiplier."""
     fusion: Literal["advantages", "rewards"] = "advantages"
-    """Normalise each reward in its group and add advantages up, or add rewards up first."""
+    """Normalize each reward in its group and add advantages up, or add rewards up first."""
     std: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the spread of the group, of the round, nothing."""
+    """Divisor of advantages: the spread of the group, of the round, nothing."""
     advantage_limit: Positive = 5.0
     """Advantages are clamped to plus and minus this."""
+    regions: bool = False
+    """Credit latent tokens: each reward counts where the scorer's own regions say, as following
+    does inside the edit and consistency outside of it; nft, awm and flow_awr."""
+    region_normalization: Literal["mean", "rms", "none"] = "mean"
+    """Statistic of the weights that is 1 over a picture's tokens: mean, so that a small region
+    counts the more in it; rms, the root mean square; none, the largest: a small one counts less."""
+    region_outside: Share = 0.0
+    """Weight of a token outside of a reward's region, relative to one inside."""
     history: Natural = 0
     """Earlier rounds of the same chain whose rewards take part in its group's mean and standard
     deviation; for small groups. 0: none."""
@@ -319,7 +330,7 @@ class Rewards:
 
     @property
     def multiplier(self) -> LagrangeMultiplier | None:
-        """Of consistency, as a run begins with it; None without a floor."""
+        """Multiplier of consistency at the start of a run; None without a floor."""
         if self.floor is None:
             return None
         return LagrangeMultiplier(self.floor, self.floor_rate, self.floor_maximum)
@@ -381,6 +392,13 @@ class Safety:
     """Rounds that are averaged for it."""
     max_skipped: Count = 5
     """Updates skipped one after the other, for losses that are not finite, that stop the run."""
+    drift_members: Natural = 4
+    """Trajectories of each group whose pictures are watched for drift (sharpness, colors, edges,
+    variety), which never trains and stops nothing; 0: none."""
+    drift_rounds: Annotated[int, Field(ge=3)] = 5
+    """Early rounds that make the band of each statistic."""
+    drift_width: Positive = 5.0
+    """Half-width of a band, in standard errors of a round; an alarm is a value outside of it."""
 
 
 @dataclass(frozen=True)
@@ -399,7 +417,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Output:
-    """What a run leaves behind, and how often."""
+    """Files of a run, and how often they are written."""
 
     folder: Path = Path("runs/flux")
     """Where everything goes."""

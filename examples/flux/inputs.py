@@ -253,6 +253,11 @@ def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator)
     except ValueError as error:
         section = "training" if str(error).startswith("seed:") else "data"
         raise ConfigError(f"{section}.{error}") from error
+    if data.groups + data.extra_groups > len(chains):
+        raise ConfigError(
+            f"data.extra_groups: expected at most the {len(chains) - data.groups} chains beside "
+            f"the {data.groups} of a round, got {data.extra_groups}"
+        )
     own = data.groups * data.group_size // ranks
     if own % training.minibatches:
         raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL.Image import Image
+from torch import Tensor
 
 from mteditflow import Signal
 from mteditflow.chains import ChainError, InformativeSampler
@@ -24,6 +25,7 @@ from .config import IDENTITY, flat
 from .rewards import scale_of
 from .run import Run
 
+DRIFT = "drift/outside_band"  # statistics outside their bands
 CHANGE = "chains/change"  # of the pixels, 0 to 255, over turns that ask for no change
 
 if TYPE_CHECKING:
@@ -84,12 +86,23 @@ def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
 
 
 def carry_over(
-    run: Run, rewards: RoundRewards | None, signals: Mapping[str, Signal] | None = None
+    run: Run,
+    rewards: RoundRewards | None,
+    signals: Mapping[str, Signal] | None = None,
+    group: Tensor | None = None,
 ) -> None:
-    """Take what the next round depends on: sampler, floor, history, adapted KL weight, turns."""
+    """Take what the next round depends on: sampler, floor, history, adapted KL weight, turns.
+
+    Args:
+        run: the run.
+        rewards: rewards of the chains that the sampler drew; None for objectives without.
+        signals: what turns of the trained chains were credited with.
+        group: group id of each of those, [B]; None: they are those of ``rewards``.
+    """
     state = run.state
     if state.history is not None and rewards is not None and signals:
-        state.history = state.history.updated(signals, rewards.group)
+        trained = rewards.group if group is None else group
+        state.history = state.history.updated(signals, trained)
     if isinstance(run.sampler, InformativeSampler):
         run.sampler.step({} if rewards is None else rewards.spreads("following"))
     else:
@@ -166,13 +179,22 @@ def summarize(run: Run) -> None:
     """Write the report of the whole run with its pictures, and print it."""
     if not run.main:
         return
-    from mteditflow.training.pictures import draw_curves, write_chart
+    from mteditflow.training.pictures import draw_curves, draw_drift, write_chart
 
     folder, metrics = run.config.output.folder, run.log.metrics
     evaluations = run.held_out.all() if run.held_out else []
     model = "/".join(Path(run.config.model.path).parts[-2:])
     title = f"{model}, {run.method}"
     write_chart(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
+    if any(DRIFT in line for line in metrics):
+        panels = draw_drift(
+            metrics,
+            run.alarms,
+            watch=run.drift,
+            early=run.config.safety.drift_rounds,
+            title=f"Pictures of {title}; these statistics train nothing",
+        )
+        write_chart(panels, folder / "drift.png")
     if len(evaluations) < 2:
         why = "evaluated once, so there is" if run.held_out else "no held-out chains, so"
         run.log.message(f"{run.state.done} rounds done; {why} no report")
@@ -183,7 +205,12 @@ def summarize(run: Run) -> None:
         run.log.warning(f"no evaluation of round 0: before is round {before.round}")
     _draw_chains(run, before, after)
     report = run_report(
-        before, after, metrics, config=flat(run.config), seed=run.config.training.seed
+        before,
+        after,
+        metrics,
+        config=flat(run.config),
+        seed=run.config.training.seed,
+        alarms=run.alarms,
     )
     write_report(folder, report)
     print_summary(report, folder)

@@ -1,8 +1,8 @@
-"""Who scores a run: a judge and a consistency server, or a scorer of the user's own."""
+"""Scorers of a run: a judge and a consistency server, or a scorer of the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -38,11 +38,43 @@ from mteditflow.rewards.command_line import QUESTION, read_secret, require_reach
 from mteditflow.training import Aggregation, RoundRewards
 
 from .config import CONSECUTIVE, ConfigError, Rewards
-from .scorers import CheckedScorer, Scorer, consistency_terms, declared_scale, named_scorer
+from .scorers import (
+    CheckedScorer,
+    consistency_terms,
+    declared_scale,
+    named_scorer,
+    require_regions,
+)
 
-Submit = Callable[
-    [Sequence[Chain], Sequence[Sequence[Image | None]]], "Future[Mapping[str, TurnScores]]"
-]
+
+class Submit:
+    """Asks a scorer in the background.
+
+    Args:
+        background: where it works.
+        scorer: a judge with a consistency server, or a scorer of the user's own.
+    """
+
+    def __init__(self, background: Background, scorer: Services | CheckedScorer) -> None:
+        self._background, self._scorer = background, scorer
+
+    def __call__(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image | None]]
+    ) -> Future[Mapping[str, TurnScores]]:
+        """Return the future of scores; see ``Scorer.score``."""
+        return self._background.submit(self._scorer.score, chains, images)
+
+    def regions(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image | None]]
+    ) -> Future[Mapping[str, Tensor]]:
+        """Return the future of regions; see ``RegionScorer.regions``.
+
+        Raises:
+            TypeError: the scorer gives none.
+        """
+        if not isinstance(self._scorer, CheckedScorer):
+            raise TypeError("scorer: expected one of the user's own, which has regions")
+        return self._background.submit(self._scorer.regions, chains, images)
 
 
 def judge_client(config: Rewards, **options: Any) -> ChatClient:
@@ -135,6 +167,8 @@ def check_services(config: Rewards) -> None:
         ValueError: a URL does not end in /v1, or an option of requests cannot be sent.
     """
     scale_of(config)
+    if config.regions and config.scorer is not None:
+        require_regions(config.scorer)
     if config.judge:
         judge_client(config)
     if config.consistency:
@@ -177,8 +211,7 @@ def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
     """
     with AnswerCache(cache) as answers, Background() as background:
         own = None if config.scorer is None else own_scorer(config, config.scorer)
-        scorer: Scorer = own or Services(config, answers)
-        yield lambda chains, images: background.submit(scorer.score, chains, images)
+        yield Submit(background, own or Services(config, answers))
 
 
 def own_scorer(config: Rewards, path: str) -> CheckedScorer:
@@ -332,33 +365,84 @@ def turn_advantages(
     history: mt.RewardHistory | None = None,
 ) -> Advantages:
     """Fuse signals into the advantage of each turn and whether it is trained on."""
-    exists = rewards.terms["following"].turn_mask
-    keep = torch.ones_like(exists)
-    if config.groups == "informative":
-        keep &= rewards.informative("following").keep[:, None]
-    group, own = rewards.group, len(exists)
-    if history is not None:
-        signals, group = history.joined(signals, group)
-    past = torch.ones(len(group) - own, exists.shape[1], dtype=torch.bool)
-    keep, exists = torch.cat([keep, past]), torch.cat([exists, past])
-    fused = keep
+    joined = _Joined.of(config, rewards, signals, history)
+    keep, own = joined.keep, len(rewards.group)
     if config.fusion == "rewards":
-        fused = keep & _measured_in_groups(signals, weights, group, keep)
-    left_out = keep & ~fused & exists
-    advantage = mt.turn_advantage(
-        signals,
-        weights,
-        group,
-        turn_mask=exists,
-        keep=fused,
-        fuse=mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards,
-        std=config.std,
-    )
+        keep = keep & _measured_in_groups(joined.signals, weights, joined.group, keep)
+    left_out = joined.keep & ~keep & joined.exists
+    advantage = joined.fused(config, weights, keep)
     return Advantages(
         mt.clamp_advantage(advantage.value[:own], limit=config.advantage_limit),
         advantage.valid[:own],
-        len(group[:own][left_out[:own].any(dim=1)].unique()),
+        len(rewards.group[left_out[:own].any(dim=1)].unique()),
     )
+
+
+def reward_advantages(
+    config: Rewards,
+    rewards: RoundRewards,
+    signals: Mapping[str, mt.Signal],
+    weights: Mapping[str, float],
+    history: mt.RewardHistory | None = None,
+) -> dict[str, Tensor]:
+    """Return what each reward adds to ``turn_advantages`` under advantage fusion, [B, N] each.
+
+    The sum is theirs before it is clamped: the same turns are compared for every reward.
+    """
+    joined = _Joined.of(config, rewards, signals, history)
+    used = [name for name, weight in weights.items() if weight != 0]
+    valid = torch.stack([joined.signals[name].valid for name in used]).all(dim=0)
+    found = {}
+    for reward in dict.fromkeys(name.rpartition("/")[0] for name in used):
+        own = {name: weights[name] for name in used if name.rpartition("/")[0] == reward}
+        found[reward] = joined.fused(config, own, joined.keep & valid).value[: len(rewards.group)]
+    return found
+
+
+class _Joined(NamedTuple):
+    """Signals of a round above those that are remembered, [B + P, N] each.
+
+    Attributes:
+        signals: signals by name.
+        group: integer group ids, [B + P].
+        keep: turns that may take part, boolean.
+        exists: turns that exist, boolean.
+    """
+
+    signals: Mapping[str, mt.Signal]
+    group: Tensor
+    keep: Tensor
+    exists: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        config: Rewards,
+        rewards: RoundRewards,
+        signals: Mapping[str, mt.Signal],
+        history: mt.RewardHistory | None,
+    ) -> _Joined:
+        exists = rewards.terms["following"].turn_mask
+        keep = torch.ones_like(exists)
+        if config.groups == "informative":
+            keep &= rewards.informative("following").keep[:, None]
+        group, own = rewards.group, len(exists)
+        if history is not None:
+            signals, group = history.joined(signals, group)
+        past = torch.ones(len(group) - own, exists.shape[1], dtype=torch.bool)
+        return cls(signals, group, torch.cat([keep, past]), torch.cat([exists, past]))
+
+    def fused(self, config: Rewards, weights: Mapping[str, float], keep: Tensor) -> mt.Signal:
+        """Fuse the signals that have a weight, compared over the turns to keep."""
+        return mt.turn_advantage(
+            {name: self.signals[name] for name in weights},
+            weights,
+            self.group,
+            turn_mask=self.exists,
+            keep=keep,
+            fuse=mt.fuse_advantages if config.fusion == "advantages" else mt.fuse_rewards,
+            std=config.std,
+        )
 
 
 def _measured_in_groups(

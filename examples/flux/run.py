@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from mteditflow import AdaptiveKL, LagrangeMultiplier, RewardHistory, ema_decay
 from mteditflow.chains import ChainDataset, GroupSampler
+from mteditflow.drift import DriftWatch
 from mteditflow.evaluation import JudgedBy
 from mteditflow.objectives import Objective, RoundKey
 from mteditflow.pipelines import Editor, LoraPolicies
@@ -83,6 +85,9 @@ class Run:
         numbers: metrics of the round in progress.
         means: means of the metrics of each of its updates.
         absent: rewards of which the log has said that a round was without them.
+        drift: watches statistics of pictures; None: nothing does.
+        alarms: statistics that have left their bands: "round", "statistic", "value", "low",
+            "high" and "picture" of each.
         first_round: first round of this process.
         saved: round of the checkpoint that a start would go on from.
         between: whether the weights are those of ``state.done`` rounds, and not of half a round.
@@ -112,6 +117,8 @@ class Run:
     means: list[dict[str, float]] = field(default_factory=list)
     batches: Iterator[list[int]] = field(default_factory=lambda: iter(()))
     absent: set[str] = field(default_factory=set)
+    drift: DriftWatch | None = None
+    alarms: list[dict[str, Any]] = field(default_factory=list)
     first_round: int = -1
     saved: int = -1
     between: bool = True

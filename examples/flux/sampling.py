@@ -58,6 +58,11 @@ def next_chains(run: Run) -> RoundChains:
     if indices is None:
         run.batches = iter(run.sampler)
         indices = next(run.batches)
+    return chains_at(run, indices)
+
+
+def chains_at(run: Run, indices: Sequence[int]) -> RoundChains:
+    """Return the chains of some trajectories, as long as they are in this round."""
     batch = collate_chains(run.chains.__getitems__(indices))
     data, turns = run.config.data, 1 if run.config.drifts else run.turns
     seen = {index: run.chains.seen(index, data.history) for index in dict.fromkeys(indices)}
@@ -99,14 +104,20 @@ def roll_out(
     *,
     seen: Sequence[Seen] | None = None,
     purpose: str = "noise",
+    places: Sequence[int] | None = None,
 ) -> Iterator[Part]:
-    """Edit chains part by part with the policy that samples, each from its own noise."""
+    """Edit chains part by part with the policy that samples, each from its own noise.
+
+    ``places`` are those of the trajectories among this rank's; None: they are all of a round. Only
+    then are signals looked for after each part, since all ranks have as many.
+    """
+    rows = range(len(references)) if places is None else places
     editor = run.editor if run.sibling is None else run.sibling.editor
     with run.log.bar("rollout", len(references), unit="chains") as bar:
         for part in editor.roll_out(
             references,
             instructions,
-            generators=[run.key.generator(purpose, b) for b in range(len(references))],
+            generators=[run.key.generator(purpose, b) for b in rows],
             group=group,
             batch=run.config.sampling.batch,
             solver=how.solver,
@@ -117,13 +128,24 @@ def roll_out(
         ):
             yield part
             bar.advance(len(part.images))
-            run.stop_if_requested()
+            if places is None:
+                run.stop_if_requested()
 
 
 def sample(
-    run: Run, drawn: RoundChains
+    run: Run,
+    drawn: RoundChains,
+    *,
+    purpose: str = "noise",
+    places: Sequence[int] | None = None,
 ) -> tuple[Rollout | Buckets, list[list[Image | None]], Scores]:
     """Roll out this rank's chains; each part is scored while the next one is sampled.
+
+    Args:
+        run: the run.
+        drawn: chains of this rank.
+        purpose: name of the noise.
+        places: as in ``roll_out``.
 
     Returns:
         The record, in buckets where images differ in size; images [reference, turn 1, ..., turn N]
@@ -135,11 +157,12 @@ def sample(
     images: list[list[Image | None]] = []
     with run.log.stopwatch.phase("sampling"), sampling_as(run, objective.samples_with):
         given = (drawn.references, drawn.instructions, drawn.group)
-        for part in roll_out(run, *given, how, seen=drawn.seen):
+        noise = {"purpose": purpose, "places": places}
+        for part in roll_out(run, *given, how, seen=drawn.seen, **noise):
             references = drawn.references[part.rows]
             pairs = zip(references, part.images, strict=True)
             edited: list[list[Image | None]] = [[r, *turns] for r, turns in pairs]
-            judged = _judged(edited, drawn.edits[part.rows])
+            judged = judged_images(edited, drawn.edits[part.rows])
             waiting.append(run.submit(drawn.chains[part.rows], judged))
             parts.append(part.rollout)
             images += edited
@@ -150,7 +173,9 @@ def sample(
     return joined(parts), images, scores
 
 
-def _judged(images: Sequence[Sequence[Image | None]], edits: Tensor) -> list[list[Image | None]]:
+def judged_images(
+    images: Sequence[Sequence[Image | None]], edits: Tensor
+) -> list[list[Image | None]]:
     """Return reference and edits alone: what a scorer reads beside the records of the edits."""
     return [
         [first, *(image for image, edit in zip(rest, own, strict=True) if edit)]
@@ -206,9 +231,19 @@ def collect(run: Run, waiting: Sequence[Future[Mapping[str, TurnScores]]]) -> Sc
     Raises:
         Stopped: a signal came meanwhile.
     """
+    scored = await_all(run, waiting, "rewards")
+    return {name: TurnScores.concatenate([s[name] for s in scored]) for name in scored[0]}
+
+
+def await_all(run: Run, waiting: Sequence[Future[Value]], name: str) -> list[Value]:
+    """Wait for what a scorer makes of every part, on all ranks; a collective call.
+
+    Raises:
+        Stopped: a signal came meanwhile.
+    """
     with (
         run.log.stopwatch.phase("scoring"),
-        run.log.bar("rewards", len(waiting), unit="parts") as bar,
+        run.log.bar(name, len(waiting), unit="parts") as bar,
     ):
         unfinished = True
         while unfinished:
@@ -217,8 +252,7 @@ def collect(run: Run, waiting: Sequence[Future[Mapping[str, TurnScores]]]) -> Sc
             (lefts,), _ = gather_ranks(torch.tensor([len(left)], device=run.device))
             unfinished = bool(lefts.any())
             run.stop_if_requested()
-    scored = [future.result() for future in waiting]
-    return {name: TurnScores.concatenate([s[name] for s in scored]) for name in scored[0]}
+    return [future.result() for future in waiting]
 
 
 def gather(run: Run, scores: Scores, group: Tensor) -> tuple[Scores, Tensor, slice]:

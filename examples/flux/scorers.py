@@ -16,6 +16,8 @@ loaded, what it returns whenever it is asked:
             exists = torch.arange(int(turns.max())) < turns[:, None]
             following = torch.where(exists, 1.0, torch.nan)  # [B, N], NaN where there is no score
             return {"following": TurnScores(following, exists, {})}
+
+For ``--rewards.regions`` it has the method ``regions`` of ``RegionScorer``, too.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from mteditflow.chains import Chain
 from mteditflow.evaluation.evaluation import FOLLOWING, check_consistency
@@ -54,6 +57,10 @@ class Scorer(Protocol):
     attribute, so that the threshold of success is checked before anything is loaded. "consistency",
     and its parts "object" and "background", are in [0, 1]; a class that declares
     ``consistency_terms = "features"`` gives cosines in [-1, 1].
+
+    A class that knows where edits are may have the static method ``edited_pixels(chain,
+    reference)``: pixels that each turn of a chain may change, boolean [N, H, W]. The trainer then
+    watches the change of the others; it never trains.
     """
 
     async def score(
@@ -146,6 +153,57 @@ def consistency_terms(path: str) -> str | None:
     return terms
 
 
+class RegionScorer(Scorer, Protocol):
+    """Scorer that says where in a picture its rewards are decided, for ``--rewards.regions``."""
+
+    async def regions(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image | None]]
+    ) -> Mapping[str, Tensor]:
+        """Find the regions of every turn of B chains.
+
+        Args:
+            chains: as in ``score``.
+            images: as in ``score``, all of one size, H x W pixels.
+
+        Returns:
+            Name of a reward to the share of each pixel that lies in its region, [B, N, H, W] in
+            [0, 1], or booleans. A turn without any pixel counts everywhere, as does a reward
+            without an entry. ``mteditflow.box_coverage(boxes, (H, W), 1)`` makes them of boxes.
+        """
+
+
+def edited_pixels(path: str | None, chain: Chain, reference: Image) -> Tensor | None:
+    """Return the pixels that each turn of a chain may change, as a scorer's class gives them.
+
+    Args:
+        path: import path of the scorer; None: there is none.
+        chain: record of N turns.
+        reference: image of H x W pixels that the first one edits.
+
+    Returns:
+        Boolean [N, H, W]; None where the class has no method ``edited_pixels``.
+
+    Raises:
+        ScorerError: the method raises, or returns something else.
+    """
+    method = None if path is None else getattr(named_scorer(path), "edited_pixels", None)
+    if method is None:
+        return None
+    expected = (chain.turns, reference.height, reference.width)
+    try:
+        masks = torch.as_tensor(method(chain, reference), device="cpu")
+    except PROGRAM_ENDS as error:
+        raise ScorerError(
+            f"rewards.scorer: expected masks of {path}.edited_pixels, got {_described(error)}"
+        ) from error
+    if masks.dtype != torch.bool or tuple(masks.shape) != expected:
+        raise ScorerError(
+            f"rewards.scorer: expected {path}.edited_pixels to return booleans {list(expected)}, "
+            f"got {masks.dtype} {list(masks.shape)}"
+        )
+    return masks
+
+
 class CheckedScorer:
     """A scorer of the user's own, whose scores are refused where they are none.
 
@@ -168,20 +226,52 @@ class CheckedScorer:
             ScorerError: the scorer raises, "following" is missing, a score is off its scale, or
                 they are not scores of these chains and turns.
         """
-        try:
-            found = await self._scorer.score(chains, images)
-        except (*PROGRAM_ENDS, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and _told_to_stop():
-                raise
-            raise ScorerError(
-                f"rewards.scorer: expected {self._path} to score {len(chains)} chains, got "
-                f"{_described(error)}"
-            ) from error
+        found = await self._asked("score", "score", chains, images)
         try:
             self._check(found, [len(own) - 1 for own in images])
         except (ValueError, TypeError) as error:
             raise ScorerError(f"rewards.scorer: {self._path} returned {error}") from error
-        return found
+        checked: Mapping[str, TurnScores] = found
+        return checked
+
+    async def regions(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
+    ) -> Mapping[str, Tensor]:
+        """See ``RegionScorer``.
+
+        Raises:
+            ScorerError: the scorer raises, or does not return regions of these pictures.
+        """
+        found = await self._asked("find regions of", "regions", chains, images)
+        width, height = images[0][-1].size
+        expected = (len(images), max(map(len, images)) - 1, height, width)
+        try:
+            _check_regions(found, expected)
+        except (ValueError, TypeError) as error:
+            raise ScorerError(f"rewards.scorer: {self._path} returned {error}") from error
+        return {name: region.float() for name, region in found.items()}
+
+    async def _asked(
+        self,
+        what: str,
+        method: str,
+        chains: Sequence[Chain],
+        images: Sequence[Sequence[Image]],
+    ) -> Any:
+        """Return what a method of the scorer returns.
+
+        Raises:
+            ScorerError: it raises.
+        """
+        try:
+            return await getattr(self._scorer, method)(chains, images)
+        except (*PROGRAM_ENDS, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _told_to_stop():
+                raise
+            raise ScorerError(
+                f"rewards.scorer: expected {self._path} to {what} {len(chains)} chains, got "
+                f"{_described(error)}"
+            ) from error
 
     def _check(self, found: object, turns: Sequence[int]) -> None:
         """Raise unless these are scores by name, each of those turns, on their scales."""
@@ -208,6 +298,34 @@ class CheckedScorer:
             name = self._path.partition(":")[2]
             raise ValueError(f"{error}; {name} declares the scale {self._scale}") from error
         check_consistency(found, self._bounds)
+
+
+def require_regions(path: str) -> None:
+    """Refuse a scorer's class without the method that ``rewards.regions`` calls.
+
+    Raises:
+        ConfigError: there is no such class, or it has no such method.
+    """
+    method = inspect.unwrap(getattr(named_scorer(path), "regions", None) or _kind)
+    if not inspect.iscoroutinefunction(method):
+        raise ConfigError(
+            f"rewards.regions: expected a scorer with the method async def regions(self, chains, "
+            f"images), got {path} without"
+        )
+
+
+def _check_regions(found: object, expected: tuple[int, ...]) -> None:
+    """Raise unless these are regions by name, of pictures of the expected shape [B, N, H, W]."""
+    if not isinstance(found, Mapping) or not found:
+        raise TypeError(f"regions: expected a dictionary of tensors, got {_kind(found)}")
+    for name, region in found.items():
+        if not isinstance(region, Tensor) or region.is_complex():
+            raise TypeError(f"regions[{name!r}]: expected a tensor, got {_kind(region)}")
+        if tuple(region.shape) != expected:
+            shapes = f"{list(expected)}, got {list(region.shape)}"
+            raise ValueError(f"regions[{name!r}]: expected [B, N, H, W] = {shapes}")
+        if not bool(((region >= 0) & (region <= 1)).all()):
+            raise ValueError(f"regions[{name!r}]: expected shares in [0, 1], got others")
 
 
 def _check_class(path: str, scorer: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mteditflow.objectives import ForwardObjective
+from mteditflow.objectives import OBJECTIVES, ForwardObjective
 from mteditflow.rewards import SCALES
 
 from .config import (
@@ -82,6 +82,14 @@ def _unsound(config: Config) -> Iterator[str]:
     if not any(rewards.weights.values()) or min(rewards.weights.values()) < 0:
         yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
     yield from _unsound_lengths(config)
+    yield from _unsound_regions(config)
+    if data.extra_groups and data.fit == "buckets":
+        yield "data.extra_groups: expected 0 where data.fit is buckets"
+    if data.extra_groups and config.model.shard != "none":
+        yield (
+            "data.extra_groups: expected 0 where model.shard is given, since ranks sample "
+            f"different numbers of groups, got {data.extra_groups}"
+        )
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
         yield "rewards.scorer: expected no judge and no consistency beside it"
     if rewards.scorer is None or rewards.scale is not None:
@@ -153,6 +161,31 @@ def _unsound_lengths(config: Config) -> Iterator[str]:
         yield "rewards.pairing: expected data.turns above 1, where both differ, got both"
 
 
+def _unsound_regions(config: Config) -> Iterator[str]:
+    """Yield what does not go together with advantages of tokens, in words."""
+    rewards, objective = config.rewards, config.objective
+    if not rewards.regions or not objective.card.rewarded:
+        return
+    if not objective.card.tokens:
+        names = [name for name, kind in OBJECTIVES.items() if kind.card.tokens]
+        yield (
+            f"rewards.regions: expected an objective that takes advantages of tokens, one of "
+            f"{names}, got {name_of(objective)}"
+        )
+    if rewards.fusion == "rewards":
+        yield (
+            "rewards.fusion: expected advantages where rewards.regions is on, since a sum of "
+            "rewards has no region, got rewards"
+        )
+    if rewards.scorer is None:
+        yield (
+            "rewards.regions: expected a rewards.scorer that gives regions; judge and consistency "
+            "server give none"
+        )
+    if config.data.fit == "buckets":
+        yield "rewards.regions: expected data.fit square, got buckets"
+
+
 def _unserved(rewards: Rewards) -> Iterator[str]:
     """Yield services that a run would need, in words."""
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
@@ -174,6 +207,7 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             learns and config.data.turns > 1,
             "the objective learns from rewards, and data.turns is above 1",
         ),
+        ("data", "extra_groups"): (learns, "the objective learns from rewards"),
         ("data", "identity_instruction"): (
             identity or config.drifts,
             "data.identity_share is above 0, or the objective is mt_opsd",
@@ -200,6 +234,8 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
         ("data", "bucket_multiple"): (config.data.fit == "buckets", "data.fit is buckets"),
         ("rewards", "discount"): (rewards.credit == "to_go", "rewards.credit is to_go"),
         ("rewards", "trajectory_share"): (rewards.credit == "mixture", "rewards.credit is mixture"),
+        ("rewards", "region_normalization"): (rewards.regions, "rewards.regions is on"),
+        ("rewards", "region_outside"): (rewards.regions, "rewards.regions is on"),
         ("rewards", "floor_rate"): (rewards.floor is not None, "rewards.floor is given"),
         ("rewards", "floor_maximum"): (rewards.floor is not None, "rewards.floor is given"),
         ("safety", "ratio"): (config.stochastic, "the objective replays steps"),
@@ -218,10 +254,14 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
                  "reasoning_tokens", "chat_template_kwargs", "extra_body", "concurrency",
                  "timeout"):  # fmt: skip
         unread["rewards", name] = (reads_judge, "there is no rewards.scorer")
+    unread["safety", "drift_members"] = (learns, "the objective learns from rewards")
+    for name in ("drift_rounds", "drift_width"):
+        watched = learns and safety.drift_members > 0
+        unread["safety", name] = (watched, "safety.drift_members is above 0")
     for name in ("terms", "pairing"):
         unread["rewards", name] = (bool(rewards.consistency), "rewards.consistency is given")
     for name in ("weights", "aggregate", "credit", "groups", "floor", "fusion", "std",
-                 "advantage_limit", "history"):  # fmt: skip
+                 "advantage_limit", "history", "regions"):  # fmt: skip
         unread["rewards", name] = (learns, "the objective learns from rewards")
     if isinstance(config, DistillationConfig):
         gate, sessions = config.teacher.sessions is not None, "teacher.sessions is given"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 #: Names of other trainers, such as diffusers' scripts, TRL, kohya's and Flow-GRPO's, by field here.
+#: Those of docs/migrating.md agree with its table.
 USUAL = {
     name: field
     for field, names in {
@@ -20,13 +21,15 @@ USUAL = {
         "model.shard": "fsdp zero3 zero_stage deepspeed",
         "data.chains": "dataset dataset_name train_data_dir data_path train_data",
         "data.held_out": "validation validation_data eval_data test_data",
+        "data.groups": "num_batches_per_epoch unique_sample_num_per_epoch",
         "data.group_size": "num_generations num_images_per_prompt num_image_per_prompt",
         "sampling.steps": "num_inference_steps num_steps sampling_steps sample_steps",
         "sampling.batch": "sample_batch_size",
-        "training.rounds": "num_epochs epochs num_train_epochs max_train_steps max_steps",
-        "training.inner_epochs": "num_inner_epochs ppo_epochs",
+        "training.rounds": "num_epochs epochs num_train_epochs max_epochs max_steps "
+        "max_train_steps",
+        "training.inner_epochs": "num_inner_epochs num_iterations ppo_epochs",
         "training.batch": "bs batch_size train_batch_size per_device_train_batch_size micro_batch",
-        "training.minibatches": "num_minibatches num_batches_per_epoch",
+        "training.minibatches": "num_minibatches gradient_step_per_epoch",
         "training.optimizer": "use_8bit_adam optim optimizer_type",
         "training.learning_rate": "lr learn_rate base_lr",
         "training.warmup_rounds": "warmup warmup_steps lr_warmup_steps",
@@ -35,8 +38,19 @@ USUAL = {
         "training.weight_decay": "wd adam_weight_decay",
         "training.max_grad_norm": "grad_clip clip_grad clip_grad_norm gradient_clipping",
         "training.ema_decay": "ema ema_rate use_ema",
+        "training.ema_every": "ema_update_interval",
+        "rewards.weights": "reward_fn reward_weights",
+        "rewards.fusion": "advantage_aggregation multi_objective_aggregation",
+        "rewards.std": "global_std scale_rewards",
+        "rewards.advantage_limit": "adv_clip_max adv_clip_range",
+        "objective.solver": "sde_type dynamics_type",
+        "objective.stochastic_steps": "timestep_fraction num_sde_steps sde_window_size",
+        "objective.renoise.distribution": "time_sampling_strategy",
+        "objective.renoise.levels": "num_train_timesteps",
+        "objective.renoise.shift": "time_shift",
         "objective.kl_coef": "kl kl_weight kl_beta beta",
         "objective.clip_high": "clip_range cliprange epsilon",
+        "evaluation.steps": "eval_num_steps",
         "evaluation.every": "eval_freq eval_steps validation_steps eval_every",
         "output.folder": "output_dir save_dir logging_dir out",
         "output.resume": "resume_from resume_from_checkpoint",

@@ -16,6 +16,7 @@ from mteditflow import AdaptiveKL, RewardHistory
 from mteditflow._exits import refusing
 from mteditflow._locks import sole_writer
 from mteditflow.chains import ChainError
+from mteditflow.drift import DriftWatch
 from mteditflow.pipelines import Editor, ReplayError
 from mteditflow.rewards import InvalidRewardsError
 from mteditflow.rewards.transport.concurrency import ending_past_calls
@@ -89,6 +90,9 @@ def build(
         judged_by=inputs.judged_by,
         sessions=inputs.sessions,
         sibling=sibling,
+        drift=None
+        if safety.drift_members == 0
+        else DriftWatch(baseline=safety.drift_rounds, width=safety.drift_width),
         found=inputs.found,
         files=inputs.files,
     )

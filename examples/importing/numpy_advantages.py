@@ -20,7 +20,7 @@ rewards["following"][[3, 10]] = np.nan  # the judge did not answer
 
 
 def per_prompt_loop(reward: np.ndarray, *, global_std: bool) -> np.ndarray:
-    """What one call replaces: gather the rewards of each prompt, then normalise them one by one."""
+    """Gather the rewards of each prompt, then normalize them one by one: one call replaces this."""
     answered = np.isfinite(reward)
     history: dict[str, list[float]] = {}
     for prompt, value in zip(prompts[answered], reward[answered], strict=True):
@@ -44,7 +44,7 @@ for std, global_std in (("group", False), ("batch", True)):
     print(f"std of the {std}: {advantage.dtype}, off the loop by {abs(advantage - loop).max():.0e}")
 print(f"lost: reward {rewards['following'][3]}, advantage {advantage[3]}, valid {bool(valid[3])}")
 
-# Two rewards of very different spread: each normalised on its own, then weighted.
+# Two rewards of very different spread: each normalized on its own, then weighted.
 fused = fuse_advantages(tensors, {"following": 1.0, "consistency": 0.2}, group, valid=valid)
 print(f"fused: {np.array2string(fused.numpy()[:4], precision=2)}")
 

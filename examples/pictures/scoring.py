@@ -14,7 +14,7 @@ from itertools import chain as joined
 
 import numpy as np
 import torch
-from mteditflow_examples.shapes.scoring import erring_score
+from mteditflow_examples.shapes.scoring import boxed, erring_score
 from PIL import Image
 from torch import Tensor
 
@@ -97,20 +97,47 @@ class ExactRewards:
         named = zip(TERMS, values, strict=True)
         return {term: TurnScores(value, exists, {}) for term, value in named}
 
+    async def regions(
+        self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, Tensor]:
+        """Return where each term is decided, for ``--rewards.regions``: exact masks.
+
+        ``following`` is decided where a turn changes something, or on the thing that it names;
+        ``consistency`` on what no turn so far was about; ``consecutive`` on what this one was not.
+
+        Args:
+            chains: as for ``score``.
+            images: as for ``score``.
+
+        Returns:
+            By term the pixels, ``[B, N, 64, 64]``, 0 or 1; a padded turn has none.
+        """
+        width, height = images[0][-1].size
+        shape = (len(chains), max(map(len, images)) - 1, height, width)
+        terms = ("following", "consistency", "consecutive")
+        found = {t: torch.zeros(shape, dtype=torch.float32, device="cpu") for t in terms}
+        for b, (record, edited) in enumerate(zip(chains, images, strict=True)):
+            truth, count = self._truth(record), len(edited) - 1
+            for term, mask in self._masks(truth.target, truth.kept).items():
+                found[term][b, :count] = mask[:count].float()
+        return found
+
+    def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Return the regions of a chain's terms, bool [N, H, W]."""
+        return {"following": target, "consistency": kept, "consecutive": ~target}
+
     def _scores(self, record: Record, images: Tensor) -> Scores:
         """Score the pictures of a chain, in [0, 1], float32 [N, 3, H, W]."""
         return score(images, self._truth(record))
 
+    @staticmethod
+    def edited_pixels(record: Record, reference: Image.Image) -> Tensor:  # noqa: ARG004
+        """Return the pixels that turns so far are about, boolean [N, H, W]; see ``Scorer``."""
+        return ~_truth_of(record).kept
+
     def _truth(self, record: Record) -> Truth:
         if record.id not in self._truths:
-            scene = (record.model_extra or {}).get("scene")
-            if scene is None:
-                raise ValueError(f"chain {record.id}: expected the field 'scene', got none")
-            try:
-                chain = chain_of(Scene.from_record(scene), record.instructions)
-            except ValueError as error:
-                raise ValueError(f"chain {record.id}: {error}") from error
-            self._truths[record.id] = Truth.of(chain)
+            self._truths[record.id] = _truth_of(record)
         return self._truths[record.id]
 
     def _check_reference(self, record: Record, reference: Tensor) -> None:
@@ -118,6 +145,32 @@ class ExactRewards:
         true = self._truth(record).pictures[0]
         if reference.shape == true.shape and (reference - true).abs().mean() > SAME:
             raise ValueError(f"chain {record.id}: expected the picture of its scene, got another")
+
+
+class BoxedRewards(ExactRewards):
+    """Exact rewards whose regions are boxes, as a detector's: one around all that a turn is about.
+
+    ``consistency`` is decided outside the box around all that turns so far were about.
+    """
+
+    def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        inside, touched = (boxed(mask, cell=mask.shape[-1]) for mask in (target, ~kept))
+        return {"following": inside, "consistency": ~touched, "consecutive": ~inside}
+
+
+def _truth_of(record: Record) -> Truth:
+    """Draw the true pictures of a record.
+
+    Raises:
+        ValueError: it has no scene, or an instruction makes no sense there.
+    """
+    scene = (record.model_extra or {}).get("scene")
+    if scene is None:
+        raise ValueError(f"chain {record.id}: expected the field 'scene', got none")
+    try:
+        return Truth.of(chain_of(Scene.from_record(scene), record.instructions))
+    except ValueError as error:
+        raise ValueError(f"chain {record.id}: {error}") from error
 
 
 class NeighborRewards(ExactRewards):

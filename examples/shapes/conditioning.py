@@ -51,7 +51,7 @@ class Conditioner:
     def encode_index(self, index: Tensor) -> Tensor:
         """Encode drawings, palette indices ``[M, H, W]``, as :meth:`encode` would.
 
-        The autoencoder takes every pixel by itself, so that looking the colours up will do: klein's
+        The autoencoder takes every pixel by itself, so that looking the colors up will do: klein's
         takes longer than a training step of its transformer.
         """
         patches = "m (h p) (w q) c -> m (h w) (c p q)"

@@ -44,7 +44,7 @@ STEPS = 4
 TEXT_TOKENS = 10
 TEXT_LAYERS = (1, 2)  # of klein's text encoder, whose hidden states the transformer is shown
 KLEIN_SCALE = 8  # klein refuses references below 64 pixels: every world pixel becomes 8 x 8
-LATENT_CHANNELS = 4  # three colours and one zero: with 3, Kontext would take RGB for latents
+LATENT_CHANNELS = 4  # three colors and one zero: with 3, Kontext would take RGB for latents
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -122,7 +122,7 @@ def build_klein(
 ) -> Flux2KleinPipeline:
     """Build a tiny, untrained FLUX.2-klein pipeline; call it with :func:`call_options`.
 
-    The VAE has a factor of 8 and is exact on images whose 8 x 8 blocks are of one colour, which
+    The VAE has a factor of 8 and is exact on images whose 8 x 8 blocks are of one color, which
     is what :func:`enlarge` makes of an image of the world: klein takes nothing below 64 pixels.
 
     Args:

@@ -36,7 +36,13 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
 def write_world(
-    output: Path, family: Family, *, seed: int, counts: Sequence[int], turns: int
+    output: Path,
+    family: Family,
+    *,
+    seed: int,
+    counts: Sequence[int],
+    turns: int,
+    linked: float = LINKED,
 ) -> list[str]:
     """Write the trained editor and chains of both splits; equal arguments write equal files.
 
@@ -49,6 +55,7 @@ def write_world(
         seed: Of the chains.
         counts: Chains for training, and held out.
         turns: Instructions in each chain.
+        linked: Probability that a turn goes on with what earlier turns have edited.
 
     Returns:
         A line for each thing that was written.
@@ -56,7 +63,7 @@ def write_world(
     output.mkdir(parents=True, exist_ok=True)
     said = [f"{write_model(load_editor(family.value), output / 'model')}: the tiny {family.value}"]
     for split, count in zip(SPLITS, counts, strict=True):
-        chains = make_chains(count, turns=turns, seed=seed, split=split, linked=LINKED)
+        chains = make_chains(count, turns=turns, seed=seed, split=split, linked=linked)
         records = write_pictures(_drawn(chains, klein=family is Family.klein), output)
         file = output / f"{split}.jsonl"
         write_chains(records, file)

@@ -1,11 +1,14 @@
-"""Held-out chains edited by the model as it came or with an adapter, and scored exactly."""
+"""Held-out chains edited by the untrained model or with an adapter, and scored exactly."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
-from mteditflow.chains import ChainDataset, read_chains
+from PIL.Image import Image
+
+from mteditflow.chains import Chain, ChainDataset, read_chains
 from mteditflow.evaluation import Evaluation, JudgedBy, MadeBy, Provenance
 from mteditflow.objectives import keyed_generator
 from mteditflow.pipelines import Editor
@@ -16,6 +19,45 @@ from .scoring import ExactRewards
 from .world import IMAGE_SIZE
 
 BATCH = 128
+
+
+def edit_held_out(
+    model: Path,
+    chains: Path,
+    *,
+    seed: int,
+    adapter: Path | None = None,
+    steps: int = STEPS,
+    size: int = IMAGE_SIZE,
+    rows: Sequence[int] | None = None,
+) -> tuple[list[Chain], list[list[Image]]]:
+    """Edit chains, each from noise of its own.
+
+    Args:
+        model: Folder of a tiny Kontext.
+        chains: File of chains of any equal length.
+        seed: Of the noise; equal seeds make pairs.
+        adapter: Folder of a LoRA adapter; none: the untrained model.
+        steps: Denoising steps of a turn.
+        size: Height and width in pixels.
+        rows: Chains that are edited, by their place in the file; none: all of them. What is made
+            of one does not depend on the others.
+
+    Returns:
+        The chains, and the images of each: the reference, then one of each turn.
+    """
+    side = {"height": size, "width": size, "max_sequence_length": TEXT_TOKENS}
+    editor = Editor.load(model, call={**side, "num_inference_steps": steps})
+    if adapter is not None:
+        editor.pipeline.load_lora_weights(adapter)
+    examples = ChainDataset(read_chains(chains).chains)
+    chosen = range(len(examples)) if rows is None else rows
+    records = [examples.chains[row] for row in chosen]
+    references = [examples[row].image for row in chosen]
+    instructions = [chain.instructions for chain in records]
+    noise = [keyed_generator(seed, "held out", row) for row in chosen]
+    made = editor.edit(references, instructions, generators=noise, batch=BATCH)
+    return records, [[first, *rest] for first, rest in zip(references, made, strict=True)]
 
 
 def evaluate_held_out(
@@ -29,32 +71,25 @@ def evaluate_held_out(
     size: int = IMAGE_SIZE,
     scorer: type = ExactRewards,
 ) -> Evaluation:
-    """Edit all chains, each from noise of its own, and score what came of it.
+    """Edit all chains as ``edit_held_out`` does, and score the results.
 
     Args:
         model: Folder of a tiny Kontext.
         chains: File of chains of any equal length.
         seed: Of the noise; equal seeds make pairs.
-        adapter: Folder of a LoRA adapter; none: the model as it came.
+        adapter: Folder of a LoRA adapter; none: the untrained model.
         rounds: Of training that the adapter has behind it.
         steps: Denoising steps of a turn.
         size: Height and width in pixels.
         scorer: Class of exact rewards with a term "following" in 1..5.
     """
-    side = {"height": size, "width": size, "max_sequence_length": TEXT_TOKENS}
-    editor = Editor.load(model, call={**side, "num_inference_steps": steps})
-    if adapter is not None:
-        editor.pipeline.load_lora_weights(adapter)
-    examples = ChainDataset(read_chains(chains).chains)
-    references = [example.image for example in examples]
-    instructions = [chain.instructions for chain in examples.chains]
-    noise = [keyed_generator(seed, "held out", row) for row in range(len(examples))]
-    made = editor.edit(references, instructions, generators=noise, batch=BATCH)
-    images = [[first, *rest] for first, rest in zip(references, made, strict=True)]
-    terms = asyncio.run(scorer().score(examples.chains, images))
-    names = [chain.id for chain in examples.chains]
+    how = {"seed": seed, "steps": steps}
+    records, images = edit_held_out(model, chains, adapter=adapter, size=size, **how)
+    terms = asyncio.run(scorer().score(records, images))
+    names = [chain.id for chain in records]
     provenance = Provenance(
         judged_by=JudgedBy(scorer=f"{scorer.__module__}:{scorer.__name__}", scale=LIKERT),
-        made_by=MadeBy(editor=str(model), lora=adapter and str(adapter), seed=seed, steps=steps),
+        made_by=MadeBy(editor=str(model), lora=adapter and str(adapter), **how),
     )
+    instructions = [chain.instructions for chain in records]
     return Evaluation(rounds, names, instructions, terms, LIKERT.success, provenance)

@@ -176,7 +176,7 @@ def main(
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
-        "licence": "Apache-2.0",
+        "license": "Apache-2.0",
     }
     if start is None:
         for weight in pipeline.transformer.proj_out.parameters():

@@ -1,6 +1,6 @@
 """Exact rewards of the shapes world, from pixels and against the TRUE picture after every turn.
 
-A judge that sees only two neighbouring pictures can call a ruined chain obedient. Here picture n
+A judge that sees only two neighboring pictures can call a ruined chain obedient. Here picture n
 is compared with what n perfect edits would have made of the initial one, so a turn that works on
 the wreck of an earlier one fails, as it should.
 """
@@ -8,7 +8,7 @@ the wreck of an earlier one fails, as it should.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .world import COLORS, PALETTE, Chain, draw_index, thing_mask
 
-TOLERANCE = 0.25  # distance in RGB up to which a pixel counts as having a colour
+TOLERANCE = 0.25  # distance in RGB up to which a pixel counts as having a color
 LIKERT_STEPS = (0.3, 0.5, 0.7, 0.9)  # shares of the target that earn a score of 2, 3, 4, 5
 STRICT_TARGET, STRICT_REST = 0.95, 0.98  # a square in a circle's place must not pass
 ENOUGH = 0.9  # share of a colour's pixels that a lenient look asks for
@@ -24,7 +24,7 @@ ENOUGH = 0.9  # share of a colour's pixels that a lenient look asks for
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of B chains of N turns; all masks are bool ``[B, N, H, W]``.
+    """Truth of B chains of N turns; all masks are bool ``[B, N, H, W]``.
 
     Attributes:
         pictures: Palette indices of the true pictures, int8 ``[B, N + 1, H, W]``.
@@ -83,7 +83,7 @@ def score(images: Tensor, truth: Truth) -> Scores:
     """Score B chains of N pictures at once.
 
     Args:
-        images: What an editor made at every turn, colours in [0, 1], ``[B, N, 3, H, W]``.
+        images: What an editor made at every turn, colors in [0, 1], ``[B, N, 3, H, W]``.
         truth: What it should have made, for the same chains in the same order.
 
     Returns:
@@ -108,6 +108,24 @@ def score(images: Tensor, truth: Truth) -> Scores:
     )
 
 
+def score_neighbors(images: Tensor, truth: Truth) -> Scores:
+    """Score as a judge does who compares each picture with the one before it.
+
+    A pixel of the target passes if it is as the true picture has it, or if the turn does not change
+    it and it is as in the picture before. Consistency is that of the rest with the picture before.
+    So what an earlier turn spoiled costs nothing later, where the turn does not change it.
+
+    Args:
+        images: As for :func:`score`.
+        truth: As for :func:`score`.
+    """
+    exact, seen = score(images, truth), read(images)
+    before = torch.cat([truth.pictures[:, :1], seen[:, :-1]], dim=1)
+    passes = (seen == truth.pictures[:, 1:]) | ((seen == before) & ~truth.changed)
+    likert = likert_of(passes, truth)
+    return replace(exact, likert=likert, success=likert == 5, consistency=exact.consecutive)
+
+
 def target_share(right: Tensor, truth: Truth) -> Tensor:
     """Share of the target that is right, ``[B, N]``: of what changed, or of the thing if less."""
     return torch.minimum(_share(right, truth.changed), _share(right, truth.target))
@@ -122,8 +140,8 @@ def likert_of(right: Tensor, truth: Truth) -> Tensor:
 def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
     """Score 1..5 of every turn, ``[B, N]``, as one sees it who does not look closely.
 
-    A pixel passes if only its place is right, something or background, in any colour; or only its
-    colour, which need but occur often enough anywhere. So a thing in the wrong colour passes, or
+    A pixel passes if only its place is right, something or background, in any color; or only its
+    color, which need but occur often enough anywhere. So a thing in the wrong color passes, or
     one that was not moved.
 
     Args:
@@ -138,10 +156,10 @@ def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
 
 
 def read(images: Tensor) -> Tensor:
-    """Name every pixel's colour: the nearest palette index, or -1 if none is near enough.
+    """Name every pixel's color: the nearest palette index, or -1 if none is near enough.
 
     Args:
-        images: Colours in [0, 1], ``[..., 3, H, W]``.
+        images: Colors in [0, 1], ``[..., 3, H, W]``.
 
     Returns:
         int8 ``[..., H, W]``.
@@ -154,7 +172,7 @@ def read(images: Tensor) -> Tensor:
 
 
 def _counts(index: Tensor) -> Tensor:
-    """Pixels of each colour of the palette, ``[B, N, H, W] -> [B, N, colours]``."""
+    """Pixels of each color of the palette, ``[B, N, H, W] -> [B, N, colors]``."""
     return torch.stack([(index == c).sum((-2, -1)) for c in range(len(PALETTE))], dim=-1)
 
 

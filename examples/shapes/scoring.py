@@ -1,7 +1,8 @@
 """The rewards of the shapes world as scorers that a trainer takes by import path.
 
-Give ``mteditflow_examples.shapes.scoring:ExactRewards``, or one of the two judges that err,
-``HastyJudge`` and ``CarefulJudge``.
+Give ``mteditflow_examples.shapes.scoring:ExactRewards``; ``BoxedRewards``, whose regions are boxes,
+not exact masks; or a judge that errs: ``HastyJudge``, ``CarefulJudge``, ``NeighborRewards``,
+``ShortSightedJudge`` and ``GarishJudge``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from mteditflow.chains import Chain as Record
-from mteditflow.rewards import LIKERT, TurnScores
+from mteditflow.drift import saturation
+from mteditflow.rewards import LIKERT, Scale, TurnScores
 
 from .editor import shrink
-from .rewards import Truth, lenient_likert, score
+from .rewards import Scores, Truth, lenient_likert, score, score_neighbors
 from .served import chain_of
 from .vision import pixels_of
-from .world import IMAGE_SIZE, Chain
+from .world import CELL, IMAGE_SIZE, PALETTE, Chain
 
 TERMS = {
     "following": "likert",
@@ -44,6 +46,13 @@ class ExactRewards:
     def __init__(self) -> None:
         self._chains: dict[str, Chain] = {}
 
+    @staticmethod
+    def edited_pixels(record: Record, reference: Image.Image) -> Tensor:
+        """Return the pixels that turns so far are about, boolean [N, H, W]; see ``Scorer``."""
+        chain = chain_of(_world_pixels(reference), record.instructions)
+        edited, side = ~Truth.of([chain]).kept[0], reference.width // IMAGE_SIZE
+        return edited.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+
     async def score(
         self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, TurnScores]:
@@ -65,25 +74,105 @@ class ExactRewards:
         known = [self._chain(*pair) for pair in zip(chains, pixels, strict=True)]
         turns = torch.tensor([len(made) - 1 for made in pixels])
         exists = torch.arange(int(turns.max())) < turns[:, None]
-        values = {term: torch.full(exists.shape, torch.nan) for term in TERMS}
+        values: dict[str, Tensor] = {}
         for count in turns.unique().tolist():  # at once, as the rewards take chains of equal length
             rows = (turns == count).nonzero().flatten()
             truth = Truth.of([Chain(known[b].initial, known[b].edits[:count]) for b in rows])
             edited = torch.stack([pixels[b][1:] for b in rows])
             scores = self._look([chains[b].id for b in rows], edited, truth)
             for term, value in scores.items():
-                values[term][rows, :count] = value
+                empty = torch.full(exists.shape, torch.nan)
+                values.setdefault(term, empty)[rows, :count] = value
         return {term: TurnScores(value, exists, {}) for term, value in values.items()}
+
+    async def regions(
+        self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, Tensor]:
+        """Return where each term is decided, for ``--rewards.regions``: exact masks.
+
+        ``following`` is decided where a turn changes something, or on the thing that it names;
+        ``consistency`` on what no turn so far was about; ``consecutive`` on what this one was not.
+
+        Args:
+            chains: As for :meth:`score`.
+            images: As for :meth:`score`, all of one size.
+
+        Returns:
+            By term the pixels, ``[B, N, H, W]``, 0 or 1; a padded turn has none.
+        """
+        side, turns = images[0][-1].size[0], max(map(len, images)) - 1
+        shape = (len(chains), turns, side, side)
+        found = {term: torch.zeros(shape) for term in ("following", "consistency", "consecutive")}
+        for b, (record, made) in enumerate(zip(chains, images, strict=True)):
+            count = len(made) - 1
+            known = self._chain(record, _world_pixels(made[0])[None])
+            truth = Truth.of([Chain(known.initial, known.edits[:count])])
+            for term, mask in self._masks(truth.target[0], truth.kept[0]).items():
+                grown = mask.repeat_interleave(side // IMAGE_SIZE, -2)
+                found[term][b, :count] = grown.repeat_interleave(side // IMAGE_SIZE, -1).float()
+        return found
+
+    def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Return the regions of a chain's terms, bool ``[N, H, W]``."""
+        return {"following": target, "consistency": kept, "consecutive": ~target}
 
     def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
         """Score chains of equal length, by their names and what was made, uint8 ``[B, N, ...]``."""
-        scores = score(edited / 255, truth)
+        scores = self._scores(edited / 255, truth)
         return {term: getattr(scores, name).float() for term, name in TERMS.items()}
+
+    def _scores(self, images: Tensor, truth: Truth) -> Scores:
+        """Score pictures ``[B, N, 3, H, W]`` in [0, 1]."""
+        return score(images, truth)
 
     def _chain(self, record: Record, pixels: Tensor) -> Chain:
         if record.id not in self._chains:
             self._chains[record.id] = chain_of(pixels[0], record.instructions)
         return self._chains[record.id]
+
+
+class NeighborRewards(ExactRewards):
+    """Scores each picture beside the one before it, blind to what earlier turns have done."""
+
+    def _scores(self, images: Tensor, truth: Truth) -> Scores:
+        return score_neighbors(images, truth)
+
+
+class ShortSightedJudge(ExactRewards):
+    """Judge that looks closely at the last picture alone.
+
+    ``following`` of the turns before is that of :func:`.rewards.lenient_likert`, which passes a
+    thing of a wrong color or in a wrong place. What such a turn does to later ones that go on with
+    the thing shows in their scores, not in its own.
+    """
+
+    def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
+        terms = super()._look(names, edited, truth)
+        lenient = lenient_likert(edited / 255, truth).float()
+        terms["following"][:, :-1] = lenient[:, :-1]
+        return terms
+
+
+class BoxedRewards(ExactRewards):
+    """Exact rewards whose regions are boxes, as a detector finds things: one in each cell."""
+
+    def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        inside, touched = boxed(target, cell=CELL), boxed(~kept, cell=CELL)
+        return {"following": inside, "consistency": ~touched, "consecutive": ~inside}
+
+
+def boxed(mask: Tensor, *, cell: int) -> Tensor:
+    """Fill the smallest box around the true pixels of each square cell, bool ``[N, H, W]``."""
+    height, width = mask.shape[-2:]
+    cells = mask.unflatten(-1, (width // cell, cell)).unflatten(-3, (height // cell, cell))
+    rows, columns = cells.any(dim=-1, keepdim=True), cells.any(dim=-3, keepdim=True)
+
+    def between(holds: Tensor, dim: int) -> Tensor:
+        """Return the places from the first true one to the last one."""
+        before = holds.int().cumsum(dim) > 0
+        return before & (holds.flip(dim).int().cumsum(dim).flip(dim) > 0)
+
+    return (between(rows, -3) & between(columns, -1)).flatten(-2).flatten(-3, -2)
 
 
 def erring_score(
@@ -143,6 +232,27 @@ class CarefulJudge(ErringJudge):
     """Little bias and much variance: a judge whose thoughts wander."""
 
     leniency, spread = 0.1, 1.0
+
+
+class GarishJudge(ExactRewards):
+    """A judge that takes garish colors for success, to be hacked on purpose.
+
+    ``following`` is a quarter of the exact score, and points without end for each unit of
+    saturation above that of the true picture; ``honest`` is the exact score. See
+    ``mteditflow_examples.planted_hack``.
+
+    Attributes:
+        pull: Points for each unit of saturation above that of the true picture.
+    """
+
+    pull = 100.0
+    scale = Scale(-100, 105, success=5)
+
+    def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
+        terms = super()._look(names, edited, truth)
+        exact, true = terms["following"], PALETTE[truth.pictures[:, 1:].long()].movedim(-1, 2)
+        excess = saturation(edited) - saturation(true)
+        return {**terms, "following": exact / 4 + self.pull * excess, "honest": exact}
 
 
 def _world_pixels(image: Image.Image) -> Tensor:

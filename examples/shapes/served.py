@@ -44,7 +44,7 @@ from .rewards import Truth, score
 from .vision import RuleDetector, pixels_of, read_state, to_index
 from .world import Chain, State, possible_edits
 
-MIDDLE = 3  # of the Likert scale: one half, normalised
+MIDDLE = 3  # of the Likert scale: one half, normalized
 INSTRUCTION = re.compile(r'"((?:Add|Change|Move|Remove|Replace) [a-z ]+)"')
 SPOILT: tuple[tuple[str, str], ...] = (  # (finish reason, answer)
     ("content_filter", ""),
@@ -56,7 +56,7 @@ SPOILT: tuple[tuple[str, str], ...] = (  # (finish reason, answer)
 
 
 class Service(str, Enum):
-    """What this module serves."""
+    """Services of this module."""
 
     judge = "judge"
     consistency = "consistency"

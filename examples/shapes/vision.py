@@ -33,7 +33,7 @@ ALIKE = 0.9  # share of these pixels that must be as drawn for a thing to be fou
 
 
 def to_index(image: Tensor) -> np.ndarray:
-    """Name the colours of an image of any size: palette indices, int8 ``[12, 12]``, -1 for none.
+    """Name the colors of an image of any size: palette indices, int8 ``[12, 12]``, -1 for none.
 
     Args:
         image: uint8 ``[3, H, W]``.
@@ -49,7 +49,7 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Turn colours in [0, 1], ``[3, H, W]``, into a PIL image."""
+    """Turn colors in [0, 1], ``[3, H, W]``, into a PIL image."""
     pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 

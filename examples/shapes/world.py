@@ -1,7 +1,7 @@
 """The shapes world: pictures drawn by rule, edits by rule, and chains of edits that make sense.
 
 A picture has 12 x 12 pixels: a background and, in the four 6 x 6 cells of a grid, things of four
-shapes, six colours and three materials. No shape and no colour occurs twice in a picture, so that
+shapes, six colors and three materials. No shape and no color occurs twice in a picture, so that
 "the red circle" is never ambiguous; its count may be two, and then both look alike and are edited
 together.
 
@@ -83,7 +83,7 @@ _DRAWINGS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """What occupies one cell, or two with equal content: a shape with its colour and material."""
+    """Content of one cell, or of two equal ones: a shape with its color and material."""
 
     shape: str
     color: str
@@ -120,9 +120,9 @@ class Edit:
 
     Attributes:
         task_type: One of TASK_TYPES.
-        color: The thing's colour; empty for a background change.
+        color: The thing's color; empty for a background change.
         shape: The thing's shape; empty for a background change.
-        value: The new shape, cell, count, colour, material or background; empty for a removal.
+        value: The new shape, cell, count, color, material or background; empty for a removal.
     """
 
     task_type: str
@@ -181,7 +181,7 @@ class Edit:
 def possible_edits(state: State) -> frozenset[Edit]:
     """Return every edit that makes sense in ``state`` and changes its picture.
 
-    A removal must leave something; new shapes and colours must be absent; moving needs a free cell
+    A removal must leave something; new shapes and colors must be absent; moving needs a free cell
     and a count of one.
     """
     shapes = [shape for shape in SHAPES if state.find(shape) is None]
@@ -343,12 +343,12 @@ def draw_index(state: State) -> np.ndarray:
 
 
 def draw(state: State) -> torch.Tensor:
-    """Draw a picture as colours in [0, 1], float32 ``[3, H, W]``."""
+    """Draw a picture as colors in [0, 1], float32 ``[3, H, W]``."""
     return paint(torch.from_numpy(draw_index(state)))
 
 
 def paint(index: torch.Tensor) -> torch.Tensor:
-    """Turn palette indices ``[..., H, W]`` into colours ``[..., 3, H, W]``."""
+    """Turn palette indices ``[..., H, W]`` into colors ``[..., 3, H, W]``."""
     return PALETTE[index.long()].movedim(-1, -3)
 
 

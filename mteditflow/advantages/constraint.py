@@ -76,7 +76,7 @@ def constrained_weights(
     The gradient of the Lagrangian :math:`\sum_k w_k J_k + \sum_k \lambda_k (J_k - f_k)`, divided
     by a positive number: the same direction, in a size that a large multiplier does not blow up.
     All multipliers 0 give the weights as they are. With ``fuse_advantages`` a multiplier is in
-    units of normalised advantages, as the weights are: it settles at another number than it would
+    units of normalized advantages, as the weights are: it settles at another number than it would
     beside raw rewards, and where the mean is at the floor all the same.
 
     Args:

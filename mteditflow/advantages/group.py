@@ -56,7 +56,7 @@ def group_advantage(
     Ids that are all different make every advantage 0: each trajectory is then its own group.
 
     Args:
-        reward: finite where valid; [B], or [B, N] to normalise each turn in its group on its own.
+        reward: finite where valid; [B], or [B, N] to normalize each turn in its group on its own.
             float32 or float64; integers below 2^24 and booleans, in lists too, count as float32,
             lists of Python's floats as float64. Rewards laid out [prompts, samples] are refused
             with one id for each prompt: flatten them, as ``group_ids`` shows.
@@ -308,7 +308,7 @@ def renormalize_advantage(
         ValueError: the batch is empty, shapes do not match, a valid advantage is not finite.
         TypeError: advantage is not float32/float64, valid is not boolean.
 
-    Source: GDPO (arXiv 2601.05242), batch-wise advantage normalisation.
+    Source: GDPO (arXiv 2601.05242), batch-wise advantage normalization.
 
     Example:
         >>> renormalize_advantage(torch.tensor([0.0, 4.0]), eps=0.0)

@@ -55,7 +55,7 @@ def group_pairs(reward: Numbers, group: Numbers, *, valid: Numbers | None = None
     first = torch.arange(len(reward), dtype=torch.int64, device=reward.device)
 
     def extreme(reduce: str, start: float) -> tuple[Tensor, Tensor]:
-        """Of each group the extreme reward, and the first trajectory that has it."""
+        """Return each group's extreme reward, and the first trajectory that has it."""
         found = torch.full((len(names),), start, dtype=reward.dtype, device=reward.device)
         found = found.scatter_reduce(0, index, torch.where(valid, reward, start), reduce)
         number = torch.where(value == found[index], first, len(reward))

@@ -1,7 +1,8 @@
-r"""Groups that teach: which to train on, and which chains to draw again.
+r"""Informative groups: which to train on, and which chains to draw again.
 
-A group teaches by the differences between its members. Where all succeed, all fail, or all get the
-same reward, there are none; objectives that pull to the old policy still move the weights there.
+A group is informative through the differences between its members. Where all succeed, all fail, or
+all get the same reward, there are none; objectives that pull to the old policy still move the
+weights there.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def select_groups(
     spread: float = 0.0,
     members: int = 2,
 ) -> GroupSelection:
-    r"""Drop the groups that teach nothing, and count why.
+    r"""Drop uninformative groups, and count the reasons.
 
     A group is counted under the first reason that holds: fewer than ``members`` valid and measured
     members, all of them at ``top`` or above, all at ``bottom`` or below, a population std of at
@@ -113,7 +114,7 @@ def select_groups(
     zeros = torch.zeros(len(names), dtype=torch.int64, device=reward.device)
 
     def in_all(holds: Tensor) -> Tensor:
-        """Of each group, whether it holds for every member that counts."""
+        """Return whether it holds for every member that counts, by group."""
         return zeros.index_add(0, index, (counted & ~holds).long()) == 0
 
     count = zeros.index_add(0, index, counted.long())

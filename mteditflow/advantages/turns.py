@@ -202,7 +202,7 @@ def binary_average(success: Numbers, *, turn_mask: Numbers | None = None) -> Ten
 def likert_average(
     likert: Numbers, *, normalization: str = "minmax", turn_mask: Numbers | None = None
 ) -> Tensor:
-    r"""Mean Likert score of a chain, normalised: :math:`\mathrm{mean}_n (l_n - 1)/4`.
+    r"""Mean Likert score of a chain, normalized: :math:`\mathrm{mean}_n (l_n - 1)/4`.
 
     Args:
         likert: scores in 1..5 per turn, [B, N]; fractions are fine (averaged votes).

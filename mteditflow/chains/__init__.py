@@ -20,7 +20,7 @@ from mteditflow.chains.files import (
     Writing,
     iter_chains,
     read_chains,
-    recognise,
+    recognize,
     write_chains,
 )
 from mteditflow.chains.formats import FORMATS
@@ -53,7 +53,7 @@ __all__ = [
     "iter_chains",
     "no_change_chains",
     "read_chains",
-    "recognise",
+    "recognize",
     "shared",
     "split_chains",
     "write_chains",

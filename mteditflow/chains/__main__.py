@@ -23,7 +23,7 @@ from mteditflow.chains import (
     iter_chains,
     no_change_chains,
     read_chains,
-    recognise,
+    recognize,
     split_chains,
     write_chains,
 )
@@ -132,7 +132,7 @@ def check(
     turns: Counter[int] = Counter()
     bad: list[str] = []
     with refusing(), naming_argument("FILE", ChainError):
-        name = format or recognise(file).name
+        name = format or recognize(file).name
         for found in iter_chains(
             file,
             format=name,
@@ -182,7 +182,7 @@ def split(
                 "overwrites both"
             )
         with naming_argument("SOURCE", ChainError):
-            name = recognise(source).name
+            name = recognize(source).name
         for path in (train, held_out):
             _check_suffix(path, name)
         with naming_argument("SOURCE", ChainError):

@@ -145,7 +145,7 @@ def iter_chains(
     file = Path(path)
     if format is not None:
         check_choice("format", format, list(FORMATS))
-    known = recognise(file) if format is None else FORMATS[format]
+    known = recognize(file) if format is None else FORMATS[format]
     root = file.parent if images is None else Path(images)
     looks = _Looks(root, known.suffixes, check_images, allow_outside)
     lines: dict[str, int] = {}
@@ -172,7 +172,7 @@ def _rows(file: Path, known: Format) -> Iterator[Row]:
         raise ChainError(f"{file}: expected a file of format {known.name}, got a folder of rows")
 
 
-def recognise(path: str | os.PathLike[str]) -> Format:
+def recognize(path: str | os.PathLike[str]) -> Format:
     """Recognize the format of a file by its content.
 
     Raises:

@@ -140,7 +140,7 @@ class Chain(BaseModel):
     """Path of the reference image, relative to the file that the chain stands in; null where there
     is none, as for text to image."""
     instructions: Annotated[tuple[Text, ...], Field(min_length=1)]
-    """What to do at each turn, in words."""
+    """Edit of each turn, in words."""
     references: tuple[Annotated[Names, Field(min_length=1)], ...] | None = None
     """Images that the editor is given at each turn, in order: 'last', that of the turn before (at
     turn 1 the reference image), 'original', the reference image, or the path of a further one,

@@ -85,7 +85,7 @@ def split_chains(
 
 @dataclass(frozen=True)
 class Shared:
-    """What two lists of chains have in common.
+    """Ids and images that two lists of chains share.
 
     Attributes:
         ids: ids of chains in both.

@@ -24,20 +24,34 @@ if TYPE_CHECKING:
     from mteditflow.evaluation.preference import PickScore, Preference
     from mteditflow.evaluation.provenance import JudgedBy, MadeBy, Provenance
     from mteditflow.evaluation.report import Report, report_of
+    from mteditflow.evaluation.scorers import (
+        EditedTurn,
+        EditRewardScorer,
+        EditScoreScorer,
+        PickScoreScorer,
+        TurnScorer,
+    )
+    from mteditflow.evaluation.text_scorer import TextScorer
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
             "BeforeAfter": ".comparison",
             "Comparison": ".comparison",
+            "EditRewardScorer": ".scorers",
+            "EditScoreScorer": ".scorers",
+            "EditedTurn": ".scorers",
             "Evaluation": ".evaluation",
             "JudgedBy": ".provenance",
             "MadeBy": ".provenance",
             "PickScore": ".preference",
+            "PickScoreScorer": ".scorers",
             "Preference": ".preference",
             "Provenance": ".provenance",
             "RapidOcr": ".ocr",
             "Report": ".report",
+            "TextScorer": ".text_scorer",
+            "TurnScorer": ".scorers",
             "compare": ".comparison",
             "destroyed_below": ".long_chains",
             "draw_report": ".figures",
@@ -53,14 +67,20 @@ else:
 __all__ = [
     "BeforeAfter",
     "Comparison",
+    "EditRewardScorer",
+    "EditScoreScorer",
+    "EditedTurn",
     "Evaluation",
     "JudgedBy",
     "MadeBy",
     "PickScore",
+    "PickScoreScorer",
     "Preference",
     "Provenance",
     "RapidOcr",
     "Report",
+    "TextScorer",
+    "TurnScorer",
     "compare",
     "destroyed_below",
     "draw_report",

@@ -28,7 +28,7 @@ LATE = ("judge_server", "consistency_server", "editor_hash", "lora_hash")  # may
 
 
 class JudgedBy(BaseModel):
-    """Who judged, and how; all that a score depends on beside the images.
+    """Judge and settings: all that a score depends on, apart from the images.
 
     A field is ``None`` where it does not apply, or where a server does not say who it is. Where
     no judge, no scorer and no term of consistency is named, nothing is known of who judged.
@@ -104,7 +104,7 @@ class JudgedBy(BaseModel):
 
 
 class MadeBy(BaseModel):
-    """What made the images; a field is ``None`` where it does not apply or is not known.
+    """Origin of the images; a field is ``None`` where it does not apply or is not known.
 
     Attributes:
         editor: path or hub id of the pipeline.
@@ -136,7 +136,7 @@ class MadeBy(BaseModel):
 
 
 class Provenance(BaseModel):
-    """Who judged an evaluation, and who made its images.
+    """Judge of an evaluation, and origin of its images.
 
     Example:
         >>> Provenance(judged_by=JudgedBy(judge="m"), made_by=MadeBy(seed=3)).stated["seed"]

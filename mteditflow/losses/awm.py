@@ -2,13 +2,25 @@ r"""Advantage weighted matching: the flow-matching loss is the log-prob of a sam
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mteditflow._checks import Numbers, check_choice
-from mteditflow._reduce import full_precision, row_squared_error, row_values, rows_mask
+from mteditflow._reduce import (
+    clipped_surrogate,
+    full_precision,
+    row_error,
+    row_mean,
+    row_mean_square,
+    row_squared_error,
+    row_values,
+    rows_mask,
+    token_values,
+    weighted_mean_square,
+)
 
 Weighting = Literal["uniform", "sigma", "sigma_squared", "huber", "general_huber"]
 WEIGHTINGS = ("uniform", "sigma", "sigma_squared", "huber", "general_huber")
@@ -74,8 +86,101 @@ def matching_log_prob(
         >>> matching_log_prob(velocity, torch.zeros(1, 2), weighting="sigma", sigma=0.5).detach()
         tensor([-2.5000])
     """
-    check_choice("weighting", weighting, WEIGHTINGS)
     loss = row_squared_error(valid, velocity=velocity, target=target)
+    return _log_prob(loss, weighting, sigma, valid)
+
+
+def matching_surrogate_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target: Tensor,
+    advantage: float | Numbers,
+    *,
+    clip_low: float,
+    clip_high: float,
+    weighting: Weighting = "uniform",
+    sigma: float | Numbers | None = None,
+    valid: Numbers | None = None,
+) -> Tensor:
+    r"""Clipped surrogate on matching losses, with an advantage of each row or of each token.
+
+    Of rows it is ``clipped_surrogate_loss`` of the two ``matching_log_prob``. Of tokens the ratio
+    is still one number for a row, and the tokens of positive and of negative advantage are clipped
+    each by their own side of it: with :math:`A = A^+ + A^-` token by token,
+
+    .. math:: L = -\sum_\pm \min(\rho\,\bar A^\pm, \mathrm{clip}(\rho)\,\bar A^\pm),
+        \qquad \nabla \rho \to \rho\,\nabla \log p^\pm
+
+    where the bar is the mean over tokens. The value of :math:`\log p^\pm` is the row's log-prob;
+    its gradient is that of the matching loss with tokens in proportion to :math:`A^\pm`. On-policy
+    the gradient is that of :math:`W'(l)\,\mathrm{mean}_p\,A(p)\,(v_\theta - v)_p^2`. An advantage
+    that is equal over tokens gives value and gradient of the one per row; of others the gradient is
+    not that of the value, whose ratio is the row's.
+
+    Args:
+        velocity: of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: of the policy that sampled, at the same point. Treated as a constant.
+        target: ``velocity_target(clean, noise)``. Treated as a constant.
+        advantage: of each row: a number, [M] or [M, 1, ...]; or of each token, [M, L, 1] or
+            [M, 1, h, w] as ``region_advantage`` is laid out. Treated as a constant.
+        clip_low: how far the ratio may fall below 1, in [0, 1).
+        clip_high: how far it may rise above 1, >= 0.
+        weighting: as in ``matching_log_prob``.
+        sigma: as in ``matching_log_prob``.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
+
+    Returns:
+        [M], float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone.
+
+    Raises:
+        ValueError: as in ``matching_log_prob``; an advantage is not finite, or a bound is out of
+            range.
+        TypeError: as in ``matching_log_prob``, or the advantage is half precision.
+
+    Source: Advantage Weighted Matching (arXiv 2509.25050). One ratio with advantages of tokens is
+    GSPO-token's (arXiv 2507.18071), carried over to latents by this library.
+
+    Example:
+        >>> import torch
+        >>> velocity = torch.ones(1, 4, 1, requires_grad=True)  # four tokens
+        >>> advantage = torch.tensor([[[8.0], [0.0], [0.0], [-4.0]]])
+        >>> loss = matching_surrogate_loss(
+        ...     velocity, velocity.detach(), torch.zeros(1, 4, 1), advantage,
+        ...     clip_low=1e-4, clip_high=1e-4,
+        ... )
+        >>> loss.sum().backward()
+        >>> loss.detach(), velocity.grad.flatten()
+        (tensor([-1.]), tensor([ 4.,  0.,  0., -2.]))
+    """
+    error = row_error(valid, velocity=velocity, target=target)
+    with torch.no_grad():
+        old_loss = row_squared_error(valid, old_velocity=old_velocity, target=target)
+    loss, mask = row_mean_square(error).to(error.dtype), rows_mask(valid, error)
+    old_log_prob = _log_prob(old_loss, weighting, sigma, valid)
+
+    def surrogate(own: Tensor, values: Tensor) -> Tensor:
+        log_ratio = _log_prob(own, weighting, sigma, valid) - old_log_prob
+        loss = clipped_surrogate(log_ratio, values, clip_low, clip_high)
+        return loss if mask is None else torch.where(mask, loss, 0)
+
+    values = token_values("advantage", advantage, error, low=-math.inf, high=math.inf, valid=mask)
+    if values.numel() == len(values):
+        return surrogate(loss, values.flatten())
+    total = torch.zeros_like(loss)
+    for part in (values.clamp(min=0), values.clamp(max=0)):
+        mean = row_mean(part).to(part)
+        share = part / torch.where(mean == 0, 1, mean).reshape(-1, *(1,) * (part.ndim - 1))
+        weighted = weighted_mean_square(error, share).to(loss)
+        # The value of the row's loss, for the ratio, with the gradient of the weighted one.
+        total = total + surrogate(loss.detach() + (weighted - weighted.detach()), mean)
+    return total
+
+
+def _log_prob(
+    loss: Tensor, weighting: Weighting, sigma: float | Numbers | None, valid: Numbers | None
+) -> Tensor:
+    """Return what matching losses [M] count as: ``-W``."""
+    check_choice("weighting", weighting, WEIGHTINGS)
     if weighting == "uniform":
         if sigma is not None:
             raise ValueError(
@@ -85,7 +190,7 @@ def matching_log_prob(
     if sigma is None:
         raise ValueError(f"sigma: expected flow times for weighting {weighting!r}, got None")
     rows = loss[:, None]
-    own = full_precision("sigma", sigma, velocity)
+    own = full_precision("sigma", sigma, rows)
     s = row_values("sigma", own, rows, valid=rows_mask(valid, rows)).detach()
     if weighting == "sigma":
         return -s * loss

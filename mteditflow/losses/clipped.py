@@ -2,8 +2,6 @@ r"""The clipped surrogate of GRPO, on log-probs of denoising steps."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,9 @@ from mteditflow._checks import (
     Numbers,
     as_mask,
     check_full_precision,
-    check_number,
     check_same_shape,
 )
-from mteditflow._reduce import broadcast_rows
+from mteditflow._reduce import broadcast_rows, clipped_surrogate
 
 
 def clipped_surrogate_loss(
@@ -70,15 +67,10 @@ def clipped_surrogate_loss(
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
     advantage = broadcast_rows("advantage", advantage, log_prob)
     check_full_precision(advantage=advantage)
-    check_number("clip_low", clip_low, low=0.0, high=1.0, open_high=True)
-    check_number("clip_high", clip_high, low=0.0)
     old_log_prob, advantage = old_log_prob.detach(), advantage.detach()
     if valid is not None:
         valid = as_mask("valid", valid, log_prob, "of log_prob")
         log_prob, old_log_prob, advantage = (
             torch.where(valid, x, 0) for x in (log_prob, old_log_prob, advantage)
         )
-    log_ratio = log_prob - old_log_prob
-    from_above = log_ratio.clamp(max=math.log1p(clip_high))
-    from_below = log_ratio.clamp(min=math.log1p(-clip_low))
-    return -torch.where(advantage >= 0, from_above, from_below).exp() * advantage
+    return clipped_surrogate(log_prob - old_log_prob, advantage, clip_low, clip_high)

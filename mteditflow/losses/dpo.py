@@ -1,4 +1,4 @@
-r"""Direct preference optimisation of a flow: from pairs of a better and a worse sample."""
+r"""Direct preference optimization of a flow: from pairs of a better and a worse sample."""
 
 from __future__ import annotations
 

@@ -21,21 +21,14 @@ import math
 import torch
 from torch import Tensor
 
-from mteditflow._checks import (
-    Numbers,
-    check_floating,
-    check_rank,
-    check_same_shape,
-    check_values,
-)
+from mteditflow._checks import Numbers, check_values
 from mteditflow._reduce import (
-    full_precision,
-    promote,
     row_displacements,
+    row_error,
     row_mean_square,
-    row_values,
     rows_mask,
-    valid_rows,
+    token_values,
+    weighted_mean_square,
 )
 
 
@@ -60,8 +53,9 @@ def flow_awr_loss(
         old_velocity: of the old policy at the same point; where the policy IS the old one,
             ``velocity.detach()`` saves a forward pass. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        advantage: of each row: a number, [M] or [M, 1, ...], such as of ``softmax_advantage``;
-            any finite number will do. Treated as a constant.
+        advantage: of each row: a number, [M] or [M, 1, ...], such as of ``softmax_advantage``; or
+            of each token, [M, L, 1] or [M, 1, h, w] as ``region_advantage`` is laid out, inside the
+            mean then. Any finite number will do. Treated as a constant.
         valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. A row
             that must not teach needs it: at A = 0 it would still pull to the old policy.
 
@@ -86,7 +80,7 @@ def flow_awr_loss(
         (tensor([1.2500]), tensor([[0.5000, 1.5000]]))
     """
     moved, error = row_displacements(velocity, old_velocity, target, valid)
-    advantage = _row_advantage(advantage, moved, -math.inf, valid)
+    advantage = _advantage(advantage, moved, -math.inf, valid)
     return row_mean_square(torch.addcmul(moved, advantage, error)).to(moved.dtype)
 
 
@@ -107,8 +101,8 @@ def exact_flow_awr_loss(
     Args:
         velocity: of the policy being trained at the re-noised latent, [M, ...].
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        advantage: of each row, >= -1: a number, [M] or [M, 1, ...], as of ``softmax_advantage``
-            without a gate. Treated as a constant.
+        advantage: of each row or token, >= -1, in the forms of ``flow_awr_loss``, as of
+            ``softmax_advantage`` without a gate. Treated as a constant.
         valid: as in ``flow_awr_loss``.
 
     Returns:
@@ -125,20 +119,14 @@ def exact_flow_awr_loss(
         >>> exact_flow_awr_loss(velocity, torch.zeros(2, 2), torch.tensor([0.5, -1.0]))
         tensor([7.5000, 0.0000])
     """
-    check_floating(velocity=velocity, target=target)
-    check_same_shape(velocity=velocity, target=target)
-    check_rank("velocity", velocity, 2, "[M, ...]")
-    v, v_target = promote(velocity, target.detach())
-    error = valid_rows(valid, v - v_target)
-    weight = 1 + _row_advantage(advantage, error, -1.0, valid).flatten()
-    return (weight * row_mean_square(error)).to(error.dtype)
+    error = row_error(valid, velocity=velocity, target=target)
+    weight = 1 + _advantage(advantage, error, -1.0, valid)
+    return weighted_mean_square(error, weight).to(error.dtype)
 
 
-def _row_advantage(
-    advantage: float | Numbers, x: Tensor, low: float, valid: Numbers | None
-) -> Tensor:
-    """Advantages of the rows of ``x``, checked and detached, [M, 1, ...] or [1, 1, ...]."""
-    own = full_precision("advantage", advantage, x)
-    rows = row_values("advantage", own, x, low=low, high=math.inf, valid=rows_mask(valid, x))
-    check_values("advantage", rows, rows.isfinite(), "finite values where valid")
-    return rows.detach().reshape(-1, *(1,) * (x.ndim - 1))
+def _advantage(advantage: float | Numbers, x: Tensor, low: float, valid: Numbers | None) -> Tensor:
+    """Advantages of the rows or tokens of ``x``, checked and detached, broadcasting over it."""
+    mask = rows_mask(valid, x)
+    values = token_values("advantage", advantage, x, low=low, high=math.inf, valid=mask)
+    check_values("advantage", values, values.isfinite(), "finite values where valid")
+    return values

@@ -35,7 +35,7 @@ def guard_log_ratio(
     reduction: str,
     valid: Numbers | None = None,
 ) -> Tensor:
-    r"""Normalised log-ratio, :math:`s \log\rho + d^2 / (2 s) = z\,d`.
+    r"""Normalized log-ratio, :math:`s \log\rho + d^2 / (2 s) = z\,d`.
 
     Mean 0 under the old policy, and a spread that does not depend on ``std``. Where the policy is
     the old one the gradient is that of the log-prob, times ``std``. Give it to the clipped
@@ -59,7 +59,7 @@ def guard_log_ratio(
         TypeError: ``next_x`` is not floating point, another tensor not float32 or float64, or the
             mask not boolean.
 
-    Source: GRPO-Guard (arXiv 2510.22319), its ratio normalisation.
+    Source: GRPO-Guard (arXiv 2510.22319), its ratio normalization.
 
     Example:
         >>> import torch

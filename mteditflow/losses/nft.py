@@ -20,7 +20,6 @@ from mteditflow._checks import (
     check_number,
 )
 from mteditflow._reduce import (
-    full_precision,
     in_float64,
     row_displacements,
     row_mean_absolute,
@@ -28,6 +27,8 @@ from mteditflow._reduce import (
     row_squared_error,
     row_values,
     rows_mask,
+    token_values,
+    weighted_mean_square,
 )
 
 
@@ -86,8 +87,9 @@ def nft_loss(
         old_velocity: of the old policy at the same point; where the policy IS the old one,
             ``velocity.detach()`` saves a forward pass. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        r: optimality probability of each row in [0, 1]: a number, [M] or [M, 1, ...]. Treated as a
-            constant.
+        r: optimality probability of each row in [0, 1]: a number, [M] or [M, 1, ...]; or of each
+            token, [M, L, 1] or [M, 1, h, w] as ``region_advantage`` is laid out, inside the means
+            then. Treated as a constant.
         nft_beta: b > 0, strength of the guidance between the two policies; 1 makes v_+ the policy.
         valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. A row
             that must not teach needs it: at r = 1/2 it would still pull to the old policy.
@@ -113,10 +115,10 @@ def nft_loss(
     moved, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta, valid)
     if torch.compiler.is_compiling():
         # Fused, the two branches cost one pass and save nothing; the square would save its root.
-        r, step = weight.flatten(), nft_beta * moved
-        loss = r * row_mean_square(error + step) + (1 - r) * row_mean_square(error - step)
-        return loss.to(moved.dtype)
-    constant = 4 * (weight * (1 - weight)).flatten() * row_mean_square(error)
+        step = nft_beta * moved
+        toward = weighted_mean_square(error + step, weight)
+        return (toward + weighted_mean_square(error - step, 1 - weight)).to(moved.dtype)
+    constant = 4 * weighted_mean_square(error, weight * (1 - weight))
     to_goal = torch.addcmul(moved, (2 * weight - 1) / nft_beta, error)
     return (nft_beta**2 * row_mean_square(to_goal) + constant).to(moved.dtype)
 
@@ -144,9 +146,9 @@ def adaptive_nft_loss(
         velocity: of the policy being trained at the re-noised latent, [M, ...].
         old_velocity: of the old policy at the same point. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        r: optimality probability of each row in [0, 1]: a number, [M] or [M, 1, ...]. Treated as a
-            constant.
-        sigma: flow time of each row in [0, 1], in one of these forms too. Treated as a constant.
+        r: optimality probability of each row or token, as in ``nft_loss``; each branch is still
+            divided by one number per row. Treated as a constant.
+        sigma: flow time of each row in [0, 1]: a number, [M] or [M, 1, ...]. Treated as a constant.
         nft_beta: b > 0.
         advantage_max: A_max > 0, the one given to ``optimality_probability``.
         floor: smallest mean absolute error divided by, > 0.
@@ -171,9 +173,9 @@ def adaptive_nft_loss(
     moved, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta, valid)
     s = row_values("sigma", sigma, moved, valid=rows_mask(valid, moved)).detach()
     step = nft_beta * moved
-    toward, away = _scale_free(error + step, s, floor), _scale_free(error - step, s, floor)
-    r = weight.flatten()
-    return ((r * toward + (1 - r) * away) * (advantage_max / nft_beta)).to(moved.dtype)
+    toward = _scale_free(error + step, weight, s, floor)
+    away = _scale_free(error - step, 1 - weight, s, floor)
+    return ((toward + away) * (advantage_max / nft_beta)).to(moved.dtype)
 
 
 def velocity_kl(
@@ -211,18 +213,17 @@ def _prepare(
     nft_beta: float,
     valid: Numbers | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked and promoted: velocity minus old velocity, old velocity minus target, r [M, 1, ...].
+    """Checked and promoted: velocity minus old velocity, old velocity minus target, r.
 
-    The first two are 0 in rows that are not valid.
+    The first two are 0 in rows that are not valid; r broadcasts over them.
     """
     moved, error = row_displacements(velocity, old_velocity, target, valid)
     check_number("nft_beta", nft_beta, low=0.0, open_low=True)
-    r = full_precision("r", r, moved)
-    weight = row_values("r", r, moved, valid=rows_mask(valid, moved)).detach()
-    return moved, error, weight.reshape(-1, *(1,) * (moved.ndim - 1))
+    weight = token_values("r", r, moved, low=0.0, high=1.0, valid=rows_mask(valid, moved))
+    return moved, error, weight
 
 
-def _scale_free(error: Tensor, sigma: Tensor, floor: float) -> Tensor:
-    """Mean square of the clean-space error over its detached mean absolute value (floored)."""
+def _scale_free(error: Tensor, weight: Tensor, sigma: Tensor, floor: float) -> Tensor:
+    """Weighted mean square of the clean-space error over its detached mean absolute value."""
     scale = (sigma * row_mean_absolute(error)).clamp(min=floor)
-    return sigma.square() * row_mean_square(error) / scale
+    return sigma.square() * weighted_mean_square(error, weight) / scale

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from mteditflow._checks import check_choice, check_number
-from mteditflow.losses.awm import WEIGHTINGS, Weighting, matching_log_prob
-from mteditflow.losses.clipped import clipped_surrogate_loss
+from mteditflow.losses.awm import (
+    WEIGHTINGS,
+    Weighting,
+    matching_log_prob,
+    matching_surrogate_loss,
+)
 from mteditflow.losses.nft import velocity_kl
 from mteditflow.objectives.base import Card, Metrics, Output, Velocity
 from mteditflow.objectives.forward import ForwardObjective
@@ -54,9 +58,10 @@ class AWM(ForwardObjective):
     card = Card(
         title="AWM",
         papers=("2509.25050",),
-        losses=("matching_log_prob", "clipped_surrogate_loss"),
+        losses=("matching_surrogate_loss", "matching_log_prob"),
         needs="old policy",
         passes="1 + 1 (0)",
+        tokens=True,
     )
 
     weighting: Weighting = "uniform"
@@ -86,22 +91,23 @@ class AWM(ForwardObjective):
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
         exists = member_mask(units, at.current)
-        log_prob, old_log_prob = (
-            matching_log_prob(
-                v,
-                states.target,
-                weighting=self.weighting,
-                sigma=None if self.weighting == "uniform" else states.sigma,
-                valid=exists,
+        sigma = None if self.weighting == "uniform" else states.sigma
+        with torch.no_grad():
+            log_prob, old_log_prob = (
+                matching_log_prob(
+                    v, states.target, weighting=self.weighting, sigma=sigma, valid=exists
+                )
+                for v in (at.current, at.old)
             )
-            for v in (at.current, at.old)
-        )
-        loss = clipped_surrogate_loss(
-            log_prob,
-            old_log_prob,
+        loss = matching_surrogate_loss(
+            at.current,
+            at.old,
+            states.target,
             member_advantages(units, log_prob),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
+            weighting=self.weighting,
+            sigma=sigma,
             valid=exists,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.old_kl_coef > 0):

@@ -146,6 +146,7 @@ class Card:
         rewarded: whether it learns from advantages.
         old_kl: whether it reports the metric "old_kl", its distance to the policy that sampled.
         whole_groups: whether its units need all members of a group in one call.
+        tokens: whether it takes advantages per latent token, as ``region_advantage`` returns them.
     """
 
     title: str
@@ -156,6 +157,7 @@ class Card:
     rewarded: bool = True
     old_kl: bool = True
     whole_groups: bool = False
+    tokens: bool = False
 
 
 class Objective(ABC):
@@ -206,7 +208,10 @@ class Objective(ABC):
         Args:
             samples: B trajectories.
             advantage: [B], or [B, N] for one per turn; float32 or float64, finite where valid.
-            valid: boolean, shape of ``advantage``; ``None`` means all. The rest is never read.
+                Where ``card.tokens`` also [B, N, ...] for one per latent token, laid out so that
+                it broadcasts over latents.
+            valid: boolean, [B] or [B, N] as ``advantage``; ``None`` means all. The rest is never
+                read.
             key: source of the random numbers; a generator advances by one number a pass.
             minibatches: optimizer steps of the pass; divides B.
 

@@ -24,7 +24,8 @@ class FlowAWR(ForwardObjective):
     r"""FlowAWR: regress to the old policy's velocity, displaced by the exponential advantage.
 
     ``units`` maps the advantages it is given to ``softmax_advantage`` over the members of a group
-    that take part, turn by turn, so all members have to be there. Because the softmax does not see
+    that take part, turn by turn (and token by token where there is one for each), so all members
+    have to be there. Because the softmax does not see
     a constant, linear advantages of any kind serve, and raw rewards as well. Advantages over the
     std of the batch (``rewards.std`` "batch" in the trainer) at temperature 1 give the published
     setting; over each group's own std they give every group one temperature of its own.
@@ -59,6 +60,7 @@ class FlowAWR(ForwardObjective):
         losses=("softmax_advantage", "flow_awr_loss", "exact_flow_awr_loss"),
         needs="old policy",
         passes="1 + 1 (0)",
+        tokens=True,
         whole_groups=True,
     )
 
@@ -95,10 +97,13 @@ class FlowAWR(ForwardObjective):
     ) -> list[Units]:
         """See ``Objective``: one row for each noise level of each turn."""
         if advantage is not None and self.temperature is not None:
-            values, valid = turn_values(samples, advantage, valid)
-            advantage = softmax_advantage(
-                values, samples.group.cpu(), valid=valid, temperature=self.temperature
+            values, valid = turn_values(samples, advantage, valid, tokens=True)
+            columns = values.flatten(1)  # turns, or tokens of turns, each on its own
+            counted = valid.repeat_interleave(columns.shape[1] // valid.shape[1], dim=1)
+            tilted = softmax_advantage(
+                columns, samples.group.cpu(), valid=counted, temperature=self.temperature
             )
+            advantage = tilted.view(values.shape)
         return super().units(samples, advantage, valid, key=key, minibatches=minibatches)
 
     def __call__(

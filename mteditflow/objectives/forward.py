@@ -237,7 +237,7 @@ class ForwardObjective(Objective):
         """See ``Objective``: one row for each noise level of each turn."""
         if advantage is None:
             raise TypeError(f"advantage: expected a tensor for {type(self).__name__}, got None")
-        values, own = turn_values(samples, advantage, valid)
+        values, own = turn_values(samples, advantage, valid, tokens=self.card.tokens)
         exists = samples.turn_mask.cpu()[..., None].expand(-1, -1, self.renoise.levels)
         key = round_key(key)
         drawn = draw_units(

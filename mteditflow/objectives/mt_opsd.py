@@ -162,7 +162,7 @@ class MTOPSD(Objective):
     identity_weight: float = 10.0
     """Weight of a turn that asks for no change beside that of an edit, 1."""
     identity_target: Literal["worn", "teacher"] = "worn"
-    """What it is drawn to: the worn picture, or the teacher on the clean one, to mend it (ours)."""
+    """Its target: the worn picture, or the teacher on the clean one, to mend it (ours)."""
     queries: int = 2
     """States of a trajectory that are trained in a pass over a round."""
     query_alpha: float = 2.0

@@ -64,6 +64,7 @@ class NFT(ForwardObjective):
         losses=("nft_loss", "adaptive_nft_loss"),
         needs="old policy",
         passes="1 + 1 (0)",
+        tokens=True,
     )
 
     nft_beta: float = 1.0

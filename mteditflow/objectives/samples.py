@@ -307,8 +307,12 @@ def valid_turns(samples: Samples, valid: Tensor | None) -> Tensor:
     return exists & valid.cpu().view(*shape, *[1] * (2 - valid.ndim))
 
 
-def turn_values(samples: Samples, advantage: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def turn_values(
+    samples: Samples, advantage: Tensor, valid: Tensor | None, *, tokens: bool = False
+) -> tuple[Tensor, Tensor]:
     """Check advantages and validity and bring both to [B, N] on the CPU.
+
+    With ``tokens`` advantages may be [B, N, ...], one per latent token, and stay so.
 
     Raises:
         ValueError: shapes do not match, or a valid advantage is not finite.
@@ -316,14 +320,19 @@ def turn_values(samples: Samples, advantage: Tensor, valid: Tensor | None) -> tu
     """
     exists = samples.turn_mask.cpu()
     check_full_precision(advantage=advantage)
-    shape = exists.shape if advantage.ndim == 2 else exists.shape[:1]
-    check_shape("advantage", advantage, shape, "[B] or [B, N]")
+    per_token = tokens and advantage.ndim > 2
+    shape = exists.shape if per_token or advantage.ndim == 2 else exists.shape[:1]
+    if per_token:
+        check_shape("advantage", advantage, (*shape, *advantage.shape[2:]), "[B, N, ...]")
+    else:
+        check_shape("advantage", advantage, shape, "[B] or [B, N]")
     if valid is None:
-        valid = torch.ones_like(advantage, dtype=torch.bool)
+        valid = torch.ones(shape, dtype=torch.bool, device=advantage.device)
     check_mask("valid", valid, shape, "of advantage")
     values, own = advantage.detach().cpu(), valid.cpu()
     if values.ndim == 1:
         values, own = values[:, None].expand(exists.shape), own[:, None].expand(exists.shape)
     own = own & exists
-    check_values("advantage", values, ~own | values.isfinite(), "finite values where valid")
-    return torch.where(own, values, 0), own
+    read = own.reshape(*own.shape, *(1,) * (values.ndim - 2))
+    check_values("advantage", values, ~read | values.isfinite(), "finite values where valid")
+    return torch.where(read, values, 0), own

@@ -27,7 +27,8 @@ class Units:
         rows: (trajectory, turn, k) of each member, int64 [U, K, 3] on the CPU; k is the denoising
             step of an objective that replays steps, else the noise level.
         mask: members that exist, boolean [U, K]; a unit without any is idle: its loss is 0.
-        advantage: [U, K], float32 or float64; ``None`` for objectives without a reward.
+        advantage: [U, K], or [U, K, ...] for one per latent token, float32 or float64; ``None`` for
+            objectives without a reward.
         seed: seed of each member's random numbers, int64 [U, K]; ``None`` where none are drawn.
         count: number of valid units of the minibatch, those that were left out because they cannot
             change the gradient included. Divide the summed loss by it.
@@ -123,7 +124,9 @@ class Units:
             self,
             rows=self.rows.new_tensor([*self.spare, 0]).expand(1, width, 3),
             mask=zeros.bool(),
-            advantage=None if self.advantage is None else zeros.to(self.advantage),
+            advantage=None
+            if self.advantage is None
+            else self.advantage.new_zeros(1, *self.advantage.shape[1:]),
             seed=None if self.seed is None else zeros.to(self.seed),
             kl_weight=None if self.kl_weight is None else self.kl_weight.new_zeros(1),
         )
@@ -159,10 +162,13 @@ def member_rows(units: Units) -> Tensor:
 
 
 def member_advantages(units: Units, like: Tensor) -> Tensor:
-    """Return the members' advantages, [K * U], in the order of ``member_rows`` and as ``like``."""
+    """Return the members' advantages in the order of ``member_rows`` and as ``like``.
+
+    [K * U], or [K * U, ...] where units have one per latent token.
+    """
     if units.advantage is None:
         raise TypeError("units: expected units with advantages, got None")
-    return units.advantage.T.flatten().to(like)
+    return units.advantage.transpose(0, 1).flatten(0, 1).to(like)
 
 
 def member_mask(units: Units, like: Tensor) -> Tensor | None:
@@ -219,7 +225,7 @@ def draw_units(
     Args:
         samples: B trajectories.
         exists: what can be trained, boolean [B, N, K].
-        advantage: [B, N], or ``None``.
+        advantage: [B, N], [B, N, ...] for one per latent token, or ``None``.
         valid: turns that take part, boolean [B, N].
         key: source of the random numbers.
         share: share of the K entries of a turn that is drawn.
@@ -240,13 +246,14 @@ def draw_units(
         counts = valid[rows[:, 0], rows[:, 1]]
         kept = counts
         if advantage is not None and not zero_matters:
-            kept = counts & (advantage[rows[:, 0], rows[:, 1]] != 0)
-        own = rows[kept]
+            own = advantage[rows[:, 0], rows[:, 1]][:, None].flatten(1)
+            kept = counts & (own != 0).any(dim=1)
+        left = rows[kept]
         found.append(
             Units(
-                rows=own[:, None],
-                mask=torch.ones_like(own[:, :1], dtype=torch.bool),
-                advantage=None if advantage is None else advantage[own[:, 0], own[:, 1]][:, None],
+                rows=left[:, None],
+                mask=torch.ones_like(left[:, :1], dtype=torch.bool),
+                advantage=None if advantage is None else advantage[left[:, 0], left[:, 1]][:, None],
                 seed=None,
                 count=int(counts.sum()),
                 spare=(trajectory, turn),
@@ -266,7 +273,7 @@ def training_rows(
     r"""Draw the rows (trajectory, turn, step) of each minibatch of a round.
 
     Of every turn of every trajectory :math:`\lceil share \cdot S_n \rceil` of its existing steps
-    are drawn. Of ``minibatches`` neighbouring trajectories each goes to another minibatch, drawn
+    are drawn. Of ``minibatches`` neighboring trajectories each goes to another minibatch, drawn
     too: every minibatch has an equal part of every group, and every rank an equal part of every
     minibatch. All draws come from the trajectories' own generators: ranks that hold consecutive
     parts of a round (a multiple of ``minibatches`` each) draw what one process would.
@@ -276,7 +283,7 @@ def training_rows(
             NFT ``trajectory.turn_mask[..., None]`` expanded to the noise levels per turn.
         generators: one per trajectory, such as ``keyed_generator(seed, "rows", round, index)``.
         share: of the steps of a turn, in (0, 1].
-        minibatches: optimiser steps in the round; divides B.
+        minibatches: optimizer steps in the round; divides B.
 
     Returns:
         For each minibatch int64 rows [M, 3] on the CPU, in the order of trajectories, turns, steps.
@@ -365,7 +372,7 @@ def _spread_groups(group: Tensor, minibatches: int, key: RoundKey) -> Tensor:
 def _spread(
     trajectories: int, minibatches: int, generators: Sequence[torch.Generator]
 ) -> list[Tensor]:
-    """Trajectories of each minibatch: of each stratum of neighbours one."""
+    """Trajectories of each minibatch: of each stratum of neighbors one."""
     strata = [
         start
         + torch.randperm(minibatches, generator=generators[start], dtype=torch.int64, device="cpu")

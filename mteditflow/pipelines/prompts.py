@@ -61,7 +61,7 @@ class Prompts(Generic[_Key]):
     """Looks up the embeddings of instructions, and computes those that are new.
 
     Each instruction is embedded alone: in another batch its embedding could differ in the last
-    bits, and then a trajectory would depend on its neighbours. All new ones of a call share one
+    bits, and then a trajectory would depend on its neighbors. All new ones of a call share one
     stay of the encoders on the device.
 
     Args:

@@ -25,7 +25,7 @@ def read_json(text: str, model: type[Model]) -> Model:
 
     Raises:
         AnswerError: nothing follows the reasoning (``Fault.reasoning``), it is no JSON
-            (``Fault.request_ignored``, which a server that honours the schema cannot send;
+            (``Fault.request_ignored``, which a server that honors the schema cannot send;
             ``Fault.refusal``, ``Fault.format`` where JSON has been begun), or another one
             (``Fault.format``). The message names fault and place.
 

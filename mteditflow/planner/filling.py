@@ -32,7 +32,7 @@ RULES: dict[TaskType, str] = {
     "where it is not now, beside another object of the list.",
     "count_change": "target: an object of which there can be more or fewer. count: another number "
     "than now, at least 1, at most 5.",
-    "color_alter": "target: an object that can have another colour. color: the new one, one or "
+    "color_alter": "target: an object that can have another color. color: the new one, one or "
     "two words, not what it is now.",
     "material_alter": "target: an object that can be of another material. material: the new one, "
     "one or two words, not what it is now.",

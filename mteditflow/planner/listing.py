@@ -27,8 +27,8 @@ most {OBJECTS_MAX}. Several things of one kind that look alike are one object wi
 
 Give for each of them:
 name: one to four words in lower case that tell it apart from every other object of the image, \
-with its colour or material only where that is needed; no name twice
-color: its main colour, one or two words, null if it has none in particular
+with its color or material only where that is needed; no name twice
+color: its main color, one or two words, null if it has none in particular
 material: what it is made of, one or two words, null if that is not plain
 text: what is written on it, exactly, null if nothing is
 count: how many of it there are, at most 20, null if that cannot be counted

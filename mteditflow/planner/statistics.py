@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
 from mteditflow._text import escape_markup
@@ -132,6 +130,9 @@ def draw_statistics(counted: ChainStatistics, path: Path) -> None:
         counted: of some chains.
         path: of the picture; its suffix sets the format.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     panels = _panels(counted)
     rows = max(9, *map(len, panels))
     layout = ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15)

@@ -78,11 +78,11 @@ def check(
 
 def _table(reports: list[EndpointReport]) -> Table:
     """Return a row per part of a request; a server's words are shown as they stand."""
-    table = Table(title="What is honoured")
-    for title in ("endpoint", "part of a request", "honoured"):
+    table = Table(title="What is honored")
+    for title in ("endpoint", "part of a request", "honored"):
         table.add_column(title, overflow="fold")
     for report in reports:
-        rows = {part: "yes" if x is None else f"no: {x}" for part, x in report.honours.items()}
+        rows = {part: "yes" if x is None else f"no: {x}" for part, x in report.honors.items()}
         rows |= {"reasoning": report.reasoning, "longest answer": str(report.usage)}
         for part, shown in rows.items():
             table.add_row(*map(escape_markup, (report.endpoint, part, shown)))

@@ -232,6 +232,29 @@ class TurnScores:
         lost = {places[place]: reason for place, reason in self.lost.items()}
         return TurnScores(score, torch.ones_like(where), lost)
 
+    def select(self, rows: Sequence[int]) -> TurnScores:
+        """Return the scores of some trajectories, in the order given.
+
+        Args:
+            rows: their numbers, in [0, B), at least one.
+
+        Raises:
+            IndexError: a trajectory does not exist.
+
+        Example:
+            >>> scores = TurnScores(torch.tensor([[5.0], [3.0]]), torch.ones(2, 1) > 0, {})
+            >>> scores.select([1, 0, 1]).score.flatten()
+            tensor([3., 5., 3.])
+        """
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.score.device)
+        lost = {
+            (place, n): reason
+            for place, b in enumerate(rows)
+            for (own, n), reason in self.lost.items()
+            if own == b
+        }
+        return TurnScores(self.score[index], self.turn_mask[index], lost)
+
     def require(self, *, max_invalid_share: float) -> TurnScores:
         """Return these scores, or raise if too many trajectories lost one.
 

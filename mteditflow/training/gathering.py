@@ -16,7 +16,7 @@ def gather_scores(
 ) -> tuple[dict[str, TurnScores], slice]:
     """Concatenate each term over ranks along the batch, reasons of lost scores included.
 
-    A collective call where ``torch.distributed`` is initialised: every rank makes it with the same
+    A collective call where ``torch.distributed`` is initialized: every rank makes it with the same
     terms. What travels is JSON, which holds every float exactly.
 
     Args:

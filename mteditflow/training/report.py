@@ -46,6 +46,7 @@ def run_report(
     *,
     config: Mapping[str, Any],
     seed: int,
+    alarms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Collect the results and the circumstances of a run as JSON values.
 
@@ -56,13 +57,15 @@ def run_report(
         metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
         config: settings of the run, JSON values (paths and enumerations become text).
         seed: seed of the run.
+        alarms: statistics of pictures that left their bands: "round", "statistic", "value", "low",
+            "high" and "picture" of each.
 
     Returns:
         "before" and "after": metrics per turn, with the ends of their intervals as
         "<metric>_interval"; "difference_at_last_turn": as ``comparison_report``; "seconds" and
         "time" by phase; "invalid_reward_share"; "lost_answers" by reason; "rounds_without_reward",
-        by reward the rounds in which no trajectory had it; and date, devices and versions. ``None``
-        stands for a missing number.
+        by reward the rounds in which no trajectory had it; "drift_alarms"; and date, devices and
+        versions. ``None`` stands for a missing number.
     """
     report = {
         "seed": seed,
@@ -72,6 +75,7 @@ def run_report(
         "after": evaluation_report(after),
         "difference_at_last_turn": comparison_report(before, after),
         **_totals(metrics),
+        "drift_alarms": alarms,
         "config": config,
         "date": date.today().isoformat(),
         "threads": torch.get_num_threads(),
@@ -234,7 +238,17 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     for name, count in report["rounds_without_reward"].items():
         rounds = f"{count} of {_many(report['rounds'], 'round')}"
         lines.append(f"No trajectory had the reward {escape_markup(name)} in {rounds}.")
-    return lines
+    return lines + [_alarm(alarm) for alarm in report.get("drift_alarms", ())]
+
+
+def _alarm(alarm: Mapping[str, Any]) -> str:
+    """Describe a statistic that left its band, in one sentence."""
+    low, high = (f"{alarm[end]:.3g}" for end in ("low", "high"))
+    name = escape_markup(str(alarm["statistic"]))
+    return (
+        f"Drift alarm of round {alarm['round']}: {name} {alarm['value']:.3g} outside {low} to "
+        f"{high}; see {escape_markup(str(alarm['picture']))}."
+    )
 
 
 def _with_intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:

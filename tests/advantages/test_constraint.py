@@ -53,7 +53,7 @@ def test_the_fusion_is_that_of_the_lagrangian_over_a_number(fuse, multiplier, se
     group, given_ = torch.arange(8) // 4, {"r": 1.0, "c": 0.15}
     found = fuse(rewards, constrained_weights(given_, {"c": multiplier}), group, eps=0.0)
     plain = fuse(rewards, {"r": 1.0, "c": 0.15 + multiplier}, group, eps=0.0)
-    scale = 1 + multiplier if fuse is fuse_advantages else 1.0  # rewards are normalised after it
+    scale = 1 + multiplier if fuse is fuse_advantages else 1.0  # rewards are normalized after it
     torch.testing.assert_close(found * scale, plain)
     assert found.abs().max() <= 1.15 * 3**0.5 + 1e-9  # of one in four, whatever the multiplier
 
@@ -72,7 +72,7 @@ def test_values_stay_in_range_and_a_state_is_a_number(means, rate, maximum):
 
 
 def ascend(floor, *, rounds=4000, maximum=10.0):
-    """Maximise -(x - 2)^2 / 2 subject to -x >= floor by the weights of a Lagrangian, from 0."""
+    """Maximize -(x - 2)^2 / 2 subject to -x >= floor by the weights of a Lagrangian, from 0."""
     multiplier, x = LagrangeMultiplier(floor=floor, rate=0.02, maximum=maximum), 0.0
     for _ in range(rounds):
         own = constrained_weights({"r": 1.0, "c": 0.0}, {"c": multiplier.value})

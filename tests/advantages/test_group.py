@@ -253,7 +253,7 @@ def test_the_levels_differ_where_variances_do():
     """Var(IF) 5.8 times Var(CC), at odds: at reward level IF wins, at advantage level the weight.
 
     IF = -+a, CC = +-b with a / b = sqrt(5.8) and weight 2 on CC: the sum of rewards has the sign of
-    a - 2 b > 0 and normalises to -+1; the sum of advantages is -+1 +- 2.
+    a - 2 b > 0 and normalizes to -+1; the sum of advantages is -+1 +- 2.
     """
     a, b = math.sqrt(5.8), 1.0
     rewards = {"if": torch.tensor([-a, a]), "cc": torch.tensor([b, -b])}

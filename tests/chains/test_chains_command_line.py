@@ -14,7 +14,7 @@ from mteditflow.chains import (
     Shared,
     no_change_chains,
     read_chains,
-    recognise,
+    recognize,
     split_chains,
     write_chains,
 )
@@ -286,7 +286,7 @@ def test_a_csv_is_split_by_chain_not_by_line_and_stays_a_csv(tmp_path):
         *read_chains(tmp_path / "held_out.csv").chains,
     ]
     assert sorted(kept, key=lambda x: x.id) == list(read_chains(tmp_path / "all.csv").chains)
-    assert recognise(tmp_path / "held_out.csv").name == "edival"
+    assert recognize(tmp_path / "held_out.csv").name == "edival"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -298,7 +298,7 @@ def test_every_format_is_split_into_its_own(name, tmp_path):
         pytest.skip("one chain")
     sides = parted(source, "--by", "chain", "--count", 1, suffix=source.suffix)
     assert sorted(joined for side in sides for joined in side) == sorted(x.id for x in before)
-    assert recognise(source.with_name(f"train{source.suffix}")).name == name
+    assert recognize(source.with_name(f"train{source.suffix}")).name == name
 
 
 @pytest.mark.parametrize(

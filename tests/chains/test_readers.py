@@ -16,7 +16,7 @@ from mteditflow.chains import (
     Skipped,
     iter_chains,
     read_chains,
-    recognise,
+    recognize,
 )
 from tests.chains.samples import FILES, png_header
 from tests.loops import some
@@ -48,13 +48,13 @@ def reasons(path, **options):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_recognised_by_its_content(name, tmp_path):
-    assert recognise(FILES[name]).name == name
+    assert recognize(FILES[name]).name == name
     content, chains = FILES[name].read_bytes(), read_chains(FILES[name]).chains
     for number, changed in enumerate(
         (codecs.BOM_UTF8 + content, b"\n \r\n" + content, content.replace(b"\n", b"\r\n"))
     ):
         path = written(tmp_path, changed, f"{number}")
-        assert recognise(path).name == name
+        assert recognize(path).name == name
         for chain, other in some(zip(read_chains(path).chains, chains, strict=True)):
             assert chain.to_record() | {"id": ""} == other.to_record() | {"id": ""}
 
@@ -62,7 +62,7 @@ def test_every_format_is_recognised_by_its_content(name, tmp_path):
 def test_an_object_on_one_line_is_recognised(tmp_path):
     entry = {"id": "a.png", "prompt": "Add a hat", "edit_type": "add"}
     path = written(tmp_path, json.dumps({"1": entry, "2": entry}))
-    assert recognise(path).name == "imgedit"
+    assert recognize(path).name == "imgedit"
     assert len(read_chains(path).chains) == 2
 
 

@@ -53,7 +53,7 @@ def rating(rate):
 
 
 def save(folder, pictures):
-    """Write pictures of one colour each: path under the folder to its red."""
+    """Write pictures of one color each: path under the folder to its red."""
     for name, value in pictures.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

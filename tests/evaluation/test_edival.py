@@ -30,9 +30,9 @@ from tests.loops import some
 HERE, LEFT = (50, 50), (20, 50)
 
 
-def boxes(*centres):
-    """Boxes of 2 x 2 around these centres."""
-    return torch.tensor([[x - 1.0, y - 1.0, x + 1.0, y + 1.0] for x, y in centres]).view(-1, 4)
+def boxes(*centers):
+    """Boxes of 2 x 2 around these centers."""
+    return torch.tensor([[x - 1.0, y - 1.0, x + 1.0, y + 1.0] for x, y in centers]).view(-1, 4)
 
 
 points = st.tuples(*[st.integers(0, 99)] * 2).map(lambda x: torch.tensor([x], dtype=torch.float32))

@@ -383,7 +383,7 @@ def test_replay_of_a_stored_step_has_ratio_one(solver, reduction, shape, seed, d
 
 @reductions
 def test_deterministic_rows(reduction):
-    """Exactly 0 with zero gradient, and no influence on their neighbours."""
+    """Exactly 0 with zero gradient, and no influence on their neighbors."""
     x, mean = state(0, 3, 4)
     std = torch.tensor([[0.0], [0.5], [0.0]], dtype=torch.float64).requires_grad_()
     x.requires_grad_()

@@ -366,6 +366,8 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "training.final-rate": ("0.5", []),
     "training.ema-every": ("2", ["--training.ema-decay", "0.5"]),
     "safety.collapse-window": ("5", []),
+    "safety.drift-rounds": ("9", []),
+    "safety.drift-width": ("9", []),
     "rewards.judge-model": ("name", None),
     "rewards.scope": ("turn", None),
     "rewards.thinking": ("", None),
@@ -382,12 +384,16 @@ IGNORED = {  # field: an option, and options under which it has an effect
         "Keep it",
         ["--data.identity-share", "0.2", "--rewards.weights.identity", "0.5"],
     ),
+    "rewards.region-normalization": ("rms", ["--rewards.regions"]),
+    "rewards.region-outside": ("0.1", ["--rewards.regions"]),
     "growth.every": ("2", ["--growth.first", "2"]),
     "growth.change": ("9", GROWS),
     "growth.patience": ("3", ["--growth.change", "9", *GROWS]),
 }
 WITHOUT = {
     "safety.collapse-window": ["--safety.collapse-drop", "1"],
+    "safety.drift-rounds": ["--safety.drift-members", "0"],
+    "safety.drift-width": ["--safety.drift-members", "0"],
     "training.final-rate": ["--training.schedule", "constant"],
 }
 OF_REWARDS = {
@@ -400,12 +406,17 @@ OF_REWARDS = {
     "rewards.std": "none",
     "rewards.advantage-limit": "1",
     "rewards.history": "2",
+    "rewards.regions": "",
     "data.identity-share": "0.1",
+    "data.extra-groups": "2",
+    "safety.drift-members": "2",
 }
 
 
 def option(name, value):
-    return ["--rewards.no-thinking"] if name == "rewards.thinking" else [f"--{name}", value]
+    if name == "rewards.thinking":
+        return ["--rewards.no-thinking"]
+    return [f"--{name}", value] if value else [f"--{name}"]
 
 
 @pytest.mark.parametrize("name", IGNORED)
@@ -424,7 +435,7 @@ def test_a_field_that_has_no_effect_is_refused(name):
 
 @pytest.mark.parametrize("name", OF_REWARDS)
 def test_distillation_refuses_what_makes_advantages(name):
-    given = [f"--{name}", OF_REWARDS[name]]
+    given = option(name, OF_REWARDS[name])
     more = ["--rewards.weights.identity", "1"] if name == "data.identity-share" else []
     parse(["shapes-nft", *given, *more])
     field = ".".join(name.split(".")[:2]).replace("-", "_")
@@ -443,14 +454,17 @@ def test_every_field_that_may_be_ignored_is_tested():
         reasoning_tokens=9, chat_template_kwargs={"a": 1}, extra_body={"a": 1}, concurrency=1,
         timeout=1.0, terms="l1", pairing="consecutive", weights={"following": 2.0},
         aggregate="all", credit="turn", groups="informative", fusion="rewards", std="none",
-        advantage_limit=1.0, history=1,
+        advantage_limit=1.0, history=1, region_normalization="rms", region_outside=0.1,
     )  # fmt: skip
     safety = dataclasses.replace(
-        base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3
-    )
+        base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3,
+        drift_members=0, drift_rounds=9, drift_width=9.0,
+    )  # fmt: skip
     training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
     model = dataclasses.replace(base.model, lora_start="freeze", lora_reference="start")
-    data = dataclasses.replace(base.data, identity_share=0.1, identity_instruction="x")
+    data = dataclasses.replace(
+        base.data, identity_share=0.1, identity_instruction="x", extra_groups=2
+    )
     growth = dataclasses.replace(base.growth, every=2, change=9.0, patience=3)
     changed = dataclasses.replace(
         base, model=model, data=data, growth=growth, rewards=rewards, safety=safety,
@@ -459,10 +473,12 @@ def test_every_field_that_may_be_ignored_is_tested():
     with pytest.raises(ConfigError) as refused:
         checked(changed, base)
     named = {line.partition(":")[0] for line in str(refused.value).splitlines()}
-    assert named == fields - {"rewards.floor"}  # without one, its rate has no effect
-    floor = dataclasses.replace(base, rewards=dataclasses.replace(base.rewards, floor=0.5))
-    with pytest.raises(ConfigError, match=r"^rewards\.floor: has an effect only where"):
-        checked(floor, base)
+    # Without a floor its rate has no effect, and without regions their weights.
+    assert named == fields - {"rewards.floor", "rewards.regions"}
+    for name, value in (("floor", 0.5), ("regions", True)):
+        one = dataclasses.replace(base, rewards=dataclasses.replace(base.rewards, **{name: value}))
+        with pytest.raises(ConfigError, match=rf"^rewards\.{name}: has an effect only where"):
+            checked(one, base)
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -25,6 +25,7 @@ UNEVEN = (  # ranks train different numbers of rows, or none in a minibatch
     *("--rewards.credit", "until_failure", "--rewards.groups", "informative"),
     *("--training.batch", 2),
 )
+FILLED = (*UNEVEN, "--data.extra-groups", 3, "--rewards.regions")  # and tokens have their own
 NAMES = ("current", "old", "optimizer")
 WAYS = {
     "replicated": (),
@@ -78,6 +79,7 @@ def one_process(arguments, tmp_path_factory):
         ("nft", UNEVEN, ("replicated", "sharded")),
         pytest.param("nft", UNEVEN, ("zero3",), marks=needs_zero),
         ("grpo", (), ("split groups",)),
+        pytest.param("nft", FILLED, ("replicated", "split groups"), marks=pytest.mark.long),
         pytest.param("nft", (), ("replicated", "split groups", "sharded"), marks=pytest.mark.long),
         pytest.param("grpo", UNEVEN, ("replicated", "sharded"), marks=pytest.mark.long),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from mteditflow_examples.flux.command_line import PRESETS, parse
-from mteditflow_examples.flux.config import TERMS, DistillationConfig
+from mteditflow_examples.flux.config import SERVED, DistillationConfig
 
 from mteditflow.objectives import OBJECTIVES
 from tests.flux.test_config import options_of
@@ -39,14 +39,14 @@ def test_options_and_presets_exist():
     known = {option for name, x in sections.items() for option in options_of(f"--{name}", x)}
     for objective in OBJECTIVES.values():
         known |= set(options_of("--objective", objective()))
-    known |= {f"--rewards.weights.{name}" for name in (*config.rewards.weights, *TERMS)}
+    known |= {f"--rewards.weights.{name}" for name in (*config.rewards.weights, *SERVED)}
     named = set(re.findall(r"--[a-z]+\.[a-z.-]+[a-z]", PAGE))
     assert len(named) > 30
     assert named <= known
     words = set(re.findall(r"objective:([a-z_]+)", PAGE))
     assert len(words) >= 6
     assert words <= set(OBJECTIVES)
-    for preset in some(re.findall(r"^\| `([a-z-]+)`", PAGE, flags=re.MULTILINE)):
+    for preset in some(re.findall(r"^\| `(\S+-(?:nft|grpo))`", PAGE, flags=re.MULTILINE)):
         assert (PRESETS / f"{preset}.toml").exists() or "/" in preset, preset
 
 

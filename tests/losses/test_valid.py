@@ -28,7 +28,7 @@ def with_reduction(function):
 
 
 def pairs(velocity, reference, target, *, valid=None):
-    """Neighbouring rows as pairs; a pair is valid where both of its rows are."""
+    """Neighboring rows as pairs; a pair is valid where both of its rows are."""
     first = torch.arange(0, len(velocity), 2)
     kept = None
     if valid is not None:
@@ -58,6 +58,12 @@ LOSSES = {
         (latent(0), latent(1), latent(2), number(3), number(4)),
     ),
     "velocity_kl": (mt.velocity_kl, (latent(0), latent(1))),
+    "matching_surrogate_loss": (
+        lambda *args, **options: mt.matching_surrogate_loss(
+            *args, clip_low=0.1, clip_high=0.1, **options
+        ),
+        (latent(0), latent(1), latent(2), number(3)),
+    ),
     "matching_log_prob": (mt.matching_log_prob, (latent(0), latent(1))),
     "flow_awr_loss": (mt.flow_awr_loss, (latent(0), latent(1), latent(2), number(3))),
     "exact_flow_awr_loss": (mt.exact_flow_awr_loss, (latent(0), latent(1), number(2))),

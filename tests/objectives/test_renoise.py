@@ -151,9 +151,9 @@ def test_states_lie_on_the_path_from_clean_latent_to_noise():
     assert states.x_t.dtype == states.target.dtype == states.sigma.dtype == torch.float32
     assert largest_gap(noise.flatten(), NormalDist().cdf) < 1.95 / math.sqrt(2 * MANY)
     assert abs(float((noise[:, 0] * noise[:, 1]).mean())) < 4 / math.sqrt(MANY)
-    centred = states.sigma - 0.5
+    centered = states.sigma - 0.5
     for moment in (noise[:, 0], noise[:, 0].square() - 1):  # noise is independent of flow time
-        assert abs(float((centred * moment).mean())) < 4 * 0.29 * 1.5 / math.sqrt(MANY)
+        assert abs(float((centered * moment).mean())) < 4 * 0.29 * 1.5 / math.sqrt(MANY)
 
 
 def test_half_precision_latents_are_noised_in_float32():

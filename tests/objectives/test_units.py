@@ -472,7 +472,7 @@ WRONG = [
         r"advantage: expected shape \[B\] or \[B, N\] = \[8\]",
     ),
     ({"values": torch.zeros(8, 2)}, ValueError, r"advantage: expected shape .* = \[8, 3\], got"),
-    ({"values": torch.zeros(8, 3, 1)}, ValueError, r"advantage: expected shape"),
+    ({"values": torch.zeros(8, 2, 1)}, ValueError, r"advantage: expected shape"),
     ({"values": torch.zeros(8).half()}, TypeError, r"advantage: expected float32 or float64"),
     ({"values": torch.zeros(8).long()}, TypeError, r"advantage: expected float32 or float64"),
     ({"values": [0.0] * 8}, TypeError, r"advantage: expected a torch.Tensor, got list"),

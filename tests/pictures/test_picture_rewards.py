@@ -13,6 +13,7 @@ from examples.pictures.rewards import RIGHT, Truth, lenient_following, score, sc
 from examples.pictures.scene import possible_edits
 from examples.pictures.scoring import (
     TERMS,
+    BoxedRewards,
     CarefulJudge,
     ExactRewards,
     HastyJudge,
@@ -211,3 +212,24 @@ def test_a_judge_of_neighbors_has_one_consistency():
     terms = asyncio.run(NeighborRewards().score([record], [images]))
     assert terms["consecutive"].score.isnan().all()
     assert terms["consecutive"].lost == {}
+
+
+def test_regions_are_masks_or_the_box_around_each():
+    chains = [CHAINS[0], replace(CHAINS[1], edits=CHAINS[1].edits[:2])]
+    images = [[Image.new("RGB", (64, 64))] * (len(chain.edits) + 1) for chain in chains]
+    records = [record_of(chain) for chain in chains]
+    found, boxes = (
+        asyncio.run(scorer().regions(records, images)) for scorer in (ExactRewards, BoxedRewards)
+    )
+    for b, chain in some(enumerate(chains)):
+        truth, turns = Truth.of(chain), len(chain.edits)
+        assert torch.equal(found["following"][b, :turns].bool(), truth.target)
+        assert torch.equal(found["consistency"][b, :turns].bool(), truth.kept)
+        assert torch.equal(found["consecutive"][b, :turns].bool(), ~truth.target)
+        assert not found["consecutive"][b, turns:].any()
+        for mask, box in some(zip(truth.target, boxes["following"][b], strict=False)):
+            places, expected = mask.nonzero(), torch.zeros_like(mask)
+            (top, left), (bottom, right) = places.amin(0).tolist(), places.amax(0).tolist()
+            expected[top : bottom + 1, left : right + 1] = True
+            assert torch.equal(box.bool(), expected)
+    assert (boxes["consistency"] <= found["consistency"]).all()

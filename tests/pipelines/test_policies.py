@@ -231,10 +231,10 @@ def test_the_old_forward_is_that_of_the_old_policy(policies, outputs):
 )
 def test_a_step_of_any_optimiser_makes_them_differ(pipeline, make):
     policies = LoraPolicies(pipeline.transformer, config())
-    optimiser = make(policies.parameters())
+    optimizer = make(policies.parameters())
     for parameter in policies.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimiser.step()
+    optimizer.step()
     assert not policies.old_equals_current
 
 
@@ -292,14 +292,14 @@ def test_one_round_of_nft_moves_toward_good_and_away_from_bad(kontext):
         with torch.no_grad():
             return (forward() - target).square().flatten(1).mean(dim=1)
 
-    before, optimiser = distance(), torch.optim.Adam(policies.parameters(), lr=1e-3)
+    before, optimizer = distance(), torch.optim.Adam(policies.parameters(), lr=1e-3)
     for _ in range(4):
         velocity = forward()
         old = policies.old_velocity(velocity, forward)
         loss = nft_loss(velocity, old, target, r, nft_beta=1.0).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     change = distance() - before
     assert (change[r == 1] < 0).all()
     assert (change[r == 0] > 0).all()

@@ -1,6 +1,6 @@
-"""A model that plans from what the request says, by rule; and a detector that sees colours.
+"""A model that plans from what the request says, by rule; and a detector that sees colors.
 
-Pictures are grey walls with up to four boxes of plain colours. The model reads the objects from the
+Pictures are gray walls with up to four boxes of plain colors. The model reads the objects from the
 pixels of the data URL, and the pool and the edit type from the words of the prompt; nothing is
 shared with the planner but the wire. For the same request it answers the same, so that runs can be
 compared, and `nonsense` of its answers are wrong in one of the ways below.
@@ -30,15 +30,15 @@ COLORS = {
     "yellow": (230, 210, 40),
     "white": (250, 250, 250),
 }
-GREY, POISON = (128, 128, 128), (129, 128, 128)
-SEEN = COLORS | {"wall": GREY}
+GRAY, POISON = (128, 128, 128), (129, 128, 128)
+SEEN = COLORS | {"wall": GRAY}
 NEW = ["lamp", "bench", "cat", "tree", "kite", "drum", "boat", "clock", "chair", "vase", "dog"]
 WORDS = ["silver", "violet", "orange", "brown"]
 
 
 def picture(colors, *, poison=False):
-    """A grey wall, 96 x 96, with a box of each colour; `poison` makes every answer nonsense."""
-    image = Image.new("RGB", (96, 96), POISON if poison else GREY)
+    """A gray wall, 96 x 96, with a box of each color; `poison` makes every answer nonsense."""
+    image = Image.new("RGB", (96, 96), POISON if poison else GRAY)
     for i, color in enumerate(colors):
         left, top = 8 + 44 * (i % 2), 8 + 44 * (i // 2)
         image.paste(COLORS[color], (left, top, left + 32, top + 32))
@@ -55,7 +55,7 @@ def write_pictures(folder, count, *, poisoned=()):
 
 
 def sees_colors(images, names):
-    """A detector: the box around all pixels of the colour that a name says; the wall is grey."""
+    """A detector: the box around all pixels of the color that a name says; the wall is gray."""
     found = []
     for image, asked in zip(images, names, strict=True):
         (name,) = asked

@@ -318,7 +318,7 @@ COUNTS = st.integers(1, 5)
 
 @st.composite
 def listings(draw):
-    """Objects of an image: some of their names say their colour or material."""
+    """Objects of an image: some of their names say their color or material."""
     objects = {}
     for _ in range(draw(st.integers(1, 6))):
         color, material = draw(st.none() | COLORS), draw(st.none() | MATERIALS)

@@ -1,4 +1,4 @@
-"""Planning a folder through the wire: a scripted model, a detector that sees colours, and kills."""
+"""Planning a folder through the wire: a scripted model, a detector that sees colors, and kills."""
 
 import asyncio
 import json

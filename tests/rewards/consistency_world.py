@@ -1,7 +1,7 @@
 """Chains with pictures whose consistency is known, and servers of it in processes of their own.
 
 Scores come from the library's own scorer. Where no model is needed its detector is
-`ColorDetector`, which finds patches of one colour by looking for them, and has no features, so that
+`ColorDetector`, which finds patches of one color by looking for them, and has no features, so that
 the L1 terms are measured for real.
 """
 
@@ -34,7 +34,7 @@ PATIENCE = 120.0  # s; a busy machine is slow, not wrong
 
 
 class ColorDetector:
-    """Finds each named ball as the box of all pixels of its colour."""
+    """Finds each named ball as the box of all pixels of its color."""
 
     def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
         return [_boxes(image, wanted) for image, wanted in zip(images, names, strict=True)]
@@ -57,7 +57,7 @@ def color_scorer() -> ConsistencyScorer:
 
 
 def picture(seed: int, *, size: int = 32) -> Image.Image:
-    """A grey picture with three balls; every seed gives another one."""
+    """A gray picture with three balls; every seed gives another one."""
     dice = random.Random(seed)
     image = Image.new("RGB", (size, size), (dice.randrange(256),) * 3)
     for n, color in enumerate(COLORS.values()):
@@ -200,7 +200,7 @@ def models_server(folder, *options: str) -> list[str]:
 
 
 def color_server(seconds: float = 0.0, **options: float) -> list[str]:
-    """Arguments of a server that finds colours, and takes `seconds` for it."""
+    """Arguments of a server that finds colors, and takes `seconds` for it."""
     code = f"""
 import sys, time
 sys.path.insert(0, {os.path.dirname(__file__)!r})

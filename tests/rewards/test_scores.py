@@ -364,3 +364,15 @@ def test_scores_are_laid_out_over_longer_chains_with_their_faults():
         short.spread(torch.ones_like(where))
     with pytest.raises(ValueError, match=r"where: expected shape \[B, N\]"):
         short.spread(where[:1])
+
+
+def test_selected_trajectories_keep_their_lost_scores_wherever_they_go():
+    score = torch.tensor([[5.0, 3.0], [4.0, torch.nan], [2.0, torch.nan]])
+    exists = torch.tensor([[True, True], [True, True], [True, False]])
+    scores = TurnScores(score, exists, {(1, 1): TIMEOUT})
+    found = scores.select([1, 2, 1])
+    torch.testing.assert_close(found.score, score[[1, 2, 1]], equal_nan=True)
+    assert torch.equal(found.turn_mask, exists[[1, 2, 1]])
+    assert found.lost == {(0, 1): TIMEOUT, (2, 1): TIMEOUT}
+    with pytest.raises(IndexError):
+        scores.select([3])

@@ -80,7 +80,7 @@ def test_a_lenient_look_passes_what_an_exact_one_does_not():
     images = draw(START)[None, None]
     assert score(images, truth).likert.item() == 1
     assert lenient_likert(images, truth).item() == 5  # something is where something should be
-    images[..., images.new_ones(12, 12) > 0] = 0.3  # a colour that has no name is nothing
+    images[..., images.new_ones(12, 12) > 0] = 0.3  # a color that has no name is nothing
     assert lenient_likert(images, truth).item() == 1
 
 

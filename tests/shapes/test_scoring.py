@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mteditflow_examples.shapes import scoring
 from mteditflow_examples.shapes.editor import enlarge
-from mteditflow_examples.shapes.rewards import Truth, score
-from mteditflow_examples.shapes.scoring import ExactRewards
+from mteditflow_examples.shapes.rewards import Truth, lenient_likert, score
+from mteditflow_examples.shapes.scoring import (
+    ExactRewards,
+    NeighborRewards,
+    ShortSightedJudge,
+)
 from mteditflow_examples.shapes.served import record_of
 from mteditflow_examples.shapes.vision import pixels_of, to_pil
 from mteditflow_examples.shapes.world import draw, random_chain
@@ -74,6 +78,47 @@ def test_perfect_edits_earn_everything_and_ignored_instructions_little():
     assert float(terms["consecutive"].score.min()) == 1
 
 
+def test_a_judge_of_neighbors_is_blind_to_what_an_earlier_turn_spoiled():
+    """A block outside all edits, spoiled in turn 1 and left so, costs that turn alone."""
+    chains = drawn(8)
+    truth = Truth.of(chains)
+    images = torch.stack([torch.stack([draw(s) for s in c.states]) for c in chains])
+    images[:, 1:] = torch.where(truth.kept[:, -1][:, None, None], 0.3, images[:, 1:])
+    shown = [[to_pil(picture) for picture in made] for made in images]
+    exact, seen = ask(ExactRewards(), chains, shown), ask(NeighborRewards(), chains, shown)
+    assert (exact["consistency"].score[:, -1] == 0).all()
+    assert (seen["consistency"].score[:, 0] < 0.9).all()
+    assert (seen["consistency"].score[:, 1:] == 1).all()
+    assert (exact["strict"].score == 0).all()
+    assert (seen["following"].score == 5).all()
+    # What the turn changes must be right for both; doing nothing is not to follow.
+    still = [made[:1] * 4 for made in shown]
+    assert float(ask(NeighborRewards(), chains, still)["following"].score[:, 0].max()) == 1
+
+
+@quick
+@given(st.integers(0, 2**32))
+def test_a_judge_of_neighbors_passes_what_exact_rewards_pass(seed):
+    chains = drawn(4, seed=seed)
+    shown = [[to_pil(picture) for picture in edited(chain, seed)] for chain in chains]
+    exact, seen = ask(ExactRewards(), chains, shown), ask(NeighborRewards(), chains, shown)
+    assert (seen["following"].score >= exact["following"].score).all()
+    assert torch.equal(seen["consistency"].score, exact["consecutive"].score)
+
+
+def test_a_short_sighted_judge_looks_closely_at_the_last_turn_alone():
+    chains = drawn(32)
+    shown = [[to_pil(picture) for picture in edited(chain, b)] for b, chain in enumerate(chains)]
+    exact, short = ask(ExactRewards(), chains, shown), ask(ShortSightedJudge(), chains, shown)
+    pixels = torch.stack([torch.stack([pixels_of(x) for x in made[1:]]) for made in shown])
+    lenient = lenient_likert(pixels / 255, Truth.of(chains)).float()
+    assert torch.equal(short["following"].score[:, :-1], lenient[:, :-1])
+    assert torch.equal(short["following"].score[:, -1], exact["following"].score[:, -1])
+    assert (lenient > exact["following"].score).any()
+    for name in ("consistency", "consecutive", "strict"):
+        assert torch.equal(short[name].score, exact[name].score)
+
+
 def test_fewer_turns_than_instructions_are_scored_as_the_first_ones():
     chains = drawn(3)
     images = [[to_pil(picture) for picture in edited(chain, 1)] for chain in chains]
@@ -114,3 +159,31 @@ def test_a_picture_of_another_world_is_refused():
     images = [[to_pil(torch.rand(3, 12, 12)) for _ in chain.states]]
     with pytest.raises(ValueError, match="expected a picture of the shapes world"):
         ask(ExactRewards(), [chain], images)
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_regions_are_the_masks_of_the_rewards_at_the_size_of_the_pictures(scale):
+    chains = [*drawn(2, 3), *drawn(1, 2, seed=5)]
+    images = [
+        [to_pil(enlarge(picture, scale)) for picture in edited(chain, b)]
+        for b, chain in enumerate(chains)
+    ]
+    records = [record_of(chain) for chain in chains]
+    found, boxes = (
+        asyncio.run(scorer().regions(records, images))
+        for scorer in (ExactRewards, scoring.BoxedRewards)
+    )
+    for b, chain in some(enumerate(chains)):
+        truth, turns = Truth.of([chain]), len(chain.edits)
+        masks = {
+            "following": truth.target[0],
+            "consistency": truth.kept[0],
+            "consecutive": ~truth.target[0],
+        }
+        for name, mask in masks.items():
+            expected = enlarge(mask[:, None].float(), scale)[:, 0]
+            assert torch.equal(found[name][b, :turns], expected)
+            assert not found[name][b, turns:].any()
+    assert (boxes["following"] >= found["following"]).all()
+    assert (boxes["consistency"] <= found["consistency"]).all()
+    assert boxes["following"].sum() > found["following"].sum()

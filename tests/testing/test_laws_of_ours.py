@@ -205,6 +205,17 @@ OURS = [
         ("second-derivatives",),  # near 0 they change within a step of finite differences
     ),
     (
+        "matching_surrogate_loss",
+        LOSS,
+        loss(
+            partial(mt.matching_surrogate_loss, clip_low=0.1, clip_high=0.1),
+            {**MATCHING, "old_velocity": "latent", "advantage": "number"},
+            valid="valid",
+        ),
+        DEAR,
+        (),
+    ),
+    (
         "flow_awr_loss",
         LOSS,
         loss(

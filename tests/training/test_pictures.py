@@ -150,7 +150,7 @@ def test_members_share_the_instructions_of_their_chain():
 
 
 def test_small_images_are_enlarged_without_blur_and_large_ones_get_more_room(tmp_path):
-    """12 pixels: each is one colour on paper, so the picture has only the colours of the image."""
+    """12 pixels: each is one color on paper, so the picture has only the colors of the image."""
     pixels = np.random.default_rng(0).integers(0, 2, (12, 12, 3)) * 255
     small = [Image.fromarray(pixels.astype(np.uint8))] * 2
     strip = Strip("1", ["x"], small, {"following": turn_scores([[1.0]])}, 0)

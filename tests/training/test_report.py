@@ -209,3 +209,23 @@ def test_a_folder_with_brackets_is_named_as_it_is(report, tmp_path):
     folder = tmp_path / "run[red]"
     folder.mkdir()
     assert "run[red]" in printed(report, folder, width=300)
+
+
+def test_drift_alarms_are_reported_and_summarized():
+    one = evaluation([[1]] * 3)
+    alarm = {
+        "round": 12,
+        "statistic": "saturation/turn_3",
+        "value": 0.5,
+        "low": 0.125,
+        "high": 0.25,
+        "picture": "pictures/round-000012-drift.png",
+    }
+    report = run_report(one, one, [], config={}, seed=0, alarms=[alarm])
+    assert report["drift_alarms"] == [alarm]
+    assert summary_lines(report)[-1] == (
+        "Drift alarm of round 12: saturation/turn_3 0.5 outside 0.125 to 0.25; see "
+        "pictures/round-000012-drift.png."
+    )
+    del report["drift_alarms"]  # of a run before there were any
+    assert not [line for line in summary_lines(report) if "Drift" in line]

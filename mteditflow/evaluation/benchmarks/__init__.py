@@ -3,7 +3,7 @@
 Wording is this library's own: compare editors with it, not with published tables.
 """
 
-from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
+from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarize
 from mteditflow.evaluation.benchmarks.edival import EdiValJudge, TypeScores
 from mteditflow.evaluation.benchmarks.edival_checks import TextReader
 from mteditflow.evaluation.benchmarks.gedit import gedit_items, report_gedit, score_gedit
@@ -57,5 +57,5 @@ __all__ = [
     "score_mice",
     "score_mse",
     "score_turns",
-    "summarise",
+    "summarize",
 ]

@@ -58,7 +58,7 @@ class BenchmarkReport(BaseModel):
     reasons: dict[str, int]
 
 
-def summarise(
+def summarize(
     benchmark: str,
     found: ItemScores,
     metrics: Callable[[Scores], dict[str, float]],

@@ -50,7 +50,7 @@ class TextReader(Protocol):
 
 @dataclass
 class Turn:
-    """What the check of a turn may do: find boxes, ask the judge, read text.
+    """Means of checking a turn: find boxes, ask the judge, read text.
 
     Attributes:
         instruction: as the editor got it.

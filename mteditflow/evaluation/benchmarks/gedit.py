@@ -18,7 +18,7 @@ from mteditflow._checks import check_choice
 from mteditflow.chains.files import why_outside
 from mteditflow.chains.formats.base import numbered_lines, parse_object
 from mteditflow.chains.record import ChainError, first_error
-from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
+from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarize
 from mteditflow.evaluation.benchmarks.items import (
     Item,
     ItemReading,
@@ -155,11 +155,11 @@ async def score_gedit(
 
 
 def report_gedit(found: ItemScores) -> BenchmarkReport:
-    """Average SC, PQ and O in each group, then over the groups; see ``summarise``.
+    """Average SC, PQ and O in each group, then over the groups; see ``summarize``.
 
     Source: Step1X-Edit (arXiv 2504.17761), after VIEScore (arXiv 2312.14867).
     """
-    return summarise("GEdit-Bench", found, _metrics, GROUPS)
+    return summarize("GEdit-Bench", found, _metrics, GROUPS)
 
 
 def _metrics(scores: Scores) -> dict[str, float]:

@@ -16,7 +16,7 @@ from statistics import fmean
 from mteditflow.chains import read_chains
 from mteditflow.chains.files import why_outside
 from mteditflow.chains.formats.imgedit import category_of
-from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarise
+from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarize
 from mteditflow.evaluation.benchmarks.items import (
     Item,
     ItemReading,
@@ -64,7 +64,7 @@ CRITERIA: Mapping[str, Mapping[str, str]] = {
     "extract": {
         "following": "whether just the thing named is shown, cut out of all that was around it",
         "boundary": "whether its outline is complete and clean",
-        "preservation": "whether the thing itself is as it was: shape, colour, detail",
+        "preservation": "whether the thing itself is as it was: shape, color, detail",
     },
     "action": {
         "following": "whether the person or animal does what the instruction says",
@@ -168,14 +168,14 @@ async def score_imgedit(
 
 
 def report_imgedit(found: ItemScores) -> BenchmarkReport:
-    """Average over items in each category, then over categories; see ``summarise``.
+    """Average over items in each category, then over categories; see ``summarize``.
 
     Items of ``UGE_edit.json``, whose category is unknown, are averaged as one group.
 
     Source: ImgEdit (arXiv 2505.20275).
     """
     groups = (UNKNOWN,) if _of_no_category(found.items) else CATEGORIES
-    return summarise("ImgEdit-Bench", found, _metrics, groups)
+    return summarize("ImgEdit-Bench", found, _metrics, groups)
 
 
 def _metrics(criteria: Scores) -> dict[str, float]:

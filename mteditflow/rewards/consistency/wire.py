@@ -116,7 +116,7 @@ class ConsistencyAnswer(BaseModel):
 
 
 class Limits(BaseModel):
-    """What one server takes on.
+    """Limits of one server.
 
     Attributes:
         max_body: bytes of a request; more gets 413.
@@ -141,7 +141,7 @@ class Limits(BaseModel):
 
 
 class Info(BaseModel):
-    """What a server scores with.
+    """Scorer and models of a server.
 
     Attributes:
         scorer: identity of all that decides on a score; two servers that score alike agree in it.
@@ -165,7 +165,7 @@ class Health(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What is wrong, in words."""
+    """Error message."""
 
     detail: str
 

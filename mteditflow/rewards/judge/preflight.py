@@ -31,20 +31,20 @@ class EndpointReport:
 
     Attributes:
         endpoint: its URL.
-        honours: part of a request ("images", "structured output", "log-probabilities", and
+        honors: part of a request ("images", "structured output", "log-probabilities", and
             "judge's answer" for a whole question of a judge) to ``None`` if the endpoint supports
             it, or why not.
         usage: tokens and reasoning of the judge's answers, readable or not.
     """
 
     endpoint: str
-    honours: Mapping[str, Lost | None]
+    honors: Mapping[str, Lost | None]
     usage: Usage
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Parts of a request that the endpoint does not support."""
-        return tuple(part for part, lost in self.honours.items() if lost is not None)
+        return tuple(part for part, lost in self.honors.items() if lost is not None)
 
     @property
     def reasoning(self) -> str:
@@ -55,7 +55,7 @@ class EndpointReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{part}: {'honoured' if lost is None else lost}" for part, lost in self.honours.items()
+            f"{part}: {'honoured' if lost is None else lost}" for part, lost in self.honors.items()
         ]
         lines += [f"reasoning: {self.reasoning}", f"longest answer: {self.usage}"]
         return "\n  ".join([self.endpoint, *lines])
@@ -102,8 +102,8 @@ async def inspect_endpoints(
             "log-probabilities": partial(_logprobs, one),
             "judge's answer": partial(_judged, judges[url], prompt or JudgePrompt(), images),
         }
-        honours = dict(zip(parts, await gather(list(parts.values())), strict=True))
-        return EndpointReport(url, honours, judges[url].usage)
+        honors = dict(zip(parts, await gather(list(parts.values())), strict=True))
+        return EndpointReport(url, honors, judges[url].usage)
 
     return await gather([partial(ask, url, one) for url, one in client.per_endpoint().items()])
 

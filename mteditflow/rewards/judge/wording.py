@@ -29,7 +29,7 @@ The scores:
 RUBRICS: Mapping[str, Mapping[int, str]] = {
     "likert": {
         5: "followed completely. Everything that the instruction asks for can be seen, on the "
-        "right object, and just as it says where it names a place, count, colour, material or "
+        "right object, and just as it says where it names a place, count, color, material or "
         "wording.",
         4: "followed, with one small flaw. Everything that the instruction asks for can be seen, "
         "but one thing that it names is slightly off, such as a place or a shade.",
@@ -42,7 +42,7 @@ RUBRICS: Mapping[str, Mapping[int, str]] = {
     },
     "binary": {
         1: "followed. Everything that the instruction asks for can be seen, on the right object, "
-        "and just as it says where it names a place, count, colour, material or wording.",
+        "and just as it says where it names a place, count, color, material or wording.",
         0: "not followed. Something that the instruction asks for is missing or wrong, or it was "
         "done to another object.",
     },

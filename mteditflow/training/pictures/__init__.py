@@ -1,4 +1,4 @@
-"""Pictures of a run: strips of chains, before and after, distributions, curves.
+"""Pictures of a run: strips of chains, before and after, distributions, curves, drift.
 
 Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts it in a file,
 ``write_chart`` writes PNG and SVG, ``log_pictures`` gives it to the trackers of accelerate.
@@ -7,6 +7,7 @@ Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts 
 from mteditflow.evaluation.figures import log_pictures, write_chart, write_picture
 from mteditflow.training.pictures.before_after import draw_before_after
 from mteditflow.training.pictures.curves import draw_curves
+from mteditflow.training.pictures.drift import draw_drift
 from mteditflow.training.pictures.histograms import draw_histograms
 from mteditflow.training.pictures.strips import Strip, draw_strips
 
@@ -14,6 +15,7 @@ __all__ = [
     "Strip",
     "draw_before_after",
     "draw_curves",
+    "draw_drift",
     "draw_histograms",
     "draw_strips",
     "log_pictures",

@@ -84,7 +84,7 @@ def draw_before_after(
 ) -> Figure | None:
     """Draw the chains of ``risen_and_fallen`` and some at random, before above after.
 
-    Each is labelled by why it is shown, and the title says how all were chosen.
+    Each is labeled by why it is shown, and the title says how all were chosen.
 
     Args:
         before: evaluation of the base model.

@@ -18,7 +18,7 @@ from tests.loops import some
 
 
 def picture(seed, height=512, width=512, block=64):
-    """An RGB image of coloured blocks, uint8 [3, height, width]."""
+    """An RGB image of colored blocks, uint8 [3, height, width]."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = -(-height // block), -(-width // block)
     blocks = torch.randint(0, 256, (3, rows, columns), dtype=torch.uint8, generator=generator)
@@ -62,9 +62,9 @@ def test_boxes_are_absolute_corners_of_any_size_of_image(detector):
     for boxes in some(detector([wide], [["a cat"]])):
         assert boxes.shape[1] == 4
         assert (boxes[:, 2:] > boxes[:, :2]).all()
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-        assert ((centre >= 0) & (centre <= torch.tensor([512.0, 256.0]))).all()
-        assert centre[:, 0].max() > 256, "x is scaled by the width"
+        center = (boxes[:, :2] + boxes[:, 2:]) / 2
+        assert ((center >= 0) & (center <= torch.tensor([512.0, 256.0]))).all()
+        assert center[:, 0].max() > 256, "x is scaled by the width"
 
 
 def test_what_is_found_does_not_depend_on_the_batch(detector):

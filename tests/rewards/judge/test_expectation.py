@@ -58,10 +58,10 @@ MEANING = {**{d: int(d) for d in LIKERT}, " 4": 4, "5\n": 5, " 1 ": 1}
 def test_equals_exact_fractions(weights, rest):
     """Spaces around a label do not matter; whatever else is likely takes no part."""
     whole = sum(weights.values()) + rest
-    labelled = {token: w for token, w in weights.items() if token in MEANING}
-    mass = sum(labelled.values())
+    labeled = {token: w for token, w in weights.items() if token in MEANING}
+    mass = sum(labeled.values())
     assume(Fraction(mass, whole) > Fraction(51, 100))
-    exact = Fraction(sum(MEANING[token] * w for token, w in labelled.items()), mass)
+    exact = Fraction(sum(MEANING[token] * w for token, w in labeled.items()), mass)
     tokens = [(token, math.log(w / whole)) for token, w in weights.items()]
     found = expectation(answered(tokens), scale="likert", min_mass=0.5)
     assert found == pytest.approx(float(exact), rel=1e-12)

@@ -1,6 +1,6 @@
 """The judge against a server on the loopback: right scores in their places, or lost with a reason.
 
-The server knows the score that is due from the pictures it is sent: each one's colour says which
+The server knows the score that is due from the pictures it is sent: each one's color says which
 score its turn deserves. So whatever is mixed up on the way shows in the result.
 """
 
@@ -425,7 +425,7 @@ def test_a_bug_in_a_prompt_is_not_a_lost_answer():
     assert isinstance(innermost, ZeroDivisionError)
 
 
-# what endpoints honour
+# what endpoints honor
 
 
 def honest(request):
@@ -470,10 +470,10 @@ def test_what_an_endpoint_honours_or_ignores_is_reported():
         ("images", "structured output", "log-probabilities", "judge's answer"),
     ]
     assert max(shown) == 4
-    ignored = reports[1].honours
+    ignored = reports[1].honors
     faults = [ignored[part].fault for part in reports[1].missing]
     assert faults == [Fault.request_ignored, Fault.request_ignored, Fault.format]
-    assert "images: honoured" in str(reports[1])
+    assert "images: honored" in str(reports[1])
     assert "structured output: server ignored part of the request after 2 attempts" in str(
         reports[1]
     )
@@ -499,7 +499,7 @@ def test_a_talkative_server_may_still_take_images():
     with ScriptedServer(lambda request: cut) as server:
         [report] = anyio.run(inspect_endpoints, client(server))
     assert report.missing == ("structured output", "log-probabilities", "judge's answer")
-    assert report.honours["structured output"].fault is Fault.cut_off
+    assert report.honors["structured output"].fault is Fault.cut_off
 
 
 def judged(reply, **options):

@@ -140,4 +140,4 @@ def test_the_check_before_a_run_names_what_this_server_ignores(served, prompt, u
     [report] = anyio.run(check)
     assert report.endpoint == served.url
     assert list(report.missing) == unsupported
-    assert {report.honours[part].fault for part in report.missing} == {Fault.request_ignored}
+    assert {report.honors[part].fault for part in report.missing} == {Fault.request_ignored}

@@ -1,0 +1,338 @@
+"""Reward models of others as scorers that a trainer takes: EditReward, EditScore, PickScore.
+
+Each scores turn by turn: the image before, the image that the turn made, its instruction. A score
+that a model did not give is lost, with the reason. No model's package is imported before it is
+needed. Needs the extra ``mteditflow[rewards]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import anyio.to_thread
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mteditflow._checks import check_count
+from mteditflow.chains import Chain
+from mteditflow.rewards import Fault, Lost, Scale, TurnScores
+from mteditflow.rewards.judge.judge import check_images, turn_scores
+
+if TYPE_CHECKING:
+    from mteditflow.evaluation.preference import PreferenceModel
+
+GUESSED = "guess_if_cannot_parse"  # EditScore's mark of a number that it drew at random
+EDIT_SCORE = {  # terms by the keys of EditScore's answer, each with the top of its range here
+    "following": ("prompt_following", 10.0),
+    "consistency": ("consistency", 1.0),
+    "quality": ("perceptual_quality", 1.0),
+    "edit_score": ("overall", 1.0),
+}
+FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of an answer
+
+Marks = Mapping[str, float] | Lost  # scores of a turn by term, or why there are none
+
+
+class EditedTurn(NamedTuple):
+    """A turn to score.
+
+    Attributes:
+        before: image that it was given.
+        after: image that it made.
+        instruction: instruction in words.
+        chain: record of its chain.
+        turn: place in the chain, from 0.
+    """
+
+    before: Image.Image
+    after: Image.Image
+    instruction: str
+    chain: Chain
+    turn: int
+
+
+class TurnScorer:
+    """Base of scorers of one turn at a time: a subclass has ``terms`` and ``score_turns``.
+
+    Calls run in a thread, one at a time, so that a model need not be safe for several.
+
+    Attributes:
+        terms: names of the scores.
+
+    Example:
+        >>> class Growth(TurnScorer):
+        ...     terms = ("following",)
+        ...     scale = Scale(0, 1, success=1)
+        ...     def score_turns(self, turns):
+        ...         return [{"following": float(x.after.width > x.before.width)} for x in turns]
+        >>> chain = Chain(id="7", image="7.png", instructions=("Enlarge it",))
+        >>> images = [[Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]]
+        >>> import anyio
+        >>> anyio.run(Growth().score, [chain], images)["following"].score
+        tensor([[1.]])
+    """
+
+    terms: tuple[str, ...]
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+
+    def score_turns(self, turns: Sequence[EditedTurn]) -> list[Marks]:
+        """Score turns in order: every term of each, NaN where nothing is measured; or ``Lost``."""
+        raise NotImplementedError
+
+    async def score(
+        self, chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, TurnScores]:
+        """Score every turn of B chains.
+
+        Args:
+            chains: records with their instructions, [B].
+            images: for each chain N + 1 images: the reference, then what each turn made.
+
+        Returns:
+            Scores by term, each [B, N], float32, N turns being those of the longest chain.
+
+        Raises:
+            ValueError: there is no chain, or its images are too few, too many or unreadable.
+            TypeError: one of them is not a PIL image.
+        """
+        shown = await anyio.to_thread.run_sync(check_images, chains, images)
+        turns = [
+            EditedTurn(own[n], own[n + 1], chain.instructions[n], chain, n)
+            for chain, own in zip(chains, shown, strict=True)
+            for n in range(chain.turns)
+        ]
+        marks = iter(await anyio.to_thread.run_sync(self._one_at_a_time, turns))
+        by_chain = [[next(marks) for _ in range(chain.turns)] for chain in chains]
+        return {
+            term: turn_scores(
+                chains,
+                [
+                    [
+                        (range(n, n + 1), x if isinstance(x, Lost) else (x[term],))
+                        for n, x in enumerate(own)
+                    ]
+                    for own in by_chain
+                ],
+            )
+            for term in self.terms
+        }
+
+    def _one_at_a_time(self, turns: Sequence[EditedTurn]) -> list[Marks]:
+        with self._lock:
+            return self.score_turns(turns)
+
+
+class EditRewardModel(Protocol):
+    """Public interface of EditReward's ``EditRewardInferencer``."""
+
+    def reward(self, *, prompts: list[str], image_src: list[Any], image_paths: list[Any]) -> Tensor:
+        """Return [K, D]: the score of each edit comes first, higher is better, without bounds."""
+        ...
+
+
+class EditRewardScorer(TurnScorer):
+    """EditReward: human preference for an edit, of its source and its instruction.
+
+    "following" is the sigmoid of the score, so that it lies on a scale; "edit_reward" is the score
+    itself. Scores rank edits and have no zero of their own: choose the threshold of success by what
+    your editor gets.
+
+    EditReward is no package of an index: clone it, put its folder on ``PYTHONPATH``, and name a
+    class of yours to the trainer::
+
+        from EditReward import EditRewardInferencer
+        from mteditflow.evaluation import EditRewardScorer
+
+        class Scorer(EditRewardScorer):
+            def __init__(self):
+                super().__init__(EditRewardInferencer(config_path=..., checkpoint_path=...))
+
+    Args:
+        model: an ``EditRewardInferencer``, or anything of its method ``reward``; it is given PIL
+            images.
+        batch_size: edits in one call.
+
+    Raises:
+        ValueError: the batch size is below 1.
+        TypeError: the model has no method ``reward``.
+
+    Source: EditReward (arXiv 2509.26346), by the interface that its public code documents.
+    """
+
+    terms = ("following", "edit_reward")
+    scale = Scale(0, 1, success=0.5)
+
+    def __init__(self, model: EditRewardModel, *, batch_size: int = 8) -> None:
+        super().__init__()
+        check_count("batch_size", batch_size)
+        require_method(
+            model, "reward", "EditRewardInferencer of github.com/TIGER-AI-Lab/EditReward"
+        )
+        self.model, self.batch_size = model, batch_size
+
+    @torch.no_grad()
+    def score_turns(self, turns: Sequence[EditedTurn]) -> list[Marks]:
+        """See ``TurnScorer``.
+
+        Raises:
+            ValueError: the model returns another number of scores.
+        """
+        marks: list[Marks] = []
+        for start in range(0, len(turns), self.batch_size):
+            batch = turns[start : start + self.batch_size]
+            rewards = self.model.reward(
+                prompts=[x.instruction for x in batch],
+                image_src=[x.before for x in batch],
+                image_paths=[x.after for x in batch],
+            )
+            values = rewards.float().reshape(len(rewards), -1)[:, 0].tolist()
+            if len(values) != len(batch):
+                raise ValueError(f"rewards: expected {len(batch)}, one for each edit, got {values}")
+            marks += [self._marks(x) for x in values]
+        return marks
+
+    def _marks(self, value: float) -> Marks:
+        if not math.isfinite(value):
+            return Lost(Fault.not_a_number, f"expected a finite score, got {value}", attempts=1)
+        bounded = 0.5 + 0.5 * math.tanh(value / 2)
+        return {"following": bounded, "edit_reward": value}
+
+
+class EditScoreModel(Protocol):
+    """Public interface of ``editscore.EditScore``."""
+
+    def evaluate(self, image_prompts: list[Image.Image], text_prompt: str) -> Mapping[str, Any]:
+        """Score source and edited image for an instruction, each aspect in 0..10."""
+        ...
+
+
+class EditScoreScorer(TurnScorer):
+    """EditScore: a vision-language model's scores of an edit, aspect by aspect.
+
+    "following" is its prompt following in 0..10; "consistency", "quality" and "edit_score" are
+    its consistency, perceptual quality and overall, in [0, 1].
+
+    Where EditScore cannot read its model's answer it draws a random number, which it marks in the
+    reasoning of the last pass; its ``batch_evaluate`` puts half of the range without a mark. So one
+    edit is evaluated at a time, in a single pass, and what is marked is lost.
+
+    Args:
+        model: an ``editscore.EditScore``, or anything of its method ``evaluate``; None loads
+            EditScore-7B as its authors show it.
+
+    Raises:
+        ImportError: no model is given, and editscore is not installed.
+        ValueError: the model takes several passes.
+        TypeError: the model has no method ``evaluate``.
+
+    Source: EditScore (arXiv 2509.23909); editscore 0.2.
+    """
+
+    terms = tuple(EDIT_SCORE)
+    scale = Scale(0, 10, success=8)
+
+    def __init__(self, model: EditScoreModel | None = None) -> None:
+        super().__init__()
+        if model is None:
+            model = _default_edit_score()
+        require_method(model, "evaluate", "editscore.EditScore")
+        passes = getattr(model, "num_pass", 1)
+        if passes != 1:
+            raise ValueError(
+                f"model: expected num_pass 1, since a guess is marked in the last pass alone, got "
+                f"{passes}"
+            )
+        self.model = model
+
+    def score_turns(self, turns: Sequence[EditedTurn]) -> list[Marks]:
+        """See ``TurnScorer``."""
+        return [self._score(turn) for turn in turns]
+
+    def _score(self, turn: EditedTurn) -> Marks:
+        try:
+            answer = self.model.evaluate([turn.before, turn.after], turn.instruction)
+            said = f"{answer['SC_reasoning']} {answer['PQ_reasoning']}"
+            if GUESSED in said:
+                return Lost(Fault.format, f"expected scores, got {said[:200]!r}", attempts=1)
+            values = {term: float(answer[key]) for term, (key, _) in EDIT_SCORE.items()}
+        except FAILURES as error:
+            return Lost(Fault.format, f"{type(error).__name__}: {error}", attempts=1)
+        wrong = [x for x in values.values() if not 0 <= x <= 10]
+        if wrong:
+            return Lost(Fault.out_of_range, f"expected 0..10, got {wrong[0]}", attempts=1)
+        return {term: x * EDIT_SCORE[term][1] / 10 for term, x in values.items()}
+
+
+class PickScoreScorer(TurnScorer):
+    """PickScore of what each turn made for its instruction, as a reward that trains.
+
+    It sees no image before, and was trained on captions: a picture that shows what the instruction
+    names scores well, changed or not. Use it beside another reward.
+
+    Args:
+        model: such as ``PickScore.from_pretrained(path)``; None loads the authors' model.
+
+    Raises:
+        ImportError: no model is given, and transformers is not installed.
+        TypeError: the model cannot be called.
+
+    Source: Pick-a-Pic (arXiv 2305.01569).
+    """
+
+    terms = ("following",)
+    scale = Scale(-100, 100, success=20)  # 100 times a cosine; its good pictures lie about 20
+
+    def __init__(self, model: PreferenceModel | None = None) -> None:
+        super().__init__()
+        if model is None:
+            from mteditflow.evaluation.preference import PickScore
+
+            model = PickScore.from_pretrained()
+        require_method(model, "__call__", "mteditflow.evaluation.PickScore")
+        self.model = model
+
+    def score_turns(self, turns: Sequence[EditedTurn]) -> list[Marks]:
+        """See ``TurnScorer``."""
+        values = self.model([x.after for x in turns], [x.instruction for x in turns])
+        return [
+            {"following": x}
+            if math.isfinite(x)
+            else Lost(Fault.not_a_number, f"expected a finite score, got {x}", attempts=1)
+            for x in values.tolist()
+        ]
+
+
+def require_method(model: object, name: str, expected: str) -> None:
+    """Raise ``TypeError`` unless a model has a method."""
+    if not callable(getattr(model, name, None)):
+        raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
+
+
+def _default_edit_score() -> EditScoreModel:
+    """Load EditScore-7B with the settings of its authors' first example.
+
+    Raises:
+        ImportError: editscore is not installed.
+    """
+    try:
+        from editscore import EditScore
+    except ImportError as error:
+        raise ImportError(
+            f"EditScoreScorer needs {error.name}: pip install editscore, and its vllm or "
+            "transformers; or give a model"
+        ) from error
+    model: EditScoreModel = EditScore(
+        backbone="qwen25vl",
+        model_name_or_path="Qwen/Qwen2.5-VL-7B-Instruct",
+        enable_lora=True,
+        lora_path="EditScore/EditScore-7B",
+        score_range=25,
+        num_pass=1,
+    )
+    return model

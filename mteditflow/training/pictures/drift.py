@@ -1,0 +1,129 @@
+"""Drift of a run's pictures: a small panel for each statistic, with its band and its alarms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mteditflow.drift import DriftWatch
+from mteditflow.evaluation.figures import (
+    AMBER,
+    BAD,
+    BLUE,
+    FAINT,
+    GOOD,
+    PURPLE,
+    SOFT,
+    house_style,
+    legend_below,
+    titled_figure,
+)
+from mteditflow.training.metrics_file import ROUND
+from mteditflow.training.pictures.histograms import PANEL_TITLE
+
+COLUMN, TURN, REFERENCE = "drift/", "/turn_", "/reference"
+TURN_COLORS = (BLUE, GOOD, PURPLE, AMBER)
+
+# Layout: sizes in inches, lines and marks in points.
+COLUMNS, PANEL_WIDTH, LEAST_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT, ROUND_TICKS = (
+    3,
+    4.0,
+    7.0,
+    2.9,
+    0.5,
+    6,
+)
+LINE = {"linewidth": 1.6}
+LEVEL = {"color": SOFT, "linestyle": "--", "linewidth": 1.1}
+BAND = {"color": FAINT, "alpha": 0.45, "linewidth": 0}
+ALARM = {"color": BAD, "marker": "v", "linestyle": "", "markersize": 8, "zorder": 3}
+
+
+def draw_drift(
+    metrics: Sequence[Mapping[str, float]],
+    alarms: Sequence[Mapping[str, Any]] = (),
+    *,
+    watch: DriftWatch | None = None,
+    early: int = 5,
+    title: str,
+) -> Figure:
+    """Draw each statistic over rounds, turn by turn, beside its level in the first rounds.
+
+    Dashed lines are the reference pictures of each round; where there are none, the median of the
+    last turn over the first rounds. The shaded band is that of the last turn. Alarms are marked.
+
+    Args:
+        metrics: ``RunLog.metrics``: "round", "drift/<statistic>/turn_<n>", and
+            "drift/<statistic>/reference".
+        alarms: "round", "statistic" ("<statistic>/turn_<n>") and "value" of each.
+        watch: has the bands, of the same statistics; None: no band.
+        early: first rounds that make a level.
+        title: of the figure.
+
+    Raises:
+        ValueError: no statistic was measured in any round.
+
+    Example:
+        >>> rounds = [{"round": i, "drift/saturation/turn_1": 0.2 + i / 50} for i in range(1, 9)]
+        >>> [axes.get_title(loc="left") for axes in draw_drift(rounds, title="A run").axes]
+        ['saturation']
+    """
+    columns = dict.fromkeys(name for line in metrics for name in line if TURN in name)
+    names = [name.removeprefix(COLUMN) for name in columns if name.startswith(COLUMN)]
+    statistics = list(dict.fromkeys(name.rpartition(TURN)[0] for name in names))
+    if not statistics:
+        raise ValueError("metrics: expected drift statistics of some round, got none")
+    across = min(len(statistics), COLUMNS)
+    down = math.ceil(len(statistics) / across)
+    with house_style():
+        width = max(PANEL_WIDTH * across, LEAST_WIDTH)
+        figure = titled_figure(width, PANEL_HEIGHT * down + TITLE_HEIGHT, title)
+        grid = figure.subplots(down, across, squeeze=False).flatten()
+        for axes, statistic in zip(grid, statistics, strict=False):
+            own = [name for name in names if name.rpartition(TURN)[0] == statistic]
+            _draw(axes, statistic, own, metrics, alarms, watch, early)
+        for axes in grid[len(statistics) :]:
+            axes.remove()
+    return figure
+
+
+def _draw(
+    axes: Any,
+    statistic: str,
+    names: Sequence[str],
+    metrics: Sequence[Mapping[str, float]],
+    alarms: Sequence[Mapping[str, Any]],
+    watch: DriftWatch | None,
+    early: int,
+) -> None:
+    """Draw one panel."""
+    rounds, last = _column(metrics, ROUND), names[-1]
+    references = _column(metrics, f"{COLUMN}{statistic}{REFERENCE}")
+    if watch is not None and last in watch.bands:
+        low, high = zip(*(watch.band_around(last, x) for x in references), strict=True)
+        axes.fill_between(rounds, low, high, label="band", **BAND)
+    for i, name in enumerate(names):
+        color = TURN_COLORS[i % len(TURN_COLORS)]
+        label = f"turn {name.rpartition(TURN)[2]}"
+        axes.plot(rounds, _column(metrics, f"{COLUMN}{name}"), color=color, label=label, **LINE)
+    if any(map(math.isfinite, references)):
+        axes.plot(rounds, references, label="reference", **LEVEL)
+    elif known := [x for x in _column(metrics, f"{COLUMN}{last}")[:early] if math.isfinite(x)]:
+        axes.axhline(median(known), label="first rounds", **LEVEL)
+    marks = [x for x in alarms if x["statistic"] in names]
+    if marks:
+        places = ([x[field] for x in marks] for field in ("round", "value"))
+        axes.plot(*places, label="alarm", **ALARM)
+    axes.set_title(statistic.replace("_", " "), **PANEL_TITLE)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(ROUND_TICKS, integer=True))
+    legend_below(axes, columns=3)
+
+
+def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [line.get(name, math.nan) for line in metrics]

@@ -1,0 +1,1 @@
+"""Checks of what is released: ``make dist`` and ``make matrix``."""
