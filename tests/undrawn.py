@@ -4,15 +4,15 @@ import io
 
 import pytest
 from matplotlib.figure import Figure
-from mteditflow_examples.evaluating import output
 from PIL import Image
 
+from mteditflow import evaluation
 from mteditflow.evaluation import figures
 from mteditflow.training import pictures
 
 FIGURES = {
     pictures: ("draw_before_after", "draw_curves", "draw_drift", "draw_strips"),
-    output: ("draw_report",),
+    evaluation: ("draw_report",),
 }
 
 

@@ -11,8 +11,19 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mteditflow import drift, gather_ranks, wear
-from mteditflow.drift import DriftAlarm, Reading
+from mteditflow import gather_ranks, wear
+from mteditflow.drift import (
+    DriftAlarm,
+    Reading,
+    brightness,
+    color_entropy,
+    edge_density,
+    group_distance,
+    high_frequency_share,
+    saturation,
+    sharpness,
+    thumbnails,
+)
 from mteditflow.evaluation.evaluation import FOLLOWING
 from mteditflow.rewards import TurnScores
 
@@ -23,12 +34,12 @@ from .sampling import RoundChains, Scores
 from .scorers import edited_pixels
 
 STATISTICS = {
-    "sharpness": drift.sharpness,
-    "color_entropy": drift.color_entropy,
-    "brightness": drift.brightness,
-    "saturation": drift.saturation,
-    "edge_density": drift.edge_density,
-    "high_frequency_share": drift.high_frequency_share,
+    "sharpness": sharpness,
+    "color_entropy": color_entropy,
+    "brightness": brightness,
+    "saturation": saturation,
+    "edge_density": edge_density,
+    "high_frequency_share": high_frequency_share,
 }
 OUTSIDE, VARIETY, THUMBNAILS = "change_outside_edits", "group_distance", "thumbnails"
 COLUMN, TURN, PICTURE = "drift/", "/turn_", "drift"  # parts of the names of columns and pictures
@@ -125,7 +136,7 @@ def read(table: Mapping[str, Tensor], group: Tensor) -> dict[tuple[str, int], Re
 
 def _with_variety(table: Mapping[str, Tensor], group: Tensor) -> dict[str, Tensor]:
     """Put the distances inside groups in the place of the thumbnails; references have none."""
-    distance = drift.group_distance(table[THUMBNAILS], group)
+    distance = group_distance(table[THUMBNAILS], group)
     variety = torch.cat([torch.full_like(distance[:, :1], math.nan), distance], dim=1)
     return {**{n: x for n, x in table.items() if n != THUMBNAILS}, VARIETY: variety}
 
@@ -152,7 +163,7 @@ def _statistics(pictures: Sequence[Image]) -> dict[str, Tensor]:
 def _measured(pixels: Tensor) -> dict[str, Tensor]:
     """Measure pictures of one size, uint8 [P, 3, H, W]."""
     found = {name: function(pixels) for name, function in STATISTICS.items()}
-    return {**found, THUMBNAILS: drift.thumbnails(pixels, side=SIDE)}
+    return {**found, THUMBNAILS: thumbnails(pixels, side=SIDE)}
 
 
 def _pixels(image: Image) -> Tensor:

@@ -69,7 +69,7 @@ def test_an_alarm_has_log_record_and_strip_and_survives_a_checkpoint(
 ):
     run, drawn, images, scores = sampled
     before = run.policies.state_dict("current")
-    for round_ in range(ROUNDS + 3):
+    for round_ in some(range(ROUNDS + 3)):
         run.state.done, run.numbers = round_, {}
         watch_drift(run, drawn, images if round_ < ROUNDS else garish(images), scores)
         assert {f"drift/saturation/turn_{n}" for n in (1, 2)} <= set(run.numbers)

@@ -20,7 +20,7 @@ def test_some_rows_are_edited_as_all_are_and_all_as_they_are_evaluated(tmp_path)
     assert [chain.id for chain in chosen] == [records[2].id, records[0].id]
     for row, made in some(zip((2, 0), some_images, strict=True)):
         assert len(made) == 3
-        for ours, theirs in zip(made, images[row], strict=True):
+        for ours, theirs in some(zip(made, images[row], strict=True)):
             apart = np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)
             assert np.abs(apart).max() <= 1  # batches of other sizes round otherwise
     found = evaluate_held_out(*given, seed=3)

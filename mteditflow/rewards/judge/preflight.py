@@ -55,7 +55,7 @@ class EndpointReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{part}: {'honoured' if lost is None else lost}" for part, lost in self.honors.items()
+            f"{part}: {'honored' if lost is None else lost}" for part, lost in self.honors.items()
         ]
         lines += [f"reasoning: {self.reasoning}", f"longest answer: {self.usage}"]
         return "\n  ".join([self.endpoint, *lines])
