@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
-from mteditflow_examples import evaluating
 from mteditflow_examples.evaluate import app
 from mteditflow_examples.evaluating.editors import Model, call_options
 from mteditflow_examples.evaluating.images import MadeImages
@@ -28,6 +27,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mteditflow as mt
+from mteditflow import pipelines
 from mteditflow.chains import EditedImages, read_chains, write_chains
 from mteditflow.evaluation import Evaluation
 from mteditflow.evaluation.provenance import Provenance, content_hash
@@ -196,7 +196,7 @@ def test_any_other_pipeline_is_called_one_chain_at_a_time(world, monkeypatch):
         Model(str(world / "model"), None, "float32", call, 12, 0) for call in (CALL, CALL | own)
     )
     family = first.load("cpu")(references, chains)
-    monkeypatch.setattr(evaluating.editors, "FAMILIES", ())
+    monkeypatch.setattr(pipelines, "FAMILIES", ())
     other = second.load("cpu")(references, chains)
     assert [x.tobytes() for x in other[0]] == [x.tobytes() for x in family[0]]
 

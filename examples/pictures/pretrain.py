@@ -177,6 +177,9 @@ def main(
         Path | None, typer.Option(help="Weights that the competent stage goes on from.")
     ] = None,
     pairs: Annotated[int, typer.Option(min=64, help="Edits to learn from.")] = 30_000,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Edits that successes are counted on.")
+    ] = 512,
     folder: Annotated[Path, typer.Option(help="Folder of the weights.")] = WEIGHTS,
 ) -> None:
     """Train a stage and write its weights with a card."""
@@ -189,7 +192,7 @@ def main(
     if weights is not None:
         pipeline.transformer.load_state_dict(weights)
     edits = drawn_more_often(single_edits(pairs, seed=seed, split="train"), seed=seed)
-    held_out = single_edits(512, seed=seed, split="held_out")
+    checked = single_edits(held_out, seed=seed, split="held_out")
     rng = random.Random(f"corrupted {seed}")
     share = CORRUPTION if stage == "careless" else 0.0
     targets = [
@@ -198,14 +201,14 @@ def main(
         else chain.edits[0].result
         for chain in edits
     ]
-    instructions = [chain.instructions[0] for chain in (*edits, *held_out)]
+    instructions = [chain.instructions[0] for chain in (*edits, *checked)]
     conditioner = Conditioner(pipeline, instructions)
     data = encoded(conditioner, edits, targets)
     if stage == "competent":
         train_competent(conditioner, data, steps=steps, rate=rate, seed=seed)
     else:
         train_careless(conditioner, data, steps=steps, seed=seed)
-    looked_at = encoded(conditioner, held_out, [chain.edits[0].result for chain in held_out])
+    looked_at = encoded(conditioner, checked, [chain.edits[0].result for chain in checked])
     card: dict[str, Any] = {
         "build": build,
         "command": f"python -m mteditflow_examples.pictures.pretrain {stage} --seed {seed} "

@@ -97,11 +97,12 @@ def test_most_single_edits_of_the_competent_editor_succeed_and_the_careless_one_
 
 def test_every_stage_runs_writes_its_weights_and_the_next_goes_on_from_there(tmp_path):
     autoencoder.main(seed=1, steps=2, batch=2, scenes=64, out=tmp_path / "autoencoder.safetensors")
-    pretrain.main("competent", seed=1, steps=2, rate=1.0, start=None, pairs=64, folder=tmp_path)
+    small = {"seed": 1, "steps": 2, "pairs": 64, "held_out": 32, "folder": tmp_path}
+    pretrain.main("competent", rate=1.0, start=None, **small)
     first = load_editor("competent", folder=tmp_path).transformer.state_dict()
     start = tmp_path / "competent.safetensors"
-    pretrain.main("competent", seed=1, steps=2, rate=0.5, start=start, pairs=64, folder=tmp_path)
-    pretrain.main("careless", seed=1, steps=2, rate=1.0, start=None, pairs=64, folder=tmp_path)
+    pretrain.main("competent", rate=0.5, start=start, **small)
+    pretrain.main("careless", rate=1.0, start=None, **small)
     competent = load_editor("competent", folder=tmp_path).transformer.state_dict()
     careless = load_editor("careless", folder=tmp_path).transformer.state_dict()
     fresh = build_editor(seed=1).transformer.state_dict()
