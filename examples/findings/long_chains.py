@@ -14,7 +14,6 @@ STILLNESS = {"data.identity_share": 0.25, "rewards.weights.identity": 1.0}
 NEIGHBORS = {"rewards.weights.consecutive": 0.5}
 GENTLE = {"training.learning_rate": 3e-4, "objective.kl_coef": 0.03}
 OPSD = {"objective": "mt_opsd", "data.drift": 4}
-MENDING = {**OPSD, "objective.identity_target": "teacher", "objective.edit_share": 0.5}
 TEACHING = "self_distillation.py"
 
 BASE = Setting("NFT", preset=NFT)
@@ -39,9 +38,7 @@ LONG_CHAINS = Study(
                     "own turn, consistency with the turn before, too", {**OWN, **NEIGHBORS}, NFT
                 ),
                 Setting("MT-OPSD", OPSD, NFT, TEACHING),
-                Setting(
-                    "NFT, own turn, then MT-OPSD to the clean picture", MENDING, NFT, TEACHING, TURN
-                ),
+                Setting("NFT, own turn, then MT-OPSD", OPSD, NFT, TEACHING, TURN),
             ),
             (),
         ),

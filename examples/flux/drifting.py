@@ -56,10 +56,8 @@ def drift(run: Run, drawn: RoundChains) -> Drifted:
     ]
     student = _record(run, worn, asked, "noise")
     samples = WornSamples(student, identity, _given(student))
-    edits = [chain.instructions[0] for chain in drawn.chains]
-    taught = asked if objective.identity_target == "teacher" else edits
-    clean = _clean(run, drawn, references, taught, student)
-    return Drifted(samples, RolloutVelocity(run.policies, student, teacher=("old", clean)))
+    taught = ("old", _clean(run, drawn, references, student))
+    return Drifted(samples, RolloutVelocity(run.policies, student, teacher=taught))
 
 
 def _wear_out(run: Run, references: Sequence[Image], text: str) -> list[Image]:
@@ -108,22 +106,17 @@ def _given(student: Rollout) -> Tensor:
         raise ConfigError(f"objective: mt_opsd cannot train this pipeline: {error}") from error
 
 
-def _clean(
-    run: Run,
-    drawn: RoundChains,
-    references: Sequence[Image],
-    texts: Sequence[str],
-    student: Rollout,
-) -> Rollout:
-    """Return the student's trajectories with the conditioning of turns on the clean pictures.
+def _clean(run: Run, drawn: RoundChains, references: Sequence[Image], student: Rollout) -> Rollout:
+    """Return the student's trajectories with the conditioning of the edits of clean pictures.
 
-    Members of a group with the same text share these, so each is recorded once. The teacher is
-    evaluated everywhere; where its velocity is not read, any text will do.
+    Members of a group share these, so each is recorded once. Trajectories without a change have
+    theirs, too: the teacher is evaluated everywhere, and what it says there is not read.
     """
-    asked = list(zip(drawn.group.tolist(), texts, strict=True))
-    members = {x: b for b, x in enumerate(asked)}
+    group = drawn.group.tolist()
+    members = {g: b for b, g in enumerate(group)}
     images = [references[b] for b in members.values()]
-    clean = _record(run, images, [texts[b] for b in members.values()], "clean noise")
-    place = {x: number for number, x in enumerate(members)}
-    index = clean.index[torch.tensor([place[x] for x in asked])]
+    texts = [drawn.chains[b].instructions[0] for b in members.values()]
+    clean = _record(run, images, texts, "clean noise")
+    place = {g: number for number, g in enumerate(members)}
+    index = clean.index[torch.tensor([place[g] for g in group])]
     return replace(clean, trajectory=student.trajectory, index=index)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mteditflow._checks import (
-    check_choice,
     check_count,
     check_floating,
     check_mask,
@@ -117,17 +115,13 @@ class MTOPSD(Objective):
     The student has worn a picture out by turns that ask for no change. Of the turn after them a few
     states are trained. Where it edits, the student's velocity on the worn picture is drawn to the
     teacher's on the clean one, at states of the student's own sampling. Where it asks for no change
-    once more, the target leads to the worn picture itself, so that faults do not grow (or is the
-    teacher's, too: ``identity_target``). See ``mt_opsd_loss`` for the formula. Samples that are no
-    ``WornSamples`` are edits alone.
+    once more, the target leads to the worn picture itself, so that faults do not grow. See
+    ``mt_opsd_loss`` for the formula. Samples that are no ``WornSamples`` are edits alone.
 
     Args:
         edit_share: probability that a trajectory's last turn is an edit, in (0, 1]. The sampling
             loop draws by it; which turns are edits stands in ``WornSamples.identity``.
         identity_weight: weight of a turn that asks for no change, >= 0.
-        identity_target: what such a turn is drawn to: "worn", the picture that it is given, as in
-            the paper, so that faults do not grow; or "teacher", the teacher's velocity on the clean
-            picture under the same instruction, as for edits, so that they are mended (ours).
         queries: states of a trajectory that are trained in a pass, >= 1.
         query_alpha: first parameter of their Beta distribution, > 0.
         query_beta: second parameter, > 0. At position 0 a state is noise, at 1 it is clean: (2, 5)
@@ -161,8 +155,6 @@ class MTOPSD(Objective):
     """Probability that the trained turn is an edit; else it asks for no change."""
     identity_weight: float = 10.0
     """Weight of a turn that asks for no change beside that of an edit, 1."""
-    identity_target: Literal["worn", "teacher"] = "worn"
-    """Its target: the worn picture, or the teacher on the clean one, to mend it (ours)."""
     queries: int = 2
     """States of a trajectory that are trained in a pass over a round."""
     query_alpha: float = 2.0
@@ -173,7 +165,6 @@ class MTOPSD(Objective):
     def __post_init__(self) -> None:
         check_number("edit_share", self.edit_share, low=0.0, high=1.0, open_low=True)
         check_number("identity_weight", self.identity_weight, low=0.0)
-        check_choice("identity_target", self.identity_target, ("worn", "teacher"))
         check_count("queries", self.queries)
         check_number("query_alpha", self.query_alpha, low=0.0, open_low=True)
         check_number("query_beta", self.query_beta, low=0.0, open_low=True)
@@ -246,15 +237,17 @@ class MTOPSD(Objective):
         check_units(units, members=1, drawn=True)
         rows = member_rows(units)
         steps = Steps(*(x.detach() for x in samples.steps_at(rows)))
-        mending = self.identity_target == "teacher"
         identity, x_t, target = _identity_turns(samples, units, steps)
-        x_t = steps.x_t if mending else x_t  # of the student's own sampling, as for edits
         at = Velocities(velocity, x_t, steps.sigma, units, old_is_current=old_is_current)
         exists = member_mask(units, at.current)
         identity = identity.to(at.current.device)
-        target = at.teacher if mending else target.to(at.current.device)
         loss = mt_opsd_loss(
-            at.current, at.teacher, target, identity, identity_weight=1.0, valid=exists
+            at.current,
+            at.teacher,
+            target.to(at.current.device),
+            identity,
+            identity_weight=1.0,
+            valid=exists,
         )
         found = {
             "policy_loss": torch.where(identity, self.identity_weight * loss, loss),

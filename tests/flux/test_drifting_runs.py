@@ -1,7 +1,6 @@
 """Runs of MT-OPSD: worn pictures, what the teacher is shown, promotion, going on."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from mteditflow_examples.flux.config import ConfigError, DistillationConfig
 from mteditflow_examples.flux.sampling import next_chains
 from mteditflow_examples.shapes.vision import pixels_of
 
-from mteditflow.pipelines import RolloutVelocity
 from mteditflow.rewards import Fault, Lost, TurnScores, pixel_change
 from mteditflow.training import SessionCounts
 from tests.flux.rounds import started
@@ -79,34 +77,6 @@ def test_each_trajectory_edits_its_own_worn_picture(family, request, tmp_path, m
         output, units = loss_of(run, round_)
         assert output.loss.detach().isfinite().all()
         assert len(units) == 16
-
-
-def test_a_turn_without_a_change_is_drawn_to_the_teacher_on_the_clean_picture_if_asked(
-    world, tmp_path
-):
-    """Its target is the teacher's velocity at the same state, under the same instruction."""
-
-    def first(target):
-        with begun(world, tmp_path / target, "--objective.identity-target", target) as run:
-            drawn, round_ = drifted(run)
-            output, units = loss_of(run, round_)
-            return run, drawn, round_, output.loss.detach(), units
-
-    (*_, loss, _), (run, drawn, round_, mended, units) = first("worn"), first("teacher")
-    rows = units.rows[:, 0]
-    still = round_.samples.identity[rows[:, 0]]
-    assert torch.equal(loss[~still], mended[~still])  # edits are as they were
-    steps = round_.samples.steps_at(rows[still])
-    text = run.config.data.identity_instruction
-    same = drifting._record(run, drawn.references, [text] * 8, "clean noise")
-    record = replace(same, trajectory=round_.samples.samples.trajectory)
-    velocity = RolloutVelocity(run.policies, record)
-    at = rows[still][:, :2]
-    with torch.no_grad():
-        target = velocity("old", steps.x_t, steps.sigma, at)
-        own = round_.velocity("current", steps.x_t, steps.sigma, at)
-    expected = 10 * (own - target).square().flatten(1).mean(dim=1)
-    torch.testing.assert_close(mended[still], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_what_has_not_worn_out_teaches_a_student_like_its_teacher_nothing(
