@@ -33,6 +33,7 @@ help:
 	@echo "make quick         1 min    lint, types and the tests of the core on examples drawn anew"
 	@echo "make test          12 min   lint, types, import layers, pages, doctests and the whole test suite"
 	@echo "make laws          minutes  thousands of cases for each law of mteditflow.testing, from a new seed"
+	@echo "make pages         1 min    every page, notebook and docstring read, and every reference resolved"
 	@echo "make site          2 min    all pages, notebooks and the API reference as a site, in build/site"
 	@echo "make dist          5 min    sdist and wheel: built, checked, installed into an empty environment, used"
 	@echo "make matrix        30 min   lowest declared versions installed and tested; syntax and types of Python 3.10 to 3.14"
@@ -87,7 +88,10 @@ quick: $(INSTALLED)
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly --numprocesses $(WORKERS) \
 		-m "not long and not bases and not slow and not compile" $(QUICK)
 
-test: lint types layers pages pytest
+# The checks share the cores; pytest takes them all.
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory --jobs $(WORKERS) --output-sync=target lint types layers pages
+	@$(MAKE) --no-print-directory pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
