@@ -25,7 +25,7 @@ WORKERS ?= 2
 WING ?= rewards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dist matrix quick test lint types layers pages site pytest laws support evidence findings long-chains objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
+.PHONY: help demo dist matrix quick test checks lint types layers pages site pytest laws support evidence findings long-chains objectives lost-rewards benchmark soak kills bases mutation mutation-of clean
 
 help:
 	@echo "Times are of two cores, once everything is installed (make demo and make test do that by themselves)."
@@ -33,6 +33,7 @@ help:
 	@echo "make quick         1 min    lint, types and the tests of the core on examples drawn anew"
 	@echo "make test          12 min   lint, types, import layers, pages, doctests and the whole test suite"
 	@echo "make laws          minutes  thousands of cases for each law of mteditflow.testing, from a new seed"
+	@echo "make checks        1 min    lint, types, import layers and pages"
 	@echo "make pages         1 min    every page, notebook and docstring read, and every reference resolved"
 	@echo "make site          2 min    all pages, notebooks and the API reference as a site, in build/site"
 	@echo "make dist          5 min    sdist and wheel: built, checked, installed into an empty environment, used"
@@ -88,9 +89,11 @@ quick: $(INSTALLED)
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p randomly --numprocesses $(WORKERS) \
 		-m "not long and not bases and not slow and not compile" $(QUICK)
 
+checks: lint types layers pages
+
 # The checks share the cores; pytest takes them all.
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory --jobs $(WORKERS) --output-sync=target lint types layers pages
+	@$(MAKE) --no-print-directory --jobs $(WORKERS) --output-sync=target checks
 	@$(MAKE) --no-print-directory pytest
 
 lint: $(INSTALLED)

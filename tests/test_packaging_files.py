@@ -136,7 +136,7 @@ def test_hooks_are_steps_of_the_test_command():
     assert repository["repo"] == "local"
     made = [hook["entry"].split()[-1] for hook in repository["hooks"]]
     assert made
-    assert set(made) <= set(targets()["test"])
+    assert set(made) <= set(targets()["checks"])
     for hook in some(repository["hooks"]):
         assert hook["entry"].split()[:2] == ["make", "--silent"]
         assert (hook["language"], hook["pass_filenames"]) == ("system", False)
