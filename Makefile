@@ -29,7 +29,7 @@ WING ?= rewards
 
 help:
 	@echo "Times are of two cores, once everything is installed (make demo and make test do that by themselves)."
-	@echo "make demo          7 min    multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
+	@echo "make demo          8 min    multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
 	@echo "make quick         1 min    lint, types and the tests of the core on examples drawn anew"
 	@echo "make test          12 min   lint, types, import layers, pages, doctests and the whole test suite"
 	@echo "make laws          minutes  thousands of cases for each law of mteditflow.testing, from a new seed"
@@ -72,7 +72,7 @@ $(DEMO): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(DEMO)
-	@echo "Training: about 7 minutes on two cores; Ctrl-C stops it, and the same command goes on"
+	@echo "Training: about 8 minutes on two cores; Ctrl-C stops it, and the same command goes on"
 	@$(BIN)/python examples/demo.py --objective $(OBJECTIVE) --seed $(SEED) --output $(OUTPUT)
 
 dist: $(INSTALLED)

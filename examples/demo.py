@@ -27,7 +27,7 @@ def main(
         Path | None, typer.Option(help="Folder of the run; default: runs/demo-OBJECTIVE-SEED.")
     ] = None,
 ) -> None:
-    """Train a tiny FLUX.1-Kontext to make three edits in a row: seven minutes on two cores."""
+    """Train a tiny FLUX.1-Kontext to make three edits in a row: eight minutes on two cores."""
     from mteditflow_examples.flux.command_line import parse_or_exit
     from mteditflow_examples.flux.start import main as run_to_the_end
     from mteditflow_examples.pictures.files import main as write_world

@@ -397,7 +397,7 @@ class Safety:
     variety), which never trains and stops nothing; 0: none."""
     drift_rounds: Annotated[int, Field(ge=3)] = 5
     """Early rounds that make the band of each statistic."""
-    drift_width: Positive = 5.0
+    drift_width: Positive = 8.0
     """Half-width of a band, in standard errors of a round; an alarm is a value outside of it."""
 
 

@@ -42,7 +42,7 @@ def test_panels_curves_band_reference_and_alarms():
     alarm = {"round": 8, "statistic": "saturation/turn_2", "value": 0.75}
     first, second = draw_drift(lines(), [alarm], watch=watch, title="A run").axes
     assert [x.get_title(loc="left") for x in (first, second)] == ["saturation", "group distance"]
-    assert labels(first) == ["band", "turn 1", "turn 2", "reference", "alarm"]
+    assert labels(first) == ["band of turn 2", "turn 1", "turn 2", "reference", "alarm"]
     curves = dict(zip(labels(first)[1:], first.get_lines(), strict=True))
     assert curves["turn 2"].get_ydata().tolist() == [0.25] * 6 + [0.75] * 2
     assert curves["reference"].get_ydata().tolist() == [0.125] * ROUNDS

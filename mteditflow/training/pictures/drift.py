@@ -17,10 +17,10 @@ from mteditflow.evaluation.figures import (
     BLUE,
     FAINT,
     GOOD,
+    INK,
     PURPLE,
     SOFT,
     house_style,
-    legend_below,
     titled_figure,
 )
 from mteditflow.training.metrics_file import ROUND
@@ -41,6 +41,13 @@ COLUMNS, PANEL_WIDTH, LEAST_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT, ROUND_TICKS = (
 LINE = {"linewidth": 1.6}
 LEVEL = {"color": SOFT, "linestyle": "--", "linewidth": 1.1}
 BAND = {"color": FAINT, "alpha": 0.45, "linewidth": 0}
+LEGEND = {
+    "loc": "outside lower center",
+    "ncols": 8,
+    "frameon": False,
+    "fontsize": 9,
+    "labelcolor": INK,
+}
 ALARM = {"color": BAD, "marker": "v", "linestyle": "", "markersize": 8, "zorder": 3}
 
 
@@ -89,6 +96,13 @@ def draw_drift(
             _draw(axes, statistic, own, metrics, alarms, watch, early)
         for axes in grid[len(statistics) :]:
             axes.remove()
+        pairs = (
+            pair
+            for axes in figure.axes
+            for pair in zip(*axes.get_legend_handles_labels(), strict=True)
+        )
+        shown = {label: handle for handle, label in pairs}  # one legend, of what any panel has
+        figure.legend(shown.values(), shown.keys(), **LEGEND)
     return figure
 
 
@@ -106,11 +120,11 @@ def _draw(
     references = _column(metrics, f"{COLUMN}{statistic}{REFERENCE}")
     if watch is not None and last in watch.bands:
         low, high = zip(*(watch.band_around(last, x) for x in references), strict=True)
-        axes.fill_between(rounds, low, high, label="band", **BAND)
+        axes.fill_between(rounds, low, high, label=f"band of turn {_turn(last)}", **BAND)
     for i, name in enumerate(names):
         color = TURN_COLORS[i % len(TURN_COLORS)]
-        label = f"turn {name.rpartition(TURN)[2]}"
-        axes.plot(rounds, _column(metrics, f"{COLUMN}{name}"), color=color, label=label, **LINE)
+        values, label = _column(metrics, f"{COLUMN}{name}"), f"turn {_turn(name)}"
+        axes.plot(rounds, values, color=color, label=label, **LINE)
     if any(map(math.isfinite, references)):
         axes.plot(rounds, references, label="reference", **LEVEL)
     elif known := [x for x in _column(metrics, f"{COLUMN}{last}")[:early] if math.isfinite(x)]:
@@ -122,7 +136,10 @@ def _draw(
     axes.set_title(statistic.replace("_", " "), **PANEL_TITLE)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(ROUND_TICKS, integer=True))
-    legend_below(axes, columns=3)
+
+
+def _turn(name: str) -> str:
+    return name.rpartition(TURN)[2]
 
 
 def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
