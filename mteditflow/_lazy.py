@@ -25,11 +25,12 @@ def lazy(
     """
 
     def load(name: str) -> Any:
-        if name not in table:
-            if find_spec(f"{package}.{name}") is not None:  # as if the package had imported it
-                return import_module(f"{package}.{name}")
+        module = f"{package}.{name}"
+        if name not in table and find_spec(module) is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
+            if name not in table:  # a module of the package, as if it had imported it
+                return import_module(module)
             value = getattr(import_module(table[name], package), name)
         except ImportError as error:
             missing = (error.name or "").partition(".")[0]

@@ -39,6 +39,17 @@ def test_a_name_is_loaded_on_first_use_and_stays(package):
     assert "needy.lacking" not in sys.modules
 
 
+def test_a_module_of_the_package_is_an_attribute_as_if_it_were_imported(package):
+    (Path(package.__file__).parent / "plainly.py").write_text("value = 7\n")
+    (Path(package.__file__).parent / "failing.py").write_text("import absent_package\n")
+    importlib.invalidate_caches()
+    assert "needy.plainly" not in sys.modules
+    assert package.plainly is sys.modules["needy.plainly"]
+    assert package.plainly.value == 7
+    with pytest.raises(ImportError, match=r"failing needs absent_package: pip install"):
+        _ = package.failing
+
+
 def test_dir_lists_every_name_before_and_after_use(package):
     names = dir(package)
     assert {"plain", "gone", "lacking", "buggy", "__name__"} <= set(names)

@@ -58,7 +58,7 @@ def first(run, plan):
 
 
 def test_flat_and_broken_groups_are_replaced_in_their_places(world, tmp_path, monkeypatch):
-    """Of three groups the first is flat, the second whole, the third has lost a member."""
+    """Three groups: the first is flat, the second whole, the third has lost a member."""
     with started(world, tmp_path, *SMALL, *WEIGHTS, "--data.extra-groups", 5) as run:
         before = first(run, lambda ids: {ids[0]: (3.0, 3.0), ids[2]: (5.0, None)})
         ids = list(dict.fromkeys(before.drawn.group.tolist()))
