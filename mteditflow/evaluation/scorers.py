@@ -8,6 +8,7 @@ needed. Needs the extra ``mteditflow[rewards]``.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -55,7 +56,7 @@ class EditedTurn(NamedTuple):
     turn: int
 
 
-class TurnScorer:
+class TurnScorer(ABC):
     """Base of scorers of one turn at a time: a subclass has ``terms`` and ``score_turns``.
 
     Calls run in a thread, one at a time, so that a model need not be safe for several.
@@ -81,9 +82,9 @@ class TurnScorer:
     def __init__(self) -> None:
         self._lock = Lock()
 
+    @abstractmethod
     def score_turns(self, turns: Sequence[EditedTurn]) -> list[Marks]:
         """Score turns in order: every term of each, NaN where nothing is measured; or ``Lost``."""
-        raise NotImplementedError
 
     async def score(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]

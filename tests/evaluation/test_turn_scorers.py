@@ -20,6 +20,7 @@ from mteditflow.evaluation import (
     PickScoreScorer,
     RapidOcr,
     TextScorer,
+    TurnScorer,
 )
 from mteditflow.evaluation.text_scorer import read_share, wanted_text
 from mteditflow.rewards import Fault
@@ -258,3 +259,11 @@ def test_the_page_shows_a_scorer_of_ones_own_that_runs(tmp_path, monkeypatch):
     # Asked to be red: red 0, green 255 of lime; then a hat and blur, which it does not measure.
     assert found["following"].score.nan_to_num(-1).tolist() == [[0.0, -1.0], [-1.0, -1.0]]
     assert found["following"].unmeasured.tolist() == [[False, True], [True, False]]
+
+
+def test_a_scorer_that_scores_nothing_is_refused_before_a_run():
+    class Idle(TurnScorer):
+        terms = ("following",)
+
+    with pytest.raises(TypeError, match="score_turns"):
+        Idle()
