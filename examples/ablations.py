@@ -1,6 +1,7 @@
 """Comparisons in the embedded worlds over seeds, each written into a page of ``docs/``.
 
     python examples/ablations.py findings --workers 2      # the paper's, docs/findings.md
+    python examples/ablations.py objectives_tries          # hyperparameters of the next one
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
     python examples/ablations.py credit --workers 2        # who is credited, docs/credit.md
     python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
@@ -34,13 +35,15 @@ from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import write_page
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
 from mteditflow_examples.findings.settings import PAPER, PAPER_IN_PICTURES
+from mteditflow_examples.findings.tries import FILE, TRIES, write_tries
 
 from mteditflow._command import program
 from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
 ALL = (
-    PAPER, PAPER_IN_PICTURES, OBJECTIVES, CREDIT, CREDIT_APART, COST, LONG_CHAINS, COMPETENT_START,
+    PAPER, PAPER_IN_PICTURES, TRIES, OBJECTIVES, CREDIT, CREDIT_APART, COST, LONG_CHAINS,
+    COMPETENT_START,
 )  # fmt: skip
 STUDIES = {study.name: study for study in ALL}
 
@@ -50,6 +53,7 @@ def main(
         Literal[
             "findings",
             "findings_pictures",
+            "objectives_tries",
             "objectives",
             "credit",
             "credit_apart",
@@ -68,6 +72,7 @@ def main(
 ) -> None:
     """Run what is missing, then write the page and its figures."""
     runs = runs or Path("runs", study + ("-short" if short else ""))
+    tries = FILE if docs is None and not short else (docs or runs) / FILE.name
     docs = docs or (runs if short else Path("docs"))
     with refusing():
         require_folder("runs", runs)
@@ -84,8 +89,11 @@ def main(
     failures = ablations.run_all(workers) if workers else []
     if ablations.complete_seeds():
         command = f"python examples/ablations.py {study}" + (" --short" if short else "")
-        write = write_long_page if TWENTY in chosen.held_out else write_page
-        page = write(ablations, docs, command=command)
+        if chosen is TRIES:
+            page = write_tries(ablations, tries)
+        else:
+            write = write_long_page if TWENTY in chosen.held_out else write_page
+            page = write(ablations, docs, command=command)
         print(f"Written: {page}")
     else:
         failures.append(f"{runs}: no seed is complete, so there is no page")

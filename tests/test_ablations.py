@@ -1,5 +1,6 @@
 """The paper's findings: the table of settings, the page, what is kept."""
 
+import json
 import re
 import sys
 import time
@@ -9,15 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mteditflow_examples.ablations import main
+from mteditflow_examples.budget import passes_of
 from mteditflow_examples.findings import running
 from mteditflow_examples.findings.credit import CREDIT, CREDIT_APART
 from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS
-from mteditflow_examples.findings.objectives import OBJECTIVES
+from mteditflow_examples.findings.objectives import CHOSEN, EQUAL, FORWARDS, OBJECTIVES, ROUNDS
 from mteditflow_examples.findings.page import document, write_page
 from mteditflow_examples.findings.results import Results, chain_values, long_claims
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations, Form, Run
 from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER, PAPER_IN_PICTURES
 from mteditflow_examples.findings.study import EIGHT, THREE, UNTRAINED, Finding, Setting, Study
+from mteditflow_examples.findings.tries import METHODS, RATES, TRIES, chosen, protocol, write_tries
 from mteditflow_examples.flux.config import dumped, name_of
 
 from mteditflow.evaluation import Evaluation
@@ -67,18 +70,28 @@ def test_values_of_chains_have_the_metrics_for_means():
 
 @pytest.mark.parametrize(
     "study",
-    [PAPER, PAPER_IN_PICTURES, OBJECTIVES, CREDIT, CREDIT_APART, LONG_CHAINS, COMPETENT_START],
+    [
+        PAPER,
+        PAPER_IN_PICTURES,
+        TRIES,
+        OBJECTIVES,
+        CREDIT,
+        CREDIT_APART,
+        LONG_CHAINS,
+        COMPETENT_START,
+    ],
 )
 def test_settings_are_sound_and_compare_one_thing(tmp_path, study):
     short = Ablations(tmp_path, SHORT, study)
     full = replace(FULL, rounds=study.rounds)
     ablations = Ablations(tmp_path, full, study)
     for setting in some(study.settings.values()):
-        assert short._config(setting, 0).training.rounds == SHORT.rounds
+        own = setting.options.get("training.rounds", study.rounds)
+        assert short._config(setting, 0).training.rounds == own * SHORT.rounds // study.rounds
         config = ablations._config(setting, 0)
         assert config.data.groups * config.data.group_size == 96
         assert config.evaluation.steps == config.sampling.steps
-        assert config.training.rounds == study.rounds
+        assert config.training.rounds == setting.options.get("training.rounds", study.rounds)
         default = "distillation" if "distillation" in setting.script else "nft"
         default = "grpo" if setting.preset.endswith("-grpo") else default
         assert name_of(config.objective) == setting.options.get("objective", default)
@@ -101,6 +114,45 @@ def test_a_setting_is_a_preset_and_the_words_after_it(tmp_path):
     lora = tmp_path / f"{OBJECTIVES.base.name}-2" / "checkpoints" / "round-000004" / "lora"
     assert ablations._config(taught, 2).teacher.path == lora
     assert given.count("--teacher.path") == 1
+
+
+def test_methods_at_equal_flops_cost_what_they_say(tmp_path):
+    ablations = Ablations(tmp_path, FULL, OBJECTIVES)
+    assert [x.label.split(f", {x.options.get('training.rounds')}")[0] for x in EQUAL] == list(
+        CHOSEN
+    )
+    assert len(EQUAL) == len(CHOSEN)
+    for equal, (label, setting) in zip(some(EQUAL), some(CHOSEN.items()), strict=True):
+        assert equal.label.startswith(label)
+        config = ablations._config(setting, 0)
+        passes = passes_of(config)
+        sampling = config.data.turns * config.sampling.steps
+        assert sampling + 3 * passes.trained + passes.forward == FORWARDS[label]
+        rounds = ablations._config(equal, 0).training.rounds
+        assert abs(rounds * FORWARDS[label] / (ROUNDS * FORWARDS["NFT"]) - 1) < 0.04
+
+
+def test_the_best_try_is_taken_and_the_page_shows_all(tmp_path, monkeypatch):
+    assert all(len({y.name for y in x.tries()}) == 2 * len(RATES) for x in some(METHODS))
+    first, method = METHODS[0].tries(), METHODS[0]
+    reached = iter(range(100))
+    monkeypatch.setattr(
+        Ablations, "result", lambda *_: Run(evaluation(0), evaluation(next(reached), skill=0.9), [])
+    )
+    ablations = Ablations(tmp_path, replace(FULL, held_out=256), TRIES)
+    tried = json.loads(write_tries(ablations, tmp_path / "tries.json").read_text())
+    rows = tried["methods"]["NFT"]
+    best = max(range(4), key=lambda k: rows[k]["overall"])
+    assert chosen(method, tried) == replace(first[best], label="NFT")
+    for row in some(rows):
+        row["overall"] = 50.0  # a tie
+    assert chosen(method, tried) == replace(first[0], label="NFT")
+    assert "50.0 (nft_beta 1.0, learning rate 0.001)" in protocol(tried)
+    assert chosen(method, None) == replace(first[0], label="NFT")
+    assert "The tries have not been run" in protocol(None)
+    rows[0]["try"] = "another"
+    with pytest.raises(ValueError, match=r"tries\.json: expected today's tries of NFT, got others"):
+        chosen(method, tried)
 
 
 def test_a_setting_goes_on_from_another_s_run(tmp_path, monkeypatch):

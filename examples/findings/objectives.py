@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from .settings import BASE, CONSISTENCY
 from .study import BASE_RUN, UNTRAINED, Claim, Finding, Setting, Study
+from .tries import METHODS, chosen, protocol, read_tries
 
 FLOOR = {"rewards.floor": 0.98, "rewards.floor_rate": 25.0}
 AND = {"rewards.aggregate": "all"}
-
-STEPS = {CONSISTENCY: 0.5}  # shapes-grpo has 1
-CLIP = {"objective.clip_low": 1e-3, "objective.clip_high": 1e-3}
-PAIRS = {"objective.dpo_beta": 200, "objective.renoise.levels": 4}
-FAR = {"objective.threshold": 1e-5}
 UNTRAINED_LABEL = "untrained"
 
 SELF = Setting(
@@ -25,40 +21,56 @@ TAUGHT = Setting(
     script="self_distillation.py",
 )
 
+TRIED = read_tries()
+CHOSEN = {method.label: chosen(method, TRIED) for method in METHODS}
+# F of a trajectory, sampling and update: tests count them by running the objectives.
+FORWARDS = dict.fromkeys(CHOSEN, 24.0) | {
+    "NFT, NormGuard": 27.0,
+    "GRPO": 30.0,
+    "Guard": 33.0,
+    "DPPO": 33.0,
+}
+ROUNDS = 20
+
+
+def for_as_many_flops(label: str) -> Setting:
+    """Return a method with as many FLOPs as `ROUNDS` rounds of NFT, in rounds of its own."""
+    setting = CHOSEN[label]
+    rounds = round(ROUNDS * FORWARDS["NFT"] / FORWARDS[label])
+    if rounds == ROUNDS:
+        return setting
+    options = {**setting.options, "training.rounds": rounds}
+    return Setting(f"{label}, {rounds} rounds", options, setting.preset)
+
+
+EQUAL = tuple(for_as_many_flops(label) for label in CHOSEN)
+COSTLIER = tuple(x for x in EQUAL if "training.rounds" in x.options)
+
 FINDINGS = (
     Finding(
         "loss",
-        "Objectives",
+        "Objectives, at equal numbers of samples",
+        (UNTRAINED, *CHOSEN.values()),
         (
-            UNTRAINED,
-            Setting("NFT"),
-            Setting("NFT, NormGuard", {"objective.norm_coef": 1.0}),
-            Setting("AWM", {"objective": "awm", **CLIP}),
-            Setting("DPO", {"objective": "dpo", **PAIRS}),
-            Setting("GRPO", STEPS, "shapes-grpo"),
-            Setting("Guard", {**STEPS, "objective": "guard"}, "shapes-grpo"),
-            Setting("DPPO", {**STEPS, "objective": "dppo", **FAR}, "shapes-grpo"),
-        ),
-        (
-            Claim("NFT", UNTRAINED_LABEL),
-            Claim("NFT, NormGuard", UNTRAINED_LABEL),
-            Claim("AWM", UNTRAINED_LABEL),
-            Claim("DPO", UNTRAINED_LABEL),
-            Claim("GRPO", UNTRAINED_LABEL),
-            Claim("Guard", UNTRAINED_LABEL),
-            Claim("DPPO", UNTRAINED_LABEL),
-            Claim("DPO", "NFT"),
+            *(Claim(name, UNTRAINED_LABEL) for name in CHOSEN),
+            *(Claim(name, "NFT") for name in CHOSEN if name != "NFT"),
             Claim("Guard", "GRPO"),
             Claim("DPPO", "GRPO"),
         ),
-        note="Every objective has the same rollouts in number, the same optimizer and the same "
-        "rewards; the numbers of its own are in `examples/findings/objectives.py`, chosen on seed "
-        "0 among a few. Seconds are of a machine that was more or less busy with other work.",
-        why="Not known, but for two facts. DPO's 36 pairs of best and worst, at four noise levels "
-        "each, are as many rows as the 288 of NFT and AWM, so it is which rows are trained, and "
-        "not how many. NormGuard holds the length of the velocity from the first update on, and a "
-        "weight of 1 is large beside the loss: it slows learning down, and CC does not gain by it "
-        "here.",
+        note="Every objective has the same rollouts in number, the same optimizer, the same "
+        f"rewards and no KL. {protocol(TRIED)} Seconds are of a machine that was more or less busy "
+        "with other work.",
+    ),
+    Finding(
+        "flops",
+        "Objectives, at equal FLOPs",
+        (CHOSEN["NFT"], *COSTLIER),
+        tuple(Claim(x.label, "NFT") for x in COSTLIER),
+        note=f"F is the cost of one forward pass of one row. {ROUNDS} rounds of NFT are "
+        f"{ROUNDS} x {FORWARDS['NFT']:g} F for each of 96 trajectories; methods that cost more get "
+        "fewer rounds: "
+        + ", ".join(f"{x.label} ({FORWARDS[x.label.rpartition(', ')[0]]:g} F)" for x in COSTLIER)
+        + ". All others cost as much as NFT, and their rows above hold.",
     ),
     Finding(
         "credit",

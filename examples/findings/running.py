@@ -152,7 +152,7 @@ class Ablations:
             "model.path": world / "model",
             "data.chains": world / "train.jsonl",
             "data.held_out": None,
-            "training.rounds": self.form.rounds,
+            "training.rounds": self._asked(setting),
             "training.seed": seed,
             "safety.collapse_drop": 1,  # a collapse is a finding, too
             "output.folder": output,
@@ -160,18 +160,29 @@ class Ablations:
             "output.strips_every": 0,
         }
         if (every := setting.options.get("growth.every")) is not None:  # as often in short runs
-            shorter = max(1, int(str(every)) * self.form.rounds // self.study.rounds)
-            setting = replace(setting, options={**setting.options, "growth.every": shorter})
+            setting = replace(
+                setting, options={**setting.options, "growth.every": self._scaled(int(str(every)))}
+            )
         if setting.after is not None:
             given["model.lora"] = self._lora(setting.after, seed)
         if setting.options.get("teacher.path") == BASE_RUN:
             teacher = {"teacher.path": self._lora(self.study.base, seed)}
             setting = replace(setting, options={**setting.options, **teacher})
-        return [setting.preset, "--output.trackers", *words_of(given), *setting.words]
+        options = {k: x for k, x in setting.options.items() if k not in given}
+        own = replace(setting, options=options).words
+        return [setting.preset, "--output.trackers", *words_of(given), *own]
+
+    def _asked(self, setting: Setting) -> int:
+        """Return the rounds of a setting, its own or the study's."""
+        return self._scaled(int(str(setting.options.get("training.rounds", self.study.rounds))))
+
+    def _scaled(self, rounds: int) -> int:
+        """Return a number of rounds of a full study for runs of this form."""
+        return max(1, rounds * self.form.rounds // self.study.rounds)
 
     def _lora(self, setting: Setting, seed: int) -> Path:
         """Return the folder of what a run has learned."""
-        return self._run(setting, seed) / f"checkpoints/round-{self.form.rounds:06d}" / "lora"
+        return self._run(setting, seed) / f"checkpoints/round-{self._asked(setting):06d}" / "lora"
 
     def _needs(self, setting: Setting) -> list[Setting]:
         """Return the settings whose runs come before one of the same seed."""
@@ -211,7 +222,7 @@ class Ablations:
 
     def _train_alone(self, setting: Setting, seed: int) -> None:
         """Train to the last round, unless that is done."""
-        if self._rounds(setting, seed) < self.form.rounds:
+        if self._rounds(setting, seed) < self._asked(setting):
             script = SCRIPTS / setting.script
             command = [sys.executable, str(script), *self.arguments(setting, seed)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -220,7 +231,7 @@ class Ablations:
                 self._trainers.add(trainer)
                 said = trainer.communicate()[1]
             self._trainers.discard(trainer)
-            if trainer.returncode or self._rounds(setting, seed) < self.form.rounds:
+            if trainer.returncode or self._rounds(setting, seed) < self._asked(setting):
                 raise RuntimeError(f"{' '.join(command)} did not end well:\n{said[-2000:]}")
 
     def _rounds(self, setting: Setting, seed: int) -> int:
@@ -249,7 +260,7 @@ class Ablations:
             evaluate(world / "model", chains, **common).write(before)
         if not after.exists():
             adapter = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto").path
-            common |= {"adapter": adapter / "lora", "rounds": self.form.rounds}
+            common |= {"adapter": adapter / "lora", "rounds": self._asked(setting)}
             evaluate(world / "model", chains, **common).write(after)
 
     def _write_chains(self, seed: int) -> None:
