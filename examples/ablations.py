@@ -4,6 +4,7 @@
     python examples/ablations.py objectives_tries          # hyperparameters of the next one
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
     python examples/ablations.py credit --workers 2        # who is credited, docs/credit.md
+    python examples/ablations.py regions --workers 2       # rewards by region, docs/regions.md
     python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
     python examples/ablations.py long_chains --workers 2   # twenty turns, docs/long_chains.md
     python examples/ablations.py findings_pictures         # the paper's, in the world of pictures
@@ -33,6 +34,7 @@ from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAIN
 from mteditflow_examples.findings.long_page import write_long_page
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import write_page
+from mteditflow_examples.findings.regions import REGIONS
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
 from mteditflow_examples.findings.settings import PAPER, PAPER_IN_PICTURES
 from mteditflow_examples.findings.tries import FILE, TRIES, write_tries
@@ -42,7 +44,7 @@ from mteditflow._exits import refusing
 from mteditflow._files import require_folder
 
 ALL = (
-    PAPER, PAPER_IN_PICTURES, TRIES, OBJECTIVES, CREDIT, CREDIT_APART, COST, LONG_CHAINS,
+    PAPER, PAPER_IN_PICTURES, TRIES, OBJECTIVES, CREDIT, CREDIT_APART, REGIONS, COST, LONG_CHAINS,
     COMPETENT_START,
 )  # fmt: skip
 STUDIES = {study.name: study for study in ALL}
@@ -57,6 +59,7 @@ def main(
             "objectives",
             "credit",
             "credit_apart",
+            "regions",
             "cost",
             "long_chains",
             "competent_start",

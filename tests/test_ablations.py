@@ -16,6 +16,7 @@ from mteditflow_examples.findings.credit import CREDIT, CREDIT_APART
 from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS
 from mteditflow_examples.findings.objectives import CHOSEN, EQUAL, FORWARDS, OBJECTIVES, ROUNDS
 from mteditflow_examples.findings.page import document, write_page
+from mteditflow_examples.findings.regions import REGIONS
 from mteditflow_examples.findings.results import Results, chain_values, long_claims
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations, Form, Run
 from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER, PAPER_IN_PICTURES
@@ -77,6 +78,7 @@ def test_values_of_chains_have_the_metrics_for_means():
         OBJECTIVES,
         CREDIT,
         CREDIT_APART,
+        REGIONS,
         LONG_CHAINS,
         COMPETENT_START,
     ],

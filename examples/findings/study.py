@@ -48,8 +48,12 @@ class Setting:
 
 def words_of(options: Mapping[str, object]) -> list[str]:
     """Return fields by dotted name as the words of a command line."""
-    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
-    return [word for pair in pairs for word in pair]
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:  # a switch has no value
+            words.append(str(value))
+    return words
 
 
 @dataclass(frozen=True)
