@@ -66,10 +66,12 @@ MEASURES = (
     Measure("IF(3)", THREE, lambda e: success_rate(e, 3)),
     Measure("CC(3)", THREE, lambda e: e.estimates["content_consistency"][2]),
     Measure("Overall(3)", THREE, lambda e: e.estimates["overall"][2]),
+    Measure("SR@5", TWENTY, lambda e: success_rate(e, 5)),
     Measure("SR@10", TWENTY, lambda e: success_rate(e, 10)),
     Measure("SR@20", TWENTY, lambda e: success_rate(e, 20)),
     Measure("CR@10", TWENTY, lambda e: collapse(e, 10)),
-    Measure("wear at 10", STILL, lambda e: wear_at(e, 10)),
+    Measure("wear outside edits at 10", TWENTY, lambda e: wear_at(e, 10)),
+    Measure("wear without edits at 10", STILL, lambda e: wear_at(e, 10)),
 )
 
 
@@ -127,6 +129,7 @@ def _document(results: LongResults, ablations: Ablations, command: str) -> str:
     lines = [
         f"# {study.title}",
         "",
+        *([study.answer, ""] if study.answer else []),
         f"Output of `{command}`.",
         "",
         f"- Runs of {' to '.join(dict.fromkeys((days[0], days[-1])))}; python "
@@ -138,8 +141,9 @@ def _document(results: LongResults, ablations: Ablations, command: str) -> str:
         "settings of a seed.",
         "- IF(3), SR@k: all turns up to k succeeded, percent. CC(3): consistency with the original "
         "outside all edits. CR@10: two pictures in a row, the first by turn 10, have a consistency "
-        f"below {DESTROYED}. Wear at 10: mean absolute error after ten turns without a change, "
-        "percent of the range.",
+        f"below {DESTROYED}. Wear: mean absolute difference to the original after ten turns, "
+        "percent of the range, outside of all edits of chains of twenty turns, and of all pixels "
+        "where no turn asks for a change.",
         "- Means with t-intervals over seeds (95%). Changes: after less before, paired by seed, "
         "the error pooled over all settings.",
         "",
@@ -159,14 +163,16 @@ def _document(results: LongResults, ablations: Ablations, command: str) -> str:
 
 
 def draw_curves(results: LongResults) -> Figure:
-    """Draw SR@k and success by turn, and wear over turns without a change."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    """Draw SR@k, success and wear by turn."""
+    figure = Figure(figsize=(15, 3.8), layout="constrained")
     panels: Sequence[tuple[str, HeldOut, Callable[[Evaluation], Sequence[float]]]] = (
         ("SR@k, %", TWENTY, lambda e: e.estimates["instruction_following"]),
         ("Marginal(k), %", TWENTY, lambda e: e.estimates["marginal"]),
-        ("wear, % of the range", STILL, _wear_by_turn),
+        ("wear outside edits, % of the range", TWENTY, _wear_by_turn),
+        ("wear without edits, % of the range", STILL, _wear_by_turn),
     )
-    for axes, (title, held_out, curve) in zip(figure.subplots(1, 3), panels, strict=True):
+    columns = figure.subplots(1, len(panels))
+    for axes, (title, held_out, curve) in zip(columns, panels, strict=True):
         for row, setting in zip(results.evaluations[held_out], results.settings, strict=True):
             values = np.mean([curve(e) for e in row], axis=0)
             style = {"color": "0.5", "linestyle": ":"} if setting is BEFORE else {}
