@@ -17,7 +17,7 @@ class Change:
         option: name of the option in the trainer.
         apply: returns the plan with the option's next value; None if there is none.
         shown: returns the option's value in a plan, as it is written on the command line.
-        phases: prefixes of the names of the phases that it lowers.
+        phases: prefixes of the names of the phases that it lowers; "" for all.
     """
 
     option: str
@@ -160,7 +160,7 @@ def _smaller(plan: Plan, options: Collection[str]) -> Iterator[Plan]:
                 if changed is not None and _lowers(changed, highest):
                     plan = changed
                     break
-        else:
+        else:  # no change lowers the peak any further
             return
 
 

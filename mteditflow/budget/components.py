@@ -39,6 +39,7 @@ def simulate_encoder(part: Part, *, dtype: torch.dtype) -> EncoderCosts:
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fill_fake(model)
+        # CLIP has only 77 positions.
         tokens = torch.zeros(1, min(TOKENS, limit), dtype=torch.int64, device="cpu")
         mask = torch.ones_like(tokens)
         encode = peak_of(

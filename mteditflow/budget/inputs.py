@@ -106,6 +106,7 @@ def _qwen(config: Any, rows: int, shape: Shape, zeros: _Zeros) -> Inputs:
 
 
 def _z_image(config: Any, rows: int, shape: Shape, zeros: _Zeros) -> Inputs:
+    # Latents are not packed here: the model itself makes a token of 2 x 2 of them (SD3, Wan, too).
     size = (config.in_channels, 1, 2 * shape.side, 2 * shape.side)
     return {
         "x": [zeros(*size) for _ in range(rows)],

@@ -93,6 +93,7 @@ def count_passes(
         rows[policy] += len(x_t)
         return torch.zeros_like(x_t)
 
+    # Both signs, no zeros and no ties, so that no objective drops a row or a pair.
     advantage = torch.linspace(1.0, 2.0, trajectories, dtype=torch.float32, device="cpu")
     advantage[::2] *= -1
     old_is_current = objective.old_decay(round) == 0

@@ -66,7 +66,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        address = storage._cdata
+        address = storage._cdata  # identifies the storage, also for views of it
         if address in self._addresses or address in self._sizes:
             return
         size = -(-storage.nbytes() // self._block) * self._block

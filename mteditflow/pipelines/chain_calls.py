@@ -110,6 +110,7 @@ class ChainCalls:
         images: Any = self._images[rows]
         numbers = range(len(self._images))[rows]
         options, size = self._options, self._kinds[rows.start][0]
+        # None asks for the reference's size; a call without such an option gives 0 here.
         if size is not None and options.get("height", 0) is None:
             options = options | self._family.own_size(self._pipeline, size)
         turns = []
@@ -171,6 +172,7 @@ class ChainCalls:
         new = [x for row in wanted for x in row if x not in self._embedded]
         found = self._embedded if not new else self._embedded | prompts(new)
         options: dict[str, Any] = {}
+        # Not strict: without a negative prompt ``wanted`` has one instruction per row.
         for prefix, row in zip(("", "negative_"), zip(*wanted, strict=True), strict=False):
             kinds = zip(*(found[x] for x in row), strict=True)
             for name, kind in zip(family.embeddings, kinds, strict=True):

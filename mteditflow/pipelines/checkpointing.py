@@ -32,11 +32,13 @@ def enable_checkpointing(model: nn.Module, kept_blocks: int = 0) -> None:
             f"kept_blocks: expected at most the {len(blocks)} blocks of a {type(model).__name__}, "
             f"got {kept_blocks}"
         )
+    # ``blocks[-kept_blocks:]`` would be all blocks at 0.
     kept = {id(block) for block in blocks[len(blocks) - kept_blocks :]}
 
     def run(block: nn.Module, *inputs: Any) -> Any:
         if id(block) in kept:
             return block(*inputs)
+        # Reentrant checkpoints give no gradient if no input needs one, as in a frozen first block.
         return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
     cast(Any, model).enable_gradient_checkpointing(run)

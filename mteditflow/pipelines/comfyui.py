@@ -237,6 +237,7 @@ def _fused(
     like = next(iter(pairs.values()))[0]
     down = like.new_zeros(len(widths) * rank, inputs.pop())
     up = like.new_zeros(sum(widths) * unit, len(widths) * rank)
+    # Each part has ``rank`` rows of A and columns of B to itself, so that B A has no cross terms.
     for part, (a, b) in pairs.items():
         top, left = sum(widths[:part]) * unit, part * rank
         down[left : left + len(a)] = a

@@ -110,6 +110,7 @@ def readings(name: str, value: Any, batch: int, listed: bool) -> list[Any]:
     if isinstance(value, (list, tuple)) and len(value) == batch:
         plain = all(isinstance(entry, (int, float, str)) for entry in value)
         blocks = all(isinstance(entry, Tensor) and len(entry) == batch for entry in value)
+        # B tensors of B rows each are rather one per block, as the residuals of a ControlNet.
         likely = not plain and (listed or not blocks)
         found.insert(0 if likely else len(found), Entries(tuple(value)))
     distinct: dict[Hashable, Any] = {}
@@ -144,6 +145,7 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
         parts = (select_rows(list(part), rows, device) for part in zip(*trees, strict=True))
         return type(first)(parts)
     if isinstance(first, Rows):
+        # Rows of a single record need one index, or no copy at all if they are all, in order.
         axis, taken = first.axis, first.tensor
         if any(tree is not first for tree in trees):
             picked = [t.tensor.select(axis, row) for t, row in zip(trees, rows, strict=True)]

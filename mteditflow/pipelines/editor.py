@@ -181,6 +181,7 @@ class Editor:
                 quantize_to=quantize,
                 folder=prompt_folder,
             )
+            # Before ``pipeline.to``: now the device still has room for the encoders.
             if ahead:
                 negative = family.negative_prompt(pipeline, options)
                 ahead += [] if negative is None else [Instruction(negative, negative=True)]
@@ -318,7 +319,7 @@ class Editor:
                 stochastic_steps=stochastic_steps,
                 reduction=reduction,
                 storage="cpu",
-                verify=verify and call.start == 0,
+                verify=verify and call.start == 0,  # one proof serves all calls
             )
             with recorder:
                 images = chains.sample(call)

@@ -40,6 +40,7 @@ from mteditflow.pipelines.signatures import (
     text_parameters,
 )
 
+# Arguments of a call that the editor sets itself, so that they are no options.
 _GIVEN_BY_EDITOR = {
     *("self", "image", "prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"),
     *("generator", "latents", "num_images_per_prompt", "output_type", "return_dict"),

@@ -104,6 +104,7 @@ class Loop:
         for x in named or (x for each in frames for x in _tensors(each)):
             if x is last.next_x or _holds(x, last.next_x):
                 return last.next_x
+        # By id, since several variables may hold the one tensor that was changed.
         changed = {
             id(x): x
             for x in named

@@ -125,6 +125,7 @@ def without(weights: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[
     for name, x in first.items():
         axis, rank = rank_axis(name), x.shape[rank_axis(name)]
         both = weights.get(name)
+        # ``min``: a file of a lower rank must differ here rather than fail in ``narrow``.
         if both is None or not torch.equal(both.narrow(axis, 0, min(rank, both.shape[axis])), x):
             raise ValueError(f"{name}: expected the frozen start in the file, got other weights")
         left[name] = both.narrow(axis, rank, both.shape[axis] - rank)
@@ -170,6 +171,7 @@ def weights_of_file(
             rank, scale = _rank_and_scale(config, module)
             if x.ndim > 1 and x.shape[1] != rank:
                 raise ValueError(f"{name}: expected rank {rank} of metadata, got {x.shape[1]}")
+            # The product is scale * B A, so that B takes the ratio of the two scales.
             state[name] = x.float() * (scale / scales[module])
     return state
 

@@ -181,6 +181,7 @@ def link_outputs(calls: Sequence[Call]) -> list[Call]:
     Where the transformer takes a tensor that another call returned, an ``OutputOf`` replaces it.
     Calls of other modules, such as an encoder within the loop, are left out.
     """
+    # By id, which is unique, since ``calls`` keep all of these tensors alive.
     made: dict[int, tuple[int, int]] = {}
     used: list[int] = []
 

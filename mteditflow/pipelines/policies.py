@@ -116,7 +116,7 @@ class LoraPolicies:
         if few_steps is not None:
             self._layers = add_lora(self._bare, "few_steps", few_steps)
             self._frozen += ("few_steps",)
-        for layer in self._layers.values():
+        for layer in self._layers.values():  # also sets which adapter's weights take gradients
             layer.set_adapter("current")
         self._switch("current")
         if start is not None:
@@ -161,6 +161,7 @@ class LoraPolicies:
         if few_steps and "few_steps" not in self._frozen:
             raise ValueError("few_steps: there is no such LoRA; make LoraPolicies with few_steps=")
         self._check_adapters()
+        # The whole stack is kept and restored: in an outer ``use`` few_steps may be active.
         before = self._in_use, self._stack
         try:
             self._switch(policy, few_steps)

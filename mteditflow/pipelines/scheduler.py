@@ -312,7 +312,7 @@ def _check_config_source(config: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for a scheduler that does not integrate dx/dsigma = velocity."""
     ours = ("FlowMatchEulerDiscreteScheduler", "FlowMatchSDEScheduler")
     source = config.get("_class_name")
-    if source is None:
+    if source is None:  # without a class name, unknown options reveal another scheduler
         known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         foreign = sorted(key for key in config if key not in known and not key.startswith("_"))
         source = f"scheduler with {', '.join(foreign)}" if foreign else ours[0]

@@ -122,6 +122,7 @@ class Turn:
         self._dtype = torch.float32
         self._constants: list[Version] = []
         self._states: list[Version] = []
+        # Messages with booleans on the device, which ``check`` reads all at once.
         self._doubts: list[tuple[str, Tensor]] = []
         self._changes: list[Tensor] = []
 
@@ -179,7 +180,7 @@ class Turn:
                 self._changes.append(changed)
         self._states += versions_of([{"latents": step.next_x}])
         for _ in range(1 if pattern.rows else PROOF_ROWS):
-            row = -(len(pattern.rows) + 1) % len(velocity)
+            row = -(len(pattern.rows) + 1) % len(velocity)  # cycles over the trajectories
             # Copies, because pipelines may write what a step returns into what it was given.
             own = (step.x_t[row].clone(), step.sigma[row], velocity[row].clone())
             pattern.rows.append(Row(row, *own))
@@ -375,6 +376,7 @@ class Turn:
         arguments = {}
         for name in call.constants.keys() - {time.name for time in times}:
             read = self._readings(call, name, call.constants[name])
+            # The choice may be that of an earlier turn, whose argument had more readings.
             arguments[name] = read[min(choice.get(name, 0), len(read) - 1)]
         rest = None if call.rest is None else Rows(call.rest)
         return CallRecord(call.module, call.place, tuple(times), arguments, rest)

@@ -258,6 +258,7 @@ def unquoted(text: str) -> str:
     line = " ".join(text.split())
     for quotes in ('""', "''", "\u201c\u201d", "\u2018\u2019"):
         inner = line[1:-1]
+        # Quotes inside as well would be those of two quoted parts, not of the whole.
         if line[:1] + line[-1:] == quotes and not set(quotes) & set(inner):
             return inner.strip()
     return line
@@ -275,6 +276,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
         "position": r"\[?(?P<position>left|right|above|below)\]?",
         "kept": r"(?P<kept>\S.*?)",
     }
+    # With one group, ``split`` alternates between literal text and slot names.
     parts = re.split(r"\[?\{(\w+)\}\]?", pattern)
     parts[::2] = map(re.escape, parts[::2])
     parts[1::2] = (special.get(x, rf"\[(?P<{x}>[^\[\]]+)\]") for x in parts[1::2])

@@ -173,6 +173,7 @@ def checked_phrase(instruction: str, edit: Edit) -> str:
     if "[" in line or "]" in line:
         raise ValueError(f"instruction: expected no square brackets, got {line!r}")
     for slot, value in edit:
+        # Written text is case-sensitive, names and values are not.
         flags = 0 if isinstance(edit, TextChange) and slot != "target" else re.IGNORECASE
         for ways in _ways_to_say(value):
             if not any(re.search(_spoken(way), line, flags) for way in ways):

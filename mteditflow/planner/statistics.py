@@ -177,4 +177,5 @@ def _singular(noun: str) -> str:
         return f"{noun[:-3]}y"
     if re.search(r"(?:ss|x|ch|sh|z)es$", noun):
         return noun[:-2]
+    # Short words and those such as glass, cactus and iris are singular already.
     return noun if re.search(r"(?:^.{1,2}|ss|us|is)$", noun) else noun.removesuffix("s")

@@ -130,8 +130,9 @@ class Checkpoints:
         for stem in tensors:
             if not _STEM.fullmatch(stem):
                 raise ValueError(f"tensors: expected names of letters, digits, _, got {stem!r}")
-        text = json.dumps(state, indent=1)
+        text = json.dumps(state, indent=1)  # raises before anything is written
         self._sweep()
+        # Numbers order the saves; rounds do not, since a run may go back to an older one.
         number = 1 + max((m["number"] for _, m in self._listed()), default=0)
         scratch = self.folder / f".partial-{uuid.uuid4().hex}"
         scratch.mkdir()
@@ -263,7 +264,7 @@ class Checkpoints:
             path = aside.with_name(aside.name.removeprefix(".replaced-"))
             if path.exists():
                 self._remove(aside)
-            else:
+            else:  # killed between the two renames of ``_publish``
                 aside.rename(path)
         for partial in self.folder.glob(".partial-*"):
             shutil.rmtree(partial)

@@ -86,6 +86,7 @@ def load_optimizer_state(
         )
     if differing := set(tensors) ^ set(values["names"]):
         raise ValueError(f"tensors: missing or left over are {sorted(differing)[:4]}")
+    # All checks are done: nothing has changed until here.
     for index, group in enumerate(optimizer.param_groups):
         stored = _unpack(f"group{index}", values["groups"][index], tensors)
         for name in group.keys() - stored.keys() - {"params"}:

@@ -94,6 +94,7 @@ class RoundRewards:
 
     def reward(self, name: str) -> Signal:
         """Return one reward per trajectory, [B]; NaN where it was not measured."""
+        # Every turn has the trajectory's reward, so the first stands for all.
         return Signal(*(x[:, 0] for x in self.whole[name]))
 
     @property
