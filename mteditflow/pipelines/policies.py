@@ -1,4 +1,4 @@
-"""Current, old, averaged and reference policies as LoRA adapters on one model."""
+"""LoRA adapters on one model as the current, old, averaged and reference policies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mteditflow.pipelines.start import Start, add_lora
 
 
 class LoraPolicies:
-    r"""Policies on one model, as adapters: one in training, others that follow it, and none.
+    r"""Current, old, averaged and reference policies on one model, as LoRA adapters.
 
     ``current`` is trained, and is active outside of any ``use``. ``old`` changes only by
     ``update_old``, ``ema`` (optional) only by ``update_ema``. ``reference`` is the model without
