@@ -47,12 +47,12 @@ def parse_json(text: str | bytes) -> Any:
     Example:
         >>> parse_json(100_000 * "[")
         Traceback (most recent call last):
-        ValueError: expected JSON, got too many brackets within each other
+        ValueError: expected JSON, got brackets that are nested too deeply
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("expected JSON, got too many brackets within each other") from None
+        raise ValueError("expected JSON, got brackets that are nested too deeply") from None
 
 
 def _escaped(character: str) -> str:

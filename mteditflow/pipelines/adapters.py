@@ -69,7 +69,9 @@ def check_config(config: LoraConfig) -> None:
             raise ValueError(f"config.{name}: expected {wanted}, got {value!r}: {reason}")
     for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
         if not math.isfinite(alpha) or alpha == 0:
-            raise ValueError(f"config.lora_alpha: expected a finite number but 0, got {alpha!r}")
+            raise ValueError(
+                f"config.lora_alpha: expected a finite number other than 0, got {alpha!r}"
+            )
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"config.lora_dropout: expected in [0, 1), got {config.lora_dropout!r}")
 
@@ -168,7 +170,7 @@ def add_adapters(
         if inside or isinstance(layer, MultiheadAttention):
             raise ValueError(
                 f"config.target_modules: expected layers that the model calls, got {module!r} of "
-                "a torch.nn.MultiheadAttention; exclude it, and load the model anew"
+                "a torch.nn.MultiheadAttention; exclude it, and reload the model"
             )
         layer.train(layer.get_base_layer().training)  # dropout included
     for name in names:

@@ -214,7 +214,7 @@ class Editor:
         if not self.family.assumptions:
             return ()
         targets = ", ".join(endings(self.family.layers(self.transformer, None)))
-        return (*self.family.assumptions, f"LoRA adapters belong to {targets} of every block")
+        return (*self.family.assumptions, f"LoRA adapters are on {targets} of every block")
 
     def reference_size(self, width: int, height: int) -> tuple[int, int] | None:
         """Return width and height, in pixels, at which calls encode a reference of this size.

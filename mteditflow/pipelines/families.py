@@ -360,7 +360,7 @@ def find_family(class_name: str) -> Family:
 def _assumptions(family: Family) -> tuple[str, ...]:
     """Return the assumptions of a description by signatures alone, as sentences."""
     reference = (
-        "an edit takes one reference image, of whose size in the model nothing is known"
+        "an edit takes one reference image, whose size in the model is unknown"
         if family.references == "one"
         else "it makes an image from a text, in one turn"
     )
@@ -374,6 +374,6 @@ def _assumptions(family: Family) -> tuple[str, ...]:
         f"{family.name} is not a listed family",
         reference,
         texts,
-        "a call makes one image, whatever the batch",
-        f"the scale of guidance is {family.guidance}",
+        "a call makes one image, independent of the batch",
+        f"the guidance scale is {family.guidance}",
     )

@@ -113,8 +113,8 @@ class Loop:
         if len(changed) == 1:
             return next(iter(changed.values()))
         raise ReplayError(
-            "cannot replay this pipeline: after its last step it does not hold what that returned, "
-            "so that its images may not be those of the recorded latents"
+            "cannot replay this pipeline: after its loop it does not hold the result of its last "
+            "step, so its images may not be those of the recorded latents"
         )
 
 

@@ -130,7 +130,7 @@ class Prompts(Generic[_Key]):
         """
         store = self._store
         if store is None:
-            raise ValueError("prompts: expected a store for what is embedded ahead, got none")
+            raise ValueError("prompts: expected a store for the embeddings, got none")
         new = [text for text in dict.fromkeys(instructions) if not store.has(text)]
         for _ in self._each_encoded(new):
             pass

@@ -209,8 +209,8 @@ class Recorder:
         """Return a fault of the recording as a whole; None if there is none."""
         if replaced:
             return ReplayError(
-                "pipeline.scheduler was replaced while the recorder was at work, so that calls may "
-                "be missing; set it before, and make a new recorder"
+                "pipeline.scheduler was replaced during the recording, so calls may be missing; "
+                "set it before, and make a new recorder"
             )
         if self._turns and [part.processor for part in self._attention] != self._processors:
             return ReplayError(
@@ -339,9 +339,9 @@ class Recorder:
                 return
             first_error = first_error or error
         raise ReplayError(
-            f"called again with what was recorded, the transformer {first_error}: look for a state "
-            "that it keeps between calls, random numbers, or an argument without a row per "
-            "trajectory that is not named in `shared`"
+            f"replayed from its record, the transformer {first_error}: look for a state that it "
+            "keeps between calls, random numbers, or an argument without a row per trajectory that "
+            "is not named in `shared`"
         )
 
     def _error(self, turn: Turn, conditioning: Conditioning) -> str | None:
@@ -400,8 +400,8 @@ class Recorder:
             return
         if turn.complete:
             raise ReplayError(
-                "the pipeline's loop over scheduler.timesteps was not seen to end, so that what it "
-                "does after its last step is unknown; loop over them: for t in scheduler.timesteps"
+                "the end of the pipeline's loop over scheduler.timesteps was not observed, so its "
+                "latents after the last step are unknown; loop by: for t in scheduler.timesteps"
             )
         raise ReplayError(
             f"turn {len(self._turns)} ended after {turn}; only whole turns are recorded"

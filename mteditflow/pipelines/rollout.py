@@ -174,7 +174,7 @@ class Rollout:
         if torch.is_grad_enabled() and is_group_offloaded(model):
             raise ValueError(
                 "model: expected weights that stay until the backward pass, but group offload "
-                "takes them away after each forward pass; sample under it, and train without"
+                "removes them after each forward pass; use it for sampling only"
             )
         records = [self.conditioning[call] for call in calls.tolist()]
         # Reading sigma waits for the device: only where guidance depends on the flow time.

@@ -66,8 +66,8 @@ class Start:
         """Raise ``ValueError`` if a file could not hold both it and adapters of a config."""
         if self.frozen and config.lora_bias:
             raise ValueError(
-                "config.lora_bias: expected False above a frozen start, got True: one adapter has "
-                "no place for both"
+                "config.lora_bias: expected False above a frozen start, got True: one adapter "
+                "cannot hold the biases of both"
             )
 
     def add_to(self, model: nn.Module) -> dict[str, LoraLayer]:

@@ -177,7 +177,7 @@ def checked_phrase(instruction: str, edit: Edit) -> str:
         flags = 0 if isinstance(edit, TextChange) and slot != "target" else re.IGNORECASE
         for ways in _ways_to_say(value):
             if not any(re.search(_spoken(way), line, flags) for way in ways):
-                raise ValueError(f"instruction: expected it to say {ways[0]!r}, got {line!r}")
+                raise ValueError(f"instruction: expected it to mention {ways[0]!r}, got {line!r}")
     return line
 
 

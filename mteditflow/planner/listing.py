@@ -86,7 +86,7 @@ def read_objects(text: str) -> Listing:
         if found is None:
             left_out |= faults
         elif name.casefold() in objects:
-            left_out[f"{name} (objects[{number}])"] = "expected a name for each alone, got it twice"
+            left_out[f"{name} (objects[{number}])"] = "expected a unique name, got it twice"
         elif len(objects) == OBJECTS_MAX:
             left_out[name] = f"expected at most {OBJECTS_MAX} objects, got another one"
         else:

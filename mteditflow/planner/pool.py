@@ -107,7 +107,7 @@ def _another(x: SceneObject, attribute: str, value: Any) -> dict[str, Any]:
 def _reworded(x: SceneObject, old: str | None, new: str) -> dict[str, Any]:
     """Return the update of a name by a new attribute: it replaces the old word or comes first."""
     if _has_word(x.name, new):
-        raise EditError(f"{x.name}: its name already says {new!r}")
+        raise EditError(f"{x.name}: its name already contains {new!r}")
     if old and _has_word(x.name, old):
         # A function as replacement: backslashes in the new word must not act as escapes.
         return {"name": re.sub(_word(old), lambda _: new, x.name, count=1, flags=re.IGNORECASE)}
@@ -158,7 +158,7 @@ class Pool:
         names = tuple(listed.name for listed in objects)
         repeated = [name for i, name in enumerate(names) if _among(name, names[:i])]
         if repeated:
-            raise ValueError(f"objects: expected a name for each alone, got {repeated[0]!r} twice")
+            raise ValueError(f"objects: expected unique names, got {repeated[0]!r} twice")
         return cls(tuple(SceneObject(**listed.model_dump()) for listed in objects), names)
 
     @property

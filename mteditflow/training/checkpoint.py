@@ -383,7 +383,7 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = glance(folder)
     for name, expected in manifest["files"].items():
         if _fingerprint(folder / name) != expected:
-            raise DamagedError(f"{folder}: {name} is not what was written, by its SHA-256")
+            raise DamagedError(f"{folder}: {name} does not match its SHA-256")
     return manifest
 
 

@@ -69,7 +69,7 @@ class RewardWatch:
                     f"{name}: mean {mean:.3f} of the last {self._window} rounds, best "
                     f"{best:.3f}; a fall of more than {self._drop:.0%} of {size:.3f}. Look at the "
                     "strips of chains; then lower the learning rate, raise kl_coef or this term's "
-                    "weight, and go on from the best checkpoint"
+                    "weight, and resume from the best checkpoint"
                 )
 
     def restart(self) -> None:
