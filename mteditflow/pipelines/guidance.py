@@ -223,7 +223,8 @@ class Combination:
     def mismatch(self, outputs: Sequence[Tensor], velocity: Tensor) -> Tensor:
         """Return whether a step's outputs do not give its velocity, a boolean 0-d tensor.
 
-        The result stays on the device, so that a step waits for no transfer.
+        Raises:
+            ReplayError: two branches differ, and no guidance is found that gives the velocity.
         """
         outputs = [output.to(velocity.dtype) for output in outputs]
         self.sign = self.sign or find_sign(outputs, velocity)

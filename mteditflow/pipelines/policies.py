@@ -230,6 +230,10 @@ class LoraPolicies:
         Weights have the names that peft saves. A layer's scale, alpha / rank, has the name
         ``<layer>.lora_scale``: weights alone do not determine a policy. All are copies on the CPU,
         and whole; where weights are sharded, every rank must call it.
+
+        Raises:
+            ValueError: there is no such policy, or it has no weights, as "reference".
+            RuntimeError: DeepSpeed holds the weights, or adapters were changed by other means.
         """
         return {name: whole(x) for name, x in self._named(policy).items()} | self._scale_state()
 
@@ -241,8 +245,9 @@ class LoraPolicies:
             policy: policy whose weights are set.
 
         Raises:
-            ValueError: names, shapes or scales are not those of ``state_dict()``; no weight changes
-                then.
+            ValueError: there is no such policy, or names, shapes or scales are not those of
+                ``state_dict()``; no weight changes then.
+            RuntimeError: DeepSpeed holds the weights, or adapters were changed by other means.
         """
         checked = self._checked(state, policy)
         for name, weight in self._named(policy).items():

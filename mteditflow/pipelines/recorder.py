@@ -72,7 +72,7 @@ class Recorder:
         model: the module to record; None: ``pipeline.transformer``.
         shared: names of transformer arguments that have no row or entry per trajectory, needed
             where ``verify`` is off or does not detect it. Two-axis ``..._ids``, lists of numbers
-            and tensors without an axis as long as the batch always count as shared.
+            and tensors without an axis as long as the batch are taken as shared.
         storage: device on which to keep the recording, such as "cpu"; None keeps each tensor on its
             device. The recording is a copy either way.
         verify: replay a few rows of the first turn's first, middle and last step in a batch of
@@ -177,7 +177,7 @@ class Recorder:
         self._scheduler = stand_in(current, self, **self._options)
         self._pipeline.scheduler = self._scheduler
         parts = [x for x in vars(self._pipeline).values() if isinstance(x, nn.Module)]
-        # A module may be an attribute twice; two hooks on it would record each call twice.
+        # The model may be an attribute, too; two hooks on a module would record each call twice.
         self._hooks = [
             part.register_forward_hook(self._on_forward, with_kwargs=True)
             for part in dict.fromkeys([self._model, *parts])
