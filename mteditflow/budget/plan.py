@@ -173,6 +173,7 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
     size = plan.dtype.itemsize
     encoders = plan.costs.encoders
     parts = 1 if plan.shard == "none" else plan.gpus
+    # FSDP2 shards adapters, gradients and optimizer state, too; under ZeRO-3 they are whole.
     copies = plan.gpus if plan.shard == "fsdp2" else 1
     weights = _packed(plan, row.weights, row.linear) + size * row.buffers
     weights = weights / parts + size * vae.weights

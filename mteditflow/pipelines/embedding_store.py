@@ -96,6 +96,7 @@ class EmbeddingStore:
 
     def _path(self, instruction: Hashable) -> Path:
         name = blake2b(f"{self._made_by}\n{instruction!r}".encode(), digest_size=16).hexdigest()
+        # 256 subfolders, so that none of them holds too many files.
         return self._folder / name[:2] / f"{name[2:]}.safetensors"
 
 

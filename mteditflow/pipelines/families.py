@@ -236,7 +236,7 @@ def _in_blocks(model: nn.Module, linear: Sequence[str]) -> list[str]:
     }
     named = model.named_modules()
     blocks = [f"{name}." for name, part in named if type(part).__name__ in kinds]
-    if not blocks:
+    if not blocks:  # a class that names no kind of block: take its lists of modules
         lists = [name for name, part in model.named_children() if isinstance(part, nn.ModuleList)]
         blocks = [f"{name}." for name in lists]
     found = []

@@ -42,6 +42,7 @@ class Timesteps(Tensor):
     At that moment the pipeline has completed the loop body after its last step.
     """
 
+    # Results of operations are plain tensors, which report nothing.
     __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
     ended: Callable[[int, FrameType], None]
 

@@ -26,6 +26,7 @@ def check_repeatable(model: nn.Module) -> None:
     for module in model.modules():
         if not module.training:
             continue
+        # ``p`` is a probability in torch's dropout only; elsewhere it may mean anything.
         names = ("p", *_PROBABILITIES) if isinstance(module, _DropoutNd) else _PROBABILITIES
         held = [vars(module).get(n) for n in names]
         draws = any(isinstance(p, (int, float)) and p > 0 for p in held)

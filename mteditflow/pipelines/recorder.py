@@ -314,6 +314,7 @@ class Recorder:
         turn, loop = self._turn, self._loop
         if turn is None or loop is None or steps != len(turn.steps) or not loop.runs_in(frame):
             return
+        # The record must enter autograd later, even if the pipeline runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
             turn.set_clean(loop.final_latents())

@@ -181,6 +181,7 @@ class Rollout:
         several = any(len(record.stages) > 1 for record in self.conditioning)
         times = sigma.tolist() if several else [1.0] * len(records)
         found = [record.at(time) for record, time in zip(records, times, strict=True)]
+        # Rows of equal signatures share one call of the model.
         groups: dict[Any, list[int]] = {}
         for position, (_, signature) in enumerate(found):
             groups.setdefault(signature, []).append(position)

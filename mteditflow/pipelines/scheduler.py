@@ -225,6 +225,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index
+        # The first step may lie within the grid without ``set_begin_index``.
         if not self.steps and index != self._first:
             self._begin(index)
         stochastic = self._stochastic[index - self._first]

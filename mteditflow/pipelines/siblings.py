@@ -88,6 +88,7 @@ def _settings(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {name: x.default for name, x in known.items() if name != "self"}
     given = {name: config.get(name, default) for name, default in defaults.items()}
     given["_class_name"] = config.get("_class_name", model.__name__)
+    # As JSON values a tuple of defaults equals the list of a file.
     return cast("dict[str, Any]", json.loads(json.dumps(given, default=str)))
 
 

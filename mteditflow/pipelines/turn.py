@@ -175,7 +175,7 @@ class Turn:
         self._combine(pattern, outputs, velocity)
         if self.steps:
             returned = self.steps[-1].next_x
-            if step.x_t is not returned:
+            if step.x_t is not returned:  # the usual case is the same tensor, at no cost
                 changed = (step.x_t != returned.to(step.x_t.dtype)).any()
                 self._changes.append(changed)
         self._states += versions_of([{"latents": step.next_x}])

@@ -194,6 +194,7 @@ class Planner:
         Raises:
             PlanningStoppedError: no endpoint can be reached.
         """
+        # One generator per chain, so that a resumed run draws the same edit types.
         random = Random(f"{self.seed} {chain_id}")
         pools, instructions = [Pool.of(scene.objects)], list[str]()
         for drawn in draw_tasks(random, self.turns, self.weights):

@@ -119,6 +119,7 @@ def partition_model(model: nn.Module, zero: Mapping[str, Any] | None = None) -> 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model.requires_grad_(False)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": settings}
+    # The engine that it returns is not used: the model's weights are partitioned in place.
     deepspeed.initialize(model=model, config=config)
 
 

@@ -141,7 +141,7 @@ class Updater:
             self._optimizer.zero_grad(set_to_none=True)
             return Update("empty", float("nan"), {})
         gradients = [p.grad for p in parameters if p.grad is not None]
-        for gradient in gradients:
+        for gradient in gradients:  # before clipping, whose norm is that of the mean gradient
             gradient.div_(all_count)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
