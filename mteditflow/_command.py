@@ -1,4 +1,4 @@
-"""Typer commands whose usage errors take one line, and whose reader may close standard output."""
+"""Typer commands with one-line usage errors, whose standard output may be closed early."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._locks import sole_writer
 from mteditflow._pipes import reader_may_leave
 
-# typer may have a copy of click of its own, of whose exceptions it exports some alone.
+# typer may vendor its own copy of click, and does not export this base class of usage errors.
 USAGE = next(x for x in typer.BadParameter.__mro__ if x.__name__ == "ClickException")
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder while the block lasts; a stale one is a warning.
+    """Hold the lock of an output folder inside the context; a stale lock gives a warning.
 
     Raises:
         InUseError: another process writes into the folder; the message names it.
@@ -33,8 +33,11 @@ def writing(folder: Path) -> Iterator[None]:
         yield
 
 
-def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options: Any) -> Any:
-    """Run a command; usage errors take one line, help for a bare command stays as it is."""
+def _run(run: Callable[..., Any], *arguments: Any, standalone: bool, **options: Any) -> Any:
+    """Run a command, and exit with its code; usage errors are printed in one line.
+
+    If not ``standalone``, return the command's result and raise its errors, as click does.
+    """
     if not standalone:
         return run(*arguments, standalone_mode=False, **options)
     code = 0
@@ -47,12 +50,12 @@ def _ended(run: Callable[..., Any], *arguments: Any, standalone: bool, **options
     except Exception as error:
         if not isinstance(error, USAGE):
             raise
-        _end(error)
+        _exit_for_usage(error)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _end(error: Any) -> NoReturn:
-    """End for a usage error: with the help where nothing was given, else with one line."""
+def _exit_for_usage(error: Any) -> NoReturn:
+    """Exit with 2 for a usage error: with the help if no argument was given, else one line."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         raise SystemExit(BAD_INPUT) from None
@@ -63,20 +66,20 @@ class OneLineGroup(TyperGroup):
     """Group of commands for ``typer.Typer(cls=...)``."""
 
     def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        """Run; usage errors take one line and exit with 2."""
-        return _ended(super().main, *arguments, standalone=standalone_mode, **options)
+        """Run the group; usage errors are printed in one line, with exit code 2."""
+        return _run(super().main, *arguments, standalone=standalone_mode, **options)
 
 
 class OneLineCommand(TyperCommand):
     """Single command for ``app.command(cls=...)``."""
 
     def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        """Run; usage errors take one line and exit with 2."""
-        return _ended(super().main, *arguments, standalone=standalone_mode, **options)
+        """Run the command; usage errors are printed in one line, with exit code 2."""
+        return _run(super().main, *arguments, standalone=standalone_mode, **options)
 
 
 def program(main: Callable[..., None]) -> typer.Typer:
-    """Return the application of a program of one command."""
+    """Return the application of a program with a single command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(cls=OneLineCommand)(main)
     return app

@@ -1,4 +1,4 @@
-"""Ends of a program in one line on standard error: exit code 2 for bad input, 1 for a failure."""
+"""Exits of a program with one line on standard error: code 2 for bad input, 1 for a failure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import NoReturn
 from mteditflow._text import escape_controls
 
 BAD_INPUT, FAILED = 2, 1  # exit codes
-# Of the machine, not of what it was given: no space, no memory, too many files, a broken disk.
+# Faults of the machine, not of the input: no space, no memory, too many open files, a broken disk.
 MACHINE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO,
 )  # fmt: skip
 
 
 def refuse(message: object) -> NoReturn:
-    r"""Print one line and exit with 2.
+    r"""Print a message as one line on standard error, and exit with 2.
 
     Raises:
         SystemExit: always.
@@ -40,12 +40,15 @@ def _end_with(code: int, message: object) -> NoReturn:
 
 @contextmanager
 def refusing(*more: type[Exception]) -> Iterator[None]:
-    """Refuse what a file or an option made impossible, instead of a traceback.
+    """Exit with one line and code 2 if the block raises an error of a file or an option.
 
     An error of the machine, such as a full disk, is a failure, and exits with 1.
 
     Args:
-        *more: exceptions that are bad input, too, beside ``OSError`` and ``ValueError``.
+        *more: exceptions that also count as bad input, besides ``OSError`` and ``ValueError``.
+
+    Raises:
+        SystemExit: in place of such an error.
     """
     kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
     try:
@@ -57,11 +60,11 @@ def refusing(*more: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def naming_argument(name: str, *more: type[Exception]) -> Iterator[None]:
-    """Begin what the block raises with the argument at fault; errors of the machine stay.
+    """Prefix errors of the block with the argument at fault; errors of the machine are unchanged.
 
     Args:
-        name: such as "FILE" or "--output".
-        *more: exceptions that are the argument's fault, too, beside ``OSError``.
+        name: name of the argument, such as "FILE" or "--output".
+        *more: exceptions that are also the argument's fault, besides ``OSError``.
 
     Raises:
         ValueError: the block has raised one of them.
@@ -85,15 +88,19 @@ def naming_argument(name: str, *more: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def failing(*more: type[Exception]) -> Iterator[None]:
-    """End with one line and exit code 1 where what was accepted fails while it runs.
+    """Exit with one line and code 1 if the block fails, after its input has been accepted.
 
     Args:
-        *more: exceptions that are failures, too, beside ``OSError``.
+        *more: exceptions that also count as failures, besides ``OSError``.
+
+    Raises:
+        SystemExit: in place of such an error.
+        BrokenPipeError: standard output was closed, which is no failure.
     """
     kinds: tuple[type[Exception], ...] = (OSError, *more)
     try:
         yield
     except kinds as error:
         if isinstance(error, BrokenPipeError):
-            raise  # of standard output, which is no failure
+            raise  # standard output was closed; ``reader_may_leave`` handles it
         _end_with(FAILED, error)

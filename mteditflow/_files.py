@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: bytes, and tensors as safetensors."""
+"""Atomic writes of files: of bytes, and of tensors as safetensors."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# What the library raises for damaged headers, among them sizes that overflow an integer.
+# Exceptions of safetensors for damaged headers, such as sizes that overflow an integer.
 _DAMAGED = (
     SafetensorError, RuntimeError, ValueError, AttributeError, KeyError, TypeError, OverflowError,
 )  # fmt: skip
 
-_BLOCK = 2**16  # bytes read at once in search of the last line
+_BLOCK = 2**16  # bytes that are read at once in the search for the last line
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a scratch path whose file replaces ``path`` when the block ends without an error.
 
-    A reader, or a kill at any moment, meets the old file or the whole new one.
+    At any moment, also after a kill, ``path`` is the old file or the complete new one.
+
+    Raises:
+        OSError: the file cannot be written; the message names ``path``.
     """
     with replacing_all(path) as [scratch]:
         yield scratch
 
 
 def require_folder(name: str, folder: Path) -> None:
-    """Raise unless a folder is there, or can be made where folders end.
+    """Raise unless a path is a folder, or can be created as one.
 
     Args:
-        name: of the option that gives it.
-        folder: which need not be there.
+        name: name of the option with the path.
+        folder: the path, which need not exist.
 
     Raises:
-        ValueError: a file is in its place, or in that of a folder above it.
+        ValueError: the path, or the nearest existing one above it, is a file.
     """
     there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
     if not there.is_dir():
@@ -49,39 +52,39 @@ def require_folder(name: str, folder: Path) -> None:
 
 
 def require_no_device(path: Path) -> None:
-    """Raise where a device or a pipe is in the place of a file: it may never end, or be lost.
+    """Raise if a path is a device or a pipe: reading may never end, and writes may be lost.
 
     Raises:
-        OSError: of ``path``.
+        OSError: the path is one.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "expected a file, got a device or a pipe", str(path))
 
 
 def destination(path: Path) -> Path:
-    """Return the file that is written under a path: where its links lead; they stay links.
+    """Return the file to which a path leads through symbolic links, so that links stay links.
 
     Raises:
-        OSError: a folder, a device, a pipe or a ring of links is in its place.
+        OSError: the path is a folder, a device, a pipe, or a loop of links.
     """
     require_no_device(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     target = Path(os.path.realpath(path))
-    if target.is_symlink():
+    if target.is_symlink():  # ``realpath`` stops at a link only where links form a loop
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return target
 
 
 def require_other_files(name: str, *paths: Path) -> None:
-    """Raise unless all these paths, once links are followed, are of different files.
+    """Raise unless these paths lead to different files, with links followed.
 
     Args:
-        name: of the arguments that give them.
-        *paths: files, which need not be there.
+        name: name of the arguments with the paths.
+        *paths: paths of files, which need not exist.
 
     Raises:
-        ValueError: two are one file.
+        ValueError: two paths lead to one file.
     """
     places = [os.path.realpath(path) for path in paths]
     for i, path in enumerate(paths):
@@ -91,23 +94,25 @@ def require_other_files(name: str, *paths: Path) -> None:
 
 @contextmanager
 def replacing_all(*paths: Path) -> Iterator[list[Path]]:
-    """Yield a scratch path for each file; all take their names once all are written, or none.
+    """Yield a scratch path for each file; on exit all replace their files, after an error none.
 
-    Links are followed. Only a kill between the renames can leave some of them new and others old.
+    Links are followed. Only a kill between the renames can leave some files new and others old.
 
     Raises:
-        OSError: one cannot be written; the message names the file, not its scratch path.
+        OSError: a file cannot be written; the message names it, not its scratch path.
     """
     targets = [destination(path) for path in paths]
     scratch = [target.with_name(f".{uuid.uuid4().hex}.partial") for target in targets]
     made: list[Path] = []
     try:
         for path, own in zip(paths, scratch, strict=True):
+            # Created now, so that a folder without permission fails before any work is done.
             with naming(path):
                 own.open("xb").close()
             made.append(own)
         with _naming_scratch(paths, scratch):
             yield scratch
+        # All content is on the disk before the first rename: a crash must not leave an empty file.
         for path, own in zip(paths, scratch, strict=True):
             with naming(path), own.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -120,10 +125,10 @@ def replacing_all(*paths: Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system name a file, whatever scratch path it came of.
+    """Rewrite an ``OSError`` of the block to name ``path`` instead of a scratch path.
 
     Raises:
-        OSError: as inside the block, of ``path``.
+        OSError: the same error, for ``path``.
     """
     try:
         yield
@@ -133,7 +138,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _naming_scratch(paths: Sequence[Path], scratch: Sequence[Path]) -> Iterator[None]:
-    """As ``naming``, for errors of scratch paths, and for those of no path if there is one file."""
+    """Rewrite an ``OSError`` of a scratch path to name its file.
+
+    An error without a path, such as of a write to an open file, is that of the only file, if there
+    is one file.
+    """
     try:
         yield
     except OSError as error:
@@ -150,10 +159,10 @@ def _named(error: OSError, path: Path) -> OSError:
 
 
 def write_all_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files of a folder by name: all of them, or none; the folder is made if missing.
+    """Write files into a folder by relative path: all of them, or none; folders are created.
 
     Raises:
-        OSError: one cannot be written; those that were there before are as they were.
+        OSError: a file cannot be written; existing files are as they were.
     """
     paths = [folder / name for name in files]
     for path in paths:
@@ -165,7 +174,11 @@ def write_all_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file atomically; its folder is made if missing."""
+    """Write a file atomically; its folder is created if missing.
+
+    Raises:
+        OSError: the file cannot be written; an existing one is as it was.
+    """
     write_all_atomically(path.parent, {path.name: data})
 
 
@@ -173,21 +186,21 @@ _appending = threading.Lock()
 
 
 def append_line(path: Path, line: bytes, *, sync: bool) -> None:
-    """Append a whole line, or nothing: what a full disk took of it is cut off again.
+    """Append a complete line or nothing: a part that a full disk accepted is cut off again.
 
     Args:
-        path: made if it is not there; one process writes it.
-        line: with its line break.
-        sync: whether to wait until it lies on the disk.
+        path: path of the file, created if missing; only one process may write it.
+        line: the line, with its line break.
+        sync: whether to wait until the line is on the disk.
 
     Raises:
-        OSError: it cannot be written; the file is as it was.
+        OSError: the line cannot be written; the file is as it was.
     """
     with _appending, path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             left = memoryview(line)
-            while left:  # a disk that fills up takes a part, and fails at the next try
+            while left:  # on a disk that fills up, one write is partial and the next one fails
                 left = left[file.write(left) :]
             if sync:
                 os.fsync(file.fileno())
@@ -197,7 +210,7 @@ def append_line(path: Path, line: bytes, *, sync: bool) -> None:
 
 
 def cut_half_line(path: Path) -> None:
-    """Cut off the half line that a kill has left at the end; the file is made if missing.
+    """Cut off an incomplete last line, as a kill leaves it; the file is created if missing.
 
     Raises:
         OSError: the file cannot be read or written.
@@ -224,21 +237,21 @@ def save_tensors(
     """Write tensors and string metadata to a safetensors file, atomically.
 
     Raises:
-        TypeError: the format has no name for a dtype or layout.
-        OSError: the file cannot be written; one that was there before is as it was.
+        TypeError: the format does not support a dtype or layout.
+        OSError: the file cannot be written; an existing one is as it was.
     """
     whole: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, x in tensors.items():
         stored = _stored(name, x)
-        if stored.data_ptr() in memory:  # the library refuses two names of one memory
+        if stored.data_ptr() in memory:  # safetensors refuses two names for one memory
             stored = stored.clone()
         memory.add(stored.data_ptr())
         whole[name] = stored
     with replacing(Path(path)) as scratch:
         try:
             save_file(whole, scratch, dict(metadata) if metadata else None)
-        except SafetensorError as error:  # the library wraps what the system said
+        except SafetensorError as error:  # safetensors wraps errors of the operating system
             raise OSError(f"{path}: cannot be written, {error}") from error
 
 
@@ -246,14 +259,14 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """Read all tensors and the metadata of a safetensors file, on the CPU.
 
     Raises:
-        ValueError: the file is damaged, or is none.
+        ValueError: the file is damaged, or no safetensors file.
         OSError: the file cannot be read.
     """
-    with Path(path).open("rb"):  # an error of the system as itself
+    with Path(path).open("rb"):  # raises OSError, which safetensors would wrap
         pass
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: the library maps the file, and a mapping of a file that shrinks kills.
+            # Copies, since safetensors maps the file: reading a mapping whose file shrank crashes.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except _DAMAGED as error:
@@ -261,13 +274,13 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the metadata of a safetensors file, and no tensor.
+    """Read the metadata of a safetensors file, without its tensors.
 
     Raises:
-        ValueError: the file is none, or is shorter or longer than its header says.
+        ValueError: it is no safetensors file, or its size does not match its header.
         OSError: the file cannot be read.
     """
-    with Path(path).open("rb"):  # an error of the system as itself
+    with Path(path).open("rb"):  # raises OSError, which safetensors would wrap
         pass
     try:
         with safe_open(path, framework="pt") as file:
@@ -279,14 +292,15 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def sort_metadata(path: Path) -> None:
     """Sort the metadata in the header of a safetensors file, in place.
 
-    The library writes several entries in an order that changes from call to call, so that equal
-    content has other bytes.
+    safetensors writes several entries in an order that changes from call to call, so that equal
+    content would have different bytes.
 
     Raises:
-        ValueError: the file is none.
-        OSError: it cannot be read or written.
+        ValueError: it is no safetensors file with metadata.
+        OSError: the file cannot be read or written.
     """
     with path.open("r+b") as file:
+        # Format: 8 bytes with the header's length, the header as JSON padded with spaces, tensors.
         size = int.from_bytes(file.read(8), "little")
         raw = file.read(size)
         try:
@@ -302,8 +316,13 @@ def sort_metadata(path: Path) -> None:
 
 
 def _stored(name: str, x: Tensor) -> Tensor:
-    """A tensor as safetensors writes it right: dense, of its own memory, without lazy bits."""
+    """Return a tensor as safetensors can write it: dense, contiguous, on the CPU, unshared.
+
+    Raises:
+        TypeError: the tensor is sparse or quantized.
+    """
     if x.is_sparse or x.is_quantized:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}, dtype {x.dtype}")
+    # safetensors writes the memory as it is: resolve lazy conjugation and negation first.
     x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -1,4 +1,4 @@
-"""Hashes of files and folders, by which the same content is known again."""
+"""Hashes of files and folders, to recognize equal content."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-WHOLE = 2**28  # bytes of a file that are read whole; of a larger one both ends
-END = 2**24  # bytes of an end
-DIGITS = 16  # of a hash in hexadecimal
+WHOLE = 2**28  # largest file that is hashed whole, in bytes; of larger ones both ends are hashed
+END = 2**24  # bytes of an end, and of a read
+DIGITS = 16  # hexadecimal digits of a hash
 
 
 def content_hash(path: str | os.PathLike[str]) -> str | None:
-    """Return a hash of a file, or of all files in a folder by their names.
+    """Return a hash of a file, or of all files in a folder with their relative paths.
 
-    Of a file above 256 MiB its size and both ends are hashed, so that large weights take no
-    minutes.
+    Of a file above 256 MiB only its size and both ends are hashed, since hashing large weights
+    would take minutes.
 
     Returns:
-        Hexadecimal; ``None`` if there is no such file or folder, as for a hub id.
+        16 hexadecimal digits; ``None`` if there is no such file or folder, as for a hub id.
+
+    Raises:
+        OSError: a file cannot be read.
 
     Example:
         >>> content_hash("black-forest-labs/FLUX.1-Kontext-dev") is None

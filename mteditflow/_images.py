@@ -1,4 +1,4 @@
-"""Image files of others: of a list of formats, bounded before they are decoded, upright RGB."""
+"""Untrusted image files: restricted formats, a size limit before decoding, and upright RGB."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-#: Formats of image files that are read. PIL knows more, of which EPS starts another program.
+#: Image formats that are read. PIL supports more; for EPS it starts another program.
 FILE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-#: Endings of the files that a folder of images is searched for.
+#: Suffixes of image files in a folder of images.
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-#: Width times height that is decoded at most; the consistency server has the same limit.
+#: Largest width times height that is decoded; the consistency server has the same limit.
 MAX_PIXELS = 2**24
-ANIMATED = ("GIF", "PNG", "WEBP")  # further pictures of a JPEG or TIFF are previews, as a rule
-SIXTEEN_BITS = ("I", "F")  # also I;16 and others: converting them to RGB clips silently
-# Exceptions of PIL on broken files, and on files that are far too large (or warnings made errors).
+ANIMATED = ("GIF", "PNG", "WEBP")  # further images in a JPEG or TIFF are usually previews
+SIXTEEN_BITS = ("I", "F")  # prefixes of modes, such as I;16, whose conversion to RGB clips silently
+# Exceptions of PIL for broken files; BOMBS: for files far too large, or the warning as an error.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -33,25 +33,25 @@ BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def check_image(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return width and height of an image file, from its header alone.
+    """Return width and height of an image file in pixels, from its header alone.
 
     Raises:
         ValueError: it has more than ``MAX_PIXELS``, or is animated.
-        Exception: one of ``UNREADABLE`` or ``BOMBS`` where it is no image of ``FILE_FORMATS``.
+        Exception: one of ``UNREADABLE`` or ``BOMBS`` if it is no image of ``FILE_FORMATS``.
     """
     with _open(path) as image:
         return image.width, image.height
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as a person sees it: RGB, turned as its EXIF orientation says.
+    """Read an image file as RGB, rotated according to its EXIF orientation.
 
-    Transparency is dropped; the colors below it show.
+    The alpha channel is dropped, and colors are not blended with a background.
 
     Raises:
-        ValueError: it has more than ``MAX_PIXELS`` or more than 8 bits a channel, or is animated.
-        Exception: one of ``UNREADABLE`` or ``BOMBS`` where it is no image of ``FILE_FORMATS``, or
-            is broken.
+        ValueError: it has more than ``MAX_PIXELS`` or more than 8 bits per channel, or is animated.
+        Exception: one of ``UNREADABLE`` or ``BOMBS`` if it is broken, or no image of
+            ``FILE_FORMATS``.
 
     Example:
         >>> import tempfile
@@ -65,6 +65,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         if image.mode.startswith(SIXTEEN_BITS):
             raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
         upright = ImageOps.exif_transpose(image)
+        # Palettes with transparency need RGBA in between, or PIL warns.
         return (upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB")
 
 
@@ -83,13 +84,13 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """Return the images in and under a folder, in an order that no file system changes.
+    """Return the images in and below a folder, sorted by path on every file system.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no image.
         OSError: the folder cannot be read.
     """
-    next(folder.iterdir(), None)  # raises where it is no folder; ``rglob`` finds nothing there
+    next(folder.iterdir(), None)  # raises if it is no folder, where ``rglob`` would yield nothing
     found = (x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
     images = sorted(found, key=lambda x: x.relative_to(folder).as_posix())
     if not images:

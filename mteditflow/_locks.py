@@ -1,4 +1,4 @@
-"""One writer at a time: locks on what long programs write, which name who holds them."""
+"""Locks that allow one writer at a time, with a record of the process that holds them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from filelock import FileLock, Timeout
 
 from mteditflow._text import parse_json
 
-UNKNOWN = "a process that is not known"
+UNKNOWN = "an unknown process"
 
 
 class InUseError(OSError):
-    """Another process writes the same folder or file; the message names it."""
+    """Another process writes to the same folder or file; the message names it."""
 
 
 @contextmanager
 def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
-    """Hold the lock of a folder, or of one file in it, while the block lasts.
+    """Hold the lock of a folder, or of one file in it, inside the context.
 
-    The operating system releases the lock when its process ends, however that ends. Who holds it
-    is written beside it. A record left by a process that was killed is stale, and returned.
+    The operating system releases the lock whenever its process ends. A record beside it describes
+    the process. A record that a killed process has left is stale; its description is yielded.
 
     Args:
-        folder: made if missing; the lock lies in it.
-        name: of the file; "" is the whole folder. Links are followed: the lock lies beside the
-            file that is written, whatever it is called here.
+        folder: folder of the lock, created if missing.
+        name: name of the file; "" is the whole folder. Links are followed, so that the lock is
+            beside the file that is written, whatever its name here.
 
     Returns:
-        The process that ended without releasing the lock, in words; None if none did.
+        Description of a process that ended without releasing the lock; None if none did.
 
     Raises:
-        InUseError: another process holds it.
-        OSError: the lock cannot be made.
+        InUseError: another process holds the lock.
+        OSError: the lock cannot be created.
 
     Example:
         >>> import tempfile
@@ -58,6 +58,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
             "until it ends, or choose another place"
         ) from error
     try:
+        # The lock is ours, so whoever wrote a record that is still there was killed.
         stale = _holder(record)
         record.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield stale
@@ -67,7 +68,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[str | None]:
 
 
 def _record(place: Path, *, of_file: bool) -> Path:
-    """Where it is written who holds the lock of a file, or of a folder."""
+    """Return the path of the record for the lock of a file, or of a folder."""
     if of_file:
         return place.with_name(f".{place.name}.writer.json")
     return place / ".folder.writer.json"
@@ -80,7 +81,7 @@ def _this_process() -> dict[str, str | int]:
 
 
 def _holder(record: Path) -> str | None:
-    """Return who holds a lock, or held it last and did not release it, in words."""
+    """Return a description of the process in a record; None if there is no record."""
     try:
         who = parse_json(record.read_bytes())
         return f"process {who['pid']} ({who['program']}) on {who['host']}, since {who['since']}"

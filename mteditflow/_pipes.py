@@ -1,4 +1,4 @@
-"""Standard output whose reader may leave early, as ``| head -1`` does, or whose disk is full."""
+"""Standard output that a reader may close early, as ``| head -1`` does, or whose disk is full."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Let the reader of standard output close it early; what is left to print is dropped.
+    """Allow the reader of standard output to close it early; the rest of the output is dropped.
 
     Raises:
-        SystemExit: with 1, after one line, where what is printed goes to a disk that is full.
+        SystemExit: with code 1 after one line, if standard output goes to a disk that is full.
     """
     try:
         try:
@@ -23,9 +23,11 @@ def reader_may_leave() -> Iterator[None]:
             sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
         broken = isinstance(error, BrokenPipeError)
-        if not broken and not isinstance(error.__context__, BrokenPipeError):  # as rich ends it
+        # rich turns a BrokenPipeError into a SystemExit with code 1, which would be a failure.
+        if not broken and not isinstance(error.__context__, BrokenPipeError):
             raise
         _drop_output()
+        # The flush failed while the program was exiting: keep its own exit code.
         if isinstance(error.__context__, SystemExit):
             raise error.__context__ from None
     except OSError as error:
@@ -37,6 +39,7 @@ def reader_may_leave() -> Iterator[None]:
 
 
 def _drop_output() -> None:
+    """Redirect standard output to the null device, since Python flushes it again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

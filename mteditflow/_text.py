@@ -1,4 +1,4 @@
-"""Text of others (servers, models, data files): made safe to print and log, and read as JSON."""
+"""Untrusted text of servers, models and data files: escaping for terminals, and JSON parsing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import unicodedata
 from typing import Any
 
-SPACES = ("Zs",)  # categories of white space that takes no other effect than its width
+SPACES = ("Zs",)  # Unicode categories of white space without an effect other than its width
 
 
 def escape_controls(text: str) -> str:
-    r"""Escape every character that acts on a terminal or a log instead of being shown.
+    r"""Escape every character that would act on a terminal or a log instead of being displayed.
 
-    Those are control characters (line breaks and ESC among them), direction and other invisible
+    These are control characters (including line breaks and ESC), text direction and other invisible
     format characters, and lone surrogates.
 
     Example:
@@ -27,32 +27,32 @@ def escape_controls(text: str) -> str:
 
 
 def escape_markup(text: str) -> str:
-    r"""Escape control characters, and the markup of ``rich``: the text is printed as it stands.
+    r"""Escape control characters and the markup of ``rich``, so that a text is printed literally.
 
     Example:
         >>> escape_markup("[link=http://a]no[/link]")
         '\\[link=http://a]no\\[/link]'
     """
-    from rich.markup import escape  # only commands have it
+    from rich.markup import escape  # rich is installed for commands only
 
     return escape(escape_controls(text))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON as Python's parser does, of whose errors one is no ``ValueError``.
+    """Parse JSON, with a ``ValueError`` also for the ``RecursionError`` of Python's parser.
 
     Raises:
-        ValueError: it is no JSON, is nested without end, or holds a number of thousands of digits.
+        ValueError: it is no JSON, is nested too deeply, or has a number with thousands of digits.
 
     Example:
         >>> parse_json(100_000 * "[")
         Traceback (most recent call last):
-        ValueError: expected JSON, got too many brackets within each other
+        ValueError: expected JSON, got brackets that are nested too deeply
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("expected JSON, got too many brackets within each other") from None
+        raise ValueError("expected JSON, got brackets that are nested too deeply") from None
 
 
 def _escaped(character: str) -> str:

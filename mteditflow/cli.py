@@ -1,4 +1,4 @@
-"""The ``mteditflow`` command: one word for each program, imported when it is run."""
+"""The ``mteditflow`` command: one subcommand per program, imported when it runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ USAGE = "usage: mteditflow COMMAND [OPTIONS]; mteditflow COMMAND --help lists th
 
 
 class Command(NamedTuple):
-    """A program.
+    """Subcommand.
 
     Attributes:
-        about: what it does, in a line.
-        module: module that it lives in.
-        name: a typer application there, or a function that reads ``sys.argv``.
-        extra: extra that has what it imports.
+        about: one-line description.
+        module: module of the program.
+        name: name in that module of a typer application, or of a function that reads ``sys.argv``.
+        extra: extra of mteditflow with the program's dependencies.
     """
 
     about: str
@@ -42,7 +42,7 @@ COMMANDS = {
         "train",
     ),
     "init": Command(
-        "copy the trainer's files into a folder, to be edited and run there",
+        "copy the trainer's files into a folder, to edit and run them there",
         "mteditflow_examples.init",
         "app",
         "train",
@@ -66,7 +66,7 @@ COMMANDS = {
         "train",
     ),
     "chains": Command(
-        "convert, check, count and cut files of chains",
+        "convert, check, count and split files of chains",
         "mteditflow.chains.__main__",
         "app",
         "chains",
@@ -84,7 +84,7 @@ COMMANDS = {
         "rewards",
     ),
     "check": Command(
-        "check a function of yours against the laws of its kind",
+        "check your own function against the laws of its kind",
         "mteditflow.testing.__main__",
         "main",
         "testing",
@@ -93,14 +93,14 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command.
+    """Run a subcommand.
 
     Args:
-        arguments: words after ``mteditflow``; ``None`` takes those of the process.
+        arguments: arguments after ``mteditflow``; ``None``: those of the process.
 
     Raises:
-        SystemExit: always, with the command's exit code; 2 where there is no such command or an
-            extra that it needs is not installed.
+        SystemExit: always, with the subcommand's exit code; 2 if there is no such subcommand, or if
+            an extra that it needs is not installed.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("mteditflow", "mteditflow_examples"):
-            raise  # a fault of this package, not a missing one
+            raise  # a fault of this package, not a missing dependency
         _refuse(
             f"mteditflow {words[0]} needs {missing}: pip install 'mteditflow[{command.extra}]'"
             if missing
@@ -134,6 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _refuse(message: str) -> None:
-    """Print one line and exit with 2."""
+    """Print one line on standard error, and exit with 2."""
     sys.stderr.write(f"error: {message}\n")
     sys.exit(2)

@@ -70,5 +70,5 @@ def test_a_writer_that_was_killed_is_named_once(tmp_path):
 def test_a_damaged_record_is_of_a_process_that_is_not_known(tmp_path, text):
     (tmp_path / ".folder.writer.json").write_text(text)
     with sole_writer(tmp_path) as stale:
-        assert stale == "a process that is not known"
+        assert stale == "an unknown process"
         assert json.loads((tmp_path / ".folder.writer.json").read_text())["pid"] == os.getpid()

@@ -1,8 +1,9 @@
-"""Predicted cost of a training run: memory of each phase, FLOPs, least hours, what makes it fit.
+"""Predicted cost of a training run: memory by phase, FLOPs, least hours, and how to make it fit.
 
 Transformers with adapters are run on fake tensors (``simulate``), which needs neither weights nor a
-GPU. ``mteditflow budget PRESET`` does it for a preset of the trainer. Each name is imported alone,
-on first use; stored costs of known models need torch alone, simulation ``mteditflow[diffusers]``.
+GPU. ``mteditflow budget PRESET`` does it for a preset of the trainer. Each name is imported on its
+own, on first use. Stored costs of known models need only torch, simulation needs
+``mteditflow[diffusers]``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Changes of options that make a run fit a GPU, one at a time, the peak phase first."""
+"""Changes of options that make a run fit on a GPU, one at a time, for the peak phase first."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mteditflow.budget.plan import Phase, Plan, Quantize, Verdict, peak, phases,
 
 @dataclass(frozen=True)
 class Change:
-    """An option of the trainer that lowers the memory of a phase.
+    """Option of the trainer that lowers the memory of a phase.
 
     Attributes:
-        option: its name in the trainer.
-        apply: returns the plan with the next value; None where there is none.
-        shown: returns the value in a plan as the option takes it.
-        phases: how the names of phases that it lowers begin.
+        option: name of the option in the trainer.
+        apply: returns the plan with the option's next value; None if there is none.
+        shown: returns the option's value in a plan, as it is written on the command line.
+        phases: prefixes of the names of the phases that it lowers; "" for all.
     """
 
     option: str
@@ -51,7 +51,7 @@ def _ahead(plan: Plan) -> Plan | None:
 
 
 def _sharded(plan: Plan) -> Plan | None:
-    """Shard what can be: no packed weights, optimizer of 8 bits, or sampler for few steps."""
+    """Shard a plan that allows it: without packed weights, 8-bit optimizer or few-step sampler."""
     plain = (plan.shard, plan.quantize, plan.optimizer_bytes) == ("none", "none", 8)
     alone = plain and plan.sampler is None
     return replace(plan, shard="fsdp2") if alone and plan.gpus > 1 else None
@@ -67,7 +67,7 @@ def _sampling(name: str, field: str) -> Change:
 
 
 QUANTIZE = "model.quantize"
-#: Options in the order in which they are tried for a phase; quantization is tried apart.
+#: Options in the order in which they are tried for a phase; quantization is tried separately.
 CHANGES = (
     Change(
         "model.prompt_folder",
@@ -108,12 +108,12 @@ CHANGES = (
 
 @dataclass(frozen=True)
 class Alternative:
-    """A run with some options changed.
+    """Run with some options changed.
 
     Attributes:
-        changed: options with the values to give them; empty for the run as it is.
-        plan: the run with them.
-        verdict: whether it fits.
+        changed: new values by option; empty for the run as it is configured.
+        plan: the changed run.
+        verdict: whether the changed run fits.
     """
 
     changed: dict[str, str]
@@ -126,12 +126,12 @@ def alternatives(plan: Plan, memory: float, *, options: Collection[str]) -> list
 
     Args:
         plan: the run as it is configured.
-        memory: GiB of a GPU.
-        options: options that the trainer has; changes by others are not considered.
+        memory: memory of a GPU in GiB.
+        options: options of the trainer that may change; other changes are not considered.
 
     Returns:
-        One alternative for each value of ``model.quantize``, the configured one first. Where
-        nothing fits it is the smallest that the options allow, with the verdict "no".
+        One alternative for each value of ``model.quantize``, the configured one first. If none of
+        its changes fits, it is the smallest run that the options allow, with the verdict "no".
     """
     values: list[Quantize] = [plan.quantize]
     if QUANTIZE in options and plan.shard == "none":
@@ -140,7 +140,7 @@ def alternatives(plan: Plan, memory: float, *, options: Collection[str]) -> list
 
 
 def _best(asked: Plan, start: Plan, memory: float, options: Collection[str]) -> Alternative:
-    """Return the first run on the way down that fits, else the first that is tight, or the last."""
+    """Return the first of ever smaller runs that fits, else the first tight one, or the last."""
     tried = [(verdict(plan, memory), plan) for plan in _smaller(start, options)]
     for wanted in ("fits", "tight"):
         for found, plan in tried:
@@ -150,7 +150,7 @@ def _best(asked: Plan, start: Plan, memory: float, options: Collection[str]) -> 
 
 
 def _smaller(plan: Plan, options: Collection[str]) -> Iterator[Plan]:
-    """Yield a run, then the same with one change after the other, each of the peak phase."""
+    """Yield a run, then the run with one change after another, each for the peak phase."""
     while True:
         yield plan
         highest = peak(plan)
@@ -160,7 +160,7 @@ def _smaller(plan: Plan, options: Collection[str]) -> Iterator[Plan]:
                 if changed is not None and _lowers(changed, highest):
                     plan = changed
                     break
-        else:
+        else:  # no change lowers the peak any further
             return
 
 
@@ -176,11 +176,11 @@ def _changed(asked: Plan, plan: Plan) -> dict[str, str]:
 
 
 def spared(plan: Plan, memory: float) -> Plan | None:
-    """Return the run that recomputes the fewest blocks and still fits; None where none does.
+    """Return the run that recomputes the fewest blocks and still fits; None if there is none.
 
     Args:
         plan: the run.
-        memory: GiB of a GPU.
+        memory: memory of a GPU in GiB.
     """
     if not plan.checkpointing:
         return None

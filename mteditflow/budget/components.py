@@ -1,4 +1,4 @@
-"""Costs of what stands beside a transformer: text encoders, and decoding."""
+"""Costs of text encoders and autoencoders, from fake tensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mteditflow.budget.local import pixels_of_latent
 from mteditflow.budget.models import Part
 from mteditflow.budget.simulation import fill_fake, packed_sizes, peak_of
 
-TOKENS = 512  # of an instruction, padded
+TOKENS = 512  # tokens of a padded instruction
 
 
 def simulate_encoder(part: Part, *, dtype: torch.dtype) -> EncoderCosts:
-    """Count a text encoder's parameters, and predict the memory of one instruction.
+    """Return a text encoder's number of parameters, and the predicted memory of one instruction.
 
     Args:
-        part: its class and the arguments of its configuration.
-        dtype: of weights and arithmetic.
+        part: class and configuration of the text encoder.
+        dtype: dtype of weights and arithmetic.
 
     Raises:
         ValueError: transformers has no such class, or the class refuses its configuration.
@@ -39,6 +39,7 @@ def simulate_encoder(part: Part, *, dtype: torch.dtype) -> EncoderCosts:
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fill_fake(model)
+        # CLIP has only 77 positions.
         tokens = torch.zeros(1, min(TOKENS, limit), dtype=torch.int64, device="cpu")
         mask = torch.ones_like(tokens)
         encode = peak_of(
@@ -50,7 +51,7 @@ def simulate_encoder(part: Part, *, dtype: torch.dtype) -> EncoderCosts:
 
 @contextmanager
 def _building(name: str, dtype: torch.dtype) -> Iterator[None]:
-    """Build on the meta device; a class that refuses its arguments is a ``ValueError``."""
+    """Build a model on the meta device; raise ``ValueError`` if the class refuses its arguments."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -63,12 +64,12 @@ def _building(name: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def simulate_vae(part: Part, *, resolution: int, dtype: torch.dtype) -> VaeCosts:
-    """Predict the memory of an autoencoder by running it on fake tensors.
+    """Return an autoencoder's number of parameters, and the predicted memory of one image.
 
     Args:
-        part: its class and arguments.
-        resolution: side of the image, pixels.
-        dtype: of weights and arithmetic.
+        part: class and arguments of the autoencoder.
+        resolution: side of the image, in pixels.
+        dtype: dtype of weights and arithmetic.
 
     Raises:
         ValueError: diffusers has no such class, or the class refuses its arguments.
@@ -94,7 +95,7 @@ def simulate_vae(part: Part, *, resolution: int, dtype: torch.dtype) -> VaeCosts
 
 
 def _sizes(vae: Any, resolution: int) -> tuple[list[int], list[int]]:
-    """Return the sizes of one image's latents and pixels; a video's autoencoder gets one frame."""
+    """Return the shapes of one image's latents and pixels; a video autoencoder has one frame."""
     video = hasattr(vae.config, "z_dim")
     channels = vae.config.z_dim if video else vae.config.latent_channels
     frames = [1] if video else []

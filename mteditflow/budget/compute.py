@@ -1,4 +1,4 @@
-"""Floating-point operations of a run, and the least time that they take."""
+"""Floating-point operations of a run, and a lower bound on their time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mteditflow._checks import check_number
 from mteditflow.budget.plan import Plan
 
-#: Dense bf16 products with float32 accumulation, TFLOP/s, as the makers state them.
+#: Peak TFLOP/s of dense bf16 products with float32 accumulation, from vendors' data sheets.
 GPUS = {
     "H100/H200": 989.0,
     "A100": 312.0,
@@ -21,13 +21,13 @@ GPUS = {
 class Work:
     """FLOPs of the transformer for one trajectory.
 
-    Encoders, the autoencoder (under 1%), rewards and evaluation are left out.
+    Text encoders, the autoencoder (under 1%), rewards and evaluation are not included.
 
     Attributes:
         forward: F, a forward pass of one row in one branch of the trained model.
-        sampling_forward: the same of what samples.
-        sampling: of all steps of all turns.
-        update: of all rows that an update runs.
+        sampling_forward: the same for the model that samples.
+        sampling: all steps of all turns.
+        update: all rows that an update runs.
     """
 
     forward: float
@@ -37,18 +37,19 @@ class Work:
 
     @property
     def total(self) -> float:
-        """FLOPs of a trajectory."""
+        """Return the FLOPs of a trajectory."""
         return self.sampling + self.update
 
     @property
     def in_forwards(self) -> float:
-        """FLOPs of a trajectory in units of F."""
+        """Return the FLOPs of a trajectory in units of F."""
         return self.total / self.forward
 
 
 def work(plan: Plan) -> Work:
-    """Return what a trajectory computes."""
+    """Return the FLOPs of one trajectory of a run."""
     row, passes = plan.costs.row, plan.passes
+    # Interpolated between checkpointing all blocks and none, as blocks cost about the same.
     train = row.train + plan.kept_share * (row.train_plain - row.train)
     return Work(
         float(row.forward),
@@ -59,16 +60,16 @@ def work(plan: Plan) -> Work:
 
 
 def least_hours(plan: Plan, rate: float, *, efficiency: float = 0.4, rounds: int = 100) -> float:
-    """Return the hours below which no run of so many rounds ends, at an efficiency.
+    """Return a lower bound on the hours of a run at an assumed efficiency.
 
-    It is a bound and no forecast: judge, services and the sampling of one trajectory at a time
-    make a run longer.
+    It is no forecast: the judge, other services and sampling one trajectory at a time make a run
+    longer.
 
     Args:
         plan: the run.
-        rate: TFLOP/s of a GPU, such as an entry of ``GPUS``.
-        efficiency: share of it that is reached, in (0, 1]; an assumption.
-        rounds: rounds.
+        rate: peak rate of a GPU in TFLOP/s, such as an entry of ``GPUS``.
+        efficiency: assumed share of the peak rate, in (0, 1].
+        rounds: number of rounds.
 
     Raises:
         ValueError: a number is out of range.

@@ -1,4 +1,4 @@
-"""Costs of models: what is simulated, and what comes of it."""
+"""Cases to simulate, and their costs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mteditflow.budget.inputs import Shape
 
 @dataclass(frozen=True)
 class Case:
-    """A transformer with adapters, and one row of its input.
+    """Transformer with adapters, and one row of its input.
 
     Attributes:
         kind: class of the transformer in diffusers.
         config: arguments of the class where they differ from its defaults.
         shape: sizes of one row.
-        targets: how the names of adapted layers end.
+        targets: endings of the names of adapted layers.
         rank: rank of the adapters.
         branches: forward passes for one velocity: 2 under classifier-free guidance, else 1.
-        dtype: of weights and arithmetic; adapters are float32.
+        dtype: dtype of weights and arithmetic; adapters are float32.
     """
 
     kind: str
@@ -39,12 +39,12 @@ class Costs:
     """Costs of one row; memory and FLOPs of a batch are linear in its rows.
 
     Attributes:
-        weights: parameters of the base model.
-        linear: those in linear layers of blocks, which quantization packs.
-        buffers: elements of buffers and of plain tensor attributes.
-        largest: parameters of the largest of these layers.
-        block: parameters of the largest block; 0 where the whole model was run.
-        adapters: weights of one set of adapters.
+        weights: number of parameters of the base model.
+        linear: number of those in linear layers of blocks, which quantization packs.
+        buffers: number of elements of buffers and plain tensor attributes.
+        largest: parameters of the largest layer that quantization packs.
+        block: parameters of the largest block; 0 if the whole model was run.
+        adapters: number of weights of one set of adapters.
         forward: FLOPs of a forward pass of one branch (F), without gradient.
         train: FLOPs of forward and backward of one branch with gradient checkpointing.
         train_plain: the same without checkpointing.
@@ -72,8 +72,8 @@ class EncoderCosts:
     """Size of a text encoder, and memory of one instruction.
 
     Attributes:
-        weights: parameters.
-        linear: those in linear layers of blocks, which quantization packs.
+        weights: number of parameters.
+        linear: number of those in linear layers of blocks, which quantization packs.
         encode: peak bytes of encoding one instruction.
     """
 
@@ -87,7 +87,7 @@ class VaeCosts:
     """Size of an autoencoder, and memory of one square image.
 
     Attributes:
-        weights: parameters.
+        weights: number of parameters.
         decode: peak bytes of decoding one image.
         decode_tiled: the same with tiling.
         encode: peak bytes of encoding one image.
@@ -104,9 +104,9 @@ class ModelCosts:
     """Costs of a model's parts.
 
     Attributes:
-        row: of the transformer, for one row.
-        vae: of the autoencoder.
-        encoders: of all text encoders together.
+        row: costs of the transformer for one row.
+        vae: costs of the autoencoder.
+        encoders: costs of all text encoders together.
     """
 
     row: Costs

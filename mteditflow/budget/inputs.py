@@ -1,4 +1,4 @@
-"""Inputs of diffusers' transformers by class: the shapes of one training row, or of several."""
+"""Inputs of diffusers' transformers by class, with the shapes of one or several training rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Shape:
     """Sizes of one row.
 
     Attributes:
-        resolution: side of the square output, pixels.
-        text: text tokens.
-        references: reference images that the model attends to.
-        reference_resolution: side of each of them, pixels.
-        token: side of the square of pixels that one image token covers.
+        resolution: side of the square output, in pixels.
+        text: number of text tokens.
+        references: number of reference images that the model attends to.
+        reference_resolution: side of each reference, in pixels.
+        token: side of the square that one image token covers, in pixels.
     """
 
     resolution: int
@@ -29,17 +29,17 @@ class Shape:
 
     @property
     def side(self) -> int:
-        """Tokens along a side of the output."""
+        """Return the number of tokens along a side of the output."""
         return self.resolution // self.token
 
     @property
     def reference_side(self) -> int:
-        """Tokens along a side of a reference."""
+        """Return the number of tokens along a side of a reference."""
         return self.reference_resolution // self.token
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of the output and of all references."""
+        """Return the number of tokens of the output and of all references."""
         return self.side**2 + self.references * self.reference_side**2
 
 
@@ -55,10 +55,10 @@ def make_inputs(kind: str, config: Any, rows: int, shape: Shape, dtype: torch.dt
         config: its configuration, with attribute access.
         rows: rows of the batch.
         shape: sizes of one row.
-        dtype: of latents and embeddings.
+        dtype: dtype of latents and embeddings.
 
     Raises:
-        ValueError: the class has no entry.
+        ValueError: ``INPUTS`` has no entry for the class.
     """
     if kind not in INPUTS:
         raise ValueError(f"transformer: expected one of {', '.join(INPUTS)}, got {kind}")
@@ -106,6 +106,7 @@ def _qwen(config: Any, rows: int, shape: Shape, zeros: _Zeros) -> Inputs:
 
 
 def _z_image(config: Any, rows: int, shape: Shape, zeros: _Zeros) -> Inputs:
+    # Latents are not packed here: the model itself makes a token of 2 x 2 of them (SD3, Wan, too).
     size = (config.in_channels, 1, 2 * shape.side, 2 * shape.side)
     return {
         "x": [zeros(*size) for _ in range(rows)],

@@ -1,4 +1,4 @@
-"""Models by hub id, and those of a local folder, of which configurations alone are read."""
+"""Models by hub id or local folder, of which only configuration files are read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mteditflow.budget.models import MODELS, PIPELINES, Model, Part
 
 
 def find_model(source: str | os.PathLike[str]) -> Model:
-    """Return a known model, or the one in a folder.
+    """Return a known model by its hub id, or the model in a folder.
 
     Args:
         source: hub id of a known model, or a folder of a pipeline in diffusers format.
 
     Raises:
-        ValueError: it is neither, or the pipeline is of another class than those of ``PIPELINES``.
+        ValueError: the source is neither, or the pipeline's class is not in ``PIPELINES``.
         OSError: a file in the folder cannot be read.
 
     Example:
@@ -69,7 +69,7 @@ def _read(folder: Path) -> Model:
 
 
 def _is_part(entry: Any) -> bool:
-    """Whether an entry of the index names a library and a class, not null twice."""
+    """Return whether an entry of the index has a library and a class, rather than two nulls."""
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry)
 
 
@@ -90,7 +90,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def pixels_of_latent(config: Any) -> int:
-    """Return the side of the square of pixels that a latent of an autoencoder covers.
+    """Return the side, in pixels, of the square that one latent of an autoencoder covers.
 
     Args:
         config: the autoencoder's configuration, a mapping.
@@ -99,6 +99,7 @@ def pixels_of_latent(config: Any) -> int:
         >>> pixels_of_latent({"block_out_channels": (128, 256, 512, 512)})
         8
     """
+    # One halving per entry for video autoencoders, one between two levels of image autoencoders.
     if "z_dim" in config:
         return int(2 ** len(config.get("temperal_downsample", (0,) * 3)))
     return int(2 ** (len(config.get("block_out_channels", (0,) * 4)) - 1))

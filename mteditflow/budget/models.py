@@ -1,4 +1,4 @@
-"""The models that are known by name, and what a pipeline of each class makes of a row."""
+"""Known models with the sizes of their parts, and the rows of each pipeline class."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _FLUX_VAE: Config = {
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a pipeline: its class, and the arguments that differ from its defaults.
+    """Component of a pipeline: its class, and the arguments that differ from its defaults.
 
     Attributes:
         kind: class in diffusers or transformers.
-        config: arguments; of a text encoder those of its configuration.
+        config: arguments of the class, or of its configuration for a text encoder.
     """
 
     kind: str
@@ -115,19 +115,21 @@ _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_conte
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A class of pipelines, as far as costs depend on it.
+    """Properties of a pipeline class that determine its costs.
 
     Attributes:
         transformer: class of its transformer.
-        targets: how the names of adapted layers end: attention and feed-forward of all blocks.
-        text: text tokens of a call that does not say how many.
-        padded: whether an option for the length sets the tokens; else it only cuts longer texts.
-        more_text: text tokens that no option changes.
-        reference: "none"; "output", of the output's size; "megapixel", brought to 1024 x 1024.
+        targets: endings of the names of adapted layers: attention and feed-forward of all blocks.
+        text: default number of text tokens of a call.
+        padded: whether an option for the length sets the number of tokens; if not, the option only
+            truncates longer texts.
+        more_text: additional text tokens that no option changes.
+        reference: size of references: "none", there are none; "output", the output's size;
+            "megapixel", about 1024 x 1024.
         guidance: "embedded", one pass; "branches", a second pass above the scale ``unguided``.
-        unguided: highest scale without a second pass.
-        reads_images: whether the text encoder is shown the references of a turn.
-        one_by_one: whether a call takes several images for several references of one edit, so that
+        unguided: highest guidance scale without a second pass.
+        reads_images: whether the text encoder reads the references of a turn.
+        one_by_one: whether several images of a call are several references of one edit, so that
             trajectories are sampled one at a time.
     """
 
@@ -148,13 +150,13 @@ class Pipeline:
         """Return the sizes of a row.
 
         Args:
-            resolution: side of the square output, pixels.
-            text: text tokens that the call's option gives; None is the pipeline's default.
-            references: reference images, where the pipeline takes any.
-            token: side of the square of pixels of an image token.
+            resolution: side of the square output, in pixels.
+            text: number of text tokens, as the call's option sets it; None: the default.
+            references: number of reference images, if the pipeline takes any.
+            token: side of the square that one image token covers, in pixels.
 
         Raises:
-            ValueError: the resolution is no multiple of it.
+            ValueError: the resolution is no multiple of ``token``.
         """
         if resolution % token:
             raise ValueError(f"resolution: expected a multiple of {token} pixels, got {resolution}")
@@ -174,7 +176,7 @@ _FLUX2_TARGETS = (
     *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
     *("attn.to_qkv_mlp_proj", "attn.to_out"),
 )
-#: Pipelines by the class that ``model_index.json`` names.
+#: Pipelines by their class in ``model_index.json``.
 PIPELINES = {
     "FluxKontextPipeline": Pipeline(
         "FluxTransformer2DModel",
@@ -232,7 +234,7 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline with the sizes of its parts.
+    """Pipeline with the sizes of its parts.
 
     Attributes:
         name: name in tables.
@@ -240,9 +242,9 @@ class Model:
         config: arguments of its transformer where they differ from the class's defaults.
         vae: its autoencoder.
         encoders: its text encoders.
-        hubs: ids on the hub.
-        distilled: whether guidance above 1 makes no second pass.
-        token: side of the square of pixels of an image token.
+        hubs: its ids on the Hugging Face hub.
+        distilled: whether it has no second pass at any guidance scale.
+        token: side of the square that one image token covers, in pixels.
     """
 
     name: str
@@ -256,16 +258,16 @@ class Model:
 
     @property
     def behavior(self) -> Pipeline:
-        """Entry of its pipeline."""
+        """Return the entry of its pipeline in ``PIPELINES``."""
         return PIPELINES[self.pipeline]
 
     def branches(self, guidance: float, options: Config | None = None) -> int:
-        """Return the forward passes for one velocity.
+        """Return the number of forward passes for one velocity: 1, or 2 under guidance.
 
         Args:
             guidance: the call's guidance_scale.
-            options: further options of the call; ``true_cfg_scale`` overrules the scale, and needs
-                a ``negative_prompt`` where guidance is embedded.
+            options: further options of the call. ``true_cfg_scale`` takes precedence over the
+                scale; where guidance is embedded it also needs a ``negative_prompt``.
         """
         given = options or {}
         if self.behavior.guidance == "embedded":

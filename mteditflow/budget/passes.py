@@ -1,4 +1,4 @@
-"""Forward passes that an objective makes, counted by running it on a tiny rollout."""
+"""Forward passes of an objective, counted by running it on a tiny rollout."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mteditflow.objectives.base import Policy
 
 @dataclass(frozen=True)
 class Passes:
-    """Rows that an update runs for each trajectory, and rows of one loss entry.
+    """Rows that an update runs per trajectory, and rows of one loss entry.
 
     Attributes:
         trained: rows of the current policy, forward and backward.
-        old: rows of the old policy, forward alone.
-        reference: rows of the base model, forward alone.
-        members: rows of a loss entry: 2 for pairs, else 1.
+        old: rows of the old policy, forward only.
+        reference: rows of the reference policy, forward only.
+        members: rows of a loss entry: 1, 2 for pairs, or the size of a group.
     """
 
     trained: float
@@ -32,7 +32,7 @@ class Passes:
 
     @property
     def forward(self) -> float:
-        """Rows that run forward alone."""
+        """Return the number of rows that run forward only."""
         return self.old + self.reference
 
 
@@ -48,20 +48,21 @@ def count_passes(
 ) -> Passes:
     """Count the rows of an update by running the objective itself.
 
-    Every turn is valid, and no advantage is 0, so this is an upper bound. A share of rows that is
-    drawn at random counts with its expectation.
+    Every turn is valid and no advantage is 0, so this is an upper bound. Rows that are drawn at
+    random count with their expectation.
 
     Args:
         objective: the objective.
         turns: turns N of a trajectory.
         steps: denoising steps S of a turn.
         group_size: trajectories of a group.
-        minibatches: optimizer steps in a pass.
+        minibatches: optimizer steps per pass over the samples.
         epochs: passes over the samples of a round.
-        round: round whose old policy counts: it may equal the current one in the first rounds.
+        round: round that is counted; in the first rounds the old policy may equal the current one,
+            which saves its passes.
 
     Returns:
-        Rows for each trajectory.
+        Rows per trajectory.
 
     Raises:
         ValueError: the objective refuses these numbers.
@@ -72,7 +73,7 @@ def count_passes(
         Passes(trained=3.0, old=3.0, reference=3.0, members=1)
     """
     share = getattr(objective, "kl_share", 1.0)
-    if share < 1:  # drawn row by row: all rows are counted, and their expectation is taken
+    if share < 1:  # rows are drawn at random: count all of them, and scale by the share below
         objective = replace(objective, kl_share=1.0)  # type: ignore[type-var]
     trajectories = group_size * minibatches
     how = objective.sampling(round, steps=steps)
@@ -92,6 +93,7 @@ def count_passes(
         rows[policy] += len(x_t)
         return torch.zeros_like(x_t)
 
+    # Both signs, no zeros and no ties, so that no objective drops a row or a pair.
     advantage = torch.linspace(1.0, 2.0, trajectories, dtype=torch.float32, device="cpu")
     advantage[::2] *= -1
     old_is_current = objective.old_decay(round) == 0
@@ -102,6 +104,6 @@ def count_passes(
             if len(units):
                 objective(velocity, samples, units, old_is_current=old_is_current)
                 members = max(members, units.rows.shape[1])
-            old_is_current = False  # an update lies between
+            old_is_current = False  # after the first update the policies differ
     trained, old, reference = (count / trajectories for count in rows.values())
     return Passes(trained, old, share * reference, members)

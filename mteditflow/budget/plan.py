@@ -1,4 +1,4 @@
-"""A run as far as its costs depend on it, and the memory of its phases on one GPU."""
+"""Sizes of a run that determine its costs, and the memory of its phases on one GPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ GIB = 2**30
 Quantize = Literal["none", "int8", "nf4"]
 Verdict = Literal["fits", "tight", "no"]
 
-LARGEST = 10_000.0  # GiB of a GPU
-CONTEXT = 0.6  # GiB that the CUDA context and its libraries take
-USABLE = 0.95  # share of the rest that fragmentation leaves
-COMFORTABLE = 0.9  # share of the usable memory up to which a run fits
-VAE_MARGIN = 1.2  # convolutions take copies of their own, which the prediction does not see
-BYTES = {"int8": 1.001, "nf4": 0.5 + 4 / 64}  # of a packed weight, scales included
+LARGEST = 10_000.0  # GiB of a GPU, at most
+CONTEXT = 0.6  # GiB of the CUDA context and its libraries
+USABLE = 0.95  # share of the rest that is usable in spite of fragmentation
+COMFORTABLE = 0.9  # share of the usable memory below which a run fits
+VAE_MARGIN = 1.2  # for copies inside convolution kernels, which the prediction does not include
+# Bytes of a packed weight. int8: a scale per row; nf4: 4 bits, and a float32 scale per 64 weights.
+BYTES = {"int8": 1.001, "nf4": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Sampler:
     Attributes:
         sibling: costs of a row of the sibling's transformer; None: the trained model samples.
         sets: sets of adapters on the sibling, of the policies' rank.
-        lora: weights of a LoRA for few steps, float32; 0: there is none.
-        lora_forward: FLOPs of its products in a forward pass of one branch.
+        lora: number of float32 weights of a LoRA for few steps; 0: there is none.
+        lora_forward: FLOPs of this LoRA in a forward pass of one branch.
     """
 
     sibling: Costs | None = None
@@ -43,7 +44,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's sizes.
+    """Sizes of a run.
 
     Attributes:
         costs: costs of the model's parts.
@@ -52,28 +53,28 @@ class Plan:
         turns: turns N of a trajectory.
         steps: denoising steps S of a turn.
         trajectories: trajectories of a round, over all GPUs.
-        rounds: rounds of the run.
-        sampling_batch: trajectories sampled at once.
+        rounds: number of rounds of the run.
+        sampling_batch: trajectories that are sampled at once.
         evaluation_batch: the same in evaluation.
         training_batch: loss entries of a micro-batch.
-        one_by_one: whether the pipeline samples one trajectory at a time, whatever the batch.
+        one_by_one: whether the pipeline samples one trajectory at a time, independent of the batch.
         average: whether there is an averaged policy, a third set of adapters.
         checkpointing: whether activations are recomputed in the backward pass.
-        blocks: blocks of the transformer.
-        kept_blocks: blocks that are not recomputed under checkpointing.
-        quantize: how linear layers of transformer and text encoders are packed.
-        encoders: where text encoders work: on the "device" beside the transformer, on it "ahead" of
-            the transformer, or on the "host".
-        reads_images: whether they are shown the images of every turn, so that they cannot work
+        blocks: number of blocks of the transformer.
+        kept_blocks: number of blocks that are not recomputed under checkpointing.
+        quantize: quantization of the linear layers of transformer and text encoders.
+        encoders: placement of the text encoders: on the "device" beside the transformer, on it
+            "ahead" of the transformer, or on the "host".
+        reads_images: whether text encoders read the images of every turn, so that they cannot run
             ahead.
-        more_adapters: sets of frozen adapters beside those of the policies, of the same rank.
-        sampler: what samples for few steps; None: the trained model as it is. Not with ``shard``.
+        more_adapters: sets of frozen adapters besides those of the policies, of the same rank.
+        sampler: few-step sampler; None: the trained model samples. Not with ``shard``.
         vae_slicing: whether images are decoded one by one.
-        vae_tiling: whether they are decoded in tiles.
-        optimizer_bytes: optimizer state of an adapter's weight.
-        shard: how weights are spread over the GPUs: "fsdp2" with the adapters, "zero3" without.
-        gpus: GPUs that train.
-        dtype: of weights and arithmetic.
+        vae_tiling: whether images are decoded in tiles.
+        optimizer_bytes: bytes of optimizer state per adapter weight.
+        shard: sharding of weights over the GPUs: "fsdp2" with the adapters, "zero3" without them.
+        gpus: number of GPUs that train.
+        dtype: dtype of weights and arithmetic.
 
     Raises:
         ValueError: a number is out of range.
@@ -125,28 +126,28 @@ class Plan:
 
     @property
     def kept_share(self) -> float:
-        """Share of the blocks whose activations are kept."""
+        """Return the share of the blocks whose activations are kept."""
         return self.kept_blocks / self.blocks if self.checkpointing else 1.0
 
     @property
     def sampling_row(self) -> Costs:
-        """Costs of a row of what samples."""
+        """Return the costs of a row of the model that samples."""
         sampler = self.sampler
         return (sampler and sampler.sibling) or self.costs.row
 
     @property
     def sampling_forward(self) -> float:
-        """FLOPs of a forward pass of one branch of what samples."""
+        """Return the FLOPs of a forward pass of one branch of the model that samples."""
         return self.sampling_row.forward + (self.sampler.lora_forward if self.sampler else 0)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory of one phase of a round on one GPU, bytes.
+    """Memory of one phase of a round on one GPU, in bytes.
 
     Attributes:
-        name: its name in tables.
-        weights: frozen weights: the transformer's, the autoencoder's, in their visit encoders'.
+        name: name of the phase in tables.
+        weights: frozen weights of the transformer, the autoencoder, and text encoders on the GPU.
         adapters: adapters of all policies, gradients and optimizer state.
         activations: peak of everything else.
     """
@@ -158,7 +159,7 @@ class Phase:
 
     @property
     def total(self) -> float:
-        """Bytes of the phase at its peak."""
+        """Return the bytes of the phase at its peak."""
         return self.weights + self.adapters + self.activations
 
 
@@ -172,6 +173,7 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
     size = plan.dtype.itemsize
     encoders = plan.costs.encoders
     parts = 1 if plan.shard == "none" else plan.gpus
+    # FSDP2 shards adapters, gradients and optimizer state, too; under ZeRO-3 they are whole.
     copies = plan.gpus if plan.shard == "fsdp2" else 1
     weights = _packed(plan, row.weights, row.linear) + size * row.buffers
     weights = weights / parts + size * vae.weights
@@ -179,10 +181,10 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
     if more.sibling is not None:
         weights += _packed(plan, more.sibling.weights, more.sibling.linear)
         weights += size * more.sibling.buffers
-    # A copy of the largest layer while it is unpacked; the block that is gathered and the next one.
+    # The largest layer, unpacked for its product; and the gathered block with the prefetched next.
     temporary = size * row.largest if plan.quantize != "none" else 0
     temporary += 2 * size * row.block if parts > 1 else 0
-    # Of float32: the current and the old policy, the average; in an update gradients.
+    # Adapters are float32: current and old policy, average; an update adds the gradients.
     policies = 2 + plan.average + plan.more_adapters
     resting = row.adapters * (4 * policies + plan.optimizer_bytes) / copies
     resting += 4 * (more.sets * row.adapters + more.lora)
@@ -201,7 +203,7 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
         "ahead": Phase("text encoders", visit, 0, encoders.encode),
         "host": Phase("text encoders", weights, resting, 0),
     }
-    # Blocks differ in size, and those that are kept are freed first: an upper bound.
+    # An upper bound: blocks differ in size, and kept ones are freed before others are recomputed.
     update = row.update + plan.kept_share * (row.update_plain - row.update)
     rows = plan.training_batch * plan.passes.members
     return (
@@ -213,19 +215,19 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
 
 
 def _packed(plan: Plan, weights: int, linear: int) -> float:
-    """Return bytes of weights of which linear layers may be packed."""
+    """Return the bytes of weights, of which ``linear`` may be packed."""
     packed = BYTES.get(plan.quantize, plan.dtype.itemsize)
     return linear * packed + (weights - linear) * plan.dtype.itemsize
 
 
 def usable(memory: float) -> float:
-    """Return the bytes of a GPU that tensors can take: without context and fragmentation.
+    """Return the bytes of a GPU that tensors can use, without context and fragmentation.
 
     Args:
         memory: GiB of the GPU, as ``nvidia-smi`` reports them; 24 for a 24 GB card.
 
     Raises:
-        ValueError: it is not above 0.6, or above 10,000.
+        ValueError: the memory is not in (0.6, 10,000] GiB.
 
     Example:
         >>> round(usable(24) / 2**30, 2)
@@ -236,16 +238,19 @@ def usable(memory: float) -> float:
 
 
 def peak(plan: Plan) -> Phase:
-    """Return the phase that takes most memory."""
+    """Return the phase with the highest memory."""
     return max(phases(plan), key=lambda phase: phase.total)
 
 
 def verdict(plan: Plan, memory: float) -> Verdict:
-    """Return whether a run fits a GPU: below 90% of the usable memory, up to all of it, or not.
+    """Return whether a run "fits" (below 90% of usable memory), is "tight" (up to 100%), or "no".
 
     Args:
         plan: the run.
-        memory: GiB of the GPU.
+        memory: memory of the GPU in GiB.
+
+    Raises:
+        ValueError: the memory is out of range.
     """
     share = peak(plan).total / usable(memory)
     return "fits" if share < COMFORTABLE else "tight" if share <= 1 else "no"

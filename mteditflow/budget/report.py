@@ -1,4 +1,4 @@
-"""A budget in words and as JSON values: memory by phase, work, time, and what makes it fit."""
+"""Report of a budget as text and JSON: memory by phase, work, time, and how to make it fit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mteditflow.budget.plan import GIB, Plan, Verdict, peak, phases, usable, ver
 
 @dataclass(frozen=True)
 class Budget:
-    """The predicted cost of a run on GPUs of some size.
+    """Predicted cost of a run on GPUs of some size.
 
     Attributes:
         name: name of the run in the report, such as the preset's.
         plan: the run as it is configured.
-        memory: GiB of a GPU.
+        memory: memory of a GPU in GiB.
         efficiency: assumed share of a GPU's peak rate.
         options: options of the trainer that may be changed.
-        cheaper: F a trajectory under options that change what is learned, by option and value.
+        cheaper: by option and value, F per trajectory under an option that changes the gradients.
     """
 
     name: str
@@ -34,21 +34,21 @@ class Budget:
 
     @property
     def as_given(self) -> Verdict:
-        """Whether the run fits as it is configured."""
+        """Return whether the run fits as it is configured."""
         return verdict(self.plan, self.memory)
 
     @property
     def alternatives(self) -> list[Alternative]:
-        """Runs with changed options, one for each precision of the weights."""
+        """Return runs with changed options, one for each precision of the weights."""
         return alternatives(self.plan, self.memory, options=self.options)
 
     @property
     def feasible(self) -> bool:
-        """Whether the run, or an alternative to it, fits or is tight."""
+        """Return whether the run, or an alternative to it, fits or is tight."""
         return any(x.verdict != "no" for x in self.alternatives)
 
     def hours(self, rounds: int) -> dict[str, float]:
-        """Return the least hours on each known GPU."""
+        """Return the least hours of this number of rounds, by known GPU."""
         return {
             name: least_hours(self.plan, rate, efficiency=self.efficiency, rounds=rounds)
             for name, rate in GPUS.items()

@@ -1,4 +1,4 @@
-"""Samplers beside the model in training: a distilled sibling, and a LoRA for few steps."""
+"""Samplers beside the model in training: a distilled sibling, or a LoRA for few steps."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mteditflow.pipelines.siblings import check_alike
 
 
 def find_sibling(model: Model, source: str | os.PathLike[str]) -> Model:
-    """Return the model that samples while another is trained, as ``find_model`` does.
+    """Return the model that samples while another is trained; see ``find_model``.
 
     Args:
-        model: the one in training.
+        model: the model in training.
         source: hub id of a known model, or a folder of a pipeline in diffusers format.
 
     Raises:
-        ValueError: it is none, or its pipeline or transformer is of another kind.
+        ValueError: the source is neither, or its pipeline or transformer differs from the model's.
         OSError: a file in the folder cannot be read.
 
     Example:
@@ -47,7 +47,7 @@ def count_lora(model: Model, path: str | os.PathLike[str]) -> int:
         path: a safetensors file, or a folder with one in diffusers' format.
 
     Raises:
-        ValueError: it is no LoRA of the transformer alone.
+        ValueError: it is not a LoRA of the transformer alone.
         OSError: there is no such file.
     """
     weights = read_lora(getattr(diffusers, model.pipeline), path)

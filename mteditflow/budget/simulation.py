@@ -1,4 +1,4 @@
-"""Costs of a transformer with adapters from fake tensors: nothing is computed or downloaded."""
+"""Costs of a transformer with adapters, from fake tensors: nothing is computed or downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mteditflow.budget.tracking import PeakMemory, count_flops
 from mteditflow.pipelines.quantization import layers_in_blocks
 from mteditflow.pipelines.shared_casts import shared_casts
 
-# Fields that count blocks of one kind, by class: costs are linear in each of them.
+# Arguments that count blocks of one kind, by class: costs are linear in each of them.
 DEPTHS = {
     "FluxTransformer2DModel": ("num_layers", "num_single_layers"),
     "Flux2Transformer2DModel": ("num_layers", "num_single_layers"),
@@ -28,15 +28,15 @@ DEPTHS = {
     "SD3Transformer2DModel": ("num_layers",),
     "WanTransformer3DModel": ("num_layers",),
 }
-SHALLOW = 2  # blocks of each kind in the smallest model that is simulated in place of a deep one
+SHALLOW = 2  # blocks of each kind in the smallest model that is simulated for a deep one
 
 
 def simulate(case: Case) -> Costs:
     """Predict the costs of a case by running it on fake tensors.
 
-    A model of more than two blocks of a kind is replaced by models of two and three, and the costs
-    are extended in a straight line: blocks of a kind are alike. Where they are not (dual attention
-    in a part of the blocks), the whole model is run, which takes minutes.
+    A model with more than three blocks of a kind is replaced by models with two and three, whose
+    costs are extrapolated linearly, since blocks of a kind are equal. Where they are not (dual
+    attention in some of the blocks), the whole model is run, which takes minutes.
 
     Args:
         case: the model and its input.
@@ -54,6 +54,7 @@ def simulate(case: Case) -> Costs:
         return simulate_at(case, {})
     base = {name: min(blocks, SHALLOW) for name, blocks in depth.items()}
     start = simulate_at(case, base)
+    # cost(depths) = cost(start) + sum over kinds of (cost of one more block) * (missing blocks)
     total, block = list(astuple(start)), 0
     for name, blocks in depth.items():
         if blocks > base[name]:
@@ -74,7 +75,7 @@ def count_blocks(case: Case) -> int:
 
 
 def _depth(case: Case) -> dict[str, int]:
-    """Return the number of blocks of each kind; nothing where blocks of a kind differ."""
+    """Return the number of blocks of each kind; nothing if blocks of a kind differ."""
     blocks = _blocks(case)
     return {} if case.config.get("dual_attention_layers") else blocks
 
@@ -87,11 +88,11 @@ def _blocks(case: Case) -> dict[str, int]:
 
 
 def build_model(case: Case, depth: Mapping[str, int], *, device: str) -> nn.Module:
-    """Build the transformer of a case, frozen, with float32 adapters that are trained.
+    """Build the frozen transformer of a case with trainable float32 adapters.
 
     Args:
         case: the model.
-        depth: numbers of blocks in place of the configuration's.
+        depth: numbers of blocks that replace the configuration's, by argument.
         device: "meta" or "cpu".
 
     Raises:
@@ -122,12 +123,12 @@ def build_model(case: Case, depth: Mapping[str, int], *, device: str) -> nn.Modu
 
 
 def run_update(model: nn.Module, inputs: Mapping[str, Any], branches: int) -> None:
-    """Run what a row of an update runs: a velocity of all branches, a loss, the backward pass."""
+    """Run one row of an update: a velocity from all branches, a loss, and the backward pass."""
     with shared_casts(model):
         outputs = [_velocity(model, inputs) for _ in range(branches)]
         velocity = outputs[0]
         for other in outputs[1:]:
-            velocity = velocity + 4.0 * (other - velocity)
+            velocity = velocity + 4.0 * (other - velocity)  # guidance; any scale costs the same
         velocity.float().pow(2).mean().backward()  # type: ignore[no-untyped-call]
 
 
@@ -144,9 +145,9 @@ def _velocity(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def resident(model: nn.Module) -> list[Tensor]:
-    """Return the tensors that exist before a row is run: weights, buffers and gradients.
+    """Return the tensors that exist before a row is run: weights, gradients and buffers.
 
-    Gradients are made where there are none, as after the first micro-batch of an update.
+    Missing gradients are created, as they exist after the first micro-batch of an update.
     """
     parameters = list(model.parameters())
     for x in parameters:
@@ -163,14 +164,14 @@ def _constants(model: nn.Module) -> list[Tensor]:
 
 
 def simulate_at(case: Case, depth: Mapping[str, int]) -> Costs:
-    """Return the costs of a model of some depth, run whole.
+    """Return the costs of a whole model with these numbers of blocks, without extrapolation.
 
     Args:
         case: the model and its input.
-        depth: numbers of blocks in place of the configuration's.
+        depth: numbers of blocks that replace the configuration's, by argument.
 
     Raises:
-        ValueError: as ``simulate``.
+        ValueError: as in ``simulate``.
     """
     model = build_model(case, depth, device="meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -187,6 +188,7 @@ def simulate_at(case: Case, depth: Mapping[str, int]) -> Costs:
         def train() -> None:
             run_update(model, inputs, 1)
 
+        # FLOPs are of one branch, memory is of all: activations of both branches are alive at once.
         plain = count_flops(train), peak_of(update, exists)
         forward = count_flops(sample), peak_of(sample, exists)
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -210,29 +212,29 @@ def simulate_at(case: Case, depth: Mapping[str, int]) -> Costs:
 
 
 def packed_sizes(model: nn.Module) -> list[int]:
-    """Return the parameters of each layer that ``model.quantize`` packs."""
+    """Return the number of parameters of each layer that ``model.quantize`` packs."""
     layers = [model.get_submodule(name) for name in layers_in_blocks(model) if "lora_" not in name]
     return [layer.weight.numel() for layer in layers]  # type: ignore[operator]
 
 
 def peak_of(run: Callable[[], object], exists: Sequence[Tensor]) -> int:
-    """Return the peak of the bytes that a call allocates beyond what exists."""
+    """Return the peak bytes that a call allocates in addition to existing tensors."""
     with PeakMemory(exists) as memory:
         run()
     return int(memory.peak)
 
 
 def fill_fake(model: nn.Module) -> None:
-    """Replace every meta tensor of a model by a fake one of the CPU, inside ``FakeTensorMode``.
+    """Replace every meta tensor of a model by a fake CPU tensor; call it in ``FakeTensorMode``.
 
-    Weights that are tied stay tied. On the CPU attention takes a flash kernel, which saves what
-    CUDA's saves; on meta tensors it takes the path that saves scores.
+    Tied weights stay tied. On the CPU, attention uses a flash kernel, which saves the same tensors
+    as CUDA's; on meta tensors it would use the math path, which saves the attention scores.
     """
 
     def fake(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device="cpu")
 
-    before = list(model.parameters())  # held, so that no id is used again
+    before = list(model.parameters())  # kept alive, so that no id is reused
     made = {id(x): nn.Parameter(fake(x), x.requires_grad) for x in before}
     for part in model.modules():
         for name, parameter in part._parameters.items():

@@ -1,4 +1,4 @@
-"""Costs that the package holds for known models, and simulation where it holds none."""
+"""Stored costs of known models, and simulation for all others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STORED = Path(__file__).with_name("costs.json")
 
 @cache
 def stored() -> dict[str, Any]:
-    """Return the costs that ``python -m docs.render_budget --costs`` has written."""
+    """Return the stored costs, which ``python -m docs.render_budget --costs`` writes."""
     values: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
     return values
 
@@ -32,7 +32,7 @@ def case_of(
     targets: tuple[str, ...] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> Case:
-    """Return the case of a model; without ``targets`` those of its pipeline."""
+    """Return the case of a model; by default ``targets`` are those of its pipeline."""
     behavior = model.behavior
     chosen = targets or behavior.targets
     return Case(behavior.transformer, model.config, shape, chosen, rank, branches, dtype)
@@ -49,11 +49,11 @@ def key_of(name: str, case: Case) -> str:
 
 
 def costs_of(model: Model, case: Case) -> ModelCosts:
-    """Return stored costs where there are any, else simulate, some seconds for each part.
+    """Return the stored costs of a model; parts without any are simulated, in seconds per part.
 
     Args:
         model: the model.
-        case: its transformer, from ``case_of``.
+        case: case of its transformer, from ``case_of``.
 
     Raises:
         ValueError: a part cannot be built, or cannot be run at these sizes.
@@ -69,6 +69,7 @@ def costs_of(model: Model, case: Case) -> ModelCosts:
 
 
 def _row_costs(model: Model, case: Case) -> Costs:
+    # Costs are stored for default targets and bfloat16 only.
     if case == case_of(model, case.shape, rank=case.rank, branches=case.branches):
         for name, known in MODELS.items():  # a distilled model and its base have one transformer
             alike = (known.pipeline, known.config) == (model.pipeline, model.config)
@@ -93,6 +94,7 @@ def _vae_costs(part: Part, resolution: int, dtype: torch.dtype) -> VaeCosts:
 def _encoder_costs(parts: tuple[Part, ...], dtype: torch.dtype) -> EncoderCosts:
     costs = [_encoder(part, dtype) for part in parts]
     weights, linear = sum(x.weights for x in costs), sum(x.linear for x in costs)
+    # All encoders are on the device together, but run one after another.
     return EncoderCosts(weights, linear, max((x.encode for x in costs), default=0))
 
 

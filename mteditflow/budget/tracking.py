@@ -1,4 +1,4 @@
-"""Meters around torch operations: peak of the bytes alive, and FLOPs with the CPU's attention."""
+"""Measurement of torch operations: peak memory, and FLOPs including the CPU's flash attention."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-BLOCK = 512  # bytes to which CUDA's caching allocator rounds up
+BLOCK = 512  # bytes to a multiple of which CUDA's caching allocator rounds up
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Highest sum of bytes in storages that operations made and that are still referenced.
+    """Peak of the bytes in storages that operations have created and that are still referenced.
 
-    It sees results of operations alone: no workspaces inside of kernels, no fragmentation. Works on
-    real and on fake tensors; not together with ``FlopCounterMode``, which keeps references.
+    It counts results of operations only, without workspaces inside kernels and fragmentation. It
+    works on real and fake tensors, but not with ``FlopCounterMode``, which keeps references.
 
     Args:
-        ignored: tensors whose storages do not count, such as weights and gradients that exist.
-        block: bytes that a storage is rounded up to.
+        ignored: tensors whose storages do not count, such as existing weights and gradients.
+        block: bytes to a multiple of which the size of a storage is rounded up.
 
     Attributes:
-        now: bytes alive.
-        peak: most bytes that were alive at once.
+        now: bytes that are currently alive.
+        peak: largest number of bytes that were alive at once.
 
     Example:
         >>> with PeakMemory(()) as memory:
@@ -47,7 +47,8 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._block = block
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._ignored = [x.untyped_storage() for x in ignored]  # held, so that no address returns
+        # Kept alive, so that no new storage gets one of their addresses.
+        self._ignored = [x.untyped_storage() for x in ignored]
         self._addresses = {storage._cdata for storage in self._ignored}
 
     def __torch_dispatch__(
@@ -57,7 +58,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run an operation and watch the storages of what it returns."""
+        """Run an operation, and track the storages of its results."""
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
@@ -65,7 +66,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        address = storage._cdata
+        address = storage._cdata  # identifies the storage, also for views of it
         if address in self._addresses or address in self._sizes:
             return
         size = -(-storage.nbytes() // self._block) * self._block
@@ -97,10 +98,10 @@ def _attention_backward(
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Return the floating-point operations of products, convolutions and attention in a call.
+    """Return the number of floating-point operations of products, convolutions and attention.
 
-    Torch has no formula for the flash kernel of the CPU, without which a fifth to a half of a
-    transformer's operations would be missing.
+    ``FlopCounterMode`` has no formula for the CPU's flash attention, without which a fifth to a
+    half of a transformer's operations would be missing.
 
     Example:
         >>> x = torch.zeros(2, 3, dtype=torch.float32, device="cpu")

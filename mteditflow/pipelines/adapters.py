@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-#: Fields of ``LoraConfig`` that may have any value: promises of ``LoraPolicies`` hold with it.
+#: Fields of ``LoraConfig`` whose values are free: ``LoraPolicies`` keeps its guarantees with any.
 SUPPORTED = frozenset(
     (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
@@ -28,7 +28,7 @@ SUPPORTED = frozenset(
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     )
 )
-#: Why a field must keep its default; one of a later peft has no reason yet.
+#: Reason why each other field must keep its default; fields of a later peft are missing here.
 REFUSED = {
     name: reason
     for reason, names in {
@@ -50,11 +50,11 @@ REFUSED = {
 
 
 def check_config(config: LoraConfig) -> None:
-    """Raise unless policies with these adapters keep what ``LoraPolicies`` promises.
+    """Raise unless ``LoraPolicies`` can keep its guarantees with this configuration.
 
     Raises:
         TypeError: it is not exactly a ``LoraConfig``.
-        ValueError: a field has a value with which a promise would be broken.
+        ValueError: a field has a value with which a guarantee would be broken.
     """
     if type(config) is not LoraConfig:
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
@@ -69,16 +69,19 @@ def check_config(config: LoraConfig) -> None:
             raise ValueError(f"config.{name}: expected {wanted}, got {value!r}: {reason}")
     for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
         if not math.isfinite(alpha) or alpha == 0:
-            raise ValueError(f"config.lora_alpha: expected a finite number but 0, got {alpha!r}")
+            raise ValueError(
+                f"config.lora_alpha: expected a finite number other than 0, got {alpha!r}"
+            )
     if not 0 <= config.lora_dropout < 1:
         raise ValueError(f"config.lora_dropout: expected in [0, 1), got {config.lora_dropout!r}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s wrapper, whose name would be in those of the weights.
+    """Return the model inside ``torch.compile``'s wrapper, which would prefix the weights' names.
 
     Raises:
-        ValueError: it is wrapped for several processes, which would miss adapters added now.
+        ValueError: it is wrapped by DataParallel, DDP or FSDP, which would not synchronize adapters
+            that are added now.
     """
     model = getattr(model, "_orig_mod", model)
     wrappers = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
@@ -91,10 +94,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_passes_gradients(model: nn.Module) -> None:
-    """Raise ``ValueError`` where a quantized layer gives its inputs no gradient.
+    """Raise ``ValueError`` if a quantized layer passes no gradient to its input.
 
-    Its output may need one all the same, as torchao's of dynamic int8 does: adapters before it
-    would silently be trained by what goes around it.
+    Its output may still require one, as that of torchao's dynamic int8 does. Adapters before such a
+    layer would silently be trained through the residual connections around it only.
     """
     seen = set()
     for name, layer in model.named_modules():
@@ -121,7 +124,7 @@ def check_passes_gradients(model: nn.Module) -> None:
 
 
 def _passes_gradient(layer: nn.Linear) -> bool:
-    """Whether the layer's input gets a gradient."""
+    """Return whether the layer's input gets a gradient."""
     weight = layer.weight
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.ones(1, layer.in_features, dtype=weight.dtype, device=weight.device)
@@ -133,13 +136,19 @@ def _passes_gradient(layer: nn.Linear) -> bool:
 def add_adapters(
     model: nn.Module, config: LoraConfig, names: Sequence[str], seed: int
 ) -> dict[str, LoraLayer]:
-    """Give a model float32 adapters, drawn in this order; the global generators are left alone.
+    """Add float32 adapters to a model; the global generators do not change.
+
+    Args:
+        model: the model.
+        config: configuration of the adapters.
+        names: names of the adapters, initialized in this order.
+        seed: seed of the initial weights.
 
     Returns:
         Layers with adapters, by their names in the model.
 
     Raises:
-        ValueError: torch would not call an adapted layer.
+        ValueError: torch would read a layer's weights without calling the adapted layer.
     """
     config = copy.deepcopy(config)  # peft keeps it, and resolves its targets in place
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -153,7 +162,7 @@ def add_adapters(
                 inject_adapter_in_model(config, model, adapter_name=name)
     layers = tuned(model)
     if hasattr(model, "_keep_in_fp32_modules"):
-        # diffusers takes the first floating-point weight's dtype for the model's, but for these.
+        # diffusers reports the dtype of the first weight outside this list as the model's dtype.
         kept = cast(Any, model)
         kept._keep_in_fp32_modules = [*(kept._keep_in_fp32_modules or ()), "lora_"]
     for module, layer in layers.items():
@@ -161,7 +170,7 @@ def add_adapters(
         if inside or isinstance(layer, MultiheadAttention):
             raise ValueError(
                 f"config.target_modules: expected layers that the model calls, got {module!r} of "
-                "a torch.nn.MultiheadAttention; exclude it, and load the model anew"
+                "a torch.nn.MultiheadAttention; exclude it, and reload the model"
             )
         layer.train(layer.get_base_layer().training)  # dropout included
     for name in names:
@@ -171,7 +180,7 @@ def add_adapters(
 
 
 def tuned(model: nn.Module) -> dict[str, Any]:
-    """Layers of a model that hold adapters, by the names they have in a model not compiled."""
+    """Return the layers of a model with adapters, by their names in the uncompiled model."""
     return {
         plain(name): module
         for name, module in model.named_modules()
@@ -180,14 +189,14 @@ def tuned(model: nn.Module) -> dict[str, Any]:
 
 
 def plain(name: str) -> str:
-    """Name of a module without the parts that wrappers of its parents add."""
+    """Return the name of a module without what wrappers of its parents add to it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def adapter_weights(layers: Mapping[str, LoraLayer], name: str) -> dict[str, nn.Parameter]:
-    """Weights of one adapter, in the order of the model's modules, named as peft saves them.
+    """Return the weights of one adapter in the order of the modules, under peft's saved names.
 
-    peft's own function finds none inside of torch's ``CheckpointWrapper``.
+    peft's own function finds no weights inside torch's ``CheckpointWrapper``.
     """
     found: dict[str, nn.Parameter] = {}
     for module, layer in layers.items():
@@ -203,16 +212,16 @@ def adapter_weights(layers: Mapping[str, LoraLayer], name: str) -> dict[str, nn.
 
 
 def activate(layers: Iterable[LoraLayer], stack: Sequence[str]) -> None:
-    """Set which adapters are active, none by an empty stack, and nothing else.
+    """Activate the adapters in ``stack``, and no others; an empty stack disables all.
 
-    peft's own ``set_adapter`` and ``enable_adapters`` also turn ``requires_grad`` on and off, which
-    would have to be undone for every weight at every switch; these two fields are what its forward
-    passes read.
+    peft's own ``set_adapter`` and ``enable_adapters`` also change ``requires_grad``, which would
+    have to be undone for every weight at every switch. Its forward passes read only the two fields
+    that are set here.
     """
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = active_names(stack), not stack
 
 
 def active_names(stack: Sequence[str]) -> list[str]:
-    """Adapters that a layer names as active; where all are disabled the current one."""
+    """Return the adapters that a layer lists as active; "current" where all are disabled."""
     return list(stack) or ["current"]

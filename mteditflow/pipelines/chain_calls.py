@@ -1,4 +1,4 @@
-"""Chains of edits as calls of a pipeline: which rows share a call, and what it is given."""
+"""Chains of edits as calls of a pipeline: batches of rows, and the arguments of each call."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from mteditflow.pipelines.embedding_store import Embedding
 from mteditflow.pipelines.families import Family
 from mteditflow.pipelines.prompts import Instruction, Prompts
 
-#: What each turn of a chain is given: "original", "last" and further images, [N][number].
+#: Input images of each turn of a chain: "original", "last" or further images, [N][number].
 Seen = Sequence[Sequence[str | Image]]
 WORDS = ("original", "last")
 
 
 class ChainCalls:
-    """B chains of edits, ready to be sampled row by row or several rows at a time.
+    """B chains of edits, to be sampled row by row or several rows at a time.
 
-    Instructions are embedded, and for Kontext references encoded, once each at construction. Where
-    the text encoder is shown the image too, those of later turns are embedded at their turn.
+    Construction embeds every instruction once, and for Kontext encodes every reference once. Where
+    the text encoder also reads the image, instructions of later turns are embedded at their turn.
 
     Args:
-        pipeline: without text encoders, unless its calls embed.
-        family: its family.
-        options: of every call, as ``Family.call_options`` returns them.
+        pipeline: the pipeline, without text encoders unless its calls embed instructions.
+        family: family of the pipeline.
+        options: options of every call, as ``Family.call_options`` returns them.
         prompts: embeds instructions; None where the calls do.
         references: RGB images, [B]; None each for text to image.
-        instructions: [B][N]; chains may differ in length.
-        generators: [B].
-        seen: what each turn is given, [B]; None: the image of the turn before.
+        instructions: instructions, [B][N]; chains may differ in length.
+        generators: generators of initial and step noise, [B].
+        seen: input images of each turn, [B]; None: the image of the turn before.
 
     Raises:
-        ValueError: lengths differ, a chain is empty, text to image has several turns, or a turn is
-            given other images than the pipeline can take.
-        TypeError: a reference is no RGB image, or it is one of text to image.
+        ValueError: lengths differ, a chain is empty, text to image has several turns, or a turn
+            has other input images than the pipeline can take.
+        TypeError: a reference is no RGB image, or text to image has a reference.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class ChainCalls:
         self._images: list[Any] = list(references)
         self._embedded: dict[Instruction, list[Embedding]] = {}
         if prompts is not None:
+            # An encoder that also reads the image can embed only turn 1 before anything is sampled.
             ahead = slice(1 if family.view else None)
             wanted = [
                 self._wanted(self._given(row, turn, references[row]), text)
@@ -81,7 +82,11 @@ class ChainCalls:
         ]
 
     def parts(self, batch: int) -> Iterator[slice]:
-        """Slices of at most ``batch`` rows in order, each of one image size and chain length."""
+        """Yield slices of at most ``batch`` rows in order, each of one image size and length.
+
+        Raises:
+            ValueError: ``batch`` is below 1.
+        """
         check_count("batch", batch)
         start = 0
         for stop in range(1, len(self._kinds) + 1):
@@ -91,13 +96,13 @@ class ChainCalls:
                 start = stop
 
     def calls(self, rows: slice) -> list[slice]:
-        """The slices of a part that one pipeline call per turn serves."""
+        """Return the slices of a part, each of which takes one pipeline call per turn."""
         if self._family.takes_batch:
             return [rows]
         return [slice(row, row + 1) for row in range(rows.start, rows.stop)]
 
     def sample(self, rows: slice) -> list[list[Image]]:
-        """Edit the chains of one slice of ``calls``: images after each turn, [b][N].
+        """Edit the chains of one slice of ``calls``; return the images after each turn, [b][N].
 
         Raises:
             ValueError: a call returns no images.
@@ -105,6 +110,7 @@ class ChainCalls:
         images: Any = self._images[rows]
         numbers = range(len(self._images))[rows]
         options, size = self._options, self._kinds[rows.start][0]
+        # None asks for the reference's size; a call without such an option gives 0 here.
         if size is not None and options.get("height", 0) is None:
             options = options | self._family.own_size(self._pipeline, size)
         turns = []
@@ -130,16 +136,16 @@ class ChainCalls:
 
     @property
     def _singly(self) -> bool:
-        """Whether a call takes one image, one text and one generator, and no lists of them."""
+        """Return whether a call takes one image, text and generator rather than lists of them."""
         return not self._family.takes_batch and self._family.references != "several"
 
     def _given(self, row: int, turn: int, last: Any) -> list[Any]:
-        """The images that a turn is given, ``last`` being that of the turn before."""
+        """Return the input images of a turn; ``last`` is the image of the turn before."""
         named = {"original": self._images[row], "last": last}
         return [named[x] if isinstance(x, str) else x for x in self._seen[row][turn]]
 
     def _references(self, given: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """The images of all rows, as a call takes them."""
+        """Return the keyword argument of a call for the images of all rows."""
         images = [image for row in given for image in row]
         if self._family.references == "none":
             return {}
@@ -148,14 +154,17 @@ class ChainCalls:
         return {"image": images[0] if self._singly else images}
 
     def _wanted(self, images: Sequence[Any], text: str) -> list[Instruction]:
-        """An instruction, and the negative prompt, as they are read before these images."""
+        """Return an instruction, and the negative prompt if any, with the images they refer to."""
         texts = [(text, False), *([] if self._negative is None else [(self._negative, True)])]
         view = self._family.view
         shown = [] if view is None else [view(self._pipeline, image) for image in images]
         return [Instruction.about(words, *shown, negative=negative) for words, negative in texts]
 
     def _texts(self, texts: Sequence[str], given: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """One instruction per row, as a call takes them: embedded, with the negative prompt."""
+        """Return the keyword arguments of a call for one instruction per row.
+
+        These are embeddings, with those of the negative prompt, or texts where calls embed.
+        """
         family, prompts = self._family, self._prompts
         if prompts is None:
             return {"prompt": texts[0] if self._singly else list(texts)}
@@ -163,6 +172,7 @@ class ChainCalls:
         new = [x for row in wanted for x in row if x not in self._embedded]
         found = self._embedded if not new else self._embedded | prompts(new)
         options: dict[str, Any] = {}
+        # Not strict: without a negative prompt ``wanted`` has one instruction per row.
         for prefix, row in zip(("", "negative_"), zip(*wanted, strict=True), strict=False):
             kinds = zip(*(found[x] for x in row), strict=True)
             for name, kind in zip(family.embeddings, kinds, strict=True):
@@ -173,7 +183,7 @@ class ChainCalls:
     def _encoded_once(
         self, references: Sequence[Image | None], options: Mapping[str, Any]
     ) -> list[Tensor]:
-        """Latents of each reference; equal images share theirs."""
+        """Return the latents of each reference; equal images share one tensor."""
         encode = self._family.latents
         assert encode is not None
         images = [image for image in references if image is not None]
@@ -184,7 +194,7 @@ class ChainCalls:
 
 
 def _joined(rows: Sequence[Embedding], device: torch.device) -> Embedding:
-    """Embeddings of one kind of all rows: tensors as one, lists of tensors as one list."""
+    """Concatenate the rows' embeddings of one kind: tensors along the batch, lists as lists."""
     first = rows[0]
     if first is None:
         return None

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a transformer's blocks, all of them or all but the last."""
+"""Gradient checkpointing of a transformer's blocks: of all, or of all but the last ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def enable_checkpointing(model: nn.Module, kept_blocks: int = 0) -> None:
-    """Recompute the blocks of a diffusers model in the backward pass, but for the last ones.
+    """Recompute the blocks of a diffusers model in the backward pass, except for the last ones.
 
-    The last blocks are those whose activations the backward pass frees first, so that they are gone
-    when others are recomputed. Gradients do not depend on it.
+    The backward pass frees the activations of the last blocks first, so that they are gone when
+    other blocks are recomputed. Gradients do not depend on ``kept_blocks``.
 
     Args:
         model: a diffusers model that supports gradient checkpointing.
-        kept_blocks: blocks whose activations are kept.
+        kept_blocks: number of last blocks whose activations are kept; 0 recomputes all.
 
     Raises:
         ValueError: the model has fewer blocks, or does not support checkpointing.
@@ -32,11 +32,13 @@ def enable_checkpointing(model: nn.Module, kept_blocks: int = 0) -> None:
             f"kept_blocks: expected at most the {len(blocks)} blocks of a {type(model).__name__}, "
             f"got {kept_blocks}"
         )
+    # ``blocks[-kept_blocks:]`` would be all blocks at 0.
     kept = {id(block) for block in blocks[len(blocks) - kept_blocks :]}
 
     def run(block: nn.Module, *inputs: Any) -> Any:
         if id(block) in kept:
             return block(*inputs)
+        # Reentrant checkpoints give no gradient if no input needs one, as in a frozen first block.
         return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
     cast(Any, model).enable_gradient_checkpointing(run)

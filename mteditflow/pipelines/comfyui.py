@@ -1,8 +1,8 @@
-"""LoRA weights under ComfyUI's names, projections fused as the original models have them.
+"""LoRA weights under ComfyUI's names, with projections fused as in the original models.
 
-ComfyUI takes ``lora_unet_<layer>`` for every layer of a model in its original names, and diffusers'
-names for Qwen-Image, Z-Image and Stable Diffusion 3. It reads no metadata, so that the scale must
-be in the weights.
+ComfyUI reads ``lora_unet_<layer>`` for every layer of a model by its original name, and diffusers'
+names for Qwen-Image, Z-Image and Stable Diffusion 3. It reads no metadata, so the scale must be in
+the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mteditflow.pipelines.lora_files import layer_of
 
-Layers = Mapping[str, tuple[str, ...]]  # parts in diffusers' names by original layer, in order
+Layers = Mapping[str, tuple[str, ...]]  # original layer -> its parts in diffusers, in order
 QKV = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -30,13 +30,13 @@ LAST = "final_layer.adaLN_modulation.1"
 
 @dataclass(frozen=True)
 class Original:
-    """Original names of a family with fused projections.
+    """Original layer names of a family with fused projections.
 
     Attributes:
-        double: layers of a block of two streams.
-        single: layers of a block of one stream.
+        double: layers of a two-stream block.
+        single: layers of a one-stream block.
         others: layers outside of blocks.
-        widths: rows of the parts of a fused layer, in units of the first.
+        widths: rows of the parts of a fused layer, in units of the first part's.
         refused: layers that have no exact form, with the reason.
     """
 
@@ -49,7 +49,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Same:
-    """Names that ComfyUI takes as they are in diffusers: a prefix, and a pattern of layers."""
+    """Names that ComfyUI shares with diffusers: a prefix, and a pattern of layer names."""
 
     prefix: str
     layers: str
@@ -109,7 +109,7 @@ FLUX_2 = Original(
     },
 )
 ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-#: By the class of the transformer in diffusers.
+#: Layout of each transformer class of diffusers.
 LAYOUTS: dict[str, Original | Same] = {
     "FluxTransformer2DModel": FLUX_1,
     "Flux2Transformer2DModel": FLUX_2,
@@ -132,22 +132,22 @@ LAYOUTS: dict[str, Original | Same] = {
 
 
 def comfyui_lora(weights: Mapping[str, Tensor], transformer: str) -> dict[str, Tensor]:
-    r"""Return a LoRA under ComfyUI's names, whose products are exactly the same.
+    r"""Return a LoRA under ComfyUI's names, with exactly the same products B A.
 
-    A projection that the original model has fused, such as q, k and v, gets the factors of its
-    parts side by side: :math:`A = [A_q; A_k; A_v]` and a block-diagonal :math:`B`. Parts without a
-    LoRA, or of a lower rank, are filled up with zeros.
+    A projection that is fused in the original model, such as q, k and v, gets the stacked factors
+    of its parts: :math:`A = [A_q; A_k; A_v]` and a block-diagonal :math:`B`. Parts without a LoRA,
+    or of a lower rank, are padded with zeros.
 
     Args:
-        weights: at scale 1, as ``read_lora`` returns them.
+        weights: weights at scale 1, as ``read_lora`` returns them.
         transformer: class of the transformer in diffusers, such as "FluxTransformer2DModel".
 
     Returns:
-        Weights by ComfyUI's names, same dtype, without alphas: at scale 1.
+        Weights by ComfyUI's names, of the same dtype, at scale 1 (without alphas).
 
     Raises:
-        TypeError: the transformer is no name.
-        ValueError: the family or a layer of it has no exact form that is known.
+        TypeError: ``transformer`` is no string.
+        ValueError: the class or a layer of it has no known exact form in ComfyUI.
 
     Source: the key maps of ComfyUI's ``comfy/lora.py`` and ``comfy/utils.py``; the converters of
     diffusers read the result back.
@@ -200,7 +200,7 @@ def _unknown(layer: str, reason: str) -> ValueError:
 
 
 def _place(layer: str, layout: Original) -> tuple[str, int]:
-    """Return the original layer that a layer is part of, and which part."""
+    """Return the original layer that contains a layer, and the layer's index among its parts."""
     if reason := layout.refused.get(layer):
         raise _unknown(layer, reason)
     block = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", layer)
@@ -214,7 +214,7 @@ def _place(layer: str, layout: Original) -> tuple[str, int]:
 
 
 def _widths(original: str, layout: Original) -> tuple[int, ...]:
-    """Return the rows of the parts of an original layer, in units of the first."""
+    """Return the rows of the parts of an original layer, in units of the first part's."""
     own = re.sub(r"^(single|double)_blocks\.\d+\.", "", original)
     everything = {**layout.others, **layout.single, **layout.double}
     return layout.widths.get(own, (1,) * len(everything[own]))
@@ -226,7 +226,8 @@ def _fused(
     """Return both factors of a layer from those of its parts."""
     if len(widths) == 1:
         down, up = pairs[0]
-        return down, torch.cat(up.chunk(2)[::-1]) if original == LAST else up  # scale and shift
+        # diffusers' last modulation returns scale, shift; the original model's shift, scale.
+        return down, torch.cat(up.chunk(2)[::-1]) if original == LAST else up
     units = {up.shape[0] / widths[part] for part, (_, up) in pairs.items()}
     inputs = {down.shape[1] for down, _ in pairs.values()}
     if len(units) > 1 or len(inputs) > 1 or not min(units).is_integer():
@@ -236,6 +237,7 @@ def _fused(
     like = next(iter(pairs.values()))[0]
     down = like.new_zeros(len(widths) * rank, inputs.pop())
     up = like.new_zeros(sum(widths) * unit, len(widths) * rank)
+    # Each part has ``rank`` rows of A and columns of B to itself, so that B A has no cross terms.
     for part, (a, b) in pairs.items():
         top, left = sum(widths[:part]) * unit, part * rank
         down[left : left + len(a)] = a

@@ -1,4 +1,4 @@
-"""Recorded arguments of the transformer, stored once per pipeline call and replayed row by row."""
+"""Recorded arguments of the transformer: stored once per pipeline call, replayed row by row."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from mteditflow.pipelines.recognize import Place, repeat_rows
 
 
 class Rows(NamedTuple):
-    """A tensor with one row per trajectory along an axis; bare tensors are shared by all."""
+    """Tensor with one row per trajectory along ``axis``; bare tensors are shared by all."""
 
     tensor: Tensor
     axis: int = 0
 
 
 class Entries(NamedTuple):
-    """A list with one entry per trajectory: tensors of any length, or values that are all alike."""
+    """List with one entry per trajectory: tensors of any length, or values such as shapes."""
 
     values: tuple[Any, ...]
 
 
 class OutputOf(NamedTuple):
-    """In place of a tensor that an earlier call of the step returned, such as a ControlNet's.
+    """Placeholder for a tensor that an earlier call of the step returns, such as a ControlNet's.
 
     Attributes:
-        call: number of that call among the step's.
-        leaf: number of the tensor in what it returned.
+        call: index of that call among the step's.
+        leaf: index of the tensor among the leaves of its output.
     """
 
     call: int
@@ -41,14 +41,14 @@ class OutputOf(NamedTuple):
 
 
 class CallRecord(NamedTuple):
-    """One call of each step.
+    """Call that is made at every step of a stage.
 
     Attributes:
-        module: what is called; None for the transformer.
-        place: where it holds the sample.
-        times: its arguments that hold the flow time.
-        arguments: all others, which are constant.
-        rest: what the sample's argument held besides.
+        module: the module that is called; None: the transformer.
+        place: position of the noisy sample among its arguments.
+        times: arguments that hold the flow time.
+        arguments: all other arguments, which are constant over the steps.
+        rest: the rest of the argument that holds the sample, such as the reference; or None.
     """
 
     module: nn.Module | None
@@ -59,13 +59,13 @@ class CallRecord(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How the transformer's outputs become one velocity.
+    """Formula that turns the transformer's outputs into one velocity.
 
     Attributes:
-        grid: the scheduler's timestep of a flow time.
+        grid: map from flow times to the scheduler's timesteps.
         velocity_dtype: dtype of the scheduler's velocity, in which branches combine.
-        guidance: how branches combine; None for one branch.
-        sign: -1 where the scheduler is given the opposite of that, else 1.
+        guidance: guidance of two branches; None for one branch.
+        sign: -1 where the pipeline negates the velocity before the scheduler's step, else 1.
     """
 
     grid: Grid
@@ -75,7 +75,10 @@ class Recipe(NamedTuple):
 
 
 def map_leaves(leaf: Callable[[Any], Any], tree: Any) -> Any:
-    """Rebuild nested dicts, lists and tuples with ``leaf`` applied to all that they hold."""
+    """Rebuild nested dicts, lists and tuples with ``leaf`` applied to each leaf.
+
+    Named tuples and other subclasses count as leaves.
+    """
     if isinstance(tree, dict):
         return {key: map_leaves(leaf, value) for key, value in tree.items()}
     if type(tree) in (list, tuple):
@@ -84,26 +87,30 @@ def map_leaves(leaf: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """All that nested dicts, lists and tuples hold, in order."""
+    """Return the leaves of nested dicts, lists and tuples, in order."""
     found: list[Any] = []
     map_leaves(found.append, tree)
     return found
 
 
 def readings(name: str, value: Any, batch: int, listed: bool) -> list[Any]:
-    """Ways to tell what in an argument belongs to single rows of its batch, the likeliest first.
+    """Return the possible readings of an argument, the likeliest first.
+
+    A reading decides which tensors and lists have one row or entry per row of the batch
+    (``Rows``, ``Entries``), and which are shared by all rows.
 
     Args:
-        name: of the argument.
-        value: of the argument.
+        name: name of the argument.
+        value: value of the argument.
         batch: rows of the call.
-        listed: whether the sample is a list of rows too, so that lists of tensors are.
+        listed: whether the sample is a list of rows, so that other lists of tensors likely are.
     """
     found = [map_leaves(partial(_rows, name, batch, axes), value) for axes in ((0, 1), (1, 0))]
     found.append(value)
     if isinstance(value, (list, tuple)) and len(value) == batch:
         plain = all(isinstance(entry, (int, float, str)) for entry in value)
         blocks = all(isinstance(entry, Tensor) and len(entry) == batch for entry in value)
+        # B tensors of B rows each are rather one per block, as the residuals of a ControlNet.
         likely = not plain and (listed or not blocks)
         found.insert(0 if likely else len(found), Entries(tuple(value)))
     distinct: dict[Hashable, Any] = {}
@@ -113,10 +120,9 @@ def readings(name: str, value: Any, batch: int, listed: bool) -> list[Any]:
 
 
 def _rows(name: str, batch: int, axes: Sequence[int], x: Any) -> Any:
-    """A tensor with its rows along the first of these axes that is as long as the batch.
+    """Return a tensor as ``Rows`` of the first of these axes that is as long as the batch.
 
-    Position ids of two axes and vectors of numbers are known to be shared, and what has rows along
-    its second axis has more than two.
+    Two-axis position ids (``..._ids``) are always shared. Rows along axis 1 need three axes.
     """
     if not isinstance(x, Tensor) or (x.ndim == 2 and name.endswith("_ids")):
         return x
@@ -127,10 +133,10 @@ def _rows(name: str, batch: int, axes: Sequence[int], x: Any) -> Any:
 
 
 def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device) -> Any:
-    """One tree of plain tensors on ``device`` whose row m is row ``rows[m]`` of ``trees[m]``.
+    """Return one tree of plain tensors on ``device``; row m is row ``rows[m]`` of ``trees[m]``.
 
-    The trees are alike: equal but for their ``Rows`` and ``Entries``. Rows that come from the host
-    go to a CUDA device through pinned memory, in the order of the device's stream.
+    The trees differ only in the values of their ``Rows`` and ``Entries``. Rows on the host are
+    copied to a CUDA device through pinned memory, in the order of the device's stream.
     """
     first = trees[0]
     if isinstance(first, dict):
@@ -139,6 +145,7 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
         parts = (select_rows(list(part), rows, device) for part in zip(*trees, strict=True))
         return type(first)(parts)
     if isinstance(first, Rows):
+        # Rows of a single record need one index, or no copy at all if they are all, in order.
         axis, taken = first.axis, first.tensor
         if any(tree is not first for tree in trees):
             picked = [t.tensor.select(axis, row) for t, row in zip(trees, rows, strict=True)]
@@ -153,7 +160,7 @@ def select_rows(trees: Sequence[Any], rows: Sequence[int], device: torch.device)
 
 
 def _moved(x: Any, device: torch.device) -> Any:
-    """A tree with its tensors on ``device``; from the host through pinned memory, for speed."""
+    """Return a tree with its tensors on ``device``; copies from the host use pinned memory."""
 
     def leaf(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -165,13 +172,13 @@ def _moved(x: Any, device: torch.device) -> Any:
 
 
 class Stage(NamedTuple):
-    """Steps of a pipeline call with the same calls.
+    """Consecutive steps of a pipeline call in which the same modules are called.
 
     Attributes:
-        sigma: flow time of the first of them, and of all up to the next stage's.
+        sigma: flow time of the first step, the largest of the stage.
         batch: number of trajectories.
-        recipe: how outputs become a velocity.
-        calls: of each step; tensors they share are one object.
+        recipe: formula from outputs to the velocity.
+        calls: calls of each step; tensors that they share are one object.
     """
 
     sigma: float
@@ -182,7 +189,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The constant part of one pipeline call (one turn of some trajectories).
+    """Constant part of one pipeline call, which is one turn of some trajectories.
 
     Attributes:
         stages: in the order of the steps; several where guidance is active in only some steps.
@@ -195,7 +202,10 @@ class Conditioning:
         return [(stage.recipe, map_signature([*map(tuple, stage.calls)])) for stage in self.stages]
 
     def at(self, sigma: float) -> tuple[Stage, Hashable]:
-        """The stage of a flow time, and its signature, equal where rows fit into one call."""
+        """Return the stage of a flow time and its signature; rows of equal ones share a call.
+
+        Flow times above the first stage's belong to the first stage.
+        """
         number = max([i for i, stage in enumerate(self.stages) if stage.sigma >= sigma], default=0)
         return self.stages[number], self._signatures[number]
 
@@ -203,7 +213,7 @@ class Conditioning:
 def map_tensors(
     records: Sequence[Conditioning], change: Callable[[Tensor], Tensor]
 ) -> tuple[Conditioning, ...]:
-    """The records with every tensor changed; a tensor held several times is changed once."""
+    """Return the records with ``change`` applied once to every distinct tensor."""
     memo: dict[int, Tensor] = {}
 
     def once(x: Tensor) -> Tensor:
@@ -211,8 +221,8 @@ def map_tensors(
             memo[id(x)] = change(x)
         return memo[id(x)]
 
-    # Neither names itself: a cycle would hold the memo, and all that a turn had on the device,
-    # until Python's collector runs, which knows nothing of that memory.
+    # Neither closure refers to itself: such a cycle would keep the memo, and a turn's tensors on
+    # the device, until Python's garbage collector runs, which does not count device memory.
     def plain(x: Any) -> Any:
         return once(x) if isinstance(x, Tensor) else x
 
@@ -227,7 +237,7 @@ def map_tensors(
 
 
 def map_kinds(tree: Any) -> Hashable:
-    """Kinds of a tree's leaves: rows of an axis, or a type, whatever the shapes."""
+    """Return the kinds of a tree's leaves, independent of shapes: rows of an axis, or a type."""
     if isinstance(tree, dict):
         return tuple((key, map_kinds(value)) for key, value in tree.items())
     if isinstance(tree, Rows):
@@ -238,7 +248,10 @@ def map_kinds(tree: Any) -> Hashable:
 
 
 def map_signature(tree: Any) -> Hashable:
-    """A hashable stand-in for a tree: shapes of rows, identities of shared tensors, values."""
+    """Return a hashable signature of a tree: shapes of rows, identities of shared tensors, values.
+
+    Trees of equal signatures can be merged by ``select_rows``.
+    """
     if isinstance(tree, dict):
         return tuple((key, map_signature(value)) for key, value in tree.items())
     if isinstance(tree, Rows):
@@ -256,7 +269,7 @@ def map_signature(tree: Any) -> Hashable:
 
 
 def share_equal_tensors(records: Sequence[Conditioning]) -> tuple[Conditioning, ...]:
-    """Make shared tensors that are equal one object, over all records, so that their rows mix."""
+    """Replace equal shared tensors of all records by one object, so that rows can share a call."""
     pool: dict[Hashable, list[Tensor]] = {}
 
     def pooled(x: Any) -> Any:
@@ -275,7 +288,7 @@ def share_equal_tensors(records: Sequence[Conditioning]) -> tuple[Conditioning, 
 def _map_calls(
     records: Sequence[Conditioning], leaf: Callable[[Any], Any]
 ) -> tuple[Conditioning, ...]:
-    """The records with ``leaf`` applied to the arguments and rest of every call."""
+    """Return the records with ``leaf`` applied to the arguments and the rest of every call."""
 
     def mapped(call: CallRecord) -> CallRecord:
         return call._replace(arguments=map_leaves(leaf, call.arguments), rest=leaf(call.rest))
@@ -289,7 +302,7 @@ def _map_calls(
 
 
 def check_groups(conditioning: Conditioning, group: Tensor) -> None:
-    """Raise ``ValueError`` where rows of one group, integer ids [B], differ."""
+    """Raise ``ValueError`` if the conditioning differs within a group; ``group`` is integer [B]."""
     ids = group.tolist()
     firsts = [ids.index(i) for i in ids]
     for call in (call for stage in conditioning.stages for call in stage.calls):
@@ -306,7 +319,10 @@ def check_groups(conditioning: Conditioning, group: Tensor) -> None:
 
 
 def _differing_row(leaf: Any, firsts: Sequence[int]) -> int | None:
-    """The first trajectory that differs from the one that it should equal."""
+    """Return the first trajectory that differs from the first of its group; None: none does.
+
+    ``firsts`` [B] is the first trajectory of each one's group.
+    """
     if isinstance(leaf, Rows):
         rows = [*leaf.tensor.movedim(leaf.axis, 0).double()]
     elif isinstance(leaf, Entries) and all(isinstance(x, Tensor) for x in leaf.values):
@@ -315,7 +331,9 @@ def _differing_row(leaf: Any, firsts: Sequence[int]) -> int | None:
         return None
     batch = len(firsts)
     for number, row in enumerate(rows):
+        # Rows of a doubled batch repeat the trajectories: compare within the same copy.
         wanted = rows[number - number % batch + firsts[number % batch]]
+        # A tenth: references of one group may be separate samples of the VAE's posterior.
         if row is not wanted and (
             row.shape != wanted.shape or (row - wanted).norm() > 0.1 * wanted.norm()
         ):
@@ -326,9 +344,10 @@ def _differing_row(leaf: Any, firsts: Sequence[int]) -> int | None:
 def replay_rows(
     model: nn.Module, stages: Sequence[Stage], rows: Sequence[int], x_t: Tensor, sigma: Tensor
 ) -> Tensor:
-    """Velocity [M, ...] where row m has the conditioning of row ``rows[m]`` of ``stages[m]``.
+    """Return the velocity [M, ...] of ``x_t`` [M, ...] at flow times ``sigma`` [M].
 
-    The stages have equal signatures: their rows fit into one batch.
+    Row m has the conditioning of row ``rows[m]`` of ``stages[m]``. The stages must have equal
+    signatures, so that their rows fit into one batch. The result is float32 at least.
     """
     recipe = stages[0].recipe
     returned: list[list[Any]] = []
@@ -337,6 +356,7 @@ def replay_rows(
         place, calls = call.place, [stage.calls[number] for stage in stages] * call.place.copies
         sample = repeat_rows(x_t.to(place.dtype), place.copies)
         timestep = repeat_rows(recipe.grid.timestep(sigma), place.copies)
+        # A call with both guidance branches has its rows twice: all of one branch, then the other.
         picked = [
             row + copy * stage.batch
             for copy in range(place.copies)
@@ -359,5 +379,5 @@ def replay_rows(
 
 
 def _given(returned: Sequence[Sequence[Any]], leaf: Any) -> Any:
-    """An argument's leaf, or what an earlier call returned for it."""
+    """Return an argument's leaf, or the output of an earlier call that it stands for."""
     return returned[leaf.call][leaf.leaf] if isinstance(leaf, OutputOf) else leaf

@@ -1,4 +1,4 @@
-"""An editor that samples whole chains: its unpatched pipeline is called turn by turn."""
+"""Editor that samples whole chains by calls of an unpatched pipeline, turn by turn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from mteditflow.pipelines.quantization import quantize as quantize_layers
 from mteditflow.pipelines.recorder import Recorder
 from mteditflow.pipelines.rollout import Rollout
 
-COMPILATIONS = 64  # of one kind of block: policies x gradients or none x batch sizes x strides
+# Per kind of block: policies x with and without gradients x batch sizes x strides.
+COMPILATIONS = 64
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Part:
     """Finished trajectories of a rollout.
 
     Attributes:
-        rows: which of the batch.
-        images: their images after each turn, [b][N], RGB.
+        rows: rows of the batch.
+        images: images of these rows after each turn, [b][N], RGB.
         rollout: their record, on the host, in the model's dtype.
     """
 
@@ -49,21 +50,21 @@ class Part:
 
 
 class Editor:
-    """A diffusers pipeline for training: chains of edits or images of texts, recorded or not.
+    """Diffusers pipeline for training: samples chains of edits or images of texts.
 
-    Made by ``Editor.load``, of any class that edits an image by an instruction or makes one from a
-    text; ``FAMILIES`` lists those that are known by name. Their sampling pipeline holds no text
-    encoders: instructions are embedded once each, and encoders are on the device only while they
-    work. Qwen-Image-Edit's encoder is shown the image too, so it works once more in every turn. A
-    class that is not listed is called as its signature says; ``assumptions`` states how.
+    ``Editor.load`` accepts any class that edits an image by an instruction or generates one from a
+    text; ``FAMILIES`` lists the classes with explicit support. The sampling pipeline of these holds
+    no text encoders: each instruction is embedded once, and encoders are on the device only while
+    they run. Qwen-Image-Edit's encoder also reads the image, so it runs again in every turn. A
+    class that is not listed is called according to its signature; see ``assumptions``.
 
-    A trajectory depends on its reference, its instructions, its generator and the weights alone, up
-    to the rounding of kernels in batches of another size (and of 8-bit images). It equals bit for
-    bit the output of the full pipeline for the same reference, prompts and generator.
+    A trajectory depends only on its reference, instructions, generator and the weights, up to the
+    rounding of kernels in batches of another size (and of 8-bit images). It equals bit for bit the
+    output of the full pipeline for the same reference, prompts and generator.
 
     Attributes:
-        pipeline: the sampling pipeline; for ``LoraPolicies.save`` too.
-        family: the family of its class.
+        pipeline: the sampling pipeline, also for ``LoraPolicies.save``.
+        family: family of its class.
         options: options of every call of the pipeline.
 
     Example:
@@ -113,45 +114,47 @@ class Editor:
         prompt_folder: str | os.PathLike[str] | None = None,
         instructions: Iterable[str] = (),
     ) -> Editor:
-        """Load a pipeline, in eval mode and frozen; its family is read off its class.
+        """Load a pipeline, frozen and in eval mode; its class determines its family.
 
         Args:
             source: a directory or hub id in diffusers format.
-            dtype: of all weights.
-            device: of transformer and VAE.
-            call: options of every call: height, width, num_inference_steps, the scale of
-                guidance (``family.guidance`` is its name), max_sequence_length and whatever else
-                the pipeline's ``__call__`` has. Kontext takes references in the size they have
-                unless ``_auto_resize`` is true. Height and width None are those of the reference.
+            dtype: dtype of all weights.
+            device: device of transformer and VAE.
+            call: options of every call: height, width, num_inference_steps, the guidance scale
+                (named ``family.guidance``), max_sequence_length and any other argument of the
+                pipeline's ``__call__``. Kontext encodes references at their own size unless
+                ``_auto_resize`` is true. If height and width are None, the reference's are used.
             attention_backend: a name of diffusers' attention dispatcher, such as "flash" or
                 "native"; diffusers sets it for the whole process.
-            gradient_checkpointing: recompute the blocks in the backward pass. It acts wherever
-                gradients are enabled, in eval mode too, so sampling is untouched and the model may
-                stay in eval mode. Run the backward pass outside of ``LoraPolicies.use``.
-            kept_blocks: blocks, the last ones, that checkpointing leaves out: each costs the memory
-                of its activations and spares its forward pass in the backward pass.
-            compile_blocks: ``torch.compile`` the repeated blocks, at their first call; LoRA
-                adapters may still be added before it. Every policy compiles anew, with and without
-                gradients and for one and for more rows, so torch's recompile limit (8) is raised
-                to 64, for the whole process.
-            vae_slicing: decode one image at a time.
-            vae_tiling: decode in tiles, which changes the image slightly where tiles meet.
-            quantize: "int8" or "nf4": hold the linear layers in the blocks of transformer and text
-                encoders in 8 or 4 bits. Embeddings and velocities differ from the plain model's.
-            encoder_device: where text encoders work; None: on ``device``, only while they embed.
-            prompt_cache: embeddings of how many instructions to keep on the host; at 512 tokens in
-                bfloat16 one takes 4 MB (Kontext) or 13 MB (klein 9B).
-            prompt_folder: folder to store embeddings in, for this run and others; a file each. None
-                stores none.
-            instructions: to embed and store before the transformer is moved to the device, so that
-                text encoders never share its memory with it.
+            gradient_checkpointing: whether to recompute the blocks in the backward pass. It acts
+                wherever gradients are enabled, also in eval mode, so sampling does not change and
+                the model may stay in eval mode. Run the backward pass outside of
+                ``LoraPolicies.use``.
+            kept_blocks: number of last blocks that are not checkpointed: each costs the memory of
+                its activations, and saves one forward pass of a block.
+            compile_blocks: whether to ``torch.compile`` the repeated blocks at their first call;
+                LoRA adapters may be added before that. Blocks are compiled again for every policy,
+                with and without gradients, and for one and several rows, so torch's recompile limit
+                (8) is raised to 64 for the whole process.
+            vae_slicing: whether to decode one image at a time.
+            vae_tiling: whether to decode in tiles, which changes the image slightly at their edges.
+            quantize: "int8" or "nf4": store the linear layers in the blocks of transformer and text
+                encoders in 8 or 4 bits. Embeddings and velocities then differ. None: do not.
+            encoder_device: device on which text encoders run; None: ``device``, where they are only
+                while they embed.
+            prompt_cache: number of instructions whose embeddings stay on the host; at 512 tokens in
+                bfloat16 each takes 4 MB (Kontext) or 13 MB (klein 9B).
+            prompt_folder: folder in which embeddings are stored for this and other runs, one file
+                each; None: none are stored.
+            instructions: instructions to embed and store before the transformer is moved to the
+                device, so that the device never holds text encoders and transformer together.
 
         Raises:
-            ValueError: the pipeline takes what a chain of edits has not, such as a mask, an option
-                of ``call`` is unknown, the package that quantizes is missing, there are
-                instructions and no ``prompt_folder``, there are fewer blocks than
-                ``kept_blocks`` or none is recomputed, or embeddings cannot be stored ahead, since
-                they depend on images or every call makes them.
+            ValueError: the pipeline takes an input that a chain of edits cannot provide, such as a
+                mask, an option of ``call`` is unknown, the quantization package is missing,
+                ``instructions`` are given without ``prompt_folder``, there are fewer blocks than
+                ``kept_blocks`` or it is given without checkpointing, or embeddings cannot be
+                stored, since they depend on images or every call computes them.
             OSError: there is nothing at ``source``, or ``prompt_folder`` cannot be written.
         """
         family = find_family(DiffusionPipeline.load_config(source)["_class_name"])
@@ -178,6 +181,7 @@ class Editor:
                 quantize_to=quantize,
                 folder=prompt_folder,
             )
+            # Before ``pipeline.to``: now the device still has room for the encoders.
             if ahead:
                 negative = family.negative_prompt(pipeline, options)
                 ahead += [] if negative is None else [Instruction(negative, negative=True)]
@@ -201,21 +205,22 @@ class Editor:
 
     @property
     def transformer(self) -> nn.Module:
-        """The model in training."""
+        """Return the model in training."""
         return cast(nn.Module, self.pipeline.transformer)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """Assumptions about a class that is not listed in ``FAMILIES``; () of one that is."""
+        """Return the assumptions about a class that ``FAMILIES`` does not list; else ()."""
         if not self.family.assumptions:
             return ()
         targets = ", ".join(endings(self.family.layers(self.transformer, None)))
-        return (*self.family.assumptions, f"LoRA adapters belong to {targets} of every block")
+        return (*self.family.assumptions, f"LoRA adapters are on {targets} of every block")
 
     def reference_size(self, width: int, height: int) -> tuple[int, int] | None:
-        """Width and height, pixels, at which calls encode a reference of this size; None: unknown.
+        """Return width and height, in pixels, at which calls encode a reference of this size.
 
-        Qwen-Image-Edit-Plus enlarges each to a megapixel, which decides what training costs.
+        None if they are unknown. Qwen-Image-Edit-Plus enlarges every reference to a megapixel,
+        which dominates the cost of training.
         """
         size = self.family.reference_size
         return None if size is None else size(self.pipeline, (width, height), self.options)
@@ -228,17 +233,17 @@ class Editor:
         dropout: float = 0.0,
         targets: Sequence[str] | None = None,
     ) -> LoraConfig:
-        """Adapters for attention and feed-forward of all blocks, or for what ``targets`` names.
+        """Return the configuration of adapters for attention and feed-forward of all blocks.
 
         Args:
-            rank: of the adapters, at least 1.
-            alpha: their scale is alpha / rank.
-            dropout: in [0, 1); sampling goes without.
-            targets: how the names of linear layers end, below the model's top level, such as
-                "attn.to_q"; None is attention and feed-forward of all blocks.
+            rank: rank of the adapters, at least 1.
+            alpha: numerator of the adapters' scale, alpha / rank.
+            dropout: dropout probability in [0, 1); sampling has no dropout.
+            targets: endings of the names of linear layers below the model's top level, such as
+                "attn.to_q"; None: attention and feed-forward of all blocks.
 
         Raises:
-            ValueError: a target matches no layer of the model.
+            ValueError: the rank is below 1, or a target matches no layer of the model.
         """
         check_count("rank", rank)
         return LoraConfig(
@@ -264,30 +269,32 @@ class Editor:
         call: Mapping[str, Any] | None = None,
         seen: Sequence[Seen] | None = None,
     ) -> Iterator[Part]:
-        """Edit chains and record them, part by part, so that rewards can begin with the first.
+        """Edit chains and record them part by part, so that rewards can start with the first part.
 
         Samples the policy that is active when a part is requested, in eval mode. Kontext edits a
-        part in one call per turn, each distinct reference encoded once; Z-Image and Stable
-        Diffusion 3.5 make a part in one call. FLUX.2, Qwen-Image-Edit and classes that are not
-        listed are called for one trajectory at a time: the former take several images for several
-        references of one edit.
+        part in one call per turn, with each distinct reference encoded once; Z-Image and Stable
+        Diffusion 3.5 generate a part in one call. FLUX.2 and Qwen-Image-Edit, for which several
+        images are several references of one edit, and classes that are not listed are called for
+        one trajectory at a time.
 
         Args:
             references: RGB images, [B]; None each where ``family.references`` is "none".
-            instructions: [B][N]; chains may differ in length. Text to image has one turn.
-            generators: of initial and step noise, one per trajectory; its stream goes on over
-                turns.
+            instructions: instructions, [B][N]; chains may differ in length. Text to image has one
+                turn.
+            generators: generators of initial and step noise, one per trajectory; later turns
+                continue their streams.
             group: integer group of each trajectory, [B], on the CPU.
-            batch: trajectories of a part, at most: a part ends early where the reference's size or
-                the chain's length changes.
-            solver: of stochastic steps; None is the deterministic sampler.
+            batch: most trajectories of a part; a part ends early where the reference's size or the
+                chain's length changes.
+            solver: solver of the stochastic steps; None: the deterministic sampler.
             stochastic_steps: indices of the steps that may draw noise; None allows all.
-            reduction: of log-probs over elements, "mean" or "sum".
-            verify: prove on the first call that the record can be replayed, by one more forward.
-            call: call options that replace those given to ``load``, such as another guidance.
-            seen: images that each turn is given, [B][N][number]: "last", that of the turn before
+            reduction: reduction of log-probs over elements, "mean" or "sum".
+            verify: whether to prove on the first call that the record can be replayed, by one more
+                forward pass.
+            call: call options that replace those given to ``load``, such as another guidance scale.
+            seen: input images of each turn, [B][N][number]: "last", the image of the turn before
                 (at turn 1 the reference), "original", the reference, or a further RGB image. None:
-                ["last"] each, which is all that a family of one reference takes.
+                ["last"] each, the only choice for a family with one reference.
 
         Returns:
             The parts in order, each sampled when it is requested; ``Rollout.concatenate`` joins
@@ -297,7 +304,7 @@ class Editor:
             ValueError: lengths differ, a chain is empty, ``batch`` is below 1, text to image is
                 given several turns, an option is unknown or would change the embeddings, or
                 ``seen`` names no image or more than the family takes.
-            TypeError: a reference is no RGB image, or it is one of text to image.
+            TypeError: a reference is no RGB image, or text to image has a reference.
             ReplayError: while iterating, if a recording could not be replayed.
         """
         check_count("batch", batch)
@@ -312,7 +319,7 @@ class Editor:
                 stochastic_steps=stochastic_steps,
                 reduction=reduction,
                 storage="cpu",
-                verify=verify and call.start == 0,
+                verify=verify and call.start == 0,  # one proof serves all calls
             )
             with recorder:
                 images = chains.sample(call)
@@ -330,22 +337,23 @@ class Editor:
         call: Mapping[str, Any] | None = None,
         seen: Sequence[Seen] | None = None,
     ) -> list[list[Image]]:
-        """Edit chains by the pipeline's own deterministic sampler, as for an evaluation.
+        """Edit chains with the pipeline's own deterministic sampler, as for an evaluation.
 
         Args:
             references: RGB images, [B]; None each where ``family.references`` is "none".
-            instructions: [B][N]; chains may differ in length. Text to image has one turn.
-            generators: of initial noise, one per trajectory.
-            batch: trajectories of a call at most, where the family takes several.
+            instructions: instructions, [B][N]; chains may differ in length. Text to image has one
+                turn.
+            generators: generators of initial noise, one per trajectory.
+            batch: most trajectories of a call, where the family takes several.
             call: call options that replace those given to ``load``, such as more steps.
-            seen: images that each turn is given, as in ``roll_out``.
+            seen: input images of each turn, as in ``roll_out``.
 
         Returns:
             The images after each turn, [B][N].
 
         Raises:
             ValueError: as ``roll_out``; an option is unknown, or would change the embeddings.
-            TypeError: a reference is no RGB image.
+            TypeError: a reference is no RGB image, or text to image has a reference.
         """
         options = self.options_with(call)
         chains = self._chains(references, instructions, generators, options, seen)
@@ -353,7 +361,7 @@ class Editor:
         return [chain for rows in calls for chain in chains.sample(rows)]
 
     def options_with(self, call: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the options of calls, some of them replaced.
+        """Return the options of every call, with those in ``call`` replaced.
 
         Raises:
             ValueError: one is unknown, or would change the embeddings.
@@ -386,14 +394,14 @@ class Editor:
 
 
 def compile_repeated(transformer: Any) -> None:
-    """Compile the repeated blocks, and raise torch's recompile limit for the process."""
+    """Compile the repeated blocks, and raise torch's recompile limit for the whole process."""
     limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
     torch._dynamo.config.recompile_limit = limit
     transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) -> Part:
-    """The calls of a part as one."""
+    """Join the recorded calls of a part."""
     images, rollouts = zip(*recorded, strict=True)
     return Part(
         rows, [chain for chains in images for chain in chains], Rollout.concatenate(rollouts)
@@ -403,7 +411,7 @@ def _joined(rows: slice, recorded: Iterable[tuple[list[list[Image]], Rollout]]) 
 def _load_pipeline(
     source: str | os.PathLike[str], family: Family, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """The pipeline without its text parts, on the host, frozen, quiet and in eval mode."""
+    """Load the pipeline without its text components, on the host, frozen and in eval mode."""
     without = dict.fromkeys(family.text_parts)
     pipeline = family.pipeline.from_pretrained(source, dtype=dtype, **without)
     pipeline.set_progress_bar_config(disable=True)

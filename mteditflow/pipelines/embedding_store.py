@@ -1,4 +1,4 @@
-"""Embeddings of instructions on disk, one file each, known again by what made them."""
+"""Embeddings of instructions on disk: one file each, named by a hash of all that produced it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Embedding = Tensor | Sequence[Tensor] | None
 
 
 class EmbeddingStore:
-    """Folder of embeddings, for any number of processes.
+    """Folder of embeddings, shared by any number of processes.
 
-    A file's name is a hash of the instruction and of everything else that decides on its embedding,
-    so that a folder may serve several models and settings. Files are written whole or not at all,
-    with a checksum, which reading compares; one that is damaged, or of another instruction, counts
-    as absent then.
+    A file's name is a hash of the instruction and of everything else that determines its embedding,
+    so that one folder can serve several models and settings. Files are written atomically with a
+    checksum. A file that is damaged, or that was renamed from another instruction's, counts as
+    absent when it is read.
 
     Args:
-        folder: made when the first embedding is written.
-        made_by: everything besides the instruction that decides on an embedding.
+        folder: created when the first embedding is written.
+        made_by: description of everything besides the instruction that determines an embedding.
 
     Example:
         >>> import tempfile, torch
@@ -42,9 +42,9 @@ class EmbeddingStore:
         self._folder, self._made_by = Path(folder), made_by
 
     def has(self, instruction: Hashable) -> bool:
-        """Return whether there is a whole file for an instruction, from its header alone.
+        """Return whether there is a complete file for an instruction, reading its header only.
 
-        Only ``read`` compares the checksum.
+        ``read`` alone compares the checksum.
 
         Raises:
             OSError: a file cannot be read.
@@ -91,15 +91,17 @@ class EmbeddingStore:
         path = self._path(instruction)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"counts": counts, "checksum": _checksum(path, tensors)}
-        save_tensors(path, tensors, {"about": json.dumps(about)})  # one entry, so equal bytes
+        # One metadata entry: safetensors writes several in an order that changes from call to call.
+        save_tensors(path, tensors, {"about": json.dumps(about)})
 
     def _path(self, instruction: Hashable) -> Path:
         name = blake2b(f"{self._made_by}\n{instruction!r}".encode(), digest_size=16).hexdigest()
+        # 256 subfolders, so that none of them holds too many files.
         return self._folder / name[:2] / f"{name[2:]}.safetensors"
 
 
 def _checksum(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Hash of the file's name and of all numbers, dtypes and shapes."""
+    """Return a hash of the file's name, and of all names, dtypes, shapes and values."""
     digest = blake2b(f"{path.parent.name}{path.name}".encode(), digest_size=16)
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
@@ -108,7 +110,7 @@ def _checksum(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _of_count(tensors: dict[str, Tensor], i: int, count: int | None) -> Embedding:
-    """An embedding: a list of so many tensors, one tensor at -1, or None."""
+    """Return embedding ``i``: a list of ``count`` tensors, one tensor if it is -1, or None."""
     if count is None:
         return None
     return tensors[f"{i}.0"] if count < 0 else [tensors[f"{i}.{j}"] for j in range(count)]

@@ -40,6 +40,7 @@ from mteditflow.pipelines.signatures import (
     text_parameters,
 )
 
+# Arguments of a call that the editor sets itself, so that they are no options.
 _GIVEN_BY_EDITOR = {
     *("self", "image", "prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"),
     *("generator", "latents", "num_images_per_prompt", "output_type", "return_dict"),
@@ -49,27 +50,27 @@ _NO_TARGET = re.compile("norm|mod|ada|emb|time")  # modulation, embedders and no
 
 @dataclass(frozen=True)
 class Family:
-    """How the pipelines of one class are called, and what is done once instead of in every call.
+    """Calling convention of the pipelines of one class.
 
-    ``describe`` fills in what the class says of itself.
+    ``describe`` derives the fields from the signatures of the class.
 
     Attributes:
-        name: short, such as "kontext"; of a class that is not listed its own name.
+        name: short name, such as "kontext"; the class name for a class that is not listed.
         pipeline: the diffusers class.
-        references: how many reference images one edit takes: "none" is text to image, "one", or
-            "several", where a list of images is one edit's.
+        references: number of reference images of one edit: "none" (text to image), "one", or
+            "several", where a list of images belongs to one edit.
         takes_batch: whether one call makes several images, each by its own instruction.
-        embeddings: names under which a call takes those of an instruction; those of a negative
-            prompt have ``negative_`` before. (): instructions are given to the call as they are.
-        text_parts: components that the sampling pipeline has not, since they only embed.
-        guidance: name of the call's scale of guidance, None if it has none.
-        defaults: call options where the pipeline's own defaults are not those of training.
-        view: returns the picture of a reference that the text encoder is shown with an instruction;
+        embeddings: names of the call's arguments for the embeddings of an instruction; those of a
+            negative prompt have the prefix ``negative_``. (): the call takes the text itself.
+        text_parts: components that the sampling pipeline does without, since they only embed.
+        guidance: name of the call's guidance scale; None if it has none.
+        defaults: call options that differ from the pipeline's own defaults.
+        view: returns the image that the text encoder reads with an instruction, for a reference;
             None: it reads the instruction alone.
         latents: encodes a reference once for several calls, [1, C, h, w]; None: every call does.
-        reference_size: returns width and height, pixels, at which a reference is encoded; None:
-            not known, or there is none.
-        assumptions: what was assumed of a class that is not listed.
+        reference_size: returns width and height, in pixels, at which a reference is encoded; None:
+            unknown, or there is no reference.
+        assumptions: assumptions about a class that is not listed, as sentences.
 
     Source: Flow-GRPO (arXiv 2505.05470) and Edit-R1 for Kontext at 512 x 512 with guidance 2.5;
     the signatures of diffusers.
@@ -89,14 +90,14 @@ class Family:
     assumptions: tuple[str, ...] = ()
 
     def call_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of a call: ``given`` over the family's defaults.
+        """Return all options of a call: ``given`` over the family's defaults.
 
-        ``height`` and ``width`` may both be None: the reference's own, down to whole tokens.
-        ``max_area`` of Kontext, which overrules them, is their product if not given.
+        If ``height`` and ``width`` are both None, they are the reference's, rounded down to whole
+        tokens. Kontext's ``max_area``, which takes precedence over them, defaults to their product.
 
         Raises:
-            ValueError: an option is unknown to the pipeline, or set by the editor itself; or
-                ``true_cfg_scale`` is given above 1 without the negative prompt that it needs.
+            ValueError: an option is unknown to the pipeline or set by the editor itself, only one
+                side is None, or ``true_cfg_scale`` is above 1 without a negative prompt.
         """
         known = self._known_options()
         for name in given:
@@ -120,7 +121,7 @@ class Family:
         return options
 
     def _check_own_size(self, sides: Sequence[int | None], options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` unless the size of an image can be that of its reference."""
+        """Raise ``ValueError`` unless the output size can be that of the reference."""
         if self.references == "none" or sides != [None, None] or "max_area" in options:
             raise ValueError(
                 "call: expected height and width as numbers, or both None where there is a "
@@ -129,7 +130,7 @@ class Family:
             )
 
     def own_size(self, pipeline: DiffusionPipeline, size: Size) -> dict[str, int]:
-        """Height and width of a call that takes them from a reference of this size.
+        """Return height and width of a call that takes them from a reference of this size.
 
         Raises:
             ValueError: the reference is smaller than a token.
@@ -147,7 +148,7 @@ class Family:
         return found
 
     def text_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the call options that act on the embeddings, with the call's defaults."""
+        """Return the call options that affect the embeddings, with the call's defaults."""
         known, call = self._known_options(), call_parameters(self.pipeline)
         return {
             name: options.get(name, call[name].default)
@@ -158,7 +159,7 @@ class Family:
     def negative_prompt(
         self, pipeline: DiffusionPipeline, options: Mapping[str, Any]
     ) -> str | None:
-        """The negative prompt of calls with these options; None if they are not guided by one."""
+        """Return the negative prompt of calls with these options; None if they use none."""
         call = call_parameters(self.pipeline)
         if not self.embeddings:  # the call embeds it itself
             return None
@@ -168,16 +169,17 @@ class Family:
             return given if options.get("true_cfg_scale", default) > 1 else None
         if not tells_guidance(self.pipeline):
             return None
+        # The property reads an attribute that a call sets; a copy leaves the pipeline unchanged.
         seen = copy.copy(pipeline)
         seen._guidance_scale = options.get("guidance_scale", call["guidance_scale"].default)
         guided = self.pipeline.do_classifier_free_guidance.fget(seen)
         return (options.get("negative_prompt") or "") if guided else None
 
     def layers(self, model: nn.Module, targets: Sequence[str] | None) -> list[str]:
-        """Names of the linear layers whose names end in one of the targets.
+        """Return the names of the linear layers whose names end in one of the targets.
 
-        None are attention and feed-forward of all blocks, fused projections included, without
-        norms, modulation and embedders.
+        None: attention and feed-forward of all blocks, including fused projections, without norms,
+        modulation and embedders.
 
         Raises:
             ValueError: a target matches no layer, or none are given and the model has no blocks.
@@ -203,7 +205,7 @@ class Family:
         return found
 
     def _known_options(self) -> list[str]:
-        """Options of the pipeline's call without those that the editor gives."""
+        """Return the options of the pipeline's call that the editor does not set itself."""
         embeddings = {x for name in self.embeddings for x in (name, f"negative_{name}")}
         return [
             name
@@ -216,7 +218,7 @@ class Family:
 
 
 def endings(layers: Sequence[str]) -> list[str]:
-    """Names of layers below their numbered blocks, each once, in order.
+    """Return the distinct names of layers below their numbered blocks, in order.
 
     Example:
         >>> endings(["blocks.0.attn.to_q", "blocks.0.ff.net.2", "blocks.1.attn.to_q"])
@@ -226,7 +228,7 @@ def endings(layers: Sequence[str]) -> list[str]:
 
 
 def _in_blocks(model: nn.Module, linear: Sequence[str]) -> list[str]:
-    """Layers of attention and feed-forward among linear layers: those of the repeated blocks."""
+    """Return the attention and feed-forward layers of the repeated blocks, by name."""
     kinds = {
         kind
         for attribute in ("_repeated_blocks", "_no_split_modules")
@@ -234,7 +236,7 @@ def _in_blocks(model: nn.Module, linear: Sequence[str]) -> list[str]:
     }
     named = model.named_modules()
     blocks = [f"{name}." for name, part in named if type(part).__name__ in kinds]
-    if not blocks:
+    if not blocks:  # a class that names no kind of block: take its lists of modules
         lists = [name for name, part in model.named_children() if isinstance(part, nn.ModuleList)]
         blocks = [f"{name}." for name in lists]
     found = []
@@ -246,14 +248,15 @@ def _in_blocks(model: nn.Module, linear: Sequence[str]) -> list[str]:
 
 
 def describe(pipeline: type[DiffusionPipeline], **known: Any) -> Family:
-    """Describe a class by its signatures, and by what is known of it.
+    """Describe a pipeline class by its signatures, and by fields that are given.
 
     Args:
         pipeline: a diffusers class whose calls take prompts, or images and prompts.
-        known: fields of ``Family``, over those found.
+        known: fields of ``Family`` that replace those derived from the signatures.
 
     Raises:
-        ValueError: it takes what a chain of edits has not, such as a mask or a video.
+        ValueError: it takes an input that a chain of edits cannot provide, such as a mask or a
+            video, or it has no transformer.
 
     Example:
         >>> family = describe(StableDiffusion3Pipeline)
@@ -282,7 +285,7 @@ def describe(pipeline: type[DiffusionPipeline], **known: Any) -> Family:
     return Family(pipeline=pipeline, **{**found, **known})
 
 
-#: Families that are known by name; every other class is described by its signatures.
+#: Families with explicit support; every other class is described by its signatures.
 FAMILIES = (
     describe(
         FluxKontextPipeline,
@@ -330,12 +333,14 @@ FAMILIES = (
 
 
 def find_family(class_name: str) -> Family:
-    """The family of a pipeline class, by the name that ``model_index.json`` gives.
+    """Return the family of a pipeline class, by its name in ``model_index.json``.
 
-    A class that is not listed is described by its signatures; ``Family.assumptions`` says how.
+    A class that is not listed is described by its signatures; ``Family.assumptions`` lists what
+    that assumes.
 
     Raises:
-        ValueError: diffusers has no such pipeline, or it takes what a chain of edits has not.
+        ValueError: diffusers has no such pipeline, or it takes an input that a chain of edits
+            cannot provide.
     """
     for family in FAMILIES:
         if family.pipeline.__name__ == class_name:
@@ -347,15 +352,15 @@ def find_family(class_name: str) -> Family:
             f"model_index.json, got {class_name}"
         )
     found = describe(cast("type[DiffusionPipeline]", pipeline))
-    if found.references != "none":  # its encoders may be shown the image by another method
+    if found.references != "none":  # its encoders may read the image outside of encode_prompt
         found = replace(found, embeddings=(), text_parts=())
     return replace(found, assumptions=_assumptions(found))
 
 
 def _assumptions(family: Family) -> tuple[str, ...]:
-    """Assumptions of a description by signatures alone, in words."""
+    """Return the assumptions of a description by signatures alone, as sentences."""
     reference = (
-        "an edit takes one reference image, of whose size in the model nothing is known"
+        "an edit takes one reference image, whose size in the model is unknown"
         if family.references == "one"
         else "it makes an image from a text, in one turn"
     )
@@ -369,6 +374,6 @@ def _assumptions(family: Family) -> tuple[str, ...]:
         f"{family.name} is not a listed family",
         reference,
         texts,
-        "a call makes one image, whatever the batch",
-        f"the scale of guidance is {family.guidance}",
+        "a call makes one image, independent of the batch",
+        f"the guidance scale is {family.guidance}",
     )

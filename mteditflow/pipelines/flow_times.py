@@ -1,7 +1,7 @@
-"""Which arguments of a transformer hold the flow time, in what unit, and on which grid.
+"""Recognize the arguments of a transformer that hold the flow time, with their units and grid.
 
-A clock is the function from the scheduler's timestep to such an argument, order of operations and
-dtype included; a ``Grid`` is the one from flow times to the scheduler's timesteps.
+A clock is the function from the scheduler's timestep to such an argument, including its order of
+operations and dtype. A ``Grid`` is the function from flow times to the scheduler's timesteps.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ Clock = Callable[[Tensor, torch.dtype], Tensor]
 
 
 def in_steps(timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scheduler's timestep itself."""
+    """Return the scheduler's timestep itself."""
     return timestep.to(dtype)
 
 
 def in_units(timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """A thousandth of it, divided in the model's dtype: FLUX."""
+    """Return timestep / 1000, divided in the model's dtype: FLUX."""
     return timestep.to(dtype) / 1000
 
 
 def in_units_rounded_last(timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """A thousandth of it, divided before the cast to the model's dtype."""
+    """Return timestep / 1000, divided before the cast to the model's dtype."""
     return (timestep / 1000).to(dtype)
 
 
 def in_units_from_noise(timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """One minus a thousandth of it, so that data is at 1: Z-Image."""
+    """Return (1000 - timestep) / 1000, which is 1 at data: Z-Image."""
     return ((1000 - timestep) / 1000).to(dtype)
 
 
 def in_units_from_one(timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in another order of operations: Lumina."""
+    """Return 1 - timestep / 1000, another rounding of (1000 - timestep) / 1000: Lumina."""
     return (1 - timestep / 1000).to(dtype)
 
 
 def in_steps_from_zero(timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """The timestep less 1, so that the last of a thousand is 999: GLM-Image."""
+    """Return timestep - 1, so that the largest of 1,000 is 999: GLM-Image."""
     return (timestep - 1).to(dtype)
 
 
+# In order of preference where several clocks agree on a timestep.
 CLOCKS: tuple[Clock, ...] = (
     in_units,
     in_steps,
@@ -58,9 +59,13 @@ CLOCKS: tuple[Clock, ...] = (
 
 
 def find_times(arguments: Mapping[str, Any], timestep: Tensor) -> list[str]:
-    """Names of the arguments that some clock makes of the scheduler's ``timestep`` (0-d).
+    """Return the names of the arguments that equal some clock of the scheduler's timestep (0-d).
 
-    A guidance scale of 1 may be among them; it does not change with the steps.
+    A guidance scale of 1 may be among them; ``CallPattern.time_names`` drops it, since it does not
+    change over the steps.
+
+    Raises:
+        ReplayError: no argument does.
     """
     found = [
         name
@@ -79,19 +84,20 @@ def find_times(arguments: Mapping[str, Any], timestep: Tensor) -> list[str]:
 
 
 def named_time(name: str) -> bool:
-    """Whether an argument is named like a flow time."""
+    """Return whether an argument is named like a flow time."""
     return "time" in name or name in ("t", "sigma", "sigmas")
 
 
 class Time(NamedTuple):
-    """An argument that holds the flow time of each row.
+    """Argument that holds the flow time of each row.
 
     Attributes:
-        name: of the argument.
-        dtype: its dtype.
-        axes: its shape behind the batch, such as (tokens,) for one time per token.
-        clock: the function from the scheduler's timestep to it.
-        single: whether one time served all rows of a call, which it then does in a replay too.
+        name: name of the argument.
+        dtype: dtype of the argument.
+        axes: its shape after the batch axis, such as (tokens,) for one time per token.
+        clock: function from the scheduler's timestep to the argument.
+        single: whether the recorded call had one time for all rows; a replay whose rows have equal
+            times then does so too.
     """
 
     name: str
@@ -101,7 +107,7 @@ class Time(NamedTuple):
     single: bool = False
 
     def argument(self, timestep: Tensor) -> Tensor:
-        """The argument of rows with these timesteps, [M]."""
+        """Return the argument for rows with these timesteps [M], of shape [M or 1, *axes]."""
         if self.single and bool((timestep == timestep[0]).all()):
             timestep = timestep[:1]
         time = self.clock(timestep, self.dtype)
@@ -109,18 +115,18 @@ class Time(NamedTuple):
 
 
 class Grid(NamedTuple):
-    r"""The scheduler's timesteps of flow times.
+    r"""Map from flow times to the scheduler's timesteps.
 
-    They are ``sigma * timesteps`` but where a pipeline shifts its sigmas and not its timesteps
-    (CogView4): there ``sigma = shift * u / (1 + (shift - 1) * u)`` for
-    ``u = timestep / timesteps``; or where it counts them from data (Mochi):
-    ``(1 - sigma) * timesteps``. Both keep the timesteps of the recorded sigmas as they are.
+    A timestep is ``sigma * timesteps``, with two exceptions. A pipeline that shifts its sigmas and
+    not its timesteps (CogView4) has ``sigma = shift * u / (1 + (shift - 1) * u)`` for
+    ``u = timestep / timesteps``. One that counts timesteps from data (Mochi) has
+    ``(1 - sigma) * timesteps``. In both cases recorded sigmas map to their recorded timesteps.
 
     Attributes:
-        timesteps: the timestep of sigma = 1, 1000 in nearly all pipelines.
-        shift: of sigmas against timesteps; 1 where they are the same.
-        from_data: whether timesteps rise with the steps.
-        known: pairs of sigma and timestep that differ from the formula's, by rounding.
+        timesteps: the timestep of sigma = 1; 1,000 in nearly all pipelines.
+        shift: shift of sigmas against timesteps; 1: none.
+        from_data: whether timesteps rise over the steps.
+        known: recorded pairs of sigma and timestep, which may differ from the formula by rounding.
     """
 
     timesteps: int
@@ -129,8 +135,9 @@ class Grid(NamedTuple):
     known: tuple[tuple[float, float], ...] = ()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Timesteps of flow times, float32."""
+        """Return the timesteps of flow times, float32, of the same shape."""
         sigma = sigma.float()
+        # The shift sigma = shift * u / (1 + (shift - 1) * u), solved for u.
         share = sigma / (self.shift - (self.shift - 1) * sigma)
         timestep = (1 - share if self.from_data else share) * self.timesteps
         for at, exact in self.known:
@@ -139,7 +146,17 @@ class Grid(NamedTuple):
 
 
 def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
-    """The grid of a turn's steps, [S] each, on the CPU; ``most`` is the timestep of sigma 1."""
+    """Return the grid of a turn's steps.
+
+    Args:
+        sigmas: flow times of the steps, [S], on the CPU.
+        timesteps: the scheduler's timesteps, [S], on the CPU.
+        most: the timestep of sigma = 1.
+
+    Raises:
+        ReplayError: the timesteps are none of the functions of sigma that ``Grid`` describes, or
+            the steps are too few to decide.
+    """
     if torch.equal(sigmas * most, timesteps):
         return Grid(most)
     known = tuple(zip(sigmas.tolist(), timesteps.tolist(), strict=True))
@@ -151,6 +168,7 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
             "the scheduler's timesteps are not its sigmas times "
             f"{most}, and {len(sigmas)} steps are too few to tell what they are instead"
         )
+    # One inner point determines the shift; the one next to 1/2 loses the least to rounding.
     inner = int((sigma - 0.5).abs().argmin())
     s, t = sigma[inner].item(), u[inner].item()
     shift = s * (1 - t) / (t * (1 - s)) if 0 < s < 1 and t > 0 else 1.0
@@ -163,7 +181,17 @@ def find_grid(sigmas: Tensor, timesteps: Tensor, most: int) -> Grid:
 
 
 def find_time(name: str, times: Tensor, timesteps: Tensor, rows: int) -> Time:
-    """The time whose clock makes what an argument held, [S, ...], of the timesteps [S], exactly."""
+    """Return the time whose clock maps the timesteps exactly to the values of an argument.
+
+    Args:
+        name: name of the argument.
+        times: its values, [S, ...].
+        timesteps: the scheduler's timesteps, [S].
+        rows: rows of each call.
+
+    Raises:
+        ReplayError: no clock does.
+    """
     single = times.ndim > 1 and times.shape[1] == 1 < rows
     expected = timesteps.reshape(-1, *[1] * (times.ndim - 1))
     for clock in CLOCKS:

@@ -1,7 +1,7 @@
-"""How the branches of one step become one velocity, recovered from the tensors of a step.
+"""Recover from the tensors of one step how its guidance branches become one velocity.
 
-Classifier-free guidance is ``negative + scale * (positive - negative)``. Some pipelines then change
-the length of that velocity, never its direction: a ``Rescaling``.
+Classifier-free guidance is ``negative + scale * (positive - negative)`` (arXiv 2207.12598). Some
+pipelines then change the norm of that velocity, but not its direction: a ``Rescaling``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from mteditflow.pipelines.recognize import ReplayError
 
 
 class Rescaling(Protocol):
-    """Changes the length of a combined velocity [B, ...], in groups of its elements."""
+    """Rescaling of a combined velocity [B, ...]: one factor >= 0 per token or per sample."""
 
     def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
-        """Rescale; ``positive`` is the velocity of the positive branch."""
+        """Return the rescaled velocity; ``positive`` is that of the positive branch, [B, ...]."""
 
 
 @dataclass(frozen=True)
 class TokenNorm:
-    """Every token as long as the positive branch's: Qwen-Image, Lumina 2."""
+    """Give every token the norm that it has in the positive branch: Qwen-Image, Lumina 2."""
 
     def __call__(self, combined: Tensor, positive: Tensor) -> Tensor:
         """See ``Rescaling``."""
@@ -37,7 +37,10 @@ class TokenNorm:
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """No token longer than the positive branch's, none shrunk below ``least`` of it: LongCat."""
+    """Limit the norm of each token to its norm in the positive branch: LongCat.
+
+    No token is multiplied by less than ``least``.
+    """
 
     least: float
 
@@ -49,7 +52,7 @@ class TokenLimit:
 
 @dataclass(frozen=True)
 class NormLimit:
-    """No sample longer than ``limit`` times the positive branch's: Z-Image's normalization."""
+    """Limit the norm of each sample to ``limit`` times the positive branch's: Z-Image."""
 
     limit: float
 
@@ -61,7 +64,9 @@ class NormLimit:
 
 @dataclass(frozen=True)
 class StdMix:
-    """A share ``mix`` of it with the positive branch's standard deviation: LTX-Video.
+    """Mix the velocity with itself at the positive branch's standard deviation: LTX-Video.
+
+    ``mix``, in [0, 1], is the weight of the rescaled one.
 
     Source: arXiv 2305.08891, section 3.4.
     """
@@ -76,7 +81,10 @@ class StdMix:
 
 
 def rescalings(combined: Tensor, positive: Tensor, velocity: Tensor) -> Iterator[Rescaling]:
-    """Rescalings that might make the velocity, with settings of few decimals, as people give."""
+    """Yield rescalings that may give the velocity, with settings rounded to a few decimals.
+
+    Users write such settings with few decimals, and the rounded one reproduces the bits.
+    """
     yield TokenNorm()
     shrunk = (_token_norms(velocity) / _token_norms(combined)).min().item()
     yield from map(TokenLimit, [0.0, *rounded(shrunk, 4)])
@@ -86,40 +94,41 @@ def rescalings(combined: Tensor, positive: Tensor, velocity: Tensor) -> Iterator
 
 
 def share(x: Tensor, of: Tensor) -> float:
-    """The factor of ``of`` that comes nearest to ``x``."""
+    """Return the factor c that minimizes ``|x - c * of|``."""
     return ((x * of).sum() / of.square().sum()).item()
 
 
 def rounded(x: float, digits: int) -> list[float]:
-    """A number to none, one, two ... decimals."""
+    """Return a number rounded to 0, 1, ..., ``digits`` decimals."""
     return [round(x, decimals) for decimals in range(digits + 1)]
 
 
 def norm_ratio(x: Tensor, to: Tensor) -> Tensor:
-    """The largest ratio between the norms of two rows, a 0-d tensor."""
+    """Return the largest ratio of the norms of corresponding rows, a 0-d tensor."""
     return (_norms(x) / _norms(to)).max()
 
 
 def _norms(x: Tensor) -> Tensor:
-    """Norm of each row [B, ...], with as many axes; row by row, for the bits of Z-Image."""
+    """Return the norm of each row of ``x``, [B, 1, ...]."""
+    # Row by row, as Z-Image does: a batched norm sums in another order and has other bits.
     norms = torch.stack([torch.linalg.vector_norm(row) for row in x])
     return norms.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _token_norms(x: Tensor) -> Tensor:
-    """Norm along the last axis, which stays."""
+    """Return the norm along the last axis, which is kept with size 1."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norms
 
 
 class Guidance(NamedTuple):
-    """How the branches of one step combine: ``negative + scale * (positive - negative)``.
+    """Classifier-free guidance: ``negative + scale * (positive - negative)``.
 
     Attributes:
-        positive: index of the positive branch among the step's.
-        scale: the guidance scale, as it is given to the pipeline.
-        from_positive: whether it starts at the positive branch, as Z-Image's does.
-        rescaling: what then changes the length; None if nothing does.
+        positive: index of the positive branch among the step's two.
+        scale: the guidance scale, in the pipeline's own convention.
+        from_positive: whether the sum starts at the positive branch, as Z-Image's does.
+        rescaling: rescaling that follows; None: there is none.
     """
 
     positive: int
@@ -128,7 +137,7 @@ class Guidance(NamedTuple):
     rescaling: Rescaling | None = None
 
     def __call__(self, velocities: Sequence[Tensor]) -> Tensor:
-        """Combine the two branches, in the pipelines' own order of operations."""
+        """Combine two branches [B, ...], in the order of operations of the pipelines."""
         positive, negative = velocities[self.positive], velocities[1 - self.positive]
         start = positive if self.from_positive else negative
         combined = start + self.scale * (positive - negative)
@@ -137,12 +146,12 @@ class Guidance(NamedTuple):
 
 @dataclass(frozen=True)
 class ByGuider:
-    """Guidance by a copy of a pipeline's own guider, called again: modular pipelines.
+    """Guidance by a copy of the guider of a modular pipeline.
 
     Attributes:
-        positive: index of the positive branch among the step's.
-        settings: the guider's class and attributes; equal ones are the same guidance.
-        guider: the copy, as it was at the step.
+        positive: index of the positive branch among the step's two.
+        settings: the guider's class and attributes; equal settings mean equal guidance.
+        guider: copy of the guider, in its state at the step.
     """
 
     positive: int
@@ -150,7 +159,7 @@ class ByGuider:
     guider: Any = field(compare=False)
 
     def __call__(self, velocities: Sequence[Tensor]) -> Tensor:
-        """Combine the two branches."""
+        """Combine two branches [B, ...]."""
         pair = velocities[self.positive], velocities[1 - self.positive]
         combined: Tensor = self.guider.forward(*pair).pred
         return combined
@@ -159,17 +168,18 @@ class ByGuider:
 def find_guider(
     guiders: Sequence[Any], velocities: Sequence[Tensor], velocity: Tensor
 ) -> ByGuider | None:
-    """The guider that makes exactly the velocity, and again when called again; None without one.
+    """Return the guider that reproduces the velocity exactly; None if none does.
 
-    None, too, where equal branches hide which of them is the positive one.
+    None, too, where both branches are equal, so that either could be the positive one.
     """
     if torch.equal(*velocities):
         return None
     for guider, positive in product(guiders, (0, 1)):
         found = ByGuider(positive, _settings(guider), copy.deepcopy(guider))
         try:
+            # Twice: a guider with a state, such as a momentum, gives another result at the second.
             makes = all(torch.equal(found(velocities), velocity) for _ in range(2))
-        except TypeError:  # it misses a third branch, as that of skipped layers
+        except TypeError:  # it needs a third branch, such as one with skipped layers
             continue
         if makes:
             return found
@@ -177,27 +187,31 @@ def find_guider(
 
 
 def _settings(guider: Any) -> Hashable:
-    """Class and attributes of a guider, by which rows of several calls may share one batch.
+    """Return the class and attributes of a guider; rows of equal settings may share one batch.
 
-    Its configuration stays what it was made with where somebody sets an attribute later.
+    Attributes, not its configuration: an attribute that is set later does not change that.
     """
+    # Without the state of the step, and without the configuration.
     changing = ("_timestep", "_count_prepared", "_internal_dict")
     own = {name: value for name, value in vars(guider).items() if name not in changing}
     try:
         return type(guider), json.dumps(own, sort_keys=True)
-    except TypeError:  # objects, which nobody can compare
+    except TypeError:  # attributes that cannot be compared: equal to no other guider
         return type(guider), object()
 
 
 class Combination:
-    """How outputs make velocities over the steps of a turn: found on the way, proved at each.
+    """Formula from outputs to velocities over the steps of a turn, checked at every step.
+
+    It is recovered at the first step whose two branches differ.
 
     Args:
-        guiders: of the pipeline; one that makes the velocities is called again in a replay.
+        guiders: guiders of the pipeline; a replay calls the one that gives the velocities.
 
     Attributes:
-        sign: -1 where the scheduler is given the opposite of what the branches make, else 1.
-        guidance: how two branches combine; None for one, and while equal branches hide it.
+        sign: -1 where the pipeline negates the velocity before the scheduler's step, else 1; 0
+            before the first step.
+        guidance: guidance of two branches; None for one branch, and as long as the two are equal.
     """
 
     def __init__(self, guiders: Sequence[Any] = ()) -> None:
@@ -207,7 +221,11 @@ class Combination:
         self._longest: Tensor | None = None
 
     def mismatch(self, outputs: Sequence[Tensor], velocity: Tensor) -> Tensor:
-        """Whether a step's outputs do not make its velocity, as a boolean on its device."""
+        """Return whether a step's outputs do not give its velocity, a boolean 0-d tensor.
+
+        Raises:
+            ReplayError: two branches differ, and no guidance is found that gives the velocity.
+        """
         outputs = [output.to(velocity.dtype) for output in outputs]
         self.sign = self.sign or find_sign(outputs, velocity)
         velocity = velocity if self.sign > 0 else -velocity
@@ -223,7 +241,10 @@ class Combination:
         return mismatch(outputs, self.guidance, velocity)
 
     def _unlimited(self, outputs: Sequence[Tensor], velocity: Tensor, guidance: Guidance) -> Tensor:
-        """The same, where the first steps of Z-Image may have stayed below its limit on norms."""
+        """Return the mismatch where a ``NormLimit`` of Z-Image may not have acted so far.
+
+        At a first mismatch a limit is accepted if all earlier steps were below it.
+        """
         changed = mismatch(outputs, guidance, velocity)
         if bool(changed):
             found = find_guidance(outputs, velocity) or guidance
@@ -237,28 +258,33 @@ class Combination:
 
 
 def mismatch(velocities: Sequence[Tensor], guidance: Guidance | None, velocity: Tensor) -> Tensor:
-    """Whether the branches do not make the scheduler's velocity, as a boolean on its device.
+    """Return whether the branches do not give the scheduler's velocity, a boolean 0-d tensor.
 
-    They must make it exactly; only two branches in full precision may differ by the roundings that
-    another order of the same operations causes.
+    Equality is exact, except for two branches in float32 or float64: these may differ by the
+    rounding that another order of the same operations causes.
     """
     if guidance is None:
         return (velocities[0] != velocity).any()
     made, epsilon = guidance(velocities), torch.finfo(velocity.dtype).eps
     if epsilon > torch.finfo(torch.float32).eps:
-        return (made != velocity).any()
+        return (made != velocity).any()  # in half precision a tolerance would hide real changes
+    # |negative + scale * (positive - negative)| <= (1 + |scale|) * (|positive| + |negative|).
     size = velocities[0].abs() + velocities[1].abs()
     if guidance.rescaling is not None:
         plain = guidance._replace(rescaling=None)(velocities)
         size = 2 * size * made.abs().sum(-1, keepdim=True) / plain.abs().sum(-1, keepdim=True)
+    # ``~(... <= ...)``: NaN is a mismatch.
     return ~((made - velocity).abs() <= 2 * epsilon * (1 + abs(guidance.scale)) * size).all()
 
 
 def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | None:
-    """Recover scale and rescaling from the tensors; None where equal branches hide them.
+    """Recover scale and rescaling from two branches and their velocity; None: they are equal.
 
-    The first suggestion of ``_candidates`` that makes exactly the velocity, else the nearest if it
-    makes the velocity up to rounding.
+    The first of ``_candidates`` that gives exactly the velocity is returned, else the nearest one
+    if it agrees up to rounding.
+
+    Raises:
+        ReplayError: no candidate gives the velocity.
     """
     if torch.equal(*velocities):
         return None
@@ -280,10 +306,11 @@ def find_guidance(velocities: Sequence[Tensor], velocity: Tensor) -> Guidance | 
 
 
 def find_sign(velocities: Sequence[Tensor], velocity: Tensor) -> int:
-    """-1 where the pipeline turns its velocity round, as Z-Image does, else 1.
+    """Return -1 where the pipeline negates its velocity, as Z-Image does, else 1.
 
-    Whatever the guidance, each token of the velocity is a multiple of mean + s * difference of the
-    branches, so its part at right angles to the difference points where the mean's does.
+    Under any guidance, each token of the velocity is a factor >= 0 times mean + s * difference
+    of the branches. Its component orthogonal to the difference therefore has the direction of the
+    mean's, or the opposite one where the velocity is negated.
     """
     one, other = velocities[0].double(), velocities[-1].double()
     level = _across(one + other, one - other)
@@ -291,16 +318,17 @@ def find_sign(velocities: Sequence[Tensor], velocity: Tensor) -> int:
 
 
 def _candidates(velocities: Sequence[Tensor], velocity: Tensor) -> Iterator[Guidance]:
-    """Guidances that might make the velocity, the simplest first.
+    """Yield guidances that may give the velocity, the simplest first.
 
-    The scale is that of the velocity itself, or under a rescaling, which keeps the direction of
-    every token, that which leaves nothing at right angles to the velocity. Where either branch
-    could be the positive one, it is the one with the larger scale.
+    Without a rescaling the scale is a least-squares fit to the velocity. A rescaling keeps the
+    direction of every token, so there the fit is to a zero component orthogonal to the velocity.
+    Where either branch could be the positive one, the branch with the larger scale comes first.
     """
     for rescaled in (False, True):
         scales = [_scale(velocities, positive, velocity, rescaled) for positive in (0, 1)]
         order = sorted((0, 1), key=scales.__getitem__, reverse=True)
         for positive, from_positive in product(order, (False, True)):
+            # positive + s * (positive - negative) = negative + (s + 1) * (positive - negative)
             scale = scales[positive] - from_positive
             for candidate in (*rounded(scale, 6), scale):
                 plain = Guidance(positive, candidate, from_positive)
@@ -312,16 +340,16 @@ def _candidates(velocities: Sequence[Tensor], velocity: Tensor) -> Iterator[Guid
 
 
 def _scale(velocities: Sequence[Tensor], positive: int, velocity: Tensor, rescaled: bool) -> float:
-    """The scale by least squares in float64."""
+    """Return the guidance scale by least squares in float64."""
     wanted, negative = velocity.double(), velocities[1 - positive].double()
     difference = velocities[positive].double() - negative
-    if rescaled:
+    if rescaled:  # negative + s * difference is parallel to the velocity: no component across it
         return share(-_across(negative, wanted), _across(difference, wanted))
     return share(wanted - negative, difference)
 
 
 def _across(x: Tensor, direction: Tensor) -> Tensor:
-    """Component of each token of ``x`` at right angles to ``direction``."""
+    """Return the component of each token of ``x`` orthogonal to ``direction``."""
     power = direction.square().sum(-1, keepdim=True)
     along = (x * direction).sum(-1, keepdim=True) / power.clamp_min(torch.finfo(x.dtype).tiny)
     return x - along * direction

@@ -1,4 +1,4 @@
-"""LoRA files: weights at known scales, two adapters as one, and one of them without the other."""
+"""LoRA files: read weights at a given scale, join two adapters into one, and split them again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from mteditflow.pipelines.adapters import check_config
 
-FILE = "pytorch_lora_weights.safetensors"  # in a folder of diffusers' format
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of the file in a folder
 FACTOR_A = re.compile(r"(\.lora_(?:embedding_)?)A\b")  # in the name of a first factor
 
 
 def read_lora(pipeline: type[DiffusionPipeline], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the weights of a LoRA at scale 1, for ``Start``.
 
-    Alphas, ranks of single layers and rslora go into the second factors.
+    The scale of each layer, from its alpha, rank and rslora, is multiplied into the factor B.
 
     Args:
         pipeline: class of the pipeline, which converts files of other formats.
@@ -37,8 +37,8 @@ def read_lora(pipeline: type[DiffusionPipeline], path: str | os.PathLike[str]) -
         and ``<layer>.lora_B.weight``, [out, r].
 
     Raises:
-        ValueError: it is no LoRA of the transformer alone, such as one of text encoders too, or of
-            a method that ``LoraPolicies`` refuses.
+        ValueError: it is no LoRA, it has weights for more than the transformer, such as text
+            encoders, or its method is one that ``LoraPolicies`` refuses.
         OSError: there is no such file.
 
     Example:
@@ -82,7 +82,7 @@ def load_file(pipeline: type[DiffusionPipeline], path: str | os.PathLike[str]) -
         )
     except (OSError, ValueError):
         raise
-    except Exception as error:  # safetensors and the converters have many for files that are none
+    except Exception as error:  # safetensors and the converters raise many types for other files
         raise ValueError(f"{file}: expected a LoRA in diffusers' format: {error}") from error
     return loaded
 
@@ -98,14 +98,14 @@ def layer_of(name: str) -> str:
 
 
 def scaled(weights: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return weights whose second factors are multiplied, by layer."""
+    """Return weights whose factors B are multiplied by the factor of their layer."""
     return {name: x * factors[layer_of(name)] if is_b(name) else x for name, x in weights.items()}
 
 
 def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one adapter whose product is the sum of two; ranks are concatenated.
+    """Return one adapter whose product is the sum of two, B1 A1 + B2 A2, at scale 1.
 
-    Both are at scale 1, and so is the result.
+    The factors are concatenated along the rank. Both adapters must be at scale 1.
     """
     both = {
         name: torch.cat([first[name], x], dim=rank_axis(name))
@@ -116,15 +116,16 @@ def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[st
 
 
 def without(weights: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what ``joined`` has put behind the first adapter.
+    """Return the second adapter of ``joined``.
 
     Raises:
-        ValueError: the weights do not begin with it.
+        ValueError: the weights do not begin with ``first``.
     """
     left = dict(weights)
     for name, x in first.items():
         axis, rank = rank_axis(name), x.shape[rank_axis(name)]
         both = weights.get(name)
+        # ``min``: a file of a lower rank must differ here rather than fail in ``narrow``.
         if both is None or not torch.equal(both.narrow(axis, 0, min(rank, both.shape[axis])), x):
             raise ValueError(f"{name}: expected the frozen start in the file, got other weights")
         left[name] = both.narrow(axis, rank, both.shape[axis] - rank)
@@ -132,9 +133,10 @@ def without(weights: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[
 
 
 def unit_config(weights: Mapping[str, Tensor]) -> LoraConfig:
-    """Return the configuration of an adapter at scale 1: its layers and the rank of each."""
+    """Return the configuration of an adapter at scale 1, with its layers and their ranks."""
     ranks = {layer_of(name): x.shape[1] for name, x in weights.items() if is_b(name)}
     ((usual, _),) = Counter(ranks.values()).most_common(1)
+    # "^": without it peft matches a pattern with every layer whose name ends like this one.
     others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
     return LoraConfig(
         r=usual,
@@ -148,15 +150,15 @@ def unit_config(weights: Mapping[str, Tensor]) -> LoraConfig:
 def weights_of_file(
     loaded: tuple[Any, ...], scales: Mapping[str, float], prefix: str = "transformer."
 ) -> dict[str, Tensor]:
-    """Weights of a LoRA file for adapters of other scales, so that their product is the same.
+    """Return a LoRA file's weights rescaled for adapters of other scales; products stay the same.
 
     Args:
-        loaded: what a pipeline's ``lora_state_dict`` returns with alphas and metadata.
-        scales: of the adapters that get the weights, by layer.
-        prefix: of the model's part of the file.
+        loaded: result of a pipeline's ``lora_state_dict``, with alphas and metadata.
+        scales: scale of each layer's adapter that gets the weights.
+        prefix: prefix of the model's names in the file.
 
     Raises:
-        ValueError: the file's metadata is of a method that is refused, or contradicts its weights.
+        ValueError: the metadata is of a refused method, or contradicts the weights.
     """
     state = {name.removeprefix(prefix): x for name, x in loaded[0].items()}
     ranks = {f"^{k}": x.shape[1] for k, x in state.items() if is_b(k) and x.ndim > 1}
@@ -169,22 +171,23 @@ def weights_of_file(
             rank, scale = _rank_and_scale(config, module)
             if x.ndim > 1 and x.shape[1] != rank:
                 raise ValueError(f"{name}: expected rank {rank} of metadata, got {x.shape[1]}")
+            # The product is scale * B A, so that B takes the ratio of the two scales.
             state[name] = x.float() * (scale / scales[module])
     return state
 
 
 def is_b(name: str) -> bool:
-    """Whether a weight is of the second factor, which the scale multiplies."""
+    """Return whether a weight is of the factor B, [out, r], into which scales are multiplied."""
     return ".lora_B." in name or name.endswith(".lora_embedding_B")
 
 
 def rank_axis(name: str) -> int:
-    """Dimension of a factor that runs over the rank."""
+    """Return the axis of a factor that runs over the rank: 1 of B [out, r], 0 of A [r, in]."""
     return 1 if is_b(name) else 0
 
 
 def _unpaired(names: Iterable[str]) -> list[str]:
-    """Return the weights that are no factor, and those whose other factor is missing."""
+    """Return the names of weights that are no factor, or whose other factor is missing."""
     second = {name for name in names if is_b(name)}
     others = set(names) - second
     return sorted({FACTOR_A.sub(r"\1B", name) for name in others} ^ second)
@@ -193,7 +196,13 @@ def _unpaired(names: Iterable[str]) -> list[str]:
 def _file_config(
     state: Mapping[str, Tensor], ranks: dict[str, int], known: tuple[Any, ...], prefix: str
 ) -> LoraConfig:
-    """Configuration that diffusers would give the adapter of a file, from metadata or without."""
+    """Return the configuration that diffusers would give a file's adapter.
+
+    It comes from the file's metadata, or from ranks and alphas if there is none.
+
+    Raises:
+        ValueError: the metadata is not that of a supported ``LoraConfig``.
+    """
     *alphas, metadata = known
     if metadata is None:
         given = {k.removeprefix(prefix): x for k, x in ((alphas or [{}])[0] or {}).items()}
@@ -208,7 +217,7 @@ def _file_config(
 
 
 def _rank_and_scale(config: LoraConfig, module: str) -> tuple[int, float]:
-    """Rank and scale of a layer's adapter, as peft derives them."""
+    """Return rank and scale of a layer's adapter: alpha / rank, or alpha / sqrt(rank) (rslora)."""
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module))
     alpha = float(config.lora_alpha if alpha is None else alpha)

@@ -1,4 +1,4 @@
-"""State of a model on which its outputs or its gradients depend: dropout, caches, offload."""
+"""State of a model on which outputs or gradients depend: dropout, caches, offload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mteditflow.pipelines.recognize import ReplayError
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """Modules with an attention processor, which pipelines may replace during a call."""
+    """Return the modules with an attention processor, which pipelines may replace in a call."""
     return [module for module in model.modules() if hasattr(module, "processor")]
 
 
@@ -22,10 +22,11 @@ _PROBABILITIES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "attentio
 
 
 def check_repeatable(model: nn.Module) -> None:
-    """Raise if a module draws, or looks at the rest of the batch, at whatever precision."""
+    """Raise ``ReplayError`` if a module has active dropout, or batch norm in training mode."""
     for module in model.modules():
         if not module.training:
             continue
+        # ``p`` is a probability in torch's dropout only; elsewhere it may mean anything.
         names = ("p", *_PROBABILITIES) if isinstance(module, _DropoutNd) else _PROBABILITIES
         held = [vars(module).get(n) for n in names]
         draws = any(isinstance(p, (int, float)) and p > 0 for p in held)
@@ -38,12 +39,12 @@ def check_repeatable(model: nn.Module) -> None:
 
 
 def caches(model: nn.Module) -> bool:
-    """Whether a cache of diffusers is enabled on a model."""
+    """Return whether a cache of diffusers is enabled on a model."""
     return bool(getattr(model, "is_cache_enabled", False))
 
 
 def is_group_offloaded(model: nn.Module) -> bool:
-    """Whether diffusers moves groups of a model's weights to another device, or to files."""
+    """Return whether diffusers moves groups of a model's weights to another device or to disk."""
     for module in model.modules():
         registry = getattr(module, "_diffusers_hook", None)
         hook = None if registry is None else registry.get_hook("group_offloading")
@@ -57,12 +58,12 @@ def is_group_offloaded(model: nn.Module) -> bool:
 
 @contextmanager
 def fresh_cache(model: nn.Module) -> Iterator[None]:
-    """Let a model with a cache start anew inside the context, and leave it empty."""
+    """Start with an empty cache inside the context, and empty it on exit; no-op without a cache."""
     if not caches(model):
         yield
         return
     cached = cast(Any, model)
-    cached._reset_stateful_cache()  # as pipelines do at their end; not all caches know contexts
+    cached._reset_stateful_cache()  # as pipelines do at the end; not all caches have contexts
     try:
         with cached.cache_context("mteditflow"):
             yield

@@ -1,6 +1,6 @@
-"""Calls of consecutive denoising steps, recognized at the first of them.
+"""Patterns of calls over consecutive denoising steps, recognized at the first step of each.
 
-Where guidance is active in only some steps, each run of steps with the same calls is a pattern of
+Where guidance is active in only some steps, each run of steps with the same calls has a pattern of
 its own.
 """
 
@@ -18,19 +18,19 @@ from mteditflow.pipelines.flow_times import find_times, named_time
 from mteditflow.pipelines.guidance import Combination
 from mteditflow.pipelines.recognize import Call, Place, ReplayError, find_sample, repeat_rows
 
-PROOF_ROWS = 3  # of a pattern at most
+PROOF_ROWS = 3  # most rows of a pattern that are replayed as a proof
 
 
 @dataclass
 class CallPattern:
-    """One call of every step of a pattern, as it was at the first of them.
+    """Call that every step of a pattern makes, with its arguments at the first step.
 
     Attributes:
-        module: what was called; None for the transformer.
-        place: where it holds the noisy sample.
-        constants: all other arguments.
-        rest: what the sample's argument holds besides the sample.
-        times: by name what the arguments that may hold the flow time held, per step.
+        module: the module that is called; None: the transformer.
+        place: position of the noisy sample among its arguments.
+        constants: all other arguments by name.
+        rest: the rest of the argument that holds the sample; None if there is none.
+        times: by name, the values per step of the arguments that may hold the flow time.
     """
 
     module: nn.Module | None
@@ -49,7 +49,18 @@ class CallPattern:
         *,
         outputs: Sequence[Any],
     ) -> CallPattern:
-        """Recognize a call of a first step, in which the transformer returned these outputs."""
+        """Recognize a call of a pattern's first step.
+
+        Args:
+            call: the call.
+            sample: noisy sample of the step, [B, ...].
+            timestep: the scheduler's timestep, 0-d.
+            velocity: the velocity that the scheduler receives, [B, ...].
+            outputs: what the transformer returned in all calls of the step.
+
+        Raises:
+            ReplayError: not exactly one argument holds the sample, or none holds the timestep.
+        """
         place = find_sample(call.arguments, sample)
         rows = repeat_rows(sample, place.copies)
         parts = place.split(call.arguments[place.name], rows)
@@ -61,7 +72,7 @@ class CallPattern:
         return cls(call.module, place, constants, parts[1], {name: [] for name in times})
 
     def fits(self, call: Call, sample: Tensor) -> bool:
-        """Whether a later call has the same arguments, in the same forms."""
+        """Return whether a later call has the same arguments, in the same forms."""
         rows, given = repeat_rows(sample, self.place.copies), call.arguments
         return (
             call.module is self.module
@@ -71,9 +82,12 @@ class CallPattern:
         )
 
     def time_names(self) -> list[str]:
-        """Names of the arguments that hold the flow time: those that change with the steps.
+        """Return the names of the arguments that hold the flow time: those that change by step.
 
-        Of a single step, those that are named like a time, or the only one there is.
+        For a single step: those that are named like a time, or the only candidate.
+
+        Raises:
+            ReplayError: no argument changes, or a single step has several candidates.
         """
         steps = self.times.items()
         found = [name for name, held in steps if any(not torch.equal(x, held[0]) for x in held)]
@@ -89,7 +103,7 @@ class CallPattern:
 
 
 class Row(NamedTuple):
-    """One trajectory's share of a step: its number, x_t, sigma (0-d) and the velocity."""
+    """One row of a step: index of the trajectory, x_t, sigma (0-d) and velocity."""
 
     trajectory: int
     x_t: Tensor
@@ -99,13 +113,13 @@ class Row(NamedTuple):
 
 @dataclass
 class Pattern:
-    """Pattern of consecutive steps, taken from the first of them, and what varies over them.
+    """Calls of consecutive steps, recognized at the first of them.
 
     Attributes:
-        first: number of that step.
-        calls: of the transformer and of modules that give it arguments, in order.
-        combination: how the transformer's outputs make the scheduler's velocity.
-        rows: single rows of its steps to be proved: several of the first step, one of each other.
+        first: index of that step.
+        calls: calls of the transformer and of modules that give it arguments, in order.
+        combination: formula from the transformer's outputs to the scheduler's velocity.
+        rows: rows to replay as a proof: ``PROOF_ROWS`` of the first step, one of each later step.
     """
 
     first: int
@@ -117,7 +131,12 @@ class Pattern:
     def of(
         cls, first: int, calls: Sequence[Call], combination: Combination, *step: Tensor
     ) -> Pattern:
-        """Recognize the calls of a first step, by its sample, timestep and velocity."""
+        """Recognize the calls of a first step; ``step`` is its sample, timestep and velocity.
+
+        Raises:
+            ReplayError: the transformer is not called once or twice, or its two calls hold the
+                sample in different ways.
+        """
         own = [call for call in calls if call.module is None]
         if not own:
             raise ReplayError(
@@ -146,22 +165,23 @@ class Pattern:
 
     @property
     def branches(self) -> list[CallPattern]:
-        """The calls of the transformer."""
+        """Return the calls of the transformer: one, or two under classifier-free guidance."""
         return [call for call in self.calls if call.module is None]
 
     def fits(self, calls: Sequence[Call], sample: Tensor) -> bool:
-        """Whether a step's calls have the arguments of this pattern, and in its forms."""
+        """Return whether a step's calls have the arguments of this pattern, in the same forms."""
         return len(calls) == len(self.calls) and all(
             one.fits(call, sample) for one, call in zip(self.calls, calls, strict=True)
         )
 
 
 def link_outputs(calls: Sequence[Call]) -> list[Call]:
-    """The calls of a step that make its velocity, linked where one is given another's outputs.
+    """Return the calls of a step that produce its velocity.
 
-    Modules whose outputs the transformer is not given, such as an encoder within the loop, are
-    left out.
+    Where the transformer takes a tensor that another call returned, an ``OutputOf`` replaces it.
+    Calls of other modules, such as an encoder within the loop, are left out.
     """
+    # By id, which is unique, since ``calls`` keep all of these tensors alive.
     made: dict[int, tuple[int, int]] = {}
     used: list[int] = []
 
@@ -185,12 +205,13 @@ def link_outputs(calls: Sequence[Call]) -> list[Call]:
 
 
 class Version(NamedTuple):
-    """A tensor by its argument's name, with what tells of changes in place.
+    """Tensor of an argument, with its version, by which a change in place is detected.
 
     Attributes:
-        name: of the argument.
-        tensor: as it was given.
-        version: autograd's count of its changes, or a copy of an inference tensor, which has none.
+        name: name of the argument.
+        tensor: the tensor itself.
+        version: autograd's count of in-place changes; for inference tensors, which have no such
+            count, a copy.
     """
 
     name: str
@@ -199,14 +220,14 @@ class Version(NamedTuple):
 
     @property
     def changed(self) -> bool:
-        """Whether it was changed in place since."""
+        """Return whether the tensor was changed in place since."""
         if isinstance(self.version, Tensor):
             return not torch.equal(self.version, self.tensor)
         return self.tensor._version != self.version
 
     @staticmethod
     def check(versions: Sequence[Version]) -> None:
-        """Raise if one of the tensors was changed in place since."""
+        """Raise ``ReplayError`` if one of the tensors was changed in place since."""
         for each in versions:
             if each.changed:
                 name = each.name
@@ -216,7 +237,7 @@ class Version(NamedTuple):
 
 
 def versions_of(arguments: Sequence[dict[str, Any]]) -> list[Version]:
-    """Every tensor with its argument's name and its version."""
+    """Return a ``Version`` for every tensor in these arguments."""
     return [
         Version(name, leaf, leaf.clone() if leaf.is_inference() else leaf._version)
         for named in arguments

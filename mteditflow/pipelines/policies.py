@@ -1,4 +1,4 @@
-"""Current, old, averaged and reference policy as LoRA adapters on one model."""
+"""LoRA adapters on one model as the current, old, averaged and reference policies."""
 
 from __future__ import annotations
 
@@ -32,37 +32,38 @@ from mteditflow.pipelines.start import Start, add_lora
 
 
 class LoraPolicies:
-    r"""Policies on one model: an adapter in training, those that follow it, and none.
+    r"""Current, old, averaged and reference policies on one model, as LoRA adapters.
 
-    ``current`` is trained, and is what the model is outside of any ``use``. ``old`` moves only by
-    ``update_old``, ``ema`` (if wanted) only by ``update_ema``. ``reference`` is the model without
-    adapters. Adapters start as exact no-ops, so all are equal at first. Their weights are float32
-    even on a half-precision model, where small updates and a slow average would be rounded away;
-    only those of ``current`` take gradients.
+    ``current`` is trained, and is active outside of any ``use``. ``old`` changes only by
+    ``update_old``, ``ema`` (optional) only by ``update_ema``. ``reference`` is the model without
+    adapters. Adapters start as exact no-ops, so all policies are equal at first. Their weights are
+    float32 even on a half-precision model, where small updates and a slow average would be rounded
+    away. Only those of ``current`` take gradients.
 
-    With ``start`` they begin as a LoRA that there is, not as the base model; see ``Start``.
+    With ``start`` the policies begin at an existing LoRA instead of the base model; see ``Start``.
 
-    Make it before the model goes to DDP or to FSDP2's ``fully_shard`` (by hand, or by accelerate's
-    ``prepare``) and go on using it after; there, every rank makes the same calls in the same order.
+    Construct it before the model goes to DDP or to FSDP2's ``fully_shard`` (by hand, or by
+    accelerate's ``prepare``), and keep using it afterwards. Every rank must then make the same
+    calls in the same order.
 
     Args:
-        model: a diffusers transformer (any module will do) without adapters, compiled or not; its
-            own weights are frozen. Fuse or unload other LoRAs first, and load none after.
+        model: a diffusers transformer (or any other module) without adapters, compiled or not; its
+            own weights are frozen. Fuse or unload other LoRAs first, and load none later.
         config: rank, scale, dropout and target modules of the adapters, and biases.
-        seed: of the initial weights; the global generators are left as they were.
+        seed: seed of the initial weights; the global generators do not change.
         ema: whether there is an averaged policy.
         start: LoRA to begin with, continued or frozen below the adapters; None: the base model.
         few_steps: weights of a LoRA as ``read_lora`` returns them, such as one distilled for few
             steps, that is active only inside ``use(policy, few_steps=True)``. It is neither trained
-            nor saved. Objectives that need no likelihood of the sampler, as NFT, can train without
-            it what was sampled with it. None: there is none.
+            nor saved. An objective that needs no likelihood of the sampler, such as NFT, may sample
+            with it and train without it. None: there is none.
 
     Raises:
         TypeError: the config is of another method than LoRA.
         ValueError: the model has adapters already or is wrapped by DDP or FSDP, no module matches
-            the config, the start or ``few_steps`` does not fit, or policies of such a config
-            would not start equal, share the base model or be saved whole; the message has the field
-            and the reason.
+            the config, the start or ``few_steps`` does not fit, or with a field of the config the
+            policies would not start equal, share the base model or be saved whole. The message has
+            the field and the reason.
 
     Source: DiffusionNFT (arXiv 2509.16117) for the old policy.
 
@@ -105,6 +106,7 @@ class LoraPolicies:
         self._may_be_equal = True
         self._adapters = ("current", "old", "ema") if ema else ("current", "old")
         model.requires_grad_(False)
+        # The order decides which random numbers are current's: changing it changes every run.
         drawn = ("old", "current", *self._adapters[2:])
         self._layers = add_adapters(self._bare, config, drawn, seed)
         self._scales = {name: x.scaling["current"] for name, x in self._layers.items()}
@@ -114,7 +116,7 @@ class LoraPolicies:
         if few_steps is not None:
             self._layers = add_lora(self._bare, "few_steps", few_steps)
             self._frozen += ("few_steps",)
-        for layer in self._layers.values():
+        for layer in self._layers.values():  # also sets which adapter's weights take gradients
             layer.set_adapter("current")
         self._switch("current")
         if start is not None:
@@ -123,10 +125,10 @@ class LoraPolicies:
             self._follow(name, decay=0.0)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Weights of the current policy, for the optimizer: all that is trained, each once.
+        """Return the weights of the current policy, for the optimizer: all that is trained.
 
         Raises:
-            RuntimeError: adapters were changed from outside, as by loading another LoRA.
+            RuntimeError: adapters were changed by other means, as by loading another LoRA.
         """
         weights = self._parameters("current")
         if not all(weight.requires_grad for weight in weights):
@@ -134,30 +136,32 @@ class LoraPolicies:
         return weights
 
     def old_parameters(self) -> list[nn.Parameter]:
-        """Weights of the old policy, in the order of ``parameters``."""
+        """Return the weights of the old policy, in the order of ``parameters``."""
         return self._parameters("old")
 
     @contextmanager
     def use(self, policy: str, *, few_steps: bool = False) -> Iterator[None]:
-        """Let the model be another policy inside the context; nests, and restores on exceptions.
+        """Switch the model to another policy inside the context.
 
-        Which weights take gradients does not change. Under gradient checkpointing the backward
-        pass runs the model again, as the policy of that moment: leave the context before it. It is
-        the model that changes: use it in one thread at a time.
+        Contexts may be nested, and the policy before is restored after exceptions, too. Which
+        weights take gradients does not change. Under gradient checkpointing the backward pass runs
+        the model again under the policy that is active then: leave the context before it. The model
+        itself is switched, so use it in one thread at a time.
 
         Args:
             policy: "current", "old", "ema" or "reference".
-            few_steps: whether the LoRA of that name is active on top.
+            few_steps: whether the LoRA of that name is active on top of the policy.
 
         Raises:
             ValueError: there is no such policy, or no LoRA for few steps.
-            RuntimeError: adapters were changed from outside, as by loading another LoRA.
+            RuntimeError: adapters were changed by other means, as by loading another LoRA.
         """
         if policy != "reference":
             self._check_adapter(policy, "reference")
         if few_steps and "few_steps" not in self._frozen:
             raise ValueError("few_steps: there is no such LoRA; make LoraPolicies with few_steps=")
         self._check_adapters()
+        # The whole stack is kept and restored: in an outer ``use`` few_steps may be active.
         before = self._in_use, self._stack
         try:
             self._switch(policy, few_steps)
@@ -168,10 +172,10 @@ class LoraPolicies:
 
     @property
     def old_equals_current(self) -> bool:
-        """Whether both are equal, so that a forward pass of the old policy can be skipped.
+        """Return whether both are equal, so that a forward pass of the old policy can be skipped.
 
-        Known without reading the weights once they have differed; only ``update_old`` and
-        ``load`` can make them equal again. One answer for all ranks where weights are sharded.
+        Once the weights have differed, they are not compared again before ``update_old``, ``load``
+        or ``load_state_dict``. All ranks return the same value where weights are sharded.
         """
         if self._may_be_equal:
             weights = self.parameters()
@@ -181,15 +185,16 @@ class LoraPolicies:
         return self._may_be_equal
 
     def old_velocity(self, velocity: Tensor, forward: Callable[[], Tensor]) -> Tensor:
-        """Velocity of the old policy, without gradient, and without a forward pass where equal.
+        """Return the old policy's velocity without gradient; no forward pass where both are equal.
 
         Args:
-            velocity: of the current policy.
-            forward: computes the velocity at the same inputs, such as a lambda around
-                ``rollout.velocity``; called as the old policy, under no_grad, where the two differ.
+            velocity: velocity of the current policy, of any shape.
+            forward: returns the velocity at the same inputs, such as a lambda around
+                ``rollout.velocity``. It is called under the old policy and no_grad, and only where
+                the two policies differ.
 
         Returns:
-            Shape of ``velocity``; its detached value if old and current are equal.
+            The shape of ``velocity``; its detached value if old and current are equal.
         """
         if self.old_equals_current:
             return velocity.detach()
@@ -220,11 +225,15 @@ class LoraPolicies:
         self._follow("ema", decay)
 
     def state_dict(self, policy: str = "current") -> dict[str, Tensor]:
-        """Weights of the "current", "old" or "ema" policy, named as peft saves them, and scales.
+        """Return the weights of the "current", "old" or "ema" policy, and the scales of its layers.
 
-        A layer's scale, alpha / rank, is named ``<layer>.lora_scale``: without it, weights do not
-        say what a policy is. Copies on the CPU, whole even where weights are sharded; every rank
-        calls it then.
+        Weights have the names that peft saves. A layer's scale, alpha / rank, has the name
+        ``<layer>.lora_scale``: weights alone do not determine a policy. All are copies on the CPU,
+        and whole; where weights are sharded, every rank must call it.
+
+        Raises:
+            ValueError: there is no such policy, or it has no weights, as "reference".
+            RuntimeError: DeepSpeed holds the weights, or adapters were changed by other means.
         """
         return {name: whole(x) for name, x in self._named(policy).items()} | self._scale_state()
 
@@ -233,11 +242,12 @@ class LoraPolicies:
 
         Args:
             state: what ``state_dict`` returned, on any number of ranks; the same on every rank.
-            policy: whose weights to set.
+            policy: policy whose weights are set.
 
         Raises:
-            ValueError: names, shapes or scales are not those of ``state_dict()``; nothing has
-                changed then.
+            ValueError: there is no such policy, or names, shapes or scales are not those of
+                ``state_dict()``; no weight changes then.
+            RuntimeError: DeepSpeed holds the weights, or adapters were changed by other means.
         """
         checked = self._checked(state, policy)
         for name, weight in self._named(policy).items():
@@ -258,10 +268,10 @@ class LoraPolicies:
 
         Args:
             pipeline: the pipeline whose transformer the model is.
-            directory: where to; made if missing.
+            directory: output directory, created if missing.
             policy: "current", "old" or "ema".
-            state: its ``state_dict()``, if at hand. One rank can then call this alone; without,
-                every rank where weights are sharded calls it, each with a directory of its own.
+            state: its ``state_dict()``, with which one rank may call this alone. None: where
+                weights are sharded, every rank must call it, each with its own directory.
 
         Raises:
             ValueError: ``state`` is not of these adapters.
@@ -271,12 +281,12 @@ class LoraPolicies:
         if self._start.frozen:
             weights = self._start.to_file(weights, self._scales)
             config = unit_config(weights)
-        # diffusers leaves dropout of an adapter that it loads on, in eval mode too.
+        # diffusers keeps the dropout of an adapter that it loads active, even in eval mode.
         fields = config.to_dict() | {"lora_dropout": 0.0}
         type(pipeline).save_lora_weights(
             directory,
             transformer_lora_layers=weights,
-            transformer_lora_adapter_metadata={  # sets have another order in every process
+            transformer_lora_adapter_metadata={  # the order of a set differs between processes
                 name: sorted(x) if isinstance(x, set) else x for name, x in fields.items()
             },
         )
@@ -291,14 +301,19 @@ class LoraPolicies:
     ) -> None:
         """Set a policy, "current", "old" or "ema", to a LoRA file; others stay as they are.
 
-        The policy is then what ``pipeline.load_lora_weights`` would give, exactly where the file
-        has the scale of these adapters, as one of ``save`` has; where its alpha is another, the
-        weights are multiplied, and the velocity is the same up to rounding. So is it where a start
-        is frozen, which the file must begin with.
+        The policy then equals what ``pipeline.load_lora_weights`` gives: exactly if the file has
+        the scale of these adapters, as a file of ``save`` has. With another alpha the weights are
+        rescaled, and the velocity is equal up to rounding; so it is above a frozen start, with
+        which the file must begin.
+
+        Args:
+            pipeline: the pipeline whose transformer the model is.
+            directory: a directory as ``save`` writes it, or a safetensors file.
+            policy: "current", "old" or "ema".
 
         Raises:
-            ValueError: the file is of an adapter of another rank, method or of other modules, or
-                does not hold the frozen start.
+            ValueError: the file is of another method, rank or set of modules, or does not begin
+                with the frozen start.
             OSError: there is no such file.
         """
         if self._start.frozen:
@@ -315,7 +330,7 @@ class LoraPolicies:
         check_choice("policy", policy, (*self._adapters, *others))
 
     def _check_adapters(self) -> None:
-        """Raise ``RuntimeError`` where others have added, dropped, switched or fused adapters."""
+        """Raise ``RuntimeError`` if adapters were added, deleted, switched or fused elsewhere."""
         there = getattr(self._bare, "peft_config", {})
         held = {*self._adapters, *self._frozen}
         if set(there) != held:
@@ -334,7 +349,7 @@ class LoraPolicies:
                     raise _changed(f"scale {wanted_scale} in {name}", f"{layer.scaling}")
 
     def check_current(self) -> None:
-        """Raise ``RuntimeError`` unless the model is the current policy, in ``use`` of no other."""
+        """Raise ``RuntimeError`` unless the current policy is active, without few-step LoRA."""
         self._check_adapters()
         if self._in_use != "current" or "few_steps" in self._stack:
             few_steps = ", few_steps=True" * ("few_steps" in self._stack)
@@ -352,7 +367,7 @@ class LoraPolicies:
         return list(self._weights(policy).values())
 
     def _weights(self, policy: str) -> dict[str, nn.Parameter]:
-        """Weights as they are held now, by name: FSDP2 swaps them, so none is kept."""
+        """Return the weights of a policy by name, looked up anew, since FSDP2 replaces them."""
         self._check_adapter(policy)
         self._check_adapters()
         reshard(self._bare)
@@ -363,7 +378,7 @@ class LoraPolicies:
         return weights
 
     def _named(self, policy: str) -> dict[str, nn.Parameter]:
-        """Weights to read or set whole."""
+        """Return the weights of a policy that can be read or set as a whole."""
         weights = self._weights(policy)
         refuse_deepspeed(weights.values())
         return weights
@@ -375,7 +390,11 @@ class LoraPolicies:
         }
 
     def _checked(self, state: Mapping[str, Tensor], policy: str) -> dict[str, Tensor]:
-        """Weights of a state without scales, or ``ValueError`` if it is of other adapters."""
+        """Return the weights of a state without its scales.
+
+        Raises:
+            ValueError: names, shapes or scales are those of other adapters.
+        """
         weights, scales = self._named(policy), self._scale_state()
         expected = {name: list(x.shape) for name, x in {**weights, **scales}.items()}
         given = {name: list(x.shape) for name, x in state.items()}
@@ -399,7 +418,7 @@ class LoraPolicies:
 
 
 def _changed(expected: str, got: str) -> RuntimeError:
-    """Error for adapters that were changed by other means than ``LoraPolicies``."""
+    """Return the error for adapters that were changed by other means than ``LoraPolicies``."""
     return RuntimeError(
         f"model: expected {expected}, got {got}: adapters were changed from outside, as by "
         "load_lora_weights, set_adapters, fuse_lora, delete_adapters, disable_lora or to(dtype); "
@@ -409,6 +428,6 @@ def _changed(expected: str, got: str) -> RuntimeError:
 
 
 def _differing(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """A few names under which two mappings differ."""
+    """Return the first four names under which two mappings differ."""
     names = sorted(given.keys() | expected.keys())
     return [name for name in names if given.get(name) != expected.get(name)][:4]

@@ -1,4 +1,4 @@
-"""Embeddings of instructions: computed once each, by encoders that visit the device."""
+"""Embeddings of instructions, computed once each by encoders that are moved to the device."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction as text encoders read it; equal ones have equal embeddings.
+    """Instruction with all inputs of the text encoders; equal ones have equal embeddings.
 
     Attributes:
-        text: the words.
+        text: text of the instruction.
         negative: whether it is a negative prompt.
-        images: pictures that are read with it, in order, compared by ``content``.
-        content: digests of the pictures.
+        images: images that the encoder reads with it, in order; compared by ``content``.
+        content: digests of the images.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Instruction:
 
     @classmethod
     def about(cls, text: str, *images: Image, negative: bool = False) -> Instruction:
-        """Return an instruction that is read with pictures."""
+        """Return an instruction that the encoder reads together with images."""
         return cls(text, negative, images, ", ".join(map(_digest, images)))
 
 
@@ -58,19 +58,19 @@ def _digest(image: Image) -> str:
 
 
 class Prompts(Generic[_Key]):
-    """Looks up the embeddings of instructions, and computes those that are new.
+    """Cache of the embeddings of instructions, which computes missing ones.
 
     Each instruction is embedded alone: in another batch its embedding could differ in the last
-    bits, and then a trajectory would depend on its neighbors. All new ones of a call share one
-    stay of the encoders on the device.
+    bits, and a trajectory would depend on the others of its batch. The encoders are moved to the
+    device once for all new instructions of a call.
 
     Args:
-        encode: the embeddings of one instruction: of each kind a tensor of one row, a list of one
-            tensor, or None. An editor asks for an ``Instruction``.
-        encoders: the modules that ``encode`` uses, on the host.
-        device: where they work.
-        capacity: embeddings of how many instructions are kept on the host, the last used.
-        store: keeps embeddings on disk; None: those that are forgotten are computed again.
+        encode: returns the embeddings of one instruction, each a tensor of one row, a list of one
+            tensor, or None. An editor passes an ``Instruction``.
+        encoders: modules that ``encode`` calls, on the host.
+        device: device on which they run.
+        capacity: number of instructions whose embeddings stay on the host, the most recently used.
+        store: store of embeddings on disk; None: evicted embeddings are computed again.
 
     Raises:
         ValueError: the capacity is below 1.
@@ -97,7 +97,7 @@ class Prompts(Generic[_Key]):
 
     @torch.no_grad()
     def __call__(self, instructions: Iterable[_Key]) -> dict[_Key, list[Embedding]]:
-        """Embeddings of each instruction, on the host, however many there are.
+        """Return the embeddings of each instruction, on the host, even beyond the capacity.
 
         Raises:
             OSError: the store cannot be read or written.
@@ -120,9 +120,9 @@ class Prompts(Generic[_Key]):
     def prepare(self, instructions: Iterable[_Key]) -> int:
         """Store the embeddings of instructions that are not stored yet, and return their number.
 
-        All share one stay of the encoders on the device; none is kept on the host. Of a file that
-        is there the header is read alone: one whose numbers are damaged is found out when it is
-        looked up, and made again then.
+        The encoders are moved to the device once, and no embedding is kept on the host. Of an
+        existing file only the header is read: a file with damaged values is detected when its
+        embeddings are looked up, and computed again then.
 
         Raises:
             ValueError: there is no store.
@@ -130,14 +130,14 @@ class Prompts(Generic[_Key]):
         """
         store = self._store
         if store is None:
-            raise ValueError("prompts: expected a store for what is embedded ahead, got none")
+            raise ValueError("prompts: expected a store for the embeddings, got none")
         new = [text for text in dict.fromkeys(instructions) if not store.has(text)]
         for _ in self._each_encoded(new):
             pass
         return len(new)
 
     def _each_encoded(self, new: Sequence[_Key]) -> Iterator[tuple[_Key, list[Embedding]]]:
-        """Encode instructions one by one, during one stay of the encoders; store what is new."""
+        """Encode and store instructions one by one, while the encoders are on the device."""
         if not new:
             return
         with working_on(self._encoders, self._device):
@@ -156,11 +156,11 @@ def _moved(embedding: Embedding, device: torch.device | str) -> Embedding:
 
 @contextmanager
 def working_on(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Let modules be on a device inside the context.
+    """Move modules to a device inside the context.
 
-    Afterwards their weights are the very tensors that they were before: frozen weights need no copy
-    back, and the device's memory is free. Quantized ones, whose scales lie beside them, are moved
-    there and back.
+    On exit their weights are the same host tensors as before: frozen weights need no copy back, and
+    the device's memory is freed. Quantized modules, whose scales are not in ``parameters()``, are
+    moved there and back.
     """
     quantized = [module for module in modules if is_quantized(module)]
     plain = [module for module in modules if not is_quantized(module)]
@@ -182,13 +182,13 @@ def working_on(modules: Sequence[nn.Module], device: torch.device) -> Iterator[N
 def check_text_options(
     family: Family, device: Any, folder: Any, ahead: Sequence[Instruction]
 ) -> None:
-    """Raise ``ValueError`` where options of text encoding would be ignored.
+    """Raise ``ValueError`` if an option of text encoding would be ignored.
 
     Args:
         family: family of the pipeline.
-        device: where encoders work, if not where the transformer does.
+        device: device of the text encoders, if not that of the transformer.
         folder: folder of stored embeddings, if any.
-        ahead: instructions to embed ahead.
+        ahead: instructions to embed before the run.
     """
     name = family.pipeline.__name__
     if not family.embeddings and (device, folder) != (None, None):
@@ -217,10 +217,20 @@ def load_prompts(
     quantize_to: str | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Prompts[Instruction]:
-    """The text parts alone, on the host, with a cache of ``capacity`` embeddings.
+    """Load the text components alone, on the host, with a cache of ``capacity`` embeddings.
 
-    They encode as a call of the full pipeline with these call options does, up to what the
-    quantization of their weights changes.
+    Embeddings equal those of a call of the full pipeline with these options, apart from the effect
+    of quantized weights.
+
+    Args:
+        source: a directory or hub id in diffusers format.
+        family: family of the pipeline.
+        dtype: dtype of the encoders' weights.
+        device: device on which they run.
+        options: call options, as ``Family.call_options`` returns them.
+        capacity: number of instructions whose embeddings stay on the host.
+        quantize_to: "int8" or "nf4"; None: no quantization.
+        folder: folder of stored embeddings; None: none are stored.
     """
     texts = family.pipeline.from_pretrained(source, dtype=dtype, transformer=None, vae=None)
     encoders = modules_of(texts)
@@ -230,6 +240,7 @@ def load_prompts(
             quantize(module, quantize_to, torch.device("cpu"))
     store = None
     if folder is not None:
+        # All that decides on an embedding besides the instruction: it is part of a file's name.
         made_by = [
             *(family.pipeline.__name__, diffusers.__version__, transformers.__version__),
             *(str(dtype), quantize_to, torch.device(device).type),
@@ -262,13 +273,13 @@ def load_prompts(
 
 
 def _parts_hash(source: str | os.PathLike[str], family: Family) -> str:
-    """Hash of the files of the text parts, on disk or in the hub's cache."""
+    """Return a hash of the files of the text components, on disk or in the hub's cache."""
     folder = Path(source) if Path(source).exists() else Path(DiffusionPipeline.download(source))
     return " ".join(str(content_hash(folder / part)) for part in family.text_parts)
 
 
 def _or_ones(name: str, embeddings: Mapping[str, Any]) -> Embedding:
-    """An embedding by name; a mask that is None, since no token is padding, as one of ones."""
+    """Return an embedding by name; a mask of None, which means no padding, becomes all ones."""
     found = embeddings[name]
     if found is not None or not name.endswith("_mask"):
         return cast(Embedding, found)
@@ -277,5 +288,5 @@ def _or_ones(name: str, embeddings: Mapping[str, Any]) -> Embedding:
 
 
 def modules_of(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """The modules of a pipeline."""
+    """Return the modules among a pipeline's components."""
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]

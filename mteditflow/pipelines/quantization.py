@@ -1,4 +1,4 @@
-"""Frozen linear layers in 8 or 4 bits, so that a base model fits where its adapters train."""
+"""Frozen linear layers in 8 or 4 bits, to save memory while adapters are trained."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from mteditflow._checks import check_choice
 
-#: Package of each kind.
+#: Package that each kind of quantization needs.
 QUANTIZATIONS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
 def check_quantization(kind: str) -> None:
-    """Raise unless models can be quantized in this way here.
+    """Raise unless this kind of quantization is available.
 
     Raises:
         ValueError: the kind is neither "int8" nor "nf4", or its package is not installed.
@@ -33,13 +33,13 @@ def check_quantization(kind: str) -> None:
 def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
     """Quantize the linear layers of a model's blocks, in place and one by one, on a device.
 
-    Layers outside of blocks (embedders, head) and those that the model keeps in float32 stay as
-    they are, and where they are. Inputs and outputs keep their dtype: weights alone are quantized.
+    Layers outside of blocks (embedders, head) and those that the model keeps in float32 do not
+    change, and are not moved. Only weights are quantized; inputs and outputs keep their dtype.
 
     Args:
-        model: frozen, on the host.
+        model: a frozen model on the host.
         kind: "int8", symmetric per row; or "nf4", in blocks of 64 weights (QLoRA).
-        device: where layers are quantized, and stay.
+        device: device on which layers are quantized, and on which they stay.
 
     Raises:
         ValueError: as ``check_quantization``.
@@ -53,12 +53,12 @@ def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a model has weights of a class of their own, as quantized ones are."""
+    """Return whether a model has weights of another class than ``nn.Parameter``."""
     return any(type(x) is not nn.Parameter for x in model.parameters())
 
 
 def layers_in_blocks(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside of lists of blocks, less those kept in float32."""
+    """Return the names of the linear layers in lists of blocks, without those kept in float32."""
     blocks = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return [

@@ -1,8 +1,9 @@
-"""How a pipeline calls its transformer, recognized from the tensors of one denoising step.
+"""Recognize how a pipeline calls its transformer, from the tensors of one denoising step.
 
-The pipeline's class does not matter. Three things are recognized by equality: which argument holds
-the noisy sample and where in it (``Place``), which one holds the flow time and in what unit (a
-clock), and how the outputs of one step's calls become the scheduler's velocity (``Guidance``).
+Nothing depends on the pipeline's class. Three things are recognized by comparing values: the
+argument that holds the noisy sample and the position in it (``Place``), the argument that holds the
+flow time and its unit (``flow_times.Time``), and the formula that turns the outputs of one step's
+calls into the scheduler's velocity (``guidance.Guidance``).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 
 class ReplayError(ValueError):
-    """A recorded call that could not be replayed faithfully; the message says why."""
+    """A recorded call could not be replayed faithfully; the message gives the reason."""
 
 
 class Call(NamedTuple):
-    """One call of a step: the module, None for the transformer; arguments by name; outputs."""
+    """One call within a step: its module (None: the transformer), named arguments and output."""
 
     module: nn.Module | None
     arguments: dict[str, Any]
@@ -28,30 +29,31 @@ class Call(NamedTuple):
 
 
 def repeat_rows(x: Tensor, copies: int) -> Tensor:
-    """All rows, ``copies`` times one after the other."""
+    """Repeat a batch along its first axis, [B, ...] to [copies * B, ...]."""
     return x if copies == 1 else torch.cat([x] * copies)
 
 
 def memory_axes(x: Tensor) -> tuple[int, ...]:
-    """The axes of a tensor from slowest to fastest in memory; those of size 1 do not count."""
+    """Return the axes of a tensor from the largest stride to the smallest."""
     axes = range(x.ndim)
+    # An axis of size 1 may have any stride; ``is_contiguous`` ignores it, sorting would not.
     return tuple(axes if x.is_contiguous() else sorted(axes, key=x.stride, reverse=True))
 
 
 def in_memory(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The same tensor with its axes from slowest to fastest in memory as given."""
+    """Return the same values stored with these axes from the largest stride to the smallest."""
     return x.permute(axes).contiguous().permute([axes.index(axis) for axis in range(x.ndim)])
 
 
 class Part(NamedTuple):
-    """A part of a tensor: its slice from ``start`` on along ``axis``, or all of it."""
+    """Part of a tensor: the slice of one axis that begins at ``start``, or the whole tensor."""
 
     axis: int = 0
     start: int = 0
     whole: bool = True
 
     def split(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None] | None:
-        """The part, of this shape, and what is beside it; None where no such part can be."""
+        """Return the part, which has this shape, and the rest; None if the shapes do not fit."""
         if self.whole or x.ndim != len(shape):
             return (x, None) if x.shape == shape else None
         stop = self.start + shape[self.axis]
@@ -63,7 +65,7 @@ class Part(NamedTuple):
         return part, beside
 
     def join(self, part: Tensor, beside: Tensor | None) -> Tensor:
-        """The tensor of which this is the part, and that the rest."""
+        """Return the tensor that ``split`` takes apart into this part and this rest."""
         if beside is None:
             return part
         before, after = beside.tensor_split((self.start,), dim=self.axis)
@@ -71,15 +73,19 @@ class Part(NamedTuple):
 
 
 def parts_equal(x: Tensor, sought: Tensor) -> Iterator[Part]:
-    """Every part of ``x`` that equals a tensor of as many rows and axes, in the dtype of ``x``."""
+    """Yield every part of ``x`` that equals ``sought``, compared in the dtype of ``x``.
+
+    Both have the same number of axes. A part has all rows, and is a slice of one other axis.
+    """
     differing = [a for a in range(sought.ndim) if x.shape[a] != sought.shape[a]]
     wanted = sought.to(x.dtype)
     if not differing and torch.equal(x, wanted):
         yield Part()
-    axis = differing[0] if len(differing) == 1 else 0  # the first is the batch's
+    axis = differing[0] if len(differing) == 1 else 0  # axis 0 is the batch, never sliced
     if axis == 0 or x.shape[axis] < sought.shape[axis]:
         return
     length = sought.shape[axis]
+    # Compare the first slice at every offset at once; few offsets need the whole comparison.
     candidates = x.narrow(axis, 0, x.shape[axis] - length + 1).movedim(axis, 0)
     first = (candidates == wanted.select(axis, 0)).flatten(1).all(1)
     for start in first.nonzero().flatten().tolist():
@@ -88,18 +94,18 @@ def parts_equal(x: Tensor, sought: Tensor) -> Iterator[Part]:
 
 
 class Form(NamedTuple):
-    """How an argument is a tensor with the axes of the sample.
+    """Form of an argument that can be read as a tensor with the axes of the sample.
 
     Attributes:
-        listed: whether it is a list with one tensor per row: Z-Image.
-        single: the axis of size 1 that it has besides, such as that of a single frame; or None.
+        listed: whether it is a list with one tensor per row, as Z-Image's is.
+        single: an additional axis of size 1, such as that of a single frame; None: there is none.
     """
 
     listed: bool = False
     single: int | None = None
 
     def tensor(self, argument: Any) -> Tensor | None:
-        """The argument as one tensor; None if it has another form."""
+        """Return the argument as one tensor; None if it has another form."""
         if self.listed:
             argument = _stacked(argument)
         if not isinstance(argument, Tensor) or self.single is None:
@@ -108,13 +114,13 @@ class Form(NamedTuple):
         return argument.squeeze(self.single) if fits else None
 
     def argument(self, x: Tensor) -> Any:
-        """The argument that is this tensor."""
+        """Return the argument in this form that holds a tensor."""
         x = x if self.single is None else x.unsqueeze(self.single)
         return list(x) if self.listed else x
 
 
 def _stacked(rows: Any) -> Tensor | None:
-    """Rows of one shape as a tensor."""
+    """Stack rows of one shape; None if they are no tensors of one shape."""
     if not isinstance(rows, (list, tuple)) or not rows:
         return None
     if not all(isinstance(x, Tensor) and x.shape == rows[0].shape for x in rows):
@@ -123,7 +129,7 @@ def _stacked(rows: Any) -> Tensor | None:
 
 
 def _forms(argument: Any, axes: int) -> Iterator[Form]:
-    """The forms in which an argument has as many axes as the sample."""
+    """Yield the forms in which an argument has as many axes as the sample."""
     x = argument if isinstance(argument, Tensor) else _stacked(argument)
     if x is None:
         return
@@ -135,16 +141,17 @@ def _forms(argument: Any, axes: int) -> Iterator[Form]:
 
 
 class Place(NamedTuple):
-    """Where a call holds the noisy sample.
+    """Position of the noisy sample among the arguments of a call.
 
     Attributes:
-        name: the argument.
-        dtype: its dtype.
-        copies: how often, along the batch: 2 where both branches of guidance share one call.
-        form: how that argument is a tensor.
-        part: where in that tensor.
-        axes: the sample's axes there from slowest to fastest in memory, which decides on kernels.
-        output: where in the output its velocity is.
+        name: name of the argument.
+        dtype: dtype of the argument.
+        copies: number of copies along the batch: 2 where both guidance branches share one call.
+        form: form of the argument.
+        part: part of the argument that is the sample.
+        axes: the sample's axes there from the largest stride to the smallest. The memory layout
+            selects the kernels, and with them the last bits of the result.
+        output: part of the output that is the velocity.
     """
 
     name: str
@@ -156,16 +163,20 @@ class Place(NamedTuple):
     output: Part = Part()
 
     def split(self, argument: Any, rows: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The part of an argument that should be these rows, and the rest; None if it has none."""
+        """Return the part of an argument in the sample's place, and the rest; None: none fits."""
         x = self.form.tensor(argument)
         return None if x is None else self.part.split(x, rows.shape)
 
     def join(self, rows: Tensor, rest: Tensor | None) -> Any:
-        """The argument that holds these rows and this rest."""
+        """Return the argument that holds these rows and this rest."""
         return self.form.argument(self.part.join(in_memory(rows, self.axes), rest))
 
     def velocity(self, output: Any, rows: Tensor) -> Tensor:
-        """The part of the transformer's output that belongs to the rows."""
+        """Return the part of the transformer's output that is the velocity of these rows.
+
+        Raises:
+            ReplayError: no part of the output has the shape of the rows.
+        """
         x = self._returned(output, rows)
         found = None if x is None else self.output.split(x, rows.shape)
         if found is None:
@@ -179,17 +190,19 @@ class Place(NamedTuple):
     def with_output(
         self, output: Any, rows: Tensor, velocity: Tensor, outputs: Sequence[Any]
     ) -> Place:
-        """The place with that part of the output of which the scheduler's velocity can be made.
+        """Return the place with the part of the output that explains the scheduler's velocity.
 
-        The output may be longer than the rows: by references as the argument is, by text before
-        them, by a predicted variance behind them. Under guidance the velocity is a sum of that part
-        of all outputs, with any weights, and need not be like one of them.
+        The output may be longer than the rows: by references, as the argument is, by text tokens
+        before them, or by a predicted variance after them. Under guidance the velocity is a
+        weighted sum of that part of all ``outputs`` and may resemble none of them. The candidate
+        with the best least-squares fit is chosen.
         """
         x, axis, part = self._returned(output, rows), self.part.axis, self.part
         if x is None or x.shape == rows.shape:
             return self
         differing = [a for a in range(1, x.ndim) if x.shape[a] != rows.shape[a]]
         axis = differing[0] if len(differing) == 1 else part.axis
+        # At the front, at the end (after text), or where the argument holds the sample.
         starts = {0, x.shape[axis] - rows.shape[axis]} | (
             {part.start} if axis == part.axis else set()
         )
@@ -203,7 +216,7 @@ class Place(NamedTuple):
         return self._replace(output=max(likeness, key=likeness.__getitem__, default=part))
 
     def _returned(self, output: Any, rows: Tensor) -> Tensor | None:
-        """The output as one tensor with the axes of the rows: in the argument's form, or plain."""
+        """Return the output as a tensor with the axes of the rows, whichever form it has."""
         for form in (self.form, Form(self.form.listed), Form(), Form(True, self.form.single)):
             x = form.tensor(output)
             if x is not None and x.ndim == rows.ndim:
@@ -211,7 +224,7 @@ class Place(NamedTuple):
         return None
 
     def __str__(self) -> str:
-        """Such as ``hidden_states`` begins with it on axis 1."""
+        """Return a phrase for messages, such as "`hidden_states` begins with it on axis 1"."""
         name = f"`{self.name}`"
         listed = " as a list of its rows" if self.form.listed else ""
         if self.part.whole:
@@ -224,17 +237,22 @@ class Place(NamedTuple):
 
 
 def _explained(velocity: Tensor, parts: Sequence[Tensor]) -> float:
-    """Share of a velocity's square that a weighted sum of the parts can make up, in [0, 1]."""
+    """Return the share of ``|velocity|^2`` that a weighted sum of the parts explains, in [0, 1]."""
     wanted = velocity.double().flatten()
     columns = torch.stack([x.double().flatten() for x in parts])
     products = columns @ wanted
+    # Normal equations: |projection|^2 = b^T (A A^T)^+ b. The pseudoinverse allows equal branches.
     explained = products @ torch.linalg.pinv(columns @ columns.T, hermitian=True) @ products
     power = wanted.square().sum()
     return float(explained / power) if power > 0 else 0.0
 
 
 def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:
-    """The one place that holds ``sample``, compared in the argument's dtype."""
+    """Return the one place that holds ``sample``, compared in the argument's dtype.
+
+    Raises:
+        ReplayError: none holds it, or several do.
+    """
     found = []
     for (name, argument), copies in product(arguments.items(), (1, 2)):
         rows = repeat_rows(sample, copies)
@@ -256,7 +274,7 @@ def find_sample(arguments: Mapping[str, Any], sample: Tensor) -> Place:
 
 
 def _nearest(arguments: Mapping[str, Any], sample: Tensor) -> str:
-    """Nearest match of the sample among the arguments, for an error."""
+    """Describe the argument that comes nearest to the sample, for an error message."""
     held = {n: list(x.shape) for n, x in arguments.items() if isinstance(x, Tensor)}
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.shape == sample.shape:

@@ -1,4 +1,4 @@
-"""Record what a pipeline does while it is called as usual, and prove that it can be replayed."""
+"""Record the calls of an unchanged pipeline, and prove that a replay reproduces them."""
 
 from __future__ import annotations
 
@@ -41,42 +41,44 @@ from mteditflow.pipelines.turn import Choice, Recorded, Turn
 class Recorder:
     """Context in which every call of a pipeline is recorded as one turn of its trajectories.
 
-    Inside, a copy of the pipeline's scheduler takes its place, of a subclass of its class, and its
-    modules have forward hooks; on exit, also by an exception, both are as before. Calls in one
-    context are the turns of one chain, in order. After an exception make a new recorder.
+    Inside the context, a copy of the pipeline's scheduler, of a subclass of its class, replaces the
+    scheduler, and forward hooks are on the pipeline's modules. Both are undone on exit, also after
+    an exception. Calls in one context are the turns of one chain, in order. After an exception make
+    a new recorder.
 
-    While it records, the recorder proves that its record suffices. At every step the transformer's
-    outputs must make exactly the velocity that the scheduler is given, from the sample that it
-    returned before, with arguments that do not change. When the loop over the timesteps ends, the
-    pipeline must still hold the result of the last step. Anything else raises. Sample in eval mode,
-    and replay under the same autocast.
+    While it records, the recorder proves that its record suffices for a replay. At every step the
+    transformer's outputs must give exactly the velocity that the scheduler receives, the sample
+    must be the one that the scheduler returned before, and all other arguments must be constant.
+    When the loop over the timesteps ends, the pipeline must still hold the result of the last step.
+    Anything else raises. Sample in eval mode, and replay under the same autocast.
 
-    Without a solver, a pipeline may also change its latents between steps or after the last (masks
-    of inpainting, callbacks), use another scheduler for flows (DPMSolver++, UniPC, Heun) or have a
-    cache on its transformer. The rollout then has the first and the last latents alone, in one
-    step per turn that is not stochastic. The last are those that the pipeline goes on with: what
-    NFT and its kin train on.
+    Without a solver, a pipeline may also change its latents between steps or after the last one
+    (inpainting masks, callbacks), use another scheduler for flows (DPMSolver++, UniPC, Heun) or
+    have a cache on its transformer. The rollout then has only the first and the last latents, in
+    one deterministic step per turn. The last latents are those that the pipeline decodes, on which
+    NFT and similar objectives train.
 
     Args:
         pipeline: any diffusers pipeline with a ``FlowMatchEulerDiscreteScheduler`` or a subclass of
-            it, or with another scheduler that samples a flow; docs/support.md lists those that are
-            tested, and what is refused.
-        solver: how stochastic steps are taken; None and ``ODE()`` sample like the pipeline's own
+            it, or with another scheduler that samples a flow. docs/support.md lists tested and
+            refused pipelines.
+        solver: solver of the stochastic steps; None and ``ODE()`` sample like the pipeline's own
             scheduler, bit for bit.
-        generators: of the step noise, one per trajectory of a call; their streams go on over turns.
-        stochastic_steps: indices of the steps that may draw noise, counted from the first that is
-            taken; None allows all.
-        reduction: of log-probs over elements, "mean" or "sum".
-        model: the module to record; None is ``pipeline.transformer``.
-        shared: names of transformer arguments that have no row or entry per trajectory, where
-            ``verify`` is off or does not find it. Two-axis ``..._ids``, lists of numbers and
-            tensors with no axis as long as the batch are known to be shared.
-        storage: device on which to keep the recording, such as "cpu"; None leaves it where it is.
-            Either way it is a copy.
-        verify: replay a few rows of the first turn, of its first, a middle and its last step, in a
-            batch of another size and compare, for one more forward pass; and of later turns, and of
-            steps with other calls, whose arguments may be read in other ways. Where that fails, the
-            other ways (rows along another axis, an entry per trajectory) are tried.
+        generators: generators of the step noise, one per trajectory of a call; later turns continue
+            their streams.
+        stochastic_steps: indices of the steps that may draw noise, counted from the first step that
+            is taken; None allows all.
+        reduction: reduction of log-probs over elements, "mean" or "sum".
+        model: the module to record; None: ``pipeline.transformer``.
+        shared: names of transformer arguments that have no row or entry per trajectory, needed
+            where ``verify`` is off or does not detect it. Two-axis ``..._ids``, lists of numbers
+            and tensors without an axis as long as the batch are taken as shared.
+        storage: device on which to keep the recording, such as "cpu"; None keeps each tensor on its
+            device. The recording is a copy either way.
+        verify: replay a few rows of the first turn's first, middle and last step in a batch of
+            another size, and compare; this costs one more forward pass. Later turns and steps are
+            replayed too if their arguments are of other kinds. Where the comparison fails, other
+            readings of the arguments (rows along another axis, an entry per trajectory) are tried.
 
     Raises:
         ValueError: the pipeline is no flow pipeline, or already being recorded; a solver is given
@@ -116,7 +118,7 @@ class Recorder:
         verify: bool = True,
     ) -> None:
         scheduler = check_pipeline(pipeline)
-        recorded = getattr(scheduler, "observer", None) is not None  # said on entering
+        recorded = getattr(scheduler, "observer", None) is not None  # ``__enter__`` raises for it
         if isinstance(scheduler, FlowMatchSDEScheduler) and solver is None and not recorded:
             raise ValueError(
                 "solver: expected one, because the pipeline has a FlowMatchSDEScheduler, which the "
@@ -135,7 +137,8 @@ class Recorder:
             "stochastic_steps": None if stochastic_steps is None else list(stochastic_steps),
             "reduction": reduction,
         }
-        self._scheduler = stand_in(scheduler, **self._options)  # anew on entering
+        # Only to refuse bad options here already; ``__enter__`` makes the one that is used.
+        self._scheduler = stand_in(scheduler, **self._options)
         self._ends = False
         self._plain = solver is None or isinstance(solver, ODE)
         self._reduction = reduction
@@ -174,6 +177,7 @@ class Recorder:
         self._scheduler = stand_in(current, self, **self._options)
         self._pipeline.scheduler = self._scheduler
         parts = [x for x in vars(self._pipeline).values() if isinstance(x, nn.Module)]
+        # The model may be an attribute, too; two hooks on a module would record each call twice.
         self._hooks = [
             part.register_forward_hook(self._on_forward, with_kwargs=True)
             for part in dict.fromkeys([self._model, *parts])
@@ -192,7 +196,7 @@ class Recorder:
         replaced = self._pipeline.scheduler is not self._scheduler
         self._pipeline.scheduler = self._own_scheduler
         self._scheduler.observer, self._scheduler.steps = None, ()
-        self._scheduler.timesteps = None  # report to this recorder: a cycle of all that it holds
+        self._scheduler.timesteps = None  # they refer to this recorder: a cycle with all tensors
         self._calls, self._loop = [], None
         self._failed = error
         if error is None:
@@ -205,8 +209,8 @@ class Recorder:
         """Return a fault of the recording as a whole; None if there is none."""
         if replaced:
             return ReplayError(
-                "pipeline.scheduler was replaced while the recorder was at work, so that calls may "
-                "be missing; set it before, and make a new recorder"
+                "pipeline.scheduler was replaced during the recording, so calls may be missing; "
+                "set it before, and make a new recorder"
             )
         if self._turns and [part.processor for part in self._attention] != self._processors:
             return ReplayError(
@@ -216,7 +220,7 @@ class Recorder:
         return None
 
     def rollout(self, *, group: Tensor | Sequence[int]) -> Rollout:
-        """The recorded chain of turns.
+        """Return the recorded chain of turns.
 
         Args:
             group: integer group id of each trajectory, [B]; trajectories that share reference and
@@ -238,6 +242,7 @@ class Recorder:
                 "recorder: expected at least one recorded pipeline call, got none; a pipeline that "
                 "samples by one of its own (VisualCloze) is recorded by that one"
             )
+        # One rollout has one number of steps: if one turn has only its ends, so have all.
         if any(turn.ends for turn in self._turns):
             self._turns = [turn.first_and_last() for turn in self._turns]
         shapes = [list(turn.latents.shape) for turn in self._turns]
@@ -250,7 +255,7 @@ class Recorder:
         return rollout
 
     def _joined(self, group: Tensor) -> Rollout:
-        """All turns as one rollout, of tensors that autograd accepts."""
+        """Return all turns as one rollout, of tensors that autograd accepts."""
         latents = torch.stack([turn.latents for turn in self._turns], dim=1)
         device, (batch, turns) = latents.device, latents.shape[:2]
         numbers = torch.arange(turns, dtype=torch.int64, device="cpu").expand(batch, -1)
@@ -271,8 +276,9 @@ class Recorder:
         )
 
     def started(self, sigmas: Tensor, timesteps: Tensor) -> None:
-        """Called by the scheduler: a pipeline call begins."""
-        begun = self._turn is not None and not self._turn.steps  # a later beginning of one grid
+        """Begin a turn; the scheduler calls this when a pipeline call sets its timesteps."""
+        # A call may announce its grid again before its first step, as by ``set_begin_index``.
+        begun = self._turn is not None and not self._turn.steps
         self._check_finished()
         if not begun:
             check_repeatable(self._model)
@@ -289,7 +295,7 @@ class Recorder:
         )
 
     def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
-        """Called by the scheduler: a step has been taken."""
+        """Record a step; the scheduler calls this after it has taken it."""
         if self._turn is None or self._turn.complete:
             raise ReplayError("the scheduler takes a step before set_timesteps or after the last")
         calls, self._calls = self._calls, []
@@ -299,10 +305,16 @@ class Recorder:
             self._loop = Loop(step)
 
     def ended(self, steps: int, frame: FrameType) -> None:
-        """Called by the scheduler: a loop over its timesteps is over, in this frame."""
+        """Finish a turn; the scheduler calls this when a loop over its timesteps ends.
+
+        Args:
+            steps: length of the loop.
+            frame: frame of the loop; other loops over the timesteps are ignored.
+        """
         turn, loop = self._turn, self._loop
         if turn is None or loop is None or steps != len(turn.steps) or not loop.runs_in(frame):
             return
+        # The record must enter autograd later, even if the pipeline runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             turn.check()
             turn.set_clean(loop.final_latents())
@@ -312,7 +324,10 @@ class Recorder:
         self._turn = None
 
     def _prove(self, turn: Turn) -> None:
-        """Prove a turn of which none before was alike, and find how to read its arguments."""
+        """Prove that a turn can be replayed, and find the reading of its arguments.
+
+        Skipped where an earlier turn had arguments of the same kinds.
+        """
         if not self._verify or (kinds := turn.kinds()) in self._proven:
             return
         self._proven.add(kinds)
@@ -325,16 +340,17 @@ class Recorder:
                 return
             first_error = first_error or error
         raise ReplayError(
-            f"called again with what was recorded, the transformer {first_error}: look for a state "
-            "that it keeps between calls, random numbers, or an argument without a row per "
-            "trajectory that is not named in `shared`"
+            f"replayed from its record, the transformer {first_error}: look for a state that it "
+            "keeps between calls, random numbers, or an argument without a row per trajectory that "
+            "is not named in `shared`"
         )
 
     def _error(self, turn: Turn, conditioning: Conditioning) -> str | None:
-        """Make the calls of every pattern again, for a few of its rows, from the record alone.
+        """Replay a few rows of every pattern from the record alone; return the error, or None.
 
-        The rows are of the first, a middle and the last step, and their number is never that of the
-        recording. Under a cache they are of the first step, which it computes.
+        The rows are of the first, a middle and the last step. Their number always differs from that
+        of the recording, so that a wrong reading of an argument is detected. Under a cache they are
+        all of the first step, which no cache skips.
         """
         for pattern, stage in zip(turn.patterns, conditioning.stages, strict=True):
             rows = pattern.rows[:PROOF_ROWS] if caches(self._model) else pattern.rows
@@ -351,18 +367,19 @@ class Recorder:
                 raise  # no fault of the record
             except Exception as error:
                 return f"raised {type(error).__name__}: {error}"
+            # A batch of another size may take other kernels: allow their rounding, per dtype.
             exact = given.dtype in (torch.float32, torch.float64)
             difference = (again - given.to(again.dtype)).flatten(1).norm(dim=1)
             size = given.to(again.dtype).flatten(1).norm(dim=1).clamp_min(1e-12)
             apart = (difference / size).max().item()
-            if not apart <= (1e-3 if exact else 0.05):
+            if not apart <= (1e-3 if exact else 0.05):  # ``not <=``: NaN fails too
                 return f"gave a velocity {apart:.1e} away"
         return None
 
     def _on_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Forward hook of the transformer and of the pipeline's other parts, as ControlNets."""
+        """Store a call; forward hook of the transformer and of other modules, as ControlNets."""
         if self._turn is not None and not self._turn.complete:
             names = _names(module) if args else []
             if len(args) > len(names):
@@ -371,21 +388,21 @@ class Recorder:
                     f"has no names for {len(args)} positional ones"
                 )
             arguments = dict(zip(names, args, strict=False)) | kwargs
-            # New containers and arrays, same tensors: pipelines change them between branches.
+            # Copy containers and arrays, not tensors: pipelines change them between branches.
             arguments = map_leaves(_copy_array, arguments)
             part = None if module is self._model else module
             self._calls.append(Call(part, arguments, output))
 
     def _check_finished(self) -> None:
-        """Raise if a turn is under way; a grid of which no step was taken is none."""
+        """Raise ``ReplayError`` if a turn is unfinished; a grid without any step is dropped."""
         turn = self._turn
         if turn is None or not turn.steps:
             self._turn = None
             return
         if turn.complete:
             raise ReplayError(
-                "the pipeline's loop over scheduler.timesteps was not seen to end, so that what it "
-                "does after its last step is unknown; loop over them: for t in scheduler.timesteps"
+                "the end of the pipeline's loop over scheduler.timesteps was not observed, so its "
+                "latents after the last step are unknown; loop by: for t in scheduler.timesteps"
             )
         raise ReplayError(
             f"turn {len(self._turns)} ended after {turn}; only whole turns are recorded"
@@ -393,12 +410,12 @@ class Recorder:
 
 
 def _names(module: nn.Module) -> list[str]:
-    """Names of the arguments that a module may be given by position."""
-    bare = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward has none
+    """Return the names of a module's arguments that may be given by position."""
+    bare = getattr(module, "_orig_mod", module)  # torch.compile's wrapper has ``*args`` only
     parameters = inspect.signature(bare.forward).parameters.values()
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _copy_array(leaf: Any) -> Any:
-    """A copy of an array, which has no count of its changes; all else as it is."""
+    """Copy an array, since numpy counts no in-place changes; return all else unchanged."""
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf

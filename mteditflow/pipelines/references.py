@@ -1,4 +1,4 @@
-"""Reference images: sizes and latents in pipelines, buckets of shapes, views of text encoders."""
+"""Reference images: aspect-ratio buckets, and how each pipeline resizes and encodes them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ Size = tuple[int, int]  # width and height, pixels
 
 
 def aspect_buckets(area: int, multiple: int, *, widest: float = 2.0) -> tuple[Size, ...]:
-    """Sizes of about one area, of every shape between tall and wide.
+    """Return sizes of about one area, with aspect ratios between tall and wide.
 
-    For each side that is a multiple, the other is the multiple that comes nearest to the area.
+    For each width or height that is a multiple, the other side is the multiple that brings the
+    product closest to the area.
 
     Args:
-        area: pixels, such as 512 * 512.
-        multiple: of both sides, pixels; 64 is usual.
+        area: target area in pixels, such as 512 * 512.
+        multiple: divisor of both sides in pixels; 64 is usual.
         widest: largest ratio of the longer side to the shorter, at least 1.
 
     Returns:
-        Width and height of each, pixels, from tall to wide.
+        Width and height of each size, in pixels, from tall to wide.
 
     Raises:
         ValueError: a number is out of range, or the multiple is more than a third of a side.
@@ -57,14 +58,14 @@ def aspect_buckets(area: int, multiple: int, *, widest: float = 2.0) -> tuple[Si
 
 
 def fit_to_bucket(image: Image, buckets: Sequence[Size]) -> Image:
-    """Scale an image to the bucket nearest to its shape, and crop what is beyond, on both sides.
+    """Resize an image to the bucket of the nearest aspect ratio, with a centered crop.
 
-    The nearest is that of the training scripts of diffusers: the least difference of the products
-    of one's height and the other's width.
+    The nearest bucket is that of diffusers' training scripts: it minimizes
+    ``abs(height * bucket_width - width * bucket_height)``.
 
     Args:
-        image: of any size.
-        buckets: widths and heights, pixels, such as ``aspect_buckets`` returns them.
+        image: image of any size.
+        buckets: widths and heights in pixels, as ``aspect_buckets`` returns them.
 
     Raises:
         ValueError: there is no bucket.
@@ -82,7 +83,11 @@ def fit_to_bucket(image: Image, buckets: Sequence[Size]) -> Image:
 
 
 def kontext_size(pipeline: DiffusionPipeline, size: Size, options: Mapping[str, Any]) -> Size:
-    """Size at which FLUX.1-Kontext encodes a reference: its own, or the nearest preferred one."""
+    """Return the size at which FLUX.1-Kontext encodes a reference, in pixels.
+
+    It is the reference's own, or the nearest preferred one under ``_auto_resize``, rounded down to
+    whole tokens.
+    """
     width, height = size
     if options["_auto_resize"]:
         ratio = width / height
@@ -94,7 +99,7 @@ def kontext_size(pipeline: DiffusionPipeline, size: Size, options: Mapping[str, 
 def kontext_latents(
     pipeline: DiffusionPipeline, image: Image, options: Mapping[str, Any]
 ) -> Tensor:
-    """Latents [1, C, h, w] of a reference, exactly as a call of Kontext's pipeline makes them."""
+    """Return the latents [1, C, h, w] of a reference, equal to those of a call of Kontext."""
     processor = pipeline.image_processor
     height, width = processor.get_default_height_width(image)
     width, height = kontext_size(pipeline, (width, height), options)
@@ -105,7 +110,7 @@ def kontext_latents(
 
 
 def flux2_size(pipeline: DiffusionPipeline, size: Size, _: Mapping[str, Any]) -> Size:
-    """Size at which FLUX.2 encodes a reference: its own up to a megapixel, cropped to tokens."""
+    """Return the size at which FLUX.2 encodes a reference: up to a megapixel, whole tokens."""
     width, height = size
     if width * height > 1024 * 1024:
         scale = (1024 * 1024 / (width * height)) ** 0.5
@@ -115,13 +120,13 @@ def flux2_size(pipeline: DiffusionPipeline, size: Size, _: Mapping[str, Any]) ->
 
 
 def qwen_edit_size(_: DiffusionPipeline, size: Size, __: Mapping[str, Any]) -> Size:
-    """Size at which Qwen-Image-Edit-Plus encodes a reference: a megapixel, whatever it has."""
+    """Return the size at which Qwen-Image-Edit-Plus encodes a reference: always a megapixel."""
     area = edit_plus.VAE_IMAGE_SIZE
     return cast(Size, edit_plus.calculate_dimensions(area, size[0] / size[1]))
 
 
 def qwen_edit_view(pipeline: DiffusionPipeline, image: Image) -> Image:
-    """The picture that Qwen-Image-Edit-Plus shows to its text encoder with an instruction."""
+    """Return the image that Qwen-Image-Edit-Plus's text encoder reads with an instruction."""
     area = edit_plus.CONDITION_IMAGE_SIZE
     width, height = edit_plus.calculate_dimensions(area, image.size[0] / image.size[1])
     return cast(Image, pipeline.image_processor.resize(image, height, width))

@@ -1,4 +1,4 @@
-"""Recorded rollouts of a pipeline: trajectories, and any velocity again, with gradients."""
+"""Recorded rollouts of a pipeline: trajectories, and replayed velocities with gradients."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from mteditflow.pipelines.policies import LoraPolicies
 class Rollout:
     """Trajectories of a diffusers pipeline with the conditioning of each of their turns.
 
-    Made by ``Recorder.rollout``. ``velocity`` is the one primitive for both kinds of training: at
-    stored states it replays the rollout for the clipped surrogate, at freshly noised ones it is the
-    forward pass of NFT. Its tensors are fit for autograd even if made under inference mode.
+    ``Recorder.rollout`` returns it. ``velocity`` serves both kinds of training: at stored states it
+    replays the rollout for the clipped surrogate, at re-noised clean latents it is the forward pass
+    of NFT. The tensors may enter autograd even if they were recorded under inference mode.
 
     Args:
         trajectory: B trajectories of N turns of S steps.
         conditioning: the recorded pipeline calls.
-        index: for each trajectory and turn the number of its call and its row there, int64
-            [B, N, 2] on the CPU; -1 where the turn does not exist.
+        index: for each trajectory and turn the index of its call in ``conditioning`` and its row
+            there, int64 [B, N, 2] on the CPU; -1 where the turn does not exist.
 
     Raises:
         ValueError: the index has not one entry per trajectory and turn.
@@ -79,20 +79,20 @@ class Rollout:
         return self.trajectory.steps_at(rows)
 
     def reference_at(self, at: Tensor) -> Tensor:
-        """Latents of the image that each turn was given, as the model reads them beside the sample.
+        """Return the latents of each turn's reference image, as the model reads them.
 
-        For pipelines that join one reference to the sample, such as Kontext, FLUX.2 and
-        Qwen-Image-Edit: the reference in the layout and the units of the clean latents.
+        This is for pipelines that concatenate one reference with the sample, such as Kontext,
+        FLUX.2 and Qwen-Image-Edit. Layout and units are those of the clean latents.
 
         Args:
             at: trajectory and turn of each row, integer [M, 2].
 
         Returns:
-            [M, ...], on the device of the record.
+            [M, ...], on the device of the record, in the dtype of the transformer's argument.
 
         Raises:
-            ValueError: there is no row, a turn is none of its trajectory, or what is joined to a
-                sample is not one reference of its size.
+            ValueError: there is no row, a turn does not exist in its trajectory, or what is
+                concatenated with a sample is not one reference of its size.
         """
         check_shape("at", at, (len(at), 2), "[M, 2]")
         if not len(at):
@@ -118,13 +118,13 @@ class Rollout:
     def velocity(
         self, model: nn.Module, x_t: Tensor, sigma: Tensor, trajectory: Tensor, turn: Tensor
     ) -> Tensor:
-        r"""Velocity of ``model`` at any states, under the recorded conditioning of their rows.
+        r"""Return the velocity of ``model`` at any states, under their recorded conditioning.
 
         Rows of different trajectories, turns and steps share one call of the model (one per branch
         under classifier-free guidance) wherever their conditioning has the same shapes; otherwise
         there is one call per shape. On the states of a fresh rollout, in the batch in which it was
-        sampled, the result is what the scheduler was given, bit for bit where kernels are
-        deterministic. Keep indices on the CPU: they are read there.
+        sampled, the result is the velocity that the scheduler received, bit for bit where kernels
+        are deterministic. Keep indices on the CPU: indices on a device cost a transfer per call.
 
         Args:
             model: the transformer, or a wrapper with the same forward arguments.
@@ -134,16 +134,17 @@ class Rollout:
             turn: turn of each row, integer [M].
 
         Returns:
-            [M, ...], float32 at least: for guided pipelines the combined velocity. Gradient flows
+            [M, ...], float32 at least; for guided pipelines the combined velocity. Gradient flows
             to the model's parameters and to ``x_t``.
 
         Raises:
-            ValueError: shapes differ, there is no row, sigma lies outside [0, 1], a turn is none of
-                its trajectory, or the model has an enabled cache, or group offload under gradients.
+            ValueError: shapes differ, there is no row, sigma lies outside [0, 1], a turn does not
+                exist in its trajectory, or the model has an enabled cache, or group offload under
+                gradients.
             IndexError: an index is out of range.
             TypeError: ``x_t`` or ``sigma`` is not floating point.
 
-        Source: MT-EditFlow (arXiv 2606.01985), Eq. 4-5: what both objectives evaluate.
+        Source: MT-EditFlow (arXiv 2606.01985), Eq. 4-5: the velocity in both objectives.
 
         Example:
             For NFT, on one noisy version of the clean latent of every turn::
@@ -173,12 +174,14 @@ class Rollout:
         if torch.is_grad_enabled() and is_group_offloaded(model):
             raise ValueError(
                 "model: expected weights that stay until the backward pass, but group offload "
-                "takes them away after each forward pass; sample under it, and train without"
+                "removes them after each forward pass; use it for sampling only"
             )
         records = [self.conditioning[call] for call in calls.tolist()]
+        # Reading sigma waits for the device: only where guidance depends on the flow time.
         several = any(len(record.stages) > 1 for record in self.conditioning)
         times = sigma.tolist() if several else [1.0] * len(records)
         found = [record.at(time) for record, time in zip(records, times, strict=True)]
+        # Rows of equal signatures share one call of the model.
         groups: dict[Any, list[int]] = {}
         for position, (_, signature) in enumerate(found):
             groups.setdefault(signature, []).append(position)
@@ -192,22 +195,23 @@ class Rollout:
             taken = [int(rows[position]) for position in positions]
             parts.append(replay_rows(model, stages, taken, x_t[here], sigma[here]))
             order += positions
+        # ``argsort`` inverts the permutation that sorted the rows by shape.
         return torch.cat(parts)[
             torch.tensor(order, dtype=torch.int64, device="cpu").argsort().to(x_t.device)
         ]
 
     @torch.inference_mode(False)
     def select(self, index: Tensor | slice) -> Rollout:
-        """Some trajectories: an integer index tensor, a boolean mask [B] or a slice.
+        """Select trajectories by an integer index tensor, a boolean mask [B] or a slice.
 
-        Conditioning that no remaining trajectory uses is let go.
+        Conditioning that no selected trajectory uses is dropped.
         """
         at = index.cpu() if isinstance(index, Tensor) else index
         return _compact(self.trajectory.select(index), self.conditioning, self.index[at])
 
     @torch.inference_mode(False)
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rollout:
-        """A copy on another device; dtypes stay, shared tensors stay shared."""
+        """Return a copy on another device; dtypes stay, shared tensors stay shared."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=non_blocking)
@@ -219,16 +223,18 @@ class Rollout:
     @classmethod
     @torch.inference_mode(False)
     def concatenate(cls, parts: Sequence[Rollout]) -> Rollout:
-        """Join along the batch, as for pipelines that take one reference image per call.
+        """Concatenate rollouts along the batch, as for pipelines that take one reference per call.
 
-        Chains may differ in their number of turns: the shorter are filled up, and excluded by
-        ``turn_mask``.
+        Chains may differ in their number of turns: shorter ones are padded with turns that
+        ``turn_mask`` excludes.
 
         Args:
-            parts: at least one; of one latent shape, grid, stochastic steps and reduction.
+            parts: at least one rollout; all of one latent shape, grid, stochastic steps and
+                reduction.
 
         Raises:
-            ValueError: there is none, or they differ in what they must share.
+            ValueError: there is none, or they differ in latent shape, grid, stochastic steps or
+                reduction.
         """
         if not parts:
             raise ValueError("parts: expected at least one Rollout, got none")
@@ -249,7 +255,7 @@ class Rollout:
 
 
 class RolloutVelocity:
-    """Velocity of any policy at any state of a recorded rollout: what objectives call.
+    """Velocity of any policy at any state of a recorded rollout, for the objectives to call.
 
     The current policy is the model outside of any ``LoraPolicies.use``, so that gradient
     checkpointing recomputes the right policy in the backward pass. All others run without gradient.
@@ -258,14 +264,14 @@ class RolloutVelocity:
         policies: policies on the model of the rollout.
         rollout: the recorded rollout of the samples.
         teacher: policy ("current", "old", "ema" or "reference") and rollout of a teacher, such as
-            ("reference", the same edits of clean images) for self-distillation; its trajectories
-            and turns line up with those of ``rollout``. None: there is no policy "teacher".
+            ("reference", the same edits of clean images) for self-distillation. Trajectory and turn
+            indices are those of ``rollout``. None: there is no policy "teacher".
 
     Raises:
         ValueError: there is no such policy, or the teacher's rollout has another number of
             trajectories or turns.
 
-    Source: MT-EditFlow (arXiv 2606.01985), Eq. 4-5: what both objectives evaluate.
+    Source: MT-EditFlow (arXiv 2606.01985), Eq. 4-5: the velocity in both objectives.
 
     Example:
         NFT on one noisy version of the clean latent of every turn::
@@ -293,7 +299,7 @@ class RolloutVelocity:
                 check_shape("teacher: turn_mask", taught.turn_mask, shape, "[B, N] of the rollout")
 
     def __call__(self, policy: str, x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
-        """Velocity of a policy under the recorded conditioning of each row.
+        """Return the velocity of a policy under the recorded conditioning of each row.
 
         Args:
             policy: "current", "old", "reference", "ema" if there is one, or "teacher" if given.
@@ -307,9 +313,9 @@ class RolloutVelocity:
 
         Raises:
             ValueError: there is no such policy, shapes differ, sigma lies outside [0, 1], or a turn
-                is none of its trajectory.
-            RuntimeError: "current" is asked for inside ``LoraPolicies.use`` of another policy, or
-                adapters were changed from outside.
+                does not exist in its trajectory.
+            RuntimeError: "current" is requested inside ``LoraPolicies.use`` of another policy, or
+                adapters were changed by other means than ``LoraPolicies``.
             IndexError: an index is out of range.
             TypeError: ``x_t`` or ``sigma`` is not floating point.
         """
@@ -334,7 +340,7 @@ class RolloutVelocity:
 def _compact(
     trajectory: Trajectory, conditioning: tuple[Conditioning, ...], index: Tensor
 ) -> Rollout:
-    """A rollout without the records that its index does not name."""
+    """Return a rollout without the conditioning that its index does not refer to."""
     used = sorted({call for call in index[..., 0].flatten().tolist() if call >= 0})
     number = torch.full(
         (len(conditioning) + 1,), -1, dtype=torch.int64, device=index.device
@@ -345,14 +351,14 @@ def _compact(
 
 
 def _pad(x: Tensor, dim: int, length: int, value: float) -> Tensor:
-    """Extend an axis to ``length`` with a constant."""
+    """Pad an axis to ``length`` with a constant."""
     shape = list(x.shape)
     shape[dim] = length - shape[dim]
     return torch.cat([x, x.new_full(shape, value)], dim=dim) if shape[dim] else x
 
 
 def _fill_up(trajectory: Trajectory, longest: Trajectory) -> Trajectory:
-    """Extend a trajectory by masked turns on the grid of ``longest``."""
+    """Pad a trajectory with masked turns on the grid of ``longest``."""
     turns = trajectory.turn_mask.shape[1]
     total = longest.turn_mask.shape[1]
     if turns == total:

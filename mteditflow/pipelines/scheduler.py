@@ -1,9 +1,8 @@
-"""Schedulers that pipelines accept in place of their own: with SDE steps, or just observed.
+"""Schedulers with SDE steps or an observer, which unpatched pipelines accept as their own.
 
-The pipeline is not patched: same class or a subclass, same attributes, same ``set_timesteps``. What
-changes is how a step is taken (by a ``mteditflow.Solver``), whose noise it uses (one generator per
-trajectory) and that it is reported to an observer. Unsupported options raise an error with the
-reason.
+Class (or a subclass), attributes and ``set_timesteps`` are those of the pipeline's scheduler. Only
+the step differs: a ``mteditflow.Solver`` takes it, its noise comes from one generator per
+trajectory, and an observer receives it. Unsupported options raise an error with the reason.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ class Observer(Protocol):
     """Receives grids and steps of a scheduler; a ``Recorder`` is one."""
 
     def started(self, sigmas: Tensor, timesteps: Tensor) -> None:
-        """Called with the grid [S + 1] and its timesteps [S], on the CPU, before the first step."""
+        """Receive the grid [S + 1] and its timesteps [S], on the CPU, before the first step."""
 
     def stepped(self, step: Step, velocity: Tensor, timestep: Tensor) -> None:
-        """Called after each step with the flow's velocity and the grid's timestep (0-d)."""
+        """Receive a step that was taken, its velocity [B, ...] and the grid's timestep (0-d)."""
 
     def ended(self, steps: int, frame: FrameType) -> None:
-        """Called when a loop over this number of the grid's timesteps ends, with its frame."""
+        """Receive the end of a loop over this number of timesteps, with the loop's frame."""
 
 
 class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
@@ -54,19 +53,19 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     A stochastic step draws :math:`x' = mean + std \cdot z` from the transition of ``solver``, with
     :math:`z` from the generator of the trajectory. All other steps, and all steps under ``ODE()``,
-    are the parent's, bit for bit, and draw nothing. Pipelines go on with the step's result in the
-    dtype of the velocity, so the result is rounded to it first and the log-prob (float32) is that
-    of the rounded value: the one the next step really starts from.
+    are the parent's, bit for bit, and draw nothing. Pipelines continue with the step's result in
+    the dtype of the velocity. The result is therefore rounded to that dtype first, and the log-prob
+    (float32) is that of the rounded value, from which the next step starts.
 
-    Options (``solver`` ... ``reduction`` below) are given to ``from_config`` or ``sample_with``;
-    they are no part of the configuration, which stays the parent's.
+    Options (``solver`` ... ``reduction`` below) go to ``from_config`` or ``sample_with``. They are
+    not part of the configuration, which stays the parent's.
 
     Args:
         solver: ``FlowSDE``, ``DanceSDE``, ``CPS``, ``ODE`` or any ``mteditflow.Solver``.
         generators: one ``torch.Generator`` per trajectory, in batch order. Each keeps its own
             stream over steps and turns, so that a trajectory does not depend on its batch.
         stochastic_steps: indices of the steps that may draw noise, such as the range given by
-            ``sliding_window``, counted from the first that is taken; None allows all.
+            ``sliding_window``, counted from the first step that is taken; None allows all.
         reduction: "mean" or "sum" over the latent's elements, for the log-prob.
 
     Raises:
@@ -124,7 +123,14 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         stochastic_steps: Collection[int] | None = None,
         reduction: str = "mean",
     ) -> FlowMatchSDEScheduler:
-        """Set how steps are taken from now on, all options at once, and return the scheduler."""
+        """Set all options of the steps at once, and return the scheduler.
+
+        An option that is not given takes its default; ``solver=None`` is ``ODE()``.
+
+        Raises:
+            ValueError: there is no such reduction.
+            TypeError: an entry of ``stochastic_steps`` is no integer.
+        """
         check_choice("reduction", reduction, REDUCTIONS)
         self.solver = ODE() if solver is None else solver
         self.generators = None if generators is None else list(generators)
@@ -138,7 +144,12 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """Set the grid as the parent does, and decide which of its steps are stochastic."""
+        """Set the grid as the parent does, and decide which of its steps are stochastic.
+
+        Raises:
+            ValueError: the configuration has ``stochastic_sampling``, the grid does not decrease
+                from at most 1 to 0, or ``stochastic_steps`` has an index out of range.
+        """
         if self.config.get("stochastic_sampling", False):
             raise ValueError(
                 "config: expected stochastic_sampling=False, because its steps draw clean samples "
@@ -153,13 +164,16 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         self._begin(0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin within the grid, as image-to-image and inpainting at a strength below 1 do."""
+        """Start within the grid, as image-to-image and inpainting at a strength below 1 do."""
         super().set_begin_index(begin_index)
         if self._stochastic:
             self._begin(begin_index)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """Return the sample: a flow has no scale. Bria's pipelines ask every other class."""
+        """Return the sample unchanged, since a flow model's input has no scale.
+
+        Bria's pipelines call it for every scheduler but ``FlowMatchEulerDiscreteScheduler``.
+        """
         return sample
 
     def step(
@@ -175,7 +189,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """Take one step and keep it in ``steps``; see the class for how.
+        """Take one step, and append it to ``steps``.
 
         Args:
             model_output: velocity, [B, ...].
@@ -185,11 +199,15 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             s_tmin: see ``s_churn``.
             s_tmax: see ``s_churn``.
             s_noise: see ``s_churn``.
-            generator: taken and not used, as by the parent; noise comes from ``generators``, one
-                per trajectory.
+            generator: accepted and not used; noise comes from ``generators``, one per trajectory.
             per_token_timesteps: None, or all equal to the timestep; the parent then takes
-                ``model_output`` for the opposite of the velocity: LTX-Video with conditions.
+                ``model_output`` as the negative velocity: LTX-Video with conditions.
             return_dict: whether to return the parent's output class or a tuple.
+
+        Raises:
+            ValueError: an option would be ignored, tokens have different timesteps,
+                ``set_timesteps`` was not called before, or a stochastic step has not one generator
+                per trajectory.
         """
         _check_step_options(
             s_churn=s_churn,
@@ -207,16 +225,18 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index
+        # The first step may lie within the grid without ``set_begin_index``.
         if not self.steps and index != self._first:
             self._begin(index)
         stochastic = self._stochastic[index - self._first]
         sigmas = self._flow_times()
         sigma, next_sigma = (sigmas[i].expand(len(sample)) for i in (index, index + 1))
-        # Counted from data, or per token, the parent steps along the opposite of the velocity.
+        # With inverted sigmas or per-token timesteps the parent steps along minus the velocity.
         opposite = self.config.get("invert_sigmas", False) or per_token_timesteps is not None
         velocity = -model_output if opposite else model_output
         if stochastic:
             transition = self.solver(sample, velocity, sigma, next_sigma)
+            # Round first: the log-prob must be that of the sample from which the next step starts.
             next_x = transition.sample(self._noise(sample)).to(model_output.dtype)
             log_prob = gaussian_log_prob(next_x, *transition, reduction=self.reduction)
             self._step_index += 1
@@ -231,34 +251,35 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(next_x) if return_dict else (next_x,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy with the same observer and generators, which belong to neither copy."""
+        """Return a copy that shares the observer, the generators and the timesteps."""
         return copied(self, memo, self.observer, self.generators, self.timesteps)
 
     def _flow_times(self) -> Tensor:
-        """The grid from noise to data, [S + 1], also where sigmas count from data: Mochi."""
+        """Return the grid from noise to data, [S + 1]; Mochi's sigmas count from data."""
         sigmas = cast(Tensor, self.sigmas)
         return 1 - sigmas if self.config.get("invert_sigmas", False) else sigmas
 
     def _begin(self, first: int) -> None:
-        """Decide which of the steps from the index ``first`` on are stochastic."""
+        """Decide which steps from index ``first`` on are stochastic, and report the grid."""
         grid = self._flow_times().cpu()[first:]
         self._first, self._stochastic, self.steps = first, self._draws_noise(grid), ()
         announce(self, grid, first)
 
     def _draws_noise(self, sigmas: Tensor) -> list[bool]:
-        """Whether each step of the grid [S + 1] is stochastic: allowed to be, and of std > 0."""
+        """Return whether each step of the grid [S + 1] is stochastic: allowed, and of std > 0."""
         steps = len(sigmas) - 1
         allowed = range(steps) if self.stochastic_steps is None else self.stochastic_steps
         if any(not 0 <= s < steps for s in allowed):
             raise ValueError(
                 f"stochastic_steps: expected indices of the {steps} steps, got {list(allowed)}"
             )
+        # A transition's std depends on the grid alone, so one call at zeros gives all of them.
         nothing = torch.zeros(steps, 1, dtype=torch.float32, device=sigmas.device)
         std = self.solver(nothing, nothing, sigmas[:-1], sigmas[1:]).std.flatten()
         return [s in allowed and bool(std[s] > 0) for s in range(steps)]
 
     def _noise(self, sample: Tensor) -> Tensor:
-        """Standard Gaussian noise, float32 [B, ...]: row b from generator b alone."""
+        """Return standard Gaussian noise, float32 [B, ...]; row b is drawn from generator b."""
         given = 0 if self.generators is None else len(self.generators)
         if self.generators is None or given != len(sample):
             raise ValueError(
@@ -269,7 +290,10 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 def announce(scheduler: Any, grid: Tensor, first: int) -> None:
-    """Report a grid [S + 1] and its timesteps from an index on, and watch loops over them."""
+    """Report a grid [S + 1] and its timesteps from index ``first`` on to the observer, if any.
+
+    The scheduler's timesteps then report the end of every loop over them.
+    """
     if scheduler.observer is not None:
         scheduler.timesteps = Timesteps.of(scheduler.timesteps, scheduler.observer.ended)
         timesteps = scheduler.timesteps.cpu().as_subclass(Tensor)[first:]
@@ -277,7 +301,8 @@ def announce(scheduler: Any, grid: Tensor, first: int) -> None:
 
 
 def copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
-    """A deep copy of all but what is shared."""
+    """Return a deep copy of a scheduler, except for the attributes that are shared."""
+    # ``deepcopy`` returns what its memo holds for an id: the shared objects themselves.
     memo |= {id(x): x for x in shared}
     made = copy.copy(scheduler)
     made.__dict__.update(copy.deepcopy(scheduler.__dict__, memo))
@@ -285,10 +310,10 @@ def copied(scheduler: Any, memo: dict[int, Any], *shared: Any) -> Any:
 
 
 def _check_config_source(config: Mapping[str, Any]) -> None:
-    """Refuse the configuration of a scheduler that does not integrate dx/dsigma = velocity."""
+    """Raise ``ValueError`` for a scheduler that does not integrate dx/dsigma = velocity."""
     ours = ("FlowMatchEulerDiscreteScheduler", "FlowMatchSDEScheduler")
     source = config.get("_class_name")
-    if source is None:
+    if source is None:  # without a class name, unknown options reveal another scheduler
         known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         foreign = sorted(key for key in config if key not in known and not key.startswith("_"))
         source = f"scheduler with {', '.join(foreign)}" if foreign else ours[0]
@@ -299,7 +324,7 @@ def _check_config_source(config: Mapping[str, Any]) -> None:
 
 
 def _check_step_options(**options: Any) -> None:
-    """Refuse options of ``step`` that would be ignored."""
+    """Raise ``ValueError`` for options of ``step`` that would be ignored."""
     for name, value in options.items():
         default, reason = _UNSUPPORTED[name]
         if value is not default and (default is None or value != default):

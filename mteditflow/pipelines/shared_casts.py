@@ -1,4 +1,4 @@
-"""One float32 copy of a tensor that several adapted layers take, where each would make its own."""
+"""One float32 copy for all adapted layers that take the same input, instead of one each."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 @contextmanager
 def shared_casts(model: nn.Module) -> Iterator[None]:
-    """Let layers with adapters that take one tensor keep one copy of it for the backward pass.
+    """Share one float32 input copy among adapted layers of the same input, to save memory.
 
     A layer of a half-precision model casts its input to the float32 of its adapter, and keeps the
-    copy. Layers of query, key and value take the same tensor: inside the context they share the
-    copy's memory. Each has a cast of its own in the graph, so outputs and gradients are equal to
-    the last bit. Nothing changes without gradients, in checkpointed blocks, which keep no copy,
-    where all is of one dtype, and in compiled code.
+    copy for the backward pass. Query, key and value layers take the same tensor, so inside the
+    context they share the copy's memory. Each still has its own cast in the graph, so outputs and
+    gradients are equal to the last bit. Nothing changes without gradients, in checkpointed blocks
+    (which keep no copy), where input and adapter have one dtype, and in compiled code.
 
-    Forward and backward pass belong into the context, since checkpointing runs the model again. Use
+    Run forward and backward pass inside the context, since checkpointing runs the model again. Use
     the model in one thread at a time.
 
     Args:
-        model: a model with LoRA adapters of peft; others are left alone.
+        model: a model with LoRA adapters of peft; other layers stay as they are.
 
     Example:
         >>> from peft import LoraConfig, inject_adapter_in_model
@@ -50,7 +50,7 @@ def shared_casts(model: nn.Module) -> Iterator[None]:
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and layer.cast_input_dtype_enabled:
                 stack.callback(setattr, layer, "cast_input_dtype_enabled", True)
-                layer.cast_input_dtype_enabled = False  # by peft; the hooks do it
+                layer.cast_input_dtype_enabled = False  # peft's own cast; the hooks replace it
                 for name, adapter in layer.lora_A.items():
                     hook = _hook(cast, adapter)
                     entrance = layer.lora_dropout[name]
@@ -59,7 +59,7 @@ def shared_casts(model: nn.Module) -> Iterator[None]:
 
 
 def _hook(cast: _SharedCast, adapter: nn.Module) -> Any:
-    """Return what casts the input of an adapter, before dropout, to the dtype of its weight."""
+    """Return a hook that casts an adapter's input, before dropout, to the dtype of its weight."""
 
     def run(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (cast(inputs[0], adapter.weight.dtype),)  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def _hook(cast: _SharedCast, adapter: nn.Module) -> Any:
 
 
 class _SharedCast:
-    """Cast that finds its last copy again as long as the graph of a forward pass keeps it."""
+    """Cast that reuses its last copy while the graph of a forward pass keeps it alive."""
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
@@ -82,7 +82,7 @@ class _SharedCast:
         if copy is None:
             copy = x.detach().to(dtype)
         cast: Tensor = _Cast.apply(x, copy)  # type: ignore[no-untyped-call]
-        # Weak: a copy that a checkpoint forgets, or that a backward pass has used, is freed.
+        # Weak references: a copy that a checkpoint drops or a backward pass has used must be freed.
         self._last = weakref.ref(x), x._version, weakref.ref(cast)
         return cast
 
@@ -90,12 +90,13 @@ class _SharedCast:
         if self._last is None:
             return None
         source, version, cast = self._last
+        # The version excludes an input that was changed in place since.
         copy = cast() if source() is x and version == x._version else None
         return copy.detach() if copy is not None and copy.dtype == dtype else None
 
 
 class _Cast(torch.autograd.Function):
-    """Cast whose result is at hand: the gradient is that of ``x.to(copy.dtype)``."""
+    """Cast with a precomputed result; its gradient is that of ``x.to(copy.dtype)``."""
 
     @staticmethod
     def forward(x: Tensor, copy: Tensor) -> Tensor:  # noqa: ARG004

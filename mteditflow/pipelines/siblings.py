@@ -1,4 +1,4 @@
-"""A sibling of an editor: another transformer of the same kind, such as a distilled one."""
+"""Sibling of an editor: another transformer of the same architecture, such as a distilled one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mteditflow.pipelines.editor import Editor, compile_repeated
 from mteditflow.pipelines.quantization import check_quantization
 from mteditflow.pipelines.quantization import quantize as quantize_layers
 
-OWN = ("transformer", "scheduler")  # what a sibling does not share
+OWN = ("transformer", "scheduler")  # components that a sibling does not share
 
 
 def load_sibling(
@@ -25,16 +25,15 @@ def load_sibling(
     compile_blocks: bool = False,
     quantize: str | None = None,
 ) -> Editor:
-    """Load the transformer and scheduler of a sibling pipeline; all else is the editor's own.
+    """Load the transformer and scheduler of a sibling pipeline; the rest is the editor's own.
 
-    For sampling with a distilled sibling while the base is trained, by an objective that needs no
-    likelihood of the sampler (NFT, AWM, DPO). Both transformers have one configuration and are
-    given embeddings of the same text encoders and latents of the same autoencoder, so that the
-    base's velocities on a record of the sibling are those of the same edits. Copy policies by
-    ``LoraPolicies.load_state_dict``.
+    Use it to sample with a distilled sibling while the base is trained, under an objective that
+    needs no likelihood of the sampler (NFT, AWM, DPO). Both transformers have one configuration,
+    and share text encoders and autoencoder, so that the base can be evaluated on the sibling's
+    rollouts. Copy policies by ``LoraPolicies.load_state_dict``.
 
     Args:
-        editor: whose autoencoder, text encoders and embeddings are shared.
+        editor: editor whose autoencoder, text encoders and embeddings are shared.
         source: a directory or hub id in diffusers format, of the editor's class.
         call: call options that replace the editor's, such as fewer steps and no guidance.
         compile_blocks: ``torch.compile`` the repeated blocks, as ``Editor.load``.
@@ -84,11 +83,12 @@ def load_sibling(
 
 
 def _settings(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model's class that a configuration has, as JSON holds them."""
+    """Return the constructor arguments in a configuration, with defaults, as JSON values."""
     known = inspect.signature(model.__init__).parameters
     defaults = {name: x.default for name, x in known.items() if name != "self"}
     given = {name: config.get(name, default) for name, default in defaults.items()}
     given["_class_name"] = config.get("_class_name", model.__name__)
+    # As JSON values a tuple of defaults equals the list of a file.
     return cast("dict[str, Any]", json.loads(json.dumps(given, default=str)))
 
 
@@ -96,9 +96,9 @@ def check_alike(model: Any, sibling: Mapping[str, Any], trained: Mapping[str, An
     """Raise ``ValueError`` unless two transformers of a class are configured alike.
 
     Args:
-        model: the class.
-        sibling: configuration of the sibling's.
-        trained: configuration of the one to train.
+        model: class of both transformers.
+        sibling: configuration of the sibling's transformer.
+        trained: configuration of the transformer to train.
     """
     found, own = _settings(model, sibling), _settings(model, trained)
     differ = sorted(name for name, x in own.items() if found[name] != x)

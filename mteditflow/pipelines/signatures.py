@@ -1,4 +1,4 @@
-"""Inputs, guidance and embeddings of a pipeline class, read off its signatures."""
+"""Inputs, guidance and embeddings of a pipeline class, read from its signatures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-#: Inputs of calls that a chain of edits has not: a pipeline that takes one is refused.
+#: Inputs that a chain of edits cannot provide: a pipeline that takes one is refused.
 FOREIGN = re.compile(
     "video|audio|frames|lyrics|mask_image|control_|task_prompt"
     "|^(images|layers|image_reference|reference_images)$"
@@ -24,25 +24,27 @@ _SET_BY_CALLS = {
 
 
 def call_parameters(pipeline: type[DiffusionPipeline]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of the pipeline's call, by name."""
+    """Return the parameters of the pipeline's call, by name."""
     return inspect.signature(pipeline.__call__).parameters
 
 
 def text_parameters(pipeline: type[DiffusionPipeline]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of its ``encode_prompt``, by name; none if it has no such method."""
+    """Return the parameters of its ``encode_prompt``, by name; none if it has no such method."""
     encode = getattr(pipeline, "encode_prompt", None)
     return {} if encode is None else inspect.signature(encode).parameters
 
 
 def text_components(pipeline: type[DiffusionPipeline]) -> tuple[str, ...]:
-    """Names of the components that only turn a prompt into embeddings."""
+    """Return the names of the components that only turn a prompt into embeddings."""
     names = inspect.signature(pipeline.__init__).parameters
     kinds = ("text_encoder", "tokenizer", "processor")
     return tuple(name for name in names if name.startswith(kinds))
 
 
 def returned_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the variables that a function returns, "" for what has none; () without source.
+    """Return the names of the variables that a function returns, "" for other expressions.
+
+    The last ``return`` of the source is read; () if there is no source or no value.
 
     Example:
         >>> def encode_prompt(prompt_embeds, negative):
@@ -73,11 +75,11 @@ def _name(node: ast.expr) -> str:
 
 
 def embedding_names(pipeline: type[DiffusionPipeline]) -> tuple[str, ...]:
-    """Names under which a call takes the embeddings of a prompt, those of a negative one left out.
+    """Return the names of a call's arguments for the embeddings of a prompt, not a negative one.
 
-    () where a call with them might differ from one with the prompt: ``encode_prompt`` takes or
-    returns what the call does not take, the call may rewrite the prompt, or it is not known when it
-    wants embeddings of a negative one.
+    () where a call with embeddings might differ from one with the prompt: ``encode_prompt`` takes
+    or returns what the call does not take, the call may rewrite the prompt, or the class does not
+    show when it needs embeddings of a negative prompt.
     """
     call, text = call_parameters(pipeline), text_parameters(pipeline)
     returned = returned_names(pipeline.encode_prompt) if text else ()
@@ -93,15 +95,15 @@ def embedding_names(pipeline: type[DiffusionPipeline]) -> tuple[str, ...]:
 
 
 def tells_guidance(pipeline: type[DiffusionPipeline]) -> bool:
-    """Whether its class has the property that says if a call is guided by a negative prompt."""
+    """Return whether its class has the property ``do_classifier_free_guidance``."""
     return isinstance(getattr(pipeline, "do_classifier_free_guidance", None), property)
 
 
 def guidance_argument(pipeline: type[DiffusionPipeline]) -> str | None:
-    """Name of the call's scale of guidance; None if it has none.
+    """Return the name of the call's guidance scale; None if it has none.
 
-    Where there are two, ``guidance_scale`` is an input of the model, which the published models do
-    not have if its default is None.
+    Where there are two, ``guidance_scale`` is an input of a guidance-distilled model. A default of
+    None means that the published models have no such input, and ``true_cfg_scale`` is returned.
     """
     call = call_parameters(pipeline)
     names = [name for name in ("guidance_scale", "true_cfg_scale") if name in call]
@@ -111,5 +113,5 @@ def guidance_argument(pipeline: type[DiffusionPipeline]) -> str | None:
 
 
 def foreign_inputs(pipeline: type[DiffusionPipeline]) -> Sequence[str]:
-    """Inputs that its call takes and that a chain of edits has not."""
+    """Return the inputs of its call that a chain of edits cannot provide."""
     return sorted(name for name in call_parameters(pipeline) if FOREIGN.search(name))

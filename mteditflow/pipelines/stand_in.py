@@ -17,17 +17,17 @@ from mteditflow.pipelines.scheduler import FlowMatchSDEScheduler, Observer, anno
 
 
 def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -> Any:
-    """A scheduler with the class, or a subclass of it, and the attributes of a pipeline's own.
+    """Return a scheduler with the attributes of a pipeline's own, of its class or a subclass.
 
     Args:
-        scheduler: the pipeline's, any subclass of ``FlowMatchEulerDiscreteScheduler``, which gets
-            SDE steps, or another one that samples a flow, whose steps are only reported.
-        observer: receives grids and steps.
-        options: of ``FlowMatchSDEScheduler.sample_with``.
+        scheduler: the pipeline's scheduler: a subclass of ``FlowMatchEulerDiscreteScheduler``,
+            which gets SDE steps, or another one that samples a flow, whose steps are only reported.
+        observer: receives grids and steps; None: nothing is reported.
+        options: options of ``FlowMatchSDEScheduler.sample_with``.
 
     Raises:
-        ValueError: a solver's steps would take the place of a ``step`` that the user's subclass
-            defines, or of another scheduler's.
+        ValueError: a solver's steps would replace a ``step`` that the user's subclass or another
+            scheduler defines, or the subclass has a name that the stand-in would overwrite.
     """
     kind, solver = type(scheduler), options.get("solver")
     plain = solver is None or isinstance(solver, ODE)
@@ -53,7 +53,7 @@ def stand_in(scheduler: Any, observer: Observer | None = None, **options: Any) -
 
 
 def _check_names(scheduler: Any) -> None:
-    """Raise where a user's subclass has a name of its own that the stand-in would overwrite."""
+    """Raise ``ValueError`` if a user's subclass has a name that the stand-in would overwrite."""
     kind, bases = type(scheduler), FlowMatchEulerDiscreteScheduler.__mro__
     inherited = {name for base in bases for name in vars(base)}
     defined = vars(FlowMatchSDEScheduler).keys() - inherited
@@ -69,9 +69,9 @@ def _check_names(scheduler: Any) -> None:
 
 @functools.cache
 def _observed(kind: Any) -> Any:
-    """A subclass of any scheduler's class that reports its steps to an observer.
+    """Return a subclass of a scheduler's class that reports its steps to an observer.
 
-    Flow times are the timesteps over ``num_train_timesteps``, which some schedulers round.
+    Flow times are the timesteps over ``num_train_timesteps``; some schedulers round timesteps.
     """
 
     class Observed(kind):
@@ -92,6 +92,7 @@ def _observed(kind: Any) -> Any:
         def step(
             self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
+            # The first step of a call may start within the grid, which only its timestep shows.
             if self.step_index is None and self.begin_index is None:
                 first = self.index_for_timestep(timestep)
                 if first != self._first:
@@ -119,7 +120,11 @@ def _observed(kind: Any) -> Any:
 
 
 def check_pipeline(pipeline: Any) -> Any:
-    """The scheduler of a pipeline whose steps are those of one transformer along a flow."""
+    """Return the scheduler of a pipeline that samples a flow with one transformer.
+
+    Raises:
+        ValueError: the scheduler samples no flow, or a second transformer takes some steps.
+    """
     scheduler = getattr(pipeline, "scheduler", None)
     config = getattr(scheduler, "config", {})
     flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"

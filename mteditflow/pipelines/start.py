@@ -1,4 +1,4 @@
-"""A LoRA that policies start from: continued as the current one, or frozen below new adapters."""
+"""LoRA from which policies start: continued by the current policy, or frozen below adapters."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from mteditflow.pipelines.lora_files import joined, rank_axis, scaled, unit_conf
 
 @dataclass(frozen=True)
 class Start:
-    """A LoRA for ``LoraPolicies`` to start from, in place of the base model.
+    """LoRA from which ``LoraPolicies`` starts instead of the base model.
 
-    Continued, it is what current, old and averaged policy begin with, and it is trained on. Frozen,
-    it stays as it is below new adapters that start as no-ops on it; a file then holds both as one
-    LoRA, with the sum of their ranks.
+    If it is continued, the current, old and averaged policies begin with its weights, and training
+    changes them. If it is frozen, it stays as it is below new adapters that start as no-ops; a file
+    then holds both as one LoRA, with the sum of their ranks.
 
     Attributes:
-        weights: at scale 1, as ``read_lora`` returns them.
-        frozen: whether it is frozen; else it must have the layers and ranks of the new adapters.
+        weights: weights at scale 1, as ``read_lora`` returns them.
+        frozen: whether it is frozen; if not, it must have the layers and ranks of the new adapters.
         reference: "base", the model without adapters, or "start", the model with this LoRA alone.
 
     Raises:
-        ValueError: there is no such reference.
+        ValueError: ``reference`` is neither "base" nor "start".
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
@@ -53,51 +53,56 @@ class Start:
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Name of its own adapter, if it has one beside those of the policies."""
+        """Return the name of its own adapter, if it needs one besides those of the policies."""
         return ("start",) if self.frozen or self.reference == "start" else ()
 
     def stack(self, policy: str) -> list[str]:
-        """Return the adapters that are active in a policy; none: the base model."""
+        """Return the adapters that are active in a policy; an empty list is the base model."""
         if policy == "reference":
             return ["start"] if self.reference == "start" else []
         return ["start", policy] if self.frozen else [policy]
 
     def check(self, config: LoraConfig) -> None:
-        """Raise ``ValueError`` where a file could not hold both it and adapters of a config."""
+        """Raise ``ValueError`` if a file could not hold both it and adapters of a config."""
         if self.frozen and config.lora_bias:
             raise ValueError(
-                "config.lora_bias: expected False above a frozen start, got True: one adapter has "
-                "no place for both"
+                "config.lora_bias: expected False above a frozen start, got True: one adapter "
+                "cannot hold the biases of both"
             )
 
     def add_to(self, model: nn.Module) -> dict[str, LoraLayer]:
-        """Add it to a model as an adapter of its own; return all layers with adapters by name.
+        """Add it to a model as a separate adapter; return all layers with adapters by name.
 
         Raises:
-            ValueError: the model has no layers of its names and shapes.
+            ValueError: the model has no layers of these names and shapes.
         """
         return add_lora(model, "start", self.weights)
 
     def begin(self, current: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> None:
-        """Let the current policy begin with it, unless it is frozen.
+        """Copy it into the weights of the current policy, unless it is frozen.
+
+        Args:
+            current: weights of the current policy, changed in place.
+            scales: scale alpha / rank of each layer's adapter.
 
         Raises:
-            ValueError: layers, ranks or shapes are others.
+            ValueError: layers, ranks or shapes differ.
         """
         if not self.frozen:
             _check_alike("start", self.weights, current)
+            # The adapter multiplies by its scale, and these weights are at scale 1: divide by it.
             _fill(current, scaled(self.weights, {name: 1 / x for name, x in scales.items()}))
 
     def to_file(
         self, weights: Mapping[str, Tensor], scales: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Return it and an adapter above it as one, at scale 1."""
+        """Return it and an adapter above it as one LoRA at scale 1."""
         return joined(self.weights, scaled(weights, scales))
 
     def from_file(
         self, weights: Mapping[str, Tensor], scales: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Return the adapter above it, from the weights of a file at scale 1.
+        """Return the adapter above it from a file's weights at scale 1: inverse of ``to_file``.
 
         Raises:
             ValueError: the file does not begin with it.
@@ -110,7 +115,7 @@ def add_lora(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> dict
     """Add a LoRA at scale 1 to a model as an adapter; return all layers with adapters by name.
 
     Raises:
-        ValueError: the model has no layers of its names and shapes; the message begins with the
+        ValueError: the model has no layers of these names and shapes; the message begins with the
             adapter's name.
     """
     try:

@@ -1,7 +1,7 @@
-"""One pipeline call under observation: what it must keep, and the proof that a replay is faithful.
+"""Record of one pipeline call, with the checks that make a replay faithful.
 
-The first step is recognized, which reads values off the device. All others are compared with it on
-the device, and the results are read once, at the end of the turn.
+The first step is recognized, which transfers values to the host. All others are compared with it on
+the device, and the results are transferred once, at the end of the turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from mteditflow.pipelines.patterns import (
 )
 from mteditflow.pipelines.recognize import Call, ReplayError, repeat_rows
 
-Choice = Mapping[str, int]  # of an argument's readings, where it is not the first
+Choice = Mapping[str, int]  # argument name -> index among its readings, where it is not 0
+# Types of argument values that hold no state between calls.
 _CONSTANT = (
     *(Tensor, np.ndarray, np.generic, torch.dtype, torch.device),
     *(int, float, complex, str, bytes, slice, range, tuple, frozenset, Enum, type(None)),
@@ -53,11 +54,11 @@ class Recorded:
     """One finished turn of B trajectories, in S steps.
 
     Attributes:
-        conditioning: what a replay calls the transformer with.
+        conditioning: constant arguments of the transformer, for a replay.
         latents: [B, S + 1, ...], from noise to clean.
-        sigmas: [S + 1].
-        log_prob: [B, S].
-        stochastic: boolean [S].
+        sigmas: flow times of the grid, [S + 1].
+        log_prob: log-prob of each step, [B, S]; 0 where it is deterministic.
+        stochastic: whether a step drew noise, boolean [S].
         ends: whether S is 1 because only the first and the last latents are kept.
     """
 
@@ -69,7 +70,10 @@ class Recorded:
     ends: bool
 
     def first_and_last(self) -> Recorded:
-        """The turn without the latents between; it has no stochastic steps."""
+        """Return the turn as one step from the first latents to the last.
+
+        Such a turn has no stochastic steps, so that the last log-prob, 0, stands for the turn's.
+        """
         return replace(
             self,
             latents=self.latents[:, [0, -1]],
@@ -81,17 +85,17 @@ class Recorded:
 
 
 class Turn:
-    """The steps of one pipeline call, checked as they come.
+    """Steps of one pipeline call, each checked when it is added.
 
     Args:
-        sigmas: the call's grid, [S + 1], on the CPU.
-        timesteps: the scheduler's timesteps of its steps, [S], on the CPU.
+        sigmas: flow times of the call's grid, [S + 1], on the CPU.
+        timesteps: the scheduler's timesteps of the steps, [S], on the CPU.
         most: the timestep of sigma = 1.
-        guiders: of the pipeline, which may combine the branches.
+        guiders: guiders of the pipeline, one of which may combine the branches.
         has_solver: whether a solver takes the steps. Without one, the pipeline may change latents
             between steps, as by a mask.
-        ends: whether only the first and the last latents are kept, because another sampler or a
-            cache took the steps. Changed latents set it, too.
+        ends: whether to keep only the first and the last latents, because another sampler or a
+            cache took the steps. Changed latents also set it.
         shared: names of arguments without a row per trajectory, whatever their shape.
         storage: device to keep tensors on; None leaves them where they are.
     """
@@ -114,10 +118,11 @@ class Turn:
         self._guiders = guiders
         self.ends = ends
         self._has_solver, self._shared, self._storage = has_solver, shared, storage
-        self._started = self._clean = sigmas  # replaced at the first step and at the end
+        self._started = self._clean = sigmas  # placeholders until the first step and the end
         self._dtype = torch.float32
         self._constants: list[Version] = []
         self._states: list[Version] = []
+        # Messages with booleans on the device, which ``check`` reads all at once.
         self._doubts: list[tuple[str, Tensor]] = []
         self._changes: list[Tensor] = []
 
@@ -130,7 +135,12 @@ class Turn:
         return len(self.steps) == len(self._timesteps)
 
     def add(self, step: Step, velocity: Tensor, timestep: Tensor, calls: Sequence[Call]) -> None:
-        """Check a step and keep what varies."""
+        """Check a step, and keep what varies over the steps.
+
+        Raises:
+            ReplayError: the step cannot be recognized, or an argument changes. Comparisons on the
+                device raise in ``check`` instead.
+        """
         number = len(self.steps)
         if number == 0:
             self._started, self._dtype = step.x_t.clone(), velocity.dtype
@@ -165,18 +175,18 @@ class Turn:
         self._combine(pattern, outputs, velocity)
         if self.steps:
             returned = self.steps[-1].next_x
-            if step.x_t is not returned:
+            if step.x_t is not returned:  # the usual case is the same tensor, at no cost
                 changed = (step.x_t != returned.to(step.x_t.dtype)).any()
                 self._changes.append(changed)
         self._states += versions_of([{"latents": step.next_x}])
         for _ in range(1 if pattern.rows else PROOF_ROWS):
-            row = -(len(pattern.rows) + 1) % len(velocity)
+            row = -(len(pattern.rows) + 1) % len(velocity)  # cycles over the trajectories
             # Copies, because pipelines may write what a step returns into what it was given.
             own = (step.x_t[row].clone(), step.sigma[row], velocity[row].clone())
             pattern.rows.append(Row(row, *own))
 
     def _compare(self, one: CallPattern, call: Call, rows: Tensor) -> None:
-        """Compare a call with the pattern's."""
+        """Compare a call with that of the pattern's first step."""
         constants, name = dict(call.arguments), one.place.name
         parts = one.place.split(constants.pop(name), rows)
         assert parts is not None
@@ -192,7 +202,7 @@ class Turn:
             one.times[name].append(value)
 
     def _combine(self, pattern: Pattern, outputs: Sequence[Tensor], velocity: Tensor) -> None:
-        """Prove that the branches make the scheduler's velocity."""
+        """Check that the branches give the scheduler's velocity; a mismatch is noted as a doubt."""
         if any(output.shape != velocity.shape for output in outputs):
             raise ReplayError(
                 f"the scheduler was given a velocity {list(velocity.shape)}, the transformer "
@@ -210,7 +220,11 @@ class Turn:
         self._doubts.append((changed, pattern.combination.mismatch(outputs, velocity)))
 
     def _same(self, otherwise: str, value: Any, first: Any) -> None:
-        """Raise or note the doubt ``otherwise`` unless two values are the same."""
+        """Compare two values; ``otherwise`` is the message for a difference.
+
+        Tensors of one shape and dtype are compared on the device, and a difference is noted as a
+        doubt for ``check``. Any other difference raises ``ReplayError``.
+        """
         if value is first:
             return
         if type(value) is type(first):
@@ -239,7 +253,12 @@ class Turn:
         raise ReplayError(otherwise)
 
     def check(self) -> None:
-        """Read all answers at once, and raise where one is that the call cannot be replayed."""
+        """Transfer the results of all comparisons at once, and raise for a difference.
+
+        Raises:
+            ReplayError: an argument or the velocity changed, a tensor was changed in place, equal
+                branches hide the guidance scale, or latents changed under a solver.
+        """
         device = self.steps[0].x_t.device
         doubts = [flag.to(device) for _, flag in self._doubts]
         changes = [flag.to(device) for flag in self._changes]
@@ -261,7 +280,11 @@ class Turn:
         self._note_change(in_place, "latents changed in place")
 
     def set_clean(self, clean: Tensor) -> None:
-        """Keep what the pipeline holds after its last step, at the end of its loop."""
+        """Set the latents that the pipeline holds after its last step, at the end of its loop.
+
+        Raises:
+            ReplayError: a solver took the steps, and these are not what the last step returned.
+        """
         last = self.steps[-1].next_x
         changed = clean is not last and not torch.equal(clean, last.to(clean.dtype))
         self._note_change(changed, "latents changed after the last step")
@@ -276,7 +299,7 @@ class Turn:
         self.ends |= changed
 
     def recorded(self, choice: Choice) -> Recorded:
-        """The whole turn, its arguments as the choice reads them."""
+        """Return the whole turn, with its arguments read as in ``choice``."""
         states = [self._started, *(step.next_x for step in self.steps[:-1]), self._clean]
         stochastic = [step.stochastic for step in self.steps]
         whole = Recorded(
@@ -290,7 +313,10 @@ class Turn:
         return whole.first_and_last() if self.ends else whole
 
     def choices(self) -> Iterator[Choice]:
-        """Other ways to read the arguments than the likeliest; few arguments have several."""
+        """Yield other readings of the arguments than the likeliest: of one of them, then of two.
+
+        Few arguments have several readings, so that these are few.
+        """
         counts = {
             name: len(self._readings(call, name, value))
             for pattern in self.patterns
@@ -314,7 +340,7 @@ class Turn:
         return readings(name, value, batch, call.place.form.listed)
 
     def kinds(self) -> Hashable:
-        """How the arguments of every pattern can be read, equal where one proof is enough."""
+        """Return the kinds of the readings of all arguments; turns of equal kinds share a proof."""
         return tuple(
             tuple((name, map_kinds(self._readings(call, name, value))) for name, value in held)
             for pattern in self.patterns
@@ -323,7 +349,7 @@ class Turn:
         )
 
     def conditioning(self, choice: Choice) -> Conditioning:
-        """The turn's constants as a record, each argument as the choice reads it."""
+        """Return the turn's constants as a record, each argument read as in ``choice``."""
         stages = tuple(self._stage(pattern, choice) for pattern in self.patterns)
         return map_tensors([Conditioning(stages)], self._keep)[0]
 
@@ -341,7 +367,7 @@ class Turn:
         return Stage(sigma, len(self.steps[0].x_t), recipe, calls)
 
     def _call_record(self, first: int, call: CallPattern, choice: Choice) -> CallRecord:
-        """A call as a replay makes it."""
+        """Return the record of a call, from which a replay makes it."""
         times, rows = [], len(self.steps[0].x_t) * call.place.copies
         for name in call.time_names():
             held = torch.stack(call.times[name]).cpu()
@@ -350,11 +376,13 @@ class Turn:
         arguments = {}
         for name in call.constants.keys() - {time.name for time in times}:
             read = self._readings(call, name, call.constants[name])
+            # The choice may be that of an earlier turn, whose argument had more readings.
             arguments[name] = read[min(choice.get(name, 0), len(read) - 1)]
         rest = None if call.rest is None else Rows(call.rest)
         return CallRecord(call.module, call.place, tuple(times), arguments, rest)
 
     def _keep(self, x: Tensor) -> Tensor:
-        """The tensor as it is stored: a copy, which nobody else can change, without a graph."""
+        """Return a tensor as it is stored: a copy that the pipeline cannot change, no graph."""
         moved = x if self._storage is None else x.to(self._storage)
+        # Inference tensors cannot enter autograd; a clone outside inference mode can.
         return moved.clone() if moved is x or moved.is_inference() else moved.detach()

@@ -1,4 +1,4 @@
-"""Planning chains of edits that make sense at every turn, from images alone.
+"""Planning of chains of edits that are possible at every turn, from images alone.
 
 Needs the extra ``mteditflow[rewards]``: the planner uses the client of the judge and the
 detector of content consistency.

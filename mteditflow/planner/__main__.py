@@ -1,4 +1,4 @@
-"""Command line: plan the chains of a folder of images, and count what chains hold."""
+"""Command line: plan the chains of a folder of images, and print statistics of chains."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ app = typer.Typer(
     cls=OneLineGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Plan chains of edits from images alone, and count what chains hold.",
+    help="Plan chains of edits from images alone, and print statistics of chains.",
 )
 out = Console(highlight=False)
 
@@ -56,35 +56,38 @@ out = Console(highlight=False)
 @app.command()
 def plan(
     images: Annotated[Path, typer.Argument(help="Folder of images.")],
-    output: Annotated[Path, typer.Argument(help="File of chains (.jsonl); goes on where it ends.")],
-    endpoint: Annotated[list[str], typer.Option(help="URL ending in /v1; may be given again.")],
-    model: Annotated[str, typer.Option(help="Name that the endpoints know the model by.")],
+    output: Annotated[
+        Path, typer.Argument(help="File of chains (.jsonl); an existing one is continued.")
+    ],
+    endpoint: Annotated[list[str], typer.Option(help="URL ending in /v1; may be repeated.")],
+    model: Annotated[str, typer.Option(help="Name of the model at the endpoints.")],
     detector: Annotated[
-        str, typer.Option(help="GroundingDINO, by hub id or path.")
+        str, typer.Option(help="Hub id or path of a GroundingDINO detector.")
     ] = "IDEA-Research/grounding-dino-tiny",
-    device: Annotated[str, typer.Option(help="Where the detector runs.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the detector.")] = "cpu",
     turns: Annotated[int, typer.Option(help="Edits in a chain.")] = 3,
     chains_per_image: Annotated[
         int, typer.Option(min=1, help="Chains planned for each image.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the drawn edit types.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of edit types.")] = 0,
     weight: Annotated[
-        list[str] | None, typer.Option(help="TYPE=NUMBER; then only these types are drawn.")
+        list[str] | None,
+        typer.Option(help="TYPE=NUMBER; may be repeated. Types that are not given are not drawn."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature of the model.")] = 0.7,
     answer_tokens: AnswerTokens = None,
     reasoning_tokens: ReasoningTokens = 0,
     chat_template_kwargs: ChatTemplateKwargs = None,
     extra_body: ExtraBody = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Most images at one time.")] = 16,
-    attempts: Annotated[int, typer.Option(help="Most that one question gets.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most images at a time.")] = 16,
+    attempts: Annotated[int, typer.Option(help="Most attempts for one question.")] = 4,
     timeout: Annotated[float, typer.Option(help="Timeout of one attempt, in seconds.")] = 120.0,
-    cache: Annotated[Path | None, typer.Option(help="File of accepted answers.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="File that caches accepted answers.")] = None,
 ) -> None:
-    """Plan chains for every image of a folder; a run that was stopped goes on.
+    """Plan chains for every image of a folder; a stopped run is resumed.
 
-    The key of the endpoints, if they want one, is read from OPENAI_API_KEY. Folder, file, options
-    and endpoints are checked before the detector is loaded or downloaded.
+    The API key of the endpoints, if they need one, is read from OPENAI_API_KEY. Folder, file,
+    options and endpoints are checked before the detector is loaded or downloaded.
     """
     request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
     with ExitStack() as stack:
@@ -130,9 +133,9 @@ def plan(
 @app.command()
 def stats(
     chains: Annotated[Path, typer.Argument(help="File of chains, of any format.")],
-    plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File of a figure, .png or .pdf.")] = None,
 ) -> None:
-    """Count edit types, object categories and turns."""
+    """Count edit types, object categories and turns of chains."""
     with refusing():
         counted = statistics(read_chains(chains, allow_outside=True).chains)
         if plot is not None:
@@ -141,7 +144,11 @@ def stats(
 
 
 def _weights(given: list[str] | None) -> Mapping[TaskType, float] | None:
-    """Read TYPE=NUMBER; that the types exist is for the planner to check."""
+    """Parse TYPE=NUMBER; ``draw_tasks`` checks the types.
+
+    Raises:
+        ValueError: an entry has another form.
+    """
     if not given:
         return None
     pairs = (text.partition("=") for text in given)

@@ -1,4 +1,4 @@
-"""Structured answers of a model: the JSON schema of a question, and strict parsing."""
+"""Structured answers of a model: JSON schemas of questions, and strict parsing."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ SHOWN = 120  # characters of an answer in a message
 
 
 def read_json(text: str, model: type[Model]) -> Model:
-    """Read an answer that must be one JSON object and nothing else.
+    """Parse an answer that must be one JSON object and nothing else.
 
-    Reasoning before the object, a code fence around it and end tokens after it are left out.
+    Reasoning before the object, a code fence around it and end tokens after it are removed.
 
     Args:
-        text: what the model wrote.
-        model: what it must hold.
+        text: answer of the model.
+        model: class of the expected object.
 
     Raises:
-        AnswerError: nothing follows the reasoning (``Fault.reasoning``), it is no JSON
-            (``Fault.request_ignored``, which a server that honors the schema cannot send;
-            ``Fault.refusal``, ``Fault.format`` where JSON has been begun), or another one
-            (``Fault.format``). The message names fault and place.
+        AnswerError: nothing follows the reasoning (``Fault.reasoning``); the text is a refusal
+            (``Fault.refusal``) or other prose (``Fault.request_ignored``, which a server that
+            honors the schema cannot return); or it is broken JSON, or another object
+            (``Fault.format``). The message has the fault and its place.
 
     Example:
         >>> from mteditflow.planner import ListedObject
@@ -35,7 +35,7 @@ def read_json(text: str, model: type[Model]) -> Model:
         2
     """
     text = unwrap(text)
-    if text[:1] != "{":  # a string in JSON may contain the end of reasoning
+    if text[:1] != "{":  # only then, as a string in the JSON may contain the end-of-reasoning tag
         text = unwrap(after_reasoning(text))
     try:
         return model.model_validate_json(text)
@@ -53,9 +53,9 @@ def _fault_of_prose(text: str) -> Fault:
 
 
 def strict_object(properties: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of an object with these properties, all of them and no others.
+    """Return the JSON schema of an object with exactly these properties, all of them required.
 
-    Titles and defaults are left out: where all must be there, no default ever acts.
+    Titles and defaults are removed: a default has no effect on a required property.
 
     Example:
         >>> strict_object({"count": {"type": "integer", "default": 1}})["properties"]

@@ -1,7 +1,7 @@
-"""The nine edit types: their slots, and the fixed form of their instruction, written and read.
+"""The nine edit types: their slots, and the fixed form of their instruction, both ways.
 
-An edit is checked on its own here: its slots are there and differ where they must. Whether it makes
-sense in an image is for ``mteditflow.planner.pool``.
+Here an edit is checked on its own: whether its slots exist and differ where they must. Whether it
+is possible in an image is checked in ``mteditflow.planner.pool``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from mteditflow.chains.record import first_error
 
 Position = Literal["left", "right", "above", "below"]
 LENGTH_MAX = 80  # characters of a slot
-COUNT_MAX = 20  # nobody counts more things in an image
+COUNT_MAX = 20  # a person would not count more objects in an image
 
 
 def _slot(text: str) -> str:
-    """One line without the brackets that mark a slot in a formatted instruction."""
+    """Return a slot as one line; refuse the brackets that mark slots in an instruction."""
     if re.search(r"[\[\]\x00-\x1f\x7f]", text):
         raise ValueError(f"expected one line without square brackets, got {text!r}")
     return " ".join(text.split())
@@ -48,16 +48,16 @@ Count = Annotated[int, Field(ge=1, le=COUNT_MAX)]
 
 
 class EditError(ValueError):
-    """The edit makes no sense in this pool."""
+    """An edit is impossible in a pool."""
 
 
 class Edit(BaseModel):
-    """One edit: a subclass for each type, with its slots as fields.
+    """Base class of edits, with a subclass per edit type whose fields are its slots.
 
     Attributes:
         task: the edit type.
-        patterns: the forms of the instruction that are read; the first one whose slots are all
-            there is written.
+        patterns: forms of the instruction. All are parsed; the first one whose slots are all given
+            is written.
 
     Source: EdiVal-Bench (arXiv 2509.13399) for the types and their forms.
     """
@@ -68,7 +68,7 @@ class Edit(BaseModel):
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """Names of the objects that the edit changes."""
+        """Return the names of the objects that the edit changes."""
         target: str | None = getattr(self, "target", None)
         return () if target is None else (target,)
 
@@ -87,7 +87,7 @@ class Edit(BaseModel):
 
 
 class SubjectAdd(Edit):
-    """A new object, beside another one or anywhere."""
+    """Add an object, beside another one or anywhere."""
 
     task = "subject_add"
     patterns = ("Add [{name}] on the [{position}] of [{reference}]", "Add [{name}]")
@@ -103,7 +103,7 @@ class SubjectAdd(Edit):
 
 
 class SubjectRemove(Edit):
-    """An object goes."""
+    """Remove an object."""
 
     task = "subject_remove"
     patterns = ("Remove [{target}]",)
@@ -111,7 +111,7 @@ class SubjectRemove(Edit):
 
 
 class SubjectReplace(Edit):
-    """Another object in the place of one."""
+    """Replace an object by another one."""
 
     task = "subject_replace"
     patterns = ("Replace [{target}] with [{name}]",)
@@ -126,7 +126,7 @@ class SubjectReplace(Edit):
 
 
 class PositionChange(Edit):
-    """An object moves to another place beside a reference."""
+    """Move an object to another place beside a reference."""
 
     task = "position_change"
     patterns = ("Change the position of [{target}] to [{position}] of [{reference}]",)
@@ -136,7 +136,7 @@ class PositionChange(Edit):
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """Both objects: the place of one beside the other is new."""
+        """Return both objects, since the position of one relative to the other is new."""
         return self.target, self.reference
 
     @model_validator(mode="after")
@@ -147,7 +147,7 @@ class PositionChange(Edit):
 
 
 class CountChange(Edit):
-    """More or fewer of an object."""
+    """Change the count of an object."""
 
     task = "count_change"
     patterns = ("Change the count of [{target}] to [{count}]",)
@@ -156,7 +156,7 @@ class CountChange(Edit):
 
 
 class ColorAlter(Edit):
-    """An object in another color."""
+    """Change the color of an object."""
 
     task = "color_alter"
     patterns = ("Change the color of [{target}] to [{color}]",)
@@ -165,7 +165,7 @@ class ColorAlter(Edit):
 
 
 class MaterialAlter(Edit):
-    """An object of another material."""
+    """Change the material of an object."""
 
     task = "material_alter"
     patterns = ("Change the material of [{target}] to [{material}]",)
@@ -174,7 +174,7 @@ class MaterialAlter(Edit):
 
 
 class TextChange(Edit):
-    """Another text on an object, or a new one on the image."""
+    """Replace the text on an object, or add text to the image."""
 
     task = "text_change"
     patterns = (
@@ -195,7 +195,7 @@ class TextChange(Edit):
 
 
 class BackgroundChange(Edit):
-    """Another background behind the objects that are kept."""
+    """Change the background, and keep the objects in ``kept``."""
 
     task = "background_change"
     patterns = (
@@ -207,7 +207,7 @@ class BackgroundChange(Edit):
     kept: tuple[Name, ...] = ()
 
 
-#: The class of edit of each task type, in the order of their definition above.
+#: Edit class of each task type, in the order of definition above.
 EDITS: Mapping[TaskType, type[Edit]] = {edit.task: edit for edit in Edit.__subclasses__()}
 
 
@@ -216,18 +216,18 @@ def _slots_of(pattern: str) -> list[str]:
 
 
 def parse_formatted(text: str) -> Edit:
-    """Read a formatted instruction: the inverse of ``Edit.formatted``.
+    """Parse a formatted instruction: the inverse of ``Edit.formatted``.
 
-    Case, outer quotes, a full stop at the end, and brackets around a position do not matter.
+    Case, outer quotes, a final period, and brackets around a position are ignored.
 
     Args:
-        text: such as "Change the count of [cup] to [3]".
+        text: a formatted instruction, such as "Change the count of [cup] to [3]".
 
     Returns:
         The edit, of the class of its type.
 
     Raises:
-        ValueError: the text has none of the forms, or a slot is not what it must be.
+        ValueError: the text has none of the forms, or a slot is invalid.
 
     Source: EdiVal-Bench (arXiv 2509.13399).
 
@@ -254,27 +254,29 @@ def _build(kind: type[Edit], slots: dict[str, Any], text: str) -> Edit:
 
 
 def unquoted(text: str) -> str:
-    """Return a text as one line, without quotes that stand around the whole of it."""
+    """Return a text as one line, without quotes that enclose all of it."""
     line = " ".join(text.split())
     for quotes in ('""', "''", "\u201c\u201d", "\u2018\u2019"):
         inner = line[1:-1]
+        # Quotes inside as well would be those of two quoted parts, not of the whole.
         if line[:1] + line[-1:] == quotes and not set(quotes) & set(inner):
             return inner.strip()
     return line
 
 
 def _names(listed: str) -> tuple[str, ...]:
-    """Names in brackets, or between commas and "and" where there are none."""
+    """Return the names in brackets; without brackets, the names between commas and "and"."""
     bracketed = re.findall(r"\[([^\[\]]+)\]", listed)
     return tuple(bracketed or re.split(r"\s*,\s*(?:and\s+)?|\s+and\s+", listed))
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Turn a pattern into what matches it: the text between slots is literal."""
+    """Return the regular expression of a pattern; the text between slots is literal."""
     special = {
         "position": r"\[?(?P<position>left|right|above|below)\]?",
         "kept": r"(?P<kept>\S.*?)",
     }
+    # With one group, ``split`` alternates between literal text and slot names.
     parts = re.split(r"\[?\{(\w+)\}\]?", pattern)
     parts[::2] = map(re.escape, parts[::2])
     parts[1::2] = (special.get(x, rf"\[(?P<{x}>[^\[\]]+)\]") for x in parts[1::2])

@@ -1,4 +1,4 @@
-"""Slots of an edit filled by a model: its prompt, the schema and the checks of its answer."""
+"""Slots of an edit, filled by a model: prompt, schema, and checks of the answer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ instruction: the edit in one sentence, the way a person would ask for it, with t
 
 
 class Filled(NamedTuple):
-    """An edit that makes sense: the pool after it, and the instruction in natural words."""
+    """Possible edit: the pool after it, and the instruction in natural language."""
 
     pool: Pool
     instruction: str
@@ -75,7 +75,7 @@ class _Answer(BaseModel):
 
 
 def slots_of(pool: Pool, task: TaskType) -> tuple[str, ...]:
-    """Return the slots that the model fills: of a text, only the new one if there is none yet."""
+    """Return the slots that the model fills; for added text that is only the new text."""
     if task == "text_change" and not any(x.text for x in pool.objects):
         return ("new",)
     return tuple(slot for slot in EDITS[task].model_fields if slot != "kept")
@@ -85,8 +85,8 @@ def edit_prompt(pool: Pool, instructions: Sequence[str], task: TaskType) -> str:
     """Return the prompt for the next edit.
 
     Args:
-        pool: what is there now.
-        instructions: those of the edits so far.
+        pool: objects before the edit.
+        instructions: instructions of the edits so far.
         task: type of the edit.
     """
     slots = slots_of(pool, task)
@@ -107,7 +107,7 @@ def edit_prompt(pool: Pool, instructions: Sequence[str], task: TaskType) -> str:
 
 
 def edit_schema(pool: Pool, task: TaskType) -> dict[str, Any]:
-    """Return the JSON schema of the answer: names of objects are those of the pool alone."""
+    """Return the JSON schema of the answer, which allows only names of objects in the pool."""
     known = EDITS[task].model_json_schema()["properties"]
     slots = {slot: known[slot] for slot in slots_of(pool, task)}
     written = {x.name: x.text for x in pool.objects if x.text}
@@ -122,16 +122,16 @@ def edit_schema(pool: Pool, task: TaskType) -> dict[str, Any]:
 
 
 def read_edit(text: str, pool: Pool, task: TaskType) -> Filled:
-    """Read the answer to ``edit_prompt``: an edit that makes sense, and its instruction.
+    """Parse the answer to ``edit_prompt``, and apply its edit.
 
     Args:
-        text: what the model wrote.
-        pool: what is there before the edit.
+        text: answer of the model.
+        pool: objects before the edit.
         task: type of the edit.
 
     Raises:
-        AnswerError: the answer has another form, its edit makes no sense in this pool, or its
-            instruction does not mention every slot.
+        AnswerError: the answer has another form (``Fault.format``), or its edit is impossible in
+            this pool or its instruction does not mention every slot (``Fault.senseless``).
 
     Example:
         >>> from mteditflow.planner import ListedObject
@@ -149,7 +149,7 @@ def read_edit(text: str, pool: Pool, task: TaskType) -> Filled:
     try:
         edit = EDITS[task].model_validate(answer.edit | _kept(pool, task))
         return Filled(pool.apply(edit), checked_phrase(answer.instruction, edit))
-    except ValidationError as error:
+    except ValidationError as error:  # a ValueError, too, so it must come first
         raise AnswerError(Fault.format, f"{task}: {first_error(error)}") from error
     except ValueError as error:
         raise AnswerError(Fault.senseless, f"{task}: {error}") from error
@@ -158,8 +158,8 @@ def read_edit(text: str, pool: Pool, task: TaskType) -> Filled:
 def checked_phrase(instruction: str, edit: Edit) -> str:
     r"""Return an instruction as one line without outer quotes, if it mentions every slot.
 
-    Every slot must stand in it: names and values word for word (an ending of the plural or of an
-    adjective may follow), texts with their case, a count as digits or as a word.
+    Names and values must appear word for word (a plural, possessive or adjective ending may
+    follow), texts with their case, and a count in digits or as a word.
 
     Raises:
         ValueError: a slot is missing, or the line has square brackets.
@@ -173,15 +173,16 @@ def checked_phrase(instruction: str, edit: Edit) -> str:
     if "[" in line or "]" in line:
         raise ValueError(f"instruction: expected no square brackets, got {line!r}")
     for slot, value in edit:
+        # Written text is case-sensitive, names and values are not.
         flags = 0 if isinstance(edit, TextChange) and slot != "target" else re.IGNORECASE
         for ways in _ways_to_say(value):
             if not any(re.search(_spoken(way), line, flags) for way in ways):
-                raise ValueError(f"instruction: expected it to say {ways[0]!r}, got {line!r}")
+                raise ValueError(f"instruction: expected it to mention {ways[0]!r}, got {line!r}")
     return line
 
 
 def _ways_to_say(value: str | int | tuple[str, ...] | None) -> list[tuple[str, ...]]:
-    """Return the values that must be mentioned, each with its spellings."""
+    """Return the values that an instruction must mention, each with its spellings."""
     if isinstance(value, int):
         return [(str(value), NUMBERS[value - 1])]
     if isinstance(value, tuple):
@@ -194,5 +195,5 @@ def _spoken(words: str) -> str:
 
 
 def _kept(pool: Pool, task: TaskType) -> dict[str, tuple[str, ...]]:
-    """Return the slot that the rules fill themselves."""
+    """Return the slot that the model does not fill, since the rules determine it."""
     return {"kept": pool.lasting} if task == "background_change" else {}

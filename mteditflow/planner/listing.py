@@ -1,4 +1,4 @@
-"""Objects of an image: a model lists them, a detector keeps those that it finds too."""
+"""Objects of an image: a model lists them, and only those that a detector finds are kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mteditflow.rewards.consistency.regions import clean_names
 from mteditflow.rewards.consistency.scorer import Detector
 
 OBJECTS_MAX = 12
-NAMES_AT_ONCE = 4  # that the detector looks for in one batch
-SIDE_MAX, AREA_MAX = 0.9, 0.4  # of a box, as shares of the image's
+NAMES_AT_ONCE = 4  # names in one batch of the detector
+SIDE_MAX, AREA_MAX = 0.9, 0.4  # largest side and area of a box, as shares of the image's
 
 LISTING_PROMPT = f"""\
 List the objects in the image above that somebody might want to edit, the most striking first, at \
@@ -48,8 +48,9 @@ class Listing(NamedTuple):
     """Objects as a model listed them.
 
     Attributes:
-        objects: those with a name of their own; an attribute that is odd is not known.
-        left_out: for the rest, the name of an object, or "<name>: <attribute>", to the reason.
+        objects: objects with a unique name; their invalid attributes are set to unknown.
+        left_out: reason by "<name>" for each object that is left out, and by "<name>: <attribute>"
+            for each invalid attribute.
     """
 
     objects: tuple[ListedObject, ...]
@@ -64,13 +65,13 @@ def listing_schema() -> dict[str, Any]:
 
 
 def read_objects(text: str) -> Listing:
-    """Read the answer to ``LISTING_PROMPT``; what is odd in it costs no more than itself.
+    """Parse the answer to ``LISTING_PROMPT``; an invalid entry or attribute drops only itself.
 
     Args:
-        text: what the model wrote.
+        text: answer of the model.
 
     Raises:
-        AnswerError: the answer has another form, or none of its objects can be used.
+        AnswerError: the answer has another form, or all of its objects are invalid.
 
     Example:
         >>> listing = read_objects('{"objects": [{"name": "cat", "color": null, "count": 0}]}')
@@ -85,7 +86,7 @@ def read_objects(text: str) -> Listing:
         if found is None:
             left_out |= faults
         elif name.casefold() in objects:
-            left_out[f"{name} (objects[{number}])"] = "expected a name for each alone, got it twice"
+            left_out[f"{name} (objects[{number}])"] = "expected a unique name, got it twice"
         elif len(objects) == OBJECTS_MAX:
             left_out[name] = f"expected at most {OBJECTS_MAX} objects, got another one"
         else:
@@ -98,7 +99,7 @@ def read_objects(text: str) -> Listing:
 
 
 def _read_object(each: Any, place: str) -> tuple[ListedObject | None, str, dict[str, str]]:
-    """Read one object: without its odd attributes, and ``None`` where it has no usable name."""
+    """Return one object without its invalid attributes (``None`` if its name is), name, faults."""
     if not isinstance(each, dict):
         return None, place, {place: f"expected an object, got {shorten(each)}"}
     faults = {key: fault for key, x in each.items() if (fault := _fault(key, x)) is not None}
@@ -109,7 +110,7 @@ def _read_object(each: Any, place: str) -> tuple[ListedObject | None, str, dict[
 
 
 def _fault(key: str, value: Any) -> str | None:
-    """Say what is odd about an attribute, ``None`` if nothing is."""
+    """Return the fault of an attribute; ``None`` if it is valid."""
     try:
         ListedObject(**{"name": "any", key: value})
     except ValidationError as error:
@@ -120,15 +121,15 @@ def _fault(key: str, value: Any) -> str | None:
 def find_objects(
     detector: Detector, image: Image.Image, objects: Sequence[ListedObject]
 ) -> dict[str, list[list[float]]]:
-    """Look for each object on its own, so that no box belongs to another one.
+    """Detect each object with a query of its own, so that no box is assigned to another one.
 
     Args:
-        detector: its threshold is the planner's, 0.35 by default.
-        image: of mode RGB.
-        objects: what to look for.
+        detector: detector whose threshold is the planner's, 0.35 by default.
+        image: image of mode RGB.
+        objects: objects to detect.
 
     Returns:
-        Name to the boxes found: x1, y1, x2, y2 in pixels.
+        Boxes by name: x1, y1, x2, y2 in pixels.
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     names = [x.name for x in objects]
@@ -141,14 +142,14 @@ def find_objects(
 
 
 def fits(box: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether a box frames one thing rather than the whole image.
+    """Return whether a box encloses one object rather than the whole image.
 
     Args:
         box: x1, y1, x2, y2 in pixels.
-        size: width and height of the image.
+        size: width and height of the image, in pixels.
 
     Returns:
-        False where a side is longer than 0.9 of the image's and the area larger than 0.4 of its.
+        False if a side is longer than 0.9 of the image's and the area is above 0.4 of the image's.
 
     Example:
         >>> fits((0, 0, 95, 40), (100, 100)), fits((0, 0, 95, 50), (100, 100))
@@ -163,15 +164,15 @@ def sift(
     boxes: Mapping[str, Sequence[Sequence[float]]],
     size: tuple[int, int],
 ) -> tuple[tuple[ListedObject, ...], dict[str, str]]:
-    """Keep the objects that a detector finds too.
+    """Split objects into those that a detector has found, and the others.
 
     Args:
-        objects: what a model listed.
-        boxes: name to the boxes that the detector found for it, in pixels.
-        size: width and height of the image.
+        objects: objects that a model listed.
+        boxes: boxes that the detector found, by name, in pixels.
+        size: width and height of the image, in pixels.
 
     Returns:
-        The objects with at least one box that ``fits``, and name to reason for the others.
+        The objects with at least one box that ``fits``, and the reasons for the others by name.
 
     Example:
         >>> objects = [ListedObject(name="cat"), ListedObject(name="sky")]

@@ -1,4 +1,4 @@
-"""Plan one chain: objects of the image, edit types, and turn by turn the edit in words."""
+"""Planning of one chain: list the objects, draw edit types, and fill each edit turn by turn."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ UNREACHABLE = (Fault.connection, Fault.unavailable)
 
 
 class PlanningStoppedError(RuntimeError):
-    """No endpoint can be reached: what is planned is kept, and the same call goes on from there."""
+    """No endpoint can be reached; planned chains are kept, and the same call resumes from them."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A chain that was not planned.
+    """Failure to plan a chain.
 
     Attributes:
-        reason: kind of failure; few enough to be counted.
-        detail: what was expected and what came.
+        reason: kind of failure, out of few, for counting.
+        detail: what was expected, and what the planner got.
     """
 
     reason: str
@@ -55,10 +55,10 @@ class Scene:
     """Objects of one image.
 
     Attributes:
-        picture: the image as part of a message.
-        objects: those that were listed and found.
-        left_out: names of those that were listed alone, and attributes that are odd, each with the
-            reason.
+        picture: the image as a part of a chat message.
+        objects: objects that the model listed and the detector found.
+        left_out: reason by name of each other listed object, and by "<name>: <attribute>" of each
+            invalid attribute.
     """
 
     picture: dict[str, Any]
@@ -72,15 +72,17 @@ def draw_tasks(
     """Draw edit types without repetition.
 
     Args:
-        random: source of the draws.
-        turns: how many to draw.
-        weights: edit type to weight, >= 0; those not named have 0. ``None`` draws evenly.
+        random: random number generator.
+        turns: number of types to draw.
+        weights: weight by edit type, >= 0; types that are missing have weight 0. ``None``: all have
+            equal weights.
 
     Returns:
         The types in the order of the turns.
 
     Raises:
-        ValueError: there are fewer types with a weight than turns, or a name or weight is wrong.
+        ValueError: fewer types than ``turns`` have a weight, a type is unknown, or a weight is
+            negative or not finite.
 
     Example:
         >>> draw_tasks(Random(0), 2, {"subject_add": 1.0, "text_change": 3.0})
@@ -107,21 +109,21 @@ def draw_tasks(
 def planner_settings(
     client: ChatClient, turns: int, seed: int, weights: Mapping[TaskType, float] | None
 ) -> dict[str, Any]:
-    """Options that chains depend on, beside images, answers and detector; see ``Planner``."""
+    """Return the options on which chains depend, besides images, answers and detector."""
     drawn = None if weights is None else dict(weights)
     return {**client.settings, "turns": turns, "seed": seed, "weights": drawn}
 
 
 class Planner:
-    """Plans chains of edits from images alone, the same for the same seed and answers.
+    """Planner of chains of edits from images alone; equal seed and answers give equal chains.
 
     Args:
-        client: of the model that lists objects, fills slots and writes instructions. At
-            temperature 0 the chains of one image that draw the same edit types are alike.
-        detector: finds listed objects; one of them that it does not find is left out.
-        turns: edits in a chain, N; at most the number of types that may be drawn.
-        seed: of the drawing of edit types.
-        weights: edit type to weight; ``None`` draws them evenly.
+        client: client of the model that lists objects, fills slots and writes instructions. At
+            temperature 0, chains of one image with the same edit types are equal.
+        detector: detector of listed objects; objects that it does not find are left out.
+        turns: edits in a chain, N; at most the number of types with a weight.
+        seed: seed of the draw of edit types, and of the model's sampling.
+        weights: weight by edit type; ``None``: all have equal weights.
 
     Raises:
         ValueError: as in ``draw_tasks``.
@@ -139,18 +141,21 @@ class Planner:
         draw_tasks(Random(seed), turns, weights)
         self.turns, self.seed, self.weights = turns, seed, weights
         self._client, self._detector = client, detector
-        self._detecting = anyio.CapacityLimiter(1)
+        self._detecting = anyio.CapacityLimiter(1)  # one detection at a time, in a worker thread
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Options that chains depend on, beside images and answers; written into each chain."""
+        """Return the options on which chains depend; they are written into each chain."""
         return planner_settings(self._client, self.turns, self.seed, self.weights)
 
     async def look(self, image: Image.Image) -> Scene | Refused:
-        """List the objects of an image and keep those that the detector finds.
+        """List the objects of an image, and keep those that the detector finds.
 
         Args:
-            image: of mode RGB.
+            image: image of mode RGB.
+
+        Returns:
+            The scene, or the reason why there is none.
 
         Raises:
             PlanningStoppedError: no endpoint can be reached.
@@ -179,20 +184,22 @@ class Planner:
         """Plan one chain.
 
         Args:
-            scene: what ``look`` saw.
-            chain_id: names the chain; the drawing depends on it.
+            scene: result of ``look``.
+            chain_id: id of the chain, on which the draw of edit types depends.
             image: path to write into the chain.
 
         Returns:
-            The chain, or why it was not planned.
+            The chain, or the reason why it was not planned.
 
         Raises:
             PlanningStoppedError: no endpoint can be reached.
         """
+        # One generator per chain, so that a resumed run draws the same edit types.
         random = Random(f"{self.seed} {chain_id}")
         pools, instructions = [Pool.of(scene.objects)], list[str]()
         for drawn in draw_tasks(random, self.turns, self.weights):
             pool = pools[-1]
+            # An addition needs no object, so it is possible in every pool.
             task = drawn if pool.obstacle(drawn) is None else "subject_add"
             seed = random.getrandbits(SEED_BITS)
             filled = await self._fill(scene, pool, instructions, task, seed)
@@ -221,7 +228,7 @@ class Planner:
 
 
 def _refused(what: str, lost: Lost) -> Refused:
-    """Return the refusal of one chain, unless the failure is that of all to come."""
+    """Return the refusal of one chain; raise if the failure would be that of all further ones."""
     if lost.fault in UNREACHABLE:
         raise PlanningStoppedError(f"planning stopped: {lost}")
     return Refused(f"{what}: {lost.fault.value}", str(lost))

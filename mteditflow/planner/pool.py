@@ -1,7 +1,7 @@
-"""The object pool: what is in the image, and how each edit changes it. Pure code, no model.
+"""Object pool: the objects of an image, and the effect of each edit on them. No model is called.
 
-A pool is a value; ``Pool.apply`` gives the next one or raises where the edit makes no sense. A name
-stands for one object in the whole chain: once used, it is never given to another one.
+A pool is immutable: ``Pool.apply`` returns the next one, or raises if the edit is impossible. A
+name denotes one object in the whole chain, and is never reused for another.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from mteditflow.planner.edits import (
     TextChange,
 )
 
-TEXT = "text"  # name of a text that an edit adds to the image, as in EdiVal-Bench
+TEXT = "text"  # name of text that an edit adds to the image, as in EdiVal-Bench
 
 
 class ListedObject(BaseModel):
-    """An object as a model lists it; ``None`` where an attribute is not known.
+    """Object as a model lists it; an unknown attribute is ``None``.
 
     Attributes:
-        name: distinct from that of every other object of the image.
-        color: one or two words.
-        material: what it is made of.
-        text: what is written on it.
-        count: how many of it there are, 1..20.
-        foreground: whether it is a thing in front rather than a part of the background.
+        name: name, unique in the image.
+        color: color, one or two words.
+        material: material of the object.
+        text: text that is written on the object.
+        count: number of such objects, in [1, 20].
+        foreground: whether it is an object in front rather than a part of the background.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -57,10 +57,10 @@ class ListedObject(BaseModel):
 
 
 class SceneObject(ListedObject):
-    """An object of the pool.
+    """Object of the pool.
 
     Attributes:
-        original: whether it comes from the reference image; one that replaces an original does.
+        original: whether it comes from the reference image, or replaces an object that does.
         edited: whether an edit has changed it.
     """
 
@@ -69,7 +69,11 @@ class SceneObject(ListedObject):
 
 
 def changed(x: SceneObject, edit: Edit) -> SceneObject | None:
-    """Return the object after the edit, ``None`` if it is gone."""
+    """Return the object after the edit; ``None`` if it is removed.
+
+    Raises:
+        EditError: an attribute would stay the same, or the old text is another one.
+    """
     if isinstance(edit, BackgroundChange):
         return x if x.original and x.foreground else None
     if x.name not in edit.touched:
@@ -101,10 +105,11 @@ def _another(x: SceneObject, attribute: str, value: Any) -> dict[str, Any]:
 
 
 def _reworded(x: SceneObject, old: str | None, new: str) -> dict[str, Any]:
-    """Put a word into a name: in the place of the old one, or before the name."""
+    """Return the update of a name by a new attribute: it replaces the old word or comes first."""
     if _has_word(x.name, new):
-        raise EditError(f"{x.name}: its name already says {new!r}")
+        raise EditError(f"{x.name}: its name already contains {new!r}")
     if old and _has_word(x.name, old):
+        # A function as replacement: backslashes in the new word must not act as escapes.
         return {"name": re.sub(_word(old), lambda _: new, x.name, count=1, flags=re.IGNORECASE)}
     return {"name": f"{new} {x.name}"}
 
@@ -119,14 +124,14 @@ def _has_word(text: str, word: str) -> bool:
 
 @dataclass(frozen=True)
 class Pool:
-    """The objects after some edits of one chain.
+    """Objects of an image after some edits of one chain.
 
     Attributes:
-        objects: those that are there now.
+        objects: objects that currently exist.
         names: every name used so far, in the order of use.
-        edits: what was done so far.
+        edits: edits so far, in order.
 
-    Source: EdiVal-Bench (arXiv 2509.13399), MT-EditFlow (arXiv 2606.01985) for the rules.
+    Source: EdiVal-Bench (arXiv 2509.13399) and MT-EditFlow (arXiv 2606.01985) for the rules.
 
     Example:
         >>> from mteditflow.planner import ColorAlter, ListedObject, SubjectRemove
@@ -148,36 +153,36 @@ class Pool:
         """Return the pool of an unedited image.
 
         Raises:
-            ValueError: two objects have one name, up to case.
+            ValueError: two objects have the same name, ignoring case.
         """
         names = tuple(listed.name for listed in objects)
         repeated = [name for i, name in enumerate(names) if _among(name, names[:i])]
         if repeated:
-            raise ValueError(f"objects: expected a name for each alone, got {repeated[0]!r} twice")
+            raise ValueError(f"objects: expected unique names, got {repeated[0]!r} twice")
         return cls(tuple(SceneObject(**listed.model_dump()) for listed in objects), names)
 
     @property
     def available(self) -> tuple[str, ...]:
-        """Names of the objects that are there now."""
+        """Return the names of the objects that currently exist."""
         return tuple(x.name for x in self.objects)
 
     @property
     def unchanged(self) -> tuple[str, ...]:
-        """Names of the originals that are still there and that no edit has changed."""
+        """Return the names of the original objects that no edit has changed or removed."""
         return tuple(x.name for x in self.objects if x.original and not x.edited)
 
     @property
     def lasting(self) -> tuple[str, ...]:
-        """Names of the objects that another background leaves: the foreground's originals."""
+        """Return the names of the original foreground objects, which a new background keeps."""
         return tuple(x.name for x in self.objects if x.original and x.foreground)
 
     @property
     def same_background(self) -> bool:
-        """Whether the background is still that of the reference image."""
+        """Return whether the background is still that of the reference image."""
         return not any(isinstance(edit, BackgroundChange) for edit in self.edits)
 
     def obstacle(self, task: TaskType) -> str | None:
-        """Return why no edit of this type makes sense now, ``None`` if one may."""
+        """Return the reason why no edit of this type is possible now; ``None`` if one may be."""
         needed = {
             "subject_add": 0,
             "text_change": 0,
@@ -195,18 +200,22 @@ class Pool:
     def apply(self, edit: Edit) -> Pool:
         """Return the pool after an edit.
 
-        Remove deletes; replace renames and keeps the attributes; add inserts; color and material
-        put their word into the name, in the place of the old one or before it; count and text set
-        the attribute; position changes nothing; after a background change only the foreground's
-        originals remain. Added text is no object to edit, but its name is used: where it stands is
-        no background. What an edit touches counts as edited: of a position both objects, of an
-        addition none.
+        - ``subject_remove`` deletes the object, and ``subject_add`` inserts one.
+        - ``subject_replace`` renames it and keeps the attributes.
+        - ``color_alter`` and ``material_alter`` set the attribute and put its word into the name,
+          in place of the old word or before the name.
+        - ``count_change`` and ``text_change`` set the attribute. Text added to the image itself is
+          no object to edit, but its name counts as used.
+        - ``position_change`` changes no attribute.
+        - After ``background_change`` only the original foreground objects remain.
+
+        The touched objects count as edited: both objects of a position, none of an addition.
 
         Args:
-            edit: one of the nine types.
+            edit: an edit of one of the nine types.
 
         Raises:
-            EditError: the edit makes no sense here.
+            EditError: the edit is impossible in this pool.
         """
         self._check(edit)
         objects = [changed(x, edit) for x in self.objects]
@@ -226,7 +235,7 @@ class Pool:
         return Pool(there, (*self.names, *new), (*self.edits, edit))
 
     def _check(self, edit: Edit) -> None:
-        """Raise ``EditError`` for faults that show before the edit is made."""
+        """Raise ``EditError`` for faults that are evident before the edit is applied."""
         if reason := self.obstacle(edit.task):
             raise EditError(reason)
         for name in (*edit.touched, getattr(edit, "reference", None)):
@@ -240,7 +249,7 @@ def chain_fields(pools: Sequence[Pool]) -> dict[str, Any]:
     """Return the fields of a ``Chain`` that follow from its pools, one entry per turn.
 
     Args:
-        pools: N + 1 of them: that of the image, then each ``apply`` of the one before.
+        pools: N + 1 pools: that of the image, then the pool after each edit.
 
     Example:
         >>> from mteditflow.planner import ListedObject, SubjectRemove

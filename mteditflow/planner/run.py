@@ -1,8 +1,8 @@
-"""Plan the chains of a folder of images: many at a time, written in order, resumable.
+"""Planning of chains for a folder of images: concurrent, written in order, resumable.
 
-Chains go to one file, refused ones with their reasons to a second one beside it, both in the order
-of the images. So what a killed run leaves is the beginning of what it would have written, and the
-same call goes on from there.
+Chains are written to one file, and refused ones with their reasons to a second file beside it, both
+in the order of the images. A killed run therefore leaves a prefix of its complete output, and the
+same call resumes from there.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 class Journal:
-    """Appends lines to a file; a half line that a kill has left behind is cut off at the start.
+    """Writer of a file of lines; opening cuts off an incomplete last line that a kill has left.
 
     Args:
-        path: made with its folder if it is not there.
+        path: path of the file, created with its folder if missing.
 
     Raises:
-        ValueError: the file ends with something else than a whole line or the begin of one.
+        ValueError: the file does not end with a complete line or the beginning of one.
         OSError: the file cannot be read or written.
 
     Example:
@@ -61,7 +61,7 @@ class Journal:
         cut_half_line(path)
 
     def append(self, line: str) -> None:
-        """Write one line and wait until it lies on the disk.
+        """Write one line, and wait until it is on the disk.
 
         Raises:
             OSError: it cannot be written; the file is as it was.
@@ -69,10 +69,10 @@ class Journal:
         append_line(self.path, f"{line}\n".encode(), sync=True)
 
     def read(self, model: type[Record]) -> Iterator[Record]:
-        """Read the lines back.
+        """Yield the lines as records.
 
         Raises:
-            ValueError: a line is not of this form; the message names file, line and reason.
+            ValueError: a line is not of this form; the message has file, line and reason.
         """
         with self.path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -87,12 +87,13 @@ def _parsed(path: Path, model: type[Record], line: str | bytes, number: int) -> 
 
 
 def _whole_lines(path: Path) -> bytes:
-    """Return the whole lines of a file that is a journal, none if there is no file.
+    """Return the complete lines of a journal; none if there is no file.
 
     Raises:
-        ValueError: it ends with something else than a line or the begin of one.
+        ValueError: it does not end with a complete line or the beginning of one.
     """
     content = path.read_bytes() if path.exists() else b""
+    # A rest that begins no JSON object is not ours: the path may be of another file, so keep it.
     whole = content[: content.rfind(b"\n") + 1]
     half = content[len(whole) :]
     if half and not half.startswith(b"{"):
@@ -101,19 +102,19 @@ def _whole_lines(path: Path) -> bytes:
 
 
 UNREADABLE_IMAGE = "image cannot be read"
-SIDE_MAX = 1024  # pixels: larger images are made smaller before they are looked at
+SIDE_MAX = 1024  # pixels of the longer side, to which larger images are scaled down
 J = TypeVar("J")
 R = TypeVar("R")
 
 
 class RefusedChain(BaseModel):
-    """A line of the second file.
+    """Line of the file of refused chains.
 
     Attributes:
-        id: of the chain.
-        image: its path, relative to the file.
+        id: id of the chain.
+        image: path of its image, relative to the file.
         reason: kind of failure.
-        detail: what was expected and what came.
+        detail: what was expected, and what the planner got.
     """
 
     id: str
@@ -127,8 +128,8 @@ class Planned:
     """Contents of the two files at the end of a run.
 
     Attributes:
-        chains: all of them, those of earlier runs too.
-        refused: reason to number of chains, the most frequent first.
+        chains: all chains, including those of earlier runs.
+        refused: number of refused chains by reason, the most frequent first.
     """
 
     chains: tuple[Chain, ...]
@@ -136,10 +137,10 @@ class Planned:
 
 
 class _Job(NamedTuple):
-    """An image and the ids of its chains that are still to be planned."""
+    """Image with the ids of its chains that are not planned yet."""
 
     path: Path
-    name: str  # as text; bytes that are no UTF-8 are escaped
+    name: str  # relative path as text; bytes that are not UTF-8 are escaped
     ids: tuple[str, ...]
 
 
@@ -152,30 +153,30 @@ async def plan_folder(
     images_in_flight: int = 16,
     progress: bool = True,
 ) -> Planned:
-    """Plan chains for every image of a folder and of those in it.
+    """Plan chains for every image in and below a folder.
 
     Args:
-        planner: plans one chain.
-        folder: of PNG, JPEG and WebP images.
-        output: file of chains, one JSON object a line; refused ones go to the file that
-            ``refused_path`` names. A run that was stopped goes on. To try refused chains again,
-            delete that second file; they are then written at the end. One process at a time
-            writes both.
-        chains_per_image: how many to plan for each image.
-        images_in_flight: most images that are worked on at one time.
-        progress: show a bar.
+        planner: planner of one chain.
+        folder: folder of PNG, JPEG and WebP images.
+        output: file of chains, one JSON object per line; refused chains go to
+            ``refused_path(output)``. A stopped run is resumed. To retry refused chains, delete that
+            second file; they are then written at the end. Only one process at a time may write.
+        chains_per_image: number of chains to plan for each image.
+        images_in_flight: largest number of images that are processed at a time.
+        progress: whether to show a progress bar.
 
     Returns:
         Contents of the two files.
 
     Raises:
-        ValueError: there is no image, the file holds a line that is no chain, or chains that were
-            planned with other settings.
+        ValueError: there is no image, a line of the file is no chain, or chains in it were planned
+            with other settings.
         PlanningStoppedError: no endpoint can be reached.
         InUseError: another process plans into this file; the message names it.
         OSError: a file cannot be read or written.
     """
-    folder_images(folder)  # before a lock is written beside what is no folder or file of a run
+    # Both checks come first, so that wrong paths get no lock file beside them.
+    folder_images(folder)
     planned_ids(planner.settings, output)
     with writing(output):
         return await plan_images(
@@ -190,7 +191,7 @@ async def plan_folder(
 
 @contextmanager
 def writing(output: Path) -> Iterator[None]:
-    """Hold the lock of a file of chains while the block lasts; a stale one is named in the log.
+    """Hold the lock of a file of chains inside the context; a stale lock is logged as a warning.
 
     Raises:
         InUseError: another process plans into this file; the message names it.
@@ -211,7 +212,7 @@ async def plan_images(
     images_in_flight: int,
     progress: bool,
 ) -> Planned:
-    """Plan as ``plan_folder`` does, where the caller holds the lock; see there."""
+    """Plan as ``plan_folder`` does, for a caller that holds the lock of ``writing``."""
     check_count("chains_per_image", chains_per_image)
     check_count("images_in_flight", images_in_flight)
     done = planned_ids(planner.settings, output)
@@ -238,7 +239,7 @@ async def plan_images(
 
 
 def refused_path(output: Path) -> Path:
-    """Return the file of refused chains beside a file of chains; no two of these share one.
+    """Return the path of the refused chains of a file of chains, unique for each such file.
 
     Example:
         >>> [refused_path(Path(name)).name for name in ("x.jsonl", "x.v1", "x.v2")]
@@ -250,15 +251,15 @@ def refused_path(output: Path) -> Path:
 
 
 def planned_ids(settings: Mapping[str, Any], output: Path) -> set[str]:
-    """Return the ids of the chains that are planned or refused so far; nothing is written.
+    """Return the ids of all chains planned or refused so far; nothing is written.
 
     Args:
-        settings: of the planner that goes on.
+        settings: settings of the planner that resumes.
         output: file of chains.
 
     Raises:
-        ValueError: a line is no chain, a chain was planned with other settings, or a file is in the
-            place of the folder.
+        ValueError: a line is no chain, a chain was planned with other settings, or the parent of
+            ``output`` is a file.
         OSError: a file cannot be read.
     """
     require_folder("output", output.parent)
@@ -280,7 +281,7 @@ def planned_ids(settings: Mapping[str, Any], output: Path) -> set[str]:
 def _jobs_left(
     folder: Path, images: Sequence[Path], done: Set[str], chains_per_image: int
 ) -> list[_Job]:
-    """Return what is still to be done."""
+    """Return the images with chains that are not planned yet."""
     jobs = []
     for path in images:
         name = _as_text(path.relative_to(folder))
@@ -290,14 +291,15 @@ def _jobs_left(
 
 
 def _chains_in(path: Path) -> tuple[Chain, ...]:
-    """Read what is planned so far, which may be nothing."""
+    """Return the chains of a file, which may be empty."""
     if not path.stat().st_size:
         return ()
-    return read_chains(path, format="native", allow_outside=True).chains  # images are the folder's
+    # The images are in their own folder, which need not be below that of the chains.
+    return read_chains(path, format="native", allow_outside=True).chains
 
 
 async def _plan_image(planner: Planner, job: _Job, root: Path) -> list[Chain | RefusedChain]:
-    """Plan the chains of one image; ``root`` is what its path is written relative to."""
+    """Plan the chains of one image, whose path is written relative to ``root``."""
     image = Path(os.path.relpath(job.path, root))
 
     def refuse(chain_id: str, why: Refused) -> RefusedChain:
@@ -319,7 +321,7 @@ async def _plan_image(planner: Planner, job: _Job, root: Path) -> list[Chain | R
 
 
 def _as_text(name: Path | str) -> str:
-    """Return a name with escapes for its bytes that are not UTF-8."""
+    """Return a name as text, with escapes for bytes that are not UTF-8."""
     raw = os.fsencode(name.as_posix() if isinstance(name, Path) else name)
     return raw.decode("utf-8", errors="backslashreplace")
 
@@ -333,7 +335,7 @@ async def _look(planner: Planner, path: Path) -> Scene | Refused:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image as a person sees it: RGB, the right way up, no side over 1024 pixels."""
+    """Read an image as upright RGB, scaled down to at most 1,024 pixels a side."""
     upright = read_image(path)
     upright.thumbnail((SIDE_MAX, SIDE_MAX), Image.Resampling.LANCZOS)
     return upright
@@ -346,16 +348,16 @@ async def in_order(
     *,
     limit: int,
 ) -> None:
-    """Work on ``limit`` jobs at a time and take their results in the order of the jobs.
+    """Run up to ``limit`` jobs concurrently, and pass their results on in the order of the jobs.
 
     Args:
-        work: on one job.
-        jobs: what to do.
-        take: called with each result.
-        limit: most jobs that are begun and whose result is not taken.
+        work: coroutine function of one job.
+        jobs: the jobs.
+        take: called with each result, in order.
+        limit: largest number of jobs that have started and whose result was not passed on.
 
     Raises:
-        Whatever ``work`` or ``take`` raises; the jobs that are under way are cancelled.
+        Exception: any exception of ``work`` or ``take``; running jobs are canceled.
     """
     pending: deque[asyncio.Future[R]] = deque()
     try:

@@ -1,8 +1,8 @@
 """Statistics of planned chains: steps per edit type, chains per object category, turns per chain.
 
 The category of an object is the head noun of its name in the singular: "red wooden chairs" and
-"chair by the window" are both of the category "chair". A chain counts once for each category among
-all the names it uses, those of its image and those that its edits bring in.
+"chair by the window" both have the category "chair". A chain counts once for each category among
+all its names, both those of the image and those that edits introduce.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CATEGORIES_SHOWN = 16
 INK, SOFT, BAR = "#1f2933", "#5b6675", "#2457d6"
 PANELS = ("steps per edit type", "chains per object category", "turns per chain")
 
-# Words that end the head noun: the rest of the name begins with one of these.
+# Words that follow the head noun: the rest of the name begins with one of these.
 PREPOSITIONS = (
     *("of", "in", "on", "with", "at", "by", "for", "from", "behind", "beside", "near", "next"),
     *("under", "over", "above", "below", "between", "against", "without", "and", "to", "that"),
@@ -50,12 +50,12 @@ IRREGULAR = {
 
 @dataclass(frozen=True)
 class ChainStatistics:
-    """Counts over some chains, the most frequent first (turns in their order).
+    """Counts over some chains, the most frequent first (``turns`` in ascending order).
 
     Attributes:
-        steps: edit type to the number of turns of that type.
-        categories: object category to the number of chains with an object of it.
-        turns: number of turns to the number of chains that have so many.
+        steps: number of turns by edit type.
+        categories: number of chains that have an object of a category, by category.
+        turns: number of chains by their number of turns.
     """
 
     steps: Mapping[str, int]
@@ -67,9 +67,9 @@ def statistics(chains: Iterable[Chain]) -> ChainStatistics:
     """Count edit types, object categories and turns.
 
     Args:
-        chains: those without task types or object names count as "unknown" there.
+        chains: the chains; task types or object names that a chain lacks count as "unknown".
 
-    Source: MT-EditFlow (arXiv 2606.01985), Fig. 9, for what is counted.
+    Source: MT-EditFlow (arXiv 2606.01985), Fig. 9, for the choice of counts.
 
     Example:
         >>> chain = Chain(
@@ -127,8 +127,8 @@ def draw_statistics(counted: ChainStatistics, path: Path) -> None:
     """Draw the three counts side by side.
 
     Args:
-        counted: of some chains.
-        path: of the picture; its suffix sets the format.
+        counted: counts over some chains.
+        path: file of the figure; its suffix sets the format.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -144,7 +144,7 @@ def draw_statistics(counted: ChainStatistics, path: Path) -> None:
 
 
 def _draw_bars(axes: Any, title: str, counts: Mapping[str, int], rows: int) -> None:
-    """Draw one panel; bars are as thick as those of a panel with ``rows`` of them."""
+    """Draw one panel; bars are as thick as in a panel with ``rows`` bars."""
     bars = axes.barh(list(counts), list(counts.values()), color=BAR, height=0.66)
     axes.bar_label(bars, padding=4, color=SOFT, fontsize=9)
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=8)
@@ -156,7 +156,7 @@ def _draw_bars(axes: Any, title: str, counts: Mapping[str, int], rows: int) -> N
 
 
 def _panels(counted: ChainStatistics) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Return labels and counts of the three panels; of the categories the most frequent ones."""
+    """Return labels and counts of the three panels, with the most frequent categories only."""
     shown = dict(list(counted.categories.items())[:CATEGORIES_SHOWN])
     turns = {f"{n} turns" if n > 1 else "1 turn": count for n, count in counted.turns.items()}
     return {x.replace("_", " "): count for x, count in counted.steps.items()}, shown, turns
@@ -177,4 +177,5 @@ def _singular(noun: str) -> str:
         return f"{noun[:-3]}y"
     if re.search(r"(?:ss|x|ch|sh|z)es$", noun):
         return noun[:-2]
+    # Short words and those such as glass, cactus and iris are singular already.
     return noun if re.search(r"(?:^.{1,2}|ss|us|is)$", noun) else noun.removesuffix("s")

@@ -1,8 +1,8 @@
 """Parts of a long run around its loop: updates, checkpoints, log, report, pictures.
 
-Each name is imported alone, on first use. All but ``RunLog`` and ``Bar`` (tqdm), ``gather_scores``
-(``mteditflow[chains]``) and the report (rich) need torch and safetensors only.
-``training.pictures`` is imported by its own name. ``mteditflow[train]`` has everything.
+Each name is imported on its own, on first use. All need only torch and safetensors, except for
+``RunLog`` and ``Bar`` (tqdm), ``gather_scores`` (``mteditflow[chains]``) and the report (rich).
+Import ``training.pictures`` by its own name. ``mteditflow[train]`` installs everything.
 """
 
 from typing import TYPE_CHECKING

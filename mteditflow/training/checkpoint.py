@@ -1,6 +1,7 @@
-"""Checkpoints of a run: written atomically, verified before use, the last and the best kept.
+"""Checkpoints of a run: written atomically, verified before use; the last and the best are kept.
 
-The manifest is written last: format, round, score, size and SHA-256 of every file, own checksum.
+The manifest is written last. It holds format, round, number, score, size and SHA-256 of every file,
+and its own checksum.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from mteditflow._checks import check_count, check_number
 FORMAT = 1
 MANIFEST = "manifest.json"
 _Read = TypeVar("_Read")
+# A complete checkpoint; one being replaced still counts, as the new one may not have its name yet.
 _WHOLE = re.compile(r"(\.replaced-)?round-\d{6,}")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have been verified.
+    """Checkpoint whose files have been verified.
 
     Attributes:
-        path: its folder.
+        path: folder of the checkpoint.
         round: number of the round after which it was saved.
-        score: score at the time of saving, higher is better; or None.
-        state: the JSON part.
+        score: score at the time of saving, higher is better; None: it has none.
+        state: the state that was saved as JSON.
     """
 
     path: Path
@@ -48,7 +50,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors saved under a name, on the CPU.
+        """Return the tensors saved under a name, on the CPU.
 
         Raises:
             FileNotFoundError: there are none.
@@ -61,19 +63,19 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Checkpoints in a folder; a single process writes them, rank 0 in a distributed run.
+    """Checkpoints in a folder, written by a single process: rank 0 of a distributed run.
 
-    A save becomes visible by one rename, after all of its files and the manifest with their sizes
-    and SHA-256 are safe on the disk. A kill or a full disk at any moment leaves the checkpoints of
-    before; remains of an interrupted save are removed by the next one.
+    A save becomes visible by one rename, after its files and the manifest with their sizes and
+    SHA-256 are safe on the disk. A kill or a full disk at any moment leaves the earlier checkpoints
+    intact. The next save removes what an interrupted one has left.
 
-    "The last" is the one saved last, whatever its round: a run that was resumed from an older
-    round goes on from there when it is resumed again. Before it cuts its other files back to that
-    round, it sets the checkpoints of the rounds it gives up aside.
+    The last checkpoint is the one saved last, whatever its round: a run that was resumed from an
+    older round continues from there when it is resumed again. Before such a run truncates its other
+    files to that round, it should call ``set_aside_after``.
 
     Args:
-        folder: where they are; made by the first save.
-        keep_last: how many to keep, beside the best by score.
+        folder: folder of the checkpoints, created by the first save.
+        keep_last: number of last checkpoints to keep, in addition to the best by score.
 
     Example:
         >>> import tempfile, torch
@@ -104,23 +106,23 @@ class Checkpoints:
         score: float | None = None,
         extra: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Write a checkpoint, replace one of the same round, and remove those not to be kept.
+        """Write a checkpoint, replacing one of the same round, and remove outdated ones.
 
         Args:
-            round: number of the round after which it is taken, from 0.
-            tensors: file stem -> tensors, each written as ``stem.safetensors``; contiguous, and
-                sharing no memory with each other within a file.
-            state: anything that JSON can hold.
-            score: higher is better, finite; without one it is never the best.
-            extra: called with the folder to write more files there; the manifest has them too.
+            round: number of the round after which it is saved, from 0.
+            tensors: tensors by file stem, each written as ``stem.safetensors``; contiguous, and
+                without shared memory within a file.
+            state: any value that JSON can represent.
+            score: finite score, higher is better; None: it is never the best.
+            extra: called with the folder to write further files, which the manifest covers, too.
 
         Returns:
             The folder of the checkpoint, ``round-000040``.
 
         Raises:
             ValueError: a stem is no plain file name, or the score is not finite.
-            TypeError: JSON cannot hold the state.
-            OSError: it could not be written; the checkpoints of before are as they were.
+            TypeError: JSON cannot represent the state.
+            OSError: it could not be written; the earlier checkpoints are as they were.
         """
         check_count("round", round, low=0)
         if score is not None:
@@ -128,8 +130,9 @@ class Checkpoints:
         for stem in tensors:
             if not _STEM.fullmatch(stem):
                 raise ValueError(f"tensors: expected names of letters, digits, _, got {stem!r}")
-        text = json.dumps(state, indent=1)
+        text = json.dumps(state, indent=1)  # raises before anything is written
         self._sweep()
+        # Numbers order the saves; rounds do not, since a run may go back to an older one.
         number = 1 + max((m["number"] for _, m in self._listed()), default=0)
         scratch = self.folder / f".partial-{uuid.uuid4().hex}"
         scratch.mkdir()
@@ -148,28 +151,31 @@ class Checkpoints:
         return path
 
     def latest(self) -> Checkpoint | None:
-        """Return the checkpoint saved last, of those that are whole; None if there is none.
+        """Return the intact checkpoint that was saved last; None if there is none.
 
-        A damaged one is skipped with a warning that gives the reason.
+        Damaged ones are skipped with a warning that gives the reason.
 
         Raises:
-            ValueError: one is whole, but of another format version.
+            ValueError: one is intact, but of another format version.
         """
         return _first_whole(self._listed(warn=True))
 
     def best(self) -> Checkpoint | None:
-        """Return the one of highest score, the newer of equals, otherwise as ``latest``."""
+        """Return the intact checkpoint of highest score, the newest of equals; None without scores.
+
+        Warnings and errors are those of ``latest``.
+        """
         scored = [entry for entry in self._listed(warn=True) if entry[1]["score"] is not None]
         return _first_whole(sorted(scored, key=_standing, reverse=True))
 
     def find(self, which: str | os.PathLike[str]) -> Checkpoint | None:
-        """Return the checkpoint that a user names: "auto", "best", or the path of one.
+        """Return a checkpoint by "auto" (the last), "best", or its path.
 
         Returns:
-            None only for "auto" where there is none yet: the run starts afresh.
+            The checkpoint; None only for "auto" where there is none yet, as in a new run.
 
         Raises:
-            FileNotFoundError: there is none with a score, or none at the path.
+            FileNotFoundError: none has a score, or there is none at the path.
             ValueError: the one at the path is damaged, or one is of another format version.
         """
         if which == "auto":
@@ -183,22 +189,22 @@ class Checkpoints:
         return _load(Path(which))
 
     def holds(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is one of these: not of another folder, and not set aside."""
+        """Return whether a checkpoint is in this folder, and not set aside."""
         return any(path.samefile(checkpoint.path) for path, _ in self._listed())
 
     def set_aside_after(self, checkpoint: Checkpoint) -> list[Path]:
-        """Rename the checkpoints of the history that a run gives up by going back to an older one.
+        """Rename the checkpoints that a run abandons by going back to an older one.
 
-        Those are what was saved after it, and what is of a later round. None is deleted: each is
-        whole under its new name, ``aside-1-round-000040``, and no method finds or removes it but
-        ``find`` by its path. After a kill at any moment the last one is this or one
+        These are all that were saved after it or are of a later round. None is deleted: each stays
+        intact under its new name, such as ``aside-1-round-000040``, where only ``find`` by path
+        reaches it. After a kill at any moment, the last checkpoint is ``checkpoint`` itself or one
         that was saved after it.
 
         Returns:
             The new paths; none if this is the last checkpoint.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: it is not in this folder, or is set aside already.
             OSError: one cannot be renamed.
 
         Example:
@@ -220,6 +226,7 @@ class Checkpoints:
             )
         listed = self._listed()
         number = next(m["number"] for path, m in listed if path.samefile(checkpoint.path))
+        # Last saved first, the order of ``_listed``: a kill leaves the earlier ones in place.
         given_up = [p for p, m in listed if m["number"] > number or m["round"] > checkpoint.round]
         return [self._set_aside(path) for path in given_up]
 
@@ -231,7 +238,7 @@ class Checkpoints:
         return aside
 
     def _listed(self, *, warn: bool = False) -> list[tuple[Path, dict[str, Any]]]:
-        """Folders and manifests, the last saved first, without those damaged at first sight."""
+        """Return folders and manifests, the last saved first, of those that ``glance`` accepts."""
         paths = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         whole = [path for path in paths if _WHOLE.fullmatch(path.name)]
         read = [(path, unless_damaged(glance, path, warn=warn)) for path in whole]
@@ -239,9 +246,10 @@ class Checkpoints:
         return sorted(found, key=lambda entry: int(entry[1]["number"]), reverse=True)
 
     def _publish(self, scratch: Path, round: int) -> Path:  # noqa: A002
-        """Rename a finished folder to its name; what has that name steps aside, then goes."""
+        """Rename a complete folder to its final name, and remove an older one of that name."""
         path = self.folder / f"round-{round:06d}"
         aside = path.with_name(f".replaced-{path.name}")
+        # A folder cannot be replaced in one step; between the renames the old one still counts.
         if path.exists():
             path.rename(aside)
         scratch.rename(path)
@@ -250,19 +258,19 @@ class Checkpoints:
         return path
 
     def _sweep(self) -> None:
-        """Remove the remains of an interrupted save."""
+        """Remove what an interrupted save has left, or undo its first rename."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for aside in self.folder.glob(".replaced-round-*"):
             path = aside.with_name(aside.name.removeprefix(".replaced-"))
             if path.exists():
                 self._remove(aside)
-            else:
+            else:  # killed between the two renames of ``_publish``
                 aside.rename(path)
         for partial in self.folder.glob(".partial-*"):
             shutil.rmtree(partial)
 
     def _prune(self) -> None:
-        """Remove all but the last ones and the best; damaged ones stay, and count for nothing."""
+        """Remove all but the last ones and the best; damaged ones stay, and are not counted."""
         entries = self._listed()
         kept = [path for path, _ in entries[: self.keep_last]]
         kept += [path for path, m in sorted(entries, key=_standing)[-1:] if m["score"] is not None]
@@ -271,7 +279,7 @@ class Checkpoints:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Remove a checkpoint such that a kill leaves no half of it under its name."""
+        """Remove a checkpoint by way of a rename, so that a kill leaves no half of it."""
         if path.exists():
             partial = self.folder / f".partial-{uuid.uuid4().hex}"
             path.rename(partial)
@@ -279,7 +287,7 @@ class Checkpoints:
 
 
 def _standing(entry: tuple[Path, Mapping[str, Any]]) -> tuple[float, int]:
-    """Order by score, those without at the bottom, then by when they were saved."""
+    """Return the sort key of an entry: its score (lowest without one), then its number."""
     score = entry[1]["score"]
     return (float("-inf") if score is None else score), entry[1]["number"]
 
@@ -292,7 +300,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _first_whole(entries: Iterable[tuple[Path, dict[str, Any]]]) -> Checkpoint | None:
-    """Return the first whose files match their manifest."""
+    """Return the first checkpoint whose files match their manifest; None if there is none."""
     for path, _ in entries:
         if (found := unless_damaged(_load, path, warn=True)) is not None:
             return found
@@ -306,14 +314,14 @@ def _load(path: Path) -> Checkpoint:
 
 
 class DamagedError(ValueError):
-    """A folder that does not match its manifest, or has none."""
+    """A folder does not match its manifest, or has none."""
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder, after all of its files are safe on the disk.
+    """Write the manifest of a folder, after all its files are safe on the disk.
 
     Raises:
-        OSError: something cannot be written.
+        OSError: a file cannot be read or written.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -328,11 +336,11 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and verify the manifest of a folder, not its files.
+    """Read the manifest of a folder, and verify its own checksum, but not the files.
 
     Raises:
-        DamagedError: there is no manifest, or it is not as written.
-        ValueError: it is whole, and of a format of another version of this library.
+        DamagedError: there is no manifest, or it is not as it was written.
+        ValueError: it is intact, but of the format of another version of this library.
     """
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
@@ -349,7 +357,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def glance(folder: Path) -> dict[str, Any]:
-    """Read the manifest and check the size of every file; raises as ``read_manifest``."""
+    """Read the manifest, and check the size of every file.
+
+    Raises:
+        DamagedError: the manifest is damaged, or a file is missing or of another size.
+        ValueError: as in ``read_manifest``.
+    """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
@@ -361,16 +374,21 @@ def glance(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read the manifest and check the SHA-256 of every file; raises as ``read_manifest``."""
+    """Read the manifest, and check size and SHA-256 of every file.
+
+    Raises:
+        DamagedError: the manifest is damaged, or a file is missing or not as it was written.
+        ValueError: as in ``read_manifest``.
+    """
     manifest = glance(folder)
     for name, expected in manifest["files"].items():
         if _fingerprint(folder / name) != expected:
-            raise DamagedError(f"{folder}: {name} is not what was written, by its SHA-256")
+            raise DamagedError(f"{folder}: {name} does not match its SHA-256")
     return manifest
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are safe on the disk."""
+    """Wait until the content of a file, or the names in a folder, are safe on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -393,7 +411,7 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def unless_damaged(read: Callable[[Path], _Read], folder: Path, *, warn: bool) -> _Read | None:
-    """Read a folder; None, and a warning if wanted, where it is damaged."""
+    """Return the result of ``read``; None, with a warning if ``warn``, if the folder is damaged."""
     try:
         return read(folder)
     except DamagedError as error:

@@ -1,4 +1,4 @@
-"""Number of turns over the rounds of a run: by a schedule, or as fast as the editor allows."""
+"""Number of turns over the rounds of a run: by a schedule, or by the progress of the editor."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from mteditflow._checks import check_count, check_number
 
 
 def scheduled_turns(done: int, *, first: int, every: int, most: int) -> int:
-    """Return the turns of a round's chains: ``min(first + done // every, most)``.
+    """Return the number of turns of a round's chains: ``min(first + done // every, most)``.
 
     Args:
-        done: rounds that are done, >= 0.
-        first: turns of the first round, in [1, most].
-        every: rounds after which chains get one turn more, >= 1.
-        most: turns at which they stop growing, >= 1.
+        done: completed rounds, >= 0.
+        first: turns in the first round, in [1, most].
+        every: rounds after which chains get one more turn, >= 1.
+        most: largest number of turns, >= 1.
 
     Returns:
-        Turns, in [first, most].
+        Number of turns, in [first, most].
 
     Raises:
         ValueError: a number is out of range.
@@ -36,18 +36,18 @@ def scheduled_turns(done: int, *, first: int, every: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class DepthCurriculum:
-    """Turns that grow by one whenever the editor has kept pictures still for long enough.
+    """Curriculum that adds a turn after several rounds in a row with little unwanted change.
 
-    After each round it is given the mean absolute change of the pixels, in 0 to 255, over turns
-    whose instruction asks for no change. A change at or below the threshold counts the round; one
-    above it counts from 0 again, and so does each new turn.
+    ``update`` takes the mean absolute change of pixels, on the scale 0 to 255, over the turns of a
+    round whose instruction asks for no change. A change at or below the threshold extends the
+    streak; a larger one resets it to 0, and so does each added turn.
 
     Args:
-        depth: turns now, in [1, most].
-        most: turns at which it stops growing, >= 1.
-        threshold: change up to which a round counts, >= 0, in the units of pixels.
-        patience: rounds in a row that have to count, >= 1.
-        streak: rounds that have counted so far, in [0, patience).
+        depth: current number of turns, in [1, most].
+        most: largest number of turns, >= 1.
+        threshold: largest change that extends the streak, >= 0, on the scale 0 to 255.
+        patience: length of a streak after which a turn is added, >= 1.
+        streak: current length of the streak, in [0, patience).
 
     Raises:
         ValueError: a number is out of range.
@@ -79,7 +79,7 @@ class DepthCurriculum:
     def update(self, change: float) -> DepthCurriculum:
         """Return the curriculum after a round with this mean change.
 
-        Skip a round without any turn that asks for no change.
+        Do not call it for a round in which no turn asks for no change.
 
         Raises:
             ValueError: the change is negative or not finite.
@@ -91,8 +91,8 @@ class DepthCurriculum:
         return replace(self, depth=min(self.depth + 1, self.most), streak=0)
 
     def resumed(self, depth: int, streak: int) -> DepthCurriculum:
-        """Return this curriculum at a depth and streak that a checkpoint holds.
+        """Return this curriculum at the depth and streak of a checkpoint.
 
-        Both are brought into the limits of this one, which may be others than the run began with.
+        Both are clamped to the limits of this curriculum, which may have changed since.
         """
         return replace(self, depth=min(depth, self.most), streak=min(streak, self.patience - 1))

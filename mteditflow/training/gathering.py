@@ -1,4 +1,4 @@
-"""Scores of all ranks as one batch, so that groups may lie on several of them."""
+"""Gathering of scores over ranks into one batch, so that a group may span several ranks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mteditflow.rewards import TurnScores
 def gather_scores(
     terms: Mapping[str, TurnScores], *, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, TurnScores], slice]:
-    """Concatenate each term over ranks along the batch, reasons of lost scores included.
+    """Concatenate each term over ranks along the batch, with the reasons of lost scores.
 
-    A collective call where ``torch.distributed`` is initialized: every rank makes it with the same
-    terms. What travels is JSON, which holds every float exactly.
+    This is a collective call where ``torch.distributed`` is initialized: every rank must call it
+    with the same terms. Scores are sent as JSON, which represents every float exactly.
 
     Args:
         terms: scores by name, each [B_local, N].
-        device: of the backend: "cpu" for gloo, this rank's device for NCCL.
+        device: device of the backend: "cpu" for gloo, this rank's device for NCCL.
 
     Returns:
-        The terms, each [B, N] on the CPU, in the order of ranks; and the slice of this rank's rows.
+        The terms, each [B, N] on the CPU, in the order of ranks, and the slice of this rank's rows.
 
     Raises:
         ValueError: there is no term.
@@ -39,6 +39,7 @@ def gather_scores(
         raise ValueError("terms: expected at least one, got none")
     gathered: dict[str, TurnScores] = {}
     for name, scores in terms.items():
+        # One line per rank: bytes of all ranks are concatenated, and JSON holds no raw line break.
         line = TermRecord.of(scores).model_dump_json().encode() + b"\n"
         sent = torch.frombuffer(bytearray(line), dtype=torch.uint8).to(device)
         (received,), _ = gather_ranks(sent)

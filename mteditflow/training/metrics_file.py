@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line of numbers a round, whole lines only, whenever the run is killed."""
+"""``metrics.jsonl``: one line of numbers per round; a kill at any moment leaves whole lines."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from mteditflow._checks import check_count
 from mteditflow._files import append_line, cut_half_line, write_atomically
 from mteditflow._text import parse_json
 
-ROUND = "round"  # a column
+ROUND = "round"  # name of the column with the round
 # Prefixes of columns.
 REWARD, SECONDS, LOST, UNMEASURED = "reward/", "seconds/", "lost/", "unmeasured/"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the rounds of a run, which may still go on; ``null`` is NaN, a half line is left out.
+    """Read the rounds of a run, which may still be running.
+
+    ``null`` becomes NaN. An incomplete last line, which a writer or a kill may leave, is ignored.
 
     Returns:
-        One dictionary a round, in order; none if there is no file.
+        One dictionary per round, in order; none if there is no file.
 
     Raises:
-        ValueError: a line is not of this form, or its round does not come after that of the line
-            before, as where two processes have written; the message names file and line.
+        ValueError: a line is no object of numbers with a round, or rounds do not increase, as after
+            two processes have written. The message names file and line.
     """
     text = path.read_bytes() if path.exists() else b""
     lines = text[: text.rfind(b"\n") + 1].splitlines()
@@ -40,10 +42,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class MetricsFile:
-    r"""Appends rounds to the file; a half line that a kill has left is cut off at the start.
+    r"""Writer of a metrics file; opening cuts off an incomplete last line that a kill has left.
 
     Args:
-        path: made with its folder if it is not there.
+        path: path of the file, created with its folder if missing.
+
+    Raises:
+        ValueError: a line is damaged, as in ``read_metrics``.
 
     Example:
         >>> import tempfile
@@ -61,15 +66,15 @@ class MetricsFile:
         self._last = max((line[ROUND] for line in read_metrics(path)), default=-1)
 
     def append(self, round_number: int, numbers: Mapping[str, float]) -> None:
-        """Write the line of a round at once, and wait until it lies on the disk.
+        """Write the line of a round in one piece, and wait until it is on the disk.
 
         Args:
-            round_number: later than that of the last line.
-            numbers: by name; one that is not finite is written as ``null``.
+            round_number: round after that of the last line.
+            numbers: numbers by name; one that is not finite is written as ``null``.
 
         Raises:
             ValueError: there is a line of this round or a later one.
-            OSError: it cannot be written; the file is as it was.
+            OSError: the line cannot be written; the file is as it was.
         """
         check_count("round_number", round_number, low=0)
         if round_number <= self._last:
@@ -81,7 +86,7 @@ class MetricsFile:
         self._last = round_number
 
     def rewind(self, round_number: int) -> None:
-        """Drop the lines of this round and of later ones, which will be done again."""
+        """Drop the lines of this round and of later ones, which will be repeated."""
         check_count("round_number", round_number, low=0)
         kept = [line for line in read_metrics(self.path) if line[ROUND] < round_number]
         text = b"".join(_line(int(line.pop(ROUND)), line) for line in kept)

@@ -14,22 +14,22 @@ from mteditflow._sharding import whole
 
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return all that an optimizer's next step depends on, apart from weights and gradients.
+    """Return everything on which an optimizer's next step depends, except weights and gradients.
 
-    Every rank calls it where parameters are sharded (FSDP2's ``fully_shard``).
+    Where parameters are sharded (FSDP2's ``fully_shard``), every rank must call it.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer`` that keeps tensors, numbers, strings and None, as
-            all but LBFGS do; or accelerate's wrapper of one.
+        optimizer: any ``torch.optim.Optimizer`` whose state holds tensors, numbers, strings and
+            None, as all of torch's but LBFGS; or accelerate's wrapper of one.
 
     Returns:
-        Tensors (copies, whole, on the CPU) named by the position of their parameter, such as
-        ``"12.exp_avg"``; and a JSON-able dictionary of everything else. Both are the same whatever
-        the number of ranks, and ``load_optimizer_state`` takes them on any number.
+        Tensors (whole copies on the CPU) named by the position of their parameter, such as
+        ``"12.exp_avg"``, and a dictionary of JSON values with the rest. Both are independent of the
+        number of ranks, and ``load_optimizer_state`` accepts them on any number.
 
     Raises:
-        TypeError: the state holds something else, or is sharded otherwise than its parameter; or
-            it is DeepSpeed's optimizer, which holds this rank's part alone.
+        TypeError: the state holds another type, or is not sharded like its parameter; or it is
+            DeepSpeed's optimizer, which holds only this rank's part.
 
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
@@ -65,18 +65,19 @@ def load_optimizer_state(
 ) -> None:
     """Set an optimizer to what ``optimizer_state`` returned; its next step is bit-identical.
 
-    Options of the parameter groups (the learning rate and all others) become the stored ones, as
-    in ``Optimizer.load_state_dict``; unlike there, dtypes stay as stored. The optimizer need not
-    have stepped yet. Every rank calls this where parameters are sharded.
+    All options of the parameter groups, such as the learning rate, become the stored ones, as in
+    ``Optimizer.load_state_dict``; unlike there, dtypes stay as stored. The optimizer need not have
+    taken a step. Where parameters are sharded, every rank must call this.
 
     Args:
-        optimizer: over parameters of the same order and shapes, sharded or not.
-        tensors: the first part of the state, the same on every rank.
-        values: the second.
+        optimizer: optimizer of parameters in the same order and of the same shapes, sharded or not.
+        tensors: the tensors that ``optimizer_state`` returned, the same on every rank.
+        values: the dictionary that it returned.
 
     Raises:
-        ValueError: groups or shapes of parameters differ, or tensors are missing or left over;
-            nothing has changed then.
+        ValueError: groups or shapes of parameters differ, or tensors are missing or superfluous;
+            nothing changes then.
+        TypeError: it is no ``torch.optim.Optimizer``.
     """
     optimizer = _unwrapped(optimizer)
     if (shapes := _shapes(optimizer)) != values["shapes"]:
@@ -85,6 +86,7 @@ def load_optimizer_state(
         )
     if differing := set(tensors) ^ set(values["names"]):
         raise ValueError(f"tensors: missing or left over are {sorted(differing)[:4]}")
+    # All checks are done: nothing has changed until here.
     for index, group in enumerate(optimizer.param_groups):
         stored = _unpack(f"group{index}", values["groups"][index], tensors)
         for name in group.keys() - stored.keys() - {"params"}:
@@ -101,7 +103,7 @@ def load_optimizer_state(
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, which is a ``torch.optim.Optimizer`` too."""
+    """Return the optimizer inside accelerate's wrapper, which also is an ``Optimizer``."""
     accelerate = sys.modules.get("accelerate.optimizer")  # a wrapper exists only once imported
     if accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
@@ -112,17 +114,17 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Every parameter with its group, in the optimizer's order."""
+    """Return every parameter with its group, in the optimizer's order."""
     return [(p, group) for group in optimizer.param_groups for p in group["params"]]
 
 
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
-    """Whole shapes of the parameters of every group."""
+    """Return the unsharded shapes of the parameters of every group."""
     return [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _sharded_alike(x: Tensor, parameter: Tensor) -> bool:
-    """Whether a tensor of the state is laid out over ranks as its parameter is."""
+    """Return whether a tensor of the state is distributed over ranks like its parameter."""
     return (
         isinstance(parameter, DTensor)
         and isinstance(x, DTensor)
@@ -132,7 +134,7 @@ def _sharded_alike(x: Tensor, parameter: Tensor) -> bool:
 
 
 def _pack(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, object]:
-    """Put tensors among the others under ``prefix.name``; return the JSON-able rest."""
+    """Add the tensors to ``tensors`` under ``prefix.name``; return the rest as JSON values."""
     plain = {}
     for name, x in entries.items():
         if isinstance(x, Tensor):
@@ -146,7 +148,7 @@ def _pack(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) -
 
 
 def _unpack(prefix: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Undo ``_pack``; JSON's lists are tuples again."""
+    """Invert ``_pack``; lists become tuples again, such as Adam's betas."""
     entries = {name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}
     held = {
         name.split(".", 1)[1]: x for name, x in tensors.items() if name.startswith(f"{prefix}.")
@@ -155,7 +157,10 @@ def _unpack(prefix: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def _placed(name: str, x: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """A copy of a whole tensor where the optimizer wants it: torch keeps step counts on the CPU."""
+    """Return a copy of a whole tensor on the device, and with the sharding, of its parameter.
+
+    Step counts stay on the CPU, where torch keeps them unless an optimizer is capturable or fused.
+    """
     if name == "step" and not (group.get("capturable") or group.get("fused")):
         return x.to("cpu", copy=True)
     if isinstance(parameter, DTensor) and x.shape == parameter.shape and x.ndim > 0:

@@ -1,4 +1,4 @@
-"""One policy on many devices: weights sharded by FSDP2 or DeepSpeed, gradients summed."""
+"""One policy on several devices: weights sharded by FSDP2 or DeepSpeed, gradients summed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-DEEPSPEED = (0, 19, 8)  # earlier ones fail in the first forward pass, or were not tested
+DEEPSPEED = (0, 19, 8)  # earlier versions fail in the first forward pass, or were not tested
+# Threshold 0: partition small weights, too. ``memory_efficient_linear`` would patch torch globally.
 PARTITIONED = {
     "stage": 3,
     "stage3_param_persistence_threshold": 0,
@@ -27,15 +28,15 @@ PARTITIONED = {
 def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
     """Shard a model over all ranks in place, block by block (FSDP2, ZeRO-3).
 
-    Weights are gathered for one block at a time, forward and backward. Every rank must then run
-    the same number of forward passes. Parameters become new objects, ``DTensor``: make the
-    optimizer afterwards. Backward passes leave the SUM over ranks in the sharded gradients, where
-    FSDP's default is their mean: the caller divides by what it summed over.
+    Weights are gathered one block at a time, in the forward and the backward pass. Every rank must
+    then run the same number of forward passes. Parameters become new objects (``DTensor``), so
+    construct the optimizer afterwards. Backward passes leave the SUM over ranks in the sharded
+    gradients, where FSDP's default is the mean: the caller divides by its count of units.
 
     Args:
-        model: on this rank's device, equal on all ranks; adapters are in it already.
-        blocks: names of the classes to shard one by one, such as a diffusers transformer's
-            ``_no_split_modules``.
+        model: model on this rank's device, equal on all ranks, with its adapters.
+        blocks: names of the classes whose modules are sharded one by one, such as a diffusers
+            transformer's ``_no_split_modules``.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
@@ -53,6 +54,7 @@ def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
         fully_shard(module, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            # Factor 1 gives the sum; the second call reduces by plain SUM, not NCCL's PreMulSum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -60,26 +62,26 @@ def shard_model(model: nn.Module, *, blocks: Sequence[str]) -> None:
 def partition_model(model: nn.Module, zero: Mapping[str, Any] | None = None) -> None:
     """Partition a base model over all ranks in place with DeepSpeed (ZeRO-3), and freeze it.
 
-    Weights are gathered for one module at a time, forward and backward. Every rank must then run
-    the same number of forward passes. Adapters are made AFTERWARDS: they are whole on every rank,
-    and are trained, summed over ranks and saved as on a model that is not partitioned. Call the
-    model itself and ``loss.backward()``; there is no DeepSpeed engine to call.
+    Weights are gathered one module at a time, in the forward and the backward pass. Every rank must
+    then run the same number of forward passes. Add adapters AFTERWARDS: they are whole on every
+    rank, and are trained, summed over ranks and saved as on a model that is not partitioned. Call
+    the model itself and ``loss.backward()``; there is no DeepSpeed engine to call.
 
     Args:
-        model: on this rank's device, equal on all ranks, without adapters. Without gradient
-            checkpointing, every gathered weight stays until the backward pass.
+        model: model on this rank's device, equal on all ranks, without adapters. Without gradient
+            checkpointing, every gathered weight is kept until the backward pass.
         zero: further entries of DeepSpeed's ``zero_optimization``, such as
             ``{"offload_param": {"device": "cpu"}}``.
 
     Raises:
         ImportError: deepspeed is absent, or older than 0.19.8.
         RuntimeError: ``torch.distributed`` is not initialized, or ``LOCAL_RANK`` is not set.
-        ValueError: the model has adapters, or ``zero`` asks for another stage, for an optimizer of
-            DeepSpeed's, or for ``memory_efficient_linear``, which replaces
-            ``torch.nn.functional.linear`` in the whole process.
+        ValueError: the model has adapters, or ``zero`` has another stage, offloads an optimizer, or
+            enables ``memory_efficient_linear``, which replaces ``torch.nn.functional.linear`` in
+            the whole process.
 
     Warns:
-        UserWarning: no module of the model has gradient checkpointing turned on.
+        UserWarning: no module of the model has gradient checkpointing enabled.
 
     Source: ZeRO (arXiv 1910.02054), stage 3.
 
@@ -117,11 +119,12 @@ def partition_model(model: nn.Module, zero: Mapping[str, Any] | None = None) -> 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model.requires_grad_(False)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": settings}
+    # The engine that it returns is not used: the model's weights are partitioned in place.
     deepspeed.initialize(model=model, config=config)
 
 
 def require_deepspeed() -> None:
-    """Raise ``ImportError`` unless a deepspeed is installed that ``partition_model`` works with."""
+    """Raise ``ImportError`` unless a deepspeed is installed that ``partition_model`` supports."""
     try:
         found = version("deepspeed")
     except PackageNotFoundError:
@@ -144,14 +147,15 @@ def _require_ranks(function: str) -> None:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add gradients up over ranks, in place: once per update, after the last backward pass.
+    """Sum gradients over ranks in place, once per update and after the last backward pass.
 
-    A collective call where ``torch.distributed`` is initialized. Sharded parameters have been
-    reduced by FSDP already; one without a gradient on this rank counts as 0, and one without on
-    any rank is left without, so that an optimizer passes over it as it does in one process.
+    This is a collective call where ``torch.distributed`` is initialized. Sharded parameters are
+    skipped, since FSDP has reduced them already. A parameter without a gradient on this rank counts
+    as 0. One without a gradient on every rank keeps none, so that an optimizer skips it as it does
+    in a single process.
 
     Args:
-        parameters: in the same order on every rank.
+        parameters: trained parameters, in the same order on every rank.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -165,6 +169,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     weights = [weight for weight in parameters if not isinstance(weight, DTensor)]
     if not weights:
         return
+    # Ranks must agree on the tensors of the next collective, also where one had idle units only.
     counts = torch.tensor(
         [weight.grad is not None for weight in weights],
         dtype=torch.int32,

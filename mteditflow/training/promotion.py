@@ -1,4 +1,4 @@
-"""When a student takes its teacher's place: outcomes of held-out sessions, and the rule."""
+"""Promotion of a student to teacher: outcomes of held-out sessions, and the rule."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from mteditflow._checks import check_count, check_mask, check_rank
 from mteditflow.metrics.long_chains import collapsed
 
-SLACK = 1  # sessions that a measure may lose while the other one wins
+SLACK = 1  # sessions by which one measure may get worse while the other one wins
 
 
 class SessionCounts(NamedTuple):
     """Outcomes of sessions up to a turn.
 
     Attributes:
-        successes: sessions of which every turn up to it succeeded.
-        collapses: sessions that had collapsed by it.
+        successes: sessions in which every turn up to that turn succeeded.
+        collapses: sessions that had collapsed by that turn.
     """
 
     successes: int
@@ -29,12 +29,12 @@ class SessionCounts(NamedTuple):
 def count_sessions(success: Tensor, degraded: Tensor, turn: int) -> SessionCounts:
     """Count the sessions that succeeded up to a turn, and those that had collapsed by it.
 
-    A session collapses at the first of two degraded turns in a row and stays so. Whether it
-    collapses at a turn shows one turn later, so that the count looks one turn ahead.
+    A session collapses at the first of two degraded turns in a row, and stays collapsed. The count
+    therefore depends on one turn more than ``turn``, unless that is the last.
 
     Args:
-        success: turns that were followed, boolean [C, N].
-        degraded: turns whose picture is spoilt, boolean [C, N].
+        success: turns whose instruction was followed, boolean [C, N] for C sessions.
+        degraded: turns whose image is degraded, boolean [C, N].
         turn: turn to count up to, in [1, N].
 
     Raises:
@@ -60,11 +60,11 @@ def count_sessions(success: Tensor, degraded: Tensor, turn: int) -> SessionCount
 
 
 class SessionGain(NamedTuple):
-    """A student's sessions against its teacher's, up to a turn.
+    """Gain of a student over its teacher up to a turn, in sessions.
 
     Attributes:
-        successes: sessions that succeed more.
-        collapses: sessions that collapse fewer: positive is better here, too.
+        successes: additional successes.
+        collapses: avoided collapses, so that positive is better here, too.
     """
 
     successes: int
@@ -72,7 +72,7 @@ class SessionGain(NamedTuple):
 
 
 def session_gain(student: SessionCounts, teacher: SessionCounts) -> SessionGain:
-    """Return what a student gains over its teacher on the same sessions.
+    """Return the gain of a student over its teacher on the same sessions.
 
     Example:
         >>> session_gain(SessionCounts(9, 2), SessionCounts(7, 5))
@@ -89,22 +89,24 @@ def promotion_at(
 ) -> Verdict:
     r"""Judge a student by its gain up to one turn.
 
-    With :math:`\Delta SR` more successes, :math:`\Delta CR` fewer collapses and margins
+    With :math:`\Delta SR` additional successes, :math:`\Delta CR` avoided collapses and margins
     :math:`\alpha` and :math:`\beta`:
 
     - inconclusive: :math:`-1 \le \Delta SR < \alpha` and :math:`-1 \le \Delta CR < \beta`
     - promote: :math:`\Delta SR \ge \alpha` and :math:`\Delta CR \ge -1`, or
       :math:`\Delta CR \ge \beta` and :math:`\Delta SR \ge -1`
-    - reject: all else
+    - reject: otherwise
 
-    The public code asks for :math:`|\Delta SR| \le 1` in the second way to a promotion. It rejects
-    students with :math:`2 \le \Delta SR < \alpha` and :math:`\Delta CR \ge \beta`, which the paper
-    and this function promote.
+    The paper's public code requires :math:`|\Delta SR| \le 1` in the second case of a promotion. It
+    thus rejects students with :math:`2 \le \Delta SR < \alpha` and :math:`\Delta CR \ge \beta`,
+    which the paper and this function promote.
 
     Args:
-        gain: of the student over the teacher.
-        success_margin: :math:`\alpha`, sessions, >= 1. Of 23: 2 for Qwen and FLUX, 3 for FireRed.
-        collapse_margin: :math:`\beta`, sessions, >= 1. Of 23: 3 for FLUX, 5 for Qwen and FireRed.
+        gain: gain of the student over the teacher.
+        success_margin: :math:`\alpha`, sessions, >= 1. The paper, with 23 sessions, has 2 for Qwen
+            and FLUX, 3 for FireRed.
+        collapse_margin: :math:`\beta`, sessions, >= 1. The paper has 3 for FLUX, 5 for Qwen and
+            FireRed.
 
     Raises:
         ValueError: a margin is below 1.
@@ -131,13 +133,13 @@ def promotion_at(
 def promotes(
     gains: Sequence[SessionGain], *, success_margin: int = 2, collapse_margin: int = 3
 ) -> bool:
-    """Return whether a student takes its teacher's place.
+    """Return whether a student replaces its teacher.
 
-    The first turn with a verdict decides; where all are inconclusive the teacher stays.
+    The first conclusive verdict decides. If all are inconclusive, the teacher stays.
 
     Args:
-        gains: gain up to each turn that is compared, the first to decide first: turns 10, 8 and 5
-            in the paper.
+        gains: gain up to each turn that is compared, in order of precedence: turns 10, 8 and 5 in
+            the paper.
         success_margin: as in ``promotion_at``.
         collapse_margin: as in ``promotion_at``.
 

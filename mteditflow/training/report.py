@@ -1,4 +1,4 @@
-"""The report of a run: ``report.json``, and its summary on the terminal."""
+"""Report of a run: ``report.json``, and its summary on the terminal."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def run_report(
     seed: int,
     alarms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Collect the results and the circumstances of a run as JSON values.
+    """Return the results, settings and environment of a run as JSON values.
 
     Args:
-        before: evaluation of the base model; where there is none, the first one, whose round the
-            summary names.
+        before: evaluation of the base model; if there is none, the first evaluation, whose round
+            the summary then names.
         after: evaluation of the same chains after training.
         metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
         config: settings of the run, JSON values (paths and enumerations become text).
         seed: seed of the run.
-        alarms: statistics of pictures that left their bands: "round", "statistic", "value", "low",
+        alarms: image statistics that left their bands: "round", "statistic", "value", "low",
             "high" and "picture" of each.
 
     Returns:
         "before" and "after": metrics per turn, with the ends of their intervals as
-        "<metric>_interval"; "difference_at_last_turn": as ``comparison_report``; "seconds" and
-        "time" by phase; "invalid_reward_share"; "lost_answers" by reason; "rounds_without_reward",
-        by reward the rounds in which no trajectory had it; "drift_alarms"; and date, devices and
-        versions. ``None`` stands for a missing number.
+        "<metric>_interval"; "difference_at_last_turn": as ``comparison_report``; "seconds", the
+        total, and "time", seconds and share by phase; "invalid_reward_share"; "lost_answers" by
+        reason; "rounds_without_reward", the number of rounds without any value, by reward;
+        "drift_alarms"; and date, devices and versions. ``None`` is a missing number.
     """
     report = {
         "seed": seed,
@@ -92,9 +92,9 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def evaluation_report(evaluation: Evaluation) -> dict[str, Any]:
-    """Return who judged, and the metrics, rounded: per turn, each with its interval's ends.
+    """Return the rounded metrics of an evaluation per turn, with their intervals, and the judge.
 
-    Beside them "chains", the denominators by metric and turn; "chains_with_lost_scores";
+    Further entries are "chains", the denominators by metric and turn; "chains_with_lost_scores";
     "lost_scores", turns by reason; and "unmeasured_turns" by term.
     """
     counts = {
@@ -109,12 +109,11 @@ def evaluation_report(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def comparison_report(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Return the paired differences at the last turn N, rounded, each with its interval's ends.
+    """Return the rounded paired differences at the last turn N, with their intervals.
 
-    "chains" holds the number of chains that have each metric in both evaluations.
-    "marginal_ratio", by metric its value at turn N divided by that at turn 1, and
-    "conditional_success", P(success at N | success at 1) in percent, each hold "before", "after"
-    and "difference".
+    "chains" is the number of chains that have each metric in both evaluations. "marginal_ratio" is,
+    by metric, the value at turn N divided by the value at turn 1. "conditional_success" is
+    P(success at N | success at 1) in percent. The last two have "before", "after" and "difference".
     """
     found = compare(before, after)
     ratios = found.marginal_ratio.items()
@@ -134,8 +133,8 @@ def print_summary(
 
     Args:
         report: result of ``run_report``, or ``report.json`` read back.
-        folder: folder of the run; it is printed with the names of its files.
-        console: where to print; standard output by default.
+        folder: folder of the run, printed with the names of its files.
+        console: console to print to; None: standard output.
 
     Example:
         >>> import torch
@@ -157,7 +156,7 @@ def print_summary(
 
 
 def summary_text(report: Mapping[str, Any], folder: Path) -> str:
-    """Return what ``print_summary`` prints, as plain text.
+    """Return the output of ``print_summary`` as plain text.
 
     Args:
         report: result of ``run_report``, or ``report.json`` read back.
@@ -205,7 +204,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
 
 
 def summary_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return the sentences below the table: differences, chains left out, time, lost answers."""
+    """Return the sentences below the table: differences, lost scores, time, lost answers."""
     gain = report["difference_at_last_turn"]
     first = report["before"]["round"]
     since = [f"Before is round {first}: there is no evaluation of round 0."] if first else []
@@ -252,7 +251,7 @@ def _alarm(alarm: Mapping[str, Any]) -> str:
 
 
 def _with_intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:
-    """Each metric as a number or a list of them, and beside it [low, high] or a list of these."""
+    """Return each metric as a number or a list, with [low, high] or a list of these beside it."""
     flat: dict[str, Any] = {}
     for name, interval in metrics.items():
         ends = torch.stack([interval.low, interval.high], dim=-1)
@@ -261,7 +260,7 @@ def _with_intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:
 
 
 def _totals(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Sums over rounds: time by phase, invalid rewards, and lost answers by reason."""
+    """Return totals over rounds: time by phase, invalid rewards, and lost answers by reason."""
     count = math.fsum(_known(line, "trajectories") for line in metrics)
     invalid = math.fsum(
         _known(line, "invalid_share") * _known(line, "trajectories") for line in metrics
@@ -286,7 +285,7 @@ def _without_reward(metrics: Sequence[Mapping[str, float]]) -> dict[str, int]:
 
 
 def _sums(metrics: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
-    """Total of each number whose name begins so, without the prefix, the largest first."""
+    """Return the total of each number with this prefix, the largest first, without the prefix."""
     names = dict.fromkeys(name for line in metrics for name in line if name.startswith(prefix))
     totals = {name: math.fsum(_known(line, name) for line in metrics) for name in names}
     ranked = sorted(totals.items(), key=lambda item: -item[1])
@@ -294,18 +293,18 @@ def _sums(metrics: Sequence[Mapping[str, float]], prefix: str) -> dict[str, floa
 
 
 def _known(line: Mapping[str, float], name: str) -> float:
-    """A number of a round, 0 if there is none."""
+    """Return a number of a round; 0 if it is missing or not finite."""
     value = line.get(name, 0.0)
     return value if math.isfinite(value) else 0.0
 
 
 def _rounded(x: Tensor) -> Any:
-    """Numbers to the fourth place."""
+    """Return the numbers rounded to four decimals."""
     return ((1e4 * x.double()).round() / 1e4).tolist()
 
 
 def _devices() -> list[str]:
-    """The accelerators that this process sees, or the processor."""
+    """Return the names of the CUDA devices of this process, or else the CPU's."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return names or [f"{platform.machine()}, {os.cpu_count()} cores"]
 
@@ -315,7 +314,7 @@ def _versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert to JSON values: ``None`` for NaN, text for other types."""
+    """Convert to JSON values: ``None`` for numbers that are not finite, text for other types."""
     if isinstance(value, Mapping):
         return {str(name): _plain(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -326,7 +325,7 @@ def _plain(value: Any) -> Any:
 
 
 def _difference(gain: Mapping[str, Any]) -> str:
-    """Paired differences of the metrics in percent, in one sentence."""
+    """Return a sentence with the paired differences of the metrics, in percentage points."""
     counts = {name: gain["chains"][name] for name in TITLES if gain.get(name) is not None}
     if not counts:
         return f"At turn {gain['turn']} no chain can be compared."
@@ -340,7 +339,7 @@ def _difference(gain: Mapping[str, Any]) -> str:
 
 
 def _since_turn_1(gain: Mapping[str, Any]) -> Iterator[str]:
-    """Ratios of the last turn to the first, and success at the last given that at the first."""
+    """Yield sentences on the last turn against the first: ratios, and conditional success."""
     last = gain["turn"]
     for name, ratio in gain["marginal_ratio"].items():
         label = "Marginal" if name == "marginal" else escape_markup(name)
@@ -350,7 +349,7 @@ def _since_turn_1(gain: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _before_after(x: Mapping[str, Any], digits: int, unit: str = "", points: str = "") -> str:
-    """A number after and before, and the difference with its interval where there is one."""
+    """Return a number after and before, with the difference and its interval if there is one."""
     before, after = (
         "none" if x[when] is None else f"{x[when]:.{digits}f}{unit}" for when in ("before", "after")
     )
@@ -372,12 +371,12 @@ def _cells(rows: Mapping[str, Any], name: str, digits: int) -> list[str]:
 
 
 def _few(count: int) -> str:
-    """Mark of an estimate over few chains."""
+    """Return the mark of an estimate over few chains, or nothing."""
     return " *" if count < FEW_CASES else ""
 
 
 def _interval(ends: Sequence[float | None], form: str = "+.1f") -> str:
-    """Ends of an interval; there are none where all chains are alike in a term of no range."""
+    """Return the ends of an interval; a term without a range has none if all chains are equal."""
     known = [format(end, form) for end in ends if end is not None]
     return f"\\[{', '.join(known) or 'none: all alike'}]"
 

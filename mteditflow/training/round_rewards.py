@@ -1,4 +1,4 @@
-"""Rewards of a round, aggregated once: what log, selection, watch and advantage read."""
+"""Rewards of a round, aggregated once for the log, selection, watch and advantages."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from mteditflow.training.metrics_file import LOST, REWARD, UNMEASURED
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How the scores of a term become rewards.
+    """Map from the scores of a term to rewards.
 
     Args:
         normalize: maps scores [K] to rewards [K], such as ``normalize_likert``.
-        reduce: turns to one reward of the chain, such as ``turn_average`` or ``binary_and``.
+        reduce: maps rewards of the turns to one reward of the chain, such as ``turn_average`` or
+            ``binary_and``.
     """
 
     normalize: Callable[[Tensor], Tensor]
@@ -41,17 +42,17 @@ class RoundRewards:
 
     Args:
         terms: scores per turn by name, each [B, N].
-        aggregations: how each reward comes from the scores of its term.
+        aggregations: by the name of a term, the map from its scores to its reward.
         group: integer group id of each trajectory, [B].
-        trained: names of the rewards that are trained on, which ``means`` and ``numbers`` tell of;
-            ``None`` means all.
+        trained: names of the rewards that are trained on, to which ``means`` and ``numbers`` are
+            restricted; ``None``: all.
 
     Attributes:
         turn: reward of each turn, [B, N], by name.
-        whole: reward of the trajectory given to each of its turns, [B, N], by name.
+        whole: reward of the trajectory, assigned to each of its turns, [B, N], by name.
 
     Raises:
-        KeyError: an aggregation has no term.
+        KeyError: on access, if an aggregation has no term.
 
     Example:
         >>> from mteditflow import normalize_likert
@@ -70,12 +71,12 @@ class RoundRewards:
 
     @property
     def names(self) -> list[str]:
-        """Names of the rewards that are trained on."""
+        """Return the names of the rewards that are trained on."""
         return list(self.aggregations if self.trained is None else self.trained)
 
     @cached_property
     def turn(self) -> dict[str, Signal]:
-        """Reward of each turn, [B, N], by name."""
+        """Return the reward of each turn, [B, N], by name."""
         return {
             name: self.terms[name].turn_reward(aggregation.normalize)
             for name, aggregation in self.aggregations.items()
@@ -83,7 +84,7 @@ class RoundRewards:
 
     @cached_property
     def whole(self) -> dict[str, Signal]:
-        """Reward of the trajectory given to each of its turns, [B, N], by name."""
+        """Return the reward of the trajectory, assigned to each of its turns, [B, N], by name."""
         return {
             name: self.terms[name].credited(
                 signal.value, TrajectoryCredit(self.aggregations[name].reduce)
@@ -92,29 +93,30 @@ class RoundRewards:
         }
 
     def reward(self, name: str) -> Signal:
-        """Return one reward per trajectory, [B]; NaN where not measured."""
+        """Return one reward per trajectory, [B]; NaN where it was not measured."""
+        # Every turn has the trajectory's reward, so the first stands for all.
         return Signal(*(x[:, 0] for x in self.whole[name]))
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean of each reward over the trajectories that have it; NaN where there is none."""
+        """Return the mean of each reward over the trajectories that have it; NaN if none has."""
         signals = {name: self.reward(name) for name in self.names}
         return {name: float(x.value[x.measured].mean()) for name, x in signals.items()}
 
     @property
     def absent(self) -> list[str]:
-        """Names of the rewards that no trajectory of the round has: they train nothing."""
+        """Return the names of the rewards that no trajectory has; they train nothing."""
         return [name for name in self.names if not self.reward(name).measured.any()]
 
     def informative(self, name: str, *, top: float = 1.0, bottom: float = 0.0) -> GroupSelection:
-        """Select the groups whose members differ; see ``mteditflow.select_groups``."""
+        """Select the informative groups, whose members differ; see ``mteditflow.select_groups``."""
         value, valid, measured = self.reward(name)
         return select_groups(
             value, self.group, valid=valid, measured=measured, top=top, bottom=bottom
         )
 
     def spreads(self, name: str) -> dict[int, float]:
-        """Return the std of a reward in each group that has it in two members or more."""
+        """Return the std of a reward by group, over groups in which two or more members have it."""
         value, _, measured = self.reward(name)
         members = Counter(self.group[measured].tolist())
         spread = group_std(value, self.group, valid=measured)
@@ -122,17 +124,18 @@ class RoundRewards:
         return {group: found[group] for group, count in members.items() if count > 1}
 
     def numbers(self) -> dict[str, float]:
-        """Summarize the round, flat, as ``metrics.jsonl`` and every tracker take it.
+        """Return a flat summary of the round for ``metrics.jsonl`` and trackers.
 
         Returns:
-            By name (NaN where nothing is measured): "reward/<term>", the mean over trajectories
-            that have it; "score/<term>/turn_<n>", the mean score of a turn; "group/<term>/std", the
-            mean standard deviation inside groups, and "group/<term>/no_spread", the share of groups
-            without any; "group/variance_ratio/<term>/<term>" and "group/correlation/<term>/<term>"
-            inside groups, over trajectories that have both; "invalid_share", of trajectories that
-            lost a reward and are not trained on; "unmeasured/<term>", share of trajectories in
-            which there was nothing to measure; "trajectories", B; and "lost/<reason>", trajectories
-            that lost a score, each counted once.
+            Numbers by name, NaN where nothing is measured: "reward/<term>", the mean over
+            trajectories that have it; "score/<term>/turn_<n>", the mean score of a turn;
+            "group/<term>/std", the mean standard deviation within groups; "group/<term>/no_spread",
+            the share of groups with a standard deviation of 0;
+            "group/variance_ratio/<term>/<term>" and "group/correlation/<term>/<term>", within
+            groups and over trajectories that have both; "invalid_share", the share of trajectories
+            that lost a reward and are not trained on; "unmeasured/<term>", the share of
+            trajectories in which there was nothing to measure; "trajectories", B; and
+            "lost/<reason>", the number of trajectories that lost a score, each counted once.
         """
         rewards = {name: self.reward(name) for name in self.names}
         valid = torch.stack([reward.valid for reward in rewards.values()]).all(dim=0)
@@ -158,7 +161,10 @@ class RoundRewards:
 
 
 def lost_reasons(terms: Mapping[str, TurnScores]) -> dict[str, int]:
-    """Count trajectories that lost a score by the reason of the first one, most frequent first."""
+    """Count the trajectories that lost a score, by the reason of the first lost score of each.
+
+    The most frequent reason is the first.
+    """
     first: dict[int, str] = {}
     for scores in terms.values():
         for (b, _), lost in sorted(scores.lost.items(), key=lambda item: item[0]):

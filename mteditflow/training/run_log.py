@@ -1,4 +1,4 @@
-"""Log of a run: metrics of every round, messages, progress bars, seconds by phase."""
+"""Log of a run: metrics of every round, messages, progress bars, wall-clock time by phase."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mteditflow._files import append_line, cut_half_line
 from mteditflow.training.metrics_file import SECONDS, MetricsFile, read_metrics
 from mteditflow.training.stopwatch import Stopwatch
 
-LINE_EVERY = 30.0  # seconds between plain lines of progress, at least
-# Counts before all that a narrow terminal cuts off.
+LINE_EVERY = 30.0  # least seconds between plain lines of progress
+# Counts come first: a narrow terminal cuts off the end.
 BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"
 YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 _CONTROL = re.compile(
@@ -29,20 +29,20 @@ _CONTROL = re.compile(
 
 
 class RunLog:
-    r"""Numbers to ``metrics.jsonl``, words to ``log.txt`` and the terminal, bars to the terminal.
+    r"""Log of a run: metrics in ``metrics.jsonl``, messages in ``log.txt`` and on the terminal.
 
-    Trackers such as TensorBoard are the caller's: give them what ``record`` returns. Lines are
-    written whole or, where the disk is full, not at all: that raises ``OSError``, and the same
-    folder goes on once there is room.
+    Trackers such as TensorBoard belong to the caller: pass them the result of ``record``. Lines are
+    written whole or not at all. A full disk raises ``OSError``, and the same folder can be used
+    again once there is space.
 
     Args:
-        folder: of the run; made if it is not there.
-        console: whether messages, warnings and progress go to standard error too. Bars are drawn
+        folder: folder of the run, created if missing.
+        console: whether messages, warnings and progress also go to standard error. Bars are drawn
             on a terminal only; elsewhere progress is a plain line, at most one every 30 seconds.
         main: whether this is rank 0; other ranks write and print nothing.
 
     Attributes:
-        stopwatch: time it with ``with log.stopwatch.phase("sampling")``.
+        stopwatch: wall-clock time by phase, as in ``with log.stopwatch.phase("sampling")``.
 
     Example:
         >>> import tempfile
@@ -67,18 +67,27 @@ class RunLog:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The numbers of all recorded rounds, read from the file, on any rank."""
+        """Return the numbers of all recorded rounds, read from the file, on any rank.
+
+        Raises:
+            ValueError: a line of the file is damaged, as in ``read_metrics``.
+        """
         return read_metrics(self.folder / "metrics.jsonl")
 
     def record(self, round_number: int, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Write the numbers of a round, with the seconds by phase since the last one.
+        """Write the numbers of a round, with the seconds by phase since the last round.
 
         Args:
-            round_number: later than that of the last line; ``rewind`` first where it is done again.
-            numbers: by name, such as "reward/following"; NaN is written as ``null``.
+            round_number: round after that of the last line; ``rewind`` first to repeat rounds.
+            numbers: numbers by name, such as "reward/following"; a number that is not finite is
+                written as ``null``.
 
         Returns:
             The numbers with "seconds/<phase>", flat, for ``Accelerator.log``.
+
+        Raises:
+            ValueError: there is a line of this round or of a later one.
+            OSError: the line cannot be written; the file is as it was.
         """
         seconds = {f"{SECONDS}{name}": x for name, x in self.stopwatch.lap().items()}
         flat = dict(numbers) | seconds
@@ -87,7 +96,7 @@ class RunLog:
         return flat
 
     def rewind(self, round_number: int) -> None:
-        """Forget the numbers of this round and of later ones: a resumed run does them again."""
+        """Drop the numbers of this round and of later ones, which a resumed run repeats."""
         if self._metrics is not None:
             self._metrics.rewind(round_number)
 
@@ -96,7 +105,7 @@ class RunLog:
 
         Args:
             text: the message.
-            aloud: whether it goes to the terminal, too; not for what is printed there already.
+            aloud: whether it also goes to the terminal; False for what is printed there already.
         """
         self._write(text, aloud=aloud)
 
@@ -106,7 +115,7 @@ class RunLog:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Log Python's warnings, and what libraries log from WARNING on, while the block lasts."""
+        """Log Python's warnings, and records of libraries from WARNING on, inside the context."""
         handler, root = _ToLog(self), logging.getLogger()
         logging.captureWarnings(True)
         root.addHandler(handler)
@@ -118,13 +127,13 @@ class RunLog:
 
     @contextmanager
     def bar(self, name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Bar]:
-        """Show progress of what is inside; bars may be nested.
+        """Show the progress of the block; bars may be nested.
 
         Args:
-            name: what is counted, such as "rollout".
-            total: how many there will be.
-            unit: of what, in the plural, such as "chains".
-            done: how many there are already, in a resumed run.
+            name: name of the phase, such as "rollout".
+            total: number of units in all.
+            unit: the unit in the plural, such as "chains".
+            done: number of units done before, in a resumed run.
         """
         shown = None
         if self._on_console and sys.stderr.isatty():
@@ -143,7 +152,7 @@ class RunLog:
                 shown.close()
 
     def _progress(self, text: str) -> None:
-        """To the terminal only where no bar is drawn there."""
+        """Log a line of progress; on a terminal the bar shows it instead."""
         self._write(text, aloud=not sys.stderr.isatty())
 
     def _write(self, text: str, *, aloud: bool, color: str = "") -> None:
@@ -151,9 +160,10 @@ class RunLog:
             return
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         stamped = "".join(f"{now} {line}\n" for line in _CONTROL.sub("", text).split("\n"))
-        if self._on_console and aloud:  # first, for the words about a disk that is full
+        # The console first: the message may be about the full disk on which the file write fails.
+        if self._on_console and aloud:
             colored = color if sys.stderr.isatty() else ""
-            # A terminal that has gone away must not end a run.
+            # A closed terminal must not end the run.
             with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
                 sys.stderr.write(f"{colored}{stamped}{RESET if colored else ''}")
                 sys.stderr.flush()
@@ -161,27 +171,27 @@ class RunLog:
 
 
 class _ToLog(logging.Handler):
-    """Passes records of libraries on to the log of a run."""
+    """Handler that passes log records of libraries on to the log of a run."""
 
     def __init__(self, log: RunLog) -> None:
         super().__init__(logging.WARNING)
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a full disk: the library that logs is not at fault
+        with suppress(OSError):  # a full disk must not raise inside the library that logs
             self._log.warning(f"{record.name}: {record.getMessage()}")
 
 
 class Bar:
-    """Progress of one thing; ``RunLog.bar`` makes them.
+    """Progress of one phase; ``RunLog.bar`` returns it.
 
     Args:
-        name: what is counted, such as "rollout".
-        total: how many there will be.
-        unit: of what, in the plural.
-        done: how many there are already.
-        shown: the bar on the terminal, if there is one.
-        line: takes a plain line, at most one every 30 seconds.
+        name: name of the phase, such as "rollout".
+        total: number of units in all.
+        unit: the unit in the plural, such as "chains".
+        done: number of units done before.
+        shown: the bar on the terminal; None: there is none.
+        line: receives a plain line of progress, at most one every 30 seconds.
     """
 
     def __init__(
@@ -200,7 +210,7 @@ class Bar:
         self._started = self._said = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
-        """Count what has been done; 0 only lets a line of progress be written when it is due."""
+        """Add to the units done; ``count=0`` only writes a line of progress if one is due."""
         self.done += count
         if self._shown is not None:
             self._shown.update(count)
@@ -210,12 +220,13 @@ class Bar:
             self._line(self._text(now - self._started))
 
     def note(self, text: str) -> None:
-        """Show a few words beside the bar, such as the last rewards."""
+        """Show a short note beside the bar, such as the last rewards."""
         self._note = text
         if self._shown is not None:
             self._shown.set_postfix_str(text)
 
     def _text(self, seconds: float) -> str:
+        # The rate is that of this process: units of the run before a resume took none of its time.
         done, taken = self.done - self._first, tqdm.format_interval(seconds)
         left = seconds * max(self.total - self.done, 0) / done if done > 0 else None
         ahead = "" if left is None else f", {tqdm.format_interval(left)} left"

@@ -1,4 +1,4 @@
-"""Learning rate over the rounds of a run: warm-up, then constant, linear or cosine."""
+"""Learning-rate schedules over the rounds of a run: warm-up, then constant, linear or cosine."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ def learning_rate_share(
     r"""Return the share of the peak learning rate in a round.
 
     With :math:`w` rounds of warm-up the share is :math:`(k + 1) / (w + 1)` in rounds :math:`k < w`,
-    so that no round is trained at 0. From round :math:`w`, the first at the peak, to the last one
-    it goes from 1 to :math:`f`. With :math:`p = (k - w) / (rounds - 1 - w)`:
+    so that no round has learning rate 0. From round :math:`w`, the first at the peak, to the last
+    round it goes from 1 to :math:`f`. With :math:`p = (k - w) / (rounds - 1 - w)`:
 
     - constant: 1
     - linear: :math:`1 - (1 - f)\,p`
     - cosine: :math:`f + (1 - f)\,(1 + \cos \pi p) / 2`
 
     Args:
-        done: rounds that are done, :math:`k`, in [0, rounds).
+        done: completed rounds :math:`k`, in [0, rounds).
         rounds: rounds of the whole run, >= 1.
         schedule: "constant", "linear" or "cosine".
         warmup: rounds of warm-up, in [0, rounds).
-        final: share :math:`f` in the last round, in [0, 1]; "constant" has none but 1.
+        final: share :math:`f` in the last round, in [0, 1]; must be 1 for "constant".
 
     Returns:
-        Share in [0, 1]; a plain number, without gradient.
+        Share in [0, 1], a plain number.
 
     Raises:
-        ValueError: a number is out of range, there is no such schedule, or a constant one is to end
-            below 1.
+        ValueError: a number is out of range, there is no such schedule, or ``final`` is below 1 for
+            a constant one.
 
     Source: Loshchilov and Hutter (2017), arXiv 1608.03983, eq. 5, for the cosine.
 
@@ -54,6 +54,7 @@ def learning_rate_share(
         raise ValueError(f"final: expected 1 for a constant schedule, got {final!r}")
     if done < warmup:
         return (done + 1) / (warmup + 1)
+    # The guard is for a single round after the warm-up, which is trained at the peak.
     progress = (done - warmup) / max(rounds - 1 - warmup, 1)
     if schedule == "cosine":
         return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2

@@ -10,10 +10,10 @@ OTHER = "other"
 
 
 class Stopwatch:
-    """Wall-clock seconds by named phase; they add up to the time that passed.
+    """Wall-clock seconds by named phase, which add up to the elapsed time.
 
-    A phase inside another one stops the outer one meanwhile. Time outside every phase is "other".
-    A device works on after its call returns: end a phase where its result is read.
+    A phase inside another one pauses the outer one. Time outside every phase is "other". A GPU runs
+    asynchronously, so end a phase where its result is read.
 
     Example:
         >>> watch = Stopwatch()
@@ -34,7 +34,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what is inside as ``name``."""
+        """Count the time of the block as the phase ``name``."""
         self._credit()
         self._open.append(name)
         try:
@@ -44,12 +44,12 @@ class Stopwatch:
             self._open.pop()
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last lap, those of an open phase up to now included."""
+        """Return the seconds by phase since the last lap, including an open phase up to now."""
         self._credit()
         return dict(self._seconds)
 
     def lap(self) -> dict[str, float]:
-        """Return what ``read`` does, and start again from zero."""
+        """Return the seconds by phase as ``read`` does, and reset them to zero."""
         seconds = self.read()
         self._seconds = {}
         return seconds
@@ -62,7 +62,7 @@ class Stopwatch:
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Share of each phase, the longest first; they add up to 1.
+    """Return the share of each phase, the longest first; shares add up to 1.
 
     Example:
         >>> shares({"sampling": 6.0, "updating": 18.0})

@@ -1,4 +1,4 @@
-"""Graceful stop on signals: finish the round in progress, on every rank together."""
+"""Graceful stop on signals, after the current round and on all ranks together."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Termination:
 
     SIGTERM (a scheduler or supervisor), SIGUSR1 (Slurm's warning, ``--signal=USR1@300``) and
     the first SIGINT (Ctrl-C) only set ``requested``; a second SIGINT raises ``KeyboardInterrupt``
-    at once. The handlers of before are back when the context ends.
+    at once. The earlier handlers are restored when the context ends.
 
-    A signal is seen when the interpreter gets control again, so not during a collective call; and
-    who sent it may not wait long (``torchrun`` kills 30 seconds after it has passed SIGTERM on).
+    Python runs a handler only between bytecode instructions, so not during a collective call. The
+    sender may not wait long: ``torchrun`` kills 30 seconds after it has forwarded SIGTERM.
 
     Raises:
-        RuntimeError: on entry, outside of the main thread, where Python sets no handlers.
+        RuntimeError: on entry outside of the main thread, where Python cannot set handlers.
 
     Example:
         >>> with Termination() as termination:
@@ -44,14 +44,14 @@ class Termination:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank received a signal to stop; ``signal`` is its name."""
+        """Return whether this rank received a signal to stop; ``signal`` is its name."""
         return self.signal is not None
 
     def agreed(self) -> bool:
         """Return whether any rank received a signal.
 
-        A collective call where ``torch.distributed`` is initialized. Every rank gets the
-        same answer, so all stop after the same round.
+        This is a collective call where ``torch.distributed`` is initialized. All ranks get the same
+        result, and so stop after the same round.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self.requested
@@ -72,6 +72,7 @@ class Termination:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
+            # None: the earlier handler was not set from Python, which cannot restore it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 

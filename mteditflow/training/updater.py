@@ -1,4 +1,4 @@
-"""One optimizer step from many small backward passes, taken only if everything is finite."""
+"""Optimizer step with gradient accumulation over micro-batches and ranks, if all is finite."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Update:
     """Result of an update.
 
     Attributes:
-        outcome: "taken"; "empty", there was nothing to train on; or "skipped", a loss or gradient
-            was not finite.
-        grad_norm: norm of the summed gradient before clipping; NaN where empty.
-        means: mean of each metric over the units of all ranks that were computed, and "loss", the
-            mean over all valid ones.
-        reason: why the update was skipped; empty otherwise.
+        outcome: "taken"; "empty" if there was nothing to train on; or "skipped" if a loss or
+            gradient was not finite.
+        grad_norm: norm of the gradient over all ranks before clipping; NaN if the update is empty.
+        means: mean of each metric over the computed units of all ranks, and "loss", the mean over
+            all valid units.
+        reason: reason for which the update was skipped; otherwise empty.
     """
 
     outcome: Literal["taken", "empty", "skipped"]
@@ -36,17 +36,17 @@ class Update:
 
 
 class Updater:
-    r"""Accumulates gradients over micro-batches and ranks, clips, checks and steps.
+    r"""Optimizer step: accumulate gradients over micro-batches and ranks, check, clip and step.
 
-    The gradient is that of :math:`\sum_u l_u / \sum_{ranks} count` over the units of all ranks,
-    whatever the sizes of the micro-batches and the number of ranks. Memory is that of one
-    micro-batch. An update with a loss or a gradient that is not finite is skipped on all ranks.
+    The gradient is that of :math:`\sum_u l_u / \sum_{ranks} count` over the units u of all ranks,
+    independent of the sizes of micro-batches and of the number of ranks. Memory is that of one
+    micro-batch. An update with a loss or gradient that is not finite is skipped on all ranks.
 
     Args:
         optimizer: optimizer of ``parameters``.
-        parameters: a callable that gives the trained parameters, such as ``model.parameters``; a
-            callable, since sharding replaces them.
-        max_grad_norm: the gradient is scaled down to this norm, > 0.
+        parameters: callable that returns the trained parameters, such as ``model.parameters``. It
+            is called at every step, since sharding replaces parameters.
+        max_grad_norm: norm to which larger gradients are scaled down, > 0.
 
     Raises:
         ValueError: the norm is out of range.
@@ -91,21 +91,21 @@ class Updater:
     def step(
         self, parts: Iterable[Units], losses: Callable[[Units], Output], *, count: int
     ) -> Update:
-        """Take one optimizer step; none where no rank has a part.
+        """Take one optimizer step; none if no rank has a part.
 
-        A collective call where ``torch.distributed`` is initialized.
+        This is a collective call where ``torch.distributed`` is initialized.
 
         Args:
-            parts: micro-batches; equally many on every rank, filled up with idle units (see
+            parts: micro-batches, the same number on every rank, padded with idle units (see
                 ``most_parts`` and ``Units.split``).
-            losses: computes the output of a part.
-            count: valid units of this rank's minibatch, those left out included.
+            losses: returns the output of a part, with losses [U] that have a gradient.
+            count: number of valid units of this rank's minibatch, including dropped ones.
 
         Returns:
-            Update.
+            Outcome, gradient norm and means of the update.
 
         Raises:
-            ValueError: ``count`` is below the number of units.
+            ValueError: ``count`` is below the number of computed units, or there are no parameters.
         """
         check_count("count", count, low=0)
         self._optimizer.zero_grad(set_to_none=True)
@@ -113,6 +113,7 @@ class Updater:
         computed = 0
         for part in parts:
             output = losses(part)
+            # The sum, not the mean: division by the count of all ranks follows in ``_finish``.
             total = output.loss.sum()
             torch.autograd.backward(total)
             computed += int(part.mask.any(dim=1).sum())
@@ -125,21 +126,22 @@ class Updater:
         return self._finish(totals, computed, count)
 
     def _finish(self, totals: Mapping[str, Tensor], computed: int, count: int) -> Update:
-        """Sum over ranks, divide by the count, check, clip and step."""
+        """Sum over ranks, divide by the count, clip, check and step."""
         parameters = list(self._parameters())  # a generator would be empty at its second use
         if not parameters:
             raise ValueError("parameters: expected at least one, got none")
         sum_gradients(parameters)
         names, like = list(totals), totals["loss"]
+        # One collective for all numbers; all ranks then decide alike whether to step.
         sums = torch.stack([*totals.values(), like.new_tensor(computed), like.new_tensor(count)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         *values, all_computed, all_count = sums.tolist()
-        if all_computed == 0:  # idle units alone, on every rank
+        if all_computed == 0:  # only idle units on every rank
             self._optimizer.zero_grad(set_to_none=True)
             return Update("empty", float("nan"), {})
         gradients = [p.grad for p in parameters if p.grad is not None]
-        for gradient in gradients:
+        for gradient in gradients:  # before clipping, whose norm is that of the mean gradient
             gradient.div_(all_count)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -156,9 +158,9 @@ class Updater:
 
 
 def most_parts(units: Units, size: int, *, device: torch.device | str = "cpu") -> int:
-    """Return how many micro-batches of ``size`` the rank with most units needs.
+    """Return the number of micro-batches of ``size`` on the rank with the most units.
 
-    A collective call where ``torch.distributed`` is initialized.
+    This is a collective call where ``torch.distributed`` is initialized.
 
     Args:
         units: this rank's units.

@@ -1,4 +1,4 @@
-"""Stops a run whose rewards fall apart, before days are lost."""
+"""Early stop of a run whose rewards collapse."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from mteditflow._checks import check_count, check_number
 
 
 class RewardCollapseError(RuntimeError):
-    """A reward has fallen far below what the run had reached."""
+    """A reward has fallen far below the best level of the run."""
 
 
 class RewardWatch:
-    r"""Compares each reward's mean over the last rounds with the best such mean of the run.
+    r"""Check that compares each reward's moving mean with the best such mean of the run.
 
-    A run collapses when its policy does, and a reward is hacked when another one pays for it:
-    instruction following rises while backgrounds vanish. Both show as a term that falls for long.
+    In a policy collapse all rewards fall. In reward hacking one reward rises at the expense of
+    another: instruction following improves while backgrounds disappear. In both cases some reward
+    falls over many rounds.
 
     Args:
-        drop: largest fall allowed below the best mean, in (0, 1], as a share of the largest
-            magnitude that a mean of this reward has had: 0.3 stops a run whose positive reward is
-            at 70% of its best, and one whose reward has come from -0.5 to -0.3 and falls below
-            -0.45; 1 never stops.
-        window: rounds in a mean.
+        drop: largest allowed fall below the best mean, in (0, 1], as a share of the largest
+            magnitude of this reward's means. 0.3 stops a run whose positive reward is below 70% of
+            its best, and one whose reward has risen from -0.5 to -0.3 and then falls below -0.45.
+            1 never stops.
+        window: number of rounds in a mean.
 
     Raises:
         ValueError: a number is out of range.
@@ -47,10 +48,10 @@ class RewardWatch:
         self._size: dict[str, float] = {}  # largest magnitude of a mean
 
     def check(self, rewards: Mapping[str, float]) -> None:
-        """Take in the mean of each reward of a round; one that is not finite is left out.
+        """Add the mean of each reward in a round, and compare; one that is not finite is skipped.
 
         Raises:
-            RewardCollapseError: a reward has fallen too far; the message says what to do.
+            RewardCollapseError: a reward has fallen too far; the message suggests what to do.
         """
         for name, reward in rewards.items():
             if not math.isfinite(reward):
@@ -59,6 +60,7 @@ class RewardWatch:
             self._recent[name] = recent
             if len(recent) < self._window:
                 continue
+            # The fall is relative to a magnitude, not to the best mean, which may be 0 or negative.
             mean = sum(recent) / len(recent)
             best, size = self._best.get(name, mean), self._size.get(name, abs(mean))
             self._best[name], self._size[name] = max(best, mean), max(size, abs(mean))
@@ -67,21 +69,21 @@ class RewardWatch:
                     f"{name}: mean {mean:.3f} of the last {self._window} rounds, best "
                     f"{best:.3f}; a fall of more than {self._drop:.0%} of {size:.3f}. Look at the "
                     "strips of chains; then lower the learning rate, raise kl_coef or this term's "
-                    "weight, and go on from the best checkpoint"
+                    "weight, and resume from the best checkpoint"
                 )
 
     def restart(self) -> None:
-        """Forget all rewards, as where they are of another task from here on."""
+        """Drop the history of all rewards, as when the task changes."""
         self._recent, self._best, self._size = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed watch needs; JSON can hold it."""
+        """Return the state as JSON values."""
         recent = {name: list(values) for name, values in self._recent.items()}
         return {"recent": recent, "best": dict(self._best), "size": dict(self._size)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another watch was."""
+        """Restore the state that ``state_dict`` returned."""
         self._recent = {name: list(values) for name, values in state["recent"].items()}
         self._best = dict(state["best"])
-        # Of a checkpoint without sizes: those of rewards that never were below zero.
+        # Older checkpoints have no sizes: the best magnitude is right unless means were negative.
         self._size = dict(state.get("size", {k: abs(best) for k, best in self._best.items()}))

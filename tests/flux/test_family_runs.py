@@ -143,7 +143,7 @@ def test_of_a_class_that_is_not_listed_the_log_says_what_was_assumed(worlds, tmp
     )
     main(train, config)
     said = (tmp_path / "run" / "log.txt").read_text()
-    for words in ("FluxPipeline is not a listed family", "the scale of guidance is guidance_scale"):
+    for words in ("FluxPipeline is not a listed family", "the guidance scale is guidance_scale"):
         assert f"assumed: {words}" in said
     assert (tmp_path / "run" / "checkpoints" / "round-000001" / "lora").is_dir()
 

@@ -226,7 +226,7 @@ def test_what_breaks_a_promise_is_refused_and_changes_nothing(field, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_alpha": 0}, r"^config\.lora_alpha: expected a finite number but 0, got 0$"),
+        ({"lora_alpha": 0}, r"^config\.lora_alpha: expected a finite number other than 0, got 0$"),
         ({"lora_alpha": float("nan")}, r"^config\.lora_alpha: .* got nan$"),
         ({"alpha_pattern": {"0": 0.0}}, r"^config\.lora_alpha: .* got 0\.0$"),
         ({"lora_dropout": 1.0}, r"^config\.lora_dropout: expected in \[0, 1\), got 1\.0$"),

@@ -639,7 +639,7 @@ def test_the_record_is_proven_on_the_first_call(load, plain, monkeypatch):
         return (output + next(wobble),)
 
     monkeypatch.setattr(type(editor.transformer), "forward", unstable)
-    with pytest.raises(ReplayError, match="called again with what was recorded"):
+    with pytest.raises(ReplayError, match="replayed from its record"):
         record(editor, plain)
     assert len(record(editor, plain, verify=False)) == 1
 

@@ -275,7 +275,7 @@ def test_the_record_is_proven_on_the_first_call(load, family, monkeypatch):
 
     unstable.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(type(editor.transformer), "forward", unstable)
-    with pytest.raises(ReplayError, match="called again with what was recorded"):
+    with pytest.raises(ReplayError, match="replayed from its record"):
         parts_of(editor, family, batch=1)
 
 
@@ -375,7 +375,7 @@ def test_a_class_that_is_not_listed_works_and_says_what_was_assumed(name, cached
     said = " ".join(editor.assumptions)
     assert f"{name} is not a listed family" in said
     assert ("embedded once each" in said) == cached
-    assert "LoRA adapters belong to" in said
+    assert "LoRA adapters are on" in said
     assert "to_q" in said
     assert "one reference image" in said or reference is None
 

@@ -372,7 +372,7 @@ class Counting(FluxTransformer2DModel):
 def test_refuses_a_transformer_that_keeps_a_state(kontext, kind, batch):
     kontext.transformer.__class__ = kind
     images, generators = [picture(kontext)] * batch, trajectory_generators(0, batch)
-    with pytest.raises(ReplayError, match="called again with what was recorded"), Recorder(kontext):
+    with pytest.raises(ReplayError, match="replayed from its record"), Recorder(kontext):
         call(kontext, images, CHAIN[0][:batch], generators)
 
 

@@ -215,12 +215,12 @@ def test_a_step_in_a_function_of_its_own_is_not_looked_for_in_other_frames(flux)
     with Recorder(flux) as recorder:
         y = loop(x.clone(), halve=False)
     assert torch.equal(recorder.rollout(group=[0, 1]).trajectory.clean[:, 0], y)
-    with pytest.raises(ReplayError, match="does not hold what that returned"), Recorder(flux):
+    with pytest.raises(ReplayError, match="does not hold the result of its last"), Recorder(flux):
         loop(x + 1, halve=True)
 
 
 def test_a_loop_whose_end_is_not_seen_is_refused(flux):
-    with pytest.raises(ReplayError, match=r"not seen to end.*for t in scheduler\.timesteps"):
+    with pytest.raises(ReplayError, match=r"was not observed.*for t in scheduler\.timesteps"):
         own_loop(flux, lambda timesteps: [timesteps[i] for i in range(2)])
 
 

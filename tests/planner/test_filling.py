@@ -94,7 +94,7 @@ def test_what_a_background_keeps_comes_from_the_pool():
     edit, instruction = RIGHT["background_change"]
     filled = read_edit(written(edit, instruction), POOL, "background_change")
     assert filled.pool.edits[-1].kept == ("red car", "shop sign")
-    with pytest.raises(AnswerError, match="expected it to say 'shop sign'"):
+    with pytest.raises(AnswerError, match="expected it to mention 'shop sign'"):
         read_edit(written(edit, "A beach behind the red car."), POOL, "background_change")
 
 
@@ -159,10 +159,10 @@ BLUE = {"target": "red car", "color": "blue"}
         (written({**BLUE, "color": 7}, CAR), Fault.format, "color: expected text, got 7"),
         (written({**BLUE, "color": None}, CAR), Fault.format, "color: expected text, got None"),
         (written({**BLUE, "color": "a\nb"}, CAR), Fault.format, "one line"),
-        (written(BLUE, "Make it nicer."), Fault.senseless, "expected it to say 'red car'"),
-        (written(BLUE, "Paint the red car."), Fault.senseless, "expected it to say 'blue'"),
+        (written(BLUE, "Make it nicer."), Fault.senseless, "expected it to mention 'red car'"),
+        (written(BLUE, "Paint the red car."), Fault.senseless, "expected it to mention 'blue'"),
         (written(BLUE, "Paint the [red car] blue."), Fault.senseless, "no square brackets"),
-        (written(BLUE, ""), Fault.senseless, "expected it to say 'red car'"),
+        (written(BLUE, ""), Fault.senseless, "expected it to mention 'red car'"),
     ],
 )
 def test_a_wrong_answer_is_refused_with_its_reason(text, fault, message):
@@ -208,7 +208,7 @@ def test_words_that_say_it(edit, said):
     ],
 )
 def test_words_that_do_not_say_it(edit, said, missing):
-    with pytest.raises(ValueError, match=f"^instruction: expected it to say '{missing}', got"):
+    with pytest.raises(ValueError, match=f"^instruction: expected it to mention '{missing}', got"):
         checked_phrase(said, edit)
 
 

@@ -100,7 +100,7 @@ def test_an_odd_object_costs_itself_alone(odd, place, reason):
 def test_a_second_object_of_a_name_and_a_thirteenth_are_left_out():
     (cat,), left_out = read_objects(listing(CAT, {**CAT, "name": "Black Cat", "count": 0}))
     assert cat.count == 2
-    reason = "expected a name for each alone, got it twice"
+    reason = "expected a unique name, got it twice"
     assert left_out == {"Black Cat (objects[1])": reason}
     many = [{**DOG, "name": f"dog {n}"} for n in range(OBJECTS_MAX + 2)]
     objects, left_out = read_objects(listing(*many))

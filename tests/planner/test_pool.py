@@ -269,7 +269,7 @@ def test_a_known_colour_is_told_whatever_its_case():
 
 def test_a_colour_that_the_name_already_says_is_refused():
     pool = Pool.of([ListedObject(name="red car")])
-    with pytest.raises(EditError, match=exactly("red car: its name already says 'red'")):
+    with pytest.raises(EditError, match=exactly("red car: its name already contains 'red'")):
         pool.apply(ColorAlter(target="red car", color="red"))
 
 
@@ -301,7 +301,7 @@ def test_obstacles():
 
 
 def test_the_names_of_an_image_must_differ():
-    message = "objects: expected a name for each alone, got 'DOG' twice"
+    message = "objects: expected unique names, got 'DOG' twice"
     with pytest.raises(ValueError, match=exactly(message)):
         Pool.of([DOG, CAR, ListedObject(name="DOG")])
 

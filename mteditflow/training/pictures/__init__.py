@@ -1,7 +1,7 @@
-"""Pictures of a run: strips of chains, before and after, distributions, curves, drift.
+"""Figures of a run: strips of chains, before and after, distributions, curves, drift.
 
-Each ``draw_`` function returns a matplotlib ``Figure``; ``write_picture`` puts it in a file,
-``write_chart`` writes PNG and SVG, ``log_pictures`` gives it to the trackers of accelerate.
+Each ``draw_`` function returns a matplotlib ``Figure``. ``write_picture`` writes it to a file,
+``write_chart`` writes PNG and SVG, and ``log_pictures`` logs it to accelerate's trackers.
 """
 
 from mteditflow.evaluation.figures import log_pictures, write_chart, write_picture

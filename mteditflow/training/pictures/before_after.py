@@ -1,6 +1,6 @@
-"""Chains before and after training: those that gained turns, those that lost some, and others.
+"""Chains before and after training: those that gained turns, those that lost some, random ones.
 
-The best and the worst alone flatter or alarm; chains drawn at random show what is usual.
+The best and the worst alone would flatter or alarm; chains drawn at random show the typical case.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Images = Sequence[Sequence[Image.Image]] | Mapping[int, Sequence[Image.Image]]
 
 
 class Choice(NamedTuple):
-    """Rows of held-out chains, and how they were chosen."""
+    """Rows of held-out chains, and a sentence about how they were chosen."""
 
     rows: list[int]
     how: str
 
 
 def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Choice:
-    """Choose the chains whose number of followed turns rose most, and as many that fell most.
+    """Choose the chains with the largest rise and fall of the number of followed turns.
 
-    Where fewer fell, more that rose take their place, and the other way round. Only chains judged
-    at every turn in both evaluations are looked at; of equals the first ones are taken.
+    Half of them rose and half fell; if there are too few of one kind, more of the other are chosen.
+    Only chains judged at every turn in both evaluations count. Among equals the first are chosen.
 
     Args:
         before: evaluation of the base model.
-        after: evaluation of the same chains.
-        count: how many to choose, at most.
+        after: evaluation of the same chains after training.
+        count: largest number of chains to choose.
     """
     counted = judged_in_both(before, after).nonzero().flatten()
     change = (after.success.sum(dim=1) - before.success.sum(dim=1))[counted]
@@ -56,14 +56,14 @@ def risen_and_fallen(before: Evaluation, after: Evaluation, *, count: int) -> Ch
 def random_rows(
     before: Evaluation, after: Evaluation, *, count: int, seed: int, without: Sequence[int] = ()
 ) -> list[int]:
-    """Draw rows of chains judged at every turn in both evaluations, each at most once.
+    """Draw rows of chains judged at every turn in both evaluations, without replacement.
 
     Args:
         before: evaluation of the base model.
-        after: evaluation of the same chains.
-        count: how many to draw, at most.
-        seed: of the draw.
-        without: rows that are not drawn.
+        after: evaluation of the same chains after training.
+        count: largest number of rows to draw.
+        seed: seed of the draw.
+        without: rows that are excluded.
     """
     rows = judged_in_both(before, after).nonzero().flatten().tolist()
     left = [row for row in rows if row not in set(without)]
@@ -82,22 +82,22 @@ def draw_before_after(
     random: int = 2,
     seed: int = 0,
 ) -> Figure | None:
-    """Draw the chains of ``risen_and_fallen`` and some at random, before above after.
+    """Draw the chains of ``risen_and_fallen`` and some random ones, before above after.
 
-    Each is labeled by why it is shown, and the title says how all were chosen.
+    Each chain has a label with the reason why it is shown, and the title describes the choice.
 
     Args:
         before: evaluation of the base model.
-        after: evaluation of the same chains, from the same noise.
-        images_before: [reference, turn 1, ..., turn N] by row of ``before``; only the rows that
+        after: evaluation of the same chains after training, from the same noise.
+        images_before: images [reference, turn 1, ..., turn N] by row of ``before``; only rows that
             are drawn are looked up.
-        images_after: the same of ``after``.
-        count: chains that gained or lost turns, at most.
-        random: chains drawn at random of all others that count, at most.
-        seed: of this draw.
+        images_after: the same for ``after``.
+        count: largest number of chains that gained or lost turns.
+        random: largest number of chains drawn at random from the others.
+        seed: seed of this draw.
 
     Returns:
-        The figure, or ``None`` if no chain counts in both.
+        The figure, or ``None`` if no chain was judged at every turn in both evaluations.
     """
     changed, how = risen_and_fallen(before, after, count=count)
     others = random_rows(before, after, count=random, seed=seed, without=changed)

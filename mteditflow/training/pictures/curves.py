@@ -40,7 +40,7 @@ BY_TURN = {
     "marginal": "Marginal: this turn alone, percent",
 }
 PHASES = (BLUE, GOOD, AMBER, PURPLE, BAD, "#0e7490")
-WINDOW, WINDOWS = 8, 12  # rounds of the bold mean: so many at least, and a share of a long run
+WINDOW, WINDOWS = 8, 12  # rounds of the bold mean: at least WINDOW, 1/WINDOWS of a long run
 
 # Layout: sizes in inches, lines and marks in points.
 COLUMNS, PANEL_WIDTH, LEAST_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT = 3, 4.9, 7.5, 3.7, 0.5
@@ -52,11 +52,11 @@ MARKED = {"marker": "o", "markersize": 4.5} | LINE
 FIRST, LAST = {"color": SOFT, "linestyle": "--"}, {"color": BLUE, "linestyle": "-"}
 SHARE_AREA, SHARE_LINE = {"alpha": 0.2, "linewidth": 0}, {"linewidth": 1.6}
 STACK = {"alpha": 0.8, "linewidth": 0, "step": "mid"}
-UNIT, PERCENT, NUMBERED = (0, 1.04), (0, 104), (0, 108)  # ends of axes, with room for the marks
-LEAST_SHARE, SHARE_ROOM = 5.0, 1.15  # percent at the top of the invalid share; over its largest
+UNIT, PERCENT, NUMBERED = (0, 1.04), (0, 104), (0, 108)  # ends of axes, with space for marks
+LEAST_SHARE, SHARE_ROOM = 5.0, 1.15  # invalid share: least top in percent; top over the largest
 BESIDE_TURNS = {"x": 0.14}
 NUMBER: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 10}
-ABOVE, BELOW, LOW = (0, 7), (0, -16), 10  # of a point, for its number; no room below LOW percent
+ABOVE, BELOW, LOW = (0, 7), (0, -16), 10  # offsets of a number; below LOW percent it is ABOVE
 CENTER: dict[str, Any] = {"x": 0.5, "y": 0.5, "ha": "center", "color": SOFT}
 
 Panel = Callable[[Any], None]
@@ -65,16 +65,16 @@ Panel = Callable[[Any], None]
 def draw_curves(
     metrics: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], *, title: str
 ) -> Figure:
-    """Draw the curves of a run, in up to six panels; a panel without data is left out.
+    """Draw the curves of a run in up to six panels; a panel without data is omitted.
 
-    Rewards per term, raw and as the mean over the last rounds; IF, Marginal, CC and Overall of
-    held-out chains at the last turn over rounds, with 95% intervals; Overall and Marginal by turn,
-    first evaluation against the last; share of invalid rewards; seconds by phase.
+    The panels are: rewards per term, raw and as a moving mean; IF, Marginal, CC and Overall of
+    held-out chains at the last turn over rounds, with 95% intervals; Overall by turn and Marginal
+    by turn, first evaluation against the last; share of invalid rewards; seconds by phase.
 
     Args:
         metrics: ``RunLog.metrics``: "round", "reward/<term>", "invalid_share", "seconds/<phase>".
-        evaluations: of the same chains, in the order of their rounds.
-        title: of the figure.
+        evaluations: evaluations of the same chains, in the order of their rounds.
+        title: title of the figure.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -101,7 +101,7 @@ def draw_curves(
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last ``window`` values at each place, without those that are NaN.
+    """Return the mean of the last ``window`` values at each position, without NaN.
 
     Example:
         >>> smooth([1.0, math.nan, 2.0, 4.0], window=2)
@@ -142,7 +142,7 @@ def _draw_rewards(
         color = color_of(term, i)
         every += [x for x in values if math.isfinite(x)]
         axes.plot(rounds, values, color=color, **RAW)
-        single = MARKED if len(rounds) == 1 else LINE  # a line of one point is none
+        single = MARKED if len(rounds) == 1 else LINE  # a line of one point is invisible
         axes.plot(rounds, smooth(values, window), color=color, label=term, **single)
     _over_rounds(axes, "Rewards in training")
     axes.set_xlabel(f"round (bold: mean of the last {window})")
@@ -170,7 +170,7 @@ def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:
 
 
 def _draw_turns(axes: Any, *, evaluations: Sequence[Evaluation], name: str) -> None:
-    """One metric by turn, at the first and the last evaluation."""
+    """Draw one metric by turn, at the first and the last evaluation."""
     first, last = evaluations[0], evaluations[-1]
     turns = range(1, first.turns + 1)
     looks = [(last, LAST)] if len(evaluations) == 1 else [(first, FIRST), (last, LAST)]
@@ -209,7 +209,7 @@ def _draw_invalid(axes: Any, *, metrics: Sequence[Mapping[str, float]]) -> None:
 def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
     columns = {name: [x if x == x else 0.0 for x in _column(metrics, name)] for name in names}
     total = shares({name: math.fsum(values) for name, values in columns.items()})
-    # The longest below, and on top what belongs to no phase.
+    # The longest phase at the bottom, and time outside of all phases on top.
     order = sorted(total, key=lambda name: name == f"{SECONDS}{OTHER}")
     named = [name for name in names if name != f"{SECONDS}{OTHER}"]
     colors = [PHASES[named.index(x) % len(PHASES)] if x in named else FAINT for x in order]

@@ -1,4 +1,4 @@
-"""Drift of a run's pictures: a small panel for each statistic, with its band and its alarms."""
+"""Drift of a run's images: a small panel for each statistic, with its band and alarms."""
 
 from __future__ import annotations
 
@@ -59,18 +59,19 @@ def draw_drift(
     early: int = 5,
     title: str,
 ) -> Figure:
-    """Draw each statistic over rounds, turn by turn, beside its level in the first rounds.
+    """Draw each statistic over rounds, with one line per turn and a baseline.
 
-    Dashed lines are the reference pictures of each round; where there are none, the median of the
-    last turn over the first rounds. The shaded band is that of the last turn. Alarms are marked.
+    The dashed baseline is the value of each round's reference images; without references it is the
+    median of the last turn over the first rounds. The shaded band is that of the last turn. Alarms
+    are marked.
 
     Args:
         metrics: ``RunLog.metrics``: "round", "drift/<statistic>/turn_<n>", and
             "drift/<statistic>/reference".
         alarms: "round", "statistic" ("<statistic>/turn_<n>") and "value" of each.
-        watch: has the bands, of the same statistics; None: no band.
-        early: first rounds that make a level.
-        title: of the figure.
+        watch: watch with the bands of the same statistics; None: no band.
+        early: number of first rounds for the baseline.
+        title: title of the figure.
 
     Raises:
         ValueError: no statistic was measured in any round.
@@ -101,7 +102,7 @@ def draw_drift(
             for axes in figure.axes
             for pair in zip(*axes.get_legend_handles_labels(), strict=True)
         )
-        shown = {label: handle for handle, label in pairs}  # one legend, of what any panel has
+        shown = {label: handle for handle, label in pairs}  # one legend for all panels
         figure.legend(shown.values(), shown.keys(), **LEGEND)
     return figure
 
@@ -115,7 +116,7 @@ def _draw(
     watch: DriftWatch | None,
     early: int,
 ) -> None:
-    """Draw one panel."""
+    """Draw the panel of one statistic."""
     rounds, last = _column(metrics, ROUND), names[-1]
     references = _column(metrics, f"{COLUMN}{statistic}{REFERENCE}")
     if watch is not None and last in watch.bands:

@@ -1,4 +1,4 @@
-"""Distributions of the rewards of a round, over trajectories and inside groups."""
+"""Distributions of the rewards of a round, over trajectories and within groups."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mteditflow.evaluation.figures import (
 )
 
 COLORS = {"following": BLUE, "consistency": AMBER}
-SPARE = (GOOD, PURPLE, SOFT)  # of other terms
+SPARE = (GOOD, PURPLE, SOFT)  # colors of other terms
 
 # Layout: sizes in inches, lines and marks in points.
 PANEL_TITLE = {"loc": "left", "fontsize": 11}
@@ -33,30 +33,30 @@ WIDTH, LEAST_WIDTH, HEIGHT, HEIGHTS = 6.2, 8.0, 6.6, (1, 1.15)
 BARS = {"bins": 24, "alpha": 0.85, "rwidth": 0.9}
 MEAN = {"color": INK, "linewidth": 1.2, "linestyle": ":"}
 TICKS, GROUP_TICKS = 5, 8
-THIN_FROM = 40  # groups; where there are more, marks shrink: a size is (least, what shrinks)
+THIN_FROM = 40  # number of groups above which marks shrink; a size is (fixed part, shrinking part)
 SPAN_WIDTH, MEMBER_SIZE, MEAN_SIZE, MEAN_EDGE = (0.6, 3), (1, 5), (3, 9), (0.4, 1.8)
 MEMBER = {"marker": "o", "linestyle": "", "alpha": 0.45, "markeredgewidth": 0}
 GROUP_MEAN = {"marker": "_", "linestyle": "", "color": INK}
-SIDE, ROOM = 0.7, 0.05  # beside the first and the last group; above and below, of the range
-STEPS = 20  # of the reward's axis in 1: it ends at one of them
+SIDE, ROOM = 0.7, 0.05  # margin beside the outer groups, in groups; above and below, of the range
+STEPS = 20  # steps per unit of reward; an axis ends at a step
 
 
 def color_of(name: str, position: int) -> str:
-    """Color of a term; others than IF and CC go by their position."""
+    """Return the color of a term; terms other than IF and CC have one by position."""
     return COLORS.get(name, SPARE[position % len(SPARE)])
 
 
 def draw_histograms(rewards: Mapping[str, Signal], group: Tensor, *, title: str) -> Figure:
-    """Draw each reward's distribution over trajectories, and its spread in each group.
+    """Draw each reward's distribution over trajectories, and its spread within each group.
 
-    Below, a column is a group: its members, from the worst to the best, and its mean; groups are
-    in the order of their means. A group of equal rewards has no gradient.
+    In the lower panels a column is a group, with its members, their range and their mean. Groups
+    are ordered by mean. A group of equal rewards has no gradient.
 
     Args:
-        rewards: by name, one per trajectory, [B]; lost and unmeasured ones are left out, and
-            counted apart.
+        rewards: rewards by name, one per trajectory, [B]; lost and unmeasured ones are excluded,
+            and counted in the title.
         group: integer group ids, [B].
-        title: of the figure.
+        title: title of the figure.
 
     Example:
         >>> from mteditflow import Signal
@@ -127,7 +127,7 @@ def _thinned(size: tuple[float, float], count: int) -> float:
 
 
 def _range(value: Tensor) -> tuple[float, float]:
-    """Ends of the axis: the values' own, out to the next step."""
+    """Return the ends of the axis: the values' range, extended to the next steps."""
     if not len(value):
         return 0.0, 1.0
     low = math.floor(STEPS * float(value.min())) / STEPS

@@ -1,4 +1,4 @@
-"""A page of pictures and text whose places are in inches from the top left corner."""
+"""Page of images and text, with positions in inches from the top left corner."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from PIL import Image
 
 from mteditflow.evaluation.figures import DPI
 
-POINTS = 72  # in an inch
-LEADING = 1.32  # from one line to the next, in font sizes
-BASELINE = 1.02  # from the top of a line, in font sizes
+POINTS = 72  # points per inch
+LEADING = 1.32  # distance between lines, in font sizes
+BASELINE = 1.02  # distance of the baseline from the top of a line, in font sizes
 UPWARDS: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center"}
 
 
 def line_height(size: float) -> float:
-    """From one line of text to the next, in inches."""
+    """Return the distance between lines of text, in inches."""
     return LEADING * size / POINTS
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Width of a line as it will be drawn, in inches; call it in ``house_style``."""
+    """Return the width of a line of text, in inches; call it inside ``house_style``."""
     font = font_manager.FontProperties(size=size, weight=weight)
     width, *_ = _renderer().get_text_width_height_descent(text, font, ismath=False)
     return float(width) / DPI
@@ -38,9 +38,9 @@ def _renderer() -> Any:
 
 
 def wrap(text: str, width: float, size: float, *, most: int = 12) -> list[str]:
-    """Break text into lines of at most ``width`` inches; what is beyond ``most`` lines is cut.
+    """Break text into lines of at most ``width`` inches; text beyond ``most`` lines is cut off.
 
-    A word that is wider than a line is broken, so text without spaces is too.
+    A word that is wider than a line is broken between letters.
     """
     lines: list[str] = []
     for word in text.split():
@@ -61,27 +61,30 @@ def wrap(text: str, width: float, size: float, *, most: int = 12) -> list[str]:
 
 
 class Page:
-    """A figure of a size in inches; x goes right and y down from the top left corner."""
+    """Figure with a size in inches; x goes right and y goes down from the top left corner."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
 
     def text(self, x: float, y: float, lines: Sequence[str], *, size: float, **style: Any) -> None:
-        """Write lines whose top is at y."""
+        """Draw lines of text whose top is at y."""
         for i, line in enumerate(lines):
             base = y + line_height(size) * i + BASELINE * size / POINTS
             self.figure.text(x / self.width, 1 - base / self.height, line, fontsize=size, **style)
 
     def rotated(self, x: float, y: float, text: str, *, size: float, color: str) -> None:
-        """Write upwards, around a point."""
+        """Draw text that runs upwards, centered at a point."""
         place = x / self.width, 1 - y / self.height
         self.figure.text(*place, text, fontsize=size, color=color, **UPWARDS)
 
     def picture(
         self, x: float, y: float, size: tuple[float, float], image: Image.Image, **frame: Any
     ) -> None:
-        """Show an image, enlarged without blur if it is small, in a frame."""
+        """Draw an image in a frame, enlarged without blur if it is small.
+
+        ``size`` is width and height in inches.
+        """
         width, height = size
         box = (
             x / self.width,

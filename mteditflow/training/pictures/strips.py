@@ -1,4 +1,4 @@
-"""Strips of chains: the reference, what each turn made of it, its instruction and its scores."""
+"""Strips of chains: the reference, and each turn's image with its instruction and scores."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mteditflow.evaluation.figures import AMBER, BAD, FAINT, GOOD, INK, SOFT, ho
 from mteditflow.rewards import TurnScores
 from mteditflow.training.pictures.page import Page, line_height, text_width, wrap
 
-SMALL, LARGE, LARGE_FROM = 1.75, 2.7, 128  # inches of a picture; pixels that need the large one
+SMALL, LARGE, LARGE_FROM = 1.75, 2.7, 128  # inches of an image; pixels from which it is LARGE
 MARGIN, GAP, LABEL, BLOCK_GAP = 0.28, 0.13, 0.3, 0.34  # inches
 TITLE_SIZE, TEXT_SIZE, SCORE_SIZE = 12.5, 9.5, 8.5  # points
-WIDEST, NARROWEST = 17.0, 4.23  # inches: two blocks stand side by side where WIDEST is enough
-# A chain in one row is so wide at most; the rows of a longer one can be read at 1,600 pixels.
+WIDEST, NARROWEST = 17.0, 4.23  # inches: two blocks are side by side if they fit into WIDEST
+# A chain up to ONE_ROW wide has one row; longer ones are wrapped, to be legible at 1,600 pixels.
 ONE_ROW, WRAPPED = 17.75, 12.1  # inches
 ABOVE_TITLE, UNDER_TITLE, UNDER_LEGEND = 0.8 * MARGIN, 0.03, 0.2  # inches
 UNDER_HEADER, OVER_SCORES, UNDER_STRIP = 0.07, 0.045, 0.16  # inches
 BESIDE_LABEL = 0.17  # inches from the middle of a label to its strip
-TALLEST, CHAIN_LINES = 2.0, 3  # height over width of a picture; lines of a chain's name
+TALLEST, CHAIN_LINES = 2.0, 3  # largest height over width of an image; lines of a chain's name
 FRAME: dict[str, Any] = {"linewidth": 3.2}
 DASHED = FRAME | {"linestyle": (0, (2.4, 1.6)), "capstyle": "butt"}
 REFERENCE_FRAME = {"color": FAINT, "linewidth": 2}
@@ -36,12 +36,15 @@ class Strip:
     """One trajectory to be drawn.
 
     Args:
-        chain_id: of its chain; strips of one chain that follow each other share instructions.
-        instructions: one per turn, N.
-        images: [reference, turn 1, ..., turn N]; the reference is None where there was none.
+        chain_id: id of its chain; adjacent strips of one chain share the lines of instructions.
+        instructions: one instruction per turn, N.
+        images: images [reference, turn 1, ..., turn N]; the reference is None for text to image.
         terms: scores by name; "following" colors the frames.
-        row: of this trajectory in the terms.
-        label: said at its left, such as "member 3".
+        row: row of this trajectory in the terms.
+        label: label at the left, such as "member 3".
+
+    Raises:
+        ValueError: there are not N + 1 images.
     """
 
     chain_id: str
@@ -60,7 +63,7 @@ class Strip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of its first image, pixels."""
+        """Return width and height of its first image, in pixels."""
         return next(image.size for image in self.images if image is not None)
 
     def score_lines(self, turn: int, width: float) -> list[tuple[str, str, str]]:
@@ -76,15 +79,15 @@ class Strip:
         return lines
 
     def mark(self, turn: int, success_at: float) -> tuple[str, str, str]:
-        """Return a line that says whether a turn was followed, in the form of ``score_lines``."""
+        """Return the line on the success of a turn, in the form of ``score_lines``."""
         score, color = float(self.terms[FOLLOWING].score[self.row, turn]), INK
-        if score != score:
+        if score != score:  # NaN
             return "no score", "", color
         color = self.frame(turn, success_at)["color"]
         return "✓ followed" if score >= success_at else "✗ failed", "", color
 
     def frame(self, turn: int, success_at: float) -> dict[str, Any]:
-        """Color and line of the frame around what a turn made."""
+        """Return color and line style of the frame around a turn's image."""
         scores = self.terms[FOLLOWING]
         score = float(scores.score[self.row, turn])
         if score != score:
@@ -94,17 +97,17 @@ class Strip:
 
 
 def draw_strips(strips: Sequence[Strip], *, success_at: float, title: str) -> Figure:
-    """Draw strips of chains under each other, in blocks of one chain.
+    """Draw strips of chains below each other, with one block per chain.
 
     The frame of a turn is green if its "following" score is at least ``success_at``, amber from
-    half of it, red below, and dashed if there is none. Images of 12 pixels are enlarged without
-    blur; large ones get more room. A chain too long for one row is wrapped into rows that can be
-    read at a width of 1,600 pixels, with the number of each turn, and a mark for its success.
+    half of it, red below, and dashed if there is no score. Small images are enlarged without blur;
+    large ones get more space. A chain too long for one row is wrapped into rows that are legible at
+    a width of 1,600 pixels, with the number of each turn and a mark of its success.
 
     Args:
-        strips: at least one.
-        success_at: score from which a turn is followed: 5 for Likert, 1 for yes or no.
-        title: in words, of any length.
+        strips: at least one strip.
+        success_at: least score of a turn that was followed: 5 for Likert, 1 for yes or no.
+        title: title of any length.
 
     Returns:
         The figure, as wide as the longest row needs.
@@ -134,7 +137,7 @@ Lines = list[tuple[str, str, str]]  # name, value, color
 
 
 class _Block:
-    """The strips of one chain, under its instructions; in several rows if it is long."""
+    """Strips of one chain below its instructions, in several rows if it is long."""
 
     def __init__(self, strips: list[Strip], cell: float, success_at: float) -> None:
         self.strips, self.cell, self.success_at = strips, cell, success_at
@@ -160,17 +163,17 @@ class _Block:
         )
 
     def _header(self, row: range) -> float:
-        """Height of the instructions above a row of pictures."""
+        """Return the height of the instructions above a row of images, in inches."""
         lines = max(len(self.headers[i]) for i in row)
         return line_height(TEXT_SIZE) * lines + UNDER_HEADER
 
     def _strip(self, scores: list[Lines], row: range) -> float:
-        """Height of a row of a strip with its scores; the reference has none."""
+        """Return the height of a strip's row with its scores, in inches."""
         lines = max((len(scores[i - 1]) for i in row if i), default=0)
         return self.cell * self.ratio + line_height(SCORE_SIZE) * lines + UNDER_STRIP
 
     def draw(self, page: Page, left: float, top: float) -> None:
-        """Draw the block with its top left corner here."""
+        """Draw the block with its top left corner at this position."""
         start = left + self.label
         for row in self.rows:
             columns = [start + n * (self.cell + GAP) for n in range(len(row))]
@@ -195,7 +198,7 @@ class _Block:
     def _draw_picture(
         self, page: Page, x: float, y: float, strip: Strip, i: int, scores: list[Lines]
     ) -> None:
-        """Draw the reference (0) or what turn ``i`` made, with its scores below."""
+        """Draw the reference (``i = 0``), or the image of turn ``i`` with its scores below."""
         box, image = (self.cell, self.cell * self.ratio), strip.images[i]
         if i == 0:
             if image is not None:
@@ -211,7 +214,7 @@ class _Block:
 
 
 def _rows(pictures: int, cell: float, label: float) -> list[range]:
-    """Split the pictures of a chain into rows of about one length; into one where it has room."""
+    """Split the images of a chain into rows of about equal length; one row if it fits."""
     around = 2 * MARGIN + label - GAP
     if pictures * (cell + GAP) + around <= ONE_ROW:
         return [range(pictures)]
@@ -221,7 +224,7 @@ def _rows(pictures: int, cell: float, label: float) -> list[range]:
 
 
 def _lay_out(blocks: list[_Block], title: str, legend: str) -> Figure:
-    """Put blocks on a page, in two columns where they have room, under a title."""
+    """Put blocks on a page below a title, in two columns if they fit."""
     widest = max(block.width for block in blocks)
     columns = 2 if len(blocks) > 1 and 2 * widest + BLOCK_GAP + 2 * MARGIN <= WIDEST else 1
     width = max(columns * (widest + BLOCK_GAP) - BLOCK_GAP, NARROWEST) + 2 * MARGIN
@@ -238,6 +241,7 @@ def _lay_out(blocks: list[_Block], title: str, legend: str) -> Figure:
     page.text(MARGIN, under, small, size=SCORE_SIZE, color=SOFT)
     for row, height in zip(rows, heights, strict=True):
         for i, block in enumerate(row):
+            # Align at the bottom, where the images of blocks of equally many strips line up.
             drop = height - block.height if len(block.strips) == len(row[0].strips) else 0.0
             block.draw(page, MARGIN + i * (widest + BLOCK_GAP), top + drop)
         top += height + BLOCK_GAP
@@ -252,7 +256,7 @@ def _legend(success_at: float) -> str:
 
 
 def _shown(scores: TurnScores, row: int, turn: int) -> tuple[str, str]:
-    """A score in words, and the color of these."""
+    """Return the text of a score, and its color."""
     if (row, turn) in scores.lost:
         return f"lost: {scores.lost[row, turn].fault.value}", BAD
     score = float(scores.score[row, turn])
