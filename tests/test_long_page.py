@@ -85,6 +85,7 @@ def test_the_page_has_a_row_for_every_recipe_and_its_figure(ablations, tmp_path)
     assert (tmp_path / "docs" / "long_chains.png").stat().st_size > 10_000
     assert "(long_chains.png)" in text
     assert "(long_chains_twenty.png)" in text
+    assert (tmp_path / "docs" / "long_chains_chain.png").stat().st_size > 10_000
     with Image.open(tmp_path / "docs" / "long_chains_twenty.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
     for color in some(((128, 128, 128), (0, 128, 0))):  # before, and of the best recipe

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL.Image import Image
 from torch import Tensor
 
 from mteditflow import collapse_rate
@@ -28,6 +30,7 @@ from .study import THREE, HeldOut, Setting
 DESTROYED = 0.5  # consistency with the original below which a picture is destroyed
 BEFORE = Setting("before", preset="before")
 SHOWN = 2  # chains of twenty turns in the picture
+FOLLOWED, FAILED = "#2a8a4a", "#c8372d"  # frames of turns
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ def write_long_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
     results, study = LongResults(ablations), ablations.study
     docs.mkdir(parents=True, exist_ok=True)
     draw_curves(results).savefig(docs / f"{study.name}.png", dpi=120)
-    draw_twenty(ablations, results).savefig(docs / f"{study.name}_twenty.png", dpi=120)
+    edited = edit_twenty(ablations, results)
+    draw_twenty(edited, results.seeds[0]).savefig(docs / f"{study.name}_twenty.png", dpi=120)
+    draw_chain(edited).savefig(docs / f"{study.name}_chain.png", dpi=120)
     page = docs / f"{study.name}.md"
     page.write_text(_document(results, ablations, command), encoding="utf-8")
     return page
@@ -154,7 +159,8 @@ def _document(results: LongResults, ablations: Ablations, command: str) -> str:
         cells = [f"{results.mean(measure, row):.1f}" for measure in MEASURES]
         lines.append(f"| {setting.label} | {' | '.join(cells)} |")
     lines += ["", f"![Success and wear turn by turn]({study.name}.png)", ""]
-    lines += [f"![Twenty turns before and after training]({study.name}_twenty.png)", ""]
+    lines += [f"![A chain of twenty turns before and after]({study.name}_chain.png)", ""]
+    lines += [f"![Two such chains, with their scores]({study.name}_twenty.png)", ""]
     lines += [f"| change by | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
     for row, setting in list(enumerate(results.settings))[1:]:
         cells = [f"{results.change(measure, row):+.1f}" for measure in MEASURES]
@@ -164,7 +170,7 @@ def _document(results: LongResults, ablations: Ablations, command: str) -> str:
 
 def draw_curves(results: LongResults) -> Figure:
     """Draw SR@k, success and wear by turn."""
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    figure = Figure(figsize=(17, 3.6), layout="constrained")
     panels: Sequence[tuple[str, HeldOut, Callable[[Evaluation], Sequence[float]]]] = (
         ("SR@k, %", TWENTY, lambda e: e.estimates["instruction_following"]),
         ("Marginal(k), %", TWENTY, lambda e: e.estimates["marginal"]),
@@ -179,31 +185,80 @@ def draw_curves(results: LongResults) -> Figure:
             axes.plot(range(1, len(values) + 1), values, label=setting.label, **style)
         axes.set(title=title, xlabel="turn")
         plain(axes)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=8, frameon=False)
     return figure
 
 
-def draw_twenty(ablations: Ablations, results: LongResults) -> Figure:
-    """Draw chains of twenty turns, edited by the start and by the best recipe at ten turns.
+@dataclass(frozen=True)
+class Edited:
+    """Held-out chains of twenty turns, edited by the start and by a recipe.
 
-    The chains are the first held-out ones of the first seed, whatever became of them.
+    Attributes:
+        label: name of the start or of the recipe.
+        images: the reference and the edited images of each chain.
+        evaluation: scores of all chains, these first.
+    """
+
+    label: str
+    images: Sequence[Sequence[Image]]
+    evaluation: Evaluation
+
+
+def edit_twenty(ablations: Ablations, results: LongResults) -> list[Edited]:
+    """Edit the first held-out chains of the first seed by the start and the best recipe at SR@10.
+
+    They are the first, whatever their scores are.
     """
     measure = next(measure for measure in MEASURES if measure.title == "SR@10")
     best = int(results.table(measure).mean(dim=1)[1:].argmax()) + 1
-    seed, setting = results.seeds[0], results.settings[best]
-    before, after = (results.evaluations[TWENTY][row][0] for row in (0, best))
-    rows, strips = range(SHOWN), []
-    edited = {
-        label: ablations.images(learned, seed, TWENTY, rows)
-        for label, learned in ((BEFORE.label, None), (setting.label, setting))
-    }
-    for row in rows:
-        for (label, images), evaluation in zip(edited.items(), (before, after), strict=True):
-            name, instructions = evaluation.chain_ids[row], evaluation.instructions[row]
-            terms = {"following": evaluation.terms["following"]}
-            strips.append(Strip(name, instructions, images[row], terms, row, label))
+    seed = results.seeds[0]
+    found = []
+    for row in (0, best):
+        setting = results.settings[row]
+        images = ablations.images(setting if row else None, seed, TWENTY, range(SHOWN))
+        found.append(Edited(setting.label, images, results.evaluations[TWENTY][row][0]))
+    return found
+
+
+def draw_twenty(edited: Sequence[Edited], seed: int) -> Figure:
+    """Draw every chain with its instructions and scores."""
+    strips = []
+    for row in range(SHOWN):
+        for own in edited:
+            name, instructions = own.evaluation.chain_ids[row], own.evaluation.instructions[row]
+            terms = {"following": own.evaluation.terms["following"]}
+            strips.append(Strip(name, instructions, own.images[row], terms, row, own.label))
     title = f"The first {SHOWN} held-out chains of twenty turns, seed {seed}"
-    return draw_strips(strips, success_at=after.success_at, title=title)
+    return draw_strips(strips, success_at=edited[0].evaluation.success_at, title=title)
+
+
+def draw_chain(edited: Sequence[Edited], row: int = 0) -> Figure:
+    """Draw one chain on few lines: numbered images, framed by whether the turn was followed."""
+    turns = len(edited[0].images[row]) - 1
+    columns = turns // 2 + 1
+    figure = Figure(figsize=(1.2 * columns + 0.3, 5.9), layout="constrained")
+    grid = figure.subplots(2 * len(edited), columns)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, first in enumerate((0, columns)):
+        for own, cells in zip(edited, grid[line * len(edited) :], strict=False):
+            scores = own.evaluation.terms["following"].score[row]
+            for turn, axes in zip(
+                range(first, min(first + columns, turns + 1)), cells, strict=False
+            ):
+                axes.set_axis_on()
+                axes.imshow(own.images[row][turn], interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                followed = turn > 0 and bool(scores[turn - 1] >= own.evaluation.success_at)
+                color = "0.6" if turn == 0 else FOLLOWED if followed else FAILED
+                for spine in axes.spines.values():
+                    spine.set(color=color, linewidth=2.5)
+                if own is edited[0]:
+                    words = own.evaluation.instructions[row][turn - 1] if turn else "reference"
+                    named = f"{turn}. {words}" if turn else words
+                    axes.set_title(fill(named, 17), fontsize=7.5)
+            cells[0].set_ylabel(fill(own.label, 16), fontsize=9)
+    return figure
 
 
 def _wear_by_turn(evaluation: Evaluation) -> Sequence[float]:
