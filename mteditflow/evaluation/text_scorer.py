@@ -79,7 +79,7 @@ def wanted_text(chain: Chain, turn: int) -> str | None:
         except ValueError:
             continue
         return edit.new if isinstance(edit, edits.TextChange) else None
-    if types is None:  # without an edit type, quoted words may be anything but text to write
+    if types is None:  # without an edit type, quoted words need not be text to write
         return None
     quoted = [next(x for x in words if x) for words in QUOTED.findall(chain.instructions[turn])]
     return quoted[-1] if quoted else None
