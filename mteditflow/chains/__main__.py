@@ -194,6 +194,7 @@ def split(
                 allow_outside=allow_outside,
             ).chains
         parts = split_chains(chains, held_out=count, by=by, seed=seed)
+        # Neither file takes its name before both are complete.
         with replacing_all(train, held_out) as scratch:
             for side, path, own in zip(
                 (parts.train, parts.held_out), (train, held_out), scratch, strict=True

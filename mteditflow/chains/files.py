@@ -152,6 +152,7 @@ def iter_chains(
     line = 0
     for line, record in _rows(file, known):
         found = builder.chain(record)
+        # Of two chains with one id the first is kept.
         if isinstance(found, Chain) and found.id in lines:
             again = f"got {found.id!r} again, as on line {lines[found.id]}"
             found = ChainError(f"id: expected a new one, {again}")
@@ -218,6 +219,7 @@ class _ChainBuilder:
             return error
         if chain.image is None:
             return chain
+        # The path is judged as written, before a suffix is tried or any file is opened.
         fault = self._place_fault(chain.image)
         if fault is None and not chain.image_is_remote:
             chain = self._with_suffix(chain) if self.suffixes else chain
@@ -353,7 +355,7 @@ def write_chains(
     """
     check_choice("format", format, list(FORMATS))
     known, file = FORMATS[format], Path(path)
-    ids: set[str] = set()
+    ids: set[str] = set()  # of the written chains; empty before the first, hence no separator
     refused: list[Refused] = []
     with suppress(_NothingToWriteError), _replacing(file) as stream:
         stream.write(known.head)

@@ -110,6 +110,7 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
         return torch.cat([*last, old, new, new - old])
 
     bootstrapped = torch.stack(interval_of(statistic, (*first, *second)))
+    # Columns of ``statistic``: three blocks of all metrics, then three of ratios and conditional.
     end = 3 * len(names)
     tables, pairs = bootstrapped[:, :end], bootstrapped[:, end:]
     changes = _changes(before, tables, first, second)

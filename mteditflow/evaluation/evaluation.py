@@ -102,6 +102,7 @@ class Evaluation:
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
+        # Tuples, so that ``compare`` finds a list and a tuple of equal content equal.
         object.__setattr__(self, "chain_ids", tuple(self.chain_ids))
         object.__setattr__(self, "instructions", tuple(tuple(x) for x in self.instructions))
         check_count("round", self.round, low=0)
@@ -230,11 +231,13 @@ class Evaluation:
             *samples: as in ``samples``, or the same rows of each, as a bootstrap draws them.
         """
         success, judged, *scores = samples
+        # The bootstrap runs this under torch.vmap: NaN and masks here, no boolean indexing.
         following = instruction_following(success, valid=judged)
         shares, others = [following, marginal_success(success, valid=judged)], scores
         if CONSISTENCY in self.terms:
             per_sample, *rest = scores
             parts, others = rest[: len(self.parts)], rest[len(self.parts) :]
+            # Corpus average: the mean of both parts' means, not the mean of each turn's mean.
             content = content_consistency(*(parts or [per_sample]))
             shares += [content, overall(following, content)]
             shares += [content_consistency(per_sample)] if parts else []
@@ -287,6 +290,7 @@ class Evaluation:
         There CC, wear and destroyed get the interval of a bounded mean, Overall one from its parts
         (see ``evaluation.intervals``), and any other term NaN. NaN where no chain counts.
         """
+        # One bootstrap of all metrics; then shares get Wilson's ends, and flat ones a width.
         table = torch.stack(interval_of(self.per_turn, self.samples))
         for name, (outcome, counted) in self.outcomes(*self.samples).items():
             _, *ends = wilson_interval((outcome & counted).sum(dim=0), counted.sum(dim=0))

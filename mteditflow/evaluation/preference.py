@@ -187,6 +187,7 @@ class Preference:
         prompts = list(flatten.from_iterable(chain.instructions for chain in chains))
         made = list(flatten.from_iterable(own[1:] for own in shown))
         references = list(flatten.from_iterable([own[0]] * (len(own) - 1) for own in shown))
+        # Results and references in one call, so that the model's batches are full.
         call = partial(self.model, made + references, prompts * 2)
         values = await anyio.to_thread.run_sync(call)
         check_full_precision(preference=values)

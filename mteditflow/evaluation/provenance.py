@@ -177,7 +177,7 @@ def require_same_judge(before: JudgedBy, after: JudgedBy, *, known: bool) -> Non
         ValueError: the judges differ, only one of them is known, or neither is and ``known`` is
             set; the message names every field that differs.
     """
-    if before == after and (before.known or not known):
+    if before == after and (before.known or not known):  # two unknown judges may differ
         return
     if before.known and after.known:
         differ = "; ".join(before.differences(after))
@@ -242,6 +242,7 @@ def agreed(old: Record, new: Record) -> Record:
     late = {}
     for name in _names(old):
         before, value = getattr(old, name), getattr(new, name)
+        # A server that was down, or a hub that was not reached, leaves its field empty.
         if name in LATE and None in (before, value):
             late[name] = before or value
         elif before != value:

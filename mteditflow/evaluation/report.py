@@ -215,10 +215,11 @@ def _checks(
         for name, way, counts in zip(types, own, counted[: len(own)], strict=True):
             found.setdefault(name, Counter())[way] += counts
     names = (*TASK_TYPES, "unknown")
-    told = {
+    # Lost turns add 0 to a check, so that a type without any judged turn leaves no entry.
+    judged_counts = {
         name: {k: n for k, n in found[name].most_common() if n} for name in names if name in found
     }
-    return {name: counts for name, counts in told.items() if counts}
+    return {name: counts for name, counts in judged_counts.items() if counts}
 
 
 def in_words(

@@ -148,7 +148,7 @@ def take(record: Record, key: str, kind: type, expected: str) -> Any:
     """
     if key not in record:
         raise ChainError(f"{key}: expected this field, got none")
-    value = record.pop(key)
+    value = record.pop(key)  # keys that no one takes are unknown ones, which are kept
     if not isinstance(value, kind):
         raise ChainError(f"{key}: expected {expected}, got {shorten(value)}")
     return value

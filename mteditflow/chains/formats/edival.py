@@ -66,6 +66,7 @@ def _read(file: BinaryIO) -> Iterator[Row]:
             bad.append(cells)
         else:
             images.setdefault(cells["image_index"], []).append((line, cells))
+    # In the order of the file, by the line of each image's first row.
     yield from sorted(_chains(images, bad), key=lambda row: row[0])
 
 

@@ -44,6 +44,7 @@ def is_array(file: BinaryIO) -> bool:
         if not ARRAY.match(file.read(4096)):
             return False
         file.seek(start)
+        # "[{...}]" alone is an array; followed by further lines, it is a bad first line.
         return not _is_json(file.readline()) or not any(line.strip() for line in file)
     finally:
         file.seek(start)

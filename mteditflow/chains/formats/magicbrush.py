@@ -47,6 +47,7 @@ def _encode(chain: Chain) -> list[Record]:
             got = shorten(extra.get(key))
             raise ChainError(f"{key}: expected one for each of {chain.turns} turns, got {got}")
     inputs = [PurePosixPath(chain.reference).name, *extra["outputs"]]
+    # ``inputs`` has one entry more: the last output is the input of no turn.
     steps = zip(inputs, extra["masks"], extra["outputs"], chain.instructions, strict=False)
     return [dict(zip(STEP, step, strict=True)) for step in steps]
 

@@ -36,7 +36,7 @@ def _read_lme(file: BinaryIO) -> Iterator[Row]:
     if match is None:
         yield 1, ChainError('expected an object with the sessions under "items", got none')
         return
-    above = raw.count(b"\n", 0, match.end())
+    above = raw.count(b"\n", 0, match.end())  # ``entries`` counts lines from its own start
     for line, _, value in entries(raw[match.end() :], "[", LME_KEYS, tail="}"):
         record = value if isinstance(value, ChainError) else attempt(_decode_lme, value)
         yield above + line, record

@@ -120,15 +120,17 @@ def _intervals(values: Tensor, of_group: Tensor, groups: int) -> Interval:
         member = (
             of_group == torch.arange(groups, dtype=torch.int64, device=of_group.device)[:, None]
         ).to(values.dtype)
+        # Products with a 0/1 matrix, since torch.vmap allows no boolean indexing.
         own = member @ values / member.sum(dim=1, keepdim=True)
         return torch.cat([own, own.mean(dim=0, keepdim=True)])
 
-    seeded = torch.Generator().manual_seed(0)
+    seeded = torch.Generator().manual_seed(0)  # equal scores give equal reports
     return bootstrap_interval(means, values, of_group, generator=seeded, vectorized=True)
 
 
 def _estimates(columns: Sequence[str], table: Interval, row: int) -> dict[str, Estimate]:
     cells = (x[row].tolist() for x in table)
+    # NaN, for which x == x is False, becomes None: JSON has no NaN.
     return {
         name: Estimate(
             **{key: x if x == x else None for key, x in zip(Interval._fields, values, strict=True)}

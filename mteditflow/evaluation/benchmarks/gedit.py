@@ -117,6 +117,7 @@ def gedit_items(
             row = _parse(raw, file.parent, Path(edited), allow_outside)
             if isinstance(row, str):
                 skipped.append(f"{file}:{number}: {row}")
+            # Only within one language: the same key in the other one is another item.
             elif row.language == language and row.key in items:
                 skipped.append(f"{file}:{number}: key: expected a new one, got {row.key!r} again")
             elif row.language == language:

@@ -140,6 +140,7 @@ async def score_mice(
     ask = partial(awareness_request, split)
     awareness = await score_turns(client, sessions, ask, votes=votes, progress=progress)
     following, similar = [], []
+    # Images are decoded again for the other measures only, and for PART sessions at once.
     for start in range(0, len(sessions) if checks or consistency else 0, PART):
         part = sessions[start : start + PART]
         chains = [session.chain for session in part]
@@ -265,6 +266,7 @@ def _over_all(table: Tensor, bounds: tuple[float, float]) -> Measured:
     """Average over all turns; the interval is over sessions, the count is of turns."""
     found = interval_of(lambda x: x.nanmean().reshape(1), (table,))
     there = table.isfinite()
+    # Turns of a session are not independent, so a flat interval is widened by its sessions.
     sessions = there.any(dim=1).sum().double().reshape(1)
     (whole,) = measured(bounded_interval(found, sessions, bounds)[0], [int(there.sum())])
     return whole

@@ -248,6 +248,7 @@ async def score_turns(
             found: list[Scores | Lost] = []
             if stop is None:
                 found = await gather([partial(turn, session, urls, n) for n in turns])
+            # One by one: whether the next turn is asked depends on the scores of this one.
             for n in turns if stop is not None else ():
                 found.append(await turn(session, urls, n))
                 if isinstance(found[-1], Lost) or (stop is not None and stop(found[-1])):

@@ -180,6 +180,7 @@ class ConsistencyClient:
 
         return await cached(
             self._cache,
+            # The digest of the body stands for megabytes of base64, and the models are part of it.
             {"scorer": scorer, "request": hashlib.sha256(body).hexdigest()},
             read=lambda stored: read_answer(stored.encode(), pairs, scorer),
             ask=partial(self._dispatcher.run, attempt),

@@ -193,7 +193,7 @@ class ConsistencyScorer:
             for crop, tokens in zip(batch, self._rules.tokens(features), strict=True):
                 for n, mask in crops[crop].items():
                     weights = self._rules.weights(mask, features)
-                    if weights.any():
+                    if weights.any():  # else no patch is half background: nothing to measure
                         key = (crop[0], n)
                         summaries[key] = background_summary(tokens, weights, self._rules)
         return summaries
@@ -203,6 +203,7 @@ class ConsistencyScorer:
         terms: dict[str, float | None] = {}
         if crops is not None:
             parts = [(pictures.crop(source, box), pictures.crop(edited, box)) for box in crops]
+            # The boxes are those of the source: an object that moved or vanished loses similarity.
             values = [pixel_similarity(*part) for part in parts]
             terms["object_l1"] = fmean(values) if values else self._rules.unmeasured
             terms["object"] = self._cosine(summaries, source, edited, crops)

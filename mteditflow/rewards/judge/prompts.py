@@ -126,6 +126,7 @@ class JudgePrompt:
         if not self.thinking:
             return _only_key("scores", score, turns)
         analysis = {"type": "string", "minLength": 1, "maxLength": LONGEST_ANALYSIS}
+        # Servers generate keys in the schema's order, so the analysis can inform the score.
         return _only_key("turns", object_schema({"analysis": analysis, "score": score}), turns)
 
     @property

@@ -120,7 +120,7 @@ class MicroBatcher(Generic[Q, A]):
 
     async def _next_batch(self) -> list[_Job[Q, A]]:
         await self._arrivals(1)
-        with anyio.move_on_after(self._max_wait):
+        with anyio.move_on_after(self._max_wait):  # a full batch ends the wait early
             await self._arrivals(self._max_batch)
         count = min(len(self._waiting), self._max_batch)
         return [self._waiting.popleft() for _ in range(count)]
@@ -134,7 +134,7 @@ class MicroBatcher(Generic[Q, A]):
         try:
             answers = await self.in_thread(self._checked_work, [job.request for job in jobs])
         except Exception as error:
-            if len(jobs) > 1:
+            if len(jobs) > 1:  # one bad request must not cost the others their answers
                 LOG.warning("a batch of %d failed (%r): one by one", len(jobs), error)
                 for job in jobs:
                     if not job.answer.done():

@@ -168,7 +168,7 @@ class Service:
         if self._loaded is None:
             raise RuntimeError("expected work after the scorer was loaded")
         answers = self._loaded[0].score_many(chains)
-        for (_, pairs), answer in zip(chains, answers, strict=False):
+        for (_, pairs), answer in zip(chains, answers, strict=False):  # the batcher checks lengths
             if len(answer) != len(pairs):
                 raise RuntimeError(f"expected scores of {len(pairs)} pairs, got {len(answer)}")
         return answers

@@ -199,7 +199,7 @@ class ChatClient:
 
         return await cached(
             self._cache,
-            {**request, "seed": seed},
+            {**request, "seed": seed},  # the first seed: a retry is an answer to the same question
             read=lambda stored: read(ChatAnswer.model_validate_json(stored)),
             ask=partial(self._dispatcher.run, attempt),
         )
@@ -330,6 +330,7 @@ def _read_answer(completion: _Completion, request: dict[str, Any]) -> ChatAnswer
     message, text = choice.message, choice.message.content or ""
     if message.refusal or choice.finish_reason == "content_filter":
         raise AnswerError(Fault.refusal, shorten(message.refusal or "content filter"))
+    # A request for one token always ends at its limit, which is no fault: hence before that check.
     if "logprobs" in request:
         return ChatAnswer(text=text, top_logprobs=_top_logprobs(choice))
     if choice.finish_reason == "length":

@@ -163,6 +163,7 @@ class Dispatcher:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._attempts),
             wait=self._wait,
+            # No retry once every endpoint has rejected the request.
             retry=retry_if_exception(lambda e: isinstance(e, AttemptError) and bool(request.open)),
             sleep=anyio.sleep,
             reraise=True,
@@ -192,7 +193,7 @@ class Dispatcher:
                     request.open.discard(endpoint.url)
                 raise
             finally:
-                loop.notify()
+                loop.notify()  # the attempt may have brought its endpoint back
 
     async def _against_deadline(self, attempt: Callable[[str], Awaitable[T]], url: str) -> T:
         try:
