@@ -37,7 +37,7 @@ app = typer.Typer(
     cls=OneLineGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Check files of chains, split them, convert them, and make chains that ask for no change.",
+    help="Check, split and convert files of chains, and write chains that ask for no change.",
 )
 out = Console(soft_wrap=True, markup=False, highlight=False)
 err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)

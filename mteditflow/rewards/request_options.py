@@ -96,7 +96,7 @@ def _copied(name: str, value: object) -> dict[str, Any]:
     try:
         copied: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
     except RecursionError:
-        raise ValueError(f"{name}: expected JSON values, got too many in each other") from None
+        raise ValueError(f"{name}: expected JSON values, got too deeply nested ones") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected JSON values, got {value!r} ({error})") from error
     return copied

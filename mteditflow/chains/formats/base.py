@@ -226,7 +226,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(x for x in keys if keys.count(x) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(x for x in keys if keys.count(x) > 1)!r} occurs twice")
     return record
 
 

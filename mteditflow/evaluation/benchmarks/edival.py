@@ -6,14 +6,14 @@ of the benchmark's public scorer, on the images before and after a turn, both re
 
 | edit type | success |
 |---|---|
-| subject_add | the object is found after; with a place, its center lies more than 0.03 of the image to that side of that of the reference, found before; the judge sees that it is new |
-| subject_remove | the best box of the target before (0.35, none that fills the image) has an IoU below 0.2 with the best one after, or there is none after; for hats and birds also if no "hat" or "bird" is found after |
-| subject_replace | a box of the new object after overlaps one of the target before; the judge sees the replacement |
-| position_change | as many targets and references after as before (0.40, by names without color and material, for which the judge is asked); the best box of the target lies on that side of the best one of the reference, in whole pixels, and neither contains the other |
-| count_change | the target is found before, and as many of it as asked for are found after |
-| color_alter, material_alter | the judge, shown both images, says that the edit was carried out |
-| text_change | the new text is in what is read after: in the whole image, or in the part where the object was found before, if it is also found after |
-| background_change | each object to keep is found after (0.25), its best box does not fill the image, and the judge sees the new background |
+| subject_add | The object is found after. With a place, its center is more than 0.03 of the image to that side of the center of the reference, found before. The judge confirms that it is new. |
+| subject_remove | The best box of the target before (0.35, boxes that fill the image excluded) has an IoU below 0.2 with the best box after, or there is no box after. For hats and birds it is also enough that no "hat" or "bird" is found after. |
+| subject_replace | A box of the new object after overlaps a box of the target before. The judge confirms the replacement. |
+| position_change | The numbers of targets and of references are the same before and after (0.40, by names without color and material, which the judge supplies). The best box of the target is on the requested side of the best box of the reference, in whole pixels, and neither contains the other. |
+| count_change | The target is found before, and the requested number of it is found after. |
+| color_alter, material_alter | The judge, shown both images, confirms the edit. |
+| text_change | The new text is in the text that is read after: in the whole image, or in the box of the object before, if the object is also found after. |
+| background_change | Each object to keep is found after (0.25), its best box does not fill the image, and the judge confirms the new background. |
 
 Scores of boxes are above the threshold in parentheses, else above 0.30. Where objects are counted,
 boxes of an IoU above 0.8 are one. A box fills the image if both of its sides are above 0.98 of it

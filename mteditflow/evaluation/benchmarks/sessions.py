@@ -223,7 +223,7 @@ async def score_turns(
     """
     check_count("votes", votes)
     if votes > 1 and client.temperature == 0:
-        raise ValueError(f"votes: expected 1 at temperature 0, got {votes}, all of them equal")
+        raise ValueError(f"votes: expected 1 at temperature 0, got {votes}: all would be equal")
     if len({session.chain.id for session in sessions}) < len(sessions):
         raise ValueError("sessions: expected each id once, got one again")
     slots = anyio.Semaphore(AT_ONCE)

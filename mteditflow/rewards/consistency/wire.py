@@ -44,7 +44,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class PairRequest(Pair):
-    """Two images of a chain, and what must look the same in them."""
+    """Two images of a chain, with the objects that must look the same in both."""
 
     source: Annotated[Index, Field(description="Index of the image to compare with.")]
     edited: Annotated[Index, Field(description="Index of the image that is scored.")]
@@ -84,7 +84,7 @@ class ConsistencyRequest(BaseModel):
         Field(
             min_length=1,
             max_length=MAX_PAIRS,
-            description="Which images to compare, by index, and what must look the same.",
+            description="Indices of images to compare, and the objects that must look the same.",
         ),
     ]
 

@@ -58,7 +58,7 @@ class Judge:
         check_count("votes", votes)
         check_count("chains_at_once", chains_at_once)
         if votes > 1 and client.temperature == 0:
-            raise ValueError(f"votes: expected 1 at temperature 0, got {votes}, all of them equal")
+            raise ValueError(f"votes: expected 1 at temperature 0, got {votes}: all would be equal")
         self.client, self.prompt, self.votes = client, prompt, votes
         self._chains_at_once = chains_at_once
 

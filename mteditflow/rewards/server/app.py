@@ -34,9 +34,9 @@ ERRORS = {
     408: "The body took too long to arrive.",
     413: "The body, an image or all images together are larger than this server takes.",
     415: "The body is not JSON.",
-    422: "Not such a request, an image not PNG or lossless WebP, or names the models refuse.",
+    422: "Not a valid request, an image not PNG or lossless WebP, or a name the models refuse.",
     500: "The models failed on this chain.",
-    503: "Loading, stopping or busy; Retry-After says when to try again.",
+    503: "Loading, stopping or busy; Retry-After gives the wait in seconds.",
 }
 DEFAULT_LIMITS = Limits()
 BEARER = HTTPBearer(auto_error=False)
@@ -79,7 +79,7 @@ def create_app(
 
     app = _Documented(
         title="mteditflow content consistency",
-        summary="How well edited images keep what no instruction touched.",
+        summary="Similarity of the parts of edited images that no instruction touched.",
         version=version("mteditflow"),
         lifespan=lifespan,
     )

@@ -135,7 +135,7 @@ class MicroBatcher(Generic[Q, A]):
             answers = await self.in_thread(self._checked_work, [job.request for job in jobs])
         except Exception as error:
             if len(jobs) > 1:  # one bad request must not cost the others their answers
-                LOG.warning("a batch of %d failed (%r): one by one", len(jobs), error)
+                LOG.warning("a batch of %d failed (%r): retrying one by one", len(jobs), error)
                 for job in jobs:
                     if not job.answer.done():
                         await self._answer([job])

@@ -145,7 +145,7 @@ class Service:
             raise HTTPException(422, reason) from error
         except Exception as error:
             LOG.exception("a chain could not be scored")
-            raise HTTPException(500, "scoring failed; the server's log says why") from error
+            raise HTTPException(500, "scoring failed; see the server's log") from error
 
     async def _run(self, batcher: MicroBatcher[Chain, Sequence[PairScores]]) -> None:
         if self._load is not None:

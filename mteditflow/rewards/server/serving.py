@@ -94,7 +94,7 @@ def serve(
             logging.getLogger(name).removeFilter(limit)
     status = int(server.cut_off or service.broken)
     if service.working:  # their thread cannot be stopped, and Python would wait for it at exit
-        LOG.warning("the models were still at work")
+        LOG.warning("the models were still running")
         logging.shutdown()
         os._exit(status)
     return status
@@ -156,7 +156,7 @@ class _Server(uvicorn.Server):
         """Serve until a signal; the sockets close only after this."""
         await super().main_loop()
         self._service.stop()
-        LOG.info("stopping: new requests are refused, those that are here are finished")
+        LOG.info("stopping: refusing new requests, finishing those in progress")
         with anyio.move_on_after(self._grace):
             while self._service.busy and not self.force_exit:
                 await anyio.sleep(0.05)

@@ -175,7 +175,7 @@ class AnswerCache:
             self._rests_until[how] = time.monotonic() + REST
         if self._failures[how] == 1:
             came = escape_controls(str(error))
-            LOG.warning("%s: answers cannot be %s, going on without: %s", self.path, how, came)
+            LOG.warning("%s: answers cannot be %s, continuing without: %s", self.path, how, came)
 
     def _prepare(self) -> None:
         if not self._prepared:

@@ -76,7 +76,7 @@ class Background:
         """Wait for submitted calls, or cancel them after an exception; end the thread."""
         calls, self._calls = self._calls, None
         if calls is not None and not calls.end(cancel=error[0] is not None):
-            LOG.warning("a scorer was still at work %g s after it was to stop", GRACE)
+            LOG.warning("a scorer was still running %g s after its cancellation", GRACE)
 
     def submit(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
