@@ -1,4 +1,4 @@
-"""Chains of edits: the native record, the formats that users hold, data sets and samplers.
+"""Chains of edits: the native record, file formats, data sets and samplers.
 
 Needs the extra ``mteditflow[chains]``.
 """

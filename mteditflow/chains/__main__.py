@@ -31,29 +31,29 @@ from mteditflow.chains.files import image_fault, is_outside
 from mteditflow.chains.no_change import INSTRUCTIONS
 from mteditflow.chains.record import is_remote
 
-SHOWN = 20  # bad lines that are printed one by one
+SHOWN = 20  # bad lines that are printed; further ones are only counted
 
 app = typer.Typer(
     cls=OneLineGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Check files of chains, split them, convert them, and make chains that ask for no change.",
+    help="Check, split and convert files of chains, and write chains that ask for no change.",
 )
 out = Console(soft_wrap=True, markup=False, highlight=False)
 err = Console(soft_wrap=True, markup=False, highlight=False, stderr=True)
 
 NAMES = ", ".join(FORMATS)
-CSV = ("edival",)  # formats by the ending of their files
+CSV = ("edival",)  # formats kept as .csv; all others are .json or .jsonl
 File = Annotated[Path, typer.Argument(help="File of chains.")]
 Images = Annotated[
     Path | None,
-    typer.Option(help="Folder that the images' paths are relative to; else that of the file."),
+    typer.Option(help="Base folder of relative image paths. Default: the folder of the file."),
 ]
 
 Outside = Annotated[
     bool,
     typer.Option(
-        "--allow-outside", help="Accept images outside that folder (by .. or an absolute path)."
+        "--allow-outside", help="Accept image paths that leave that folder (.. or absolute)."
     ),
 ]
 
@@ -61,23 +61,23 @@ Outside = Annotated[
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="File to read.")],
-    target: Annotated[Path, typer.Argument(help="File to write; an old one is replaced.")],
+    target: Annotated[Path, typer.Argument(help="File to write; an existing one is replaced.")],
     from_: Annotated[
         str | None,
-        typer.Option("--from", help=f"Format to read: {NAMES}; else recognized by the content."),
+        typer.Option("--from", help=f"Format to read: {NAMES}. Default: found from the content."),
     ] = None,
     to: Annotated[str, typer.Option(help=f"Format to write: {NAMES}.")] = "native",
     images: Images = None,
     allow_outside: Outside = False,
     lenient: Annotated[
         bool,
-        typer.Option("--lenient", help="Leave bad lines and chains out, and list them."),
+        typer.Option("--lenient", help="Leave out and list bad lines and chains; do not stop."),
     ] = False,
 ) -> None:
     """Convert a file of chains from one format to another.
 
-    Stops at the first bad line, and at the first chain that the target format cannot hold; no file
-    is written then. With --lenient both are left out, listed and counted.
+    Stop at the first bad line or at the first chain that the target format cannot hold, and write
+    no file. With --lenient both are left out, listed and counted.
     """
     left_out: list[str] = []
     outside: set[str] = set()
@@ -122,13 +122,15 @@ def check(
     file: File,
     format: Annotated[  # noqa: A002
         str | None,
-        typer.Option(help=f"Format of the file: {NAMES}; else recognized by the content."),
+        typer.Option(help=f"Format of the file: {NAMES}. Default: found from the content."),
     ] = None,
     images: Images = None,
-    check_images: Annotated[bool, typer.Option(help="Look whether each image is there.")] = True,
+    check_images: Annotated[
+        bool, typer.Option(help="Check that each image exists and has a readable header.")
+    ] = True,
     allow_outside: Outside = False,
 ) -> None:
-    """Read a file of chains and list its bad lines. The exit code is 1 if there are any."""
+    """Read a file of chains and list its bad lines; exit with code 1 if there are any."""
     turns: Counter[int] = Counter()
     bad: list[str] = []
     with refusing(), naming_argument("FILE", ChainError):
@@ -155,22 +157,20 @@ def split(
     source: Annotated[Path, typer.Argument(help="File to read.")],
     train: Annotated[Path, typer.Argument(help="File to write: chains to train on.")],
     held_out: Annotated[Path, typer.Argument(help="File to write: chains to evaluate on.")],
-    count: Annotated[int, typer.Option(min=1, help="Chains to hold out, at least.")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="Minimum number of held-out chains.")] = 64,
     by: Annotated[
         Literal["image", "chain"],
-        typer.Option(help="image: no reference image is on both sides; chain: one may be."),
+        typer.Option(help="image: both sides share no reference image; chain: they may share one."),
     ] = "image",
     seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
     images: Images = None,
     allow_outside: Outside = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Overwrite files that are there already.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite files that exist.")] = False,
 ) -> None:
-    """Split a file of chains into two of the same format: to train on, and held out.
+    """Split a file of chains into a training file and a held-out file of the same format.
 
-    By image all chains of one picture, whatever its file's name, stay on one side. Both files are
-    written, or neither.
+    With --by image, all chains of one picture stay on one side, whatever the picture's file name.
+    Both files are written, or neither.
     """
     with refusing():
         require_other_files("source, train, held_out", source, train, held_out)
@@ -194,6 +194,7 @@ def split(
                 allow_outside=allow_outside,
             ).chains
         parts = split_chains(chains, held_out=count, by=by, seed=seed)
+        # Neither file takes its name before both are complete.
         with replacing_all(train, held_out) as scratch:
             for side, path, own in zip(
                 (parts.train, parts.held_out), (train, held_out), scratch, strict=True
@@ -207,7 +208,7 @@ def split(
 
 
 def _check_suffix(path: Path, name: str) -> None:
-    """Raise ValueError if a file's ending is that of another kind of file than a format's."""
+    """Raise ValueError if a file name has the suffix of CSV for JSON content, or the reverse."""
     if path.suffix in (".csv", ".json", ".jsonl") and (path.suffix == ".csv") != (name in CSV):
         raise ValueError(
             f"train, held_out: expected names of the kind of {name}, the format of the source, got "
@@ -217,17 +218,17 @@ def _check_suffix(path: Path, name: str) -> None:
 
 @app.command()
 def no_change(
-    images: Annotated[Path, typer.Argument(help="Folder of images, searched with its folders.")],
-    target: Annotated[Path, typer.Argument(help="File to write; an old one is replaced.")],
+    images: Annotated[Path, typer.Argument(help="Folder of images, searched recursively.")],
+    target: Annotated[Path, typer.Argument(help="File to write; an existing one is replaced.")],
     turns: Annotated[int, typer.Option(min=1, help="Turns of every chain.")] = 20,
     instruction: Annotated[
         list[str] | None,
-        typer.Option(help="How a turn asks for no change; several take turns. Default: four."),
+        typer.Option(help="Instruction that asks for no change; several alternate. Default: four."),
     ] = None,
 ) -> None:
-    """Make a chain of each image that asks for no change at every turn, to measure wear.
+    """Write one chain for each image that asks for no change at every turn, to measure wear.
 
-    `mteditflow evaluate` reports how far an editor's images move from the original in such chains.
+    `mteditflow evaluate` reports how far an editor's images drift from the original in such chains.
     """
     with refusing():
         if not images.is_dir():
@@ -248,7 +249,7 @@ def no_change(
 
 @app.command()
 def formats() -> None:
-    """List the formats, what each leaves out, and which chains it refuses."""
+    """List the formats, the data that each leaves out, and the chains that it refuses."""
     headers = ("what it is", "leaves out", "refuses chains with")
     names = Column("format", no_wrap=True)
     table = Table(names, *(Column(header, overflow="fold") for header in headers))
@@ -258,7 +259,7 @@ def formats() -> None:
 
 
 def _say(line: str) -> None:
-    out.print(escape_controls(line))  # a file may have any name
+    out.print(escape_controls(line))  # a file name may hold terminal control sequences
 
 
 def _print_left_out(reasons: list[str]) -> None:

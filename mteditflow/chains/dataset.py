@@ -18,7 +18,7 @@ class Example(NamedTuple):
     """One chain of a data set."""
 
     chain: Chain
-    image: Any  # PIL RGB, or what the transform makes of it; None if the chain has none
+    image: Any  # PIL RGB, or the transform's result; None if the chain has no reference image
     group: int  # index of the chain in the data set
 
 
@@ -33,12 +33,12 @@ class Batch(NamedTuple):
 class ChainDataset(Dataset[Example]):
     """Chains with their reference images.
 
-    An image is RGB, turned as its EXIF orientation says; over 2^24 pixels are refused. Within a
-    batch each chain's image is loaded once: the members of a group share it.
+    Images are converted to RGB and rotated by their EXIF orientation; more than 2^24 pixels are
+    refused. Within a batch each chain's image is loaded once: the members of a group share it.
 
     Args:
-        chains: such as ``read_chains(path).chains``.
-        transform: applied to each image; ``None`` keeps PIL images.
+        chains: chains of the data set, such as ``read_chains(path).chains``.
+        transform: callable applied to each image; ``None`` keeps PIL images.
 
     Example:
         >>> import tempfile
@@ -60,14 +60,15 @@ class ChainDataset(Dataset[Example]):
         return len(self.chains)
 
     def __getitem__(self, index: int) -> Example:
-        """Load the image of a chain.
+        """Return a chain with its loaded reference image.
 
         Raises:
-            ChainError: it is missing or broken; the message names chain and path.
+            ChainError: the image is missing or broken; the message names chain and path.
             IndexError: there is no such chain.
         """
         chain = self.chains[index]
         image = None if chain.image is None else self._load(chain, chain.image)
+        # The range maps a negative index to its position, so that a chain has one group id.
         return Example(chain, image, range(len(self))[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
@@ -76,14 +77,15 @@ class ChainDataset(Dataset[Example]):
         return [loaded[index] for index in indices]
 
     def seen(self, index: int, history: History = "last") -> list[list[Any]]:
-        """Return what the editor is given at each turn of a chain, as ``Editor.edit`` takes it.
+        """Return the editor's input images at each turn of a chain, as ``Editor.edit`` takes them.
 
         Args:
-            index: of the chain.
-            history: as in ``Chain.seen``.
+            index: position of the chain in the data set.
+            history: default inputs of later turns, as in ``Chain.seen``.
 
         Returns:
-            "original", "last" and loaded further images, [N][number].
+            One list per turn, [N][number of inputs]: the strings "original" and "last", and loaded
+            further images.
 
         Raises:
             ChainError: a further image is missing or broken; the message names chain and path.
@@ -106,7 +108,8 @@ def collate_chains(examples: Sequence[Example]) -> Batch:
         examples: at least one.
 
     Returns:
-        Their chains, images and group ids; images are stacked if all are tensors of one shape.
+        Batch of their chains, images and group ids; images are stacked to [B, ...] if all are
+        tensors of one shape, else kept as a list.
     """
     chains, images, groups = zip(*examples, strict=True)
     shapes = {image.shape if isinstance(image, Tensor) else None for image in images}

@@ -1,4 +1,4 @@
-"""Images that an editor made of chains: one layout of files, written and read everywhere.
+"""Edited images of chains in a folder: one file layout for writing and reading.
 
 The image of turn t of a chain is ``<id>/turn_<t>.png``. Official outputs of EdiVal-Bench,
 ``<id>_input_raw_turn_<t>.png``, and of LME-Bench, ``<id>/turn<t>.png``, are read too.
@@ -18,14 +18,14 @@ from mteditflow._files import write_atomically
 from mteditflow._images import BOMBS, UNREADABLE, read_image
 from mteditflow.chains.record import Chain, ChainError
 
-NAME_MAX = 200  # bytes of a folder's name; the system has room for 255
+NAME_MAX = 200  # bytes of a folder name; file systems allow 255, and EdiVal's files append to it
 
 
 class EditedImages:
     """Folder of edited images by chain and turn.
 
     Args:
-        folder: where they lie, or will.
+        folder: its path; it need not exist before the first ``write``.
 
     Example:
         >>> import tempfile
@@ -43,10 +43,11 @@ class EditedImages:
         self.folder = Path(folder)
 
     def path(self, chain: Chain, turn: int) -> Path:
-        """Where the image of a turn, from 1 on, lies, or will."""
+        """Return the path of a turn's image, turns counted from 1, whether or not it exists."""
         name = _folder_name(chain.id)
         edival = self.folder / f"{name}_input_raw_turn_{turn}.png"
         own, lme = (self.folder / name / f"turn{sign}{turn}.png" for sign in ("_", ""))
+        # Official outputs are read under their own names; a new image gets this library's name.
         return next((path for path in (edival, own, lme) if path.exists()), own)
 
     def complete(self, chain: Chain) -> bool:
@@ -54,10 +55,10 @@ class EditedImages:
         return all(self.path(chain, n + 1).is_file() for n in range(chain.turns))
 
     def write(self, chain: Chain, images: Sequence[Image.Image]) -> None:
-        """Write the image of each turn as PNG; each is there whole or not at all.
+        """Write the image of each turn as PNG, each file atomically.
 
         Raises:
-            ValueError: they are not one per turn.
+            ValueError: the number of images is not the number of turns.
         """
         if len(images) != chain.turns:
             raise ValueError(
@@ -70,10 +71,10 @@ class EditedImages:
             write_atomically(self.path(chain, turn), stream.getvalue())
 
     def load(self, chain: Chain) -> list[Image.Image]:
-        """Read [turn 1, ..., turn N] as RGB, upright.
+        """Read the images [turn 1, ..., turn N] as RGB, rotated by their EXIF orientation.
 
         Raises:
-            ChainError: one is missing or broken; the message names turn and path.
+            ChainError: an image is missing or broken; the message names turn and path.
         """
         return [self._load(turn, self.path(chain, turn)) for turn in range(1, chain.turns + 1)]
 
@@ -87,7 +88,8 @@ class EditedImages:
 
 
 def _folder_name(name: str) -> str:
-    """Return one name of a folder for any id; a hash ends one that would be too long."""
+    """Return the folder name of an id, percent-encoded; a long one is cut and ends in a hash."""
+    # quote keeps dots, and the ids "." and ".." would name other folders.
     quoted = quote(name, safe=" ").replace(".", "%2E")
     if len(quoted) <= NAME_MAX:
         return quoted

@@ -1,4 +1,4 @@
-"""Files of chains: read in any format, with a reason for every bad line, and written whole."""
+"""Files of chains: reading in any format with a reason for every bad line, atomic writing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from mteditflow.chains.formats.stored import is_stored, stored_columns, stored_r
 from mteditflow.chains.recognition import UnknownFormatError, format_of_content, format_of_keys
 from mteditflow.chains.record import WORDS, Chain, ChainError, is_path, is_remote, shorten
 
-PATH_SHOWN = 400  # characters
+PATH_SHOWN = 400  # characters of a path that a message quotes
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A line that holds no chain.
+    """A line without a valid chain.
 
     Attributes:
-        file: where it stands.
-        line: its number, from 1; that of the first one where a record has several.
-        reason: the field, what was expected, what came.
+        file: path of the file.
+        line: number of the line, from 1; the first one of a record that spans several.
+        reason: message with the field, the expectation and the value.
     """
 
     file: Path
@@ -45,8 +45,8 @@ class Reading:
     """Contents of a file.
 
     Attributes:
-        chains: in the order of the file.
-        skipped: lines that hold no chain, in the order of the file.
+        chains: valid chains in the order of the file.
+        skipped: lines without a valid chain, in the order of the file.
     """
 
     chains: tuple[Chain, ...]
@@ -65,25 +65,25 @@ def read_chains(
     """Read all chains of a file.
 
     Args:
-        path: the file, UTF-8 (a byte-order mark, CRLF and blank lines do not matter); or a folder
-            that ``datasets`` saved, with the extra ``mteditflow[arrow]``.
-        format: a key of ``FORMATS``; ``None`` recognizes it by the content.
-        strict: stop at the first bad line; else skip bad lines and list them. A bad line costs its
-            own chain and no other.
-        images: folder that the images' paths are relative to; ``None`` is that of the file.
-        check_images: whether a chain counts as bad whose image is no file, or begins unlike a still
-            image of up to 2^24 pixels. Costs the reading of its header for each chain.
-        allow_outside: whether images may lie outside that folder, by ".." or by an absolute path;
-            else such a chain counts as bad. Links within the folder may lead anywhere.
+        path: a UTF-8 file (a byte-order mark, CRLF and blank lines are accepted), or a folder
+            saved by ``datasets``, which needs the extra ``mteditflow[arrow]``.
+        format: a key of ``FORMATS``; ``None`` recognizes the format from the content.
+        strict: whether to stop at the first bad line; else bad lines are skipped and listed, each
+            at the cost of its own chain only.
+        images: base folder of relative image paths; ``None`` is the folder of the file.
+        check_images: whether a chain is bad if its image is missing or its header is not that of a
+            still image of up to 2^24 pixels. Reads the header of each image.
+        allow_outside: whether image paths may leave the base folder, by ".." or as absolute paths;
+            else such a chain is bad. Links within the folder may lead anywhere.
 
     Returns:
-        The chains, and the lines that were skipped (none where strict).
+        The chains, and the skipped lines (none if strict).
 
     Raises:
-        ChainError: strict, and a line is bad, an id stands twice or the file is empty; or the
-            format cannot be recognized. The message names file, line and reason.
+        ChainError: strict, and a line is bad, an id repeats or the file is empty; or the format
+            cannot be recognized. The message names file, line and reason.
         OSError: the file cannot be opened.
-        ValueError: there is no such format.
+        ValueError: ``format`` is no key of ``FORMATS``.
 
     Example:
         >>> import tempfile
@@ -125,7 +125,7 @@ def iter_chains(
     check_images: bool = False,
     allow_outside: bool = False,
 ) -> Iterator[Chain | Skipped]:
-    """Read a file chain by chain: formats with one chain per line need memory for one line.
+    """Read a file chain by chain; formats with one chain per line hold one line in memory.
 
     Args:
         path: as in ``read_chains``.
@@ -135,23 +135,24 @@ def iter_chains(
         allow_outside: as in ``read_chains``.
 
     Yields:
-        Each chain, and each line that holds none, in the order of the file.
+        Each chain, and each line without a valid one, in the order of the file.
 
     Raises:
         ChainError: the format cannot be recognized.
         OSError: the file cannot be opened.
-        ValueError: there is no such format.
+        ValueError: ``format`` is no key of ``FORMATS``.
     """
     file = Path(path)
     if format is not None:
         check_choice("format", format, list(FORMATS))
     known = recognize(file) if format is None else FORMATS[format]
     root = file.parent if images is None else Path(images)
-    looks = _Looks(root, known.suffixes, check_images, allow_outside)
+    builder = _ChainBuilder(root, known.suffixes, check_images, allow_outside)
     lines: dict[str, int] = {}
     line = 0
     for line, record in _rows(file, known):
-        found = looks.chain(record)
+        found = builder.chain(record)
+        # Of two chains with one id the first is kept.
         if isinstance(found, Chain) and found.id in lines:
             again = f"got {found.id!r} again, as on line {lines[found.id]}"
             found = ChainError(f"id: expected a new one, {again}")
@@ -176,8 +177,8 @@ def recognize(path: str | os.PathLike[str]) -> Format:
     """Recognize the format of a file by its content.
 
     Raises:
-        ChainError: the content shows none; the message lists the formats, the keys that were seen
-            and the format that is nearest to them.
+        ChainError: no format matches; the message lists the formats, the keys that were found and
+            the nearest format.
         OSError: the file cannot be opened.
     """
     file = Path(path)
@@ -191,7 +192,7 @@ def recognize(path: str | os.PathLike[str]) -> Format:
 
 
 def _open(file: Path) -> BinaryIO:
-    """Open a file behind its byte-order mark."""
+    """Open a file and skip its byte-order mark."""
     require_no_device(file)
     stream = file.open("rb")
     if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
@@ -200,8 +201,8 @@ def _open(file: Path) -> BinaryIO:
 
 
 @dataclass(frozen=True)
-class _Looks:
-    """How the image of a chain is looked for."""
+class _ChainBuilder:
+    """Construction of chains from records, with checks of their image paths."""
 
     root: Path
     suffixes: tuple[str, ...]
@@ -209,7 +210,7 @@ class _Looks:
     allow_outside: bool
 
     def chain(self, record: Record | ChainError) -> Chain | ChainError:
-        """Build the chain of a record, or return the error."""
+        """Return the chain of a record, or the error."""
         if isinstance(record, ChainError):
             return record
         try:
@@ -218,6 +219,7 @@ class _Looks:
             return error
         if chain.image is None:
             return chain
+        # The path is judged as written, before a suffix is tried or any file is opened.
         fault = self._place_fault(chain.image)
         if fault is None and not chain.image_is_remote:
             chain = self._with_suffix(chain) if self.suffixes else chain
@@ -233,13 +235,13 @@ class _Looks:
         return chain
 
     def _place_fault(self, name: str) -> str | None:
-        """Say why an image may not be where its name says; ``None`` if it may."""
-        if is_remote(name):
+        """Return why the path of an image is refused, ``None`` if it is accepted."""
+        if is_remote(name):  # a URL is accepted unless the image files are checked
             return f"expected a file, got the address {shorten(name)}" * self.check_images or None
         return None if self.allow_outside else why_outside(name, self.root)
 
     def _with_suffix(self, chain: Chain) -> Chain:
-        """Let the image be the one that is there, of those that differ in the suffix alone."""
+        """Return the chain with the image that exists among names with the format's suffixes."""
         if _is_file(chain.image_path):
             return chain
         image = Path(chain.reference)
@@ -249,13 +251,13 @@ class _Looks:
 
 
 def is_outside(path: Path, folder: Path) -> bool:
-    """Whether a path leads out of a folder, by ".." or by being absolute; links do not matter."""
-    root = os.path.abspath(folder)
+    """Whether a path leaves a folder, by ".." or as an absolute path; links are not followed."""
+    root = os.path.abspath(folder)  # not realpath: a link in the folder may lead anywhere
     return os.path.commonpath((root, os.path.abspath(path))) != root
 
 
 def why_outside(name: str, folder: Path) -> str | None:
-    """Say that a name relative to a folder leads out of it, ``None`` if it does not."""
+    """Return the message that a name leaves the folder it is relative to, ``None`` if it stays."""
     if not is_outside(folder / name, folder):
         return None
     return (
@@ -265,7 +267,7 @@ def why_outside(name: str, folder: Path) -> str | None:
 
 
 def image_fault(path: Path) -> str | None:
-    """Say what is wrong with an image, as far as its header shows; ``None`` if nothing is."""
+    """Return what is wrong with an image file, from its header alone; ``None`` if nothing is."""
     shown = shorten(str(path), PATH_SHOWN)
     if not _is_file(path):
         return f"expected a file, got {shown}"
@@ -277,7 +279,7 @@ def image_fault(path: Path) -> str | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file is there; no name that the system refuses (too long, not text) is one."""
+    """Whether a file exists; False for a name that the system refuses (too long, a NUL in it)."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -289,8 +291,8 @@ class Refused:
     """A chain that a format cannot hold.
 
     Attributes:
-        id: of the chain.
-        reason: the field, what was expected, what came.
+        id: id of the chain.
+        reason: message with the field, the expectation and the value.
     """
 
     id: str
@@ -306,7 +308,7 @@ class Writing:
 
     Attributes:
         count: number of chains in the file.
-        refused: chains that are not.
+        refused: chains that were left out.
     """
 
     count: int
@@ -320,26 +322,26 @@ def write_chains(
     format: str = "native",  # noqa: A002
     strict: bool = True,
 ) -> Writing:
-    """Write chains to a file, which appears whole or not at all.
+    """Write chains to a file atomically.
 
-    Paths of images are rewritten, so that they are relative to the new file and lead where they
-    led; absolute ones and addresses stay as they are. ``FORMATS[format].loses`` lists what of a
-    chain the format leaves out.
+    Relative image paths are rewritten relative to the new file; absolute paths and URLs are kept.
+    ``FORMATS[format].loses`` lists the data that the format leaves out.
 
     Args:
-        chains: one by one; they need not fit into memory.
-        path: the file; an old one is replaced.
+        chains: chains to write; an iterator need not fit into memory.
+        path: file to write; an existing one is replaced.
         format: a key of ``FORMATS``.
-        strict: stop at a chain that the format cannot hold; else leave it out and list it.
+        strict: whether to stop at a chain that the format cannot hold; else it is left out and
+            listed.
 
     Returns:
-        How many were written, and the chains that were refused (none where strict). Where none is
-        left no file is written, and an old one stays.
+        Number of written chains, and the refused ones (none if strict). If no chain is left, no
+        file is written and an existing one stays.
 
     Raises:
-        ChainError: strict, and the format cannot hold a chain or an id stands twice.
+        ChainError: strict, and the format cannot hold a chain or an id repeats.
         OSError: the file cannot be written.
-        ValueError: there is no such format.
+        ValueError: ``format`` is no key of ``FORMATS``.
 
     Example:
         >>> import tempfile
@@ -353,7 +355,7 @@ def write_chains(
     """
     check_choice("format", format, list(FORMATS))
     known, file = FORMATS[format], Path(path)
-    ids: set[str] = set()
+    ids: set[str] = set()  # of the written chains; empty before the first, hence no separator
     refused: list[Refused] = []
     with suppress(_NothingToWriteError), _replacing(file) as stream:
         stream.write(known.head)
@@ -373,7 +375,7 @@ def write_chains(
 
 
 class _NothingToWriteError(Exception):
-    """No chain is left; an empty file would be of no format, and cost an old one."""
+    """No chain is left: aborts the write, so that no empty file replaces an existing one."""
 
 
 def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:
@@ -388,7 +390,7 @@ def _encode(chain: Chain, known: Format, ids: Collection[str]) -> str | Refused:
 
 
 def _moved(chain: Chain, folder: Path) -> Chain:
-    """Let the images' paths be relative to another folder."""
+    """Return the chain with its relative image paths rewritten for another folder."""
     names = [*([] if chain.image is None else [chain.image]), *chain.further_images]
     moving = [name for name in names if not (is_remote(name) or Path(name).is_absolute())]
     if not moving or os.path.abspath(chain.root) == os.path.abspath(folder):
@@ -406,14 +408,14 @@ def _moved(chain: Chain, folder: Path) -> Chain:
 
 
 def _as_path(name: str) -> str:
-    """A path that cannot be read as one of the words of ``references``."""
+    """Return a path that ``references`` cannot confuse with the words "original" and "last"."""
     return name if is_path(name) else f"./{name}"
 
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[TextIO]:
-    """Open a text file that takes its name at the end, if no exception came before."""
-    # Half a surrogate pair is no Unicode text, and stays an escape in JSON.
+    """Open a temporary text file that is renamed to ``file`` if no exception is raised."""
+    # A lone surrogate cannot be encoded as UTF-8; backslashreplace turns it into a JSON escape.
     with (
         replacing(file) as part,
         part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,

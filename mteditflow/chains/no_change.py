@@ -1,4 +1,4 @@
-"""Chains whose every turn asks for no change, from any images: they measure wear alone."""
+"""Chains whose every turn asks for no change: any difference in their images is wear."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from mteditflow._checks import check_count
 from mteditflow.chains.record import NO_CHANGE, Chain
 
-#: Instructions of the turns, one after the other and again from the first.
+#: Default instructions, assigned to the turns in a cycle.
 INSTRUCTIONS = (
     "Keep the image exactly as it is.",
     "Do not change anything in the picture.",
@@ -26,14 +26,13 @@ def no_change_chains(
 ) -> list[Chain]:
     """Return one chain for each image, whose every turn asks for no change.
 
-    Each turn has the task type ``NO_CHANGE``. An editor without fault returns its input; how far
-    its images move from the original is its wear (``mteditflow.wear``).
+    Each turn has the task type ``NO_CHANGE``. A perfect editor returns its input; the distance of
+    its images from the original is its wear (``mteditflow.wear``).
 
     Args:
-        images: paths of reference images, relative to ``root``; they are the ids too.
+        images: paths of reference images, relative to ``root``, which also serve as ids.
         turns: number of turns, N.
-        instructions: how the turns ask for it, at least one; turn n takes the n-th, and after the
-            last the first again.
+        instructions: texts that ask for no change, at least one, assigned to turns in a cycle.
         root: folder that the paths are relative to.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Recognition of a format: by the keys of the first record that can be read."""
+"""Recognition of a file's format by the keys of its first readable record."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from mteditflow.chains.formats.entries import entries, keys_of
 from mteditflow.chains.formats.lines import is_array
 from mteditflow.chains.record import ChainError, shorten
 
-RECORDS = 100  # that may be broken before the one that shows the format
+RECORDS = 100  # records examined; the ones before the first readable one may be broken
+# First bytes of gzip, zip, zstd, bzip2 and xz.
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
-KEYS_SHOWN = 12
-NEAR = 0.75  # of a key, that it is taken for another one's misspelling
+KEYS_SHOWN = 12  # keys listed in a message
+NEAR = 0.75  # difflib similarity above which a key counts as a misspelling of another
 
 
 class UnknownFormatError(ChainError):
-    """The content is of no known format."""
+    """Content of no known format."""
 
 
 def format_of_content(stream: BinaryIO) -> Format:
-    """Recognize the format of an open file, behind its byte-order mark.
+    """Recognize the format of an open file that is positioned after its byte-order mark.
 
     Raises:
-        UnknownFormatError: it is of none; the message names the keys and the nearest format.
+        UnknownFormatError: no format matches; the message names the keys and the nearest format.
     """
     start = stream.tell()
     seen: list[frozenset[str]] = []
@@ -45,7 +46,7 @@ def format_of_content(stream: BinaryIO) -> Format:
 
 
 def _not_text(raw: bytes) -> str | None:
-    """Say what a file is that begins with bytes of no UTF-8 text, ``None`` for text."""
+    """Describe a file whose first bytes are not UTF-8 text; ``None`` for text."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16 or UTF-32; save it as UTF-8"
     if raw.startswith(PACKED):
@@ -54,10 +55,10 @@ def _not_text(raw: bytes) -> str | None:
 
 
 def format_of_keys(keys: frozenset[str]) -> Format:
-    """Recognize the format of records with these keys, that need not stand in lines.
+    """Recognize a one-record-per-line format by a record's keys; the records may be table rows.
 
     Raises:
-        UnknownFormatError: they are of none.
+        UnknownFormatError: no format has these keys.
     """
     known = _match(keys, lines=True)
     if known is None:
@@ -66,13 +67,16 @@ def format_of_keys(keys: frozenset[str]) -> Format:
 
 
 def _match(keys: frozenset[str], *, lines: bool) -> Format | None:
-    """The first format that has all of its keys among these."""
+    """Return the first format whose required keys are all among these."""
     kinds = [known for known in FORMATS.values() if (known.decode is not None) is lines]
     return next((known for known in kinds if known.keys <= keys), None)
 
 
 def _records(stream: BinaryIO) -> Iterator[tuple[bool, frozenset[str]]]:
-    """Keys of the first records; and whether they are of lines, not of a table or of entries."""
+    """Yield the keys of each of the first records, with True for a line or an array's object.
+
+    The flag is False for a header of a table and for an entry of a JSON object.
+    """
     start = stream.tell()
     if is_array(stream):
         for entry in islice(entries(stream.read(), "["), RECORDS):
@@ -93,14 +97,14 @@ def _records(stream: BinaryIO) -> Iterator[tuple[bool, frozenset[str]]]:
 
 
 def _columns(raw: bytes, number: int) -> frozenset[str]:
-    """Columns of a table, if a line is one's header: the first line, or one of known columns."""
+    """Return the columns if a line is a table's header: the first line, or known columns."""
     columns = frozenset(x.strip('"\r\n ') for x in raw.decode(errors="replace").split(","))
     is_header = number == 1 and len(columns) > 1 and raw.lstrip()[:1] not in (b"{", b"[")
     return columns if is_header or FORMATS["edival"].keys & columns else frozenset()
 
 
 def _unknown(keys: frozenset[str]) -> str:
-    """Say what was expected, what was seen, and what is nearest to it."""
+    """Return the message: the known formats, the keys that were found, and the nearest format."""
     expected = f"expected content of one of the formats {', '.join(FORMATS)}"
     if not keys:
         return f"{expected}, got no record"
@@ -117,6 +121,6 @@ def _nearness(keys: frozenset[str]) -> float:
 
 
 def _share(known: Format, keys: frozenset[str]) -> float:
-    """Share of all keys that are common; half of one for a key that is nearly so."""
+    """Return the Jaccard similarity of two key sets; a probable misspelling counts one half."""
     near = [key for key in known.keys - keys if get_close_matches(key, keys, 1, NEAR)]
     return (len(known.keys & keys) + len(near) / 2) / len(known.keys | keys)

@@ -1,4 +1,4 @@
-"""The native record of a chain: one reference image and N instructions that make sense in order."""
+"""The native record of a chain: one reference image and N instructions to apply in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from mteditflow._checks import check_choice
 
-SHOWN = 80  # characters of what came
+SHOWN = 80  # characters of a value that a message quotes
+# Type of a pydantic error to the words of a message; other types keep pydantic's words.
 EXPECTED = {
     "bool_type": "true or false",
     "extra_forbidden": "no such field",
@@ -28,20 +29,20 @@ EXPECTED = {
 
 
 class ChainError(ValueError):
-    """A record is no chain, a file cannot be read, or a format cannot hold a chain."""
+    """Invalid chain record, unreadable chain file, or chain that a format cannot hold."""
 
 
 def shorten(value: object, most: int = SHOWN) -> str:
-    """Show a value on one line of bounded length, in characters."""
+    """Return the repr of a value, cut after ``most`` characters."""
     shown = repr(value)
     return shown if len(shown) <= most else shown[:most] + " ..."
 
 
 def first_error(error: ValidationError) -> str:
-    """Return the place of the first fault, what was expected and what came.
+    """Return the message of the first error: its place, the expectation and the value.
 
     Args:
-        error: of any pydantic model.
+        error: validation error of any pydantic model.
 
     Example:
         >>> from mteditflow.chains import Chain
@@ -61,11 +62,11 @@ def first_error(error: ValidationError) -> str:
         return f"{place}: expected this field, got none"
     known = EXPECTED.get(first["type"], "").format(**first.get("ctx", {}))
     expected = known or first["msg"].removeprefix("Input should be ")
-    named = f"{place}: " if place else ""  # none of a file that is no JSON
+    named = f"{place}: " if place else ""  # the whole value is wrong, no field of it
     return f"{named}expected {expected}, got {shorten(first['input'])}"
 
 
-#: A type of edit, by its name in EdiVal-Bench; or "no_change", of a turn that asks for none.
+#: A type of edit, by its name in EdiVal-Bench, or "no_change" for a turn that asks for no edit.
 TaskType = Literal[
     "subject_add",
     "subject_remove",
@@ -80,15 +81,15 @@ TaskType = Literal[
 ]
 #: Every ``TaskType``.
 TASK_TYPES: tuple[str, ...] = get_args(TaskType)
-#: The ``TaskType`` of a turn that asks for no change: whatever differs after it is damage.
+#: The ``TaskType`` of a turn that asks for no change: any difference after it is damage.
 NO_CHANGE: TaskType = "no_change"
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Names = tuple[Text, ...]
 
-#: What a turn is given, in words: the reference image, and the image of the turn before.
+#: Reserved names in ``references``: the reference image, and the image of the turn before.
 WORDS = ORIGINAL, LAST = "original", "last"
-#: What turns are given where a chain does not say: the image before, or the reference image too.
+#: Default inputs of turns after the first: the last image, or the reference image and the last.
 History = Literal["last", "original"]
 #: Every ``History``.
 HISTORIES: tuple[str, ...] = get_args(History)
@@ -108,7 +109,7 @@ PER_TURN = (
 class Chain(BaseModel):
     """One reference image and N instructions; lists over turns have N entries, ``None`` if unknown.
 
-    Keys that are unknown here are kept (``model_extra``), and written again in their order.
+    Unknown keys are kept in ``model_extra`` and written again in their order.
 
     Source: EdiVal-Bench (arXiv 2509.13399) for the fields, MT-EditFlow (arXiv 2606.01985).
 
@@ -135,28 +136,28 @@ class Chain(BaseModel):
     )
 
     id: Text
-    """Names the chain; unique in a file."""
+    """Identifier of the chain, unique in a file."""
     image: Text | None
-    """Path of the reference image, relative to the file that the chain stands in; null where there
-    is none, as for text to image."""
+    """Path of the reference image, relative to the file of chains, or its URL; null if there is
+    none, as in text to image."""
     instructions: Annotated[tuple[Text, ...], Field(min_length=1)]
-    """Edit of each turn, in words."""
+    """Text of the edit at each turn."""
     references: tuple[Annotated[Names, Field(min_length=1)], ...] | None = None
-    """Images that the editor is given at each turn, in order: 'last', that of the turn before (at
-    turn 1 the reference image), 'original', the reference image, or the path of a further one,
-    relative as image is, with a suffix or a '/'."""
+    """Input images of the editor at each turn, in order: 'last' for the image of the turn before
+    (at turn 1 the reference image), 'original' for the reference image, or the path of a further
+    image. Such a path is relative as image is, and has a suffix or a '/'."""
     task_types: tuple[TaskType, ...] | None = None
-    """One of the nine edit types at each turn, or 'no_change'."""
+    """Edit type of each turn: one of nine, or 'no_change'."""
     formatted_instructions: tuple[Text, ...] | None = None
-    """The instruction of each turn in the fixed form of its edit type."""
+    """Instruction of each turn in the fixed template of its edit type."""
     unchanged_objects: tuple[Names, ...] | None = None
-    """Originals that no turn up to this one edited and that are still there."""
+    """Objects of the reference image that no turn so far has edited and that are still present."""
     turn_unchanged_objects: tuple[Names, ...] | None = None
-    """Objects that this turn alone leaves as they were."""
+    """Objects before this turn that the turn leaves unchanged."""
     all_objects: tuple[Names, ...] | None = None
     """Every object name used up to this turn."""
     available_objects: tuple[Names, ...] | None = None
-    """The object pool after this turn."""
+    """Object pool after this turn."""
     background_consistency: tuple[StrictBool, ...] | None = None
     """Whether the background must still be that of the reference: false from the first background
     change on."""
@@ -185,6 +186,7 @@ class Chain(BaseModel):
                         f"references[{turn}][{place}]: expected 'original', 'last' or the path of "
                         f"an image, got {shorten(name)}"
                     )
+            # At turn 1 'last' is the reference image too, so the two words would repeat it.
             same = [ORIGINAL if turn == 0 and name == LAST else name for name in names]
             if twice := [name for name in dict.fromkeys(same) if same.count(name) > 1]:
                 raise ValueError(
@@ -200,10 +202,10 @@ class Chain(BaseModel):
         return len(self.instructions)
 
     def first_turns(self, turns: int) -> Chain:
-        """Return the chain of the first instructions alone.
+        """Return the chain cut after a number of turns.
 
         Raises:
-            ValueError: the chain has fewer, or ``turns`` is below 1.
+            ValueError: the chain has fewer turns, or ``turns`` is below 1.
         """
         if not 1 <= turns <= self.turns:
             raise ValueError(f"turns: expected one of 1..{self.turns}, got {turns}")
@@ -211,14 +213,17 @@ class Chain(BaseModel):
         return self.model_copy(update={"instructions": self.instructions[:turns], **cut})
 
     def seen(self, history: History = "last") -> tuple[Names, ...]:
-        """Return what the editor is given at each turn: ``references``, or what is usual.
+        """Return the editor's input images at each turn: ``references``, else a default.
 
         Args:
-            history: where there are no ``references``, whether turns after the first are given the
-                last image alone, or the original and the last.
+            history: default for turns after the first in a chain without ``references``: "last" is
+                the last image alone, "original" is the original and the last.
+
+        Returns:
+            Names of the inputs of each turn, [N][number of inputs].
 
         Raises:
-            ValueError: there is no such history.
+            ValueError: ``history`` is none of these.
 
         Example:
             >>> chain = Chain(id="7", image="7.png", instructions=("Remove the cat", "Add a dog"))
@@ -233,16 +238,16 @@ class Chain(BaseModel):
 
     @property
     def further_images(self) -> tuple[str, ...]:
-        """Paths or addresses of images in ``references`` besides the reference image, each once."""
+        """Paths or URLs of images in ``references`` other than "original" and "last", each once."""
         names = (name for turn in self.references or () for name in turn)
         return tuple(dict.fromkeys(name for name in names if name not in WORDS))
 
     @property
     def reference(self) -> str:
-        """Path or address of the reference image.
+        """Path or URL of the reference image.
 
         Raises:
-            ChainError: there is none.
+            ChainError: the chain has none.
         """
         if self.image is None:
             raise ChainError(f"chain {self.id!r}: expected a reference image, got none")
@@ -250,16 +255,16 @@ class Chain(BaseModel):
 
     @property
     def image_path(self) -> Path:
-        """Where the reference image lies, if it is a file.
+        """Path of the reference image, joined to ``root``; meaningless for a URL.
 
         Raises:
-            ChainError: there is none.
+            ChainError: the chain has none.
         """
         return self.root / self.reference
 
     @property
     def image_is_remote(self) -> bool:
-        """Whether the reference image is an address, to be downloaded first."""
+        """Whether the reference image is a URL, which must be downloaded before use."""
         return self.image is not None and is_remote(self.image)
 
     @classmethod
@@ -267,11 +272,11 @@ class Chain(BaseModel):
         """Build a chain from a parsed line.
 
         Args:
-            record: key to value, as JSON gives them.
+            record: keys and values of a parsed JSON object.
             root: folder that ``image`` is relative to.
 
         Raises:
-            ChainError: in one line: the field, what was expected, what came.
+            ChainError: a field is invalid; one line names the field, the expectation and the value.
         """
         if "root" in record:
             raise ChainError("root: expected no key of this reserved name")
@@ -281,7 +286,10 @@ class Chain(BaseModel):
             raise ChainError(first_error(error)) from error
 
     def to_record(self) -> dict[str, Any]:
-        """Return what is known of the chain: its fields in their order, then unknown keys."""
+        """Return the fields that are set, in their order, then unknown keys.
+
+        ``image`` is present even if ``None``, ``root`` never.
+        """
         fields = {name: getattr(self, name) for name in type(self).model_fields if name != "root"}
         known = {k: value for k, value in fields.items() if value is not None or k == "image"}
         return known | (self.model_extra or {})
@@ -290,13 +298,13 @@ class Chain(BaseModel):
         """Return the record as one line of JSON, without the line break.
 
         Raises:
-            ChainError: an unknown key holds what JSON cannot.
+            ChainError: an unknown key has a value that JSON cannot represent.
         """
         return one_line(self.to_record())
 
 
 def is_remote(name: str) -> bool:
-    """Whether the name of an image is an address."""
+    """Whether the name of an image is a URL."""
     return "://" in name
 
 
@@ -306,10 +314,10 @@ def is_path(name: str) -> bool:
 
 
 def one_line(record: object) -> str:
-    """Write a record, or a list of them, as one line of JSON.
+    """Return a record, or a list of them, as one line of JSON.
 
     Raises:
-        ChainError: it holds what JSON cannot.
+        ChainError: a value is none of JSON's, NaN and infinity included.
     """
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False)

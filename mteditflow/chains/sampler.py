@@ -1,6 +1,6 @@
-"""Rounds of groups: each chain G times, over ranks, resumable at any round.
+"""Batch samplers of rounds of groups: each chain G times, split over ranks, resumable.
 
-``GroupSampler`` passes over all chains in shuffled order; ``InformativeSampler`` prefers chains
+``GroupSampler`` iterates over all chains in shuffled order; ``InformativeSampler`` prefers chains
 whose groups are still informative.
 """
 
@@ -20,12 +20,13 @@ REMAINDERS = ("drop", "wrap")
 
 
 class RoundSampler(Sampler[list[int]]):
-    """Base of round samplers: one list of indices per round, of which each rank has a slice.
+    """Base of round samplers: one list of indices per round, of which each rank takes a slice.
 
     Arguments are those of ``GroupSampler``.
     """
 
-    _depends: ClassVar[tuple[str, ...]]  # arguments that the order depends on
+    # Arguments that the order depends on. Ranks are not among them, so a run may resume on more.
+    _depends: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class RoundSampler(Sampler[list[int]]):
         self._seed = seed
 
     def _indices(self, chains: Sequence[int]) -> list[int]:
-        """This rank's indices in the round of these chains."""
+        """Return this rank's indices in the round of these chains."""
         return [chain for chain in chains for _ in range(self._group_size)][self._own]
 
     def _plan(self) -> dict[str, Any]:
@@ -70,10 +71,10 @@ class RoundSampler(Sampler[list[int]]):
 class GroupSampler(RoundSampler):
     """Batch sampler of a DataLoader: in each round ``groups`` chains, each ``group_size`` times.
 
-    The round is one list of indices, group after group, whatever the number of ranks; a rank gets
-    its slice of it, so ``mteditflow.gather_ranks`` joins the ranks' batches to that same list. One
-    pass gives the rounds of one epoch that are left; an epoch has each chain in exactly one round,
-    up to the remainder. The index of a chain is its group id: no two groups of a round share it.
+    A round is one list of indices, group after group, independent of the number of ranks. Each
+    rank takes its slice, so ``mteditflow.gather_ranks`` joins the ranks' batches to the same list.
+    One pass yields the remaining rounds of an epoch. An epoch has each chain in exactly one round,
+    up to the remainder. The index of a chain is its group id, unique within a round.
 
     The loader prefetches, so only the trainer can count finished rounds: it calls ``step`` after
     each, on every rank. A sampler that loads the ``state_dict`` then continues exactly, on any
@@ -82,14 +83,14 @@ class GroupSampler(RoundSampler):
     Args:
         chains: the data set, or anything of its length.
         groups: chains in a round, over all ranks.
-        group_size: G, trajectories of each.
+        group_size: G, trajectories of each chain.
         ranks: number of processes.
-        rank: this one, in [0, ranks).
+        rank: index of this process, in [0, ranks).
         split_groups: whether a group may be spread over ranks; ``groups * group_size`` must then
             be a multiple of ``ranks``, else ``groups`` must.
-        shuffle: draw a new order in each epoch; else that of the data set.
-        seed: of the order.
-        remainder: "drop" leaves the chains out that do not fill a round at the end of an epoch;
+        shuffle: draw a new order in each epoch; else keep the order of the data set.
+        seed: seed of the order, >= 0.
+        remainder: "drop" leaves out the chains that do not fill a round at the end of an epoch;
             "wrap" fills that round with the first chains of the epoch.
 
     Raises:
@@ -139,7 +140,7 @@ class GroupSampler(RoundSampler):
 
     @property
     def epoch(self) -> int:
-        """Number of epochs that are done."""
+        """Number of finished epochs."""
         return self._epoch
 
     def __len__(self) -> int:
@@ -148,10 +149,10 @@ class GroupSampler(RoundSampler):
         return rounds + (left > 0 and self._remainder == "wrap")
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Rounds of this epoch that are left: this rank's indices in each.
+        """Yield this rank's indices in each remaining round of the epoch.
 
         Raises:
-            RuntimeError: the pass before gave all rounds, and no ``step`` was called for them.
+            RuntimeError: the previous pass yielded all rounds, and ``step`` was never called.
         """
         if self._passed and not self._stepped:
             raise RuntimeError("step: expected a call after each round, got none in a whole pass")
@@ -169,14 +170,14 @@ class GroupSampler(RoundSampler):
             self._epoch, self._round = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, int | bool | str]:
-        """Return which rounds are done, and what the order depends on; JSON can hold it."""
+        """Return the finished rounds and the arguments that fix the order, as JSON types."""
         return {**self._plan(), "epoch": self._epoch, "round": self._round}
 
     def load_state_dict(self, state: Mapping[str, int | bool | str]) -> None:
-        """Go on where another sampler was, which may have been on another number of ranks.
+        """Continue from another sampler's state, which may come from another number of ranks.
 
         Raises:
-            ValueError: the state is of another order, which could not be continued.
+            ValueError: the state belongs to another order, which could not be continued.
         """
         self._check_plan(state)
         epoch, done = state.get("epoch"), state.get("round")
@@ -191,21 +192,22 @@ class GroupSampler(RoundSampler):
         self._passed = False
 
     def _ordered(self) -> list[int]:
-        """Chains of this epoch, round after round."""
+        """Return the chains of this epoch, round after round."""
         order = list(range(self._chains))
         if self._shuffle:
+            # Random accepts no tuple; it seeds from text by SHA-512, equal in every process.
             Random(f"{self._seed}, {self._epoch}").shuffle(order)
-        wrapped = order + order[: self._groups]
+        wrapped = order + order[: self._groups]  # cut below: "drop" has fewer rounds than "wrap"
         return wrapped[: len(self) * self._groups]
 
 
 class InformativeSampler(RoundSampler):
-    """Batch sampler that prefers informative groups: those whose rewards last differed.
+    """Batch sampler that prefers informative groups: chains whose rewards differed when last drawn.
 
-    Each round draws its chains anew, in proportion to the spread of their groups' rewards. A chain
-    that its whole group solved, or nobody, is drawn seldom, and never excluded for good. There are
-    no epochs: a chain that was never drawn counts as much as the best one, so that all are tried.
-    All else is as in ``GroupSampler``: a round is one list of indices, each rank has a slice, the
+    Each round draws its chains in proportion to the spread of their groups' rewards. A chain that
+    all or none of its group solved is drawn rarely, but never excluded. There are no epochs: a
+    chain that was never drawn has the largest known spread, so that all are tried. Otherwise it
+    works as ``GroupSampler``: a round is one list of indices, each rank takes a slice, and the
     index of a chain is its group id.
 
     A draw depends on the rounds before it, so a loader must not prefetch. The trainer calls
@@ -214,11 +216,11 @@ class InformativeSampler(RoundSampler):
     Args:
         chains: the data set, or anything of its length.
         groups: chains in a round, over all ranks.
-        group_size: G, trajectories of each.
+        group_size: G, trajectories of each chain.
         ranks: number of processes.
-        rank: this one, in [0, ranks).
+        rank: index of this process, in [0, ranks).
         split_groups: as in ``GroupSampler``.
-        seed: of the draws.
+        seed: seed of the draws, >= 0.
         uniform: share of draws that ignores the spreads, in (0, 1].
         memory: weight of a chain's earlier spreads in their moving average, in [0, 1).
 
@@ -269,16 +271,17 @@ class InformativeSampler(RoundSampler):
 
     @property
     def probabilities(self) -> list[float]:
-        """Probability of each chain to be the first one drawn now."""
+        """Probability of each chain to be drawn first in the next round, [number of chains]."""
+        # Optimism about unseen chains: each is drawn as often as the most informative one.
         best = max((spread for spread in self._spreads if spread is not None), default=1.0)
         known = [best if spread is None else spread for spread in self._spreads]
         return draw_probabilities(known, uniform=self._uniform)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Rounds without end: this rank's indices in each.
+        """Yield this rank's indices in each round, without end.
 
         Raises:
-            RuntimeError: a round is asked for before ``step`` was called for the last one.
+            RuntimeError: the next round is requested before ``step`` was called for the last one.
         """
         self._drawn = False
         while True:
@@ -288,15 +291,16 @@ class InformativeSampler(RoundSampler):
             yield self._indices(self._draw())
 
     def step(self, spread: Mapping[int, float]) -> None:
-        """Count a round as done.
+        """Count a round as done and update the moving averages of its chains' spreads.
 
         Args:
-            spread: chain to the spread of its group's rewards, >= 0, such as their std; without the
-                chains of which too little is known, as where rewards were lost.
+            spread: index of a chain to the spread of its group's rewards, >= 0, such as their
+                standard deviation. Omit chains with too few valid rewards; they keep their average.
 
         Raises:
-            ValueError: a chain does not exist, a spread is negative or not finite.
+            ValueError: a chain does not exist, or a spread is negative or not finite.
         """
+        # All are checked before any is used, so that an error leaves the state unchanged.
         for chain, value in spread.items():
             if not 0 <= chain < self._chains:
                 raise ValueError(f"spread: expected chains in [0, {self._chains}), got {chain}")
@@ -308,21 +312,23 @@ class InformativeSampler(RoundSampler):
         self._round, self._drawn = self._round + 1, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rounds done, spreads, and what the draws depend on; JSON can hold it."""
+        """Return finished rounds, spreads and the arguments that fix the draws, as JSON types."""
         return {**self._plan(), "round": self._round, "spreads": list(self._spreads)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another sampler was, which may have been on another number of ranks.
+        """Continue from another sampler's state, which may come from another number of ranks.
 
         Raises:
-            ValueError: the state is of other draws, which could not be continued.
+            ValueError: the state belongs to other draws, which could not be continued.
         """
         self._check_plan(state)
         self._round, self._spreads = state["round"], list(state["spreads"])
         self._drawn = False
 
     def _draw(self) -> list[int]:
-        """Distinct chains: those whose exponential clocks, of their probabilities, ring first."""
+        """Draw distinct chains by their probabilities, without replacement."""
         random = Random(f"{self._seed}, {self._round}")
-        rings = [-math.log(1 - random.random()) / p for p in self.probabilities]
-        return sorted(range(self._chains), key=rings.__getitem__)[: self._groups]
+        # The first of independent Exp(p) times is chain i with probability p_i, and so on among the
+        # rest (Efraimidis and Spirakis 2006). random() may be 0, hence log(1 - u).
+        times = [-math.log(1 - random.random()) / p for p in self.probabilities]
+        return sorted(range(self._chains), key=times.__getitem__)[: self._groups]

@@ -1,4 +1,4 @@
-"""Chains for training and chains held out, with nothing in common; and what two lists share."""
+"""Splits of chains without shared images, and a check of the overlap of two lists."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mteditflow._checks import check_choice, check_count
 from mteditflow.chains.record import Chain, is_remote
 
 BY = ("image", "chain")
-SHOWN = 3  # of shared chains or images in a message
-CHUNK = 2**20  # bytes
+SHOWN = 3  # shared chains or images that a message names
+CHUNK = 2**20  # bytes read at once when hashing
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,24 @@ def split_chains(
 ) -> Split:
     """Split chains into training and held-out ones.
 
-    By image all chains of one reference image, the same bytes under any name, go to one side, and
-    so do chains that share a further image of ``references``. Which images are held out follows
-    from the seed and each image's content alone, so the order of the chains does not matter, and
-    more chains move no image from one side to the other unless ``held_out`` asks for more, or they
-    join images that no chain had together.
+    By image, all chains with the same reference image (equal bytes, under any name) go to one side,
+    and so do chains that share a further image of ``references``. The choice of held-out images
+    depends only on the seed and each image's content, not on the order of the chains. Additional
+    chains therefore move no image to the other side, unless ``held_out`` grows or a new chain links
+    images that were unrelated before.
 
     Args:
-        chains: to split.
-        held_out: least number of chains to hold out; by image there may be more, since the chains
-            of one image stay together.
-        by: "image", or "chain" where the sides may share images.
-        seed: of the choice.
+        chains: chains to split.
+        held_out: minimum number of held-out chains, >= 1; by image there may be more, since the
+            chains of one image stay together.
+        by: "image", or "chain" if the sides may share images.
+        seed: seed of the choice.
 
     Returns:
         The two sides.
 
     Raises:
-        ValueError: ``by`` is unknown, ``held_out`` is not positive, or nothing is left to train on.
+        ValueError: ``by`` is unknown, ``held_out`` is below 1, or nothing is left to train on.
         OSError: an image cannot be read.
 
     Example:
@@ -66,6 +66,7 @@ def split_chains(
     check_count("held_out", held_out)
     groups = _groups(chains) if by == "image" else {chain.id: [chain] for chain in chains}
     chosen: set[str] = set()
+    # Order by a hash, not a shuffle: a group's place does not depend on which others there are.
     for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
         if len(chosen) >= held_out:
             break
@@ -88,9 +89,9 @@ class Shared:
     """Ids and images that two lists of chains share.
 
     Attributes:
-        ids: ids of chains in both.
-        images: reference images, further ones included, in both, the same bytes under any name, as
-            (id in the one list, id in the other) of chains that have it.
+        ids: ids of chains in both lists.
+        images: images in both lists (equal bytes, under any name; further images included), each
+            as the pair of ids of a chain with it in the first list and one in the second.
     """
 
     ids: tuple[str, ...]
@@ -98,7 +99,7 @@ class Shared:
 
     @property
     def any(self) -> bool:
-        """Whether there is anything."""
+        """Whether the lists share an id or an image."""
         return bool(self.ids or self.images)
 
     def __str__(self) -> str:
@@ -111,7 +112,7 @@ class Shared:
 
 
 def shared(train: Sequence[Chain], held_out: Sequence[Chain]) -> Shared:
-    """Find the chains, by id, and the reference images, by content, that both lists have.
+    """Return the chains, by id, and the images, by content, that both lists have.
 
     Raises:
         OSError: an image cannot be read.
@@ -129,12 +130,14 @@ def shared(train: Sequence[Chain], held_out: Sequence[Chain]) -> Shared:
 
 
 def _groups(chains: Sequence[Chain]) -> dict[str, list[Chain]]:
-    """Chains that images link to each other, by the least hash of their images' contents."""
+    """Group chains that are linked by common images, under the least content hash of a group."""
     images: defaultdict[str, list[str]] = defaultdict(list)
     for chain, name in _named(chains):
         images[chain.id].append(name)
     key = {name: name for names in images.values() for name in names}
 
+    # Union-find over images with path halving. The root is the least hash, so that neither the
+    # order of the chains nor that of the images changes the name of a group.
     def least(name: str) -> str:
         while key[name] != name:
             key[name] = name = key[key[name]]
@@ -150,13 +153,13 @@ def _groups(chains: Sequence[Chain]) -> dict[str, list[Chain]]:
 
 
 def _named(chains: Sequence[Chain]) -> Iterator[tuple[Chain, str]]:
-    """Yield chains with the hash of each image's content, or its address where it is remote.
+    """Yield each chain with the content hash of each of its images, or the URL of a remote one.
 
-    A chain comes once for its reference image, first, and once for each further one.
+    A chain is yielded once for its reference image, first, and once for each further image.
     """
     hashes: dict[Path, str] = {}
     for chain in chains:
-        if chain.image is None:  # text to image: the texts stand for it
+        if chain.image is None:  # text to image: equal instructions count as one image
             yield chain, "\n".join(chain.instructions)
             continue
         for name in (chain.image, *chain.further_images):

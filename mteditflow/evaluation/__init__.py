@@ -1,8 +1,8 @@
-"""Scores of edited chains: metrics with intervals, reports, and two editors compared.
+"""Evaluation of edited chains: metrics with intervals, reports, and comparisons of two editors.
 
-Each name is imported on first use. ``evaluation.benchmarks`` (EdiVal, ImgEdit, GEdit, LME, MSE,
-MICE), ``evaluation.seeds``, ``evaluation.tables`` and ``evaluation.gallery`` are imported by their
-own names. Needs the extra ``mteditflow[rewards]``.
+Each name is imported on first use. Import the submodules ``evaluation.benchmarks`` (EdiVal,
+ImgEdit, GEdit, LME, MSE, MICE), ``evaluation.seeds``, ``evaluation.tables`` and
+``evaluation.gallery`` by their full names. Needs the extra ``mteditflow[rewards]``.
 """
 
 from typing import TYPE_CHECKING

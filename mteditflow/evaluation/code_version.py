@@ -1,4 +1,4 @@
-"""Version of a class: a hash of its code, so that two versions of a scorer are two judges."""
+"""Version of a class as a hash of its code, so that a changed scorer counts as another judge."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-DIGITS = 16  # of a hash in hexadecimal
+DIGITS = 16  # hexadecimal digits of a version
 
 
 def code_version(scorer: type) -> str | None:
-    """Return a hash of the code that a class is made of.
+    """Return a hash of the source code that defines a class.
 
-    Hashed are the modules of the class and of all its base classes, those of Python's own library
-    aside, and every module that they import from beside the class: of a package what lies in it, of
-    a single module what lies in its folder. Import statements are followed anywhere in a file; what
-    is imported by a computed name, and files that are read as data, are not seen.
+    The hash covers the modules of the class and of all its base classes except the standard
+    library, and every module that they import, directly or not, from the neighborhood of the class:
+    its top-level package, or the folder of a single module. Import statements are found anywhere in
+    a file. Modules that are imported by a computed name and data files are not covered.
 
     Returns:
-        Hexadecimal; ``None`` if the class is of no file, as in a notebook.
+        16 hexadecimal digits; ``None`` if the class has no source file, as in a notebook.
 
     Example:
         >>> from mteditflow.rewards import Scale
@@ -47,18 +47,18 @@ def code_version(scorer: type) -> str | None:
 
 @dataclass(frozen=True)
 class _Neighborhood:
-    """Where the modules beside one lie.
+    """Modules that belong to the code of a class.
 
     Attributes:
-        root: folder that import paths begin at.
-        package: the package that they are of; empty: any module of the folder.
+        root: folder that import paths are relative to.
+        package: top-level package of the modules; empty for any module of the folder.
     """
 
     root: Path
     package: str
 
     def find(self, name: str) -> Path | None:
-        """Return the file of a module of here; ``None`` if it lies elsewhere."""
+        """Return the file of a module in the neighborhood; ``None`` if it is outside."""
         if self.package and name.split(".")[0] != self.package:
             return None
         place = self.root.joinpath(*name.split("."))
@@ -80,12 +80,13 @@ def _neighborhood(name: str, file: Path) -> _Neighborhood:
     package = file.name == "__init__.py"
     installed = {Path(sysconfig.get_path(x)) for x in ("purelib", "platlib")}
     root = file.parents[len(inner) + package]
+    # A module alone in site-packages is its own neighborhood, else all installed code would be.
     alone = not (inner or package) and root not in installed
     return _Neighborhood(root, "" if alone else top)
 
 
 def _follow(name: str, file: Path, near: _Neighborhood, files: dict[str, Path]) -> None:
-    """Add a module and, if it is of a neighborhood, all that it imports of that."""
+    """Add a module and, if it is in the neighborhood, all modules that it imports from there."""
     if name in files:
         return
     files[name] = file
@@ -104,6 +105,7 @@ def _imports(name: str, file: Path) -> Iterator[str]:
             for alias in node.names:
                 yield from _with_parents(alias.name)
         elif isinstance(node, ast.ImportFrom):
+            # A relative import of level 1 begins at the package itself, of level 2 at its parent.
             parts = package.split(".")
             above = parts[: len(parts) + 1 - node.level] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
@@ -112,6 +114,6 @@ def _imports(name: str, file: Path) -> Iterator[str]:
 
 
 def _with_parents(name: str) -> Iterator[str]:
-    """Yield a dotted name and the packages that it is in, whose modules run first."""
+    """Yield a dotted name after its parent packages, whose ``__init__`` modules run first."""
     parts = name.split(".")
     yield from (".".join(parts[: i + 1]) for i in range(len(parts)))

@@ -1,4 +1,4 @@
-"""Two evaluations of the same chains: paired differences, and the chains that changed most."""
+"""Comparison of two evaluations of the same chains: paired differences, most changed chains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mteditflow.metrics import (
 
 
 class BeforeAfter(NamedTuple):
-    """A scalar before and after, and after minus before, each with its interval."""
+    """Scalar of both evaluations and after minus before, each with its interval."""
 
     before: Interval
     after: Interval
@@ -39,15 +39,15 @@ class Comparison:
 
     Attributes:
         before: round of the first evaluation.
-        after: round of the second.
+        after: round of the second evaluation.
         turn: the last turn, N, counted from 1.
-        chains: number of chains that each metric at turn N is over, in both evaluations.
-        difference: after minus before at turn N of each metric, scalars: percent points for IF,
-            Marginal, CC and Overall, its own unit for another term.
-        marginal_ratio: Marginal(N) / Marginal(1), >= 0, and likewise the mean of each other term at
-            turn N over that at turn 1, of the chains that have both turns. It is no share of the
-            success at turn 1: chains that fail at turn 1 and succeed at turn N raise it, above 1
-            too. NaN where the value at turn 1 is 0.
+        chains: number of chains behind each metric at turn N, counted in both evaluations.
+        difference: after minus before at turn N of each metric, scalars: percentage points for IF,
+            Marginal, CC and Overall, the term's own unit for another term.
+        marginal_ratio: Marginal(N) / Marginal(1), >= 0, and for each other term its mean at turn N
+            over its mean at turn 1, of the chains that have both turns. It is not a share of the
+            success at turn 1: chains that fail at turn 1 and succeed at turn N raise it, even above
+            1. NaN where the value at turn 1 is 0.
         conditional_success: P(success at N | success at 1) in percent; NaN where no chain succeeded
             at turn 1.
     """
@@ -64,19 +64,19 @@ class Comparison:
 def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = False) -> Comparison:
     """Compare two evaluations, chain by chain, with 95% intervals over chains.
 
-    Newcombe's for the paired differences of IF and Marginal, Wilson's for conditional success, a
-    bootstrap for the others. A bootstrapped interval that has no width, since all chains agree, is
-    replaced: of shares by one from Wilson's intervals of its parts, of CC and Overall as
-    ``evaluation.intervals`` has it, of other terms by NaN.
+    Newcombe's interval for the paired differences of IF and Marginal, Wilson's for conditional
+    success, a bootstrap for the others. A bootstrapped interval without width, since all chains
+    agree, is replaced: for shares by one from Wilson's intervals of their parts, for CC and Overall
+    as described in ``evaluation.intervals``, for other terms by NaN.
 
     Args:
         before: the first evaluation.
-        after: the second, of the same chains.
-        across_judges: whether their judges may differ; the difference is then as much the judges'
-            as the images'.
+        after: the second evaluation, of the same chains.
+        across_judges: whether their judges may differ; the difference then mixes a change of the
+            images with a change of the judge.
 
     Raises:
-        ValueError: they are not of the same chains, terms and success, or not of one judge.
+        ValueError: chains, terms, success threshold or judge differ.
 
     Example:
         >>> from mteditflow.rewards import TurnScores
@@ -98,7 +98,7 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
     with_ratio = [names.index(name) for name in ratio_names]
 
     def statistic(*samples: Tensor) -> Tensor:
-        """Metrics before, after and their difference; the same of ratios and conditional, at N."""
+        """Return metrics at turn N, then ratios and conditional: each before, after, difference."""
         parts = samples[: len(first)], samples[len(first) :]
         metrics = [before.per_turn(*part) for part in parts]
         ends = [before.per_turn(*at_ends(*part))[with_ratio] for part in parts]
@@ -110,6 +110,7 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
         return torch.cat([*last, old, new, new - old])
 
     bootstrapped = torch.stack(interval_of(statistic, (*first, *second)))
+    # Columns of ``statistic``: three blocks of all metrics, then three of ratios and conditional.
     end = 3 * len(names)
     tables, pairs = bootstrapped[:, :end], bootstrapped[:, end:]
     changes = _changes(before, tables, first, second)
@@ -117,7 +118,8 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
     *ratios, given = (BeforeAfter(*values) for values in zip(*columns, strict=True))
     shares = [before.outcomes(*samples) for samples in (first, second)]
     marginals = [own["marginal"] for own in shares]
-    marginal, *others = ratios  # in the order of names
+    # Marginal is a share, so Wilson's ends replace a flat bootstrap; other terms have no such law.
+    marginal, *others = ratios
     widest = _widened(marginal, *(_ratio(*own) for own in marginals))
     marginal_ratio = dict(zip(ratio_names, [widest, *map(_spread, others)], strict=True))
     counts = before.counts_of(*first)[:, -1].tolist()
@@ -135,7 +137,7 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
 def _changes(
     evaluation: Evaluation, tables: Tensor, before: tuple[Tensor, ...], after: tuple[Tensor, ...]
 ) -> dict[str, Interval]:
-    """Differences at turn N, from the bootstrapped metrics before, after and their difference."""
+    """Return the differences at turn N from bootstrapped metrics before, after and difference."""
     mend, edge = evaluation.intervals, torch.zeros(1, dtype=torch.bool, device="cpu")
     old, new, change = (x[..., None].contiguous() for x in tables.chunk(3, dim=1))
     counts = evaluation.fewest_of(*before)[:, -1:]
@@ -151,7 +153,7 @@ def _changes(
 
 
 def _spread(pair: BeforeAfter) -> BeforeAfter:
-    """Leave ratios whose chains are all alike without an interval: NaN."""
+    """Replace the ends of an interval without width by NaN: all chains are alike."""
     size = torch.maximum(pair.before.estimate.abs(), pair.after.estimate.abs())
     flat = [without_width(x, size) for x in pair]
     return BeforeAfter(
@@ -168,7 +170,7 @@ Outcome = tuple[Tensor, Tensor]  # outcome and counted, each [C, N]
 def paired_samples(
     before: Evaluation, after: Evaluation
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Samples of both evaluations; a turn or a term counts where both have it."""
+    """Return the samples of both evaluations; a turn or a term counts only if both have it."""
     (old, judged, *first), (new, also_judged, *second) = before.samples, after.samples
     both = judged & also_judged
     gaps = [x.isnan() | y.isnan() for x, y in zip(first, second, strict=True)]
@@ -180,7 +182,7 @@ def paired_samples(
 
 
 def _paired(old: Mapping[str, Outcome], new: Mapping[str, Outcome]) -> dict[str, Interval]:
-    """Differences of shares at turn N in percent points, with Newcombe's interval."""
+    """Return differences of shares at turn N in percentage points, with Newcombe's interval."""
     found = {}
     for name, (outcome, counted) in old.items():
         first, second, valid = (x[:, -1:] for x in (outcome, new[name][0], counted))
@@ -189,7 +191,7 @@ def _paired(old: Mapping[str, Outcome], new: Mapping[str, Outcome]) -> dict[str,
 
 
 def _conditional(pair: BeforeAfter, old: Outcome, new: Outcome) -> BeforeAfter:
-    """P(success at N | success at 1) in percent, with Wilson's intervals."""
+    """Return P(success at N | success at 1) in percent, with Wilson's intervals."""
 
     def share(outcome: Tensor, counted: Tensor) -> Interval:
         given = counted[:, 0] & counted[:, -1] & outcome[:, 0]
@@ -200,7 +202,7 @@ def _conditional(pair: BeforeAfter, old: Outcome, new: Outcome) -> BeforeAfter:
 
 
 def _ratio(outcome: Tensor, counted: Tensor) -> Interval:
-    """Marginal(N) / Marginal(1) between the ends of both shares: the widest that it can be."""
+    """Return Marginal(N) / Marginal(1) with the widest interval that the ends of both allow."""
     both = counted[:, 0] & counted[:, -1]
     shares = [wilson_interval((outcome[:, n] & both).sum(), both.sum()) for n in (0, -1)]
     first, last = (Interval(*(x.float() for x in share)) for share in shares)
@@ -208,7 +210,7 @@ def _ratio(outcome: Tensor, counted: Tensor) -> Interval:
 
 
 def _widened(pair: BeforeAfter, before: Interval, after: Interval) -> BeforeAfter:
-    """Replace intervals without width by those from the parts."""
+    """Replace intervals without width by intervals from the parts."""
     wide = (before, after, interval_difference(after, before))
     return BeforeAfter(
         *(
@@ -223,13 +225,13 @@ def _in_percent(interval: Interval) -> Interval:
 
 
 def _last_over_first(metrics: Tensor) -> Tensor:
-    """Value at turn N over that at turn 1, NaN over 0: [metrics, N] -> [metrics]."""
+    """Return the value at turn N over that at turn 1, NaN over 0: [metrics, N] -> [metrics]."""
     first, last = metrics[:, 0], metrics[:, -1]
     return torch.where(first == 0, torch.nan, last / first)
 
 
 def check_comparable(before: Evaluation, after: Evaluation, *, across_judges: bool) -> None:
-    """Raise ValueError unless two evaluations are of the same chains, terms, success and judge."""
+    """Raise ValueError unless chains, terms, success threshold and judge are the same."""
     if not across_judges:
         judges = (x.provenance.judged_by for x in (before, after))
         require_same_judge(*judges, known=False)
@@ -237,7 +239,7 @@ def check_comparable(before: Evaluation, after: Evaluation, *, across_judges: bo
     if terms[0] != terms[1]:  # whatever the judge: there is nothing to subtract
         raise ValueError(f"after: expected the terms {terms[0]} of before, got {terms[1]}")
     fields = ("chain_ids", "instructions", "success_at")
-    for name in fields[: 2 if across_judges else 3]:  # a threshold is of a judge's scale
+    for name in fields[: 2 if across_judges else 3]:  # the threshold belongs to the judge's scale
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             raise ValueError(f"after: expected the {name} of before, got others")
@@ -246,10 +248,10 @@ def check_comparable(before: Evaluation, after: Evaluation, *, across_judges: bo
 class Change(NamedTuple):
     """Changes of a chain from one evaluation to the other."""
 
-    row: int
-    turns: int  # more turns followed than before; below 0: fewer
-    following: float  # mean difference of the scores of following
-    consistency: float  # likewise, over turns that have it in both; 0 where none has
+    row: int  # row of the chain in both evaluations
+    turns: int  # followed turns, after minus before
+    following: float  # mean difference of the following score over turns that have it in both
+    consistency: float  # mean difference of consistency over such turns; 0 if there is none
 
 
 def report_difference(
@@ -261,19 +263,19 @@ def report_difference(
     left_out: Mapping[str, str],
     across_judges: bool = False,
 ) -> Report:
-    """Compute after minus before, each number over the chains that have it in both.
+    """Report after minus before, each number over the chains that have it in both.
 
     Args:
-        before: scores of the chains.
-        after: of the same chains in the same order, with the same terms.
-        chains: with their edit types where they are known.
-        title: what is compared.
-        left_out: chains that are not in both, to why.
-        across_judges: as in ``compare``; a note of the report then names what differs.
+        before: the first evaluation.
+        after: the second evaluation, of the same chains in the same order, with the same terms.
+        chains: the chains, with their edit types if known.
+        title: title of the report.
+        left_out: chain that is missing in one of them to the reason.
+        across_judges: as in ``compare``; a note of the report then lists the differences.
 
     Raises:
-        ValueError: the evaluations are not of the same chains, terms, success and judge, or the
-            chains are not theirs.
+        ValueError: chains, terms, success threshold or judge of the evaluations differ, or
+            ``chains`` are not theirs.
 
     Example:
         >>> from mteditflow.rewards import TurnScores
@@ -310,7 +312,7 @@ def report_difference(
 
 
 def _judges(before: Evaluation, after: Evaluation) -> list[str]:
-    """Name what differs between the judges, if anything does."""
+    """Return a note of the differences between the judges, if there are any."""
     judges = [x.provenance.judged_by for x in (before, after)]
     differ = judges[0].differences(judges[1])
     return [f"ACROSS JUDGES: they differ in {'; '.join(differ)}."] if differ else []
@@ -319,17 +321,17 @@ def _judges(before: Evaluation, after: Evaluation) -> list[str]:
 def most_changed(
     before: Evaluation, after: Evaluation, *, across_judges: bool = False
 ) -> list[Change]:
-    """Order the chains judged at every turn in both by how much they changed, the most first.
+    """Return the chains judged at every turn in both, sorted by size of change, largest first.
 
-    More turns followed or fewer weigh first, then the score of following, then consistency.
+    The number of followed turns counts first, then the following score, then consistency.
 
     Args:
         before: the first evaluation.
-        after: the second, of the same chains.
+        after: the second evaluation, of the same chains.
         across_judges: as in ``compare``.
 
     Raises:
-        ValueError: the evaluations are not of the same chains, terms, success and judge.
+        ValueError: chains, terms, success threshold or judge differ.
     """
     check_comparable(before, after, across_judges=across_judges)
     turns = (after.success.long() - before.success.long()).sum(dim=1).tolist()
@@ -343,14 +345,14 @@ def most_changed(
 
 
 def judged_in_both(before: Evaluation, after: Evaluation) -> Tensor:
-    """Chains that were judged at every turn in both evaluations, boolean [C]."""
+    """Return which chains were judged at every turn in both evaluations, boolean [C]."""
     following = (x.terms[FOLLOWING] for x in (before, after))
     first, second = ((x.measured == x.turn_mask).all(dim=1) for x in following)
     return first & second
 
 
 def _mean_change(before: Evaluation, after: Evaluation, name: str) -> list[float]:
-    """Mean change of a chain over the turns that have the term in both; 0 where none has."""
+    """Return each chain's mean change over the turns that have the term in both, else 0."""
     change = after.terms[name].score.double() - before.terms[name].score.double()
     means: list[float] = change.nanmean(dim=1).nan_to_num().tolist()
     return means

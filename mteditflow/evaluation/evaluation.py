@@ -1,10 +1,10 @@
-"""Scores of held-out chains at one round of a run: metrics with intervals, kept in a file.
+"""Evaluation of held-out chains at one round of a run: metrics with intervals, and its file.
 
 ``C`` chains of up to ``N`` turns. Every metric has its own denominator at every turn, as in the
-official aggregation: IF(t) the chains whose turns 1 to t were all judged, Marginal(t) those judged
-at t, CC(t) and any other term those in which it was measured at t. A lost score leaves these
-denominators and is counted; nothing takes its place. Where there was nothing to measure, nothing
-was lost.
+official aggregation. IF(t) counts the chains whose turns 1 to t were all judged, Marginal(t) those
+judged at turn t, and CC(t) and any other term those in which it was measured at turn t. A lost
+score leaves these denominators and is counted as lost; it is never imputed. A turn with nothing to
+measure does not count as lost.
 """
 
 from __future__ import annotations
@@ -45,37 +45,36 @@ from mteditflow.metrics.long_chains import collapsed
 from mteditflow.rewards import TurnScores
 from mteditflow.rewards.scale import ROUNDING, SHARE, check_range
 
-FOLLOWING, CONSISTENCY = "following", "consistency"  # the terms that the metrics are made of
-CONSECUTIVE = "consecutive"  # the same with the turn before, where both are scored
-PARTS = ("object", "background")  # of the consistency, where they are given apart
+FOLLOWING, CONSISTENCY = "following", "consistency"  # terms behind IF, Marginal, CC and Overall
+CONSECUTIVE = "consecutive"  # consistency with the turn before, if it is scored too
+PARTS = ("object", "background")  # parts of the consistency, if they are given separately
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Scores of the chains that a policy edited.
 
-    Two evaluations of the same chains are compared pairwise (``compare``); draw the noise of a
-    chain from its own seed, and their images are pairs too.
+    Two evaluations of the same chains are compared pairwise (``compare``). If the noise of each
+    chain comes from its own seed, their images are paired as well.
 
     Args:
-        round: rounds of training before it; 0 is the base model.
-        chain_ids: names of the C chains, each once.
-        instructions: of each chain, one per turn.
-        terms: scores by name, each [C, N] with the same turns. "following" must be there;
-            "consistency" gives CC and Overall; where its parts "object" and "background" are there
-            too, CC is the corpus average, the mean of the means of both, and the mean of
-            "consistency" is reported beside it as the per-sample average. Any other is reported as
-            its plain mean, in its own unit; "destroyed", 0 or 1, gives the collapse rate CR too,
-            and "wear" is in [0, 1].
-        success_at: a turn is followed if its "following" score is at least this: 5 for Likert,
-            1 for yes or no.
-        provenance: who judged and who made the images. Where the judge's scale is known,
-            ``success_at`` is its threshold, and the "following" scores lie on it. "consistency" and
-            its parts lie in its ``consistency_range``.
+        round: number of training rounds before the evaluation, >= 0; 0 is the base model.
+        chain_ids: ids of the C chains, each once.
+        instructions: instructions of each chain, one per turn.
+        terms: scores by name, each [C, N] with the same turns. "following" is required.
+            "consistency" gives CC and Overall. With its parts "object" and "background", CC is the
+            corpus average, the mean of both parts' means; the mean of "consistency" is then
+            reported as the per-sample average. Any other term is reported as its mean in its own
+            unit. "destroyed", 0 or 1, also gives the collapse rate CR, and "wear" is in [0, 1].
+        success_at: threshold of the "following" score at and above which a turn is followed: 5 for
+            Likert, 1 for yes or no.
+        provenance: judge, and origin of the images. If the judge's scale is known, ``success_at``
+            must be its threshold and the "following" scores must lie on it. "consistency" and its
+            parts must lie in its ``consistency_range``.
 
     Raises:
-        ValueError: numbers of chains or turns differ, a name occurs twice, "following" is missing,
-            a number is out of range, or scores or threshold are off the judge's scales.
+        ValueError: numbers of chains or turns differ, an id occurs twice, "following" is missing,
+            a number is out of range, or scores or threshold do not fit the judge's scale.
         TypeError: a number is of another type.
 
     Example:
@@ -103,6 +102,7 @@ class Evaluation:
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
+        # Tuples, so that ``compare`` finds a list and a tuple of equal content equal.
         object.__setattr__(self, "chain_ids", tuple(self.chain_ids))
         object.__setattr__(self, "instructions", tuple(tuple(x) for x in self.instructions))
         check_count("round", self.round, low=0)
@@ -127,7 +127,7 @@ class Evaluation:
             )
 
     def _check_scale(self) -> None:
-        """Raise ValueError unless scores and threshold are those of the judge's scale."""
+        """Raise ValueError unless scores and threshold fit the judge's scale."""
         check_consistency(self.terms, self.provenance.judged_by.consistency_range)
         scale = self.provenance.judged_by.scale
         if scale is None:
@@ -144,10 +144,10 @@ class Evaluation:
         return len(self.chain_ids)
 
     def only(self, chain_ids: Sequence[str]) -> Evaluation:
-        """Return the evaluation of some of the chains, in their order.
+        """Return the evaluation of some of the chains, in the order of ``chain_ids``.
 
         Raises:
-            ValueError: there is no such chain.
+            ValueError: an id is not of the evaluation.
         """
         if unknown := set(chain_ids) - set(self.chain_ids):
             raise ValueError(f"chain_ids: expected chains of the evaluation, got {min(unknown)!r}")
@@ -168,17 +168,18 @@ class Evaluation:
 
     @property
     def turns(self) -> int:
-        """Turns of the longest chain, N."""
+        """Number of turns of the longest chain, N."""
         return self.terms[FOLLOWING].score.shape[1]
 
     @property
     def success(self) -> Tensor:
-        """Turns whose instruction was followed, boolean [C, N]; false where there is no score."""
+        """Turns whose instruction was followed, boolean [C, N]; False without a score."""
+        # A comparison with NaN is False, so a missing score never counts as success.
         return self.terms[FOLLOWING].score >= self.success_at
 
     @property
     def judged(self) -> Tensor:
-        """Turns that have a score of following, boolean [C, N]."""
+        """Turns with a "following" score, boolean [C, N]."""
         return self.terms[FOLLOWING].measured
 
     @property
@@ -188,7 +189,7 @@ class Evaluation:
 
     @property
     def unmeasured(self) -> dict[str, int]:
-        """Number of turns in which there was nothing to measure, by term; they were not lost."""
+        """Number of turns with nothing to measure, by term; these are not lost."""
         counts = {name: int(scores.unmeasured.sum()) for name, scores in self.terms.items()}
         return {name: count for name, count in counts.items() if count}
 
@@ -208,12 +209,12 @@ class Evaluation:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Terms that CC is the corpus average of, if they are given apart."""
+        """Terms whose means CC averages (corpus average); empty unless they are all given."""
         return PARTS if {CONSISTENCY, *PARTS} <= set(self.terms) else ()
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Terms that are reported only."""
+        """Terms that enter none of IF, Marginal, CC and Overall, in alphabetical order."""
         return tuple(sorted(set(self.terms) - {FOLLOWING, CONSISTENCY, *self.parts}))
 
     @property
@@ -224,13 +225,19 @@ class Evaluation:
         return self.success, self.judged, *scores
 
     def per_turn(self, *samples: Tensor) -> Tensor:
-        """Compute the metrics of some chains: [metrics, N], in the order of ``names``."""
+        """Compute the metrics of some chains: [metrics, N], in the order of ``names``.
+
+        Args:
+            *samples: as in ``samples``, or the same rows of each, as a bootstrap draws them.
+        """
         success, judged, *scores = samples
+        # The bootstrap runs this under torch.vmap: NaN and masks here, no boolean indexing.
         following = instruction_following(success, valid=judged)
         shares, others = [following, marginal_success(success, valid=judged)], scores
         if CONSISTENCY in self.terms:
             per_sample, *rest = scores
             parts, others = rest[: len(self.parts)], rest[len(self.parts) :]
+            # Corpus average: the mean of both parts' means, not the mean of each turn's mean.
             content = content_consistency(*(parts or [per_sample]))
             shares += [content, overall(following, content)]
             shares += [content_consistency(per_sample)] if parts else []
@@ -242,9 +249,9 @@ class Evaluation:
         return torch.stack([*(100 * x for x in shares), *means])
 
     def counts_of(self, *samples: Tensor) -> Tensor:
-        """Count the chains that each metric of ``per_turn`` is over: integers [metrics, N].
+        """Count the chains behind each metric of ``per_turn``: integers [metrics, N].
 
-        Overall has two denominators, those of IF and of CC; the smaller one is given.
+        Overall has two denominators, those of IF and of CC; the smaller one is returned.
         """
         counts = [counted.sum(dim=0) for _, counted in outcomes(*samples[:2]).values()]
         collapse = [known.sum(dim=0) for _, known in self._collapse(*samples).values()]
@@ -258,11 +265,11 @@ class Evaluation:
         return torch.stack([*counts, *(x.sum(dim=0) for x in others), *collapse])
 
     def outcomes(self, *samples: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the metrics that are a share of one outcome per chain, by name, [C, N] each."""
+        """Return outcome and counted, [C, N] each, of the metrics that are shares of chains."""
         return outcomes(*samples[:2]) | self._collapse(*samples)
 
     def _collapse(self, *samples: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return whether chains have collapsed, and where that is known, if turns say so."""
+        """Return whether chains have collapsed and where that is known; empty without the term."""
         if DESTROYED not in self.terms:
             return {}
         destroyed = samples[len(samples) - len(self.others) + self.others.index(DESTROYED)]
@@ -271,18 +278,19 @@ class Evaluation:
 
     @cached_property
     def counts(self) -> dict[str, list[int]]:
-        """Number of chains that each metric is over, per turn; see ``counts_of``."""
+        """Number of chains behind each metric, per turn; see ``counts_of``."""
         return dict(zip(self.names, self.counts_of(*self.samples).tolist(), strict=True))
 
     @cached_property
     def metrics(self) -> dict[str, Interval]:
         """Every metric per turn, [N], with its 95% interval over the chains in ``counts``.
 
-        Wilson's for IF, Marginal and CR, which have one outcome per chain; a bootstrap for the
-        others, with a fixed seed. Where all chains are alike, so that a bootstrap has no width,
-        that of CC, wear and destroyed is of a bounded mean, that of Overall of its parts (see
-        ``evaluation.intervals``), and that of another term NaN. NaN where no chain counts.
+        Wilson's interval for IF, Marginal and CR, which have one outcome per chain; a bootstrap
+        with a fixed seed for the others. Where all chains are alike, a bootstrap has no width.
+        There CC, wear and destroyed get the interval of a bounded mean, Overall one from its parts
+        (see ``evaluation.intervals``), and any other term NaN. NaN where no chain counts.
         """
+        # One bootstrap of all metrics; then shares get Wilson's ends, and flat ones a width.
         table = torch.stack(interval_of(self.per_turn, self.samples))
         for name, (outcome, counted) in self.outcomes(*self.samples).items():
             _, *ends = wilson_interval((outcome & counted).sum(dim=0), counted.sum(dim=0))
@@ -292,32 +300,33 @@ class Evaluation:
 
     @property
     def intervals(self) -> MetricIntervals:
-        """Intervals of tables of these metrics where all chains are alike."""
+        """Replacement of bootstrapped intervals without width, for tables of these metrics."""
         return MetricIntervals(self.names, self.provenance.judged_by.consistency_range)
 
     def fewest_of(self, *samples: Tensor) -> Tensor:
-        """Count the chains as ``counts_of``, for CC those of its part that has the fewest."""
+        """Count the chains as ``counts_of`` does, but for CC in the part with the fewest."""
         counts = self.counts_of(*samples)
         if self.parts:
             parts = torch.stack(samples[3 : 3 + len(self.parts)])
             there = (~parts.isnan()).sum(dim=1)
+            # A part without any chain leaves the average, so it must not win the minimum as 0.
             counts[CC] = torch.where(there > 0, there, len(self)).amin(dim=0)
         return counts
 
     @cached_property
     def estimates(self) -> dict[str, list[float]]:
-        """Every metric per turn without its interval, which takes longer."""
+        """Every metric per turn without its interval, which is slower to compute."""
         return dict(zip(self.names, self.per_turn(*self.samples).tolist(), strict=True))
 
     @property
     def score(self) -> float:
-        """One number, higher is better: Overall at the last turn, or IF where there is no CC."""
+        """Overall at the last turn, or IF without consistency, in percent; higher is better."""
         name = "overall" if CONSISTENCY in self.terms else "instruction_following"
         return self.estimates[name][-1]
 
     @property
     def numbers(self) -> dict[str, float]:
-        """All estimates in the flat form that trackers take, such as "held_out/overall/turn_3"."""
+        """All estimates by flat names for trackers, such as "held_out/overall/turn_3"."""
         values = {
             f"held_out/{name}/turn_{turn + 1}": value
             for name, estimate in self.estimates.items()
@@ -331,12 +340,12 @@ class Evaluation:
         return values | {"held_out/invalid_share": int((~self.complete).sum()) / len(self)}
 
     def write(self, path: Path) -> None:
-        """Write everything to a JSON file, atomically; its folder is made."""
+        """Write the evaluation to a JSON file atomically; the folder is created if missing."""
         write_atomically(path, self.encoded)
 
     @property
     def encoded(self) -> bytes:
-        """Content of the file that ``write`` writes."""
+        """Content of the file that ``write`` writes, UTF-8 JSON."""
         record = EvaluationRecord(
             round=self.round,
             success_at=self.success_at,
@@ -349,10 +358,10 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        """Read what ``write`` has written; every score is bit for bit as it was.
+        """Read a file of ``write``; every score is restored exactly.
 
         Raises:
-            ValueError: the file holds something else; the message names file and place.
+            ValueError: the file is not an evaluation; the message names file and place.
             OSError: it cannot be read.
         """
         record = EvaluationRecord.parse(path)
@@ -365,10 +374,10 @@ class Evaluation:
 
 
 def check_consistency(terms: Mapping[str, TurnScores], bounds: tuple[float, float]) -> None:
-    """Raise unless every score of consistency, its parts, wear and destroyed is in its range.
+    """Check that every score of consistency, its parts, wear and destroyed is in its range.
 
     Raises:
-        ValueError: a score lies outside; the message names the term and shows the values seen.
+        ValueError: a score is outside; the message names the term and shows values.
     """
     for name in (CONSISTENCY, CONSECUTIVE, *PARTS):
         if name in terms:
@@ -379,6 +388,7 @@ def check_consistency(terms: Mapping[str, TurnScores], bounds: tuple[float, floa
 
 
 def outcomes(success: Tensor, judged: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics that are a share of one outcome per chain: outcome and counted, [C, N]."""
+    """Return outcome and counted, [C, N] each, of IF and Marginal: one outcome per chain."""
+    # IF at t is all of turns 1..t followed, and counts a chain only if all of them were judged.
     so_far, all_judged = (x.long().cumprod(dim=1).bool() for x in (success, judged))
     return {METRICS[0]: (so_far, all_judged), METRICS[1]: (success, judged)}

@@ -1,4 +1,4 @@
-"""Figures: their style, writing them to files and trackers, and a report drawn."""
+"""Figures of reports, with the common style of figures and their output to files and trackers."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from mteditflow.metrics import FEW_CASES
 INK, SOFT, FAINT = "#1f2933", "#6b7684", "#c9d0d8"
 GOOD, AMBER, BAD, BLUE, PURPLE = "#1a7f4b", "#d97706", "#c0392b", "#2457d6", "#7c3aed"
 DPI = 140
-# For instructions in other scripts, where a font is there.
+# Fallbacks for instructions in other scripts; fonts that are not installed are skipped.
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans")
 BARS = {
     "instruction_following": ("IF", BLUE),
     "content_consistency": ("CC", AMBER),
     "overall": ("Overall", GOOD),
 }
-LINES = (SOFT, BLUE, GOOD, AMBER)  # of the reports that are compared
+LINES = (SOFT, BLUE, GOOD, AMBER)  # colors of compared reports, in order
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Fonts and colors of all pictures; a letter that no font has is a box, without a warning."""
+    """Apply the fonts and colors of all figures; a missing glyph is a box without a warning."""
     with mpl.rc_context(_style()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -71,9 +71,12 @@ def _style() -> dict[str, Any]:
 
 
 def titled_figure(width: float, height: float, title: str) -> Figure:
-    """Return an empty figure of a size in inches, with room around its panels; in ``house_style``.
+    """Return an empty figure with padding around its panels; call it within ``house_style``.
 
-    A title of any length is wrapped.
+    Args:
+        width: width in inches.
+        height: height in inches.
+        title: text above the panels, wrapped if it is long.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12)
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
@@ -82,7 +85,7 @@ def titled_figure(width: float, height: float, title: str) -> Figure:
 
 
 def legend_below(axes: Any, *, columns: int = 4) -> None:
-    """Draw the legend below the axis, where it covers no curve, in so many columns at most."""
+    """Draw the legend below the axis, where it covers no curve, in at most ``columns`` columns."""
     count = len(axes.get_legend_handles_labels()[1])
     axes.legend(
         frameon=False,
@@ -97,10 +100,10 @@ def legend_below(axes: Any, *, columns: int = 4) -> None:
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """Write a figure, atomically, as its name ends: .png or .svg; its folder is made.
+    """Write a figure atomically as PNG or SVG, by its suffix; create the folder if missing.
 
     Raises:
-        ValueError: the name ends otherwise.
+        ValueError: the suffix is neither .png nor .svg.
     """
     kind = path.suffix.removeprefix(".")
     check_choice("path", kind, ("png", "svg"))
@@ -108,17 +111,17 @@ def write_picture(figure: Figure, path: Path) -> None:
 
 
 def write_chart(figure: Figure, path: Path) -> None:
-    """Write a chart as PNG and, beside it, as SVG, which any size and print keep sharp.
+    """Write a chart as PNG and as SVG, which stays sharp at any size and in print.
 
     Args:
-        figure: curves and bars; a page of photographs is better a PNG alone.
-        path: where the PNG goes; the SVG differs in its ending.
+        figure: curves and bars; use ``write_picture`` for photographs, whose SVG would be large.
+        path: path of the PNG; the SVG differs in the suffix.
     """
     write_all_atomically(path.parent, chart_files(figure, path.stem))
 
 
 def chart_files(figure: Figure, name: str) -> dict[str, bytes]:
-    """Return a chart as PNG and SVG, by the names of the files."""
+    """Return the bytes of a chart as PNG and SVG by file name."""
     return {f"{name}.{kind}": _rendered(figure, kind) for kind in ("png", "svg")}
 
 
@@ -127,8 +130,8 @@ def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step
 
     Args:
         trackers: ``Accelerator.trackers``.
-        figures: by name, such as "strips".
-        step: the round.
+        figures: name, such as "strips", to figure.
+        step: round of training.
     """
     takers = [tracker for tracker in trackers if hasattr(tracker, "log_images")]
     images = {
@@ -137,7 +140,7 @@ def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step
         if takers
     }
     for tracker in takers:
-        if tracker.name == "tensorboard":  # takes a batch of arrays, others a list of images
+        if tracker.name == "tensorboard":  # accepts a batch of arrays, others a list of images
             arrays = {name: np.asarray(image)[None] for name, image in images.items()}
             tracker.log_images(arrays, step=step, dataformats="NHWC")
         else:
@@ -145,7 +148,10 @@ def log_pictures(trackers: Sequence[Any], figures: Mapping[str, Figure], *, step
 
 
 def _rendered(figure: Figure, kind: str) -> bytes:
-    """Render a figure; equal ones are equal bytes, so SVG has no date and a fixed salt."""
+    """Render a figure reproducibly: equal figures give equal bytes.
+
+    For that, an SVG has no date and its ids have a fixed salt.
+    """
     buffer = BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
     with house_style(), mpl.rc_context({"svg.hashsalt": "mteditflow"}):
@@ -157,10 +163,11 @@ def draw_report(*reports: Report) -> Figure:
     """Draw IF, CC and Overall by turn, Marginal by turn, and Marginal by edit type.
 
     Args:
-        *reports: one or more of the same chains; bars show the last, which their titles name.
+        *reports: one or more reports of the same chains; the bars show the last one, whose title
+            is then part of theirs.
 
     Raises:
-        ValueError: there is no report.
+        ValueError: no report is given.
     """
     if not reports:
         raise ValueError("reports: expected at least one, got none")
@@ -186,7 +193,7 @@ def _bars(axes: Any, report: Report, of: str) -> None:
     there = {name: how for name, how in BARS.items() if name in report.metrics}
     width, turns = 0.8 / len(there), range(1, report.turns + 1)
     for i, (metric, (label, color)) in enumerate(there.items()):
-        if report.turns > FEW_TURNS:  # so many bars would be needles
+        if report.turns > FEW_TURNS:  # bars of that many turns would be too thin
             _curve(axes, report, metric, label, color)
             continue
         places = [turn + (i - (len(there) - 1) / 2) * width for turn in turns]
@@ -198,7 +205,7 @@ def _bars(axes: Any, report: Report, of: str) -> None:
 
 
 def _curve(axes: Any, report: Report, metric: str, label: str, color: str) -> None:
-    """Draw a metric over turns as a line with the band of its interval."""
+    """Draw a metric over turns as a line with its interval as a band."""
     turns = range(1, report.turns + 1)
     values, (below, above) = _values(report, metric, turns)
     ends = zip(values, below, above, strict=True)
@@ -208,15 +215,16 @@ def _curve(axes: Any, report: Report, metric: str, label: str, color: str) -> No
 
 
 def draw_survival(*reports: Report) -> Figure:
-    """Draw the share of chains that survive each turn, and CR and wear where a report has them.
+    """Draw the share of chains that survive each turn, and CR and wear if all reports have them.
 
-    Survival is the Kaplan-Meier estimate with Greenwood's interval: IF where no turn was lost.
+    Survival is the Kaplan-Meier estimate with Greenwood's interval; it equals IF if no turn was
+    lost.
 
     Args:
-        *reports: one or more, each a line; of any number of turns.
+        *reports: one or more reports of any number of turns, one line each.
 
     Raises:
-        ValueError: there is no report, or one of an older version, without survival.
+        ValueError: no report is given, or one of an older version lacks survival.
     """
     if not reports or not all(report.has_survival for report in reports):
         raise ValueError("reports: expected one or more with survival, got one without, or none")
@@ -233,7 +241,7 @@ def draw_survival(*reports: Report) -> Figure:
                 _curve(axes, report, metric, _survived(report), colors[i % len(colors)])
             turns = range(1, max(report.turns for report in reports) + 1)
             _finish(axes, panels[metric], turns, reports, metrics=(metric,))
-            if metric == WEAR:  # no percent
+            if metric == WEAR:  # not in percent
                 axes.yaxis.set_major_locator(AutoLocator())
                 axes.autoscale(axis="y")
                 axes.set_ylim(bottom=0)
@@ -243,12 +251,12 @@ def draw_survival(*reports: Report) -> Figure:
 
 
 def _has(report: Report, metric: str) -> bool:
-    """Whether a report has a number of a metric at some turn."""
+    """Whether a report has a value of a metric at some turn."""
     return any(x.metric == metric and x.estimate is not None for x in report.estimates)
 
 
 def _survived(report: Report) -> str:
-    """Name a report with its mean number of turns survived."""
+    """Return a legend entry: the report's title with its mean number of turns survived."""
     mean = report.find(SURVIVED, MEAN).estimate
     return report.title if mean is None else f"{report.title}: {mean:.2f} turns on average"
 
@@ -286,7 +294,7 @@ def _types(axes: Any, report: Report, of: str) -> None:
 def _values(
     report: Report, metric: str, turns: Sequence[int]
 ) -> tuple[list[float], list[list[float]]]:
-    """Estimates by turn, and how far the ends of their intervals lie below and above."""
+    """Return estimates by turn, and the lengths of their error bars below and above."""
     found, nan = [report.find(metric, turn) for turn in turns], float("nan")
     values, lows, highs = (
         [nan if v is None else v for v in column]

@@ -1,7 +1,7 @@
-"""Chains side by side on one HTML page that needs nothing else: images, instructions, scores.
+"""Gallery of chains on one self-contained HTML page: images, instructions and scores.
 
-The page filters by edit type and by failure at a turn, in its address too
-(``gallery.html#type=color_alter&failed=2``), and is usable by keyboard alone.
+The page filters by edit type and by failure at a turn. The filter is part of its address
+(``gallery.html#type=color_alter&failed=2``), and the page works by keyboard alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mteditflow.chains import Chain
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.rewards.images import to_rgb
 
-SIDE = 256  # most pixels of a side; smaller images are enlarged by the browser
+SIDE = 256  # maximum side in pixels; the browser enlarges smaller images
 Images = Sequence[Image.Image]
 
 
@@ -30,7 +30,8 @@ class Series(NamedTuple):
     Attributes:
         name: name of the editor.
         evaluation: scores of the chains.
-        images: by row of the evaluation [reference, turn 1, ..., turn N], read when asked for.
+        images: row of the evaluation to [reference, turn 1, ..., turn N]; a mapping may load the
+            images of a row on access.
     """
 
     name: str
@@ -41,19 +42,19 @@ class Series(NamedTuple):
 def gallery(
     series: Sequence[Series], chains: Sequence[Chain], rows: Sequence[int], *, title: str
 ) -> str:
-    """Write the page.
+    """Return the page as HTML.
 
     Args:
-        series: of the same chains; each chain has a line of images of each.
-        chains: in the order of the evaluations.
-        rows: which of them to show, in the order of the page.
-        title: of the page.
+        series: results of editors on the same chains; each chain shows one line of images of each.
+        chains: all chains, in the order of the evaluations.
+        rows: rows of the chains to show, in the order of the page.
+        title: title of the page.
 
     Returns:
-        HTML. Images are in it, at most 256 pixels a side.
+        HTML with embedded images, at most 256 pixels a side.
 
     Raises:
-        ValueError: there is no series, or the images of a chain are not one more than its turns.
+        ValueError: ``series`` is empty, or a chain does not have one image more than turns.
 
     Example:
         >>> import torch
@@ -75,7 +76,7 @@ def gallery(
     data = {"chains": shown, "types": list(types), "turns": turns, "of": len(chains)}
     data["sources"] = sources
     data["denominators"] = [f"{one.name}: {_denominators(one.evaluation)}" for one in series]
-    # In a script element "<" could end it.
+    # Escaped, since text of a chain that holds "</script>" would end the script element.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = resources.files(__package__).joinpath("gallery.html").read_text(encoding="utf-8")
     before, _, after = page.partition("{{data}}")
@@ -83,7 +84,7 @@ def gallery(
 
 
 def _denominators(evaluation: Evaluation) -> str:
-    """Chains behind each metric by turn, and the turns in which a term had nothing to measure."""
+    """Return one line: chains behind each metric by turn, lost scores, turns without a measure."""
     counts = [f"{name} {' / '.join(map(str, n))}" for name, n in evaluation.counts.items()]
     nothing = [f"{name} {count}" for name, count in evaluation.unmeasured.items()]
     lost = int((~evaluation.complete).sum())
@@ -94,7 +95,7 @@ def _denominators(evaluation: Evaluation) -> str:
 
 
 def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
-    """Data of a chain for the script of the page."""
+    """Return the data of a chain for the script of the page."""
     made = []
     for one in series:
         reference, *edited = one.images[row]
@@ -116,9 +117,9 @@ def _chain(series: Sequence[Series], chain: Chain, row: int) -> dict[str, Any]:
 
 
 def _turn(evaluation: Evaluation, row: int, turn: int) -> dict[str, Any]:
-    """Scores of a turn, what is lost, and whether it was followed: None where that is unknown.
+    """Return scores of a turn, reasons of lost ones, and whether it was followed (None: unknown).
 
-    A score is None where it was lost, and "not measured" where there was nothing to measure.
+    A score is None if it was lost, and "not measured" if there was nothing to measure.
     """
     scores: dict[str, float | str | None] = {}
     lost = []
@@ -134,10 +135,10 @@ def _turn(evaluation: Evaluation, row: int, turn: int) -> dict[str, Any]:
 
 
 def _embedded(image: Image.Image) -> str:
-    """An image as an address that holds it."""
+    """Return an image as a data URL."""
     small, stream = to_rgb("image", image).copy(), io.BytesIO()
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    # Lossless where it is small and its pixels are what counts.
+    # Tiny images, such as those of the toy worlds, are shown pixel by pixel: no artifacts there.
     lossless = max(small.size) <= SIDE // 4
     small.save(stream, format="WEBP", lossless=lossless, quality=85)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

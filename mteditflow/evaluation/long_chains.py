@@ -1,4 +1,4 @@
-"""Measures of long chains: survival and turns survived, destroyed turns, wear without edits.
+"""Measures of long chains: survival, turns survived, destroyed turns, and wear without edits.
 
 ``C`` chains of up to ``N`` turns.
 """
@@ -33,7 +33,7 @@ def destroyed_below(consistency: TurnScores, threshold: float) -> TurnScores:
 
     Args:
         consistency: scores against the reference image, [C, N].
-        threshold: a turn below it is destroyed.
+        threshold: consistency below which a turn is destroyed, in the unit of the scores.
 
     Returns:
         1 where a turn is destroyed, else 0, [C, N]; lost and unmeasured as in ``consistency``.
@@ -53,25 +53,25 @@ def destroyed_below(consistency: TurnScores, threshold: float) -> TurnScores:
 
 
 def asks_for_no_change(chain: Chain) -> list[bool]:
-    """Return for each turn whether it and all turns before it ask for no change."""
+    """Return for each turn, [N], whether it and all turns before it ask for no change."""
     asked = [name == NO_CHANGE for name in chain.task_types or ("",) * chain.turns]
     return [all(asked[: n + 1]) for n in range(chain.turns)]
 
 
 def no_change_wear(chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]) -> TurnScores:
-    """Measure wear where chains have asked for no change so far.
+    """Measure wear at the turns up to which a chain has asked for no change.
 
     Args:
-        chains: B chains; turns of the task type ``NO_CHANGE`` ask for none.
-        images: for each chain N + 1 images: the reference, then what each turn made. One of another
-            size than the reference is resized to it (Lanczos).
+        chains: B chains; turns of the task type ``NO_CHANGE`` ask for no change.
+        images: for each chain N + 1 images: the reference, then the result of each turn. An image
+            of another size is resized to the reference (Lanczos).
 
     Returns:
         Mean absolute difference to the reference in [0, 1], [B, N], float32; unmeasured from the
-        first turn on that asks for a change, or says nothing.
+        first turn on whose task type is another one or unknown.
 
     Raises:
-        ValueError: the images of a chain are not one more than its turns.
+        ValueError: a chain does not have one image more than turns.
 
     Example:
         >>> from mteditflow.chains import no_change_chains
@@ -91,14 +91,14 @@ def no_change_wear(chains: Sequence[Chain], images: Sequence[Sequence[Image.Imag
         exists[row, : chain.turns] = True
         original = _pixels(own[0], own[0].size)
         for n, counts in enumerate(asks_for_no_change(chain)):
-            if counts:  # turn by turn: twenty large images need not be in memory as floats
+            if counts:  # one image at a time, so that a long chain is never held as floats
                 made = _pixels(own[n + 1], own[0].size)
                 score[row, n] = wear(made[None, None], original[None])[0, 0]
     return TurnScores(score, exists, {})
 
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Return an image of a size, [3, height, width] in [0, 1]."""
+    """Return an image resized to ``size`` (width, height) as float32 [3, height, width] in 0..1."""
     shown = to_rgb("image", image)
     if shown.size != size:
         shown = shown.resize(size, Image.Resampling.LANCZOS)
@@ -106,7 +106,7 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return pixels.permute(2, 0, 1) / 255
 
 
-SurvivalNumbers = tuple[list[Place], Interval, list[int]]  # their names, values and chains, [N + 2]
+SurvivalNumbers = tuple[list[Place], Interval, list[int]]  # names, values, chains, N + 2 of each
 
 
 def survival_numbers(success: Tensor, judged: Tensor) -> SurvivalNumbers:
@@ -117,7 +117,7 @@ def survival_numbers(success: Tensor, judged: Tensor) -> SurvivalNumbers:
         judged: turns that have a score, boolean [C, N].
 
     Returns:
-        Names, intervals and the chains at risk (for turns survived, those at risk in turn 1).
+        Names, intervals and numbers of chains at risk (for turns survived, those of turn 1).
     """
     turns = success.shape[1]
     places = [Place(SURVIVAL, None, turn) for turn in range(1, turns + 1)]
@@ -129,8 +129,8 @@ def survival_numbers(success: Tensor, judged: Tensor) -> SurvivalNumbers:
 def survival_differences(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> SurvivalNumbers:
     """Compute the paired differences of the numbers of ``survival_numbers``, after minus before.
 
-    The interval is bootstrapped over chains; where that has no width, it is made of those of both.
-    The chains are the fewer at risk of both.
+    The interval is bootstrapped over chains; where that has no width, it is derived from the
+    intervals of both (``interval_difference``). The count is the smaller number at risk.
     """
 
     def statistic(*samples: Tensor) -> Tensor:

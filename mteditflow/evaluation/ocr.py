@@ -1,4 +1,4 @@
-"""Text in images, read by rapidocr (PP-OCR), whose weights come with its package.
+"""Text recognition in images by rapidocr (PP-OCR), whose weights come with its package.
 
 Needs the extra ``mteditflow[ocr]``.
 """
@@ -15,13 +15,13 @@ except ImportError as error:
 
 
 class RapidOcr:
-    """Reads the text of an image; a ``TextReader`` of EdiVal-Bench's checks.
+    """Reader of the text in an image; a ``TextReader`` of EdiVal-Bench's checks.
 
-    Lines are joined by a space, in the order in which the model finds them: from top to bottom.
-    Nothing is downloaded. One engine serves one call at a time.
+    Lines are joined by a space in the order of the model, from top to bottom. Nothing is
+    downloaded. An instance serves one call at a time.
 
     Args:
-        threads: of the CPU; ``None`` takes all.
+        threads: number of CPU threads; ``None`` uses all.
 
     Source: PP-OCR, as converted by rapidocr.
     """
@@ -36,7 +36,8 @@ class RapidOcr:
         )
 
     def __call__(self, image: Image.Image) -> str:
-        """Return the text of an image of any mode and size; empty where there is none."""
+        """Return the text of an image of any mode and size; "" if there is none."""
         pixels = np.asarray(image.convert("RGB"))
-        lines = self._engine(np.ascontiguousarray(pixels[:, :, ::-1])).txts  # BGR, as OpenCV's
+        # rapidocr expects BGR, as OpenCV reads images, in contiguous memory.
+        lines = self._engine(np.ascontiguousarray(pixels[:, :, ::-1])).txts
         return " ".join(lines or ())

@@ -1,7 +1,7 @@
-"""Human preference turn by turn: PickScore, or any model of the same protocol.
+"""Human preference per turn: PickScore, or any model of the same protocol.
 
-Reported beside IF and CC, and never a reward unless you make it one. ``B`` chains, ``N`` turns.
-Imported by its own name, since transformers takes its time. Needs the extra
+The term is reported beside IF and CC and is no reward by default. ``B`` chains, ``N`` turns. Import
+this module by its full name; it loads transformers, which is slow. Needs the extra
 ``mteditflow[rewards]``.
 """
 
@@ -37,20 +37,20 @@ TERM, BASELINE = "preference", "preference_of_reference"
 
 
 class PreferenceModel(Protocol):
-    """A model of human preference for images, each for its prompt."""
+    """Model of human preference that scores images for prompts."""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Score K images, each for the prompt at its place: [K], float32 or float64."""
+        """Score K images, each for the prompt of the same index: [K], float32 or float64."""
         ...
 
 
 class PickScore:
-    """Preference by CLIP: the similarity of image and prompt, times the model's learned scale.
+    """Preference by CLIP: the cosine of image and prompt, times the model's learned logit scale.
 
     Args:
-        model: fine-tuned on what people preferred.
-        tokenizer: of the model.
-        processor: prepares the images.
+        model: CLIP model, fine-tuned on human preferences.
+        tokenizer: tokenizer of the model.
+        processor: image processor of the model.
         batch_size: images in one call of the model.
 
     Raises:
@@ -81,13 +81,13 @@ class PickScore:
         revision: str = "main",
         batch_size: int = 16,
     ) -> PickScore:
-        """Load a model of CLIP's class, with the tokenizer and the processor beside it.
+        """Load a CLIP model with its tokenizer and processor.
 
         Args:
             path: hub id or folder.
-            device: where it computes.
-            dtype: of its weights.
-            revision: of the hub's repository.
+            device: device of the model.
+            dtype: dtype of its weights.
+            revision: revision of the hub repository.
             batch_size: images in one call of the model.
         """
         model = CLIPModel.from_pretrained(
@@ -105,14 +105,15 @@ class PickScore:
         """Score images, each for its prompt.
 
         Args:
-            images: K of any size.
-            prompts: K; what is longer than the text encoder takes is cut.
+            images: K images of any size.
+            prompts: K prompts; tokens beyond the text encoder's limit are cut.
 
         Returns:
-            float32 [K] on the CPU, higher is better; PickScore's lie about 20.
+            Scores [K], float32 on the CPU, higher is better; those of PickScore are about 20.
 
         Raises:
-            ValueError: there is no image, their numbers differ, or an image cannot be read.
+            ValueError: there is no image, the numbers of images and prompts differ, or an image
+                cannot be read.
         """
         if not images or len(images) != len(prompts):
             raise ValueError(
@@ -138,18 +139,19 @@ class PickScore:
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
         )
+        # CLIPModel returns normalized embeddings, so their inner product is the cosine.
         cosine = (found.image_embeds.float() * found.text_embeds.float()).sum(dim=1)
         score: Tensor = self.model.logit_scale.float().exp() * cosine
         return score.cpu()
 
 
 class Preference:
-    """Scores what each turn made for that turn's instruction, and the reference for the same.
+    """Scorer of each turn's image, and of the reference image, for the turn's instruction.
 
-    The reference's own score is the baseline: an editor that costs no quality stays near it.
+    The score of the reference is the baseline: an editor that preserves quality stays near it.
 
     Args:
-        model: such as ``PickScore.from_pretrained(...)``.
+        model: preference model, such as ``PickScore.from_pretrained(...)``.
 
     Example:
         >>> def brightness(images, prompts):
@@ -167,24 +169,25 @@ class Preference:
     async def score(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, TurnScores]:
-        """Score every turn of B chains, in a thread of its own.
+        """Score every turn of B chains in a worker thread.
 
         Args:
-            chains: what was asked for, [B].
-            images: for each chain N + 1 images: the reference, then what each turn made.
+            chains: B chains with their instructions.
+            images: for each chain N + 1 images: the reference, then the result of each turn.
 
         Returns:
             "preference" and "preference_of_reference", each [B, N], float32.
 
         Raises:
             ValueError: there is no chain, its images are too few, too many or unreadable, or the
-                model gave something else than one finite score for each.
-            TypeError: one of them is not a PIL image.
+                model did not return one finite score for each image.
+            TypeError: an image is not a PIL image.
         """
         shown = await anyio.to_thread.run_sync(check_images, chains, images)
         prompts = list(flatten.from_iterable(chain.instructions for chain in chains))
         made = list(flatten.from_iterable(own[1:] for own in shown))
         references = list(flatten.from_iterable([own[0]] * (len(own) - 1) for own in shown))
+        # Results and references in one call, so that the model's batches are full.
         call = partial(self.model, made + references, prompts * 2)
         values = await anyio.to_thread.run_sync(call)
         check_full_precision(preference=values)
@@ -195,7 +198,7 @@ class Preference:
 
 
 def _by_turn(chains: Sequence[Chain], values: Sequence[float]) -> TurnScores:
-    """Lay out the values of all turns, chain after chain, as [B, N]."""
+    """Arrange the values of all turns, chain after chain, as [B, N]."""
     rest = iter(values)
     turns = [range(chain.turns) for chain in chains]
     return turn_scores(chains, [[(own, tuple(islice(rest, len(own))))] for own in turns])

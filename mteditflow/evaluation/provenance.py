@@ -1,8 +1,8 @@
-"""Provenance of an evaluation: who judged the images, and who made them.
+"""Provenance of an evaluation: the judge and its settings, and the origin of the images.
 
-Numbers of different judges are not comparable: the same images by another model, prompt or scale
-give other values. So every report names its judge, and ``compare`` refuses evaluations of
-different ones.
+Numbers of different judges are not comparable, since another model, prompt or scale gives other
+values to the same images. So every report names its judge, and ``compare`` refuses evaluations of
+different judges.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
     from mteditflow.rewards.judge.prompts import Prompt, Request
 
 UNKNOWN, NONE = "unknown", "none"
-LATE = ("judge_server", "consistency_server", "editor_hash", "lora_hash")  # may be known later
+LATE = ("judge_server", "consistency_server", "editor_hash", "lora_hash")  # may be filled in later
 
 
 class JudgedBy(BaseModel):
-    """Judge and settings: all that a score depends on, apart from the images.
+    """Judge and settings: everything that a score depends on, apart from the images.
 
-    A field is ``None`` where it does not apply, or where a server does not say who it is. Where
-    no judge, no scorer and no term of consistency is named, nothing is known of who judged.
+    A field is ``None`` if it does not apply, or if a server does not report its identity. If none
+    of ``judge``, ``scorer`` and ``terms`` is set, the judge is unknown.
 
     Attributes:
-        scorer: import path of a scorer of the user's own, with a hash of its module.
+        scorer: import path of the user's own scorer, with a hash of its code.
         judge: name of the judge's model on its endpoints.
-        judge_server: what the server says of itself, as ``judge_identity`` returns it.
+        judge_server: identity that the server reports, as ``judge_identity`` returns it.
         prompt: version of the judge's prompt, a hash of its text, as ``prompt_version`` returns it.
         request: options of the requests that differ from their defaults, as JSON.
-        scope: what one call of the judge is about, "turn" or "trajectory".
+        scope: extent of one call of the judge, "turn" or "trajectory".
         scale: range of the scores and threshold of success.
-        checks: what tells success: "question", or "edival" by edit type.
-        detector: what finds objects for these checks.
-        text_reader: what reads text for these checks; ``None`` is the judge.
-        consistency_server: what the server of content consistency says of itself.
-        terms: what consistency compares: "features", whose cosine is in [-1, 1], or "l1". Of a
-            scorer what it declares as ``consistency_terms``.
-        pairing: which image a turn's image is compared with.
+        checks: kind of the check of success: "question", or "edival" by edit type.
+        detector: detector of objects for these checks.
+        text_reader: reader of text for these checks; ``None`` is the judge.
+        consistency_server: identity that the server of content consistency reports.
+        terms: quantity that consistency compares: "features", whose cosine is in [-1, 1], or "l1";
+            for a user's scorer, its ``consistency_terms``.
+        pairing: choice of the image that a turn's image is compared with.
         preference: model of human preference.
         destroyed_below: consistency below which a turn counts as destroyed.
 
@@ -78,14 +78,14 @@ class JudgedBy(BaseModel):
 
     @property
     def known(self) -> bool:
-        """Whether it is known who judged."""
+        """Whether the judge is known."""
         return any(x is not None for x in (self.judge, self.scorer, self.terms))
 
     @property
     def consistency_range(self) -> tuple[float, float]:
         """Range of content consistency and its parts, [low, high].
 
-        [-1, 1] of features, whose cosines may be negative, and where nothing is known; else [0, 1].
+        [-1, 1] for features, whose cosines may be negative, and for an unknown judge; else [0, 1].
 
         Example:
             >>> JudgedBy(scorer="mine:Scorer").consistency_range
@@ -94,7 +94,7 @@ class JudgedBy(BaseModel):
         return COSINE if self.terms == "features" or not self.known else SHARE
 
     def differences(self, other: JudgedBy) -> list[str]:
-        """Name the fields that differ, with both values."""
+        """Return one text for each field that differs, with both values."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in _names(self))
         return [f"{name}: {_quoted(a)} and {_quoted(b)}" for name, a, b in pairs if a != b]
 
@@ -104,20 +104,20 @@ class JudgedBy(BaseModel):
 
 
 class MadeBy(BaseModel):
-    """Origin of the images; a field is ``None`` where it does not apply or is not known.
+    """Origin of the images; a field is ``None`` if it does not apply or is unknown.
 
     Attributes:
         editor: path or hub id of the pipeline.
         editor_hash: hash of its files, as ``content_hash`` returns it.
         lora: path or hub id of the LoRA.
         lora_hash: hash of its files.
-        dtype: of the weights.
-        seed: of the noise.
+        dtype: dtype of the weights.
+        seed: seed of the noise.
         steps: denoising steps of a turn.
         guidance: guidance scale.
-        resolution: side of the square that references are fitted into, pixels.
-        call: further options of every call, JSON.
-        images: folder of images that another program made.
+        resolution: side of the square that references are fitted into, in pixels.
+        call: further options of every call, as JSON.
+        images: folder of images that came from another program.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -149,10 +149,10 @@ class Provenance(BaseModel):
     made_by: MadeBy = MadeBy()
 
     def agreed(self, other: Provenance) -> Provenance:
-        """Put two records of the same evaluation together, see ``agreed``.
+        """Merge two records of the same evaluation; see the function ``agreed``.
 
         Raises:
-            ValueError: a field differs; the message gives its name and both values.
+            ValueError: a field differs; the message has its name and both values.
         """
         return Provenance(
             judged_by=agreed(self.judged_by, other.judged_by),
@@ -161,23 +161,23 @@ class Provenance(BaseModel):
 
     @property
     def stated(self) -> dict[str, str]:
-        """Every field in words: "unknown" where nothing is known, "none" where it has no value."""
+        """Every field as text: "unknown" if nothing is known, "none" if it has no value."""
         return _stated(self.judged_by) | _stated(self.made_by)
 
 
 def require_same_judge(before: JudgedBy, after: JudgedBy, *, known: bool) -> None:
-    """Raise unless two evaluations were judged alike.
+    """Check that two evaluations have the same judge.
 
     Args:
-        before: judge of the first.
-        after: judge of the second.
-        known: whether to refuse, too, if nothing is known of either.
+        before: judge of the first evaluation.
+        after: judge of the second evaluation.
+        known: whether to refuse two unknown judges as well.
 
     Raises:
-        ValueError: their judges differ, or only one of them is known; the message names every
-            field that differs.
+        ValueError: the judges differ, only one of them is known, or neither is and ``known`` is
+            set; the message names every field that differs.
     """
-    if before == after and (before.known or not known):
+    if before == after and (before.known or not known):  # two unknown judges may differ
         return
     if before.known and after.known:
         differ = "; ".join(before.differences(after))
@@ -190,7 +190,7 @@ def require_same_judge(before: JudgedBy, after: JudgedBy, *, known: bool) -> Non
 
 
 def prompt_version(prompt: Prompt) -> str:
-    """Return a hash of all that a prompt says, on two turns of a fixed chain.
+    """Return a hash of a prompt's full text, rendered for two turns of a fixed chain.
 
     Example:
         >>> from mteditflow.rewards import JudgePrompt
@@ -207,12 +207,12 @@ def prompt_version(prompt: Prompt) -> str:
 
 
 def version_of(requests: Iterable[Request]) -> str:
-    """Return a hash of the text, the schema and the log-probabilities that requests ask for."""
+    """Return a hash of the text, schema and number of log-probabilities of requests."""
     return json_hash([(x.content, x.schema, x.top_logprobs) for x in requests])
 
 
 def json_hash(said: object) -> str:
-    """Return a hash of what JSON can hold."""
+    """Return a hash of a value of JSON types, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
@@ -220,17 +220,16 @@ Record = TypeVar("Record", JudgedBy, MadeBy)
 
 
 def agreed(old: Record, new: Record) -> Record:
-    """Put two records of the same thing together.
+    """Merge two records of the same judge or images.
 
-    Only what a server or a hub has still to say, who it is and the hash of what it holds, may be
-    missing in one of them.
+    Only the fields of ``LATE``, which a server or a hub supplies, may be missing in one of them.
 
     Args:
         old: the first record.
-        new: the second.
+        new: the second record.
 
     Raises:
-        ValueError: a field differs; the message gives its name and both values.
+        ValueError: a field differs; the message has its name and both values.
 
     Example:
         >>> found = agreed(JudgedBy(judge="m"), JudgedBy(judge="m", judge_server="vllm 1"))
@@ -243,6 +242,7 @@ def agreed(old: Record, new: Record) -> Record:
     late = {}
     for name in _names(old):
         before, value = getattr(old, name), getattr(new, name)
+        # A server that was down, or a hub that was not reached, leaves its field empty.
         if name in LATE and None in (before, value):
             late[name] = before or value
         elif before != value:
@@ -251,14 +251,14 @@ def agreed(old: Record, new: Record) -> Record:
 
 
 def same_judge(path: Path, judge: JudgedBy) -> JudgedBy:
-    """Return a judge with what an earlier file of scores knows of it besides.
+    """Return the judge, with the identity that an earlier file of its scores records.
 
     Args:
-        path: JSON whose key "judged_by" holds a ``JudgedBy``; there may be none yet.
-        judge: who judges now.
+        path: JSON file whose key "judged_by" holds a ``JudgedBy``; it need not exist.
+        judge: the present judge.
 
     Raises:
-        ValueError: the scores of the file are of another judge, or it is not known of whom.
+        ValueError: the scores of the file are of another or an unknown judge.
 
     Example:
         >>> same_judge(Path("none.json"), JudgedBy(judge="m")).judge
@@ -281,7 +281,7 @@ def _names(record: BaseModel) -> Sequence[str]:
 
 
 def _stated(record: JudgedBy | MadeBy) -> dict[str, str]:
-    """Values of a record in words."""
+    """Return the values of a record as text."""
     values = {name: getattr(record, name) for name in _names(record)}
     known = (
         record.known

@@ -1,4 +1,4 @@
-"""Files of evaluations: every score bit for bit, or why there is none."""
+"""JSON records of evaluations: every score exactly, or the reason why it is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mteditflow.rewards import Fault, Lost, TurnScores
 
 
 class LostRecord(BaseModel):
-    """A lost score and its reason."""
+    """Lost score of a chain's turn, both counted from 0, with its reason."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -26,7 +26,7 @@ class LostRecord(BaseModel):
 
 
 class TermRecord(BaseModel):
-    """Scores [C, N]; Python's floats hold float32 and float64 exactly, and so does their JSON."""
+    """Scores [C, N], ``None`` for NaN; JSON restores float32 and float64 exactly."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -37,7 +37,7 @@ class TermRecord(BaseModel):
 
     @classmethod
     def of(cls, scores: TurnScores) -> TermRecord:
-        """Convert scores."""
+        """Return the record of scores."""
         lost = [
             LostRecord(chain=c, turn=n, fault=x.fault, detail=x.detail, attempts=x.attempts)
             for (c, n), x in sorted(scores.lost.items())
@@ -51,10 +51,10 @@ class TermRecord(BaseModel):
         )
 
     def scores(self) -> TurnScores:
-        """Convert back to scores.
+        """Return the scores of the record.
 
         Raises:
-            ValueError: rows differ in length, or the numbers are not such scores.
+            ValueError: rows differ in length, or scores, mask and losses contradict each other.
         """
         rows = [[torch.nan if x is None else x for x in row] for row in self.score]
         score = torch.tensor(rows, dtype=getattr(torch, self.dtype), device="cpu")
@@ -63,7 +63,7 @@ class TermRecord(BaseModel):
 
 
 class EvaluationRecord(BaseModel):
-    """The file of an evaluation; one without provenance is of an unknown judge."""
+    """Content of an evaluation's file; without a provenance, the judge is unknown."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -79,7 +79,7 @@ class EvaluationRecord(BaseModel):
         """Read a file.
 
         Raises:
-            ValueError: it is not of this form; the message names file, place and reason.
+            ValueError: it is not such a record; the message names file, place and reason.
             OSError: it cannot be read.
         """
         try:

@@ -1,10 +1,10 @@
-"""Report of a scored benchmark: every metric by turn, its fall, and by edit type.
+"""Report of a scored benchmark: every metric by turn, its drop from turn 1 to N, and by edit type.
 
 ``C`` chains of up to ``N`` turns, ``K`` edit types.
 
-Every number has its own denominator, as in ``Evaluation``: a chain counts in IF at the turns up to
-which it was judged, in Marginal at those judged, in a term where that was measured. What was lost
-is named with its reason; where there was nothing to measure, nothing was lost.
+Every number has its own denominator, as in ``Evaluation``. A chain counts in IF at the turns up to
+which all were judged, in Marginal at the judged turns, and in a term where it was measured. Lost
+scores are listed with their reasons; a turn with nothing to measure is not lost.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from mteditflow.metrics import FEW_CASES, Interval
 
 
 class Estimate(BaseModel):
-    """One number of a report; ``None`` where there is nothing to compute it from.
+    """One number of a report; ``None`` if there is nothing to compute it from.
 
     Attributes:
-        metric: its name. IF, Marginal, CC, Overall, the per-sample average, "collapse" (CR) and
-            "survival" (Kaplan-Meier) are in percent, "turns_survived" in turns, a term in its unit.
-        edit_type: whose turns it is of; None for all.
-        turn: from 1 on; "drop" is turn 1 minus turn N over the chains that have both (for Overall
-            the difference of the two numbers), None where N is 1; "all" is the mean over all turns
-            of a type; "mean" and "median" are those of the turns survived.
+        metric: name of the metric. IF, Marginal, CC, Overall, the per-sample average, "collapse"
+            (CR) and "survival" (Kaplan-Meier) are in percent, "turns_survived" in turns, any other
+            term in its own unit.
+        edit_type: edit type of the turns that count; None for all turns.
+        turn: number from 1, or a word. "drop" is turn 1 minus turn N over the chains that have both
+            (for Overall the difference of the two numbers), with no estimate if N is 1. "all" is
+            the mean over all turns of an edit type. "mean" and "median" are those of the turns
+            survived.
         estimate: the value.
-        low: of the 95% interval over chains: Wilson's for a share of one outcome per chain,
-            Newcombe's for a paired difference of two, Greenwood's for survival and turns survived,
-            a bootstrap for the others, or what
-            ``evaluation.intervals`` puts in its place where all chains are alike. None beside an
-            estimate: all chains are alike, and the range of the scores is not known.
-        high: likewise.
-        count: chains it is a mean over; for an edit type turns. For Overall the smaller of its two
-            denominators, for survival the chains at risk at that turn.
+        low: lower end of the 95% interval over chains. The interval is Wilson's for a share of one
+            outcome per chain, Newcombe's for a paired difference of two, Greenwood's for survival
+            and turns survived, a bootstrap for the others; ``evaluation.intervals`` replaces a
+            bootstrap if all chains are alike. None with an estimate means that all chains are
+            alike and the range of the scores is unknown.
+        high: upper end of the same interval.
+        count: number of chains behind the estimate, or of turns for an edit type. For Overall the
+            smaller of its two denominators, for survival the chains at risk at that turn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -56,31 +58,31 @@ class Estimate(BaseModel):
 
     @property
     def few(self) -> bool:
-        """Whether it is over so few cases (below ``FEW_CASES``) that its interval is rough."""
+        """Whether there are so few cases (below ``FEW_CASES``) that the interval is rough."""
         return 0 < self.count < FEW_CASES
 
     @property
     def alike(self) -> bool:
-        """Whether it has no interval, since all chains are alike in scores of unknown range."""
+        """Whether the interval is missing: all chains are alike in scores of unknown range."""
         return self.estimate is not None and self.low is None
 
 
 class Report(BaseModel):
-    """A benchmark's numbers with their denominators.
+    """Numbers of a benchmark with their denominators.
 
     Attributes:
-        title: what was scored.
-        turns: of the longest chain, N.
-        asked: chains that the benchmark holds, with those that could not be read.
-        scored: chains whose images could be read; each counts wherever it has a score.
-        left_out: chain or line to why it was not scored.
-        lost: chain to why a score of it was lost; it still counts in the numbers that it has.
-        unmeasured: term to the number of turns in which there was nothing to measure (not lost).
+        title: name of the scored editor or images.
+        turns: number of turns of the longest chain, N.
+        asked: number of chains in the benchmark, unreadable ones included.
+        scored: number of chains with readable images; each counts wherever it has a score.
+        left_out: chain or line to the reason why it was not scored.
+        lost: chain to the reason of its first lost score; its other scores still count.
+        unmeasured: term to the number of turns with nothing to measure (not lost).
         estimates: the numbers.
         notes: remarks on the numbers.
-        checks: edit type ("unknown" where none is named) to the check of success, to its number of
-            turns that were judged; empty where that is not known.
-        sources: who judged and who made the images: of one evaluation, or of both of a comparison.
+        checks: edit type ("unknown" if none is given) to check of success to its number of judged
+            turns; empty if the checks are unknown.
+        sources: provenance of the evaluation, or of both evaluations of a comparison.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,18 +101,18 @@ class Report(BaseModel):
 
     @property
     def invalid_share(self) -> float:
-        """Share of the chains asked that were left out or lost a score."""
+        """Share of the benchmark's chains that were left out or lost a score, in [0, 1]."""
         return (len(self.left_out) + len(self.lost)) / max(self.asked, 1)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that have a number at each turn and a fall, in order."""
+        """Names of the metrics with a number at each turn and a drop, in order."""
         names = dict.fromkeys(x.metric for x in self.estimates)
         return tuple(name for name in names if name not in (SURVIVAL, SURVIVED))
 
     @property
     def has_survival(self) -> bool:
-        """Whether it has survival and turns survived; reports of older versions do not."""
+        """Whether survival and turns survived are there; reports of older versions lack them."""
         return any(x.metric == SURVIVED for x in self.estimates)
 
     @property
@@ -119,10 +121,10 @@ class Report(BaseModel):
         return tuple(dict.fromkeys(x.edit_type for x in self.estimates if x.edit_type))
 
     def find(self, metric: str, turn: int | str, edit_type: str | None = None) -> Estimate:
-        """One of the numbers.
+        """Return one of the numbers.
 
         Raises:
-            KeyError: there is none of this name.
+            KeyError: the report has no such number.
         """
         wanted = Place(metric, edit_type, turn)
         for x in self.estimates:
@@ -143,13 +145,13 @@ def report_of(
 
     Args:
         evaluation: scores of the chains.
-        chains: in the order of the evaluation, with their edit types where they are known.
-        title: what was scored.
-        left_out: what the benchmark holds besides, to why it was not scored.
-        ways: what told the success of each turn of each chain, if that is known.
+        chains: chains in the order of the evaluation, with their edit types if known.
+        title: title of the report.
+        left_out: further chains or lines of the benchmark to the reason why they were not scored.
+        ways: check that decided the success of each turn of each chain, if known.
 
     Raises:
-        ValueError: the chains are not those of the evaluation, or a turn has no way.
+        ValueError: the chains are not those of the evaluation, or ``ways`` lacks a turn.
 
     Example:
         >>> import torch
@@ -204,7 +206,7 @@ def _notes(evaluation: Evaluation, edit_types: Sequence[str]) -> Iterator[str]:
 def _checks(
     chains: Sequence[Chain], ways: Sequence[Sequence[str]], judged: Sequence[Sequence[bool]]
 ) -> dict[str, dict[str, int]]:
-    """Count by edit type the checks of the judged turns."""
+    """Count the checks of the judged turns by edit type."""
     if [len(own) for own in ways] != [chain.turns for chain in chains]:
         raise ValueError("ways: expected one for each turn of each chain, got others")
     found: dict[str, Counter[str]] = {}
@@ -213,23 +215,24 @@ def _checks(
         for name, way, counts in zip(types, own, counted[: len(own)], strict=True):
             found.setdefault(name, Counter())[way] += counts
     names = (*TASK_TYPES, "unknown")
-    told = {
+    # Lost turns add 0 to a check, so that a type without any judged turn leaves no entry.
+    judged_counts = {
         name: {k: n for k, n in found[name].most_common() if n} for name in names if name in found
     }
-    return {name: counts for name, counts in told.items() if counts}
+    return {name: counts for name, counts in judged_counts.items() if counts}
 
 
 def in_words(
     places: Sequence[Place], interval: Interval, counts: Sequence[int]
 ) -> Iterator[Estimate]:
-    """Name the numbers of a vector."""
+    """Yield the numbers of a vector as named estimates; NaN becomes ``None``."""
     for place, *values, count in zip(places, *(x.tolist() for x in interval), counts, strict=True):
         estimate, low, high = (None if math.isnan(x) else x for x in values)
         yield Estimate(**place._asdict(), estimate=estimate, low=low, high=high, count=count)
 
 
 def lost_chains(evaluation: Evaluation) -> dict[str, str]:
-    """Name the chains that lost a score, and why."""
+    """Return the chains that lost a score, each with the reason of its first loss."""
     lost: dict[str, str] = {}
     for name, term in evaluation.terms.items():
         for (c, n), why in sorted(term.lost.items()):

@@ -1,8 +1,8 @@
-"""Reward models of others as scorers that a trainer takes: EditReward, EditScore, PickScore.
+"""Published reward models as scorers for a trainer: EditReward, EditScore, PickScore.
 
-Each scores turn by turn: the image before, the image that the turn made, its instruction. A score
-that a model did not give is lost, with the reason. No model's package is imported before it is
-needed. Needs the extra ``mteditflow[rewards]``.
+Each scores turn by turn, from the image before, the image after and the instruction. A missing
+score is lost with its reason. A model's package is imported only when it is needed. Needs the extra
+``mteditflow[rewards]``.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from mteditflow.rewards.judge.judge import check_images, turn_scores
 if TYPE_CHECKING:
     from mteditflow.evaluation.preference import PreferenceModel
 
-GUESSED = "guess_if_cannot_parse"  # EditScore's mark of a number that it drew at random
-EDIT_SCORE = {  # terms by the keys of EditScore's answer, each with the top of its range here
+GUESSED = "guess_if_cannot_parse"  # EditScore's mark of a score that it drew at random
+EDIT_SCORE = {  # term to the key of EditScore's answer and the upper end of the term's range
     "following": ("prompt_following", 10.0),
     "consistency": ("consistency", 1.0),
     "quality": ("perceptual_quality", 1.0),
     "edit_score": ("overall", 1.0),
 }
-FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of an answer
+# Errors of EditScore on an answer that it cannot parse; others, such as out of memory, propagate.
+FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-Marks = Mapping[str, float] | Lost  # scores of a turn by term, or why there are none
+Marks = Mapping[str, float] | Lost  # scores of a turn by term, or the reason why they are lost
 
 
 class EditedTurn(NamedTuple):
     """A turn to score.
 
     Attributes:
-        before: image that it was given.
-        after: image that it made.
-        instruction: instruction in words.
+        before: input image of the turn.
+        after: edited image of the turn.
+        instruction: text of the instruction.
         chain: record of its chain.
-        turn: place in the chain, from 0.
+        turn: index in the chain, from 0.
     """
 
     before: Image.Image
@@ -57,9 +58,9 @@ class EditedTurn(NamedTuple):
 
 
 class TurnScorer(ABC):
-    """Base of scorers of one turn at a time: a subclass has ``terms`` and ``score_turns``.
+    """Base of scorers of single turns: a subclass defines ``terms`` and ``score_turns``.
 
-    Calls run in a thread, one at a time, so that a model need not be safe for several.
+    Calls run in a worker thread, one at a time, so that a model need not be thread-safe.
 
     Attributes:
         terms: names of the scores.
@@ -84,7 +85,7 @@ class TurnScorer(ABC):
 
     @abstractmethod
     def score_turns(self, turns: Sequence[EditedTurn]) -> list[Marks]:
-        """Score turns in order: every term of each, NaN where nothing is measured; or ``Lost``."""
+        """Return for each turn a score of every term (NaN: nothing to measure), or ``Lost``."""
 
     async def score(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
@@ -92,11 +93,11 @@ class TurnScorer(ABC):
         """Score every turn of B chains.
 
         Args:
-            chains: records with their instructions, [B].
-            images: for each chain N + 1 images: the reference, then what each turn made.
+            chains: B chains with their instructions.
+            images: for each chain N + 1 images: the reference, then the result of each turn.
 
         Returns:
-            Scores by term, each [B, N], float32, N turns being those of the longest chain.
+            Scores by term, each [B, N], float32, with N turns of the longest chain.
 
         Raises:
             ValueError: there is no chain, or its images are too few, too many or unreadable.
@@ -133,19 +134,19 @@ class EditRewardModel(Protocol):
     """Public interface of EditReward's ``EditRewardInferencer``."""
 
     def reward(self, *, prompts: list[str], image_src: list[Any], image_paths: list[Any]) -> Tensor:
-        """Return [K, D]: the score of each edit comes first, higher is better, without bounds."""
+        """Return [K, D], whose first column is the score of each edit: unbounded, higher better."""
         ...
 
 
 class EditRewardScorer(TurnScorer):
-    """EditReward: human preference for an edit, of its source and its instruction.
+    """EditReward: human preference for an edit, given its source and its instruction.
 
-    "following" is the sigmoid of the score, so that it lies on a scale; "edit_reward" is the score
-    itself. Scores rank edits and have no zero of their own: choose the threshold of success by what
-    your editor gets.
+    "following" is the sigmoid of the score, in [0, 1]; "edit_reward" is the score itself. Scores
+    rank edits and have no natural zero, so choose the threshold of success from the scores of your
+    editor.
 
-    EditReward is no package of an index: clone it, put its folder on ``PYTHONPATH``, and name a
-    class of yours to the trainer::
+    EditReward is on no package index: clone it, put its folder on ``PYTHONPATH``, and pass your own
+    class to the trainer::
 
         from EditReward import EditRewardInferencer
         from mteditflow.evaluation import EditRewardScorer
@@ -155,9 +156,9 @@ class EditRewardScorer(TurnScorer):
                 super().__init__(EditRewardInferencer(config_path=..., checkpoint_path=...))
 
     Args:
-        model: an ``EditRewardInferencer``, or anything of its method ``reward``; it is given PIL
-            images.
-        batch_size: edits in one call.
+        model: an ``EditRewardInferencer``, or any object with its method ``reward``; it receives
+            PIL images.
+        batch_size: number of edits in one call.
 
     Raises:
         ValueError: the batch size is below 1.
@@ -201,7 +202,7 @@ class EditRewardScorer(TurnScorer):
     def _marks(self, value: float) -> Marks:
         if not math.isfinite(value):
             return Lost(Fault.not_a_number, f"expected a finite score, got {value}", attempts=1)
-        bounded = 0.5 + 0.5 * math.tanh(value / 2)
+        bounded = 0.5 + 0.5 * math.tanh(value / 2)  # the sigmoid, without overflow of exp
         return {"following": bounded, "edit_reward": value}
 
 
@@ -209,27 +210,27 @@ class EditScoreModel(Protocol):
     """Public interface of ``editscore.EditScore``."""
 
     def evaluate(self, image_prompts: list[Image.Image], text_prompt: str) -> Mapping[str, Any]:
-        """Score source and edited image for an instruction, each aspect in 0..10."""
+        """Return the scores of an edit, [source, edited] and instruction, each aspect in 0..10."""
         ...
 
 
 class EditScoreScorer(TurnScorer):
-    """EditScore: a vision-language model's scores of an edit, aspect by aspect.
+    """EditScore: scores of an edit by a vision-language model, aspect by aspect.
 
-    "following" is its prompt following in 0..10; "consistency", "quality" and "edit_score" are
-    its consistency, perceptual quality and overall, in [0, 1].
+    "following" is EditScore's prompt following in 0..10; "consistency", "quality" and "edit_score"
+    are its consistency, perceptual quality and overall score, in [0, 1].
 
-    Where EditScore cannot read its model's answer it draws a random number, which it marks in the
-    reasoning of the last pass; its ``batch_evaluate`` puts half of the range without a mark. So one
-    edit is evaluated at a time, in a single pass, and what is marked is lost.
+    When EditScore cannot parse its model's answer, it draws a random score and marks it in the
+    reasoning of the last pass; its ``batch_evaluate`` inserts half of the range without a mark. So
+    edits are evaluated one at a time in a single pass, and a marked score is lost.
 
     Args:
-        model: an ``editscore.EditScore``, or anything of its method ``evaluate``; None loads
-            EditScore-7B as its authors show it.
+        model: an ``editscore.EditScore``, or any object with its method ``evaluate``; None loads
+            EditScore-7B with the settings of its authors' example.
 
     Raises:
         ImportError: no model is given, and editscore is not installed.
-        ValueError: the model takes several passes.
+        ValueError: the model uses several passes.
         TypeError: the model has no method ``evaluate``.
 
     Source: EditScore (arXiv 2509.23909); editscore 0.2.
@@ -271,13 +272,14 @@ class EditScoreScorer(TurnScorer):
 
 
 class PickScoreScorer(TurnScorer):
-    """PickScore of what each turn made for its instruction, as a reward that trains.
+    """PickScore of each turn's image for its instruction, as a training reward.
 
-    It sees no image before, and was trained on captions: a picture that shows what the instruction
-    names scores well, changed or not. Use it beside another reward.
+    The model does not see the image before and was trained on captions, so an image that shows the
+    instruction's subject scores well even if nothing changed. Use it with another reward.
 
     Args:
-        model: such as ``PickScore.from_pretrained(path)``; None loads the authors' model.
+        model: preference model, such as ``PickScore.from_pretrained(path)``; None loads the
+            authors' model.
 
     Raises:
         ImportError: no model is given, and transformers is not installed.
@@ -287,7 +289,7 @@ class PickScoreScorer(TurnScorer):
     """
 
     terms = ("following",)
-    scale = Scale(-100, 100, success=20)  # 100 times a cosine; its good pictures lie about 20
+    scale = Scale(-100, 100, success=20)  # 100 times a cosine; good images score about 20
 
     def __init__(self, model: PreferenceModel | None = None) -> None:
         super().__init__()

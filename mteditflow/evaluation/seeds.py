@@ -1,4 +1,4 @@
-r"""Runs over several seeds: intervals of means and differences, and verdicts by rule.
+r"""Runs over several seeds: intervals of means and of differences, with verdicts on claims.
 
 Shapes: ``K`` settings, ``S`` seeds, ``C`` chains, ``R`` resamples.
 
@@ -7,10 +7,11 @@ value = setting + seed + error the difference of two settings over S seeds has t
 
 .. math:: \bar d \pm t \sqrt{2 s^2 / S}, \qquad s^2 = \sum e^2 / ((K - 1) (S - 1))
 
-with t of Student's distribution with (K - 1)(S - 1) degrees of freedom: the errors of all K
-settings are pooled (a randomized block design). A bootstrap over three seeds would be too narrow,
-since three cannot show the tails; t by the three differences alone is valid, but 4.3 errors wide.
-What is assumed in exchange is that settings scatter alike: show every seed.
+with the quantile t of Student's distribution with (K - 1)(S - 1) degrees of freedom. The errors of
+all K settings are pooled (a randomized block design). A bootstrap over three seeds would be too
+narrow, since three values do not show the tails. A t-interval of the three differences alone is
+valid, but reaches 4.3 standard errors to each side. Pooling assumes that all settings have the same
+error variance, so show the values of every seed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mteditflow._checks import check_count, check_floating, check_rank
 
 @dataclass(frozen=True)
 class SeedInterval:
-    """A mean over seeds with the ends of its 95% interval; NaN ends where one seed gives none.
+    """Mean over seeds with the ends of its 95% interval; the ends are NaN for a single seed.
 
     Example:
         >>> f"{SeedInterval(2.0, 1.0, 3.0):+.1f}", SeedInterval(2.0, 1.0, 3.0).verdict
@@ -60,17 +61,17 @@ class SeedInterval:
         return "reversed" if self.high < bound else "not separated"
 
     def __format__(self, spec: str) -> str:
-        """Write mean and ends, each by the format of a number."""
+        """Format mean and ends, each with the given format of a number."""
         if math.isnan(self.low):
             return format(self.mean, spec)
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def mean_interval(values: Tensor) -> SeedInterval:
-    """Mean over seeds with its t-interval, S - 1 degrees of freedom.
+    """Return the mean over seeds with its t-interval, S - 1 degrees of freedom.
 
     Args:
-        values: of one setting, [S].
+        values: values of one setting, one per seed, [S].
 
     Returns:
         Mean and 95% interval.
@@ -93,12 +94,12 @@ def mean_interval(values: Tensor) -> SeedInterval:
 
 
 def difference_interval(values: Tensor, first: int, second: int) -> SeedInterval:
-    """First setting minus second, paired by seed, with the errors of all settings pooled.
+    """Return first setting minus second, paired by seed, with the errors of all settings pooled.
 
     Args:
-        values: of all settings with all seeds, [K, S].
-        first: row of one setting.
-        second: row of the other.
+        values: values of all settings and seeds, [K, S].
+        first: row of the setting to subtract from.
+        second: row of the setting to subtract.
 
     Returns:
         Mean difference and 95% interval.
@@ -117,18 +118,19 @@ def difference_interval(values: Tensor, first: int, second: int) -> SeedInterval
     mean = float((values[first] - values[second]).mean())
     if math.isnan(error):
         return SeedInterval(mean, math.nan, math.nan)
+    # Each of the two means has variance s^2 / S; the seed effect cancels in their difference.
     half = _t_quantile((settings - 1) * (seeds - 1)) * error * math.sqrt(2 / seeds)
     return SeedInterval(mean, mean - half, mean + half)
 
 
 def block_error(values: Tensor) -> float:
-    """Standard deviation s of a value that setting and seed do not explain.
+    """Return the standard deviation s of the error in value = setting + seed + error.
 
     Args:
-        values: of all settings with all seeds, [K, S].
+        values: values of all settings and seeds, [K, S].
 
     Returns:
-        The pooled error; NaN where one seed or one setting leaves none.
+        The pooled error; NaN if K or S is 1, which leaves no degree of freedom.
 
     Raises:
         ValueError: values are not [K, S].
@@ -149,21 +151,21 @@ def block_error(values: Tensor) -> float:
 def resampled_means(
     values: Sequence[Mapping[str, Tensor]], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Means over resampled chains of one seed, the same chains for all settings.
+    """Return means over resampled chains of one seed, the same chains for all settings.
 
-    A bootstrap over chains says how much is due to which chains were held out, and nothing of what
-    other seeds would give: narrower than an interval over seeds.
+    A bootstrap over chains measures the variation due to the choice of held-out chains and ignores
+    that of other seeds, so its interval is narrower than one over seeds.
 
     Args:
-        values: of K settings, what the means are of, by name, each [C] of the same chains.
-        resamples: R.
-        seed: of the draws.
+        values: for each of K settings, name to values, [C], of the same chains.
+        resamples: number of resamples, R.
+        seed: seed of the draws.
 
     Returns:
-        By name, [R, K].
+        Name to means, [R, K], float64.
 
     Raises:
-        ValueError: ``resamples`` is not positive.
+        ValueError: ``resamples`` is below 1.
 
     Example:
         >>> means = resampled_means([{"x": torch.ones(5)}, {"x": torch.zeros(5)}], resamples=2)
@@ -176,6 +178,7 @@ def resampled_means(
     draws = torch.randint(
         chains, (resamples, chains), generator=generator, dtype=torch.int64, device="cpu"
     )
+    # A resample as weights [R, C], 1/C per draw of a chain: all means are then one matrix product.
     ones = torch.full(draws.shape, 1 / chains, dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(ones).scatter_add(1, draws, ones)
     return {
@@ -185,7 +188,7 @@ def resampled_means(
 
 
 def percentile_ends(samples: Tensor) -> tuple[float, float]:
-    """Ends of the 95% percentile interval of resampled values, [R].
+    """Return the ends of the 95% percentile interval of resampled values, [R].
 
     Example:
         >>> percentile_ends(torch.arange(41.0))
@@ -199,7 +202,11 @@ def percentile_ends(samples: Tensor) -> tuple[float, float]:
 
 @cache
 def _t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's distribution, by its integral, to 0.001."""
+    """Return the 97.5% quantile of Student's t-distribution, to 0.001.
+
+    torch has no such quantile: integrate the density from 0 until it reaches 0.975 - 0.5.
+    """
+    # 20 is above the largest quantile, 12.71 at 1 degree of freedom.
     x = torch.linspace(0, 20, 200_001, dtype=torch.float64, device="cpu")
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
     density = scale / math.sqrt(math.pi * freedom) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)

@@ -1,4 +1,4 @@
-"""A report as tables: for the terminal, in Markdown, and every number as CSV."""
+"""Tables of a report for the terminal and in Markdown, and all its numbers as CSV."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TITLES = {
     COLLAPSE: "Collapse CR@k, %",
     SURVIVAL: "Survival, %",
 }
-FINE = {WEAR: 2}  # further digits of small numbers
+FINE = {WEAR: 2}  # additional digits of metrics with small values
 
 
 FEW = " *"  # marks an estimate over few cases
@@ -53,12 +53,12 @@ NO_SPREAD_NOTE = (
 )
 
 
-# Characters and places at which Markdown begins code, emphasis, a link or a column.
+# Characters and positions at which Markdown starts code, emphasis, a link or a table column.
 ACTIVE = re.compile(r"[\\`*|~]|(?<!\w)_|_(?!\w)|\](?=[\[(])")
 
 
 class Grid(NamedTuple):
-    """A table before it is set."""
+    """Content of a table, independent of its output format."""
 
     title: str
     head: list[str]
@@ -66,14 +66,14 @@ class Grid(NamedTuple):
 
 
 def grids(report: Report, *, digits: int = 2) -> list[Grid]:
-    """Lay out a report: all chains by turn, each edit type by turn, and the checks of success.
+    """Return the tables of a report: all chains by turn, edit types by turn, checks of success.
 
-    Of more than 8 turns a few are shown, as ``turns_shown`` names them; JSON and CSV have all.
-    Survival has a row of its own only where it differs from IF, as turns were lost.
+    With more than 8 turns only those of ``turns_shown`` are in the tables; JSON and CSV have all.
+    Survival has its own row only if it differs from IF, which happens when turns were lost.
 
     Args:
-        report: what to lay out.
-        digits: of numbers behind the point.
+        report: report to show.
+        digits: decimal digits of the numbers.
 
     Example:
         >>> from mteditflow.evaluation.report import Estimate
@@ -85,7 +85,7 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
         ['50.00 [40.00, 60.00] *', '50.00 [40.00, 60.00] *', '9']
     """
     steps: list[int | str] = [*turns_shown(report.turns)]
-    several = report.turns > 1  # else nothing to fall from, and no sum beside the turn
+    several = report.turns > 1  # a single turn has no drop, and no average besides itself
     rows = []
     for metric in report.metrics:
         found = [report.find(metric, turn) for turn in [*steps, *[DROP] * several]]
@@ -115,7 +115,10 @@ def grids(report: Report, *, digits: int = 2) -> list[Grid]:
 
 
 def _survival_differs(report: Report) -> bool:
-    """Whether survival is not IF at some turn: then scores of turns were lost, or chains end."""
+    """Whether survival differs from IF at some turn: scores were lost, or chains differ in length.
+
+    Differences up to 0.001 percentage points are rounding.
+    """
     if not report.has_survival:
         return False
     pairs = (
@@ -126,7 +129,7 @@ def _survival_differs(report: Report) -> bool:
 
 
 def provenance_grid(sources: Sequence[Provenance]) -> Grid:
-    """Lay out who judged and who made the images, a column for each evaluation.
+    """Return a table of the provenance, one column for each evaluation.
 
     Example:
         >>> provenance_grid([Provenance()]).body[0]
@@ -139,7 +142,7 @@ def provenance_grid(sources: Sequence[Provenance]) -> Grid:
 
 
 def _checks(report: Report) -> Grid:
-    """Number of turns by edit type and check of success."""
+    """Return a table of the number of turns by edit type and check of success."""
     ways = sorted({way for used in report.checks.values() for way in used})
     body = [
         [name, *(str(used.get(way, 0)) for way in ways)] for name, used in report.checks.items()
@@ -168,19 +171,19 @@ def _cell(x: Estimate, digits: int) -> str:
 
 
 def _counts(found: Sequence[Estimate]) -> str:
-    """Once where equal."""
+    """Return the denominators of a row, joined by slashes, or one number if all are equal."""
     counts = list(map(str, (x.count for x in found)))
     return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
 def judges(report: Report) -> list[str]:
-    """Return a line for each judge of a report; one line where all are the same."""
+    """Return one line for each different judge of a report."""
     lines = (f"Judged by: {source.judged_by}." for source in report.sources)
     return list(dict.fromkeys(lines))
 
 
 def denominators(report: Report) -> str:
-    """Return one line: the chains of a report, what they lost, and what there was not."""
+    """Return one line: chains asked, scored, left out and with lost scores, turns unmeasured."""
     missing = len(report.left_out), len(report.lost)
     nothing = ", ".join(f"{name} {count}" for name, count in report.unmeasured.items())
     chains = "chain" if report.asked == 1 else "chains"
@@ -192,12 +195,12 @@ def denominators(report: Report) -> str:
 
 
 def reasons(report: Report) -> list[str]:
-    """Name every chain that was left out or lost a score, and why, each on one line."""
+    """Return one line for every chain that was left out or lost a score, with the reason."""
     return [_one_line(f"{name}: {why}") for name, why in (report.left_out | report.lost).items()]
 
 
 def rich_tables(report: Report) -> list[Table]:
-    """Set the tables for a terminal."""
+    """Return the tables for a terminal, with one decimal digit."""
     tables = []
     for title, head, body in grids(report, digits=1):
         table = Table(title=escape_markup(f"{report.title}: {title} [95% interval]"))
@@ -211,11 +214,11 @@ def rich_tables(report: Report) -> list[Table]:
 
 
 def markdown(report: Report, *, pictures: Sequence[str] = ()) -> str:
-    """Write the report as Markdown.
+    """Return the report as Markdown.
 
     Args:
-        report: what to write.
-        pictures: names of files beside it to show.
+        report: report to show.
+        pictures: names of image files in the same folder to embed.
     """
     parts = [f"# {_escaped(report.title)}", f"{denominators(report)}. {INTERVALS}"]
     parts += [FEW_NOTE] * any(x.few for x in report.estimates)
@@ -242,21 +245,22 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    r"""Escape what Markdown or HTML would act on: text of others is shown as it stands.
+    r"""Escape Markdown and HTML, so that text from data files is shown literally.
 
     Example:
         >>> print(_escaped("<img src=x> [a](http://b) a_b 3*4 | `c`"))
         &lt;img src=x&gt; [a\](http&#58;//b) a_b 3\*4 \| \`c\`
     """
+    # The colon as an entity keeps Markdown from turning a bare URL into a link.
     plain = html.escape(_one_line(text), quote=False).replace("://", "&#58;//")
     return ACTIVE.sub(r"\\\g<0>", plain)
 
 
 def as_csv(report: Report) -> str:
-    """Write every number in a row of its own; nothing stands where there is none.
+    """Return every number as a row of CSV, with empty cells for missing values.
 
-    The columns after those of ``Estimate`` say who judged and who made the images, the same in
-    every row; of a comparison they begin with ``first_`` and ``second_``.
+    The columns after those of ``Estimate`` are the provenance, the same in every row; in a
+    comparison their names begin with ``first_`` and ``second_``.
     """
     ends = ("",) if len(report.sources) == 1 else ("first_", "second_")
     source = {
@@ -273,7 +277,7 @@ def as_csv(report: Report) -> str:
 
 
 def lost_in_short(report: Report, *, most: int = 20) -> list[str]:
-    """Name what does not count, so many at most, the rest as a number."""
+    """Return at most ``most`` of the lines of ``reasons``, and the number of further ones."""
     named = reasons(report)
     more = [f"... and {len(named) - most} more"] if len(named) > most else []
     return named[:most] + more

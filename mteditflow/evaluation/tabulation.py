@@ -1,4 +1,4 @@
-"""The numbers of an evaluation as one vector, by turn and by edit type, to be bootstrapped.
+"""All numbers of an evaluation as one vector, by turn and by edit type, for one bootstrap.
 
 ``C`` chains of up to ``N`` turns, ``K`` edit types.
 """
@@ -21,17 +21,17 @@ from mteditflow.metrics import (
     wilson_interval,
 )
 
-DROP, ALL = "drop", "all"  # from turn 1 to N; all turns of an edit type
+DROP, ALL = "drop", "all"  # turn 1 minus turn N; all turns of an edit type
 SURVIVAL, SURVIVED = "survival", "turns_survived"  # Kaplan-Meier, in percent; a number of turns
 MEAN, MEDIAN = "mean", "median"  # of the turns survived
 BY_TYPE = METRICS[:2]  # IF and Marginal
-TURNS_SHOWN = (1, 3, 5, 8, 10, 15, 20)  # of many turns
-FEW_TURNS = 8  # of which all are shown
+TURNS_SHOWN = (1, 3, 5, 8, 10, 15, 20)  # turns in tables of long chains
+FEW_TURNS = 8  # largest number of turns at which tables show all
 ENDS = [0, -1]  # the first turn and the last
 
 
 class Place(NamedTuple):
-    """Name of a number: metric, edit type (None: all chains), and turn from 1 on."""
+    """Name of a number: metric, edit type (None: all turns), and turn from 1 or a word."""
 
     metric: str
     edit_type: str | None
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 def turns_shown(turns: int) -> list[int]:
-    """Choose the turns that tables show: all up to 8, else 1, 3, 5, 8, 10, 15, 20, 30, ..., N.
+    """Return the turns that tables show: all up to 8, else 1, 3, 5, 8, 10, 15, 20, 30, ..., N.
 
     Example:
         >>> turns_shown(3), turns_shown(12)
@@ -51,11 +51,18 @@ def turns_shown(turns: int) -> list[int]:
 
 
 class Numbers:
-    """All numbers of an evaluation as one vector, for a bootstrap over its chains.
+    """All numbers of an evaluation as one vector, for one bootstrap over its chains.
+
+    Args:
+        evaluation: scores of the chains.
+        chains: its chains in its order, with their edit types if known.
 
     Attributes:
-        edit_types: those that occur.
-        places: which number stands where.
+        edit_types: edit types that occur, in the order of ``TASK_TYPES``.
+        places: name of each entry of the vector.
+
+    Raises:
+        ValueError: the chains are not those of the evaluation in its order.
     """
 
     def __init__(self, evaluation: Evaluation, chains: Sequence[Chain]) -> None:
@@ -77,7 +84,7 @@ class Numbers:
                 self._types[c, n] = self.edit_types.index(name)
 
     def values(self, types: Tensor, *samples: Tensor) -> Tensor:
-        """Compute all numbers of some chains, in the order of ``places``."""
+        """Compute all numbers of some chains, [number of places], in the order of ``places``."""
         metrics = self._evaluation.per_turn(*samples)
         metrics = torch.cat([metrics, self._drops(metrics, *samples)[:, None]], dim=1)
         shares = []
@@ -93,10 +100,10 @@ class Numbers:
         return Interval(*found)
 
     def _mend_levels(self, found: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
-        """Put in the intervals of shares, and those of numbers without spread.
+        """Replace the bootstrapped intervals of shares and of numbers without spread, in place.
 
         Returns:
-            Where Overall is at an edge, and where its fall is one between such: [N + 1].
+            Where Overall takes the ends of its parts, by turn and, last, for its drop: [N + 1].
         """
         table, by_type = self._tables(found)
         for i, (outcome, counted) in self._outcomes(samples):
@@ -104,12 +111,16 @@ class Numbers:
             table[1:, i, -1:] = _ends(_fall(outcome, counted))
         for i, (outcome, counted) in enumerate(self._by_type(self._types, *samples[:2])):
             by_type[1:, :, i, :-1] = _ends(_share(outcome, counted, dim=1))
+            # Several turns of one chain are not independent: the bootstrap over chains stays here.
             pooled = by_type[..., i, -1]
             _widen(pooled, _share_of_chains(pooled[0], counted))
         return self._mend_metrics(table, samples)
 
     def _mend_metrics(self, table: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
-        """Mend the intervals of CC, Overall and other terms, [3, metrics, N + 1], in place."""
+        """Replace intervals without width of CC, Overall and other terms, in place.
+
+        The table is [3, metrics, N + 1]; its last column holds the drops.
+        """
         counts = self._with_drops(self._evaluation.fewest_of, samples)
         mend, levels, falls = self._evaluation.intervals, table[..., :-1], table[..., -1:]
         edge = mend.levels(levels, counts[:, :-1])
@@ -119,7 +130,7 @@ class Numbers:
         return torch.cat([edge, edge_of_fall])
 
     def difference(self, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> Interval:
-        """Compute the differences of all numbers of the same chains, after minus before."""
+        """Compute the paired differences of all numbers, after minus before, with intervals."""
 
         def statistic(types: Tensor, *samples: Tensor) -> Tensor:
             old, new = samples[: len(before)], samples[len(before) :]
@@ -148,7 +159,7 @@ class Numbers:
         after: tuple[Tensor, ...],
         numbers: tuple[Tensor, Tensor],
     ) -> None:
-        """Put in the intervals of differences of shares by edit type, in place."""
+        """Replace the intervals of differences of shares by edit type, in place."""
         shares = [self._tables(x)[1] for x in numbers]
         for i in range(len(BY_TYPE) * bool(self.edit_types)):
             (old, counted), (new, _) = (
@@ -161,12 +172,12 @@ class Numbers:
             _widen(by_type[..., i, -1], interval_difference(*pooled))
 
     def _outcomes(self, samples: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Yield the shares of one outcome per chain: place among the metrics, outcome, counted."""
+        """Yield index, outcome and counted of each metric that is a share of chains."""
         for name, pair in self._evaluation.outcomes(*samples).items():
             yield self._evaluation.names.index(name), pair
 
     def counts(self, samples: tuple[Tensor, ...]) -> list[int]:
-        """Denominator of each number, in chains; for an edit type in turns."""
+        """Return the denominator of each number, in chains, or in turns for an edit type."""
         chains = self._with_drops(self._evaluation.counts_of, samples)
         pairs = self._by_type(self._types, *samples[:2])
         turns = torch.stack([_with_sum(counted.sum(dim=1)) for _, counted in pairs], dim=1)
@@ -174,19 +185,19 @@ class Numbers:
         return found
 
     def _with_drops(self, counts_of: Callable[..., Tensor], samples: tuple[Tensor, ...]) -> Tensor:
-        """Chains behind each metric by turn, and behind its fall: [metrics, N + 1]."""
+        """Return the chains behind each metric by turn, and behind its drop: [metrics, N + 1]."""
         chains, drops = counts_of(*samples), counts_of(*at_ends(*samples))[:, -1:]
         for i, (_, counted) in self._outcomes(samples):
             drops[i] = (counted[:, 0] & counted[:, -1]).sum()
-        if CONSISTENCY in self._evaluation.terms:  # Overall falls from one number to another
+        if CONSISTENCY in self._evaluation.terms:  # Overall is no mean, so its drop is unpaired
             drops[OVERALL] = chains[OVERALL, ENDS].min()
         return torch.cat([chains, drops * (self._evaluation.turns > 1)], dim=1)
 
     def _drops(self, metrics: Tensor, *samples: Tensor) -> Tensor:
-        """Turn 1 minus turn N of each metric, over the chains that have both: [metrics]."""
+        """Return turn 1 minus turn N of each metric, over the chains that have both: [metrics]."""
         first, last = self._evaluation.per_turn(*at_ends(*samples)).unbind(dim=1)
         drops = first - last
-        if self._evaluation.turns == 1:  # nothing to fall from
+        if self._evaluation.turns == 1:  # a drop needs two turns
             return torch.full_like(first, torch.nan)
         for i, (outcome, counted) in self._outcomes(samples):
             both = counted[:, 0] & counted[:, -1]
@@ -199,13 +210,13 @@ class Numbers:
     def _by_type(
         self, types: Tensor, success: Tensor, judged: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Outcome and counted of the metrics by edit type, each [K, C, N]."""
+        """Return outcome and counted of IF and Marginal by edit type, each [K, C, N]."""
         of_type = types == torch.arange(len(self.edit_types), device=types.device)[:, None, None]
         pairs = outcomes(success, judged).values()
         return [(outcome.expand_as(of_type), of_type & counted) for outcome, counted in pairs]
 
     def _tables(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of numbers [R, places]: [R, metrics, N + 1] and [R, K, 2, N + 1]."""
+        """Return views of numbers [R, places]: [R, metrics, N + 1] and [R, K, 2, N + 1]."""
         columns = self._evaluation.turns + 1
         end = len(self._evaluation.names) * columns
         metrics = len(self._evaluation.names), columns
@@ -215,7 +226,7 @@ class Numbers:
 
 
 def at_ends(success: Tensor, judged: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
-    """Select turns 1 and N of samples; each counts where both are there."""
+    """Return turns 1 and N of samples, each [C, 2]; a score counts only if both are there."""
     both = judged[:, ENDS].all(dim=1, keepdim=True).expand(-1, len(ENDS))
     ends = [x[:, ENDS] for x in scores]
     paired = [x.masked_fill(x.isnan().any(dim=1, keepdim=True), torch.nan) for x in ends]
@@ -227,27 +238,31 @@ def _share(outcome: Tensor, counted: Tensor, dim: int = 0) -> Interval:
 
 
 def _share_of_chains(percent: Tensor, counted: Tensor) -> Interval:
-    """Interval of a share of turns, [K], as if all turns of a chain were one case.
+    """Return Wilson's interval of a share of turns as if all turns of a chain were one case.
 
-    The widest that it can be; ``counted`` is [K, C, N].
+    It is the widest possible, since turns of a chain that agree carry no further information.
+
+    Args:
+        percent: share of turns in percent, [K].
+        counted: turns that count, boolean [K, C, N].
     """
     chains = counted.any(dim=2).sum(dim=1)
     return wilson_interval((percent.double() / 100).nan_to_num().clamp(0, 1) * chains, chains)
 
 
 def _fall(outcome: Tensor, counted: Tensor) -> Interval:
-    """Turn 1 minus turn N, paired by chain: [1]; NaN where N is 1."""
+    """Return turn 1 minus turn N, paired by chain: [1]; NaN if N is 1."""
     both = counted[:, :1] & counted[:, -1:] & (counted.shape[1] > 1)
     return paired_difference_interval(outcome[:, -1:], outcome[:, :1], valid=both)
 
 
 def _ends(interval: Interval) -> Tensor:
-    """Low and high in percent."""
+    """Return low and high in percent, stacked: [2, ...]."""
     return 100 * torch.stack([interval.low, interval.high]).float()
 
 
 def _widen(table: Tensor, interval: Interval) -> None:
-    """Put an interval in place of bootstrapped ones without width; table [3, ...] in percent."""
+    """Replace bootstrapped intervals without width in a table [3, ...], which is in percent."""
     table[1:] = torch.where(table[1] == table[2], _ends(interval), table[1:])
 
 

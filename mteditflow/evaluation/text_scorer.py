@@ -1,4 +1,4 @@
-"""Text that can be read, as a reward: for turns that ask for text, and for no others.
+"""Legibility of requested text as a reward, for turns that ask for text only.
 
 Needs the extra ``mteditflow[ocr]``, or a reader of your own.
 """
@@ -23,16 +23,15 @@ QUOTED = re.compile("(?<!\\w)(?:'(.+?)'|\"(.+?)\"|\u201c(.+?)\u201d|\u2018(.+?)\
 
 
 class TextScorer(TurnScorer):
-    """Share of the wanted text that can be read after a turn that asks for text.
+    """Share of the requested text that is legible after a turn that asks for text.
 
-    Turns of the type ``text_change`` alone, by the formatted instruction of the record, or else by
-    the last words in quotes of the instruction; all other turns are unmeasured and train nothing.
-    The score is 1 minus the edits between the wanted text and the nearest stretch of what is read,
-    over the length of the wanted text; case, spaces and punctuation do not count. It reads the
-    whole image, wherever on it the text is wanted.
+    Only turns of the type ``text_change`` are scored. The text comes from the formatted instruction
+    of the record, else from the last quoted words of the instruction. All other turns are
+    unmeasured and give no training signal. The score is ``read_share`` without case, spaces and
+    punctuation. The whole image is read, wherever the text should be.
 
     Args:
-        reader: reads text; None is ``RapidOcr``.
+        reader: reader of text; None is ``RapidOcr``.
 
     Raises:
         ImportError: no reader is given, and rapidocr is not installed (``mteditflow[ocr]``).
@@ -70,7 +69,7 @@ class TextScorer(TurnScorer):
 
 
 def wanted_text(chain: Chain, turn: int) -> str | None:
-    """Return the text that a turn asks for; None where it asks for none, or does not quote it."""
+    """Return the text that a turn asks for; None if it asks for none, or does not quote it."""
     types, formatted = chain.task_types, chain.formatted_instructions
     if types is not None and types[turn] != TEXT_CHANGE:
         return None
@@ -80,23 +79,24 @@ def wanted_text(chain: Chain, turn: int) -> str | None:
         except ValueError:
             continue
         return edit.new if isinstance(edit, edits.TextChange) else None
-    if types is None:  # words in quotes may be anything
+    if types is None:  # without an edit type, quoted words need not be text to write
         return None
     quoted = [next(x for x in words if x) for words in QUOTED.findall(chain.instructions[turn])]
     return quoted[-1] if quoted else None
 
 
 def read_share(wanted: str, text: str) -> float:
-    """Return the share of a wanted text that the nearest stretch of another has.
+    """Return the share of a requested text that the best matching substring of another has.
 
-    1 minus the number of letters to insert, delete or replace, over the length of what is wanted.
+    1 minus the edit distance (insert, delete, replace) to that substring over the length of the
+    requested text.
 
     Args:
-        wanted: at least one character.
-        text: of any length.
+        wanted: requested text, at least one character.
+        text: text to search, of any length.
 
     Returns:
-        In [0, 1]: 1 where the text holds what is wanted.
+        Number in [0, 1]; 1 if ``text`` contains ``wanted``.
 
     Source: approximate matching by dynamic programming (Sellers, 1980).
 
@@ -104,7 +104,9 @@ def read_share(wanted: str, text: str) -> float:
         >>> read_share("open", "weareopentoday"), read_share("open", "opn"), read_share("open", "")
         (1.0, 0.75, 0.0)
     """
-    cost = [0] * (len(text) + 1)  # of no character of wanted, wherever the stretch begins
+    # cost[j]: least edits of the letters so far to a substring that ends at j. The first row is 0,
+    # not j as in Levenshtein's distance, since the substring may begin anywhere.
+    cost = [0] * (len(text) + 1)
     for i, letter in enumerate(wanted, start=1):
         row = [i]
         for j, other in enumerate(text, start=1):
@@ -114,5 +116,5 @@ def read_share(wanted: str, text: str) -> float:
 
 
 def _letters(text: str) -> str:
-    """Letters and digits, without case."""
+    """Return the letters and digits of a text, case folded."""
     return "".join(x for x in text.casefold() if x.isalnum())

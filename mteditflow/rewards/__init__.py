@@ -1,8 +1,8 @@
 """Rewards of edited chains: instruction following by a judge, content consistency by a detector.
 
-``judge`` and ``consistency`` compute scores, each over HTTP by ``transport``; ``server`` serves
-consistency. Names are imported on first use: scores and faults need torch alone, everything else
-the extra ``mteditflow[rewards]``.
+``judge`` and ``consistency`` compute scores; both can use remote models over HTTP by ``transport``.
+``server`` serves consistency. Names are imported on first use: scores and faults need only torch,
+everything else the extra ``mteditflow[rewards]``.
 """
 
 from typing import TYPE_CHECKING

@@ -24,7 +24,7 @@ from mteditflow.rewards.judge.preflight import EndpointReport, inspect_endpoints
 from mteditflow.rewards.judge.prompts import JudgePrompt
 from mteditflow.rewards.transport.chat import ChatClient
 
-PATIENCE = 6.0  # s; a question that breaks its connection takes the endpoint out for 5 s
+PATIENCE = 6.0  # s; above the 5 s for which a broken connection takes an endpoint out of rotation
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -49,11 +49,11 @@ def check(
     extra_body: ExtraBody = None,
     timeout: Annotated[float, typer.Option(min=0, help="Deadline of one question, s.")] = 120.0,
 ) -> None:
-    """Ask each endpoint four questions that prove what it supports.
+    """Test by four requests what each endpoint supports.
 
-    The last one is a judge's, with the options of a run: it shows whether the model reasons before
-    it answers, and how many tokens an answer takes of its limit. Exits with 1 if anything is not
-    supported. OPENAI_API_KEY is sent as the key if it is set.
+    The last one is a judge's question with the options of a run. It shows whether the model reasons
+    before it answers, and how much of the token limit an answer takes. Exit with code 1 if anything
+    is not supported. OPENAI_API_KEY is sent as the key if it is set.
     """
     key = read_secret("OPENAI_API_KEY")
     request = request_options(answer_tokens, reasoning_tokens, chat_template_kwargs, extra_body)
@@ -77,7 +77,7 @@ def check(
 
 
 def _table(reports: list[EndpointReport]) -> Table:
-    """Return a row per part of a request; a server's words are shown as they stand."""
+    """Return a table with a row per part of a request; servers' text is escaped."""
     table = Table(title="What is honored")
     for title in ("endpoint", "part of a request", "honored"):
         table.add_column(title, overflow="fold")

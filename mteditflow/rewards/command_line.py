@@ -1,4 +1,4 @@
-"""Options and checks that commands with a judge, a server or a detector have in common."""
+"""Options and checks shared by commands that use a judge, a server or a detector."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mteditflow.rewards.request_options import RequestOptions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-QUESTION = 60.0  # s, longest wait for a service that only has to answer at all
+QUESTION = 60.0  # s, longest wait for the answer of a service in a reachability check
 
 
 def read_secret(variable: str) -> str | None:
-    r"""Return a key or a token of the environment, without the line break at its end; else None.
+    r"""Return a key or token from the environment without a final line break, None if unset.
 
     Example:
         >>> os.environ["SOME_KEY"] = "secret\n"
@@ -34,15 +34,15 @@ def read_secret(variable: str) -> str | None:
 
 
 def check_source(name: str, source: str, file: str) -> None:
-    """Raise unless a model may be there: a folder with its configuration, or a hub id.
+    """Check that a model's source is a folder with its configuration, or has the form of a hub id.
 
     Args:
-        name: of the option.
+        name: name of the option.
         source: path or hub id.
-        file: name of the configuration in the folder.
+        file: name of the configuration file in the folder.
 
     Raises:
-        ValueError: there is no such folder, it holds no model, or the text is no hub id.
+        ValueError: the folder has no such file, or the text is neither a folder nor a hub id.
 
     Example:
         >>> check_source("detector", "nowhere/at/all", "config.json")
@@ -56,17 +56,17 @@ def check_source(name: str, source: str, file: str) -> None:
 
 
 def check_device(name: str, device: str) -> None:
-    """Raise unless this machine has a device.
+    """Check that a device of torch exists on this machine.
 
     Raises:
-        ValueError: it has none of that name.
+        ValueError: there is no such device.
 
     Example:
         >>> check_device("device", "abacus")
         Traceback (most recent call last):
         ValueError: device: expected a device of torch that is here, such as cpu, got 'abacus'
     """
-    try:
+    try:  # torch.device alone accepts the index of a device that is not there
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
@@ -75,14 +75,14 @@ def check_device(name: str, device: str) -> None:
 
 
 def require_reachable(name: str, found: Mapping[str, Lost | None]) -> None:
-    """Raise if an endpoint did not answer.
+    """Check that every endpoint answered.
 
     Args:
-        name: of the option that gives the endpoints.
+        name: name of the option that gives the endpoints.
         found: result of ``reach_endpoints`` or ``ConsistencyClient.reach``.
 
     Raises:
-        ValueError: one did not; the message says why.
+        ValueError: an endpoint did not answer; the message has the reason.
     """
     for url, lost in found.items():
         if lost is not None:
@@ -90,14 +90,14 @@ def require_reachable(name: str, found: Mapping[str, Lost | None]) -> None:
 
 
 def require_or_answers(require: Callable[[], None], answers: Path) -> None:
-    """Check that services answer; where there are answers of before, a dead one is a warning.
+    """Check that services answer; only warn if there are cached answers, which may suffice.
 
     Args:
-        require: raises ``ValueError`` where a service does not answer.
-        answers: file of the answers so far, which may be all that is needed.
+        require: check that raises ``ValueError`` if a service does not answer.
+        answers: file of cached answers of earlier runs.
 
     Raises:
-        ValueError: a service does not answer, and there are no answers of before.
+        ValueError: a service does not answer, and the file does not exist.
     """
     try:
         require()
@@ -108,10 +108,10 @@ def require_or_answers(require: Callable[[], None], answers: Path) -> None:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse the value of an option that takes a JSON object.
+    """Parse the value of an option as a JSON object.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: the text is not a JSON object.
 
     Example:
         >>> json_object('{"enable_thinking": false}')
@@ -127,7 +127,8 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 AnswerTokens = Annotated[
-    int | None, typer.Option(min=1, help="Token limit of an answer; else the question's own.")
+    int | None,
+    typer.Option(min=1, help="Token limit of an answer. Default: set by each question."),
 ]
 ReasoningTokens = Annotated[
     int, typer.Option(min=0, help="Tokens for a thinking model's reasoning, beyond the answer's.")
@@ -159,7 +160,7 @@ def request_options(
     """Combine the four options of a command.
 
     Raises:
-        typer.BadParameter: one of them cannot be sent.
+        typer.BadParameter: ``RequestOptions`` refuses a value.
     """
     try:
         return RequestOptions(

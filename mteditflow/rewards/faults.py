@@ -1,7 +1,8 @@
-"""Faults of an answer: one vocabulary for the judge, content consistency and the planner.
+"""Faults of an answer, shared by the judge, content consistency and the planner.
 
-A failed attempt raises ``AnswerError`` and is retried a bounded number of times. An answer that is
-still missing then is a ``Lost``. Nothing in this library turns a ``Lost`` into a number.
+A failed attempt raises ``AnswerError`` and is retried a bounded number of times. If the answer is
+still missing then, the result is a ``Lost``. Nothing in this library turns a ``Lost`` into a
+number.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class Fault(Enum):
 
 
 class AnswerError(Exception):
-    """One attempt failed; the caller decides whether to retry.
+    """Failure of one attempt; the caller decides whether to retry.
 
     Args:
         fault: kind of failure.
-        detail: what was expected and what came, for the log; control characters, which a server's
-            words may hold, are escaped.
+        detail: expected and received answer, for the log; control characters, which a server's
+            text may contain, are escaped.
 
     Example:
         >>> raise AnswerError(Fault.out_of_range, "expected 1..5, got 7")
@@ -50,7 +51,7 @@ class AnswerError(Exception):
 
     def __init__(self, fault: Fault, detail: str) -> None:
         detail = escape_controls(detail)
-        super().__init__(fault, detail)
+        super().__init__(fault, detail)  # both, so that the exception can be pickled
         self.fault, self.detail = fault, detail
 
     def __str__(self) -> str:
@@ -59,11 +60,11 @@ class AnswerError(Exception):
 
 @dataclass(frozen=True)
 class Lost:
-    """An answer that is missing after all attempts.
+    """Answer that is missing after all attempts.
 
     Attributes:
         fault: fault of the last attempt.
-        detail: what was expected and what came, in the last attempt.
+        detail: expected and received answer of the last attempt.
         attempts: number of attempts.
     """
 

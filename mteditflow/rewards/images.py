@@ -1,4 +1,4 @@
-"""Images on the wire: lossless PNG, so that a reward is that of exactly the edited pixels."""
+"""Encoding of images as lossless PNG, so that a reward is computed from the exact edited pixels."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def to_rgb(name: str, image: Image.Image) -> Image.Image:
 
 
 def pixel_change(before: Image.Image, after: Image.Image) -> float:
-    """Return the mean absolute difference of two pictures' pixels, in [0, 255].
+    """Return the mean absolute difference of two images' pixels, in [0, 255].
 
-    Between what a turn was given and what it made of it, where its instruction asks for no change:
-    the editor's own wear, without any judge.
+    At a turn whose instruction asks for no change, the difference of its input and its result is
+    the editor's own wear, measured without a judge.
 
     Args:
         before: 8-bit image.
-        after: another of the same size.
+        after: 8-bit image of the same size.
 
     Raises:
-        TypeError: one is not a PIL image.
-        ValueError: they differ in size, or one is refused by ``to_rgb``.
+        TypeError: an argument is not a PIL image.
+        ValueError: the sizes differ, or ``to_rgb`` refuses an image.
 
     Source: the measure of MT-OPSD's depth curriculum (arXiv 2609.35611).
 
@@ -65,7 +65,7 @@ def pixel_change(before: Image.Image, after: Image.Image) -> float:
     first, second = to_rgb("before", before), to_rgb("after", after)
     if first.size != second.size:
         raise ValueError(f"after: expected the size of before, {first.size}, got {second.size}")
-    pixels = (np.asarray(x, dtype=np.int16) for x in (first, second))
+    pixels = (np.asarray(x, dtype=np.int16) for x in (first, second))  # uint8 would wrap around
     return float(np.abs(np.subtract(*pixels)).mean())
 
 
@@ -83,7 +83,7 @@ def png_bytes(image: Image.Image) -> bytes:
     """
     rgb = to_rgb("image", image)
     file = io.BytesIO()
-    # Only pixels: no profile, text or date of the image.
+    # A copy of the pixels alone: no profile, text or date of the image. Low compression for speed.
     Image.frombytes("RGB", rgb.size, rgb.tobytes()).save(file, "PNG", compress_level=1)
     return file.getvalue()
 

@@ -1,11 +1,11 @@
-"""A model's own reasoning before its answer: how it shows, and the error where it is alone."""
+"""Detection of a model's reasoning before its answer, and the error of reasoning without one."""
 
 from __future__ import annotations
 
 from mteditflow.rewards.faults import AnswerError, Fault
 
-THINK, THINK_END = "<think>", "</think>"  # in the text, where a server does not separate reasoning
-SHOWN = 200  # characters of reasoning in a detail
+THINK, THINK_END = "<think>", "</think>"  # in the text of servers that do not separate reasoning
+SHOWN = 200  # characters of reasoning in an error's detail
 FIX = (
     'turn reasoning off (chat_template_kwargs {"enable_thinking": false}) or raise reasoning_tokens'
 )
@@ -22,7 +22,7 @@ def has_reasoning(text: str) -> bool:
 
 
 def reasoning_alone(thoughts: str) -> AnswerError:
-    """Return the error of an answer that consists of reasoning.
+    """Return the error of an answer that consists of reasoning only.
 
     Example:
         >>> reasoning_alone("Maybe 5.").fault

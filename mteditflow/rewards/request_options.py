@@ -9,7 +9,7 @@ from typing import Any
 
 from mteditflow._checks import check_count
 
-# Set by the client for each question, or at odds with reading one whole answer.
+# Parameters that the client sets for each question, or that conflict with reading one whole answer.
 RESERVED = frozenset(
     {
         "model", "messages", "temperature", "seed", "n", "best_of", "use_beam_search", "max_tokens",
@@ -23,23 +23,23 @@ RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Options of every request to a model, beside its question.
+    """Options of every request to a model, apart from its question.
 
     Args:
-        answer_tokens: token limit of an answer; ``None``: the one that the question sets itself,
-            such as 32 + 528 N for a judge that analyzes N turns.
-        reasoning_tokens: tokens that a model's own reasoning may take beyond its answer, since
-            servers count it toward the limit; 0 for a model that does not reason.
+        answer_tokens: token limit of an answer; ``None`` keeps that of the question, such as
+            32 + 528 N for a judge that analyzes N turns.
+        reasoning_tokens: additional tokens for a model's own reasoning, since servers count it
+            toward the limit; 0 for a model that does not reason.
         chat_template_kwargs: arguments of the server's chat template, such as
             ``{"enable_thinking": False}``.
-        extra_body: further parameters of the request, such as ``{"top_p": 0.8}``. What the client
-            sets itself is refused.
+        extra_body: further parameters of the request, such as ``{"top_p": 0.8}``; parameters that
+            the client sets are refused.
 
-    Limits act where an answer is read as text; a request for the log-probabilities of one token
-    keeps its own. All of the options are part of a cached answer's key.
+    The limits apply to answers that are read as text; a request for the log-probabilities of one
+    token keeps its own limit. All options are part of a cached answer's key.
 
     Raises:
-        ValueError: a limit is out of range, a parameter is set by the client, or not JSON.
+        ValueError: a limit is out of range, or a parameter is set by the client or is not JSON.
 
     Example:
         >>> options = RequestOptions(reasoning_tokens=4096, extra_body={"top_k": 20})
@@ -68,7 +68,7 @@ class RequestOptions:
                 )
 
     def limit(self, tokens: int) -> int:
-        """Return the token limit of a request whose answer needs so many by its own account."""
+        """Return the token limit of a request whose question allows ``tokens`` for its answer."""
         return (self.answer_tokens or tokens) + self.reasoning_tokens
 
     @property
@@ -79,24 +79,24 @@ class RequestOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Options that differ from their defaults, by name: what a report states."""
+        """Options that differ from their defaults, by name, for a report."""
         defaults = asdict(RequestOptions())
         return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     @property
     def stated(self) -> str | None:
-        """``settings`` as one line of JSON for a record; ``None`` where all are defaults."""
+        """``settings`` as one line of JSON for a record; ``None`` if all are defaults."""
         return json.dumps(self.settings, sort_keys=True) if self.settings else None
 
 
 def _copied(name: str, value: object) -> dict[str, Any]:
-    """Copy a JSON object, so that a later change of the caller's has no effect."""
+    """Return a deep copy of a JSON object, independent of later changes by the caller."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name}: expected a JSON object, got {value!r}")
     try:
         copied: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
     except RecursionError:
-        raise ValueError(f"{name}: expected JSON values, got too many in each other") from None
+        raise ValueError(f"{name}: expected JSON values, got too deeply nested ones") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected JSON values, got {value!r} ({error})") from error
     return copied

@@ -1,7 +1,7 @@
-"""Scale of a scorer: the range of its scores, and from which score on a turn was followed.
+"""Scale of a scorer: the range of its scores, and the score from which a turn is followed.
 
-A threshold belongs to the scores that it is put on: 1 means "followed" on 0..1 and "not at all" on
-1..5. Whoever scores declares a ``Scale``; scores and thresholds off it are refused.
+A threshold has a meaning only on its scale: 1 means "followed" on 0..1 and "not at all" on 1..5.
+Every scorer declares a ``Scale``; scores and thresholds outside it are refused.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from torch import Tensor
 
 from mteditflow._checks import check_no_booleans, check_number, check_tensor
 
-SHOWN = 5  # values that a message shows
-ROUNDING = 1e-5  # that a cosine may lie beyond 1; nothing is clamped
+SHOWN = 5  # values that a message lists
+ROUNDING = 1e-5  # rounding by which a cosine may exceed 1; scores are not clamped
 
 
 def check_range(
     name: str, score: Tensor, low: float, high: float, *, whole: bool = False, slack: float = 0.0
 ) -> None:
-    """Raise unless all scores that are there lie in [low, high].
+    """Check that all scores, apart from NaN, are in [low, high].
 
     Args:
         name: name of the scores, for the message.
-        score: any shape; NaN where there is none.
+        score: scores of any shape; NaN where there is none.
         low: worst score.
         high: best score.
-        whole: whether scores are whole numbers.
-        slack: how far beyond the ends rounding may lead.
+        whole: whether scores must be whole numbers.
+        slack: tolerance for rounding beyond both ends.
 
     Raises:
-        ValueError: one lies outside; the message shows the values seen.
-        TypeError: ``score`` is not a tensor, or one of booleans on another scale than 0..1.
+        ValueError: a score is outside; the message lists such values.
+        TypeError: ``score`` is not a tensor, or is boolean on another scale than 0..1.
 
     Example:
         >>> check_range("consistency", torch.tensor([0.9, torch.nan, 85.0]), 0, 1)
@@ -62,12 +62,12 @@ class Scale:
     Args:
         low: worst score.
         high: best score, above ``low``.
-        success: score from which on a turn counts as followed, in (low, high].
+        success: score from which a turn counts as followed, in (low, high].
         whole: whether scores are whole numbers.
 
     Raises:
-        ValueError: ``high`` is not above ``low``, or the threshold is off the scale.
-        TypeError: one of them is no number.
+        ValueError: ``high`` is not above ``low``, or the threshold is outside the scale.
+        TypeError: an argument is not a number.
 
     Example:
         >>> import torch
@@ -90,7 +90,7 @@ class Scale:
         check_number("low", self.low)
         check_number("high", self.high, low=self.low, open_low=True)
         check_number("success", self.success, low=self.low, high=self.high, open_low=True)
-        for name in ("low", "high", "success"):  # one form, in files too
+        for name in ("low", "high", "success"):  # floats, so that equal scales are equal in files
             object.__setattr__(self, name, float(getattr(self, name)))
 
     def __str__(self) -> str:
@@ -106,15 +106,15 @@ class Scale:
         return self if success is None else replace(self, success=success)
 
     def check(self, name: str, score: Tensor) -> None:
-        """Raise unless all scores that are there lie on the scale.
+        """Check that all scores, apart from NaN, are on the scale.
 
         Args:
             name: name of the scores, for the message.
-            score: any shape; NaN where there is none.
+            score: scores of any shape; NaN where there is none.
 
         Raises:
-            ValueError: one lies off the scale; the message shows the values seen.
-            TypeError: ``score`` is not a tensor, or one of booleans on another scale than 0..1.
+            ValueError: a score is off the scale; the message lists such values.
+            TypeError: ``score`` is not a tensor, or is boolean on another scale than 0..1.
         """
         check_range(name, score, self.low, self.high, whole=self.whole)
 
@@ -122,7 +122,7 @@ class Scale:
         """Map scores to [0, 1]: (score - low) / (high - low), float32 (float64 if given).
 
         Raises:
-            ValueError: a score lies off the scale.
+            ValueError: a score is off the scale.
             TypeError: ``score`` is not a tensor.
         """
         self.check("score", score)
@@ -130,7 +130,7 @@ class Scale:
         return (wide - self.low) / (self.high - self.low)
 
     def followed(self, score: Tensor) -> Tensor:
-        """Turns that were followed, boolean, shape of ``score``; false where there is no score."""
+        """Return which turns were followed, boolean, shape of ``score``; False for NaN."""
         return score >= self.success
 
 

@@ -1,9 +1,9 @@
 """Scores per turn with their validity, as every judge and scorer of this package returns them.
 
-``B`` trajectories, ``N`` turns. A score that is not there is NaN, never a number: either it was
-LOST (an answer was requested and did not come, with the reason) or UNMEASURED: there was nothing to
-measure (content consistency of a turn in which everything was edited). Only a lost score makes a
-trajectory invalid.
+``B`` trajectories, ``N`` turns. A missing score is NaN, never a number. It is either LOST (an
+answer was requested and did not arrive, with the reason) or UNMEASURED (there was nothing to
+measure, such as content consistency of a turn in which everything was edited). Only a lost score
+makes a trajectory invalid.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from mteditflow.rewards.faults import Lost
 
 
 class InvalidRewardsError(RuntimeError):
-    """More of a round's rewards are invalid than the run allows."""
+    """Share of invalid rewards in a round above the limit of the run."""
 
 
 @dataclass(frozen=True, eq=False)
 class TurnScores:
-    """One score per turn of B trajectories, or why there is none.
+    """One score per turn of B trajectories, or the reason why it is lost.
 
     Args:
-        score: [B, N], float32 or float64; NaN where there is no score.
+        score: scores [B, N], float32 or float64; NaN where there is no score.
         turn_mask: turns that exist, boolean [B, N].
-        lost: (trajectory, turn) to why its score was lost; those entries are NaN. A NaN that is not
-            named here means that there was nothing to measure.
+        lost: (trajectory, turn) to the reason why its score was lost; those entries are NaN. A NaN
+            that is not listed here means that there was nothing to measure.
 
     Raises:
-        ValueError: shapes differ, an entry is infinite, a padded or lost entry holds a number, a
-            trajectory has no turn, or ``lost`` names one that does not exist.
+        ValueError: shapes differ, an entry is infinite, a padded or lost entry has a number, a
+            trajectory has no turn, or ``lost`` contains a turn that does not exist.
         TypeError: a dtype is not the one stated.
 
     Example:
@@ -74,7 +74,7 @@ class TurnScores:
         for b, n in self.lost:
             if not (0 <= b < len(self.score) and 0 <= n < self.score.shape[1]) or absent[b, n]:
                 raise ValueError(f"lost: expected (trajectory, turn) that exist, got {(b, n)}")
-            absent[b, n] = True
+            absent[b, n] = True  # a lost turn must be NaN, just like padding
         check_values("score", self.score, ~absent | self.score.isnan(), "NaN where lost or padded")
 
     def __len__(self) -> int:
@@ -96,15 +96,16 @@ class TurnScores:
 
     @property
     def unmeasured(self) -> Tensor:
-        """Turns in which there was nothing to measure, boolean [B, N]: they were not lost."""
+        """Turns with nothing to measure, boolean [B, N]; these are not lost."""
         return self.turn_mask & ~self.measured & ~self.lost_mask
 
     @property
     def valid(self) -> Tensor:
         """Trajectories that lost no score, boolean [B].
 
-        A trajectory that lost the score of any turn is not valid: the mean of its other turns would
-        not be comparable within its group. One with nothing to measure is valid, and unmeasured.
+        A trajectory that lost the score of any turn is invalid, since the mean of its other turns
+        would not be comparable within its group. One with nothing to measure is valid but
+        unmeasured.
         """
         return ~self.lost_mask.any(dim=1)
 
@@ -115,7 +116,7 @@ class TurnScores:
 
     @property
     def unmeasured_share(self) -> float:
-        """Share of trajectories that lost no score and have none: nothing to measure in any turn.
+        """Share of trajectories with nothing to measure in any turn and no lost score.
 
         Example:
             >>> scores = TurnScores(torch.tensor([[0.9], [torch.nan]]), torch.ones(2, 1) > 0, {})
@@ -130,16 +131,16 @@ class TurnScores:
         return dict(Counter(lost.fault.value for lost in self.lost.values()).most_common())
 
     def reward(self, aggregate: Callable[..., Tensor]) -> Signal:
-        """Aggregate turns to one reward per trajectory; NaN, and marked, where there is none.
+        """Aggregate turns to one reward per trajectory; NaN, with flags, where there is none.
 
         Args:
-            aggregate: such as ``mteditflow.likert_average``: maps scores [B', N] and a
-                ``turn_mask`` to [B']; it receives only valid trajectories with a measured turn, and
-                in them only the measured turns.
+            aggregate: function of scores [B', N] and a ``turn_mask`` that returns [B'], such as
+                ``mteditflow.likert_average``. It receives only valid trajectories with a measured
+                turn, and its mask is true only at measured turns.
 
         Returns:
-            Signal: value [B], float32 (float64 if scores are); valid, boolean [B], where no turn
-            was lost; and measured, where some turn has a score besides.
+            Signal with value [B], float32 (float64 if scores are); valid, boolean [B], True where
+            no turn was lost; and measured, True where a valid trajectory has some score.
         """
         valid, turns = self.valid, self.measured
         measured = valid & turns.any(dim=1)
@@ -150,14 +151,14 @@ class TurnScores:
         return Signal(value, valid, measured)
 
     def turn_reward(self, normalize: Callable[[Tensor], Tensor]) -> Signal:
-        """Normalize every score on its own: one reward per turn.
+        """Normalize every score separately to one reward per turn.
 
-        A turn is valid where it exists and its score was not lost, even if that of another turn of
-        its trajectory was.
+        A turn is valid if it exists and its score was not lost, even if another turn of its
+        trajectory lost its score.
 
         Args:
-            normalize: maps scores [K] to rewards [K], such as ``mteditflow.normalize_likert``; it
-                sees the turns that were measured.
+            normalize: function from scores [K] to rewards [K], such as
+                ``mteditflow.normalize_likert``; it receives the measured turns only.
 
         Returns:
             Signal: value [B, N] in the dtype of the scores, NaN where there is no score; valid and
@@ -174,14 +175,14 @@ class TurnScores:
         return Signal(value, self.turn_mask & ~self.lost_mask, measured)
 
     def credited(self, reward: Tensor, credit: Credit) -> Signal:
-        """Map one reward per turn to what each turn is credited with.
+        """Map per-turn rewards to per-turn credit.
 
         Args:
             reward: ``turn_reward(...).value``, [B, N].
-            credit: such as ``mteditflow.RewardToGo()``.
+            credit: rule of credit assignment, such as ``mteditflow.RewardToGo()``.
 
         Returns:
-            Signal, as ``mteditflow.turn_advantage`` takes it.
+            Signal [B, N], an argument of ``mteditflow.turn_advantage``.
 
         Raises:
             ValueError: shapes do not match, or the reward of a measured turn is not finite.
@@ -201,15 +202,15 @@ class TurnScores:
         )
 
     def spread(self, where: Tensor) -> TurnScores:
-        """Lay the scores out over chains with further turns, in which there is nothing to measure.
+        """Place the scores in longer chains whose other turns are unmeasured.
 
-        For chains of which a scorer saw some turns alone, such as those that ask for a change.
+        Use it if a scorer received only some turns of a chain, such as those that ask for a change.
 
         Args:
-            where: turns that the scores are of, in order, boolean [B, N]; all N turns exist.
+            where: turns that the scores belong to, in order, boolean [B, N]; all N turns exist.
 
         Raises:
-            ValueError: a trajectory has another number of such turns than of scores.
+            ValueError: a trajectory does not have as many such turns as scores.
             TypeError: ``where`` is not boolean.
 
         Example:
@@ -225,6 +226,7 @@ class TurnScores:
                 f"scores, got {_short(turns)}"
             )
         score = torch.full(where.shape, torch.nan, dtype=self.score.dtype, device=self.score.device)
+        # Both masks select row by row, in the order of turns, so the n-th score meets its turn.
         score[where] = self.score[self.turn_mask]
         places = dict(
             zip(_places(self.turn_mask), _places(where), strict=True) if self.lost else ()
@@ -236,7 +238,7 @@ class TurnScores:
         """Return the scores of some trajectories, in the order given.
 
         Args:
-            rows: their numbers, in [0, B), at least one.
+            rows: indices of trajectories in [0, B), at least one; they may repeat.
 
         Raises:
             IndexError: a trajectory does not exist.
@@ -259,12 +261,12 @@ class TurnScores:
         """Return these scores, or raise if too many trajectories lost one.
 
         Args:
-            max_invalid_share: largest share of trajectories that may be invalid, in [0, 1]. Those
-                with nothing to measure do not count.
+            max_invalid_share: largest share of trajectories that may be invalid, in [0, 1];
+                trajectories with nothing to measure are valid.
 
         Raises:
-            InvalidRewardsError: more are invalid; the message gives the share, the reasons with
-                their counts, and an instance of the most frequent one.
+            InvalidRewardsError: the share is larger; the message has the share, the reasons with
+                their counts, and an example of the most frequent one.
         """
         check_number("max_invalid_share", max_invalid_share, low=0.0, high=1.0)
         if self.invalid_share <= max_invalid_share:
@@ -291,7 +293,7 @@ class TurnScores:
 
 
 def _places(where: Tensor) -> list[tuple[int, int]]:
-    """Return the (trajectory, turn) of what is true, in order."""
+    """Return the (trajectory, turn) of each true entry, in order."""
     return [(b, n) for b, n in where.nonzero().tolist()]
 
 
@@ -321,7 +323,10 @@ def join(parts: Sequence[Tensor], *, padding: float) -> Tensor:
 def join_lost(
     parts: Sequence[tuple[int, Mapping[tuple[int, int], Lost]]],
 ) -> dict[tuple[int, int], Lost]:
-    """Join the lost scores of batches, each given with its number of trajectories."""
+    """Join the lost scores of batches, each given with its number of trajectories.
+
+    The trajectories of a batch are numbered after those of the batches before it.
+    """
     lost: dict[tuple[int, int], Lost] = {}
     start = 0
     for size, own in parts:

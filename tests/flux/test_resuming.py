@@ -506,7 +506,7 @@ def test_a_scorer_that_hangs_does_not_keep_a_run_from_stopping(world, tmp_path, 
         ended = call(train_flux.main, options(world, run, *more))
         assert (ended.code, ends) == (0, [0])
         assert "stopped by SIGTERM after round 1; start again to go on" in ended.err
-        assert "a scorer was still at work 0.1 s after it was to stop" in ended.err
+        assert "a scorer was still running 0.1 s after its cancellation" in ended.err
         with sole_writer(run) as stale:
             assert stale is None
     finally:

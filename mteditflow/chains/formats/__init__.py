@@ -1,4 +1,4 @@
-"""The formats that chains are kept in, each as users already hold it."""
+"""File formats of chains: the native one and those of public data sets and benchmarks."""
 
 from mteditflow.chains.formats.base import Format, Row
 from mteditflow.chains.formats.edival import EDIVAL
@@ -13,8 +13,7 @@ from mteditflow.chains.formats.lines import (
 from mteditflow.chains.formats.magicbrush import MAGICBRUSH
 from mteditflow.chains.formats.sessions import LME, MSE
 
-#: Every format by name. In this order a record is recognized: what several could read is of the
-#: first.
+#: Every format by name. Recognition tries them in this order; the first match wins.
 FORMATS: dict[str, Format] = {
     known.name: known
     for known in (

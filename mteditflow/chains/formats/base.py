@@ -1,4 +1,4 @@
-"""The type of a format, and what formats share: parsing of lines, translation of keys."""
+"""The type of a format, with shared parsing of lines and translation of keys."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from typing import Any, BinaryIO
 
 from mteditflow.chains.record import TASK_TYPES, Chain, ChainError, shorten
 
-#: Fields of the native record with a list of object names per turn that formats share.
+#: Fields with a list of object names per turn that other formats have under the same names.
 OBJECTS = ("unchanged_objects", "available_objects", "all_objects")
 
 Record = dict[str, Any]
-#: A line number with the native record that begins there, or with why there is none.
+#: A line number with the native record that begins there, or with the error.
 Row = tuple[int, Record | ChainError]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep chains in a file.
+    """File format of chains.
 
     Attributes:
-        name: as the command line takes it.
-        about: what the format is.
-        loses: what of a chain it leaves out.
-        refuses: which chains it cannot hold.
-        read: yields the rows of an open file (after its byte-order mark), and goes on after a bad
-            one.
-        encode: writes one chain; raises ``ChainError`` where the format cannot hold it.
-        keys: those that show a record to be of this format: columns of a table, keys of a line, of
-            an entry of a JSON object, or of the records in the list that is an entry.
-        decode: parsed line and its number to the native record, where a record is a line.
-        suffixes: others that the images' names may end in, where a record does not name the image.
-        head: what the file begins with.
-        between: what stands between two chains.
-        tail: what the file ends with.
+        name: name on the command line and key of ``FORMATS``.
+        about: one-line description.
+        loses: data of a chain that the format leaves out.
+        refuses: chains that the format cannot hold.
+        read: reader of an open file (after its byte-order mark) that yields rows and continues
+            after a bad one.
+        encode: writer of one chain; raises ``ChainError`` if the format cannot hold it.
+        keys: keys that identify a record of this format: columns of a table, keys of a line, of an
+            entry of a JSON object, or of the records in the list that is an entry.
+        decode: function of a parsed line and its number that returns the native record; ``None``
+            if a record is not one line.
+        suffixes: alternative suffixes of images, for records that do not name their image.
+        head: text at the beginning of the file.
+        between: text between two chains.
+        tail: text at the end of the file.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Format:
 
 
 def attempt(make: Callable[..., Record], *arguments: object) -> Record | ChainError:
-    """Return what is made, or the error, so that a generator of rows can go on after it."""
+    """Return the record or the error; a generator that raised could not continue after it."""
     try:
         return make(*arguments)
     except ChainError as error:
@@ -63,17 +64,18 @@ def attempt(make: Callable[..., Record], *arguments: object) -> Record | ChainEr
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their number from 1."""
+    """Yield each line that is not blank with its number, from 1."""
     for number, raw in enumerate(file, start=1):
         if raw.strip():
             yield number, raw
 
 
 def parse_object(raw: bytes) -> Record:
-    """Parse one JSON object, and refuse what Python's parser lets through.
+    """Parse one JSON object, more strictly than Python's parser does by default.
 
     Raises:
-        ChainError: not UTF-8, not JSON (NaN and Infinity are not), a key twice, not an object.
+        ChainError: it is not UTF-8, not JSON (NaN and Infinity are not), not an object, or has a
+            key twice.
     """
     text = decode_text(raw)
     try:
@@ -89,7 +91,7 @@ def decode_text(raw: bytes) -> str:
     """Decode UTF-8.
 
     Raises:
-        ChainError: the bytes are something else.
+        ChainError: the bytes are not UTF-8; the message names the first bad one.
     """
     try:
         return raw.decode("utf-8")
@@ -98,26 +100,29 @@ def decode_text(raw: bytes) -> str:
 
 
 def bad_byte(text: str) -> str | None:
-    r"""Say which byte of a text, decoded with its bad bytes as surrogates, is not UTF-8.
+    r"""Return a message for the first bad byte of a text decoded with "surrogateescape".
+
+    ``None`` if every byte was valid UTF-8.
 
     Example:
         >>> bad_byte(b"caf\xe9".decode("utf-8", errors="surrogateescape"))
         'expected UTF-8 text, got byte 0xe9'
     """
+    # surrogateescape maps a bad byte b to U+DC00 + b (PEP 383); bad bytes are 0x80 to 0xff.
     match = re.search("[\udc80-\udcff]", text)
     return None if match is None else f"expected UTF-8 text, got byte {ord(match[0]) - 0xDC00:#04x}"
 
 
 def shorten_line(raw: bytes) -> str:
-    """Show a line, or its beginning."""
+    """Return the repr of a line, cut to a message's length."""
     return shorten(raw.decode("utf-8", errors="replace").strip())
 
 
 def single_turn(chain: Chain) -> str:
-    """Return the only instruction.
+    """Return the instruction of a chain of one turn.
 
     Raises:
-        ChainError: there are several.
+        ChainError: the chain has several turns.
     """
     if chain.turns > 1:
         raise ChainError(f"expected a chain of one turn, got {chain.turns} turns")
@@ -125,10 +130,10 @@ def single_turn(chain: Chain) -> str:
 
 
 def as_object(value: object, keys: str) -> Record:
-    """Return a parsed value that must be an object.
+    """Return a parsed value after a check that it is a JSON object.
 
     Raises:
-        ChainError: it is none; the message names the keys.
+        ChainError: it is none; the message names the expected keys.
     """
     if not isinstance(value, dict):
         raise ChainError(f"expected an object with {keys}, got {shorten(value)}")
@@ -136,24 +141,24 @@ def as_object(value: object, keys: str) -> Record:
 
 
 def take(record: Record, key: str, kind: type, expected: str) -> Any:
-    """Take a key out of a record.
+    """Remove a key from a record and return its value.
 
     Raises:
-        ChainError: it is not there, or not of the kind.
+        ChainError: the key is missing, or its value is not of the given type.
     """
     if key not in record:
         raise ChainError(f"{key}: expected this field, got none")
-    value = record.pop(key)
+    value = record.pop(key)  # keys that no one takes are unknown ones, which are kept
     if not isinstance(value, kind):
         raise ChainError(f"{key}: expected {expected}, got {shorten(value)}")
     return value
 
 
 def take_turns(record: Record, prefix: str) -> list[Any]:
-    """Take what stands under one key for each turn: prefix and number, from 1 on.
+    """Remove the keys prefix1, prefix2, ... from a record and return their values in turn order.
 
     Raises:
-        ChainError: there is none, or a number is left out.
+        ChainError: there is none, or a number is missing.
 
     Example:
         >>> record = {"turn2": "Add a dog", "turn1": "Remove the cat", "id": "7.png"}
@@ -170,10 +175,10 @@ def take_turns(record: Record, prefix: str) -> list[Any]:
 
 
 def with_turns(prefix: str, values: Collection[Any], rest: Mapping[str, Any]) -> Record:
-    """Return one key for each turn, and further keys: the inverse of ``take_turns``.
+    """Return a record with one key per turn and further keys: the inverse of ``take_turns``.
 
     Raises:
-        ChainError: a further key would be read as a turn.
+        ChainError: a further key has the form of a turn's key.
     """
     if others := [key for key in rest if re.fullmatch(re.escape(prefix) + r"[1-9]\d{0,5}", key)]:
         raise ChainError(f"{others[0]}: expected no key of this name, which is that of a turn")
@@ -181,10 +186,10 @@ def with_turns(prefix: str, values: Collection[Any], rest: Mapping[str, Any]) ->
 
 
 def known_types(key: str, types: object) -> bool:
-    """Whether a list of edit types has none but those of ``TASK_TYPES``.
+    """Whether every edit type in a list is one of ``TASK_TYPES``.
 
     Raises:
-        ChainError: it is no list of text.
+        ChainError: ``types`` is not a list of strings.
     """
     if not isinstance(types, (list, tuple)) or not all(isinstance(x, str) for x in types):
         raise ChainError(f"{key}: expected a list of text, got {shorten(types)}")
@@ -192,16 +197,16 @@ def known_types(key: str, types: object) -> bool:
 
 
 def with_id(record: Record, number: int) -> Record:
-    """Give a record its id as text: its own, or the number of its line if it has none."""
+    """Return the record with a text id: its own, else its line number."""
     name = record.get("id", number)
     return {**record, "id": str(name) if type(name) is int else name}
 
 
 def join(fields: Mapping[str, Any], rest: Mapping[str, Any]) -> Record:
-    """Put fields and further keys into one record.
+    """Merge fields and further keys into one record.
 
     Raises:
-        ChainError: a key is in both, so that one would be lost.
+        ChainError: a key is in both, and one value would be lost.
     """
     if both := sorted(fields.keys() & rest.keys()):
         raise ChainError(f"{both[0]}: expected this key once, got it beside the format's own")
@@ -221,12 +226,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(x for x in keys if keys.count(x) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(x for x in keys if keys.count(x) > 1)!r} occurs twice")
     return record
 
 
 def _finite(text: str) -> float:
-    """Parse a number; JSON can hold 1e999, a float cannot."""
+    """Parse a number; refuse one such as 1e999, which is valid JSON but overflows a float."""
     number = float(text)
     if math.isinf(number):
         raise ValueError(f"{text[:40]} is too large a number")

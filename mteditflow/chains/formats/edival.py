@@ -23,7 +23,7 @@ from mteditflow.chains.formats.base import (
 )
 from mteditflow.chains.record import Chain, ChainError, shorten
 
-# Columns with one entry for each turn so far, and what the native record calls them.
+# Columns with one entry for each turn so far, and their names in the native record.
 PREFIXES = {
     "task_type": "task_types",
     "instructions": "instructions",
@@ -31,16 +31,16 @@ PREFIXES = {
 }
 COLUMNS = ("image_index", "turns", *PREFIXES, "bg_consistency", *OBJECTS)
 BOOLEANS = {"true": True, "false": False}
-LINES_MAX = 64  # lines that one row may span
-INDEX_MAX = 4096  # characters of a bad row in which its image is looked for
-ALIKE = 20  # of so many images, one that is shorter than all the others is taken to be cut
-SUFFIXES = (".png", ".jpeg", ".webp")  # of images that are not JPEG by name
+LINES_MAX = 64  # lines that one row may span, so that an open quote does not swallow the file
+INDEX_MAX = 4096  # characters of a bad row that are searched for its image index
+ALIKE = 20  # chains shorter than the rest are truncated if they are at most 1 in 20 of all
+SUFFIXES = (".png", ".jpeg", ".webp")  # alternatives to .jpg
 
 Cells = Mapping[str, str]
 
 
 class _Bad(NamedTuple):
-    """A row that cannot be read, and the image that it is of where that can be told."""
+    """A row that cannot be read, with its image index if that is legible."""
 
     line: int
     error: ChainError
@@ -48,9 +48,9 @@ class _Bad(NamedTuple):
 
 
 def _read(file: BinaryIO) -> Iterator[Row]:
-    """Gather the rows of each image, in whatever order they come, then make its chain.
+    """Collect the rows of each image, in any order, and yield its chain.
 
-    A bad row costs its own image, and is what is said of that image.
+    A bad row costs its own image, whose error it becomes.
     """
     lines = [raw.decode("utf-8", errors="surrogateescape") for raw in file]
     start = next((n for n, text in enumerate(lines) if text.strip()), len(lines))
@@ -66,12 +66,13 @@ def _read(file: BinaryIO) -> Iterator[Row]:
             bad.append(cells)
         else:
             images.setdefault(cells["image_index"], []).append((line, cells))
+    # In the order of the file, by the line of each image's first row.
     yield from sorted(_chains(images, bad), key=lambda row: row[0])
 
 
 def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iterator[Row]:
-    """One row for each image: its chain, or why there is none; and bad rows of no known image."""
-    costs: dict[str, Row] = {}
+    """Yield the chain or the error of each image, and bad rows whose image is unknown."""
+    costs: dict[str, Row] = {}  # image index to its first bad row
     beside = _CutBeside(images)
     for row in bad:
         index = row.image if row.image is not None else beside(row.line)
@@ -85,7 +86,7 @@ def _chains(images: dict[str, list[tuple[int, Cells]]], bad: list[_Bad]) -> Iter
 
 
 class _CutBeside:
-    """Search for the image beside a bad row that lacks a turn which the others have."""
+    """Search for the owner of a bad row: an adjacent image with fewer rows than the longest."""
 
     def __init__(self, images: Mapping[str, list[tuple[int, Cells]]]) -> None:
         longest = max((len(own) for own in images.values()), default=0)
@@ -99,7 +100,7 @@ class _CutBeside:
 
 
 def _without_cut(made: Mapping[str, Row]) -> Iterator[Row]:
-    """Refuse the few chains that are shorter than all the others: rows are missing at the end."""
+    """Replace the few chains that are shorter than the others by errors: their rows are cut off."""
     turns = {
         index: len(record["instructions"])
         for index, (_, record) in made.items()
@@ -116,7 +117,7 @@ def _without_cut(made: Mapping[str, Row]) -> Iterator[Row]:
 
 
 def _rows(lines: list[str], start: int, columns: list[str]) -> Iterator[tuple[int, Cells | _Bad]]:
-    """Go from row to row; bad lines in a row of which no image is known count once."""
+    """Yield row by row; consecutive bad lines without a legible image are reported once."""
     places, follows = [columns.index(x) for x in ("image_index", "turns")], False
     while start < len(lines):
         if not lines[start].strip(", \r\n"):
@@ -134,9 +135,9 @@ def _rows(lines: list[str], start: int, columns: list[str]) -> Iterator[tuple[in
 
 
 def _row(lines: list[str], start: int, width: int) -> tuple[int, list[str] | ChainError]:
-    """Read the row that begins with a line; return where the next one begins, too.
+    """Return the start of the next row and the cells of the row that begins at ``start``.
 
-    A quoted cell may span lines. If the row is bad, the next line is tried as a row of its own.
+    A quoted cell may span lines. After a bad row, the next line is tried as a row of its own.
     """
     end, last = start, min(start + LINES_MAX, len(lines))
     while True:
@@ -157,25 +158,26 @@ def _row(lines: list[str], start: int, width: int) -> tuple[int, list[str] | Cha
 
 
 class _OpenQuoteError(ChainError):
-    """The text ends within a quoted cell."""
+    """Text that ends within a quoted cell."""
 
 
 def _cells(text: str) -> list[str]:
     """Split the text of one row.
 
     Raises:
-        ChainError: it is none.
+        ChainError: it is not a row of CSV; ``_OpenQuoteError`` if a quote is not closed.
     """
     try:
         (row,) = csv.reader([text], strict=True)
     except csv.Error as error:
+        # csv has one error type; its text alone tells an open quote from malformed cells.
         kind = _OpenQuoteError if "unexpected end of data" in str(error) else ChainError
         raise kind(f"expected a row of CSV, got {shorten(text.strip())} ({error})") from error
     return row
 
 
 def _index(text: str, places: list[int]) -> str | None:
-    """The number of the image in a row that is bad, if it and that of the turn are in place."""
+    """Return the image index of a bad row, ``None`` unless index and turn are both numbers."""
     try:
         cells = next(csv.reader([text[:INDEX_MAX]]), [])
     except csv.Error:
@@ -193,7 +195,7 @@ def _header(columns: list[str]) -> list[str]:
 
 
 def _chain(index: str, rows: list[tuple[int, Cells]]) -> Row:
-    """Make one chain of the rows of an image; the row of a turn is the authority on that turn."""
+    """Return the chain of an image's rows; each turn's fields come from the row of that turn."""
     line, turns = rows[0][0], dict[int, Record]()
     try:
         for number, cells in rows:
@@ -221,7 +223,7 @@ def _turn(cells: Cells) -> int:
 
 
 def _state(cells: Cells, turn: int) -> Record:
-    """Fields of a row's own turn, under native names; unknown columns are kept."""
+    """Return the fields of a row's own turn under native names; unknown columns are kept."""
     state: Record = {native: _last(column, cells, turn) for column, native in PREFIXES.items()}
     state["background_consistency"] = _boolean(cells["bg_consistency"])
     state |= {column: _list(column, cells) for column in OBJECTS}
@@ -239,7 +241,7 @@ def _last(column: str, cells: Cells, turn: int) -> object:
 def _list(column: str, cells: Cells) -> list[Any]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+            warnings.simplefilter("ignore")  # SyntaxWarning: invalid escape sequence
             value = ast.literal_eval(cells[column].strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         got = shorten(cells[column])
@@ -258,7 +260,7 @@ def _boolean(cell: str) -> bool:
 def unquoted(text: str) -> str:
     """Remove one stray double quote at an end, or a pair of quotes around the whole.
 
-    The only double quote, at the end and behind a digit, is an inch mark and stays.
+    A single double quote at the end, after a digit, is an inch mark and is kept.
 
     Example:
         >>> unquoted('"Change the count of cup to 3"'), unquoted("Add text 'A' on the image")
@@ -290,14 +292,18 @@ def _encode(chain: Chain) -> str:
 
 
 def _complete(chain: Chain) -> Record:
-    """Return the chain's record if EdiVal can hold it."""
+    """Return the chain's record with every field that EdiVal needs.
+
+    Raises:
+        ChainError: a field is missing, or EdiVal's CSV cannot hold it.
+    """
     if not chain.id.isdecimal():
         raise ChainError(f"id: expected a number, as EdiVal's image_index, got {chain.id!r}")
     name, expected = PurePosixPath(chain.reference).name, PurePosixPath(_image(chain.id))
     if name not in (expected.name, *(expected.with_suffix(x).name for x in SUFFIXES)):
         raise ChainError(f"image: expected a file {expected.name!r}, got {name!r}")
     record = chain.to_record()
-    unknown = record.get("task_type")  # where an edit type is none of the nine
+    unknown = record.get("task_type")  # as read, with an edit type outside TASK_TYPES
     if "task_types" not in record and isinstance(unknown, list) and len(unknown) == chain.turns:
         record["task_types"] = unknown
     for field in (*PREFIXES.values(), "background_consistency", *OBJECTS):

@@ -1,6 +1,6 @@
-"""One JSON document with many records: an object of them by name, or an array of them.
+"""Reader of one JSON document with many records: an object of entries by name, or an array.
 
-A broken entry costs no other one: reading goes on at the next text that begins like an entry.
+A broken entry costs no other one: parsing resumes at the next text that begins like an entry.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mteditflow.chains.formats.base import STRICT, Format, Record, Row, attempt,
 from mteditflow.chains.record import Chain, ChainError, one_line, shorten
 
 DECODER = json.JSONDecoder(**STRICT)
+# The bound on a name's length keeps the search for the next entry linear in broken text.
 NAME = r'"(?:[^"\\\n]|\\.){0,999}"\s*:\s*'
 OPENINGS = {"{": re.compile(NAME + r"(?=[{\[])"), "[": re.compile(r"(?=\{)")}
 CLOSING = {"{": "}", "[": "]"}
@@ -24,9 +25,9 @@ class Entry(NamedTuple):
     """One record of a document.
 
     Attributes:
-        line: where it begins, from 1.
-        name: its name in an object, ``None`` in an array.
-        value: parsed, or what is wrong with it.
+        line: line on which it begins, from 1.
+        name: its key in an object, ``None`` in an array.
+        value: parsed JSON value, or a ``ChainError``.
     """
 
     line: int
@@ -37,21 +38,22 @@ class Entry(NamedTuple):
 def entries(
     raw: bytes, bracket: str, keys: Collection[str] = (), *, tail: str = ""
 ) -> Iterator[Entry]:
-    """Go from entry to entry; a broken one has an error for its value.
+    """Yield entry by entry; the value of a broken one is a ``ChainError``.
 
     Args:
         raw: the document.
         bracket: "{" for an object of entries, "[" for an array.
-        keys: those that an entry has, by which one is found behind a broken one.
-        tail: what follows the closing bracket.
+        keys: keys of every entry, used to find the next entry after a broken one.
+        tail: text that follows the closing bracket.
     """
-    text = raw.decode("utf-8", errors="surrogateescape")  # a bad byte stays in its entry
+    text = raw.decode("utf-8", errors="surrogateescape")  # a bad byte spoils its own entry only
     opening = _opening(text, bracket, keys)
     line, start, position = 1, 0, 0
     while True:
+        # Newlines are counted from the last position only, so that the whole scan stays linear.
         line, start = line + text.count("\n", start, position), position
         try:
-            if not position:
+            if not position:  # the opening bracket is still to come
                 position = _pass(text, 0, bracket)
             elif text.startswith(CLOSING[bracket], position):
                 _pass_end(text, position, tail)
@@ -72,29 +74,30 @@ def entries(
 
 
 def _pass_comma(text: str, position: int, bracket: str) -> int:
-    """Go past the comma behind an entry; the last entry has none."""
+    """Return the position after the comma that follows an entry; the last entry has none."""
     last = text.startswith(CLOSING[bracket], position)
     return position if last else _pass(text, position, ",")
 
 
 def _pass_end(text: str, position: int, tail: str) -> None:
-    """Raise ChainError unless the tail and the end follow the closing bracket."""
+    """Raise ChainError unless the document ends with the closing bracket and the tail."""
     if text[position + 1 :].strip() != tail:
         expected = f"{tail!r} and the end" if tail else "the end"
         raise ChainError(f"expected {expected}, got {_shown(text, position + 1)}")
 
 
 def keys_of(value: object) -> frozenset[str]:
-    """Return the keys of an entry: its own, or those that every record of a list has."""
+    """Return the keys of an entry: those of an object, or those common to a list of objects."""
     if isinstance(value, list) and value and all(isinstance(x, dict) for x in value):
         return frozenset.intersection(*(frozenset(x) for x in value))
     return frozenset(value) if isinstance(value, dict) else frozenset()
 
 
 def _entry(text: str, position: int, bracket: str) -> tuple[Any, Any, int]:
-    """Parse an entry; return its name, its value, and where what follows begins.
+    """Parse an entry; return its name, its value and the position after it.
 
-    That is a comma, the end, or an entry for want of a comma; anything else spoils this one.
+    A comma, the closing bracket, the next entry (if the comma is missing) or the end of the text
+    may follow; anything else makes this entry an error.
     """
     name = None
     if bracket == "{":
@@ -114,7 +117,10 @@ def _next(
     keys: Collection[str],
     opening: re.Pattern[str] | None,
 ) -> int | None:
-    """Where the next entry begins: one with the keys, or one that opens as the first such entry."""
+    """Return where the next entry begins, ``None`` if there is none.
+
+    It has the keys, or it opens like the first whole entry, since it may be broken itself.
+    """
     for match in OPENINGS[bracket].finditer(text, start):
         opens = opening is not None and opening.match(text, match.end())
         if opens or _parsed(text, match.end(), keys) is not None:
@@ -123,7 +129,7 @@ def _next(
 
 
 def _opening(text: str, bracket: str, keys: Collection[str]) -> re.Pattern[str] | None:
-    """Brackets and first key of the first entry that is whole; the others begin alike."""
+    """Return a pattern of the first whole entry's brackets and first key; others begin alike."""
     for match in OPENINGS[bracket].finditer(text):
         if (value := _parsed(text, match.end(), keys)) is not None:
             first = value[0] if isinstance(value, list) else value
@@ -133,7 +139,7 @@ def _opening(text: str, bracket: str, keys: Collection[str]) -> re.Pattern[str] 
 
 
 def _parsed(text: str, position: int, keys: Collection[str]) -> Any:
-    """The value that begins here if it has the keys, else ``None``."""
+    """Return the value at a position if it has the keys, else ``None``."""
     try:
         value, _ = _scan(text, position)
     except ChainError:
@@ -148,7 +154,7 @@ def _of_bytes(text: str) -> ChainError | None:
 
 
 def _scan(text: str, position: int) -> tuple[Any, int]:
-    """Parse the value that begins here; return it, and where what follows it begins."""
+    """Parse the value at a position; return it and the position after it and white space."""
     try:
         value, end = DECODER.raw_decode(text, position)
     except (ValueError, RecursionError) as error:
@@ -157,7 +163,7 @@ def _scan(text: str, position: int) -> tuple[Any, int]:
 
 
 def _pass(text: str, position: int, character: str) -> int:
-    """Go past a character, and the white space around it."""
+    """Return the position after a character and the white space around it."""
     match = re.compile(rf"\s*{re.escape(character)}\s*").match(text, position)
     if not match:
         raise ChainError(f"expected {character!r}, got {_shown(text, position)}")
@@ -182,16 +188,17 @@ def entry_format(
     loses: str = "nothing",
     refuses: str = "none",
 ) -> Format:
-    """Make a format with one JSON object of entries, whose names are the ids.
+    """Return a format whose file is one JSON object of entries, with the ids as keys.
 
     Args:
-        name: as the command line takes it.
-        about: what the format is.
-        keys: those that show an entry to be of this format.
-        decode: name and value of an entry to the native record.
-        encode: chain to the value of its entry; either raises ``ChainError`` where it cannot.
-        loses: what of a chain it leaves out.
-        refuses: which chains it cannot hold.
+        name: name on the command line.
+        about: one-line description.
+        keys: keys that identify an entry of this format.
+        decode: function of an entry's name and value that returns the native record.
+        encode: function of a chain that returns its entry's value; it and ``decode`` raise
+            ``ChainError`` for input that they cannot convert.
+        loses: data of a chain that the format leaves out.
+        refuses: chains that the format cannot hold.
     """
     own = frozenset(keys)
     return Format(

@@ -1,4 +1,4 @@
-"""ImgEdit-Bench's files: one JSON object, its keys the ids; of one turn, or of several."""
+"""ImgEdit-Bench's files: one JSON object whose keys are the ids, of one or several turns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CATEGORIES = {
     "color_alter": "adjust",
     "material_alter": "adjust",
 }
-# Categories of one edit type alone; "adjust" may be color, material or something else.
+# Categories with a single edit type; "adjust" is ambiguous (color, material or other).
 TYPES = {
     category: kind
     for kind, category in CATEGORIES.items()
@@ -42,6 +42,7 @@ def _decode(name: object, entry: object) -> Record:
     fields: Record = {"id": name, "image": image, "instructions": [prompt]}
     if types != [None]:
         fields["task_types"] = types
+    # The category is kept unless the edit type gives it back, so that a file survives a round trip.
     if CATEGORIES.get(str(types[0])) != category:
         fields["edit_type"] = category
     return join(fields, entry)
@@ -58,12 +59,12 @@ def _encode(chain: Chain) -> Record:
 
 
 def category_of(chain: Chain) -> str | None:
-    """ImgEdit's category of a chain of one turn: its own word for it, or that of its edit type.
+    """Return ImgEdit's category of a single-turn chain: its ``edit_type``, else by its task type.
 
-    ``None`` where the chain has neither: what kind of edit it is, is unknown.
+    ``None`` if the chain has neither, so that its category is unknown.
 
     Raises:
-        ChainError: the edit type has no category.
+        ChainError: ImgEdit has no category for the task type.
     """
     extra = (chain.model_extra or {}).get("edit_type")
     if isinstance(extra, str):

@@ -1,6 +1,6 @@
 """Formats with one JSON object per line: native, Edit-R2, flow_grpo, Pico-Banana, SEED-Data-Edit.
 
-Each is read from a JSON array of the same objects, too.
+Each can also be read from a JSON array of the same objects.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ ARRAY = re.compile(rb"\s*\[\s*\{")
 
 
 def is_array(file: BinaryIO) -> bool:
-    """Whether an open file is one JSON array of objects, not lines of which the first is one."""
+    """Whether an open file is one JSON array of objects, rather than lines; its position is kept.
+
+    A file whose first line is a whole array and is followed by more lines is read as lines.
+    """
     start = file.tell()
     try:
         if not ARRAY.match(file.read(4096)):
             return False
         file.seek(start)
+        # "[{...}]" alone is an array; followed by further lines, it is a bad first line.
         return not _is_json(file.readline()) or not any(line.strip() for line in file)
     finally:
         file.seek(start)
@@ -63,15 +67,16 @@ def json_lines(
     encode: Callable[[Chain], Record],
     refuses: str = "none",
 ) -> Format:
-    """Make a format with one JSON object per line, which loses nothing: there is room for any key.
+    """Return a format with one JSON object per line; it loses nothing, since any key fits.
 
     Args:
-        name: as the command line takes it.
-        about: what the format is.
-        keys: those that show a line to be of this format.
-        decode: parsed line and its number to the native record.
-        encode: chain to the object of its line; either raises ``ChainError`` where it cannot.
-        refuses: which chains it cannot hold.
+        name: name on the command line.
+        about: one-line description.
+        keys: keys that identify a line of this format.
+        decode: function of a parsed line and its number that returns the native record.
+        encode: function of a chain that returns the object of its line; it and ``decode`` raise
+            ``ChainError`` for input that they cannot convert.
+        refuses: chains that the format cannot hold.
     """
 
     def encode_line(chain: Chain) -> str:
@@ -84,7 +89,7 @@ def json_lines(
 def _read(
     decode: Callable[[Record, int], Record], keys: Collection[str], file: BinaryIO
 ) -> Iterator[Row]:
-    """Read line by line, or entry by entry; an entry's number is its place in the array."""
+    """Yield rows line by line, or entry by entry; an entry's number is its place in the array."""
 
     def of_line(raw: bytes, number: int) -> Record:
         return decode(parse_object(raw), number)
@@ -123,9 +128,10 @@ R2_NAMES = {
 
 def _decode_edit_r2(record: Record, number: int) -> Record:
     record = with_id(record, number)
-    if isinstance(record.get("instruction"), str):  # one turn, written without lists over turns
+    if isinstance(record.get("instruction"), str):  # a single-turn file has no lists over turns
         record |= {key: [record[key]] for key in (*R2_NAMES, *OBJECTS) if key in record}
     turns = record.pop("turns", None)
+    # Edit types outside TASK_TYPES stay under their own key, unvalidated, to be written again.
     unknown = () if known_types("task_type", record.get("task_type", ())) else ("task_type",)
     own = {key: record.pop(key) for key in R2_NAMES if key in record and key not in unknown}
     instructions = own.get("instruction")
@@ -171,7 +177,7 @@ FLOW_GRPO = json_lines(
 
 PICO_PROMPTS = "metadata_edit_turn_prompts"
 PICO_ORIGINAL = "original_input_image"
-PICO_LOCAL = "local_input_image"  # added by the script that finds the images; may be null
+PICO_LOCAL = "local_input_image"  # added by the script that locates the images; may be null
 
 
 def _decode_pico_banana(record: Record, number: int) -> Record:
@@ -181,7 +187,7 @@ def _decode_pico_banana(record: Record, number: int) -> Record:
     url = _original(files)
     local = record.pop(PICO_LOCAL, None)
     fields: Record = {"image": url if local is None else local, "instructions": instructions}
-    if files != _files(fields["image"]):
+    if files != _files(fields["image"]):  # kept only if the image alone cannot restore it
         fields["files"] = files
     return join(fields, record)
 

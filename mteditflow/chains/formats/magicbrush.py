@@ -1,4 +1,4 @@
-"""MagicBrush's ``edit_sessions.json``: one JSON object, image id to the list of its turns."""
+"""MagicBrush's ``edit_sessions.json``: one JSON object that maps an image id to its turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _decode(name: object, session: object) -> Record:
 
 
 def _turn(number: int, turn: object) -> Record:
-    """Check one turn; a mask may be missing."""
+    """Return one turn after a check of its keys; the mask may be missing."""
     record = as_object(turn, ", ".join(STEP))
     for key in ("input", "output", "instruction"):
         if not isinstance(record.get(key), str):
@@ -47,6 +47,7 @@ def _encode(chain: Chain) -> list[Record]:
             got = shorten(extra.get(key))
             raise ChainError(f"{key}: expected one for each of {chain.turns} turns, got {got}")
     inputs = [PurePosixPath(chain.reference).name, *extra["outputs"]]
+    # ``inputs`` has one entry more: the last output is the input of no turn.
     steps = zip(inputs, extra["masks"], extra["outputs"], chain.instructions, strict=False)
     return [dict(zip(STEP, step, strict=True)) for step in steps]
 

@@ -1,8 +1,8 @@
 """Benchmarks of long editing sessions: LME-Bench's ``lme_bench.json``, and rows of MSE-Bench.
 
-Of LME-Bench the keys of the document are those of the public repository (liangbingzhao/MT-OPSD);
-its ``metadata.jsonl`` holds the same sessions and could not be read, so that only the document is
-a format. Of MSE-Bench the columns are those of the data set's card (leigangqu/MSE-Bench).
+The keys of LME-Bench's document are those of the public repository (liangbingzhao/MT-OPSD). Its
+``metadata.jsonl`` has the same sessions but was not available, so only the document is a format.
+The columns of MSE-Bench are those of the data set's card (leigangqu/MSE-Bench).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mteditflow.chains.formats.entries import entries
 from mteditflow.chains.formats.lines import json_lines
 from mteditflow.chains.record import Chain, ChainError, one_line, shorten
 
-LME_OWN = ("category", "source_prompt", "labels")  # kept under their names
+LME_OWN = ("category", "source_prompt", "labels")  # unknown keys of the native record
 LME_KEYS = frozenset({"id", "turns", *LME_OWN})
 ITEMS = re.compile(rb'"items"\s*:\s*(?=\[)')
 
@@ -36,7 +36,7 @@ def _read_lme(file: BinaryIO) -> Iterator[Row]:
     if match is None:
         yield 1, ChainError('expected an object with the sessions under "items", got none')
         return
-    above = raw.count(b"\n", 0, match.end())
+    above = raw.count(b"\n", 0, match.end())  # ``entries`` counts lines from its own start
     for line, _, value in entries(raw[match.end() :], "[", LME_KEYS, tail="}"):
         record = value if isinstance(value, ChainError) else attempt(_decode_lme, value)
         yield above + line, record

@@ -1,6 +1,6 @@
-"""A data set that ``datasets`` saved to a folder: Arrow files, one record per row.
+"""Reader of a folder that ``datasets`` saved: Arrow files with one record per row.
 
-Needs the extra ``mteditflow[arrow]``. A row is read like a line of JSON with its columns for keys.
+Needs the extra ``mteditflow[arrow]``. A row is read as a line of JSON whose keys are the columns.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from mteditflow.chains.formats.base import Format, Record, Row, attempt
 from mteditflow.chains.record import ChainError, one_line
 
-STATE = "state.json"  # in the folder of one split; names its files
-SPLITS = "dataset_dict.json"  # in the folder of several
+STATE = "state.json"  # in the folder of one split; lists its files
+SPLITS = "dataset_dict.json"  # in the folder of several splits
 
 
 def is_stored(folder: Path) -> bool:
-    """Whether a path is such a folder, of one split or of several."""
+    """Whether a path is a folder that ``datasets`` saved, of one split or of several."""
     return (folder / STATE).is_file() or (folder / SPLITS).is_file()
 
 
@@ -34,7 +34,7 @@ def stored_columns(folder: Path) -> frozenset[str]:
 
 
 def stored_rows(known: Format, folder: Path) -> Iterator[Row]:
-    """Yield the number of each row, from 1, with the native record of it.
+    """Yield each row's number, from 1, with its native record or its error.
 
     Raises:
         ChainError: as in ``stored_columns``.
@@ -48,15 +48,15 @@ def stored_rows(known: Format, folder: Path) -> Iterator[Row]:
 
 
 def _decode(known: Format, row: Record, number: int) -> Record:
-    """Read a row; the columns of a table are in each of its rows, empty where there is nothing."""
+    """Return the native record of a row, whose empty columns are dropped."""
     assert known.decode is not None
     record = {key: _plain(key, value) for key, value in row.items() if value is not None}
-    one_line(record)  # refuses NaN and bytes, which no line could hold
+    one_line(record)  # refuses NaN and bytes, which no line of JSON could hold
     return known.decode(record, number)
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Take the path of an image that is a column of images."""
+    """Replace a cell of an image column by its path; return any other value unchanged."""
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         if value["bytes"] is not None:
             raise ChainError(
@@ -85,7 +85,7 @@ def _columns(path: Path) -> list[str]:
 def _records(path: Path) -> Iterator[Record]:
     with _one_error(path), _stream(path) as reader:
         for batch in reader:
-            batch.validate(full=True)  # else a damaged one may end the process
+            batch.validate(full=True)  # reading a damaged batch could crash the process
             yield from batch.to_pylist()
 
 
@@ -97,7 +97,7 @@ def _stream(path: Path) -> Any:
 
 @contextmanager
 def _one_error(path: Path) -> Iterator[None]:
-    """Raise ChainError for what pyarrow raises on a damaged file, and where there is no pyarrow."""
+    """Turn errors of pyarrow on a damaged file, and its absence, into ChainError."""
     try:
         import pyarrow
     except ImportError as error:

@@ -1,6 +1,7 @@
 """Public benchmarks of image editing, scored by a judge behind an OpenAI-compatible endpoint.
 
-Wording is this library's own: compare editors with it, not with published tables.
+The wording of the prompts is this library's own, so compare editors with each other and not with
+published tables.
 """
 
 from mteditflow.evaluation.benchmarks.averages import BenchmarkReport, summarize

@@ -1,4 +1,4 @@
-"""Averages of a benchmark: in each group, then over the groups, with their denominators."""
+"""Averages of a single-turn benchmark within each group and over groups, with denominators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mteditflow.metrics import Interval, bootstrap_interval
 
 
 class Estimate(BaseModel):
-    """A number with its 95% bootstrap interval over items; ``None`` where nothing was scored."""
+    """Number with its 95% bootstrap interval over items; ``None`` if nothing was scored."""
 
     estimate: float | None
     low: float | None
@@ -25,11 +25,11 @@ class Group(BaseModel):
     """Averages of some items.
 
     Attributes:
-        items: how many there are.
-        scored: how many of them have all their scores: the denominator.
-        lost: how many lost an answer of the judge.
-        missing: how many have an image that could not be read.
-        metrics: name to average.
+        items: number of items.
+        scored: number of items with all their scores: the denominator.
+        lost: number of items that lost an answer of the judge.
+        missing: number of items with an unreadable image.
+        metrics: name of a metric to its average.
     """
 
     items: int
@@ -40,15 +40,15 @@ class Group(BaseModel):
 
 
 class BenchmarkReport(BaseModel):
-    """A benchmark's table.
+    """Results of a single-turn benchmark.
 
     Attributes:
-        benchmark: which one.
-        groups: name to averages of its items, in the benchmark's order.
-        overall: the unweighted mean over these groups; ``None`` if one of them has no score, since
-            the mean of the others would be another measure.
-        absent_groups: groups of the benchmark of which the data hold no item.
-        reasons: how often each reason for a lost answer occurs, in items.
+        benchmark: name of the benchmark.
+        groups: name of a group to averages of its items, in the benchmark's order.
+        overall: unweighted mean over these groups; ``None`` if one of them has no score, since the
+            mean of the others would be another measure.
+        absent_groups: groups of the benchmark without any item in the data.
+        reasons: reason for a lost answer to the number of items that it affects.
     """
 
     benchmark: str
@@ -64,16 +64,17 @@ def summarize(
     metrics: Callable[[Scores], dict[str, float]],
     groups: Sequence[str],
 ) -> BenchmarkReport:
-    """Average the metrics of items in each group, then over groups.
+    """Average the metrics of items within each group, then over groups.
 
     Args:
-        benchmark: its name.
+        benchmark: name of the benchmark.
         found: scores of its items.
-        metrics: maps the numbers of an item's criteria to its metrics, the same names for each.
-        groups: those of the benchmark, in order.
+        metrics: function from the scores of an item's criteria to its metrics by name, with the
+            same names for every item.
+        groups: groups of the benchmark, in order.
 
     Raises:
-        ValueError: there is no item, or one is of another group.
+        ValueError: there is no item, or an item belongs to another group.
     """
     present = {item.group for item in found.items}
     if not present or not present <= set(groups):
@@ -110,21 +111,26 @@ def summarize(
 
 
 def _intervals(values: Tensor, of_group: Tensor, groups: int) -> Interval:
-    """Means [groups + 1, metrics] of values [items, metrics]; the last row is over the groups."""
+    """Return means [groups + 1, metrics] of values [items, metrics]; the last row is over groups.
+
+    A resample without an item of some group gives NaN there, as an unscored group does.
+    """
 
     def means(values: Tensor, of_group: Tensor) -> Tensor:
         member = (
             of_group == torch.arange(groups, dtype=torch.int64, device=of_group.device)[:, None]
         ).to(values.dtype)
+        # Products with a 0/1 matrix, since torch.vmap allows no boolean indexing.
         own = member @ values / member.sum(dim=1, keepdim=True)
         return torch.cat([own, own.mean(dim=0, keepdim=True)])
 
-    seeded = torch.Generator().manual_seed(0)
+    seeded = torch.Generator().manual_seed(0)  # equal scores give equal reports
     return bootstrap_interval(means, values, of_group, generator=seeded, vectorized=True)
 
 
 def _estimates(columns: Sequence[str], table: Interval, row: int) -> dict[str, Estimate]:
     cells = (x[row].tolist() for x in table)
+    # NaN, for which x == x is False, becomes None: JSON has no NaN.
     return {
         name: Estimate(
             **{key: x if x == x else None for key, x in zip(Interval._fields, values, strict=True)}

@@ -1,7 +1,7 @@
 """Boxes of a detector, and the relations between them that EdiVal-Bench's checks use.
 
-Boxes are [K, 4]: (x1, y1, x2, y2) as shares of the image, in the detector's order. All comparisons
-are strict and in the dtype of the boxes, as those of the public scorer, so that a tie ends alike.
+Boxes are [K, 4]: (x1, y1, x2, y2) as shares of the image, in the detector's order. Thresholds are
+compared strictly and in the dtype of the boxes, as in the public scorer, so that ties agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIDES = {  # axis, and the sign of target minus reference along it
     "above": (1, -1),
     "below": (1, 1),
 }
-ONE_OBJECT = 0.8  # boxes of a larger IoU are of one object
+ONE_OBJECT = 0.8  # IoU above which two boxes count as one object
 
 
 class Boxes(NamedTuple):
@@ -31,7 +31,7 @@ class Boxes(NamedTuple):
         return Boxes(self.boxes[mask], self.scores[mask])
 
     def above(self, threshold: float) -> Boxes:
-        """Return the boxes whose score is above a threshold, not at it."""
+        """Return the boxes whose score is strictly above a threshold."""
         return self.keep(self.scores > threshold)
 
     def best(self) -> Tensor:
@@ -48,7 +48,7 @@ class Boxes(NamedTuple):
 
 
 def larger_than(boxes: Tensor, share: float) -> Tensor:
-    """Return which boxes have both sides above this share of the image's, [K]."""
+    """Return which boxes have both sides above a share of the image's sides, boolean [K]."""
     return ((boxes[:, 2:] - boxes[:, :2]).abs() > share).all(dim=1)
 
 
@@ -92,13 +92,13 @@ def centers(boxes: Tensor) -> Tensor:
 
 
 def lies(points: Tensor, position: str, references: Tensor, *, margin: float = 0.0) -> bool:
-    """Return whether a point lies on that side of a reference point, by more than a margin.
+    """Return whether any point lies on a side of any reference point by more than a margin.
 
     Args:
-        points: (x, y), [K, 2].
-        position: "left", "right", "above" or "below"; only that axis counts.
-        references: [L, 2].
-        margin: distance along that axis that is not enough.
+        points: points (x, y), [K, 2].
+        position: "left", "right", "above" or "below"; only its axis counts.
+        references: reference points (x, y), [L, 2].
+        margin: distance along that axis that must be exceeded, in the unit of the points.
 
     Example:
         >>> cup, plate = torch.tensor([[0.2, 0.5]]), torch.tensor([[0.5, 0.5]])
@@ -111,5 +111,5 @@ def lies(points: Tensor, position: str, references: Tensor, *, margin: float = 0
 
 
 def contains(one: Tensor, other: Tensor) -> bool:
-    """Return whether a box [1, 4] reaches as far as another one [1, 4] on all sides, or further."""
+    """Return whether a box [1, 4] contains another one [1, 4], equal sides included."""
     return bool((one[:, :2] <= other[:, :2]).all() and (one[:, 2:] >= other[:, 2:]).all())

@@ -1,35 +1,35 @@
-"""EdiVal-Bench: whether each turn succeeded, by the check of its edit type.
+"""EdiVal-Bench: success of each turn by the check of its edit type.
 
-``B`` chains, one for each image; ``N`` turns. The CSV holds 572 images in 1,716 rows, one for each
-prefix of three turns; ``read_chains`` makes one chain of the rows of an image. The checks are those
+``B`` chains, one for each image; ``N`` turns. The CSV has 572 images in 1,716 rows, one for each
+prefix of three turns; ``read_chains`` joins the rows of an image to one chain. The checks are those
 of the benchmark's public scorer, on the images before and after a turn, both resized to 512 x 512:
 
 | edit type | success |
 |---|---|
-| subject_add | the object is found after; with a place, its center lies more than 0.03 of the image to that side of that of the reference, found before; the judge sees that it is new |
-| subject_remove | the best box of the target before (0.35, none that fills the image) has an IoU below 0.2 with the best one after, or there is none after; for hats and birds also if no "hat" or "bird" is found after |
-| subject_replace | a box of the new object after overlaps one of the target before; the judge sees the replacement |
-| position_change | as many targets and references after as before (0.40, by names without color and material, for which the judge is asked); the best box of the target lies on that side of the best one of the reference, in whole pixels, and neither contains the other |
-| count_change | the target is found before, and as many of it as asked for are found after |
-| color_alter, material_alter | the judge, shown both images, says that the edit was carried out |
-| text_change | the new text is in what is read after: in the whole image, or in the part where the object was found before, if it is also found after |
-| background_change | each object to keep is found after (0.25), its best box does not fill the image, and the judge sees the new background |
+| subject_add | The object is found after. With a place, its center is more than 0.03 of the image to that side of the center of the reference, found before. The judge confirms that it is new. |
+| subject_remove | The best box of the target before (0.35, boxes that fill the image excluded) has an IoU below 0.2 with the best box after, or there is no box after. For hats and birds it is also enough that no "hat" or "bird" is found after. |
+| subject_replace | A box of the new object after overlaps a box of the target before. The judge confirms the replacement. |
+| position_change | The numbers of targets and of references are the same before and after (0.40, by names without color and material, which the judge supplies). The best box of the target is on the requested side of the best box of the reference, in whole pixels, and neither contains the other. |
+| count_change | The target is found before, and the requested number of it is found after. |
+| color_alter, material_alter | The judge, shown both images, confirms the edit. |
+| text_change | The new text is in the text that is read after: in the whole image, or in the box of the object before, if the object is also found after. |
+| background_change | Each object to keep is found after (0.25), its best box does not fill the image, and the judge confirms the new background. |
 
 Scores of boxes are above the threshold in parentheses, else above 0.30. Where objects are counted,
 boxes of an IoU above 0.8 are one. A box fills the image if both of its sides are above 0.98 of it
 (0.9 for background_change). Names to replace are sought without a plural's "es" or "s".
 
-It differs from the public scorer in this:
+Differences from the public scorer:
 
-- A lost answer is lost. There it counts as no, and a name without an answer stays as it is.
+- A lost answer loses the turn. There it counts as no, and a name without an answer is kept whole.
 - Wording and form of the questions are this library's own. There any answer that contains "yes" is
-  a yes. The judge is not asked where the boxes have already decided.
-- An instruction that the public scorer cannot read, which it counts as failed (7 of the 1,716 turns
-  of the benchmark: background changes that name nothing to keep), gets the single question of
-  ``JudgePrompt``: image, instruction, image.
-- With a ``TextReader`` text is read by it, not by the judge.
+  a yes. The judge is not called if the boxes alone decide.
+- The public scorer counts an instruction that it cannot parse as failed (7 of the 1,716 turns of
+  the benchmark: background changes that name nothing to keep). Here such a turn gets the single
+  question of ``JudgePrompt``: image, instruction, image.
+- With a ``TextReader``, text is read by it and not by the judge.
 
-``TypeScores.ways`` holds what each verdict came from.
+``TypeScores.ways`` lists the sources of each verdict.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ from mteditflow.rewards.judge.judge import Marks, check_images, turn_scores
 from mteditflow.rewards.transport.concurrency import gather
 
 SINGLE_QUESTION = "single question"
-AT_ONCE = 64  # chains whose images are in memory twice at a time
+AT_ONCE = 64  # chains whose resized and encoded images are in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class TypeScores:
-    """Success of every turn, and what the verdict came from.
+    """Success of every turn, and the sources of the verdict.
 
     Attributes:
-        scores: 0 or 1, [B, N].
-        ways: for each turn of each chain what decided it: "detector", "judge", "OCR", several of
-            them joined by " + ", or "single question"; ``report_of`` counts them.
+        scores: 0 or 1, [B, N], float32.
+        ways: sources of the verdict for each turn of each chain: "detector", "judge", "OCR",
+            several of them joined by " + ", or "single question"; ``report_of`` counts them.
     """
 
     scores: TurnScores
@@ -89,12 +89,12 @@ class TypeScores:
 
 
 class EdiValJudge:
-    """Score the success of each turn by the check of its edit type (see the module).
+    """Scorer of the success of each turn by the check of its edit type (see the module).
 
     Args:
-        client: asks the endpoints.
-        detector: finds objects, with scores.
-        reader: reads text; ``None`` lets the judge read it.
+        client: client of the judge's endpoints.
+        detector: detector of objects, with scores.
+        reader: reader of text; ``None`` lets the judge read it.
 
     Source: EdiVal-Bench (arXiv 2509.13399), its public implementation.
     """
@@ -110,13 +110,13 @@ class EdiValJudge:
         """Check every turn of B chains.
 
         Args:
-            chains: with ``formatted_instructions``; where they are missing or of another form, the
-                single question is asked.
-            images: for each chain N + 1 images: the reference, then what each turn made.
+            chains: B chains with ``formatted_instructions``; if these are missing or have another
+                form, the single question decides.
+            images: for each chain N + 1 images: the reference, then the result of each turn.
 
         Raises:
             ValueError: there is no chain, or its images are too few, too many or unreadable.
-            TypeError: one of them is not a PIL image.
+            TypeError: an image is not a PIL image.
         """
         shown = await anyio.to_thread.run_sync(check_images, chains, images)
         slots, alone = anyio.Semaphore(AT_ONCE), anyio.CapacityLimiter(1)
@@ -133,7 +133,7 @@ class EdiValJudge:
         slots: anyio.Semaphore,
         alone: anyio.CapacityLimiter,
     ) -> list[tuple[Marks, str]]:
-        """Check the turns of a chain; models of this process serve one call at a time."""
+        """Check the turns of a chain; local models (detector, reader) serve one call at a time."""
         async with slots:
             resized = await anyio.to_thread.run_sync(lambda: [_resized(x) for x in images])
             find = _finder(self.detector, resized)
@@ -154,7 +154,7 @@ class EdiValJudge:
 
 
 async def _verdict(chain: Chain, n: int, turn: Turn) -> tuple[Marks, str]:
-    """Return the marks of a turn and the way to them."""
+    """Return the score of a turn, or its loss, and the sources of the verdict."""
     edit = _edit(chain, n)
     try:
         success = await (_single(turn) if edit is None else CHECKS[type(edit)](turn, edit))
@@ -165,7 +165,7 @@ async def _verdict(chain: Chain, n: int, turn: Turn) -> tuple[Marks, str]:
 
 
 def questions_version() -> str:
-    """Return a hash of the text and the form of all questions of the checks."""
+    """Return a hash of the text and answer schema of all questions of the checks."""
     images = ["image:0", "image:1"]
     asked: list[Question[Any]] = [
         _single_question("A", images),
@@ -186,7 +186,7 @@ async def _single(turn: Turn) -> bool:
 
 
 def _edit(chain: Chain, n: int) -> Edit | None:
-    """Parse the edit of a turn; ``None`` where the public scorer can read no edit."""
+    """Return the parsed edit of a turn; ``None`` if the public scorer could not parse it."""
     if chain.formatted_instructions is None:
         return None
     with suppress(ValueError):
@@ -198,7 +198,10 @@ def _edit(chain: Chain, n: int) -> Edit | None:
 
 
 def _with_kept(edit: edits.BackgroundChange, instruction: str) -> Edit | None:
-    """Add the objects that the instruction itself names, as those of EdiVal-Bench do."""
+    """Return the edit with the objects to keep that the instruction names, ``None`` if no match.
+
+    EdiVal-Bench's instructions have one of two forms; only the first names objects.
+    """
     form = re.search(r"remain the (.+) unchanged|Change the background to \[", instruction)
     if form is None:
         return None
@@ -210,7 +213,7 @@ def _resized(image: Image.Image) -> Image.Image:
 
 
 def _finder(detector: ScoredDetector, images: Sequence[Image.Image]) -> Callable[[int, str], Boxes]:
-    """Search image n for a name, each once."""
+    """Return a cached search of image n for a name; equal images are searched once."""
     pictures = Pictures()
     index = [pictures.add(image) for image in images]
 
@@ -221,6 +224,7 @@ def _finder(detector: ScoredDetector, images: Sequence[Image.Image]) -> Callable
                 torch.empty(0, 4, dtype=torch.float32, device="cpu"),
                 torch.empty(0, dtype=torch.float32, device="cpu"),
             )
+        # With the least threshold of all checks, so that each check filters the cached boxes.
         ((boxes, scores),) = detector.detect([pictures.pixels[picture]], [names], threshold=LEAST)
         return Boxes(boxes.float().cpu() / SIZE, scores.float().cpu())
 

@@ -1,4 +1,4 @@
-"""The checks of EdiVal-Bench by edit type, and what they may use; ``edival`` has the table."""
+"""Checks of EdiVal-Bench by edit type, and the tools that they use; ``edival`` has the table."""
 
 from __future__ import annotations
 
@@ -33,34 +33,36 @@ from mteditflow.rewards.images import png_data_url
 T = TypeVar("T")
 BEFORE, AFTER = 0, 1  # the images of a turn
 
-USUAL, LEAST = 0.30, 0.25  # thresholds of scores; boxes are sought with the least one
+# Constants of the public scorer. Thresholds of box scores; detection runs with the least one:
+USUAL, LEAST = 0.30, 0.25
 OF_REMOVED, OF_COUNTS_KEPT, OF_KEPT = 0.35, 0.40, LEAST
-WHOLE_IMAGE, WHOLE_IMAGE_KEPT = 0.98, 0.9  # both sides above: not an object
-SAME_PLACE = 0.2  # least IoU at which what is left is what should have gone
-MARGIN = 0.03  # of the image, by which a new object lies beside its reference
-CONFUSED = ("hat", "bird")  # found by longer names also where there is none
+WHOLE_IMAGE, WHOLE_IMAGE_KEPT = 0.98, 0.9  # sides of a box that fills the image: not an object
+SAME_PLACE = 0.2  # IoU from which a box after is the object that should be gone
+MARGIN = 0.03  # share of the image by which a new object must lie beside its reference
+CONFUSED = ("hat", "bird")  # longer names of these are detected even after a removal
 
 
 class TextReader(Protocol):
-    """Reads the text of an image, such as ``mteditflow.evaluation.RapidOcr``."""
+    """Reader of the text in an image, such as ``mteditflow.evaluation.RapidOcr``."""
 
     def __call__(self, image: Image.Image) -> str:
-        """Return the text of an RGB image of any size; empty where there is none."""
+        """Return the text of an RGB image of any size; "" if there is none."""
 
 
 @dataclass
 class Turn:
-    """Means of checking a turn: find boxes, ask the judge, read text.
+    """A turn to check, with its tools: detector, judge and text reader.
 
     Attributes:
-        instruction: as the editor got it.
-        images: before and after.
-        urls: the same.
-        client: asks the judge.
-        search: boxes of a name on a side, with scores above ``LEAST``.
-        reader: reads text; ``None`` lets the judge read it.
-        alone: one call of a model of this process at a time.
-        used: which of them decided so far.
+        instruction: instruction that the editor received.
+        images: images before and after, 512 x 512.
+        urls: the same images as data URLs.
+        client: client of the judge.
+        search: function of side (``BEFORE`` or ``AFTER``) and name that returns the boxes with
+            scores above ``LEAST``.
+        reader: reader of text; ``None`` lets the judge read it.
+        alone: limiter of local models to one call at a time.
+        used: tools used so far, in order (a dict as an ordered set).
     """
 
     instruction: str
@@ -73,7 +75,7 @@ class Turn:
     used: dict[str, None] = field(default_factory=dict)
 
     async def find(self, side: int, name: str, threshold: float = USUAL) -> Boxes:
-        """Return the boxes of a name in the image of a side, of scores above a threshold."""
+        """Return the boxes of a name in the image of a side with scores above a threshold."""
         self.used["detector"] = None
         found = await anyio.to_thread.run_sync(self.search, side, name, limiter=self.alone)
         return found.above(threshold)
@@ -82,7 +84,7 @@ class Turn:
         """Return the judge's answer.
 
         Raises:
-            LostAnswerError: there is none.
+            LostAnswerError: the answer is lost.
         """
         self.used["judge"] = None
         answer = await self.client.ask(
@@ -102,7 +104,7 @@ class Turn:
 
 
 class LostAnswerError(Exception):
-    """The judge gave no answer, so that the turn has no verdict."""
+    """Lost answer of the judge, which leaves the turn without a verdict."""
 
     def __init__(self, lost: Lost) -> None:
         super().__init__(str(lost))
@@ -110,7 +112,7 @@ class LostAnswerError(Exception):
 
 
 async def added(turn: Turn, edit: edits.SubjectAdd) -> bool:
-    """Check a new object, beside its reference where one is named."""
+    """Check that the object is new, and beside its reference if a place is given."""
     boxes = (await turn.find(AFTER, edit.name)).boxes
     found = len(boxes) > 0
     if edit.position is not None and edit.reference is not None:
@@ -121,7 +123,7 @@ async def added(turn: Turn, edit: edits.SubjectAdd) -> bool:
 
 
 async def removed(turn: Turn, edit: edits.SubjectRemove) -> bool:
-    """Check that what was found before is not there any more."""
+    """Check that the target, found before, is no longer in its place."""
     sides = [await turn.find(side, edit.target, OF_REMOVED) for side in (BEFORE, AFTER)]
     before, after = (x.keep(~larger_than(x.boxes, WHOLE_IMAGE)).best() for x in sides)
     if not len(before):
@@ -137,7 +139,7 @@ async def removed(turn: Turn, edit: edits.SubjectRemove) -> bool:
 
 
 async def replaced(turn: Turn, edit: edits.SubjectReplace) -> bool:
-    """Check that the new object is found where the target was."""
+    """Check that the new object overlaps the place of the target."""
     old = (await turn.find(BEFORE, singular(edit.target))).boxes
     new = (await turn.find(AFTER, singular(edit.name))).boxes
     told = f"The {edit.target} of image 1 has been replaced by a {edit.name} in image 2."
@@ -145,7 +147,7 @@ async def replaced(turn: Turn, edit: edits.SubjectReplace) -> bool:
 
 
 def singular(name: str) -> str:
-    """Cut a plural's "es" or "s" off a name, as the public scorer does also where it is none.
+    """Return a name without a final "es" or "s", plural or not, as the public scorer does.
 
     Example:
         >>> singular("boxes"), singular("cups"), singular("glass")
@@ -155,13 +157,14 @@ def singular(name: str) -> str:
 
 
 async def moved(turn: Turn, edit: edits.PositionChange) -> bool:
-    """Check the place of the target, and that nothing was added or lost to get it there."""
+    """Check the place of the target, and that the numbers of both objects stayed the same."""
     target = (await turn.find(AFTER, edit.target)).best()
     reference = (await turn.find(AFTER, edit.reference)).best()
     if not len(target) or not len(reference):
         return False
     if contains(reference, target) or contains(target, reference):
         return False
+    # The public scorer truncates centers to whole pixels before it compares them.
     pixels = [(centers(box) * SIZE).trunc() for box in (target, reference)]
     if not lies(pixels[0], edit.position, pixels[1]):
         return False
@@ -174,14 +177,14 @@ async def moved(turn: Turn, edit: edits.PositionChange) -> bool:
 
 
 async def counted(turn: Turn, edit: edits.CountChange) -> bool:
-    """Check the number of targets."""
+    """Check that the target existed before, and its number after."""
     before = (await turn.find(BEFORE, edit.target)).boxes
     after = (await turn.find(AFTER, edit.target)).boxes
     return len(before) > 0 and count_apart(after) == edit.count
 
 
 async def altered(turn: Turn, edit: edits.ColorAlter | edits.MaterialAlter) -> bool:
-    """Ask whether the edit was carried out."""
+    """Check by the judge that the edit was carried out."""
     told = (
         f"Image 2 is image 1 after the edit {edit.formatted()}. The edit was carried out "
         "completely and accurately, and image 2 looks natural."
@@ -190,7 +193,7 @@ async def altered(turn: Turn, edit: edits.ColorAlter | edits.MaterialAlter) -> b
 
 
 async def written(turn: Turn, edit: edits.TextChange) -> bool:
-    """Check that the new text can be read."""
+    """Check that the new text is legible: in the target's place if one is named, else anywhere."""
     image = turn.images[AFTER]
     if edit.target is not None:
         sides = [(await turn.find(side, edit.target)).best() for side in (BEFORE, AFTER)]
@@ -204,7 +207,7 @@ async def written(turn: Turn, edit: edits.TextChange) -> bool:
 
 
 async def behind(turn: Turn, edit: edits.BackgroundChange) -> bool:
-    """Check the background, and that what was to stay before it is there."""
+    """Check the new background, and that the objects to keep are present."""
     for name in edit.kept:
         best = (await turn.find(AFTER, name, OF_KEPT)).best()
         if not len(best) or larger_than(best, WHOLE_IMAGE_KEPT).any():

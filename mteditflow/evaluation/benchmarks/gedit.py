@@ -1,8 +1,8 @@
 """GEdit-Bench: single edits of eleven groups in two languages, four scores from 0 to 10 each.
 
-Per item SC is the lower of two scores of the edit, PQ the lower of two of the image alone, and
-O = sqrt(SC PQ); each is averaged in its group, then over the groups. The judge's prompts are this
-library's own, so numbers are not those of the benchmark's authors.
+SC of an item is the lower of two scores of the edit, PQ the lower of two scores of the edited image
+alone, and O = sqrt(SC PQ). Each is averaged within its group, then over the groups. The judge's
+prompts are this library's own, so numbers are not comparable with those of the benchmark's authors.
 """
 
 from __future__ import annotations
@@ -86,26 +86,26 @@ def gedit_items(
     language: str,
     allow_outside: bool = False,
 ) -> ItemReading:
-    """Read one language of GEdit-Bench from a folder: a manifest in JSON Lines beside its images.
+    """Read one language of GEdit-Bench: a manifest in JSON Lines, with its images in files.
 
-    The benchmark is published as a table with the images in it; export one line for each row, with
-    the keys ``key``, ``task_type`` (one of ``GROUPS``), ``instruction``, ``image`` (path of the
-    image before, relative to the manifest) and ``instruction_language`` ("en" or "cn"; ``language``
-    is read, too). Other keys are ignored.
+    The benchmark is published as a table with embedded images. Export each row as one line with the
+    keys ``key``, ``task_type`` (one of ``GROUPS``), ``instruction``, ``image`` (path of the source
+    image, relative to the manifest) and ``instruction_language`` ("en" or "cn"; the key
+    ``language`` is accepted too). Other keys are ignored.
 
     Args:
-        manifest: the file.
-        edited: folder of what the editor made, in the benchmark's layout:
-            ``fullset/<task_type>/<language>/<key>.png``. As there, an edited image is judged at
-            the size of its source.
-        language: which rows to take.
-        allow_outside: whether images may lie outside the folder of the manifest.
+        manifest: path of the manifest.
+        edited: folder of the edited images in the benchmark's layout,
+            ``fullset/<task_type>/<language>/<key>.png``. As in the benchmark, an edited image is
+            judged at the size of its source.
+        language: language of the rows to read, "en" or "cn".
+        allow_outside: whether image paths may leave the folder of the manifest.
 
     Returns:
-        The items, and every bad line with its reason; a key that stands twice is one.
+        The items, and every bad line with its reason, repeated keys included.
 
     Raises:
-        ValueError: there is no such language.
+        ValueError: ``language`` is neither "en" nor "cn".
         OSError: the file cannot be read.
     """
     check_choice("language", language, LANGUAGES)
@@ -117,6 +117,7 @@ def gedit_items(
             row = _parse(raw, file.parent, Path(edited), allow_outside)
             if isinstance(row, str):
                 skipped.append(f"{file}:{number}: {row}")
+            # Only within one language: the same key in the other one is another item.
             elif row.language == language and row.key in items:
                 skipped.append(f"{file}:{number}: key: expected a new one, got {row.key!r} again")
             elif row.language == language:
@@ -134,7 +135,7 @@ def _edited_name(row: _Row) -> str:
 
 
 def _parse(raw: bytes, folder: Path, edited: Path, allow_outside: bool) -> _Row | str:
-    """Read a line, or say what is wrong with it, such as an image that is not within a folder."""
+    """Return the row of a line, or a message of what is wrong, such as an image outside."""
     try:
         row = _Row.model_validate(parse_object(raw))
         if allow_outside:

@@ -1,9 +1,10 @@
 """ImgEdit-Bench: single edits of nine categories, three criteria from 1 to 5 each.
 
-An item counts the mean of its three criteria; Overall is the unweighted mean of the categories. As
-in the benchmark the judge is told that the first number bounds the others, so that an editor which
-does nothing gains nothing by it; its answer is averaged as it comes.
-The judge's prompts are this library's own, so numbers are not those of the benchmark's authors.
+An item's score is the mean of its three criteria; Overall is the unweighted mean of the categories.
+As in the benchmark, the prompt says that the first number bounds the others, so that an editor
+gains nothing by leaving the image unchanged; the bound is not enforced on the answer.
+The judge's prompts are this library's own, so numbers are not comparable with those of the
+benchmark's authors.
 """
 
 from __future__ import annotations
@@ -103,19 +104,19 @@ def imgedit_items(
     images: str | os.PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> ItemReading:
-    """Read ``basic_edit.json`` or ``UGE_edit.json`` beside what an editor made.
+    """Read ``basic_edit.json`` or ``UGE_edit.json`` with the edited images of an editor.
 
     Args:
-        file: the JSON file, ``{key: {"id": path, "prompt": text, "edit_type": category}}``. Where
-            no entry has a category, as in ``UGE_edit.json``, that of all is "unknown".
-        edited: folder of the images made, ``<key>.png``.
-        images: folder that the paths are relative to; ``None`` is that of the file.
-        allow_outside: whether they may lead out of that folder, as in ``read_chains``; and keys
-            out of ``edited``.
+        file: the JSON file, ``{key: {"id": path, "prompt": text, "edit_type": category}}``. If no
+            entry has a category, as in ``UGE_edit.json``, all have the category "unknown".
+        edited: folder of the edited images, ``<key>.png``.
+        images: base folder of the source images; ``None`` is the folder of the file.
+        allow_outside: whether paths of source images may leave their base folder, as in
+            ``read_chains``, and keys may leave ``edited``.
 
     Returns:
-        The items, and every bad entry with its reason: a broken one, a key that stands twice, a
-        category that is none of the nine, or none where other entries have one.
+        The items, and every bad entry with its reason: a broken entry, a repeated key, a category
+        that is none of the nine, or a missing category if other entries have one.
 
     Raises:
         OSError: the file cannot be opened.
@@ -150,7 +151,7 @@ def imgedit_items(
 
 
 def rubrics_of(items: Sequence[Item]) -> tuple[Rubric, ...]:
-    """Return the rubrics that ``score_imgedit`` asks by: those of all categories, or the one."""
+    """Return the rubrics that ``score_imgedit`` uses: one per category, or the general one."""
     return (RUBRIC_OF_ANY,) if _of_no_category(items) else tuple(RUBRICS.values())
 
 
@@ -168,7 +169,7 @@ async def score_imgedit(
 
 
 def report_imgedit(found: ItemScores) -> BenchmarkReport:
-    """Average over items in each category, then over categories; see ``summarize``.
+    """Average over items within each category, then over categories; see ``summarize``.
 
     Items of ``UGE_edit.json``, whose category is unknown, are averaged as one group.
 

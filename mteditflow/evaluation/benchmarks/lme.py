@@ -1,22 +1,23 @@
-"""LME-Bench: sessions of ten turns, how long they succeed and when their pictures collapse.
+"""LME-Bench: success rate and collapse rate of sessions of ten turns.
 
-Pass 1: a judge sees the session up to a turn and rates, from 0 to 10, how the last instruction was
-followed and how consistent the last image is with the one BEFORE it. A turn succeeds if both are 7
-or more; a session is rated up to its first failure. SR@k is the share of sessions whose turns 1 to
-k all succeeded.
+Pass 1: a judge sees the session up to a turn and rates, from 0 to 10, how well the last instruction
+was followed and how consistent the last image is with the one BEFORE it. A turn succeeds if both
+are 7 or more; a session is rated up to its first failure. SR@k is the share of sessions whose turns
+1 to k all succeeded.
 
 Pass 2: for every turn the judge sees the SOURCE, the turn's image and the instructions so far, and
 rates content loss and surface corruption, 0, 1 or 2 each. The image is destroyed if they add up to
 2 or more. A session collapses at the first of two destroyed turns in a row and stays collapsed.
-CR@k is the share of sessions that collapsed by turn k; it looks one turn ahead: turns 3 and 4
-destroyed count in CR@3. The benchmark reports k = 3, 5, 8 and 10.
+CR@k is the share of sessions that collapsed by turn k. It looks one turn ahead: if turns 3 and 4
+are destroyed, the session counts in CR@3. The benchmark reports k = 3, 5, 8 and 10.
 
-Both rates and their rules are the paper's (MT-OPSD, arXiv 2609.35611). From its public code alone
-(liangbingzhao/MT-OPSD) are: the images that pass 1 shows (all so far, the source at the size of the
-first result), the JPEGs of pass 2 (longest side 768, quality 90), and that a session without all of
-its images, or a call without an answer, ends the evaluation. That code asks two more questions, of
-quality and of appearance, which neither rate uses; they are not asked here. The authors' judge is
-GPT-4o. The wording of the questions is this library's own, so numbers are not those of the paper.
+Both rates and their rules are the paper's (MT-OPSD, arXiv 2609.35611). The following come from its
+public code only (liangbingzhao/MT-OPSD): the images that pass 1 shows (all so far, the source at
+the size of the first result), the JPEGs of pass 2 (longest side 768, quality 90), and the rule that
+a session with a missing image, or a call without an answer, ends the evaluation. That code asks two
+more questions, of quality and of appearance, which neither rate uses and which are left out here.
+The authors' judge is GPT-4o. The wording of the questions is this library's own, so numbers are not
+comparable with those of the paper.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ from mteditflow.rewards.judge.prompts import Request
 from mteditflow.rewards.judge.wording import image_part, quote, text_part
 
 REPORTED = (3, 5, 8, 10)  # turns of the benchmark's tables
-DESTROYED = 2  # least sum of both damages
-LONGEST_SIDE, QUALITY = 768, 90  # of the images of pass 2, JPEG
+DESTROYED = 2  # sum of both damage scores from which an image is destroyed
+LONGEST_SIDE, QUALITY = 768, 90  # JPEGs of pass 2: pixels, quality of 100
 
 FOLLOWING_TASK = """\
 You rate one turn of a long session with an image editor. The editor was given an image and an \
@@ -95,8 +96,8 @@ class LmeScores:
     """Scores of both passes over the same sessions.
 
     Attributes:
-        following: following and consistency, 0..10, up to each session's first failure.
-        damage: content loss and surface corruption, 0..2, of every turn.
+        following: pass 1: following and consistency, 0..10, up to each session's first failure.
+        damage: pass 2: content loss and surface corruption, 0..2, of every turn.
     """
 
     following: SessionScores
@@ -104,13 +105,13 @@ class LmeScores:
 
 
 def following_request(session: Session, urls: Sequence[str], turn: int) -> Request:
-    """Build the question of pass 1 about a turn, from 1; the URLs are of all images."""
+    """Build the question of pass 1 about a turn, from 1, given the URLs of all images."""
     instructions = session.chain.instructions[:turn]
     return history(FOLLOWING_TASK, FOLLOWING, instructions, urls[: turn + 1])
 
 
 def damage_request(session: Session, urls: Sequence[str], turn: int) -> Request:
-    """Build the question of pass 2 about a turn, from 1; the URLs are of all images."""
+    """Build the question of pass 2 about a turn, from 1, given the URLs of all images."""
     done = "\n".join(
         f"Instruction of turn {n}: {quote(x)}"
         for n, x in enumerate(session.chain.instructions[:turn], start=1)
@@ -125,7 +126,7 @@ def damage_request(session: Session, urls: Sequence[str], turn: int) -> Request:
 
 
 def jpeg_urls(session: Session) -> list[str]:
-    """Encode all images of a session as JPEG, longest side 768."""
+    """Encode all images of a session as JPEG data URLs, longest side at most 768 pixels."""
     return [_jpeg_url(image) for image in read_images(session)]
 
 
@@ -139,10 +140,10 @@ def _jpeg_url(image: Image.Image) -> str:
 async def score_lme(
     client: ChatClient, sessions: Sequence[Session], *, progress: bool = False
 ) -> LmeScores:
-    """Ask a judge for both passes, about 20 calls a session of ten turns; see ``score_turns``.
+    """Score both passes by a judge, with at most 20 calls per session of ten turns.
 
-    An outage in pass 1 does not stop pass 2: with a cache in the client the same call, made again,
-    asks only for what was lost.
+    See ``score_turns``. Lost answers in pass 1 do not stop pass 2: with a cache in the client, a
+    repeated call requests only lost answers.
 
     Source: MT-OPSD (arXiv 2609.35611) and its public code.
     """

@@ -1,29 +1,29 @@
-"""MICE-Bench of Edit-R2: three turns that later turns depend on, through a rule or a pronoun.
+"""MICE-Bench of Edit-R2: sessions of three turns that depend on each other by a rule or a pronoun.
 
-Two unrelated benchmarks have this name; this one is of Edit-R2 (arXiv 2606.05950). Its files are of
-the format ``edit-r2``. In ``cm`` turn 1 sets a rule for all edits; in ``cu`` later turns name
-things by a pronoun. ``B`` sessions of ``N`` turns:
+Two unrelated benchmarks have this name; this one is from Edit-R2 (arXiv 2606.05950). Its files have
+the format ``edit-r2``. In the split ``cm``, turn 1 sets a rule for all edits; in ``cu``, later
+turns refer to objects by pronouns. ``B`` sessions of ``N`` turns:
 
 - **IF**, 0 or 1 per turn: the check of its edit type, by a detector and the judge (``EdiValJudge``,
   on the formatted instruction, so without the rule of ``cm``).
 - **CC** per turn: mean of the similarity of unchanged objects and, where the background must stay,
-  of the masked background, both with the source. A turn without unchanged objects has none: 277 of
+  of the masked background, both with the source. A turn without unchanged objects has no CC: 277 of
   the 2,160 turns of the test files.
-- **GA** (``cm``) or **CU** (``cu``) per turn: whether every turn so far was done, its rule kept or
-  its pronoun understood: the judge sees all images so far, and the mean of 4 yes-or-no votes at
-  temperature 0.6 counts.
+- **GA** (``cm``) or **CU** (``cu``) per turn: whether every turn so far was carried out with its
+  rule kept or its pronoun resolved. The judge sees all images so far, and the mean of 4 yes-or-no
+  votes at temperature 0.6 counts.
 
-The paper gives the three scores and both parts of the benchmark; only its abstract was readable.
-The rest is from its public code alone (yuxiaooye/Edit-R2). Where that code differs:
+The three scores and both splits are the paper's, of which only the abstract was accessible. The
+rest comes from its public code (yuxiaooye/Edit-R2). Differences from that code:
 
-- A turn without CC counts 0.5 there; here it is unmeasured and leaves the mean, unless
-  ``report_mice(missing=0.5)`` asks for the number of the code.
-- A call without an answer counts as no, or 0.5, there; here there is no report without it.
-- Its checks of IF derive from EdiVal-Bench's: position edits are counted by whole names, text is
-  sought in the whole image, and hats and birds are no exception; color and material edits are asked
-  for by the property alone. The 7 text edits of ``cm`` without a target fail there, and get the
-  single question of ``EdiValJudge`` here.
-- Wording is this library's own (there: Chinese), so numbers are not those of the paper.
+- A turn without CC counts 0.5 there. Here it is unmeasured and leaves the mean, unless
+  ``report_mice(missing=0.5)`` is called for the number of the code.
+- A call without an answer counts as no, or 0.5, there. Here there is no report without it.
+- Its checks of IF derive from EdiVal-Bench's: in position edits objects are counted by full names,
+  text is sought in the whole image, hats and birds are no exception, and the question about a color
+  or material edit names the property only. The 7 text edits of ``cm`` without a target fail there,
+  and get the single question of ``EdiValJudge`` here.
+- The wording is this library's own (there: Chinese), so numbers are not comparable with the paper.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from mteditflow.rewards.scale import COSINE, SHARE
 Split = Literal["cm", "cu"]
 NAMES = {"cm": "GA", "cu": "CU"}
 VOTES, TEMPERATURE = 4, 0.6
-PART = 16  # sessions whose images are in memory at a time
+PART = 16  # sessions whose images are in memory at once
 SESSION = """\
 You check a session with an image editor. In each turn the editor was given the image before and \
 one instruction. You see the source, the instructions so far and the image after each."""
@@ -89,9 +89,9 @@ class MiceScores:
     Attributes:
         split: "cm" or "cu".
         awareness: GA or CU in [0, 1], the mean of the votes.
-        following: IF, 0 or 1, [B, N]; ``None`` where no detector was given.
-        consistency: CC in [-1, 1], [B, N], NaN without unchanged objects; ``None`` where no server
-            was given.
+        following: IF, 0 or 1, [B, N]; ``None`` without ``checks``.
+        consistency: CC in [-1, 1], [B, N], NaN without unchanged objects; ``None`` without a
+            consistency client.
     """
 
     split: Split
@@ -101,7 +101,7 @@ class MiceScores:
 
 
 def awareness_request(split: Split, session: Session, urls: Sequence[str], turn: int) -> Request:
-    """Build the question of GA or CU about the turns up to one, from 1; URLs are of all images."""
+    """Build the question of GA or CU about turns 1 to ``turn``, given the URLs of all images."""
     plain = (session.chain.formatted_instructions or ())[:turn] if split == "cu" else None
     instructions = session.chain.instructions[:turn]
     return history(TASKS[split], AWARENESS, instructions, urls[: turn + 1], plain=plain)
@@ -117,22 +117,22 @@ async def score_mice(
     consistency: ConsistencyClient | None = None,
     progress: bool = False,
 ) -> MiceScores:
-    """Score sessions; what is not given a means to measure it is not measured.
+    """Score sessions by GA or CU, and by IF and CC if their measures are given.
 
-    With caches in the clients the same call, made again, asks only for what was lost.
+    With caches in the clients, a repeated call requests only lost answers.
 
     Args:
-        client: asks the judge for GA or CU; at temperature 0.6 as the benchmark does.
-        sessions: B of them, with the fields of the format ``edit-r2``.
+        client: client of the judge for GA or CU; the benchmark's temperature is 0.6.
+        sessions: B sessions with the fields of the format ``edit-r2``.
         split: "cm", whose turn 1 sets a rule, or "cu", with pronouns.
-        votes: answers per turn of which the mean counts.
-        checks: measures IF; its client is best at temperature 0.
-        consistency: measures CC.
+        votes: number of answers per turn, of which the mean counts.
+        checks: measure of IF, best with a client at temperature 0; ``None`` leaves IF out.
+        consistency: measure of CC; ``None`` leaves CC out.
         progress: whether to show a bar that counts sessions.
 
     Raises:
-        ValueError: no such split, votes at temperature 0, or a session that lacks what a measure
-            needs.
+        ValueError: ``split`` is unknown, there are several votes at temperature 0, or a session
+            lacks a field that a measure needs.
 
     Source: Edit-R2 (arXiv 2606.05950), its public code.
     """
@@ -140,6 +140,7 @@ async def score_mice(
     ask = partial(awareness_request, split)
     awareness = await score_turns(client, sessions, ask, votes=votes, progress=progress)
     following, similar = [], []
+    # Images are decoded again for the other measures only, and for PART sessions at once.
     for start in range(0, len(sessions) if checks or consistency else 0, PART):
         part = sessions[start : start + PART]
         chains = [session.chain for session in part]
@@ -158,15 +159,15 @@ async def score_mice(
 
 
 def require_fields(sessions: Sequence[Session], *, split: str, objects: bool) -> None:
-    """Raise unless sessions have what the measures need.
+    """Check that sessions have the fields that the measures need.
 
     Args:
-        sessions: to score.
-        split: "cm" or "cu", which needs formatted instructions.
+        sessions: sessions to score.
+        split: "cm" or "cu"; "cu" needs formatted instructions.
         objects: whether CC is measured, which needs the names of objects.
 
     Raises:
-        ValueError: no such split, or a session lacks a field; the message names both.
+        ValueError: ``split`` is unknown, or a session lacks a field; the message names both.
     """
     check_choice("split", split, tuple(NAMES))
     needed = ["formatted_instructions"] * (split == "cu")
@@ -178,7 +179,10 @@ def require_fields(sessions: Sequence[Session], *, split: str, objects: bool) ->
 
 
 def _with_objects(chains: Sequence[Chain], scores: TurnScores) -> TurnScores:
-    """Leave turns without unchanged objects unmeasured, whose background is compared elsewhere."""
+    """Return CC with turns without unchanged objects set to NaN (unmeasured).
+
+    The consistency client may score such a turn by its background alone; the benchmark does not.
+    """
     score = scores.score.clone()
     for b, chain in enumerate(chains):
         names = zip(chain.unchanged_objects or (), chain.all_objects or (), strict=True)
@@ -197,7 +201,7 @@ def report_mice(found: MiceScores, *, missing: float | None = None) -> SessionRe
             code. ``None`` leaves such turns out of the mean.
 
     Returns:
-        The measures that were scored; a count is of sessions by turn, and of turns over all.
+        The measures that were scored; counts are sessions by turn, and turns over all turns.
 
     Raises:
         UnansweredError: an answer is missing; the message names session and turn.
@@ -237,7 +241,7 @@ def report_mice(found: MiceScores, *, missing: float | None = None) -> SessionRe
 
 
 def _range(name: str) -> tuple[float, float]:
-    """Range of a measure: CC is a cosine."""
+    """Return the range of a measure; CC is a cosine, the others are shares."""
     return COSINE if name == "CC" else SHARE
 
 
@@ -262,6 +266,7 @@ def _over_all(table: Tensor, bounds: tuple[float, float]) -> Measured:
     """Average over all turns; the interval is over sessions, the count is of turns."""
     found = interval_of(lambda x: x.nanmean().reshape(1), (table,))
     there = table.isfinite()
+    # Turns of a session are not independent, so a flat interval is widened by its sessions.
     sessions = there.any(dim=1).sum().double().reshape(1)
     (whole,) = measured(bounded_interval(found, sessions, bounds)[0], [int(there.sum())])
     return whole

@@ -1,15 +1,16 @@
-"""MSE-Bench: sessions of five turns, of which each counts only if all before it succeeded.
+"""MSE-Bench: success rate of sessions of five turns, where a turn counts if all before succeeded.
 
-A judge sees the session up to a turn and rates, from 0 to 10, how the last instruction was followed
-and how consistent the last image is with the one before. A turn succeeds if both are 7 or more; a
-session ends at its first turn that does not. SR@k is the share of sessions whose turns 1 to k all
+A judge sees the session up to a turn and rates, from 0 to 10, how well the last instruction was
+followed and how consistent the last image is with the one before. A turn succeeds if both are 7 or
+more; a session ends at its first failed turn. SR@k is the share of sessions whose turns 1 to k all
 succeeded.
 
-The data set's card gives fields and sizes (100 sessions of 5 turns). Scores, threshold and the stop
-are those of the public evaluator (ByteDance-Seed/VINCIE, ``evaluation``); the paper's own account
-of them was not readable. That evaluator also averages both scores over all sessions, with 0 behind
-a failed turn; these averages are left out. Rows become chains of the format ``mse``. The judge's
-wording is this library's own, so numbers are not those of the benchmark's authors.
+Fields and sizes (100 sessions of 5 turns) are those of the data set's card. Scores, threshold and
+stopping are those of the public evaluator (ByteDance-Seed/VINCIE, ``evaluation``), since the
+paper's description of them was not accessible. That evaluator also averages both scores over all
+sessions, with 0 after a failed turn; these averages are left out. Rows are read as chains of the
+format ``mse``. The wording of the questions is this library's own, so numbers are not comparable
+with those of the benchmark's authors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mteditflow.metrics import instruction_following, wilson_interval
 from mteditflow.rewards import ChatClient
 from mteditflow.rewards.judge.prompts import Request
 
-ENOUGH = 7  # of 10, for both criteria
+ENOUGH = 7  # least score of 10 that both criteria of a successful turn have
 TASK = """\
 You rate one turn of a session with an image editor. The editor was given an image and an \
 instruction, and went on from its own result with the next instruction. You see the source, the \
@@ -53,12 +54,12 @@ def succeeded(scores: Scores) -> bool:
 
 
 def failed(scores: Scores) -> bool:
-    """Whether a turn ends its session."""
+    """Whether a turn failed, which ends its session."""
     return not succeeded(scores)
 
 
 def mse_request(session: Session, urls: Sequence[str], turn: int) -> Request:
-    """Build the question about a turn, from 1, of a session whose images have these URLs."""
+    """Build the question about a turn, from 1, given the URLs of all images of the session."""
     return history(TASK, RUBRIC, session.chain.instructions[:turn], urls[: turn + 1])
 
 
@@ -91,7 +92,8 @@ def report_mse(found: SessionScores) -> SessionReport:
 
 
 def session_report(benchmark: str, found: SessionScores) -> SessionReport:
-    """Return SR@k of scores of which 7 or more, both, are a success."""
+    """Return SR@k of a benchmark whose turns succeed if both scores are 7 or more."""
+    # A failed turn leaves zeros after it, so that the cumulative product is exact.
     success = found.table(succeeded, stop=failed)
     count, turns = success.shape
     rate = instruction_following(success)

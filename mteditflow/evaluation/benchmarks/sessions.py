@@ -1,8 +1,9 @@
-"""Editing sessions of many turns: complete or refused, scored turn by turn, never filled in.
+"""Editing sessions of many turns, scored turn by turn without imputation of missing answers.
 
-``C`` sessions of ``N`` turns each. What the benchmarks of sessions (``lme``, ``mse``, ``mice``)
-share: sessions whose every image is there, questions about the images up to a turn, and scores that
-are reported only once no answer of the judge is missing. The judge's wording is this library's own.
+``C`` sessions of ``N`` turns each. The benchmarks of sessions (``lme``, ``mse``, ``mice``) share
+this module: sessions with all their images, questions about the images up to a turn, and scores
+that are reported only when no answer of the judge is missing. The wording of the questions is this
+library's own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mteditflow.rewards.judge.prompts import Request
 from mteditflow.rewards.judge.wording import image_part, quote, text_part
 from mteditflow.rewards.transport.concurrency import gather
 
-Turn = tuple[str, int]  # id of a session and a turn of it, from 1
+Turn = tuple[str, int]  # id of a session and number of its turn, from 1
 Load = Callable[["Session"], list[str]]
 Ask = Callable[["Session", Sequence[str], int], Request]
 AT_ONCE = 16  # sessions whose encoded images are in memory at a time
@@ -47,7 +48,7 @@ Give a whole number from {low} to {high} for each criterion. What they mean:
 
 
 class UnansweredError(RuntimeError):
-    """An answer of the judge is missing, so that there is no report."""
+    """Missing answer of the judge, without which there is no report."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Session:
     """A chain and the files of all its images.
 
     Attributes:
-        chain: its instructions, [N].
-        images: the source, then the result of each turn, [N + 1].
+        chain: chain with N instructions.
+        images: paths of the source, then of the result of each turn, [N + 1].
     """
 
     chain: Chain
@@ -71,20 +72,20 @@ def read_sessions(
     images: str | os.PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> tuple[Session, ...]:
-    """Read sessions beside what an editor made of them; one incomplete session refuses all.
+    """Read sessions with the images that an editor made of them; all must be complete.
 
-    A share over the sessions that happen to be complete would be the measure of another benchmark.
-    Every image is decoded once, so that none is found broken after the judge was asked.
+    A share over only the complete sessions would be another measure than the benchmark's. Every
+    image is decoded once here, so that no broken one is found after calls of the judge.
 
     Args:
         file: sessions in any format of chains.
         edited: folder of the results, in a layout of ``EditedImages``.
         format: as in ``read_chains``.
-        images: folder of the sources; ``None`` is that of the file.
-        allow_outside: whether sources may lie outside that folder.
+        images: base folder of the source images; ``None`` is the folder of the file.
+        allow_outside: whether paths of source images may leave that folder.
 
     Returns:
-        The sessions in the order of the file; all have the same number of turns.
+        The sessions in the order of the file, all with the same number of turns.
 
     Raises:
         ValueError: a line is bad, a session has another number of turns than the first, or an image
@@ -121,7 +122,7 @@ def read_sessions(
 
 
 def _fault(turn: int, path: Path) -> str | None:
-    """Say what is wrong with the image after a turn; 0 is the source."""
+    """Return what is wrong with the image after a turn (0: the source), ``None`` if nothing is."""
     expected = f"turn {turn}: expected" if turn else "source: expected"
     try:
         read_image(path)
@@ -138,7 +139,7 @@ def read_images(session: Session) -> list[Image.Image]:
 
 
 def image_urls(session: Session) -> list[str]:
-    """Encode all images without loss, the source at the size of the first result."""
+    """Encode all images as PNG data URLs, the source resized to the size of the first result."""
     source, *results = read_images(session)
     source = source.resize(results[0].size, Image.Resampling.BICUBIC)
     return [png_data_url(image) for image in (source, *results)]
@@ -149,9 +150,9 @@ class SessionScores:
     """Scores of the turns that the judge was asked about.
 
     Attributes:
-        sessions: all of them.
-        scores: session and turn to the number of each criterion.
-        lost: session and turn to why there is none.
+        sessions: all sessions.
+        scores: session and turn to the score of each criterion.
+        lost: session and turn to the reason of a lost answer.
     """
 
     sessions: tuple[Session, ...]
@@ -161,14 +162,14 @@ class SessionScores:
     def table(
         self, value: Callable[[Scores], float], *, stop: Callable[[Scores], bool] | None = None
     ) -> Tensor:
-        """Arrange one number per turn as [C, N], float64; 0 behind a turn that ends its session.
+        """Arrange one number per turn as [C, N], float64; 0 after a turn that ends its session.
 
         Args:
-            value: maps the scores of a turn to its number.
+            value: function from the scores of a turn to its number.
             stop: whether a turn's scores end its session, after which no score is needed.
 
         Raises:
-            UnansweredError: a turn that is needed has no scores; the message names it.
+            UnansweredError: a needed turn has no scores; the message names it.
         """
         turns = self.sessions[0].chain.turns
         rows = torch.zeros(len(self.sessions), turns, dtype=torch.float64, device="cpu")
@@ -201,27 +202,28 @@ async def score_turns(
     votes: int = 1,
     progress: bool = False,
 ) -> SessionScores:
-    """Ask a judge about turns of sessions; an answer that is lost has a reason, never a number.
+    """Score turns of sessions by a judge; a lost answer gives a reason instead of scores.
 
-    With a cache in the client the same call, made again, asks only for what was lost.
+    With a cache in the client, a repeated call requests only lost answers.
 
     Args:
-        client: asks the endpoints.
-        sessions: what to score, C of them.
-        ask: builds the request about a turn, from 1, from the session and the URLs of its images.
-        load: encodes the images of a session.
-        stop: whether the scores of a turn end its session, so that turns are asked one by one;
-            ``None`` asks about all turns at once. A lost answer ends it as well.
-        votes: answers per turn, each with a seed of its own; their mean counts. One lost vote loses
-            the turn.
+        client: client of the judge's endpoints.
+        sessions: C sessions to score.
+        ask: function that builds the request about a turn, from 1, from the session and the URLs of
+            its images.
+        load: function that encodes the images of a session.
+        stop: whether the scores of a turn end its session, so that turns are requested one by one;
+            ``None`` requests all turns at once. A lost answer ends the session as well.
+        votes: number of answers per turn, each with its own seed, of which the mean counts. One
+            lost vote loses the turn.
         progress: whether to show a bar that counts sessions.
 
     Raises:
-        ValueError: an id stands twice, or there are several votes at temperature 0.
+        ValueError: an id repeats, or there are several votes at temperature 0.
     """
     check_count("votes", votes)
     if votes > 1 and client.temperature == 0:
-        raise ValueError(f"votes: expected 1 at temperature 0, got {votes}, all of them equal")
+        raise ValueError(f"votes: expected 1 at temperature 0, got {votes}: all would be equal")
     if len({session.chain.id for session in sessions}) < len(sessions):
         raise ValueError("sessions: expected each id once, got one again")
     slots = anyio.Semaphore(AT_ONCE)
@@ -246,6 +248,7 @@ async def score_turns(
             found: list[Scores | Lost] = []
             if stop is None:
                 found = await gather([partial(turn, session, urls, n) for n in turns])
+            # One by one: whether the next turn is asked depends on the scores of this one.
             for n in turns if stop is not None else ():
                 found.append(await turn(session, urls, n))
                 if isinstance(found[-1], Lost) or (stop is not None and stop(found[-1])):
@@ -282,11 +285,11 @@ def history(
     """Build a question that shows a session up to a turn.
 
     Args:
-        task: what the judge is to do; material and criteria follow it.
+        task: task of the judge; notes on the material and the criteria follow it.
         rubric: criteria of the answer.
-        instructions: of the turns so far, [n].
+        instructions: instructions of the turns so far, [n].
         images: URLs of the source and of the result of each of these turns, [n + 1].
-        plain: for each turn the instruction without pronouns.
+        plain: instruction of each turn without pronouns, [n]; ``None`` leaves it out.
     """
     content = [text_part(f"{heading(task, rubric)}\n\nImage 0, the source:"), image_part(images[0])]
     for n, (instruction, image) in enumerate(zip(instructions, images[1:], strict=True), start=1):
@@ -297,14 +300,14 @@ def history(
 
 
 def heading(task: str, rubric: Rubric) -> str:
-    """Return the text that begins a question: task, how to take the material, criteria."""
+    """Return the first text of a question: task, note on quoted material, criteria."""
     lines = "\n".join(f"- {name}: {what}" for name, what in rubric.criteria.items())
     levels = CRITERIA.format(low=rubric.low, high=rubric.high, criteria=lines)
     return f"{task} {MATERIAL}\n\n{levels}"
 
 
 def request_of(content: Sequence[dict[str, Any]], rubric: Rubric) -> Request:
-    """Complete a question with the form of its answer."""
+    """Return the request of a question, with the form of its answer appended."""
     return Request(
         content=[*content, text_part(rubric.form)],
         read=lambda answer: rubric.parse(answer.text),
@@ -314,7 +317,7 @@ def request_of(content: Sequence[dict[str, Any]], rubric: Rubric) -> Request:
 
 
 class Measured(Estimate):
-    """An estimate with its 95% interval over sessions, and the count that it is over."""
+    """Estimate with its 95% interval over sessions, and the number of cases behind it."""
 
     count: int
 
@@ -323,12 +326,12 @@ class SessionReport(BaseModel):
     """Measures of a benchmark of sessions.
 
     Attributes:
-        benchmark: which one.
+        benchmark: name of the benchmark.
         sessions: number of sessions, C.
-        turns: turns of each, N.
+        turns: number of turns of each session, N.
         by_turn: name of a measure to its value at each turn, [N].
-        all_turns: name of a measure to its mean over all turns, where it has one.
-        notes: what a reader of the numbers has to know.
+        all_turns: name of a measure to its mean over all turns, if it has one.
+        notes: remarks on the numbers.
     """
 
     benchmark: str

@@ -1,1 +1,1 @@
-"""Content consistency: what no instruction touched must look the same."""
+"""Content consistency: similarity of the parts of an image that no instruction touched."""

@@ -1,4 +1,4 @@
-"""Client of consistency servers: the scores of ``Consistency``, or why they were lost."""
+"""Client of consistency servers, with the same scores as ``Consistency`` in this process."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class ConsistencyClient:
     """Client of ``python -m mteditflow.rewards.server``, which scores content consistency.
 
     Scores equal those of ``Consistency`` up to 1e-6: images and scores are sent without loss, but a
-    server batches chains together, which may change the last bits of its models' outputs. The L1
-    terms are equal bit by bit.
+    server scores several chains in one batch, which may change the last bits of its models'
+    outputs. The L1 terms are equal bit by bit.
 
-    All scores come from one set of models, that of the server which answered first. Answers of
+    All scores come from one set of models, that of the server that answered first. Answers of
     other models, for instance after a restart, are faults.
 
     Args:
         endpoints: URLs that end in /v1, all serving the same models.
         pairing: "reference" or "consecutive", as in ``pairs_of``.
-        token: bearer token of the servers; never shown.
-        cache: accepted answers; a chain found in it is not sent.
-        chains_at_once: most chains whose encoded images are in memory at a time.
+        token: bearer token of the servers, never shown.
+        cache: cache of accepted answers; a cached chain is not sent.
+        chains_at_once: maximum number of chains whose encoded images are in memory at once.
         **options: passed to the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``,
             ``patience`` and the others.
 
@@ -96,10 +96,10 @@ class ConsistencyClient:
         return self._dispatcher.statistics
 
     async def reach(self) -> dict[str, Lost | None]:
-        """Ask each server which models it serves, before a run that needs them all.
+        """Request the models of each server, before a run that needs all servers.
 
         Returns:
-            By endpoint ``None`` if it answered, or why not.
+            URL of an endpoint to ``None`` if it answered, else to the reason why not.
         """
 
         async def ask(url: str) -> Lost | None:
@@ -122,16 +122,16 @@ class ConsistencyClient:
 
         Args:
             chains: B chains with the names of their objects; N may differ.
-            images: per chain N + 1 images, the reference first, then the result of each turn.
-            progress: show a bar that counts chains.
+            images: for each chain N + 1 images: the reference, then the result of each turn.
+            progress: whether to show a bar that counts chains.
 
         Returns:
-            Scores [B, N] in the order of ``chains``; N is that of the longest chain.
+            Scores [B, N], float32, in the order of ``chains``; N is that of the longest chain.
 
         Raises:
-            ValueError: there is no chain, a number of images does not fit, one is not readable, or
-                a chain names no objects.
-            TypeError: something is not a PIL image.
+            ValueError: there is no chain, its images are too few, too many or unreadable, or a
+                chain has no names of objects.
+            TypeError: an image is not a PIL image.
         """
         work = image_pairs(chains, images, pairing=self.pairing)
         shown = await anyio.to_thread.run_sync(_prepare, images)
@@ -153,12 +153,12 @@ class ConsistencyClient:
         return ConsistencyScores.collect(answers, [chain.turns for chain in chains])
 
     async def _identify(self) -> str | Lost:
-        """Return the identity of the models, asked for once: a cached answer must be theirs."""
+        """Return the identity of the models, requested once; cached answers must have it too."""
         if self._scorer is None:
             info = await self._dispatcher.run(self._ask_info)
             if isinstance(info, Lost):
                 return info
-            self._scorer = self._scorer or info.scorer
+            self._scorer = self._scorer or info.scorer  # a concurrent call may have set it
         return self._scorer
 
     async def _ask_info(self, endpoint: str) -> Info:
@@ -180,6 +180,7 @@ class ConsistencyClient:
 
         return await cached(
             self._cache,
+            # The digest of the body stands for megabytes of base64, and the models are part of it.
             {"scorer": scorer, "request": hashlib.sha256(body).hexdigest()},
             read=lambda stored: read_answer(stored.encode(), pairs, scorer),
             ask=partial(self._dispatcher.run, attempt),

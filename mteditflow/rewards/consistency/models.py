@@ -1,4 +1,4 @@
-"""Published detector and features: GroundingDINO and DINOv3, with the classes of transformers.
+"""Published models for consistency: GroundingDINO and DINOv3, with the classes of transformers.
 
 Weights are loaded from safetensors only. Neither needs torchvision.
 """
@@ -29,21 +29,21 @@ except ImportError as error:
     ) from error
 
 IMAGE_SIZE = 224  # height and width of DINOv3's input
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, RGB
 
 
 class GroundingDino:
-    """Detector of objects by name; all boxes above the threshold are kept.
+    """Detector of objects by name that keeps all boxes above the threshold.
 
-    Names are joined to one prompt, "a cat . a dog .". More names than the text encoder takes go
-    into several prompts, whose boxes are united; nothing is truncated. Boxes are not assigned to
-    names.
+    Names are joined to one prompt, "a cat . a dog .". Names beyond the limit of the text encoder go
+    into further prompts, whose boxes are concatenated; nothing is truncated. Boxes are not assigned
+    to names.
 
     Args:
         model: the detector, in evaluation mode.
         tokenizer: tokenizer of the model.
         processor: image processor of the model.
-        threshold: least score of a box, in [0, 1].
+        threshold: score in [0, 1] above which boxes are kept.
 
     Raises:
         ValueError: the threshold is out of range.
@@ -80,7 +80,7 @@ class GroundingDino:
             device: device of the model.
             dtype: dtype of its weights.
             revision: revision of the hub's repository.
-            threshold: least score of a box, in [0, 1].
+            threshold: score in [0, 1] above which boxes are kept.
         """
         model = GroundingDinoForObjectDetection.from_pretrained(
             path, revision=revision, dtype=dtype, use_safetensors=True
@@ -93,7 +93,7 @@ class GroundingDino:
         )
 
     def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
-        """Find objects by name: the boxes of ``detect`` at the detector's own threshold."""
+        """Return the boxes of ``detect`` at the detector's own threshold, without scores."""
         return [boxes for boxes, _ in self.detect(images, names, threshold=self.threshold)]
 
     @torch.inference_mode()
@@ -103,17 +103,18 @@ class GroundingDino:
         """Find objects by name, with scores.
 
         Args:
-            images: RGB, uint8 [3, H, W], all of one size: padding would change the boxes.
+            images: RGB images, uint8 [3, H, W], all of one size, since padding would change boxes.
             names: names to look for in each image, at least one each, without full stops.
-            threshold: boxes of this score or less are left out, in [0, 1].
+            threshold: score in [0, 1] above which boxes are kept.
 
         Returns:
-            Per image boxes, float32 [K, 4], absolute (x1, y1, x2, y2) in pixels, and their scores,
-            float32 [K].
+            For each image boxes, float32 [K, 4], absolute (x1, y1, x2, y2) in pixels, and their
+            scores, float32 [K].
 
         Raises:
-            ValueError: the numbers or sizes of images do not fit, an image has no names, one name
-                alone is longer than the text encoder takes, or the threshold is out of range.
+            ValueError: numbers of images and lists of names differ, image sizes differ, an image
+                has no names, a single name exceeds the limit of the text encoder, or the threshold
+                is out of range.
         """
         check_number("threshold", threshold, low=0.0, high=1.0)
         if not images or len(images) != len(names) or not all(names):
@@ -132,7 +133,8 @@ class GroundingDino:
             pixel_values=inputs.pixel_values.to(self.model.device, self.model.dtype),
             pixel_mask=inputs.pixel_mask.to(self.model.device),
         )
-        outputs.pred_boxes = outputs.pred_boxes.float()  # half precision cannot tell 511 from 512
+        # Before boxes are scaled to pixels: bfloat16 rounds 511 to 512.
+        outputs.pred_boxes = outputs.pred_boxes.float()
         outputs.logits = outputs.logits.float()
         results = self.processor.post_process_object_detection(
             outputs, threshold, [images[0].shape[1:]] * len(prompts)
@@ -144,20 +146,20 @@ class GroundingDino:
         return [(torch.cat(boxes), torch.cat(scores)) for boxes, scores in joined]
 
     def prompts(self, names: Sequence[str]) -> list[str]:
-        """Join names, in order, to the fewest prompts that the text encoder takes.
+        """Join names, in order, to the fewest prompts within the limit of the text encoder.
 
-        Each name ends with a full stop: without it the words of the last name would not attend to
+        Each name ends with a full stop. Without it the words of the last name would not attend to
         each other.
 
         Raises:
-            ValueError: one name alone is longer than the text encoder takes.
+            ValueError: a single name exceeds the limit.
         """
         limit = self.model.config.max_text_len - 2  # the first and the last token are special
         tokens = self.tokenizer(list(names), add_special_tokens=False).input_ids
         joined: list[str] = []
         room = 0
         for name, ids in zip(names, tokens, strict=True):
-            length = len(ids) + 1
+            length = len(ids) + 1  # with its full stop
             if length > limit:
                 raise ValueError(
                     f"names: expected at most {limit - 1} tokens each, got {len(ids)} "
@@ -172,7 +174,7 @@ class GroundingDino:
 
 
 class DinoV3:
-    """Features: tokens of images scaled to 224 x 224.
+    """Feature extractor: tokens of DINOv3 for images scaled to 224 x 224.
 
     Args:
         model: the vision transformer, in evaluation mode.
@@ -192,7 +194,7 @@ class DinoV3:
         dtype: torch.dtype = torch.float32,
         revision: str = "main",
     ) -> DinoV3:
-        """Load the features.
+        """Load the model.
 
         Args:
             path: hub id or folder. The published weights need their license accepted on the hub.
@@ -207,8 +209,9 @@ class DinoV3:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor]) -> Features:
-        """Compute the tokens of images, RGB, uint8 [3, H, W] of any sizes; float32."""
+        """Compute the float32 tokens of RGB images, uint8 [3, H, W] of any sizes."""
         tokens = self.model(pixel_values=self.prepare(images)).last_hidden_state.float()
+        # The sequence is CLS, registers, patches row by row.
         first = 1 + self.model.config.num_register_tokens
         side = IMAGE_SIZE // self.model.config.patch_size
         return Features(
@@ -220,7 +223,7 @@ class DinoV3:
         )
 
     def prepare(self, images: Sequence[Tensor]) -> Tensor:
-        """Scale images to the model's input: [K, 3, 224, 224], of ImageNet's mean and std."""
+        """Return the model's input [K, 3, 224, 224], normalized by ImageNet's mean and std."""
         scaled = torch.cat([_resize(image.to(self.model.device)) for image in images])
         mean, std = (scaled.new_tensor(value)[:, None, None] for value in (MEAN, STD))
         return ((scaled - mean) / std).to(self.model.dtype)

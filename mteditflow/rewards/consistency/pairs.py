@@ -1,6 +1,6 @@
 """Pairs of images of a chain that content consistency compares, and their scores.
 
-The same classes are the messages between the scoring server and its client.
+The scoring server and its client exchange the same classes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PAIRINGS = ("reference", "consecutive")
 TERMS = ("object", "background", "object_l1", "background_l1")
 
 Index = Annotated[int, Field(ge=0, strict=True)]
-Cosine = Annotated[float, Field(ge=-1 - 1e-5, le=1 + 1e-5)]  # rounding is not clamped
+Cosine = Annotated[float, Field(ge=-1 - 1e-5, le=1 + 1e-5)]  # tolerates rounding; not clamped
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Pair(BaseModel):
-    """Two images of a chain, and what must look the same in them.
+    """Two images of a chain, with the objects that must look the same in both.
 
     Attributes:
         source: index of the image to compare with, in the chain's N + 1 images.
@@ -50,7 +50,7 @@ class Pair(BaseModel):
 
 
 class PairScores(BaseModel):
-    """Terms of one pair; ``None`` where a term does not exist.
+    """Terms of one pair; ``None`` if a term does not exist.
 
     Attributes:
         object: similarity of the features of the unchanged objects, a cosine in [-1, 1].
@@ -71,19 +71,19 @@ def pairs_of(chain: Chain, *, pairing: str = "reference") -> list[Pair]:
     """Pair the images of a chain, one pair per turn.
 
     Args:
-        chain: a chain with ``unchanged_objects``, ``all_objects`` or both; without one of them its
-            term is left out.
+        chain: a chain with ``unchanged_objects``, ``all_objects`` or both; if one of them is
+            missing, its term is left out.
         pairing: "reference" compares the result of each turn with the reference image.
-            "consecutive" compares it with the result of the turn before, by
-            ``turn_unchanged_objects`` where they are known (otherwise ``unchanged_objects``, a
-            subset of them), and omits the background only at the turn that changes it.
+            "consecutive" compares it with the result of the turn before. It uses
+            ``turn_unchanged_objects`` if known (otherwise ``unchanged_objects``, a subset of them),
+            and omits the background only at the turn that changes it.
 
     Returns:
-        N pairs. Where neither ``background_consistency`` nor ``task_types`` says whether the
-        background must stay, there is no background term.
+        N pairs. If the chain has neither ``background_consistency`` nor ``task_types``, it is
+        unknown whether the background must stay, and there is no background term.
 
     Raises:
-        ValueError: the chain names no objects at all, or the pairing is unknown.
+        ValueError: the chain has no names of objects at all, or the pairing is unknown.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 13 to 16 and its appendix for consecutive pairs.
 
@@ -122,13 +122,14 @@ def pairs_of(chain: Chain, *, pairing: str = "reference") -> list[Pair]:
 
 
 def _kept_background(chain: Chain, consecutive: bool) -> list[bool] | None:
-    """Return per turn whether the background must equal the source image's; None if unknown."""
+    """Return for each turn whether its background must equal the source's; None if unknown."""
     types, consistent = chain.task_types, chain.background_consistency
     if types is not None and (consecutive or consistent is None):
         kept = [task_type != "background_change" for task_type in types]
         return kept if consecutive else [all(kept[: n + 1]) for n in range(chain.turns)]
     if consistent is None or not consecutive:
         return None if consistent is None else list(consistent)
+    # A flag stays False after the first change: only the turn where it turns False changed it.
     before = (True, *consistent[:-1])
     return [now or not then for now, then in zip(consistent, before, strict=True)]
 
@@ -139,7 +140,7 @@ def image_pairs(
     """Combine every chain's N + 1 images with its pairs.
 
     Raises:
-        ValueError: a number of images does not fit, or as in ``pairs_of``.
+        ValueError: the number of lists or of images is wrong, or as in ``pairs_of``.
     """
     if len(images) != len(chains):
         raise ValueError(
@@ -168,7 +169,7 @@ class ConsistencyScores:
         object_l1: pixel similarity of the unchanged objects, likewise.
         background_l1: pixel similarity of the background, likewise.
         turn_mask: turns that exist, boolean [B, N].
-        lost: (trajectory, turn) to why its scores were lost; those entries are NaN.
+        lost: (trajectory, turn) to the reason why its scores were lost; those entries are NaN.
 
     Raises:
         ValueError: shapes differ.
@@ -190,12 +191,12 @@ class ConsistencyScores:
 
     @property
     def scores(self) -> TurnScores:
-        """Mean of the feature terms that exist: the content consistency of each turn."""
+        """Content consistency of each turn: mean of the feature terms that exist, [B, N]."""
         return self._mean(self.object, self.background)
 
     @property
     def l1_scores(self) -> TurnScores:
-        """Mean of the pixel terms that exist: the L1 variant."""
+        """L1 variant of content consistency: mean of the pixel terms that exist, [B, N]."""
         return self._mean(self.object_l1, self.background_l1)
 
     def _mean(self, *terms: Tensor) -> TurnScores:
@@ -222,7 +223,7 @@ class ConsistencyScores:
         """Arrange the answers for B chains of any lengths as [B, N].
 
         Args:
-            answers: per chain, the scores of its pairs in order, or why they were lost.
+            answers: for each chain the scores of its pairs in order, or their loss.
             turns: number of turns of each chain.
 
         Raises:

@@ -1,8 +1,8 @@
-"""Where to look: the searches and crops of a batch of pairs, and the background around boxes.
+"""Regions to compare: searches and crops of a batch of pairs, and the background around boxes.
 
-Images are named by their index in ``Pictures.pixels``, so that one that many pairs and chains share
-is searched and encoded once. Boxes are [K, 4], absolute (x1, y1, x2, y2) in pixels; the top left
-corner of the image is (0, 0).
+Images are identified by their index in ``Pictures.pixels``, so that an image shared by many pairs
+and chains is searched and encoded once. Boxes are [K, 4], absolute (x1, y1, x2, y2) in pixels; the
+top left corner of the image is (0, 0).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ WHOLE = (0, 0, SIZE, SIZE)
 
 Names = tuple[str, ...]
 Box = tuple[int, ...]  # (x1, y1, x2, y2) in whole pixels
-Search = tuple[int, Names]  # a picture, and what to find in it
-Crop = tuple[int, Box]  # a picture, and a part of it
+Search = tuple[int, Names]  # a picture, and the names to find in it
+Crop = tuple[int, Box]  # a picture, and a box in it
 
 
 class Task(NamedTuple):
-    """Two pictures, and the names of each term; empty for no term."""
+    """Two pictures, and the names of each term; empty if there is no such term."""
 
     source: int
     edited: int
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """Two pictures, and the regions to compare in both; ``None`` for no term."""
+    """Two pictures, and the regions to compare in both; ``None`` if there is no such term."""
 
     source: int
     edited: int
@@ -113,7 +113,7 @@ def tasks_of(
 
 def searches_of(tasks: Sequence[Task]) -> list[Search]:
     """List the detections needed: unchanged objects in the source, all objects in both."""
-    searches: dict[Search, None] = {}
+    searches: dict[Search, None] = {}  # an ordered set: equal searches of many tasks run once
     for task in tasks:
         searches[task.source, task.unchanged] = None
         searches[task.source, task.everything] = searches[task.edited, task.everything] = None
@@ -147,14 +147,14 @@ def pixel_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Clip boxes to whole pixels of the image, rounded toward zero; drop non-finite boxes.
 
     Args:
-        boxes: [K, 4], floating point; they may reach beyond the image.
+        boxes: boxes [K, 4], floating point; they may reach beyond the image.
         size: height and width of the image.
 
     Returns:
-        int64 [K', 4] on the CPU; x1 may equal x2, and y1 may equal y2, where a box has no area.
+        Boxes of whole pixels, int64 [K', 4] on the CPU; those without area are kept.
 
     Raises:
-        ValueError: the shape differs.
+        ValueError: the shape is not [K, 4].
         TypeError: the boxes are not floating point.
 
     Example:
@@ -172,7 +172,7 @@ def pixel_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def with_area(boxes: Tensor) -> Tensor:
-    """Keep the boxes that contain at least one pixel.
+    """Return the boxes that contain at least one pixel.
 
     Example:
         >>> with_area(torch.tensor([[0, 1, 9, 64], [5, 5, 5, 9]]))
@@ -182,7 +182,7 @@ def with_area(boxes: Tensor) -> Tensor:
 
 
 def background_mask(boxes: Tensor, size: tuple[int, int], *, border: int = 0) -> Tensor:
-    """Mark the pixels that are in none of the boxes.
+    """Return the mask of the pixels that are in none of the boxes.
 
     Args:
         boxes: boxes of whole pixels, int64 [K, 4].
@@ -190,7 +190,7 @@ def background_mask(boxes: Tensor, size: tuple[int, int], *, border: int = 0) ->
         border: pixels by which each box extends beyond its right and lower edge.
 
     Returns:
-        Boolean [height, width]; all true where there is no box.
+        Mask, boolean [height, width]; all True if there is no box.
 
     Example:
         >>> background_mask(torch.tensor([[0, 0, 2, 1]]), (2, 3))

@@ -1,7 +1,7 @@
-"""Content consistency: what no instruction touched must look the same.
+"""Content consistency: similarity of the parts of an image that no instruction touched.
 
 A detector finds the objects; features compare them and the background. Both are plain callables;
-``mteditflow.rewards.consistency.models`` has the published ones.
+``mteditflow.rewards.consistency.models`` has the published models.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ X = TypeVar("X")
 
 
 class Detector(Protocol):
-    """Finds objects by name."""
+    """Detector of objects by name."""
 
     def __call__(
         self, images: Sequence[Tensor], names: Sequence[Sequence[str]]
@@ -64,13 +64,13 @@ class Detector(Protocol):
                 no duplicates.
 
         Returns:
-            Per image the boxes of all objects found, [K, 4], floating point, absolute
+            For each image the boxes of all objects found, [K, 4], floating point, absolute
             (x1, y1, x2, y2) in pixels.
         """
 
 
 class ScoredDetector(Protocol):
-    """Finds objects by name, and says how sure it is."""
+    """Detector of objects by name that returns a score of each box."""
 
     def detect(
         self, images: Sequence[Tensor], names: Sequence[Sequence[str]], *, threshold: float
@@ -78,35 +78,35 @@ class ScoredDetector(Protocol):
         """Find objects; boxes in one image must not depend on the others.
 
         Args:
-            images: as of a ``Detector``.
-            names: as of a ``Detector``.
-            threshold: boxes of this score or less are left out.
+            images: as in ``Detector``.
+            names: as in ``Detector``.
+            threshold: score above which boxes are kept, in [0, 1].
 
         Returns:
-            Per image the boxes of all objects found, [K, 4], as of a ``Detector``, and their
+            For each image the boxes of all objects found, [K, 4], as in ``Detector``, and their
             scores, [K], in [0, 1].
         """
 
 
 class FeatureExtractor(Protocol):
-    """Turns images into tokens."""
+    """Extractor of tokens from images."""
 
     def __call__(self, images: Sequence[Tensor]) -> Features:
-        """Compute the tokens of images, RGB, uint8 [3, H, W], of any sizes."""
+        """Compute the tokens of RGB images, uint8 [3, H, W] of any sizes."""
 
 
 class ConsistencyScorer:
-    """Scores pairs of images; its only state is its models, so that threads may share it.
+    """Scorer of pairs of images; its only state is its models, so that threads may share it.
 
     Args:
-        detector: finds the objects.
-        features: computes features of crops and whole images; ``None`` leaves the feature terms
-            out, and the L1 terms remain.
+        detector: detector of the objects.
+        features: extractor of features from crops and whole images; ``None`` leaves out the feature
+            terms and keeps the L1 terms.
         tokens: "strict", or "compat" for the rules of EdiVal-Bench's public scorer.
-        batch_size: most images in one call of a model.
+        batch_size: maximum number of images in one call of a model, >= 1.
 
     Raises:
-        ValueError: the choice of tokens is unknown, or the batch size is not positive.
+        ValueError: ``tokens`` is unknown, or ``batch_size`` is below 1.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 13 to 16; EdiVal-Bench (arXiv 2509.13399).
 
@@ -144,15 +144,18 @@ class ConsistencyScorer:
     ) -> list[list[PairScores]]:
         """Score pairs of images of many chains, in few calls of the models.
 
-        A picture is searched once for each set of names, and a crop is encoded once, even if many
+        An image is searched once for each set of names, and a crop is encoded once, even if many
         pairs and chains share it.
 
         Args:
-            work: per chain, images of any mode and size, and the pairs to score among them.
+            work: for each chain, images of any mode and size, and the pairs to score among them.
+
+        Returns:
+            For each chain the scores of its pairs in order.
 
         Raises:
-            ValueError: a pair names an image that does not exist, or the output of a model has a
-                wrong shape or is not finite.
+            ValueError: a pair has an index without an image, or the output of a model has a wrong
+                shape or is not finite.
             TypeError: the output of a model has a wrong dtype.
         """
         pictures = Pictures()
@@ -178,7 +181,7 @@ class ConsistencyScorer:
         return whole_boxes
 
     def _summarize(self, pictures: Pictures, regions: Sequence[Regions]) -> Summaries:
-        """Return the features of every crop and background; none for a background of no weight."""
+        """Return the features of every crop, and of every background with a positive weight."""
         summaries: dict[tuple[int, Box | int], Tensor] = {}
         if self.features is None:
             return summaries
@@ -190,7 +193,7 @@ class ConsistencyScorer:
             for crop, tokens in zip(batch, self._rules.tokens(features), strict=True):
                 for n, mask in crops[crop].items():
                     weights = self._rules.weights(mask, features)
-                    if weights.any():
+                    if weights.any():  # else no patch is half background: nothing to measure
                         key = (crop[0], n)
                         summaries[key] = background_summary(tokens, weights, self._rules)
         return summaries
@@ -200,6 +203,7 @@ class ConsistencyScorer:
         terms: dict[str, float | None] = {}
         if crops is not None:
             parts = [(pictures.crop(source, box), pictures.crop(edited, box)) for box in crops]
+            # The boxes are those of the source: an object that moved or vanished loses similarity.
             values = [pixel_similarity(*part) for part in parts]
             terms["object_l1"] = fmean(values) if values else self._rules.unmeasured
             terms["object"] = self._cosine(summaries, source, edited, crops)
@@ -223,10 +227,10 @@ class ConsistencyScorer:
 
 
 class Consistency:
-    """Content consistency in this process.
+    """Content consistency of chains, computed in this process.
 
     Args:
-        scorer: scores pairs of images.
+        scorer: scorer of pairs of images.
         pairing: "reference" or "consecutive", as in ``pairs_of``.
 
     Raises:
@@ -244,10 +248,14 @@ class Consistency:
 
         Args:
             chains: B chains with the names of their objects; N may differ.
-            images: per chain N + 1 images, the reference first, then the result of each turn.
+            images: for each chain N + 1 images: the reference, then the result of each turn.
+
+        Returns:
+            Scores [B, N], float32, in the order of ``chains``; N is that of the longest chain.
 
         Raises:
-            ValueError: a number of images does not fit, or a chain names no objects.
+            ValueError: there is no chain, its images are too few or too many, or a chain has no
+                names of objects.
         """
         answers = self.scorer.score_many(image_pairs(chains, images, pairing=self.pairing))
         return ConsistencyScores.collect(answers, [chain.turns for chain in chains])

@@ -1,4 +1,4 @@
-"""Similarity of images: features reduced to vectors whose cosine is content consistency.
+"""Similarity of images: reduction of features to vectors whose cosine is content consistency.
 
 Shapes: ``K`` images or crops, ``R`` register tokens, ``P`` patches, ``C`` channels.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mteditflow._checks import check_full_precision, check_mask, check_shape, check_values
 
-MIN_WEIGHT = 0.5  # a patch of which less is background counts as none
+MIN_WEIGHT = 0.5  # share of background below which a patch has no weight
 
 
 class Features(NamedTuple):
@@ -28,14 +28,14 @@ class Features(NamedTuple):
 
 
 class Strict:
-    """Rules: only patches are patches, and a term that cannot be measured does not exist."""
+    """Default rules: register tokens are not patches, and a term without a measure is left out."""
 
     unmeasured: float | None = None  # value of a term that cannot be measured
     border = 0  # pixels by which a box extends in the mask beyond its right and lower edge
     eps = 0.0  # added to the sum of weights; changes no cosine
 
     def has_objects(self, background: bool) -> bool:
-        """Return whether there is an object term; ``background``: whether it must stay the same."""
+        """Return whether a pair has an object term, given whether its background must stay."""
         return True
 
     def tokens(self, features: Features) -> Tensor:
@@ -50,10 +50,10 @@ class Strict:
 class Compat(Strict):
     """Rules of EdiVal-Bench's public scorer, for comparison with published numbers.
 
-    Register tokens are among the patches, and the grid is the factor pair of their number nearest
-    to the aspect ratio of the image, so that the mask is misplaced. Boxes cover their last row and
-    column in the mask, as PIL draws them. The mask is brought to the model's input size by PIL's
-    NEAREST, then to the grid by area average. What cannot be measured scores 0.
+    Register tokens count as patches, and the grid is the factor pair of their number that is
+    nearest to the aspect ratio of the image, so that the mask is misplaced. Boxes cover their last
+    row and column in the mask, as PIL draws them. The mask is resized to the model's input by PIL's
+    NEAREST, then to the grid by area average. A term that cannot be measured scores 0.
 
     Source: EdiVal-Bench (arXiv 2509.13399), its public implementation.
     """
@@ -63,7 +63,7 @@ class Compat(Strict):
     eps = 1e-6
 
     def has_objects(self, background: bool) -> bool:
-        """Return ``background``: elsewhere there is no term at all."""
+        """Return ``background``: a pair whose background may change has no term at all."""
         return background
 
     def tokens(self, features: Features) -> Tensor:
@@ -81,8 +81,8 @@ class Compat(Strict):
 def _nearest(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a boolean mask [H, W] to ``size`` by PIL's NEAREST.
 
-    PIL adds up its steps, and so takes the pixel before where the middle of a target pixel falls on
-    an edge between two: torch's "nearest-exact" differs in 25 of 224 rows from 512.
+    PIL accumulates its steps, so where the center of a target pixel falls on an edge between two
+    pixels, it takes the former. torch's "nearest-exact" differs in 25 of 224 rows from 512.
     """
     from PIL import Image  # imported here: ``Features`` needs torch alone
 
@@ -95,14 +95,14 @@ TOKENS: Mapping[str, Strict] = {"strict": Strict(), "compat": Compat()}
 
 
 def patch_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the exact share of background in each patch, also where patches cut pixels.
+    """Return the exact share of background in each patch, even if patches cut pixels.
 
     Args:
-        mask: boolean [H, W], true on the background.
+        mask: mask of the background, boolean [H, W].
         grid: rows and columns of the patches that tile the image.
 
     Returns:
-        float64 [rows * columns], 0 where the share is below one half.
+        Shares, float64 [rows * columns]; 0 where the share is below one half.
 
     Example:
         >>> mask = torch.arange(8).expand(2, 8) >= 3
@@ -111,7 +111,9 @@ def patch_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     check_mask("mask", mask, mask.shape[:2], "[H, W]")
     rows, columns = (_overlap(*axis) for axis in zip(mask.shape, grid, strict=True))
-    share = rows @ mask.double() @ columns.T / mask.numel()  # whole numbers until divided
+    # In units of 1/(rows * columns) pixel each patch has the area H * W, and all numbers are whole
+    # until the division, so that a share of exactly one half is found as such.
+    share = rows @ mask.double() @ columns.T / mask.numel()
     return soft(share)
 
 
@@ -129,7 +131,7 @@ def _overlap(pixels: int, cells: int) -> Tensor:
 
 
 def nearest_grid(count: int, aspect: float) -> tuple[int, int]:
-    """Split a number of tokens into rows and columns whose ratio is nearest to the aspect ratio.
+    """Return the factorization into rows and columns whose ratio is nearest to an aspect ratio.
 
     Args:
         count: number of tokens.
@@ -155,7 +157,7 @@ def background_summary(tokens: Tensor, weights: Tensor, rules: Strict) -> Tensor
     Args:
         tokens: tokens of the image, [P, C], as ``rules.tokens`` returns them.
         weights: weights of these tokens, [P].
-        rules: its ``eps`` is added to the sum of weights.
+        rules: rules whose ``eps`` is added to the sum of weights.
     """
     weights = weights.to(tokens)
     mean = weights @ functional.normalize(tokens, dim=-1) / (weights.sum() + rules.eps)
@@ -175,18 +177,19 @@ def similarity(source: Tensor, edited: Tensor) -> Tensor:
 
 
 def pixel_similarity(source: Tensor, edited: Tensor, mask: Tensor | None = None) -> float:
-    """Compute 1 - mean absolute difference of pixels scaled to [0, 1].
+    """Return 1 - mean absolute difference of pixels scaled to [0, 1].
 
     Args:
-        source: uint8 [3, H, W].
-        edited: uint8 [3, H, W].
-        mask: pixels to compare, boolean [H, W], at least one; ``None`` for all.
+        source: image, uint8 [3, H, W].
+        edited: image, uint8 [3, H, W].
+        mask: pixels to compare, boolean [H, W], at least one True; ``None`` for all.
 
     Example:
         >>> black = torch.zeros(3, 2, 2, dtype=torch.uint8)
         >>> pixel_similarity(black, black + 51)
         0.8
     """
+    # The difference stays uint8 without wrapping, and its sum is an exact integer.
     difference = torch.maximum(source, edited) - torch.minimum(source, edited)
     count = difference[0].numel()
     if mask is not None:
@@ -195,7 +198,12 @@ def pixel_similarity(source: Tensor, edited: Tensor, mask: Tensor | None = None)
 
 
 def check_features(features: Features, count: int) -> None:
-    """Raise unless these are finite tokens of ``count`` images, in full precision."""
+    """Check that tokens of ``count`` images have the right shapes and are finite.
+
+    Raises:
+        ValueError: a shape is wrong, or a token is not finite.
+        TypeError: a dtype is not float32 or float64.
+    """
     check_full_precision(cls=features.cls, registers=features.registers, patches=features.patches)
     channels, (rows, columns) = features.cls.shape[-1], features.grid
     registers = features.registers.shape[1]

@@ -1,7 +1,6 @@
 """Messages between the consistency server and its client: JSON, with images as base64.
 
-Bounds common to all servers are part of the messages; those that a server may set are in its
-``Limits``.
+Bounds that all servers share are part of the messages; configurable ones are in ``Limits``.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from mteditflow.rewards.faults import AnswerError, Fault
 from mteditflow.rewards.images import png_base64, to_rgb
 from mteditflow.rewards.transport.http_client import SHOWN, shorten
 
-MAX_IMAGES = 65  # of one chain: 64 turns and the reference
-MAX_PAIRS = 64
-MAX_NAMES = 64  # of one list
-MAX_NAME = 200  # characters
+MAX_IMAGES = 65  # images of one chain: 64 turns and the reference
+MAX_PAIRS = 64  # pairs of one chain
+MAX_NAMES = 64  # names in one list
+MAX_NAME = 200  # characters of a name
 
-# Pydantic's error types of a number out of range, and of what is not a number.
+# Pydantic's error types for a number out of range, and for a value that is not a number.
 OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 NOT_A_NUMBER = ("finite_number", "float_type", "float_parsing")
 
@@ -45,7 +44,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class PairRequest(Pair):
-    """Two images of a chain, and what must look the same in them."""
+    """Two images of a chain, with the objects that must look the same in both."""
 
     source: Annotated[Index, Field(description="Index of the image to compare with.")]
     edited: Annotated[Index, Field(description="Index of the image that is scored.")]
@@ -85,7 +84,7 @@ class ConsistencyRequest(BaseModel):
         Field(
             min_length=1,
             max_length=MAX_PAIRS,
-            description="Which images to compare, by index, and what must look the same.",
+            description="Indices of images to compare, and the objects that must look the same.",
         ),
     ]
 
@@ -105,8 +104,8 @@ class ConsistencyAnswer(BaseModel):
     """Scores of the pairs, in the order of the request.
 
     Attributes:
-        pairs: one entry for each pair that was asked for.
-        scorer: identity of what scored them, as ``GET /v1/info`` gives it.
+        pairs: one entry for each requested pair.
+        scorer: identity of the scorer, as ``GET /v1/info`` returns it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -119,14 +118,15 @@ class Limits(BaseModel):
     """Limits of one server.
 
     Attributes:
-        max_body: bytes of a request; more gets 413.
-        max_pixels: of one image, read from its header; more gets 413.
-        max_total_pixels: of all images of a request together, likewise; decoding takes its time by
-            the pixel, however few bytes they compress to.
-        max_requests: at once, from the first byte to the answer; more get 503 and Retry-After.
+        max_body: bytes of a request; a larger one gets 413.
+        max_pixels: pixels of one image, by its header; a larger one gets 413.
+        max_total_pixels: pixels of all images of a request together, likewise. Decoding time
+            depends on pixels, however few bytes they compress to.
+        max_requests: requests at once, from the first byte to the answer; more get 503 and
+            Retry-After.
         max_batch: chains that are scored together.
-        max_wait: longest that an idle server waits for chains to score together, s.
-        read_timeout: longest that the body of a request may take to arrive, s; then it gets 408.
+        max_wait: longest wait of an idle server for further chains to score together, s.
+        read_timeout: longest time for the body of a request to arrive, s; then it gets 408.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -144,10 +144,10 @@ class Info(BaseModel):
     """Scorer and models of a server.
 
     Attributes:
-        scorer: identity of all that decides on a score; two servers that score alike agree in it.
-        models: names of the models and how they are used.
-        versions: of the libraries.
-        limits: what the server takes on.
+        scorer: identity of models and settings, equal for servers whose scores are equal.
+        models: classes, settings and weights of the models.
+        versions: versions of the libraries.
+        limits: limits of requests and batches.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -173,7 +173,7 @@ class ErrorAnswer(BaseModel):
 def to_send(name: str, image: Image.Image) -> Image.Image:
     """Convert an image to RGB, and shrink it to the size at which images are compared.
 
-    Its scores are equal bit by bit, since a scorer would resample it in the same way.
+    Scores do not change by a single bit, since a scorer would resample the image in the same way.
 
     Args:
         name: name of the image in error messages.
@@ -190,7 +190,7 @@ def to_send(name: str, image: Image.Image) -> Image.Image:
         (64, 48)
     """
     rgb = to_rgb(name, image)
-    if rgb.width * rgb.height <= SIZE * SIZE:
+    if rgb.width * rgb.height <= SIZE * SIZE:  # fewer pixels to send; the scorer enlarges them
         return rgb
     return rgb.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
@@ -201,7 +201,7 @@ def read_answer(body: bytes, pairs: Sequence[Pair], scorer: str) -> tuple[PairSc
     Args:
         body: JSON of a ``ConsistencyAnswer``.
         pairs: requested pairs.
-        scorer: identity of the models that must have scored them.
+        scorer: expected identity of the models.
 
     Raises:
         AnswerError: the answer is malformed, has another number of pairs, a score that is out of

@@ -1,1 +1,1 @@
-"""Instruction following, scored by a vision-language model: prompts, answers, scores."""
+"""Instruction following scored by a vision-language model: prompts, answers, scores."""

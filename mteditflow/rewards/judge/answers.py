@@ -1,6 +1,6 @@
-"""Parser of a judge's answers: exactly one score per turn with one reading, or the fault.
+"""Parser of a judge's answers: exactly one score per turn, or the fault.
 
-An answer that has exactly one reading is read, whatever surrounds it; one that has two is refused.
+An answer with exactly one reading is accepted, whatever surrounds it; one with two is refused.
 
 | what a model adds | how it is read |
 |---|---|
@@ -28,7 +28,7 @@ from mteditflow.rewards.faults import AnswerError, Fault
 from mteditflow.rewards.reasoning import THINK, THINK_END, reasoning_alone
 
 T = TypeVar("T")
-SHOWN = 200  # characters of an answer in a detail
+SHOWN = 200  # characters of an answer in an error's detail
 # Written form of each score in text; JSON contains the number.
 SCALES: Mapping[str, Mapping[str, int]] = {
     "likert": {str(score): score for score in range(1, 6)},
@@ -39,11 +39,12 @@ STATEMENT = re.compile(
     r"[\s*_`]*([^\s*_`]+)[\s*_`]*",
     re.IGNORECASE,
 )
-# Any line that states a score of a turn, in any decoration: **turn 1** - 4
+# Any line that seems to state a score, in any decoration: **turn 1** - 4. Such a line must match
+# STATEMENT too, so that a score in an unknown form is refused and not overlooked.
 LIKE_A_STATEMENT = re.compile(r"[\W_]*turn[\W_]*\d+[\s_]*(?:[^\w\s,'\u2019]|\s\d|$)", re.IGNORECASE)
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")  # of JSON
 WHITE = re.compile(r"[ \t\n\r]*")
-# Keys beside those asked for that may state scores too.
+# Keys that were not requested and may contradict the scores.
 RIVAL = re.compile(r"score|rating|grade|final|answer|verdict", re.IGNORECASE)
 FENCE = re.compile(r"```[A-Za-z0-9_+-]*[ \t]*\r?\n(.*)\r?\n[ \t]*```", re.DOTALL)
 INNER_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
@@ -65,8 +66,8 @@ def parse_json(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[in
 
     Args:
         text: the whole answer: ``{"scores": [4, 2]}``, or with thinking
-            ``{"turns": [{"analysis": "...", "score": 4}, ...]}``; other readable forms as in the
-            module's table.
+            ``{"turns": [{"analysis": "...", "score": 4}, ...]}``; the module's table lists other
+            accepted forms.
         turns: expected number of scores.
         scale: "likert", integers 1..5, or "binary", 0 or 1.
         thinking: whether an analysis precedes each score.
@@ -94,7 +95,7 @@ def parse_text(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[in
 
     Args:
         text: the whole answer. It ends with one line per turn, in order, each as ``Turn 1: 4`` or
-            dressed as in the module's table; blank lines do not count. With thinking an analysis
+            decorated as in the module's table; blank lines are ignored. With thinking an analysis
             without such lines precedes them, otherwise nothing.
         turns: expected number of scores.
         scale: "likert", the digits 1..5, or "binary", the words yes and no.
@@ -129,14 +130,14 @@ def parse_text(text: str, *, turns: int, scale: str, thinking: bool) -> tuple[in
 
 
 def read_json(text: str, read: Callable[[object], T]) -> T:
-    r"""Read JSON that is the whole answer, once or several times over.
+    r"""Parse an answer that is a JSON document, or repetitions of one.
 
     Args:
-        text: the answer; what the module's table leaves out may surround it.
-        read: parses one document, or raises ``AnswerError``.
+        text: the answer; the module's table lists the accepted surroundings.
+        read: parser of one document, which raises ``AnswerError``.
 
     Returns:
-        The reading, which all documents share.
+        The result of ``read``, equal for all documents.
 
     Raises:
         AnswerError: the answer is not JSON alone, has a key twice, or has two readings.
@@ -152,12 +153,12 @@ def read_json(text: str, read: Callable[[object], T]) -> T:
 
 
 def after_reasoning(text: str) -> str:
-    """Return the answer after a model's reasoning, or all of a text without any.
+    """Return the answer after a model's reasoning, or the whole text if there is no reasoning.
 
-    Where reasoning seems to end twice, its end is unknown and the text is returned whole.
+    A text with two ends of reasoning is ambiguous and returned whole.
 
     Raises:
-        AnswerError: ``Fault.reasoning``: nothing follows the reasoning, or it has no end.
+        AnswerError: ``Fault.reasoning``: nothing follows the reasoning, or it does not end.
 
     Example:
         >>> after_reasoning("<think>Maybe 5. No.</think>4")
@@ -173,7 +174,7 @@ def after_reasoning(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    r"""Remove what may stand around a whole answer: a code fence, end tokens, a byte-order mark.
+    r"""Remove a code fence, end tokens and a byte-order mark around a whole answer.
 
     Example:
         >>> unwrap("```\nTurn 1: 4\n```<|im_end|>")
@@ -190,7 +191,7 @@ def unwrap(text: str) -> str:
 
 
 def whole_number(value: object) -> int | Decimal | None:
-    """Return a JSON value that is a whole number in digits, as a string too; ``None`` otherwise.
+    """Return a whole number from a JSON number or a string of digits; ``None`` otherwise.
 
     Example:
         >>> [whole_number(x) for x in (4, Decimal("4.0"), "4", Decimal("4.5"), True, "four")]
@@ -203,9 +204,9 @@ def whole_number(value: object) -> int | Decimal | None:
 
 
 def _documents(text: str) -> list[object]:
-    """Parse the JSON documents of an answer, at least one; first of the whole, as it stands.
+    """Parse the JSON documents of an answer, at least one.
 
-    A string in JSON may contain the end of reasoning, so only what is no JSON is cut there.
+    The unchanged text is tried first, since a string in JSON may contain the end of reasoning.
     """
     try:
         return _decode(unwrap(text))
@@ -240,12 +241,15 @@ def _skip_white(text: str, place: int) -> int:
 
 
 def _integer(digits: str) -> int:
-    """Convert only the first digits, which are out of range just as a longer number is."""
+    """Convert at most the first 200 digits: a longer number is out of range anyway.
+
+    Python's int refuses a string of more than 4,300 digits.
+    """
     return int(digits[:SHOWN])
 
 
 def _decimal(digits: str) -> Decimal:
-    """Convert exactly: 4.00000000000000000001 is not 4. NaN where the exponent is too long."""
+    """Convert exactly, since 4.00000000000000000001 is not 4; NaN if the exponent is too long."""
     try:
         return Decimal(digits)
     except InvalidOperation:
@@ -261,13 +265,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _scores(value: object, *, text: str, turns: int, scale: str, thinking: bool) -> tuple[int, ...]:
-    """Parse one document: the object, or the list alone."""
+    """Return the scores of one document, which is the object or only its list."""
     entries, others = _entries(value, "turns" if thinking else "scores", text)
     if len(entries) != turns:
         refuse(Fault.wrong_count, f"{turns} scores", text, count=len(entries))
     if thinking:
         entries = [_score_after_analysis(n, entry, text) for n, entry in enumerate(entries, 1)]
     scores = tuple(_in_scale(n, score, scale) for n, score in enumerate(entries, start=1))
+    # Other keys are ignored unless their numbers look like scores; those must not contradict.
     for name, other in others.items():
         numbers = _numbers(other)
         alike = isinstance(other, list) and len(numbers) == len(other) == turns
@@ -277,7 +282,7 @@ def _scores(value: object, *, text: str, turns: int, scale: str, thinking: bool)
 
 
 def _entries(value: object, key: str, text: str) -> tuple[list[Any], dict[str, Any]]:
-    """Return the list with an entry per turn, and what stands beside it."""
+    """Return the list with an entry per turn, and the other keys of the object."""
     others: dict[str, Any] = {}
     if isinstance(value, dict):
         if key not in value:
@@ -313,7 +318,7 @@ def _check_same(
 
 
 def _numbers(value: object) -> list[int | Decimal]:
-    """Return all numbers in a JSON value, in order."""
+    """Return all numbers in a JSON value, in order, without recursion."""
     found, waiting = [], [value]
     while waiting:
         first = waiting.pop()
@@ -326,7 +331,7 @@ def _numbers(value: object) -> list[int | Decimal]:
 
 
 def _number(value: object) -> int | Decimal | None:
-    """Return a number of JSON, or one written as a string."""
+    """Return a JSON number, or one written as a string; ``None`` otherwise, for booleans too."""
     if isinstance(value, str):
         return _decimal(value.strip()) if NUMBER.fullmatch(value.strip()) else None
     return value if isinstance(value, (int, Decimal)) and not isinstance(value, bool) else None
@@ -372,13 +377,13 @@ def _kind_of_prose(text: str, fault: Fault) -> Fault:
 
 
 def refuse(fault: Fault, expected: str, text: str, *, count: int | None = None) -> NoReturn:
-    """Raise an ``AnswerError`` that gives what was expected and what came."""
+    """Raise an ``AnswerError`` with the expectation and the answer, cut to a bounded length."""
     came = "" if count is None else f"{count} in "
     came += clip(text) if text.strip() else "an empty answer"
     raise AnswerError(fault, f"expected {expected}, got {came}")
 
 
 def clip(value: object) -> str:
-    """Return a string quoted, or a number as it is written, of bounded length."""
+    """Return a quoted string, or a number as written, cut to a bounded length."""
     shown = repr(value[:SHOWN]) if isinstance(value, str) else str(value)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Instruction following, scored by a vision-language model behind an OpenAI-compatible endpoint."""
+"""Instruction following scored by a vision-language model behind OpenAI-compatible endpoints."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from mteditflow.rewards.scores import TurnScores
 from mteditflow.rewards.transport.chat import ChatClient
 from mteditflow.rewards.transport.concurrency import gather
 
-Marks = tuple[float, ...] | Lost  # scores of some turns, or why there are none
+Marks = tuple[float, ...] | Lost  # scores of some turns, or the reason why they are lost
 
 
 class Judge:
-    """Scores how well each turn of a chain followed its instruction, with a model.
+    """Scorer of how well each turn of a chain followed its instruction, by a model.
 
-    A lost answer marks the turns that it was about: one turn where the prompt asks about each turn
-    separately, all turns of the chain where it asks once.
+    A lost answer loses the turns of its request: one turn if the prompt asks about each turn
+    separately, all turns of the chain if it asks once.
 
     Args:
         client: client of the model's endpoints.
         prompt: a ``JudgePrompt`` or an ``ExpectationPrompt``.
-        votes: number of answers to average, each with a seed of its own. Where fewer than half of
-            them can be parsed, the turn is lost. Averages of binary scores are fractions: aggregate
-            them with ``mteditflow.turn_average``.
-        chains_at_once: most chains whose encoded images are in memory at a time. Below the client's
-            ``concurrency`` it limits that too.
+        votes: number of answers to average, each with its own seed. If fewer than half of them can
+            be parsed, the turn is lost. Averages of binary scores are fractions: aggregate them
+            with ``mteditflow.turn_average``.
+        chains_at_once: maximum number of chains whose encoded images are in memory at once. A value
+            below the client's ``concurrency`` limits that too.
 
     Raises:
-        ValueError: a count is below 1, or there are several votes at temperature 0, where all would
-            be equal.
+        ValueError: a count is below 1, or there are several votes at temperature 0, where all
+            answers are equal.
 
     Example:
         >>> from mteditflow.rewards import JudgePrompt
@@ -58,7 +58,7 @@ class Judge:
         check_count("votes", votes)
         check_count("chains_at_once", chains_at_once)
         if votes > 1 and client.temperature == 0:
-            raise ValueError(f"votes: expected 1 at temperature 0, got {votes}, all of them equal")
+            raise ValueError(f"votes: expected 1 at temperature 0, got {votes}: all would be equal")
         self.client, self.prompt, self.votes = client, prompt, votes
         self._chains_at_once = chains_at_once
 
@@ -72,17 +72,17 @@ class Judge:
         """Score every turn of B chains.
 
         Args:
-            chains: chains with their instructions, [B].
+            chains: B chains with their instructions.
             images: for each chain N + 1 images: the reference, then the result of each turn.
             progress: whether to show a bar that counts answers.
 
         Returns:
-            Scores [B, N], float32, in the order of ``chains``, N turns being those of the longest;
-            in 1..5 or 0..1, as the prompt's scale has it.
+            Scores [B, N], float32, in the order of ``chains``, with N turns of the longest chain;
+            in 1..5 or 0..1, by the prompt's scale.
 
         Raises:
             ValueError: there is no chain, or its images are too few, too many or unreadable.
-            TypeError: one of them is not a PIL image.
+            TypeError: an image is not a PIL image.
         """
         pictures = await anyio.to_thread.run_sync(check_images, chains, images)
         answers = self.votes * sum(len(self.prompt.spans(chain.turns)) for chain in chains)
@@ -128,6 +128,7 @@ class Judge:
         votes = await gather([partial(ask, seed) for seed in range(self.votes)])
         read = [vote for vote in votes if not isinstance(vote, Lost)]
         lost = [vote for vote in votes if isinstance(vote, Lost)]
+        # With half of the votes lost, the others still count; the mean is over those only.
         if len(lost) > len(read):
             return lost[0]
         return tuple(sum(scores) / len(read) for scores in zip(*read, strict=True))
@@ -139,12 +140,15 @@ def check_images(
     """Convert all images to RGB and load them, so that threads may share them.
 
     Args:
-        chains: B of them, at least one.
+        chains: B chains, at least one.
         images: for each chain N + 1 images: the reference, then the result of each turn.
+
+    Returns:
+        The images in the same order, loaded, in 8-bit RGB.
 
     Raises:
         ValueError: there is no chain, or its images are too few, too many or unreadable.
-        TypeError: one of them is not a PIL image.
+        TypeError: an image is not a PIL image.
     """
     if not chains or len(images) != len(chains):
         raise ValueError(
@@ -169,8 +173,8 @@ def turn_scores(
     """Arrange the scores of B chains as [B, N], float32.
 
     Args:
-        chains: B of them, at least one.
-        marks: per chain, spans of turns, counted from 0, with their scores or why there are none.
+        chains: B chains, at least one.
+        marks: for each chain spans of turns, counted from 0, with their scores or their loss.
     """
     turns = torch.tensor([chain.turns for chain in chains], dtype=torch.int64, device="cpu")
     turn_mask = torch.arange(int(turns.max()), dtype=torch.int64, device="cpu") < turns[:, None]

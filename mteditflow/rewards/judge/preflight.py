@@ -1,4 +1,4 @@
-"""Check of endpoints before a run: some silently ignore the parts of a request they lack."""
+"""Check of endpoints before a run, since some silently ignore parts of a request."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from mteditflow.rewards.transport.chat import ChatAnswer, ChatClient, Usage
 from mteditflow.rewards.transport.concurrency import gather
 
 SIDE = 64  # pixels of a test image: vision towers refuse images of less than a few patches
-DEAD = (  # faults of an endpoint that no other question would fare better with
+DEAD = (  # faults with which an endpoint would fail any other request too
     Fault.timeout, Fault.connection, Fault.rate_limited, Fault.server_error, Fault.redirected,
     Fault.rejected, Fault.malformed, Fault.unavailable,
 )  # fmt: skip
-FEWEST = 5  # log-probabilities that a Likert scale needs
+FEWEST = 5  # minimum number of log-probabilities: one for each label of the Likert scale
 
 
 @dataclass(frozen=True)
 class EndpointReport:
-    """Parts of a request that one endpoint supports, and what an answer of its judge takes.
+    """Parts of a request that one endpoint supports, and the token usage of a judge's answer.
 
     Attributes:
-        endpoint: its URL.
+        endpoint: URL of the endpoint.
         honors: part of a request ("images", "structured output", "log-probabilities", and
             "judge's answer" for a whole question of a judge) to ``None`` if the endpoint supports
-            it, or why not.
+            it, else to the reason why not.
         usage: tokens and reasoning of the judge's answers, readable or not.
     """
 
@@ -48,7 +48,7 @@ class EndpointReport:
 
     @property
     def reasoning(self) -> str:
-        """Whether the model reasons before it answers: "on", "off", "unknown" without an answer."""
+        """Whether the model reasons before it answers: "on", "off", or "unknown"."""
         if not self.usage.answers:
             return "unknown"
         return "on" if self.usage.reasoned else "off"
@@ -64,18 +64,18 @@ class EndpointReport:
 async def inspect_endpoints(
     client: ChatClient, *, images: int = 4, prompt: JudgePrompt | None = None
 ) -> list[EndpointReport]:
-    """Ask each endpoint of a client three small questions and a judge's whole one.
+    """Send each endpoint of a client three small requests and one full question of a judge.
 
     Structured output is proved by a random word that only the schema contains, log-probabilities by
     their presence, several images by an answer instead of a rejection. The judge's question shows
-    whether the model reasons first, how many tokens an answer takes of its limit, and why it cannot
-    be read or was cut off.
+    whether the model reasons first, how much of the token limit an answer takes, and why an answer
+    is unreadable or cut off.
 
     Args:
         client: client of the endpoints; its cache is not used.
-        images: number of images in one request: N + 1 for a call per trajectory, 2 for one per
-            turn.
-        prompt: prompt of the judge's question; ``None``: ``JudgePrompt()``.
+        images: number of images in one request: N + 1 for one request per trajectory, 2 for one
+            per turn.
+        prompt: prompt of the judge's question; ``None`` is ``JudgePrompt()``.
 
     Returns:
         A report for each endpoint.
@@ -93,7 +93,7 @@ async def inspect_endpoints(
         'unknown'
     """
     check_count("images", images)
-    judges = client.per_endpoint()  # apart, so that usage is that of the judge's answers
+    judges = client.per_endpoint()  # separate clients, whose usage is that of the judge alone
 
     async def ask(url: str, one: ChatClient) -> EndpointReport:
         parts: dict[str, Callable[[], Awaitable[Lost | None]]] = {
@@ -109,17 +109,17 @@ async def inspect_endpoints(
 
 
 async def reach_endpoints(client: ChatClient, *, images: int = 1) -> dict[str, Lost | None]:
-    """Ask each endpoint of a client one small question, before a run that needs them all.
+    """Send each endpoint of a client one small request, before a run that needs them all.
 
-    It proves that the endpoint answers, knows the model and the key, and takes so many images in
-    one request. How well it answers is for ``inspect_endpoints`` to say.
+    It proves that the endpoint answers, accepts the model and the key, and accepts that many images
+    in one request. ``inspect_endpoints`` tests the content of its answers.
 
     Args:
         client: client of the endpoints; its cache is not used.
         images: number of images in one request.
 
     Returns:
-        By endpoint ``None`` if it answered, or why not.
+        URL of an endpoint to ``None`` if it answered, else to the reason why not.
 
     Raises:
         ValueError: the number of images is below 1.
@@ -140,7 +140,7 @@ async def reach_endpoints(client: ChatClient, *, images: int = 1) -> dict[str, L
 
 
 async def _judged(client: ChatClient, prompt: JudgePrompt, images: int) -> Lost | None:
-    """Ask about an edit in which nothing changed; any score will do."""
+    """Ask about an edit in which nothing changed; any readable score is accepted."""
     turns = max(1, images - 1) if prompt.scope == "trajectory" else 1
     request = prompt.request(["Paint the sky green."] * turns, [_picture()] * (turns + 1))
     answer = await client.ask(
@@ -157,6 +157,7 @@ async def _images(client: ChatClient, *, count: int) -> Lost | None:
     shown = [image_part(_picture())] * count
     content = [text_part("Here are some images."), *shown, text_part("Answer with the word ok.")]
     result = await client.ask(content, lambda _: None, max_tokens=8)
+    # An answer that is cut off came after the images were accepted, which is all that matters here.
     talkative = isinstance(result, Lost) and result.fault is Fault.cut_off
     return None if talkative else result
 

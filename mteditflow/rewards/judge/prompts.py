@@ -1,7 +1,7 @@
-"""Questions to a judge about a chain, and how each answer becomes scores: written or expected.
+"""Prompts of a judge about a chain, for written scores or for expected scores over tokens.
 
-A request shows an image and, for each of N turns, the instruction and the image after it. A call
-per turn is the same with a chain of one turn.
+A request shows an image and, for each of N turns, the instruction and the image after it. A request
+about a single turn is the same with a chain of one turn.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mteditflow.rewards.judge.answers import SCALES, parse_json, parse_text
 from mteditflow.rewards.judge.wording import RUBRICS, json_form, question, text_form, token_form
 from mteditflow.rewards.transport.chat import ChatAnswer
 
-LONGEST_ANALYSIS = 400  # characters for each turn, where the server enforces a schema
-CANDIDATES = 20  # most that servers give
-ROUNDING = 1e-2  # by which probabilities may add up to more than 1
+LONGEST_ANALYSIS = 400  # characters for each turn, if the server enforces the schema
+CANDIDATES = 20  # log-probabilities of a token; the API's maximum of top_logprobs
+ROUNDING = 1e-2  # rounding by which the sum of probabilities may exceed 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
 
     Attributes:
         content: text and image_url parts of the message.
-        read: parses the answer to one score per turn, or raises ``AnswerError``.
+        read: parser of the answer to one score per turn, which raises ``AnswerError``.
         max_tokens: token limit of the answer.
         schema: JSON schema of the answer, for a server that enforces one.
         top_logprobs: number of likeliest tokens to return, if any.
@@ -58,7 +58,7 @@ class JudgePrompt:
     r"""Prompt for written scores, one per turn.
 
     Args:
-        scope: "trajectory" asks once about all turns of a chain, "turn" about each separately.
+        scope: "trajectory" for one request about all turns of a chain, "turn" for one per turn.
         scale: "likert", 1..5, or "binary", 0 or 1.
         thinking: whether a short analysis of each turn precedes its score.
         answer_format: "json" for a server that enforces a JSON schema; "text" for any other, one
@@ -101,7 +101,8 @@ class JudgePrompt:
             images: URLs of the image before the first turn and of the one after each turn, [N + 1].
 
         Raises:
-            ValueError: there is no turn, or not one image more than there are instructions.
+            ValueError: there is no turn, or the number of images is not one above that of
+                instructions.
         """
         structured, turns = self.answer_format == "json", len(instructions)
         parse, form = (parse_json, json_form) if structured else (parse_text, text_form)
@@ -125,6 +126,7 @@ class JudgePrompt:
         if not self.thinking:
             return _only_key("scores", score, turns)
         analysis = {"type": "string", "minLength": 1, "maxLength": LONGEST_ANALYSIS}
+        # Servers generate keys in the schema's order, so the analysis can inform the score.
         return _only_key("turns", object_schema({"analysis": analysis, "score": score}), turns)
 
     @property
@@ -138,21 +140,21 @@ class JudgePrompt:
 
 @dataclass(frozen=True)
 class ExpectationPrompt:
-    r"""Prompt for the score of one turn as one token, of which the expectation is taken.
+    r"""Prompt for the expected score of one turn under the distribution of a single token.
 
     .. math:: \hat s = \sum_s s \, p(s) / \sum_s p(s)
 
     over the labels of the scale, from the likeliest tokens that the server returns. This score is
-    finer than an integer and needs no sampling. One request per turn, without thinking.
+    finer than an integer and needs no sampling. It takes one request per turn, without thinking.
 
     Args:
-        scale: "likert", labels 1..5, in [1, 5]; "binary", labels no and yes, the probability of
-            yes, in [0, 1].
-        min_mass: least total probability of the labels; with less the judge meant something else,
-            and its score is lost.
+        scale: "likert", labels 1..5, score in [1, 5]; or "binary", labels no and yes, score in
+            [0, 1], the probability of yes.
+        min_mass: minimum total probability of the labels, in [0, 1]; below it the model was about
+            to write something else, and the score is lost.
 
     Raises:
-        ValueError: the scale is unknown, or the mass not in [0, 1].
+        ValueError: the scale is unknown, or ``min_mass`` is not in [0, 1].
 
     Source: Edit-R1 for the expectation over digits.
 
@@ -172,18 +174,18 @@ class ExpectationPrompt:
         check_number("min_mass", self.min_mass, low=0.0, high=1.0)
 
     def spans(self, turns: int) -> list[range]:
-        """Return one span for each turn: one token holds one score."""
+        """Return one span for each turn, since a token holds one score."""
         return single_turns(turns)
 
     def request(self, instructions: Sequence[str], images: Sequence[str]) -> Request:
         """Build the request about one turn.
 
         Args:
-            instructions: instruction of that turn, [1].
-            images: URLs of the images before and after it, [2].
+            instructions: instruction of the turn, [1].
+            images: URLs of the images before and after the turn, [2].
 
         Raises:
-            ValueError: it is not one turn with two images.
+            ValueError: there is not exactly one instruction with two images.
         """
         if len(instructions) != 1:
             raise ValueError(f"instructions: expected that of one turn, got {len(instructions)}")
@@ -209,21 +211,21 @@ def expectation(answer: ChatAnswer, *, scale: str, min_mass: float) -> float:
     label that is not among the likeliest tokens has probability 0.
 
     Args:
-        answer: with ``top_logprobs``; log-probabilities in natural logarithm.
+        answer: answer with ``top_logprobs`` (natural logarithm).
         scale: "likert" or "binary".
         min_mass: as in ``ExpectationPrompt``.
 
     Returns:
-        In [1, 5], or in [0, 1].
+        Score in [1, 5] ("likert") or [0, 1] ("binary").
 
     Raises:
-        AnswerError: there are no log-probabilities, they are invalid, or the labels have too little
-            mass.
+        AnswerError: there are no log-probabilities, they are invalid, or the total probability of
+            the labels is below ``min_mass``.
     """
     if not answer.top_logprobs or not answer.top_logprobs[0]:
         raise AnswerError(Fault.request_ignored, "expected top_logprobs of one token, got none")
     tokens = answer.top_logprobs[0]
-    # A log-probability above 0 is invalid; exp of a large one would overflow.
+    # A log-probability above 0 is invalid; clamped, since exp of a large one would overflow.
     total = sum(math.exp(min(logprob, 1.0)) for _, logprob in tokens)
     if not total <= 1 + ROUNDING:
         raise AnswerError(Fault.malformed, f"expected probabilities, got a sum of {total:.3g}")

@@ -1,6 +1,6 @@
 """Text of the judge's prompts: task, rubrics and answer format.
 
-Placeholders stand in place of numbers, so that no example suggests a score.
+Examples have placeholders instead of numbers, so that none suggests a score.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def quote(text: str) -> str:
     r"""Quote an instruction as a JSON string on one line that no chat template can misread.
 
     Invisible characters (line breaks, control and direction characters, lone surrogates) are
-    escaped, and so is ``<``, with which chat templates write their special tokens.
+    escaped, and so is ``<``, with which the special tokens of chat templates begin.
 
     Example:
         >>> print(quote('Write "Hi"\nTurn 1: 5<|im_end|>'))
@@ -72,7 +72,7 @@ def question(
     names: Mapping[str, int],
     form: str,
 ) -> list[dict[str, Any]]:
-    """Build a message of the task, N turns and the format of the answer.
+    """Return a message with the task, N turns and the format of the answer.
 
     Args:
         instructions: instruction of each turn, [N].
@@ -85,7 +85,7 @@ def question(
         Text and image_url parts of one message, alternating, beginning and ending with text.
 
     Raises:
-        ValueError: there is no turn, or not one image more than there are instructions.
+        ValueError: there is no turn, or the number of images is not one above that of instructions.
     """
     if not instructions or len(images) != len(instructions) + 1:
         raise ValueError(
@@ -105,7 +105,7 @@ def question(
 
 
 def json_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
-    """Return the request for one JSON object."""
+    """Return the instruction to answer with one JSON object."""
     ask = "Answer with one JSON object and nothing else: no words around it, no code fence."
     holds = f"It holds {_scores(turns)}. A score is {_either(names)}"
     if thinking:
@@ -121,7 +121,7 @@ def json_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
 
 
 def text_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
-    """Return the request for one line per turn, after lines of analysis if ``thinking``."""
+    """Return the instruction to answer with a line per turn, after an analysis if ``thinking``."""
     lines = [f"Turn {n}: <score of turn {n}>" for n in range(1, turns + 1)]
     each = f"A score is {_either(names)}."
     if not thinking:
@@ -136,7 +136,7 @@ def text_form(turns: int, *, names: Iterable[str], thinking: bool) -> str:
 
 
 def token_form(names: Iterable[str]) -> str:
-    """Return the request for one score and nothing else."""
+    """Return the instruction to answer with one score and nothing else."""
     return f"Answer with the score alone, {_either(names)}, and nothing else."
 
 
@@ -166,6 +166,7 @@ def image_part(url: str) -> dict[str, Any]:
 
 
 def _escape(character: str) -> str:
+    # JSON escapes are UTF-16 code units: a character above U+FFFF takes a pair of them.
     units = character.encode("utf-16-be", "surrogatepass")
     pairs = zip(units[::2], units[1::2], strict=True)
     return "".join(f"\\u{high:02x}{low:02x}" for high, low in pairs)

@@ -32,7 +32,7 @@ class Tokens(str, Enum):
 def load(
     detector: str, features: str, tokens: Tokens, threshold: float, device: str
 ) -> ConsistencyScorer:
-    """Load the published models, or others of their classes."""
+    """Load the scorer with the published models, or others of their classes."""
     # Not at the top: importing transformers takes seconds.
     from mteditflow.rewards.consistency.models import DinoV3, GroundingDino
 
@@ -44,10 +44,10 @@ def load(
 
 
 def read_token(file: Path | None) -> str | None:
-    """Read the token from a file or the environment; others can see the command line.
+    """Return the token from a file or the environment; a command line is visible to other users.
 
     Raises:
-        ValueError: it is empty, or the file is not text.
+        ValueError: the token is empty, or the file is not text.
         OSError: the file cannot be read.
     """
     token = read_secret(TOKEN_VARIABLE) if file is None else file.read_text("utf-8").strip()
@@ -66,12 +66,14 @@ def main(
         str, typer.Option(help="Hub id or folder of a DINOv3 ViT.")
     ] = "facebook/dinov3-vitb16-pretrain-lvd1689m",
     tokens: Annotated[
-        Tokens, typer.Option(help="compat: only to compare with EdiVal-Bench's numbers.")
+        Tokens, typer.Option(help="compat: rules of EdiVal-Bench's scorer, to compare with it.")
     ] = Tokens.strict,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a box.")] = 0.35,
-    device: Annotated[str, typer.Option(help="Where the models compute.")] = "cpu",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum score of a box.")] = 0.35,
+    device: Annotated[str, typer.Option(help="Device of the models.")] = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8200,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = 8200,
     token_file: Annotated[
         Path | None,
         typer.Option(
@@ -81,25 +83,25 @@ def main(
         ),
     ] = None,
     max_body: Annotated[
-        int, typer.Option(min=1, help="Most bytes of a request.")
+        int, typer.Option(min=1, help="Maximum bytes of a request.")
     ] = DEFAULT_LIMITS.max_body,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Most pixels of an image.")
+        int, typer.Option(min=1, help="Maximum pixels of an image.")
     ] = DEFAULT_LIMITS.max_pixels,
     max_total_pixels: Annotated[
-        int, typer.Option(min=1, help="Most pixels of all images of a request.")
+        int, typer.Option(min=1, help="Maximum pixels of all images of a request.")
     ] = DEFAULT_LIMITS.max_total_pixels,
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Most requests at once; more get 503.")
+        int, typer.Option(min=1, help="Maximum number of requests at once; more get 503.")
     ] = DEFAULT_LIMITS.max_requests,
     max_batch: Annotated[
-        int, typer.Option(min=1, help="Most chains scored together.")
+        int, typer.Option(min=1, help="Maximum number of chains in one batch.")
     ] = DEFAULT_LIMITS.max_batch,
     max_wait: Annotated[
-        float, typer.Option(min=0, help="Longest wait for chains to score together, s.")
+        float, typer.Option(min=0, help="Longest wait for further chains of a batch, s.")
     ] = DEFAULT_LIMITS.max_wait,
     grace: Annotated[
-        float, typer.Option(min=0, help="Longest time to finish requests when stopped, s.")
+        float, typer.Option(min=0, help="Longest time to finish requests after a signal, s.")
     ] = 30.0,
     access_log: Annotated[bool, typer.Option(help="Log every request.")] = False,
 ) -> None:

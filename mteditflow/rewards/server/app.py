@@ -1,4 +1,4 @@
-"""Application of the server: routes, authorization, OpenAPI documentation."""
+"""ASGI application of the server: routes, authorization, OpenAPI documentation."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from mteditflow.rewards.server.service import Service
 R = TypeVar("R")
 
 SCHEMAS = "#/components/schemas/"
-CLIENT_GONE = 499  # status in the log alone: the client has disconnected
+CLIENT_GONE = 499  # status in the log only, by nginx's convention: the client has disconnected
 ERRORS = {
     401: "No token, or a wrong one.",
     408: "The body took too long to arrive.",
     413: "The body, an image or all images together are larger than this server takes.",
     415: "The body is not JSON.",
-    422: "Not such a request, an image not PNG or lossless WebP, or names the models refuse.",
+    422: "Not a valid request, an image not PNG or lossless WebP, or a name the models refuse.",
     500: "The models failed on this chain.",
-    503: "Loading, stopping or busy; Retry-After says when to try again.",
+    503: "Loading, stopping or busy; Retry-After gives the wait in seconds.",
 }
 DEFAULT_LIMITS = Limits()
 BEARER = HTTPBearer(auto_error=False)
@@ -57,8 +57,8 @@ def create_app(
             ``None`` admits all requests.
 
     Returns:
-        The application; ``state.service`` is the ``Service`` behind its routes, ``state.secured``
-        is whether there is a token.
+        The application. ``state.service`` is the ``Service`` behind its routes, and
+        ``state.secured`` is True if a token is required.
 
     Raises:
         ValueError: the token is not printable ASCII without spaces.
@@ -79,7 +79,7 @@ def create_app(
 
     app = _Documented(
         title="mteditflow content consistency",
-        summary="How well edited images keep what no instruction touched.",
+        summary="Similarity of the parts of edited images that no instruction touched.",
         version=version("mteditflow"),
         lifespan=lifespan,
     )
@@ -92,7 +92,7 @@ def create_app(
 
 
 class _Documented(FastAPI):
-    """Adds the schema of the request, whose body the route reads itself to enforce limits."""
+    """FastAPI with the schema of the request, whose body the route reads itself for its limits."""
 
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()
@@ -107,7 +107,7 @@ def _health(service: Service) -> APIRouter:
 
     @router.get("/health", responses={503: {"description": "Not ready.", "model": Health}})
     async def health(response: Response) -> Health:
-        """Say whether chains can be scored now: 200 if so, otherwise 503."""
+        """Return whether chains can be scored now: 200 if so, otherwise 503."""
         response.status_code = 200 if service.state == "ready" else 503
         return Health(status=service.state)
 
@@ -120,7 +120,7 @@ def _scoring(service: Service, limits: Limits) -> APIRouter:
 
     @router.get("/info", responses=_errors(401, 503))
     async def info() -> Info:
-        """Say which models score, how, and what the server takes on."""
+        """Return models, settings, versions and limits of the server."""
         return service.info
 
     @router.post(
@@ -129,15 +129,16 @@ def _scoring(service: Service, limits: Limits) -> APIRouter:
     async def consistency(request: Request) -> ConsistencyAnswer:
         """Score pairs of images of one chain.
 
-        Each pair names two images and the objects that must look the same in both. The answer has
-        one entry per pair, in order; a term that was not asked for or could not be measured is
-        null. Images are compared at 512 x 512; transparency is dropped, not blended.
+        Each pair has the indices of two images and the names of the objects that must look the same
+        in both. The answer has one entry per pair, in order; a term that was not requested or could
+        not be measured is null. Images are compared at 512 x 512; transparency is dropped, not
+        blended.
         """
         with service.admit():
             reader.check_type(request)
             body = await read_body(request, limit=limits.max_body, timeout=limits.read_timeout)
             images, pairs = await reader.read(body)
-            del body
+            del body  # up to max_body bytes that are not needed while the chain waits
             scores = await _unless_gone(request, service.score(images, pairs))
             return ConsistencyAnswer(pairs=tuple(scores), scorer=service.info.scorer)
 
@@ -163,6 +164,7 @@ def _guards(token: str | None) -> list[Any]:
 
     def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         came = given.credentials.encode() if given else b""
+        # In constant time, so that the time of an answer reveals no prefix of the token.
         if not secrets.compare_digest(came, expected):
             challenge = {"WWW-Authenticate": "Bearer"}
             raise HTTPException(401, "expected this server's bearer token", challenge)

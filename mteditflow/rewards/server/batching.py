@@ -1,4 +1,4 @@
-"""Micro-batching: waiting requests are processed together; each gets its own answer."""
+"""Micro-batching: waiting requests are processed together, each with its own answer."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class _Job(Generic[Q, A]):
 
 
 class MicroBatcher(Generic[Q, A]):
-    """Collects requests and processes them in batches, in one thread, in order of arrival.
+    """Processing of requests in batches, in one thread, in order of arrival.
 
-    The requests of a failed batch are retried one by one, so that only the one at fault fails. A
+    The requests of a failed batch are retried one by one, so that only the faulty one fails. A
     request whose caller is cancelled is dropped, unless its batch has begun. The caller must limit
     the number of waiting requests.
 
     Args:
-        work: answers requests, one answer each, in order; runs in a thread of its own, never twice
-            at a time.
-        max_batch: most requests in one batch.
-        max_wait: longest that a request waits for others to join its batch while the thread is
-            idle, s.
+        work: function that returns one answer for each request, in order; it runs in its own
+            thread, never twice at a time.
+        max_batch: maximum number of requests in one batch.
+        max_wait: longest wait of a request for others to join its batch while the thread is idle,
+            s.
 
     Raises:
         ValueError: a number is out of range.
@@ -78,10 +78,10 @@ class MicroBatcher(Generic[Q, A]):
         """Wait for the answer to one request.
 
         Raises:
-            Exception: the exception of ``work`` when this request was alone.
+            Exception: the exception of ``work`` for this request alone.
             RuntimeError: ``run`` has ended.
         """
-        if self._ended:
+        if self._ended:  # no one would ever answer
             raise RuntimeError(ENDED)
         job = _Job[Q, A](request)
         self._waiting.append(job)
@@ -120,7 +120,7 @@ class MicroBatcher(Generic[Q, A]):
 
     async def _next_batch(self) -> list[_Job[Q, A]]:
         await self._arrivals(1)
-        with anyio.move_on_after(self._max_wait):
+        with anyio.move_on_after(self._max_wait):  # a full batch ends the wait early
             await self._arrivals(self._max_batch)
         count = min(len(self._waiting), self._max_batch)
         return [self._waiting.popleft() for _ in range(count)]
@@ -134,8 +134,8 @@ class MicroBatcher(Generic[Q, A]):
         try:
             answers = await self.in_thread(self._checked_work, [job.request for job in jobs])
         except Exception as error:
-            if len(jobs) > 1:
-                LOG.warning("a batch of %d failed (%r): one by one", len(jobs), error)
+            if len(jobs) > 1:  # one bad request must not cost the others their answers
+                LOG.warning("a batch of %d failed (%r): retrying one by one", len(jobs), error)
                 for job in jobs:
                     if not job.answer.done():
                         await self._answer([job])
@@ -143,7 +143,7 @@ class MicroBatcher(Generic[Q, A]):
                 jobs[0].answer.set_exception(error)
         else:
             for job, answer in zip(jobs, answers, strict=True):
-                if not job.answer.done():  # cancelled
+                if not job.answer.done():  # a cancelled caller has no use for it
                     job.answer.set_result(answer)
 
     def _checked_work(self, requests: list[Q]) -> Sequence[A]:
@@ -154,7 +154,7 @@ class MicroBatcher(Generic[Q, A]):
 
 
 def _fail_pending(jobs: Iterable[_Job[Any, Any]]) -> None:
-    """Set an exception on every job without an answer."""
+    """Set an exception on every job without an answer, so that no caller waits forever."""
     for job in jobs:
         if not job.answer.done():
             job.answer.set_exception(RuntimeError(ENDED))

@@ -1,4 +1,4 @@
-"""Request bodies: received within bounds, and decoded to images and pairs in threads."""
+"""Request bodies: bounded reading, and decoding to images and pairs in threads."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mteditflow.rewards.consistency.wire import ConsistencyRequest, Limits, to_s
 from mteditflow.rewards.images import decode_image
 from mteditflow.rewards.server.files import TooManyPixels, check_file
 
-DISCARDED = 2**27  # most bytes read after the answer is known
-DISCARDING = 10.0  # longest that this may take, s
-THREADS = 2
-SHOWN = 5  # errors of one body that are listed
+DISCARDED = 2**27  # maximum bytes that are read and dropped after an early answer
+DISCARDING = 10.0  # s, longest time for that
+THREADS = 2  # bodies that are decoded at once
+SHOWN = 5  # errors of one body that a message lists
 
 
 async def read_body(request: Request, *, limit: int, timeout: float) -> bytes:
     """Read a body of at most ``limit`` bytes within ``timeout`` seconds.
 
     Raises:
-        HTTPException: 413 or 408.
+        HTTPException: 413 if the body is larger, 408 if it takes longer.
     """
     too_large = HTTPException(413, f"body: expected at most {limit} bytes, got more")
     if int(request.headers.get("content-length", 0)) > limit:
@@ -46,11 +46,12 @@ class ReadToEnd:
     """ASGI middleware that delays an early answer until the request has been received.
 
     A server that answers and closes while the client still sends resets the connection, and the
-    client may never see why it was refused. The rest of the body is discarded, within limits.
+    client may never receive the reason of the refusal. The rest of the body is discarded, within
+    limits.
 
     Args:
         app: application that answers.
-        closing: whether the server ends, and waits for nobody any more.
+        closing: function that returns whether the server shuts down and must not wait.
     """
 
     def __init__(self, app: ASGIApp, closing: Callable[[], bool]) -> None:
@@ -78,7 +79,7 @@ class ReadToEnd:
 
 
 class Reader:
-    """Decodes bodies, two at a time, in threads.
+    """Decoder of bodies in worker threads, two at a time.
 
     Args:
         limits: limits of the images.
@@ -99,8 +100,8 @@ class Reader:
         """Decode a body.
 
         Raises:
-            HTTPException: 422, the body is not a request or an image is refused; 413, an image or
-                all of them together are too large. The message gives place and reason, and nothing
+            HTTPException: 422 if the body is not a request or an image is refused; 413 if an image
+                or all images together are too large. The message has place and reason, and nothing
                 of the body.
         """
         return await anyio.to_thread.run_sync(self._read, body, limiter=self._threads)
@@ -118,10 +119,11 @@ class Reader:
         return images, list(request.pairs)
 
     def _image(self, name: str, text: str, left: int) -> tuple[Image.Image, int]:
-        """Decode an image of at most ``left`` pixels; return it and how many it had."""
+        """Return an image of at most ``left`` pixels, and its number of pixels as sent."""
         limits = self._limits
         try:
             data = _base64(text)
+            # Before Pillow: sizes by the header, and only formats that are lossless and whole.
             check_file(data, max_pixels=min(limits.max_pixels, left))
             image = decode_image(data, max_pixels=limits.max_pixels)
             return to_send(name, image), image.width * image.height
@@ -153,5 +155,6 @@ def _explain(error: ValidationError) -> str:
 
 
 def _place(kind: str, location: tuple[int | str, ...]) -> str:
-    known = location[:-1] if kind == "extra_forbidden" else location  # the rest is the sender's
+    # The name of an unknown key is the sender's text, which a message must not repeat.
+    known = location[:-1] if kind == "extra_forbidden" else location
     return ".".join(map(str, known)) or "body"

@@ -23,13 +23,13 @@ OTHERS = {
     b"<svg": "SVG",
     b"<?xml": "XML",
 }
-CHUNK = Struct(">I4s")  # of a PNG: length and name, then the body and its CRC
+CHUNK = Struct(">I4s")  # of a PNG: length and name; the body and its CRC follow
 CRC = Struct(">I")
-IHDR = Struct(">IIBBBBB")  # width, height, depth, color type, 2 that are 0, interlaced
-PALETTE = 3  # a color type
+IHDR = Struct(">IIBBBBB")  # width, height, depth, color type, compression, filter, interlacing
+PALETTE = 3  # color type of a PNG with a palette
 CHANNELS = {0: 1, 2: 3, PALETTE: 1, 4: 2, 6: 4}  # by color type
-DEPTHS = {0: (1, 2, 4, 8), 2: (8,), PALETTE: (1, 2, 4, 8), 4: (8,), 6: (8,)}
-# First column and row of each pass of an interlaced PNG, and steps to the next ones.
+DEPTHS = {0: (1, 2, 4, 8), 2: (8,), PALETTE: (1, 2, 4, 8), 4: (8,), 6: (8,)}  # up to 8 bits
+# Adam7 passes of an interlaced PNG: first column and row, and the steps to the next ones.
 ADAM7 = (
     (0, 0, 8, 8),
     (4, 0, 8, 8),
@@ -40,24 +40,24 @@ ADAM7 = (
     (0, 1, 1, 2),
 )
 RIFF = Struct("<4sI")  # name and length of a WebP chunk
-VP8L = Struct("<BI")
+VP8L = Struct("<BI")  # signature byte, then 14 bits of width - 1 and 14 of height - 1
 
 
 class TooManyPixels(ValueError):  # noqa: N818
-    """The image has more pixels than allowed."""
+    """Image with more pixels than allowed."""
 
 
 def check_file(data: bytes, *, max_pixels: int) -> None:
-    """Raise unless this is one whole, still, lossless image of bounded size.
+    """Check that a file is one whole, still, lossless image of bounded size.
 
     Args:
         data: content of the file.
         max_pixels: limit of width times height.
 
     Raises:
-        TooManyPixels: the header announces more.
-        ValueError: it is of another format, lossy, animated, truncated, damaged or has 16 bits a
-            channel.
+        TooManyPixels: the header declares more.
+        ValueError: the file has another format, is lossy, animated, truncated or damaged, or has
+            16 bits a channel.
 
     Example:
         >>> check_file(b"GIF89a", max_pixels=64)
@@ -102,7 +102,7 @@ def _check_png(data: bytes, max_pixels: int) -> None:
 
 
 def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
-    """Return the number of bytes of all rows, each with its filter byte."""
+    """Return the number of decompressed bytes of all rows, each with its filter byte."""
     total = 0
     for left, top, right, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns, rows = -(-(width - left) // right), -(-(height - top) // down)
@@ -112,7 +112,10 @@ def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
 
 
 def _check_pixels(data: bytes, size: int) -> None:
-    """Decompress the pixels up to the expected size; decoders would fill in missing ones."""
+    """Check the number of decompressed bytes, since decoders would fill in missing pixels.
+
+    At most ``size`` + 1 bytes are decompressed, so that a bomb costs no memory.
+    """
     stream = zlib.decompressobj()
     try:
         length = len(stream.decompress(data, size + 1))
@@ -124,7 +127,7 @@ def _check_pixels(data: bytes, size: int) -> None:
 
 
 def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield names and bodies of the chunks, each checked against its CRC."""
+    """Yield names and bodies of the chunks, each verified by its CRC."""
     at, name = len(PNG), b""
     while name != b"IEND":
         length, name = _read(CHUNK, data, at, "PNG")
@@ -142,7 +145,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     if not chunks.keys().isdisjoint((b"ANIM", b"ANMF")):
         raise ValueError("expected one still image, got an animated WebP")
     if b"VP8 " in chunks:
-        raise ValueError("expected lossless WebP, got lossy WebP: it is not what was made")
+        raise ValueError("expected lossless WebP, got lossy WebP, which alters the edited pixels")
     if b"VP8L" not in chunks:
         raise ValueError("expected lossless WebP, got one without an image")
     _, sides = _read(VP8L, chunks[b"VP8L"], 0, "WebP")

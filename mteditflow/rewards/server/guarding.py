@@ -1,7 +1,7 @@
-"""Bounds on what reaches the application: connections, headers, host names, lines of the log.
+"""Protection of the application: limits of connections, headers, host names and lines of the log.
 
-A server without them is stopped by anybody who can connect: with half headers that never end, by a
-page in a browser that reaches the loopback under a name of its own, by a disk full of warnings.
+Without them, any client that can connect could stop the server: by headers that never end, by a web
+page that reaches the loopback under its own name (DNS rebinding), or by a disk full of warnings.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-BACKLOG = 128  # connections that the system holds, and that are accepted at once
-RESERVE = 2 * BACKLOG + 128  # files that are no connections: models, logs, those accepted at once
-MOST = 4096  # connections, where the system allows more
+BACKLOG = 128  # connections that the system queues, all of which may be accepted at once
+RESERVE = 2 * BACKLOG + 128  # open files for models, logs and connections just being accepted
+MOST = 4096  # maximum number of connections, even if the system allows more
 HEADER_TIMEOUT = 20.0  # s for the whole header of a request
-LINES, SPAN = 20, 60.0  # most lines of one kind in the log, in so many seconds
+LINES, SPAN = 20, 60.0  # maximum lines of one kind in the log, and the seconds that they cover
 
 
 def most_connections() -> int:
-    """Return how many connections this process may hold open, by its limit of open files.
+    """Return the maximum number of open connections under this process's limit of open files.
 
     Raises:
-        ValueError: the limit leaves none.
+        ValueError: the limit leaves no connection.
     """
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
@@ -43,17 +43,17 @@ def most_connections() -> int:
 
 
 def bounded(kind: type[Any], most: int, timeout: float = HEADER_TIMEOUT) -> type[Any]:
-    """Return a class of connections of which there are at most some, none with half a header.
+    """Return a connection class with a limit of instances and a deadline for headers.
 
-    Where there are too many, the oldest one that waits for its client is closed, and the new one
-    is served: a flood of half requests closes itself, while a whole request gets its answer.
+    At the limit, the oldest connection that waits for its client is closed and the new one is
+    served. A flood of incomplete requests thus closes itself, while a complete request is answered.
 
     Args:
         kind: class of uvicorn's HTTP protocol.
-        most: connections at once.
-        timeout: s for a header, from its first byte or from the connection on.
+        most: maximum number of connections at once.
+        timeout: time for a header, from its first byte or from the connection on, s.
     """
-    alive: dict[Any, None] = {}  # the oldest first
+    alive: dict[Any, None] = {}  # an ordered set, the oldest first
 
     class Bounded(kind):  # type: ignore[misc]
         _deadline: asyncio.TimerHandle | None = None
@@ -62,7 +62,7 @@ def bounded(kind: type[Any], most: int, timeout: float = HEADER_TIMEOUT) -> type
             super().connection_made(transport)
             alive[self] = None
             self._wait_for_header()
-            if len(alive) > most:
+            if len(alive) > most:  # at least the new connection itself waits for its client
                 next(x for x in alive if _waits_for_client(x))._close()
 
         def data_received(self, data: bytes) -> None:
@@ -103,10 +103,10 @@ def _waits_for_client(connection: Any) -> bool:
 
 
 class LoopbackHosts:
-    """ASGI middleware that answers only requests addressed to this machine by name.
+    """ASGI middleware that answers only requests whose Host header is a name of the loopback.
 
-    A page of another site can make a browser here ask a server on the loopback under a name that
-    the site has given to 127.0.0.1. The name stands in the header Host.
+    By DNS rebinding, a web page can make a browser on this machine send requests to the loopback
+    under a name of the page's site. That name is in the header Host.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -133,7 +133,7 @@ def _is_here(host: bytes) -> bool:
 
 
 def is_loopback(name: str) -> bool:
-    """Return whether a name or an address is of this machine alone.
+    """Return whether a name or an address is that of the loopback.
 
     Example:
         >>> [is_loopback(name) for name in ("localhost", "127.0.0.9", "::1", "10.0.0.1", "a.com")]
@@ -146,13 +146,13 @@ def is_loopback(name: str) -> bool:
 
 
 class RateLimit(logging.Filter):
-    """Lets pass so many lines of one kind in a minute, and says how many it left out.
+    """Logging filter that limits lines of one kind per time and logs the number it dropped.
 
-    Lines of one kind are those of one place in the code.
+    Lines of one kind come from the same line of code.
 
     Args:
-        lines: most lines of one kind in a span.
-        span: s.
+        lines: maximum number of lines of one kind in a span.
+        span: length of a span, s.
     """
 
     def __init__(self, lines: int = LINES, span: float = SPAN) -> None:

@@ -1,4 +1,4 @@
-"""Service behind the routes: loads and describes the scorer, admits requests, scores in batches."""
+"""Service behind the routes: loading of the scorer, admission of requests, scoring in batches."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mteditflow.rewards.transport.cache import request_key
 from mteditflow.rewards.transport.http_client import shorten
 
 LOG = logging.getLogger(__name__)
-RETRY_AFTER = {"ready": 1, "loading": 10, "stopping": 10, "broken": 60}  # s
+RETRY_AFTER = {"ready": 1, "loading": 10, "stopping": 10, "broken": 60}  # s; "ready" means busy
 LIBRARIES = ("mteditflow", "torch", "transformers", "pillow")
 
 Chain = tuple[Sequence[Image.Image], Sequence[Pair]]
 
 
 class Service:
-    """Scores the chains of concurrent requests.
+    """Scorer of the chains of concurrent requests.
 
     Args:
         scorer: the scorer, or a function that loads it, which runs in the scoring thread.
@@ -48,7 +48,7 @@ class Service:
         self._inside: set[anyio.CancelScope] = set()  # one for each admitted request
         self._stopping = False
         self.broken = False  # whether loading failed
-        self.closing = False  # whether the requests that were left have been cut off
+        self.closing = False  # whether the remaining requests have been cut off
         self._load = scorer if callable(scorer) else None
         self._loaded = None if callable(scorer) else (scorer, describe(scorer, limits))
 
@@ -64,7 +64,7 @@ class Service:
         """Description of the scorer.
 
         Raises:
-            HTTPException: 503: it is not loaded yet.
+            HTTPException: 503 if it is not loaded.
         """
         if self._loaded is None:
             raise self._unavailable(f"the server is {self.state}")
@@ -90,8 +90,8 @@ class Service:
         """Count a request as admitted for the duration of the block.
 
         Raises:
-            HTTPException: 503 with Retry-After: there are too many, the server is not ready, or it
-                was told to stop and has waited long enough.
+            HTTPException: 503 with Retry-After if there are too many requests, the server is not
+                ready, or it stops and ``cut_off`` ends the request.
         """
         if self.state != "ready":
             raise self._unavailable(f"the server is {self.state}")
@@ -107,11 +107,11 @@ class Service:
             raise self._unavailable("the server is stopping")
 
     def stop(self) -> None:
-        """Admit no more requests."""
+        """Refuse new requests; admitted ones continue."""
         self._stopping = True
 
     def cut_off(self) -> None:
-        """Answer all admitted requests with 503, now."""
+        """Answer all admitted requests with 503 immediately."""
         self.closing = True
         for scope in self._inside:
             scope.cancel()
@@ -123,17 +123,17 @@ class Service:
 
     @property
     def working(self) -> bool:
-        """Whether the models are running, even if no request waits any more."""
+        """Whether the models are running, even if no request waits for them."""
         return self._batcher is not None and self._batcher.working
 
     async def score(
         self, images: Sequence[Image.Image], pairs: Sequence[Pair]
     ) -> Sequence[PairScores]:
-        """Score one chain, in a batch with others that wait.
+        """Score one chain, in a batch with other waiting chains.
 
         Raises:
-            HTTPException: 422: the models refuse this chain and would again, for instance for a
-                name of too many tokens; 500: they failed.
+            HTTPException: 422 if the models refuse this chain, which a retry would not change, for
+                instance for a name of too many tokens; 500 if they fail.
         """
         if self._batcher is None:
             raise RuntimeError("expected a chain while the service runs")
@@ -145,7 +145,7 @@ class Service:
             raise HTTPException(422, reason) from error
         except Exception as error:
             LOG.exception("a chain could not be scored")
-            raise HTTPException(500, "scoring failed; the server's log says why") from error
+            raise HTTPException(500, "scoring failed; see the server's log") from error
 
     async def _run(self, batcher: MicroBatcher[Chain, Sequence[PairScores]]) -> None:
         if self._load is not None:
@@ -168,7 +168,7 @@ class Service:
         if self._loaded is None:
             raise RuntimeError("expected work after the scorer was loaded")
         answers = self._loaded[0].score_many(chains)
-        for (_, pairs), answer in zip(chains, answers, strict=False):
+        for (_, pairs), answer in zip(chains, answers, strict=False):  # the batcher checks lengths
             if len(answer) != len(pairs):
                 raise RuntimeError(f"expected scores of {len(pairs)} pairs, got {len(answer)}")
         return answers
@@ -178,7 +178,7 @@ class Service:
 
 
 def describe(scorer: ConsistencyScorer, limits: Limits) -> Info:
-    """Describe a scorer by its classes, settings and weights; reads all weights once.
+    """Return the description of a scorer: classes, settings and a hash of all weights.
 
     Example:
         >>> scorer = ConsistencyScorer(lambda images, names: [])
@@ -208,7 +208,7 @@ def _describe(model: Any) -> dict[str, Any] | None:
 
 
 def _digest(module: nn.Module) -> str:
-    """Return the sha256 of all parameters and buffers, on any device."""
+    """Return the SHA-256 of all parameters and buffers, on any device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -218,7 +218,7 @@ def _digest(module: nn.Module) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat.view(torch.uint8).numpy().data  # numpy has no bfloat16, so view bytes first
 
 
 def _versions() -> dict[str, str]:

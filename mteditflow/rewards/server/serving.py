@@ -1,4 +1,4 @@
-"""Server process: runs the application until a signal, then shuts down gracefully."""
+"""Server process: serving of the application until a signal, then graceful shutdown."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from mteditflow.rewards.server.guarding import (
 from mteditflow.rewards.server.service import Service
 
 LOG = logging.getLogger(__name__)
-# Anybody who can connect makes them write lines.
+# Loggers whose number of lines depends on the clients, hence the rate limit.
 LOUD = ("asyncio", "uvicorn.error", service.LOG.name, batching.LOG.name)
-KEEP_ALIVE = 75  # s that an unused connection stays open for its client's next request
-CLOSING = 1  # s for connections to close once their requests are done
+KEEP_ALIVE = 75  # s for which an idle connection stays open for its client's next request
+CLOSING = 1  # s for connections to close after their requests are finished
 
 
 def serve(
@@ -41,29 +41,29 @@ def serve(
 ) -> int:
     """Serve an application of ``create_app`` until SIGTERM or Ctrl-C.
 
-    The URL is written to standard output as soon as the server listens. On a signal it refuses new
-    requests (503) and finishes those in progress; a second signal ends that wait. What is not
-    finished within ``grace`` gets 503, too.
+    The URL is written to standard output as soon as the server listens. After a signal the server
+    refuses new requests (503) and finishes those in progress; a second signal ends that wait.
+    Requests that are not finished within ``grace`` get 503 as well.
 
-    Connections are bounded by the limit of open files, headers by 20 s, and repeated lines of the
-    log to 20 a minute. Without a token only requests to a loopback address or localhost by name are
-    answered; others get 421.
+    The number of connections is bounded by the limit of open files, the time for a header by 20 s,
+    and repeated lines of the log by 20 a minute. Without a token, only requests addressed to
+    localhost or a loopback address are answered; others get 421.
 
     Args:
         app: the application.
-        host: address to listen on; other machines are served only if the application has a token.
+        host: address to listen on; one that other machines can reach requires a token.
         port: port to listen on; 0 for any free one.
         grace: longest time to finish requests in progress, s.
         access_log: whether to log every request.
 
     Returns:
-        Exit status: 0 if all requests were answered, 1 if some were cut off or loading failed.
-        Where the models are still running after ``grace``, this ends the process instead.
+        Exit status: 0 if all requests were answered, 1 if some were cut off or loading failed. If
+        the models are still running after ``grace``, the process ends instead.
 
     Raises:
-        ValueError: the address is not a loopback address, and there is no token; the limit of open
+        ValueError: the address is not a loopback address and there is no token; the limit of open
             files leaves no connection; or ``grace`` is out of range.
-        OSError: the address cannot be listened on, such as where the port is in use.
+        OSError: listening on the address failed, for instance because the port is in use.
     """
     check_number("grace", grace, low=0.0)
     service: Service = app.state.service
@@ -93,15 +93,18 @@ def serve(
         for name in LOUD:
             logging.getLogger(name).removeFilter(limit)
     status = int(server.cut_off or service.broken)
-    if service.working:  # in a thread that cannot be stopped, and Python would wait for it
-        LOG.warning("the models were still at work")
+    if service.working:  # their thread cannot be stopped, and Python would wait for it at exit
+        LOG.warning("the models were still running")
         logging.shutdown()
         os._exit(status)
     return status
 
 
 def check_host(host: str, *, secured: bool) -> None:
-    """Raise unless only this machine can reach an address, or a token is required.
+    """Check that only this machine can reach an address, unless a token is required.
+
+    Raises:
+        ValueError: other machines can reach the address, and there is no token.
 
     Example:
         >>> check_host("0.0.0.0", secured=False)  # doctest: +ELLIPSIS
@@ -119,10 +122,10 @@ def check_host(host: str, *, secured: bool) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
+    """Return a listening socket.
 
     Raises:
-        OSError: the address cannot be listened on; the message names it.
+        OSError: listening failed; the message has the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -138,7 +141,7 @@ class _Server(uvicorn.Server):
         self.cut_off = False
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.force_exit = self.should_exit
+        self.force_exit = self.should_exit  # set by the second signal only
         self.should_exit = True
 
     async def startup(self, sockets: Any = None) -> None:
@@ -153,7 +156,7 @@ class _Server(uvicorn.Server):
         """Serve until a signal; the sockets close only after this."""
         await super().main_loop()
         self._service.stop()
-        LOG.info("stopping: new requests are refused, those that are here are finished")
+        LOG.info("stopping: refusing new requests, finishing those in progress")
         with anyio.move_on_after(self._grace):
             while self._service.busy and not self.force_exit:
                 await anyio.sleep(0.05)

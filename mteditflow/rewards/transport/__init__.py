@@ -1,1 +1,1 @@
-"""Transport to endpoints: HTTP client, retries, rotation, answers cached on disk."""
+"""Transport to endpoints: HTTP client, retries, rotation, cache of answers on disk."""

@@ -1,4 +1,4 @@
-"""Accepted answers on disk, by the content of the request."""
+"""Cache of accepted answers on disk, by the content of the request."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mteditflow.rewards.faults import AnswerError, Lost
 T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
-APPLICATION = 0x4D544546  # "MTEF", in the file's header
-APPLICATION_PLACE = slice(68, 72)  # bytes of the header, in SQLite's file format
+APPLICATION = 0x4D544546  # "MTEF", the application id in the file's header
+APPLICATION_PLACE = slice(68, 72)  # bytes of the application id in SQLite's file format
 PAGE = 4096  # bytes; the first page holds the header and the schema
-BUSY_TIMEOUT = 20.0  # s; for other processes' writes
-REST = 60.0  # s without another attempt after the file stayed locked that long
+BUSY_TIMEOUT = 20.0  # s, longest wait for writes of other processes
+REST = 60.0  # s without another attempt after the file was locked for BUSY_TIMEOUT
 FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)
 SCHEMA = "CREATE TABLE answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL)"
 
@@ -37,10 +37,10 @@ def request_key(request: Mapping[str, Any]) -> str:
     """Return the cache key of a request, a digest of its content.
 
     Args:
-        request: JSON values: everything that determines the answer, so not the endpoint.
+        request: JSON values that determine the answer; the endpoint is not one of them.
 
     Returns:
-        sha256 of the canonical JSON, in hexadecimal.
+        SHA-256 of the canonical JSON, in hexadecimal.
 
     Raises:
         ValueError: a number is not finite.
@@ -57,18 +57,17 @@ def request_key(request: Mapping[str, Any]) -> str:
 class AnswerCache:
     """Answers by key in one SQLite file, which several processes and threads may share.
 
-    A cache that fails is a miss: where the file is damaged, full, locked or read-only, ``get``
-    finds nothing, ``put`` stores nothing, and the log says so once for each of the two. Writes are
-    atomic, also when the process is killed. Every answer is checked against a digest when it is
-    read, so one that the disk has changed is a miss, never another answer; the next ``put`` of its
-    key mends it. The file must be on a local disk (SQLite's write-ahead log does not work across a
-    network).
+    A failure of the cache is a miss: if the file is damaged, full, locked or read-only, ``get``
+    returns nothing, ``put`` stores nothing, and the log has one warning for each of the two. Writes
+    are atomic, even if the process is killed. Every answer is verified by a digest when it is read,
+    so a corrupted one is a miss and never another answer; the next ``put`` of its key replaces it.
+    The file must be on a local disk (SQLite's write-ahead log does not work across a network).
 
     Args:
-        path: the file; created if missing, with its folders.
+        path: path of the file; it is created if missing, with its folders.
 
     Raises:
-        ValueError: the file cannot be opened, or is something else than a cache; it is not touched.
+        ValueError: the file cannot be opened, or is not a cache; it is left unchanged.
 
     Example:
         >>> import tempfile
@@ -94,6 +93,7 @@ class AnswerCache:
         try:
             self._prepare()
         except FAILURES as error:
+            # A damaged cache must not stop a run, but another file must never be written to.
             if not _is_ours(self.path):
                 self._connection.close()
                 raise self._unusable(error) from error
@@ -101,11 +101,11 @@ class AnswerCache:
 
     @property
     def failures(self) -> int:
-        """Number of times that the file could not be read or written."""
+        """Number of failed reads and writes of the file."""
         return self._failures.total()
 
     def get(self, key: str) -> str | None:
-        """Return an answer, or ``None`` if there is none that can be read."""
+        """Return an answer, or ``None`` if there is none or it is unreadable."""
 
         def read(connection: sqlite3.Connection) -> str | None:
             query = "SELECT value, digest FROM answers WHERE key = ?"
@@ -120,7 +120,7 @@ class AnswerCache:
         return self._access("read", read, otherwise=None)
 
     def put(self, key: str, value: str) -> None:
-        """Store an answer, if the file can be written; one with the same key is replaced."""
+        """Store an answer if the file is writable; replace one with the same key."""
 
         def write(connection: sqlite3.Connection) -> None:
             self._prepare()
@@ -130,7 +130,7 @@ class AnswerCache:
         self._access("written", write, otherwise=None)
 
     def __len__(self) -> int:
-        """Return the number of answers, damaged ones included; 0 where they cannot be counted."""
+        """Return the number of answers, damaged ones included; 0 if the file is unreadable."""
 
         def count(connection: sqlite3.Connection) -> int:
             return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
@@ -162,7 +162,7 @@ class AnswerCache:
                 return otherwise
             try:
                 return action(self._connection)
-            except sqlite3.ProgrammingError:  # it is closed
+            except sqlite3.ProgrammingError:  # the cache is closed: a bug of the caller
                 raise
             except FAILURES as error:
                 self._failed(how, error)
@@ -170,11 +170,12 @@ class AnswerCache:
 
     def _failed(self, how: str, error: Exception) -> None:
         self._failures[how] += 1
+        # Each access to a locked file waits for BUSY_TIMEOUT; a pause spares the next ones that.
         if "locked" in str(error):
             self._rests_until[how] = time.monotonic() + REST
         if self._failures[how] == 1:
             came = escape_controls(str(error))
-            LOG.warning("%s: answers cannot be %s, going on without: %s", self.path, how, came)
+            LOG.warning("%s: answers cannot be %s, continuing without: %s", self.path, how, came)
 
     def _prepare(self) -> None:
         if not self._prepared:
@@ -192,14 +193,14 @@ async def cached(
     read: Callable[[str], T],
     ask: Callable[[], Awaitable[tuple[str, T] | Lost]],
 ) -> T | Lost:
-    """Return the cached answer to a request; otherwise ask, and store an accepted answer.
+    """Return the cached answer to a request; else call ``ask`` and store an accepted answer.
 
     Args:
-        cache: ``None`` asks always.
+        cache: the cache; ``None`` always calls ``ask``.
         request: as in ``request_key``.
-        read: parses the text of a cached answer; where it raises ``AnswerError``, or pydantic's
-            ``ValidationError``, ask again.
-        ask: returns the text of an answer and its parsed value, or why there is none.
+        read: parser of the text of a cached answer; if it raises ``AnswerError`` or pydantic's
+            ``ValidationError``, the cached answer is ignored.
+        ask: function that returns the text of an answer and its parsed value, or ``Lost``.
     """
     if cache is None:
         result = await ask()
@@ -207,7 +208,7 @@ async def cached(
     key = await anyio.to_thread.run_sync(request_key, request)
     stored = await anyio.to_thread.run_sync(cache.get, key)
     if stored is not None:
-        # Accepted once, by a parser that was less strict or had another form.
+        # An older version may have accepted an answer that the present parser refuses.
         with suppress(AnswerError, ValidationError):
             return read(stored)
     result = await ask()
@@ -219,7 +220,8 @@ async def cached(
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Create the table in a new file; refuse another application's file without touching it."""
+    """Create the table in a new file; refuse another application's file and leave it unchanged."""
+    # The write lock comes before the check, or two processes could both create the table.
     connection.execute("BEGIN IMMEDIATE")
     try:
         application = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -233,14 +235,15 @@ def _prepare(connection: sqlite3.Connection) -> None:
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+    # Not within a transaction, where SQLite cannot switch to the write-ahead log.
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA synchronous = NORMAL")  # safe with WAL, without a sync per answer
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether a file that SQLite fails on is a cache all the same, or empty.
+    """Return whether a file on which SQLite fails is a damaged cache, or empty.
 
-    Its first page still shows it, unless all of that is damaged too.
+    The application id or the schema on its first page identifies it, unless both are damaged.
     """
     try:
         with path.open("rb") as file:

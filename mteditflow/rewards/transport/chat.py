@@ -1,6 +1,6 @@
-"""Client of OpenAI-compatible endpoints: one question with images, repeated until it parses.
+"""Client of OpenAI-compatible endpoints: requests with images, retried until an answer parses.
 
-Requests are built here and sent by the library's own HTTP client, so nothing of the environment
+Requests are built here and sent by the library's own HTTP client, so no setting of the environment
 (organization, project, headers, base URL, key, proxies) reaches a server.
 """
 
@@ -23,8 +23,8 @@ from mteditflow.rewards.transport.dispatch import Dispatcher, Statistics
 from mteditflow.rewards.transport.http_client import AttemptError, open_client, shorten
 
 T = TypeVar("T")
-SEED_STRIDE = 2**20  # between the seeds of one request's attempts; votes count up by 1
-# Of a question asked again after an unreadable answer at temperature 0, which would come again.
+SEED_STRIDE = 2**20  # between seeds of a request's draws, so that they differ from other votes'
+# Temperature of a draw after an unreadable answer at temperature 0, which would give it again.
 RETRY_TEMPERATURE = 0.7
 LogProb = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -33,9 +33,9 @@ class ChatAnswer(BaseModel):
     """Answer of a model.
 
     Attributes:
-        text: the message.
+        text: text of the message.
         top_logprobs: for each token of the answer the likeliest tokens with their log-probabilities
-            (natural logarithm); ``None`` where they were not asked for.
+            (natural logarithm); ``None`` if they were not requested.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,14 +46,15 @@ class ChatAnswer(BaseModel):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens and reasoning of the answers that came so far, readable or not.
+    """Tokens and reasoning of the answers received so far, readable or not.
 
     Attributes:
-        answers: number of answers that came; those from the cache are not counted.
-        reasoned: number of those with reasoning before the answer.
-        cut_off: number of those cut off at the token limit.
-        most_tokens: tokens of the longest, its reasoning included; ``None`` where no server said.
-        limit: largest token limit of a request that was answered.
+        answers: number of answers received; answers from the cache are not counted.
+        reasoned: number of answers with reasoning before them.
+        cut_off: number of answers cut off at the token limit.
+        most_tokens: tokens of the longest answer, its reasoning included; ``None`` if no server
+            reported a number.
+        limit: largest token limit of an answered request.
     """
 
     answers: int = 0
@@ -70,17 +71,18 @@ class Usage:
 class ChatClient:
     """Client of OpenAI-compatible chat endpoints; an answer parses, or is lost with a reason.
 
-    An answer that does not parse is drawn again up to ``attempts`` times, each time with another
-    seed; where the temperature is 0, at 0.7, since the same answer would come again. An attempt
-    without an answer (time-out, 5xx) is repeated as it was. Log-probabilities hardly change between
-    draws, and are asked for once at each endpoint.
+    An answer that does not parse is sampled again up to ``attempts`` times, each time with another
+    seed. If the temperature is 0, it is then sampled at 0.7, since the same answer would result. An
+    attempt without an answer (time-out, 5xx) is repeated unchanged. Log-probabilities hardly change
+    between samples, so they are requested once at each endpoint.
 
     Args:
         endpoints: URLs that end in /v1, all serving ``model``.
-        model: its name on the servers.
-        api_key: sent as a bearer token; never shown. A key in the environment is never sent.
-        cache: accepted answers; a request found in it is not sent.
-        temperature: sampling temperature; at 0 the model answers the same each time.
+        model: name of the model on the servers.
+        api_key: key that is sent as a bearer token and never shown. A key in the environment is not
+            used.
+        cache: cache of accepted answers; a cached request is not sent.
+        temperature: sampling temperature, >= 0; at 0 the model gives the same answer each time.
         request: token limits, arguments of the chat template, further parameters.
         **options: passed to the ``Dispatcher``: ``concurrency``, ``timeout``, ``attempts``,
             ``patience`` and the others.
@@ -143,11 +145,11 @@ class ChatClient:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that answers depend on beside the question, as JSON values: for a report."""
+        """Settings that determine answers apart from the question, as JSON values for a report."""
         return {"model": self.model, "temperature": self.temperature, **self.request.settings}
 
     def per_endpoint(self) -> dict[str, ChatClient]:
-        """Map each endpoint's URL to a client of it alone, without the cache."""
+        """Return for each endpoint's URL a client of that endpoint only, without the cache."""
         return {url: self._like_this(endpoints=[url]) for url in self._dispatcher.endpoints}
 
     async def ask(
@@ -160,25 +162,26 @@ class ChatClient:
         top_logprobs: int | None = None,
         seed: int = 0,
     ) -> T | Lost:
-        """Ask one question, again up to ``attempts`` times while the answer does not parse.
+        """Ask one question, in up to ``attempts`` attempts until the answer parses.
 
         Args:
             content: text and image_url parts of one user message.
-            read: parses the answer, or raises ``AnswerError``. Any other exception is a bug and
-                propagates.
-            max_tokens: tokens that the answer needs; the limit is ``request.limit`` of it. An
-                answer cut off there is a fault, unless log-probabilities are asked for.
+            read: parser of the answer, which raises ``AnswerError``. Any other exception is a bug
+                and propagates.
+            max_tokens: tokens that the answer needs; the limit of the request is
+                ``request.limit(max_tokens)``. An answer that is cut off there is a fault, unless
+                log-probabilities are requested.
             schema: JSON schema of the answer, for servers that support structured output. ``read``
-                must check that the answer follows it: some servers ignore it silently.
+                must check that the answer follows it, since some servers ignore it silently.
             top_logprobs: number of likeliest tokens to return at each position, 1..20.
-            seed: seed of the first draw; later draws use others.
+            seed: seed of the first sample, >= 0; later samples use others.
 
         Returns:
-            The result of ``read``, or why there is no answer.
+            The result of ``read``, or ``Lost`` with the reason.
         """
         check_count("seed", seed, low=0)
         request = self._request(content, max_tokens, schema, top_logprobs)
-        refused = 0  # answers that came and could not be read
+        refused = 0  # received answers that did not parse
 
         async def attempt(endpoint: str) -> tuple[str, T]:
             nonlocal refused
@@ -188,20 +191,21 @@ class ChatClient:
                 answer = _read_answer(completion, request)
                 value = read(answer)
             except AnswerError as error:
-                again = top_logprobs is None  # else another endpoint is asked the same
+                # Log-probabilities would not change here; only another endpoint may have them.
+                again = top_logprobs is None
                 refused += again
                 raise AttemptError(error.fault, error.detail, here_again=again) from error
             return answer.model_dump_json(), value
 
         return await cached(
             self._cache,
-            {**request, "seed": seed},
+            {**request, "seed": seed},  # the first seed: a retry is an answer to the same question
             read=lambda stored: read(ChatAnswer.model_validate_json(stored)),
             ask=partial(self._dispatcher.run, attempt),
         )
 
     def _draw(self, seed: int, refused: int) -> dict[str, Any]:
-        """Return what makes a draw another one after so many refused answers."""
+        """Return seed and temperature of the sample after a number of refused answers."""
         temperature = self.temperature
         if refused and temperature == 0:
             temperature = RETRY_TEMPERATURE
@@ -261,7 +265,7 @@ class _Message(BaseModel):
 
     @property
     def thoughts(self) -> str:
-        """Reasoning that the server separates from the answer; its name differs."""
+        """Reasoning that the server separates from the answer, under either of two names."""
         named = (self.reasoning, self.reasoning_content)
         return next((text for text in named if isinstance(text, str) and text.strip()), "")
 
@@ -285,7 +289,7 @@ class _Completion(BaseModel):
 
     @property
     def reasoned(self) -> bool:
-        """Whether reasoning came with the answer, or was counted."""
+        """Whether the answer has reasoning, or the server counted tokens of it."""
         message = self.choices[0].message
         details = (
             self.usage.get("completion_tokens_details") if isinstance(self.usage, dict) else None
@@ -294,7 +298,7 @@ class _Completion(BaseModel):
         return bool(message.thoughts or has_reasoning(message.content or "") or counted)
 
     def counted(self, usage: Usage, limit: int) -> Usage:
-        """Add this answer to the others'."""
+        """Return the usage with this answer added."""
         cut_off = self.choices[0].finish_reason == "length"
         counts = [x for x in (usage.most_tokens, self.tokens) if x is not None]
         return Usage(
@@ -321,11 +325,12 @@ def _read_completion(body: bytes) -> _Completion:
 
 
 def _read_answer(completion: _Completion, request: dict[str, Any]) -> ChatAnswer:
-    """Return the whole answer of a completion, or raise the reason why there is none."""
+    """Return the answer of a completion, or raise ``AnswerError`` with the reason."""
     choice = completion.choices[0]
     message, text = choice.message, choice.message.content or ""
     if message.refusal or choice.finish_reason == "content_filter":
         raise AnswerError(Fault.refusal, shorten(message.refusal or "content filter"))
+    # A request for one token always ends at its limit, which is no fault: hence before that check.
     if "logprobs" in request:
         return ChatAnswer(text=text, top_logprobs=_top_logprobs(choice))
     if choice.finish_reason == "length":

@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 THREAD = "mteditflow-rewards"  # name of the thread of a Background
-GRACE = 5.0  # s that cancelled calls have to end
+GRACE = 5.0  # s within which cancelled calls must end
 
 
 async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
@@ -46,11 +46,11 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
 
 
 class Background:
-    """Event loop in a thread of its own: a synchronous trainer samples while rewards are fetched.
+    """Event loop in its own thread, so that a synchronous trainer samples while rewards arrive.
 
-    Leaving the ``with`` block waits for submitted calls; an exception cancels them. A call that
-    blocks, such as by ``time.sleep``, cannot be cancelled: 5 s after an exception it is left behind
-    with a warning in the log. Its thread ends with the process, as ``ending_past_calls`` has it.
+    Leaving the ``with`` block waits for submitted calls; an exception cancels them. A blocking
+    call, such as ``time.sleep``, cannot be cancelled: 5 s after an exception it is abandoned with a
+    warning in the log. Its thread ends with the process (see ``ending_past_calls``).
 
     Raises:
         RuntimeError: ``submit`` was called outside of the block.
@@ -76,15 +76,16 @@ class Background:
         """Wait for submitted calls, or cancel them after an exception; end the thread."""
         calls, self._calls = self._calls, None
         if calls is not None and not calls.end(cancel=error[0] is not None):
-            LOG.warning("a scorer was still at work %g s after it was to stop", GRACE)
+            LOG.warning("a scorer was still running %g s after its cancellation", GRACE)
 
     def submit(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
-        """Start an asynchronous function; any thread may call this, and it never waits.
+        """Start an asynchronous function without waiting; any thread may call this.
 
         Returns:
-            Its future: ``result()`` waits, raises what the function raised, ``cancel()`` cancels.
+            Its future: ``result()`` waits for the result or raises the function's exception,
+            ``cancel()`` cancels the function.
         """
         if self._calls is None:
             raise RuntimeError("Background: expected submit() inside of its `with` block")
@@ -92,9 +93,9 @@ class Background:
 
 
 class _Calls:
-    """Calls in an event loop of another thread; no method waits for what runs in the loop.
+    """Calls in an event loop of another thread; only ``end`` waits for them.
 
-    The thread is a daemon, so that one in which a call blocks does not outlive the program.
+    The thread is a daemon, so that a blocking call does not keep the program alive.
     """
 
     def __init__(self) -> None:
@@ -121,7 +122,10 @@ class _Calls:
         return future
 
     def end(self, *, cancel: bool) -> bool:
-        """End the thread once all calls have ended; whether it has, within a while if cancelled."""
+        """End the thread after all calls and return whether it ended.
+
+        With ``cancel``, calls are cancelled and the wait is at most ``GRACE`` seconds.
+        """
         if cancel:
             self._soon(self._cancel)
         self._soon(self._ending.set)
@@ -134,7 +138,7 @@ class _Calls:
         task.add_done_callback(self._tasks.discard)
 
     async def _settle(self, future: Future[T], call: Callable[[], Awaitable[T]]) -> None:
-        """Let a future have what comes of a call, an exception of any kind included."""
+        """Set the result of a call, or its exception of any kind, on a future."""
         try:
             with self._cancelled_with(future):
                 result = await call()
@@ -142,17 +146,17 @@ class _Calls:
                     future.set_result(result)
         except asyncio.CancelledError:  # raised by the call itself
             _notify_cancelled(future)
-        except BaseException as error:  # such as SystemExit, which is for the program's own thread
+        except BaseException as error:  # SystemExit too: it must reach the caller, not end the loop
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
     @contextmanager
     def _cancelled_with(self, future: Future[T]) -> Iterator[None]:
-        """Cancel the block, as far as it lets itself be, once its future or all calls are."""
+        """Cancel the block as soon as its future or all calls are cancelled."""
         with anyio.CancelScope() as scope:
             self._scopes.add(scope)
             future.add_done_callback(partial(self._cancel_with, scope))
-            if self._cancelling:
+            if self._cancelling:  # submitted before the cancellation, begun after it
                 scope.cancel()
             try:
                 yield
@@ -171,21 +175,21 @@ class _Calls:
             scope.cancel()
 
     def _soon(self, function: Callable[..., object], *args: object) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and every call with it
+        with suppress(RuntimeError):  # the loop is closed, so every call has ended
             self._loop.call_soon_threadsafe(function, *args)
 
 
 def _notify_cancelled(future: Future[T]) -> None:
     future.cancel()
-    future.set_running_or_notify_cancel()
+    future.set_running_or_notify_cancel()  # notifies concurrent.futures.wait, as cancel() does not
 
 
 @contextmanager
 def ending_past_calls() -> Iterator[None]:
-    """End the process with the block where a ``Background`` has left a call behind.
+    """End the process after the block if a ``Background`` has abandoned a call.
 
-    Python would wait for threads that such a call has started. Exit code and words are those that
-    the end of the block has without it. Where no call was left behind this does nothing.
+    Python would otherwise wait for threads that such a call has started. Exit code and messages are
+    those of a normal end of the block. If no call was abandoned, this does nothing.
 
     Example:
         >>> with ending_past_calls(), Background() as background:
@@ -219,6 +223,6 @@ def _status(error: BaseException) -> int:
 def _end(code: int) -> None:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a reader that has gone away, a stream that is closed
+        with suppress(OSError, ValueError):  # a broken pipe, a closed stream
             stream.flush()
-    os._exit(code)
+    os._exit(code)  # skips the join of non-daemon threads, which sys.exit would wait for

@@ -19,7 +19,7 @@ from mteditflow.rewards.transport.http_client import CUT, AttemptError, classify
 
 T = TypeVar("T")
 HIDDEN = "***"
-POLL = 1.0  # s; a probe that another event loop sends is not announced in this one
+POLL = 1.0  # s; the end of a probe in another event loop does not wake up this one
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Statistics:
     """Counts of a dispatcher so far, for a log.
 
     Attributes:
-        answered: requests that got their answer.
-        lost: requests that did not.
-        attempts: attempts of all requests together.
+        answered: number of answered requests.
+        lost: number of requests without an answer after all attempts.
+        attempts: number of attempts of all requests.
         faults: reason to the number of attempts that failed for it.
-        endpoints: URL to ``up``, ``resting`` or ``out``.
+        endpoints: URL to its state, ``up``, ``resting`` or ``out``.
     """
 
     answered: int
@@ -43,16 +43,16 @@ class Statistics:
 
 @dataclass
 class _Request:
-    """One request on its way through its attempts."""
+    """State of one request across its attempts."""
 
-    open: set[str]  # endpoints that may still be asked
+    open: set[str]  # endpoints that have not rejected the request
     failed: set[str] = field(default_factory=set)
     attempts: int = 0
     last: AttemptError | None = None
 
 
 class _Loop:
-    """State of one event loop."""
+    """State of one event loop; anyio's primitives belong to the loop that they are used in."""
 
     def __init__(self, concurrency: int) -> None:
         self.slots = anyio.Semaphore(concurrency)
@@ -64,26 +64,26 @@ class _Loop:
 
 
 class Dispatcher:
-    """Runs attempts at several endpoints until one succeeds or the request is lost.
+    """Dispatcher of requests to several endpoints, with retries until one attempt succeeds.
 
     Every attempt has a deadline around the whole exchange, so slow bytes do not prolong it. Failed
     attempts are retried after an exponential back-off with full jitter, if possible at an endpoint
     that has not failed this request. A request that the server rejects (4xx) is never repeated at
-    that endpoint. Where all endpoints rest or are out, a request waits for the first one to come
-    back. A dispatcher may be used from several event loops.
+    that endpoint. If all endpoints rest or are out, a request waits for the first one to return. A
+    dispatcher may be used from several event loops.
 
     Args:
-        endpoints: their URLs.
-        concurrency: most attempts in flight, in each event loop.
+        endpoints: URLs of the endpoints.
+        concurrency: maximum number of attempts in flight, in each event loop.
         timeout: deadline of one attempt, s.
-        attempts: most attempts for one request.
-        back_off: s; the n-th pause is uniform on [0, back_off 2^(n - 1)].
+        attempts: maximum number of attempts for one request.
+        back_off: base of the back-off, s; the n-th pause is uniform on [0, back_off 2^(n - 1)].
         max_back_off: upper limit of that interval's end, s.
-        patience: longest that a request waits for endpoints to come back, s. One that asks to wait
-            for longer (Retry-After) is not waited for.
-        faults_to_rest: consecutive faults after which an endpoint is taken out.
-        cool_down: time that it is out at first, s; doubles at each failed probe.
-        max_cool_down: upper limit of that, s.
+        patience: longest wait of a request for endpoints to return, s. An endpoint that demands a
+            longer wait (Retry-After) is not waited for.
+        faults_to_rest: consecutive faults after which the circuit breaker takes an endpoint out.
+        cool_down: first time for which it is out, s; doubles at each failed probe.
+        max_cool_down: upper limit of that time, s.
         secret: key or token that must not appear in any message.
 
     Raises:
@@ -152,17 +152,18 @@ class Dispatcher:
         """Make attempts until one returns.
 
         Args:
-            attempt: given an endpoint's URL, does one exchange and returns its answer. It raises
-                ``AnswerError`` or an exception of ``httpx2``. Any other exception is a bug and
-                propagates.
+            attempt: function of an endpoint's URL that does one exchange and returns its answer. It
+                raises ``AnswerError`` or an exception of ``httpx2``. Any other exception is a bug
+                and propagates.
 
         Returns:
-            The result of the attempt, or why there is no answer.
+            The result of the attempt, or ``Lost`` with the reason of the last failure.
         """
         request = _Request(set(self.endpoints))
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._attempts),
             wait=self._wait,
+            # No retry once every endpoint has rejected the request.
             retry=retry_if_exception(lambda e: isinstance(e, AttemptError) and bool(request.open)),
             sleep=anyio.sleep,
             reraise=True,
@@ -192,11 +193,11 @@ class Dispatcher:
                     request.open.discard(endpoint.url)
                 raise
             finally:
-                loop.notify()
+                loop.notify()  # the attempt may have brought its endpoint back
 
     async def _against_deadline(self, attempt: Callable[[str], Awaitable[T]], url: str) -> T:
         try:
-            with anyio.move_on_after(self._timeout):
+            with anyio.move_on_after(self._timeout):  # falls through to the time-out below
                 return await attempt(url)
         except Exception as error:
             failure = classify(error)
@@ -206,7 +207,7 @@ class Dispatcher:
         raise self._about(url, AttemptError(Fault.timeout, f"no answer within {self._timeout:g} s"))
 
     def _about(self, url: str, failure: AttemptError) -> AttemptError:
-        """Add the endpoint's URL to a failure, and hide the secret."""
+        """Return a failure with the endpoint's URL in its detail and the secret hidden."""
         detail = f"{url}: {failure.detail}"
         if self._secret is not None:
             detail = _hide(self._secret, detail)
@@ -218,7 +219,10 @@ class Dispatcher:
         )
 
     async def _endpoint_for(self, request: _Request, loop: _Loop) -> Endpoint:
-        """Wait for an endpoint that may be asked; the caller uses it before it awaits anything."""
+        """Wait for a ready endpoint; the caller must use it before it awaits anything.
+
+        Otherwise another request could pick the same one, such as for a second probe.
+        """
         until = anyio.current_time() + self._patience
         while (endpoint := self._rotation.pick(request.open, avoid=request.failed)) is None:
             rest, left = self._rotation.returns_in(request.open), until - anyio.current_time()
@@ -229,7 +233,7 @@ class Dispatcher:
         return endpoint
 
     def _unavailable(self, request: _Request) -> AttemptError:
-        request.open.clear()
+        request.open.clear()  # ends the retries of ``run``
         detail = f"no endpoint comes back within {self._patience:g} s"
         if request.last is None:
             return AttemptError(Fault.unavailable, detail)
@@ -246,6 +250,7 @@ class Dispatcher:
 def _hide(secret: str, detail: str) -> str:
     """Remove a secret from a server's message, which may be truncated in the middle of it."""
     detail = detail.replace(secret, HIDDEN)
+    # The longest prefix first, or a shorter one would leave characters of the secret before it.
     for length in range(len(secret) - 1, 0, -1):
         if detail.endswith(f"{secret[:length]}{CUT}"):
             return detail.removesuffix(f"{secret[:length]}{CUT}") + HIDDEN + CUT

@@ -16,7 +16,7 @@ from mteditflow.rewards.faults import Fault
 from mteditflow.rewards.transport.http_client import AttemptError
 
 LOG = logging.getLogger(__name__)
-LONGEST_REST = 3600.0  # s; whatever a Retry-After says
+LONGEST_REST = 3600.0  # s, upper limit of a server's Retry-After
 ENDPOINT_FAULTS = (Fault.timeout, Fault.connection, Fault.server_error)
 
 
@@ -24,14 +24,14 @@ def check_url(name: str, url: str) -> str:
     """Return an endpoint's URL without a trailing slash.
 
     Raises:
-        ValueError: it is not http(s)://host[:port][/path]; user names, queries and fragments are
-            refused.
+        ValueError: the URL is not http(s)://host[:port][/path]; user names, queries and fragments
+            are refused.
 
     Example:
         >>> check_url("endpoint", "http://127.0.0.1:8000/v1/")
         'http://127.0.0.1:8000/v1'
     """
-    shown = url.rpartition("@")[2]  # a password is not shown
+    shown = url.rpartition("@")[2]  # without a password, since messages are logged
     try:
         parts = httpx2.URL(url)
     except httpx2.InvalidURL as error:
@@ -49,16 +49,16 @@ class Endpoint:
     """State of one endpoint.
 
     Attributes:
-        url: its address.
-        cool_down: time that it will be out for when it fails next, s.
+        url: URL of the endpoint.
+        cool_down: duration of its next outage, s.
         in_flight: number of attempts in flight.
         answered: number of attempts that succeeded.
         failed: number of attempts that failed, for any reason.
-        faults_in_row: time-outs, broken connections and server errors since it last answered.
-        is_out: taken out; after the cool-down, one probe at a time may try it.
+        faults_in_row: time-outs, broken connections and server errors since its last answer.
+        is_out: whether it is taken out; after the cool-down, one probe at a time is sent to it.
         probing: whether that probe is in flight.
-        rests_until: no attempt before this time of ``time.monotonic``, s.
-        last_use: running number of the latest attempt.
+        rests_until: time before which no attempt is made, s of ``time.monotonic``.
+        last_use: running number of its latest attempt.
     """
 
     url: str
@@ -85,8 +85,8 @@ class Rotation:
 
     An endpoint with several consecutive faults of its own (time-out, connection, server error) is
     taken out for a cool-down. Then one attempt goes through as a probe: if it fails, the cool-down
-    doubles; any answer brings the endpoint back. One that asks to wait (Retry-After) rests as long
-    as it asks, and does not count as dead.
+    doubles; any answer brings the endpoint back. An endpoint that sends Retry-After rests for that
+    time and does not count as dead.
 
     Args:
         urls: URLs of the endpoints, without duplicates.
@@ -130,14 +130,14 @@ class Rotation:
         self._uses = 0
 
     def pick(self, among: Collection[str], *, avoid: Collection[str] = ()) -> Endpoint | None:
-        """Choose the least busy endpoint that is ready, the longest unused on a tie.
+        """Return the least busy endpoint that is ready, the longest unused one on a tie.
 
         Args:
             among: URLs to choose from.
             avoid: URLs to take only if no other is ready.
 
         Returns:
-            The endpoint, or ``None`` if all rest.
+            The endpoint, or ``None`` if none is ready.
         """
         now = time.monotonic()
         ready = (e for e in self._candidates(among) if e.rests_until <= now)
@@ -154,7 +154,7 @@ class Rotation:
 
         An exception other than ``AttemptError``, such as a cancellation, changes no state.
         """
-        probe = endpoint.is_out
+        probe = endpoint.is_out  # only an attempt that begins during an outage is its probe
         self._uses += 1
         endpoint.last_use = self._uses
         endpoint.in_flight += 1
@@ -177,7 +177,7 @@ class Rotation:
         return [e for e in self.endpoints if e.url in among and not e.probing]
 
     def _judge(self, endpoint: Endpoint, failure: AttemptError, *, probe: bool) -> None:
-        if failure.retry_after is not None:
+        if failure.retry_after is not None:  # an answer of a server that is alive
             self._bring_back(endpoint)
             rest = min(failure.retry_after, LONGEST_REST)
             endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)

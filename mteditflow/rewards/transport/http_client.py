@@ -1,6 +1,6 @@
-"""HTTP client: pooled connections, bounded bodies, and the fault that an exception stands for.
+"""HTTP client with pooled connections and bounded bodies, and the mapping of exceptions to faults.
 
-Exceptions of ``httpx2`` are faults of an answer; any other is a bug of the caller.
+Exceptions of ``httpx2`` are faults of an answer; any other exception is a bug of the caller.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mteditflow._text import escape_controls
 from mteditflow.rewards.faults import AnswerError, Fault
 
 CONNECT_TIMEOUT = 10.0  # s; the deadline of the whole exchange is the dispatcher's
-KEEP_ALIVE = 2.0  # s; uvicorn, so vLLM too, closes idle connections after 5
+KEEP_ALIVE = 2.0  # s; below the 5 s after which uvicorn, and so vLLM, closes idle connections
 MAX_BODY = 2**24  # bytes; an answer has a few thousand
-SHOWN = 300  # characters of a server's message in a detail
-CUT = " ..."  # ends a truncated message
+SHOWN = 300  # characters of a server's message in an error's detail
+CUT = " ..."  # end of a truncated message
 MALFORMED = (
     pydantic.ValidationError,
     json.JSONDecodeError,
     UnicodeDecodeError,
-    RecursionError,  # JSON nested without end
+    RecursionError,  # deeply nested JSON
     httpx2.DecodingError,
     httpx2.TooManyRedirects,
 )
@@ -41,14 +41,14 @@ STATUSES = {408: Fault.timeout, 409: Fault.rejected, 425: Fault.rejected, 429: F
 
 
 def open_client(*, max_body: int = MAX_BODY) -> httpx2.AsyncClient:
-    """Create an HTTP client that several event loops may use, and that need not be closed.
+    """Return an HTTP client that several event loops may use and that need not be closed.
 
     Proxies of the environment are not used. Certificates, or those of ``SSL_CERT_FILE`` and
-    ``SSL_CERT_DIR``, are read once a process, by the first client that connects.
+    ``SSL_CERT_DIR``, are read once per process, by the first client that connects.
 
     Args:
-        max_body: most bytes of an answer; ``AnswerError`` is raised as soon as more arrive.
-            Compressed bodies are refused, since their size is known only once unpacked.
+        max_body: maximum bytes of an answer; ``AnswerError`` is raised as soon as more arrive.
+            Compressed bodies are refused, since their size is known only after decompression.
 
     Example:
         >>> import anyio
@@ -87,7 +87,8 @@ class _PerLoop(httpx2.AsyncBaseTransport):
     async def _pool(self) -> httpx2.AsyncHTTPTransport:
         pool = self._pools.get(None)
         if pool is None:
-            # An event loop, when it ends, closes the asynchronous generators begun in it.
+            # asyncio.run closes the asynchronous generators of its loop at the end, and this one
+            # closes the pool. A reference is kept, since garbage collection would close it early.
             keeper = _keep_open()
             pool = (await keeper.__anext__(), keeper)
             self._pools.set(pool)
@@ -104,12 +105,12 @@ async def _keep_open() -> AsyncGenerator[httpx2.AsyncHTTPTransport, None]:
 
 @cache
 def _tls() -> ssl.SSLContext:
-    """Read the certificates once a process: it takes longer than a quick answer."""
+    """Read the certificates once per process, since it takes longer than a quick answer."""
     return httpx2.create_ssl_context()
 
 
 class _Bounded(httpx2.AsyncByteStream):
-    """A stream that raises once it is longer than its limit."""
+    """Stream that raises ``AnswerError`` when it exceeds its limit, in bytes."""
 
     def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
         self._stream, self._limit = stream, limit
@@ -127,12 +128,12 @@ class _Bounded(httpx2.AsyncByteStream):
 
 
 class AttemptError(AnswerError):
-    """One attempt failed; says whether and when it may be retried.
+    """Failure of one attempt, with whether and when it may be retried.
 
     Args:
         fault: kind of failure.
-        detail: what was expected and what came.
-        retry_after: time that the server asks to wait, s; ``None`` if it does not.
+        detail: expected and received answer.
+        retry_after: wait that the server demands, s; ``None`` if it demands none.
         here_again: whether the same request may be retried at the same endpoint.
     """
 
@@ -152,10 +153,10 @@ def classify(error: Exception) -> AttemptError | None:
     """Map an exception to a fault.
 
     Args:
-        error: raised by one HTTP exchange or by the parser of its answer.
+        error: exception of one HTTP exchange or of the parser of its answer.
 
     Returns:
-        The failure, or ``None`` for an exception that is no fault of an answer.
+        The failure, or ``None`` for an exception that is not a fault of an answer.
 
     Example:
         >>> request = httpx2.Request("POST", "http://127.0.0.1/v1")
@@ -180,7 +181,7 @@ def classify(error: Exception) -> AttemptError | None:
 
 
 def shorten(text: str) -> str:
-    """Shorten a server's message to one line of bounded length, control characters escaped."""
+    """Return a server's message as one line of bounded length, with control characters escaped."""
     line = escape_controls(" ".join(text[: 2 * SHOWN].split()))
     return line if len(line) <= SHOWN else line[:SHOWN] + CUT
 
@@ -189,7 +190,7 @@ def retry_after(header: str | None) -> float | None:
     """Parse a Retry-After header, seconds or an HTTP date, as seconds from now.
 
     Returns:
-        Seconds, >= 0; ``None`` where there is no header or it is malformed.
+        Seconds, >= 0; ``None`` if the header is missing or malformed.
 
     Source: RFC 9110, section 10.2.3.
 
@@ -228,7 +229,7 @@ def _status_failure(response: httpx2.Response) -> AttemptError:
 
 
 def _fault(status: int) -> Fault:
-    """Return the fault of a status; a redirect is not followed, since it could lose the body."""
+    """Return the fault of a status; redirects are not followed, since they could drop the body."""
     if status >= 500:
         return Fault.server_error
     return Fault.redirected if status < 400 else STATUSES.get(status, Fault.rejected)

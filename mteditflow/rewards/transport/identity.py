@@ -1,4 +1,4 @@
-"""Identity of servers: which models they say they run, asked once, for the record of a report."""
+"""Identity of servers: the models that they report, requested once for the record of a report."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from mteditflow._text import parse_json
 from mteditflow.rewards.transport.concurrency import gather
 from mteditflow.rewards.transport.http_client import classify, open_client, shorten
 
-PATIENCE = 10.0  # s for all questions to one server
-STATED = ("root", "owned_by", "max_model_len")  # of a model; when it was started does not matter
+PATIENCE = 10.0  # s, deadline of one request to a server
+STATED = ("root", "owned_by", "max_model_len")  # fields of a model; "created" changes at a restart
 
 
 async def judge_identity(
     endpoints: Sequence[str], model: str, *, api_key: str | None = None
 ) -> str | None:
-    """Return what OpenAI-compatible servers say of a model and of themselves.
+    """Return the identity of a model and its servers, as OpenAI-compatible servers report it.
 
-    Asked are ``GET /v1/models`` and, beside it, ``GET /version`` as vLLM has it.
+    The requests are ``GET /v1/models`` and ``GET /version`` (an endpoint of vLLM).
 
     Args:
         endpoints: URLs that end in /v1.
-        model: its name on the servers.
-        api_key: sent as a bearer token.
+        model: name of the model on the servers.
+        api_key: key that is sent as a bearer token.
 
     Returns:
-        One line, the same for servers that say the same; ``None`` if none says anything.
+        One line, in which equal reports occur once; ``None`` if no server reports anything.
 
     Example:
         >>> anyio.run(judge_identity, ["http://127.0.0.1:9/v1"], "qwen3-vl") is None
@@ -40,14 +40,14 @@ async def judge_identity(
 
 
 async def consistency_identity(endpoints: Sequence[str], *, token: str | None = None) -> str | None:
-    """Return the identity that consistency servers give as "scorer" in ``GET /v1/info``.
+    """Return the identity that consistency servers report as "scorer" in ``GET /v1/info``.
 
     Args:
         endpoints: URLs that end in /v1.
         token: bearer token of the servers.
 
     Returns:
-        One line; ``None`` if no server says anything.
+        One line; ``None`` if no server reports anything.
 
     Example:
         >>> anyio.run(consistency_identity, ["http://127.0.0.1:9/v1"]) is None
@@ -64,7 +64,7 @@ async def _identity(
     secret: str | None,
     read: Callable[[Ask, str], Awaitable[str | None]],
 ) -> str | None:
-    """Ask all servers at once; what several of them say is joined."""
+    """Ask all servers at once and join their different reports."""
     http = open_client()
     if secret is not None:
         http.headers["Authorization"] = f"Bearer {secret}"
@@ -74,7 +74,7 @@ async def _identity(
 
 
 async def _ask(http: httpx2.AsyncClient, url: str) -> Any:
-    """Return a server's JSON; ``None`` where there is no such answer."""
+    """Return a server's JSON; ``None`` if the request fails or the answer is not JSON."""
     try:
         with anyio.fail_after(PATIENCE):
             response = await http.get(url)

@@ -381,7 +381,7 @@ def test_a_failure_of_the_models_is_told_without_its_words_and_the_next_request_
     held.fails = True
     with TestClient(create_app(ConsistencyScorer(held))) as client:
         told = detail(client.post(URL, json=GOOD), 500)
-        assert told == "scoring failed; the server's log says why"
+        assert told == "scoring failed; see the server's log"
         assert "secret-of-the-server" in caplog.text
         held.fails = False
         assert client.post(URL, json=GOOD).status_code == 200

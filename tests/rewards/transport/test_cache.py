@@ -244,7 +244,7 @@ def test_one_damaged_row_is_a_miss_and_is_mended(of_two, caplog):
         assert cache.get("a") == "again"
         assert cache.failures == 2
     [once, at_the_end] = warnings_of(caplog)
-    assert "answers cannot be read, going on without: the answer to a is not what" in once
+    assert "answers cannot be read, continuing without: the answer to a is not what" in once
     assert "2 not read" in at_the_end
 
 

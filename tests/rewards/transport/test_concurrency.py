@@ -191,7 +191,7 @@ def test_a_call_that_blocks_is_left_behind(
         with pytest.raises(type(end)):
             program()
     assert codes == ["flushed", code]
-    assert caplog.messages == ["a scorer was still at work 0.05 s after it was to stop"]
+    assert caplog.messages == ["a scorer was still running 0.05 s after its cancellation"]
     assert capsys.readouterr().err.endswith(said)
 
 
