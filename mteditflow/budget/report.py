@@ -133,7 +133,7 @@ class Budget:
 
     def _advice_lines(self) -> list[str]:
         found: list[str] = []
-        for x in self.alternatives:
+        for x in sorted(self.alternatives, key=lambda x: x.verdict == "no"):
             options = ", ".join(f"{name} {value}" for name, value in x.changed.items())
             found += self._alternative(x.verdict, x.plan, options or "as configured")
         if self.as_given == "no" and self.feasible:

@@ -73,6 +73,7 @@ def _row_costs(model: Model, case: Case) -> Costs:
     if case == case_of(model, case.shape, rank=case.rank, branches=case.branches):
         for name, known in MODELS.items():  # a distilled model and its base have one transformer
             alike = (known.pipeline, known.config) == (model.pipeline, model.config)
+            alike &= known.token == case.shape.token  # the key has no token size
             found = stored()["rows"].get(key_of(name, case)) if alike else None
             if found is not None:
                 return Costs(**found)

@@ -322,7 +322,14 @@ class InformativeSampler(RoundSampler):
             ValueError: the state belongs to other draws, which could not be continued.
         """
         self._check_plan(state)
-        self._round, self._spreads = state["round"], list(state["spreads"])
+        done, spreads = state.get("round"), state.get("spreads")
+        if not isinstance(done, int) or isinstance(done, bool) or done < 0:
+            raise ValueError(f"state: expected a round of at least 0, got {done!r}")
+        if not isinstance(spreads, Sequence) or len(spreads) != self._chains:
+            raise ValueError(f"state: expected {self._chains} spreads, one per chain")
+        if not all(x is None or (isinstance(x, (int, float)) and x >= 0) for x in spreads):
+            raise ValueError("state: expected spreads of at least 0, or None where never drawn")
+        self._round, self._spreads = done, list(spreads)
         self._drawn = False
 
     def _draw(self) -> list[int]:

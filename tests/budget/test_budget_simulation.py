@@ -17,12 +17,13 @@ from mteditflow.budget import (
     costs_of,
     phases,
     simulate,
+    simulation,
 )
 from mteditflow.budget.components import simulate_encoder, simulate_vae
 from mteditflow.budget.inputs import INPUTS
 from mteditflow.budget.models import ENCODERS, VAES
 from mteditflow.budget.simulation import DEPTHS, build_model, simulate_at
-from mteditflow.budget.stored import key_of, stored
+from mteditflow.budget.stored import _row_costs, key_of, stored
 from mteditflow.budget.tracking import PeakMemory, count_flops
 from mteditflow.pipelines.families import FAMILIES
 from tests.loops import some
@@ -117,6 +118,18 @@ def test_every_model_is_built_as_published(name):
     assert model.behavior.transformer in DEPTHS
     built = build_model(case, shallow(model), device="meta")
     assert sum("lora_A" in x for x, _ in built.named_parameters()) > 0
+
+
+def test_stored_costs_are_only_of_the_stored_token_size(monkeypatch):
+    model = MODELS["kontext"]
+    simulated = []
+    monkeypatch.setattr(simulation, "simulate", lambda case: simulated.append(case) or "simulated")
+    for token in (16, 32):
+        case = case_of(model, model.behavior.shape(512, token=token), rank=64, branches=1)
+        assert key_of("kontext", case) in stored()["rows"]
+        found = _row_costs(model, case)
+        assert (found == "simulated") == (token == 32)
+    assert [case.shape.token for case in simulated] == [32]
 
 
 def test_adapted_layers_are_those_of_the_editor():

@@ -148,3 +148,23 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"round": None}, "state: expected a round of at least 0, got None"),
+        ({"round": -1}, "state: expected a round of at least 0, got -1"),
+        ({"round": True}, "state: expected a round of at least 0, got True"),
+        ({"spreads": [0.5] * 3}, "state: expected 4 spreads, one per chain"),
+        ({"spreads": None}, "state: expected 4 spreads, one per chain"),
+        ({"spreads": [0.5, None, -1.0, 0.0]}, "state: expected spreads of at least 0, or None"),
+        ({"spreads": [0.5, None, float("nan"), 0.0]}, "state: expected spreads of at least 0"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
+    sampler = InformativeSampler(range(4), groups=2, group_size=2)
+    before = sampler.state_dict()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        sampler.load_state_dict(before | change)
+    assert sampler.state_dict() == before
