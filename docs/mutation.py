@@ -36,8 +36,8 @@ NO_REASON = "NO REASON GIVEN"
 HEADER = """\
 # Mutation testing of floors 0 to 3
 
-Made by `make mutation`; do not edit. mutmut changes each line of the core in turn, by every operator
-it has, and runs the tests that reach that line. Tests that compile and tests of more than a few
+Made by `make mutation`; do not edit. mutmut changes each line of the core in turn, by all its
+operators, and runs the tests that reach that line. Tests that compile and tests of more than a few
 seconds are left out, and each property gets 20 fixed examples, so the whole suite kills more than
 is counted here. Functions under `@torch.no_grad()`, which mutmut would pass over, are included by
 moving the decorator below them in the copy it works on; methods under a decorator are not. Reasons

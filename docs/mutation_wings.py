@@ -1,8 +1,8 @@
 """Mutation testing of the wings: ``python -m docs.mutation_wings rewards`` checks a sample of one.
 
 A seeded sample of the mutants of a wing is run, one at a time, against that wing's tests. A wing's
-result is kept in ``mutation_wings.json``, from which the page of all wings is made, so that wings can
-be checked one by one. Reasons for survivors: see ``docs/mutation.py``.
+result is kept in ``mutation_wings.json``, from which the page of all wings is made, so that wings
+can be checked one by one. Reasons for survivors: see ``docs/mutation.py``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ HEADER = """\
 
 Made by `make mutation-of WING=rewards` and the like, one wing at a time; do not edit. A seeded
 sample of the mutants of a wing is run, one at a time, against the wing's own tests. Tests of more
-than a few seconds are left out: the trainer's long tests, which kill more, do not count. Reasons for survivors are in `mutation_reasons.json`.
+than a few seconds are left out: the trainer's long tests, which kill more, do not count. Reasons
+for survivors are in `mutation_reasons.json`.
 """
 MAKE_MUTANTS = """\
 from mutmut import __main__ as mutmut
@@ -137,7 +138,7 @@ def why(survivor: str) -> str:
 
 
 def main() -> bool:
-    """Check a wing and write the page; return whether the goal is met and every survivor has a reason."""
+    """Check a wing; return whether the goal is met and every survivor has a reason."""
     parser = argparse.ArgumentParser(description="Mutation testing of a wing.")
     parser.add_argument("wing", choices=sorted(TESTS))
     parser.add_argument("--sample", type=int, default=100, help="mutants drawn")

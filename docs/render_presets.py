@@ -85,8 +85,9 @@ complete and tiny, of the real classes, with random weights, in float32 on a CPU
 {groups} groups of {members} trajectories of two turns (one for text to image), {steps} steps, LoRA
 adapters of rank 4, random advantages normalized within groups. The number is the cosine between
 advantages and changes of likelihood, over trajectories. The likelihood is the log-prob of the
-recorded steps if the objective replays steps, else minus the flow-matching loss of the final latents
-at fresh noise. Above 0 means that good trajectories became likelier. Means over {seeds} seeds with
+recorded steps if the objective replays steps, else minus the flow-matching loss of the final
+latents at fresh noise. Above 0 means that good trajectories became likelier.
+Means over {seeds} seeds with
 95% t-intervals.
 
 | family | presets |{columns}

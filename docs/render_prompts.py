@@ -59,8 +59,8 @@ of `mteditflow/rewards/judge/wording.py`.
 | | done: 5, yes | another color: 3, no | not done: 1, no |
 
 With scope "turn" there is one request per turn, with two images; the request about turn 2 is shown.
-Answers are examples. An answer without exactly one reading ([what is read](rewards.md#1-serve-the-judge))
-is lost, with a reason; no score ever replaces it.
+Answers are examples. An answer without exactly one reading
+([what is read](rewards.md#1-serve-the-judge)) is lost, with a reason; no score ever replaces it.
 """
 
 

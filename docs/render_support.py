@@ -41,10 +41,10 @@ do not edit. The same facts are in [support.json](support.json). Of the {classes
 of that version whose modules name the flow scheduler, {recorded} are recorded and replayed, and
 the others are listed with the reason; {more} more classes are recorded with it.
 
-`Recorder` patches nothing and depends on no pipeline class. It compares tensors to find where a call
-holds the noisy sample, how it passes the time, and how the outputs become the scheduler's velocity
-(`mteditflow/pipelines/`: `recognize.py`, `flow_times.py`, `guidance.py`). Other pipelines that call
-their transformer in one of these ways work without being listed; all others are refused with a
+`Recorder` patches nothing and depends on no pipeline class. It compares tensors to find where a
+call holds the noisy sample, how it passes the time, and how the outputs become the scheduler's
+velocity (`mteditflow/pipelines/`: `recognize.py`, `flow_times.py`, `guidance.py`). Other pipelines
+that call their transformer in one of these ways work without being listed; all others are refused with a
 reason.
 
 Each row is a tiny pipeline of the real classes, float32 on a CPU. Scheduler settings are those of
@@ -61,8 +61,8 @@ mode, and must be refused when velocity, sample or prompts change at a late step
 - **calls**: forward passes of the transformer per pipeline call.
 - **how the sample lies**: the argument of the transformer that holds the noisy sample.
 - **text**: the real encoders that prompts go through, or embeddings given to the call.
-- **ratio**: likelihood of a replayed step over that of the recorded one. It is exactly 1 in the batch
-  in which the step was sampled; "mixed" is a batch of rows of all trajectories, turns and steps.
+- **ratio**: likelihood of a replayed step over that of the recorded one. It is exactly 1 in the
+  batch in which the step was sampled; "mixed" is a batch of rows of all trajectories, turns, steps.
   Inpainting changes latents between steps, so it is recorded without stochastic steps.
 - **output under an ODE**: the recorded call's image or video compared with the plain call's.
 - **GRPO, NFT**: three optimizer steps on LoRA adapters, on the rows of one rollout; the gradients

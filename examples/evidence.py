@@ -1,4 +1,4 @@
-"""Train in the shapes world over seeds, both objectives and both families; write ``docs/evidence.md``.
+"""Train both objectives and both families over seeds in the shapes world: ``docs/evidence.md``.
 
     python examples/evidence.py
 
@@ -170,12 +170,12 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         f"- Each run: {some['held_out_chains']} held-out chains of three turns "
         f"({COUNTS[Family.klein][1]} for klein, whose pipeline takes one at a time), which share "
         "no picture and no chain with pre-training or RL; before and after from equal noise.",
-        "- Minutes are wall-clock time on a machine that was not always idle, with the given threads.",
+        "- Minutes are wall-clock time on a machine that was not always idle.",
         "- Percent, with 95% intervals over chains. IF(3): all three turns succeeded. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
-        "- Marginal(3) / Marginal(1), in percent: low means exposure bias. It is given for following "
-        "the instruction and for the whole picture. It is a ratio of shares of all chains, not the "
-        "share of turn-1 successes that succeed at turn 3 too.",
+        "- Marginal(3) / Marginal(1), in percent: low means exposure bias. It is given for "
+        "following the instruction and for the whole picture. It is a ratio of shares of all chains, "
+        "not the share of turn-1 successes that succeed at turn 3 too.",
         "- Whole picture right: the target and everything else, this turn alone, in percent.",
         "",
         "![Overall and whole pictures right, turn by turn](evidence.png)",
