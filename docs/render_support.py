@@ -44,8 +44,8 @@ the others are listed with the reason; {more} more classes are recorded with it.
 `Recorder` patches nothing and depends on no pipeline class. It compares tensors to find where a
 call holds the noisy sample, how it passes the time, and how the outputs become the scheduler's
 velocity (`mteditflow/pipelines/`: `recognize.py`, `flow_times.py`, `guidance.py`). Other pipelines
-that call their transformer in one of these ways work without being listed; all others are refused with a
-reason.
+that call their transformer in one of these ways work without being listed; all others are refused
+with a reason.
 
 Each row is a tiny pipeline of the real classes, float32 on a CPU. Scheduler settings are those of
 diffusers' conversion script, where it has one for the model, or like those of the published model.

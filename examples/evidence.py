@@ -174,8 +174,8 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         "- Percent, with 95% intervals over chains. IF(3): all three turns succeeded. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Marginal(3) / Marginal(1), in percent: low means exposure bias. It is given for "
-        "following the instruction and for the whole picture. It is a ratio of shares of all chains, "
-        "not the share of turn-1 successes that succeed at turn 3 too.",
+        "following the instruction and for the whole picture. It is a ratio of shares of all "
+        "chains, not the share of turn-1 successes that succeed at turn 3 too.",
         "- Whole picture right: the target and everything else, this turn alone, in percent.",
         "",
         "![Overall and whole pictures right, turn by turn](evidence.png)",
