@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine:  make demo   and   make test
-# Choose the interpreter with PYTHON=python3.12; it only has to be 3.10 or newer.
+# Choose the interpreter with PYTHON=python3.12; any version from 3.10 on works.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,26 +30,26 @@ WING ?= rewards
 help:
 	@echo "Times are of two cores, once everything is installed (make demo and make test do that by themselves)."
 	@echo "make demo          8 min    multi-turn RL of a tiny FLUX editor (OBJECTIVE=nft|grpo, SEED=0, OUTPUT=runs/demo-nft-0)"
-	@echo "make quick         1 min    lint, types and the tests of the core on examples drawn anew"
+	@echo "make quick         1 min    lint, types and the tests of the core on new random examples"
 	@echo "make test          12 min   lint, types, import layers, pages, doctests and the whole test suite"
 	@echo "make laws          minutes  thousands of cases for each law of mteditflow.testing, from a new seed"
 	@echo "make checks        1 min    lint, types, import layers and pages"
-	@echo "make pages         1 min    every page, notebook and docstring read, and every reference resolved"
+	@echo "make pages         1 min    check that all pages, notebooks and docstrings parse and that references resolve"
 	@echo "make site          2 min    all pages, notebooks and the API reference as a site, in build/site"
-	@echo "make dist          5 min    sdist and wheel: built, checked, installed into an empty environment, used"
-	@echo "make matrix        30 min   lowest declared versions installed and tested; syntax and types of Python 3.10 to 3.14"
-	@echo "make support       1 h      every pipeline of the table recorded, replayed and trained, written to docs/"
-	@echo "make evidence      hours    both objectives and both families over three seeds, written to docs/"
+	@echo "make dist          5 min    build sdist and wheel, check them, install and use them in an empty environment"
+	@echo "make matrix        30 min   test the lowest declared versions; check syntax and types of Python 3.10 to 3.14"
+	@echo "make support       1 h      record, replay and train every pipeline of the table, written to docs/"
+	@echo "make evidence      hours    both objectives and both families in the shapes world over three seeds, written to docs/"
 	@echo "make findings      hours    the paper's comparisons on the shapes world over three seeds, written to docs/"
 	@echo "make long-chains   hours    training for long chains in the world of pictures over three seeds, written to docs/"
 	@echo "make objectives    hours    all objectives, credits and guards on the shapes world over three seeds, written to docs/"
-	@echo "make lost-rewards  hours    the demo with a judge that loses answers, written to docs/"
+	@echo "make lost-rewards  hours    training with a judge that loses answers, in the shapes world, written to docs/"
 	@echo "make benchmark     1 h      speed and memory against plain implementations, written to benchmarks/"
 	@echo "make soak          10 min   10,000 requests to the consistency server, written to benchmarks/"
-	@echo "make kills         1 h      the trainer killed at many random moments, and compared with runs that were not"
-	@echo "make bases         10 min   training on quantized and compiled base models, with packages that it installs"
-	@echo "make mutation      hours    mutation testing of the core"
-	@echo "make mutation-of   1 h      the same of 100 mutants of a wing (WING=rewards, SEED=0)"
+	@echo "make kills         1 h      kill the trainer at random moments and compare with undisturbed runs; other long tests"
+	@echo "make bases         10 min   train on quantized and compiled base models (installs bitsandbytes and torchao)"
+	@echo "make mutation      hours    mutation testing of the core, floors 0 to 3, written to docs/"
+	@echo "make mutation-of   1 h      mutation testing of a wing by 100 sampled mutants (WING=rewards, SEED=0)"
 
 define CREATE
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mteditflow needs Python 3.10 or newer, got " + sys.version.split()[0] + "; choose one with PYTHON=")'
@@ -59,20 +59,20 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(CREATE)
-	@echo "Installing into $(VENV) all that the tests need (once; a few minutes on a slow line)"
+	@echo "Installing the packages of the tests into $(VENV) (once; a few minutes on a slow line)"
 	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@$(INSTALL) --no-deps --upgrade --target $(SERVING) $(TORCHVISION)
 	@touch $(DEMO) $@
 
-# What the tests need includes what the demo needs: after `make test` nothing is installed here.
+# The packages of the tests include those of the demo: after `make test` nothing is installed here.
 $(DEMO): pyproject.toml constraints.txt
 	$(CREATE)
-	@echo "Installing into $(VENV) what the demo needs (once): $(DOWNLOAD)"
+	@echo "Installing the packages of the demo into $(VENV) (once): $(DOWNLOAD)"
 	@$(INSTALL) --constraint constraints.txt --editable '.[train]'
 	@touch $@
 
 demo: $(DEMO)
-	@echo "Training: about 8 minutes on two cores; Ctrl-C stops it, and the same command goes on"
+	@echo "Training: about 8 minutes on two cores; Ctrl-C stops it, and the same command resumes"
 	@$(BIN)/python examples/demo.py --objective $(OBJECTIVE) --seed $(SEED) --output $(OUTPUT)
 
 dist: $(INSTALLED)
@@ -81,7 +81,7 @@ dist: $(INSTALLED)
 matrix: $(INSTALLED)
 	$(BIN)/python -m release.matrix
 
-# The same tools and the tests of the core alone, drawn anew and in random order: under a minute.
+# The same tools and the tests of the core alone, on new examples in random order: under a minute.
 quick: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -108,7 +108,7 @@ types: $(INSTALLED)
 layers: $(INSTALLED)
 	$(BIN)/lint-imports
 
-# Every page and docstring is read and every reference resolved; nothing is written.
+# Parse every page and docstring and resolve every reference; nothing is written.
 pages: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -W -n -E -b dummy docs build/pages
 

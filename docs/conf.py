@@ -60,7 +60,7 @@ linkcode_resolve = source_address
 
 
 def skip_field(_app: Any, _kind: str, name: str, thing: Any, _skip: bool, _options: Any) -> Any:
-    """Leave out fields of tuples and defaults that are functions: the docstring tells of them."""
+    """Leave out fields of tuples and defaults that are functions: the docstring describes them."""
     is_field = type(thing).__name__ == "_tuplegetter"
     is_default = getattr(thing, "__name__", name) != name
     return True if is_field or is_default else None

@@ -28,7 +28,7 @@ from mutmut.mutation.diff_apply import get_diff_for_mutant
 DOCS = Path(__file__).parent.resolve()
 ROOT = DOCS.parent
 KILLED, SURVIVED, UNCHECKED = "killed", "survived", "unchecked"
-# What pytest's exit status says; anything else is a mutant that hung or crashed: noticed.
+# Verdict by pytest's exit status; any other status is a mutant that hung or crashed: killed.
 VERDICTS = {0: SURVIVED, 5: SURVIVED, 33: SURVIVED, None: UNCHECKED, 2: UNCHECKED}
 GOAL = 0.9
 NO_REASON = "NO REASON GIVEN"
@@ -36,8 +36,8 @@ NO_REASON = "NO REASON GIVEN"
 HEADER = """\
 # Mutation testing of floors 0 to 3
 
-Made by `make mutation`; do not edit. mutmut breaks each line of the core in turn, in every way it
-knows, and runs the tests that reach that line. Tests that compile and tests of more than a few
+Made by `make mutation`; do not edit. mutmut changes each line of the core in turn, by all its
+operators, and runs the tests that reach that line. Tests that compile and tests of more than a few
 seconds are left out, and each property gets 20 fixed examples, so the whole suite kills more than
 is counted here. Functions under `@torch.no_grad()`, which mutmut would pass over, are included by
 moving the decorator below them in the copy it works on; methods under a decorator are not. Reasons
@@ -63,7 +63,7 @@ def prepare(folder: Path, also: tuple[str, ...] = ()) -> None:
 
 
 def forget_survivors(folder: Path) -> None:
-    """Let new tests have a try at what survived, and mutmut find anew which test reaches what."""
+    """Mark survivors as unchecked, and drop the record of which test reaches which function."""
     (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
     for meta in (folder / "mutants").rglob("*.meta"):
         content = json.loads(meta.read_text())
@@ -80,14 +80,14 @@ def mutate(folder: Path, processes: int, only: list[str]) -> None:
 
 
 def stamp() -> str:
-    """Today and the versions that a result depends on."""
+    """Return today's date and the versions that a result depends on."""
     today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     versions = ", ".join(f"{name} {version(name)}" for name in ("mutmut", "torch", "hypothesis"))
     return f"{today}; {versions}, python {platform.python_version()}"
 
 
 def verdicts(folder: Path) -> dict[str, dict[str, str]]:
-    """Module -> mutant -> verdict; modules without mutants are left out."""
+    """Return verdicts by module and mutant; modules without mutants are left out."""
     found = {}
     for meta in sorted((folder / "mutants").rglob("*.meta")):
         codes = json.loads(meta.read_text())["exit_code_by_key"]
@@ -109,13 +109,13 @@ def change(folder: Path, module: str, mutant: str) -> str:
 
 
 def reason(text: str) -> str:
-    """Why a mutant may live: the first reason whose pattern fits."""
+    """Return why a mutant may survive: the first reason whose pattern matches the change."""
     pairs = json.loads((DOCS / "mutation_reasons.json").read_text())
     return next((why for pattern, why in pairs if re.fullmatch(pattern, text)), NO_REASON)
 
 
 def render(folder: Path) -> Iterator[str]:
-    """The page, line by line."""
+    """Yield the lines of the page."""
     results = verdicts(folder)
     yield HEADER
     yield f"{stamp()}.\n"
@@ -145,7 +145,7 @@ def _row(name: str, counts: Counter[str]) -> str:
 
 
 def main() -> bool:
-    """Run and write the page; return whether enough is killed and every survivor has a reason."""
+    """Run and write the page; return whether the goal is met and every survivor has a reason."""
     parser = argparse.ArgumentParser(description="Mutation testing of floors 0 to 3.")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
     parser.add_argument("--processes", type=int, default=os.cpu_count())

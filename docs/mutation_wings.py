@@ -1,8 +1,8 @@
 """Mutation testing of the wings: ``python -m docs.mutation_wings rewards`` checks a sample of one.
 
-Of what mutmut can break in a wing a seeded sample is broken, one at a time, and that wing's tests
-are run. A wing's result is kept in ``mutation_wings.json``, from which the page of all wings is
-made, so that the wings can be checked in pieces. Reasons for survivors: see ``docs/mutation.py``.
+A seeded sample of the mutants of a wing is run, one at a time, against that wing's tests. A wing's
+result is kept in ``mutation_wings.json``, from which the page of all wings is made, so that wings
+can be checked one by one. Reasons for survivors: see ``docs/mutation.py``.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ PAGE = DOCS / "mutation_wings.md"
 HEADER = """\
 # Mutation testing of the wings
 
-Made by `make mutation-of WING=rewards` and the like, one wing at a time; do not edit. Of all that
-mutmut can break in a wing a seeded sample is broken, one at a time, and the wing's own tests are
-run, without those of more than a few seconds: the trainer's long tests, which kill more, do not
-count. Reasons for survivors are in `mutation_reasons.json`.
+Made by `make mutation-of WING=rewards` and the like, one wing at a time; do not edit. A seeded
+sample of the mutants of a wing is run, one at a time, against the wing's own tests. Tests of more
+than a few seconds are left out: the trainer's long tests, which kill more, do not count. Reasons
+for survivors are in `mutation_reasons.json`.
 """
 MAKE_MUTANTS = """\
 from mutmut import __main__ as mutmut
@@ -93,7 +93,7 @@ def configure(folder: Path, wing: str) -> None:
 
 
 def sample(folder: Path, count: int, seed: int) -> list[str]:
-    """Write all mutants of the wing; draw some by their names."""
+    """Write all mutants of the wing; return the sorted names of a random sample."""
     subprocess.run(
         [sys.executable, "-c", MAKE_MUTANTS], cwd=folder, check=True, capture_output=True
     )
@@ -102,7 +102,7 @@ def sample(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def result(folder: Path, drawn: list[str]) -> dict[str, Any]:
-    """Verdicts on the mutants drawn, and what the survivors change."""
+    """Return counts of verdicts on the sampled mutants, and the changes of the survivors."""
     found = {
         name: (module, verdict)
         for module, of_module in verdicts(folder).items()
@@ -118,7 +118,7 @@ def result(folder: Path, drawn: list[str]) -> dict[str, Any]:
 
 
 def render(record: dict[str, Any]) -> Iterator[str]:
-    """The page of all wings checked so far, line by line."""
+    """Yield the lines of the page of all wings checked so far."""
     yield HEADER
     columns = ("mutants", "drawn", KILLED, SURVIVED, UNCHECKED)
     yield f"| wing | {' | '.join(columns)} | seed | checked |"
@@ -133,12 +133,12 @@ def render(record: dict[str, Any]) -> Iterator[str]:
 
 
 def why(survivor: str) -> str:
-    """Why a mutant may live, told by its change without the module's name."""
+    """Return why a mutant may survive; reasons match its change without the module's name."""
     return reason(survivor.partition(": ")[2])
 
 
 def main() -> bool:
-    """Check a wing and write the page; return whether enough is killed and told."""
+    """Check a wing; return whether the goal is met and every survivor has a reason."""
     parser = argparse.ArgumentParser(description="Mutation testing of a wing.")
     parser.add_argument("wing", choices=sorted(TESTS))
     parser.add_argument("--sample", type=int, default=100, help="mutants drawn")

@@ -72,7 +72,7 @@ class Name:
 
     @property
     def signature(self) -> str:
-        """How it is called, without types; nothing for what is not called by users."""
+        """Return the call signature without types; empty for names that users do not call."""
         protocol = getattr(self.thing, "_is_protocol", False)
         enumeration = isinstance(self.thing, enum.EnumMeta)
         if self.kind in ("data", "exception") or protocol or enumeration:

@@ -26,8 +26,10 @@ INTRODUCTION = """\
 # Importing into code that you have
 
 Made by `python -m docs.render_importing`; do not edit. Four files of
-[`examples/importing`](../examples/importing), whole, and what they print; each is run by
-`tests/test_importing.py`. Every name is documented on [the API page](api.md).
+[`examples/importing`](../examples/importing), complete, with their output;
+`tests/test_importing.py` runs each. They run in a clone after `pip install -e '.[train]'`. Every
+name is documented on [the API page](api.md); [a training loop](loop.md) has one objective in place
+of single losses.
 
 | you have | you add |
 |---|---|

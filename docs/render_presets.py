@@ -80,13 +80,14 @@ Made by `python -m docs.render_presets` with torch {torch}, diffusers {diffusers
 {transformers}; do not edit. The same facts are in [families.json](families.json).
 
 Each cell is one optimizer step (AdamW, learning rate {rate:g}) of an objective with its default
-hyperparameters, but for four noise levels or two stochastic steps a turn. Pipelines are tiny ones
-of the real classes, whole, with random weights, float32 on a CPU:
+hyperparameters, except that it has four noise levels or two stochastic steps a turn. Pipelines are
+complete and tiny, of the real classes, with random weights, in float32 on a CPU:
 {groups} groups of {members} trajectories of two turns (one for text to image), {steps} steps, LoRA
-adapters of rank 4, random advantages normalized within groups. The number is the cosine, over
-trajectories, of the advantages with the changes of likelihood: of log-probs of the recorded steps
-where the objective replays steps, else of minus the flow-matching loss of the final latents, at
-fresh noise. Above 0 means that good trajectories became likelier. Means over {seeds} seeds with
+adapters of rank 4, random advantages normalized within groups. The number is the cosine between
+advantages and changes of likelihood, over trajectories. The likelihood is the log-prob of the
+recorded steps if the objective replays steps, else minus the flow-matching loss of the final
+latents at fresh noise. Above 0 means that good trajectories became likelier.
+Means over {seeds} seeds with
 95% t-intervals.
 
 | family | presets |{columns}

@@ -58,9 +58,9 @@ of `mteditflow/rewards/judge/wording.py`.
 | | {instructions} |
 | | done: 5, yes | another color: 3, no | not done: 1, no |
 
-With scope "turn" there is one request per turn, of two images; shown is that about turn 2. Answers
-are examples. Whatever is not exactly in the form that was asked for is lost, with a reason; no
-score is ever put in its place.
+With scope "turn" there is one request per turn, with two images; the request about turn 2 is shown.
+Answers are examples. An answer without exactly one reading
+([what is read](rewards.md#1-serve-the-judge)) is lost, with a reason; no score ever replaces it.
 """
 
 
@@ -89,7 +89,7 @@ def page() -> str:
 
 
 def _section(prompt: JudgePrompt | ExpectationPrompt) -> str:
-    """One prompt: what is sent, what the server is told beside it, and how an answer is read."""
+    """Write one prompt: messages, request options, and how an answer is read."""
     spans = prompt.spans(len(INSTRUCTIONS))
     span = spans[len(spans) // 2]
     urls = [f"judge_prompts/image_{n}.png" for n in range(span.start, span.stop + 1)]

@@ -41,11 +41,11 @@ do not edit. The same facts are in [support.json](support.json). Of the {classes
 of that version whose modules name the flow scheduler, {recorded} are recorded and replayed, and
 the others are listed with the reason; {more} more classes are recorded with it.
 
-`Recorder` patches nothing and knows no pipeline class. It finds by equality of tensors where a call
-holds the noisy sample, how it passes the time, and how the outputs become the scheduler's velocity
-(`mteditflow/pipelines/`: `recognize.py`, `flow_times.py`, `guidance.py`). Other pipelines that call
-their transformer in one of these ways work without being listed; all others are refused with a
-reason.
+`Recorder` patches nothing and depends on no pipeline class. It compares tensors to find where a
+call holds the noisy sample, how it passes the time, and how the outputs become the scheduler's
+velocity (`mteditflow/pipelines/`: `recognize.py`, `flow_times.py`, `guidance.py`). Other pipelines
+that call their transformer in one of these ways work without being listed; all others are refused
+with a reason.
 
 Each row is a tiny pipeline of the real classes, float32 on a CPU. Scheduler settings are those of
 diffusers' conversion script, where it has one for the model, or like those of the published model.
@@ -57,13 +57,13 @@ mode, and must be refused when velocity, sample or prompts change at a late step
 (`tests/pipelines/test_forms.py`).
 
 - **batches**: numbers of trajectories per call that were recorded.
-- **steps**: recorded steps of those that were asked for; a strength of 0.5 leaves half.
+- **steps**: recorded steps out of those requested; a strength of 0.5 leaves half.
 - **calls**: forward passes of the transformer per pipeline call.
 - **how the sample lies**: the argument of the transformer that holds the noisy sample.
 - **text**: the real encoders that prompts go through, or embeddings given to the call.
-- **ratio**: of the replayed to the recorded likelihood of every step, exactly 1 in the batch in
-  which it was sampled; then with rows of all trajectories, turns and steps mixed. Inpainting
-  changes latents between steps, so that it is recorded without stochastic steps.
+- **ratio**: likelihood of a replayed step over that of the recorded one. It is exactly 1 in the
+  batch in which the step was sampled; "mixed" is a batch of rows of all trajectories, turns, steps.
+  Inpainting changes latents between steps, so it is recorded without stochastic steps.
 - **output under an ODE**: the recorded call's image or video compared with the plain call's.
 - **GRPO, NFT**: three optimizer steps on LoRA adapters, on the rows of one rollout; the gradients
   are finite and not zero.
@@ -147,7 +147,7 @@ def check(name: str, kind: str) -> tuple[str, Row]:
 
 
 def say(line: str) -> None:
-    """Print a line at once, which tells how far the minutes are."""
+    """Print a line at once, as progress: the command takes minutes."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

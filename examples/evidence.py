@@ -1,4 +1,4 @@
-"""Repeat the demo over seeds, both objectives and both families, and write it into ``docs/``.
+"""Train both objectives and both families over seeds in the shapes world: ``docs/evidence.md``.
 
     python examples/evidence.py
 
@@ -60,10 +60,10 @@ KINDS = {
     "klein-grpo": Kind("shapes-klein-grpo"),
 }
 TITLES = {
-    "nft": "DiffusionNFT: `make demo`",
-    "grpo": "Flow-GRPO: `make demo OBJECTIVE=grpo`",
-    "klein-nft": "DiffusionNFT, klein",
-    "klein-grpo": "Flow-GRPO, klein under guidance 4",
+    "nft": "DiffusionNFT: preset `shapes-nft`",
+    "grpo": "Flow-GRPO: preset `shapes-grpo`",
+    "klein-nft": "DiffusionNFT, klein: preset `shapes-klein-nft`",
+    "klein-grpo": "Flow-GRPO, klein under guidance 4: preset `shapes-klein-grpo`",
 }
 COUNTS = {Family.kontext: (480, 512), Family.klein: (240, 128)}  # to train on, and held out
 SHOWN = ("nft", "grpo", "klein-grpo")  # whose pictures go into the page
@@ -161,7 +161,7 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Write the evidence as Markdown."""
     some = next(iter(reports.values()))
     lines = [
-        "# Evidence: the demo over seeds",
+        "# Evidence: the shapes world over seeds",
         "",
         "Output of `make evidence` (`python examples/evidence.py`); nothing here is written by "
         "hand.",
@@ -170,12 +170,12 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
         f"- Each run: {some['held_out_chains']} held-out chains of three turns "
         f"({COUNTS[Family.klein][1]} for klein, whose pipeline takes one at a time), which share "
         "no picture and no chain with pre-training or RL; before and after from equal noise.",
-        "- Minutes are those of the machine as it was, not always idle, with the threads given.",
+        "- Minutes are wall-clock time on a machine that was not always idle.",
         "- Percent, with 95% intervals over chains. IF(3): all three turns succeeded. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
-        "- Marginal(3) / Marginal(1), in percent: low means exposure bias. Once for following the "
-        "instruction, once for the whole picture. It is a ratio of shares of all chains, not the "
-        "share of turn-1 successes that succeed at turn 3 too.",
+        "- Marginal(3) / Marginal(1), in percent: low means exposure bias. It is given for "
+        "following the instruction and for the whole picture. It is a ratio of shares of all "
+        "chains, not the share of turn-1 successes that succeed at turn 3 too.",
         "- Whole picture right: the target and everything else, this turn alone, in percent.",
         "",
         "![Overall and whole pictures right, turn by turn](evidence.png)",

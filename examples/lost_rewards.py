@@ -185,15 +185,15 @@ def document(reports: Reports) -> str:
         "written by hand.",
         "",
         *made_with(reports),
-        f"- The demo, DiffusionNFT, {some['rounds']} rounds, but every picture goes over HTTP: "
+        f"- The preset `shapes-nft`, {some['rounds']} rounds, but every picture goes over HTTP: "
         "instruction following is asked of a scripted judge, which answers from the exact rewards "
         "and spoils a share of its answers (refused, cut off, a score too few, one out of range); "
         "content consistency comes from the server of the library, with a detector by rule and "
         "the L1 terms. Four attempts for each answer; a spoilt one stays spoilt.",
         f"- {some['held_out_chains']} held-out chains, scored exactly, before and after, from "
         "equal noise. Percent, 95% intervals over chains.",
-        "- Lost: share of the judge's answers that the trainer knows to be lost; where 0.5 is put "
-        "in their place, it knows of none. Invalid: share of rewards that were left out of "
+        "- Lost: share of the judge's answers that the trainer counts as lost; where 0.5 is put "
+        "in their place, it counts none. Invalid: share of rewards that were left out of "
         "statistics and training.",
         "",
         "![Rewards in training, and Overall after it](lost_rewards.png)",

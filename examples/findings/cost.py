@@ -35,8 +35,9 @@ FINDINGS = (
             Setting("two steps", TWO, "shapes-grpo"),
         ),
         (Claim("two steps", "GRPO, three steps", margin=MARGIN),),
-        note="FLUX.1-Kontext: 18 F to sample, and 3.2 F for each trained step: five of six are "
-        "66 F, two are 37.2 F. Here three of four steps are all that can be trained but the last.",
+        note="FLUX.1-Kontext: 18 F to sample, and 3.2 F for each trained step: five of six are 66 "
+        "F, two are 37.2 F. Here three of four steps are the most that can be trained: all but "
+        "the last.",
     ),
     Finding(
         "nft_alone",
@@ -71,10 +72,10 @@ FINDINGS = (
             Claim("two of three, drawn", "GRPO, three steps", margin=MARGIN),
         ),
         why="A guess that no run here tests: the first steps decide what an edit will be, so their "
-        "noise moves the reward most; a step that stands later adds noise to the gradient.",
+        "noise moves the reward most; a later step adds noise to the gradient.",
         note="FLUX.1-Kontext: two of six steps are 37.2 F, first or in a window; three of five, "
-        "drawn anew for every turn, 46.8 F. Noise and first steps that a group shares in turn 1 "
-        "would save at most 2 F, and only where the window stands later, which loses here.",
+        "drawn at random for every turn, 46.8 F. Noise and first steps that a group shares in "
+        "turn 1 would save at most 2 F, and only where the window stands later, which loses here.",
     ),
 )
 

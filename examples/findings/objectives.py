@@ -57,9 +57,9 @@ FINDINGS = (
             Claim("Guard", "GRPO"),
             Claim("DPPO", "GRPO"),
         ),
-        note="Every objective has the same rollouts in number, the same optimizer, the same "
-        f"rewards and no KL. {protocol(TRIED)} Seconds are of a machine that was more or less busy "
-        "with other work.",
+        note="Every objective has the same number of rollouts, the same optimizer, the same rewards "
+        f"and no KL. {protocol(TRIED)} Seconds are wall-clock time on a machine with varying other "
+        "load.",
     ),
     Finding(
         "flops",
@@ -94,10 +94,10 @@ FINDINGS = (
         note="Trajectory: each turn has the advantage of the whole chain (the paper's broadcast). "
         "To go: the mean of its own reward and those of the turns after it. Turn: its own. "
         "Mixture: half of the trajectory's, half of its own. Until failure: its own, and turns "
-        "after the first that failed take no part.",
+        "after the first failed one are left out.",
         why="Turns succeed almost independently in this world (see the last finding of "
-        "[findings.md](findings.md)), so the more a turn answers for others, the more of their "
-        "luck is in its advantage.",
+        "[findings.md](findings.md)), so the more a turn is credited for others, the more of "
+        "their noise is in its advantage.",
     ),
     Finding(
         "selection",
@@ -115,10 +115,10 @@ FINDINGS = (
             Claim("AND, drop groups", "AND, all"),
             Claim("AND, draw informative", "AND, all"),
         ),
-        note="Drop groups: those whose trajectories all reach the top, all stay at the bottom, or "
-        "all get the same reward take no part; under the Likert average that is at most one "
-        "group in a round, so it is not run. Draw informative: chains are drawn the more often, "
-        "the more the rewards of their last groups differed. AND: a chain counts if all its turns "
+        note="Drop groups: groups whose trajectories all have the top score, all the lowest, or "
+        "all the same reward are left out; under the Likert average that is at most one group in "
+        "a round, so it is not run. Draw informative: chains are drawn the more often, the more "
+        "the rewards of their last groups differed. AND: a chain counts if all its turns "
         "succeed, so most groups are not informative.",
     ),
     Finding(
@@ -139,8 +139,9 @@ FINDINGS = (
         note="The floor is on the mean consistency of a round's chains, held by a Lagrange "
         "multiplier; evaluation is on other chains, by CC(3).",
         why="The floor is held: over the last five rounds the mean consistency in training was "
-        "97.7, 98.0 and 98.0% (seeds 0, 1, 2), by multipliers of 1.7, 1.6 and 0.8. It lies above "
-        "what the model came with, and costs following as a weight of that size does.",
+        "97.7, 98.0 and 98.0% (seeds 0, 1, 2), by multipliers of 1.7, 1.6 and 0.8. It is above "
+        "the consistency of the untrained model, and costs following as a weight of that size "
+        "does.",
     ),
     Finding(
         "distillation",
@@ -153,15 +154,15 @@ FINDINGS = (
             Claim(SELF.label, UNTRAINED_LABEL, "marginal"),
             Claim(SELF.label, UNTRAINED_LABEL, "content_consistency"),
         ),
-        note="Distillation: the teacher is the NFT run of the same seed, and sees what the student "
-        "sees. Self-distillation: the teacher is the untrained model, shown the true image before "
-        "each turn where the student sees its own; it can learn to go on from its own mistakes, "
-        "but not to make an edit of a clean image better. Both by "
-        "`examples/self_distillation.py`, at the states that the student reaches; options were "
-        "chosen on seed 0 among a few.",
-        why="A guess for self-distillation: what this editor does wrong are edits, of which its "
-        "image does not tell; of wear, which it could learn to mend, there is little in pictures "
-        "of twelve by twelve.",
+        note="Distillation: the teacher is the NFT run of the same seed, and gets the same "
+        "conditioning as the student. Self-distillation: the teacher is the untrained model, "
+        "conditioned on the true image before each turn where the student is on its own; the "
+        "student can learn to recover from its own mistakes, but not to edit a clean image "
+        "better. Both by `examples/self_distillation.py`, at the states that the student "
+        "reaches; options were chosen on seed 0 among a few.",
+        why="A guess for self-distillation: the errors of this editor are wrong edits, which a "
+        "clean image as conditioning does not correct. Wear, which the student could learn to "
+        "repair, is small in pictures of twelve by twelve pixels.",
     ),
 )
 

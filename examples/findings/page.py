@@ -37,8 +37,8 @@ def document(results: Results, ablations: Ablations, *, command: str) -> str:
         f"# {study.title}",
         "",
         *([study.answer, ""] if study.answer else []),
-        f"Output of `{command}`. All numbers and verdicts are written by it; the sentences after "
-        '"Why" alone are written by hand, in `examples/findings/`.',
+        f"Output of `{command}`. It writes all numbers and verdicts; only the sentences after "
+        '"Why" are written by hand, in `examples/findings/`.',
         "",
         *_made_with(results, ablations),
         "",
@@ -75,11 +75,11 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         "Overall(3) = sqrt(IF(3) CC(3)).",
         "- Means: t-interval over seeds (95%). Differences: paired by seed, 95% t-intervals with "
         "the error pooled over all settings (randomized blocks; seeds are the blocks). A bootstrap "
-        "over three seeds is too narrow, and t by three differences alone 4.3 errors wide. It "
-        "assumes that settings scatter alike: the figures show every seed. No correction is made "
-        "for the number of claims.",
+        "over three seeds is too narrow, and a t-interval of three differences alone is 4.3 "
+        "standard errors to each side. The pooled error assumes equal variance in all settings: "
+        "the figures show every seed. No correction is made for the number of claims.",
         "- Over chains alone: 95% bootstrap intervals of the same differences over the held-out "
-        "chains of these seeds. They say how sure these very runs are, nothing of other seeds, so "
+        "chains of these seeds. They measure the uncertainty of these runs, not of other seeds, so "
         "they do not decide: a finding must hold for seeds that were not run.",
         "- Verdict: *seen* if the interval of the claimed difference lies above 0 (or above minus "
         "the claim's margin), *reversed* if below, else *not separated*.",

@@ -22,8 +22,8 @@ FINDINGS = (
         ),
         (Claim("Likert average", "binary average"), Claim("binary average", "binary AND")),
         "Likert average > binary average > binary AND.",
-        why="How much is left to learn from differs: on seed 0 before training, over 24 "
-        "groups of 8, 83% of the groups have no two members apart under binary AND, 17% under the "
+        why="The share of informative groups differs: on seed 0 before training, over 24 "
+        "groups of 8, in 83% of the groups all rewards are equal under binary AND, 17% under the "
         "binary average and none under the Likert average; inside groups AND correlates with the "
         "Likert average by 0.24, the binary average by 0.69.",
     ),
@@ -45,17 +45,18 @@ FINDINGS = (
             Claim("noisy, little bias", "biased, little variance"),
             Claim("exact", "noisy, little bias"),
         ),
-        "A judge that thinks (less bias, more variance) > one that does not. The second claim, "
-        "that the exact judge is better still, is only implied by it.",
-        "In training alone; evaluation is always by the exact rewards. The biased judge takes a "
-        "lenient look at nine turns in ten, which passes what is right in place or in color "
-        "alone, with noise of 0.25 points; the noisy one at one turn in ten, with noise of 1.",
-        "These are judges made up for the test, and how much they err was "
-        "chosen, not fitted to real ones. Inside groups, which is all that training sees, both are "
-        "about equally far from the truth: their rewards correlate with the exact ones by 0.63 "
-        "(biased) and 0.67 (noisy) before training, by 0.54 and 0.55 after the base run. So the "
-        "order of the two is not given by the signal that they leave. A guess that no run here "
-        "tests: what the bias passes (a right place or color) is on the way to a right edit, "
+        "A judge that thinks (less bias, more variance) > one that does not. The paper only "
+        "implies the second claim, that the exact judge is better still.",
+        "In training alone; evaluation is always by the exact rewards. The biased judge is "
+        "lenient in nine turns of ten: it passes an edit that is right in place or in color "
+        "alone, with noise of 0.25 points. The noisy judge is lenient in one turn of ten, with "
+        "noise of 1.",
+        "These judges were made up for the test, and their error rates were chosen, not fitted to "
+        "real ones. Inside groups, which is all that training sees, both are about equally far "
+        "from the truth: their rewards correlate with the exact ones by 0.63 (biased) and 0.67 "
+        "(noisy) before training, by 0.54 and 0.55 after the base run. So the order of the two "
+        "is not given by the signal that they leave. A guess that no run here tests: the edits "
+        "that the biased judge passes (a right place or color) are steps toward a right edit, "
         "which noise is not.",
     ),
     Finding(
@@ -74,7 +75,7 @@ FINDINGS = (
         ),
         "Advantage level > reward level, and the gap grows with training; the variance of IF in a "
         "group was 5.8 times that of CC.",
-        "Compared at the end of training alone, so nothing is said here of a gap that grows.",
+        "Compared only at the end of training, so this does not test whether the gap grows.",
         "Inside groups the spread of CC is a third of that of IF (on seed 0: 0.044 and "
         "0.131 before training), so adding rewards up acts like advantages with a third of w_CC: "
         "its CC(3) at w_CC 0.5 and 1 is that of advantages at 0.1 to 0.5. CC starts at 97% here, "
@@ -131,7 +132,7 @@ FINDINGS = (
         "Equal rounds, so finer steps cost more; see seconds. The model before training is "
         "evaluated at the same steps.",
         "The untrained editor is as good with 4 steps as with 10 (Overall(3) 17.9 and 17.3), so "
-        "there is nothing that finer steps could mend.",
+        "finer steps have nothing to repair.",
     ),
     Finding(
         "turns",
@@ -144,9 +145,9 @@ FINDINGS = (
         (Claim("2", "1"), Claim("3", "2"), Claim("3", "1")),
         "Overall rises with the number of training turns.",
         "Equal rounds and trajectories, so that more turns are also more images; see seconds.",
-        "What this editor does wrong it does wrong in a single edit (37% of "
-        "first turns succeed), which one turn shows too; and with one turn the advantage is that "
-        "edit's own, with three it is shared by three edits: see the next finding.",
+        "The errors of this editor are errors of single edits (37% of first turns succeed), which "
+        "training on one turn covers, too. With one turn the advantage is that edit's own, and "
+        "with three it is shared by three edits: see the next finding.",
     ),
     Finding(
         "objective",
@@ -163,10 +164,10 @@ FINDINGS = (
             Claim("NFT, trajectory", "NFT, until failure"),
         ),
         "NFT ends above GRPO (turn-3 Overall 45.56 and 44.04, from 38.71). It broadcasts one "
-        "advantage to all turns; of the two others it gives no numbers, so those claims only ask "
-        "whether its choice is the best one here.",
-        "Turn: every turn is normalized among the same turn of its group. Until failure: so too, "
-        "but turns after the first that failed take no part.",
+        "advantage to all turns and gives no numbers for the two alternatives, so those claims "
+        "only test whether its choice is the best one here.",
+        "Turn: every turn is normalized among the same turn of its group. Until failure: the "
+        "same, but turns after the first failed one are left out.",
         "Turns succeed almost independently here (on seed 0 before training IF(3) is "
         "3.5%, the product of the three Marginals 2.9%), so an advantage of the trajectory adds "
         "the luck of two other turns to each. Where one failed turn spoils the rest, as the paper "

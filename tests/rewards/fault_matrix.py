@@ -186,19 +186,19 @@ HEADER = f"""\
 
 Made by `python -m tests.rewards.fault_matrix`; do not edit. Each cell is a test
 (`tests/rewards/test_fault_matrix.py`): the real `Judge` and the real `ConsistencyClient` ask a
-server on raw sockets that does what the row says, *always* or *once*, at the only endpoint there
-is. {ATTEMPTS} attempts are allowed.
+server on raw sockets that fails as the row describes, *always* or *once*; there is no other
+endpoint. {ATTEMPTS} attempts are allowed.
 
-A score is right, or it is invalid with a reason; no fault makes a number of its own. An invalid
+A score is right, or it is invalid with a reason; no fault turns into a number. An invalid
 score takes no part in the statistics of its group, and its trajectory gets no gradient.
 
 | fault | judge, always | judge, once | consistency, always | consistency, once |
 |---|---|---|---|---|
 """
 FOOTER = """
-A second endpoint takes over where "once" says invalid: a request that one endpoint rejects, or that
-it asks to wait too long for, goes to the next. A connection that is refused "once" is that case
-too: one of two endpoints is dead.
+Where "once" is invalid, a second endpoint would take over: a request that one endpoint rejects, or
+for which it demands too long a wait, goes to the next. The row of the refused connection was
+measured "once" in this way, with one of two endpoints dead.
 """
 
 
