@@ -57,9 +57,9 @@ FINDINGS = (
             Claim("Guard", "GRPO"),
             Claim("DPPO", "GRPO"),
         ),
-        note="Every objective has the same number of rollouts, the same optimizer, the same rewards "
-        f"and no KL. {protocol(TRIED)} Seconds are wall-clock time on a machine with varying other "
-        "load.",
+        note="Every objective has the same number of rollouts, the same optimizer, the same "
+        f"rewards and no KL. {protocol(TRIED)} Seconds are wall-clock time on a machine with "
+        "varying other load.",
     ),
     Finding(
         "flops",
