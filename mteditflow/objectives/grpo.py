@@ -31,8 +31,8 @@ class GRPO(ReplayObjective):
     fails if solver, noise level or reduction differ from the rollout's. Ratios of summed log-probs
     need clip ranges of 0.1 .. 0.2.
 
-    Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (ratio - 1 - log ratio, an estimate
-    of the KL to the policy that sampled), "kl", "importance_weight".
+    Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (ratio - 1 - log ratio; for summed
+    log-probs an estimate of the KL to the policy that sampled), "kl", "importance_weight".
 
     Raises:
         ValueError: a number is out of range.
