@@ -234,6 +234,7 @@ def variance_ratio(
         tensor(4.)
     """
     a, b = _deviations(reward, other, group, valid)
+    # Both sums run over the same entries, so their counts cancel in the ratio.
     top, bottom = (_root_mean_square(x) for x in (a, b))
     return (top / bottom).square().to(as_real("reward", reward))
 

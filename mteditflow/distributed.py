@@ -54,6 +54,7 @@ def gather_ranks(
     rows = len(tensors[0])
     if not (dist.is_available() and dist.is_initialized()):
         return tuple(x.detach() for x in tensors), slice(0, rows)
+    # Sizes first: every rank must pad to the same largest batch.
     counts = _row_counts(rows, tensors[0].device, process_group)
     start = sum(counts[: dist.get_rank(process_group)])
     gathered = tuple(_gather(x.detach(), counts, process_group) for x in tensors)

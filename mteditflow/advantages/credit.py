@@ -151,6 +151,7 @@ class TrajectoryCredit:
         measured = valid & has.any(dim=1)
         value = torch.full_like(reward[:, 0], torch.nan)
         if bool(measured.any()):
+            # Chains without a measured turn are left out: aggregators refuse an empty row.
             rows = reward[measured], has[measured]
             value[measured] = self.aggregate(rows[0], turn_mask=rows[1]).to(value.dtype)
         turns = has.shape[1]
@@ -301,6 +302,7 @@ def turn_advantage(
         check_shape(f"signals[{name!r}]", other.value, signal.value.shape, f"of {first!r}")
     ids = as_ids(group, signal.value.device)
     exists = as_mask("turn_mask", turn_mask, signal.value, "[B, N]")
+    # ``turn_mask`` is applied at the end only: TrajectoryCredit needs padded turns in the groups.
     valid = torch.stack([signal.valid for signal in used.values()]).all(dim=0)
     valid = valid & as_mask("keep", keep, signal.value, "[B, N]")
     values = {name: signal.value for name, signal in used.items()}

@@ -175,5 +175,6 @@ def _rows(entry: _Entry, term: str, turns: int) -> list[list[_Number]]:
     """Return the stored rows of a term, all lost if their count or number of turns differs."""
     count = len(next(iter(entry.values())))
     rows = entry.get(term, [])
+    # Runs may change their rewards or chain lengths between rounds; old entries then do not fit.
     fits = len(rows) == count and all(len(row) == turns for row in rows)
     return rows if fits else [[None] * turns] * count

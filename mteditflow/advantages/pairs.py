@@ -59,10 +59,11 @@ def group_pairs(reward: Numbers, group: Numbers, *, valid: Numbers | None = None
         """Return each group's extreme reward, and the first trajectory that has it."""
         found = torch.full((len(names),), start, dtype=reward.dtype, device=reward.device)
         found = found.scatter_reduce(0, index, torch.where(valid, reward, start), reduce)
+        # Invalid values are NaN and equal nothing; len(reward) never wins the minimum below.
         number = torch.where(value == found[index], first, len(reward))
         place = torch.full_like(names, len(reward), dtype=torch.int64)
         return found, place.scatter_reduce(0, index, number, "amin")
 
     (best, winner), (worst, loser) = extreme("amax", -torch.inf), extreme("amin", torch.inf)
-    differ = best > worst
+    differ = best > worst  # false for equal rewards, and for -inf > inf of groups without a member
     return Pairs(winner[differ], loser[differ])

@@ -111,6 +111,7 @@ def mask_coverage(mask: Numbers, tile: int) -> Tensor:
     check_values("mask", given, (given >= 0) & (given <= 1), "values in [0, 1]")
     check_count("tile", tile)
     (exact,) = in_float64(given)
+    # Area pooling as two matrix products, because the last tokens may be partial.
     down, across = (_membership(side, tile, exact) for side in exact.shape[-2:])
     pixels = down.sum(dim=1)[:, None] * across.sum(dim=1)
     return (down @ exact @ across.T / pixels).to(given)
@@ -302,6 +303,7 @@ def _cuts(edges: Tensor, side: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens = torch.arange(-(-side // tile), device=edges.device, dtype=torch.int64)
     grid = torch.cat([tokens * tile, tokens.new_tensor([side])]).to(edges)
     cuts = torch.unique(torch.cat([edges.clamp(0, side), grid]))
+    # No piece crosses a cut, so its middle decides for the whole piece.
     middle = (cuts[1:] + cuts[:-1]) / 2
     return middle, cuts.diff(), (tokens[:, None] == (middle // tile)).to(edges)
 

@@ -74,6 +74,7 @@ def softmax_advantage(
     exact, index, mask = in_float64(reward.detach(), group_index(group), valid)
 
     def batch_std(x: Tensor, least: float) -> Tensor:
+        # One group of all trajectories: the group std is then that of the batch, per turn.
         return group_std(x, torch.zeros_like(index), valid=mask).clamp(min=least)
 
     scale = batch_std(exact, floor) if temperature is None else temperature

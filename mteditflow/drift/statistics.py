@@ -83,6 +83,7 @@ def color_entropy(images: Tensor, *, bins: int = 8) -> Tensor:
     """
     check_count("bins", bins, high=64)
     x = _pixels(images)
+    # 1.0 belongs to the last bin.
     level = (x * bins).long().clamp(max=bins - 1).flatten(-2)
     color = (level[..., 0, :] * bins + level[..., 1, :]) * bins + level[..., 2, :]
     flat = color.reshape(-1, color.shape[-1])

@@ -147,7 +147,7 @@ class DriftWatch:
             recent = [*self._recent.get(name, []), reading][-self._window :]
             self._recent[name] = recent
             if len(early) < self._baseline:
-                early.append(reading)
+                early.append(reading)  # fixed once complete: a slow drift must not move its band
                 continue
             band = self.band_around(name, reading.reference)
             # The median is over changes, so shift it and the band to this round's reference.

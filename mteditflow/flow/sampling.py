@@ -204,7 +204,7 @@ def rollout(
     for turn in range(n):
         policy = partial(velocity, reference=reference, turn=turn)
         turns.append(_roll_turn(policy, noise[:, turn], sigmas, solvers, generators, reduction))
-        reference = turns[-1][0][:, -1]
+        reference = turns[-1][0][:, -1]  # Eq. 9-16: a turn edits the last state of the one before
     latents, log_probs, stochastic = zip(*turns, strict=True)
     return Trajectory(
         latents=torch.stack(latents, dim=1),
@@ -234,6 +234,7 @@ def _roll_turn(
         transition = solver(x, v, sigma, next_sigma)
         sample = transition.mean
         random = (transition.std > 0).all()
+        # ODE steps draw nothing, so that the noise of later steps depends on stochastic steps only.
         if random:
             z = batched_noise(x.shape[1:], generators, dtype=sample.dtype, device=x.device)
             sample = transition.sample(z)

@@ -198,6 +198,7 @@ class FlowSDE(_SDE):
 
     def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
         """Return the diffusion coefficient g, with ``next_sigma`` in place of a sigma of 1."""
+        # As flow_grpo does: sigma_1 replaces 1 in the denominator of the first step only.
         below_one = torch.where(sigma == 1, next_sigma, sigma)
         return self.noise_level * (sigma / (1 - below_one)).sqrt()
 
@@ -440,7 +441,7 @@ def sliding_window(
     for name, count in (("size", size), ("stride", stride), ("interval", interval)):
         check_count(name, count)
     check_count("steps", steps, low=size)
-    last = steps - size
+    last = steps - size  # first step of the last window, so that no window is cut short
     positions = math.ceil(last / stride) + 1
     start = min(update // interval % positions * stride, last)
     return range(start, start + size)

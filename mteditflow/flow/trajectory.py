@@ -112,6 +112,7 @@ class Trajectory:
         has_turn = self.turn_mask.any(dim=1)
         check_values("turn_mask", has_turn, has_turn, "at least one turn in each trajectory")
         for name, x in (("log_prob", self.log_prob), ("latents", self.latents)):
+            # Absent turns hold whatever the sampler left there, NaN included.
             absent = ~self.turn_mask.reshape(self.turn_mask.shape + (1,) * (x.ndim - 2))
             check_values(name, x, x.isfinite() | absent, "finite values in existing turns")
 

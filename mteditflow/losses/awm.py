@@ -170,6 +170,7 @@ def matching_surrogate_loss(
     values = token_values("advantage", advantage, error, low=-math.inf, high=math.inf, valid=mask)
     if values.numel() == len(values):
         return surrogate(loss, values.flatten())
+    # A+ and A- apart: one mean advantage could be near 0 while both signs need their own clip.
     total = torch.zeros_like(loss)
     for part in (values.clamp(min=0), values.clamp(max=0)):
         mean = row_mean(part).to(part)

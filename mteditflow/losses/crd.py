@@ -113,6 +113,7 @@ def crd_loss(
     residual = crd_beta * (q - group_mean(q.detach(), ids, mask)) - (
         wanted - group_mean(wanted, ids, mask)
     )
+    # The scale makes the gradient at the old policy independent of b and A_max.
     loss = residual.square() * (advantage_max / crd_beta)
     return (loss if mask is None else loss.where(mask, 0)).to(v.dtype)
 

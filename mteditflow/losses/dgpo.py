@@ -101,7 +101,7 @@ def dgpo_loss(
     reference_error = row_squared_error(mask, reference_velocity=reference_velocity, target=target)
     a = row_numbers("advantage", advantage, error, valid=mask).detach()
     behind = group_mean(a * (error - reference_error).detach(), ids, mask)
-    weight = torch.sigmoid(dgpo_beta * behind).to(error)
+    weight = torch.sigmoid(dgpo_beta * behind).to(error)  # sigma(S_g), equal for all of a group
     if ratio_clip is not None:
         check_number("ratio_clip", ratio_clip, low=0.0, high=1.0, open_low=True, open_high=True)
     if (old_velocity is None) != (ratio_clip is None):

@@ -170,5 +170,6 @@ def step_kl_weight(solver: Solver, sigma: float | Numbers, next_sigma: float | N
         >>> step_kl_weight(DanceSDE(0.5), torch.tensor([1.0]), torch.tensor([0.5]))
         tensor([1.])
     """
+    # Means are linear in the velocity: the KL of slopes c and 0 is c^2 / (2 std^2).
     mean, std = unit_step(solver, sigma, next_sigma)
     return gaussian_kl(mean, torch.zeros_like(mean), std, reduction="mean")

@@ -86,6 +86,7 @@ def dpo_loss(
     reference_error = row_squared_error(used, reference_velocity=reference_velocity, target=target)
     reward = dpo_beta / 2 * (reference_error.detach() - error)
     margin = reward[winner] - reward[loser]
+    # softplus(-m) = -log sigmoid(m), without overflow for large margins.
     return softplus(-margin) if mask is None else torch.where(mask, softplus(-margin), 0)
 
 

@@ -112,6 +112,7 @@ def bootstrap_interval(
     check_kind("vectorized", vectorized, bool, "True or False")
     estimate = statistic(*(sample.clone() for sample in tensors))
     check_floating(statistic=estimate)
+    # One draw of chains for all samples, which pairs them.
     draws = torch.randint(
         count, (resamples, count), generator=generator, dtype=torch.int64, device="cpu"
     )
@@ -281,6 +282,7 @@ def interval_difference(
     check_values("correlation", phi, ~(phi.abs() > 1), "values in [-1, 1]")
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
+        # clamp: at |phi| = 1 and a = b rounding may fall below 0.
         return (a.square() - 2 * phi * a * b + b.square()).clamp(min=0).sqrt()
 
     estimate = first.estimate - second.estimate

@@ -47,6 +47,7 @@ def instruction_following(success: Numbers, *, valid: Numbers | None = None) -> 
         tensor([1.0000, 0.5000, 0.5000])
     """
     score, mask = success_and_mask("success", success, valid)
+    # Products over turns are logical ANDs: all turns so far succeeded, and all are valid.
     return mean_over_chains(score.cumprod(dim=1), mask.long().cumprod(dim=1).bool())
 
 

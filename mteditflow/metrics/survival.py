@@ -165,7 +165,7 @@ def _share_interval(share: Tensor, known: Tensor, confidence: float) -> Interval
 
 def _mean(share: Tensor, at_risk: Tensor, failed: Tensor, confidence: float) -> Interval:
     mean, turns = share.sum(), len(share)
-    later = share.flip(0).cumsum(dim=0).flip(0)
+    later = share.flip(0).cumsum(dim=0).flip(0)  # sum over k >= t of S(k)
     variance = (later.square() * _greenwood(at_risk, failed)).sum()
     half = NormalDist().inv_cdf((1 + confidence) / 2) * variance.sqrt()
     alike = alike_interval(

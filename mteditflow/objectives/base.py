@@ -261,13 +261,14 @@ def _bucket_by_bucket(call: Callable[..., Output]) -> Callable[..., Output]:
         if not isinstance(samples, Buckets):
             return call(self, velocity, samples, units, **options)
         member_rows(units)  # raises where there are none
-        units = replace(units, starts=samples.starts)
+        units = replace(units, starts=samples.starts)  # checks that no unit spans buckets
         names: list[str] = []
 
         def read(part: int, here: Tensor, _: Tensor) -> Sequence[Tensor]:
             start = samples.starts[part]
             shifted, own = _counted_from(start, velocity), units[here].within(start)
             output = call(self, shifted, samples.parts[part], own, **options)
+            # ``gather`` joins tensors by position: fix the order of metrics by the first part.
             names.extend([] if names else output.metrics)
             return output.loss, *(output.metrics[name] for name in names)
 

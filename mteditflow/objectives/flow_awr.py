@@ -98,6 +98,7 @@ class FlowAWR(ForwardObjective):
     ) -> list[Units]:
         """See ``Objective``: one row for each noise level of each turn."""
         if advantage is not None and self.temperature is not None:
+            # Before units are drawn: the softmax needs whole groups, minibatches may split them.
             values, valid = turn_values(samples, advantage, valid, tokens=True)
             columns = values.flatten(1)  # [B, N] or [B, N * tokens]; one softmax per column
             counted = valid.repeat_interleave(columns.shape[1] // valid.shape[1], dim=1)

@@ -47,7 +47,7 @@ class GroupObjective(ForwardObjective):
         drawn = draw_units(
             samples,
             groups.leads[..., None].expand(-1, -1, self.renoise.levels),
-            groups.largest,
+            groups.largest,  # the group is dropped for advantage 0 only if all members have it
             groups.leads,
             key=key,
             share=1.0,

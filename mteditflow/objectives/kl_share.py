@@ -42,6 +42,7 @@ def share_kl(units: Units, share: float, key: RoundKey) -> Units:
     )
     # Taken are the units at which the running sum of shares, from the start, passes an integer.
     every = torch.arange(len(units), dtype=torch.float64, device="cpu")
+    # searchsorted gives each trajectory's first unit, so positions count from 0 within it.
     passed = share * (every - torch.searchsorted(trajectory, trajectory)) + start
     taken = (passed + share).floor() > passed.floor()
     return replace(units, kl_weight=taken.float() / share)

@@ -214,6 +214,7 @@ class MTOPSD(Objective):
         places = [(b, n, query) for b, n in turns for query in range(self.queries)]
         rows, seeds = [], []
         for b, n, query in places:
+            # torch.distributions takes no generator; this Random depends on the key alone.
             number = Random(key.number("query", key.first + b, query))
             position = number.betavariate(self.query_alpha, self.query_beta)
             count = int(steps[b, n])

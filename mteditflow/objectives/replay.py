@@ -79,6 +79,7 @@ class Replay:
         check_units(units, members=1, drawn=False)
         rows, self._solver = member_rows(units), solver
         stored = Steps(*(x.detach() for x in samples.steps_at(rows)))
+        # States go to the model where they are stored; the rest follows the model's device.
         self.velocities = Velocities(
             velocity, stored.x_t, stored.sigma, units, old_is_current=old_is_current
         )

@@ -97,6 +97,7 @@ class Units:
             ValueError: more parts are needed than ``parts``, or ``size`` is below 1.
         """
         check_count("size", size)
+        # By bucket first: a forward pass needs one latent shape.
         buckets = [self[self.bucket == number] for number in range(len(self.starts))]
         cut = [own[start : start + size] for own in buckets for start in range(0, len(own), size)]
         needed = len(cut)
@@ -235,6 +236,8 @@ def draw_units(
         whole_groups: whether groups, not trajectories, are spread over the minibatches. Use it for
             units of several members, where the number of units that a trajectory leads varies.
     """
+    # One generator per trajectory, used first for the share and then for the strata: the draw of
+    # a trajectory does not depend on rank or batch.
     generators = [key.generator("rows", b) for b in range(len(exists))]
     taken = _draw_share(samples, exists, share, generators)
     drawn = training_rows(taken, generators=generators, minibatches=minibatches)
@@ -368,6 +371,7 @@ def _spread_groups(group: Tensor, minibatches: int, key: RoundKey) -> Tensor:
     number, before = dict.fromkeys(names, 0), key.first
     for name in number:
         size = names.count(name)
+        # With groups of one size, before // size is the group's index over all ranks.
         stratum, place = divmod(before // size, minibatches)
         order = list(range(minibatches))
         Random(key.number("groups", stratum)).shuffle(order)
