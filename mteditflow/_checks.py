@@ -1,9 +1,9 @@
-"""Validation shared by every room: one message form, no device synchronization where it is hot.
+"""Shared validation: one form of messages, and no device synchronization in hot paths.
 
-Checks of shape, dtype and Python numbers always run. Checks of tensor *values* are skipped where
-there are none to read: under ``torch.compile`` (they would break the graph), ``torch.func.vmap``,
-and of fake and meta tensors. Those of per-step quantities are skipped on accelerators too (they
-would wait for the device).
+Checks of shape, dtype and Python numbers always run. Checks of tensor *values* are skipped if the
+values cannot be read: under ``torch.compile`` (a read would break the graph), under
+``torch.func.vmap``, and for fake and meta tensors. Checks of per-step quantities are also skipped
+on accelerators, where they would synchronize with the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum")
 #: Numbers that functions of rewards and scores accept: a tensor, an array, or (nested) lists.
 Numbers = Tensor | np.ndarray[Any, Any] | Sequence[Any]
-#: Integers below are numbers of the dtype.
+#: Every integer below these is exact in the dtype.
 _EXACT = {torch.float32: 2**24, torch.float64: 2**53}
 _LARGEST = 2**63 - 1  # int64's
 _LONG = np.dtype(np.longdouble)
@@ -52,11 +52,16 @@ def is_sequence(x: object) -> bool:
 def as_numbers(
     name: str, x: object, *, device: torch.device | None = None, fix: str | None = None
 ) -> Tensor:
-    """Return a tensor as it is, and a sequence, array or number as a tensor of the same numbers.
+    """Return a tensor as it is, and a sequence, array or number as a tensor of the same values.
 
-    Python's numbers become float64, int64 or booleans, which hold them exactly; tensors in a list
-    are stacked, with their gradient. ``device`` is that of a tensor made of numbers here; ``None``
-    is the CPU. ``fix`` says what to do with what is no number; ``None``: it depends on the content.
+    Python numbers become float64, int64 or bool, which hold them exactly. Tensors in a list are
+    stacked and keep their gradient. ``device`` is that of a new tensor; ``None`` means the CPU.
+    ``fix`` is the advice in the error for content that is not numeric; ``None`` derives it from the
+    content.
+
+    Raises:
+        ValueError: lists are ragged, or tensors in a list differ in shape or device.
+        TypeError: the content is not numeric, or an array is masked.
     """
     if isinstance(x, Tensor):
         check_tensor(name, x)
@@ -86,12 +91,13 @@ def as_numbers(
             f"{name}: expected numbers or booleans, got {type(x).__name__} of {content}"
             + f"; {advice}" * bool(advice)
         )
+    # torch takes native byte order only, and a copy must not share memory with the caller.
     native = array.astype(array.dtype.newbyteorder("="), copy=True)
     return torch.from_numpy(native).to("cpu" if device is None else device)
 
 
 def _holds_tensors(x: Sequence[Any]) -> bool:
-    """Whether a sequence holds tensors, in its sequences too."""
+    """Whether a sequence, or a list or tuple nested in it, holds tensors."""
     return any(
         isinstance(item, Tensor) or (isinstance(item, (list, tuple)) and _holds_tensors(item))
         for item in x
@@ -99,7 +105,7 @@ def _holds_tensors(x: Sequence[Any]) -> bool:
 
 
 def _stacked(name: str, x: Sequence[Any], device: torch.device | None) -> Tensor:
-    """Stack tensors and numbers of one shape; of several dtypes in float64, if any is a float."""
+    """Stack tensors and numbers of one shape; mixed dtypes become float64, or int64 if no float."""
     first = first_tensor(*x)
     place = device if first is None else first.device
     parts = [as_numbers(f"{name}[{i}]", item, device=place) for i, item in enumerate(x)]
@@ -117,7 +123,7 @@ def _stacked(name: str, x: Sequence[Any], device: torch.device | None) -> Tensor
 
 
 def check_unmasked(name: str, x: object) -> None:
-    """Raise ``TypeError`` for masked arrays, in lists too: numpy would drop the mask."""
+    """Raise ``TypeError`` for masked arrays, also in lists: ``np.asarray`` would drop the mask."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
             f"{name}: expected numbers or a torch.Tensor, got a masked array, whose mask would be "
@@ -128,7 +134,7 @@ def check_unmasked(name: str, x: object) -> None:
 
 
 def _content(array: np.ndarray[Any, Any]) -> tuple[str, str]:
-    """Name the content of an array that holds no numbers of a tensor, and the fix."""
+    """Return a name for the content of an array that torch cannot hold, and advice to fix it."""
     if array.dtype != object:
         strings = array.dtype.kind in "US"
         return "strings" if strings else str(array.dtype), _CONVERT * (
@@ -143,13 +149,13 @@ def _content(array: np.ndarray[Any, Any]) -> tuple[str, str]:
 
 
 def as_real(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
-    """``as_numbers``, with integers and booleans as floats of the same value.
+    """Apply ``as_numbers``, then convert integers and booleans to floats of the same value.
 
-    Only a tensor keeps a dtype of its own beside ``like``: everything else gets that of ``like``,
-    float32 at least, and its device. Without ``like`` integers become float32.
+    A floating-point tensor keeps its dtype. Everything else gets the dtype of ``like``, float32 at
+    least; lists and arrays are created on its device. Without ``like`` integers become float32.
 
     Raises:
-        ValueError: an integer is too large for that.
+        ValueError: an integer is not exact in that dtype.
     """
     numbers = as_numbers(name, x, device=None if like is None else like.device)
     dtype = None if like is None else torch.promote_types(like.dtype, torch.float32)
@@ -165,12 +171,12 @@ def as_real(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
 
 
 def first_tensor(*values: object) -> Tensor | None:
-    """Return the first tensor, which lists and arrays beside it follow in dtype and device."""
+    """Return the first tensor, whose dtype and device lists and arrays beside it follow."""
     return next((x for x in values if isinstance(x, Tensor)), None)
 
 
 def check_no_booleans(name: str, x: object, expected: str) -> None:
-    """Raise ``TypeError`` for booleans, in lists too: on another scale than 0..1 True is no 1."""
+    """Raise ``TypeError`` for booleans, also in lists: on a scale such as 1..5, True is not 1."""
     if isinstance(x, (Tensor, np.ndarray)):
         boolean = x.dtype == torch.bool if isinstance(x, Tensor) else x.dtype.kind == "b"
     else:
@@ -196,7 +202,7 @@ def as_row_ids(group: Numbers, x: Tensor) -> Tensor:
 
 
 def as_mask(name: str, mask: Numbers | None, like: Tensor, axes: str) -> Tensor:
-    """Return a checked mask in the shape of ``like``, all true if there is none."""
+    """Return a checked mask in the shape of ``like``, all true for ``None``."""
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
     mask = as_numbers(name, mask, device=like.device)
@@ -243,7 +249,7 @@ def check_same_shape(**tensors: Tensor) -> None:
 
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int], axes: str) -> None:
-    """Raise ``ValueError`` unless ``x`` has the expected shape, which ``axes`` puts in words."""
+    """Raise ``ValueError`` unless ``x`` has the expected shape; ``axes`` names it in the error."""
     check_tensor(name, x)
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {axes} = {list(expected)}, got {list(x.shape)}")
@@ -276,19 +282,20 @@ def check_number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raise unless ``value`` is a finite number in [low, high], without an end that is open."""
+    """Raise unless ``value`` is a finite number in [low, high]; open ends are excluded."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {_kind(value, 'float')}")
     above = low < value if open_low else low <= value
     below = value < high if open_high else value <= high
-    finite = abs(value) <= sys.float_info.max  # of integers, too; math.isfinite does not trace
+    # Also false for NaN and for integers beyond float64; math.isfinite does not trace.
+    finite = abs(value) <= sys.float_info.max
     if not (finite and above and below):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a finite number in {interval}, got {shown(value)}")
 
 
 def check_count(name: str, value: int, *, low: int = 1, high: int = _LARGEST) -> None:
-    """Raise unless ``value`` is an integer of at least ``low``."""
+    """Raise unless ``value`` is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {_kind(value, 'int')}")
     if value < low:
@@ -298,7 +305,7 @@ def check_count(name: str, value: int, *, low: int = 1, high: int = _LARGEST) ->
 
 
 def shown(value: object) -> str:
-    """Render a value for an error message; long integers and arrays by their size or type."""
+    """Render a value for an error message: long integers by their size, other objects by type."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     plain = isinstance(value, (str, int, float)) or value is None
@@ -306,7 +313,7 @@ def shown(value: object) -> str:
 
 
 def _kind(value: object, conversion: str) -> str:
-    """Type of a value, with the conversion that makes it a Python number where there is one."""
+    """Return the type of a value, with advice to convert tensors and numpy scalars."""
     fix = f"; convert it with {conversion}()" if isinstance(value, (Tensor, np.generic)) else ""
     return type(value).__name__ + fix
 
@@ -318,7 +325,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
-    """Raise ``TypeError`` unless ``value`` is an instance; ``expected`` puts that in words."""
+    """Raise ``TypeError`` unless ``value`` is of the kind, described by ``expected``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
@@ -329,7 +336,7 @@ def check_named(name: str, value: object, content: str) -> None:
 
 
 def check_generator(name: str, value: object) -> None:
-    """Raise ``TypeError`` unless ``value`` is a generator of torch's."""
+    """Raise ``TypeError`` unless ``value`` is a ``torch.Generator``."""
     fix = "torch.Generator().manual_seed(seed)"
     check_kind(name, value, torch.Generator, f"a torch.Generator, such as {fix}")
 
@@ -341,7 +348,7 @@ def check_callable(name: str, value: object) -> None:
 
 
 def as_device(name: str, value: str | torch.device) -> torch.device:
-    """Return a device given as torch's or by its name."""
+    """Return a ``torch.device`` from a device or its name."""
     check_kind(name, value, (str, torch.device), "a torch.device or its name")
     try:
         return torch.device(value)
@@ -350,9 +357,9 @@ def as_device(name: str, value: str | torch.device) -> torch.device:
 
 
 def read(x: Tensor) -> Any:
-    """Return the numbers of a tensor as Python's; ``None`` where it has none to read.
+    """Return a tensor's values as Python numbers; ``None`` if they cannot be read.
 
-    So under compilation and ``vmap``, and of fake and meta tensors.
+    That is the case under compilation and ``vmap``, and for fake and meta tensors.
     """
     if torch.compiler.is_compiling():
         return None
@@ -365,7 +372,8 @@ def read(x: Tensor) -> Any:
 
 
 def _stands_for_values(x: Tensor) -> bool:
-    """Whether a tensor is one of a ``vmap``, or fake."""
+    """Whether a tensor is wrapped by ``vmap``, or fake."""
+    # Private torch modules: there is no public test for either. Imported only after a failed read.
     from torch._C._functorch import is_functorch_wrapped_tensor
     from torch._subclasses.fake_tensor import is_fake
 
@@ -382,7 +390,7 @@ def check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
 
 
 def check_step_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
-    """``check_values`` of per-step quantities: not on accelerators, where it would synchronize."""
+    """Apply ``check_values`` to per-step quantities, on the CPU only: elsewhere it synchronizes."""
     if x.device.type == "cpu":
         check_values(name, x, ok, expected)
 
@@ -400,7 +408,7 @@ def as_rewards(
 
 
 def check_group(group: Tensor, reward: Sequence[int]) -> None:
-    """Raise unless ``group`` holds integer ids, of any width and sign, [B] as the reward's."""
+    """Raise unless ``group`` holds integer ids [B], signed or not, for rewards of this shape."""
     check_tensor("group", group)
     if group.shape != reward[:1] and group.numel() == math.prod(reward):
         raise ValueError(
@@ -413,7 +421,7 @@ def check_group(group: Tensor, reward: Sequence[int]) -> None:
 
 
 def check_integers(name: str, x: Tensor, content: str) -> None:
-    """Raise ``TypeError`` unless a tensor holds integers, of any width and sign."""
+    """Raise ``TypeError`` unless a tensor holds integers, of any width, signed or not."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer {content}, got {x.dtype}")
 
@@ -424,9 +432,9 @@ def check_rewards(
     valid: Tensor | None,
     measured: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Validate rewards of one shape with their groups; return the mask, all true if none given.
+    """Validate rewards of one shape with their groups; return the mask, all true for ``None``.
 
-    A reward is read where it is valid and, if it is named there, ``measured``.
+    Values are checked where a reward is valid and, if ``measured`` has an entry for it, measured.
     """
     first = next(iter(rewards))
     shape = rewards[first].shape if isinstance(rewards[first], Tensor) else ()

@@ -22,8 +22,8 @@ from mteditflow._checks import (
     read,
 )
 
-_CHUNK = 256  # elements whose squares are summed in float32
-_SMALLEST_SQUARE = 1e-30  # of a mean: where it is below, float32 squares may have underflowed
+_CHUNK = 256  # elements whose squares are summed in float32; chunks are then summed in float64
+_SMALLEST_SQUARE = 1e-30  # a mean square below this may have lost float32 squares to underflow
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -40,7 +40,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def in_float64(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floats to float64, all tensors to the CPU first if their device has none."""
+    """Cast floating-point tensors to float64; all move to the CPU if the device has no float64."""
     if not has_float64(tensors[0].device):
         tensors = tuple(x.cpu() for x in tensors)
     return tuple(x.double() if x.is_floating_point() else x for x in tensors)
@@ -50,7 +50,12 @@ def broadcast_rows(name: str, value: float | Numbers, x: Tensor) -> Tensor:
     """Give ``value`` trailing axes of size one, so that it broadcasts over ``x``.
 
     ``value`` is a number, or numbers whose shape is the leading part of ``x.shape``, such as [M],
-    or that with any axes of size one behind, such as [M, 1, ...]. A number gets the dtype of ``x``.
+    with or without trailing axes of size one, such as [M, 1, ...]. A number gets the dtype of
+    ``x``.
+
+    Raises:
+        ValueError: the shape is not a leading part of ``x.shape``, or a number is not finite.
+        TypeError: ``value`` is not floating point.
     """
     if isinstance(value, (int, float)):
         check_number(name, value)
@@ -61,7 +66,9 @@ def broadcast_rows(name: str, value: float | Numbers, x: Tensor) -> Tensor:
     leading = tuple(value.shape)
     while leading and leading[-1] == 1:
         leading = leading[:-1]
-    whole = value.ndim in (0, x.ndim) or x.shape[:1] == (1,)  # one number for all rows
+    # All ones stands for one number for all rows. A [1] beside several rows is refused instead: it
+    # is more likely a batch of the wrong size.
+    whole = value.ndim in (0, x.ndim) or x.shape[:1] == (1,)
     if leading != x.shape[: len(leading)] or (ones and not whole):
         raise ValueError(
             f"{name}: expected a number or a tensor whose shape is a leading part of "
@@ -75,7 +82,7 @@ def per_row(
 ) -> Tensor:
     """``broadcast_rows`` of a value in [low, high], in the dtype and on the device of ``x``.
 
-    ``x`` is at least float32 where this is called. Without both bounds values are finite.
+    Callers pass ``x`` in float32 at least. With infinite bounds, values must still be finite.
     """
     if isinstance(value, (int, float)):
         check_number(name, value, low=low, high=high)
@@ -99,7 +106,7 @@ def row_values(
     high: float = 1.0,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """One number for each row of ``x``, [M] or [1], in any form of ``per_row``; 0 if invalid."""
+    """Return one number per row of ``x``, [M] or [1], in any form of ``per_row``; 0 if invalid."""
     if not isinstance(value, (int, float)):
         value = as_real(name, value, like=x)
         if valid is not None and value.numel() == len(valid):
@@ -116,10 +123,10 @@ def token_values(
     high: float,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Values of rows or tokens that broadcast over ``x`` [M, ...], detached; 0 where invalid.
+    """Return values per row or token that broadcast over ``x`` [M, ...], detached; 0 if invalid.
 
-    ``value`` is one per row in any form of ``row_values``, or has the rank of ``x``, at least 3,
-    with M rows, each other axis being that of ``x`` or of size one: [M, L, 1] or [M, 1, h, w].
+    ``value`` has one number per row in any form of ``row_values``, or the rank of ``x`` (at least
+    3) with M rows. Each other axis is then that of ``x`` or of size one: [M, L, 1], [M, 1, h, w].
     """
     value = full_precision(name, value, x)
     if not isinstance(value, Tensor) or not x.ndim == value.ndim > 2 or value.numel() <= len(value):
@@ -141,7 +148,7 @@ def token_values(
 def row_numbers(
     name: str, value: float | Numbers, x: Tensor, *, valid: Tensor | None = None
 ) -> Tensor:
-    """One real number for each row of ``x``, [M], as ``row_values`` but of any sign."""
+    """Return one finite number of any sign per row of ``x``, [M]; 0 if invalid."""
     given = full_precision(name, value, x)
     rows = _one_per_row(name, broadcast_rows(name, given, x), x).to(x.dtype).expand(len(x))
     counted = rows if valid is None else torch.where(valid, rows, 0)
@@ -150,7 +157,7 @@ def row_numbers(
 
 
 def _one_per_row(name: str, rows: Tensor, x: Tensor) -> Tensor:
-    """Flatten what ``broadcast_rows`` returned to [M] or [1]."""
+    """Flatten the result of ``broadcast_rows`` to [M] or [1]."""
     if rows.numel() != len(rows):
         raise ValueError(
             f"{name}: expected one value per row, a number, [M] or [M, 1, ...] against "
@@ -160,10 +167,11 @@ def _one_per_row(name: str, rows: Tensor, x: Tensor) -> Tensor:
 
 
 def group_mean(x: Tensor, group: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the rows in the mask of each row's group, [M] -> [M]; 0 for none.
+    """Mean over each row's group of the rows in the mask, [M] -> [M]; 0 if there are none.
 
-    Over a square of rows, so that it compiles and maps; in float64 where the device has it.
+    In float64 where the device has it.
     """
+    # By an [M, M] mask rather than by sorting, so that it runs under compile and vmap.
     same = group[:, None] == group
     return mean_where(x, same if mask is None else same & mask, dim=1)
 
@@ -176,9 +184,10 @@ def elements(x: Tensor) -> int:
 def row_mean_square(x: Tensor) -> Tensor:
     """Mean of the squared elements of each row, [M, ...] -> [M]; has all derivatives, also at 0.
 
-    In float64 where the device has it: cast what is made of it, when all is done.
+    The result is float64 where the device has it; callers cast their final result, not this one.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses this, and traces no ``Function.jvp``
+    # The compiler fuses this by itself, and does not trace a Function with ``jvp``.
+    if torch.compiler.is_compiling():
         return _row_sum(_wide(x).square()) / elements(x)
     mean_square: Tensor = _RowMeanSquare.apply(x)  # type: ignore[no-untyped-call]
     return mean_square
@@ -187,7 +196,7 @@ def row_mean_square(x: Tensor) -> Tensor:
 def weighted_mean_square(x: Tensor, weight: Tensor) -> Tensor:
     """Mean of the weighted squares of each row, as ``row_mean_square``.
 
-    ``weight`` is at least 0 and of ``token_values``: one per row, or one per token.
+    ``weight`` is >= 0, from ``token_values``: one per row, or one per token.
     """
     if weight.numel() == len(weight):
         return weight.flatten() * row_mean_square(x)
@@ -195,7 +204,7 @@ def weighted_mean_square(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def row_mean_absolute(x: Tensor) -> Tensor:
-    """Mean of the absolute elements of each row, as ``row_mean_square``, but with no gradient."""
+    """Mean of the absolute elements of each row, [M, ...] -> [M], detached."""
     x = x.detach()
     if torch.compiler.is_compiling():
         return _row_sum(_wide(x).abs()) / elements(x)
@@ -203,7 +212,7 @@ def row_mean_absolute(x: Tensor) -> Tensor:
 
 
 def row_mean(x: Tensor) -> Tensor:
-    """Mean of the elements of each row, as ``row_mean_square``."""
+    """Mean of the elements of each row, [M, ...] -> [M], in float64 where the device has it."""
     if torch.compiler.is_compiling():
         return _row_sum(_wide(x)) / elements(x)
     sums = torch.cat([part.sum(dim=-1) for part in _chunks(x)], dim=1)
@@ -211,22 +220,22 @@ def row_mean(x: Tensor) -> Tensor:
 
 
 def row_root_mean_square(x: Tensor) -> Tensor:
-    """Root of the mean square of each row; all its derivatives are 0 where a row is 0.
-
-    Rows are divided by their largest element first, so that the root is of a number near 1.
-    """
+    """Root mean square of each row, [M, ...] -> [M]; all its derivatives are 0 where a row is 0."""
+    # Divided by the largest element first: squares of tiny or huge elements leave float32.
     inner = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=-1)
     peak = inner.reshape(len(x), -1).amax(dim=1)
     zero = peak == 0  # a NaN is not
     peak = torch.where(zero | ~peak.isfinite(), 1, peak)
     mean_square = row_mean_square(x / peak.reshape(-1, *(1,) * (x.ndim - 1)))
+    # The inner where keeps sqrt away from 0, where its derivative is infinite and 0 * inf is NaN.
     return peak * torch.where(zero, 0, torch.where(zero, 1, mean_square).sqrt())
 
 
 class _RowMeanSquare(torch.autograd.Function):
-    """Mean square without a temporary the size of ``x``, neither forward nor saved for backward.
+    """Mean square of each row, without a temporary of the size of ``x``.
 
-    The square of a norm has this value as well, but its second derivative at 0 is NaN.
+    Forward allocates none, and backward saves ``x`` alone. The square of ``vector_norm`` would have
+    the same value, but its second derivative at 0 is NaN.
     """
 
     generate_vmap_rule = True
@@ -255,9 +264,9 @@ class _RowMeanSquare(torch.autograd.Function):
 
 
 def _in_range(total: Tensor, x: Tensor, power: int) -> Tensor:
-    """Sums of ``|x| ** power`` of each row, where float32 could not hold one summed anew.
+    """Return row sums of ``|x| ** power``, recomputed in float64 where float32 left its range.
 
-    On the CPU alone, where reading costs no wait.
+    This happens on the CPU only, where reading values does not wait for a device.
     """
     if x.device.type != "cpu" or x.dtype == total.dtype:
         return total
@@ -273,7 +282,7 @@ def _in_range(total: Tensor, x: Tensor, power: int) -> Tensor:
 
 
 def _chunks(x: Tensor) -> list[Tensor]:
-    """Elements of each row in chunks, [M, K, 256], and what is left, [M, 1, <256]."""
+    """Split the elements of each row into chunks [M, K, 256] and a remainder [M, 1, <256]."""
     flat = x.flatten(1)
     whole = flat.shape[1] // _CHUNK * _CHUNK
     parts = flat[:, :whole].reshape(len(flat), whole // _CHUNK, _CHUNK), flat[:, None, whole:]
@@ -314,9 +323,10 @@ def row_error(valid: Numbers | None, /, **pair: Tensor) -> Tensor:
 def row_displacements(
     velocity: Tensor, old_velocity: Tensor, target: Tensor, valid: Numbers | None
 ) -> tuple[Tensor, Tensor]:
-    """Checked and promoted: velocity minus old velocity, old velocity minus target, [M, ...].
+    """Return velocity minus old velocity, and old velocity minus target, [M, ...].
 
-    Old velocity and target are constants; both differences are 0 in rows that are not ``valid``.
+    Inputs are checked, and promoted to float32 at least. Old velocity and target are constants.
+    Both differences are 0 in rows that are not ``valid``.
     """
     check_floating(velocity=velocity, old_velocity=old_velocity, target=target)
     check_same_shape(velocity=velocity, old_velocity=old_velocity, target=target)
@@ -326,7 +336,7 @@ def row_displacements(
 
 
 def rows_mask(valid: Numbers | None, x: Tensor) -> Tensor | None:
-    """Return the mask of the rows of ``x``, checked."""
+    """Return the checked mask of the rows of ``x``, boolean [M]; ``None`` if there is none."""
     return None if valid is None else as_mask("valid", valid, x.flatten(1)[:, 0], "[M]")
 
 
@@ -335,13 +345,15 @@ def valid_rows(valid: Numbers | None, x: Tensor) -> Tensor:
     mask = rows_mask(valid, x)
     if mask is None:
         return x
+    # where, not a product: NaN * 0 is NaN.
     return torch.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
 def row_std(std: float | Numbers, x: Tensor, valid: Numbers | None = None) -> tuple[Tensor, Tensor]:
-    """Per row of ``x`` [M]: a std that is safe to divide by, and whether the row takes part.
+    """Return per row of ``x`` [M] a std that is safe to divide by, and whether the row counts.
 
-    It does where the step was random and the row is valid. In float64 where the device has it.
+    A row counts if its step was stochastic (std not 0) and it is valid; the std of other rows is
+    1. In float64 where the device has it.
     """
     mask = rows_mask(valid, x)
     std = full_precision("std", std, x)
@@ -351,7 +363,7 @@ def row_std(std: float | Numbers, x: Tensor, valid: Numbers | None = None) -> tu
 
 
 def full_precision(name: str, value: float | Numbers, x: Tensor) -> float | Tensor:
-    """Return a value per row, read, and refused in half precision; a number as it is."""
+    """Return values as a tensor, refused in half precision; a Python number as it is."""
     if isinstance(value, (int, float)):
         return value
     value = as_real(name, value, like=x)
@@ -360,14 +372,15 @@ def full_precision(name: str, value: float | Numbers, x: Tensor) -> float | Tens
 
 
 def stochastic_rows(x: Tensor, stochastic: Tensor) -> Tensor:
-    """Zero the rows that take no part, so that no NaN in them reaches a gradient."""
-    if x.device.type == "cpu" and read(stochastic.all()):  # spares a copy; elsewhere it would wait
+    """Zero the rows that do not count, so that no NaN in them reaches a gradient."""
+    # Saves a copy. On an accelerator reading the mask would synchronize.
+    if x.device.type == "cpu" and read(stochastic.all()):
         return x
     return torch.where(stochastic.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
 def reduce_elements(per_element: Tensor, stochastic: Tensor, x: Tensor, reduction: str) -> Tensor:
-    """A mean over the elements of ``x``, or their sum, in its dtype; 0 where nothing was random."""
+    """Return per-element means as "mean" or "sum", in the dtype of ``x``; 0 if not stochastic."""
     reduced = per_element if reduction == "mean" else per_element * elements(x)
     return torch.where(stochastic, reduced, 0).to(x.dtype)
 
@@ -375,9 +388,11 @@ def reduce_elements(per_element: Tensor, stochastic: Tensor, x: Tensor, reductio
 def clipped_surrogate(
     log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Return minus the smaller of ratio and clipped ratio, each times the advantage."""
+    """Return ``-min(ratio * A, clip(ratio) * A)`` from checked log-ratios."""
     check_number("clip_low", clip_low, low=0.0, high=1.0, open_high=True)
     check_number("clip_high", clip_high, low=0.0)
+    # For A >= 0 the min clips from above only, for A < 0 from below only. On the log-ratio: an
+    # infinite ratio would give inf * 0 in the backward pass of a clamp after the exponential.
     from_above = log_ratio.clamp(max=math.log1p(clip_high))
     from_below = log_ratio.clamp(min=math.log1p(-clip_low))
     return -torch.where(advantage >= 0, from_above, from_below).exp() * advantage
@@ -386,10 +401,10 @@ def clipped_surrogate(
 def masked_mean(values: Tensor, mask: Numbers | None = None) -> Tensor:
     r"""Mean of the entries where ``mask`` is true; the reduction after any unreduced loss.
 
-    A masked entry reaches neither the value nor the gradient of ``values``, even if it is NaN.
-    (No mask can undo a NaN further up: the backward pass of the model multiplies it by that zero
-    gradient. Leave such rows out of the forward pass.) With no true entry the result is 0 with zero
-    gradient: an update on nothing changes nothing.
+    A masked entry affects neither the value nor the gradient, even if it is NaN. No mask can undo a
+    NaN further upstream, because the backward pass of the model multiplies it by the zero gradient;
+    leave such rows out of the forward pass. With no true entry the result is 0 with zero gradient,
+    so that an empty update changes nothing.
 
     Args:
         values: any shape, floating point.
@@ -414,9 +429,9 @@ def masked_mean(values: Tensor, mask: Numbers | None = None) -> Tensor:
 
 
 def mean_where(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """Mean of the entries in a mask, 0 for none, over an axis or all; in float64 where there is.
+    """Mean of the entries in a mask over one axis or all, 0 if there are none.
 
-    Where a sum overflows, it is formed anew in units of 2^64.
+    In float64 where the device has it. A sum that overflows is recomputed in units of 2^64.
     """
     axes = tuple(range(x.ndim)) if dim is None else (dim,)
     kept = x if mask is None else torch.where(mask, x, 0)

@@ -1,7 +1,7 @@
-"""Tensors that FSDP2 may have split over ranks: read whole, written from whole, compared.
+"""Access to tensors that FSDP2 may have sharded: gather, fill from a full tensor, agree on a flag.
 
-``fully_shard`` swaps a module's parameters for DTensors in place. Everything here takes plain
-tensors too, and costs no communication for them. DeepSpeed's own sharding is refused.
+``fully_shard`` replaces a module's parameters by DTensors in place. All functions here also take
+plain tensors, without any communication. DeepSpeed's own sharding is refused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Make FSDP2's modules hold their shards again: after a forward pass the root keeps copies."""
+    """Free the unsharded copies that FSDP2's root module keeps after a forward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def refuse_deepspeed(weights: Iterable[Tensor]) -> None:
-    """Raise ``RuntimeError`` where DeepSpeed has weights of its own that would not be met."""
+    """Raise ``RuntimeError`` if DeepSpeed holds the actual weights elsewhere."""
     if any(hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping") for weight in weights):
         raise RuntimeError(
             "DeepSpeed keeps these weights elsewhere (ZeRO): read or set them before "
@@ -38,31 +38,33 @@ def local(x: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A copy of the whole tensor, plain and on the CPU; every rank calls it."""
+    """Return a copy of the full tensor as a plain CPU tensor; a collective call for DTensors."""
     x = x.detach()
     if isinstance(x, DTensor):
+        # Gathering runs on the mesh's device; CPU-offloaded shards are moved there first.
         x = cast(DTensor, x.to(x.device_mesh.device_type)).full_tensor()
     return x.to("cpu", copy=True)
 
 
 @torch.no_grad()
 def fill(target: Tensor, full: Tensor) -> None:
-    """Set a tensor in place from a whole one of its shape; every rank calls it with the same."""
+    """Set a tensor in place from a full one of its shape; every rank passes the same values."""
     if isinstance(target, DTensor):
         full = distribute_tensor(full, target.device_mesh, target.placements).to_local()
     local(target).copy_(full)
 
 
 def agreed(verdict: bool, tensors: Iterable[Tensor]) -> bool:
-    """Whether the verdict is true on every rank that shares these tensors.
+    """Whether ``verdict`` is true on every rank that shares these tensors.
 
-    Plain tensors are the same on every rank, and so is the verdict: no communication.
+    Plain tensors are equal on every rank, and so is the verdict, which needs no communication.
     """
     sharded = next((x for x in tensors if isinstance(x, DTensor)), None)
     if sharded is None:
         return verdict
     mesh = sharded.device_mesh
     flag = torch.tensor(int(verdict), dtype=torch.int64, device=mesh.device_type)
+    # One reduction per mesh axis: a minimum over all axes is a logical AND over all ranks.
     for axis in range(mesh.ndim):
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=mesh.get_group(axis))
     return bool(flag)

@@ -1,4 +1,4 @@
-r"""Numbers that say whether a run is sound: ratios, clipping, group spread, balance of rewards."""
+r"""Diagnostics of a training run: ratios, clipping, group spread, balance of rewards."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class RatioCheck:
         deviation: largest \|ratio - 1\| of each denoising step, [S], float64; NaN where no entry
             is valid, infinite where a log-prob is NaN.
         tolerance: the deviation allowed.
-        ok: whether every step keeps within the tolerance.
-        verdict: the same in a sentence, with advice where it fails.
+        ok: whether every step is within the tolerance.
+        verdict: the same as a sentence, with likely causes if it fails.
     """
 
     deviation: Tensor
@@ -50,17 +50,17 @@ def check_ratio(
     valid: Numbers | None = None,
     share: float = 0.1,
 ) -> RatioCheck:
-    r"""Is the ratio 1 before the first update, as it must be?
+    r"""Check that the ratio is 1 before the first update.
 
-    Replay a fresh rollout with the policy that sampled it, and compare. A deviation that reaches
-    the clip range makes the surrogate clip noise; the usual causes are named in the verdict.
+    Replay a fresh rollout with the policy that sampled it, and compare log-probs. If the deviation
+    reaches the clip range, the surrogate clips numerical noise. The verdict lists the usual causes.
 
     Args:
-        log_prob: replayed, [..., S] with the denoising steps last.
-        old_log_prob: stored by the rollout, shape of ``log_prob``.
+        log_prob: replayed log-prob, [..., S] with the denoising steps last.
+        old_log_prob: log-prob stored by the rollout, shape of ``log_prob``.
         clip: the smaller clip range of the loss, > 0.
         valid: boolean, shape of ``log_prob``: steps that exist and have a density.
-        share: deviation allowed, as a share of ``clip``.
+        share: allowed deviation, as a share of ``clip``, >= 0.
 
     Returns:
         RatioCheck.
@@ -84,7 +84,8 @@ def check_ratio(
     check_number("clip", clip, low=0.0, open_low=True)
     check_number("share", share, low=0.0)
     distance = log_ratio.expm1().abs()
-    distance = torch.where(distance.isnan(), torch.inf, distance)  # NaN is as far off as can be
+    # NaN is the worst deviation; comparisons with it would be false and pass.
+    distance = torch.where(distance.isnan(), torch.inf, distance)
     distance = torch.where(mask, distance, -1).reshape(-1, log_prob.shape[-1]).amax(dim=0)
     if bool((distance < 0).all()):
         raise ValueError("valid: expected at least one valid entry, got none")
@@ -114,15 +115,15 @@ def clip_fraction(
     """Shares of steps whose ratio lies below and above the clip range.
 
     Args:
-        log_prob: of the policy being trained, any shape.
-        old_log_prob: of the policy that sampled, same shape.
+        log_prob: log-prob under the policy being trained, any shape.
+        old_log_prob: log-prob under the sampling policy, same shape.
         clip_low: as in ``clipped_surrogate_loss``.
         clip_high: as in ``clipped_surrogate_loss``.
         valid: boolean, same shape.
 
     Returns:
-        (below, above), scalars in [0, 1]; 0 without a valid entry, NaN where a valid log-prob is
-        NaN. Of these the loss clips the ones whose advantage points further out.
+        (below, above), scalars in [0, 1]; 0 without a valid entry, NaN if a valid log-prob is NaN.
+        The loss clips only those steps whose advantage would move the ratio further out.
 
     Raises:
         ValueError: shapes differ, or a clip range is out of bounds.
@@ -150,13 +151,13 @@ def approximate_kl(
 ) -> Tensor:
     r"""Estimate of KL(old || current) from the old policy's samples.
 
-    The mean of :math:`\rho - 1 - \log\rho`: unbiased and never negative. In the units of the
-    log-prob: per element for "mean" log-probs (then it is small, and only its trend says
-    something), joint for "sum".
+    It is the mean of :math:`\rho - 1 - \log\rho`, which is never negative. For "sum" log-probs it
+    is an unbiased estimate of the joint KL. For "mean" log-probs it is no KL, since :math:`\rho` is
+    then a geometric mean of ratios over elements; it is small, and only its trend is informative.
 
     Args:
-        log_prob: of the policy being trained, any shape.
-        old_log_prob: of the policy that sampled, same shape.
+        log_prob: log-prob under the policy being trained, any shape.
+        old_log_prob: log-prob under the sampling policy, same shape.
         valid: boolean, same shape.
 
     Returns:
@@ -178,7 +179,7 @@ def approximate_kl(
 
 @torch.no_grad()
 def zero_variance_share(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) -> Tensor:
-    """Share of valid trajectories whose group teaches nothing, because all its rewards are equal.
+    """Share of valid trajectories in uninformative groups, whose rewards are all equal.
 
     Args:
         reward: [B], float32 or float64, finite where valid.
@@ -186,8 +187,8 @@ def zero_variance_share(reward: Numbers, group: Numbers, *, valid: Numbers | Non
         valid: boolean, [B].
 
     Returns:
-        Scalar in [0, 1]; counts groups with fewer than two valid members too. 0 without a valid
-        trajectory.
+        Scalar in [0, 1]; groups with fewer than two valid members count as uninformative. 0 without
+        a valid trajectory.
 
     Raises:
         ValueError: shapes do not match, a valid reward is not finite.
@@ -207,10 +208,10 @@ def zero_variance_share(reward: Numbers, group: Numbers, *, valid: Numbers | Non
 def variance_ratio(
     reward: Numbers, other: Numbers, group: Numbers, *, valid: Numbers | None = None
 ) -> Tensor:
-    """Within-group variance of one reward over that of another.
+    """Ratio of the within-group variances of two rewards.
 
-    Far from 1 means that reward-level fusion would let one reward drown the other (the paper found
-    5.8 for instruction following over content consistency).
+    If it is far from 1, one reward dominates the other in reward-level fusion. The paper reports
+    5.8 for instruction following over content consistency.
 
     Args:
         reward: numerator, [B], float32 or float64, finite where valid.
@@ -233,6 +234,7 @@ def variance_ratio(
         tensor(4.)
     """
     a, b = _deviations(reward, other, group, valid)
+    # Both sums run over the same entries, so their counts cancel in the ratio.
     top, bottom = (_root_mean_square(x) for x in (a, b))
     return (top / bottom).square().to(as_real("reward", reward))
 
@@ -241,7 +243,7 @@ def variance_ratio(
 def advantage_correlation(
     reward: Numbers, other: Numbers, group: Numbers, *, valid: Numbers | None = None
 ) -> Tensor:
-    """Correlation of two rewards inside groups: negative where one is bought with the other.
+    """Correlation of two rewards within groups: negative if one rises at the other's expense.
 
     Args:
         reward: [B], float32 or float64, finite where valid.
@@ -250,7 +252,7 @@ def advantage_correlation(
         valid: boolean, [B].
 
     Returns:
-        Scalar in [-1, 1], of the rewards' deviations from their group means; NaN where a reward is
+        Scalar in [-1, 1], of the rewards' deviations from their group means; NaN if a reward is
         constant in every group.
 
     Raises:
@@ -280,7 +282,8 @@ def _deviations(
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    """Root mean square of all entries, by way of the largest, whose square may be no number."""
+    """Root mean square of all entries."""
+    # In units of the largest entry, whose square may overflow.
     peak = x.abs().max()
     return peak * (x / torch.where(peak > 0, peak, 1)).square().mean().sqrt()
 
@@ -288,9 +291,9 @@ def _root_mean_square(x: Tensor) -> Tensor:
 def _log_ratio(
     log_prob: Tensor, old_log_prob: Tensor, valid: Numbers | None
 ) -> tuple[Tensor, Tensor]:
-    """Checked: the logarithm of the ratio, and the mask.
+    """Return the checked log-ratio and mask.
 
-    In float64: a log-ratio of 1e-5 squares to less than float32 resolves beside it.
+    In float64, because ``exp(l) - 1 - l``, about ``l^2 / 2``, cancels in float32 for tiny l.
     """
     check_full_precision(log_prob=log_prob, old_log_prob=old_log_prob)
     check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)

@@ -1,8 +1,8 @@
-"""Batches spread over processes: gather first, then call the same pure function everywhere.
+"""Batches spread over processes: gather them, then call the same pure function on every rank.
 
 Groups may be split over ranks. Each rank gathers the whole batch, computes the advantages of all
-trajectories with the very function used on one process, and keeps its own slice, so the result
-does not depend on the number of ranks (bit for bit where the function is deterministic)::
+trajectories with the function used in a single process, and keeps its own slice. The result does
+not depend on the number of ranks (bit for bit if the function is deterministic)::
 
     (reward, group, valid), own = gather_ranks(reward, group, valid)
     advantage = group_advantage(reward, group, valid=valid)[own]
@@ -22,21 +22,21 @@ def gather_ranks(
 ) -> tuple[tuple[Tensor, ...], slice]:
     """Concatenate each tensor over ranks along its first axis.
 
-    A collective call where ``torch.distributed`` is initialized: every rank of the process group
-    makes it with the same number of tensors; local batches may differ in size and may be empty.
-    Elsewhere the tensors come back as they are.
+    If ``torch.distributed`` is initialized, this is a collective call: every rank of the process
+    group makes it with the same number of tensors. Local batches may differ in size and may be
+    empty. Without ``torch.distributed`` the tensors are returned detached.
 
     Args:
-        *tensors: each [B_local, ...] with the same B_local, on the backend's device. Integers and
-            booleans stay what they are (group ids pass through no float).
-        process_group: of ``torch.distributed``; ``None`` is the default group.
+        *tensors: each [B_local, ...] with the same B_local, on the backend's device. Dtypes are
+            kept: integers, such as group ids, are not converted to floats.
+        process_group: process group of ``torch.distributed``; ``None`` is the default group.
 
     Returns:
         The gathered tensors, each [B, ...] in the order of ranks, detached; and the slice of this
         rank's rows in them.
 
     Raises:
-        ValueError: no tensor, a tensor without axes, or different first axes.
+        ValueError: there is no tensor, a tensor has no axes, or first axes differ.
         TypeError: an argument is not a tensor.
 
     Example:
@@ -54,6 +54,7 @@ def gather_ranks(
     rows = len(tensors[0])
     if not (dist.is_available() and dist.is_initialized()):
         return tuple(x.detach() for x in tensors), slice(0, rows)
+    # Sizes first: every rank must pad to the same largest batch.
     counts = _row_counts(rows, tensors[0].device, process_group)
     start = sum(counts[: dist.get_rank(process_group)])
     gathered = tuple(_gather(x.detach(), counts, process_group) for x in tensors)
@@ -70,7 +71,7 @@ def _row_counts(
 
 
 def _gather(x: Tensor, counts: list[int], process_group: dist.ProcessGroup | None) -> Tensor:
-    """Pad to the largest rank, gather, cut: collectives want equal shapes."""
+    """Pad to the largest rank, gather, and cut, because ``all_gather`` needs equal shapes."""
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]

@@ -1,4 +1,4 @@
-"""The old policy: how fast it follows the current one, and the step that moves it."""
+"""Old policy of NFT-type objectives: decay schedules and the EMA update."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def old_policy_decay(update: int, *, slope: float, maximum: float, start: int = 
     ``slope=0.001, maximum=0.5``, and ``slope=0.0075, start=75, maximum=0.999``.
 
     Args:
-        update: number k of the update, from 0.
-        slope: rise per update, >= 0.
+        update: index k of the update, from 0.
+        slope: increase of the decay per update, >= 0.
         maximum: highest decay, in [0, 1].
         start: update at which the rise begins.
 
@@ -33,7 +33,7 @@ def old_policy_decay(update: int, *, slope: float, maximum: float, start: int = 
 
     Raises:
         ValueError: an argument is out of range.
-        TypeError: a count is not an integer, or a number is none.
+        TypeError: ``update`` or ``start`` is not an integer, or another argument not a number.
 
     Source: DiffusionNFT (arXiv 2509.16117), soft update of the sampling policy.
 
@@ -49,20 +49,20 @@ def old_policy_decay(update: int, *, slope: float, maximum: float, start: int = 
 
 
 def ema_decay(update: int, *, maximum: float) -> float:
-    r"""Share of an averaged policy kept at optimizer step k: :math:`\min((1 + k)/(10 + k), d)`.
+    r"""EMA decay of an averaged policy at optimizer step k: :math:`\min((1 + k)/(10 + k), d)`.
 
-    Early averages forget quickly, so that the base model does not weigh on them for long.
+    The decay is small at first, so that the average quickly forgets the base model.
 
     Args:
         update: number k of optimizer steps taken, from 0.
-        maximum: d, the decay of later steps, in [0, 1].
+        maximum: d, limit of the decay in later steps, in [0, 1].
 
     Returns:
         The decay in [0, maximum], for ``update_old_policy``.
 
     Raises:
         ValueError: an argument is out of range.
-        TypeError: the count is not an integer, or the maximum is no number.
+        TypeError: ``update`` is not an integer, or ``maximum`` not a number.
 
     Source: the averaged weights of the implementations of DiffusionNFT (arXiv 2509.16117) and
     Edit-R1.
@@ -78,7 +78,7 @@ def ema_decay(update: int, *, maximum: float) -> float:
 
 @torch.no_grad()
 def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay: float) -> None:
-    r"""Move the old policy toward the current one, in place: :math:`old \gets d\,old + (1-d)\,cur`.
+    r"""Update the old policy in place as an EMA: :math:`old \gets d\,old + (1 - d)\,current`.
 
     Args:
         old: parameters of the old policy, changed in place.
@@ -88,8 +88,9 @@ def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay
     Raises:
         ValueError: numbers or shapes of parameters differ, or the decay is out of range.
         TypeError: a parameter is not floating point, or one of ``old`` is half precision and the
-            decay is not 0: its small steps would be rounded away. Nothing has been changed when an
-            error is raised.
+            decay is not 0, because small EMA steps would be rounded away.
+
+    All checks run first: if an error is raised, no parameter has changed.
 
     Source: DiffusionNFT (arXiv 2509.16117), soft update of the sampling policy.
 
@@ -109,7 +110,7 @@ def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay
         check_floating(**{f"current[{position}]": ours})
         check_shape(f"current[{position}]", ours, theirs.shape, f"of old[{position}]")
     for theirs, ours in zip(old, current, strict=True):
-        # lerp computes with both ends: a NaN in the one that is left out would stay.
+        # lerp reads both ends even at weight 0 or 1, so a NaN in the unused one would remain.
         if decay == 0:
             theirs.copy_(ours)
         elif decay < 1:

@@ -1,4 +1,4 @@
-r"""Weights that follow what they weigh: a floor under a reward, a target for the KL."""
+r"""Adaptive weights: a Lagrange multiplier for a reward floor, a controller for a KL target."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from mteditflow._checks import check_named, check_number
 
 @dataclass(frozen=True)
 class LagrangeMultiplier:
-    r"""Weight that a reward gains while its mean is below a floor, by dual ascent.
+    r"""Extra weight of a reward that keeps its mean above a floor, updated by dual ascent.
 
     .. math:: \lambda \leftarrow \min(\max(\lambda + \mathrm{rate} \, (\mathrm{floor} -
         \mathrm{mean} R),\, 0),\, \mathrm{maximum})
 
-    once a round. Where the floor holds by itself the multiplier falls to 0 and nothing is changed;
-    else it settles where the mean is at the floor. It acts against reward hacking that a fixed
-    weight lets pass: one reward bought with another, as backgrounds are with following.
+    once a round. If the mean stays above the floor without help, the multiplier falls to 0 and the
+    weights are unchanged. Otherwise it settles where the mean is at the floor. Use it against
+    reward hacking in which one reward rises at the expense of another, such as instruction
+    following at the expense of background consistency.
 
     Args:
-        floor: smallest mean of the reward that is wanted, in the reward's units.
-        rate: of the ascent, > 0, per round: a mean that is ``1 / rate`` below the floor adds 1 to
-            the weight in a round. The policy should answer faster than the multiplier moves.
-        maximum: largest value, > 0: where the floor cannot be reached, the others still count.
-        value: the multiplier now, in [0, maximum]. A number: all the state there is.
+        floor: smallest acceptable mean of the reward, in the reward's units.
+        rate: step size of the ascent per round, > 0: a mean that is ``1 / rate`` below the floor
+            adds 1 to the multiplier in one round. The policy should react faster than the
+            multiplier moves.
+        maximum: upper bound of the multiplier, > 0, so that the other rewards still count when the
+            floor cannot be reached.
+        value: current multiplier, in [0, maximum]. It is the whole state.
 
     Raises:
         ValueError: a number is out of range.
 
-    Source: the multiplier's step of RCPO (arXiv 1805.11074), for a floor in place of a ceiling.
+    Source: the multiplier update of RCPO (arXiv 1805.11074), with a floor in place of a ceiling.
 
     Example:
         >>> multiplier = LagrangeMultiplier(floor=0.9, rate=10.0)
@@ -55,11 +58,11 @@ class LagrangeMultiplier:
     def update(self, mean: float) -> LagrangeMultiplier:
         """Return the multiplier after a round in which the reward had this mean.
 
-        Take the mean over the trajectories in which the reward was measured; skip a round without
-        any.
+        Take the mean over the trajectories in which the reward was measured. Skip rounds in which
+        it was measured nowhere.
 
         Raises:
-            ValueError: the mean is not finite, as where every reward was lost.
+            ValueError: the mean is not finite, for example because every reward was lost.
         """
         check_number("mean", mean)
         value = self.value + self.rate * (self.floor - mean)
@@ -69,22 +72,23 @@ class LagrangeMultiplier:
 def constrained_weights(
     weights: Mapping[str, float], multipliers: Mapping[str, float]
 ) -> dict[str, float]:
-    r"""Weights of the rewards' sum with multipliers in it.
+    r"""Fusion weights of the rewards, with Lagrange multipliers added and the sum rescaled.
 
     .. math:: w'_k = \frac{w_k + \lambda_k}{1 + \sum_j \lambda_j}
 
-    The gradient of the Lagrangian :math:`\sum_k w_k J_k + \sum_k \lambda_k (J_k - f_k)`, divided
-    by a positive number: the same direction, in a size that a large multiplier does not blow up.
-    All multipliers 0 give the weights as they are. With ``fuse_advantages`` a multiplier is in
-    units of normalized advantages, as the weights are: it settles at another number than it would
-    beside raw rewards, and where the mean is at the floor all the same.
+    These are the weights in the gradient of the Lagrangian
+    :math:`\sum_k w_k J_k + \sum_k \lambda_k (J_k - f_k)`, divided by a positive number. The
+    direction is the same, and a large multiplier does not inflate the step. If all multipliers are
+    0, the weights are unchanged. With ``fuse_advantages`` a multiplier is in units of normalized
+    advantages, like the weights. It then settles at a different value than with raw rewards, but
+    still where the mean is at the floor.
 
     Args:
         weights: name to weight w of a reward.
-        multipliers: name to multiplier, >= 0, of those that have a floor.
+        multipliers: name to multiplier, >= 0, of each reward that has a floor.
 
     Returns:
-        Name to weight, of all rewards, for ``fuse_advantages`` or ``turn_advantage``.
+        Name to weight for all rewards, as ``fuse_advantages`` and ``turn_advantage`` take it.
 
     Raises:
         ValueError: a multiplier is negative or has no weight, a number is not finite.
@@ -101,7 +105,8 @@ def constrained_weights(
         check_number(f"multipliers[{name!r}]", multiplier, low=0.0)
         if name not in weights:
             raise ValueError(f"multipliers: expected names among {sorted(weights)}, got {name!r}")
-    # In units of a power of two, so that a sum of huge numbers does not overflow.
+    # In units of a power of two, which rescales without rounding: a sum of huge numbers must not
+    # overflow.
     largest = max(abs(x) for x in (1.0, *weights.values(), *multipliers.values()))
     unit = 2.0 ** (math.frexp(largest)[1] - 1)
     scale = 1 / unit + sum(multiplier / unit for multiplier in multipliers.values())
@@ -112,20 +117,19 @@ def constrained_weights(
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    r"""Weight of a KL term that keeps the KL near a target.
+    r"""Adaptive weight of a KL term that keeps the KL near a target.
 
     .. math:: c \leftarrow c \, (1 + \mathrm{rate} \cdot
         \mathrm{clip}(\mathrm{KL} / \mathrm{target} - 1,\, -0.2,\, 0.2))
 
-    once a round: at the target the weight stays; it grows while the policy is farther from the
-    reference and falls while it is nearer.
+    once a round. The weight grows while the KL is above the target and falls while it is below.
 
     Args:
-        target: KL that is wanted, > 0, in the units of the term that is weighed.
-        value: the weight now, > 0. A number: all the state there is.
-        rate: largest step of the weight is a fifth of this, in (0, 1].
+        target: desired KL, > 0, in the units of the weighted term.
+        value: current weight, in [minimum, maximum]. It is the whole state.
+        rate: gain of the controller, in (0, 1]. The clip limits one relative step to a fifth of it.
         minimum: smallest weight, > 0.
-        maximum: largest weight.
+        maximum: largest weight, >= ``minimum``.
 
     Raises:
         ValueError: a number is out of range.
@@ -158,6 +162,6 @@ class AdaptiveKL:
             ValueError: the KL is negative or not finite.
         """
         check_number("kl", kl, low=0.0)
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        error = min(max(kl / self.target - 1, -0.2), 0.2)  # clip of Ziegler et al.
         value = self.value * (1 + self.rate * error)
         return replace(self, value=min(max(value, self.minimum), self.maximum))

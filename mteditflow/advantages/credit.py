@@ -1,9 +1,9 @@
-r"""Credit to turns: which reward each turn of a chain answers for, and the advantage it gets.
+r"""Credit assignment over turns: the rewards each turn answers for, and its advantage.
 
-Two steps. A ``Credit`` takes one reward per turn, [B, N], to what each turn is credited with: its
-own reward, that of the turns from it on, or that of the whole chain. ``turn_advantage`` fuses such
-signals, of several rewards and several credits, turn by turn inside groups. A mixture of credits is
-a weight for each of its signals; stopping after the first failure is a mask of turns to ``keep``.
+There are two steps. A ``Credit`` maps per-turn rewards [B, N] to per-turn credit: the turn's own
+reward, the rewards from that turn on, or the reward of the whole chain. ``turn_advantage`` fuses
+the resulting signals turn by turn within groups. To mix several credits, give each of their signals
+a weight. To stop after the first failure, pass a mask of the turns to ``keep``.
 """
 
 from __future__ import annotations
@@ -47,17 +47,20 @@ class _Signal(NamedTuple):
 
 
 class Signal(_Signal):
-    """Numbers in three states: measured, unmeasured, lost.
+    """Values whose entries are measured, unmeasured or lost.
 
-    A reward of each trajectory, or a credit of each turn. An entry is measured (it has a number),
-    unmeasured (there was nothing to measure: valid, without a number) or lost (it was requested and
-    did not come, or it does not exist: not valid).
+    A signal holds one reward per trajectory or one credit per turn. An entry is one of:
+
+    - measured: it has a number;
+    - unmeasured: there was nothing to measure, so the entry is valid and has no number;
+    - lost: the number was requested and did not arrive, or the turn does not exist. The entry is
+      not valid.
 
     Attributes:
-        value: [B] or [B, N]; NaN, or anything else that is never read, where not measured.
+        value: [B] or [B, N]; never read where not measured, so NaN or any other number there.
         valid: boolean, shape of ``value``: entries that exist and were not lost.
-        measured: boolean, shape of ``value``: valid entries that have a number. Without it every
-            valid entry has one.
+        measured: boolean, shape of ``value``: valid entries that have a number. If it is omitted,
+            every valid entry has one.
 
     Example:
         >>> signal = Signal(torch.tensor([0.5, torch.nan]), torch.tensor([True, False]))
@@ -68,7 +71,7 @@ class Signal(_Signal):
     __slots__ = ()
 
     def __new__(cls, value: Numbers, valid: Numbers, measured: Numbers | None = None) -> Signal:
-        """Make a signal; without ``measured`` every valid entry is measured.
+        """Create a signal; if ``measured`` is ``None``, every valid entry is measured.
 
         Raises:
             ValueError: shapes differ, or a measured entry is not valid.
@@ -86,26 +89,28 @@ class Signal(_Signal):
 
 
 class Credit(Protocol):
-    """Takes one reward per turn to what each turn is credited with.
+    """Mapping of per-turn rewards to per-turn credit.
 
-    A turn of which a reward it answers for was lost is not valid: the mean of what is left would
-    be another measure than that of the other members of its group. A turn in which there was
-    nothing to measure leaves no such gap; the others are averaged. Where none of them was measured,
-    the signal is valid and unmeasured.
+    If any reward that a turn answers for was lost, the turn's credit is not valid: a mean of the
+    remaining rewards would not be comparable with the other members of the group. Turns in which
+    there was nothing to measure do not invalidate the credit; the measured ones are averaged. If
+    none of them was measured, the credit is valid and unmeasured.
     """
 
     def __call__(
         self, reward: Numbers, *, turn_mask: Mask = None, unmeasured: Mask = None, lost: Mask = None
     ) -> Signal:
-        """Credit turns.
+        """Return the credit of every turn.
 
         Args:
-            reward: float32 or float64 [B, N], or numbers as in ``group_advantage``; finite where a
-                turn exists, was measured, and did not lose its reward. What stands elsewhere is
-                never read.
+            reward: float32 or float64 [B, N], or numbers as in ``group_advantage``; finite where
+                the turn exists and its reward was measured and not lost. Other entries are never
+                read.
             turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
-            unmeasured: turns in which there was nothing to measure, boolean [B, N]; ``None``: none.
-            lost: turns whose reward was asked for and did not come, boolean [B, N]; ``None``: none.
+            unmeasured: turns in which there was nothing to measure, boolean [B, N]; ``None`` means
+                none.
+            lost: turns whose reward was requested and did not arrive, boolean [B, N]; ``None``
+                means none.
 
         Returns:
             Signal in the dtype of ``reward``, NaN where not measured.
@@ -118,14 +123,15 @@ class Credit(Protocol):
 
 @dataclass(frozen=True)
 class TrajectoryCredit:
-    r"""All turns answer for the whole chain: its :math:`\mathrm{mean}_m\, r_m`, broadcast.
+    r"""Credit of every turn with the whole chain's reward, :math:`\mathrm{mean}_m\, r_m`.
 
-    Padded turns have the signal, too: a chain is compared with every other of its group, however
-    long each is, and ``turn_advantage`` takes out the turns that do not exist.
+    Padded turns carry the signal too, so that a chain is compared with every other chain of its
+    group, whatever their lengths. ``turn_advantage`` masks the turns that do not exist.
 
     Args:
-        aggregate: turns to one reward of the chain, such as ``turn_average`` or ``binary_and``:
-            maps [B', N] and a ``turn_mask`` to [B'].
+        aggregate: reduction of the per-turn rewards to one per chain, such as ``turn_average`` or
+            ``binary_and``: maps [B', N] and a ``turn_mask`` to [B'], where B' counts the chains
+            with a measured reward.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 8.
 
@@ -145,6 +151,7 @@ class TrajectoryCredit:
         measured = valid & has.any(dim=1)
         value = torch.full_like(reward[:, 0], torch.nan)
         if bool(measured.any()):
+            # Chains without a measured turn are left out: aggregators refuse an empty row.
             rows = reward[measured], has[measured]
             value[measured] = self.aggregate(rows[0], turn_mask=rows[1]).to(value.dtype)
         turns = has.shape[1]
@@ -153,13 +160,14 @@ class TrajectoryCredit:
 
 @dataclass(frozen=True)
 class RewardToGo:
-    r"""A turn answers for itself and, discounted, for the turns after it.
+    r"""Credit of a turn with its own reward and the discounted rewards of later turns.
 
     .. math:: \frac{\sum_{m \ge n} \gamma^{m-n} r_m}{\sum_{m \ge n} \gamma^{m-n}}
 
-    over the turns m that have a reward: a mean, so that a chain with more turns to go has no
-    larger signal for that. With discount 1 the first turn answers for the whole chain, as under
-    ``TrajectoryCredit``; with 0 each turn for itself, which is ``TurnCredit``.
+    over the turns m that have a reward. It is a mean rather than a sum, so that the signal does not
+    grow with the number of turns left. With discount 1 the first turn answers for the whole chain,
+    as under ``TrajectoryCredit``. With discount 0 each turn answers for itself, as under
+    ``TurnCredit``.
 
     Args:
         discount: gamma in [0, 1].
@@ -167,7 +175,8 @@ class RewardToGo:
     Raises:
         ValueError: the discount is out of range.
 
-    Source: the return of each turn (``reward_to_go``) over that of a reward of 1.
+    Source: the return of each turn (``reward_to_go``), divided by the return of a constant reward
+        of 1.
 
     Example:
         >>> RewardToGo(discount=0.5)(torch.tensor([[0.0, 0.0, 1.0]])).value
@@ -188,7 +197,7 @@ class RewardToGo:
         def to_go(x: Tensor) -> Tensor:
             return reward_to_go(in_float64(x)[0].to(torch.float64), discount=self.discount)
 
-        # In float64, and huge rewards in units of 2^64: a sum may be no number, its mean is one.
+        # In float64, and huge rewards in units of 2^64: a sum may overflow where the mean does not.
         exact = in_float64(torch.where(has, reward, 0))[0]
         unit = torch.where(exact.abs().amax(dim=1, keepdim=True) > 2.0**900, 2.0**-64, 1.0)
         weight, lost_to_go = to_go(has), to_go(lost)
@@ -200,7 +209,7 @@ class RewardToGo:
 
 @dataclass(frozen=True)
 class TurnCredit:
-    """A turn answers for itself alone.
+    """Credit of a turn with its own reward alone.
 
     Source: an alternative to MT-EditFlow's broadcast (arXiv 2606.01985, Eq. 8).
 
@@ -231,36 +240,37 @@ def turn_advantage(
     r"""Advantage of each turn from the signals of several rewards and credits.
 
     Each turn is compared with the same turn of the other chains of its group that lost no signal
-    there. Where chains of a group differ in length, later turns are so compared among the
-    longer ones, and one that no other chain has gets advantage 0; under ``TrajectoryCredit`` alone
-    every chain is compared with all others, since its signal is there in padded turns, too.
+    there. If the chains of a group differ in length, later turns are compared among the longer
+    chains only, and a turn that no other chain has gets advantage 0. ``TrajectoryCredit`` is the
+    exception: its signal extends to padded turns, so with it alone every chain is compared with
+    all others.
 
-    A signal that is unmeasured at a turn is treated as ``fuse`` says: it adds 0 under
-    ``fuse_advantages``, and counts as its group's mean under ``fuse_rewards``. A turn at which no
-    signal with a weight was measured carries no information and is not trained.
+    The treatment of a signal that is unmeasured at a turn depends on ``fuse``: it adds 0 under
+    ``fuse_advantages`` and counts as its group's mean under ``fuse_rewards``. A turn at which no
+    signal with a nonzero weight was measured carries no information and is not trained.
 
     Args:
-        signals: name to what turns are credited with, [B, N]. One reward may be there under two
-            names and two credits: their weights are then the mixture.
-        weights: name to weight, the same names. A signal of weight 0 is left out, and turns need
-            not have it.
+        signals: name to signal, each [B, N], as a ``Credit`` returns it. To mix two credits of one
+            reward, give both signals, each with its own name and weight.
+        weights: name to weight, the same names as ``signals``. A signal of weight 0 is ignored,
+            also where it was lost.
         group: integer group id of each chain, [B].
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
         keep: turns that are compared and trained, boolean [B, N], such as
             ``stop_after_failure(success).bool()``; ``None`` means all.
-        fuse: ``fuse_advantages`` or ``fuse_rewards``; the latter raises where a whole group has
-            a signal unmeasured (see ``group_measured``).
+        fuse: ``fuse_advantages`` or ``fuse_rewards``; the latter raises if a signal was measured
+            in no member of a group (see ``group_measured``).
         std: as in ``group_advantage``.
         eps: as in ``group_advantage``.
 
     Returns:
-        Signal: advantages, detached and finite, 0 where not valid; valid, and measured, are the
-        kept turns that exist, lost no signal and have one measured. Give the others weight 0 in
-        the loss.
+        Signal [B, N] of advantages, detached and finite, 0 where not valid. Valid (and measured)
+        are the kept turns that exist, lost no signal and have at least one measured. Give the
+        others weight 0 in the loss.
 
     Raises:
         ValueError: names differ, every weight is 0, shapes do not match, a measured signal is not
-            finite, or as ``fuse`` raises it.
+            finite, or ``fuse`` raises one.
         TypeError: as in ``group_advantage``, or a signal is no ``Signal``.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 3 and 7, turn by turn.
@@ -292,6 +302,7 @@ def turn_advantage(
         check_shape(f"signals[{name!r}]", other.value, signal.value.shape, f"of {first!r}")
     ids = as_ids(group, signal.value.device)
     exists = as_mask("turn_mask", turn_mask, signal.value, "[B, N]")
+    # ``turn_mask`` is applied at the end only: TrajectoryCredit needs padded turns in the groups.
     valid = torch.stack([signal.valid for signal in used.values()]).all(dim=0)
     valid = valid & as_mask("keep", keep, signal.value, "[B, N]")
     values = {name: signal.value for name, signal in used.items()}
@@ -303,7 +314,8 @@ def turn_advantage(
         valid,
         {f"signals[{n!r}]": mask for n, mask in measured.items()},
     )
-    if all_alone(ids):  # nothing to compare with
+    # Groups of one: [B, N] signals are legal here, and ``fuse`` would refuse their layout.
+    if all_alone(ids):
         check_choice("std", std, STDS)
         check_number("eps", eps, low=0.0)
         advantage = torch.zeros_like(signal.value)
@@ -316,7 +328,7 @@ def turn_advantage(
 def _parts(
     reward: Numbers, turn_mask: Mask, unmeasured: Mask, lost: Mask
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checked: rewards; turns that exist, those that have a reward, those that lost it."""
+    """Return checked rewards and the masks of turns that exist, have a reward, or lost theirs."""
     reward = as_real("reward", reward)
     check_full_precision(reward=reward)
     check_rank("reward", reward, 2, "[B, N]", maximum=2)

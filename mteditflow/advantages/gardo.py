@@ -1,7 +1,7 @@
-r"""GARDO: hold rows whose reward looks too good, move the reference, pay for diversity.
+r"""GARDO: gated KL on uncertain rewards, resets of the reference, and a diversity bonus.
 
-A proxy reward that ranks a sample above what auxiliary rewards think of it is uncertain there. Only
-such rows need a KL to the reference; the rest may go where their reward leads::
+The proxy reward of a sample is uncertain if it ranks the sample higher than auxiliary rewards do.
+Only such rows need a KL to the reference; the others are trained without one::
 
     uncertainty = rank_uncertainty(reward, {"aesthetic": a, "preference": p})
     gate = uncertainty_gate(uncertainty, share.value)
@@ -9,7 +9,8 @@ such rows need a KL to the reference; the rest may go where their reward leads::
     loss = policy_loss + kl_coef * gate * velocity_kl(velocity, reference_velocity)
     share, reset = share.update(float(uncertainty.mean())), reset.update(mean_kl)
 
-and where ``reset.due``, copy the policy's weights to the reference.
+If ``reset.due``, copy the policy's weights to the reference and continue from
+``reset.restarted()``.
 """
 
 from __future__ import annotations
@@ -44,28 +45,28 @@ from mteditflow._reduce import in_float64
 def rank_uncertainty(
     reward: Numbers, auxiliary: Mapping[str, Numbers], *, valid: Numbers | None = None
 ) -> Tensor:
-    r"""Rank a reward gives a sample beyond its auxiliaries', :math:`W(R) - \mathrm{mean}_k W(R_k)`.
+    r"""Rank difference of proxy and auxiliary rewards, :math:`W(R) - \mathrm{mean}_k W(R_k)`.
 
-    W is the share of the other valid samples of the batch that a sample beats; a tie beats nobody.
-    Ranks alone count: a strictly increasing map of any reward changes nothing.
+    W is the share of the other valid samples of the batch that a sample beats; ties do not count as
+    wins. Only ranks matter: a strictly increasing map of any reward changes nothing.
 
     Args:
-        reward: the proxy in training, finite where valid; [B], or [B, N] to rank each turn on its
-            own. float32 or float64.
-        auxiliary: name to a reward that is not trained, of the shape of ``reward``; at least one.
-            The paper takes two, of aesthetics and of preference.
-        valid: boolean, shape of ``reward``; the rest is never read and gets 0.
+        reward: the proxy reward being optimized, finite where valid; [B], or [B, N] to rank each
+            turn on its own. float32 or float64.
+        auxiliary: name to an auxiliary reward that is not optimized, of the shape of ``reward``; at
+            least one. The paper uses two, of aesthetics and of preference.
+        valid: boolean, shape of ``reward``; other entries are never read and get 0.
 
     Returns:
-        Shape and dtype of ``reward``, in [-1, 1], detached: above 0 where the proxy thinks better
-        of the sample than the auxiliaries do. 0 where fewer than two samples are valid.
+        Shape and dtype of ``reward``, in [-1, 1], detached: above 0 where the proxy ranks the
+        sample higher than the auxiliaries do. 0 where fewer than two samples are valid.
 
     Raises:
         ValueError: shapes do not match, there is no auxiliary, a valid reward is not finite.
         TypeError: a reward is half precision, or the mask not boolean.
 
-    Source: GARDO (arXiv 2512.24138), with the paper's sign; the released GRPO and NFT scripts rank
-        downward, which is the opposite.
+    Source: GARDO (arXiv 2512.24138), with the paper's sign. The released GRPO and NFT scripts use
+        descending ranks, which flips it.
 
     Example:
         >>> rank_uncertainty(torch.tensor([1.0, 2.0, 3.0]), {"a": torch.tensor([5.0, 9.0, 1.0])})
@@ -88,13 +89,14 @@ def rank_uncertainty(
 
 @torch.no_grad()
 def uncertainty_gate(uncertainty: Numbers, share: float, *, valid: Numbers | None = None) -> Tensor:
-    r"""Samples whose KL to the reference counts: :math:`U_i > \mathrm{quantile}_{1 - k}(U)`.
+    r"""Mask of samples that get a KL to the reference: :math:`U_i > \mathrm{quantile}_{1 - k}(U)`.
 
     Args:
         uncertainty: of each sample, [B], or [B, N] with one quantile for each turn.
-        share: k in [0, 1], about the share of samples that are gated: none at 0, at 1 all but the
-            smallest; none where all are equal.
-        valid: boolean, shape of ``uncertainty``; the rest is never read and never gated.
+        share: k in [0, 1], approximately the share of samples in the mask: none at 0, all but the
+            least uncertain at 1, and none if all uncertainties are equal.
+        valid: boolean, shape of ``uncertainty``; other entries are never read and never in the
+            mask.
 
     Returns:
         Boolean, shape of ``uncertainty``: multiply an unreduced KL by it.
@@ -122,18 +124,18 @@ def uncertainty_gate(uncertainty: Numbers, share: float, *, valid: Numbers | Non
 
 @torch.no_grad()
 def group_diversity(features: Tensor, group: Numbers, *, valid: Numbers | None = None) -> Tensor:
-    r"""Cosine distance of each sample to the nearest other of its group.
+    r"""Cosine distance of each sample to its nearest neighbor in the group.
 
     .. math:: \delta_i = \min_{j \in g, j \neq i} (1 - \cos(f_i, f_j))
 
     Args:
-        features: of each picture, such as DINOv3's, [B, F]; not zero where valid.
+        features: image features, such as DINOv3's, [B, F]; rows are nonzero where valid.
         group: integer group id of each sample, [B].
-        valid: boolean [B]; the rest is never read, is nobody's neighbor and gets 0.
+        valid: boolean [B]; other samples are never read, are not neighbors and get 0.
 
     Returns:
-        [B], float32 at least, in [0, 2], detached: 0 for duplicates; 1, which changes no advantage,
-        for a sample without others in its group.
+        [B], float32 at least, in [0, 2], detached: 0 for duplicates. A sample that is alone in its
+        group gets 1, which leaves its advantage as it is.
 
     Raises:
         ValueError: shapes do not match, a valid row is zero or not finite.
@@ -158,7 +160,8 @@ def group_diversity(features: Tensor, group: Numbers, *, valid: Numbers | None =
     unit = exact / size[:, None]
     ids, own = ids.to(exact.device), mask.to(exact.device)
     others = (ids[:, None] == ids) & own & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
-    # Half the squared distance of unit vectors is 1 - cos, and exactly 0 for duplicates.
+    # Half the squared distance of unit vectors is 1 - cos, and exactly 0 for duplicates: cdist
+    # must subtract, since its matrix form |a|^2 + |b|^2 - 2ab rounds.
     distance = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist").square() / 2
     nearest = torch.where(others, distance, torch.inf).amin(dim=1)
     found = torch.where(others.any(dim=1), nearest, 1)
@@ -169,17 +172,18 @@ def group_diversity(features: Tensor, group: Numbers, *, valid: Numbers | None =
 
 @torch.no_grad()
 def diversity_advantage(advantage: Numbers, diversity: Numbers) -> Tensor:
-    r"""Positive advantages times diversity, :math:`A_i \delta_i` where :math:`A_i > 0`.
+    r"""Positive advantages scaled by diversity, :math:`A_i \delta_i` where :math:`A_i > 0`.
 
-    A good sample that others of its group repeat is worth less; a bad one stays as bad as it is.
+    A good sample that resembles others of its group gets a smaller advantage. Advantages that are
+    not positive are unchanged.
 
     Args:
         advantage: of each sample, [B], or [B, N] for one per turn; float32 or float64. The paper
-            finds it better without the division by the std (``group_advantage`` with
+            reports better results without the division by the std (``group_advantage`` with
             ``std="none"``).
         diversity: of each sample, >= 0, shape of ``advantage``, or [B] for all its turns, such as
-            ``group_diversity``. Public code divides it by its mean first, which leaves the scale of
-            advantages as it is.
+            from ``group_diversity``. Public code first divides it by its mean, which preserves the
+            scale of the advantages.
 
     Returns:
         Shape and dtype of ``advantage``, detached.
@@ -207,25 +211,25 @@ def diversity_advantage(advantage: Numbers, diversity: Numbers) -> Tensor:
 
 @dataclass(frozen=True)
 class GatedShare:
-    r"""Share of gated samples that follows their uncertainty.
+    r"""Share of gated samples, adapted to the trend of the mean uncertainty.
 
-    Where the mean uncertainty of a batch exceeds all of the last ``window`` means the share is
-    multiplied by ``1 + rate``; where it is below all of them, by ``1 - rate``. Until there are as
-    many means it stays.
+    If the mean uncertainty of a batch exceeds all of the last ``window`` means, the share is
+    multiplied by ``1 + rate``. If it is below all of them, the share is multiplied by ``1 - rate``.
+    The share stays constant until ``window`` means have been seen.
 
     Args:
-        value: the share now.
+        value: current share, in [minimum, maximum].
         rate: relative step, in (0, 1).
-        window: number of means that a new one is compared with.
+        window: number of earlier means that a new one is compared with.
         minimum: smallest share, in [0, maximum].
         maximum: largest share, in (0, 1].
-        means: the last means, oldest first; with ``value`` all the state there is.
+        means: the last means, oldest first. With ``value`` it is the whole state.
 
     Raises:
         ValueError: a number is out of range.
 
-    Source: GARDO (arXiv 2512.24138), whose share starts at 0.1 and has 1 as its bound; public code
-        keeps it in [0.02, 0.2]. That it stays until the window is full is this library's.
+    Source: GARDO (arXiv 2512.24138), whose share starts at 0.1 and is bounded by 1; public code
+        keeps it in [0.02, 0.2]. Waiting until the window is full is this library's choice.
 
     Example:
         >>> share = GatedShare(window=2)
@@ -254,7 +258,7 @@ class GatedShare:
             check_number("means", mean)
 
     def update(self, mean: float) -> GatedShare:
-        """Return the share after a batch of this mean uncertainty.
+        """Return the share after a batch with this mean uncertainty.
 
         Raises:
             ValueError: the mean is not finite.
@@ -269,11 +273,11 @@ class GatedShare:
 
 @dataclass(frozen=True)
 class ReferenceReset:
-    """Condition under which the reference policy takes the weights of the current one.
+    """Condition for copying the current policy's weights to the reference policy.
 
     Args:
         maximum_kl: mean KL above which a reset is due, > 0, in the units of the KL in the loss.
-        maximum_steps: optimizer steps after which it is due at the latest.
+        maximum_steps: optimizer steps after which a reset is due whatever the KL.
         kl: mean KL of the last step.
         steps: optimizer steps since the last reset.
 
@@ -320,9 +324,10 @@ class ReferenceReset:
 
 
 def _beaten(reward: Tensor, mask: Tensor) -> Tensor:
-    """Share of the other valid samples that each valid one exceeds, float64; 0 for the rest."""
+    """Share of the other valid samples that each valid one exceeds, float64; 0 if not valid."""
     value, counted = in_float64(reward.detach(), mask)
     wins = (value[:, None] > value) & counted & counted[:, None]
     others = (counted.sum(dim=0) - 1).clamp(min=1)
-    unread = torch.where(counted, value - value, 0)  # a NaN that could not be checked stays one
+    # 0, or NaN for a NaN that could not be checked under compilation: comparisons would hide it.
+    unread = torch.where(counted, value - value, 0)
     return wins.sum(dim=1, dtype=value.dtype) / others + unread

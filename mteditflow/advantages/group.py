@@ -1,11 +1,11 @@
 r"""Group-relative advantages, and the fusion of several rewards.
 
-Shapes: ``B`` trajectories; those that share a group id form a group (they share one reference
-image and one instruction chain). Ids are any integers, in any order, groups of any size. A
-``valid`` mask keeps lost rewards out: an invalid trajectory takes no part in any mean or std and
-gets advantage 0, as if it were deleted. In fusion ``measured`` marks, reward by reward, where there
-was something to measure: an unmeasured reward is no evidence, and costs the trajectory none of its
-others. Statistics are accumulated in float64. Nothing here carries a gradient.
+Shapes: ``B`` trajectories. Trajectories with the same group id form a group: they share one
+reference image and one instruction chain. Ids are any integers in any order, and groups may have
+any size. A ``valid`` mask excludes lost rewards: an invalid trajectory enters no mean or std and
+gets advantage 0, as if it were deleted. In fusion, ``measured`` marks for each reward where there
+was something to measure. A reward that is unmeasured adds nothing, and the trajectory keeps its
+other rewards. Statistics are accumulated in float64. Nothing here carries a gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mteditflow._checks import (
 from mteditflow._reduce import in_float64
 
 STDS = ("group", "batch", "none")
-_HUGE, _TINY = 2.0**500, 2.0**-400  # beyond them a square may leave the range of float64
+_HUGE, _TINY = 2.0**500, 2.0**-400  # squares beyond these may overflow or lose bits in float64
 
 
 def group_advantage(
@@ -49,32 +49,33 @@ def group_advantage(
     std: str = "group",
     eps: float = 1e-4,
 ) -> Tensor:
-    r"""Group-normalised advantage, :math:`A_i = (R_i - \mathrm{mean} R) / (\mathrm{std} R + eps)`.
+    r"""Group-normalized advantage, :math:`A_i = (R_i - \mathrm{mean} R) / (\mathrm{std} R + eps)`.
 
     Exactly 0 for a group whose valid rewards are all equal, for a group with fewer than two valid
-    members, and for every invalid member. The std is that of the population (divides by the count).
-    Ids that are all different make every advantage 0: each trajectory is then its own group.
+    members, and for every invalid member. The std is the population std (divided by the count).
+    If all ids differ, each trajectory is its own group and every advantage is 0.
 
     Args:
-        reward: finite where valid; [B], or [B, N] to normalize each turn in its group on its own.
-            float32 or float64; integers below 2^24 and booleans, in lists too, count as float32,
-            lists of Python's floats as float64. Rewards laid out [prompts, samples] are refused
-            with one id for each prompt: flatten them, as ``group_ids`` shows.
-        group: integer group id of each trajectory, [B], of any width, signed or not.
-        valid: boolean, shape of ``reward``; ``None`` means all are valid. What stands in an invalid
-            entry, NaN included, is never read.
-        std: "group" divides by the group's std; "batch" by the std of all valid rewards (per turn),
-            "none" only subtracts the group's mean (and ignores ``eps``); a difference that the
-            dtype does not hold is then infinite.
-        eps: added to the std, >= 0; keeps rounding noise in a nearly constant group small.
+        reward: finite where valid; [B], or [B, N] to normalize each turn within its group. float32
+            or float64. Integers below 2^24 and booleans, also in lists, count as float32; lists of
+            Python floats count as float64. A layout [prompts, samples] with one id per prompt is
+            refused: flatten it, as ``group_ids`` shows.
+        group: integer group id of each trajectory, [B], of any width, signed or unsigned.
+        valid: boolean, shape of ``reward``; ``None`` means all are valid. Invalid entries are never
+            read and may be NaN.
+        std: "group" divides by the group's std, "batch" by the std of all valid rewards (per turn).
+            "none" only subtracts the group's mean and ignores ``eps``; differences beyond the range
+            of the dtype are then infinite.
+        eps: added to the std, >= 0, in units of the reward; limits the amplification of rounding
+            noise in a nearly constant group.
 
     Returns:
-        Shape and dtype of ``reward``, detached. A valid NaN makes its group NaN where values cannot
-        be checked, as under compilation and ``vmap``.
+        Shape and dtype of ``reward``, detached. Where values cannot be checked (under compilation
+        and ``vmap``), a valid NaN makes its group NaN.
 
     Raises:
         ValueError: shapes do not match, the batch is empty, a valid reward is not finite, or a
-            reward of two axes comes with an id of its own for every row.
+            reward of two axes comes with a different id for every row.
         TypeError: reward is half precision, group is not integer, valid is not boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 3; batch std as in Flow-GRPO's global std.
@@ -90,15 +91,15 @@ def group_advantage(
 
 
 def group_ids(groups: int, members: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """Group ids of rewards laid out [groups, members], such as one row per prompt, once flattened.
+    """Group ids for rewards laid out [groups, members] (one row per prompt), after flattening.
 
     Args:
         groups: number of groups: prompts, or chains.
-        members: trajectories of each group, G.
-        device: where the ids are made; that of the rewards.
+        members: trajectories per group, G.
+        device: device of the ids; use that of the rewards.
 
     Returns:
-        int64 [groups * members]: 0 ``members`` times, then 1, and so on.
+        int64 [groups * members]: 0 repeated ``members`` times, then 1, and so on.
 
     Raises:
         ValueError: a count is below 1.
@@ -127,11 +128,12 @@ def fuse_advantages(
     std: str = "group",
     eps: float = 1e-4,
 ) -> Tensor:
-    r"""Advantage-level fusion: :math:`A = \sum_k w_k A_k`, each reward group-normalised on its own.
+    r"""Advantage-level fusion: :math:`A = \sum_k w_k A_k`, each reward group-normalized on its own.
 
-    A weight then means the same whatever the spread of its reward: the paper's choice, with weight
-    1 for instruction following and 0.15 to 0.2 for content consistency. A reward is normalized over
-    the members of the group in which it was measured, and adds exactly 0 to the others.
+    The effect of a weight then does not depend on the spread of its reward. This is the paper's
+    choice, with weight 1 for instruction following and 0.15 to 0.2 for content consistency. A
+    reward is normalized over the group members in which it was measured, and adds exactly 0 to the
+    others.
 
     Args:
         rewards: name to reward, each [B] (or [B, N]), finite where valid and measured.
@@ -184,9 +186,10 @@ def fuse_rewards(
 ) -> Tensor:
     r"""Reward-level fusion: :math:`R = \sum_k w_k R_k`, then one group advantage.
 
-    The reward with the larger spread dominates. Same arguments as ``fuse_advantages``, so the two
-    can be swapped. A sum needs all its terms: an unmeasured reward counts as the mean of those
-    measured in its group. A trajectory in which no reward with a weight was measured takes no part.
+    The reward with the larger spread dominates. The arguments are those of ``fuse_advantages``, so
+    the two can be swapped. A sum needs all its terms, so an unmeasured reward is imputed by the
+    mean of those measured in its group. A trajectory in which no reward with a nonzero weight was
+    measured is excluded from the statistics.
 
     Args:
         rewards: name to reward, each [B] (or [B, N]), finite where valid and measured.
@@ -229,7 +232,7 @@ def fuse_rewards(
         _check_group_measured(name, ids, ~part | _in_group(counted[name], index))
     own, takes_part = in_float64(index, part)
     exact = {name: in_float64(reward.detach(), counted[name]) for name, reward in named.items()}
-    # In units in which no product and no sum of large numbers overflows.
+    # One power of two per group, shared by its rewards, so that no product and no sum overflows.
     sizes = [torch.where(mask, reward.abs(), 0) for reward, mask in exact.values()]
     unit = _in_range(torch.stack(sizes).amax(dim=0), own, takes_part)[1]
     weight_unit = _weight_unit(weights)
@@ -266,14 +269,14 @@ def group_measured(measured: Numbers, group: Numbers) -> Tensor:
 
 
 def clamp_advantage(advantage: Numbers, *, limit: float = 5.0) -> Tensor:
-    """Bound an advantage to [-limit, limit], so that one outlier cannot own an update.
+    """Clamp an advantage to [-limit, limit], so that no outlier dominates an update.
 
     Args:
         advantage: any shape; integers count as float32.
-        limit: positive; peers use 5.
+        limit: largest absolute advantage, > 0; 5 in Flow-GRPO's implementation.
 
     Returns:
-        Shape of ``advantage``.
+        Shape and dtype of ``advantage``. Gradient flows where it is not clamped.
 
     Raises:
         ValueError: ``limit`` is not positive.
@@ -294,11 +297,11 @@ def clamp_advantage(advantage: Numbers, *, limit: float = 5.0) -> Tensor:
 def renormalize_advantage(
     advantage: Numbers, *, valid: Numbers | None = None, eps: float = 1e-4
 ) -> Tensor:
-    """Bring a fused advantage back to mean 0 and std 1 over the batch, after GDPO.
+    """Normalize a fused advantage to mean 0 and std 1 over the batch, as GDPO does.
 
     Args:
-        advantage: fused advantage, [B] (or [B, N]: each turn on its own).
-        valid: boolean, shape of ``advantage``; the rest takes no part and gets 0.
+        advantage: fused advantage, [B] (or [B, N]: each turn on its own), finite where valid.
+        valid: boolean, shape of ``advantage``; other entries are excluded and get 0.
         eps: added to the std, >= 0.
 
     Returns:
@@ -324,7 +327,7 @@ def renormalize_advantage(
 
 
 def group_std(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) -> Tensor:
-    """Population std of each trajectory's group: what ``group_advantage`` divides by, without eps.
+    """Population std of each trajectory's group, the divisor of ``group_advantage`` without eps.
 
     Args:
         reward: finite where valid, [B] or [B, N], as in ``group_advantage``.
@@ -353,7 +356,7 @@ def group_std(reward: Numbers, group: Numbers, *, valid: Numbers | None = None) 
 
 
 def all_alone(group: Tensor) -> bool:
-    """Whether each trajectory is the only one of its group; false where ids cannot be read."""
+    """Whether every trajectory is alone in its group; false where ids cannot be read."""
     ids = group.long().sort().values
     return read((ids[1:] == ids[:-1]).any()) is False
 
@@ -372,12 +375,13 @@ def check_layout(reward: Tensor, group: Tensor) -> None:
 
 
 def group_index(group: Tensor) -> Tensor:
-    """Arbitrary ids -> ids in 0..B-1, without a data-dependent shape (so that it compiles)."""
+    """Map arbitrary ids to 0..B-1 without a data-dependent shape, so that it compiles."""
     ids = group.long()  # uint64 above int64 wraps around, which keeps distinct ids distinct
     bounds = read(torch.stack(ids.aminmax()))
-    if bounds and bounds[1] - bounds[0] < len(ids):  # dense ids need no sorting, the dearest step
+    if bounds and bounds[1] - bounds[0] < len(ids):  # dense ids skip the sort, the costliest step
         dense: Tensor = ids - bounds[0]
         return dense
+    # torch.unique would do it, but the shape of its result depends on the data.
     ordered, order = ids.sort()
     is_new = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
     return torch.empty_like(order).scatter(0, order, is_new.cumsum(0))
@@ -392,7 +396,11 @@ def _normalize(
     *,
     unit: Tensor | None = None,
 ) -> Tensor:
-    """``group_advantage`` of checked rewards, in float64; each was multiplied by its ``unit``."""
+    """``group_advantage`` of checked rewards, in float64.
+
+    ``unit`` [B] or [B, N] is the factor by which each reward was multiplied beforehand. It is taken
+    out again, so that ``eps`` stays in units of the original reward.
+    """
     check_choice("std", std, STDS)
     check_number("eps", eps, low=0.0)
     exact, index, valid = in_float64(reward.detach(), index, valid)
@@ -402,18 +410,24 @@ def _normalize(
     if std == "group":
         scale = _root_mean_square(deviation, count, index) + eps * given * own
     elif std == "batch":
+        # Groups may have different units, and a batch std needs a common one: the smallest.
         one_group, common = torch.zeros_like(index), given.amin(dim=0)
         value, whole = _in_range(exact * (common / given), one_group, valid)
         spread = _root_mean_square(*_deviation(value, one_group, valid), one_group)
         scale = (spread + eps * common * whole) * (own / whole) * (given / common)
     else:
         deviation, scale = deviation / own, given
-    # 0 / 0 where all is equal and eps is 0; the deviation is exactly 0 there. A NaN stays.
+    # 0 / 0 for a constant group with eps 0, where the deviation is exactly 0. A NaN scale is not 0,
+    # so an unchecked NaN is kept.
     return torch.where(scale == 0, 0, deviation / scale)
 
 
 def _in_range(value: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply each group by a power of two, 1 but for rewards whose squares overflow or vanish."""
+    """Scale each group by a power of two, so that no square overflows or vanishes.
+
+    Returns:
+        The scaled values and the factor of each, which is 1 for rewards of ordinary size.
+    """
     size = torch.where(valid, value.abs(), 0)
     rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
     peak = torch.zeros_like(size).scatter_reduce(0, rows, size, "amax").index_select(0, index)
@@ -423,22 +437,26 @@ def _in_range(value: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tens
 
 
 def _weight_unit(weights: Mapping[str, float]) -> float:
-    """As the unit of ``_in_range``, which times this one is a number, too."""
+    """Power of two that scales the weights, as ``_in_range`` scales rewards.
+
+    Its product with any unit of ``_in_range`` is a finite float64 above 0.
+    """
     peak = max(map(abs, weights.values()))
     return 2.0**-450 if peak > _HUGE else 2.0**320 if peak < _TINY else 1.0
 
 
 def _deviation(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Reward minus its group's mean (0 where invalid), and the group's valid members (1 for none).
+    """Reward minus its group's mean (0 where invalid), and the count of valid members, at least 1.
 
-    In float64. The group's minimum is taken off first, which makes a constant group exactly 0.
+    In float64. The group's minimum is subtracted first, which makes a constant group exactly 0.
     """
     floor, mean, count = _group_mean(reward, index, valid)
+    # In this order: reward - (floor + mean) would round, and a constant group would not be 0.
     return torch.where(valid, reward - floor - mean, 0), count
 
 
 def _group_mean(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimum of each member's group, mean above it, and its valid members (1 for none)."""
+    """Minimum of each member's group, mean above it, and count of valid members, at least 1."""
     value = torch.where(valid, reward, torch.inf)
     rows = index.reshape(index.shape + (1,) * (value.ndim - 1)).expand_as(value)
     floor = torch.full_like(value, torch.inf).scatter_reduce(0, rows, value, "amin")
@@ -448,7 +466,7 @@ def _group_mean(reward: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, T
 
 
 def _filled(reward: Tensor, index: Tensor, counted: Tensor) -> Tensor:
-    """Put the mean of the group's counted members into all others, 0 where there are none."""
+    """Replace uncounted entries by the mean of the group's counted members, 0 if there are none."""
     floor, mean, _ = _group_mean(reward, index, counted)
     mean = torch.where(floor.isinf(), 0, floor + mean)
     return torch.where(counted, reward, mean)
@@ -464,7 +482,7 @@ def _root_mean_square(deviation: Tensor, count: Tensor, index: Tensor) -> Tensor
 
 
 def group_sum(x: Tensor, index: Tensor) -> Tensor:
-    """Sum over each member's group, given back to every member."""
+    """Sum over each member's group, broadcast to its members."""
     return torch.zeros_like(x).index_add(0, index, x).index_select(0, index)
 
 
@@ -475,7 +493,7 @@ def _check_named(
     valid: Numbers | None,
     measured: Mapping[str, Numbers] | None,
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """Validate; return rewards, group ids, and where each reward counts: valid and measured."""
+    """Return checked rewards, group ids, and masks of where each reward is valid and measured."""
     check_named("rewards", rewards, "rewards")
     check_named("weights", weights, "numbers")
     if not rewards:
@@ -523,10 +541,10 @@ def _check_group_measured(name: str, group: Tensor, ok: Tensor) -> None:
 
 
 def _result_like(named: Mapping[str, Tensor]) -> Tensor:
-    """A tensor of the dtype that all rewards promote to, on their device."""
+    """Empty tensor of the dtype that all rewards promote to, on their device."""
     return torch.stack([reward[:0] for reward in named.values()])
 
 
 def _weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Sum in the order of the names, so that the order of the mapping changes no bit."""
+    """Weighted sum in the order of the names, so that the order of the mapping changes no bit."""
     return torch.stack([weights[name] * terms[name] for name in sorted(terms)]).sum(dim=0)

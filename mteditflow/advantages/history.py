@@ -1,4 +1,4 @@
-"""Rewards of earlier rounds of the same chain, for groups too small for a mean of their own."""
+"""Reward history per chain: earlier rounds join the statistics of small groups."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from mteditflow._checks import (
 )
 from mteditflow.advantages.credit import Signal
 
-UNMEASURED = "unmeasured"  # in an entry, in place of a number; None stands for a lost one
+UNMEASURED = "unmeasured"  # replaces the number in an entry; None marks a lost one
 _Number = float | str | None
 _Entry = dict[str, list[list[_Number]]]
 
 
 @dataclass(frozen=True)
 class RewardHistory:
-    """Signals of the last rounds of each chain; they join the statistics of its next group.
+    """Signals of the last rounds of each chain, which join the statistics of its next group.
 
     A group of two or four has a noisy mean and standard deviation. With the history its members are
-    compared with earlier rollouts of the same chain too, which were made by older policies: the
-    mean lags behind by up to ``rounds`` visits of the chain. A group without any history is
-    normalized alone.
+    also compared with earlier rollouts of the same chain. Those came from older policies, so the
+    mean lags behind by up to ``rounds`` visits of the chain. A group without history is normalized
+    on its own.
 
     Args:
-        rounds: visits of a chain that are remembered, >= 1.
-        entries: remembered signals by group id. All the state there is: ``state_dict`` returns it
-            as JSON can hold it, ``from_state`` reads that.
+        rounds: number of past visits of a chain that are kept, >= 1.
+        entries: stored signals by group id. They are the whole state: ``state_dict`` returns them
+            in a form that JSON can hold, and ``from_state`` restores them.
 
     Raises:
         ValueError: ``rounds`` is below 1.
         TypeError: a group id is not an integer.
 
-    Source: the per-prompt statistics that implementations of Flow-GRPO (arXiv 2505.05470) keep,
-        with a bound on their age.
+    Source: the per-prompt statistics of implementations of Flow-GRPO (arXiv 2505.05470), with a
+        bound on their age.
 
     Example:
         >>> from mteditflow import TurnCredit, turn_advantage
@@ -76,16 +76,16 @@ class RewardHistory:
     def joined(
         self, signals: Mapping[str, Signal], group: Numbers
     ) -> tuple[dict[str, Signal], Tensor]:
-        """Append the remembered signals of the groups that are there.
+        """Append the stored signals of the groups in this batch.
 
         Args:
             signals: name to signal, each [B, N].
             group: integer group id of each trajectory, [B].
 
         Returns:
-            Signals [B + P, N] and group ids [B + P]; cut advantages computed with them to the
-            first B. What was unmeasured or lost then still is. Remembered entries of other names or
-            numbers of turns count as lost.
+            Signals [B + P, N] and group ids [B + P], with P stored trajectories. Compute advantages
+            on them and keep the first B rows. Stored entries that were unmeasured or lost stay so.
+            Entries with other names or another number of turns count as lost.
 
         Raises:
             ValueError: shapes do not match.
@@ -108,7 +108,7 @@ class RewardHistory:
         return found, torch.cat([group, more])
 
     def updated(self, signals: Mapping[str, Signal], group: Numbers) -> RewardHistory:
-        """Return the history after a round.
+        """Return the history with this round added, cut to the last ``rounds`` visits of a chain.
 
         Args:
             signals: name to signal, each [B, N], as given to ``joined``.
@@ -127,16 +127,16 @@ class RewardHistory:
         return RewardHistory(self.rounds, entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the entries as JSON holds them."""
+        """Return the entries in a form that JSON can hold; group ids become strings."""
         return {str(name): list(kept) for name, kept in self.entries.items()}
 
     @classmethod
     def from_state(cls, rounds: int, state: Mapping[str, Any]) -> RewardHistory:
-        """Return the history that ``state_dict`` was taken from, cut to ``rounds``."""
+        """Return the history restored from a ``state_dict``, cut to the last ``rounds`` visits."""
         return cls(rounds, {int(name): list(kept)[-rounds:] for name, kept in state.items()})
 
     def _check(self, signals: Mapping[str, Signal], group: Numbers) -> Tensor:
-        """Return the ids, after checks of all."""
+        """Check signals and ids; return the ids as a tensor."""
         check_named("signals", signals, "signals")
         if not signals:
             raise ValueError("signals: expected at least one, got none")
@@ -154,7 +154,7 @@ class RewardHistory:
 
 
 def _listed(signal: Signal, own: Tensor) -> list[list[_Number]]:
-    """Return some rows of a signal, a word where unmeasured and None where lost."""
+    """Return rows of a signal as lists, with ``UNMEASURED`` or ``None`` (lost) for no number."""
     rows = zip(*(x[own].tolist() for x in signal), strict=True)
     return [
         [x if has else UNMEASURED if ok else None for x, ok, has in zip(*row, strict=True)]
@@ -163,7 +163,7 @@ def _listed(signal: Signal, own: Tensor) -> list[list[_Number]]:
 
 
 def _signal(rows: Sequence[Sequence[_Number]], turns: int, like: Tensor) -> Signal:
-    """Return remembered rows as a signal [P, N] in the dtype and on the device of a tensor."""
+    """Return stored rows as a signal [P, N] in the dtype and on the device of ``like``."""
     numbers = [[x if isinstance(x, (int, float)) else math.nan for x in row] for row in rows]
     valid = [[x is not None for x in row] for row in rows]
     value = torch.tensor(numbers, dtype=like.dtype, device=like.device).reshape(-1, turns)
@@ -172,8 +172,9 @@ def _signal(rows: Sequence[Sequence[_Number]], turns: int, like: Tensor) -> Sign
 
 
 def _rows(entry: _Entry, term: str, turns: int) -> list[list[_Number]]:
-    """Return the remembered rows of a term, all of them lost where they do not fit."""
+    """Return the stored rows of a term, all lost if their count or number of turns differs."""
     count = len(next(iter(entry.values())))
     rows = entry.get(term, [])
+    # Runs may change their rewards or chain lengths between rounds; old entries then do not fit.
     fits = len(rows) == count and all(len(row) == turns for row in rows)
     return rows if fits else [[None] * turns] * count

@@ -1,16 +1,16 @@
-r"""Advantages per latent token: a reward counts where its region lies in the picture.
+r"""Advantages per latent token: a reward counts only in its region of the image.
 
-Instruction following is decided inside an edit, consistency outside of it. Three steps:
-``mask_coverage`` or ``box_coverage`` gives the share of each token that a region covers,
-``token_weights`` turns shares into weights laid out as the latents are, and ``region_advantage``
-adds up the rewards' advantages, each times its weights. ``nft_loss``, ``adaptive_nft_loss``,
-``flow_awr_loss``, ``exact_flow_awr_loss`` and ``matching_surrogate_loss`` take such advantages (of
-NFT, r) in place of one per row.
+Instruction following is decided inside the edited region, consistency outside it. There are three
+steps. ``mask_coverage`` or ``box_coverage`` gives the share of each token that a region covers.
+``token_weights`` turns these shares into weights in the layout of the latents. ``region_advantage``
+sums the rewards' advantages, each times its weights. ``nft_loss``, ``adaptive_nft_loss``,
+``flow_awr_loss``, ``exact_flow_awr_loss`` and ``matching_surrogate_loss`` accept per-token
+advantages (for NFT, r) in place of one per row.
 
-A token is a square of ``tile`` x ``tile`` pixels: the autoencoder's factor, times 2 where latents
-are packed in squares of 2 x 2, such as 8 * 2 = 16 for FLUX. Tokens are counted row by row from the
-top left. Where sides are no multiple of the tile, the last tokens reach over the edge, and only
-their part inside the picture counts.
+A token is a square of ``tile`` x ``tile`` pixels: the autoencoder's downsampling factor, times 2 if
+latents are packed in squares of 2 x 2, such as 8 * 2 = 16 for FLUX. Tokens are numbered row by row
+from the top left. If a side is not a multiple of the tile, the last tokens extend past the edge,
+and only their part inside the image counts.
 
 Source: advantages at the latent positions of a region, SpatialFlow-GRPO (arXiv 2606.26872) and
 Edit-GRPO (arXiv 2605.16951), both known by their abstracts. Weights, normalization and layouts are
@@ -47,18 +47,18 @@ NORMALIZATIONS = ("mean", "rms", "none")
 
 
 def token_tile(latent: Sequence[int], size: tuple[int, int]) -> int:
-    """Return the side in pixels of the square that each token of a picture's latents covers.
+    """Side length in pixels of the square that each token covers.
 
     Args:
-        latent: shape of one sample's latents: (L, C) of packed ones, else (C, ..., h, w).
-        size: height and width of the picture, pixels.
+        latent: shape of one sample's latents: (L, C) if packed, else (C, ..., h, w).
+        size: height and width of the image, pixels.
 
     Returns:
-        The tile that ``mask_coverage`` and ``box_coverage`` take.
+        The tile, for ``mask_coverage`` and ``box_coverage``.
 
     Raises:
-        ValueError: the tokens are no whole squares that fill the picture; then the tile has to be
-            known: factor of the autoencoder times side of a packed square.
+        ValueError: the tokens are not whole squares that fill the image. The tile must then be
+            given by hand: the autoencoder's factor times the side of a packed square.
 
     Example:
         >>> token_tile((1024, 64), (512, 512)), token_tile((16, 64, 32), (512, 256))
@@ -82,15 +82,15 @@ def token_tile(latent: Sequence[int], size: tuple[int, int]) -> int:
 
 
 def mask_coverage(mask: Numbers, tile: int) -> Tensor:
-    """Share of each token that a region covers, from the pixels of the region.
+    """Share of each token that a region covers, from the region's pixel mask.
 
     Args:
-        mask: whether, or how much in [0, 1], each pixel lies in the region, [..., H, W].
+        mask: membership of each pixel in the region, boolean or in [0, 1], [..., H, W].
         tile: side of a token in pixels, >= 1.
 
     Returns:
-        [..., h, w] in [0, 1], h and w the sides over the tile, rounded up: the mean over the pixels
-        of each token that lie in the picture. float32, float64 if given.
+        [..., h, w] in [0, 1], with h = ceil(H / tile) and w = ceil(W / tile): the mean over the
+        pixels of each token that lie inside the image. float32, or float64 if given.
 
     Raises:
         ValueError: there are no two axes, or a value is out of range.
@@ -111,25 +111,26 @@ def mask_coverage(mask: Numbers, tile: int) -> Tensor:
     check_values("mask", given, (given >= 0) & (given <= 1), "values in [0, 1]")
     check_count("tile", tile)
     (exact,) = in_float64(given)
+    # Area pooling as two matrix products, because the last tokens may be partial.
     down, across = (_membership(side, tile, exact) for side in exact.shape[-2:])
     pixels = down.sum(dim=1)[:, None] * across.sum(dim=1)
     return (down @ exact @ across.T / pixels).to(given)
 
 
 def box_coverage(boxes: Numbers, size: tuple[int, int], tile: int) -> Tensor:
-    """Share of each token that a region of boxes covers, exact for boxes between pixels.
+    """Share of each token that the union of boxes covers, exact for fractional box edges.
 
-    Where boxes overlap, what they have in common counts once.
+    The overlap of boxes counts once.
 
     Args:
-        boxes: of a picture, such as of a detector: (x1, y1, x2, y2) in pixels, [K, 4]; the top left
-            corner of the picture is (0, 0). What lies outside of the picture is cut off; K may
+        boxes: boxes of one image, for example from a detector: (x1, y1, x2, y2) in pixels, [K, 4];
+            the top left corner of the image is (0, 0). Parts outside the image are cut off. K may
             be 0.
-        size: height and width of the picture, pixels.
+        size: height and width of the image, pixels.
         tile: side of a token in pixels, >= 1.
 
     Returns:
-        [h, w] in [0, 1], as of ``mask_coverage``.
+        [h, w] in [0, 1], as from ``mask_coverage``.
 
     Raises:
         ValueError: the shape differs, a number is not finite, or a box ends before it begins.
@@ -152,7 +153,7 @@ def box_coverage(boxes: Numbers, size: tuple[int, int], tile: int) -> Tensor:
     ordered = (given[:, 2:] >= given[:, :2]).repeat(1, 2)
     check_values("boxes", given, ordered, "x1 <= x2 and y1 <= y2")
     (exact,) = in_float64(given)
-    # The grid's and the boxes' edges cut the picture into rectangles that are in or out as a whole.
+    # Token and box edges cut the image into rectangles, each wholly inside or outside the union.
     left, top, right, bottom = exact.unbind(dim=1)
     x, own_width, across = _cuts(torch.cat([left, right]), width, tile)
     y, own_height, down = _cuts(torch.cat([top, bottom]), height, tile)
@@ -171,26 +172,31 @@ def token_weights(
     outside: float = 0.0,
     normalization: Normalization = "mean",
 ) -> Tensor:
-    r"""Weight of each token in a reward of a region, laid out as the latents are.
+    r"""Per-token weights of a region's reward, in the layout of the latents.
 
-    With the outside weight o a token that the region covers by the share c counts
-    :math:`o + (1 - o)\,c`, over the mean of that ("mean": the weights' mean is 1), over its root
-    mean square ("rms": the gradients of tokens that point any way are as large together as those
-    of a reward of the whole picture), or as it is ("none": no token counts more than 1). A region
-    that is the whole picture, and one that is empty, give 1 everywhere: the reward is broadcast.
+    A token of which the region covers the share c has the raw weight :math:`o + (1 - o)\,c`, with
+    the outside weight o. Raw weights are normalized over the image:
+
+    - "mean" divides by their mean, so that the weights have mean 1;
+    - "rms" divides by their root mean square, so that the summed gradient of tokens with
+      independent directions is as large as for a reward of the whole image;
+    - "none" keeps them, so that no token counts more than 1.
+
+    A region that covers the whole image gives 1 everywhere: the reward is broadcast. So does an
+    empty region, except that "none" keeps its outside weight if that is above 0.
 
     Args:
-        coverage: share of each token in [0, 1], [..., h, w].
-        latent: shape of one sample's latents: (L, C) of packed ones, L >= h * w; else
-            (C, ..., h, w). Tokens behind h * w are padding, and get 1.
-        outside: weight o in [0, 1] of a token outside of the region, relative to one inside.
+        coverage: share of each token that the region covers, in [0, 1], [..., h, w].
+        latent: shape of one sample's latents: (L, C) if packed, with L >= h * w, else
+            (C, ..., h, w). Tokens after the first h * w are padding and get 1.
+        outside: weight o in [0, 1] of a token outside the region, relative to one inside.
         normalization: "mean", "rms" or "none".
 
     Returns:
         [..., L, 1] or [..., 1, ..., h, w], which broadcasts over latents; dtype of ``coverage``.
 
     Raises:
-        ValueError: a value is out of range, or the tokens are not those of the latents.
+        ValueError: a value is out of range, or coverage and latents differ in their tokens.
         TypeError: the coverage is half precision.
 
     Example:
@@ -214,7 +220,8 @@ def token_weights(
             f"latent: expected the {rows} x {columns} tokens of coverage, got {list(latent)}"
         )
     share = outside + (1 - outside) * in_float64(given)[0]
-    weight = share / _size_of(share, normalization)
+    weight = share / _normalizer(share, normalization)
+    # An empty region (o = 0) has no weights to normalize; all 0 would delete its reward.
     weight = torch.where((share == 0).all(dim=(-2, -1), keepdim=True), 1, weight).to(given)
     if len(latent) == 2:
         padding = weight.new_ones(*weight.shape[:-2], latent[0] - tokens)
@@ -227,14 +234,14 @@ def region_advantage(advantages: Mapping[str, Tensor], weights: Mapping[str, Ten
     r"""Advantage of each token, :math:`A(p) = \sum_r A_r\,w_r(p)`.
 
     Args:
-        advantages: name of a reward to its advantage, times the reward's own weight, [B, N];
-            float32 or float64.
-        weights: name to the weight of each token, as ``token_weights`` returns it for regions
-            [B, N, h, w]: [B, N, ...]. A reward without is broadcast over the tokens.
+        advantages: name of a reward to its advantage, already times the reward's fusion weight,
+            [B, N]; float32 or float64.
+        weights: name to per-token weights [B, N, ...], as ``token_weights`` returns them for
+            coverages [B, N, h, w]. Rewards without an entry are broadcast over the tokens.
 
     Returns:
-        [B, N, ...], what ``NFT``, ``FlowAWR`` and ``AWM`` take as ``advantage``; one that is equal
-        over tokens trains as the [B, N] of it does. No gradient is meant.
+        [B, N, ...], the ``advantage`` of ``NFT``, ``FlowAWR`` and ``AWM``. An advantage that is
+        equal over tokens trains like its [B, N] value. Advantages are detached.
 
     Raises:
         ValueError: there are no weights, a name has no advantage, or shapes do not match.
@@ -271,8 +278,8 @@ def region_advantage(advantages: Mapping[str, Tensor], weights: Mapping[str, Ten
     return total
 
 
-def _size_of(share: Tensor, normalization: str) -> Tensor:
-    """Return what shares [..., h, w] are divided by, [..., 1, 1]; 1 where there is nothing."""
+def _normalizer(share: Tensor, normalization: str) -> Tensor:
+    """Return the divisor of shares [..., h, w], [..., 1, 1]; 1 where all shares are 0."""
     if normalization == "none":
         return torch.ones_like(share[..., :1, :1])
     power = 2 if normalization == "rms" else 1
@@ -281,7 +288,7 @@ def _size_of(share: Tensor, normalization: str) -> Tensor:
 
 
 def _membership(side: int, tile: int, like: Tensor) -> Tensor:
-    """Return which of a side's pixels each token holds, [tokens, side], 0 or 1."""
+    """Return the pixels of a side that each token holds, [tokens, side], 0 or 1."""
     pixels = torch.arange(side, device=like.device, dtype=torch.int64) // tile
     tokens = torch.arange(-(-side // tile), device=like.device, dtype=torch.int64)
     return (tokens[:, None] == pixels).to(like)
@@ -291,11 +298,12 @@ def _cuts(edges: Tensor, side: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut a side at the given edges and between tokens.
 
     Returns:
-        Middle and length of each piece, [P], and which token holds it, [tokens, P].
+        Middle and length of each piece, [P], and its membership in tokens, [tokens, P].
     """
     tokens = torch.arange(-(-side // tile), device=edges.device, dtype=torch.int64)
     grid = torch.cat([tokens * tile, tokens.new_tensor([side])]).to(edges)
     cuts = torch.unique(torch.cat([edges.clamp(0, side), grid]))
+    # No piece crosses a cut, so its middle decides for the whole piece.
     middle = (cuts[1:] + cuts[:-1]) / 2
     return middle, cuts.diff(), (tokens[:, None] == (middle // tile)).to(edges)
 

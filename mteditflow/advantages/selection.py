@@ -1,8 +1,8 @@
-r"""Informative groups: which to train on, and which chains to draw again.
+r"""Selection of informative groups, and sampling probabilities of chains.
 
-A group is informative through the differences between its members. Where all succeed, all fail, or
-all get the same reward, there are none; objectives that pull to the old policy still move the
-weights there.
+A group is informative if the rewards of its members differ. A group in which all succeed, all fail,
+or all get the same reward has no advantage to learn from. Objectives that pull toward the old
+policy still move the weights on such a group.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from mteditflow.advantages.group import group_std
 
 @dataclass(frozen=True, eq=False)
 class GroupSelection:
-    """Which trajectories to train on, and how many groups were dropped for which reason.
+    """Mask of trajectories to train on, and counts of dropped groups by reason.
 
     Attributes:
-        keep: valid members of the groups that are kept, boolean [B]: use it as ``valid`` of
-            ``fuse_advantages``, or as weight of the loss.
-        counts: groups by what became of them: "kept"; "short", too few valid members; "saturated",
-            all at the top reward or above; "hopeless", none above the bottom reward; "flat",
-            rewards that differ too little.
+        keep: valid members of kept groups, boolean [B]: use it as ``valid`` of
+            ``fuse_advantages``, or as the weight of the loss.
+        counts: number of groups by outcome: "kept"; "short", too few valid and measured members;
+            "saturated", all at the top reward or above; "hopeless", none above the bottom reward;
+            "flat", a std of rewards that is too small.
     """
 
     keep: Tensor
@@ -57,7 +57,7 @@ def select_groups(
     spread: float = 0.0,
     members: int = 2,
 ) -> GroupSelection:
-    r"""Drop uninformative groups, and count the reasons.
+    r"""Drop uninformative groups and count them by reason.
 
     A group is counted under the first reason that holds: fewer than ``members`` valid and measured
     members, all of them at ``top`` or above, all at ``bottom`` or below, a population std of at
@@ -66,13 +66,15 @@ def select_groups(
     Args:
         reward: one per trajectory, finite where valid and measured, float32 or float64, [B].
         group: integer group id of each trajectory, [B].
-        valid: boolean [B]; ``None`` means all are valid. The rest is never read and never kept.
-        measured: boolean [B]; false where there was nothing to measure. Such a member has no say,
-            and is kept with its group: other rewards may train it. ``None`` means all were.
-        top: reward from which on nothing is left to gain; ``None``: none is.
-        bottom: reward up to which nothing was achieved; ``None``: none is.
-        spread: std that teaches nothing, >= 0; 0 drops groups of equal rewards alone.
-        members: fewest valid members, at least 2.
+        valid: boolean [B]; ``None`` means all are valid. Other members are never read or kept.
+        measured: boolean [B]; false where there was nothing to measure. Such a member does not
+            count in the decision and is kept if its group is, because other rewards may train it.
+            ``None`` means all were measured.
+        top: reward at or above which nothing is left to gain; ``None`` disables this reason.
+        bottom: reward at or below which nothing was achieved; ``None`` disables this reason.
+        spread: largest std that counts as uninformative, >= 0, in units of the reward; 0 drops only
+            groups of equal rewards.
+        members: fewest valid and measured members, at least 2.
 
     Returns:
         GroupSelection.
@@ -114,7 +116,7 @@ def select_groups(
     zeros = torch.zeros(len(names), dtype=torch.int64, device=reward.device)
 
     def in_all(holds: Tensor) -> Tensor:
-        """Return whether it holds for every member that counts, by group."""
+        """Return, per group, whether ``holds`` is true for every counted member."""
         return zeros.index_add(0, index, (counted & ~holds).long()) == 0
 
     count = zeros.index_add(0, index, counted.long())
@@ -125,6 +127,7 @@ def select_groups(
         "hopeless": none if bottom is None else in_all(reward <= bottom),
         "flat": in_all(group_std(reward, group, valid=counted) <= spread),
     }
+    # A group counts under its first reason only, so the counts add up to the number of groups.
     left, counts = ~none, {}
     for name, drop in reasons.items():
         counts[name] = int((left & drop).sum())
@@ -133,26 +136,26 @@ def select_groups(
 
 
 def draw_probabilities(spread: Numbers, *, uniform: float = 0.2) -> list[float]:
-    r"""How likely each chain is to be drawn next, given how much its last groups spread.
+    r"""Sampling probability of each chain, from the reward spread of its last group.
 
     .. math:: p_i = u / C + (1 - u) \, s_i / \sum_j s_j
 
-    A chain that all members of its group solve, or none, teaches nothing now, but may after the
-    policy has changed: the uniform share comes back to it.
+    A chain that every member of its group solves, or none, is uninformative now, but may become
+    informative as the policy changes. The uniform share keeps revisiting it.
 
     Args:
-        spread: of each of C chains, >= 0, such as the std of its last group's rewards.
-        uniform: share u of draws that is spread evenly, in (0, 1]; 1 ignores the spread.
+        spread: one per chain, [C], finite and >= 0, such as the std of its last group's rewards.
+        uniform: share u of draws that are uniform over chains, in (0, 1]; 1 ignores the spread.
 
     Returns:
-        C probabilities, all above 0; even ones where no chain has a spread.
+        C probabilities that sum to 1, all above 0; uniform if every spread is 0.
 
     Raises:
         ValueError: there is no chain, a spread is negative or not finite, ``uniform`` is out of
             range.
 
-    Source: sampling in proportion to what is left to learn, mixed with uniform draws; the idea of
-        DAPO's dynamic sampling (arXiv 2503.14476) without the groups that it throws away.
+    Source: this library's mixture of spread-proportional and uniform sampling, motivated by DAPO's
+        dynamic sampling (arXiv 2503.14476), which discards uninformative groups after the rollout.
 
     Example:
         >>> draw_probabilities([0.0, 0.3], uniform=0.5)

@@ -1,8 +1,8 @@
-r"""From scores per turn to one reward per trajectory, and from one advantage back to every step.
+r"""Aggregation of per-turn scores into trajectory rewards, and broadcast of advantages to steps.
 
-Shapes: ``B`` trajectories, ``N`` turns, ``S`` denoising steps of a turn. Chains of unequal length
-are padded to N; a boolean ``turn_mask`` [B, N] says which turns exist. What stands in a padded
-entry is never read.
+Shapes: ``B`` trajectories, ``N`` turns, ``S`` denoising steps per turn. Chains of unequal length
+are padded to N, and a boolean ``turn_mask`` [B, N] marks the turns that exist. Padded entries are
+never read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PaddedTurns(NamedTuple):
         score: [B, N], NaN where ``valid`` is false.
         turn_mask: turns that exist, boolean [B, N].
         valid: turns that exist and have a score, boolean [B, N].
-        lost: turns whose score was asked for and did not come, boolean [B, N].
+        lost: turns whose score was requested and did not arrive, boolean [B, N].
 
     Example:
         >>> from mteditflow import TurnCredit
@@ -75,22 +75,23 @@ def pad_turns(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> PaddedTurns:
-    """Pad one list of scores per chain to tensors, with what exists, what counts, what was lost.
+    """Pad one list of scores per chain to tensors, with masks of existing, valid and lost turns.
 
     Args:
-        scores: per trajectory one score per turn, at least one: numbers, integers and booleans;
-            ``None`` where a score was lost, NaN where there was nothing to measure.
-        dtype: float32 or float64, of the scores.
+        scores: one list per trajectory of one score per turn, at least one turn each. Scores are
+            floats, integers or booleans, ``None`` where a score was lost, and NaN where there was
+            nothing to measure.
+        dtype: dtype of the scores, float32 or float64.
 
     Returns:
-        PaddedTurns, on the CPU. Give ``score`` and ``valid`` to an aggregator that averages what
-        was measured, or ``score``, ``turn_mask``, ``unmeasured`` and ``lost`` to a ``Credit``,
-        which also leaves out chains with lost scores.
+        PaddedTurns, on the CPU. Pass ``score`` and ``valid`` to an aggregator, which averages the
+        measured scores, or ``score``, ``turn_mask``, ``unmeasured`` and ``lost`` to a ``Credit``,
+        which also invalidates the credit that lost scores affect.
 
     Raises:
-        ValueError: there is no chain, one has no turn, a score is infinite, or an integer is not
-            exact in ``dtype``.
-        TypeError: a score is no number, or ``dtype`` is another one.
+        ValueError: there is no chain, a chain has no turn, a score is infinite, or an integer is
+            not exact in ``dtype``.
+        TypeError: a score is not a number, or ``dtype`` is neither float32 nor float64.
 
     Example:
         >>> padded = pad_turns([[1, 0, None], [0.5]])
@@ -138,7 +139,7 @@ def _chain(name: str, row: Any, dtype: torch.dtype) -> list[float | None]:
 
 
 def _score(name: str, x: Any, dtype: torch.dtype) -> float:
-    """Return a finite number or NaN that ``dtype`` holds; an integer exactly."""
+    """Return a score as a float: NaN, or a finite number in the range of ``dtype``."""
     one = isinstance(x, np.generic) or (isinstance(x, Tensor) and x.numel() == 1)
     x = x.item() if one else x
     if not isinstance(x, (int, float)):
@@ -159,7 +160,8 @@ def binary_and(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B] of 0 or 1, float32 (float64 if given, as lists of floats are). No gradient is meant.
+        [B] of 0 or 1, float32 (float64 if given, as lists of floats are). Not meant to carry a
+        gradient.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
@@ -183,7 +185,8 @@ def binary_average(success: Numbers, *, turn_mask: Numbers | None = None) -> Ten
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B] in [0, 1], float32 (float64 if given, as lists of floats are). No gradient is meant.
+        [B] in [0, 1], float32 (float64 if given, as lists of floats are). Not meant to carry a
+        gradient.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
@@ -210,11 +213,12 @@ def likert_average(
         turn_mask: turns that exist, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B], float32 (float64 if given, as lists of floats are). No gradient is meant.
+        [B], float32 (float64 if given, as lists of floats are). Not meant to carry a gradient.
 
     Raises:
-        ValueError: wrong shape, a score outside 1..5, or a chain without turns.
-        TypeError: ``likert`` holds booleans, or no numbers.
+        ValueError: wrong shape, a score outside 1..5, an unknown normalization, or a chain without
+            turns.
+        TypeError: ``likert`` holds booleans, or entries that are not numbers.
 
     Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
 
@@ -226,24 +230,24 @@ def likert_average(
     """
     check_no_booleans("likert", likert, "scores in 1..5")
     scores, mask = _turns("likert", likert, turn_mask)
-    known = torch.where(mask, scores, 1)  # what stands in a padded entry is never read
+    known = torch.where(mask, scores, 1)  # padded entries may hold anything: give a legal score
     return _mean(normalize_likert(known, normalization=normalization), mask)
 
 
 def normalize_likert(likert: Numbers, *, normalization: str = "minmax") -> Tensor:
-    r"""Map Likert scores to rewards, each on its own: :math:`(l - 1)/4`.
+    r"""Map Likert scores elementwise to rewards: :math:`(l - 1)/4`.
 
     Args:
         likert: scores in 1..5, any shape; fractions are fine (averaged votes).
         normalization: "minmax" is (l - 1)/4, in [0, 1]; "max" is l/5, in [0.2, 1].
 
     Returns:
-        Shape of ``likert``, float32 (float64 if given, as lists of floats are). No gradient is
-        meant.
+        Shape of ``likert``, float32 (float64 if given, as lists of floats are). Not meant to carry
+        a gradient.
 
     Raises:
         ValueError: a score outside 1..5, or an unknown normalization.
-        TypeError: ``likert`` holds booleans, or no numbers.
+        TypeError: ``likert`` holds booleans, or entries that are not numbers.
 
     Source: MT-EditFlow (arXiv 2606.01985), turn aggregation.
 
@@ -267,11 +271,11 @@ def turn_average(score: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
         turn_mask: turns that have a score, boolean [B, N]; ``None`` means all.
 
     Returns:
-        [B], float32 (float64 if given, as lists of floats are). No gradient is meant.
+        [B], float32 (float64 if given, as lists of floats are). Not meant to carry a gradient.
 
     Raises:
-        ValueError: wrong shape, a score that is not finite, or a chain without scores (mark such a
-            trajectory invalid, and give it any placeholder here).
+        ValueError: wrong shape, a score that is not finite, or a chain without scores (give such a
+            trajectory a placeholder score here, and mark its reward invalid).
 
     Source: MT-EditFlow (arXiv 2606.01985), content consistency of a trajectory.
 
@@ -291,17 +295,18 @@ def reward_to_go(
 
     Args:
         reward: finite reward per turn, [B, N].
-        discount: gamma in [0, 1]; 0 leaves each turn its own reward.
+        discount: gamma in [0, 1]; 0 returns each turn's own reward.
         turn_mask: turns that exist, boolean [B, N]; padded turns add nothing and return 0.
 
     Returns:
-        [B, N], float32 (float64 if given, as lists of floats are). No gradient is meant.
+        [B, N], float32 (float64 if given, as lists of floats are). Not meant to carry a gradient.
 
     Raises:
         ValueError: wrong shape, a reward that is not finite, a chain without turns, a discount
             outside [0, 1].
 
-    Source: credit to turns, an alternative to MT-EditFlow's broadcast (arXiv 2606.01985, Eq. 8).
+    Source: the discounted return over turns, an alternative to MT-EditFlow's broadcast
+        (arXiv 2606.01985, Eq. 8).
 
     Example:
         >>> reward_to_go(torch.tensor([[1.0, 2.0, 4.0]]), discount=0.5)
@@ -310,7 +315,8 @@ def reward_to_go(
     check_number("discount", discount, low=0.0, high=1.0)
     rewards, mask = _turns("reward", reward, turn_mask)
     check_values("reward", rewards, ~mask | rewards.isfinite(), "finite rewards")
-    # In float64: a later return may overflow where an earlier one is a float32 number again.
+    # In float64: the return of a later turn may overflow float32 where that of an earlier turn,
+    # discounted or of opposite sign, is in range again.
     exact, exists = in_float64(torch.where(mask, rewards, 0), mask)
     returns = [exact[:, -1]]
     for turn in reversed(range(exact.shape[1] - 1)):
@@ -321,21 +327,22 @@ def reward_to_go(
 def stop_after_failure(success: Numbers, *, turn_mask: Numbers | None = None) -> Tensor:
     """Weights that stop a chain's training after its first failed turn.
 
-    The failed turn itself keeps weight 1 (its advantage says that it failed); later turns, which
-    edit a ruined image, get 0.
+    The failed turn itself keeps weight 1, since its advantage carries the failure. Later turns edit
+    a ruined image and get 0.
 
     Args:
         success: 0 or 1 per turn, [B, N]; boolean, integer or floating point.
         turn_mask: turns that exist, boolean [B, N]; padded turns get weight 0.
 
     Returns:
-        [B, N] of 0 or 1, float32 (float64 if given, as lists of floats are): multiply a turn
+        [B, N] of 0 or 1, float32 (float64 if given, as lists of floats are): multiply a per-turn
         advantage by it, or train only where it is 1.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a chain without turns.
 
-    Source: Edit-R2's rule, an alternative to MT-EditFlow's broadcast (arXiv 2606.01985, Eq. 8).
+    Source: the trajectory filter of Edit-R2 (arXiv 2606.05950), an alternative to MT-EditFlow's
+        broadcast (arXiv 2606.01985, Eq. 8).
 
     Example:
         >>> stop_after_failure(torch.tensor([[1, 0, 1], [1, 1, 1]]))
@@ -345,6 +352,7 @@ def stop_after_failure(success: Numbers, *, turn_mask: Numbers | None = None) ->
     scores, mask = _turns("success", success, turn_mask)
     _check_binary(scores, mask)
     succeeded = torch.where(mask, scores, 1)
+    # Shifted by one turn: a turn depends on the successes before it, not on its own.
     before = torch.cat([torch.ones_like(scores[:, :1]), succeeded[:, :-1]], dim=1)
     return before.cumprod(dim=1) * mask
 
@@ -358,11 +366,11 @@ def broadcast_to_steps(advantage: Numbers, *, turns: int, steps: int) -> Tensor:
         steps: S.
 
     Returns:
-        [B, N, S], a copy that may be written to. Gradient flows through.
+        [B, N, S], a contiguous copy that may be modified in place. Gradient flows through.
 
     Raises:
         ValueError: the advantage is neither [B] nor [B, N], or a count is not positive.
-        TypeError: the advantage holds no real numbers, or a count is not an integer.
+        TypeError: the advantage is not real, or a count is not an integer.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 8.
 

@@ -1,8 +1,9 @@
-"""Drift of pictures that rewards do not see: statistics, and an alarm when they leave their band.
+"""Image drift that rewards do not measure: statistics, and an alarm when they leave their band.
 
-A policy can pay for a reward with what no reward looks at: blanked backgrounds, lost edges, garish
-colors, one picture for any noise. These numbers are cheap, need no model, and never train. The
-distance to the reference outside the edits is ``mteditflow.wear``. Needs torch alone.
+A policy can raise a reward at the expense of properties that no reward measures: blanked
+backgrounds, lost edges, garish colors, the same image for any noise. These statistics are cheap,
+need no model, and are never trained on. The distance to the reference outside the edits is
+``mteditflow.wear``. Needs torch only.
 """
 
 from mteditflow.drift.statistics import (

@@ -1,8 +1,8 @@
-"""Statistics of pictures that no reward trains: sharpness, color, edges, fine detail, variety.
+"""Image statistics that no reward trains on: sharpness, color, edges, fine detail, diversity.
 
 ``...`` stands for any leading axes, such as ``B`` trajectories and ``N`` turns. Luma is
-0.2126 R + 0.7152 G + 0.0722 B of the encoded values (the weights of Rec. 709). Borders are left
-out where a filter would reach beyond them, so that padding makes no edges.
+0.2126 R + 0.7152 G + 0.0722 B of the encoded values (the weights of Rec. 709). Pixels whose filter
+would reach past the border are left out, so that padding creates no edges.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mteditflow._checks import (
 LUMA = (0.2126, 0.7152, 0.0722)
 AXES = "[..., 3, height, width]"
 NYQUIST = 0.5  # cycles a pixel
-FLAT = 1e-10  # mean square of luma about its mean, below which a picture has no detail
+FLAT = 1e-10  # variance of luma up to which an image counts as flat: rounding noise only
 
 
 @torch.no_grad()
 def sharpness(images: Tensor) -> Tensor:
-    r"""Variance of the Laplacian of luma, :math:`4 y_p - \sum_{q \sim p} y_q` inside the picture.
+    r"""Variance of the Laplacian of luma, :math:`4 y_p - \sum_{q \sim p} y_q` inside the border.
 
     Blur lowers it, noise raises it. Adding a constant to all channels changes nothing.
 
@@ -60,9 +60,9 @@ def sharpness(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def color_entropy(images: Tensor, *, bins: int = 8) -> Tensor:
-    r"""Entropy of a picture's colors in bits, :math:`-\sum_c p_c \log_2 p_c` over bins of RGB.
+    r"""Entropy of an image's colors in bits, :math:`-\sum_c p_c \log_2 p_c` over bins of RGB.
 
-    Flat posters and blanked backgrounds lower it. Where the pixels lie changes nothing.
+    Posterized images and blanked backgrounds lower it. It does not depend on where the pixels are.
 
     Args:
         images: [..., 3, H, W]; uint8, or floating point in [0, 1].
@@ -83,6 +83,7 @@ def color_entropy(images: Tensor, *, bins: int = 8) -> Tensor:
     """
     check_count("bins", bins, high=64)
     x = _pixels(images)
+    # 1.0 belongs to the last bin.
     level = (x * bins).long().clamp(max=bins - 1).flatten(-2)
     color = (level[..., 0, :] * bins + level[..., 1, :]) * bins + level[..., 2, :]
     flat = color.reshape(-1, color.shape[-1])
@@ -118,9 +119,9 @@ def brightness(images: Tensor) -> Tensor:
 def saturation(images: Tensor) -> Tensor:
     """Mean chroma, the largest channel minus the smallest.
 
-    The numerator of HSV's saturation, without its division by the largest channel, which would let
-    a trace of color in black count as much as pure red. Adding a constant to all channels changes
-    nothing.
+    It is the numerator of HSV saturation. The division by the largest channel is left out, because
+    it would count a trace of color in black as much as pure red. Adding a constant to all channels
+    changes nothing.
 
     Args:
         images: [..., 3, H, W]; uint8, or floating point in [0, 1].
@@ -146,7 +147,7 @@ def edge_density(images: Tensor, *, threshold: float = 0.1) -> Tensor:
 
     Args:
         images: [..., 3, H, W] with sides of at least 3 pixels; uint8, or floating point in [0, 1].
-        threshold: height of a straight step between neighbors that counts as an edge, luma.
+        threshold: smallest height of a straight step edge that counts, in units of luma, >= 0.
 
     Returns:
         [...] in [0, 1], over the pixels inside the border; float32 (float64 if given), detached.
@@ -164,6 +165,7 @@ def edge_density(images: Tensor, *, threshold: float = 0.1) -> Tensor:
     check_number("threshold", threshold, low=0.0)
     y = _luma(images, least=3)
     across, down = y[..., 2:] - y[..., :-2], y[..., 2:, :] - y[..., :-2, :]
+    # Sobel over 4, so that a straight step of height h has gradient h.
     across = (across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]) / 4
     down = (down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]) / 4
     edges = across.square() + down.square() > threshold**2
@@ -174,17 +176,17 @@ def edge_density(images: Tensor, *, threshold: float = 0.1) -> Tensor:
 def high_frequency_share(images: Tensor, *, cutoff: float = 0.25) -> Tensor:
     r"""Share of luma's energy about its mean that lies in fine detail.
 
-    Fine are the coefficients of the orthonormal cosine transform whose frequency along either axis
-    is at least the cutoff; coefficient k of H rows has :math:`k / 2H` cycles a pixel. Energy is
-    preserved by the transform, so the coarse coefficients alone are computed. The transform mirrors
-    the picture at its borders, so that unequal ends make no fine detail.
+    Fine detail consists of the coefficients of the orthonormal cosine transform whose frequency
+    along either axis is at least the cutoff. Coefficient k of H rows has :math:`k / 2H` cycles per
+    pixel. The transform preserves energy, so only the coarse coefficients are computed. It mirrors
+    the image at its borders, so that different values at opposite borders add no fine detail.
 
     Args:
         images: [..., 3, H, W]; uint8, or floating point in [0, 1].
-        cutoff: lowest fine frequency, cycles a pixel, above 0 and at most 0.5.
+        cutoff: lowest frequency of fine detail, cycles per pixel, above 0 and at most 0.5.
 
     Returns:
-        [...] in [0, 1], float32 (float64 if given), detached; 0 for a flat picture.
+        [...] in [0, 1], float32 (float64 if given), detached; 0 for a flat image.
 
     Raises:
         ValueError: wrong shape, a value outside [0, 1], or a number out of range.
@@ -203,17 +205,18 @@ def high_frequency_share(images: Tensor, *, cutoff: float = 0.25) -> Tensor:
     coarse = (rows @ y @ columns.mT).square().sum(dim=(-2, -1))
     total = y.square().sum(dim=(-2, -1))
     share = 1 - coarse / total.clamp(min=torch.finfo(y.dtype).tiny)
+    # The share of rounding noise in a flat image would be arbitrary.
     flat = total <= FLAT * y.shape[-2] * y.shape[-1]
     return torch.where(flat, torch.zeros_like(share), share.clamp(0, 1))
 
 
 @torch.no_grad()
 def thumbnails(images: Tensor, *, side: int = 8) -> Tensor:
-    """Average pictures over a grid of cells: cheap features, alike in number for any size.
+    """Average images over a grid of cells: cheap features, equal in number for any image size.
 
     Args:
         images: [..., 3, H, W]; uint8, or floating point in [0, 1].
-        side: cells along each axis, at least 1; more than there are pixels repeat some.
+        side: cells along each axis, at least 1; pixels are repeated if there are fewer than cells.
 
     Returns:
         [..., 3 side side] in [0, 1], float32 (float64 if given), detached.
@@ -234,13 +237,14 @@ def thumbnails(images: Tensor, *, side: int = 8) -> Tensor:
 
 @torch.no_grad()
 def group_distance(features: Tensor, group: Numbers) -> Tensor:
-    r"""Mean distance of each sample to the others of its group: how varied a group is.
+    r"""Mean distance of each sample to the others of its group, a measure of diversity.
 
     .. math:: d_i = \operatorname{mean}_{j \in g, j \neq i} \sqrt{\lVert f_i - f_j \rVert^2 / F}
 
-    Root mean square, so thumbnails of two flat pictures of luma a and b are ``|a - b|`` apart. The
-    mean over samples falls to 0 when a policy makes the same picture from any noise.
-    ``mteditflow.group_diversity`` is another measure, by the nearest neighbor's cosine.
+    It is a root mean square over features, so thumbnails of two flat gray images of luma a and b
+    are ``|a - b|`` apart. The mean over samples falls to 0 if a policy produces the same image from
+    any noise. ``mteditflow.group_diversity`` uses the cosine distance to the nearest neighbor
+    instead.
 
     Args:
         features: of each sample, [B, F], or [B, N, F] to compare each turn on its own; finite.
@@ -268,6 +272,7 @@ def group_distance(features: Tensor, group: Numbers) -> Tensor:
         )
     x = features if features.dtype == torch.float64 else features.float()
     by_turn = x.reshape(len(x), -1, x.shape[-1]).transpose(0, 1)  # [N, B, F]
+    # The matrix-product form of cdist rounds, and would not give 0 for duplicates.
     distance = torch.cdist(by_turn, by_turn, compute_mode="donot_use_mm_for_euclid_dist")
     others = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=x.device)
     total = torch.where(others, distance, 0).sum(dim=2).T / math.sqrt(x.shape[-1])
@@ -275,7 +280,7 @@ def group_distance(features: Tensor, group: Numbers) -> Tensor:
 
 
 def _pixels(images: Tensor) -> Tensor:
-    """Check pictures, and return them in [0, 1], float32 or float64."""
+    """Check images; return them in [0, 1], float32 or float64."""
     check_tensor("images", images)
     check_rank("images", images, 3, AXES)
     if images.shape[-3] != 3:
@@ -289,7 +294,7 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 def _luma(images: Tensor, *, least: int = 1) -> Tensor:
-    """Return luma [..., H, W] of checked pictures whose sides are at least so long."""
+    """Return luma [..., H, W] of images whose sides have at least ``least`` pixels."""
     x = _pixels(images)
     if min(x.shape[-2:]) < least:
         raise ValueError(
@@ -300,7 +305,7 @@ def _luma(images: Tensor, *, least: int = 1) -> Tensor:
 
 
 def _cosines(size: int, cutoff: float, like: Tensor) -> Tensor:
-    """Rows of the orthonormal cosine transform of coarse frequency, [K, size]."""
+    """Return the rows of the orthonormal DCT-II below the cutoff, [K, size]."""
     count = math.ceil(2 * size * cutoff)  # k / (2 size) < cutoff
     k = torch.arange(count, dtype=torch.float64, device="cpu")[:, None]
     place = torch.arange(size, dtype=torch.float64, device="cpu") + 0.5

@@ -1,4 +1,4 @@
-"""Bands of the early rounds, and an alarm for what leaves them."""
+"""Bands from the early rounds of a run, and an alarm for statistics that leave them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 from mteditflow._checks import check_count, check_number
 
-ROBUST = 1.4826  # median absolute deviation to standard deviation, of a normal distribution
+ROBUST = 1.4826  # std over median absolute deviation of a normal distribution
 
 
 class Reading(NamedTuple):
-    """One statistic of a round's pictures.
+    """Value of one statistic in a round.
 
     Attributes:
-        value: mean over the pictures that were made.
-        reference: mean over the pictures that they were made of; NaN where there are none, as for
-            text to image or for variety inside groups.
+        value: mean over the generated images.
+        reference: mean over the images that they edit; NaN if there are none, as for text to image
+            or for diversity within groups.
         error: standard error of ``value - reference`` over chains of the round, or of ``value``
-            without a reference; NaN where it is not known, as with one chain a round.
+            without a reference; NaN if unknown, as with one chain per round.
     """
 
     value: float
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Values that are no alarm, for a statistic of a round.
+    """Range of a statistic in a round that raises no alarm.
 
     Attributes:
         low: lower end, in units of the statistic.
@@ -46,9 +46,9 @@ class DriftAlarm:
     """A statistic that has left its band.
 
     Attributes:
-        name: of the statistic.
-        value: median over the last rounds.
-        band: values that are no alarm, as they are in this round.
+        name: name of the statistic.
+        value: median change over the last rounds, plus this round's reference if there is one.
+        band: range without an alarm in this round.
     """
 
     name: str
@@ -57,36 +57,36 @@ class DriftAlarm:
 
     @property
     def below(self) -> bool:
-        """Whether it lies below its band."""
+        """Whether the value lies below its band."""
         return self.value < self.band.low
 
     def __str__(self) -> str:
-        """Return the alarm in words."""
+        """Return the alarm as a sentence."""
         side = "below" if self.below else "above"
         low, high = (f"{end:.3g}" for end in self.band)
         return f"{self.name}: {self.value:.3g}, {side} its band of {low} to {high}"
 
 
 class DriftWatch:
-    r"""Watches statistics of a run's pictures, each against a band of its own early rounds.
+    r"""Monitor of image statistics of a run, each against a band from its own early rounds.
 
-    What is watched is :math:`\delta = v - r`, value minus reference, so that the content of a
-    round's chains cancels; where there is no reference it is :math:`v`. From the first K rounds
-    come the center :math:`m = \operatorname{median} \delta` and the spread :math:`s`, the larger of
+    The monitored quantity is :math:`\delta = v - r`, value minus reference, so that the content of
+    a round's chains cancels. Without a reference it is :math:`v`. The first K rounds give the
+    center :math:`m = \operatorname{median} \delta` and the spread :math:`s`, the larger of
     :math:`1.4826 \operatorname{median} |\delta - m|` and the median standard error. The band is
-    :math:`m \pm \max(w s, \ell \operatorname{median} |v|)`, and with a reference it reaches to
-    :math:`\delta = 0`: pictures that become more like those they were made of are no drift. An
-    alarm is raised where the median of the last rounds is outside.
+    :math:`m \pm \max(w s, \ell \operatorname{median} |v|)`. With a reference it is extended to
+    include :math:`\delta = 0`, because images that become more similar to their inputs are no
+    drift. An alarm is raised if the median of the last rounds lies outside.
 
-    Five rounds alone make a poor spread: over normal noise, 23% of series raise a false alarm
-    within 100 rounds at the defaults where no standard error is known, and none of 1,000 where it
-    is. Without standard errors ``baseline=10, width=12`` has 0.1%.
+    Five rounds alone estimate the spread poorly. On normal noise, 23% of series raise a false alarm
+    within 100 rounds at the defaults if no standard error is known, and none of 1,000 if it is.
+    Without standard errors ``baseline=10, width=12`` gives 0.1%.
 
     Args:
-        baseline: early rounds K that make the band, at least 3.
+        baseline: number K of early rounds that define the band, at least 3.
         width: half-width w of the band, in spreads, above 0.
-        window: rounds whose median is compared.
-        least: smallest half-width, as a share of the early values, at least 0.
+        window: number of last rounds whose median is compared with the band, at least 1.
+        least: smallest half-width :math:`\ell`, as a share of the median early value, at least 0.
 
     Raises:
         ValueError: a number is out of range.
@@ -115,9 +115,9 @@ class DriftWatch:
 
     @property
     def bands(self) -> dict[str, Band]:
-        """Bands at the references of the last round, of the statistics whose early rounds are over.
+        """Bands of all statistics with complete early rounds, at the last round's references.
 
-        A band moves with the reference of each round; ``band_around`` places it at another one.
+        A band moves with the reference of each round; ``band_around`` computes it for another one.
         """
         return {
             name: self.band_around(name, self._recent[name][-1].reference)
@@ -127,17 +127,17 @@ class DriftWatch:
 
     @property
     def outside(self) -> frozenset[str]:
-        """Names of the statistics that are outside their bands now."""
+        """Names of the statistics that are currently outside their bands."""
         return frozenset(self._outside)
 
     def check(self, readings: Mapping[str, Reading]) -> list[DriftAlarm]:
-        """Take in the statistics of a round; one whose value is not finite is left out.
+        """Add the statistics of a round; readings whose value is not finite are ignored.
 
         Args:
-            readings: by name, such as "saturation/turn_3".
+            readings: readings by name, such as "saturation/turn_3".
 
         Returns:
-            Alarms of the statistics that have left their bands in this round.
+            Alarms of the statistics that left their bands in this round.
         """
         alarms = []
         for name, reading in readings.items():
@@ -147,9 +147,10 @@ class DriftWatch:
             recent = [*self._recent.get(name, []), reading][-self._window :]
             self._recent[name] = recent
             if len(early) < self._baseline:
-                early.append(reading)
+                early.append(reading)  # fixed once complete: a slow drift must not move its band
                 continue
             band = self.band_around(name, reading.reference)
+            # The median is over changes, so shift it and the band to this round's reference.
             value = _level(reading.reference) + median(map(_change, recent))
             if band.low <= value <= band.high:
                 self._outside.discard(name)
@@ -159,14 +160,14 @@ class DriftWatch:
         return alarms
 
     def band_around(self, name: str, reference: float = math.nan) -> Band:
-        """Return the band of a statistic in a round whose reference pictures have this value.
+        """Return the band of a statistic in a round whose reference images have this value.
 
         Args:
-            name: of a statistic.
-            reference: its value over the reference pictures; NaN where there are none.
+            name: name of a statistic.
+            reference: its value over the reference images; NaN if there are none.
 
         Raises:
-            KeyError: its early rounds are not over.
+            KeyError: fewer than ``baseline`` rounds of it have been checked.
         """
         early = self._early.get(name, [])
         if len(early) < self._baseline:
@@ -182,7 +183,7 @@ class DriftWatch:
         return Band(low, high)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed watch needs; JSON can hold it."""
+        """Return the state as JSON-compatible lists and dictionaries."""
         kept = {"early": self._early, "recent": self._recent}
         return {
             **{k: {n: [_stored(r) for r in x] for n, x in v.items()} for k, v in kept.items()},
@@ -190,7 +191,7 @@ class DriftWatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another watch of the same arguments was."""
+        """Restore the state of a watch with the same arguments."""
         self._early, self._recent = (
             {name: [_loaded(x) for x in rows] for name, rows in state[kind].items()}
             for kind in ("early", "recent")
@@ -203,11 +204,12 @@ def _level(reference: float) -> float:
 
 
 def _change(reading: Reading) -> float:
-    """Return what is watched: value minus reference, or the value alone."""
+    """Return value minus reference, or the value if there is no reference."""
     return reading.value - _level(reading.reference)
 
 
 def _stored(reading: Reading) -> list[float | None]:
+    # JSON has no NaN: null stands for it.
     return [x if math.isfinite(x) else None for x in reading]
 
 

@@ -1,10 +1,10 @@
 r"""The straight probability path of flow matching, and grids of flow time on it.
 
 One convention everywhere: ``sigma`` is 1 at pure noise and 0 at data, ``velocity`` is
-:math:`dx/d\sigma`. Shapes: ``M`` rows (samples) and any latent axes behind them; ``S`` denoising
-steps. ``sigma`` is a number, or numbers whose shape is a leading part of the latent's, such as
-``[M]``, with or without axes of size one behind. Half-precision inputs are computed in float32 and
-returned in their own dtype.
+:math:`dx/d\sigma`. Shapes: ``M`` rows (samples), followed by any latent axes; ``S`` denoising
+steps. ``sigma`` is a number, or a tensor whose shape is a leading part of the latent's, such as
+``[M]``, with or without trailing axes of size one. Half-precision inputs are computed in float32
+and returned in their own dtype.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from mteditflow._checks import (
 )
 from mteditflow._reduce import per_row, promote, row_mean_square, valid_rows
 
-_MAX_SHIFT = 1e30  # far beyond any use, and what float32 can still divide by
+_MAX_SHIFT = 1e30  # beyond any use, and its inverse is still a normal float32
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: float | Numbers) -> Tensor:
     r"""Point on the path, :math:`x_t = (1 - \sigma)\,clean + \sigma\,noise`.
 
-    Exactly ``clean`` at 0 and exactly ``noise`` at 1.
+    It is exactly ``clean`` at sigma 0 and exactly ``noise`` at sigma 1.
 
     Args:
         clean: data latent, [M, ...].
@@ -56,11 +56,12 @@ def interpolate(clean: Tensor, noise: Tensor, sigma: float | Numbers) -> Tensor:
     check_floating(clean=clean, noise=noise)
     check_same_shape(clean=clean, noise=noise)
     start, end = promote(clean, noise)
+    # lerp, unlike (1 - s) x + s z, is exact at both ends.
     return torch.lerp(start, end, per_row("sigma", sigma, start)).to(clean.dtype)
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    r"""Velocity of the path, :math:`noise - clean`: what a flow-matching model regresses to.
+    r"""Velocity of the path, :math:`noise - clean`: the regression target of flow matching.
 
     Args:
         clean: data latent, [M, ...].
@@ -140,7 +141,7 @@ def score_from_velocity(x_t: Tensor, velocity: Tensor, sigma: float | Numbers) -
     Args:
         x_t: noisy latent, [M, ...].
         velocity: model output, shape of ``x_t``.
-        sigma: flow time in (0, 1], number or leading-shape tensor; at 0 there is no density.
+        sigma: flow time in (0, 1], number or leading-shape tensor; at 0 the score diverges.
 
     Returns:
         [M, ...] in the dtype of ``x_t``. Gradient flows to all three.
@@ -216,8 +217,8 @@ def uniform_sigmas(steps: int) -> Tensor:
 def shift_sigmas(sigmas: Numbers, shift: float) -> Tensor:
     r"""Shift a grid toward noise: :math:`\sigma' = a\sigma / (1 + (a - 1)\sigma)` with shift a.
 
-    Computed as :math:`\sigma / (\sigma + (1 - \sigma) / a)`, which keeps exactly 0 and exactly 1
-    where they are and never leaves [0, 1].
+    It is computed as :math:`\sigma / (\sigma + (1 - \sigma) / a)`, which maps 0 and 1 exactly to
+    themselves and never leaves [0, 1].
 
     Args:
         sigmas: values in [0, 1], any shape; integers count as float32.
@@ -247,7 +248,7 @@ def shift_sigmas(sigmas: Numbers, shift: float) -> Tensor:
 def exponential_shift_sigmas(sigmas: Numbers, mu: float) -> Tensor:
     r"""FLUX's dynamic shift, :math:`\sigma' = e^\mu / (e^\mu + 1/\sigma - 1)`.
 
-    The same as ``shift_sigmas(sigmas, exp(mu))``, which is how it is computed: finite at 0.
+    It is computed as ``shift_sigmas(sigmas, exp(mu))``, which equals it and is finite at 0.
 
     Args:
         sigmas: values in [0, 1], any shape; integers count as float32.
@@ -260,11 +261,13 @@ def exponential_shift_sigmas(sigmas: Numbers, mu: float) -> Tensor:
         ValueError: ``mu`` lies outside its range, or a sigma outside [0, 1].
         TypeError: ``sigmas`` holds no real numbers.
 
+    Source: FLUX.1's time shift, as in the schedulers of diffusers.
+
     Example:
         >>> exponential_shift_sigmas(torch.tensor([1.0, 0.5, 0.0]), 0.0)
         tensor([1.0000, 0.5000, 0.0000])
     """
-    check_number("mu", mu, low=-69.0, high=69.0)
+    check_number("mu", mu, low=-69.0, high=69.0)  # exp(69) is just below _MAX_SHIFT
     return shift_sigmas(sigmas, math.exp(mu))
 
 
@@ -282,7 +285,7 @@ def flux_mu(
         \frac{tokens - base_{tokens}}{max_{tokens} - base_{tokens}}
 
     Args:
-        image_tokens: tokens of the image generated (the reference's do not count).
+        image_tokens: tokens of the generated image, without those of the reference.
         base_tokens: token count at which mu is ``base_shift``.
         max_tokens: token count at which mu is ``max_shift``, above ``base_tokens``.
         base_shift: mu at ``base_tokens``.
@@ -296,7 +299,7 @@ def flux_mu(
             not finite.
         TypeError: a count is not an integer.
 
-    Source: the FLUX.1 pipelines of diffusers, of which a test checks equality.
+    Source: the FLUX.1 pipelines of diffusers; a test checks equality with them.
 
     Example:
         >>> flux_mu(256), round(flux_mu(1024), 4)
@@ -312,13 +315,13 @@ def flux_mu(
 
 
 def flux2_mu(image_tokens: int, steps: int) -> float:
-    """Shift of FLUX.2, fitted by its authors to token count and number of steps.
+    """Shift of FLUX.2, an empirical fit by its authors to token count and number of steps.
 
-    Two lines in the token count, for 10 and for 200 steps, interpolated linearly in the number of
-    steps; above 4300 tokens the 200-step line alone.
+    It is linear in the token count for 10 and for 200 steps, and interpolated linearly in the
+    number of steps between them. Above 4300 tokens the 200-step line applies to any step count.
 
     Args:
-        image_tokens: tokens of the image generated (the reference's do not count).
+        image_tokens: tokens of the generated image, without those of the reference.
         steps: number of denoising steps S.
 
     Returns:
@@ -328,7 +331,8 @@ def flux2_mu(image_tokens: int, steps: int) -> float:
         ValueError: an argument is below 1.
         TypeError: an argument is not an integer.
 
-    Source: the FLUX.2 pipelines of diffusers, of which a test checks equality.
+    Source: the FLUX.2 pipelines of diffusers, including the constants; a test checks equality with
+        them.
 
     Example:
         >>> round(flux2_mu(1024, 10), 4), round(flux2_mu(1024, 50), 4)

@@ -1,4 +1,4 @@
-"""Roll a velocity function out into a trajectory: one turn, or a chain of edits of edits."""
+"""Roll out a velocity function into a trajectory: one turn, or a chain of successive edits."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _LARGEST_SEED = 2**64 - 1  # of a torch.Generator
 
 
 class VelocityFunction(Protocol):
-    """A policy: the velocity of a latent, given what it edits and which turn it is."""
+    """Policy as a function: velocity of a latent, given its reference and turn."""
 
     def __call__(
         self, x_t: Tensor, sigma: Tensor, *, reference: Tensor | None, turn: int
     ) -> Tensor:
         """Velocity [B, ...] at ``x_t`` [B, ...] and ``sigma`` [B].
 
-        ``reference`` [B, ...] is the clean latent of the turn before (at turn 0 the one given to
-        ``rollout``, or ``None``); ``turn`` counts from 0 and tells which instruction applies.
+        ``reference`` [B, ...] is the clean latent of the previous turn (at turn 0 the one given to
+        ``rollout``, or ``None``). ``turn`` counts from 0 and selects the instruction.
         """
         ...
 
@@ -53,9 +53,9 @@ def trajectory_generators(
     """One generator per trajectory, so that a trajectory does not depend on its batch.
 
     Args:
-        seed: of the first generator; the following get ``seed + 1``, ``seed + 2``, ...
-        count: number of trajectories.
-        device: where the noise is drawn.
+        seed: seed of the first generator, >= 0; the next ones get ``seed + 1``, ``seed + 2``, ...
+        count: number of trajectories, >= 1.
+        device: device on which the noise is drawn.
 
     Returns:
         ``count`` generators.
@@ -84,17 +84,17 @@ def batched_noise(
     """Standard Gaussian noise with row b drawn from generator b alone.
 
     Args:
-        shape: of one row.
-        generators: one per row; each advances.
-        dtype: of the result.
-        device: of the result; ``None`` is that of the generators.
+        shape: shape of one row.
+        generators: one per row, all on one device; each advances by one draw.
+        dtype: dtype of the result.
+        device: device of the result; ``None`` means that of the generators.
 
     Returns:
         ``[B, *shape]``.
 
     Raises:
         ValueError: there is no generator, or a size is negative.
-        TypeError: an argument is of another kind.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> batched_noise((2, 3), trajectory_generators(0, 4)).shape
@@ -109,6 +109,7 @@ def batched_noise(
         check_count(f"shape[{axis}]", size, low=0)
     check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
     place = None if device is None else as_device("device", device)
+    # Drawn row by row on the generators' device: a row's noise then depends on its seed alone.
     rows = [torch.randn(shape, generator=g, dtype=dtype, device=g.device) for g in generators]
     return torch.stack(rows).to(device=place)
 
@@ -133,21 +134,23 @@ def rollout(
     turn_mask: Numbers | None = None,
     stochastic_steps: Collection[int] | None = None,
 ) -> Trajectory:
-    r"""Sample N turns of S steps; each turn is given the clean latent of the turn before.
+    r"""Sample N turns of S steps; each turn edits the clean latent of the previous turn.
 
     Args:
-        velocity: the policy, see ``VelocityFunction``; called S times a turn.
+        velocity: the policy, see ``VelocityFunction``; called S times per turn.
         noise: initial noise of each turn, [B, N, ...]; N = 1 is plain sampling.
         sigmas: grid of a turn, [S + 1], strictly decreasing, such as ``uniform_sigmas(S)``.
-        solver: of the stochastic steps: ``FlowSDE``, ``DanceSDE``, ``CPS``; ``ODE`` for none.
-        generators: of the step noise, one per trajectory: batching does not change a trajectory.
-        reduction: of log-probs over elements, "mean" or "sum".
-        reference: clean latent that turn 0 edits, [B, ...].
+        solver: solver of the stochastic steps: ``FlowSDE``, ``DanceSDE`` or ``CPS``; ``ODE`` if no
+            step is stochastic.
+        generators: generators of the step noise, one per trajectory, so that a trajectory's noise
+            does not depend on its batch.
+        reduction: reduction of log-probs over elements, "mean" or "sum".
+        reference: clean latent that turn 0 edits, [B, ...]; ``None`` for sampling without one.
         group: integer group ids, [B]; ``None`` puts each trajectory in a group of its own.
-        turn_mask: turns that exist, boolean [B, N]; ``None`` means all. An absent turn is rolled
-            like the others, for the batch's sake, and may be anything.
+        turn_mask: turns that exist, boolean [B, N]; ``None`` means all. Absent turns are sampled
+            like the others, to keep the batch rectangular, and their content is undefined.
         stochastic_steps: indices of the steps that use ``solver``, such as ``sliding_window(...)``;
-            the others take ODE steps. ``None`` means all.
+            the others are ODE steps. ``None`` means all.
 
     Returns:
         Trajectory without gradients; a step is stochastic where its std is positive.
@@ -201,7 +204,7 @@ def rollout(
     for turn in range(n):
         policy = partial(velocity, reference=reference, turn=turn)
         turns.append(_roll_turn(policy, noise[:, turn], sigmas, solvers, generators, reduction))
-        reference = turns[-1][0][:, -1]
+        reference = turns[-1][0][:, -1]  # Eq. 9-16: a turn edits the last state of the one before
     latents, log_probs, stochastic = zip(*turns, strict=True)
     return Trajectory(
         latents=torch.stack(latents, dim=1),
@@ -222,7 +225,7 @@ def _roll_turn(
     generators: Sequence[torch.Generator],
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States [B, S + 1, ...], log-probs [B, S] and stochastic steps [S] of one turn from x."""
+    """Return states [B, S + 1, ...], log-probs [B, S] and stochastic steps [S] of a turn from x."""
     states, log_probs, stochastic = [x], [], []
     for solver, step_sigmas in zip(solvers, sigmas.unfold(0, 2, 1), strict=True):
         sigma, next_sigma = step_sigmas[:, None].expand(-1, len(x))
@@ -231,10 +234,12 @@ def _roll_turn(
         transition = solver(x, v, sigma, next_sigma)
         sample = transition.mean
         random = (transition.std > 0).all()
+        # ODE steps draw nothing, so that the noise of later steps depends on stochastic steps only.
         if random:
             z = batched_noise(x.shape[1:], generators, dtype=sample.dtype, device=x.device)
             sample = transition.sample(z)
-        # The log-prob is that of the value the next step really uses: in the dtype of the latent.
+        # The log-prob is that of the value that the next step really uses, after rounding to the
+        # latent's dtype. A replay sees this value, and its ratio must be 1 before the first update.
         x = sample.to(x.dtype)
         states.append(x)
         log_probs.append(gaussian_log_prob(x, *transition, reduction=reduction))

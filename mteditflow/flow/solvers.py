@@ -1,7 +1,7 @@
 r"""Stochastic sampling of a flow: one step as a Gaussian transition with an exact log-probability.
 
-Every solver here is one formula. A step from ``sigma`` to ``next_sigma`` (d = sigma - next_sigma)
-takes the Euler step, pulls the sample back along the noise estimate, and adds fresh noise:
+All solvers share one formula. A step from ``sigma`` to ``next_sigma`` (d = sigma - next_sigma)
+takes the Euler step, removes a share ``pull`` of the noise estimate, and adds fresh noise:
 
 .. math:: mean = x_t - d\,v - pull\,(x_t + (1 - \sigma) v), \qquad x' = mean + std\,z
 
@@ -14,8 +14,8 @@ Dance-SDE  g^2 d / (2 sigma), g = a                     g sqrt(d)
 CPS        next_sigma (1 - cos(a pi / 2))               next_sigma sin(a pi / 2)
 ========== ============================================ ==========================
 
-``a`` is the noise level; at 0 each solver IS the Euler step, bit for bit the same as ``ODE``.
-Shapes: ``M`` rows, any latent axes behind. Everything is computed in float32 at least.
+``a`` is the noise level. At 0 each solver IS the Euler step, bit for bit the same as ``ODE``.
+Shapes: ``M`` rows, followed by any latent axes. Everything is computed in float32 at least.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from mteditflow._reduce import (
 
 
 class Transition(NamedTuple):
-    """Gaussian of the next sample given this one.
+    """Gaussian distribution of the next state given the current one.
 
     Attributes:
         mean: [M, ...], float32 at least; carries the gradient of the velocity.
@@ -67,7 +67,7 @@ class Transition(NamedTuple):
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Next sample, ``mean + std * noise``.
+        """Next state, ``mean + std * noise``.
 
         Args:
             noise: standard Gaussian, shape of ``mean``.
@@ -95,31 +95,31 @@ class Solver(Protocol):
     def __call__(
         self, x_t: Tensor, velocity: Tensor, sigma: float | Numbers, next_sigma: float | Numbers
     ) -> Transition:
-        """Gaussian of the sample at ``next_sigma`` given ``x_t`` at ``sigma``."""
+        """Return the Gaussian of the state at ``next_sigma`` given ``x_t`` at ``sigma``."""
         ...
 
 
 class _PulledEuler(ABC):
-    """The one formula; a solver only says how far it pulls and how much noise it adds."""
+    """Common formula of all solvers; subclasses define ``pull`` and ``std``."""
 
     @abstractmethod
     def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """``pull`` and ``std`` of a step, in the shape of ``sigma``."""
+        """Return ``pull`` and ``std`` of a step, in the shape of ``sigma``."""
 
     def __call__(
         self, x_t: Tensor, velocity: Tensor, sigma: float | Numbers, next_sigma: float | Numbers
     ) -> Transition:
-        """Gaussian of the sample at ``next_sigma`` given ``x_t`` at ``sigma``.
+        """Return the Gaussian of the state at ``next_sigma`` given ``x_t`` at ``sigma``.
 
-        Replay is the same call with a stored ``x_t`` and the current policy's velocity, followed by
-        ``gaussian_log_prob`` of the stored next sample.
+        To replay a step, make the same call with the stored ``x_t`` and the current policy's
+        velocity, and take ``gaussian_log_prob`` of the stored next state.
 
         Args:
             x_t: state, [M, ...].
             velocity: model output, shape of ``x_t``.
             sigma: flow time of ``x_t`` in (0, 1]: a number, [M] or [M, 1, ...], so that rows at
-                different steps batch together.
-            next_sigma: flow time after the step, in [0, sigma), in one of these forms too.
+                different steps can share a batch.
+            next_sigma: flow time after the step, in [0, sigma), in one of the same forms.
 
         Returns:
             Transition with mean [M, ...] and std of one value per row. Gradient flows to ``x_t``
@@ -137,15 +137,16 @@ class _PulledEuler(ABC):
         s, s_next = per_row("sigma", sigma, x), per_row("next_sigma", next_sigma, x)
         check_step_values("next_sigma - sigma", s_next - s, s_next < s, "a step toward data, < 0")
         pull, std = self.coefficients(s, s_next)
+        # The module's formula with x_t and v collected; with pull 0 it is Euler bit for bit.
         mean = torch.addcmul(x * (1 - pull), v, s_next - s - pull * (1 - s))
         return Transition(mean, std)
 
 
 @dataclass(frozen=True)
 class ODE(_PulledEuler):
-    """Deterministic Euler step; ``std`` is 0 and there is no density.
+    """Deterministic Euler step; ``std`` is 0, and the step has no density.
 
-    Source: Flow-GRPO (arXiv 2505.05470), the ODE its SDE shares marginals with.
+    Source: Flow-GRPO (arXiv 2505.05470), the ODE whose marginals its SDE shares.
 
     Example:
         >>> ODE()(torch.tensor([[1.0]]), torch.tensor([[2.0]]), 1.0, 0.75)
@@ -153,7 +154,7 @@ class ODE(_PulledEuler):
     """
 
     def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """No pull, no noise."""
+        """Return zeros: no pull and no noise."""
         return torch.zeros_like(sigma), torch.zeros_like(sigma)
 
 
@@ -162,10 +163,11 @@ class _SDE(_PulledEuler):
 
     @abstractmethod
     def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-        """Diffusion coefficient g of the step."""
+        """Return the diffusion coefficient g of the step."""
 
     def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """``g^2 d / (2 sigma)`` and ``g sqrt(d)``."""
+        """Return ``g^2 d / (2 sigma)`` and ``g sqrt(d)``."""
+        # Score correction: + g^2/2 * score * d with score = -noise / sigma.
         g, d = self.diffusion(sigma, next_sigma), sigma - next_sigma
         return g.square() * d / (2 * sigma), g * d.sqrt()
 
@@ -174,13 +176,13 @@ class _SDE(_PulledEuler):
 class FlowSDE(_SDE):
     r"""Flow-SDE step, :math:`g = a\sqrt{\sigma / (1 - \sigma)}`.
 
-    At sigma = 1, where g diverges, the denominator takes the next grid value in place of 1. The
-    first step's variance is then :math:`a^4/4` too large for any step size; later steps forget it.
-    So the ODE's marginals are reached at first order in the step size from any sigma below 1, and
-    at order :math:`\min(1, a^2)` from exactly 1.
+    At sigma = 1, where g diverges, the denominator uses the next grid value in place of 1. The
+    variance after the first step is then :math:`a^4/4` too large for any step size, and later steps
+    contract the error. The ODE's marginals are therefore reached at first order in the step size
+    from any sigma below 1, and at order :math:`\min(1, a^2)` from exactly 1.
 
     Args:
-        noise_level: a >= 0; Flow-GRPO uses 0.7, for FLUX.1-Kontext 0.9. 0 is the Euler step.
+        noise_level: a >= 0; Flow-GRPO uses 0.7, and 0.9 for FLUX.1-Kontext. 0 is the Euler step.
 
     Source: Flow-GRPO (arXiv 2505.05470), its Euler-Maruyama sampler.
 
@@ -195,7 +197,8 @@ class FlowSDE(_SDE):
         check_number("noise_level", self.noise_level, low=0.0)
 
     def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-        """Diffusion coefficient g; ``next_sigma`` stands in for a sigma of exactly 1."""
+        """Return the diffusion coefficient g, with ``next_sigma`` in place of a sigma of 1."""
+        # As flow_grpo does: sigma_1 replaces 1 in the denominator of the first step only.
         below_one = torch.where(sigma == 1, next_sigma, sigma)
         return self.noise_level * (sigma / (1 - below_one)).sqrt()
 
@@ -220,18 +223,19 @@ class DanceSDE(_SDE):
         check_number("noise_level", self.noise_level, low=0.0)
 
     def diffusion(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-        """Diffusion coefficient g."""
+        """Return the diffusion coefficient g, the noise level at every sigma."""
         return torch.full_like(sigma, self.noise_level)
 
 
 @dataclass(frozen=True)
 class CPS(_PulledEuler):
-    r"""Coefficient-preserving step: the noise of the next sample is part old, part fresh.
+    r"""Coefficient-preserving step: the noise of the next state is part old, part fresh.
 
     .. math:: x' = (1 - \sigma')\,\hat c + \sigma'(\cos(a\pi/2)\,\hat n + \sin(a\pi/2)\,z)
 
     with the clean estimate c and the noise estimate n. The total noise coefficient stays sigma',
-    so no step adds more noise than the path holds; marginals of the ODE are not kept.
+    so no step adds more noise than the path has at sigma'. The marginals of the ODE are not
+    preserved.
 
     Args:
         noise_level: a in [0, 1]; 0 is the Euler step, 1 replaces all noise.
@@ -249,8 +253,9 @@ class CPS(_PulledEuler):
         check_number("noise_level", self.noise_level, low=0.0, high=1.0)
 
     def coefficients(self, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """``next_sigma (1 - cos)`` and ``next_sigma sin`` of the angle ``a pi / 2``."""
+        """Return ``next_sigma (1 - cos)`` and ``next_sigma sin`` of the angle ``a pi / 2``."""
         angle = self.noise_level * math.pi / 2
+        # 1 - cos = 2 sin^2 of half the angle, without cancellation at small noise levels.
         return next_sigma * (2 * math.sin(angle / 2) ** 2), next_sigma * math.sin(angle)
 
 
@@ -264,17 +269,17 @@ def gaussian_log_prob(
 ) -> Tensor:
     r"""Log-density of a stored step: :math:`-(x-mean)^2/(2 std^2) - \log std - \log(2\pi)/2`.
 
-    A row with ``std`` 0 took a deterministic step, which has no density: its log-prob is exactly 0
-    with zero gradient, so its ratio is 1 whatever the policy. Keep such rows out of training by the
-    solver's window, not by this value.
+    A row with ``std`` 0 took a deterministic step, which has no density. Its log-prob is exactly 0
+    with zero gradient, so its ratio is 1 for any policy. Exclude such rows from training by a step
+    mask rather than by this value.
 
     Args:
-        x: the next sample that was really used (after any rounding), [M, ...].
+        x: next state as it was used in the rollout (after any rounding), [M, ...].
         mean: transition mean, shape of ``x``.
-        std: >= 0, one value per row: a number, [M] or [M, 1, ...].
-        reduction: over the elements of a row. "mean" is the per-element average that peers' clip
-            ranges (1e-4 .. 1e-5) belong to; "sum" is the joint log-density. Use the same one for
-            sampling and training.
+        std: transition std, >= 0, one value per row: a number, [M] or [M, 1, ...].
+        reduction: reduction over the elements of a row. "mean" is the per-element average, to which
+            the usual clip ranges of 1e-4 .. 1e-5 belong; "sum" is the joint log-density. Use the
+            same one for sampling and training.
         valid: boolean, [M]; false rows give 0 with gradient 0, even if they hold NaN.
 
     Returns:
@@ -284,8 +289,8 @@ def gaussian_log_prob(
         ValueError: shapes differ, std has more than one value per row or is negative, or the
             reduction is unknown.
         TypeError: the mask is not boolean, ``x`` is not floating point, or ``mean`` or ``std`` is
-            not float32 or float64: in half precision the rounding of a mean is larger than what a
-            policy update moves it.
+            not float32 or float64: half precision rounds a mean by more than a policy update moves
+            it.
 
     Source: Flow-GRPO (arXiv 2505.05470).
 
@@ -315,18 +320,19 @@ def gaussian_kl(
 ) -> Tensor:
     r"""KL divergence of two transitions of equal std: :math:`(mean - mean_{ref})^2 / (2 std^2)`.
 
-    ``std`` is that of the step, with the step size in it; policy and reference share it because it
-    depends on the grid alone. Deterministic rows give exactly 0.
+    ``std`` is that of the step and includes the step size. Policy and reference share it because it
+    depends on the grid alone. Deterministic rows give exactly 0. A ``kl_coef`` from implementations
+    that leave the step size out of the std does not carry over.
 
     Args:
         mean: transition mean of the policy, [M, ...].
         reference_mean: transition mean of the reference, shape of ``mean``.
         std: as in ``gaussian_log_prob``.
-        reduction: "mean" or "sum" over elements; the one of the log-prob.
+        reduction: "mean" or "sum" over elements; use that of the log-prob.
         valid: as in ``gaussian_log_prob``.
 
     Returns:
-        [M], >= 0, float32 at least. Gradient flows to all tensors.
+        [M], >= 0, float32 at least. Gradient flows to both means and ``std``.
 
     Raises:
         ValueError: shapes differ, std has more than one value per row or is negative, or the
@@ -353,12 +359,12 @@ def cps_surrogate(
 ) -> Tensor:
     r"""Flow-CPS's training signal :math:`-(x - mean)^2`: a surrogate, NOT a log-density.
 
-    The density's 1 / (2 std^2) is left out, so that steps with little noise do not dominate; the
-    exponential of its difference is no probability ratio. For the density use
-    ``gaussian_log_prob``.
+    The factor 1 / (2 std^2) of the density is left out, so that steps with little noise do not
+    dominate. The exponential of a difference of two such values is not a probability ratio. For the
+    density use ``gaussian_log_prob``.
 
     Args:
-        x: the next sample that was really used, [M, ...].
+        x: next state as it was used in the rollout, [M, ...].
         mean: transition mean, shape of ``x``.
         reduction: "mean" or "sum" over elements.
         valid: as in ``gaussian_log_prob``.
@@ -385,9 +391,10 @@ def cps_surrogate(
 
 
 def unit_step(solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers) -> Transition:
-    """Step of velocity 1 from state 0: what a step makes of a velocity, mean and std [M, 1].
+    """Transition from state 0 at velocity 1, mean and std [M, 1].
 
-    Means are linear in the velocity, so minus this mean is how far a step moves per unit of it.
+    Means are linear in state and velocity, so this mean is the slope of a step's mean in the
+    velocity; it is negative.
     """
     check_callable("solver", solver)
     times = {"sigma": sigma, "next_sigma": next_sigma}
@@ -405,10 +412,10 @@ def unit_step(solver: Solver, sigma: float | Numbers, next_sigma: float | Number
 def sliding_window(
     update: int, *, size: int, steps: int, stride: int = 1, interval: int = 1
 ) -> range:
-    """Denoising steps that are stochastic and trained at an update: a window sliding over the grid.
+    """Denoising steps that are stochastic and trained at an update: a window that slides.
 
-    Starts at the noisiest step, moves by ``stride`` every ``interval`` updates until it ends at the
-    last step (a last move may be shorter, so that no step is left out), and begins again.
+    It starts at the noisiest step and moves by ``stride`` every ``interval`` updates until it ends
+    at the last step. The last move may be shorter, so that no step is left out. It then restarts.
 
     Args:
         update: number of the update, from 0.
@@ -434,7 +441,7 @@ def sliding_window(
     for name, count in (("size", size), ("stride", stride), ("interval", interval)):
         check_count(name, count)
     check_count("steps", steps, low=size)
-    last = steps - size
+    last = steps - size  # first step of the last window, so that no window is cut short
     positions = math.ceil(last / stride) + 1
     start = min(update // interval % positions * stride, last)
     return range(start, start + size)
@@ -451,5 +458,5 @@ def _difference(x_name: str, x: Tensor, mean_name: str, mean: Tensor) -> Tensor:
 
 
 def _standardised_square(difference: Tensor, std: Tensor) -> Tensor:
-    """Mean of ``(difference / std)^2``; divided twice, for the square of a tiny std is 0."""
-    return row_mean_square(difference) / std / std
+    """Mean of ``(difference / std)^2``."""
+    return row_mean_square(difference) / std / std  # twice: the square of a tiny std would be 0

@@ -1,4 +1,4 @@
-"""Frozen container of rolled-out trajectories: validated once, then plain tensors."""
+"""Immutable container of sampled trajectories, validated once on construction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FORMAT = "mteditflow.Trajectory/1"
 
 
 class Steps(NamedTuple):
-    """Stored denoising steps as M rows: what a replay needs."""
+    """Stored denoising steps as M rows, as replays need them."""
 
     x_t: Tensor  # [M, ...] state before the step
     next_x: Tensor  # [M, ...] state after it
@@ -45,15 +45,15 @@ class Trajectory:
     Args:
         latents: every state of every turn, [B, N, S + 1, ...], from noise (first) to clean (last).
         sigmas: grid of each turn, [N, S + 1], strictly decreasing within [0, 1].
-        log_prob: of each step under the sampling policy, [B, N, S], float32 or float64; 0 where the
-            step was deterministic.
+        log_prob: log-prob of each step under the sampling policy, [B, N, S], float32 or float64; 0
+            where the step was deterministic.
         stochastic: steps that were sampled from a density, boolean [N, S].
         group: integer group id of each trajectory, [B].
         turn_mask: turns that exist, boolean [B, N]; chains may be shorter than N.
-        reduction: how ``log_prob`` was reduced over elements, "mean" or "sum"; kept with it so that
+        reduction: reduction of ``log_prob`` over elements, "mean" or "sum"; stored with it so that
             training cannot mix the two.
 
-    No gradient flows through a rollout; tensors are taken as they are, and not to be changed.
+    No gradient flows through a rollout. Tensors are stored without a copy and must not be modified.
 
     Raises:
         ValueError: shapes or devices do not match, a grid does not decrease, a trajectory has no
@@ -112,6 +112,7 @@ class Trajectory:
         has_turn = self.turn_mask.any(dim=1)
         check_values("turn_mask", has_turn, has_turn, "at least one turn in each trajectory")
         for name, x in (("log_prob", self.log_prob), ("latents", self.latents)):
+            # Absent turns hold whatever the sampler left there, NaN included.
             absent = ~self.turn_mask.reshape(self.turn_mask.shape + (1,) * (x.ndim - 2))
             check_values(name, x, x.isfinite() | absent, "finite values in existing turns")
 
@@ -130,16 +131,16 @@ class Trajectory:
 
     @property
     def clean(self) -> Tensor:
-        """Final latents of every turn, [B, N, ...]: what NFT re-noises and the next turn edits."""
+        """Final latents of every turn, [B, N, ...]; NFT re-noises and the next turn edits them."""
         return self.latents[:, :, -1]
 
     @property
     def step_mask(self) -> Tensor:
-        """Steps that exist and have a density, boolean [B, N, S]: those GRPO can train."""
+        """Steps that exist and have a density, boolean [B, N, S]: GRPO can train these."""
         return self.turn_mask[:, :, None] & self.stochastic[None]
 
     def steps(self, trajectory: Tensor, turn: Tensor, step: Tensor) -> Steps:
-        """Gather any steps as rows, across trajectories, turns and steps.
+        """Gather steps as rows, by indices of trajectory, turn and step.
 
         Args:
             trajectory: index of each row, integer [M].
@@ -179,13 +180,13 @@ class Trajectory:
         )
 
     def steps_at(self, rows: Tensor) -> Steps:
-        """Gather any steps as rows, by one index tensor.
+        """Gather steps as rows, by one index tensor.
 
         Args:
             rows: trajectory, turn and step of each row, integer [M, 3].
 
         Returns:
-            As ``steps``.
+            Steps of M rows, in the order of ``rows``.
 
         Raises:
             ValueError: ``rows`` is not [M, 3], or an index is out of range.
@@ -195,7 +196,7 @@ class Trajectory:
         return self.steps(*rows.unbind(1))
 
     def clean_at(self, at: Tensor) -> Tensor:
-        """Gather final latents of any turns as rows.
+        """Gather final latents of turns as rows.
 
         Args:
             at: trajectory and turn of each row, integer [M, 2].
@@ -224,7 +225,7 @@ class Trajectory:
             check_values(name, index, within, f"indices in 0..{size - 1}")
 
     def select(self, index: Tensor | slice) -> Trajectory:
-        """Some trajectories.
+        """Select trajectories.
 
         Args:
             index: integer indices [M], a boolean mask [B] or a slice.
@@ -245,23 +246,26 @@ class Trajectory:
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Trajectory:
-        """A copy on another device; dtypes stay.
+        """Copy to another device; dtypes are kept.
 
         Args:
-            device: where to.
+            device: target device.
             non_blocking: as in ``Tensor.to``: do not read the copy before the transfer is over.
 
         Returns:
-            Trajectory; tensors that are there already are shared.
+            Trajectory; tensors that are already on the device are shared.
         """
-        moved = copy.copy(self)  # without validation, which would read what is still on its way
+        # Without validation, which would read tensors whose transfer may still be under way.
+        moved = copy.copy(self)
         for name, x in self._tensors().items():
             object.__setattr__(moved, name, x.to(device, non_blocking=non_blocking))
         return moved
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
-        """Join along the batch; what differs in shape or grid trains in ``objectives.Buckets``.
+        """Concatenate along the batch.
+
+        Parts that differ in shape or grid train together in ``objectives.Buckets``.
 
         Args:
             parts: at least one; all of the same turns, grid, stochastic steps, reduction, device
@@ -271,8 +275,9 @@ class Trajectory:
             The trajectories of all parts, in their order.
 
         Raises:
-            ValueError: there is none, or they differ in what they must share.
-            TypeError: they differ in a dtype.
+            ValueError: there is no part, or the parts differ in turns, grid, stochastic steps,
+                reduction, device or latent shape.
+            TypeError: the parts differ in a dtype.
         """
         if not parts:
             raise ValueError("parts: expected at least one Trajectory, got none")
@@ -286,7 +291,7 @@ class Trajectory:
         return replace(first, **joined)
 
     def _check_joins(self, first: Trajectory, part: str) -> None:
-        """Raise unless ``concatenate`` can join this one, named ``part``, to the first."""
+        """Raise unless ``concatenate`` can join this trajectory, named ``part``, to the first."""
         for name, x in self._tensors().items():
             expected = getattr(first, name)
             if x.dtype != expected.dtype:
@@ -303,10 +308,10 @@ class Trajectory:
         check_shape(f"{part}.latents", self.latents, shape, "[B, ...] like parts[0]")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, atomically: a failure leaves what was there.
+        """Write to a safetensors file atomically: a failure leaves an existing file unchanged.
 
         Args:
-            path: of the file; its folder exists.
+            path: path of the file, in an existing folder.
 
         Raises:
             OSError: the file cannot be written.
@@ -316,16 +321,16 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trajectory:
-        """Read what ``save`` wrote, and validate it.
+        """Read and validate a file that ``save`` wrote.
 
         Args:
-            path: of the file.
+            path: path of the file.
 
         Returns:
             Trajectory on the CPU.
 
         Raises:
-            ValueError: the file is damaged, or holds something else.
+            ValueError: the file is damaged, or does not hold a trajectory.
             OSError: the file cannot be read.
         """
         tensors, metadata = load_tensors(path)

@@ -1,4 +1,4 @@
-r"""Advantage weighted matching: the flow-matching loss is the log-prob of a sample."""
+r"""Advantage weighted matching: minus the flow-matching loss stands in for a log-prob."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def matching_log_prob(
 ) -> Tensor:
     r"""Surrogate for the log-prob of a clean sample, :math:`-W(\mathrm{mean}(v_\theta - v)^2)`.
 
-    Advantage weighted matching is the clipped surrogate of it: with the old policy's value at the
-    SAME flow time and noise the ratio is the exponential of the old matching loss minus the new.
-    On-policy the gradient of that surrogate is exactly the advantage times the gradient of W.
-    Where the policy IS the old one, the detached value is the old one and saves a forward pass. No
-    solver and no density of steps is involved. With the matching loss :math:`l`, :math:`W(l)` is
+    Advantage weighted matching uses it in the clipped surrogate. With the old policy's value at the
+    SAME flow time and noise, the ratio is the exponential of the old matching loss minus the new
+    one. On-policy the gradient of that surrogate is exactly the advantage times the gradient of W.
+    If the policy IS the old one, the detached value serves as the old log-prob and saves a forward
+    pass. No solver and no transition density is involved. With the matching loss :math:`l`,
+    :math:`W(l)` is
 
     - "uniform": :math:`l`;
     - "sigma": :math:`\sigma\,l`;
@@ -50,27 +51,28 @@ def matching_log_prob(
     - "huber": :math:`\sigma\,(\sqrt{l + \epsilon} - \sqrt\epsilon)`, the error's size;
     - "general_huber": :math:`\sigma\,((l + \epsilon)^p - \epsilon^p)/p` with p = 1/4.
 
-    Here :math:`\epsilon = 10^{-10}`. The last two weigh a row the less the worse it is matched.
+    Here :math:`\epsilon = 10^{-10}`. Under the last two, the gradient weight of a row falls as its
+    matching loss grows.
 
     Args:
-        velocity: of a policy at the re-noised latent, [M, ...].
+        velocity: policy's velocity at the re-noised latent, [M, ...].
         target: ``velocity_target(clean, noise)``. Treated as a constant.
         weighting: W, one of the above.
         sigma: flow time of each row in [0, 1]: a number, [M] or [M, 1, ...]; ``None`` for
-            "uniform", which has no use for it. Treated as a constant.
+            "uniform", which does not use it. Treated as a constant.
         valid: boolean, [M]; false rows give 0 with gradient 0, even if they hold NaN.
 
     Returns:
         [M], <= 0, float32 at least. Gradient flows to ``velocity`` alone.
 
     Raises:
-        ValueError: shapes differ or there is no latent axis, the weighting has another name, or
-            sigma is missing, out of range, or without use.
+        ValueError: shapes differ or there is no latent axis, the weighting is unknown, or sigma is
+            missing, out of range, or given for "uniform".
         TypeError: a tensor is not floating point, sigma is half precision, or the mask is not
             boolean.
 
-    Source: Advantage Weighted Matching (arXiv 2509.25050); the weightings but "uniform" are known
-    from public code.
+    Source: Advantage Weighted Matching (arXiv 2509.25050); the weightings other than "uniform" are
+    known from public code only.
 
     Example:
         >>> import torch
@@ -102,27 +104,29 @@ def matching_surrogate_loss(
     sigma: float | Numbers | None = None,
     valid: Numbers | None = None,
 ) -> Tensor:
-    r"""Clipped surrogate on matching losses, with an advantage of each row or of each token.
+    r"""Clipped surrogate on matching losses, with one advantage per row or per token.
 
-    Of rows it is ``clipped_surrogate_loss`` of the two ``matching_log_prob``. Of tokens the ratio
-    is still one number for a row, and the tokens of positive and of negative advantage are clipped
-    each by their own side of it: with :math:`A = A^+ + A^-` token by token,
+    With one advantage per row it is ``clipped_surrogate_loss`` of the two ``matching_log_prob``.
+    With one per token the ratio is still one number per row, and tokens of positive and of negative
+    advantage are clipped separately, each at its side of the range. With :math:`A = A^+ + A^-`
+    token by token,
 
     .. math:: L = -\sum_\pm \min(\rho\,\bar A^\pm, \mathrm{clip}(\rho)\,\bar A^\pm),
         \qquad \nabla \rho \to \rho\,\nabla \log p^\pm
 
-    where the bar is the mean over tokens. The value of :math:`\log p^\pm` is the row's log-prob;
-    its gradient is that of the matching loss with tokens in proportion to :math:`A^\pm`. On-policy
-    the gradient is that of :math:`W'(l)\,\mathrm{mean}_p\,A(p)\,(v_\theta - v)_p^2`. An advantage
-    that is equal over tokens gives value and gradient of the one per row; of others the gradient is
-    not that of the value, whose ratio is the row's.
+    where the bar is the mean over tokens. The value of :math:`\log p^\pm` is the row's log-prob.
+    Its gradient is that of the matching loss with tokens weighted in proportion to :math:`A^\pm`.
+    On-policy the gradient is that of :math:`W'(l)\,\mathrm{mean}_p\,A(p)\,(v_\theta - v)_p^2`. An
+    advantage that is equal over tokens gives the value and the gradient of the per-row form. In
+    general the gradient is not the derivative of the returned value, because the value uses the
+    row's ratio.
 
     Args:
-        velocity: of the policy being trained at the re-noised latent, [M, ...].
-        old_velocity: of the policy that sampled, at the same point. Treated as a constant.
+        velocity: velocity of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: velocity of the sampling policy at the same point. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        advantage: of each row: a number, [M] or [M, 1, ...]; or of each token, [M, L, 1] or
-            [M, 1, h, w] as ``region_advantage`` is laid out. Treated as a constant.
+        advantage: one per row: a number, [M] or [M, 1, ...]; or one per token, [M, L, 1] or
+            [M, 1, h, w] as ``region_advantage`` lays it out. Treated as a constant.
         clip_low: how far the ratio may fall below 1, in [0, 1).
         clip_high: how far it may rise above 1, >= 0.
         weighting: as in ``matching_log_prob``.
@@ -137,8 +141,8 @@ def matching_surrogate_loss(
             range.
         TypeError: as in ``matching_log_prob``, or the advantage is half precision.
 
-    Source: Advantage Weighted Matching (arXiv 2509.25050). One ratio with advantages of tokens is
-    GSPO-token's (arXiv 2507.18071), carried over to latents by this library.
+    Source: Advantage Weighted Matching (arXiv 2509.25050). One ratio per row with per-token
+    advantages follows GSPO-token (arXiv 2507.18071), carried over to latents by this library.
 
     Example:
         >>> import torch
@@ -166,12 +170,14 @@ def matching_surrogate_loss(
     values = token_values("advantage", advantage, error, low=-math.inf, high=math.inf, valid=mask)
     if values.numel() == len(values):
         return surrogate(loss, values.flatten())
+    # A+ and A- apart: one mean advantage could be near 0 while both signs need their own clip.
     total = torch.zeros_like(loss)
     for part in (values.clamp(min=0), values.clamp(max=0)):
         mean = row_mean(part).to(part)
+        # Token weights of mean 1, >= 0 for either sign; all 0 where the row has no such token.
         share = part / torch.where(mean == 0, 1, mean).reshape(-1, *(1,) * (part.ndim - 1))
         weighted = weighted_mean_square(error, share).to(loss)
-        # The value of the row's loss, for the ratio, with the gradient of the weighted one.
+        # Straight-through: the row's loss as value, for the ratio, with the weighted gradient.
         total = total + surrogate(loss.detach() + (weighted - weighted.detach()), mean)
     return total
 
@@ -179,7 +185,7 @@ def matching_surrogate_loss(
 def _log_prob(
     loss: Tensor, weighting: Weighting, sigma: float | Numbers | None, valid: Numbers | None
 ) -> Tensor:
-    """Return what matching losses [M] count as: ``-W``."""
+    """Map matching losses [M] to surrogate log-probs ``-W(l)``."""
     check_choice("weighting", weighting, WEIGHTINGS)
     if weighting == "uniform":
         if sigma is not None:
@@ -198,5 +204,6 @@ def _log_prob(
         return -s.square() * loss
     power = _POWERS[weighting]
     smoothing = torch.full_like(loss, _SMOOTHING)
-    bent = (loss + smoothing).pow(power) - smoothing.pow(power)  # the same pow: 0 is exactly 0
-    return -s * (bent if weighting == "huber" else bent / power)
+    # Both terms by the same pow kernel, so that a loss of 0 gives exactly 0.
+    robust = (loss + smoothing).pow(power) - smoothing.pow(power)
+    return -s * (robust if weighting == "huber" else robust / power)

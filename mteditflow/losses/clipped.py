@@ -27,17 +27,18 @@ def clipped_surrogate_loss(
 
     With :math:`\rho = \exp(log\_prob - old\_log\_prob)`. On-policy (:math:`\rho = 1`) the gradient
     with respect to ``log_prob`` is exactly ``-advantage``. Where clipping acts it is exactly 0:
-    above 1 + high for an advantage > 0, below 1 - low for one < 0. Computed on the logarithm of the
-    ratio, so that no far-off ratio turns a clipped entry into NaN. Add ``kl_coef *
-    gaussian_kl(...)`` and reduce with ``masked_mean(loss, valid)``.
+    above 1 + high for an advantage > 0, below 1 - low for one < 0. Clipping acts on the log-ratio,
+    before the exponential, so that an overflowing ratio cannot turn a clipped entry into NaN. Add
+    ``kl_coef * gaussian_kl(...)`` and reduce with ``masked_mean(loss, valid)``.
 
     Args:
         log_prob: log-prob of stored steps under the policy being trained, any shape such as
             [B, N, S] or rows [M]; float32 or float64.
-        old_log_prob: of the same steps under the policy that sampled them, same reduction over
-            elements ("mean" or "sum"), shape of ``log_prob``. Treated as a constant.
-        advantage: of each step, shape of ``log_prob``; or a number for each row: its leading part,
-            such as [B], with or without axes of size one behind. Treated as a constant.
+        old_log_prob: log-prob of the same steps under the sampling policy, with the same reduction
+            over elements ("mean" or "sum"), shape of ``log_prob``. Treated as a constant.
+        advantage: one per step, shape of ``log_prob``; or a number; or one per row, in a leading
+            part of that shape such as [B], with or without trailing axes of size one. Treated as a
+            constant.
         clip_low: how far the ratio may fall below 1, in [0, 1). 1e-4 .. 1e-5 goes with mean-reduced
             log-probs, 0.1 .. 0.2 with summed ones.
         clip_high: how far the ratio may rise above 1, >= 0.
@@ -48,8 +49,9 @@ def clipped_surrogate_loss(
         Shape of ``log_prob``, unreduced. Gradient flows to ``log_prob`` alone.
 
     Raises:
-        ValueError: shapes differ, a clip range is out of bounds.
-        TypeError: half precision (clip ranges of 1e-4 vanish in it), or a mask that is not boolean.
+        ValueError: shapes differ, or a clip range is out of bounds.
+        TypeError: half precision, in which a ratio of 1 + 1e-4 rounds to 1, or a mask that is not
+            boolean.
 
     Source: MT-EditFlow (arXiv 2606.01985), Eq. 4, 20-22; Flow-GRPO (arXiv 2505.05470).
 

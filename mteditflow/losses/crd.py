@@ -1,4 +1,4 @@
-r"""Centered reward distillation: implicit rewards regress to rewards, both centered in a group."""
+r"""Centered reward distillation: regression of group-centered implicit rewards to rewards."""
 
 from __future__ import annotations
 
@@ -42,35 +42,38 @@ def crd_loss(
 ) -> Tensor:
     r"""Squared error of centered implicit rewards, :math:`(A_{max}/b)\,(b\,q'_i - a'_i)^2`.
 
-    The implicit reward of a row is how much better than the old policy it is matched,
+    The implicit reward of a row is the old policy's matching loss minus the current one,
 
     .. math:: q = \mathrm{mean}(v_{old} - v)^2 - \mathrm{mean}(v_\theta - v)^2,
         \qquad a = 1/2 + 1/2\,\mathrm{clip}(A / A_{max}, -1, 1)
 
-    and a prime is the difference from the mean over the row's group. An optimal policy has b q
-    equal to its reward but for the log of a normalizing constant, which all rows of a prompt share:
-    centering removes it, so a constant added to q or A (below the clip) changes nothing. The mean
-    of q is detached; rows of a group add up to the same gradient as if it were not. The loss is 0
-    where b q' equals a'. At ``velocity == old_velocity`` it is A_max / b times the squared a', and
-    its gradient, without ``adaptive``, that of :math:`(A_i - \mathrm{mean}\,A)\,l_i`:
-    advantage-weighted matching, whatever b and A_max are.
+    and a prime denotes the difference from the mean over the row's group. For an optimal policy,
+    b q equals the reward up to the log of a normalizing constant that all rows of a prompt share.
+    Centering removes it, so adding a constant to q or to A (away from the clip) changes nothing.
+    The mean of q is detached; summed over a group, the gradient is the same as without the detach.
+    The loss is 0 where b q' equals a'. At ``velocity == old_velocity`` it is A_max / b times the
+    squared a'. Without ``adaptive`` its gradient there is that of
+    :math:`(A_i - \mathrm{mean}\,A)\,l_i` with the matching loss
+    :math:`l = \mathrm{mean}(v_\theta - v)^2`, as in advantage-weighted matching, for any b and
+    A_max (while no A is clipped).
 
     Args:
-        velocity: of the policy being trained at re-noised latents, [M, ...].
-        old_velocity: of the old policy at the same points; where the policy IS the old one,
+        velocity: velocity of the policy being trained at re-noised latents, [M, ...].
+        old_velocity: velocity of the old policy at the same points; if the policy IS the old one,
             ``velocity.detach()`` saves a forward pass. Treated as a constant.
         target: ``velocity_target(clean, noise)`` of each row. Treated as a constant.
-        advantage: of each row, [M] or [M, 1, ...], or a number; float32 or float64. Treated as a
+        advantage: one per row, [M] or [M, 1, ...], or a number; float32 or float64. Treated as a
             constant.
-        group: integer id of the rows that are centered together, [M], of any width: those of one
-            prompt, turn, flow time and noise; equal ids center over the whole batch.
-        crd_beta: b > 0: implicit reward per reward; large b keeps the policy near the old one.
+        group: integer id of the rows that are centered together, [M], of any integer width: the
+            rows of one prompt, turn, flow time and noise. Equal ids center over the whole batch.
+        crd_beta: b > 0, reward per unit of implicit reward; a large b keeps the policy near the old
+            one.
         advantage_max: A_max > 0, the advantage at which a saturates.
         adaptive: whether both errors in q are divided by their own detached mean absolute error,
             which makes q less dependent on the flow time.
-        floor: smallest mean absolute error divided by, > 0; read with ``adaptive`` alone.
-        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN, and take
-            no part in the means of their groups.
+        floor: lower bound of that divisor, > 0; used only if ``adaptive``.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN, and are
+            excluded from the means of their groups.
 
     Returns:
         [M], >= 0, float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone.
@@ -80,10 +83,10 @@ def crd_loss(
         TypeError: a tensor is not floating point, the ids are not integers, or the mask not
             boolean.
 
-    Source: CRD (arXiv 2603.14128), whose centering is by prompt. Scales, the division by mean
-        absolute errors and their floor are known from a public implementation alone, which centers
-        over all rows that it gathers; its other sets of rows (by sign or by softmax of advantages)
-        are left out. The limits are derived here.
+    Source: CRD (arXiv 2603.14128), which centers by prompt. The scales, the division by mean
+        absolute errors and its floor are known from a public implementation only. That
+        implementation centers over all gathered rows; its other centering sets (by sign or by
+        softmax of advantages) are not offered here. The limits are derived here.
 
     Example:
         >>> import torch
@@ -104,25 +107,26 @@ def crd_loss(
     mask, ids = rows_mask(valid, velocity), as_row_ids(group, velocity)
     v, v_old, v_target = promote(velocity, old_velocity.detach(), target.detach())
     a = row_numbers("advantage", advantage, v.flatten(1)[:, 0], valid=mask).detach()
-    wanted = (a / (2 * advantage_max)).clamp(-0.5, 0.5)  # 1/2 less than a: it cancels
+    wanted = (a / (2 * advantage_max)).clamp(-0.5, 0.5)  # a - 1/2: the 1/2 cancels in a'
     q = -_error(valid_rows(mask, v - v_target), adaptive, floor)
     q = q + _error(valid_rows(mask, v_old - v_target), adaptive, floor)
-    away = crd_beta * (q - group_mean(q.detach(), ids, mask)) - (
+    residual = crd_beta * (q - group_mean(q.detach(), ids, mask)) - (
         wanted - group_mean(wanted, ids, mask)
     )
-    loss = away.square() * (advantage_max / crd_beta)
+    # The scale makes the gradient at the old policy independent of b and A_max.
+    loss = residual.square() * (advantage_max / crd_beta)
     return (loss if mask is None else loss.where(mask, 0)).to(v.dtype)
 
 
 def kl_coef_by_reward(
     advantage: Numbers, *, kl_coef: float, kl_floor: float = 1e-4, advantage_max: float = 5.0
 ) -> Tensor:
-    r"""Weight of each row's KL that grows with its reward, from ``kl_floor`` to ``kl_coef``.
+    r"""Per-row weight of the KL, growing with the row's reward from ``kl_floor`` to ``kl_coef``.
 
     .. math:: c_i = c_{min} + a_i\,(c - c_{min}), \qquad
         a_i = 1/2 + 1/2\,\mathrm{clip}(A_i / A_{max}, -1, 1)
 
-    A good row is held near the reference more strongly than a bad one, which has to move.
+    Good rows are held near the reference more strongly than bad ones, which have to move.
 
     Args:
         advantage: any shape, float32 or float64, or lists of numbers; integers count as float32.
@@ -138,8 +142,8 @@ def kl_coef_by_reward(
         ValueError: a number is out of range.
         TypeError: half precision.
 
-    Source: the reward-adaptive KL of CRD (arXiv 2603.14128), as a public implementation has it; its
-        KL is to the pretrained velocity under classifier-free guidance.
+    Source: the reward-adaptive KL of CRD (arXiv 2603.14128), in the form of a public
+        implementation, whose KL is to the pretrained velocity under classifier-free guidance.
 
     Example:
         >>> import torch
@@ -157,6 +161,6 @@ def kl_coef_by_reward(
 
 
 def _error(error: Tensor, adaptive: bool, floor: float) -> Tensor:
-    """Mean square of each row, over its detached mean absolute value if that is wanted."""
+    """Mean square of each row, divided by its detached mean absolute value if ``adaptive``."""
     mean_square = row_mean_square(error)
     return mean_square / row_mean_absolute(error).clamp(min=floor) if adaptive else mean_square

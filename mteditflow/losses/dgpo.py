@@ -1,4 +1,4 @@
-r"""Direct group preference optimization: the better part of a group against the worse part."""
+r"""Direct group preference optimization: the better members of a group against the worse ones."""
 
 from __future__ import annotations
 
@@ -30,46 +30,48 @@ def dgpo_loss(
     ratio_clip: float | None = None,
     valid: Numbers | None = None,
 ) -> Tensor:
-    r"""Matching loss times advantage, times a weight of the group: :math:`\sigma(S_g)\,A_i\,l_i`.
+    r"""Advantage-weighted matching loss times a weight per group: :math:`\sigma(S_g)\,A_i\,l_i`.
 
     With the matching losses :math:`l = \mathrm{mean}(v_\theta - v)^2` and :math:`l_{ref}` of the
-    reference, the weight is the logistic function of how badly the policy still orders the group,
+    reference, the weight is the sigmoid of a score of how badly the policy still ranks the group,
 
     .. math:: S_g = b \, \mathrm{mean}_{i \in g}\, A_i\,(l_i - l_{ref,i})
 
-    detached: below 1/2 where the policy tells good from bad better than the reference does, near 0
-    where the group is won. Summed over a group of G the gradient is G / b times that of
-    :math:`-\log\mathrm{sigmoid}(-S_g)`, the Bradley-Terry loss of the group's two parts: the factor
-    b is left to the learning rate. In a group of two with advantages 1 and -1 the mean loss has
-    1 / b times the gradient of ``dpo_loss`` at ``dpo_beta = b``. At the reference the weight is 1/2
-    and the gradient half that of advantage-weighted matching. b near 0 keeps it there; a large b
-    trains the groups that are ordered wrongly and no others.
+    The weight is detached. It is below 1/2 if the policy separates good from bad members better
+    than the reference does, and near 0 once the group is solved. Summed over a group of G the
+    gradient is G / b times that of :math:`-\log\mathrm{sigmoid}(-S_g)`, the Bradley-Terry loss of
+    the better against the worse members; the factor b is left to the learning rate. In a group of
+    two with advantages 1 and -1 the mean loss has 1 / b times the gradient of ``dpo_loss`` at
+    ``dpo_beta = b``. At the reference the weight is 1/2, and the gradient is half that of
+    advantage-weighted matching. With b near 0 the weight stays there; with a large b only groups
+    that are ranked wrongly are trained.
 
-    Advantages should sum to 0 in each group: the normalizing constants of the two parts then cancel
-    and a constant added to the reference's losses changes nothing. ``group_advantage`` sees to it;
-    a clamp afterwards breaks it a little. Give all rows of a group the same flow time and noise.
+    Advantages should sum to 0 in each group. The normalizing constants of the better and the worse
+    members then cancel, and a constant added to the reference's losses changes nothing.
+    ``group_advantage`` ensures this; a clamp afterwards violates it slightly. Give all rows of a
+    group the same flow time and noise.
 
     Args:
-        velocity: of the policy being trained at re-noised latents, [M, ...].
-        reference_velocity: of the reference at the same points. Treated as a constant.
+        velocity: velocity of the policy being trained at re-noised latents, [M, ...].
+        reference_velocity: velocity of the reference at the same points. Treated as a constant.
         target: ``velocity_target(clean, noise)`` of each row. Treated as a constant.
-        advantage: of each row, [M] or [M, 1, ...], or a number; float32 or float64. Treated as a
-            constant. The formulas assume the std of the population, as in ``group_advantage``.
-        group: integer id of each row's group, [M], of any width; rows of another turn, flow time or
-            noise are another group.
-        dgpo_beta: b >= 0: 100 in the paper for GenEval and OCR, 10 for PickScore; thousands with
-            a reference that follows the policy.
-        old_velocity: of the policy that sampled at the same points, for ``ratio_clip``. Treated as
-            a constant.
-        ratio_clip: half width, in (0, 1), of the range of :math:`\exp(l_{old} - l)` around 1
-            beyond which a good row is pulled no further, and a bad row pushed no further. ``None``:
-            no bound.
-        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN, and take
-            no part in the means of their groups.
+        advantage: one per row, [M] or [M, 1, ...], or a number; float32 or float64. Treated as a
+            constant. The formulas assume the population std, as in ``group_advantage``.
+        group: integer id of each row's group, [M], of any integer width. Rows of different turns,
+            flow times or noises belong to different groups.
+        dgpo_beta: b >= 0; the paper uses 100 for GenEval and OCR, 10 for PickScore. With a
+            reference that follows the policy, thousands are usual.
+        old_velocity: velocity of the sampling policy at the same points, for ``ratio_clip``.
+            Treated as a constant.
+        ratio_clip: half width, in (0, 1), of the range of :math:`\exp(l_{old} - l)` around 1.
+            Outside it a good row is not pulled closer and a bad row not pushed further away.
+            ``None``: no bound.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN, and are
+            excluded from the means of their groups.
 
     Returns:
-        [M], float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone; beyond the
-        bound it is 0 and the value stays.
+        [M], float32 at least, unreduced over rows. Gradient flows to ``velocity`` alone. Where the
+        bound applies, the gradient is 0 and the value is kept.
 
     Raises:
         ValueError: shapes differ, a number is out of range, or one of ``old_velocity`` and
@@ -77,8 +79,8 @@ def dgpo_loss(
         TypeError: a tensor is not floating point, the ids are not integers, or the mask not
             boolean.
 
-    Source: DGPO (arXiv 2510.08425). The bound on the ratio is known from the authors' public code
-        alone, where it came after the paper; the relations to DPO and to advantage-weighted
+    Source: DGPO (arXiv 2510.08425). The bound on the ratio is known only from the authors' public
+        code, which added it after the paper. The relations to DPO and to advantage-weighted
         matching are derived here.
 
     Example:
@@ -99,7 +101,7 @@ def dgpo_loss(
     reference_error = row_squared_error(mask, reference_velocity=reference_velocity, target=target)
     a = row_numbers("advantage", advantage, error, valid=mask).detach()
     behind = group_mean(a * (error - reference_error).detach(), ids, mask)
-    weight = torch.sigmoid(dgpo_beta * behind).to(error)
+    weight = torch.sigmoid(dgpo_beta * behind).to(error)  # sigma(S_g), equal for all of a group
     if ratio_clip is not None:
         check_number("ratio_clip", ratio_clip, low=0.0, high=1.0, open_low=True, open_high=True)
     if (old_velocity is None) != (ratio_clip is None):
@@ -112,5 +114,6 @@ def dgpo_loss(
         old_error = row_squared_error(mask, old_velocity=old_velocity, target=target)
         log_ratio = (old_error - error).detach()
         too_near, too_far = log_ratio > math.log1p(ratio_clip), log_ratio < math.log1p(-ratio_clip)
+        # Detach instead of zeroing: the value of the loss stays comparable between updates.
         error = torch.where(torch.where(a > 0, too_near, too_far), error.detach(), error)
     return weight * a * error

@@ -1,6 +1,6 @@
-r"""On-policy distillation: the student learns a teacher's velocity at the states it reaches itself.
+r"""On-policy distillation: match a teacher's velocity at states of the student's own rollouts.
 
-It needs no reward. What differs between the methods is the teacher and the states, not the loss:
+No reward is needed. The methods share one loss and differ in the teacher and the states:
 
 ================= ================================== ======================================
 method            teacher                            weight of a row
@@ -8,17 +8,21 @@ method            teacher                            weight of a row
 on-policy         another model, same conditioning   ``step_kl_weight`` of a stochastic step
 velocity matching another model, same conditioning   1
 MT-OPSD           a frozen earlier copy of the       1
-                  student, shown the CLEAN image
+                  student, given the CLEAN image
 ================= ================================== ======================================
 
 MT-OPSD trains an editor to work on its own imperfect images without annotated chains. From a clean
-image the student is run k turns with an instruction to change nothing; its output, which differs
-from the clean image by the model's own faults, is then edited for real. Of the two losses the first
-is ``distillation_loss`` on the states of that edit, between the student that sees the worn image
-and the teacher that sees the clean one under the same instruction and state; the second is
-``flow_matching_loss`` under the instruction to change nothing, with the worn image as its own
-target, which keeps faults from growing. ``mt_opsd_loss`` computes both, ``objectives.MTOPSD`` draws
-the states. Its first loss is a choice of conditioning, not a formula of its own::
+image the student is run for k turns with an instruction to change nothing. Its output, the worn
+image, differs from the clean image by the artifacts that the model adds. There are two losses:
+
+- edit: ``distillation_loss`` at states of a real edit of the worn image, between the student
+  conditioned on the worn image and the teacher conditioned on the clean one, under the same
+  instruction and at the same state;
+- identity: ``flow_matching_loss`` under the instruction to change nothing, with the worn image
+  itself as the target, which keeps artifacts from growing.
+
+``mt_opsd_loss`` computes both, and ``objectives.MTOPSD`` draws the states. The edit loss differs
+from plain distillation in its conditioning only::
 
     worn = recorder.rollout(...)      # the student's edit of its own k-th image
     clean = recorder.rollout(...)     # the same edit of the clean image: its conditioning is used
@@ -52,13 +56,13 @@ def distillation_loss(
 ) -> Tensor:
     r"""Distance to the teacher's velocity, :math:`\mathrm{mean}\,\lVert v_\theta - v_T\rVert^2`.
 
-    Times ``step_kl_weight`` it is the KL divergence between the steps of student and teacher, which
-    ``gaussian_kl`` of their transition means gives as well; formed from velocities it has not lost
-    their small difference in the rounding of the means.
+    Multiplied by ``step_kl_weight`` it is the KL divergence between the steps of student and
+    teacher. ``gaussian_kl`` of their transition means gives the same number, but the means round
+    away part of a small difference between the velocities.
 
     Args:
-        velocity: of the student at a state of its own rollout, [M, ...].
-        teacher_velocity: of the teacher at the same state and flow time, under its own
+        velocity: student's velocity at a state of its own rollout, [M, ...].
+        teacher_velocity: teacher's velocity at the same state and flow time, under its own
             conditioning. Treated as a constant.
         valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
@@ -88,24 +92,24 @@ def mt_opsd_loss(
     identity_weight: float = 10.0,
     valid: Numbers | None = None,
 ) -> Tensor:
-    r"""Loss of MT-OPSD: edits as the teacher's on the clean image, no change where none is asked.
+    r"""MT-OPSD loss: distill edits from a teacher on the clean image, and train identity turns.
 
     With the worn image :math:`\tilde I`, its latent :math:`\tilde c` and the clean image
     :math:`I_0`, the mean over elements of
 
-    - an edit: :math:`\lVert v_S(x, \tilde I, e) - v_T(x, I_0, e) \rVert^2` at a state x that the
-      student reached itself
-    - no change: :math:`w \lVert v_S(\tilde x, \tilde I, e_{id}) - (n - \tilde c) \rVert^2` at
-      :math:`\tilde x` between :math:`\tilde c` and noise n
+    - for an edit: :math:`\lVert v_S(x, \tilde I, e) - v_T(x, I_0, e) \rVert^2` at a state x of the
+      student's own rollout
+    - for an identity turn: :math:`w \lVert v_S(\tilde x, \tilde I, e_{id}) - (n - \tilde c)
+      \rVert^2` at a point :math:`\tilde x` of the path between :math:`\tilde c` and noise n
 
     Args:
-        velocity: of the student, which sees the worn image, [M, ...].
-        teacher_velocity: of the teacher, which sees the clean one, shape of ``velocity``; a
-            constant. Not read in rows without a change.
+        velocity: velocity of the student, conditioned on the worn image, [M, ...].
+        teacher_velocity: velocity of the teacher, conditioned on the clean image, shape of
+            ``velocity``. Treated as a constant; not read in identity rows.
         identity_target: ``velocity_target(clean, noise)`` of the worn image's own latent, shape of
-            ``velocity``; a constant. Not read in rows of edits.
-        identity: rows that ask for no change, boolean [M].
-        identity_weight: w, >= 0.
+            ``velocity``. Treated as a constant; not read in edit rows.
+        identity: rows whose instruction asks for no change, boolean [M].
+        identity_weight: w, weight of an identity row relative to an edit, >= 0.
         valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
     Returns:
@@ -139,20 +143,20 @@ def mt_opsd_loss(
 
 
 def step_kl_weight(solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers) -> Tensor:
-    r"""Weight that turns a distance of velocities into the KL of a step, :math:`c^2 / (2 std^2)`.
+    r"""Factor from a squared velocity distance to the KL of a step, :math:`c^2 / (2 std^2)`.
 
-    A solver's mean moves by c per unit of velocity, and its std does not depend on it. With the
-    step size :math:`\Delta` the weight is
+    A solver's mean is linear in the velocity with slope c, and its std does not depend on the
+    velocity. With the step size :math:`\Delta` the weight is
     :math:`\Delta\,(1 + a^2/2)^2 (1 - \sigma) / (2 a^2 \sigma)` for Flow-SDE below sigma 1.
 
     Args:
         solver: the solver of the rollout.
         sigma: flow time before each step, in (0, 1]: a number, [M] or [M, 1, ...].
-        next_sigma: flow time after it, in [0, sigma), in one of these forms too.
+        next_sigma: flow time after the step, in [0, sigma), in one of the same forms.
 
     Returns:
-        [M], float32 at least, detached: the KL per element that a mean squared difference of 1
-        between two velocities makes; 0 for a deterministic step, which has no density.
+        [M], float32 at least, detached: the KL per element for a mean squared velocity difference
+        of 1; 0 for a deterministic step, which has no density.
 
     Raises:
         ValueError: shapes differ, or a step does not go from noise toward data.
@@ -166,5 +170,6 @@ def step_kl_weight(solver: Solver, sigma: float | Numbers, next_sigma: float | N
         >>> step_kl_weight(DanceSDE(0.5), torch.tensor([1.0]), torch.tensor([0.5]))
         tensor([1.])
     """
+    # Means are linear in the velocity: the KL of slopes c and 0 is c^2 / (2 std^2).
     mean, std = unit_step(solver, sigma, next_sigma)
     return gaussian_kl(mean, torch.zeros_like(mean), std, reduction="mean")

@@ -1,4 +1,4 @@
-r"""Direct preference optimization of a flow: from pairs of a better and a worse sample."""
+r"""Direct preference optimization of a flow, from pairs of a better and a worse sample."""
 
 from __future__ import annotations
 
@@ -32,32 +32,33 @@ def dpo_loss(
 ) -> Tensor:
     r"""Logistic loss of implicit rewards, :math:`-\log\mathrm{sigmoid}(r_w - r_l)`.
 
-    The implicit reward of a row is how much better than the reference it is matched,
+    The implicit reward of a row compares its matching loss with that of the reference,
 
     .. math:: r = (b / 2)\,(\mathrm{mean}(v_{ref} - v)^2 - \mathrm{mean}(v_\theta - v)^2)
 
     At ``velocity == reference_velocity`` the loss is log 2 and its gradient b/4 times that of the
-    winner's flow-matching loss minus the loser's. A loss below log 2 tells that the policy prefers
+    winner's flow-matching loss minus the loser's. A loss below log 2 means that the policy prefers
     the winner more than the reference does. Give both rows of a pair the same flow time and noise.
-    The mean over flow times, noises and turns is an upper bound of the loss of the mean reward.
+    The mean of the loss over flow times, noises and turns is an upper bound of the loss of the mean
+    implicit reward (Jensen's inequality).
 
     Args:
-        velocity: of the policy being trained at re-noised latents, [M, ...]: winners and losers in
-            any order, each forwarded once however many pairs it is in.
-        reference_velocity: of the reference at the same points. Treated as a constant.
+        velocity: velocity of the policy being trained at re-noised latents, [M, ...]: winners and
+            losers in any order. A row that belongs to several pairs is needed only once.
+        reference_velocity: velocity of the reference at the same points. Treated as a constant.
         target: ``velocity_target(clean, noise)`` of each row. Treated as a constant.
         winner: row of the better sample of each pair, integer [P] of any width, P >= 1.
-        loser: row of the worse one, integer [P].
-        dpo_beta: b > 0, strength of the pull to the reference; 2000 and more are usual for means
-            over elements.
-        valid: boolean, [P]; false pairs give loss 0 and gradient 0. What only they refer to may
-            hold NaN.
+        loser: row of the worse sample of each pair, integer [P].
+        dpo_beta: b > 0, strength of the implicit KL to the reference; 2000 and more are usual for
+            means over elements.
+        valid: boolean, [P]; false pairs give loss 0 and gradient 0. Rows that only such pairs use
+            may hold NaN.
 
     Returns:
         [P], float32 at least, unreduced over pairs. Gradient flows to ``velocity`` alone.
 
     Raises:
-        ValueError: shapes differ, an index is no row, ``dpo_beta`` is not positive.
+        ValueError: shapes differ, an index is out of range, or ``dpo_beta`` is not positive.
         TypeError: a tensor is not floating point, an index not integer, or the mask not boolean.
 
     Source: Diffusion-DPO (arXiv 2311.12908); for flows with one beta for all flow times, Flow-DPO
@@ -85,18 +86,19 @@ def dpo_loss(
     reference_error = row_squared_error(used, reference_velocity=reference_velocity, target=target)
     reward = dpo_beta / 2 * (reference_error.detach() - error)
     margin = reward[winner] - reward[loser]
+    # softplus(-m) = -log sigmoid(m), without overflow for large margins.
     return softplus(-margin) if mask is None else torch.where(mask, softplus(-margin), 0)
 
 
 def _used_rows(valid: Tensor, winner: Tensor, loser: Tensor, rows: int) -> Tensor:
-    """Rows that a valid pair refers to, boolean [M]."""
+    """Mask of rows that a valid pair uses, boolean [M]."""
     pairs = torch.cat([winner, loser])
     used = torch.zeros(rows, dtype=torch.int64, device=valid.device)
     return used.index_add(0, pairs, valid.long().repeat(2)) > 0
 
 
 def _rows(name: str, index: Numbers, velocity: Tensor) -> Tensor:
-    """Row numbers, checked, as int64: torch reads uint8 as a mask."""
+    """Return checked row numbers as int64, because torch treats a uint8 index as a mask."""
     index = as_numbers(name, index, device=velocity.device)
     check_integers(name, index, "row numbers")
     check_rank(name, index, 1, "[P]", maximum=1)

@@ -1,4 +1,4 @@
-r"""Flow-DPPO: a trust region of the exact divergence in place of a clipped ratio."""
+r"""Flow-DPPO: a trust region on the exact divergence in place of a clipped ratio."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ def divergence_gated_loss(
 ) -> Tensor:
     r"""Policy gradient :math:`-\rho A`, dropped where it leads further out of the trust region.
 
-    A ratio is one noisy sample of how far the policy has moved; the divergence of two Gaussian
-    steps is known exactly. A term is 0 where ``divergence > threshold`` AND the ratio already moved
-    in the direction of the advantage (above 1 for A > 0, below 1 for A < 0). A step back toward the
-    old policy is never stopped, and nothing is clipped. With a threshold that is never passed the
-    loss is :math:`-\rho A`; its on-policy gradient is exactly ``-advantage``.
+    A ratio is a single noisy sample of how far the policy has moved, whereas the divergence of two
+    Gaussian steps is known exactly. A term is 0 where ``divergence > threshold`` AND the ratio has
+    already moved in the direction of the advantage (above 1 for A > 0, below 1 for A < 0). Terms
+    that lead back toward the old policy are always kept, and ratios are not clipped. If the
+    threshold is never exceeded, the loss is :math:`-\rho A`, and its on-policy gradient is exactly
+    ``-advantage``.
 
     Args:
         log_prob: log-prob of stored steps under the policy being trained, any shape such as
             [B, N, S] or rows [M]; float32 or float64.
-        old_log_prob: of the same steps under the policy that sampled them, shape of ``log_prob``.
+        old_log_prob: log-prob of the same steps under the sampling policy, shape of ``log_prob``.
             Treated as a constant.
-        advantage: of each step, shape of ``log_prob``; or a number for each row: its leading part,
-            such as [B], with or without axes of size one behind. Treated as a constant.
-        divergence: ``gaussian_kl(mean, old_mean, std)`` of each step with the reduction of the
+        advantage: one per step, shape of ``log_prob``; or a number; or one per row, in a leading
+            part of that shape such as [B], with or without trailing axes of size one. Treated as a
+            constant.
+        divergence: ``gaussian_kl(mean, old_mean, std)`` of each step with the same reduction as the
             log-prob, shape of ``log_prob``. Treated as a constant.
         threshold: largest divergence of the trust region, >= 0; 1e-7 .. 1e-5 for means over
             elements.
@@ -81,8 +83,10 @@ def divergence_gated_loss(
     mask = as_mask("valid", valid, log_prob, "of log_prob")
     check_values("divergence", divergence, ~mask | (divergence >= 0), "values >= 0")
     dropped = out | ~mask
-    # An infinite ratio times an advantage of 0 is NaN.
+    # exp(0) where the ratio is not used: an infinite ratio times an advantage of 0 would be NaN,
+    # and so would its gradient behind a mask.
     ratio = torch.where(dropped | (advantage == 0), 0, log_ratio).exp()
     loss = torch.where(dropped, 0, -ratio * advantage)
-    # Where values cannot be checked, as under compilation, a NaN divergence must not look inside.
+    # Under compilation values cannot be checked, and NaN > threshold is false: without this a NaN
+    # divergence would count as inside the trust region.
     return torch.where(mask & divergence.isnan(), torch.nan, loss)

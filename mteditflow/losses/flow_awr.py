@@ -1,17 +1,18 @@
 r"""FlowAWR: regression to the old policy's velocity, displaced by the exponential advantage.
 
-With the old policy's error :math:`e = v - v_{old}` and ``softmax_advantage`` A, the density ratio
-of the reward-tilted policy to the old one is 1 + A on a sample, and its mean over the samples that
-could have led to :math:`x_t` is :math:`\alpha(x_t)`, the same ratio of noisy marginals. The exact
-velocity of the tilted policy is
+With the displacement :math:`e = v - v_{old}` of the target from the old policy's velocity and the
+``softmax_advantage`` A, the density ratio of the reward-tilted policy to the old one is 1 + A at a
+clean sample. Its posterior mean given :math:`x_t` is :math:`\alpha(x_t)`, the ratio of the noisy
+marginals. The exact velocity of the tilted policy is
 
 .. math:: v_{opt} - v_{old} = E[A\,e \mid x_t] / \alpha(x_t)
 
-``flow_awr_loss`` is minimal at :math:`v_{old} + E[A\,e \mid x_t]`: its direction is exact, its
-length is off by :math:`\alpha`, which is 1 in the mean over the old policy's states and tends to 1
-at pure noise and for high temperatures. ``exact_flow_awr_loss`` is minimal at :math:`v_{opt}`.
+``flow_awr_loss`` is minimal at :math:`v_{old} + E[A\,e \mid x_t]`. The direction of this
+displacement is exact, and its length is off by the factor :math:`\alpha`. That factor has mean 1
+over the old policy's states and tends to 1 at pure noise and for high temperatures.
+``exact_flow_awr_loss`` is minimal at :math:`v_{opt}`.
 
-Shapes: ``M`` rows (trajectory, turn, flow time), any latent axes behind.
+Shapes: ``M`` rows (trajectory, turn, flow time), followed by any latent axes.
 """
 
 from __future__ import annotations
@@ -42,22 +43,23 @@ def flow_awr_loss(
 ) -> Tensor:
     r"""Displaced regression, :math:`\mathrm{mean}(v_\theta - v_{old} - A\,(v - v_{old}))^2`.
 
-    No log-prob, no step of an SDE, no negative branch: an advantage of 1 regresses to the sample's
-    own velocity, one of -1 to its mirror image :math:`2v_{old} - v`, and one of 0 to the old
-    policy. At ``velocity == old_velocity`` the gradient is :math:`-2A\,(v - v_{old})` over the
-    number of elements; the curvature is 2 over that number for every advantage. With
-    ``nft_beta=1`` and r = (1 + A)/2, ``nft_loss`` is this plus a constant.
+    It needs no log-prob, no SDE step and no negative branch. An advantage of 1 regresses to the
+    sample's own velocity, -1 to its mirror image :math:`2v_{old} - v`, and 0 to the old policy. At
+    ``velocity == old_velocity`` the gradient is :math:`-2A\,(v - v_{old})` divided by the number of
+    elements. The curvature is 2 over that number, whatever the advantage. With ``nft_beta=1`` and
+    r = (1 + A)/2, ``nft_loss`` equals this loss plus a constant.
 
     Args:
-        velocity: of the policy being trained at the re-noised latent, [M, ...].
-        old_velocity: of the old policy at the same point; where the policy IS the old one,
+        velocity: velocity of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: velocity of the old policy at the same point; if the policy IS the old one,
             ``velocity.detach()`` saves a forward pass. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        advantage: of each row: a number, [M] or [M, 1, ...], such as of ``softmax_advantage``; or
-            of each token, [M, L, 1] or [M, 1, h, w] as ``region_advantage`` is laid out, inside the
-            mean then. Any finite number will do. Treated as a constant.
-        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. A row
-            that must not teach needs it: at A = 0 it would still pull to the old policy.
+        advantage: any finite number per row: a number, [M] or [M, 1, ...], for example from
+            ``softmax_advantage``; or one per token, [M, L, 1] or [M, 1, h, w] as
+            ``region_advantage`` lays it out, which then applies inside the mean. Treated as a
+            constant.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. Mask
+            every row that must not be trained: advantage 0 would still pull it to the old policy.
 
     Returns:
         [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
@@ -68,8 +70,8 @@ def flow_awr_loss(
         TypeError: a tensor is not floating point, the advantage is half precision, or the mask is
             not boolean.
 
-    Source: FlowAWR (arXiv 2606.30376). The displaced target is the paper's idea; its exact form,
-    without weights of flow times, is known from public code.
+    Source: FlowAWR (arXiv 2606.30376). The displaced target is the paper's; the exact form, without
+    a weight of the flow time, is known from public code only.
 
     Example:
         >>> old, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
@@ -81,6 +83,7 @@ def flow_awr_loss(
     """
     moved, error = row_displacements(velocity, old_velocity, target, valid)
     advantage = _advantage(advantage, moved, -math.inf, valid)
+    # v - v_old - A (target - v_old) = moved + A error, as error is v_old - target.
     return row_mean_square(torch.addcmul(moved, advantage, error)).to(moved.dtype)
 
 
@@ -93,15 +96,16 @@ def exact_flow_awr_loss(
 ) -> Tensor:
     r"""Importance-weighted flow matching, :math:`(1 + A)\,\mathrm{mean}(v_\theta - v)^2`.
 
-    Minimal at the exact velocity of the reward-tilted policy. On-policy its expected gradient is
-    that of ``flow_awr_loss``: the 1 in the weight averages to nothing at the old policy's optimum,
-    and adds variance. The curvature is 2(1 + A) over the number of elements, so that a sample of
-    advantage -1 is left out where ``flow_awr_loss`` pushes away from it.
+    It is minimal at the exact velocity of the reward-tilted policy. On-policy its expected gradient
+    is that of ``flow_awr_loss``: if the old policy is optimal for its own samples, the 1 in the
+    weight contributes no gradient in expectation, only variance. The curvature is 2(1 + A) over the
+    number of elements. A sample of advantage -1 is therefore ignored, where ``flow_awr_loss``
+    pushes away from it.
 
     Args:
-        velocity: of the policy being trained at the re-noised latent, [M, ...].
+        velocity: velocity of the policy being trained at the re-noised latent, [M, ...].
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        advantage: of each row or token, >= -1, in the forms of ``flow_awr_loss``, as of
+        advantage: one per row or token, >= -1, in the forms of ``flow_awr_loss``; for example from
             ``softmax_advantage`` without a gate. Treated as a constant.
         valid: as in ``flow_awr_loss``.
 
@@ -125,7 +129,7 @@ def exact_flow_awr_loss(
 
 
 def _advantage(advantage: float | Numbers, x: Tensor, low: float, valid: Numbers | None) -> Tensor:
-    """Advantages of the rows or tokens of ``x``, checked and detached, broadcasting over it."""
+    """Return checked, detached advantages per row or token, which broadcast over ``x``."""
     mask = rows_mask(valid, x)
     values = token_values("advantage", advantage, x, low=low, high=math.inf, valid=mask)
     check_values("advantage", values, values.isfinite(), "finite values where valid")

@@ -1,12 +1,13 @@
-r"""GRPO-Guard: a log-ratio without bias and of one scale, and one weight for each denoising step.
+r"""GRPO-Guard: an unbiased log-ratio of equal scale at all steps, and a weight per denoising step.
 
-With ``s`` the std of a step, ``z = (x' - mean_old) / s`` its noise and ``d = mean - mean_old`` what
-the policy has moved since, the log-ratio of the step is, for every element,
+With the std ``s`` of a step, its noise ``z = (x' - mean_old) / s`` and the displacement
+``d = mean - mean_old`` of the policy's mean, the log-ratio of the step is, for every element,
 
 .. math:: \log\rho = z d / s - d^2 / (2 s^2)
 
-Its mean under the old policy is minus the KL, so a clip range around 1 stops good samples too late
-and bad ones too early; its spread, d / s, differs from step to step, so one range cannot fit all.
+Its mean under the old policy is minus the KL. A clip range around 1 therefore stops good samples
+too late and bad ones too early. Its spread, d / s, differs between steps, so that no single range
+fits all of them.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ def guard_log_ratio(
 ) -> Tensor:
     r"""Normalized log-ratio, :math:`s \log\rho + d^2 / (2 s) = z\,d`.
 
-    Mean 0 under the old policy, and a spread that does not depend on ``std``. Where the policy is
-    the old one the gradient is that of the log-prob, times ``std``. Give it to the clipped
-    surrogate as the log-prob, with an old one of zeros. Clip ranges are ``std`` times the usual.
+    It has mean 0 under the old policy, and a spread that does not depend on ``std``. At the old
+    policy its gradient is ``std`` times that of the log-prob. Pass it to the clipped surrogate as
+    ``log_prob``, with zeros as ``old_log_prob``. Clip ranges are ``std`` times those for plain
+    log-probs.
 
     Args:
-        next_x: the next sample that was really used, [M, ...]. Treated as a constant.
+        next_x: next state as it was used in the rollout, [M, ...]. Treated as a constant.
         mean: transition mean of the policy being trained, shape of ``next_x``.
-        old_mean: of the policy that sampled, from the same state. Treated as a constant.
-        std: of the step, >= 0: a number, [M] or [M, 1, ...]. Treated as a constant.
+        old_mean: transition mean of the sampling policy from the same state. Treated as a constant.
+        std: std of the step, >= 0: a number, [M] or [M, 1, ...]. Treated as a constant.
         reduction: "mean" or "sum" over elements, as in ``gaussian_log_prob``.
         valid: boolean, [M]; false rows give 0 with gradient 0, even if they hold NaN.
 
@@ -84,6 +86,7 @@ def guard_log_ratio(
     check_rank("next_x", next_x, 2, "[M, ...]")
     x, new, old = promote(next_x.detach(), mean, old_mean.detach())
     safe_std, stochastic = row_std(std, x, valid)
+    # (x' - mean_old) = s z and (mean - mean_old) = d, so mean(z d) is their product over s.
     noise, moved = (stochastic_rows(y - old, stochastic) for y in (x, new))
     per_element = row_mean(noise * moved) / safe_std.detach()
     return reduce_elements(per_element, stochastic, x, reduction)
@@ -92,18 +95,18 @@ def guard_log_ratio(
 def guard_step_weight(
     solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers
 ) -> Tensor:
-    r"""Weight of a step's loss that gives the velocity a gradient of one scale at every step.
+    r"""Loss weight of a step that equalizes the scale of the velocity's gradient over steps.
 
-    The gradient of ``guard_log_ratio`` by the velocity is the noise of the step times how far its
-    mean moves per unit of velocity; the weight is one over that. With the step size :math:`\Delta`
-    it is :math:`1/\Delta` for an ODE, :math:`1/(\Delta\,(1 + a^2/2))` for Flow-SDE below sigma 1
-    and :math:`1/(\Delta\,(1 + a^2 (1 - \sigma)/(2\sigma)))` for Dance-SDE: about the number of
-    steps, so divide by its mean to leave the learning rate as it is.
+    The gradient of ``guard_log_ratio`` with respect to the velocity is the noise of the step times
+    the slope of its mean in the velocity; the weight is the inverse of that slope's size. With the
+    step size :math:`\Delta` it is :math:`1/\Delta` for an ODE, :math:`1/(\Delta\,(1 + a^2/2))` for
+    Flow-SDE below sigma 1 and :math:`1/(\Delta\,(1 + a^2 (1 - \sigma)/(2\sigma)))` for Dance-SDE.
+    This is of the order of the number of steps; divide it by its mean to keep the learning rate.
 
     Args:
         solver: the solver of the rollout.
         sigma: flow time before each step, in (0, 1]: a number, [M] or [M, 1, ...].
-        next_sigma: flow time after it, in [0, sigma), in one of these forms too.
+        next_sigma: flow time after the step, in [0, sigma), in one of the same forms.
 
     Returns:
         [M], float32 at least, > 0, detached; multiply an unreduced loss by it.
@@ -121,4 +124,5 @@ def guard_step_weight(
         >>> guard_step_weight(ODE(), torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25]))
         tensor([2., 4.])
     """
+    # The slope is negative: a step toward data subtracts the velocity.
     return -1 / unit_step(solver, sigma, next_sigma).mean.flatten()

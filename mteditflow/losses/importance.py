@@ -1,4 +1,4 @@
-r"""Truncated importance weights: correct for a sampler that is not the policy in training."""
+r"""Truncated importance weights: correct for a sampler whose numerics differ from training."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def truncated_importance_weight(
 ) -> Tensor:
     r"""Importance weight of a sample, :math:`\min(\pi_{old} / \pi_{sampler},\, cap)`.
 
-    Where the sampler's numerics differ from those of training (quantized or cached weights, stale
-    rollouts), the log-prob recorded while sampling is not the one that training computes for the
-    same weights. Multiply an unreduced loss whose ratio is formed with ``old_log_prob`` by this.
-    Where both agree it is exactly 1.
+    If the sampler differs from training (quantized or cached weights, stale rollouts), the log-prob
+    recorded while sampling is not the log-prob of the old policy as training computes it. Multiply
+    an unreduced loss by this weight if its ratio is formed with ``old_log_prob``. The weight is
+    exactly 1 where both log-probs agree.
 
     Args:
         old_log_prob: log-prob of stored steps under the old policy as training computes it, any
@@ -39,8 +39,8 @@ def truncated_importance_weight(
         ValueError: shapes differ, or the cap is below 1.
         TypeError: half precision, or a mask that is not boolean.
 
-    Source: truncated importance sampling (Ionides, 2008), as used between rollout engine and
-        trainer in reinforcement learning of language models.
+    Source: truncated importance sampling (Ionides, 2008), as used between the rollout engine and
+        the trainer in reinforcement learning of language models.
 
     Example:
         >>> import torch

@@ -1,11 +1,11 @@
-r"""DiffusionNFT: reinforcement on the forward process, without log-probs or a special sampler.
+r"""DiffusionNFT: RL on the forward process, without log-probs or a special sampler.
 
 Draw a flow time and fresh noise, re-noise the rollout's clean latent, and pull the velocity toward
-that sample or push it away, according to how optimal the sample was. With ``b = nft_beta``:
+that sample or push it away, according to the sample's optimality r. With ``b = nft_beta``:
 
 .. math:: v_+ = (1 - b)\,v_{old} + b\,v_\theta, \qquad v_- = (1 + b)\,v_{old} - b\,v_\theta
 
-Shapes: ``M`` rows (trajectory, turn, flow time), any latent axes behind.
+Shapes: ``M`` rows (trajectory, turn, flow time), followed by any latent axes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def optimality_probability(advantage: Numbers, *, advantage_max: float = 5.0) ->
     advantage = as_real("advantage", advantage)
     check_full_precision(advantage=advantage)
     check_number("advantage_max", advantage_max, low=0.0, open_low=True)
-    (exact,) = in_float64(advantage.detach())  # where an A_max that float32 rounds to 0 is none
+    # In float64, because an A_max > 0 may be 0 in float32.
+    (exact,) = in_float64(advantage.detach())
     return (0.5 + 0.5 * (exact / advantage_max).clamp(-1, 1)).to(advantage)
 
 
@@ -78,28 +79,29 @@ def nft_loss(
 
     .. math:: b^2\,\lVert v_\theta - v_{old} + (c/b)\,e \rVert^2 + (1 - c^2)\,\lVert e \rVert^2
 
-    so the policy regresses to the old one moved by :math:`-(c/b)\,e`: toward the sample where
-    r > 1/2, away from it where r < 1/2. At ``velocity == old_velocity`` the gradient is
-    :math:`2b(2r - 1)\,e` over the number of elements; r = 1/2 leaves the pull to the old policy.
+    so the policy regresses to the old policy displaced by :math:`-(c/b)\,e`: toward the sample for
+    r > 1/2, away from it for r < 1/2. At ``velocity == old_velocity`` the gradient is
+    :math:`2b(2r - 1)\,e` divided by the number of elements. At r = 1/2 only the pull to the old
+    policy remains.
 
     Args:
-        velocity: of the policy being trained at the re-noised latent, [M, ...].
-        old_velocity: of the old policy at the same point; where the policy IS the old one,
+        velocity: velocity of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: velocity of the old policy at the same point; if the policy IS the old one,
             ``velocity.detach()`` saves a forward pass. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
-        r: optimality probability of each row in [0, 1]: a number, [M] or [M, 1, ...]; or of each
-            token, [M, L, 1] or [M, 1, h, w] as ``region_advantage`` is laid out, inside the means
-            then. Treated as a constant.
-        nft_beta: b > 0, strength of the guidance between the two policies; 1 makes v_+ the policy.
-        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. A row
-            that must not teach needs it: at r = 1/2 it would still pull to the old policy.
+        r: optimality probability in [0, 1], one per row: a number, [M] or [M, 1, ...]; or one per
+            token, [M, L, 1] or [M, 1, h, w] as ``region_advantage`` lays it out, which then applies
+            inside the means. Treated as a constant.
+        nft_beta: b > 0, mixing weight of the two policies; at 1 v_+ is the current policy.
+        valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN. Mask
+            every row that must not be trained: r = 1/2 would still pull it to the old policy.
 
     Returns:
         [M], float32 at least: mean over elements, unreduced over rows. Gradient flows to
         ``velocity`` alone.
 
     Raises:
-        ValueError: shapes differ, r lies outside [0, 1], ``nft_beta`` is not positive.
+        ValueError: shapes differ, r lies outside [0, 1], or ``nft_beta`` is not positive.
         TypeError: a tensor is not floating point, or the mask is not boolean.
 
     Source: DiffusionNFT (arXiv 2509.16117); MT-EditFlow (arXiv 2606.01985), Eq. 5, 23-25.
@@ -114,11 +116,12 @@ def nft_loss(
     """
     moved, error, weight = _prepare(velocity, old_velocity, target, r, nft_beta, valid)
     if torch.compiler.is_compiling():
-        # Fused, the two branches cost one pass and save nothing; the square would save its root.
+        # Fused by the compiler, the two branches cost one pass and keep no extra tensor for the
+        # backward pass. The completed square would keep its argument.
         step = nft_beta * moved
         toward = weighted_mean_square(error + step, weight)
         return (toward + weighted_mean_square(error - step, 1 - weight)).to(moved.dtype)
-    constant = 4 * weighted_mean_square(error, weight * (1 - weight))
+    constant = 4 * weighted_mean_square(error, weight * (1 - weight))  # 4 r (1 - r) = 1 - c^2
     to_goal = torch.addcmul(moved, (2 * weight - 1) / nft_beta, error)
     return (nft_beta**2 * row_mean_square(to_goal) + constant).to(moved.dtype)
 
@@ -137,21 +140,22 @@ def adaptive_nft_loss(
 ) -> Tensor:
     r"""NFT loss in clean space, each branch divided by its own detached mean absolute error.
 
-    For a branch velocity u the error of the clean estimate is :math:`\sigma (v - u)`, so each
-    branch contributes :math:`\sigma\,\mathrm{mean}(v - u)^2 / \mathrm{mean}|v - u|` (while above
-    the floor): scale-free across flow times. The sum, weighted by r and 1 - r, is multiplied by
-    :math:`A_{max} / b`. This is what the reference implementation trains with.
+    For a branch velocity u the error of the clean estimate is :math:`\sigma (v - u)`. While its
+    mean absolute value is above the floor, a branch contributes
+    :math:`\sigma\,\mathrm{mean}(v - u)^2 / \mathrm{mean}|v - u|`, which limits the dependence on
+    the flow time. The sum, weighted by r and 1 - r, is multiplied by :math:`A_{max} / b`. The
+    reference implementation trains with this loss.
 
     Args:
-        velocity: of the policy being trained at the re-noised latent, [M, ...].
-        old_velocity: of the old policy at the same point. Treated as a constant.
+        velocity: velocity of the policy being trained at the re-noised latent, [M, ...].
+        old_velocity: velocity of the old policy at the same point. Treated as a constant.
         target: ``velocity_target(clean, noise)``. Treated as a constant.
         r: optimality probability of each row or token, as in ``nft_loss``; each branch is still
             divided by one number per row. Treated as a constant.
         sigma: flow time of each row in [0, 1]: a number, [M] or [M, 1, ...]. Treated as a constant.
-        nft_beta: b > 0.
-        advantage_max: A_max > 0, the one given to ``optimality_probability``.
-        floor: smallest mean absolute error divided by, > 0.
+        nft_beta: b > 0, as in ``nft_loss``.
+        advantage_max: A_max > 0; use the value given to ``optimality_probability``.
+        floor: lower bound of the mean absolute clean-space error in the divisor, > 0.
         valid: as in ``nft_loss``.
 
     Returns:
@@ -184,13 +188,13 @@ def velocity_kl(
     r"""Distance to the reference policy, :math:`\mathrm{mean}\,\lVert v_\theta - v_{ref}\rVert^2`.
 
     Args:
-        velocity: of the policy being trained, [M, ...].
-        reference_velocity: of the reference at the same point. Treated as a constant.
+        velocity: velocity of the policy being trained, [M, ...].
+        reference_velocity: velocity of the reference at the same point. Treated as a constant.
         valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
     Returns:
-        [M], float32 at least; multiply by ``kl_coef`` and add to a loss. Gradient flows to
-        ``velocity`` alone.
+        [M], float32 at least: mean over elements; multiply by ``kl_coef`` and add to a loss.
+        Gradient flows to ``velocity`` alone.
 
     Raises:
         ValueError: shapes differ or there is no latent axis.
@@ -213,9 +217,10 @@ def _prepare(
     nft_beta: float,
     valid: Numbers | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked and promoted: velocity minus old velocity, old velocity minus target, r.
+    """Return velocity minus old velocity, old velocity minus target, and r.
 
-    The first two are 0 in rows that are not valid; r broadcasts over them.
+    All are checked and float32 at least. The first two are 0 in rows that are not valid; r
+    broadcasts over them.
     """
     moved, error = row_displacements(velocity, old_velocity, target, valid)
     check_number("nft_beta", nft_beta, low=0.0, open_low=True)
@@ -225,5 +230,6 @@ def _prepare(
 
 def _scale_free(error: Tensor, weight: Tensor, sigma: Tensor, floor: float) -> Tensor:
     """Weighted mean square of the clean-space error over its detached mean absolute value."""
+    # clean = x - sigma v: clean-space errors are sigma times velocity-space errors.
     scale = (sigma * row_mean_absolute(error)).clamp(min=floor)
     return sigma.square() * weighted_mean_square(error, weight) / scale

@@ -1,4 +1,4 @@
-r"""NormGuard: training may turn a velocity, but not make it longer."""
+r"""NormGuard: a hinge on the velocity norm above the reference's."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def velocity_norm_hinge(
     r"""Hinge on the norm, :math:`\max(0, \lVert v\rVert - (1 + margin)\,\lVert v_{ref}\rVert)`.
 
     Norms are root mean squares over a row's elements, so that the size of a latent does not matter.
-    Reinforcement makes velocities longer, by 5 to 15 % in the paper, and images worse; this adds to
-    any objective of velocities and stops that alone: within the margin, and for any change of
-    direction at equal length, it is exactly 0 with gradient 0. Beyond it the gradient is the
-    direction of the velocity, however small the excess, so a weight above the objective's own pull
-    holds the bound.
+    RL inflates velocity norms, by 5 to 15 % in the paper, and image quality drops. This penalty can
+    be added to any velocity objective and acts on the norm only. Within the margin, and for any
+    change of direction at equal norm, it is exactly 0 with gradient 0. Above the margin the
+    gradient points along the velocity with a size that does not depend on the excess, so that a
+    weight larger than the objective's own radial gradient enforces the bound.
 
     Args:
-        velocity: of the policy being trained, [M, ...].
-        reference_velocity: of the reference at the same point. Treated as a constant.
-        margin: share by which the norm may grow, >= 0.
+        velocity: velocity of the policy being trained, [M, ...].
+        reference_velocity: velocity of the reference at the same point. Treated as a constant.
+        margin: relative growth of the norm that is not penalized, >= 0.
         valid: boolean, [M]; false rows give loss 0 and gradient 0, even if they hold NaN.
 
     Returns:
@@ -36,11 +36,11 @@ def velocity_norm_hinge(
         ``velocity`` alone.
 
     Raises:
-        ValueError: shapes differ, there is no latent axis, the margin is negative.
+        ValueError: shapes differ, there is no latent axis, or the margin is negative.
         TypeError: a tensor is not floating point, or the mask is not boolean.
 
-    Source: NormGuard (arXiv 2606.27771), a hinge where the norm exceeds the reference's; the root
-        mean square and the margin are this library's.
+    Source: NormGuard (arXiv 2606.27771) for a hinge where the norm exceeds the reference's. Its
+        exact form is not known here; the root mean square and the margin are this library's.
 
     Example:
         >>> velocity = torch.tensor([[3.0, 3.0], [1.0, -1.0]])

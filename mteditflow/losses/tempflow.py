@@ -1,4 +1,4 @@
-r"""TempFlow-GRPO: weights of denoising steps by the noise that they add."""
+r"""TempFlow-GRPO: denoising steps weighted by the noise that they add."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from mteditflow.flow.solvers import Solver, unit_step
 def noise_step_weight(
     solver: Solver, sigma: float | Numbers, next_sigma: float | Numbers
 ) -> Tensor:
-    r"""Weight of a step's loss by its std, :math:`w_k = s_k / \mathrm{mean}_j s_j`, s = g sqrt(h).
+    r"""Loss weight of a step by its std, :math:`w_k = s_k / \mathrm{mean}_j s_j`, s = g sqrt(h).
 
-    For the surrogate of plain log-probs. The gradient of a log-prob by the velocity has the size
-    :math:`(\sqrt{h} / g)(1 + a^2/2)` for Flow-SDE below sigma 1; times the weight it is
-    proportional to the step size h: noisy steps, which decide more of a picture, count by how far
-    they move. That is another weight than ``guard_step_weight``, which belongs to the log-ratio of
-    ``guard_log_ratio`` and makes gradients equal at all steps: without it that log-ratio has, on
-    policy, the gradient of this weight but for the mean of the stds.
+    It is meant for surrogates on plain log-probs. For Flow-SDE below sigma 1 the gradient of a
+    log-prob with respect to the velocity has the size :math:`(\sqrt{h} / g)(1 + a^2/2)`. Times the
+    weight it is proportional to the step size h, so that each step counts by how far it moves.
+
+    ``guard_step_weight`` is a different weight. It belongs to ``guard_log_ratio`` and equalizes the
+    gradients of all steps. On-policy, ``guard_log_ratio`` without a step weight has the gradient of
+    the log-prob with this weight, times the mean of the stds.
 
     Args:
         solver: the solver of the rollout.
         sigma: flow time before each of the trained steps, in (0, 1]: a number, [M] or [M, 1, ...].
-        next_sigma: flow time after it, in [0, sigma), in one of these forms too.
+        next_sigma: flow time after the step, in [0, sigma), in one of the same forms.
 
     Returns:
-        [M], float32 at least, >= 0, mean 1 over the steps given, detached; multiply an unreduced
-        loss by it. All 0 where no step is random.
+        [M], float32 at least, >= 0, mean 1 over the given steps, detached; multiply an unreduced
+        loss by it. All 0 if no step is stochastic.
 
     Raises:
         ValueError: shapes differ, or a step does not go from noise toward data.
         TypeError: a flow time is not floating point.
 
-    Source: TempFlow-GRPO (arXiv 2508.04324), its noise-aware weighting; its Eq. 8 was known at
-        second hand alone. The law of the gradient and any solver but Flow-SDE are derived here.
+    Source: the noise-aware weighting of TempFlow-GRPO (arXiv 2508.04324), whose Eq. 8 is known here
+        only at second hand. The gradient's size and solvers other than Flow-SDE are derived here.
 
     Example:
         >>> from mteditflow import FlowSDE

@@ -1,8 +1,8 @@
 r"""Confidence intervals of metrics over chains.
 
-A share of one outcome per chain has Wilson's interval, a paired difference of two such shares
-Newcombe's: both keep a width where all outcomes agree. Anything else (means, corpus averages,
-shares of several turns per chain) is bootstrapped over chains.
+A share of one outcome per chain gets Wilson's interval, and a paired difference of two such shares
+Newcombe's. Both keep a positive width if all outcomes agree. Everything else (means, corpus
+averages, shares of several turns per chain) is bootstrapped over chains.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from mteditflow.metrics.shares import success_and_mask
 
 FEW_CASES = 10
 """An estimate over fewer cases is marked in tables and figures: its interval is rough."""
-_AT_ONCE = 2**22  # resampled numbers that are in memory together
+_AT_ONCE = 2**22  # resampled numbers held in memory at once
 
 
 class Interval(NamedTuple):
-    """An estimate with a confidence interval; tensors of one shape."""
+    """Estimate with a confidence interval; tensors of one shape."""
 
     estimate: Tensor
     low: Tensor
@@ -54,29 +54,30 @@ def bootstrap_interval(
     confidence: float = 0.95,
     vectorized: bool = False,
 ) -> Interval:
-    """Percentile bootstrap over chains, of any statistic of any number of aligned samples.
+    """Percentile bootstrap over chains for any statistic of aligned samples.
 
-    All samples are resampled with the SAME chains, so a difference of two runs on the same chains
-    is a paired one.
+    All samples are resampled with the SAME chains, so that a difference of two runs on the same
+    chains is a paired difference.
 
     Args:
-        statistic: maps resampled tensors, copies of its own, to a tensor of fixed shape.
+        statistic: function that maps resampled tensors to a tensor of fixed shape. The tensors are
+            copies and may be modified.
         *samples: each [C, ...] with the same C; row c of each belongs to chain c. Integers and
             booleans in lists and arrays count as float32; a tensor keeps its dtype.
-        generator: of the resampling, on the CPU.
+        generator: generator of the resampling, on the CPU.
         resamples: number of bootstrap resamples.
         confidence: mass of the interval, between 0 and 1.
         vectorized: whether ``torch.vmap`` may run the statistic over many resamples at once, which
-            is far faster; the metrics of this module allow it, and so does any function without
+            is far faster. The metrics of this package allow it, and so does any function without
             branches on values, ``item`` or boolean indexing.
 
     Returns:
-        Interval of the statistic's shape; ``estimate`` is that of the samples as they are. Where
-        it is NaN, so are both ends; elsewhere resamples on which the statistic is NaN are left out.
+        Interval of the statistic's shape; ``estimate`` is the statistic of the given samples. Where
+        it is NaN, so are both ends. Elsewhere resamples with a NaN statistic are ignored.
 
     Raises:
-        ValueError: no sample, different numbers of chains, a number out of range, or a statistic
-            that ``torch.vmap`` cannot run with ``vectorized=True``.
+        ValueError: there is no sample, the numbers of chains differ, a number is out of range, or
+            ``torch.vmap`` cannot run the statistic with ``vectorized=True``.
         TypeError: the statistic is not floating point.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -111,6 +112,7 @@ def bootstrap_interval(
     check_kind("vectorized", vectorized, bool, "True or False")
     estimate = statistic(*(sample.clone() for sample in tensors))
     check_floating(statistic=estimate)
+    # One draw of chains for all samples, which pairs them.
     draws = torch.randint(
         count, (resamples, count), generator=generator, dtype=torch.int64, device="cpu"
     )
@@ -133,7 +135,8 @@ def _vectorized(replicate: Callable[[Tensor], Tensor], draws: Tensor, size: int)
     """Run a statistic over ``size`` resamples at once."""
     try:
         return torch.vmap(replicate, chunk_size=size)(draws)
-    except (RuntimeError, TypeError, ValueError) as error:  # it ran on the samples as they are
+    # The statistic has already run on the given samples, so vmap is the cause.
+    except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition(". ")[0].removeprefix("vmap: ")
         raise ValueError(
             "statistic: expected a function that torch.vmap can run, got one that raises "
@@ -148,11 +151,11 @@ def wilson_interval(
 
     .. math:: \frac{p + z^2 / 2n \pm z \sqrt{p (1 - p) / n + z^2 / 4n^2}}{1 + z^2 / n}
 
-    Unlike a bootstrap it keeps a width where all outcomes agree: two successes of two give
+    Unlike a bootstrap it keeps a positive width if all outcomes agree: two successes of two give
     [0.34, 1].
 
     Args:
-        successes: number of cases that succeeded, any shape, in [0, ``count``]; need not be whole.
+        successes: number of cases that succeeded, any shape, in [0, ``count``]; may be fractional.
         count: number n of cases, >= 0, same shape.
         confidence: mass of the interval, between 0 and 1.
 
@@ -184,7 +187,7 @@ def wilson_interval(
     center = share + z**2 / (2 * n)
     half = z * (share * (1 - share) / n + z**2 / (4 * n**2)).sqrt()
     low, high = ((center + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    # Both ends are exact where all outcomes agree; rounding would move them.
+    # The end at 0 or 1 is exact if all outcomes agree; rounding would move it.
     return Interval(share, torch.where(x == 0, share, low), torch.where(x == n, share, high))
 
 
@@ -197,10 +200,10 @@ def paired_difference_interval(
 
     .. math:: d \pm \sqrt{a^2 - 2 \phi a b + b^2},
 
-    where a and b are the distances from the shares to the ends that make the difference smallest
-    or largest. It keeps a width where no chain changed. A positive phi is corrected for continuity:
-    with the table's counts e (both succeed), f and g (one does) and h (neither), the numerator
-    e h - f g loses n / 2, but no more than it has.
+    where a and b are the distances from the shares to those ends of their intervals that make the
+    difference smallest or largest. The width stays positive if no chain changed. A positive phi is
+    corrected for continuity: with the table's counts e (both succeed), f and g (only one does) and
+    h (neither), n / 2 is subtracted from the numerator e h - f g, down to 0 at most.
 
     Args:
         before: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
@@ -231,7 +234,7 @@ def paired_difference_interval(
     n, old, new = mask.sum(dim=0).double(), first.sum(dim=0), second.sum(dim=0)
     both = (first * second).sum(dim=0)
     first_share, second_share = (wilson_interval(x, n, confidence=confidence) for x in (old, new))
-    # phi of the 2 x 2 table, corrected toward 0 for continuity.
+    # phi of the 2 x 2 table: cross = e h - f g, corrected toward 0 for continuity if positive.
     cross = both * (n - old - new + both) - (old - both) * (new - both)
     cross = torch.where(cross > 0, (cross - n / 2).clamp(min=0), cross)
     scale = (old * (n - old) * new * (n - new)).sqrt()
@@ -242,20 +245,20 @@ def paired_difference_interval(
 def interval_difference(
     first: Interval, second: Interval, *, correlation: Numbers | float = 0.0
 ) -> Interval:
-    r"""Interval of first minus second from the intervals of both (the method of variance recovery).
+    r"""Interval of first minus second from the intervals of both (method of variance recovery).
 
     Args:
         first: interval of one estimate.
-        second: of the other, same shape.
-        correlation: of the two estimates, in [-1, 1]: a number, or one for each of them; 0, the
-            default, is cautious where it is positive.
+        second: interval of the other estimate, same shape.
+        correlation: correlation of the two estimates, in [-1, 1]: a number, or a tensor of their
+            shape. The default 0 gives a wider interval than a positive correlation would.
 
     Returns:
         Interval of the same shape.
 
     Raises:
         ValueError: shapes differ, or a correlation lies outside [-1, 1].
-        TypeError: an argument is no ``Interval``, or one of no tensors.
+        TypeError: an argument is not an ``Interval`` of floating-point tensors.
 
     Source: Newcombe, Statistics in Medicine 17:2635 (1998); Zou and Donner, Statistics in Medicine
         27:1693 (2008).
@@ -275,10 +278,11 @@ def interval_difference(
     check_floating(correlation=phi)
     if phi.ndim:
         check_same_shape(**{"first.estimate": first.estimate, "correlation": phi})
-    # NaN is that of a turn without chains.
+    # NaN passes: a turn without chains has no correlation.
     check_values("correlation", phi, ~(phi.abs() > 1), "values in [-1, 1]")
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
+        # clamp: at |phi| = 1 and a = b rounding may fall below 0.
         return (a.square() - 2 * phi * a * b + b.square()).clamp(min=0).sqrt()
 
     estimate = first.estimate - second.estimate
@@ -290,13 +294,13 @@ def interval_difference(
 def alike_interval(
     value: Tensor, count: Tensor, bounds: tuple[float, float], *, confidence: float = 0.95
 ) -> Interval:
-    """Interval of a mean of bounded scores where all cases are alike.
+    """Interval of a mean of bounded scores if all observed cases have the same score.
 
-    Of n cases that are alike, at most a share q = 1 - W is unlike them, with Wilson's lower end W
-    for n successes of n; these may lie anywhere between the bounds.
+    If n of n cases agree, the share of cases in the population that differ is at most q = 1 - W,
+    with Wilson's lower end W for n successes of n. Those cases may lie anywhere in the bounds.
 
     Args:
-        value: the score of each case, any shape, in ``bounds``.
+        value: common score of all cases, any shape, in ``bounds``.
         count: number n of cases, same shape.
         bounds: range of the scores, or of the differences of two.
         confidence: mass of the interval, between 0 and 1.

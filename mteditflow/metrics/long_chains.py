@@ -1,4 +1,4 @@
-"""Damage that builds up over many turns: collapse of the picture, wear outside the edits.
+"""Damage that accumulates over many turns: collapse of the image, and wear outside the edits.
 
 Shapes: ``C`` or ``B`` chains (one image each), ``N`` turns. SR@k of long-chain benchmarks, the
 share of chains whose turns 1 to k all succeed, is ``instruction_following``.
@@ -28,17 +28,18 @@ from mteditflow.metrics.shares import mean_over_chains, success_and_mask
 def collapse_rate(destroyed: Numbers, *, valid: Numbers | None = None) -> Tensor:
     """CR@k: share of chains that have collapsed by turn k.
 
-    A chain collapses at turn t if the pictures of turns t and t + 1 are both destroyed, and stays
-    collapsed. CR@k looks one turn ahead: turns 3 and 4 destroyed count in CR@3. A single destroyed
-    turn is no collapse, so turn N cannot begin one, and CR@N is CR@(N - 1) over the same chains.
+    A chain collapses at turn t if the images of turns t and t + 1 are both destroyed, and it stays
+    collapsed. CR@k therefore looks one turn ahead: destroyed turns 3 and 4 count in CR@3. A single
+    destroyed turn is not a collapse. A collapse thus cannot start at turn N, and CR@N is CR@(N - 1)
+    over the same chains.
 
     Args:
         destroyed: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
         valid: boolean, [C, N]: turns whose flag is known. CR@k needs the flags of turns 1 to k + 1
-            (to N for the last turn), and a chain that lacks one of them leaves the denominator,
-            even if it had collapsed before or if turn k is not destroyed: to keep the chains whose
-            outcome is known from the rest would bias the share. So a chain that is shorter than N
-            counts up to its last turn but one.
+            (to N for the last turn). A chain that lacks one of them leaves the denominator, even if
+            it collapsed before or turn k is not destroyed: keeping only chains whose outcome is
+            known from the remaining flags would bias the share. A chain shorter than N thus counts
+            up to its second-to-last turn.
 
     Returns:
         [N] in [0, 1], float32 (float64 if given, as lists of floats are), non-decreasing where all
@@ -48,7 +49,7 @@ def collapse_rate(destroyed: Numbers, *, valid: Numbers | None = None) -> Tensor
         ValueError: wrong shape, or a value other than 0 and 1.
         TypeError: ``valid`` is not boolean.
 
-    Source: LME-Bench, in MT-OPSD (arXiv 2609.35611).
+    Source: LME-Bench of MT-OPSD (arXiv 2609.35611).
 
     Example:
         >>> collapse_rate(torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]))
@@ -60,6 +61,7 @@ def collapse_rate(destroyed: Numbers, *, valid: Numbers | None = None) -> Tensor
 def collapsed(destroyed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return whether each chain has collapsed by each turn, and where that is known, [C, N]."""
     flags = torch.where(mask, destroyed, torch.zeros_like(destroyed))
+    # A collapse begins where a turn and the next are destroyed; none can begin at turn N.
     begins = flags * torch.cat([flags[:, 1:], torch.zeros_like(flags[:, :1])], dim=1)
     known = mask.long().cumprod(dim=1).bool()
     return begins.cummax(dim=1).values, torch.cat([known[:, 1:], known[:, -1:]], dim=1)
@@ -77,16 +79,16 @@ def wear(
     .. math:: \text{wear}_n = \operatorname{mean}_{p \notin E_1 \cup \dots \cup E_n}
         |x_n(p) - x_0(p)|
 
-    Over chains whose every instruction asks for no change it needs no mask: whatever differs from
-    the original is damage.
+    No mask is needed for chains whose every instruction asks for no change: any difference from the
+    original is damage.
 
     Args:
         images: image after each turn, [B, N, channels, height, width], in [0, 1].
         original: reference image, [B, channels, height, width], in [0, 1].
-        edited: boolean, [B, N, height, width]: where each turn was allowed to change the image.
-            None: nowhere.
-        valid: boolean, [B, N]: turns whose image counts. The mask of another turn still applies to
-            the turns after it.
+        edited: boolean, [B, N, height, width]: pixels that each turn was allowed to change. None:
+            no pixels.
+        valid: boolean, [B, N]: turns whose image counts. The edit mask of an invalid turn still
+            applies to later turns.
 
     Returns:
         [B, N] in [0, 1], float32 (float64 if given): 0 where nothing outside the edits has changed;
@@ -95,7 +97,7 @@ def wear(
 
     Raises:
         ValueError: wrong shape, or a counted value outside [0, 1] (divide bytes by 255).
-        TypeError: a mask is not boolean, or images hold no real numbers.
+        TypeError: a mask is not boolean, or the images are not real.
 
     Example:
         >>> original = torch.zeros(1, 3, 2, 2)

@@ -1,7 +1,7 @@
 r"""Shares of chains that succeed, turn by turn, with content consistency and Overall.
 
 Shapes: ``C`` chains (one image each), ``N`` turns. All metrics are shares in [0, 1] per turn, [N];
-multiply by 100 to print. A turn without a score is masked by ``valid`` and leaves the denominator.
+multiply by 100 for percent. Mask turns without a score by ``valid``; they leave the denominator.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mteditflow._reduce import mean_where, promote
 def instruction_following(success: Numbers, *, valid: Numbers | None = None) -> Tensor:
     """IF(t), also called SR@t: share of chains whose turns 1..t ALL succeeded.
 
-    LME-Bench, MSE-Bench and other long-chain benchmarks print it as SR@k at some turns k.
+    LME-Bench, MSE-Bench and other long-chain benchmarks report it as SR@k at some turns k.
 
     Args:
         success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
         valid: boolean, [C, N]; a chain leaves the denominator from its first invalid turn on, even
-            if it had failed before: to keep only the failures would bias the share down.
+            if it failed before, because keeping only the failures would bias the share down.
 
     Returns:
         [N], float32 (float64 if given, as lists of floats are), non-increasing where all turns are
@@ -47,11 +47,12 @@ def instruction_following(success: Numbers, *, valid: Numbers | None = None) -> 
         tensor([1.0000, 0.5000, 0.5000])
     """
     score, mask = success_and_mask("success", success, valid)
+    # Products over turns are logical ANDs: all turns so far succeeded, and all are valid.
     return mean_over_chains(score.cumprod(dim=1), mask.long().cumprod(dim=1).bool())
 
 
 def marginal_success(success: Numbers, *, valid: Numbers | None = None) -> Tensor:
-    """Marginal(t): share of chains whose turn t succeeded, whatever came before.
+    """Marginal(t): share of chains whose turn t succeeded, regardless of earlier turns.
 
     Its fall from turn 1 to N is the exposure-bias drop. The ratio Marginal(N) / Marginal(1) is not
     the share of turn-1 successes that succeed at turn N: that is ``conditional_success``.
@@ -78,10 +79,10 @@ def marginal_success(success: Numbers, *, valid: Numbers | None = None) -> Tenso
 
 
 def conditional_success(success: Numbers, *, valid: Numbers | None = None) -> Tensor:
-    """P(success at t | success at 1): share of the chains with success at turn 1, turn by turn.
+    """P(success at t | success at 1): success at turn t among chains that succeeded at turn 1.
 
-    Chains that failed at turn 1 do not enter it, other than in Marginal(t) / Marginal(1), which a
-    late success of theirs raises.
+    Chains that failed at turn 1 are excluded. They do enter Marginal(t) / Marginal(1), which their
+    later successes raise.
 
     Args:
         success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
@@ -89,7 +90,7 @@ def conditional_success(success: Numbers, *, valid: Numbers | None = None) -> Te
 
     Returns:
         [N] in [0, 1], float32 (float64 if given, as lists of floats are), 1 at turn 1; NaN for a
-        turn without such chains, so at every turn where none succeeded at turn 1.
+        turn without such chains. If no chain succeeded at turn 1, all turns are NaN.
 
     Raises:
         ValueError: wrong shape, or a value other than 0 and 1.
@@ -111,21 +112,20 @@ def conditional_success(success: Numbers, *, valid: Numbers | None = None) -> Te
 def content_consistency(*terms: Numbers) -> Tensor:
     """CC(t), corpus average: the mean over terms of each term's mean over chains.
 
-    For a score per sample give it as the only term; with an object and a background term give
-    both. The per-sample average (mean over chains of the mean of a chain's terms) is a different
-    number wherever a term is missing.
+    Pass a single term for one score per sample, or an object and a background term. The per-sample
+    average (mean over chains of the mean of a chain's terms) differs if any term is missing.
 
     Args:
         *terms: each [C, N]; NaN where a chain has no such term at that turn. Integers count as
             float32.
 
     Returns:
-        [N], float32 (float64 if given, as lists of floats are); a term that no chain has is left
-        out, NaN if there is none at all.
+        [N], float32 (float64 if given, as lists of floats are). A term that no chain has at a turn
+        is left out there; NaN if no term is left.
 
     Raises:
-        ValueError: no term, or shapes differ.
-        TypeError: a term holds no real numbers.
+        ValueError: there is no term, or shapes differ.
+        TypeError: a term is not real.
 
     Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
@@ -151,7 +151,7 @@ def overall(following: Numbers, consistency: Numbers) -> Tensor:
 
     Args:
         following: IF, any shape, >= 0.
-        consistency: CC, same shape and unit. A negative one (a cosine can be) counts as 0.
+        consistency: CC, same shape and unit. Negative values, possible for cosines, count as 0.
 
     Returns:
         Same shape and unit (shares give a share, percent give percent), float32 (float64 if given,
@@ -159,7 +159,7 @@ def overall(following: Numbers, consistency: Numbers) -> Tensor:
 
     Raises:
         ValueError: shapes differ, or IF is negative.
-        TypeError: an argument holds no real numbers.
+        TypeError: an argument is not real.
 
     Source: EdiVal-Bench (arXiv 2509.13399), as used by MT-EditFlow (arXiv 2606.01985).
 
@@ -173,12 +173,12 @@ def overall(following: Numbers, consistency: Numbers) -> Tensor:
     check_floating(following=following, consistency=consistency)
     check_same_shape(following=following, consistency=consistency)
     check_values("following", following, ~(following < 0), "values >= 0")
-    # Two roots: a product of two numbers may overflow or vanish where its root does not.
+    # Two roots: the product may overflow or underflow where its root does not.
     return following.sqrt() * consistency.clamp(min=0).sqrt()
 
 
 def success_and_mask(name: str, success: Numbers, valid: Numbers | None) -> tuple[Tensor, Tensor]:
-    """Check flags of turns, and return them as numbers with the mask of those that count."""
+    """Check per-turn flags; return them as numbers with the mask of valid turns."""
     (score,) = promote(as_real(name, success))
     check_floating(**{name: score})
     check_rank(name, score, 2, "[C, N]", maximum=2)
@@ -188,11 +188,11 @@ def success_and_mask(name: str, success: Numbers, valid: Numbers | None) -> tupl
 
 
 def _nanmean(x: Tensor) -> Tensor:
-    """Mean of the numbers along the first axis; NaN where there are none."""
+    """Mean along the first axis without NaN; NaN where there is no other number."""
     number = ~x.isnan()
     return torch.where(number.any(dim=0), mean_where(x, number, dim=0), torch.nan)
 
 
 def mean_over_chains(score: Tensor, mask: Tensor) -> Tensor:
-    """Mean over chains of the entries in the mask; 0 / 0 is NaN: nothing was measured."""
+    """Mean over chains of the entries in the mask; NaN (0 / 0) if there are none."""
     return torch.where(mask, score, 0).sum(dim=0) / mask.sum(dim=0)

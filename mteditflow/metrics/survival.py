@@ -1,7 +1,7 @@
-r"""Survival of chains: how many turns succeed before the first failure, with lost turns censored.
+r"""Survival of chains: turns that succeed before the first failure, with lost turns censored.
 
-Where every turn has a score, the Kaplan-Meier estimate S(k) is IF(k), also called SR@k. Where turns
-were lost it also counts the turns that a chain had before the loss, and the failures before it.
+If every turn has a score, the Kaplan-Meier estimate S(k) is IF(k), also called SR@k. If turns were
+lost, it also uses the turns of a chain before the loss, and its failure if that came first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class TurnsSurvived(NamedTuple):
 
     Attributes:
         mean: the restricted mean, in [0, N].
-        median: the most turns that half of the chains or more survive, in 0..N; N means N or more.
+        median: largest number of turns that at least half of the chains survive, in 0..N; N means N
+            or more.
     """
 
     mean: Interval
@@ -42,20 +43,20 @@ def survival_curve(
     and the interval is Greenwood's on the scale of :math:`\log(-\log S)`:
     :math:`S^{\exp(\pm z \sqrt v / \log S)}`.
 
-    Where S is 0 or 1 that interval does not exist, and it is Wilson's of S over the chains whose
-    outcome by turn k is known.
+    If S is 0 or 1, that interval does not exist. It is then Wilson's interval of S over the chains
+    whose outcome by turn k is known.
 
     Args:
         success: 0 or 1 per turn, [C, N]; boolean, integer or floating point.
-        valid: boolean, [C, N]. A chain is at risk at the turns before which all were valid and
-            succeeded, if they are valid themselves; its first invalid turn censors it. The loss of
-            a score must not depend on the success. A chain shorter than N is censored at its end.
+        valid: boolean, [C, N]. A chain is at risk at a valid turn if all earlier turns were valid
+            and succeeded. Its first invalid turn censors it. The loss of a score must be
+            independent of success. A chain shorter than N is censored at its end.
         confidence: mass of the interval, between 0 and 1.
 
     Returns:
-        Interval of shares in [0, 1], each [N], float64; the estimate does not increase and is IF
-        where all turns are valid. NaN from the turn on at which no chain is at risk, unless all
-        chains failed before.
+        Interval of shares in [0, 1], each [N], float64. The estimate is non-increasing, and equals
+        IF if all turns are valid. NaN from the first turn at which no chain is at risk, unless S is
+        already 0.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a number out of range.
@@ -91,9 +92,9 @@ def turns_survived(
         confidence: mass of the intervals, between 0 and 1.
 
     Returns:
-        Both with intervals, scalars, float64, in turns. The interval of the mean lies in [0, N];
-        where all chains are alike it is that of a bounded mean, as a normal one would have no
-        width. NaN where S is not known to the turns that are needed.
+        Both with intervals, scalars, float64, in turns. The interval of the mean lies in [0, N]. If
+        its variance is 0, a normal interval would have no width, and the interval of a bounded mean
+        is used. NaN if S is not known at a turn that is needed.
 
     Raises:
         ValueError: wrong shape, a value other than 0 and 1, or a number out of range.
@@ -117,7 +118,7 @@ def turns_survived(
 
 
 def chains_at_risk(success: Numbers, valid: Numbers | None = None) -> Tensor:
-    """Count the chains behind each turn of ``survival_curve``, [N], float64."""
+    """Count the chains at risk at each turn of ``survival_curve``, [N], float64."""
     return _at_risk(success, valid)[0]
 
 
@@ -137,6 +138,7 @@ def _curve(at_risk: Tensor, failed: Tensor, confidence: float) -> Interval:
     log_share = share.log()
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     stretch = z * _greenwood(at_risk, failed).cumsum(dim=0).sqrt() / log_share.abs()
+    # S^exp(+-z sqrt(v) / |log S|): S < 1, so the larger exponent gives the lower end.
     low, high = (share ** (sign * stretch).exp() for sign in (1, -1))
     known = _known(at_risk, failed)
     edge, (_, least, most) = (share == 0) | (share == 1), _share_interval(share, known, confidence)
@@ -145,24 +147,25 @@ def _curve(at_risk: Tensor, failed: Tensor, confidence: float) -> Interval:
 
 
 def _greenwood(at_risk: Tensor, failed: Tensor) -> Tensor:
-    """Terms of Greenwood's sum; 0 where nobody fails, and where all do, as S is 0 from there on."""
+    """Terms of Greenwood's sum; 0 where no chain fails, and where all do (S is 0 from there on)."""
     none = (failed == 0) | (failed == at_risk)
     return torch.where(none, 0, failed / (at_risk * (at_risk - failed)))
 
 
 def _known(at_risk: Tensor, failed: Tensor) -> Tensor:
-    """Count the chains whose survival to each turn is known: those that failed and the rest."""
+    """Count the chains whose survival to each turn is known, [N]."""
+    # Those that failed by then, and those at risk that did not fail.
     return failed.cumsum(dim=0) + at_risk - failed
 
 
 def _share_interval(share: Tensor, known: Tensor, confidence: float) -> Interval:
-    """Wilson's interval of shares of so many chains."""
+    """Wilson's interval of shares over ``known`` chains."""
     return wilson_interval(share.nan_to_num() * known, known, confidence=confidence)
 
 
 def _mean(share: Tensor, at_risk: Tensor, failed: Tensor, confidence: float) -> Interval:
     mean, turns = share.sum(), len(share)
-    later = share.flip(0).cumsum(dim=0).flip(0)
+    later = share.flip(0).cumsum(dim=0).flip(0)  # sum over k >= t of S(k)
     variance = (later.square() * _greenwood(at_risk, failed)).sum()
     half = NormalDist().inv_cdf((1 + confidence) / 2) * variance.sqrt()
     alike = alike_interval(
@@ -174,8 +177,8 @@ def _mean(share: Tensor, at_risk: Tensor, failed: Tensor, confidence: float) -> 
 
 
 def _median(share: Tensor) -> Tensor:
-    """Count the turns from the first on whose share is 1/2 or more; NaN where one is not known."""
-    rounding = len(share) * torch.finfo(share.dtype).eps  # of a product of so many factors
+    """Count the leading turns whose share is at least 1/2; NaN if an unknown share decides it."""
+    rounding = len(share) * torch.finfo(share.dtype).eps  # error bound of a product of N factors
     enough, unknown = share >= 0.5 - rounding, share.isnan()
     count = enough.long().cumprod(dim=0).sum().double()
     open_end = ((enough | unknown).long().cumprod(dim=0).bool() & unknown).any()

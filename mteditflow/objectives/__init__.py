@@ -1,7 +1,7 @@
-"""Objectives: from a rollout with advantages to loss and metrics, by the core alone.
+"""Objectives: from a rollout with advantages to loss and metrics, using only the core.
 
-Each is a frozen dataclass whose fields are its hyperparameters; the pure losses that they are made
-of are importable beside them from ``mteditflow``. See ``mteditflow.objectives.base`` for the loop.
+Each is a frozen dataclass whose fields are its hyperparameters. The pure losses that they are built
+on can be imported from ``mteditflow``. See ``mteditflow.objectives.base`` for the training loop.
 """
 
 from mteditflow.objectives.awm import AWM
@@ -23,7 +23,7 @@ from mteditflow.objectives.replay import ReplayObjective
 from mteditflow.objectives.samples import Buckets, CleanSamples, Samples
 from mteditflow.objectives.units import Units, training_rows
 
-#: Objectives by the name that command lines and tables give them.
+#: Objectives by their names in command lines and tables.
 OBJECTIVES: dict[str, type[Objective]] = {
     "grpo": GRPO,
     "guard": Guard,

@@ -25,18 +25,19 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask
 class AWM(ForwardObjective):
     r"""Advantage-weighted matching: the clipped surrogate on matching losses in place of log-probs.
 
-    A row of advantage 0 is left out where no regularizer acts on it. The paper's pull to a moving
-    average of the policy, weight 1, is ``old_kl_coef``: the old policy IS that average, of the
-    decay min(0.001 per round, 0.3) with ``old_maximum=0.3``. It makes the loss bounded: on-policy
-    the curvature across the error is advantage + ``old_kl_coef`` (times 2 over the number of
-    elements), so advantages not below its negative leave no direction in which the loss falls
-    forever; with ``rewards.advantage_limit`` 1 in the trainer, weight 1 does that.
+    Rows of advantage 0 are left out unless a regularizer acts on them. The paper regularizes toward
+    a moving average of the policy with weight 1. Here that weight is ``old_kl_coef``, and the
+    average is the old policy; ``old_maximum=0.3`` gives the paper's decay, min(0.001 per round,
+    0.3). This term can bound the loss from below: on-policy with the "uniform" weighting, its
+    curvature is advantage + ``old_kl_coef`` (times 2 over the number of elements), which is not
+    negative if all advantages are at least ``-old_kl_coef``. With ``rewards.advantage_limit`` 1 in
+    the trainer, weight 1 ensures that.
 
     Args:
-        weighting: what a matching loss counts as a function of it and the flow time; see
+        weighting: function of matching loss and flow time that stands in for the log-prob; see
             ``matching_log_prob``.
         clip_low: how far the ratio of matching losses may fall below 1, in [0, 1).
-        clip_high: how far it may rise above 1, >= 0.
+        clip_high: how far the ratio may rise above 1, >= 0.
         old_kl_coef: weight of the velocity KL to the old policy, >= 0.
 
     The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
@@ -65,7 +66,7 @@ class AWM(ForwardObjective):
     )
 
     weighting: Weighting = "uniform"
-    """Weight of matching losses: by flow time (sigma, sigma_squared) and size (the hubers)."""
+    """Weighting of matching losses: by flow time (sigma, sigma_squared) and size (huber forms)."""
     clip_low: float = 1e-4
     """How far the ratio of matching losses may fall below 1."""
     clip_high: float = 1e-4

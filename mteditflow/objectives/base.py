@@ -11,9 +11,9 @@ An objective turns a rollout with advantages into a loss and metrics. The loop i
         optimizer.step()
 
 ``samples`` are a ``Trajectory``, a recorded ``Rollout``, ``CleanSamples``, ``Buckets`` of several
-of them, or anything with the members of ``Samples``. ``velocity`` is the only thing that knows the
-model. All random numbers are fixed by ``units``, so a loss can be computed again, and does not
-depend on micro-batches or ranks.
+of them, or anything with the members of ``Samples``. Only ``velocity`` depends on the model. All
+random numbers are fixed in ``units``, so that a loss is reproducible and does not depend on
+micro-batches or ranks.
 """
 
 from __future__ import annotations
@@ -39,25 +39,26 @@ Metrics = dict[str, Tensor]
 
 
 class Velocity(Protocol):
-    """Velocity of a policy at any state of a sample: all that a user writes around a model."""
+    """Velocity of a policy at states of samples: the only interface to the user's model."""
 
     def __call__(self, policy: Policy, x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
         """Return the velocity of M rows, [M, ...].
 
         Args:
-            policy: "current" (in training, with gradient), "old" (the one that NFT-type objectives
-                mix with), "reference" (the base model), or "teacher". All but "current" are called
-                under ``torch.no_grad``. An objective only asks for what it needs.
+            policy: "current" (the policy being trained, with gradient), "old" (the policy that
+                NFT-type objectives mix with), "reference" (the base model), or "teacher". All but
+                "current" are called under ``torch.no_grad``. An objective requests only the
+                policies that it needs.
             x_t: noisy latents, [M, ...]: float32 where latents are re-noised, in the dtype of the
                 stored states where steps are replayed. Cast them to the model's dtype.
             sigma: flow time of each row, [M], in [0, 1].
-            at: trajectory and turn of each row, int64 [M, 2] on the CPU: tells the conditioning.
+            at: trajectory and turn of each row, int64 [M, 2] on the CPU; selects the conditioning.
         """
         ...
 
 
 class BucketVelocity:
-    """Velocity of samples in buckets, from one velocity for each part.
+    """Velocity for ``Buckets``, assembled from one velocity per part.
 
     Args:
         samples: the buckets.
@@ -65,8 +66,8 @@ class BucketVelocity:
             each counts trajectories within its part.
 
     Raises:
-        ValueError: there is not one velocity for each part.
-        TypeError: ``samples`` are no ``Buckets``, or a velocity cannot be called.
+        ValueError: the number of velocities differs from the number of parts.
+        TypeError: ``samples`` are not ``Buckets``, or a velocity is not callable.
 
     Example:
         >>> from mteditflow.objectives import CleanSamples
@@ -97,10 +98,10 @@ class BucketVelocity:
         self._samples, self._velocities = samples, tuple(velocities)
 
     def __call__(self, policy: Policy, x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
-        """See ``Velocity``; rows of several parts in one call have to be of one latent shape."""
+        """See ``Velocity``; rows of several parts in one call must share one latent shape."""
 
         def read(part: int, here: Tensor, own: Tensor) -> tuple[Tensor]:
-            if len(here) == len(at):
+            if len(here) == len(at):  # all rows in one part, as in a micro-batch: copy nothing
                 return (self._velocities[part](policy, x_t, sigma, own),)
             states, times = x_t[here.to(x_t.device)], sigma[here.to(sigma.device)]
             return (self._velocities[part](policy, states, times, own),)
@@ -110,10 +111,10 @@ class BucketVelocity:
 
 
 class Sampling(NamedTuple):
-    """How an objective wants rollouts to be sampled.
+    """Sampling settings that an objective requires of rollouts.
 
     Attributes:
-        solver: solver of the stochastic steps; ``None``: any sampler will do, as it is.
+        solver: solver of the stochastic steps; ``None``: any sampler can be used.
         stochastic_steps: steps of a turn that are sampled with noise and trained; ``None``: none.
     """
 
@@ -138,15 +139,17 @@ class Card:
     """Entry of a table of objectives.
 
     Attributes:
-        title: name by which the field knows it.
+        title: common name in the literature.
         papers: arXiv numbers.
-        losses: public functions that it is made of.
-        needs: what it needs beside the current policy's velocity.
-        passes: forward passes of a row in an update, with gradient, then without.
-        rewarded: whether it learns from advantages.
-        old_kl: whether it reports the metric "old_kl", its distance to the policy that sampled.
-        whole_groups: whether its units need all members of a group in one call.
-        tokens: whether it takes advantages per latent token, as ``region_advantage`` returns them.
+        losses: names of the public functions that it uses.
+        needs: requirements in addition to the current policy's velocity.
+        passes: forward passes per row in an update, with gradient plus without; in parentheses
+            the number without gradient if the old policy is the current one.
+        rewarded: whether it uses advantages.
+        old_kl: whether it reports the metric "old_kl", its distance to the old policy.
+        whole_groups: whether all members of a group must be among the samples of one call.
+        tokens: whether it accepts advantages per latent token, as ``region_advantage`` returns
+            them.
     """
 
     title: str
@@ -161,11 +164,12 @@ class Card:
 
 
 class Objective(ABC):
-    """From samples with advantages to loss and metrics; subclasses are frozen dataclasses.
+    """Base class: maps samples with advantages to loss and metrics.
 
-    The fields of a subclass are its hyperparameters, under the names of the pure functions'
-    arguments, and nothing else: a command line is built from them. A subclass computes units of
-    samples of one latent shape; of ``Buckets`` it is called with one part at a time.
+    Subclasses are frozen dataclasses. Their fields are hyperparameters under the names of the pure
+    functions' arguments, and nothing else, because command lines are built from them. The
+    ``__call__`` of a subclass handles samples of one latent shape; for ``Buckets`` it is called
+    once per part.
     """
 
     card: ClassVar[Card]
@@ -174,20 +178,21 @@ class Objective(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        # Wrapped here rather than in a base method, so that a subclass needs no call to super.
         if "__call__" in vars(cls):
             cls.__call__ = _bucket_by_bucket(cls.__call__)  # type: ignore[method-assign]
 
     @abstractmethod
     def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
-        """Return how rollouts of a round are sampled.
+        """Return the sampling settings for rollouts of a round.
 
         Args:
-            round: number of the round, from 0.
+            round: index of the round, from 0.
             steps: denoising steps S of a turn.
         """
 
     def old_decay(self, round: int) -> float:  # noqa: A002
-        """Return the share of the old policy that is kept after a round, in [0, 1]."""
+        """Return the EMA decay of the old policy after a round, in [0, 1]; 0 copies the current."""
         del round
         return 0.0
 
@@ -210,13 +215,13 @@ class Objective(ABC):
             advantage: [B], or [B, N] for one per turn; float32 or float64, finite where valid.
                 Where ``card.tokens`` also [B, N, ...] for one per latent token, laid out so that
                 it broadcasts over latents.
-            valid: boolean, [B] or [B, N] as ``advantage``; ``None`` means all. The rest is never
-                read.
-            key: source of the random numbers; a generator advances by one number a pass.
+            valid: boolean, [B] or [B, N] as ``advantage``; ``None`` means all. Other advantages
+                are never read.
+            key: source of the random numbers; a generator advances by one draw per pass.
             minibatches: optimizer steps of the pass; divides B.
 
         Returns:
-            Units of each minibatch; one may be empty: then make no optimizer step.
+            Units of each minibatch. A minibatch may be empty; skip its optimizer step.
 
         Raises:
             ValueError: shapes do not match, or a valid advantage is not finite.
@@ -231,11 +236,11 @@ class Objective(ABC):
 
         Args:
             velocity: velocities of the policies; see ``Velocity``.
-            samples: the samples that the units were drawn from. Units of several buckets get one
-                forward pass for each of these.
-            units: those that ``units`` returned, or a part of them.
-            old_is_current: whether the old policy has the current weights, as after a sync: its
-                forward pass is then saved.
+            samples: the samples that the units were drawn from. Units of several buckets take one
+                forward pass per bucket.
+            units: units returned by ``units``, or a part of them.
+            old_is_current: whether the old policy has the current weights, as after a sync. Its
+                forward pass is then skipped.
 
         Returns:
             Output of U entries on the device of the velocity. Gradient flows through the current
@@ -247,7 +252,7 @@ class Objective(ABC):
 
 
 def _bucket_by_bucket(call: Callable[..., Output]) -> Callable[..., Output]:
-    """Make a method ``__call__`` of one latent shape compute units of any buckets."""
+    """Wrap a ``__call__`` for samples of one latent shape so that it handles ``Buckets``."""
 
     @wraps(call)
     def each_bucket(
@@ -256,13 +261,14 @@ def _bucket_by_bucket(call: Callable[..., Output]) -> Callable[..., Output]:
         if not isinstance(samples, Buckets):
             return call(self, velocity, samples, units, **options)
         member_rows(units)  # raises where there are none
-        units = replace(units, starts=samples.starts)
+        units = replace(units, starts=samples.starts)  # checks that no unit spans buckets
         names: list[str] = []
 
         def read(part: int, here: Tensor, _: Tensor) -> Sequence[Tensor]:
             start = samples.starts[part]
             shifted, own = _counted_from(start, velocity), units[here].within(start)
             output = call(self, shifted, samples.parts[part], own, **options)
+            # ``gather`` joins tensors by position: fix the order of metrics by the first part.
             names.extend([] if names else output.metrics)
             return output.loss, *(output.metrics[name] for name in names)
 
@@ -273,7 +279,7 @@ def _bucket_by_bucket(call: Callable[..., Output]) -> Callable[..., Output]:
 
 
 def _counted_from(start: int, velocity: Velocity) -> Velocity:
-    """Return the velocity of a part whose first trajectory is number ``start`` of all."""
+    """Return a velocity that counts trajectories from ``start``, the first one of a part."""
     shift = torch.tensor([start, 0], dtype=torch.int64, device="cpu")
     return lambda policy, x_t, sigma, at: velocity(policy, x_t, sigma, at + shift.to(at.device))
 
@@ -289,22 +295,22 @@ class Velocities:
 
     @cached_property
     def current(self) -> Tensor:
-        """With gradient."""
+        """Velocity of the current policy, [M, ...], with gradient."""
         return self._of("current")
 
     @cached_property
     def old(self) -> Tensor:
-        """Detached; the current one where both have the same weights."""
+        """Velocity of the old policy, detached; the current one if both have the same weights."""
         return self.current.detach() if self._old_is_current else self._constant("old")
 
     @cached_property
     def reference(self) -> Tensor:
-        """Detached."""
+        """Velocity of the reference policy, detached."""
         return self._constant("reference")
 
     @cached_property
     def teacher(self) -> Tensor:
-        """Detached."""
+        """Velocity of the teacher, detached."""
         return self._constant("teacher")
 
     def reference_at(self, rows: Rows) -> Tensor:
@@ -322,7 +328,7 @@ class Velocities:
         return self._of(policy).detach()
 
     def _of(self, policy: Policy) -> Tensor:
-        """Velocities, 0 for members that do not exist: a NaN there would reach the gradient."""
+        """Return velocities, 0 for absent members, because a NaN there would reach the gradient."""
         velocity = self._velocity(policy, *self._states)
         return valid_rows(member_mask(self._units, velocity), velocity)
 

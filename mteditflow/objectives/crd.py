@@ -17,30 +17,30 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask, m
 
 @dataclass(frozen=True, kw_only=True)
 class CRD(GroupObjective):
-    r"""CRD: implicit rewards regress to rewards, both centered in their group.
+    r"""CRD: regression of implicit rewards to rewards, both centered in their group.
 
-    A unit is a group at one turn, all members at the same flow time and noise: a micro-batch of one
-    unit is a forward pass of a whole group. A group of equal advantages still pulls its implicit
-    rewards together, so it is trained.
+    A unit is a group at one turn, all members at the same flow time and noise, so a micro-batch of
+    one unit is a forward pass of a whole group. A group of equal advantages is trained too, because
+    its implicit rewards are still pulled together.
 
     Args:
-        crd_beta: implicit reward per reward, > 0; large values keep the policy near the old one.
+        crd_beta: reward per implicit reward, > 0; large values keep the policy near the old one.
         advantage_max: advantage at which the reward saturates, > 0.
         adaptive: whether errors are divided by their own detached mean absolute value.
-        kl_floor: weight of the KL of the worst rows, rising with the reward to ``kl_coef``;
-            ``None``: ``kl_coef`` for all.
+        kl_floor: weight of the KL of the worst rows, which rises with the reward to ``kl_coef``;
+            ``None``: ``kl_coef`` for all rows.
 
     The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
     ``norm_coef``, ``old_slope`` and ``old_maximum``.
 
     Metrics: "policy_loss", "old_kl" (velocity KL to the old policy), "kl" (with ``kl_floor`` each
-    row's at its weight over ``kl_coef``), "norm_hinge".
+    row's KL is scaled by its weight over ``kl_coef``), "norm_hinge".
 
     Raises:
         ValueError: a number is out of range, or ``kl_floor`` comes without a ``kl_coef``.
 
-    Source: CRD (arXiv 2603.14128). Centered by group, as the paper says; public code centers over
-        all rows of a step, which ``crd_loss`` can do as well.
+    Source: CRD (arXiv 2603.14128). Centering is by group, as in the paper; public code centers over
+        all rows of a step, which ``crd_loss`` supports too.
 
     Example:
         >>> CRD(kl_coef=0.1, kl_floor=1e-4).zero_matters
@@ -57,14 +57,14 @@ class CRD(GroupObjective):
     )
 
     crd_beta: float = 1.0
-    """Implicit reward per reward; large values keep the policy near the old one."""
+    """Reward per implicit reward; large values keep the policy near the old one."""
     advantage_max: float = 5.0
     """Advantage at which the reward saturates."""
     adaptive: bool = False
     """Divide errors by their own detached mean absolute value."""
     kl_floor: float | None = None
-    """Weight of the KL of the worst rows, rising with the reward to kl_coef. None: kl_coef for
-    all."""
+    """Weight of the KL of the worst rows, rising with the reward to kl_coef. None: kl_coef for all
+    rows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +111,7 @@ class CRD(GroupObjective):
                 kl_floor=self.kl_floor,
                 advantage_max=self.advantage_max,
             )
-            scale = coefficient / self.kl_coef
+            scale = coefficient / self.kl_coef  # ``output`` multiplies by kl_coef
         with torch.no_grad():
             old_kl = member_mean(units, velocity_kl(at.current, at.old, valid=exists))
         metrics = {"old_kl": old_kl}

@@ -18,24 +18,24 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask, m
 
 @dataclass(frozen=True, kw_only=True)
 class DGPO(GroupObjective):
-    r"""DGPO: advantage-weighted matching in groups, until a group is ordered better than before.
+    r"""DGPO: advantage-weighted matching in groups, with less weight on groups ranked correctly.
 
-    A unit is a group at one turn, all members at the same flow time and noise: a micro-batch of one
-    unit is a forward pass of a whole group. A group whose advantages are all 0 is left out where no
-    regularizer acts on it. Advantages should sum to 0 in each group.
+    A unit is a group at one turn, all members at the same flow time and noise, so a micro-batch of
+    one unit is a forward pass of a whole group. A group whose advantages are all 0 is left out
+    unless a regularizer acts on it. Advantages should sum to 0 in each group.
 
     Args:
-        dgpo_beta: how fast the weight of a group that is ordered well falls, >= 0.
-        ratio_clip: half width of the range of the ratio of matching losses to the old policy's
-            beyond which a row is moved no further, in (0, 1); ``None``: no bound, and no forward
-            pass of the old policy.
-        anchor: policy with which orders are compared: "reference", or "old", which follows the
-            policy.
+        dgpo_beta: rate at which a group's weight falls as its ranking improves, >= 0.
+        ratio_clip: half width, in (0, 1), of the range of :math:`\exp(l_{old} - l)` around 1
+            outside which a row is moved no further; ``None``: no bound, and no forward pass of the
+            old policy.
+        anchor: policy whose matching losses the ranking is compared with: "reference", or "old",
+            which follows the current policy.
 
     The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
     ``norm_coef``, ``old_slope`` and ``old_maximum``.
 
-    Metrics: "policy_loss", "preferred" (share of groups ordered better than by the anchor), "kl",
+    Metrics: "policy_loss", "preferred" (share of groups ranked better than by the anchor), "kl",
     "norm_hinge".
 
     Raises:
@@ -66,13 +66,13 @@ class DGPO(GroupObjective):
     )
 
     dgpo_beta: float = 100.0
-    """How fast the weight of a group that is ordered well falls; 10 to 100, with a moving anchor
-    thousands."""
+    """Rate at which a group's weight falls as its ranking improves; 10 to 100, thousands with a
+    moving anchor."""
     ratio_clip: float | None = None
-    """Half width of the ratio's range beyond which a row is moved no further; costs a forward pass
+    """Half width of the ratio's range outside which a row is moved no further; costs a forward pass
     of the old policy. None: no bound."""
     anchor: Literal["reference", "old"] = "reference"
-    """Policy with which the order of a group is compared."""
+    """Policy whose ranking of a group is the baseline."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,11 +27,11 @@ from mteditflow.objectives.units import Units, check_units, draw_units, member_m
 class Distillation(Objective):
     r"""On-policy distillation: match a teacher's velocity at the states that the student reached.
 
-    It needs no reward. The teacher is what ``velocity("teacher", ...)`` computes: another model, or
+    It needs no reward. The teacher is defined by ``velocity("teacher", ...)``: another model, or
     the base model under another conditioning, such as the clean image of each turn (MT-OPSD).
 
     Args:
-        share: share of the steps of every turn that is trained, in (0, 1], drawn anew each pass.
+        share: share of the steps of every turn that is trained, in (0, 1], redrawn each pass.
 
     Metrics: "policy_loss".
 
@@ -56,13 +56,13 @@ class Distillation(Objective):
     )
 
     share: float = 1.0
-    """Share of the steps of every turn that is trained, drawn anew in every pass."""
+    """Share of the steps of every turn that is trained, redrawn in every pass."""
 
     def __post_init__(self) -> None:
         check_number("share", self.share, low=0.0, high=1.0, open_low=True)
 
     def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
-        """See ``Objective``; deterministic steps will do."""
+        """See ``Objective``; any sampler can be used, deterministic ones included."""
         return Sampling()
 
     def units(

@@ -22,11 +22,13 @@ from mteditflow.objectives.units import Units, draw_units, member_mask
 class DPO(ForwardObjective):
     r"""Online DPO: prefer the best of a group to its worst, more than the reference does.
 
-    A unit is a pair at one turn, both at the same flow time and noise. A group whose members are
-    equal there makes none. The members of a group have to be among the samples of one call.
+    A unit is a pair at one turn, both at the same flow time and noise. A group whose advantages are
+    equal at a turn gives no unit there. All members of a group must be among the samples of one
+    call.
 
     Args:
-        dpo_beta: strength of the pull to the reference, > 0; 2000 is usual for means over elements.
+        dpo_beta: strength of the implicit KL to the reference, > 0; 2000 is usual for means over
+            elements.
 
     The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
     ``norm_coef``, ``old_slope`` and ``old_maximum``.
@@ -62,7 +64,7 @@ class DPO(ForwardObjective):
     whole_kl = "whose loss evaluates the reference everywhere"
 
     dpo_beta: float = 2000.0
-    """Strength of the pull to the reference; 2000 is usual."""
+    """Strength of the implicit KL to the reference; 2000 is usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +101,7 @@ class DPO(ForwardObjective):
     def _paired(
         self, samples: Samples, units: Units, values: Tensor, losers: Tensor, key: RoundKey
     ) -> Units:
-        """Add the loser to every winner's unit; it takes the winner's noise."""
+        """Add the loser to every winner's unit, at the winner's flow time and noise."""
         winner = units.rows[:, 0]
         loser = torch.cat([losers[winner[:, 0], winner[:, 1]][:, None], winner[:, 1:]], dim=1)
         rows = torch.stack([winner, loser], dim=1)
@@ -117,6 +119,7 @@ class DPO(ForwardObjective):
         """See ``Objective``."""
         states, at = self.states(velocity, samples, units, old_is_current=old_is_current)
         exists = member_mask(units, at.current)
+        # ``member_rows`` lists the winners of all units first, then the losers.
         winner, loser = torch.arange(
             2 * len(units), dtype=torch.int64, device=at.current.device
         ).chunk(2)
@@ -129,11 +132,12 @@ class DPO(ForwardObjective):
             dpo_beta=self.dpo_beta,
             valid=None if exists is None else exists.view(2, -1).all(dim=0),
         )
+        # The loss is log 2 at the reference and falls as the implicit reward margin grows.
         return self.output(units, loss, at, {"preferred": (loss.detach() < math.log(2)).float()})
 
 
 def _losers(advantage: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """Return the trajectory that each turn is preferred to, [B, N]; -1 where it is to none."""
+    """Return the loser's trajectory for each turn that wins a pair, int64 [B, N]; else -1."""
     losers = torch.full_like(advantage, -1, dtype=torch.int64)
     for turn in range(advantage.shape[1]):
         pairs = group_pairs(advantage[:, turn], group, valid=valid[:, turn])

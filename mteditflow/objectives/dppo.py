@@ -14,19 +14,19 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 @dataclass(frozen=True, kw_only=True)
 class DPPO(ReplayObjective):
-    r"""Flow-DPPO: no clip; a step too far from the old policy gets no gradient to go further.
+    r"""Flow-DPPO: no gradient away from the old policy outside a KL trust region; no ratio clip.
 
-    A row of advantage 0 is left out where ``kl_coef`` is 0.
+    Rows of advantage 0 are left out if ``kl_coef`` is 0.
 
     Args:
-        threshold: KL of a step to the old policy's, with the reduction of the log-probs, beyond
-            which it gets no gradient away from it, >= 0; 1e-7 .. 1e-5 for means over elements.
+        threshold: KL to the old policy's step above which a step gets no gradient away from it,
+            >= 0, with the reduction of the log-probs; 1e-7 .. 1e-5 for means over elements.
 
     The other fields are those of every objective that replays steps: ``solver``, ``noise_level``,
     ``stochastic_steps``, ``window_interval``, ``share``, ``kl_coef`` and ``importance_cap``.
 
-    Metrics: "policy_loss", "old_kl" (KL of the steps to the old policy's), "beyond" (whether it
-    exceeds the threshold), "kl", "importance_weight".
+    Metrics: "policy_loss", "old_kl" (KL of each step to the old policy's), "beyond" (1 if "old_kl"
+    exceeds the threshold, else 0), "kl", "importance_weight".
 
     Raises:
         ValueError: a number is out of range.
@@ -47,7 +47,7 @@ class DPPO(ReplayObjective):
     )
 
     threshold: float = 1e-6
-    """KL of a step to the old policy's, mean over elements, beyond which it goes no further."""
+    """KL to the old policy's step, mean over elements, above which a step is moved no further."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

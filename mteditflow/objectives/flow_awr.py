@@ -23,21 +23,21 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask
 class FlowAWR(ForwardObjective):
     r"""FlowAWR: regress to the old policy's velocity, displaced by the exponential advantage.
 
-    ``units`` maps the advantages it is given to ``softmax_advantage`` over the members of a group
-    that take part, turn by turn (and token by token where there is one for each), so all members
-    have to be there. Because the softmax does not see
-    a constant, linear advantages of any kind serve, and raw rewards as well. Advantages over the
-    std of the batch (``rewards.std`` "batch" in the trainer) at temperature 1 give the published
-    setting; over each group's own std they give every group one temperature of its own.
+    ``units`` maps its advantages to ``softmax_advantage`` over the valid members of each group,
+    turn by turn (and token by token for per-token advantages), so all members of a group must be in
+    one call. The softmax ignores a constant per group, so that group-centered advantages and raw
+    rewards both work. Advantages divided by the std of the batch (``rewards.std`` "batch" in the
+    trainer) at temperature 1 reproduce the published setting. Division by each group's own std
+    amounts to a separate temperature per group.
 
-    Rows of advantage 0 still pull to the old policy, so they are trained; invalid rows are left
-    out. One forward pass per row where the old policy is the current one, else two.
+    Rows of advantage 0 still pull to the old policy, so they are trained. Invalid rows are left
+    out. A row takes one forward pass if the old policy is the current one, else two.
 
     Args:
-        temperature: gamma > 0 in units of the advantages given to ``units``; small is bold.
-            ``None`` takes those as they are, such as linear ones.
+        temperature: gamma > 0 in units of the advantages given to ``units``; smaller values take
+            larger steps. ``None`` uses the given advantages without a softmax.
         form: "displaced", the paper's regression, or "exact", importance-weighted flow matching,
-            whose minimum is the tilted policy itself; it needs a temperature.
+            whose minimum is the tilted policy itself. "exact" needs a temperature.
 
     The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
     ``norm_coef``, ``old_slope`` and ``old_maximum``.
@@ -47,7 +47,8 @@ class FlowAWR(ForwardObjective):
     Raises:
         ValueError: a number is out of range, or "exact" has no temperature.
 
-    Source: FlowAWR (arXiv 2606.30376), its advantage by public code; "exact" is this library's.
+    Source: FlowAWR (arXiv 2606.30376), with the advantage of public code; "exact" is this
+        library's.
 
     Example:
         >>> FlowAWR(temperature=0.5).old_decay(100)
@@ -65,8 +66,8 @@ class FlowAWR(ForwardObjective):
     )
 
     temperature: float | None = 1.0
-    """Temperature of the softmax over a group, in units of the advantage; small is bold. None:
-    advantages are taken as they are."""
+    """Temperature of the softmax over a group, in units of the advantage; smaller values take
+    larger steps. None: use advantages as they are."""
     form: Literal["displaced", "exact"] = "displaced"
     """displaced: the published regression; exact: importance-weighted flow matching."""
 
@@ -83,7 +84,7 @@ class FlowAWR(ForwardObjective):
 
     @property
     def zero_matters(self) -> bool:
-        """True: at advantage 0 the pull to the old policy is left."""
+        """True: at advantage 0 the pull to the old policy remains."""
         return True
 
     def units(
@@ -97,8 +98,9 @@ class FlowAWR(ForwardObjective):
     ) -> list[Units]:
         """See ``Objective``: one row for each noise level of each turn."""
         if advantage is not None and self.temperature is not None:
+            # Before units are drawn: the softmax needs whole groups, minibatches may split them.
             values, valid = turn_values(samples, advantage, valid, tokens=True)
-            columns = values.flatten(1)  # turns, or tokens of turns, each on its own
+            columns = values.flatten(1)  # [B, N] or [B, N * tokens]; one softmax per column
             counted = valid.repeat_interleave(columns.shape[1] // valid.shape[1], dim=1)
             tilted = softmax_advantage(
                 columns, samples.group.cpu(), valid=counted, temperature=self.temperature

@@ -1,4 +1,4 @@
-"""Objectives of the forward process: they re-noise clean latents, whatever sampler made them."""
+"""Objectives of the forward process: they re-noise clean latents from any sampler."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ class Renoise:
     Args:
         distribution: "uniform" in [0, 1]; "logit_normal", the sigmoid of a Gaussian; "grid", the
             flow times that the sampler itself visited, each equally likely.
-        levels: noise levels of each turn's clean latent in a pass.
-        shift: moves flow times toward noise, :math:`s\sigma / (1 + (s - 1)\sigma)`; not for "grid",
-            which is shifted already.
+        levels: number of noise levels per clean latent of a turn in a pass, >= 1.
+        shift: shift s > 0 of flow times toward noise, :math:`s\sigma / (1 + (s - 1)\sigma)`; must
+            be 1 for "grid", which is already shifted.
         mean: mean of the Gaussian of "logit_normal".
-        std: its standard deviation, > 0.
-        stratified: whether the ``levels`` of a turn fall into equal shares of the distribution, one
-            in each: less variance at the same cost. Needs 2 levels or more.
+        std: standard deviation of the Gaussian of "logit_normal", > 0.
+        stratified: whether the ``levels`` of a turn are drawn from equal quantile ranges of the
+            distribution, one from each: less variance at the same cost. Needs 2 levels or more.
         shared: whether the members of a group get the same flow times and noise at a turn, so that
-            their losses differ by their latents alone.
+            their losses differ only through their latents.
 
     Raises:
-        ValueError: a number is out of range, or an option has no meaning beside the others.
-        TypeError: an argument has another type.
+        ValueError: a number is out of range, or an option does not apply to the distribution.
+        TypeError: an argument has the wrong type.
 
     Source: shifted and logit-normal flow times, Stable Diffusion 3 (arXiv 2403.03206).
 
@@ -71,7 +71,7 @@ class Renoise:
     distribution: Literal["uniform", "logit_normal", "grid"] = "uniform"
     """Distribution of flow times: uniform, logit_normal, or the sampler's own grid."""
     levels: int = 1
-    """Noise levels of each turn's clean latent in a pass over a round."""
+    """Number of noise levels per clean latent of a turn in a pass over a round."""
     shift: float = 1.0
     """Shift of flow times toward noise (uniform, logit_normal); 1: none."""
     mean: float = 0.0
@@ -79,7 +79,7 @@ class Renoise:
     std: float = 1.0
     """Standard deviation of the Gaussian of logit_normal."""
     stratified: bool = False
-    """Spread the levels of a turn evenly over the distribution; needs levels >= 2."""
+    """Stratify the levels of a turn over the distribution; needs levels >= 2."""
     shared: bool = False
     """Give the members of a group the same flow times and noise at each turn."""
 
@@ -111,12 +111,12 @@ class Renoise:
 
 
 class Renoised(NamedTuple):
-    """Clean latents of M rows, re-noised.
+    """Re-noised clean latents of M rows.
 
     Attributes:
         x_t: [M, ...].
         sigma: flow time, [M].
-        target: velocity from clean latent to noise, [M, ...].
+        target: velocity target ``noise - clean``, [M, ...].
     """
 
     x_t: Tensor
@@ -125,21 +125,25 @@ class Renoised(NamedTuple):
 
 
 def renoise(samples: Samples, units: Units, how: Renoise) -> Renoised:
-    """Re-noise the clean latents of the units' members by the units' own random numbers.
+    """Re-noise the clean latents of the units' members with the seeds of the units.
 
     Args:
         samples: the samples that the units were drawn from.
-        units: U units of K members that have seeds.
+        units: U units of K members, with seeds.
         how: distribution of flow times.
 
     Returns:
         Renoised, M = K * U rows in the order of ``member_rows``, float32.
+
+    Raises:
+        ValueError: the units have no seeds, or "grid" is used on samples without stored steps.
     """
     if units.seed is None:
         raise ValueError("units: expected members with seeds, got None")
     rows, seeds = member_rows(units), units.seed.T.flatten().tolist()
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     clean = samples.clean_at(rows[:, :2]).detach().float()
+    # Time before noise: both come from the row's generator, so the order fixes the numbers.
     sigma = _flow_times(samples, rows, generators, how).to(clean.device)
     noise = batched_noise(clean.shape[1:], generators).to(clean.device)
     x_t = interpolate(clean, noise, sigma)
@@ -149,12 +153,12 @@ def renoise(samples: Samples, units: Units, how: Renoise) -> Renoised:
 def _flow_times(
     samples: Samples, rows: Tensor, generators: Sequence[torch.Generator], how: Renoise
 ) -> Tensor:
-    """One flow time per row, from the row's own generator."""
+    """Draw one flow time per row from the row's own generator."""
     uniform = torch.cat(
         [torch.rand(1, generator=g, dtype=torch.float32, device="cpu") for g in generators]
     )
     if how.stratified:
-        uniform = (rows[:, 2] + uniform) / how.levels
+        uniform = (rows[:, 2] + uniform) / how.levels  # rows[:, 2] is the noise level, 0..levels-1
     if how.distribution != "grid":
         return how.flow_time(uniform)
     steps = samples.step_mask.shape[2]
@@ -165,7 +169,10 @@ def _flow_times(
 
 
 def noise_seeds(samples: Samples, rows: Tensor, key: RoundKey, *, shared: bool) -> Tensor:
-    """Return one seed per row of (trajectory, turn, level): int64 [M, 3] -> [M]."""
+    """Return one seed per row of (trajectory, turn, level), int64 [M, 3] -> [M].
+
+    If ``shared``, seeds depend on the group id in place of the trajectory.
+    """
     owner = samples.group.cpu()[rows[:, 0]] if shared else rows[:, 0]
     place = torch.stack([owner, rows[:, 1], rows[:, 2]], dim=1)
     purpose, first = ("renoise of a group", 0) if shared else ("renoise", key.first)
@@ -190,9 +197,9 @@ class ForwardObjective(Objective):
     """Weight of the hinge on the velocity's norm above the reference's (NormGuard); above 0 it
     costs a forward pass."""
     old_slope: float = 0.001
-    """Rise per round of the share that the old policy keeps of itself; 0: it is the current one."""
+    """Increase per round of the old policy's EMA decay; 0: it is the current policy."""
     old_maximum: float = 0.5
-    """Largest such share."""
+    """Largest EMA decay of the old policy."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.renoise, Renoise):
@@ -213,7 +220,7 @@ class ForwardObjective(Objective):
             )
 
     def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
-        """See ``Objective``; any sampler will do."""
+        """See ``Objective``; any sampler can be used."""
         return Sampling()
 
     def old_decay(self, round: int) -> float:  # noqa: A002
@@ -254,7 +261,7 @@ class ForwardObjective(Objective):
         return [share_kl(units, self.kl_share, key) for units in seeded]
 
     def _seeded(self, samples: Samples, units: Units, noise_rows: Tensor, key: RoundKey) -> Units:
-        """Give every member the random numbers of ``noise_rows``, [U, K, 3]."""
+        """Give every member the seed that belongs to its row of ``noise_rows``, [U, K, 3]."""
         flat = noise_rows.flatten(0, 1)
         seeds = noise_seeds(samples, flat, key, shared=self.renoise.shared)
         return replace(units, seed=seeds.view(noise_rows.shape[:2]))
@@ -262,7 +269,7 @@ class ForwardObjective(Objective):
     def states(
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool
     ) -> tuple[Renoised, Velocities]:
-        """Re-noise the units' latents; velocities there, and the target on their device."""
+        """Re-noise the units' latents; return them and the velocities there, on one device."""
         check_units(units, members=self.members, drawn=True)
         renoised = renoise(samples, units, self.renoise)
         velocities = Velocities(
@@ -282,9 +289,9 @@ class ForwardObjective(Objective):
         *,
         kl_scale: Tensor | None = None,
     ) -> Output:
-        """Add the regularizers, averaged over the members of a unit.
+        """Add the regularizers, averaged over the members of each unit.
 
-        ``kl_scale`` multiplies the KL of each member, [K * U]; ``None`` stands for 1.
+        ``kl_scale`` multiplies the KL of each member, [K * U]; ``None`` means 1.
         """
         found: Metrics = {"policy_loss": loss, **metrics}
         exists = member_mask(units, loss)

@@ -17,13 +17,14 @@ from mteditflow.objectives.units import Units, draw_units
 
 @dataclass(frozen=True, kw_only=True)
 class GroupObjective(ForwardObjective):
-    """Fields and units that objectives of whole groups share.
+    """Common fields and units of objectives on whole groups.
 
-    A unit is a group at one turn and noise level: its valid members, padded to the largest group,
-    all at the flow time and noise of its first one. A group with fewer than two valid members at a
-    turn makes none. With ``renoise.shared`` time and noise are the group's own, whoever is first;
-    the members share them either way. ``kl_share`` has to be 1. Groups weigh equally, whatever
-    their size. The members of a group have to be among the samples of one call.
+    A unit is a group at one turn and noise level. It holds the group's valid members, padded to the
+    largest group, all at the flow time and noise of the first one. A group with fewer than two
+    valid members at a turn gives no unit. With ``renoise.shared``, time and noise depend on the
+    group alone rather than on its first member; members share them in both cases. ``kl_share`` must
+    be 1. Groups have equal weight, whatever their size. All members of a group must be among the
+    samples of one call.
     """
 
     members = None
@@ -46,7 +47,7 @@ class GroupObjective(ForwardObjective):
         drawn = draw_units(
             samples,
             groups.leads[..., None].expand(-1, -1, self.renoise.levels),
-            groups.largest,
+            groups.largest,  # the group is dropped for advantage 0 only if all members have it
             groups.leads,
             key=key,
             share=1.0,
@@ -68,8 +69,9 @@ class GroupObjective(ForwardObjective):
         """Add the other members to the unit of every lead; all take the lead's noise."""
         lead = units.rows[:, 0]
         joins = (index == index[lead[:, 0]][:, None]) & own[:, lead[:, 1]].T  # [U, B]
-        joins = pad(joins, (0, 1))  # a column of nobody: two members even of one trajectory
+        joins = pad(joins, (0, 1))  # a column that joins no unit: width 2 needs two columns
         width = max([2, *joins.sum(dim=1).tolist()])
+        # A stable sort puts the members first, in the order of their trajectories.
         first = (~joins).int().argsort(dim=1, stable=True)[:, :width]
         mask = joins.take_along_dim(first, dim=1)
         rows = lead[:, None].repeat(1, mask.shape[1], 1)
@@ -79,7 +81,7 @@ class GroupObjective(ForwardObjective):
 
 
 def unit_of_member(units: Units, device: torch.device) -> Tensor:
-    """Return the number of each member's unit, int64 [K * U], in the order of ``member_rows``."""
+    """Return the index of each member's unit, int64 [K * U], in the order of ``member_rows``."""
     return torch.arange(len(units), dtype=torch.int64, device=device).repeat(units.rows.shape[1])
 
 
@@ -87,8 +89,8 @@ class _Groups(NamedTuple):
     """Groups of B trajectories at N turns.
 
     Attributes:
-        number: number of each trajectory's group, int64 [B].
-        leads: whether a trajectory is the first valid one of a group that has two, [B, N].
+        number: index of each trajectory's group, int64 [B].
+        leads: whether a trajectory is the first valid one of a group with at least two, [B, N].
         largest: largest absolute advantage of the group's valid members, [B, N].
     """
 

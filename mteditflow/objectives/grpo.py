@@ -14,24 +14,25 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(ReplayObjective):
-    r"""Flow-GRPO: replay stochastic steps and make those of good rollouts likelier.
+    r"""Flow-GRPO: replay stochastic steps and raise the probability of those of good rollouts.
 
-    A row of advantage 0 is left out where ``kl_coef`` is 0.
+    Rows of advantage 0 are left out if ``kl_coef`` is 0.
 
     Args:
-        clip_low: how far a ratio may fall below 1, in [0, 1); 1e-4 .. 1e-5 goes with mean-reduced
-            log-probs.
-        clip_high: how far it may rise above 1, >= 0.
+        clip_low: how far a ratio may fall below 1, in [0, 1); 1e-4 .. 1e-5 is usual for
+            mean-reduced log-probs.
+        clip_high: how far a ratio may rise above 1, >= 0.
 
     The other fields are those of every objective that replays steps: ``solver``, ``noise_level``,
-    ``stochastic_steps``, ``window_interval``, ``share``, ``kl_coef`` and ``importance_cap``.
+    ``stochastic_steps``, ``window_interval``, ``share``, ``kl_coef``, ``kl_share`` and
+    ``importance_cap``.
 
-    ``check_ratios`` on a fresh rollout says whether every ratio is 1 before the first update, and
-    so whether solver, noise level and reduction are those of the rollout. Ratios of summed
-    log-probs need clip ranges of 0.1 .. 0.2.
+    ``check_ratios`` verifies on a fresh rollout that every ratio is 1 before the first update. This
+    fails if solver, noise level or reduction differ from the rollout's. Ratios of summed log-probs
+    need clip ranges of 0.1 .. 0.2.
 
-    Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (ratio - 1 - log ratio, an estimate
-    of the KL to the policy that sampled), "kl", "importance_weight".
+    Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (ratio - 1 - log ratio; for summed
+    log-probs an estimate of the KL to the policy that sampled), "kl", "importance_weight".
 
     Raises:
         ValueError: a number is out of range.
@@ -78,6 +79,7 @@ class GRPO(ReplayObjective):
         )
         log_ratio = (log_prob - old_log_prob).detach()
         metrics = ratio_metrics(log_ratio, self.clip_low, self.clip_high)
-        exact = log_ratio.double()  # a log-ratio of 1e-5 squares to less than float32 resolves
+        # exp(l) - 1 - l is about l^2 / 2, which float32 loses to cancellation for tiny l.
+        exact = log_ratio.double()
         metrics["old_kl"] = (exact.expm1() - exact).to(log_ratio.dtype)
         return self.output(units, loss, replay, metrics)

@@ -17,13 +17,13 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 @dataclass(frozen=True, kw_only=True)
 class Guard(ReplayObjective):
-    r"""GRPO-Guard: ratios without bias, and a gradient of one scale at every step.
+    r"""GRPO-Guard: unbiased ratios, and gradients of equal scale at every step.
 
-    A row of advantage 0 is left out where ``kl_coef`` is 0.
+    Rows of advantage 0 are left out if ``kl_coef`` is 0.
 
     Args:
-        clip_low: how far a normalized ratio may fall below 1, in [0, 1); std times GRPO's.
-        clip_high: how far it may rise above 1, >= 0.
+        clip_low: how far a normalized ratio may fall below 1, in [0, 1); std times GRPO's range.
+        clip_high: how far a normalized ratio may rise above 1, >= 0.
 
     The other fields are those of every objective that replays steps: ``solver``, ``noise_level``,
     ``stochastic_steps``, ``window_interval``, ``share``, ``kl_coef`` and ``importance_cap``.
@@ -79,6 +79,7 @@ class Guard(ReplayObjective):
             valid=exists,
         )
         weight = guard_step_weight(self.step_solver, steps.sigma, steps.next_sigma)
+        # Weights are about one over the step size, S; divided by S their mean is about 1.
         loss = loss * weight / samples.step_mask.shape[2]
         metrics = ratio_metrics(log_ratio, self.clip_low, self.clip_high)
         return self.output(units, loss, replay, {**metrics, "old_kl": replay.old_kl()})

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, and on nothing that happened before."""
+"""Keyed random numbers: a draw depends on its key alone, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mteditflow._checks import check_count
 
 @dataclass(frozen=True)
 class RoundKey:
-    """Names every random number of a round by seed, purpose, round and place.
+    """Key of all random numbers of a round: seed, purpose, round and place.
 
-    A round that is done again, on another number of ranks or in other batches, draws the same
-    numbers, and there is no random state to save. Objectives take a ``RoundKey`` or a plain
-    ``torch.Generator`` as their ``key``.
+    A repeated round draws the same numbers, also with another number of ranks or other batches, and
+    there is no random state to save. Objectives take a ``RoundKey`` or a plain ``torch.Generator``
+    as their ``key``.
 
     Args:
         seed: seed of the run, >= 0.
-        round: number of the round, from 0.
-        first: place of this rank's first trajectory among the trajectories of all ranks.
-        epoch: number of the pass over the round's samples, from 0.
+        round: index of the round, from 0.
+        first: index of this rank's first trajectory among the trajectories of all ranks.
+        epoch: index of the pass over the round's samples, from 0.
 
     Raises:
         ValueError: a count is negative.
@@ -50,8 +50,8 @@ class RoundKey:
         """Return the generator of one of this rank's trajectories for a purpose.
 
         Args:
-            purpose: what the numbers are for, such as "noise".
-            trajectory: place of the trajectory on this rank.
+            purpose: name of the use of the numbers, such as "noise".
+            trajectory: index of the trajectory on this rank.
             *rest: further integers, such as turn and step.
         """
         return torch.Generator("cpu").manual_seed(
@@ -60,6 +60,7 @@ class RoundKey:
 
     def number(self, purpose: str, *place: int) -> int:
         """Return the seed of a place, the same on every rank; ``first`` is not added to it."""
+        # Epoch 0 adds nothing: the first of several passes draws the numbers of a single one.
         later = ("epoch", self.epoch) if self.epoch else ()
         return key_seed(self.seed, purpose, self.round, *place, *later)
 
@@ -72,7 +73,7 @@ Key = RoundKey | torch.Generator
 
 
 def round_key(key: Key) -> RoundKey:
-    """Return the key itself, or one that the next number of a generator fixes.
+    """Return a ``RoundKey`` as it is, or one seeded by the next draw of a generator.
 
     Raises:
         TypeError: ``key`` is neither.
@@ -91,7 +92,7 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
     Args:
         *key: integers and strings such as ``(seed, "noise", round, trajectory)``; two keys that
             differ anywhere give independent streams.
-        device: of the generator.
+        device: device of the generator.
 
     Raises:
         ValueError: there is no key.
@@ -112,5 +113,6 @@ def key_seed(*key: int | str) -> int:
     for part in key:
         if type(part) not in (int, str):
             raise TypeError(f"key: expected integers and strings, got {type(part).__name__}")
+    # JSON keeps the parts apart: ("a", 12) and ("a1", 2) differ, as do 1 and "1".
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -14,7 +14,7 @@ from mteditflow.objectives.units import ALL, Rows, Units, member_mean
 
 
 def check_kl_share(share: float, kl_coef: float) -> None:
-    """Raise ``ValueError`` unless a share of the KL is in (0, 1], and 1 where there is no KL."""
+    """Raise ``ValueError`` unless the share of the KL is in (0, 1], and 1 if ``kl_coef`` is 0."""
     check_number("kl_share", share, low=0.0, high=1.0, open_low=True)
     if share < 1 and kl_coef == 0:
         raise ValueError(f"kl_share: has an effect only where kl_coef > 0, got {share}")
@@ -23,9 +23,10 @@ def check_kl_share(share: float, kl_coef: float) -> None:
 def share_kl(units: Units, share: float, key: RoundKey) -> Units:
     """Draw the units whose KL to the reference is computed, at weight ``1 / share``.
 
-    They are every ``1 / share``-th unit of a trajectory from a random start (systematic sampling):
-    each has probability ``share``, so that the weighted KL is unbiased, and a trajectory has within
-    one as many as its share. The draw is the same on any ranks and in any micro-batches.
+    Every ``1 / share``-th unit of a trajectory is drawn from a random start (systematic sampling).
+    Each unit has probability ``share``, so that the weighted KL is unbiased, and the number drawn
+    from a trajectory differs from its share of the units by less than one. The draw is the same on
+    any ranks and in any micro-batches.
 
     Args:
         units: units of one member, in the order of trajectories.
@@ -39,7 +40,9 @@ def share_kl(units: Units, share: float, key: RoundKey) -> Units:
     start = torch.tensor(
         [starts[b] for b in trajectory.tolist()], dtype=torch.float64, device="cpu"
     )
+    # Taken are the units at which the running sum of shares, from the start, passes an integer.
     every = torch.arange(len(units), dtype=torch.float64, device="cpu")
+    # searchsorted gives each trajectory's first unit, so positions count from 0 within it.
     passed = share * (every - torch.searchsorted(trajectory, trajectory)) + start
     taken = (passed + share).floor() > passed.floor()
     return replace(units, kl_weight=taken.float() / share)
@@ -48,7 +51,8 @@ def share_kl(units: Units, share: float, key: RoundKey) -> Units:
 def kl_units(units: Units) -> Tensor | None:
     """Return the units whose KL to the reference is computed, int64 [R]; ``None`` means all.
 
-    At least one, be it of weight 0: with sharded weights every rank makes the same passes.
+    At least one, if need be of weight 0: with sharded weights every rank must make the same number
+    of forward passes.
     """
     if units.kl_weight is None:
         return None
@@ -57,11 +61,12 @@ def kl_units(units: Units) -> Tensor | None:
 
 
 def weighted_kl(units: Units, kl: Callable[[Rows], Tensor]) -> Tensor:
-    """Return the KL of each unit to the reference at its weight, [U]; 0 where it is left out.
+    """Return the weighted KL of each unit to the reference, [U]; 0 where it is not computed.
 
     Args:
         units: U units of K members.
-        kl: KL of some of their K * U rows, int64 [R] on the CPU, or of all, a slice.
+        kl: function that returns the KL of some of their K * U rows, given as int64 [R] on the CPU,
+            or of all of them, given as a slice.
     """
     chosen = kl_units(units)
     if chosen is None:

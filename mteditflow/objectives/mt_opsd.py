@@ -1,4 +1,4 @@
-"""MT-OPSD as an objective: edits of worn pictures beside turns that change nothing."""
+"""MT-OPSD as an objective: edits of worn images, and identity turns that change nothing."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from mteditflow.objectives.units import (
 
 @dataclass(frozen=True, eq=False)
 class WornSamples:
-    """Samples whose last turn edits a picture that the student has worn out itself.
+    """Samples whose last turn edits a worn image, one that the student's own turns have degraded.
 
     Args:
         samples: recorded trajectories; their last turn is trained.
-        identity: trajectories whose last instruction asks for no change, boolean [B]; the others'
-            asks for an edit.
-        given: latents of the picture that the last turn is given, [B, ...], in the layout of the
-            samples' clean latents.
+        identity: trajectories whose last instruction asks for no change, boolean [B]; all others
+            ask for an edit.
+        given: latents of the input image of the last turn, [B, ...], in the layout of the samples'
+            clean latents.
 
     Raises:
         ValueError: shapes do not match.
@@ -110,21 +110,22 @@ class WornSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class MTOPSD(Objective):
-    r"""Edit worn pictures as a teacher edits the clean one, and leave them as they are if asked to.
+    r"""MT-OPSD: edit worn images as a teacher edits the clean one, and preserve them on request.
 
-    The student has worn a picture out by turns that ask for no change. Of the turn after them a few
-    states are trained. Where it edits, the student's velocity on the worn picture is drawn to the
-    teacher's on the clean one, at states of the student's own sampling. Where it asks for no change
-    once more, the target leads to the worn picture itself, so that faults do not grow. See
-    ``mt_opsd_loss`` for the formula. Samples that are no ``WornSamples`` are edits alone.
+    Before the trained turn, the student degrades an image by turns that ask for no change. A few
+    states of the last turn are trained. If that turn is an edit, the student's velocity on the worn
+    image is matched to the teacher's on the clean one, at states of the student's own sampling. If
+    it asks for no change once more, the target leads to the worn image itself, so that artifacts do
+    not grow. See ``mt_opsd_loss`` for the formula. Samples that are not ``WornSamples`` are treated
+    as edits only.
 
     Args:
         edit_share: probability that a trajectory's last turn is an edit, in (0, 1]. The sampling
-            loop draws by it; which turns are edits stands in ``WornSamples.identity``.
-        identity_weight: weight of a turn that asks for no change, >= 0.
-        queries: states of a trajectory that are trained in a pass, >= 1.
-        query_alpha: first parameter of their Beta distribution, > 0.
-        query_beta: second parameter, > 0. At position 0 a state is noise, at 1 it is clean: (2, 5)
+            loop draws with it; ``WornSamples.identity`` records the outcome.
+        identity_weight: weight of an identity turn, which asks for no change, >= 0.
+        queries: states per trajectory that are trained in a pass, >= 1.
+        query_alpha: first parameter of the Beta distribution of their positions, > 0.
+        query_beta: second parameter, > 0. Position 0 is noise and position 1 is clean: (2, 5)
             trains the noisier steps (FLUX), (5, 5) the middle (Qwen-Image-Edit).
 
     Metrics: "policy_loss", "edit_loss" and "identity_loss", unweighted; the latter two are 0 for a
@@ -152,13 +153,13 @@ class MTOPSD(Objective):
     )
 
     edit_share: float = 0.667
-    """Probability that the trained turn is an edit; else it asks for no change."""
+    """Probability that the trained turn is an edit; otherwise it asks for no change."""
     identity_weight: float = 10.0
-    """Weight of a turn that asks for no change beside that of an edit, 1."""
+    """Weight of a turn that asks for no change, relative to 1 for an edit."""
     queries: int = 2
-    """States of a trajectory that are trained in a pass over a round."""
+    """States per trajectory that are trained in a pass over a round."""
     query_alpha: float = 2.0
-    """First parameter of the states' Beta distribution over the steps, from noise to clean."""
+    """First parameter of the Beta distribution of trained states, from noise (0) to clean (1)."""
     query_beta: float = 5.0
     """Second parameter; (2, 5) trains noisier states (FLUX), (5, 5) the middle (Qwen-Image)."""
 
@@ -170,7 +171,7 @@ class MTOPSD(Objective):
         check_number("query_beta", self.query_beta, low=0.0, open_low=True)
 
     def sampling(self, round: int, *, steps: int) -> Sampling:  # noqa: A002
-        """See ``Objective``; deterministic steps will do."""
+        """See ``Objective``; any sampler can be used, deterministic ones included."""
         return Sampling()
 
     def units(
@@ -209,10 +210,11 @@ class MTOPSD(Objective):
     def _units(
         self, samples: Samples, turns: list[tuple[int, int]], steps: Tensor, key: RoundKey
     ) -> Units:
-        """Draw the states of some turns, and the seed of each one's noise."""
+        """Draw the trained states of some turns, and a seed for the noise of each."""
         places = [(b, n, query) for b, n in turns for query in range(self.queries)]
         rows, seeds = [], []
         for b, n, query in places:
+            # torch.distributions takes no generator; this Random depends on the key alone.
             number = Random(key.number("query", key.first + b, query))
             position = number.betavariate(self.query_alpha, self.query_beta)
             count = int(steps[b, n])
@@ -233,7 +235,9 @@ class MTOPSD(Objective):
     def __call__(
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool = False
     ) -> Output:
-        """See ``Objective``. The teacher is evaluated everywhere, so that ranks pass in step."""
+        """See ``Objective``."""
+        # The teacher is evaluated in identity rows too: with sharded weights every rank must make
+        # the same forward passes.
         check_units(units, members=1, drawn=True)
         rows = member_rows(units)
         steps = Steps(*(x.detach() for x in samples.steps_at(rows)))
@@ -246,7 +250,7 @@ class MTOPSD(Objective):
             at.teacher,
             target.to(at.current.device),
             identity,
-            identity_weight=1.0,
+            identity_weight=1.0,  # metrics are unweighted; the weight follows below
             valid=exists,
         )
         found = {
@@ -258,7 +262,11 @@ class MTOPSD(Objective):
 
 
 def _identity_turns(samples: Samples, units: Units, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which rows ask for no change, [M], with states and targets of all rows, [M, ...]."""
+    """Return the mask of identity rows, [M], and states and targets of all rows, [M, ...].
+
+    Identity rows get a re-noised point between the worn image and fresh noise; edit rows keep the
+    stored state of the student's sampling.
+    """
     rows = member_rows(units)
     if not isinstance(samples, WornSamples):
         return (

@@ -22,18 +22,19 @@ from mteditflow.objectives.units import Units, member_advantages, member_mask
 
 @dataclass(frozen=True, kw_only=True)
 class NFT(ForwardObjective):
-    r"""DiffusionNFT: pull re-noised samples toward good rollouts and push them away from bad ones.
+    r"""DiffusionNFT: pull velocities toward good rollouts and push them away from bad ones.
 
-    Rows of advantage 0 (r = 1/2) still pull to the old policy, so they are trained; invalid rows
-    are left out. One forward pass per row where the old policy is the current one, else two.
+    Rows of advantage 0 (r = 1/2) still pull to the old policy, so they are trained. Invalid rows
+    are left out. A row takes one forward pass if the old policy is the current one, else two.
 
     Args:
-        nft_beta: mixing of current and old policy, > 0; small is bold.
-        loss: "adaptive", the clean-space error over its own size, or "plain", the velocity error.
+        nft_beta: mixing weight of current and old policy, > 0; smaller values take larger steps.
+        loss: "adaptive", the clean-space error normalized by its own size, or "plain", the velocity
+            error.
         advantage_max: advantage at which the optimality probability saturates, > 0.
 
     The other fields are those of every objective of the forward process: ``renoise``, ``kl_coef``,
-    ``norm_coef``, ``old_slope`` and ``old_maximum``.
+    ``kl_share``, ``norm_coef``, ``old_slope`` and ``old_maximum``.
 
     Metrics: "policy_loss", "old_kl" (velocity KL to the old policy), "kl", "norm_hinge".
 
@@ -68,9 +69,9 @@ class NFT(ForwardObjective):
     )
 
     nft_beta: float = 1.0
-    """Mixing of current and old policy; small is bold."""
+    """Mixing weight of current and old policy; smaller values take larger steps."""
     loss: Literal["adaptive", "plain"] = "adaptive"
-    """adaptive: clean-space error over its own size; plain: velocity error."""
+    """adaptive: clean-space error normalized by its own size; plain: velocity error."""
     advantage_max: float = 5.0
     """Advantage at which the optimality probability saturates."""
 
@@ -82,7 +83,7 @@ class NFT(ForwardObjective):
 
     @property
     def zero_matters(self) -> bool:
-        """True: at r = 1/2 the pull to the old policy is left."""
+        """True: at r = 1/2 the pull to the old policy remains."""
         return True
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Objectives that replay stochastic steps: what GRPO, GRPO-Guard and Flow-DPPO share."""
+"""Base of objectives that replay stochastic steps: GRPO, GRPO-Guard and Flow-DPPO."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Replay:
     Attributes:
         steps: states, flow times and recorded log-probs.
         velocities: velocities of the policies at the states.
-        reduction: "mean" or "sum" over elements, as the log-probs were recorded.
+        reduction: reduction of the recorded log-probs over elements, "mean" or "sum".
         transition: Gaussian of the next states under the current policy, with gradient.
     """
 
@@ -79,6 +79,7 @@ class Replay:
         check_units(units, members=1, drawn=False)
         rows, self._solver = member_rows(units), solver
         stored = Steps(*(x.detach() for x in samples.steps_at(rows)))
+        # States go to the model where they are stored; the rest follows the model's device.
         self.velocities = Velocities(
             velocity, stored.x_t, stored.sigma, units, old_is_current=old_is_current
         )
@@ -87,7 +88,7 @@ class Replay:
         self.transition = self.under(self.velocities.current)
 
     def under(self, velocity: Tensor, rows: Rows = ALL) -> Transition:
-        """Return the Gaussian of the next states under a velocity of all or some rows."""
+        """Return the Gaussian of the next states of all or some rows under their velocity."""
         steps = Steps(*(at_rows(x, rows) for x in self.steps))
         return self._solver(steps.x_t, velocity, steps.sigma, steps.next_sigma)
 
@@ -110,6 +111,7 @@ class Replay:
     @cached_property
     def old_log_prob(self) -> Tensor:
         """Log-prob under the old policy as training computes it, [M], detached."""
+        # The std depends on solver and grid alone, so all policies share it.
         std = self.transition.std
         return gaussian_log_prob(self.steps.next_x, self.old_mean, std, reduction=self.reduction)
 
@@ -122,7 +124,7 @@ class Replay:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayObjective(Objective):
-    """Fields and units that GRPO, Guard and DPPO share; the current policy samples."""
+    """Common fields and units of GRPO, Guard and DPPO; the current policy samples."""
 
     solver: Literal["flow", "dance", "cps"] = "flow"
     """Stochastic step: Flow-SDE, Dance-SDE or coefficient-preserving."""
@@ -131,17 +133,17 @@ class ReplayObjective(Objective):
     stochastic_steps: int = 5
     """Steps of a turn that draw noise and are trained; the others are ODE steps."""
     window_interval: int = 0
-    """Rounds until these steps move on by one (MixGRPO); 0: always the first ones."""
+    """Rounds after which the stochastic steps shift by one (MixGRPO); 0: always the first ones."""
     share: float = 1.0
-    """Share of the stochastic steps that is trained, drawn anew for every turn."""
+    """Share of the stochastic steps that is trained, drawn separately for every turn."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference; above 0 it costs a forward pass."""
     kl_share: float = 1.0
     """Share of the steps whose KL is computed, at weight 1 / share: unbiased, fewer passes."""
     importance_cap: float | None = None
-    """Largest importance weight between sampler and training where their log-probs differ
-    (quantized, cached or stale rollouts); costs a forward pass of the old policy once it differs.
-    None: they have to agree."""
+    """Cap of the importance weight between sampler and training if their log-probs differ
+    (quantized, cached or stale rollouts); costs a forward pass of the old policy once it differs
+    from the current one. None: the log-probs must agree."""
 
     def __post_init__(self) -> None:
         check_choice("solver", self.solver, list(SOLVERS))
@@ -214,7 +216,7 @@ class ReplayObjective(Objective):
     def replay(
         self, velocity: Velocity, samples: Samples, units: Units, *, old_is_current: bool
     ) -> Replay:
-        """Look the units' steps up and evaluate the current policy there."""
+        """Gather the units' stored steps and evaluate the current policy there."""
         return Replay(self.step_solver, velocity, samples, units, old_is_current=old_is_current)
 
     @torch.no_grad()
@@ -227,14 +229,14 @@ class ReplayObjective(Objective):
         size: int,
         share: float = 0.1,
     ) -> RatioCheck:
-        """Replay steps of a fresh rollout, whose every ratio must be 1 before the first update.
+        """Replay a fresh rollout and check that every ratio is 1, before the first update.
 
         Args:
-            velocity: velocities of the policies; the current one is the one that sampled.
+            velocity: velocities of the policies; the current one is the policy that sampled.
             samples: the rollout.
-            trajectories: how many of its first trajectories to replay.
-            size: rows of a forward pass.
-            share: deviation that is allowed, as a share of the clip range.
+            trajectories: number of trajectories to replay, from the first on.
+            size: rows per forward pass.
+            share: allowed deviation of a ratio from 1, as a share of the clip range.
 
         Returns:
             RatioCheck with its verdict.
@@ -259,16 +261,16 @@ class ReplayObjective(Objective):
 
     @property
     def ratio_scale(self) -> float:
-        """Deviation of a ratio from 1 that matters to the loss: the nearer clip bound above 0."""
+        """Deviation of a ratio from 1 that matters to the loss: the smaller clip range above 0."""
         bounds = (getattr(self, name, 0.0) for name in ("clip_low", "clip_high"))
         return min((bound for bound in bounds if bound > 0), default=RATIO_SCALE)
 
     def start(self, replay: Replay) -> Tensor:
-        """Return the log-prob that ratios start from: recorded, or training's own where capped."""
+        """Return the old log-prob of ratios: recorded, or recomputed if weights are capped."""
         return replay.steps.log_prob if self.importance_cap is None else replay.old_log_prob
 
     def output(self, units: Units, loss: Tensor, replay: Replay, metrics: Metrics) -> Output:
-        """Weigh by importance, add the KL to the reference."""
+        """Apply the importance weight and add the KL to the reference."""
         if self.importance_cap is not None:
             weight = truncated_importance_weight(
                 replay.old_log_prob,
@@ -286,7 +288,7 @@ class ReplayObjective(Objective):
 
 
 def ratio_metrics(log_ratio: Tensor, clip_low: float, clip_high: float) -> Metrics:
-    """Return the ratio of new to old policy of each row, and whether it lies beyond the clip."""
+    """Return the ratio of new to old policy of each row, and whether it is outside the clip."""
     ratio = log_ratio.detach().exp()
     beyond = (ratio > 1 + clip_high) | (ratio < 1 - clip_low)
     return {"ratio": ratio, "clip_fraction": beyond.float()}

@@ -1,4 +1,4 @@
-"""Samples of a rollout, as objectives read them."""
+"""Samples of a rollout: the protocol that objectives read, and containers that implement it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Samples(Protocol):
 
     @property
     def reduction(self) -> str:
-        """How the stored log-probs were reduced over elements, "mean" or "sum"."""
+        """Reduction of the stored log-probs over elements, "mean" or "sum"."""
 
     def clean_at(self, at: Tensor) -> Tensor:
         """Return the final latents of (trajectory, turn) rows: int64 [M, 2] -> [M, ...]."""
@@ -56,7 +56,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class CleanSamples:
-    """Final latents and nothing else: what NFT, AWM and DPO need, whatever sampler made them.
+    """Final latents without steps, from any sampler: sufficient for NFT, AWM and DPO.
 
     Args:
         clean: final latent of every turn, [B, N, ...]; [B, 1, ...] for one turn.
@@ -113,22 +113,22 @@ class CleanSamples:
 
 @dataclass(frozen=True, eq=False)
 class Buckets:
-    """Samples of several latent shapes, grids or lengths: parts that no one tensor can hold.
+    """Samples of several latent shapes, grids or lengths, held as separate parts.
 
-    The trajectories of all parts count through, so that groups may span parts, and advantages are
-    computed over all of them. N and S are the largest of the parts; the masks exclude the rest. An
-    objective computes the units of each part apart, with the result of separate calls; a unit of
-    several members (a pair, a group) lies within one part. ``Units.split`` gives each micro-batch
-    units of one part.
+    Trajectories are numbered consecutively over all parts. Groups may span parts, and advantages
+    are computed over all of them. N and S are the maxima over parts, with masks for the padding. An
+    objective computes the units of each part separately, with the results of separate calls, and a
+    unit of several members (a pair, a group) must lie within one part. ``Units.split`` fills each
+    micro-batch from one part.
 
     Args:
-        parts: at least one ``Samples`` each, such as rollouts; of one reduction and device. Buckets
-            among them are replaced by their parts. Group ids are kept: give different groups
-            different ids beforehand.
+        parts: at least one ``Samples``, such as rollouts, all of one reduction and device. Nested
+            ``Buckets`` are flattened. Group ids are kept: give different groups different ids
+            beforehand.
 
     Raises:
         ValueError: there is no part, or they differ in reduction or device.
-        TypeError: a part is no ``Samples``.
+        TypeError: a part does not implement ``Samples``.
 
     Example:
         >>> square = CleanSamples(torch.randn(2, 1, 4, 4), torch.tensor([0, 0]))
@@ -185,16 +185,16 @@ class Buckets:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First trajectory of each part."""
+        """Index of the first trajectory of each part."""
         return tuple(accumulate((len(part.group) for part in self.parts[:-1]), initial=0))
 
     def clean_at(self, at: Tensor) -> Tensor:
-        """Return the final latents of (trajectory, turn) rows, which are of one latent shape."""
+        """Return the final latents of (trajectory, turn) rows of one latent shape."""
         (clean,) = self.gather(at, lambda part, _, own: (self.parts[part].clean_at(own),))
         return clean
 
     def steps_at(self, rows: Tensor) -> Steps:
-        """Return stored steps of (trajectory, turn, step) rows, which are of one latent shape."""
+        """Return stored steps of (trajectory, turn, step) rows of one latent shape."""
         return Steps(*self.gather(rows, lambda part, _, own: self.parts[part].steps_at(own)))
 
     def gather(
@@ -204,8 +204,9 @@ class Buckets:
 
         Args:
             rows: int64 [M, ...] on the CPU, each beginning with its trajectory.
-            read: called once for each part that has rows, with its number, the places of its m
-                rows among the M, and the rows counted within the part; returns tensors [m, ...].
+            read: function that is called once for each part with rows. It takes the part's index,
+                the positions of its m rows among the M, and these rows with trajectories counted
+                within the part, and returns tensors [m, ...].
 
         Returns:
             The tensors of all rows, [M, ...], in the order of ``rows``.
@@ -218,6 +219,7 @@ class Buckets:
         check_values("trajectory", trajectory, inside, f"indices in 0..{len(self) - 1}")
         part_of = bucket_of(trajectory, self.starts)
         places, found = [], []
+        # With no rows the first part still answers, so that the tensors have dtype and shape.
         for part in sorted(set(part_of.tolist())) or [0]:
             here = (part_of == part).nonzero()[:, 0]
             own = rows[here.to(rows.device)].clone()
@@ -228,25 +230,25 @@ class Buckets:
 
 
 def named_parts(samples: Samples) -> dict[str, Samples]:
-    """Return the parts of buckets, or samples that are no buckets, by their names in errors."""
+    """Return the parts of ``Buckets``, or the samples themselves, by their names in errors."""
     if not isinstance(samples, Buckets):
         return {"samples": samples}
     return {f"samples.parts[{number}]": part for number, part in enumerate(samples.parts)}
 
 
 def starts_of(samples: Samples) -> tuple[int, ...]:
-    """Return the first trajectory of each part; (0,) for samples that are no buckets."""
+    """Return the index of the first trajectory of each part; (0,) if not ``Buckets``."""
     return samples.starts if isinstance(samples, Buckets) else (0,)
 
 
 def bucket_of(trajectory: Tensor, starts: Sequence[int]) -> Tensor:
-    """Return the number of the part that holds each trajectory, int64 of the same shape."""
+    """Return the index of the part that holds each trajectory, int64 of the same shape."""
     first = torch.tensor(starts, dtype=torch.int64, device=trajectory.device)
     return torch.bucketize(trajectory.contiguous(), first, right=True) - 1
 
 
 def _in_order(places: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
-    """Join rows of parts, each [m, ...], in the order of their places."""
+    """Join rows of parts, each [m, ...], in the order of their positions."""
     if len(pieces) == 1:
         return pieces[0]
     shapes = sorted({tuple(piece.shape[1:]) for piece in pieces})
@@ -259,7 +261,7 @@ def _in_order(places: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
 
 
 def padded(masks: Sequence[Tensor]) -> Tensor:
-    """Join masks [B, ...] along the batch, filled up with False to the longest of each axis."""
+    """Join masks [B, ...] along the batch, padded with False to the longest of each axis."""
     axes = [max(sizes) for sizes in zip(*(mask.shape[1:] for mask in masks), strict=True)]
     full = masks[0].new_zeros(sum(map(len, masks)), *axes)
     for rows, mask in zip(torch.split(full, [len(mask) for mask in masks]), masks, strict=True):
@@ -271,7 +273,7 @@ def stored_steps(samples: Samples) -> Tensor:
     """Return the steps that exist and have a density, boolean [B, N, S] on the CPU.
 
     Raises:
-        ValueError: there are none in the samples or in one of their parts, S is 0.
+        ValueError: the samples, or one of their parts, store no steps (S is 0).
     """
     for name, part in named_parts(samples).items():
         if part.step_mask.shape[2] == 0:
@@ -310,9 +312,10 @@ def valid_turns(samples: Samples, valid: Tensor | None) -> Tensor:
 def turn_values(
     samples: Samples, advantage: Tensor, valid: Tensor | None, *, tokens: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Check advantages and validity and bring both to [B, N] on the CPU.
+    """Check advantages and validity, and expand both to [B, N] on the CPU.
 
-    With ``tokens`` advantages may be [B, N, ...], one per latent token, and stay so.
+    With ``tokens`` advantages may be [B, N, ...], one per latent token, and keep that shape.
+    Advantages are 0 where not valid, and validity includes that the turn exists.
 
     Raises:
         ValueError: shapes do not match, or a valid advantage is not finite.

@@ -1,4 +1,4 @@
-"""Units of training: which rows of a round are trained, in which minibatch, on any ranks."""
+"""Units of training: the rows of each minibatch of a round, independent of the number of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mteditflow._checks import check_count, check_number, check_rank, check_tens
 from mteditflow.objectives.keys import RoundKey
 from mteditflow.objectives.samples import Samples, bucket_of, named_parts, padded, starts_of
 
-Rows = Tensor | slice  # some of M rows, int64 on the CPU; or all of them
+Rows = Tensor | slice  # indices of some of M rows, int64 on the CPU, or ALL
 ALL = slice(None)
 Some = TypeVar("Some", Tensor, "Tensor | None")
 
@@ -25,17 +25,18 @@ class Units:
 
     Attributes:
         rows: (trajectory, turn, k) of each member, int64 [U, K, 3] on the CPU; k is the denoising
-            step of an objective that replays steps, else the noise level.
-        mask: members that exist, boolean [U, K]; a unit without any is idle: its loss is 0.
+            step for objectives that replay steps, else the noise level.
+        mask: members that exist, boolean [U, K]. A unit without members is idle: its loss is 0.
         advantage: [U, K], or [U, K, ...] for one per latent token, float32 or float64; ``None`` for
             objectives without a reward.
-        seed: seed of each member's random numbers, int64 [U, K]; ``None`` where none are drawn.
-        count: number of valid units of the minibatch, those that were left out because they cannot
-            change the gradient included. Divide the summed loss by it.
-        spare: trajectory and turn that exist, for idle units.
-        starts: first trajectory of each bucket of the samples; one where they are no ``Buckets``.
+        seed: seed of each member's random numbers, int64 [U, K]; ``None`` if none are drawn.
+        count: number of valid units of the minibatch, including units that were left out because
+            they cannot change the gradient. Divide the summed loss by it.
+        spare: an existing (trajectory, turn), which idle units use.
+        starts: index of the first trajectory of each bucket; (0,) if the samples are not
+            ``Buckets``.
         kl_weight: weight of each unit's KL to the reference, float32 [U], 0 where it is not
-            computed; ``None`` where it is 1 everywhere.
+            computed; ``None`` if it is 1 everywhere.
 
     Raises:
         ValueError: the members of a unit lie in several buckets.
@@ -69,33 +70,34 @@ class Units:
 
     @property
     def lead(self) -> Tensor:
-        """Row of the first member that exists, int64 [U, 3]; of an idle unit the first of all."""
+        """Row of each unit's first existing member, int64 [U, 3]; its first row if it is idle."""
         first = self.mask.int().argmax(dim=1)
         return self.rows.take_along_dim(first[:, None, None], dim=1)[:, 0]
 
     @property
     def bucket(self) -> Tensor:
-        """Number of each unit's bucket, int64 [U]."""
+        """Index of each unit's bucket, int64 [U]."""
         return bucket_of(self.lead[:, 0], self.starts)
 
     def split(self, size: int, *, parts: int | None = None) -> list[Units]:
-        """Cut into micro-batches of at most ``size`` units, each with the ``count`` of the whole.
+        """Split into micro-batches of at most ``size`` units, each with the ``count`` of the whole.
 
-        Each holds units of one bucket, so that a policy computes it in one forward pass.
+        Each micro-batch holds units of one bucket, so that it takes one forward pass.
 
         Args:
-            size: most units of a part.
-            parts: number of parts, at least as many as needed; the rest are one idle unit each.
-                Ranks with sharded weights agree on the largest number, since every forward pass is
-                a collective call there.
+            size: largest number of units in a part, >= 1.
+            parts: total number of parts, at least as many as needed; the extra ones hold one idle
+                unit each. With sharded weights pass the largest number over ranks, because every
+                forward pass is a collective call there.
 
         Returns:
-            The parts; none where there are no units and no ``parts`` are asked for.
+            The parts; an empty list if there are no units and ``parts`` is ``None`` or 0.
 
         Raises:
             ValueError: more parts are needed than ``parts``, or ``size`` is below 1.
         """
         check_count("size", size)
+        # By bucket first: a forward pass needs one latent shape.
         buckets = [self[self.bucket == number] for number in range(len(self.starts))]
         cut = [own[start : start + size] for own in buckets for start in range(0, len(own), size)]
         needed = len(cut)
@@ -105,7 +107,7 @@ class Units:
         return cut + [self.idle()] * ((needed if parts is None else parts) - needed)
 
     def __getitem__(self, index: slice | Tensor) -> Units:
-        """Return some units with the ``count`` of all: a slice, a mask [U] or indices."""
+        """Return the units of a slice, mask [U] or index tensor; ``count`` stays that of all."""
         if not isinstance(index, slice | Tensor):
             raise TypeError(f"index: expected a slice or a tensor, got {type(index).__name__}")
         advantage, seed, kl_weight = (
@@ -117,7 +119,7 @@ class Units:
         )
 
     def idle(self) -> Units:
-        """Return one unit that is masked: a forward pass without effect on any gradient."""
+        """Return one masked unit: it takes a forward pass and has no effect on any gradient."""
         width = self.rows.shape[1]
         zeros = self.rows.new_zeros(1, width)
         return replace(
@@ -132,9 +134,9 @@ class Units:
         )
 
     def within(self, start: int) -> Units:
-        """Return units of one bucket, counted from its first trajectory, number ``start``.
+        """Return units of one bucket, with trajectories counted from ``start``, its first one.
 
-        Members that do not exist get the row of one that does: theirs may lie elsewhere.
+        Padding members get the row of the unit's lead, because their own may lie in another bucket.
         """
         lead = self.lead
         rows = torch.where(self.mask[..., None], self.rows, lead[:, None])
@@ -144,14 +146,14 @@ class Units:
 
 
 def at_rows(x: Some, rows: Rows) -> Some:
-    """Return some rows of a tensor [M, ...] on any device; it itself where they are all."""
+    """Return some rows of a tensor [M, ...] on any device, or the tensor itself for a slice."""
     if x is None or isinstance(rows, slice):
         return x
     return x[rows.to(x.device)]
 
 
 def member_rows(units: Units) -> Tensor:
-    """Return the rows of all members, int64 [K * U, 3]: the first member of every unit first.
+    """Return the rows of all members, int64 [K * U, 3], ordered by member, then by unit.
 
     Raises:
         ValueError: there are no units.
@@ -162,9 +164,9 @@ def member_rows(units: Units) -> Tensor:
 
 
 def member_advantages(units: Units, like: Tensor) -> Tensor:
-    """Return the members' advantages in the order of ``member_rows`` and as ``like``.
+    """Return the members' advantages in the order of ``member_rows``, in the dtype of ``like``.
 
-    [K * U], or [K * U, ...] where units have one per latent token.
+    [K * U], or [K * U, ...] if units have one per latent token.
     """
     if units.advantage is None:
         raise TypeError("units: expected units with advantages, got None")
@@ -172,9 +174,9 @@ def member_advantages(units: Units, like: Tensor) -> Tensor:
 
 
 def member_mask(units: Units, like: Tensor) -> Tensor | None:
-    """Return which members exist, boolean [K * U], in the order of ``member_rows``.
+    """Return the mask of existing members, boolean [K * U], in the order of ``member_rows``.
 
-    ``None`` where all do: a loss then spares its copies.
+    ``None`` if all exist, so that losses skip their masked copies.
     """
     if bool(units.mask.all()):
         return None
@@ -182,7 +184,7 @@ def member_mask(units: Units, like: Tensor) -> Tensor | None:
 
 
 def member_mean(units: Units, x: Tensor) -> Tensor:
-    """Mean over the members of each unit that exist, [K * U] -> [U]; ``x`` is 0 for the rest."""
+    """Mean over the existing members of each unit, [K * U] -> [U]; ``x`` must be 0 for others."""
     count = units.mask.sum(dim=1).clamp(min=1).to(x)
     return x.view(-1, len(units)).sum(dim=0) / count
 
@@ -191,12 +193,12 @@ def check_units(units: Units, *, members: int | None, drawn: bool) -> None:
     """Raise unless units fit an objective.
 
     Args:
-        units: what an objective was called with.
+        units: units that an objective was called with.
         members: members of a unit, K; ``None``: a group of any size, 2 or more.
-        drawn: whether members have random numbers.
+        drawn: whether members must have seeds.
 
     Raises:
-        ValueError: they are of another objective.
+        ValueError: the units were drawn for another objective.
     """
     width, seeded = units.rows.shape[1], units.seed is not None
     if not (width > 1 if members is None else width == members) or seeded != drawn:
@@ -224,16 +226,18 @@ def draw_units(
 
     Args:
         samples: B trajectories.
-        exists: what can be trained, boolean [B, N, K].
+        exists: entries that can be trained, boolean [B, N, K].
         advantage: [B, N], [B, N, ...] for one per latent token, or ``None``.
-        valid: turns that take part, boolean [B, N].
+        valid: turns that are trained, boolean [B, N].
         key: source of the random numbers.
         share: share of the K entries of a turn that is drawn.
         minibatches: optimizer steps.
         zero_matters: whether a unit of advantage 0 can change the gradient.
-        whole_groups: whether groups, not trajectories, are spread over the minibatches: for units
-            of several members, of which some trajectories lead many and others none.
+        whole_groups: whether groups, not trajectories, are spread over the minibatches. Use it for
+            units of several members, where the number of units that a trajectory leads varies.
     """
+    # One generator per trajectory, used first for the share and then for the strata: the draw of
+    # a trajectory does not depend on rank or batch.
     generators = [key.generator("rows", b) for b in range(len(exists))]
     taken = _draw_share(samples, exists, share, generators)
     drawn = training_rows(taken, generators=generators, minibatches=minibatches)
@@ -249,6 +253,7 @@ def draw_units(
             own = advantage[rows[:, 0], rows[:, 1]][:, None].flatten(1)
             kept = counts & (own != 0).any(dim=1)
         left = rows[kept]
+        # ``count`` includes rows dropped for advantage 0: they would add 0 to the sum of losses.
         found.append(
             Units(
                 rows=left[:, None],
@@ -272,24 +277,25 @@ def training_rows(
 ) -> list[Tensor]:
     r"""Draw the rows (trajectory, turn, step) of each minibatch of a round.
 
-    Of every turn of every trajectory :math:`\lceil share \cdot S_n \rceil` of its existing steps
-    are drawn. Of ``minibatches`` neighboring trajectories each goes to another minibatch, drawn
-    too: every minibatch has an equal part of every group, and every rank an equal part of every
-    minibatch. All draws come from the trajectories' own generators: ranks that hold consecutive
-    parts of a round (a multiple of ``minibatches`` each) draw what one process would.
+    For every turn of every trajectory, :math:`\lceil share \cdot S_n \rceil` of its existing steps
+    are drawn. Trajectories are assigned to minibatches in strata: of ``minibatches`` consecutive
+    trajectories, each goes to a different minibatch in random order. Every minibatch thus has an
+    equal part of every group, and every rank an equal part of every minibatch. All draws come from
+    the trajectories' own generators, so that ranks that hold consecutive parts of a round (a
+    multiple of ``minibatches`` each) draw the same rows as a single process.
 
     Args:
         exists: steps that can be trained, boolean [B, N, S]; for GRPO ``trajectory.step_mask``, for
             NFT ``trajectory.turn_mask[..., None]`` expanded to the noise levels per turn.
         generators: one per trajectory, such as ``keyed_generator(seed, "rows", round, index)``.
-        share: of the steps of a turn, in (0, 1].
+        share: share of the steps of a turn that is drawn, in (0, 1].
         minibatches: optimizer steps in the round; divides B.
 
     Returns:
-        For each minibatch int64 rows [M, 3] on the CPU, in the order of trajectories, turns, steps.
+        For each minibatch int64 rows [M, 3] on the CPU, ordered by trajectory, turn and step.
 
     Raises:
-        ValueError: shapes, counts or the share are out of range, or B is no multiple of
+        ValueError: shapes, counts or the share are out of range, or B is not a multiple of
             ``minibatches``.
         TypeError: ``exists`` is not boolean.
 
@@ -323,13 +329,15 @@ def training_rows(
 def _draw_share(
     samples: Samples, exists: Tensor, share: float, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Keep a share of the entries of every turn: of each part the same as without the others."""
+    """Keep a share of the entries of every turn; a part's draw does not depend on other parts."""
     if share == 1:
         return exists
     starts, masks = [*starts_of(samples), len(exists)], []
     for part, start, end in zip(named_parts(samples).values(), starts, starts[1:], strict=False):
         own, (turns, steps) = exists[start:end], part.step_mask.shape[1:]
-        if not bool(own[..., steps:].any()):  # else its entries are no steps
+        # Without the padding of longer parts, which would change the number of draws. Entries
+        # beyond the part's steps mean that the last axis counts noise levels, not steps.
+        if not bool(own[..., steps:].any()):
             own = own[:, :turns, :steps]
         masks.append(_drawn(own, share, generators[start:end]))
     return padded(masks)
@@ -344,9 +352,10 @@ def _drawn(exists: Tensor, share: float, generators: Sequence[torch.Generator]) 
 
 def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Keep a share of the existing steps of every turn, [N, S]."""
-    count = (exists.sum(dim=1).double() * share - 1e-9).ceil().clamp(min=1)  # 0.07 of 100 is 7
+    # 0.07 * 100 is 7.000000000000001 in float64; its ceiling has to be 7.
+    count = (exists.sum(dim=1).double() * share - 1e-9).ceil().clamp(min=1)
     score = torch.rand(exists.shape, generator=generator, dtype=torch.float32, device="cpu")
-    score = score.masked_fill(~exists, 2.0)
+    score = score.masked_fill(~exists, 2.0)  # above every draw, so that absent steps rank last
     rank = score.argsort(dim=1).argsort(dim=1)
     return (rank < count[:, None]) & exists
 
@@ -354,13 +363,15 @@ def _draw(exists: Tensor, share: float, generator: torch.Generator) -> Tensor:
 def _spread_groups(group: Tensor, minibatches: int, key: RoundKey) -> Tensor:
     """Return the minibatch of each trajectory's group, int64 [B].
 
-    Of ``minibatches`` neighboring groups of one size each goes to another one, on any ranks and in
-    any buckets that hold them whole: a group's number follows from the trajectories before it.
+    Of ``minibatches`` consecutive groups of equal size, each goes to a different minibatch. A
+    group's position follows from the trajectories before it, so that the assignment is the same
+    for any ranks and buckets that hold groups whole.
     """
     names = group.tolist()
     number, before = dict.fromkeys(names, 0), key.first
     for name in number:
         size = names.count(name)
+        # With groups of one size, before // size is the group's index over all ranks.
         stratum, place = divmod(before // size, minibatches)
         order = list(range(minibatches))
         Random(key.number("groups", stratum)).shuffle(order)
@@ -372,7 +383,7 @@ def _spread_groups(group: Tensor, minibatches: int, key: RoundKey) -> Tensor:
 def _spread(
     trajectories: int, minibatches: int, generators: Sequence[torch.Generator]
 ) -> list[Tensor]:
-    """Trajectories of each minibatch: of each stratum of neighbors one."""
+    """Return the trajectories of each minibatch: one of every stratum of consecutive ones."""
     strata = [
         start
         + torch.randperm(minibatches, generator=generators[start], dtype=torch.int64, device="cpu")
