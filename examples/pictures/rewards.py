@@ -70,7 +70,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
         whole = grown.copy()
         for step in (-1, 1):
             moved = np.roll(whole, step, axis=axis)
-            edge = 0 if step == 1 else -1
+            edge = 0 if step == 1 else -1  # the line that np.roll wrapped around
             moved[(..., edge) if axis == -1 else (..., edge, slice(None))] = False
             grown |= moved
     return grown
