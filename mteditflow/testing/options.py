@@ -1,4 +1,4 @@
-"""The function under test and its options: what every kind checks before it draws a case."""
+"""The function under test and its options, with the checks that all kinds share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Subject:
-    """A function under test; the types of its options are checked.
+    """A function under test; types and ranges of its options are checked on creation.
 
     Attributes:
         function: function under test.
@@ -33,12 +33,12 @@ class Subject:
 
     @property
     def takes_classes(self) -> bool:
-        """Whether a class may stand for the function."""
+        """Whether a class is accepted in place of a function."""
         return False
 
 
 def check_function(function: object, *, classes: bool = False) -> None:
-    """Raise ``TypeError`` unless a call of ``function`` returns its result."""
+    """Raise ``TypeError`` unless ``function`` is callable and returns its result directly."""
     name = getattr(function, "__name__", type(function).__name__)
     if not callable(function):
         raise TypeError(f"function: expected a callable, got {type(function).__name__}")
@@ -56,7 +56,7 @@ def check_function(function: object, *, classes: bool = False) -> None:
 
 
 def check_number(name: str, value: object, *, high: float = math.inf, none: bool = False) -> None:
-    """Raise unless ``value`` is a number in [0, high), or ``None`` where that is allowed."""
+    """Raise unless ``value`` is a number in [0, high), or ``None`` if ``none`` is set."""
     if none and value is None:
         return
     interval = "a number >= 0" if high == math.inf else f"a number in [0, {high:g})"

@@ -1,7 +1,7 @@
-"""Signatures: how the function under test takes rewards, groups and lost entries.
+"""Signatures: calling conventions for rewards, groups and lost entries.
 
-Every law of advantages calls one form, ``(reward [B], group [B], valid [B] or None)``. A signature
-maps that to the arguments of the function and its result back to [B].
+Every law of advantages uses one form, ``(reward [B], group [B], valid [B] or None)``. A signature
+converts it to the function's arguments, and the function's result to [B].
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Signature:
     Attributes:
         call: ``(function, reward [B], group [B], valid [B] or None) -> advantage``; the result is
             any array or list of B numbers.
-        shown: the call, as a person would write it.
-        lost: whether the function can be given lost rewards.
+        shown: the call as text, for messages.
+        lost: whether the convention can express lost rewards.
         ragged: whether groups may differ in size.
         tensors: whether the function takes torch tensors.
-        ids: dtypes of group ids that the convention has.
+        ids: dtypes of group ids that the convention allows.
     """
 
     call: Call
@@ -53,7 +53,7 @@ def _numpy(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: A
 
 
 def _always_masked(call: Call) -> Call:
-    """Pass a mask that is true everywhere where no reward is lost."""
+    """Return a call that passes an all-true mask if no reward is lost."""
 
     def masked(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
         everywhere = torch.ones(len(reward), dtype=torch.bool, device="cpu")
@@ -84,7 +84,7 @@ def _tracker(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any
 
 
 def _verl(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
-    """Call with responses of 4, 3, 2, 1, 4, ... tokens; the reward is on the last."""
+    """Call with responses of 4, 3, 2, 1, 4, ... tokens, with the reward on the last token."""
     length = 4 - torch.arange(len(reward), device="cpu") % 4
     token = torch.arange(4, device="cpu")
     tokens = torch.where(token == length[:, None] - 1, reward[:, None], 0)
@@ -109,7 +109,7 @@ def _prompts_samples(function: Callable[..., Any], reward: Tensor, group: Tensor
 
 
 def dense_ids(group: Tensor) -> Tensor:
-    """Return ids 0, 1, ... in the order of the given ones."""
+    """Return ids 0, 1, ... in the sorted order of the given ones, int64 [B]."""
     return torch.from_numpy(np.unique(group.numpy(), return_inverse=True)[1].reshape(-1))
 
 
@@ -117,7 +117,7 @@ _EVERY_ID = (
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
-#: Name of each signature to its calling convention.
+#: Calling conventions by name.
 SIGNATURES = {
     "mteditflow": Signature(
         _tensors, "fn(reward, group, valid=valid), tensors", lost=True, tensors=True, ids=_EVERY_ID
@@ -142,16 +142,16 @@ SIGNATURES = {
 def signature_of(function: Callable[..., Any], signature: str | Signature | Call) -> Signature:
     """Return a signature by name, or that of an adapter.
 
-    "numpy" and "tensors" take ``valid`` where the function has a parameter of that name. One that
-    it requires is passed in every call, true everywhere where nothing is lost.
+    "numpy" and "tensors" pass ``valid`` if the function has a parameter of that name. If it has no
+    default, it is passed in every call, all true if nothing is lost.
 
     Args:
         function: function under test.
-        signature: a name in ``SIGNATURES``, a ``Signature``, or its ``call`` alone; the latter is
-            given lost rewards too.
+        signature: a name in ``SIGNATURES``, a ``Signature``, or a bare ``call``, which must also
+            accept lost rewards.
 
     Raises:
-        ValueError: there is no such name.
+        ValueError: the name is unknown.
     """
     if isinstance(signature, Signature):
         return signature
@@ -173,7 +173,7 @@ def signature_of(function: Callable[..., Any], signature: str | Signature | Call
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a function by name; of a builtin without a signature none."""
+    """Return the parameters of a function by name; empty for a builtin without a signature."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
