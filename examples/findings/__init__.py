@@ -1,1 +1,1 @@
-"""Studies in the embedded worlds, such as of the paper's findings; see ``examples/ablations.py``."""
+"""Studies in the embedded worlds, such as the paper's findings: ``examples/ablations.py``."""
