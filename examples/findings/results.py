@@ -76,6 +76,7 @@ class Results:
         for seed in range(len(self.runs[self.study.base.name])):
             values = [chain_values(own[seed].after) for own in self.runs.values()]
             means = resampled_means(values, seed=seed)
+            # Overall is not linear, so it comes from each resample's IF and CC.
             means["overall"] = overall(means["instruction_following"], means["content_consistency"])
             for name, mean in means.items():
                 tables.setdefault(name, []).append(mean)

@@ -156,6 +156,7 @@ def _load(run: Run, found: Checkpoint) -> None:
     run.alarms = kept.get("alarms", [])
     if state.floor is not None:
         value = kept.get("multipliers", {}).get("consistency", 0.0)
+        # The maximum may have been lowered since the checkpoint.
         state.floor = replace(state.floor, value=min(value, state.floor.maximum))
     if state.kl is not None and kept.get("kl_coef") is not None:
         state.kl = replace(state.kl, value=kept["kl_coef"])
@@ -167,5 +168,5 @@ def _load(run: Run, found: Checkpoint) -> None:
     if kept.get("teacher") is not None:
         state.teacher = [SessionCounts(*counts) for counts in kept["teacher"]]
     state.done, state.updates, state.skipped = found.round, kept["updates"], kept["skipped"]
-    if run.checkpoints.holds(found):
+    if run.checkpoints.holds(found):  # a checkpoint of another folder is not saved in this one
         run.saved = state.done

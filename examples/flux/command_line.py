@@ -106,6 +106,7 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
                 type(base),
                 default=base,
                 args=words,
+                # The objective's class is chosen before, so its union needs no subcommands.
                 config=(tyro.conf.AvoidSubcommands,),
                 add_help=False,
             )

@@ -46,6 +46,7 @@ def drift(run: Run, drawn: RoundChains) -> Drifted:
     worn = _wear_out(run, references, text)
     identity = torch.tensor(
         [
+            # Keyed by the place over all ranks, so that the draw does not depend on their number.
             Random(run.key.number("branch", run.key.first + b)).random() >= objective.edit_share
             for b in range(len(worn))
         ],
@@ -118,6 +119,7 @@ def _clean(run: Run, drawn: RoundChains, references: Sequence[Image], student: R
     images = [references[b] for b in members.values()]
     texts = [drawn.chains[b].instructions[0] for b in members.values()]
     clean = _record(run, images, texts, "clean noise")
+    # The student's states, with each row's index pointing to its group's clean conditioning.
     place = {g: number for number, g in enumerate(members)}
     index = clean.index[torch.tensor([place[g] for g in group])]
     return replace(clean, trajectory=student.trajectory, index=index)

@@ -52,6 +52,7 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
             run.stop_if_requested()
     terms, _ = gather_scores(collect(run, waiting), device=run.device)
     if run.main:
+        # Ranks hold contiguous rows in order, so copies that pad the last ranks are at the end.
         records = held_out.chains.chains
         evaluation = Evaluation(
             round=run.state.done,

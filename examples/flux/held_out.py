@@ -51,7 +51,7 @@ class HeldOut:
         Every rank gets equally many, since the calls per batch are collective.
         """
         ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
-        size = -(-len(self._chains) // ranks)
+        size = -(-len(self._chains) // ranks)  # rounded up
         return [min(row, len(self._chains) - 1) for row in range(rank * size, (rank + 1) * size)]
 
     def write(self, evaluation: Evaluation) -> None:

@@ -95,6 +95,7 @@ def _policies(
         quantize=None if model.quantize == "none" else model.quantize,
         encoder_device="cpu" if model.encoders == "host" else None,
         prompt_folder=model.prompt_folder,
+        # Each rank embeds its share; all read the common folder afterwards.
         instructions=instructions[int(accelerator.process_index) :: ranks],
     )
     if instructions:

@@ -143,6 +143,7 @@ class Services:
             tasks.start_soon(follow)
             for term, client in self._looks.items():
                 tasks.start_soon(look, term, client)
+        # Tasks finish in any order, but ranks gather terms one by one and need the same order.
         return dict(sorted(found.items(), reverse=True))
 
     async def following(
@@ -383,6 +384,7 @@ def turn_advantages(
         keep = keep & _measured_in_groups(joined.signals, weights, joined.group, keep)
     left_out = joined.keep & ~keep & joined.exists
     advantage = joined.fused(config, weights, keep)
+    # Remembered rows only enter the statistics of their groups; they are cut off here.
     return Advantages(
         mt.clamp_advantage(advantage.value[:own], limit=config.advantage_limit),
         advantage.valid[:own],

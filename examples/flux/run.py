@@ -188,6 +188,7 @@ class Run:
             warmup=training.warmup_rounds,
             final=training.final_rate if training.schedule != "constant" else 1.0,
         )
+        # Weight decay as well: a restored optimizer has that of its checkpoint.
         for group in self.optimizer.param_groups:
             group.update(lr=rate, weight_decay=training.weight_decay)
         self.means, self.numbers = [], {"training/learning_rate": rate, "training/empty_updates": 0}
@@ -219,7 +220,7 @@ class Run:
             if state.skipped >= self.config.safety.max_skipped:
                 raise FloatingPointError(f"{state.skipped} updates in a row: {update.reason}")
             return
-        state.skipped, self.between = 0, False
+        state.skipped, self.between = 0, False  # only consecutive skips count
         state.updates += 1
         if training.ema_decay > 0 and state.updates % training.ema_every == 0:
             decay = ema_decay(state.updates, maximum=training.ema_decay)

@@ -99,7 +99,7 @@ def _unsound(config: Config) -> Iterator[str]:
         except ValueError as error:
             yield f"rewards.{error}, on the scale {rewards.scale or 'likert'}"
     try:
-        _ = rewards.request
+        _ = rewards.request  # RequestOptions checks its fields on creation
     except ValueError as error:
         yield f"rewards.{error}"
     if evaluation.policy == "ema" and training.ema_decay == 0:

@@ -130,7 +130,7 @@ def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float 
             edit = random_edit(
                 rng,
                 scene,
-                avoid={edit.task_type for edit in edits[1 - len(ASKED) :]},
+                avoid={edit.task_type for edit in edits[1 - len(ASKED) :]},  # the last eight
                 witness=witness,
                 prefer=made if rng.random() < linked else set(),
                 split=split,
@@ -179,7 +179,7 @@ def chain_of(initial: Scene, instructions: tuple[str, ...]) -> Chain:
         found = (no_change(scene), *possible_edits(scene))
         edit = next((edit for edit in found if edit.instruction == instruction), None)
         if edit is None:
-            raise ValueError(f"instructions: {instruction!r} makes no sense in {scene}")
+            raise ValueError(f"instructions: expected one possible in {scene}, got {instruction!r}")
         edits.append(edit)
         scene = edit.result
     return Chain(initial, tuple(edits))

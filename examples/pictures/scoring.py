@@ -143,6 +143,7 @@ class ExactRewards:
     def _check_reference(self, record: Record, reference: Tensor) -> None:
         """Refuse a reference that does not show the record's scene."""
         true = self._truth(record).pictures[0]
+        # A wrong size is reported by the comparison of the edited images.
         if reference.shape == true.shape and (reference - true).abs().mean() > SAME:
             raise ValueError(f"chain {record.id}: expected the picture of its scene, got another")
 

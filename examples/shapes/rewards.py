@@ -94,7 +94,7 @@ def score(images: Tensor, truth: Truth) -> Scores:
     """
     expected = (*truth.changed.shape[:2], 3, *truth.changed.shape[2:])
     if images.shape != expected:
-        raise ValueError(f"images must have shape {tuple(expected)}, got {tuple(images.shape)}")
+        raise ValueError(f"images: expected shape {tuple(expected)}, got {tuple(images.shape)}")
     seen = read(images)
     right = seen == truth.pictures[:, 1:]
     before = torch.cat([truth.pictures[:, :1], seen[:, :-1]], dim=1)

@@ -100,7 +100,7 @@ def chain_of(reference: Tensor, instructions: Sequence[str]) -> Chain:
     for instruction in instructions:
         matching = [e for e in possible_edits(state) if e.instruction == instruction]
         if not matching:
-            raise ValueError(f"'{instruction}' makes no sense in {state}")
+            raise ValueError(f"instructions: expected one possible in {state}, got {instruction!r}")
         edits.append(matching[0])
         state = matching[0].apply(state)
     return Chain(initial, tuple(edits))

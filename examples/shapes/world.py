@@ -153,7 +153,7 @@ class Edit:
             ValueError: If the edit is not possible in ``state``.
         """
         if self not in possible_edits(state):
-            raise ValueError(f"'{self.instruction}' makes no sense in {state}")
+            raise ValueError(f"edit: expected one possible in {state}, got {self.instruction!r}")
         if self.task_type == "background_change":
             return replace(state, background=self.value)
         others = [thing for thing in state.things if thing.shape != self.shape]
@@ -276,7 +276,7 @@ def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float 
         ValueError: If ``turns`` is below 1.
     """
     if turns < 1:
-        raise ValueError(f"turns must be at least 1, got {turns}")
+        raise ValueError(f"turns: expected at least 1, got {turns}")
     while True:
         state = initial = random_state(rng)
         witness = rng.choice(initial.things).shape

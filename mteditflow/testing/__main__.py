@@ -112,7 +112,7 @@ def _parser() -> _Parser:
         words = f"{len(laws)} laws of {laws.called}"
         sub = kinds.add_parser(name, help=words, description=words, allow_abbrev=False)
         sub.add_argument("function", metavar="MODULE:FUNCTION")
-        for option in fields(laws.subject)[1:]:
+        for option in fields(laws.subject)[1:]:  # the first field is the function
             sub.add_argument(f"--{option.name.replace('_', '-')}", **_argument(option))
         sub.add_argument("--examples", type=int, default=EXAMPLES, help="cases for each law (200)")
         sub.add_argument("--seed", type=int, default=0, help="another seed draws other cases (0)")

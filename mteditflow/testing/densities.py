@@ -133,7 +133,7 @@ def log_density(f: LogProb, data: DataObject) -> None:
 def score(f: LogProb, data: DataObject) -> None:
     """Its gradient by the mean is (x - mean) / std^2."""
     x, mean, std = _draw(data)
-    count = mean[0].numel() if f.reduction == "mean" else 1
+    count = mean[0].numel() if f.reduction == "mean" else 1  # a mean divides the gradient
     expected = (x - mean) / std**2 / count
     got, case = f.gradient(1, x, mean, std), f.case(x, mean, std)
     expect_close(got, expected, case, tolerance=f.tolerance)

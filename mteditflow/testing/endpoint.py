@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Answer = Callable[[Any], Any]
-HUGE = 2**24 + 1  # bytes
+HUGE = 2**24 + 1  # bytes, one more than the limit of mteditflow's own clients
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,10 @@ class ScriptedServer:
 
     async def _start(self) -> None:
         self._server = await asyncio.start_server(
-            self._connection, "127.0.0.1", self.port, backlog=1024
+            self._connection,
+            "127.0.0.1",
+            self.port,
+            backlog=1024,  # clients may open hundreds of connections at once
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -277,7 +280,7 @@ class ScriptedServer:
         self.connections += 1
         try:
             with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-                while not writer.is_closing():
+                while not writer.is_closing():  # keep-alive: several requests per connection
                     await self._serve(await _request(reader), writer)
         finally:
             self._tasks.discard(task)

@@ -212,7 +212,7 @@ def unit_free(f: Fusion, data: DataObject) -> None:
     """The unit of a reward changes nothing beyond eps."""
     rewards, group, _ = data.draw(named_rewards(NAMES, lost=False, constant=False, min_members=2))
     weights = data.draw(WEIGHTS)
-    other = {**rewards, "a": 1024 * rewards["a"]}
+    other = {**rewards, "a": 1024 * rewards["a"]}  # a power of 2, so scaling rounds nothing
     got, expected = f(other, weights, group), f(rewards, weights, group)
     tolerance = f.tolerance + 2 * f.eps * 32  # a nonzero std of multiples of 1/8 is at least 1/32
     expect_close(got, expected, _case(other, weights=weights, group=group), tolerance=tolerance)
@@ -228,7 +228,7 @@ def common_factor(f: Fusion, data: DataObject) -> None:
     weights = {"a": 1.0, "b": 0.5, "c": 2.0}
     doubled = {name: 1024 * weight for name, weight in weights.items()}
     got, expected = f(rewards, doubled, group), f(rewards, weights, group)
-    tolerance = f.tolerance + 2 * f.eps * 64
+    tolerance = f.tolerance + 2 * f.eps * 64  # sums are multiples of 1/16: a std is at least 1/64
     expect_close(got, expected, _case(rewards, weights=doubled, group=group), tolerance=tolerance)
 
 
@@ -267,6 +267,7 @@ def unmeasured(f: Fusion, data: DataObject) -> None:
     held = {**rewards, "b": rewards["b"].masked_fill(~has, data.draw(st.sampled_from(LOST)))}
     got = f(held, weights, group, measured={"b": has})
     if f.level == "reward":
+        # The group's mean of b adds a constant to the sum, which normalization removes.
         mean = (same @ torch.where(has, rewards["b"], 0)) / (same @ has.double())
         expected = f({**rewards, "b": torch.where(has, rewards["b"], mean)}, weights, group)
     else:

@@ -374,6 +374,7 @@ def other_defaults(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     """Set torch's default dtype, and the default device to "meta", which has no memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    # A tensor made inside without an explicit device has no memory, so its use raises.
     try:
         with torch.device("meta"):
             yield
@@ -435,7 +436,7 @@ def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, s
     @settings(
         max_examples=examples,
         deadline=None,
-        database=None,
+        database=None,  # no example of earlier runs, so that equal seeds draw equal cases
         print_blob=False,
         report_multiple_bugs=False,
         phases=_phases(),

@@ -100,7 +100,7 @@ def ends(f: Average, data: DataObject) -> None:
     for target, got in zip(expected, moved, strict=True):
         if not torch.equal(got, target):
             fail(case, target, got)
-    for x in given:
+    for x in given:  # reveals results that share memory with current
         x.add_(1)
     if not all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)):
         fail(case, "old as it was when current moves on", moved)
@@ -205,6 +205,7 @@ def check_adapter(
             "none" if not trained else "none is used",
             ADAPTER,
         )
+    # One nonzero gradient is enough: in a fresh LoRA only the factor that starts at 0 has one.
     grads = torch.autograd.grad(after.square().sum(), list(trained.values()), allow_unused=True)
     if not any(grad is not None and bool((grad != 0).any()) for grad in grads):
         fail(case, "a gradient other than 0 by an adapter's parameter", "none", ADAPTER)
@@ -290,7 +291,7 @@ def check_saved(
         if elsewhere is not None:
             case = {"after": "load elsewhere"}
             expect_close(elsewhere(), saved, case, tolerance=tolerance, about=SAVED)
-        change()
+        change()  # otherwise a load that does nothing would pass
         if torch.equal(velocity(), saved):
             fail({}, "another velocity after the second change", "the same one", SAVED)
         load()

@@ -22,7 +22,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         check_function(self.function, classes=self.takes_classes)
-        for option in fields(self)[1:]:
+        for option in fields(self)[1:]:  # the first field is the function
             value, kind = getattr(self, option.name), str(option.type)
             if kind == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{option.name}: expected True or False, got {value!r}")
@@ -61,7 +61,7 @@ def check_number(name: str, value: object, *, high: float = math.inf, none: bool
         return
     interval = "a number >= 0" if high == math.inf else f"a number in [0, {high:g})"
     message = f"{name}: expected {interval}{', or None' * none}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):  # a bool is an int in Python
         raise TypeError(message)
     if not 0 <= float(value) < high:
         raise ValueError(message)

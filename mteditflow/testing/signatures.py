@@ -80,7 +80,7 @@ def _records(function: Callable[..., Any], reward: Tensor, group: Tensor, valid:
 
 def _tracker(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
     prompts = np.array([f"prompt {name}" for name in group.tolist()])
-    return function().update(prompts, reward.numpy())
+    return function().update(prompts, reward.numpy())  # a new tracker: it keeps statistics
 
 
 def _verl(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
@@ -94,6 +94,7 @@ def _verl(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -
     result = function(tokens.clone(), mask.to(reward.dtype), index)
     first = result[0] if isinstance(result, (tuple, list)) and result else None
     advantage = expect_tensor(first, tokens.shape, case)
+    # NaN in a whole response is left to the laws; here only its layout over tokens is checked.
     row = advantage[:, :1].detach()
     wrong = (advantage != torch.where(mask, row, 0)) & ~(mask & row.isnan() & advantage.isnan())
     if bool(wrong.any()):
@@ -105,7 +106,7 @@ def _prompts_samples(function: Callable[..., Any], reward: Tensor, group: Tensor
     order = torch.argsort(dense_ids(group), stable=True)
     table = reward[order].reshape(len(set(group.tolist())), -1)
     result = expect_array(function(table), None, {"reward": table}).reshape(-1)
-    return torch.empty_like(result).scatter(0, order, result)
+    return torch.empty_like(result).scatter(0, order, result)  # undoes the sort by group
 
 
 def dense_ids(group: Tensor) -> Tensor:

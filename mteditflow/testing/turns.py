@@ -247,7 +247,7 @@ def whole_numbers(f: Aggregator, data: DataObject) -> None:
     """Integer and boolean scores are refused, or give what the same numbers give as floats."""
     batch = data.draw(f.batches())
     dtypes = [torch.int64, torch.int32]
-    dtypes += [torch.bool] * (set(f.values) <= {0.0, 1.0})
+    dtypes += [torch.bool] * (set(f.values) <= {0.0, 1.0})  # booleans express only 0 and 1
     score = batch.score.to(data.draw(st.sampled_from(dtypes)))
     expected = f(*batch).double()
     if not refuses(f.function, score.clone(), turn_mask=batch.turn_mask.clone()):
