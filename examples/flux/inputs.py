@@ -180,7 +180,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     files = fingerprints(config)
     found = find_checkpoint(config, notes)
     if found is not None:
-        notes.message(f"going on after round {found.round}, from {found.path}")
+        notes.message(f"resuming after round {found.round}, from {found.path}")
         check_unchanged(config, files, found, notes)
         warn_of_lost_files(config, found, notes)
         _load_order(sampler, found)
@@ -191,7 +191,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         require_fitting(config, family, unseen)
         held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
         if strays := ", ".join(held_out.strays()):
-            notes.warning(f"{held_out.folder}: left alone, as not of this run: {strays}")
+            notes.warning(f"{held_out.folder}: ignored, since no run writes such files: {strays}")
     sessions = None
     if isinstance(config, DistillationConfig) and config.teacher.sessions is not None:
         others = chains, None if held_out is None else held_out.chains

@@ -256,7 +256,7 @@ def load_held_out(config: Config, train: ChainDataset, notes: Notes) -> ChainDat
             "chains by mteditflow chains split, or give --data.allow-overlap"
         )
     if found.any:
-        notes.warning(f"held-out chains are not held out: shared with data.chains are {found}")
+        notes.warning(f"data.held_out: not disjoint from data.chains, both have {found}")
     return chains
 
 

@@ -31,7 +31,7 @@ def promote_if_due(run: Run) -> None:
     before = run.state.teacher
     if before is None or student is None:
         run.log.warning(
-            f"round {run.state.done + 1}: sessions lost scores, so the teacher stays, uncompared"
+            f"round {run.state.done + 1}: sessions lost scores; no comparison, the teacher stays"
         )
         return
     gains = [session_gain(*pair) for pair in zip(student, before, strict=True)]
@@ -49,7 +49,7 @@ def promote_if_due(run: Run) -> None:
     if promoted:
         run.policies.update_old(decay=0.0)
         run.state.teacher = student
-        run.log.message(f"round {run.state.done + 1}: the student is the teacher from here on")
+        run.log.message(f"round {run.state.done + 1}: the student replaces the teacher")
 
 
 def _outcomes(run: Run, sessions: HeldOut, policy: str) -> list[SessionCounts] | None:

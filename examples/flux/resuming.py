@@ -84,7 +84,7 @@ def _refuse_lost_checkpoints(config: Config, notes: Notes) -> None:
             f"in {config.output.folder / 'checkpoints'}; put them back, give output.resume the "
             f"checkpoint of another folder that the run began from, or delete {path} to begin again"
         )
-    notes.message(f"no checkpoint yet: {_spans(rounds)} of {path} will be done again")
+    notes.message(f"no checkpoint yet: {_spans(rounds)} of {path} will be repeated")
 
 
 def _first_save(config: Config) -> int:

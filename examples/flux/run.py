@@ -218,7 +218,9 @@ class Run:
             state.skipped += 1
             self.log.warning(f"round {state.done + 1}: an update was skipped, {update.reason}")
             if state.skipped >= self.config.safety.max_skipped:
-                raise FloatingPointError(f"{state.skipped} updates in a row: {update.reason}")
+                raise FloatingPointError(
+                    f"{state.skipped} skipped updates in a row: {update.reason}"
+                )
             return
         state.skipped, self.between = 0, False  # only consecutive skips count
         state.updates += 1

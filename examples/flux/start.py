@@ -221,7 +221,7 @@ def saved_on_exit(run: Run) -> Iterator[None]:
         yield
     except Stopped as signal:
         save_if_new(run)
-        run.log.message(f"stopped by {signal} after round {run.state.done}; start again to go on")
+        run.log.message(f"stopped by {signal} after round {run.state.done}; start again to resume")
         raise
     except (InvalidRewardsError, RewardCollapseError, FloatingPointError):
         save_if_new(run)

@@ -92,6 +92,6 @@ def _judge(run: Run, check: RatioCheck, *, corrected: bool) -> None:
         run.log.warning(f"ratio check failed: {check.verdict}")
     else:
         raise ReplayError(
-            f"ratio check failed: {check.verdict}; go on with safety.ratio = warn, or correct for "
-            "it with objective.importance_cap"
+            f"ratio check failed: {check.verdict}; continue with safety.ratio = warn, or correct "
+            "ratios with objective.importance_cap"
         )
