@@ -58,12 +58,12 @@ class Conditioner:
         return rearrange(self.colors[index.long()], patches, p=2, q=2)
 
     def velocity(self, x_t: Tensor, sigma: Tensor, reference: Tensor, rows: Tensor) -> Tensor:
-        """Predict the velocity of ``x_t`` ``[M, tokens, 16]`` at ``sigma`` ``[M]``.
+        """Predict the velocity of ``x_t`` ``[M, tokens, 4 C]`` at ``sigma`` ``[M]``.
 
         Args:
             x_t: Noisy packed latents.
             sigma: Flow times in [0, 1].
-            reference: Packed latents of the reference, ``[M, tokens, 16]``.
+            reference: Packed latents of the reference, ``[M, tokens, 4 C]``.
             rows: Row of each instruction, ``[M]``.
         """
         output = self.pipeline.transformer(
