@@ -159,6 +159,7 @@ def score(
     ):
         services = _services(rewards, answers)
         for batch in batches(dataset, folder, name, left_out):
+            # `asked` is the previous batch: await it only after this one has been loaded.
             results.append([future and future.result() for future in asked])
             bar.update(len(shown) - bar.n)
             asked = [s and background.submit(s.score, *batch) for s in services]

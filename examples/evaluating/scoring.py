@@ -257,7 +257,7 @@ def score_chains(
         background = stack.enter_context(Background())
         for part in joined([first], readable):
             waiting.append(background.submit(scorer.score, *zip(*part, strict=True)))
-            if len(waiting) > 1:
+            if len(waiting) > 1:  # one part is scored while the next one is loaded
                 take()
         while waiting:
             take()

@@ -29,6 +29,7 @@ class Sibling:
     @contextmanager
     def use(self, trained: LoraPolicies, policy: str, *, few_steps: bool) -> Iterator[None]:
         """Copy a trained policy's current weights, and sample with them inside the block."""
+        # Copied for every rollout, since each update changes the trained policy.
         self.policies.load_state_dict(trained.state_dict(policy))
         with self.policies.use("current", few_steps=few_steps):
             yield

@@ -110,6 +110,7 @@ def carry_over(
     consistency = math.nan if rewards is None else rewards.means.get("consistency", math.nan)
     if state.floor is not None and math.isfinite(consistency):
         state.floor = state.floor.update(consistency)
+    # Updates without a finite KL, such as skipped ones, do not count.
     kls = [means["kl"] for means in run.means if math.isfinite(means.get("kl", math.nan))]
     if state.kl is not None and kls:
         state.kl = state.kl.update(sum(kls) / len(kls))
